@@ -1,0 +1,154 @@
+"""Writing that an interruption cannot spoil: whole files, whole folders, whole lines.
+
+Whatever cannot be written is a VlafitError that says where and why.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlafit.errors import VlafitError
+
+
+def _cannot(what: str, path: Path, error: OSError) -> VlafitError:
+    blocking = next((p for p in path.parents if p.is_file()), None)
+    reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
+    return VlafitError(
+        f"cannot {what} {path}: {reason}; choose another place, or mend its rights or free space"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file, so that readers and crashes see the old content or the new, never a part.
+
+    Missing parent folders are made. Text is written as UTF-8.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot("write", path, error) from error
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line and force it to the disk. A last line that a crash cut off is dropped first."""
+    if "\n" in text:
+        raise ValueError("a line holds no line break")
+    try:
+        with open(path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot("write", Path(path), error) from error
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Read a file of one JSON object a line. A last line that a crash cut off is left out.
+
+    Raises VlafitError naming the line for anything else that is not an object; a missing file is empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was never finished
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise VlafitError(
+                f"{path}, line {number}: not JSON ({error}); remove the line to go on"
+            ) from error
+        if not isinstance(value, dict):
+            raise VlafitError(f"{path}, line {number}: not a JSON object; remove the line to go on")
+        found.append(value)
+    return found
+
+
+def replace_folder(tmp: Path, final: Path) -> None:
+    """Rename `tmp` to `final`, which may exist and is then removed. Both lie on one file system."""
+    old = final.with_name(f".{final.name}.old")
+    try:
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.rename(final, old)
+        os.rename(tmp, final)
+        _sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise _cannot("write", final, error) from error
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `final` that takes its place on success and vanishes on any error.
+
+    A killed process leaves at most `.NAME.partial`, which the next attempt removes.
+    """
+    final = Path(final)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _cannot("make", final, error) from error
+    try:
+        yield partial
+        replace_folder(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise VlafitError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def require_writable(folder: Path) -> Path:
+    """Make `folder` if need be, prove that files can be written there, and return it."""
+    folder = Path(folder)
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise _cannot("write to folder", folder, error) from error
+    return folder
