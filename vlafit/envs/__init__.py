@@ -1,0 +1,70 @@
+"""Simulated robots behind one small protocol, `vlafit.types.Env`: one file each.
+
+A name is a module of this folder, or a dotted path to a module elsewhere; either has a function
+`make(spec: EnvSpec) -> Env`. Importing this package imports no simulator.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Literal
+
+from vlafit.errors import SimulationError, did_you_mean
+from vlafit.types import Env
+
+Renderer = Literal["ray", "egl", "osmesa", "auto"]
+
+HELPERS = ("experts", "gl", "raycast", "sentences", "vector", "view")  # files of this folder that are no simulation
+EXTRAS = {"metaworld": "metaworld", "mujoco": "metaworld", "gym_pusht": "pusht", "pymunk": "pusht"}  # module: extra
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """Which simulation to make, and what its pictures are."""
+
+    name: str
+    """A module of vlafit.envs, or a dotted path to one elsewhere."""
+    size: int = 64
+    """Width and height of the pictures in pixels."""
+    renderer: Renderer = "ray"
+    """What draws them; it is part of the embodiment. "auto": the simulation's usual one."""
+    cameras: tuple[str, ...] = ()
+    """Which cameras. Empty: the simulation's usual one."""
+    horizon: int = 0
+    """Steps after which an episode is cut off. 0: the simulation's own."""
+
+
+def names() -> list[str]:
+    """Return the simulations of this folder."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if name not in HELPERS and not name.startswith("_"))
+
+
+def make(spec: EnvSpec) -> Env:
+    """Make the simulation that `spec` describes.
+
+    Raises SimulationError when there is no such simulation, its packages are missing, or the spec asks for
+    something that it cannot do.
+    """
+    if spec.size < 8:
+        raise SimulationError(f"environment {spec.name!r}: size = {spec.size} is too small; use 8 pixels or more")
+    if spec.horizon < 0:
+        raise SimulationError(f"environment {spec.name!r}: horizon = {spec.horizon}; use 0 for the simulation's own")
+    if "." not in spec.name and spec.name not in names():
+        raise SimulationError(f"there is no environment {spec.name!r}{did_you_mean(spec.name, names())}")
+    path = spec.name if "." in spec.name else f"{__name__}.{spec.name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in EXTRAS:
+            raise SimulationError(
+                f"environment {spec.name!r} needs the package {missing!r}, which is not installed; "
+                f"install it with: pip install 'vlafit[{EXTRAS[missing]}]'"
+            ) from error
+        if error.name is not None and path.startswith(error.name):
+            raise SimulationError(f"there is no module {spec.name!r} to make an environment from") from error
+        raise
+    if not callable(getattr(module, "make", None)):
+        raise SimulationError(f"module {path} has no function make(spec: EnvSpec) -> Env")
+    return module.make(spec)

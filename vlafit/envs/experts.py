@@ -1,0 +1,51 @@
+"""Actors that need no learning: Meta-World's scripted experts, and random actions."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlafit.errors import SimulationError, did_you_mean
+from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Observation
+
+
+class ScriptedExpert:
+    """Meta-World's scripted policies. They read `privileged["full_state"]`; each chunk is one action [1, 4]."""
+
+    def __init__(self) -> None:
+        self._policies: dict[str, Any] = {}
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        """Return one action for each observation, clipped to [-1, 1]."""
+        return [self._act(observation, key) for observation, key in zip(observations, keys, strict=True)]
+
+    def _act(self, observation: Observation, key: EpisodeKey) -> ActionChunk:
+        if "full_state" not in observation.privileged:
+            raise SimulationError(f"task {key.task!r}: the scripted expert needs the simulator's full state")
+        if key.task not in self._policies:
+            from metaworld.policies import ENV_POLICY_MAP
+
+            if key.task not in ENV_POLICY_MAP:
+                raise SimulationError(
+                    f"there is no scripted expert for task {key.task!r}{did_you_mean(key.task, ENV_POLICY_MAP)}"
+                )
+            self._policies[key.task] = ENV_POLICY_MAP[key.task]()
+        action = self._policies[key.task].get_action(observation.privileged["full_state"])
+        return ActionChunk(np.clip(np.asarray(action), -1, 1).astype(np.float32)[None])
+
+
+class RandomActor:
+    """Actions drawn evenly from [low, high], decided by the episode's key; each chunk is [steps, a]."""
+
+    def __init__(self, embodiment: Embodiment, *, low: float = -1.0, high: float = 1.0, steps: int = 1) -> None:
+        self._shape = (steps, *embodiment.action.shape)
+        self._low, self._high = low, high
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        """Return one random chunk for each key; the observations do not matter."""
+        return [self._draw(key) for _, key in zip(observations, keys, strict=True)]
+
+    def _draw(self, key: EpisodeKey) -> ActionChunk:
+        rng = np.random.default_rng([key.seed, zlib.crc32(key.task.encode()), key.replan])
+        return ActionChunk(rng.uniform(self._low, self._high, self._shape).astype(np.float32))

@@ -1,0 +1,51 @@
+"""Where a picture is taken from; shared by every renderer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A pinhole camera with square pixels, at one moment.
+
+    `position` is float64 [3] in metres in the world. The columns of `rotation` [3, 3] are the picture's
+    right, its up, and the direction *against* the line of sight, in the world (MuJoCo's convention).
+    `fovy` is the vertical field of view in degrees. `fixed` says that the camera never moves in an episode.
+    """
+
+    position: NDArray[np.float64]
+    rotation: NDArray[np.float64]
+    fovy: float
+    fixed: bool
+
+    def rays(self, size: int) -> NDArray[np.float64]:
+        """Return the unit directions [size, size, 3], in the world, of the rays through the pixels' centres."""
+        across = (np.arange(size) + 0.5) / size * 2 - 1
+        half = np.tan(np.deg2rad(self.fovy) / 2)
+        x, y = np.meshgrid(across * half, -across * half)
+        rays = np.stack([x, y, -np.ones_like(x)], axis=-1)
+        rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+        return rays @ self.rotation.T
+
+
+def look_at(position: ArrayLike, target: ArrayLike) -> NDArray[np.float64]:
+    """Return the rotation [3, 3] of a camera at `position` (m) that looks at `target` (m), the world's z up."""
+    back = np.asarray(position, float) - np.asarray(target, float)
+    back /= np.linalg.norm(back)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(back, right), back], axis=1)
+
+
+def from_quaternion(quaternion: ArrayLike) -> NDArray[np.float64]:
+    """Return the rotation [3, 3] of a unit quaternion (w, x, y, z)."""
+    w, x, y, z = np.asarray(quaternion, float) / np.linalg.norm(quaternion)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
