@@ -1,0 +1,65 @@
+"""Attention bricks: rotary positions, grouped-query attention, and the masks of the two passes.
+
+Queries of one key/value head are folded into the query axis, so that grouped keys and values are never repeated
+in memory. Masks are boolean, True where a query may look, and broadcast over what they do not name.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROPE_BASE = 10_000.0  # Gemma: rotary base frequency
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, each float32 [b or 1, l, 1, d/2]."""
+
+
+def rope_tables(positions: Tensor, head_dim: int) -> Rope:
+    """Return the cosines and sines of `positions` (int64 [b, l]) for heads of `head_dim` dimensions, in float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * ROPE_BASE**-exponents  # [b, l, d/2]
+    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Apply rotary positions to `x` [b, l, h, d], the halves of d forming the pairs; computed in float32."""
+    cos, sin = rope
+    one, two = x.float().chunk(2, -1)
+    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend from `q` [b, s, h, d] to `k`, `v` [b, l, g, d], where g divides h; return [b, s, h*d].
+
+    `mask` is bool [b or 1, 1, 1, l] (keys alone), or [b or 1, 1, s*h/g, l]: see `per_query`.
+    """
+    b, s, h, d = q.shape
+    g = k.shape[2]
+    if g == 1 or h == g:
+        folded = q.reshape(b, s * h // g, g, d).transpose(1, 2)  # [b, g, s*h/g, d], a view
+    else:
+        folded = q.unflatten(2, (g, h // g)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask)
+    if g == 1 or h == g:
+        return out.transpose(1, 2).reshape(b, s, h * d)
+    return out.unflatten(2, (s, h // g)).transpose(1, 2).reshape(b, s, h * d)
+
+
+def per_query(mask: Tensor, heads_per_group: int) -> Tensor:
+    """Turn a mask [b or 1, s, l] into the form that `attend` takes, one row for each folded query."""
+    return mask.repeat_interleave(heads_per_group, dim=1)[:, None]
+
+
+def key_mask(valid: Tensor) -> Tensor:
+    """Turn bool [b, l], True for real tokens, into a mask over keys [b, 1, 1, l]."""
+    return valid[:, None, None]
+
+
+def draw_blocks(head: int, draws: int, length: int, device: torch.device) -> Tensor:
+    """Return the mask [s, s] inside a suffix of `head` shared tokens and then `draws` blocks of `length` tokens.
+
+    The shared tokens see themselves; every block sees the shared tokens and itself, and no other block.
+    """
+    block = torch.arange(draws, device=device).repeat_interleave(length) + 1
+    block = torch.cat([torch.zeros(head, dtype=block.dtype, device=device), block])
+    return (block[None] == 0) | (block[None] == block[:, None])

@@ -1,0 +1,80 @@
+"""The SigLIP image tower: patches to tokens, without pooling. Parameter names are those of transformers' SigLIP."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlafit.nn.attention import attend
+
+EPS = 1e-6  # SigLIP: LayerNorm epsilon
+
+
+class SiglipAttention(nn.Module):
+    """Multi-head attention among the patches of one image."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update of `x` [b, l, w]."""
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v))
+
+
+class SiglipMLP(nn.Module):
+    """Feed-forward layer."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update of `x` [b, l, w]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipLayer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=EPS)
+        self.self_attn = SiglipAttention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = SiglipMLP(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [b, l, w]."""
+        x = x + self.self_attn(_layer_norm(self.layer_norm1, x))
+        return x + self.mlp(_layer_norm(self.layer_norm2, x))
+
+
+class SiglipTower(nn.Module):
+    """Images [b, 3, h, h] in [-1, 1] to patch features [b, (h / patch)^2, w]."""
+
+    def __init__(self, width: int, depth: int, mlp: int, heads: int, patch: int, image_size: int) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding((image_size // patch) ** 2, width)
+        self.layers = nn.ModuleList(SiglipLayer(width, mlp, heads) for _ in range(depth))
+        self.post_layernorm = nn.LayerNorm(width, eps=EPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode each image by itself; patches and positions are embedded in float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        x = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, l, w]
+        x = x.to(self.layers[0].mlp.fc1.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return _layer_norm(self.post_layernorm, x)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)

@@ -1,0 +1,357 @@
+"""pi0 and pi0.5: a SigLIP tower and a Gemma prefix, and a flow-matching action expert that attends to it.
+
+The prefix (images, prompt) never sees the suffix (state, noisy actions), so the papers' joint attention is two
+passes: the prefix yields each layer's keys and values, and the suffix's layers attend to them. K draws of noise
+and time are K blocks of one suffix, which do not see each other and share prefix and state.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlafit.errors import CodecError, ConfigError
+from vlafit.nn.attention import draw_blocks, key_mask, per_query
+from vlafit.nn.batch import Batch, unit_images
+from vlafit.nn.flow import time_embedding
+from vlafit.nn.gemma import Decoder, KeysValues, in_float32
+from vlafit.nn.policy import Kind, ParameterInfo, Part, Policy
+from vlafit.nn.siglip import SiglipTower
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP image tower."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    patch: int
+    """Pixels along a patch's side."""
+    image_size: int
+    """Pixels along an image's side; a multiple of `patch`."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The Gemma prefix decoder. Depth, heads and head_dim are the expert's, too."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The action expert, as deep as the language model and with the same heads."""
+
+    width: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """Every size of a pi0 or pi0.5 policy."""
+
+    pi05: bool
+    """False: pi0 (time joins the action tokens). True: pi0.5 (time drives adaptive norms of the expert)."""
+    state_input: Literal["continuous", "prompt", "none"]
+    """How the state enters: as a token of the suffix (pi0 alone), as text in the prompt, or not at all."""
+    vision: VisionConfig
+    language: LanguageConfig
+    expert: ExpertConfig
+    state_dim: int
+    """Padded width of the state."""
+    action_dim: int
+    """Padded width of an action."""
+    chunk: int
+    """Actions predicted at once."""
+    max_tokens: int
+    """Longest prompt, in tokens."""
+
+    def __post_init__(self) -> None:
+        v, lang = self.vision, self.language
+        for where, values in (("", self), ("vision.", v), ("language.", lang), ("expert.", self.expert)):
+            for key, value in vars(values).items():
+                if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                    raise ConfigError(f"policy config: {where}{key} is {value}; it must be at least 1")
+        checks = (
+            (v.image_size % v.patch == 0, f"vision.image_size {v.image_size} is no multiple of vision.patch {v.patch}"),
+            (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
+            (
+                lang.heads % lang.kv_heads == 0,
+                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
+            ),
+            (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotary positions need pairs"),
+            (self.expert.width % 2 == 0, f"expert.width {self.expert.width} is odd; the time embedding needs pairs"),
+            (
+                (self.state_input == "continuous") != self.pi05,
+                f"state_input {self.state_input!r} does not go with pi05 = {str(self.pi05).lower()}: pi0 has a state"
+                " token ('continuous'), pi0.5 has none ('prompt' or 'none')",
+            ),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ConfigError(f"policy config: {message}")
+
+
+def _size(
+    pi05: bool, vision: VisionConfig, language: LanguageConfig, expert: ExpertConfig, dims: tuple[int, int, int, int]
+) -> Pi0Config:
+    state, action, chunk, tokens = dims
+    return Pi0Config(pi05, "prompt" if pi05 else "continuous", vision, language, expert, state, action, chunk, tokens)
+
+
+_PUBLIC = (
+    VisionConfig(width=1152, depth=27, mlp=4304, heads=16, patch=14, image_size=224),  # SigLIP So400m/14
+    LanguageConfig(width=2048, depth=18, mlp=16384, heads=8, kv_heads=1, head_dim=256, vocab=257152),  # gemma_2b
+    ExpertConfig(width=1024, mlp=4096),  # gemma_300m
+)
+_SMALL = (
+    VisionConfig(width=128, depth=4, mlp=384, heads=4, patch=16, image_size=64),
+    LanguageConfig(width=128, depth=4, mlp=384, heads=4, kv_heads=1, head_dim=32, vocab=512),
+    ExpertConfig(width=128, mlp=384),
+)
+_TINY = (
+    VisionConfig(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=8),
+    LanguageConfig(width=24, depth=3, mlp=32, heads=4, kv_heads=1, head_dim=8, vocab=300),
+    ExpertConfig(width=16, mlp=20),
+)
+SIZES: dict[str, Pi0Config] = {
+    "pi0": _size(False, *_PUBLIC, (32, 32, 50, 48)),
+    "pi05": _size(True, *_PUBLIC, (32, 32, 50, 200)),
+    "pi0-small": _size(False, *_SMALL, (8, 8, 8, 32)),
+    "pi05-small": _size(True, *_SMALL, (8, 8, 8, 64)),
+    "pi0-tiny": _size(False, *_TINY, (6, 5, 4, 12)),
+    "pi05-tiny": _size(True, *_TINY, (6, 5, 4, 12)),
+}
+"""The public sizes, the small ones that ship, and tiny ones for tests."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the suffix needs of images and prompt: `layers` of keys and values, and which tokens are real.
+
+    `valid` is bool [b, l], or None when all are; `count` int64 [b, 1] is the number of real tokens.
+    """
+
+    layers: list[KeysValues]
+    valid: Tensor | None
+    count: Tensor
+
+
+class Pi0(Policy):
+    """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
+
+    config: Pi0Config
+
+    def __init__(self, config: Pi0Config) -> None:
+        super().__init__()
+        self.config = config
+        v, lang, expert = config.vision, config.language, config.expert
+        heads = (lang.heads, lang.kv_heads, lang.head_dim)
+        self.vision = SiglipTower(v.width, v.depth, v.mlp, v.heads, v.patch, v.image_size)
+        self.projector = nn.Linear(v.width, lang.width)
+        self.language = Decoder(lang.width, lang.depth, lang.mlp, *heads, vocab=lang.vocab)
+        cond_width = expert.width if config.pi05 else None
+        self.expert = Decoder(expert.width, lang.depth, expert.mlp, *heads, cond_width=cond_width)
+        self.action_in_proj = nn.Linear(config.action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, config.action_dim)
+        if config.pi05:
+            self.time_mlp_in = nn.Linear(expert.width, expert.width)
+            self.time_mlp_out = nn.Linear(expert.width, expert.width)
+        else:
+            self.state_proj = nn.Linear(config.state_dim, expert.width)
+            self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
+            self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
+
+    def parts(self) -> list[ParameterInfo]:
+        """Describe every parameter exactly once."""
+        return [_info(name, self.config) for name, _ in self.named_parameters()]
+
+    def check(self, batch: Batch) -> None:
+        """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
+        c, b = self.config, batch.images.shape[0]
+        pixels = (3, c.vision.image_size, c.vision.image_size)
+        n, length = batch.image_mask.shape[-1], batch.tokens.shape[-1]
+        wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("images", batch.images, (b, n, *pixels)),
+            ("image_mask", batch.image_mask, (b, n)),
+            ("tokens", batch.tokens, (b, length)),
+            ("token_mask", batch.token_mask, (b, length)),
+            ("state", batch.state, (b, c.state_dim)),
+            ("actions", batch.actions, (b, c.chunk, c.action_dim)),
+            ("action_mask", batch.action_mask, (b, c.chunk, c.action_dim)),
+        ]
+        for name, value, shape in wanted:
+            if value is not None and tuple(value.shape) != shape:
+                raise CodecError(f"batch.{name} has shape {tuple(value.shape)}; this policy takes {shape}")
+        if batch.images.device.type == "cpu" and length:
+            low, high = int(batch.tokens.min()), int(batch.tokens.max())
+            if low < 0 or high >= c.language.vocab:
+                raise CodecError(
+                    f"batch.tokens reach from {low} to {high}; this policy knows tokens 0 to {c.language.vocab - 1}:"
+                    " use the tokenizer that belongs to it"
+                )
+
+    def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
+        """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
+        parts = (self.vision, self.projector, self.language)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters())
+        with torch.set_grad_enabled(trains):
+            n = batch.images.shape[1]
+            images = self.projector(self.vision(unit_images(batch.images.flatten(0, 1))))  # [b*n, patches, d]
+            patches = images.shape[1]
+            images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*patches, d]
+            words = self.language.embed_tokens(batch.tokens) * math.sqrt(self.config.language.width)
+            x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
+            mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), batch.token_mask), 1)
+            # Skipping an all-true mask is faster, but changes the last bits; and on a GPU it would wait for it.
+            valid = None if not fixed and _all_true_on_cpu(mask) else mask
+            count = mask.sum(1, keepdim=True)
+            if valid is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            else:
+                positions = valid.cumsum(1) - 1
+            _, layers = self.language(x, positions, None if valid is None else key_mask(valid), output=False)
+        return Prefix(layers, valid, count)
+
+    def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
+        b, k, t, _ = noisy.shape
+        width = self.config.expert.width
+        tokens = in_float32(self.action_in_proj, noisy)  # [b, k, t, d]
+        embedded = time_embedding(time, width).to(tokens.dtype)  # [b, k, d]
+        cond = None
+        if self.config.pi05:
+            cond = F.silu(in_float32(self.time_mlp_out, F.silu(in_float32(self.time_mlp_in, embedded))))
+            x = tokens.flatten(1, 2)
+        else:
+            tokens = torch.cat((tokens, embedded[:, :, None].expand(-1, -1, t, -1)), -1)
+            tokens = in_float32(self.action_time_mlp_out, F.silu(in_float32(self.action_time_mlp_in, tokens)))
+            x = torch.cat((in_float32(self.state_proj, state)[:, None], tokens.flatten(1, 2)), 1)
+        shared = x.shape[1] - k * t  # 1 with a state token, which no draw changes: it does not see actions
+        # Positions: the state's is 0, and each draw counts on from there, after the real tokens of the prefix.
+        own = torch.arange(t, device=x.device).repeat(k) + shared
+        own = torch.cat((torch.arange(shared, device=x.device), own))
+        positions = own + (prefix.count[:1] if prefix.valid is None else prefix.count)  # [b or 1, s]
+        mask = self._suffix_mask(prefix, shared, k, t)
+        x = x.to(cast(Tensor, self.expert.layers[0].mlp.down_proj.weight).dtype)
+        y, _ = self.expert(x, positions, mask, prefix.layers, cond)
+        y = y[:, shared:].unflatten(1, (k, t))
+        return in_float32(self.action_out_proj, y).float()
+
+    def _suffix_mask(self, prefix: Prefix, shared: int, draws: int, length: int) -> Tensor | None:
+        """Return who sees whom in the suffix pass, or None when all see all."""
+        s = shared + draws * length
+        keys = None if prefix.valid is None else F.pad(prefix.valid, (0, s), value=True)  # [b, l + s]
+        if shared == 0 and draws == 1:
+            return None if keys is None else key_mask(keys)
+        blocks = draw_blocks(shared, draws, length, prefix.count.device)
+        mask = F.pad(blocks, (prefix.layers[0][0].shape[1], 0), value=True)[None]  # [1, s, l + s]
+        if keys is not None:
+            mask = mask & keys[:, None]
+        return per_query(mask, self.config.language.heads // self.config.language.kv_heads)
+
+
+Config = Pi0Config
+
+
+def build(config: Pi0Config, device: str | torch.device = "meta", generator: torch.Generator | None = None) -> Pi0:
+    """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
+
+    Without a generator, fresh weights are those of seed 0.
+    """
+    with torch.device("meta"):
+        policy = Pi0(config)
+    if torch.device(device).type != "meta":
+        policy.to_empty(device=device)
+        init_weights(policy, generator or torch.Generator().manual_seed(0))
+    return policy
+
+
+@torch.no_grad()
+def init_weights(policy: Pi0, generator: torch.Generator, names: Sequence[str] | None = None) -> list[str]:
+    """Draw fresh weights, on the CPU and in the order of the parameters; return the names that were drawn.
+
+    `names` limits it to parts (``"expert"``) and name patterns (``"action_*"``); one that matches nothing raises
+    ConfigError. Matrices are normal with variance 1 / fan-in, less on the way back into the residual stream and at
+    the action output; adaptive norms start closed (zero), as in the reference.
+    """
+    chosen = select(policy.parts(), names)
+    parameters = dict(policy.named_parameters())
+    depths = {"vision": policy.config.vision.depth}
+    for info in chosen:
+        parameter, leaf = parameters[info.name], info.name.rsplit(".", 2)
+        is_weight = info.name.endswith(".weight")
+        if info.kind == "norm" or not is_weight:
+            ones = info.part == "vision" and is_weight  # LayerNorm; RMSNorm stores its weight less one
+            parameter.fill_(1.0 if ones else 0.0)
+            continue
+        fan_in = parameter.shape[1:].numel()
+        std = fan_in**-0.5
+        if leaf[-2] in ("o_proj", "down_proj", "out_proj", "fc2"):
+            std *= (2 * depths.get(info.part, policy.config.language.depth)) ** -0.5
+        if leaf[-2] == "action_out_proj":
+            std *= 0.1
+        draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        parameter.copy_(draw)
+    return [info.name for info in chosen]
+
+
+def select(infos: Sequence[ParameterInfo], names: Sequence[str] | None) -> list[ParameterInfo]:
+    """Return the parameters in the parts or under the name patterns `names` (None: all), in order."""
+    if names is None:
+        return list(infos)
+    for name in names:
+        if not any(info.part == name or fnmatchcase(info.name, name) for info in infos):
+            parts = ", ".join(sorted({info.part for info in infos}))
+            raise ConfigError(f"{name!r} is no part of the policy ({parts}) and matches no parameter's name")
+    return [i for i in infos if any(i.part == name or fnmatchcase(i.name, name) for name in names)]
+
+
+def _all_true_on_cpu(mask: Tensor) -> bool:
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _info(name: str, config: Pi0Config) -> ParameterInfo:
+    head = name.split(".")[0]
+    part = cast(Part, head if head in ("vision", "projector", "language", "expert") else "projections")
+    depth = {"vision": config.vision.depth, "language": config.language.depth, "expert": config.language.depth}
+    layers = depth.get(part, 0)
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    layer = int(found[1]) if found else None
+    return ParameterInfo(name, part, _kind(name), layer, layers, _is_dead(name, layer, layers))
+
+
+def _kind(name: str) -> Kind:
+    if "patch_embedding" in name:
+        return "conv"
+    if "embed" in name:
+        return "embedding"
+    if "norm" in name:
+        return "norm"
+    if ".self_attn." in name:
+        return "attention"
+    return "mlp" if ".mlp." in name else "linear"
+
+
+def _is_dead(name: str, layer: int | None, layers: int) -> bool:
+    """Whether `name` is of the prefix's last layer past its keys and values, or its final norm."""
+    if not name.startswith("language."):
+        return False
+    if layer is None:
+        return name.startswith("language.norm.")
+    live = ("input_layernorm.", "self_attn.k_proj.", "self_attn.v_proj.")
+    return layer == layers - 1 and not any(word in name for word in live)
