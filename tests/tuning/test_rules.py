@@ -1,0 +1,193 @@
+"""The rules of a tuning strategy: what a rule takes, in which order, and what is refused."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from tests.tuning.toy import ToyPolicy
+from vlafit.errors import ConfigError, StrategyError, VlafitError
+from vlafit.nn.policy import Kind, Part
+from vlafit.tuning import load_strategy, parse, preview
+from vlafit.tuning.rules import KINDS, PARTS, resolve
+
+REST = {"mode": "frozen"}
+
+
+def strategy(*rules: dict):
+    return parse(rules, name="mine", where="test")
+
+
+def taken(policy: ToyPolicy, select: dict) -> set[str]:
+    """Names that one rule takes."""
+    infos = policy.parts()
+    return {
+        i.name
+        for i, r in zip(
+            infos, resolve(infos, strategy({"select": select, "mode": "full"}, REST)), strict=True
+        )
+        if r == 0
+    }
+
+
+def test_the_first_rule_that_matches_decides(policy: ToyPolicy):
+    rules = strategy(
+        {"select": {"kind": "norm"}, "mode": "frozen"}, {"select": {"part": "expert"}, "mode": "full"}, REST
+    )
+    trained = preview(policy, rules).trainable
+    assert "expert.0.mlp.weight" in trained
+    assert "expert.0.norm.weight" not in trained
+
+
+def test_part_kind_layers_and_pattern_must_all_hold(policy: ToyPolicy):
+    assert taken(policy, {"part": "vision"}) == {"vision.weight", "vision.bias"}
+    assert taken(policy, {"part": ["vision", "projector"], "kind": "linear"}) == {
+        "projector.weight",
+        "projector.bias",
+    }
+    assert taken(policy, {"kind": "embedding"}) == {"embed.weight"}
+    assert taken(policy, {"part": "expert", "kind": "mlp", "layers": "1", "pattern": "*.weight"}) == {
+        "expert.1.mlp.weight"
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("first 1", {0}),
+        ("last 2", {2, 3}),
+        ("0", {0}),
+        ("1-2", {1, 2}),
+        ("last 99", {0, 1, 2, 3}),
+        ("2-99", {2, 3}),
+    ],
+)
+def test_a_layer_range_counts_from_zero_and_from_either_end(
+    policy: ToyPolicy, layers: str, expected: set[int]
+):
+    names = taken(policy, {"part": "expert", "layers": layers})
+    assert {int(n.split(".")[1]) for n in names} == expected
+
+
+def test_a_layer_range_counts_in_each_part_for_itself_and_takes_nothing_that_is_in_no_layer(
+    policy: ToyPolicy,
+):
+    names = taken(policy, {"layers": "last 1"})
+    assert {n.split(".")[0] + n.split(".")[1] for n in names} == {"language2", "expert3"}
+
+
+def test_a_pattern_stands_for_whole_names(policy: ToyPolicy):
+    assert taken(policy, {"pattern": "actions.*"}) == {"actions.weight", "actions.bias"}
+    with pytest.raises(StrategyError, match="matches nothing"):
+        taken(policy, {"pattern": "actions"})
+
+
+def test_an_uncovered_parameter_is_an_error_that_names_it(policy: ToyPolicy):
+    with pytest.raises(StrategyError) as error:
+        preview(policy, strategy({"select": {"part": ["expert", "language"]}, "mode": "full"}))
+    assert "says nothing about 6 of" in str(error.value)
+    assert "vision, conv: 2 tensors, such as vision.weight" in str(error.value)
+    assert 'mode = "frozen"' in str(error.value)
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_says_what_there_is(policy: ToyPolicy):
+    with pytest.raises(
+        StrategyError, match=r"rule 1 \(vision, attention; full\) matches nothing(.|\n)*Kinds there: conv"
+    ):
+        preview(
+            policy,
+            strategy({"select": {"part": "vision", "kind": "attention"}, "mode": "full"}, {"mode": "full"}),
+        )
+    with pytest.raises(StrategyError, match="Layers there: expert 4"):
+        preview(
+            policy,
+            strategy({"select": {"part": "expert", "layers": "7-9"}, "mode": "full"}, {"mode": "full"}),
+        )
+    with pytest.raises(StrategyError, match=r"Did you mean 'actions\.weight'"):
+        preview(policy, strategy({"select": {"pattern": "action.weight"}, "mode": "full"}, {"mode": "full"}))
+
+
+def test_a_wholly_shadowed_rule_is_an_error_that_names_what_shadows_it(policy: ToyPolicy):
+    rules = (
+        {"select": {"part": "expert"}, "mode": "full"},
+        {"select": {"part": "expert", "kind": "mlp"}, "mode": "frozen"},
+        REST,
+    )
+    with pytest.raises(StrategyError, match=r"rule 2 .* is never reached: rule 1 \(expert\)"):
+        preview(policy, strategy(*rules))
+
+
+def test_optional_permits_a_rule_that_matches_nothing_and_one_that_is_shadowed(policy: ToyPolicy):
+    rules = (
+        {"select": {"part": "vision", "kind": "attention"}, "mode": "full", "optional": True},
+        {"select": {"part": "expert"}, "mode": "full"},
+        {"select": {"part": "expert", "kind": "mlp"}, "mode": "frozen", "optional": True},
+        REST,
+    )
+    assert [row.tensors for row in preview(policy, strategy(*rules)).table][::2] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"mode": "ful"}, "rule 1: unknown mode 'ful'; did you mean 'full'"),
+        ({}, "`mode` is missing; it can be one of: full, frozen"),
+        ({"mode": "full", "moed": 1}, "unknown key 'moed'; did you mean 'mode'"),
+        ({"mode": "full", "select": {"prat": "vision"}}, "unknown key 'prat'; did you mean 'part'"),
+        ({"mode": "full", "select": {"part": "visoin"}}, "there is no part 'visoin'; did you mean 'vision'"),
+        ({"mode": "full", "select": {"kind": "mpl"}}, "there is no kind 'mpl'; did you mean 'mlp'"),
+        ({"mode": "full", "select": {"part": 3}}, "`part` is a text or a list of texts, not 3"),
+        ({"mode": "full", "select": "vision"}, "`select` is a table"),
+        ({"mode": "full", "select": {"layers": "last"}}, "`layers` = 'last' is no range"),
+        ({"mode": "full", "select": {"layers": "7-4"}}, "`layers` = '7-4' is no range"),
+        ({"mode": "full", "select": {"layers": 4}}, "`layers` = 4 is no range"),
+        ({"mode": "full", "lr": "0.1"}, "`lr` is a number from 0 on, not '0.1'"),
+        ({"mode": "full", "lr": 0}, 'to train nothing, mode = "frozen"'),
+        ({"mode": "full", "lr": float("nan")}, "`lr` is a number from 0 on, not nan"),
+        ({"mode": "full", "lr": True}, "`lr` is a number from 0 on, not True"),
+        ({"mode": "full", "weight_decay": -1}, "`weight_decay` is a number from 0 on, not -1"),
+        ({"mode": "frozen", "lr": 0.1}, "`lr` means nothing for frozen parameters"),
+        ({"mode": "full", "optional": "yes"}, "`optional` is true or false"),
+        ("full", "a rule is a table, not 'full'"),
+    ],
+)
+def test_a_bad_rule_is_refused_with_what_it_can_be(rule: dict, message: str):
+    with pytest.raises(StrategyError) as error:
+        strategy(rule)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the strategy has no rule"),
+        ("rules = []", "unknown key 'rules'; did you mean 'rule'"),
+        ('[rule]\nmode = "full"', "write each rule as [[rule]]"),
+        ('purpose = 3\n[[rule]]\nmode = "full"', "`purpose` is one sentence"),
+        ("[[rule]\n", "TOML"),
+    ],
+)
+def test_a_bad_strategy_file_is_refused_by_name(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(VlafitError) as error:
+        load_strategy(str(path))
+    assert message in str(error.value)
+    assert "mine.toml" in str(error.value)
+
+
+def test_a_strategy_file_that_is_not_there_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'expert'"):
+        load_strategy("expret")
+
+
+def test_a_strategy_is_named_after_its_file(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('purpose = "Everything."\n[[rule]]\nmode = "full"\n')
+    loaded = load_strategy(str(path))
+    assert (loaded.name, loaded.purpose, len(loaded.rules)) == ("mine", "Everything.", 1)
+
+
+def test_rules_know_every_part_and_kind_that_a_policy_can_name():
+    assert get_args(Part) == PARTS
+    assert get_args(Kind) == KINDS

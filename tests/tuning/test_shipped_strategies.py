@@ -1,0 +1,64 @@
+"""Every strategy that ships covers every size of every policy family: the meta device has all it takes."""
+
+import functools
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import vlafit
+from vlafit import policies, shipped
+from vlafit.nn.policy import Policy
+from vlafit.tuning import load_strategy, preview
+
+FAMILIES = [m.name for m in pkgutil.iter_modules(policies.__path__) if not m.name.startswith("_")]
+SIZES = [(f, size) for f in FAMILIES for size in importlib.import_module(f"vlafit.policies.{f}").SIZES]
+
+
+@functools.cache
+def on_meta(family: str, size: str) -> Policy:
+    module = importlib.import_module(f"vlafit.policies.{family}")
+    with torch.device("meta"):
+        return module.build(module.SIZES[size])
+
+
+@pytest.mark.parametrize(("family", "size"), SIZES)
+@pytest.mark.parametrize("name", shipped.names("strategy"))
+def test_every_shipped_strategy_covers_every_family_and_size(name: str, family: str, size: str):
+    policy = on_meta(family, size)
+    plan = preview(policy, load_strategy(name))
+    assert [e.name for e in plan.entries] == [i.name for i in policy.parts()]
+    assert 0 < plan.trainable_parameters <= plan.parameters
+
+
+@pytest.mark.parametrize("name", shipped.names("strategy"))
+def test_every_shipped_strategy_says_in_a_header_what_it_is_for_and_when_to_use_it(name: str):
+    text = shipped.find("strategy", name).read_text()
+    header = text.split("\n\npurpose")[0]
+    assert header.startswith("# ")
+    assert "# When: " in header
+    assert load_strategy(name).purpose.endswith(".")
+
+
+def trained(name: str) -> set[str]:
+    plan = preview(on_meta("pi0", "pi0-tiny"), load_strategy(name))
+    return {f"{e.part} {e.kind}" for e in plan.entries if e.trainable}
+
+
+def test_the_shipped_strategies_train_what_their_names_say():
+    everything = trained("full")
+    assert {t.split()[0] for t in trained("expert")} == {"expert", "projections"}
+    assert {t.split()[0] for t in trained("projections")} == {"projections"}
+    assert trained("frozen-vision") == {t for t in everything if not t.startswith("vision ")}
+    assert {t for t in trained("mlp") if not t.startswith("projections")} == {"language mlp", "expert mlp"}
+    assert {t for t in trained("attention") if not t.startswith("projections")} == {
+        "language attention",
+        "expert attention",
+    }
+
+
+def test_a_strategy_is_applied_by_name_from_the_top_of_the_package():
+    policy = on_meta("pi0", "pi0-tiny")
+    plan = vlafit.apply_strategy(policy, "expert")
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
