@@ -6,6 +6,8 @@ cast once, at twice the resolution, and kept until it moves; what moves is cast 
 twice the resolution. The same scene gives the same bytes in every process.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mujoco
@@ -19,20 +21,28 @@ FAR = 1e10  # metres
 
 
 @dataclass(eq=False)
-class _Layer:
-    """What rays hit: distance [n, n] in metres (FAR: nothing), geom [n, n] (-1: nothing), colour [n, n, 3]."""
+class _Still:
+    """The unmoving part of a picture, four samples a pixel, and the poses it was made from.
 
+    `distance` is [n, n, 4] in metres (FAR: nothing there), `colour` [n, n, 4, 3], `mean` [n, n, 3].
+    """
+
+    poses: NDArray[np.float64]
     distance: NDArray[np.float64]
-    geom: NDArray[np.int32]
     colour: NDArray[np.float64]
+    mean: NDArray[np.float64]
 
 
 @dataclass(eq=False)
-class _Still:
-    """The unmoving part of a picture at twice its resolution, and the poses it was made from."""
+class _Rays:
+    """Directions of a view: through the pixels' centres [n, n, 3], and four samples a pixel [n, n, 4, 3]."""
 
-    poses: NDArray[np.float64]
-    layer: _Layer
+    centre: NDArray[np.float64]
+    samples: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, view: View, size: int) -> "_Rays":
+        return cls(view.rays(size), _by_pixel(view.rays(2 * size)))
 
 
 class Raycaster:
@@ -42,81 +52,214 @@ class Raycaster:
         self.model = model
         self.size = size
         self._colours = geom_colours(model)
-        alpha = np.where(model.geom_matid >= 0, model.mat_rgba[model.geom_matid, 3], model.geom_rgba[:, 3])
+        self._looks = np.unique(self._colours, axis=0, return_inverse=True)[1].ravel()  # equal: one colour
+        self._looks[-1] = -1
+        alpha = model.geom_rgba[:, 3].copy()
+        painted = model.geom_matid >= 0
+        alpha[painted] = model.mat_rgba[model.geom_matid[painted], 3]
         shown = (alpha > 0) & (GROUPS[np.clip(model.geom_group, 0, 5)] == 1)
         moves = model.body_weldid[model.geom_bodyid] != 0
         self._still_geoms = np.flatnonzero(shown & ~moves)
         self._moving_geoms = np.flatnonzero(shown & moves)
         self._background = _background(model)
-        self._sites = np.flatnonzero((model.site_rgba[:, 3] > 0) & (model.site_group < 3)) if sites else np.array([], int)
+        visible = (model.site_rgba[:, 3] > 0) & (model.site_group < 3)
+        self._sites = [int(site) for site in np.flatnonzero(visible)] if sites else []
         self._stills: dict[str, _Still] = {}
-        self._rays: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._rays: dict[str, _Rays] = {}
 
     def render(self, data: mujoco.MjData, name: str, view: View) -> NDArray[np.uint8]:
-        """Return the picture uint8 [size, size, 3] of `data` from `view`, whose pictures are remembered as `name`."""
-        rays, fine = self._directions(name, view)
+        """Return the picture uint8 [size, size, 3] of `data` from `view`.
+
+        A fixed view keeps what does not move under `name`, so one name must always mean the same view.
+        """
         n = self.size
         if view.fixed:
-            still = self._still(data, name, view, fine)
-            distance, colour = still.distance.copy(), still.colour.copy()
+            if name not in self._rays:
+                self._rays[name] = _Rays.of(view, n)
+            rays = self._rays[name]
+            still = self._still(data, name, view)
         else:
-            distance = np.full((2 * n, 2 * n), FAR)
-            colour = np.broadcast_to(self._background, (2 * n, 2 * n, 3)).copy()
-        moving = self._cast(data, view, rays, still=not view.fixed)
-        self._lay_over(data, view, fine, moving, distance, colour)
-        for site in self._sites:
-            self._draw_site(data, view, fine, int(site), distance, colour)
-        picture = colour.reshape(n, 2, n, 2, 3).mean(axis=(1, 3))
+            rays = _Rays.of(view, n)
+            still = self._nothing()
+        distance, geom = self._hit(data, view, rays.centre.reshape(-1, 3), still=not view.fixed)
+        distance, geom = distance.reshape(n, n), geom.reshape(n, n)
+        edge = self._edges(geom)
+        windows = {site: window for site in self._sites if (window := self._window(data, view, site)) is not None}
+        touched = edge | (geom >= 0)
+        for window in windows.values():
+            touched[window] = True
+        pixels = np.nonzero(touched)  # only these differ from the still picture: k of them
+        order = np.full((n, n), -1)
+        order[pixels] = np.arange(len(pixels[0]))
+        far, colour = still.distance[pixels], still.colour[pixels]  # [k, 4], [k, 4, 3]
+        self._lay_over(data, view, rays, distance, geom, edge, pixels, far, colour)
+        for site, window in windows.items():
+            rows = order[window].ravel()
+            far[rows], colour[rows] = self._draw_site(
+                data, view, site, rays.samples[window].reshape(-1, 4, 3), far[rows], colour[rows]
+            )
+        picture = still.mean.copy()
+        picture[pixels] = colour.mean(axis=1)
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
-    def _directions(self, name: str, view: View) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the pixels' rays and those at twice the resolution."""
-        if view.fixed and name in self._rays:
-            return self._rays[name]
-        rays = view.rays(self.size), view.rays(2 * self.size)
-        self._rays[name] = rays
-        return rays
+    def _nothing(self) -> _Still:
+        n = self.size
+        colour = np.broadcast_to(self._background, (n, n, 4, 3))
+        return _Still(np.zeros(0), np.full((n, n, 4), FAR), colour, colour[:, :, 0])
 
-    def _still(self, data: mujoco.MjData, name: str, view: View, fine: NDArray[np.float64]) -> _Layer:
+    def _still(self, data: mujoco.MjData, name: str, view: View) -> _Still:
         """Return what does not move, cast anew only when something of it was moved (as at a reset)."""
-        geoms = self._still_geoms
+        geoms, n = self._still_geoms, self.size
         poses = np.concatenate([data.geom_xpos[geoms].ravel(), data.geom_xmat[geoms].ravel()])
         kept = self._stills.get(name)
         if kept is not None and np.array_equal(kept.poses, poses):
-            return kept.layer
-        groups = self.model.geom_group.copy()
+            return kept
+        rays = view.rays(2 * n)
+        with self._hidden(self._moving_geoms):
+            distance, geom = self._hit(data, view, rays.reshape(-1, 3), still=True)
+        geom = geom.reshape(2 * n, 2 * n)
+        colour = self._shade(rays, distance.reshape(2 * n, 2 * n), geom, view)
+        samples = _by_pixel(colour)
+        still = _Still(poses, _by_pixel(distance.reshape(2 * n, 2 * n)), samples, samples.mean(axis=2))
+        self._stills[name] = still
+        return still
+
+    @contextmanager
+    def _hidden(self, geoms: NDArray[np.intp]) -> Iterator[None]:
+        """Hide some geoms from rays for a while; nothing else reads a geom's group."""
+        groups = self.model.geom_group[geoms].copy()
+        self.model.geom_group[geoms] = 5
         try:
-            self.model.geom_group[self._moving_geoms] = 5  # hidden while the rest is cast; rays alone read groups
-            layer = self._cast(data, view, fine, still=True)
+            yield
         finally:
-            self.model.geom_group[:] = groups
-        self._stills[name] = _Still(poses, layer)
-        return layer
+            self.model.geom_group[geoms] = groups
 
     def _hit(
-        self, data: mujoco.MjData, view: View, rays: NDArray[np.float64], still: bool
+        self, data: mujoco.MjData, view: View, rays: NDArray[np.float64], *, still: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Return the distance and the geom that each of rays [k, 3] meets."""
+        """Return the distance and the geom that each of rays [k, 3] meets; FAR and -1 where it meets none."""
         count = len(rays)
         geom = np.full(count, -1, np.int32)
-        distance = np.zeros(count)
+        distance = np.full(count, -1.0)
         if count:
-            vectors = np.ascontiguousarray(rays).reshape(-1)
-            mujoco.mj_multiRay(
-                self.model, data, view.position, vectors, GROUPS, int(still), -1, geom, distance, count, FAR
-            )
+            flat = np.ascontiguousarray(rays).reshape(-1)
+            with self._hidden(self._out_of_sight(data, view)):
+                mujoco.mj_multiRay(
+                    self.model, data, view.position, flat, GROUPS, int(still), -1, geom, distance, count, FAR
+                )
         geom[distance < 0] = -1
         return np.where(geom >= 0, distance, FAR), geom
 
-    def _cast(self, data: mujoco.MjData, view: View, rays: NDArray[np.float64], *, still: bool) -> _Layer:
-        """Cast a square of rays [n, n, 3] and shade what they meet."""
-        n = len(rays)
-        distance, geom = self._hit(data, view, rays.reshape(-1, 3), still)
-        distance, geom = distance.reshape(n, n), geom.reshape(n, n)
-        points = rays * np.where(geom >= 0, distance, 0.0)[..., None]
-        colour = self._colours[geom] * self._light(_normals(points, geom, rays), view)
-        colour[geom < 0] = self._background
-        return _Layer(distance, geom, colour)
+    def _out_of_sight(self, data: mujoco.MjData, view: View) -> NDArray[np.intp]:
+        """Return the moving geoms whose bounding spheres lie wholly outside the picture."""
+        geoms = self._moving_geoms
+        seen = (data.geom_xpos[geoms] - view.position) @ view.rotation  # right, up, towards the viewer
+        half = np.deg2rad(view.fovy) / 2
+        beside = np.maximum(np.abs(seen[:, 0]), np.abs(seen[:, 1])) * np.cos(half) + seen[:, 2] * np.sin(half)
+        return geoms[np.maximum(beside, seen[:, 2]) > self.model.geom_rbound[geoms]]
+
+    def _edges(self, geom: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return the pixels [n, n] with a neighbour that shows another colour of material."""
+        look = self._looks[geom]
+        edge = np.zeros(geom.shape, bool)
+        for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+            unlike = look[one] != look[other]
+            edge[one] |= unlike
+            edge[other] |= unlike
+        return edge
+
+    def _shade(
+        self, rays: NDArray[np.float64], distance: NDArray[np.float64], geom: NDArray[np.int32], view: View
+    ) -> NDArray[np.float64]:
+        """Return the colours [n, m, 3] of what rays [n, m, 3] meet."""
+        colour = np.empty(rays.shape)
+        colour[:] = self._background
+        hit = geom >= 0
+        if hit.any():
+            points = rays * np.where(hit, distance, 0.0)[..., None]
+            normals = _normals(points, geom, rays)[hit]
+            colour[hit] = self._colours[geom[hit]] * self._light(normals, view)
+        return colour
+
+    def _lay_over(
+        self,
+        data: mujoco.MjData,
+        view: View,
+        rays: _Rays,
+        distance: NDArray[np.float64],
+        geom: NDArray[np.int32],
+        edge: NDArray[np.bool_],
+        pixels: tuple[NDArray[np.intp], ...],
+        far: NDArray[np.float64],
+        colour: NDArray[np.float64],
+    ) -> None:
+        """Lay what moves over the samples `far` [k, 4] and `colour` [k, 4, 3] of the touched pixels, in place.
+
+        A pixel's four samples share the ray through its centre; at an edge two of them, on the diagonal, have
+        rays of their own.
+        """
+        if not len(pixels[0]):
+            return
+        box = np.s_[pixels[0].min() : pixels[0].max() + 1, pixels[1].min() : pixels[1].max() + 1]
+        shades = np.empty(rays.centre.shape)
+        shades[box] = self._shade(rays.centre[box], distance[box], geom[box], view)
+        near = np.repeat(distance[pixels][:, None], 4, axis=1)
+        shade = np.repeat(shades[pixels][:, None], 4, axis=1)
+        at = np.flatnonzero(edge[pixels])
+        rows, columns = pixels[0][at], pixels[1][at]
+        hit, what = self._hit(data, view, rays.samples[rows, columns][:, [0, 3]].reshape(-1, 3), still=not view.fixed)
+        hit, what = hit.reshape(-1, 2), what.reshape(-1, 2)
+        paint = self._colours[what] * 0.75  # where no pixel beside it shows this geom
+        last = self.size - 1
+        for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0), (0, 0)):
+            r, c = np.clip(rows + down, 0, last), np.clip(columns + right, 0, last)
+            paint = np.where((geom[r, c][:, None] == what)[..., None], shades[r, c][:, None], paint)
+        near[at[:, None], [0, 3]] = hit
+        shade[at[:, None], [0, 3]] = paint
+        nearer = near < far
+        far[nearer] = near[nearer]
+        colour[nearer] = shade[nearer]
+
+    def _window(self, data: mujoco.MjData, view: View, site: int) -> tuple[slice, slice] | None:
+        """Return the rows and columns that a site may cover, or None when it is out of the picture."""
+        n, size = self.size, self.model.site_size[site]
+        kind = int(self.model.site_type[site])
+        reach = float(size[0] if kind == mujoco.mjtGeom.mjGEOM_SPHERE else np.linalg.norm(size))
+        seen = (data.site_xpos[site] - view.position) @ view.rotation
+        depth = -seen[2]
+        if depth <= reach:
+            return None
+        scale = n / 2 / np.tan(np.deg2rad(view.fovy) / 2)
+        middle = n / 2 + scale * np.array([-seen[1], seen[0]]) / depth  # row, column
+        radius = scale * reach / (depth - reach) * (1 + np.linalg.norm(seen[:2]) / depth)
+        low = np.clip(np.floor(middle - radius), 0, n).astype(int)
+        high = np.clip(np.ceil(middle + radius), 0, n).astype(int)
+        if (low >= high).any():
+            return None
+        return slice(low[0], high[0]), slice(low[1], high[1])
+
+    def _draw_site(
+        self,
+        data: mujoco.MjData,
+        view: View,
+        site: int,
+        rays: NDArray[np.float64],
+        far: NDArray[np.float64],
+        colour: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the samples [k, 4] and [k, 4, 3] with one site drawn over them."""
+        model = self.model
+        rotation = data.site_xmat[site].reshape(3, 3)
+        origin = (view.position - data.site_xpos[site]) @ rotation
+        hit, normals = _intersect(int(model.site_type[site]), model.site_size[site], origin, rays @ rotation)
+        nearer = hit < far
+        material = int(model.site_matid[site])
+        rgba = (model.site_rgba[site] if material < 0 else model.mat_rgba[material]).astype(float)
+        shade = rgba[:3] * self._light(normals[nearer] @ rotation.T, view)
+        colour[nearer] = rgba[3] * shade + (1 - rgba[3]) * colour[nearer]
+        if rgba[3] >= 1:
+            far[nearer] = hit[nearer]
+        return far, colour
 
     def _light(self, normals: NDArray[np.float64], view: View) -> NDArray[np.float64]:
         """Return the light [..., 3] that surfaces with such normals send back: the model's lamps, Lambert's law."""
@@ -131,81 +274,6 @@ class Raycaster:
             light = light + model.light_ambient[lamp] + model.light_diffuse[lamp] * facing
         return light
 
-    def _lay_over(
-        self,
-        data: mujoco.MjData,
-        view: View,
-        fine: NDArray[np.float64],
-        moving: _Layer,
-        distance: NDArray[np.float64],
-        colour: NDArray[np.float64],
-    ) -> None:
-        """Draw what moves over the fine picture, in place; pixels at its edges are cast again, four rays each."""
-        n = self.size
-        geom = np.pad(moving.geom, 1, mode="edge")
-        around = [geom[1:-1, 1:-1], geom[:-2, 1:-1], geom[2:, 1:-1], geom[1:-1, :-2], geom[1:-1, 2:]]
-        edge = np.zeros((n, n), bool)
-        for other in around[1:]:
-            edge |= other != around[0]
-        rows, columns = np.nonzero(edge)
-        shades = np.pad(moving.colour, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        up_distance = np.repeat(np.repeat(moving.distance, 2, 0), 2, 1)
-        up_colour = np.repeat(np.repeat(moving.colour, 2, 0), 2, 1)
-        if len(rows):
-            sub_rows = (2 * rows[:, None] + [0, 0, 1, 1]).ravel()
-            sub_columns = (2 * columns[:, None] + [0, 1, 0, 1]).ravel()
-            hit, what = self._hit(data, view, fine[sub_rows, sub_columns], not view.fixed)
-            shade = self._colours[what] * 0.75  # where no neighbour shows this geom
-            r, c = np.repeat(rows, 4), np.repeat(columns, 4)
-            for other, (dr, dc) in zip(around[::-1], [(1, 2), (1, 0), (2, 1), (0, 1), (1, 1)], strict=True):
-                same = other[r, c] == what
-                shade[same] = shades[r[same] + dr, c[same] + dc]
-            up_distance[sub_rows, sub_columns] = hit
-            up_colour[sub_rows, sub_columns] = shade
-        nearer = up_distance < distance
-        distance[nearer] = up_distance[nearer]
-        colour[nearer] = up_colour[nearer]
-
-    def _draw_site(
-        self,
-        data: mujoco.MjData,
-        view: View,
-        fine: NDArray[np.float64],
-        site: int,
-        distance: NDArray[np.float64],
-        colour: NDArray[np.float64],
-    ) -> None:
-        """Draw one site over the fine picture, in place."""
-        model, n = self.model, 2 * self.size
-        kind, size = int(model.site_type[site]), model.site_size[site]
-        centre = data.site_xpos[site] - view.position
-        reach = float(size[0] if kind == mujoco.mjtGeom.mjGEOM_SPHERE else np.linalg.norm(size))
-        seen = centre @ view.rotation  # right, up, towards the viewer
-        depth = -seen[2]
-        if depth <= reach:
-            return
-        scale = n / 2 / np.tan(np.deg2rad(view.fovy) / 2)
-        middle = n / 2 + scale * np.array([-seen[1], seen[0]]) / depth  # row, column
-        radius = scale * reach / (depth - reach) * (1 + np.linalg.norm(seen[:2]) / depth) + 1
-        low = np.clip(np.floor(middle - radius), 0, n).astype(int)
-        high = np.clip(np.ceil(middle + radius) + 1, 0, n).astype(int)
-        if (low >= high).any():
-            return
-        window = slice(low[0], high[0]), slice(low[1], high[1])
-        rotation = data.site_xmat[site].reshape(3, 3)
-        hit, normals = _intersect(kind, size, -centre @ rotation, fine[window] @ rotation)
-        nearer = hit < distance[window]
-        if not nearer.any():
-            return
-        rgba = model.site_rgba[site].astype(float)
-        if model.site_matid[site] >= 0:
-            rgba = model.mat_rgba[model.site_matid[site]].astype(float)
-        shade = rgba[:3] * self._light(normals[nearer] @ rotation.T, view)
-        patch = colour[window]
-        patch[nearer] = rgba[3] * shade + (1 - rgba[3]) * patch[nearer]
-        if rgba[3] >= 1:
-            distance[window][nearer] = hit[nearer]
-
 
 def geom_colours(model: mujoco.MjModel) -> NDArray[np.float64]:
     """Return one colour a geom, [geoms + 1, 3] in 0..1; the last row stands for no geom."""
@@ -218,6 +286,11 @@ def geom_colours(model: mujoco.MjModel) -> NDArray[np.float64]:
     painted = model.geom_matid >= 0
     colours[painted] = materials[model.geom_matid[painted]]
     return np.vstack([colours, np.zeros(3)])
+
+
+def _by_pixel(fine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turn [2n, 2n, ...] into [n, n, 4, ...]: the four samples of each pixel, row by row."""
+    return np.ascontiguousarray(np.stack([fine[::2, ::2], fine[::2, 1::2], fine[1::2, ::2], fine[1::2, 1::2]], axis=2))
 
 
 def _mean_texture(model: mujoco.MjModel, texture: int) -> NDArray[np.float64]:
