@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlafit.tuning import apply_strategy as apply_strategy
 
-_HOMES = {  # what the package offers at its top, and where it lives: imported when asked for, since torch is slow
+# What the package offers at its top, and where it lives: imported when asked for, since torch is slow to import.
+_HOMES = {
     "apply_strategy": "vlafit.tuning",
 }
 

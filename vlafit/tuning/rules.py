@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from vlafit import config, shipped
 from vlafit.errors import StrategyError, did_you_mean
@@ -130,11 +130,9 @@ def _rule(values: Mapping[str, object], where: str) -> Rule:
     _only(values, ("select", "mode", "lr", "weight_decay", "optional"), where)
     if "mode" not in values:
         raise StrategyError(f"{where}: `mode` is missing; it can be one of: {', '.join(MODES)}")
-    mode = next((m for m in MODES if m == values["mode"]), None)
-    if mode is None:
-        raise StrategyError(
-            f"{where}: unknown mode {values['mode']!r}{did_you_mean(str(values['mode']), MODES)}"
-        )
+    mode = values["mode"]
+    if mode not in MODES:
+        raise StrategyError(f"{where}: unknown mode {mode!r}{did_you_mean(str(mode), MODES)}")
     select = values.get("select", {})
     if not isinstance(select, Mapping):
         raise StrategyError(f'{where}: `select` is a table such as {{ part = "vision" }}, not {select!r}')
@@ -158,7 +156,7 @@ def _rule(values: Mapping[str, object], where: str) -> Rule:
             layers=_layers(select.get("layers", ""), where),
             pattern=_words(select.get("pattern", ()), "pattern", (), where),
         ),
-        mode=mode,
+        mode=cast(Mode, mode),
         lr=lr,
         weight_decay=None if decay is None else _number(decay, "weight_decay", where),
         optional=optional,
