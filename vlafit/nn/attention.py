@@ -1,7 +1,8 @@
 """Attention bricks: rotary positions, grouped-query attention, and the masks of the two passes.
 
-Queries of one key/value head are folded into the query axis, so that grouped keys and values are never repeated
-in memory. Masks are boolean, True where a query may look, and broadcast over what they do not name.
+Queries of one key/value head are folded into the query axis, so that grouped keys and values are never
+repeated in memory. Masks are boolean, True where a query may look, and broadcast over what they do not
+name.
 """
 
 import torch
@@ -15,7 +16,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> Rope:
-    """Return the cosines and sines of `positions` (int64 [b, l]) for heads of `head_dim` dimensions, in float32."""
+    """Return float32 cosines and sines of `positions` (int64 [b, l]) for heads of `head_dim` dimensions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * ROPE_BASE**-exponents  # [b, l, d/2]
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
@@ -56,7 +57,7 @@ def key_mask(valid: Tensor) -> Tensor:
 
 
 def draw_blocks(head: int, draws: int, length: int, device: torch.device) -> Tensor:
-    """Return the mask [s, s] inside a suffix of `head` shared tokens and then `draws` blocks of `length` tokens.
+    """Return the mask [s, s] inside a suffix: `head` shared tokens, then `draws` blocks of `length`.
 
     The shared tokens see themselves; every block sees the shared tokens and itself, and no other block.
     """

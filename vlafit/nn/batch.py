@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Batch:
     """One batch of b samples.
 
-    `images` [b, n, 3, h, w], uint8, or float in [-1, 1]; `image_mask` bool [b, n], False where a camera is missing;
-    `tokens` int64 [b, l]; `token_mask` bool [b, l], False on padding; `state` float [b, s], normalised and padded;
-    `actions` float [b, t, a], normalised and padded, or None when acting; `action_mask` bool [b, t, a], False
-    where the loss does not look (None: it looks everywhere).
+    `images` [b, n, 3, h, w], uint8, or float in [-1, 1]; `image_mask` bool [b, n], False where a camera is
+    missing; `tokens` int64 [b, l]; `token_mask` bool [b, l], False on padding; `state` float [b, s],
+    normalised and padded; `actions` float [b, t, a], normalised and padded, or None when acting;
+    `action_mask` bool [b, t, a], False where the loss does not look (None: it looks everywhere).
     """
 
     images: Tensor
@@ -61,8 +61,8 @@ class Batch:
     def trim(self, multiple: int = 16) -> Batch:
         """Drop cameras that are missing in every row, and prompt padding beyond a multiple of `multiple`.
 
-        Positions count real tokens only, so the result of a policy does not change. Call it while the batch is
-        on the CPU: it looks at the masks. One camera and `multiple` tokens always stay.
+        Positions count real tokens only, so the result of a policy does not change. Call it while the batch
+        is on the CPU: it looks at the masks. One camera and `multiple` tokens always stay.
         """
         seen = self.image_mask.any(0)
         if not seen.any():
@@ -86,7 +86,10 @@ def unit_images(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def stack(encoded: Sequence[Encoded]) -> Batch:
-    """Collate what the codec made of single samples. Raises CodecError when some have actions and some have not."""
+    """Collate what the codec made of single samples.
+
+    Raises CodecError when there are none, or when some have actions and some have not.
+    """
     if not encoded:
         raise CodecError("no samples to stack: a batch needs at least one")
 
@@ -97,7 +100,9 @@ def stack(encoded: Sequence[Encoded]) -> Batch:
     masks = [e.action_mask for e in encoded if e.action_mask is not None]
     for what, have in (("actions", with_actions), ("an action mask", masks)):
         if len(have) not in (0, len(encoded)):
-            raise CodecError(f"only {len(have)} of {len(encoded)} samples of a batch have {what}: give all or none")
+            raise CodecError(
+                f"only {len(have)} of {len(encoded)} samples of a batch have {what}: give all or none"
+            )
     return Batch(
         images=join([e.images for e in encoded]),
         image_mask=join([e.image_mask for e in encoded]),

@@ -1,7 +1,7 @@
 """Flow matching as pi0 does it: time runs from 1 (noise) to 0 (actions), opposite to the paper's text.
 
-Facts from the reference implementation: t ~ Beta(1.5, 1) * 0.999 + 0.001; x_t = t * noise + (1 - t) * actions;
-the network learns the velocity u = noise - actions; sampling is Euler from t = 1.
+Facts from the reference implementation: t ~ Beta(1.5, 1) * 0.999 + 0.001; x_t = t * noise + (1 - t) *
+actions; the network learns the velocity u = noise - actions; sampling is Euler from t = 1.
 """
 
 import math
@@ -17,16 +17,18 @@ MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time embedding: reference implement
 
 def sample_time(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw flow times in (0.001, 1], float32 of the given shape, on the generator's device."""
-    return time_from_uniform(torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64))
+    return time_from_uniform(
+        torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    )
 
 
 def time_from_uniform(uniform: Tensor) -> Tensor:
-    """Turn float64 draws from [0, 1) into flow times, float32 of the same shape, by inverting Beta(1.5, 1)."""
+    """Turn float64 draws from [0, 1) into float32 flow times, by inverting Beta(1.5, 1): F(t) = t^1.5."""
     return (uniform ** (1 / BETA_A) * TIME_SCALE + TIME_OFFSET).float()
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
-    """Return sines then cosines [..., width] of `time` [...], float32 (angles in float64, for they reach 1571)."""
+    """Return sines, then cosines, [..., width] of `time` [...]; float32, from float64 angles up to 1571."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angles = time[..., None].double() * (2 * math.pi / period)

@@ -1,8 +1,8 @@
-"""The Gemma decoder, written for two passes: it yields keys and values, and it attends to those of an earlier pass.
+"""The Gemma decoder for two passes: it yields keys and values, and attends to those of an earlier pass.
 
-Norms are plain RMSNorm, or adaptive: scaled, shifted and gated by a condition (pi0.5's time). Parameter names are
-those of the reference implementations. Norms, rotary positions and the adaptive norms' dense layers compute in
-float32, whatever the precision around them.
+Norms are plain RMSNorm, or adaptive: scaled, shifted and gated by a condition (pi0.5's time). Parameter
+names are those of the reference implementations. Norms, rotary positions and the adaptive norms' dense
+layers compute in float32, whatever the precision around them.
 """
 
 from collections.abc import Sequence
@@ -174,8 +174,8 @@ class Decoder(nn.Module):
         """Run all layers over `x` [b, s, w] at `positions` [b or 1, s].
 
         Each layer also attends to `past`, the keys and values of the same layer in an earlier pass. Without
-        `output` only the keys and values are wanted: the last layer's query, output and MLP and the final norm
-        are not computed.
+        `output` only the keys and values are wanted: the last layer's query, output and MLP and the final
+        norm are not computed.
 
         Returns the normed output [b, s, w] (None unless `output`), and each layer's own keys and values.
         """

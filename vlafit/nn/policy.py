@@ -1,7 +1,8 @@
 """The abstract policy: what training, evaluation and checkpoints know of a model.
 
-A family says how to encode a prefix and how to denoise against it; the flow-matching loss, the velocity and the
-sampler are written here once. `loss` is the module's `forward`, since DDP and FSDP act only through `__call__`.
+A family says how to encode a prefix and how to denoise against it; the flow-matching loss, the velocity and
+the sampler are written here once. `loss` is the module's `forward`, since DDP and FSDP act only through
+`__call__`.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from vlafit.codec.prompts import Prompt
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import Batch
@@ -34,6 +36,19 @@ class ParameterInfo:
     dead: bool = False
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a policy asks of the codec that feeds it."""
+
+    image_size: int
+    state_dim: int
+    action_dim: int
+    chunk: int
+    prompt: Prompt
+    max_tokens: int
+    vocabulary: int
+
+
 class Policy(nn.Module, ABC):
     """A flow-matching policy of two passes. `Prefix` below is whatever the family's prefix pass yields."""
 
@@ -43,6 +58,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once, in the order of `named_parameters`."""
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Say what a codec for this policy must produce."""
 
     @abstractmethod
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Any:
@@ -74,8 +93,8 @@ class Policy(nn.Module, ABC):
     def loss(self, batch: Batch, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Return the flow-matching loss of `batch`, which must hold actions.
 
-        `noise` [b, t, a] with `time` [b], or [k, b, t, a] with [k, b]: k draws share one prefix pass, and every
-        sum runs over the draws too. Returns float32 scalars: `error_sum`, the sum of mask * error^2;
+        `noise` [b, t, a] with `time` [b], or [k, b, t, a] with [k, b]: k draws share one prefix pass, and
+        every sum runs over the draws too. Returns float32 scalars: `error_sum`, the sum of mask * error^2;
         `mask_sum`, that of the mask; and `loss`, their quotient (0 when the mask is empty).
         """
         return self(batch, noise, time)
@@ -122,4 +141,6 @@ class Policy(nn.Module, ABC):
         if tuple(noise.shape[-3:]) != want or noise.ndim not in (3, 4):
             raise CodecError(f"noise has shape {tuple(noise.shape)}; it must be {want}, or (draws, *{want})")
         if time.shape != noise.shape[:-2]:
-            raise CodecError(f"time has shape {tuple(time.shape)}; for this noise it must be {tuple(noise.shape[:-2])}")
+            raise CodecError(
+                f"time has shape {tuple(time.shape)}; for this noise it must be {tuple(noise.shape[:-2])}"
+            )

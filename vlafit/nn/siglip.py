@@ -1,4 +1,4 @@
-"""The SigLIP image tower: patches to tokens, without pooling. Parameter names are those of transformers' SigLIP."""
+"""The SigLIP image tower: patches to tokens, no pooling. Parameter names are those of transformers."""
 
 import torch
 import torch.nn.functional as F

@@ -1,1 +1,91 @@
-"""Policy families, one file each. A family's module offers `Config`, `SIZES`, `build` and `init_weights`."""
+"""Policy families, one file each.
+
+A family's module offers `Config` (a frozen dataclass), `SIZES` (named configs), `build` and `init_weights`, as
+`vlafit.policies.pi0` does. A family is named by its file here, or by the dotted path of a module elsewhere.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from vlafit import config as configuration
+from vlafit.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlafit.nn.policy import Policy
+
+
+def families() -> list[str]:
+    """Name the families that ship."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def family(name: str) -> ModuleType:
+    """Import the module of a family. Raises ConfigError when there is none of that name."""
+    path = name if "." in name else f"{__name__}.{name}"
+    if "." not in name and name not in families():
+        raise ConfigError(f"there is no policy family {name!r}{did_you_mean(name, families())}")
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"policy family {name!r}: cannot import {path}: {error}") from error
+    lacking = [n for n in ("Config", "SIZES", "build", "init_weights") if n not in vars(module)]
+    if lacking:
+        raise ConfigError(f"policy family {name!r}: module {path} does not define {', '.join(lacking)}")
+    return module
+
+
+def family_name(policy: "Policy") -> str:
+    """Return the name by which `family` finds this policy's module again."""
+    return type(policy).__module__.removeprefix(f"{__name__}.")
+
+
+def override(config: Any, values: Mapping[str, object], where: str) -> Any:
+    """Return `config` with some fields replaced.
+
+    `values` may nest (``{"vision": {"heads": 2}}``) or use dotted keys (``{"vision.heads": 2}``). `where` begins
+    every message. Raises ConfigError for an unknown key or a wrong type.
+    """
+    return configuration.build(type(config), merge(dataclasses.asdict(config), values), where)
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `under` with the values of `over`, whose keys may nest or be dotted."""
+    merged = dict(under)
+    for key, value in over.items():
+        head, dot, rest = key.partition(".")
+        if dot:
+            value = {rest: value}
+        have = merged.get(head)
+        if isinstance(value, Mapping):
+            merged[head] = merge(have if isinstance(have, Mapping) else {}, value)
+        else:
+            merged[head] = value
+    return merged
+
+
+def build_family(
+    name: str,
+    size: str = "",
+    config: Mapping[str, object] | None = None,
+    generator: "torch.Generator | None" = None,
+) -> "Policy":
+    """Build a policy with fresh weights on the CPU.
+
+    Starts from the family's named `size` and replaces the fields in `config`; without a size, `config` must be
+    complete. Raises ConfigError for unknown names, keys and sizes.
+    """
+    module = family(name)
+    where = f"policy family {name!r}"
+    if not size:
+        made = configuration.build(module.Config, merge({}, config or {}), f"{where}, no size given")
+    elif size not in module.SIZES:
+        raise ConfigError(f"{where} has no size {size!r}{did_you_mean(size, module.SIZES)}")
+    else:
+        made = override(module.SIZES[size], config or {}, f"{where}, size {size!r}")
+    return module.build(made, "cpu", generator)

@@ -1,8 +1,8 @@
 """pi0 and pi0.5: a SigLIP tower and a Gemma prefix, and a flow-matching action expert that attends to it.
 
-The prefix (images, prompt) never sees the suffix (state, noisy actions), so the papers' joint attention is two
-passes: the prefix yields each layer's keys and values, and the suffix's layers attend to them. K draws of noise
-and time are K blocks of one suffix, which do not see each other and share prefix and state.
+The prefix (images, prompt) never sees the suffix (state, noisy actions), so the papers' joint attention is
+two passes: the prefix yields each layer's keys and values, and the suffix's layers attend to them. K draws of
+noise and time are K blocks of one suffix, which do not see each other and share prefix and state.
 """
 
 import math
@@ -21,7 +21,7 @@ from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.nn.flow import time_embedding
 from vlafit.nn.gemma import Decoder, KeysValues, in_float32
-from vlafit.nn.policy import Kind, ParameterInfo, Part, Policy
+from vlafit.nn.policy import Kind, Needs, ParameterInfo, Part, Policy
 from vlafit.nn.siglip import SiglipTower
 
 
@@ -87,18 +87,24 @@ class Pi0Config:
                 if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                     raise ConfigError(f"policy config: {where}{key} is {value}; it must be at least 1")
         checks = (
-            (v.image_size % v.patch == 0, f"vision.image_size {v.image_size} is no multiple of vision.patch {v.patch}"),
+            (
+                v.image_size % v.patch == 0,
+                f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
+            ),
             (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
             (
                 lang.heads % lang.kv_heads == 0,
                 f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
             ),
-            (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotary positions need pairs"),
-            (self.expert.width % 2 == 0, f"expert.width {self.expert.width} is odd; the time embedding needs pairs"),
+            (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
+            (
+                self.expert.width % 2 == 0,
+                f"expert.width {self.expert.width} is odd; time needs sine and cosine",
+            ),
             (
                 (self.state_input == "continuous") != self.pi05,
-                f"state_input {self.state_input!r} does not go with pi05 = {str(self.pi05).lower()}: pi0 has a state"
-                " token ('continuous'), pi0.5 has none ('prompt' or 'none')",
+                f"state_input {self.state_input!r} does not go with pi05 = {str(self.pi05).lower()}: pi0 has a"
+                " state token ('continuous'), pi0.5 has none ('prompt' or 'none')",
             ),
         )
         for holds, message in checks:
@@ -107,16 +113,17 @@ class Pi0Config:
 
 
 def _size(
-    pi05: bool, vision: VisionConfig, language: LanguageConfig, expert: ExpertConfig, dims: tuple[int, int, int, int]
+    pi05: bool, vision: VisionConfig, language: LanguageConfig, expert: ExpertConfig, dims: tuple[int, ...]
 ) -> Pi0Config:
     state, action, chunk, tokens = dims
-    return Pi0Config(pi05, "prompt" if pi05 else "continuous", vision, language, expert, state, action, chunk, tokens)
+    state_input = "prompt" if pi05 else "continuous"
+    return Pi0Config(pi05, state_input, vision, language, expert, state, action, chunk, tokens)
 
 
-_PUBLIC = (
-    VisionConfig(width=1152, depth=27, mlp=4304, heads=16, patch=14, image_size=224),  # SigLIP So400m/14
-    LanguageConfig(width=2048, depth=18, mlp=16384, heads=8, kv_heads=1, head_dim=256, vocab=257152),  # gemma_2b
-    ExpertConfig(width=1024, mlp=4096),  # gemma_300m
+_PUBLIC = (  # SigLIP So400m/14, gemma_2b, gemma_300m: reference implementation
+    VisionConfig(width=1152, depth=27, mlp=4304, heads=16, patch=14, image_size=224),
+    LanguageConfig(width=2048, depth=18, mlp=16384, heads=8, kv_heads=1, head_dim=256, vocab=257152),
+    ExpertConfig(width=1024, mlp=4096),
 )
 _SMALL = (
     VisionConfig(width=128, depth=4, mlp=384, heads=4, patch=16, image_size=64),
@@ -180,6 +187,14 @@ class Pi0(Policy):
         """Describe every parameter exactly once."""
         return [_info(name, self.config) for name, _ in self.named_parameters()]
 
+    def needs(self) -> Needs:
+        """Say what a codec for this policy must produce. pi0.5 without state text takes pi0's prompt."""
+        c = self.config
+        prompt = "pi05" if c.state_input == "prompt" else "pi0"
+        return Needs(
+            c.vision.image_size, c.state_dim, c.action_dim, c.chunk, prompt, c.max_tokens, c.language.vocab
+        )
+
     def check(self, batch: Batch) -> None:
         """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
         c, b = self.config, batch.images.shape[0]
@@ -201,8 +216,8 @@ class Pi0(Policy):
             low, high = int(batch.tokens.min()), int(batch.tokens.max())
             if low < 0 or high >= c.language.vocab:
                 raise CodecError(
-                    f"batch.tokens reach from {low} to {high}; this policy knows tokens 0 to {c.language.vocab - 1}:"
-                    " use the tokenizer that belongs to it"
+                    f"batch.tokens reach from {low} to {high}; this policy knows 0 to {c.language.vocab - 1}: use"
+                    " the tokenizer that belongs to it"
                 )
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
@@ -217,7 +232,7 @@ class Pi0(Policy):
             words = self.language.embed_tokens(batch.tokens) * math.sqrt(self.config.language.width)
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
             mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), batch.token_mask), 1)
-            # Skipping an all-true mask is faster, but changes the last bits; and on a GPU it would wait for it.
+            # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
             valid = None if not fixed and _all_true_on_cpu(mask) else mask
             count = mask.sum(1, keepdim=True)
             if valid is None:
@@ -229,7 +244,7 @@ class Pi0(Policy):
 
     def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
-        b, k, t, _ = noisy.shape
+        _, k, t, _ = noisy.shape
         width = self.config.expert.width
         tokens = in_float32(self.action_in_proj, noisy)  # [b, k, t, d]
         embedded = time_embedding(time, width).to(tokens.dtype)  # [b, k, d]
@@ -242,7 +257,7 @@ class Pi0(Policy):
             tokens = in_float32(self.action_time_mlp_out, F.silu(in_float32(self.action_time_mlp_in, tokens)))
             x = torch.cat((in_float32(self.state_proj, state)[:, None], tokens.flatten(1, 2)), 1)
         shared = x.shape[1] - k * t  # 1 with a state token, which no draw changes: it does not see actions
-        # Positions: the state's is 0, and each draw counts on from there, after the real tokens of the prefix.
+        # Positions go on after the real tokens of the prefix: first the state, then each draw anew.
         own = torch.arange(t, device=x.device).repeat(k) + shared
         own = torch.cat((torch.arange(shared, device=x.device), own))
         positions = own + (prefix.count[:1] if prefix.valid is None else prefix.count)  # [b or 1, s]
@@ -268,7 +283,9 @@ class Pi0(Policy):
 Config = Pi0Config
 
 
-def build(config: Pi0Config, device: str | torch.device = "meta", generator: torch.Generator | None = None) -> Pi0:
+def build(
+    config: Pi0Config, device: str | torch.device = "meta", generator: torch.Generator | None = None
+) -> Pi0:
     """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
 
     Without a generator, fresh weights are those of seed 0.
@@ -285,9 +302,9 @@ def build(config: Pi0Config, device: str | torch.device = "meta", generator: tor
 def init_weights(policy: Pi0, generator: torch.Generator, names: Sequence[str] | None = None) -> list[str]:
     """Draw fresh weights, on the CPU and in the order of the parameters; return the names that were drawn.
 
-    `names` limits it to parts (``"expert"``) and name patterns (``"action_*"``); one that matches nothing raises
-    ConfigError. Matrices are normal with variance 1 / fan-in, less on the way back into the residual stream and at
-    the action output; adaptive norms start closed (zero), as in the reference.
+    `names` limits it to parts (``"expert"``) and name patterns (``"action_*"``); one that matches nothing
+    raises ConfigError. Matrices are normal with variance 1 / fan-in, less on the way back into the residual
+    stream and at the action output; adaptive norms start closed (zero), as in the reference.
     """
     chosen = select(policy.parts(), names)
     parameters = dict(policy.named_parameters())
@@ -328,8 +345,8 @@ def _all_true_on_cpu(mask: Tensor) -> bool:
 def _info(name: str, config: Pi0Config) -> ParameterInfo:
     head = name.split(".")[0]
     part = cast(Part, head if head in ("vision", "projector", "language", "expert") else "projections")
-    depth = {"vision": config.vision.depth, "language": config.language.depth, "expert": config.language.depth}
-    layers = depth.get(part, 0)
+    vision, language = config.vision.depth, config.language.depth
+    layers = {"vision": vision, "language": language, "expert": language}.get(part, 0)
     found = re.search(r"\.layers\.(\d+)\.", name)
     layer = int(found[1]) if found else None
     return ParameterInfo(name, part, _kind(name), layer, layers, _is_dead(name, layer, layers))
