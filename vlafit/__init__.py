@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlafit.tuning import apply_strategy as apply_strategy
 
-# What the package offers at its top, and where it lives: imported when asked for, since torch is slow to import.
+# What the package offers at its top, and where that lives: imported when asked for, since torch is slow.
 _HOMES = {
     "apply_strategy": "vlafit.tuning",
 }
