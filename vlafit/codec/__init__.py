@@ -1,0 +1,7 @@
+"""The codec: transforms, statistics and prompts; the only door between robot units and tensors."""
+
+from vlafit.codec.codec import Codec, CodecConfig, Encoded
+from vlafit.codec.statistics import Normaliser, Statistics
+from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
+
+__all__ = ["Codec", "CodecConfig", "Encoded", "Normaliser", "Statistics", "Tokenizer", "train_word_tokenizer"]

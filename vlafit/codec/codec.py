@@ -1,0 +1,314 @@
+"""The only door between robot units and tensors.
+
+`Codec.encode` turns an observation (or a training sample) into fixed-shape numpy arrays, `Codec.decode` turns
+a policy's output back into actions of the robot. A codec is fitted once, saved in the checkpoint, and used by
+training, evaluation and serving alike. Nothing here imports torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vlafit import config as configuration
+from vlafit.codec import prompts
+from vlafit.codec import tokenizer as tokenizers
+from vlafit.codec.images import resize_with_pad
+from vlafit.codec.prompts import Prompt
+from vlafit.codec.statistics import Normalisation, Normaliser, Statistics
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError
+from vlafit.files import write_atomic
+from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
+
+FORMAT = 1  # of codec.json
+CACHED_PROMPTS = 4096  # texts whose tokens are kept; with pi0 prompts there are as many as instructions
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """How observations become a policy's inputs."""
+
+    cameras: tuple[str, ...]
+    """The policy's camera slots in order: names of the embodiment's cameras; empty: always missing."""
+    image_size: int
+    """Pixels of each side of the policy's images."""
+    state_dim: int
+    """Dimensions of the policy's state, S; the robot's are padded with zeros."""
+    action_dim: int
+    """Dimensions of the policy's actions, A; the robot's are padded with zeros."""
+    chunk: int
+    """Steps of an action chunk, t."""
+    normalisation: Normalisation = "mean_std"
+    """How states and actions are normalised."""
+    relative: tuple[bool, ...] = ()
+    """For each action dimension: whether it is minus the same dimension of the state at the chunk's start."""
+    prompt: Prompt = "pi0"
+    """The form of the prompt."""
+    max_tokens: int = 48
+    """Tokens of the prompt, l; a longer prompt is refused."""
+    mask_padding: bool = True
+    """Whether padded dimensions, and steps past the episode's end, are left out of the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One sample or observation as a policy takes it; every shape depends on the codec's config alone."""
+
+    images: NDArray[np.uint8]  # [n, 3, h, w]; zeros where the camera is missing
+    image_mask: NDArray[np.bool_]  # [n]
+    tokens: NDArray[np.int64]  # [l]
+    token_mask: NDArray[np.bool_]  # [l]
+    state: NDArray[np.float32]  # [S] normalised, zero-padded
+    actions: NDArray[np.float32] | None  # [t, A] normalised, zero-padded
+    action_mask: NDArray[np.bool_] | None  # [t, A] True where the loss counts
+    key: Key | None = None
+
+
+class Codec:
+    """Encodes and decodes for one embodiment. `statistics` has the keys "state" and "action"."""
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        embodiment: Embodiment,
+        statistics: Mapping[str, Statistics],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Raises CodecError or EmbodimentError where the four do not belong together."""
+        self.config = config
+        self.embodiment = embodiment
+        self.statistics = dict(statistics)
+        self.tokenizer = tokenizer
+        self._check()
+        self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
+        self._action = Normaliser.fit(self.statistics["action"], config.normalisation)
+        self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
+        self._relative = np.flatnonzero(config.relative)
+        self._prompts: dict[tuple[str, ...], tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+
+    @classmethod
+    def fit(
+        cls,
+        config: CodecConfig,
+        embodiment: Embodiment,
+        states: ArrayLike,
+        action_windows: ArrayLike,
+        tokenizer: Tokenizer,
+    ) -> "Codec":
+        """Return a codec with the statistics of `states` [N, s] and `action_windows` [M, a].
+
+        With chunk-relative dimensions the windows hold the differences already
+        (`vlafit.datasets.arrays_for_statistics` makes both arrays).
+        """
+        found = {
+            "state": Statistics.of(states, "state", embodiment.state.labels),
+            "action": Statistics.of(action_windows, "action", embodiment.action.labels),
+        }
+        return cls(config, embodiment, found, tokenizer)
+
+    def encode(self, item: Sample | Observation) -> Encoded:
+        """Encode a sample (actions included) or an observation (actions None).
+
+        Raises CodecError naming the field that is not what the embodiment says, or not finite.
+        """
+        sample = item if isinstance(item, Sample) else None
+        observation = item.observation if isinstance(item, Sample) else item
+        state = self._column("state", observation.state, self.embodiment.state)
+        normal = self._state.encode(state)
+        tokens, token_mask = self._tokens(observation.instruction, normal)
+        images, image_mask = self._images(observation.images)
+        padded = np.zeros(self.config.state_dim, dtype=np.float32)
+        padded[: len(normal)] = normal
+        if sample is None:
+            return Encoded(images, image_mask, tokens, token_mask, padded, None, None)
+        actions, action_mask = self._chunk(sample, state)
+        return Encoded(images, image_mask, tokens, token_mask, padded, actions, action_mask, sample.key)
+
+    def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
+        """Turn a policy's output [t, A] for `observation` back into actions [t, a] in the robot's units.
+
+        Raises CodecError where the shape is wrong or a value is not finite.
+        """
+        wanted = (self.config.chunk, self.config.action_dim)
+        if actions.shape != wanted:
+            raise CodecError(f"actions to decode have shape {actions.shape}, this codec decodes {wanted}")
+        real = actions[:, : self.embodiment.action.shape[0]]
+        if not np.isfinite(real).all():
+            raise CodecError("actions to decode are not finite: the policy's weights or inputs are broken")
+        decoded = self._action.decode(real)
+        if len(self._relative):
+            state = self._column("state", observation.state, self.embodiment.state)
+            decoded[:, self._relative] += state[self._relative]
+        return ActionChunk(decoded.astype(np.float32))
+
+    def save(self, folder: Path) -> None:
+        """Write codec.json and tokenizer/ into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        statistics = {name: value.to_json() for name, value in self.statistics.items()}
+        content = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "embodiment": asdict(self.embodiment),
+            "statistics": {self.embodiment.name: statistics},
+        }
+        write_atomic(folder / "codec.json", json.dumps(content, indent=2) + "\n")
+        self.tokenizer.save(folder / "tokenizer")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Codec":
+        """Read what `save` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
+        path = folder / "codec.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CodecError(
+                f"{path}: cannot be read: {error.strerror}; is this a checkpoint's folder?"
+            ) from None
+        except ValueError as error:
+            raise CodecError(f"{path}: not JSON: {error}") from None
+        expected = {"format", "config", "embodiment", "statistics"}
+        if not isinstance(content, dict) or set(content) != expected:
+            have = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise CodecError(f"{path}: must have exactly the keys {sorted(expected)}, there are {have}")
+        if content["format"] != FORMAT:
+            raise CodecError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
+        config = configuration.build(CodecConfig, content["config"], f"{path}: config")
+        embodiment = configuration.build(Embodiment, content["embodiment"], f"{path}: embodiment")
+        every = content["statistics"]
+        if not isinstance(every, dict) or not isinstance(every.get(embodiment.name), dict):
+            raise CodecError(f"{path}: no statistics for embodiment {embodiment.name!r}")
+        statistics = {
+            name: Statistics.from_json(values, f"{path}: statistics.{embodiment.name}.{name}")
+            for name, values in every[embodiment.name].items()
+        }
+        return cls(config, embodiment, statistics, tokenizers.load(folder / "tokenizer"))
+
+    def _check(self) -> None:
+        config, robot = self.config, self.embodiment
+        for name in filter(None, config.cameras):
+            robot.camera(name)
+        named = [name for name in config.cameras if name]
+        if len(set(named)) != len(named):
+            raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
+        for name in ("image_size", "chunk", "max_tokens"):
+            if getattr(config, name) < 1:
+                raise CodecError(f"codec config: {name} must be at least 1, is {getattr(config, name)}")
+        if set(self.statistics) != {"state", "action"}:
+            raise CodecError(f"statistics must be those of state and action, got {sorted(self.statistics)}")
+        for name, feature, room in (
+            ("state", robot.state, config.state_dim),
+            ("action", robot.action, config.action_dim),
+        ):
+            have = feature.shape[0]
+            if have > room:
+                raise CodecError(
+                    f"embodiment {robot.name!r} has {have} {name} dimensions, the policy takes {room}"
+                )
+            if self.statistics[name].dimensions != have:
+                raise CodecError(
+                    f"{name} statistics have {self.statistics[name].dimensions} dimensions, embodiment "
+                    f"{robot.name!r} has {have}; fit the codec on data of this embodiment"
+                )
+        if config.relative and len(config.relative) != robot.action.shape[0]:
+            raise CodecError(
+                f"relative has {len(config.relative)} entries for {robot.action.shape[0]} action dimensions"
+            )
+        beyond = [d for d, on in enumerate(config.relative) if on and d >= robot.state.shape[0]]
+        if beyond:
+            raise CodecError(
+                f"relative: action dimensions {beyond} have no state dimension to be relative to"
+            )
+        if prompts.needs_bos(config.prompt) and self.tokenizer.bos is None:
+            raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
+
+    def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
+        if values.shape != feature.shape:
+            raise CodecError(
+                f"{name} has shape {values.shape}, embodiment {self.embodiment.name!r} says {feature.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise CodecError(f"{name} is not finite: {values}")
+        return values
+
+    def _tokens(self, instruction: str, state: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        if not instruction.strip():
+            raise CodecError("the instruction is empty; a policy must be told what to do")
+        text = prompts.pieces(self.config.prompt, instruction, state)
+        cached = self._prompts.get(text)
+        if cached is None:
+            if len(self._prompts) >= CACHED_PROMPTS:
+                self._prompts.clear()
+            cached = self._prompts[text] = self._tokenise(text)
+        return cached
+
+    def _tokenise(self, text: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        bos = self.tokenizer.bos
+        ids = [bos] if bos is not None and prompts.needs_bos(self.config.prompt) else []
+        for piece in text:
+            ids.extend(self.tokenizer.encode(piece))
+        room = self.config.max_tokens
+        if len(ids) > room:
+            raise CodecError(
+                f"the prompt {''.join(text)!r} has {len(ids)} tokens, the policy takes {room}; "
+                "shorten the instruction or raise max_tokens"
+            )
+        tokens = np.full(room, self.tokenizer.pad, dtype=np.int64)
+        tokens[: len(ids)] = ids
+        mask = np.arange(room) < len(ids)
+        tokens.flags.writeable = mask.flags.writeable = False  # shared by every sample with this prompt
+        return tokens, mask
+
+    def _images(self, given: Mapping[str, NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        for name, image in given.items():
+            shape = self._shapes.get(name)
+            if shape is None:
+                self.embodiment.camera(name)
+            if image.dtype != np.uint8 or image.shape != shape:
+                raise CodecError(
+                    f"camera {name!r} gives {image.dtype} {image.shape}, embodiment {self.embodiment.name!r} "
+                    f"says uint8 {shape}"
+                )
+        size = self.config.image_size
+        images = np.zeros((len(self.config.cameras), 3, size, size), dtype=np.uint8)
+        mask = np.zeros(len(self.config.cameras), dtype=np.bool_)
+        for slot, name in enumerate(self.config.cameras):
+            if name in given:
+                images[slot] = resize_with_pad(given[name], size).transpose(2, 0, 1)
+                mask[slot] = True
+        if any(self.config.cameras) and not mask.any():
+            wanted = ", ".join(filter(None, self.config.cameras))
+            raise CodecError(f"the observation has no image of any of the policy's cameras ({wanted})")
+        return images, mask
+
+    def _chunk(self, sample: Sample, state: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        steps, robot = self.config.chunk, self.embodiment
+        dimensions = robot.action.shape[0]
+        given = sample.actions
+        if given.shape != (steps, dimensions):
+            raise CodecError(
+                f"actions have shape {given.shape}, this codec takes {(steps, dimensions)}: chunk {steps}, "
+                f"and {dimensions} dimensions of embodiment {robot.name!r}"
+            )
+        if sample.is_real.shape != (steps,) or sample.is_real.dtype != np.bool_:
+            raise CodecError(
+                f"is_real must be bool [{steps}], is {sample.is_real.dtype} {sample.is_real.shape}"
+            )
+        if not np.isfinite(given).all():
+            step = int(np.flatnonzero(~np.isfinite(given).all(axis=1))[0])
+            raise CodecError(f"actions are not finite at step {step} of the chunk of sample {sample.key}")
+        if len(self._relative):
+            given = given.astype(np.float64)
+            given[:, self._relative] -= state[self._relative]
+        actions = np.zeros((steps, self.config.action_dim), dtype=np.float32)
+        actions[:, :dimensions] = self._action.encode(given)
+        if not self.config.mask_padding:
+            return actions, np.ones(actions.shape, dtype=np.bool_)
+        mask = np.zeros(actions.shape, dtype=np.bool_)
+        mask[:, :dimensions] = sample.is_real[:, None]
+        return actions, mask

@@ -1,0 +1,136 @@
+"""What a column's values look like, and the two ways of normalising by it.
+
+Statistics are fitted once, on training episodes, and saved in the checkpoint; both directions of the codec
+use the same numbers. Everything here is float64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vlafit.errors import CodecError, DataError
+
+Normalisation = Literal["mean_std", "quantile"]
+
+EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
+FURTHEST = 50.0  # no recorded value is normalised to something further from the centre (see `Normaliser.fit`)
+NEAR_CONSTANT = 1e-4  # a dimension whose whole range is below this, relative to max(1, |mean|), says nothing
+NEAR_CONSTANT_SCALE = 1e-2  # what such a dimension is divided by, relative to max(1, |mean|)
+
+ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Statistics of n values of d dimensions; every array is float64 [d], in the column's own units.
+
+    `std` is the population's; `q01` and `q99` are true quantiles (linear interpolation between order
+    statistics), not estimates from a histogram.
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    q01: NDArray[np.float64]
+    q99: NDArray[np.float64]
+    min: NDArray[np.float64]
+    max: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, values: ArrayLike, what: str = "values", labels: Sequence[str] = ()) -> "Statistics":
+        """Return the statistics of `values` [n, d]; `what` and `labels` name the column in errors.
+
+        Raises DataError where there are no values, or one is NaN or infinite.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        if array.ndim != 2 or array.shape[1] == 0:
+            raise DataError(f"statistics of {what}: need an array [n, d], got shape {array.shape}")
+        if len(array) == 0:
+            raise DataError(f"statistics of {what}: there are no values; choose episodes that have frames")
+        bad = ~np.isfinite(array)
+        if bad.any():
+            row, dimension = (int(i) for i in np.argwhere(bad)[0])
+            label = f" ({labels[dimension]})" if dimension < len(labels) else ""
+            raise DataError(
+                f"statistics of {what}: {int(bad.sum())} values are not finite, the first is "
+                f"{array[row, dimension]} in row {row}, dimension {dimension}{label}; "
+                "mend or leave out the episode it comes from"
+            )
+        q01, q99 = np.quantile(array, [0.01, 0.99], axis=0)
+        return cls(
+            len(array), array.mean(axis=0), array.std(axis=0), q01, q99, array.min(axis=0), array.max(axis=0)
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """Number of dimensions, d."""
+        return len(self.mean)
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain numbers that `from_json` reads back bit for bit."""
+        arrays: dict[str, object] = {name: getattr(self, name).tolist() for name in ARRAYS}
+        return {"count": self.count} | arrays
+
+    @classmethod
+    def from_json(cls, values: object, where: str) -> "Statistics":
+        """Read what `to_json` wrote. Raises CodecError naming what is missing, surplus or malformed."""
+        expected = {"count", *ARRAYS}
+        if not isinstance(values, Mapping) or set(values) != expected:
+            have = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise CodecError(f"{where}: statistics must have exactly {sorted(expected)}, there is {have}")
+        try:
+            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in ARRAYS}
+        except (TypeError, ValueError) as error:
+            raise CodecError(f"{where}: statistics must be lists of numbers: {error}") from None
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+            raise CodecError(f"{where}: statistics must be lists of one length, got shapes {sorted(shapes)}")
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise CodecError(f"{where}: statistics hold a value that is not finite")
+        if not isinstance(values["count"], int):
+            raise CodecError(f"{where}: count must be an integer, got {values['count']!r}")
+        return cls(values["count"], **arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class Normaliser:
+    """An invertible map of each dimension: ``encode(x) = (x - offset) / scale * gain - shift``."""
+
+    offset: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    gain: float
+    shift: float
+
+    @classmethod
+    def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
+        """Return the normaliser of `method`: z-scores, or q01 to q99 mapped to [-1, 1]; nothing is clipped.
+
+        Floors keep odd dimensions from exploding. The divisor is never so small that a *recorded* value would
+        land further than 50 from the centre: a dimension that hardly ever moves otherwise gives q99 - q01
+        near 0 and normalised values in the thousands. A dimension that is constant but for noise is divided
+        by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small too. Both stay
+        invertible.
+        """
+        spread = statistics.max - statistics.min
+        size = np.maximum(1.0, np.abs(statistics.mean))
+        constant = spread <= NEAR_CONSTANT * size
+        match method:
+            case "mean_std":
+                scale = np.maximum(statistics.std, spread / FURTHEST) + EPSILON
+                return cls(statistics.mean, np.where(constant, NEAR_CONSTANT_SCALE * size, scale), 1.0, 0.0)
+            case "quantile":
+                scale = np.maximum(statistics.q99 - statistics.q01, 2 * spread / FURTHEST) + EPSILON
+                wide = 2 * NEAR_CONSTANT_SCALE * size
+                offset = np.where(constant, statistics.mean - wide / 2, statistics.q01)
+                return cls(offset, np.where(constant, wide, scale), 2.0, 1.0)
+
+    def encode(self, values: NDArray) -> NDArray[np.float64]:
+        """Normalise [..., d]."""
+        return (values - self.offset) / self.scale * self.gain - self.shift
+
+    def decode(self, values: NDArray) -> NDArray[np.float64]:
+        """Undo `encode`."""
+        return (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset

@@ -1,0 +1,133 @@
+"""Text to token ids: a tokenizer folder as transformers writes it, or a small one trained on the spot.
+
+Only local files are read. `tokenizer.json` is opened directly by the tokenizers library, so that loader
+processes need not import transformers; a folder without one is converted by transformers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vlafit.errors import CodecError, VlafitError
+
+SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
+SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer and its special tokens. `bos` and `eos` are None where it has none; `pad` defaults to 0."""
+
+    backend: tokenizers.Tokenizer
+    pad: int
+    bos: int | None
+    eos: int | None
+
+    def __post_init__(self) -> None:
+        # An instruction that happens to contain "<eos>" is text, as for the reference's SentencePiece.
+        self.backend.encode_special_tokens = True
+        self.backend.no_padding()
+        self.backend.no_truncation()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without special tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers can load, too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
+        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {name: self.backend.id_to_token(i) for name, i in names.items() if i is not None}
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Tokenizer:
+    """Load the tokenizer in `folder`. Raises CodecError where there is none, or it is damaged."""
+    if not folder.is_dir():
+        raise CodecError(f"{folder}: no such tokenizer folder")
+    if not (folder / "tokenizer.json").is_file():
+        return _through_transformers(folder)
+    try:
+        backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        config: dict[str, object] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    except VlafitError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception on malformed files
+        raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
+
+    def special(name: str) -> int | None:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is None:
+            return None
+        found = backend.token_to_id(str(token))
+        if found is None:
+            raise CodecError(f"{folder}: {name} {token!r} is not in the vocabulary of tokenizer.json")
+        return found
+
+    return Tokenizer(backend, special("pad_token") or 0, special("bos_token"), special("eos_token"))
+
+
+def _through_transformers(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError and others here
+        have = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise CodecError(
+            f"{folder}: no tokenizer.json, and transformers finds no tokenizer in {have}: {error}"
+        ) from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise CodecError(
+            f"{folder}: {type(loaded).__name__} has no fast form; convert it to tokenizer.json first"
+        )
+
+    def special(token_id: object) -> int | None:
+        return token_id if isinstance(token_id, int) else None
+
+    pad, bos, eos = map(special, (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id))
+    return Tokenizer(loaded.backend_tokenizer, pad or 0, bos, eos)
+
+
+def train_word_tokenizer(sentences: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE on `sentences`: frequent words become one token, any other text still encodes.
+
+    Ids: 0 padding, 1 beginning, 2 end, then the 256 bytes, then merges, at most `vocab_size` in all.
+    The result depends on nothing but the arguments. Raises CodecError where `vocab_size` is too small.
+    """
+    if vocab_size < SMALLEST:
+        raise CodecError(
+            f"vocab_size {vocab_size} is too small: a byte-level tokenizer needs at least {SMALLEST}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sorted(sentences), trainer=trainer)
+    return Tokenizer(backend, 0, 1, 2)
