@@ -50,13 +50,13 @@ def _find_base(base: str, path: Path, kind: str) -> Path:
         raise ConfigError(f"{path}: base: {error}") from error
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Tables are merged key by key; everything else, lists too, is replaced."""
     merged = dict(under)
     for key, value in over.items():
         have = merged.get(key)
         merged[key] = (
-            _merge(have, value) if isinstance(have, Mapping) and isinstance(value, Mapping) else value
+            merge(have, value) if isinstance(have, Mapping) and isinstance(value, Mapping) else value
         )
     return merged
 
@@ -85,7 +85,7 @@ def load_toml(path: Path, kind: str) -> dict[str, Any]:
         path = _find_base(base, path, kind)
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
     return merged
 
 

@@ -1,0 +1,149 @@
+"""What verbs print with: tables, one progress line, warnings of the library. On the main process alone."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+QUIET_EVERY_S = 15.0  # where stdout is no terminal, a line so often
+
+
+@contextmanager
+def logging_to_stderr(main_process: bool) -> Iterator[None]:
+    """Show the library's warnings and notices on stderr, one line each, while a verb runs."""
+    logger = logging.getLogger("vlafit")
+    handler: logging.Handler = _Notices() if main_process else logging.NullHandler()
+    old_level, old_propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(old_level)
+        logger.propagate = old_propagate
+
+
+class _Notices(logging.Handler):
+    """Prints above the progress line, if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        text = f"{prefix}{record.getMessage()}"
+        line = Line.shown
+        if line is not None:
+            line.say(text)
+        else:
+            print(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as people read it: ``42 s``, ``3:05``, ``2:03:05``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    hours, rest = divmod(seconds, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+class Line:
+    """One line of progress with the time left: redrawn on a terminal, printed now and then elsewhere."""
+
+    shown: "Line | None" = None  # the one on the screen, so that notices can print above it
+
+    def __init__(self, what: str, total: int, *, start: int = 0) -> None:
+        self.what, self.total, self.done, self.text = what, total, start, ""
+        self._start = start
+        self._began = time.monotonic()
+        self._printed = self._began
+        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._progress = None
+
+    def __enter__(self) -> "Line":
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
+                console=Console(highlight=False),
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task(self.what, total=self.total, completed=self.done, text="")
+            self._progress.start()
+        Line.shown = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        Line.shown = None
+        if self._progress is not None:
+            self._progress.stop()
+        elif self.done > self._start:
+            print(self._plain(), flush=True)
+
+    def update(self, done: int, text: str = "") -> None:
+        """Show that `done` of the total are done; `text` says how it goes."""
+        self.done, self.text = done, text
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, text=self._how())
+        elif time.monotonic() - self._printed >= QUIET_EVERY_S and done < self.total:
+            self._printed = time.monotonic()
+            print(self._plain(), flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def _how(self) -> str:
+        spent = time.monotonic() - self._began
+        fresh = self.done - self._start
+        if self.done >= self.total:
+            time_text = f"in {duration(spent)}"
+        elif fresh > 0:
+            time_text = f"{duration(spent / fresh * (self.total - self.done))} left"
+        else:
+            time_text = ""
+        return "  ".join(part for part in (self.text, time_text) if part)
+
+    def _plain(self) -> str:
+        return f"{self.what} {self.done}/{self.total}  {self._how()}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a plain table; columns of numbers are flush right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    right = [
+        all(not row[i] or row[i][0].isdigit() for row in cells) and bool(cells) for i in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(list(header)), *(line(row) for row in cells)])
+
+
+def number(value: float) -> str:
+    """Return a number as a metric is read: four significant digits."""
+    return f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Return a count of parameters or bytes with its decimal prefix: ``12.3 M``."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return str(count)

@@ -1,0 +1,46 @@
+"""`vlafit list`: what ships, by name, each with the first line that its file says of itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlafit import shipped
+from vlafit.cli.parser import Parser
+
+TITLES = {
+    "recipe": "recipes (vlafit train NAME)",
+    "card": "data cards (in a recipe: data.cards; vlafit record NAME)",
+    "protocol": "protocols (vlafit eval CHECKPOINT --protocol NAME)",
+    "strategy": "tuning strategies (in a recipe: strategy)",
+    "checkpoint": "checkpoints (in a recipe: policy.checkpoint; vlafit eval NAME ...)",
+    "launcher": "launcher files (accelerate launch --config_file PATH -m vlafit train NAME)",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List every kind, or the one that is named."""
+    parser = Parser("vlafit list", "List what ships with vlafit.")
+    parser.add_argument("kind", nargs="?", choices=shipped.KINDS, help="only this kind")
+    kind = parser.read(arguments).kind
+    for one in [kind] if kind else shipped.KINDS:
+        found = shipped.names(one)
+        if not found:
+            continue
+        print(TITLES[one])
+        width = max(len(name) for name in found)
+        for name in found:
+            print(f"  {name:<{width}}  {_first_line(shipped.find(one, name))}".rstrip())
+        print()
+    return 0
+
+
+def _first_line(path: Path) -> str:
+    """Return the first line of a file's opening comment; for a launcher file, its path too. Nothing for a folder."""
+    if not path.is_file():
+        return ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.strip("# ").strip()
+        if line.startswith("#") and text:
+            return f"{path}: {text}" if path.suffix == ".yaml" else text
+        if line.strip() and not line.startswith("#"):
+            return ""
+    return ""

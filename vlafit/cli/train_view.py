@@ -1,0 +1,107 @@
+"""What a training run shows: what is trained, a line of progress, each evaluation, where the report lies."""
+
+import sys
+from pathlib import Path
+
+from vlafit.cli import rank
+from vlafit.cli.console import Line, number, size, table
+from vlafit.recipe import Recipe
+from vlafit.train.loop import StepResult
+from vlafit.train.run import Observer, RunSummary
+from vlafit.train.run import run as run_recipe
+from vlafit.train.setup import Experiment
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool, command: str) -> int:
+    """Carry out a recipe, showing it on the main process; 130 when a signal stopped it."""
+    view = TrainView(out) if rank() == 0 else None
+    try:
+        summary = run_recipe(recipe, out, resume=resume, command=command, observer=view)
+    finally:
+        if view is not None:
+            view.close()
+    if view is not None:
+        view.end(summary)
+    return 0 if summary.finished else 130
+
+
+class TrainView(Observer):
+    """Prints a run as it goes."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._line: Line | None = None
+        self._phase = ""
+        self._last: dict[str, float] = {}
+
+    def setup(self, experiment: Experiment) -> None:
+        """Print what is trained, and on what."""
+        data = experiment.data
+        episodes = sum(len(ids) for ids in data.training)
+        held_out = sum(len(ids) for ids in data.validation)
+        print(f"{experiment.load_report}")
+        print(
+            f"{episodes} training episodes, {held_out} held out, of {', '.join(c.name for c in data.cards)}"
+        )
+        print(plan_table(experiment.plan.rows()), flush=True)
+
+    def phase(self, name: str) -> None:
+        """Close the line of the phase before."""
+        self.close()
+        self._phase = name
+
+    def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
+        """Move the line of progress."""
+        if self._line is None:
+            self._line = Line("training", total, start=result.step - 1)
+            self._line.__enter__()
+        self._last |= values
+        loss = f"loss {number(self._last.get('train/loss', result.loss))}"
+        held_out = self._last.get("validation/loss")
+        text = loss if held_out is None else f"{loss}  validation {number(held_out)}"
+        self._line.update(result.step, text)
+
+    def episode(self, done: int, total: int, record: object) -> None:
+        """Move the line of an evaluation."""
+        if self._line is None:
+            self._line = Line(self._phase, total, start=done - 1)
+            self._line.__enter__()
+        self._line.update(done)
+
+    def close(self) -> None:
+        """End the line of progress."""
+        if self._line is not None:
+            self._line.__exit__(None, None, None)
+            self._line = None
+
+    def end(self, summary: RunSummary) -> None:
+        """Print what came out and where it lies."""
+        if not summary.finished:
+            print(
+                f"stopped after step {summary.steps}; the same command with --resume goes on", file=sys.stderr
+            )
+            return
+        for name, share in summary.success.items():
+            print(f"success {name.replace('_', ' ')}: {share:.0%}")
+        if summary.report is not None:
+            print(f"report: {summary.report}")
+        else:
+            print(f"run: {summary.folder}")
+
+
+def plan_table(rows: list[dict]) -> str:
+    """Return the tuning table as text; the last row is the total."""
+    header = ("rule", "mode", "tensors", "parameters", "trainable", "lr x", "optimiser bytes")
+    cells = [
+        (
+            row["select"],
+            row["mode"],
+            row["tensors"],
+            size(row["parameters"]),
+            size(row["trainable"]),
+            f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
+            size(row["optimiser_bytes"]),
+        )
+        for row in rows
+    ]
+    return table(header, cells)
