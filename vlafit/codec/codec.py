@@ -6,12 +6,12 @@ training, evaluation and serving alike. Nothing here imports torch.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from vlafit import config as configuration
 from vlafit.codec import prompts
@@ -97,18 +97,19 @@ class Codec:
         cls,
         config: CodecConfig,
         embodiment: Embodiment,
-        states: ArrayLike,
-        action_windows: ArrayLike,
+        states: NDArray | Sequence[NDArray],
+        action_windows: NDArray | Sequence[NDArray],
         tokenizer: Tokenizer,
     ) -> "Codec":
         """Return a codec with the statistics of `states` [N, s] and `action_windows` [M, a].
 
+        Either may be a sequence of arrays, one for each dataset; they count row by row.
         With chunk-relative dimensions the windows hold the differences already
         (`vlafit.datasets.arrays_for_statistics` makes both arrays).
         """
         found = {
-            "state": Statistics.of(states, "state", embodiment.state.labels),
-            "action": Statistics.of(action_windows, "action", embodiment.action.labels),
+            "state": Statistics.of(_joined(states, "state"), "state", embodiment.state.labels),
+            "action": Statistics.of(_joined(action_windows, "action"), "action", embodiment.action.labels),
         }
         return cls(config, embodiment, found, tokenizer)
 
@@ -312,3 +313,12 @@ class Codec:
         mask = np.zeros(actions.shape, dtype=np.bool_)
         mask[:, :dimensions] = sample.is_real[:, None]
         return actions, mask
+
+
+def _joined(values: NDArray | Sequence[NDArray], what: str) -> NDArray:
+    if isinstance(values, np.ndarray):
+        return values
+    widths = {array.shape[1:] for array in values}
+    if len(widths) != 1:
+        raise CodecError(f"{what}s to fit a codec on have shapes {sorted(widths)} a step; they must be alike")
+    return np.concatenate(list(values))

@@ -33,6 +33,9 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
 
+    def __reduce__(self) -> tuple[object, ...]:  # the settings above are not in the backend's own pickle
+        return Tokenizer, (self.backend, self.pad, self.bos, self.eos)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
@@ -56,8 +59,9 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> Tokenizer:
+def load(folder: Path | str) -> Tokenizer:
     """Load the tokenizer in `folder`. Raises CodecError where there is none, or it is damaged."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such tokenizer folder")
     if not (folder / "tokenizer.json").is_file():

@@ -1,6 +1,6 @@
 """Recorded demonstrations: data cards, stores of episodes, and the samples drawn from them."""
 
-from vlafit.datasets.augment import augment, draw_shifts, shift_image
+from vlafit.datasets.augment import draw_shifts, shift_image, shift_images
 from vlafit.datasets.card import Card, RecordSpec, load_card
 from vlafit.datasets.chunks import ChunkDataset
 from vlafit.datasets.order import SampleOrder
@@ -16,10 +16,10 @@ __all__ = [
     "RecordSpec",
     "SampleOrder",
     "arrays_for_statistics",
-    "augment",
     "draw_shifts",
     "load_card",
     "open_dataset",
     "shift_image",
+    "shift_images",
     "split_episodes",
 ]

@@ -16,23 +16,9 @@ def shift_image(image: NDArray[np.uint8], dy: int, dx: int) -> NDArray[np.uint8]
     if dy == 0 and dx == 0:
         return image
     height, width = image.shape[:2]
-    dy, dx = max(-height, min(height, dy)), max(-width, min(width, dx))
-    shifted = np.empty_like(image, order="C")
-    top, bottom = max(dy, 0), height + min(dy, 0)
-    left, right = max(dx, 0), width + min(dx, 0)
-    shifted[top:bottom, left:right] = image[top - dy : bottom - dy, left - dx : right - dx]
-    if right > left:
-        shifted[top:bottom, :left] = shifted[top:bottom, left : left + 1]
-        shifted[top:bottom, right:] = shifted[top:bottom, right - 1 : right]
-    else:  # moved out of sight: the nearest column is left
-        shifted[top:bottom] = image[top - dy : bottom - dy, (0 if dx > 0 else -1), None]
-    if bottom > top:
-        shifted[:top] = shifted[top : top + 1]
-        shifted[bottom:] = shifted[bottom - 1 : bottom]
-    else:
-        columns = np.clip(np.arange(width) - dx, 0, width - 1)
-        shifted[:] = image[0 if dy > 0 else -1, columns]
-    return shifted
+    rows = np.clip(np.arange(height) - dy, 0, height - 1)
+    columns = np.clip(np.arange(width) - dx, 0, width - 1)
+    return image.take(rows, axis=0).take(columns, axis=1)
 
 
 def draw_shifts(seed: int, epoch: int, index: int, cameras: int, pixels: int) -> NDArray[np.int64]:
@@ -43,10 +29,11 @@ def draw_shifts(seed: int, epoch: int, index: int, cameras: int, pixels: int) ->
     return generator.integers(-pixels, pixels, size=(cameras, 2), endpoint=True)
 
 
-def augment(sample: Sample, seed: int, epoch: int, index: int, pixels: int) -> Sample:
-    """Return `sample` with each camera's image shifted by a draw of its own; `index` is its position."""
-    if pixels == 0:
-        return sample
+def shift_images(sample: Sample, pixels: int, *, seed: int, epoch: int, index: int) -> Sample:
+    """Return `sample` with each camera's image shifted by a draw of its own, by up to `pixels`.
+
+    `index` is the sample's position in its dataset. Raises DataError for a negative number of pixels.
+    """
     images = sample.observation.images
     shifts = draw_shifts(seed, epoch, index, len(images), pixels).tolist()
     moved = {

@@ -65,6 +65,8 @@ class RobotCard:
     """The robot's state."""
     action: ColumnCard
     """The actions."""
+    relative: tuple[bool, ...] = ()
+    """For each action dimension: learn it relative to the same dimension of the state at the chunk's start."""
     renderer: str = ""
     """What made the pixels: camera, ray, egl or osmesa; empty where unknown."""
 
@@ -127,6 +129,9 @@ class Card:
     """The embodiment."""
     instruction: InstructionCard
     """Where the sentences come from."""
+    relative: tuple[bool, ...] = ()
+    """For each action dimension: whether to learn it minus the same dimension of the state at the chunk's start.
+    Only absolute targets in the state's own units gain by that. Empty: none."""
     mask: str = ""
     """With layout robomimic: the filter key (/mask/<key>) whose demonstrations to use. Empty: all."""
     expect: ExpectCard = field(default_factory=ExpectCard)
@@ -244,6 +249,13 @@ def _check(card: Card, where: str) -> None:
             raise ConfigError(
                 f"{where}: robot.{name} has {len(column.labels)} labels for {column.dimensions} dimensions"
             )
+    if card.relative and len(card.relative) != robot.action.dimensions:
+        raise ConfigError(
+            f"{where}: relative has {len(card.relative)} entries for {robot.action.dimensions} action dimensions"
+        )
+    beyond = [d for d, on in enumerate(card.relative) if on and d >= robot.state.dimensions]
+    if beyond:
+        raise ConfigError(f"{where}: relative: there is no state for action dimensions {beyond}")
     instruction = card.instruction
     if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
         raise ConfigError(f'{where}: instruction.source is "card": give instruction.text or .files')

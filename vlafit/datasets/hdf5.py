@@ -211,8 +211,14 @@ def _scan(card: Card, file: h5py.File, path: Path, name: str, number: int):
         length = len(actions)
         if length == 0:
             raise DataError(f"{where}: the episode is empty; leave it out of the file")
-        info = EpisodeInfo(f"{name}/{demo}", task, instruction, length)
+        info = EpisodeInfo(f"{name}/{demo}", task, instruction, length, _seed(group))
         yield info, _Episode(number, f"data/{demo}", state, actions, offsets)
+
+
+def _seed(group: h5py.Group) -> int | None:
+    """Return the simulation seed that `vlafit record` keeps with an episode; other writers have none."""
+    seed = group.attrs.get("seed")
+    return int(seed) if isinstance(seed, int | np.integer) else None
 
 
 def _masked(file: h5py.File, path: Path, key: str, demos: list[str]) -> list[str]:

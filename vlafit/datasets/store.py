@@ -19,6 +19,8 @@ class EpisodeInfo:
     task: str
     instruction: str
     length: int
+    seed: int | None = None
+    """The simulation seed that the episode started from, where the file tells."""
 
 
 class EpisodeStore(ABC):
