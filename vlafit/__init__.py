@@ -4,18 +4,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlafit.checkpoints import load as load_checkpoint  # noqa: F401
+    from vlafit.checkpoints import load_policy as load_policy
+    from vlafit.checkpoints import save as save_checkpoint  # noqa: F401
+    from vlafit.nn.batch import Batch as Batch
     from vlafit.tuning import apply_strategy as apply_strategy
 
 # What the package offers at its top, and where that lives: imported when asked for, since torch is slow.
 _HOMES = {
-    "apply_strategy": "vlafit.tuning",
+    "Batch": ("vlafit.nn.batch", "Batch"),
+    "apply_strategy": ("vlafit.tuning", "apply_strategy"),
+    "load_checkpoint": ("vlafit.checkpoints", "load"),
+    "load_policy": ("vlafit.checkpoints", "load_policy"),
+    "save_checkpoint": ("vlafit.checkpoints", "save"),
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlafit' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, inside = _HOMES[name]
+    return getattr(import_module(module), inside)
 
 
 def __dir__() -> list[str]:

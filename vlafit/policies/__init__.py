@@ -1,7 +1,7 @@
 """Policy families, one file each.
 
-A family's module offers `Config` (a frozen dataclass), `SIZES` (named configs), `build` and `init_weights`, as
-`vlafit.policies.pi0` does. A family is named by its file here, or by the dotted path of a module elsewhere.
+A family's module offers `Config` (a frozen dataclass), `SIZES` (named configs), `build` and `init_weights`,
+as `vlafit.policies.pi0` does. A family is named by its file here, or by the dotted path of another module.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ def family_name(policy: "Policy") -> str:
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:
     """Return `config` with some fields replaced.
 
-    `values` may nest (``{"vision": {"heads": 2}}``) or use dotted keys (``{"vision.heads": 2}``). `where` begins
-    every message. Raises ConfigError for an unknown key or a wrong type.
+    `values` may nest (``{"vision": {"heads": 2}}``) or use dotted keys (``{"vision.heads": 2}``). `where`
+    begins every message. Raises ConfigError for an unknown key or a wrong type.
     """
     return configuration.build(type(config), merge(dataclasses.asdict(config), values), where)
 
@@ -77,8 +77,8 @@ def build_family(
 ) -> "Policy":
     """Build a policy with fresh weights on the CPU.
 
-    Starts from the family's named `size` and replaces the fields in `config`; without a size, `config` must be
-    complete. Raises ConfigError for unknown names, keys and sizes.
+    Starts from the family's named `size` and replaces the fields in `config`; without a size, `config` must
+    be complete. Raises ConfigError for unknown names, keys and sizes.
     """
     module = family(name)
     where = f"policy family {name!r}"

@@ -103,7 +103,7 @@ class Pi0Config:
             ),
             (
                 (self.state_input == "continuous") != self.pi05,
-                f"state_input {self.state_input!r} does not go with pi05 = {str(self.pi05).lower()}: pi0 has a"
+                f"state_input {self.state_input!r} does not go with pi05 {str(self.pi05).lower()}: pi0 has a"
                 " state token ('continuous'), pi0.5 has none ('prompt' or 'none')",
             ),
         )
@@ -128,7 +128,7 @@ _PUBLIC = (  # SigLIP So400m/14, gemma_2b, gemma_300m: reference implementation
 _SMALL = (
     VisionConfig(width=128, depth=4, mlp=384, heads=4, patch=16, image_size=64),
     LanguageConfig(width=128, depth=4, mlp=384, heads=4, kv_heads=1, head_dim=32, vocab=512),
-    ExpertConfig(width=128, mlp=384),
+    ExpertConfig(width=96, mlp=288),
 )
 _TINY = (
     VisionConfig(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=8),
@@ -216,8 +216,8 @@ class Pi0(Policy):
             low, high = int(batch.tokens.min()), int(batch.tokens.max())
             if low < 0 or high >= c.language.vocab:
                 raise CodecError(
-                    f"batch.tokens reach from {low} to {high}; this policy knows 0 to {c.language.vocab - 1}: use"
-                    " the tokenizer that belongs to it"
+                    f"batch.tokens reach from {low} to {high}; this policy knows 0 to {c.language.vocab - 1}:"
+                    " use the tokenizer that belongs to it"
                 )
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:

@@ -1,0 +1,125 @@
+"""Put weights into a policy exactly, or say everything that is wrong with them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import ParameterInfo, Policy
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SHOWN = 12  # names that one line of an error lists before it counts the rest
+CHECKED_AT_ONCE = 1 << 22  # elements; the check for NaN needs no second copy of a large tensor
+
+
+def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Map safetensors files into memory; a tensor's bytes are read when they are first touched.
+
+    Raises WeightsError for files that are missing, truncated or damaged, or hold one name twice.
+    """
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a handle, not a dict
+                    if name in found:
+                        raise WeightsError(
+                            f"{path}: tensor {name!r} is in another file of the checkpoint, too"
+                        )
+                    found[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path}: not a whole safetensors file ({error}); copy or download it again"
+            ) from error
+    return found
+
+
+def fit(
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    *,
+    where: str,
+    fresh: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Copy `weights`, named as the policy's parameters, into `policy` exactly.
+
+    The parameters named in `fresh` keep what they hold; all others are replaced by new storage on `device`,
+    in `dtype` (those that compute in float32 stay float32, see `stored_as`), one at a time: a policy on the
+    meta device never exists twice. `where` begins the message.
+
+    Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, and every dtype that is
+    no floating-point number; the policy is then unusable.
+    """
+    infos = {info.name: info for info in policy.parts()}
+    wanted = {name: p for name, p in policy.named_parameters() if name not in set(fresh)}
+    wrong: dict[str, list[str]] = {
+        "missing": [n for n in wanted if n not in weights],
+        "surplus": [n for n in weights if n not in infos],
+        "misshapen": [],
+        "not floating-point": [],
+        "not finite": [],
+    }
+    for name, parameter in wanted.items():
+        if name not in weights:
+            continue
+        tensor = weights[name]
+        if tensor.shape != parameter.shape:
+            have, want = tuple(tensor.shape), tuple(parameter.shape)
+            wrong["misshapen"].append(f"{name} is {have}, not {want}")
+        elif not tensor.is_floating_point():
+            wrong["not floating-point"].append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
+        elif not _finite(tensor):
+            wrong["not finite"].append(name)
+        else:
+            value = torch.empty(tensor.shape, dtype=stored_as(infos[name], dtype), device=device)
+            replace_parameter(policy, name, value.copy_(tensor))
+    complain(where, wrong)
+
+
+def complain(where: str, wrong: Mapping[str, Sequence[str]]) -> None:
+    """Raise WeightsError with one line for each kind of `wrong` tensors, unless there are none."""
+    lines = [f"  {kind} ({len(names)}): {_listed(names)}" for kind, names in wrong.items() if names]
+    if lines:
+        raise WeightsError(
+            f"{where}: these are not exactly the policy's weights:\n"
+            + "\n".join(lines)
+            + "\nUse the config that"
+            " the checkpoint was made with, name what shall start anew as `fresh`, or get the file again."
+        )
+
+
+def stored_as(info: ParameterInfo, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a parameter is kept when the policy is loaded in `dtype`.
+
+    Norms, the image tower's patches and positions, and the projections compute in float32, as in the
+    reference.
+    """
+    precise = info.kind in ("norm", "conv") or info.part == "projections"
+    return torch.float32 if precise or (info.part, info.kind) == ("vision", "embedding") else dtype
+
+
+def replace_parameter(policy: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter called `name`."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(policy.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all its terms are; in float64 no sum of 2^22 narrower numbers overflows.
+    return all(
+        bool(torch.isfinite(part.sum(dtype=torch.float64)))
+        for part in tensor.reshape(-1).split(CHECKED_AT_ONCE)
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown}, and {len(names) - SHOWN} more"

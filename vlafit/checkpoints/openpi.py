@@ -1,0 +1,54 @@
+"""openpi's PyTorch checkpoints of pi0 and pi0.5: their names, and the config that their shapes imply.
+
+`safetensors.torch.save_model` drops `embed_tokens`, which is tied to `paligemma.lm_head`; the expert's own
+`lm_head` is random and feeds nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlafit.checkpoints.names import NameMap
+
+_P = "paligemma_with_expert."
+_VISION = f"{_P}paligemma.model.vision_tower.vision_model."
+
+NAMES = NameMap(
+    form="openpi",
+    prefixes=(
+        ("vision.layers.", f"{_VISION}encoder.layers."),
+        ("vision.patch_embedding.", f"{_VISION}embeddings.patch_embedding."),
+        ("vision.position_embedding.", f"{_VISION}embeddings.position_embedding."),
+        ("vision.post_layernorm.", f"{_VISION}post_layernorm."),
+        ("projector.", f"{_P}paligemma.model.multi_modal_projector.linear."),
+        ("language.", f"{_P}paligemma.model.language_model."),
+        ("expert.", f"{_P}gemma_expert.model."),
+    ),
+    ties={"language.embed_tokens.weight": f"{_P}paligemma.lm_head.weight"},
+    unused=(f"{_P}gemma_expert.lm_head.weight",),
+)
+
+CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
+
+
+def recognise(tensors: Mapping[str, Any]) -> bool:
+    """Whether these tensor names are openpi's."""
+    return any(name.startswith(_VISION) for name in tensors) and "action_in_proj.weight" in tensors
+
+
+def known_config(folder: Path) -> dict[str, object]:
+    """Return what openpi's own config.json beside the weights says, as fields of `Pi0Config`.
+
+    A file with other keys is not openpi's and is left alone.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    if not isinstance(values, dict) or set(values) != CONFIG_KEYS:
+        return {}
+    return {"chunk": values["action_horizon"]}
