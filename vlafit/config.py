@@ -40,7 +40,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _find_base(base: str, path: Path, kind: str) -> Path:
-    """A file beside `path` wins, then whatever `shipped` knows; so a file may extend a shipped one of its own name."""
+    """A file beside `path` wins, then what `shipped` knows: a file may extend a shipped namesake."""
     for beside in (path.parent / base, path.parent / f"{base}.toml"):
         if beside.is_file() and beside.resolve() != path.resolve():
             return beside
@@ -94,13 +94,14 @@ def read(cls: type[T], path: Path, kind: str) -> T:
     return build(cls, load_toml(path, kind), str(path))
 
 
-# --------------------------------------------------------------------------------------------- building values
+# -------------------------------------------------------------------------------------------- building values
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Make the dataclass `cls` out of plain TOML values.
 
-    `where` (a file, say) begins every message. Raises ConfigError for an unknown or missing key, or a wrong type.
+    `where` (a file, say) begins every message. Raises ConfigError for an unknown or missing key, or a wrong
+    type.
     """
     return _dataclass(cls, values, where, "")
 
@@ -266,8 +267,8 @@ def _table(items: Mapping[str, Any], at: str, lines: list[str]) -> None:
 
 
 def _key(name: str) -> str:
-    bare = name != "" and name.isascii() and name.replace("_", "").replace("-", "").isalnum()
-    return name if bare or set(name) <= {"_", "-"} and name else _inline(name)
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else _inline(name)
 
 
 def _inline(value: Any) -> str:

@@ -25,8 +25,10 @@ def usage() -> str:
     """Return what `vlafit --help` prints."""
     verbs = "\n".join(f"  {verb:<9}{line}" for verb, line in VERBS.items())
     return (
-        "usage: vlafit VERB ...\n\nFine-tune pretrained vision-language-action policies, and show what it bought.\n\n"
-        f"verbs:\n{verbs}\n\nvlafit VERB --help tells more. On several processes: accelerate launch -m vlafit ..."
+        "usage: vlafit VERB ...\n\n"
+        "Fine-tune pretrained vision-language-action policies, and show what it bought.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "vlafit VERB --help tells more. On several processes: accelerate launch -m vlafit VERB ..."
     )
 
 
@@ -77,7 +79,7 @@ def _version() -> str:
 
 
 def _complain(message: str) -> None:
-    """Print one message. All processes of a launch mostly fail alike, so the others let the main one speak first."""
+    """Print one message. Processes of a launch mostly fail alike, so the main one speaks first."""
     if rank() == 0:
         print(f"vlafit: {message}", file=sys.stderr)
     else:

@@ -147,3 +147,21 @@ def size(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return str(count)
+
+
+def plan_table(rows: list[dict]) -> str:
+    """Return the tuning table as text; the last row is the total."""
+    header = ("rule", "mode", "tensors", "parameters", "trainable", "lr x", "optimiser bytes")
+    cells = [
+        (
+            row["select"],
+            row["mode"],
+            row["tensors"],
+            size(row["parameters"]),
+            size(row["trainable"]),
+            f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
+            size(row["optimiser_bytes"]),
+        )
+        for row in rows
+    ]
+    return table(header, cells)

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _first_line(path: Path) -> str:
-    """Return the first line of a file's opening comment; for a launcher file, its path too. Nothing for a folder."""
+    """Return the first line of a file's opening comment, after a launcher file's path; nothing for a folder."""
     if not path.is_file():
         return ""
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -125,7 +125,7 @@ def _metavar(kind: Any) -> str:
 def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take the options of table fields (``--policy.config.KEY VALUE``) out of `arguments`.
 
-    Returns the other arguments (dashes inside names of fields made underscores), and the tables' values, nested.
+    Returns the other arguments (dashes in names of fields made underscores), and the tables' values, nested.
     """
     tables = [f"--{f.name}." for f in fields(cls, values) if f.is_table]
     rest: list[str] = []
@@ -175,7 +175,7 @@ def overrides(cls: type, values: Any, namespace: argparse.Namespace) -> dict[str
 
 
 def _typed(kind: Any, text: Any) -> Any:
-    """Make numbers and booleans of text where the field wants them; what is neither stays text, for the error."""
+    """Make numbers and booleans of text where the field wants them; else it stays text, for the error."""
     if isinstance(text, list):
         return [_typed(get_args(kind)[0], one) for one in text]
     if get_origin(kind) in (typing.Union, types.UnionType):

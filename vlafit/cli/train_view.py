@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from vlafit.cli import rank
-from vlafit.cli.console import Line, number, size, table
+from vlafit.cli.console import Line, number, plan_table
 from vlafit.recipe import Recipe
 from vlafit.train.loop import StepResult
 from vlafit.train.run import Observer, RunSummary
@@ -87,21 +87,3 @@ class TrainView(Observer):
             print(f"report: {summary.report}")
         else:
             print(f"run: {summary.folder}")
-
-
-def plan_table(rows: list[dict]) -> str:
-    """Return the tuning table as text; the last row is the total."""
-    header = ("rule", "mode", "tensors", "parameters", "trainable", "lr x", "optimiser bytes")
-    cells = [
-        (
-            row["select"],
-            row["mode"],
-            row["tensors"],
-            size(row["parameters"]),
-            size(row["trainable"]),
-            f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
-            size(row["optimiser_bytes"]),
-        )
-        for row in rows
-    ]
-    return table(header, cells)

@@ -1,0 +1,97 @@
+"""`vlafit inspect CHECKPOINT`: what is in it, whether it is whole, and what a strategy would train of it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlafit import shipped
+from vlafit.cli.console import plan_table, size, table
+from vlafit.cli.parser import Parser
+from vlafit.cli.places import checkpoint_folder
+
+if TYPE_CHECKING:
+    from vlafit.checkpoints import Loaded
+
+ABOUT = """\
+Load a checkpoint exactly, its hashes verified, and show its parts, its robot and its prompt; with --strategy,
+which of its tensors that strategy would train, and what the optimiser would hold."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print what a checkpoint holds."""
+    parser = Parser("vlafit inspect", ABOUT)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
+    strategies = ", ".join(shipped.names("strategy"))
+    parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.read(arguments)
+
+    folder = checkpoint_folder(options.checkpoint)
+    from vlafit import checkpoints, tuning
+
+    loaded = checkpoints.load(folder)
+    facts = describe(loaded)
+    if options.strategy:
+        plan = tuning.preview(loaded.policy, tuning.load_strategy(options.strategy))
+        facts["strategy"] = {"name": plan.strategy.name, "table": plan.rows()}
+    if options.json:
+        print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
+    else:
+        print(as_text(str(folder), facts))
+    return 0
+
+
+def describe(loaded: "Loaded") -> dict[str, Any]:
+    """Return what `vlafit inspect` shows, as plain values."""
+    from vlafit.policies import family_name
+
+    policy, codec = loaded.policy, loaded.codec
+    tensors = dict(policy.named_parameters())
+    parts: dict[str, dict[str, int]] = {}
+    for info in policy.parts():
+        row = parts.setdefault(info.part, {"tensors": 0, "parameters": 0, "layers": info.layers})
+        row["tensors"] += 1
+        row["parameters"] += tensors[info.name].numel()
+        row["layers"] = max(row["layers"], info.layers)
+    return {
+        "family": family_name(policy),
+        "load": loaded.report.text(),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "parts": parts,
+        "embodiment": dataclasses.asdict(codec.embodiment) if codec else None,
+        "codec": dataclasses.asdict(codec.config) if codec else None,
+    }
+
+
+def as_text(folder: str, facts: dict[str, Any]) -> str:
+    """Return `describe`'s facts for reading."""
+    parts: list[tuple[object, ...]] = [
+        (name, part["layers"] or "", part["tensors"], size(part["parameters"]))
+        for name, part in facts["parts"].items()
+    ]
+    tensors = sum(part["tensors"] for part in facts["parts"].values())
+    parts.append(("total", "", tensors, size(facts["parameters"])))
+    lines = [f"{folder}: {facts['family']}", facts["load"], ""]
+    lines += [table(("part", "layers", "tensors", "parameters"), parts), ""]
+    robot, codec = facts["embodiment"], facts["codec"]
+    if robot:
+        cameras = ", ".join(f"{c['name']} {c['shape'][0]}x{c['shape'][1]}" for c in robot["cameras"])
+        lines += [
+            f"robot    {robot['name']}, {robot['hz']:g} Hz, {robot['control']}",
+            f"cameras  {cameras}; pixels by {robot['renderer'] or 'unknown'}",
+            f"state    {_column(robot['state'])}",
+            f"action   {_column(robot['action'])}; chunks of {codec['chunk']}",
+            f"codec    {codec['normalisation']}, prompt {codec['prompt']} up to {codec['max_tokens']} tokens, "
+            f"images {codec['image_size']}x{codec['image_size']}",
+        ]
+    else:
+        lines.append("no codec: a run that fine-tunes it fits one to the data")
+    if "strategy" in facts:
+        lines += ["", f"strategy {facts['strategy']['name']}", plan_table(facts["strategy"]["table"])]
+    return "\n".join(lines)
+
+
+def _column(one: dict[str, Any]) -> str:
+    labels = f" ({', '.join(one['labels'])})" if one["labels"] else ""
+    return f"{one['shape'][0]}{labels}{' in ' + one['unit'] if one['unit'] else ''}"
