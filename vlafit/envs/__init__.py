@@ -7,10 +7,10 @@ A name is a module of this folder, or a dotted path to a module elsewhere; eithe
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vlafit.errors import SimulationError, did_you_mean
-from vlafit.types import Env
+from vlafit.types import Actor, Env
 
 Renderer = Literal["ray", "egl", "osmesa", "auto"]
 
@@ -50,21 +50,33 @@ def make(spec: EnvSpec) -> Env:
         raise SimulationError(f"environment {spec.name!r}: size = {spec.size} is too small; use 8 pixels or more")
     if spec.horizon < 0:
         raise SimulationError(f"environment {spec.name!r}: horizon = {spec.horizon}; use 0 for the simulation's own")
-    if "." not in spec.name and spec.name not in names():
-        raise SimulationError(f"there is no environment {spec.name!r}{did_you_mean(spec.name, names())}")
-    path = spec.name if "." in spec.name else f"{__name__}.{spec.name}"
+    return _module(spec.name).make(spec)
+
+
+def expert(name: str) -> Actor:
+    """Make the scripted expert of simulation `name`, or raise SimulationError when it has none."""
+    module = _module(name)
+    if not callable(getattr(module, "make_expert", None)):
+        raise SimulationError(f"environment {name!r} has no scripted expert to record with")
+    return module.make_expert()
+
+
+def _module(name: str) -> Any:
+    if "." not in name and name not in names():
+        raise SimulationError(f"there is no environment {name!r}{did_you_mean(name, names())}")
+    path = name if "." in name else f"{__name__}.{name}"
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing in EXTRAS:
             raise SimulationError(
-                f"environment {spec.name!r} needs the package {missing!r}, which is not installed; "
+                f"environment {name!r} needs the package {missing!r}, which is not installed; "
                 f"install it with: pip install 'vlafit[{EXTRAS[missing]}]'"
             ) from error
         if error.name is not None and path.startswith(error.name):
-            raise SimulationError(f"there is no module {spec.name!r} to make an environment from") from error
+            raise SimulationError(f"there is no module {name!r} to make an environment from") from error
         raise
     if not callable(getattr(module, "make", None)):
         raise SimulationError(f"module {path} has no function make(spec: EnvSpec) -> Env")
-    return module.make(spec)
+    return module

@@ -3,7 +3,8 @@
 Meta-World's gymnasium entry ignores the seed of `reset`; here each start is drawn from a generator seeded for
 that episode, the way LeRobot builds its environment, so (task, seed) names one start in every process. The
 package has no instructions: ours are in `sentences`. It has no camera that shows the whole reach of the hand
-either: `workspace` is ours.
+either: `workspace` is ours. Meta-World's markers are drawn only in tasks whose goal is nothing else; elsewhere
+they would tell two tasks of one scene apart, which is the instruction's part.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec
+from vlafit.envs.experts import ScriptedExpert
 from vlafit.envs.raycast import Raycaster
-from vlafit.envs.sentences import SENTENCES
+from vlafit.envs.sentences import MARKED, SENTENCES
 from vlafit.envs.view import View, from_quaternion, look_at
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
@@ -25,7 +27,7 @@ from vlafit.types import NOTHING, Embodiment, Feature, Observation
 HZ = 80.0  # Meta-World: 5 physics steps of 2.5 ms each
 LONGEST = 500  # steps; Meta-World refuses to go on after these
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # half a turn: Meta-World's corner2 hangs upside down
-WORKSPACE_FROM, WORKSPACE_TO = (0.98, 0.02, 0.92), (0.0, 0.66, 0.13)  # metres; chosen to fill the picture
+WORKSPACE_FROM, WORKSPACE_TO = (0.78, 0.07, 0.90), (0.08, 0.70, 0.16)  # metres; fills the picture with what the experts touch
 FIXED = {
     # LeRobot's corner2: the model's direction, moved nearer, and turned to stand upright for a person
     "corner2": View(
@@ -34,7 +36,7 @@ FIXED = {
         60.0,
         fixed=True,
     ),
-    "workspace": View(np.array(WORKSPACE_FROM), look_at(WORKSPACE_FROM, WORKSPACE_TO), 42.0, fixed=True),
+    "workspace": View(np.array(WORKSPACE_FROM), look_at(WORKSPACE_FROM, WORKSPACE_TO), 36.0, fixed=True),
 }
 WRIST = {"wrist": "gripperPOV"}  # our name for a camera of the model
 MODEL_CAMERAS = ("topview", "corner", "corner3", "corner4", "behindGripper", "gripperPOV")
@@ -134,22 +136,27 @@ class MetaWorld:
     def _render(self) -> dict[str, NDArray[np.uint8]]:
         game = self._games[self._task]
         if self._task not in self._painters:
-            self._painters[self._task] = self._make_painter(game.model)
+            self._painters[self._task] = self._make_painter(self._task, game.model)
         painter = self._painters[self._task]
         names = [camera.name for camera in self.embodiment.cameras]
         return {name: painter.render(game.data, name, _view(game, name)) for name in names}
 
-    def _make_painter(self, model: mujoco.MjModel) -> Any:
+    def _make_painter(self, task: str, model: mujoco.MjModel) -> Any:
         if self.embodiment.renderer == "ray":
-            return Raycaster(model, self.spec.size)
+            return Raycaster(model, self.spec.size, sites=task in MARKED)
         from vlafit.envs.gl import GlRenderer
 
-        return GlRenderer(model, self.spec.size, self.embodiment.renderer)
+        return GlRenderer(model, self.spec.size, self.embodiment.renderer, sites=task in MARKED)
 
 
 def make(spec: EnvSpec) -> MetaWorld:
     """Make Meta-World as `spec` says."""
     return MetaWorld(spec)
+
+
+def make_expert() -> ScriptedExpert:
+    """Make the actor that solves these tasks."""
+    return ScriptedExpert()
 
 
 def check_action(action: NDArray, size: int, where: str) -> NDArray[np.float32]:

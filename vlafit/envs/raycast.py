@@ -102,6 +102,11 @@ class Raycaster:
         picture[pixels] = colour.mean(axis=1)
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
+    def close(self) -> None:
+        """Forget the still pictures."""
+        self._stills.clear()
+        self._rays.clear()
+
     def _nothing(self) -> _Still:
         n = self.size
         colour = np.broadcast_to(self._background, (n, n, 4, 3))

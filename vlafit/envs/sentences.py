@@ -1,4 +1,4 @@
-"""One English instruction for each Meta-World task; the package itself has none."""
+"""One English instruction for each Meta-World task; the package itself has none; and where the goal is a mere marker."""
 
 SENTENCES: dict[str, str] = {
     "assembly-v3": "pick up the nut and place it onto the peg",
@@ -52,3 +52,26 @@ SENTENCES: dict[str, str] = {
     "window-close-v3": "close the window",
     "window-open-v3": "open the window",
 }
+
+MARKED = frozenset(
+    {
+        "coffee-pull-v3",
+        "hand-insert-v3",
+        "lever-pull-v3",
+        "peg-unplug-side-v3",
+        "pick-out-of-hole-v3",
+        "pick-place-v3",
+        "pick-place-wall-v3",
+        "plate-slide-back-side-v3",
+        "plate-slide-back-v3",
+        "push-back-v3",
+        "push-v3",
+        "push-wall-v3",
+        "reach-v3",
+        "reach-wall-v3",
+        "stick-pull-v3",
+        "stick-push-v3",
+        "sweep-v3",
+    }
+)
+"""Tasks whose goal is a place that only a marker shows (a MuJoCo site, drawn in these tasks alone)."""
