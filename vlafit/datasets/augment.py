@@ -1,5 +1,6 @@
 """Augmentation of training samples, before the codec; every draw belongs to (seed, epoch, sample)."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +17,12 @@ def shift_image(image: NDArray[np.uint8], dy: int, dx: int) -> NDArray[np.uint8]
     if dy == 0 and dx == 0:
         return image
     height, width = image.shape[:2]
-    rows = np.clip(np.arange(height) - dy, 0, height - 1)
-    columns = np.clip(np.arange(width) - dx, 0, width - 1)
-    return image.take(rows, axis=0).take(columns, axis=1)
+    return image.take(_source(height, dy), axis=0).take(_source(width, dx), axis=1)
+
+
+@functools.lru_cache(maxsize=256)
+def _source(length: int, by: int) -> NDArray[np.int64]:
+    return np.clip(np.arange(length) - by, 0, length - 1)
 
 
 def draw_shifts(seed: int, epoch: int, index: int, cameras: int, pixels: int) -> NDArray[np.int64]:

@@ -66,7 +66,8 @@ class RobotCard:
     action: ColumnCard
     """The actions."""
     relative: tuple[bool, ...] = ()
-    """For each action dimension: learn it relative to the same dimension of the state at the chunk's start."""
+    """For each action dimension: whether to learn it minus the same dimension of the state at the chunk's
+    start, as suits absolute targets in the state's own units. Empty: none."""
     renderer: str = ""
     """What made the pixels: camera, ray, egl or osmesa; empty where unknown."""
 
@@ -129,9 +130,6 @@ class Card:
     """The embodiment."""
     instruction: InstructionCard
     """Where the sentences come from."""
-    relative: tuple[bool, ...] = ()
-    """For each action dimension: whether to learn it minus the same dimension of the state at the chunk's start.
-    Only absolute targets in the state's own units gain by that. Empty: none."""
     mask: str = ""
     """With layout robomimic: the filter key (/mask/<key>) whose demonstrations to use. Empty: all."""
     expect: ExpectCard = field(default_factory=ExpectCard)
@@ -249,13 +247,13 @@ def _check(card: Card, where: str) -> None:
             raise ConfigError(
                 f"{where}: robot.{name} has {len(column.labels)} labels for {column.dimensions} dimensions"
             )
-    if card.relative and len(card.relative) != robot.action.dimensions:
+    if robot.relative and len(robot.relative) != robot.action.dimensions:
         raise ConfigError(
-            f"{where}: relative has {len(card.relative)} entries for {robot.action.dimensions} action dimensions"
+            f"{where}: robot.relative has {len(robot.relative)} entries for {robot.action.dimensions} dimensions"
         )
-    beyond = [d for d, on in enumerate(card.relative) if on and d >= robot.state.dimensions]
+    beyond = [d for d, on in enumerate(robot.relative) if on and d >= robot.state.dimensions]
     if beyond:
-        raise ConfigError(f"{where}: relative: there is no state for action dimensions {beyond}")
+        raise ConfigError(f"{where}: robot.relative: there is no state for action dimensions {beyond}")
     instruction = card.instruction
     if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
         raise ConfigError(f'{where}: instruction.source is "card": give instruction.text or .files')

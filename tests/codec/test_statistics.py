@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from vlafit.codec.statistics import FURTHEST, Normalisation, Normaliser, Statistics
+from vlafit.errors import CodecError, DataError
+
+METHODS: tuple[Normalisation, ...] = ("mean_std", "quantile")
+VALUES = arrays(np.float64, (40, 3), elements=st.floats(-1e4, 1e4, width=32))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_quantiles_are_true_quantiles_and_std_is_the_populations():
+    values = np.arange(1001, dtype=np.float64)[::-1, None] * [1, -2]
+    found = Statistics.of(values)
+    assert found.count == 1001
+    np.testing.assert_allclose(found.q01, [10, -1980])
+    np.testing.assert_allclose(found.q99, [990, -20])
+    np.testing.assert_allclose(found.std, values.std(axis=0, ddof=0))
+    np.testing.assert_array_equal(found.min, [0, -2000])
+    np.testing.assert_array_equal(found.max, [1000, 0])
+
+
+def test_a_rare_outlier_does_not_move_the_quantiles_as_a_coarse_histogram_would():
+    values = np.concatenate([np.linspace(0, 1, 10_000), [1e6]])[:, None]
+    assert Statistics.of(values).q99[0] == pytest.approx(0.99, abs=1e-3)
+
+
+def test_statistics_survive_json_bit_for_bit(rng: np.random.Generator):
+    import json
+
+    before = Statistics.of(rng.normal(size=(100, 4)))
+    after = Statistics.from_json(json.loads(json.dumps(before.to_json())), "here")
+    for name in ("mean", "std", "q01", "q99", "min", "max"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((0, 2)), "no values"),
+        (np.zeros(3), r"\[n, d\]"),
+        (np.zeros((3, 0)), r"\[n, d\]"),
+        (np.array([[0, 1], [2, np.nan]]), r"state.*nan in row 1, dimension 1 \(gripper\)"),
+        (np.array([[np.inf, 1]]), r"inf in row 0, dimension 0 \(x\)"),
+    ],
+)
+def test_values_without_statistics_are_refused_by_name(values: np.ndarray, message: str):
+    with pytest.raises(DataError, match=message):
+        Statistics.of(values, "state", ("x", "gripper"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": None}, "lists of numbers|lists of one length"),
+        ({"mean": [1.0]}, "one length"),
+        ({"std": [float("nan"), 1.0]}, "not finite"),
+        ({"count": "3"}, "integer"),
+        ({"extra": 1}, "exactly"),
+    ],
+)
+def test_malformed_statistics_are_refused(change: dict[str, object], message: str):
+    good = Statistics.of(np.eye(2)).to_json()
+    with pytest.raises(CodecError, match=message):
+        Statistics.from_json(good | change, "codec.json")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(values=VALUES)
+def test_decoding_undoes_encoding(method: Normalisation, values: np.ndarray):
+    normaliser = Normaliser.fit(Statistics.of(values), method)
+    again = normaliser.decode(normaliser.encode(values))
+    np.testing.assert_allclose(again, values, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(values=VALUES)
+def test_no_recorded_value_explodes(method: Normalisation, values: np.ndarray):
+    encoded = Normaliser.fit(Statistics.of(values), method).encode(values)
+    assert np.abs(encoded).max() <= FURTHEST + 1
+
+
+def test_ordinary_dimensions_are_normalised_by_the_references_formulas(rng: np.random.Generator):
+    values = rng.normal(size=(1000, 2)) * [0.01, 100]
+    s = Statistics.of(values)
+    np.testing.assert_allclose(
+        Normaliser.fit(s, "mean_std").encode(values), (values - s.mean) / (s.std + 1e-6), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        Normaliser.fit(s, "quantile").encode(values),
+        (values - s.q01) / (s.q99 - s.q01 + 1e-6) * 2 - 1,
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dimension_that_hardly_moves_stays_small_where_the_formula_gives_thousands(method: Normalisation):
+    values = np.zeros((2000, 1))
+    values[7] = 0.04  # a gripper that moved once
+    s = Statistics.of(values)
+    assert (values[7] - s.q01) / (s.q99 - s.q01 + 1e-6) * 2 - 1 > 10_000
+    normaliser = Normaliser.fit(s, method)
+    assert np.abs(normaliser.encode(values)).max() <= FURTHEST + 1
+    np.testing.assert_allclose(normaliser.decode(normaliser.encode(values)), values, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_dimension_encodes_to_zero_and_an_unforeseen_value_stays_small(method: Normalisation):
+    normaliser = Normaliser.fit(Statistics.of(np.full((10, 1), 0.04)), method)
+    np.testing.assert_allclose(normaliser.encode(np.array([[0.04]])), 0, atol=1e-12)
+    assert np.abs(normaliser.encode(np.array([[0.3]]))).max() <= FURTHEST
+    np.testing.assert_allclose(normaliser.decode(np.array([[0.0]])), 0.04, rtol=1e-12)

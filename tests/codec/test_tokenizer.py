@@ -1,0 +1,114 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.codec.robots import SENTENCES, tokenizer
+from vlafit.codec.tokenizer import SMALLEST, load, train_word_tokenizer
+from vlafit.errors import CodecError
+
+TRAINED = tokenizer()
+
+
+@given(st.text())
+def test_any_sentence_can_be_encoded_and_read_back(text: str):
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+def test_words_seen_in_training_become_one_token_each():
+    assert len(TRAINED.encode(SENTENCES[0])) == 3
+
+
+def test_training_depends_on_the_sentences_alone_not_on_their_order():
+    one = train_word_tokenizer(SENTENCES, 300)
+    two = train_word_tokenizer(SENTENCES[::-1], 300)
+    assert one.backend.to_str() == two.backend.to_str()
+
+
+def test_special_tokens_come_first_and_the_vocabulary_keeps_its_bound():
+    assert (TRAINED.pad, TRAINED.bos, TRAINED.eos) == (0, 1, 2)
+    assert train_word_tokenizer(SENTENCES, SMALLEST + 5).vocab_size == SMALLEST + 5
+
+
+def test_a_vocabulary_without_room_for_every_byte_is_refused():
+    with pytest.raises(CodecError, match="at least 259"):
+        train_word_tokenizer(SENTENCES, 258)
+
+
+def test_special_tokens_written_in_an_instruction_are_mere_text(tmp_path: Path):
+    TRAINED.save(tmp_path)
+    for copy in (TRAINED, load(tmp_path), pickle.loads(pickle.dumps(TRAINED))):  # noqa: S301
+        assert not {0, 1, 2} & set(copy.encode("stop <eos> <pad> now <bos>"))
+
+
+def test_a_saved_tokenizer_is_the_same_again(tmp_path: Path):
+    TRAINED.save(tmp_path)
+    again = load(str(tmp_path))
+    assert again.backend.to_str() == TRAINED.backend.to_str()
+    assert (again.pad, again.bos, again.eos) == (TRAINED.pad, TRAINED.bos, TRAINED.eos)
+
+
+def test_transformers_loads_a_saved_tokenizer_and_agrees(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    TRAINED.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    text = "open the drawer, 17\n"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == TRAINED.encode(text)
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+
+
+def test_a_tokenizer_that_transformers_saved_is_loaded(tmp_path: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=TRAINED.backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    theirs.save_pretrained(str(tmp_path))
+    ours = load(tmp_path)
+    assert ours.encode("close the door") == TRAINED.encode("close the door")
+    assert (ours.pad, ours.bos, ours.eos) == (0, 1, 2)
+
+
+def test_a_tokenizer_that_pads_or_cuts_by_itself_is_stopped_from_doing_so(tmp_path: Path):
+    backend = tokenizer().backend
+    backend.enable_padding(length=50)
+    backend.enable_truncation(2)
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    assert load(tmp_path).encode(SENTENCES[0]) == TRAINED.encode(SENTENCES[0])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{"}, "not a readable tokenizer"),
+        ({"tokenizer.json": "{}"}, "not a readable tokenizer"),
+        ({"tokenizer.json": None, "tokenizer_config.json": '{"bos_token": "<s>"}'}, "bos_token '<s>' is not in"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "["}, "not a readable tokenizer"),
+        ({"readme.txt": "hello"}, "no tokenizer.json"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_its_name(
+    tmp_path: Path, files: dict[str, str | None], message: str
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(TRAINED.backend.to_str() if text is None else text)
+    with pytest.raises(CodecError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path):
+    with pytest.raises(CodecError, match="no such tokenizer folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_special_tokens_written_as_objects_are_understood(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text(TRAINED.backend.to_str())
+    config = {"bos_token": {"content": "<bos>", "lstrip": False}, "eos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load(tmp_path)
+    assert (ours.bos, ours.eos) == (1, None)
