@@ -12,22 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
+from vlafit.nn.precision import in_own_precision
 
 EPS = 1e-6  # Gemma: RMSNorm epsilon
 
 KeysValues = tuple[Tensor, Tensor]
 """Rotated keys, and values, of one layer: each [b, l, g, d]."""
-
-
-def in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear `module` in its own weights' precision (float32 in training), also under autocast."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    x = x.to(weight.dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return module(x)
-    return module(x)
 
 
 def _normalise(x: Tensor) -> Tensor:
@@ -57,7 +47,9 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the normalised `x` [b, k*t, w] and its gate [b, k, 1, w], for `cond` [b, k, c]."""
         assert cond is not None
-        scale, shift, gate = in_float32(self.dense, cond)[:, :, None].float().chunk(3, -1)  # [b, k, 1, w]
+        scale, shift, gate = (
+            in_own_precision(self.dense, cond)[:, :, None].float().chunk(3, -1)
+        )  # [b, k, 1, w]
         y = _normalise(x).unflatten(1, (cond.shape[1], -1))
         return torch.addcmul(shift, y, 1.0 + scale).flatten(1, 2).to(x.dtype), gate.to(x.dtype)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend
+from vlafit.nn.precision import matrix_dtype
 
 EPS = 1e-6  # SigLIP: LayerNorm epsilon
 
@@ -70,7 +71,7 @@ class SiglipTower(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
         x = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, l, w]
-        x = x.to(self.layers[0].mlp.fc1.weight.dtype)
+        x = x.to(matrix_dtype(self.layers[0]))
         for layer in self.layers:
             x = layer(x)
         return _layer_norm(self.post_layernorm, x)

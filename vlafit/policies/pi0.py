@@ -20,8 +20,9 @@ from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.nn.flow import time_embedding
-from vlafit.nn.gemma import Decoder, KeysValues, in_float32
+from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.policy import Kind, Needs, ParameterInfo, Part, Policy
+from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
 
 
@@ -246,26 +247,30 @@ class Pi0(Policy):
         """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
         _, k, t, _ = noisy.shape
         width = self.config.expert.width
-        tokens = in_float32(self.action_in_proj, noisy)  # [b, k, t, d]
+        tokens = in_own_precision(self.action_in_proj, noisy)  # [b, k, t, d]
         embedded = time_embedding(time, width).to(tokens.dtype)  # [b, k, d]
         cond = None
         if self.config.pi05:
-            cond = F.silu(in_float32(self.time_mlp_out, F.silu(in_float32(self.time_mlp_in, embedded))))
+            cond = F.silu(
+                in_own_precision(self.time_mlp_out, F.silu(in_own_precision(self.time_mlp_in, embedded)))
+            )
             x = tokens.flatten(1, 2)
         else:
             tokens = torch.cat((tokens, embedded[:, :, None].expand(-1, -1, t, -1)), -1)
-            tokens = in_float32(self.action_time_mlp_out, F.silu(in_float32(self.action_time_mlp_in, tokens)))
-            x = torch.cat((in_float32(self.state_proj, state)[:, None], tokens.flatten(1, 2)), 1)
+            tokens = in_own_precision(
+                self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
+            )
+            x = torch.cat((in_own_precision(self.state_proj, state)[:, None], tokens.flatten(1, 2)), 1)
         shared = x.shape[1] - k * t  # 1 with a state token, which no draw changes: it does not see actions
         # Positions go on after the real tokens of the prefix: first the state, then each draw anew.
         own = torch.arange(t, device=x.device).repeat(k) + shared
         own = torch.cat((torch.arange(shared, device=x.device), own))
         positions = own + (prefix.count[:1] if prefix.valid is None else prefix.count)  # [b or 1, s]
         mask = self._suffix_mask(prefix, shared, k, t)
-        x = x.to(cast(Tensor, self.expert.layers[0].mlp.down_proj.weight).dtype)
+        x = x.to(matrix_dtype(self.expert.layers[0]))
         y, _ = self.expert(x, positions, mask, prefix.layers, cond)
         y = y[:, shared:].unflatten(1, (k, t))
-        return in_float32(self.action_out_proj, y).float()
+        return in_own_precision(self.action_out_proj, y).float()
 
     def _suffix_mask(self, prefix: Prefix, shared: int, draws: int, length: int) -> Tensor | None:
         """Return who sees whom in the suffix pass, or None when all see all."""
