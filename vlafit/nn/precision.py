@@ -1,0 +1,20 @@
+"""What computes in which precision: a policy may hold float32 and bfloat16 weights side by side."""
+
+import torch
+from torch import Tensor, nn
+
+
+def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear `module` in its own weights' dtype (float32, as a rule), also under autocast."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    x = x.to(weight.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return module(x)
+    return module(x)
+
+
+def matrix_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of the first matrix in `module`, which is that of its base weights."""
+    return next(p.dtype for p in module.parameters() if p.ndim == 2)
