@@ -1,0 +1,9 @@
+"""Closed-loop evaluation: a protocol, a pool of environment processes, and what came out.
+
+Environment processes import this package, so nothing here imports torch.
+"""
+
+from vlafit.rollout.protocol import Protocol, load_protocol
+from vlafit.rollout.run import Record, Result, evaluate, evaluate_checkpoint
+
+__all__ = ["Protocol", "Record", "Result", "evaluate", "evaluate_checkpoint", "load_protocol"]

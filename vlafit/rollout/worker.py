@@ -1,0 +1,191 @@
+"""What runs inside one environment process: a few environments, driven by small messages.
+
+The process is a plain child (not a fork, and not multiprocessing's spawn, which would import the caller's
+script again): it loads the simulator and never torch. It plays commands in the order they come and answers
+each with exactly one message, so whoever listens knows which episode it is in, even when it dies.
+"""
+
+import faulthandler
+import os
+import select
+import signal
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.envs import EnvSpec, make
+from vlafit.types import Embodiment, Env, Observation
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first command: make an environment and say what it is. Answered by Ready or Failed."""
+
+    spec: EnvSpec
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Begin an episode in `slot`: reset, then `settle` steps. Answered by Moved or Failed."""
+
+    slot: int
+    task: str
+    seed: int
+    settle_steps: int
+    settle_action: tuple[float, ...]
+    render: bool
+    film: bool
+
+
+@dataclass(frozen=True)
+class Play:
+    """Execute `actions` [k, a] in `slot`, up to the first success. Answered by Moved or Failed.
+
+    Only the last observation is rendered, if `render`; with `film` every one is, and all are sent as frames.
+    """
+
+    slot: int
+    actions: NDArray[np.float32]
+    render: bool
+    film: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The environment as it declares itself."""
+
+    embodiment: Embodiment
+    versions: Mapping[str, str]
+    instructions: Mapping[str, str]  # of each task
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where an episode stands after its last command. `frames` are uint8 [h, w, 3], of the first camera."""
+
+    slot: int
+    observation: Observation
+    steps: int
+    success: bool
+    truncated: bool
+    frames: tuple[NDArray[np.uint8], ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A command that raised. The environment of that slot is gone; the process goes on."""
+
+    text: str
+
+
+Command = Start | Reset | Play
+Reply = Ready | Moved | Failed
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.spec: EnvSpec | None = None
+        self.envs: dict[int, Env] = {}
+        self.tasks: dict[int, str] = {}  # that each slot's environment has played
+
+    def answer(self, command: Command) -> Reply:
+        match command:
+            case Start(spec):
+                self.spec = spec
+                env = self._env(0)
+                tasks = {task: env.instruction(task) for task in env.tasks}
+                return Ready(env.embodiment, dict(env.versions), tasks)
+            case Reset():
+                return self._reset(command)
+            case Play():
+                return self._play(command)
+
+    def drop(self, slot: int) -> None:
+        """Forget the environment of a slot; after a command raised, its state cannot be trusted."""
+        env = self.envs.pop(slot, None)
+        if env is not None:
+            try:
+                env.close()
+            except Exception:  # it is broken already, and its first error is the one that counts
+                pass
+
+    def _env(self, slot: int) -> Env:
+        if slot not in self.envs:
+            assert self.spec is not None, "Start comes first"
+            self.envs[slot] = make(self.spec)
+        return self.envs[slot]
+
+    def _reset(self, command: Reset) -> Moved:
+        if self.tasks.get(command.slot, command.task) != command.task:
+            self.drop(command.slot)  # or it would keep the simulations of all tasks that it ever played
+        self.tasks[command.slot] = command.task
+        env = self._env(command.slot)
+        observation = env.reset(command.task, command.seed)
+        shape = env.embodiment.action.shape
+        still = np.asarray(command.settle_action or np.zeros(shape), np.float32)
+        for left in range(command.settle_steps, 0, -1):
+            observation, _, _ = env.step(still, render=left == 1 and (command.render or command.film))
+        frames = self._frames(env, observation, command.film)
+        return Moved(command.slot, _sendable(observation), 0, False, False, frames)
+
+    def _play(self, command: Play) -> Moved:
+        env = self._env(command.slot)
+        frames: list[NDArray[np.uint8]] = []
+        last = len(command.actions) - 1
+        for i, action in enumerate(command.actions):
+            render = command.film or (command.render and i == last)
+            observation, success, truncated = env.step(action, render=render)
+            frames += self._frames(env, observation, command.film)
+            if success or truncated or i == last:
+                return Moved(
+                    command.slot, _sendable(observation), i + 1, bool(success), bool(truncated), tuple(frames)
+                )
+        raise ValueError("a chunk without actions")
+
+    def _frames(self, env: Env, observation: Observation, film: bool) -> tuple[NDArray[np.uint8], ...]:
+        name = env.embodiment.cameras[0].name
+        return (observation.images[name],) if film and name in observation.images else ()
+
+
+def _sendable(observation: Observation) -> Observation:
+    """Return the observation with plain dicts: a read-only mapping cannot be pickled."""
+    images, privileged = dict(observation.images), dict(observation.privileged)
+    return replace(observation, images=images, privileged=privileged)
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """End this process when the other side goes away, even in the middle of a step that never returns."""
+    poll = select.poll()
+    poll.register(connection.fileno(), 0)  # hang-ups are always reported
+    poll.poll()
+    os._exit(1)
+
+
+def main(handle: int) -> None:
+    """Serve the socket `handle` until the other side closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    faulthandler.enable()
+    connection = Connection(handle)
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    worker = _Worker()
+    while True:
+        try:
+            command = connection.recv()
+        except (EOFError, OSError):
+            break
+        try:
+            reply = worker.answer(command)
+        except Exception:
+            reply = Failed(traceback.format_exc())
+            if not isinstance(command, Start):
+                worker.drop(command.slot)
+        try:
+            connection.send(reply)
+        except OSError:
+            break
+    os._exit(0)  # GL contexts print errors when the interpreter takes them down in its own order
