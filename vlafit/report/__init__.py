@@ -1,0 +1,26 @@
+"""The report of a run: one page, one JSON, one picture, all made from the run's folder alone."""
+
+import json
+from pathlib import Path
+
+from vlafit import files
+from vlafit.report.facts import Facts, read_facts
+from vlafit.report.page import page
+from vlafit.report.picture import Arm, ablation_figure, read_scores, result_figure
+
+__all__ = ["Arm", "Facts", "ablation_figure", "build", "page", "read_facts", "read_scores", "result_figure"]
+
+
+def build(run: Path) -> Path:
+    """Write report.html, report.json and, where there were rollouts, result.png into a run folder.
+
+    Returns the page's path. An unfinished run gives a page that says what is missing. Raises VlafitError when
+    `run` is no run folder, or cannot be read or written.
+    """
+    run = Path(run)
+    facts = read_facts(run)
+    if facts.evaluations:
+        files.write_atomic(run / "result.png", result_figure(facts))
+    files.write_atomic(run / "report.json", json.dumps(facts.to_json(), indent=2, allow_nan=False) + "\n")
+    files.write_atomic(run / "report.html", page(facts))
+    return run / "report.html"

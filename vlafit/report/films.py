@@ -1,0 +1,71 @@
+"""Film strips and videos of episodes as data inside the page, within a budget of bytes."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from vlafit.report.facts import Evaluation
+from vlafit.report.markup import Raw, muted, tag
+from vlafit.rollout.run import Record
+from vlafit.rollout.video import BORDER, LABEL, STRIP_FRAMES
+
+BUDGET = 24_000_000  # bytes of pictures and videos in one page: mail and code hosts still take it
+GAP = 4  # transparent pixels between the pictures of a strip
+
+
+class Films:
+    """Embeds films until the budget is spent; keeps count of what it left out."""
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        self._left = budget
+        self._skipped = 0
+
+    def strip(self, evaluation: Evaluation, record: Record) -> Raw:
+        """Return the film strip of an episode."""
+        data = self._data(separated(evaluation.strip(record)), "image/png")
+        label = html.escape(f"film strip of {record.task}, start {record.seed}, {evaluation.name}")
+        return Raw(f'<img class="strip" alt="{label}" src="{data}">' if data else "")
+
+    def video(self, evaluation: Evaluation, record: Record, caption: str) -> Raw:
+        """Return the video of an episode with a caption."""
+        path = evaluation.folder / (record.video or "")
+        if not record.video or not path.is_file():
+            return Raw("")
+        data = self._data(path.read_bytes(), "video/mp4")
+        if not data:
+            return Raw("")
+        video = Raw(f'<video controls muted loop playsinline preload="metadata" src="{data}"></video>')
+        return tag("figure", video, tag("figcaption", muted(caption)))
+
+    def left_out(self) -> str:
+        """Say what did not fit, if anything."""
+        if not self._skipped:
+            return ""
+        return (
+            f"{self._skipped} films did not fit into this page; they lie in the run's folders eval/*/videos."
+        )
+
+    def _data(self, content: bytes, kind: str) -> str:
+        if len(content) > self._left:
+            self._skipped += 1
+            return ""
+        self._left -= len(content)
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def separated(path: Path) -> bytes:
+    """Return a film strip as PNG: its pictures a little apart, without label and border."""
+    with Image.open(path) as picture:
+        strip = picture.convert("RGB").crop(
+            (BORDER, LABEL + BORDER, picture.width - BORDER, picture.height - BORDER)
+        )
+    side = strip.width // STRIP_FRAMES
+    spaced = Image.new("RGBA", (strip.width + GAP * (STRIP_FRAMES - 1), strip.height), (0, 0, 0, 0))
+    for i in range(STRIP_FRAMES):
+        spaced.paste(strip.crop((i * side, 0, (i + 1) * side, strip.height)), (i * (side + GAP), 0))
+    buffer = io.BytesIO()
+    spaced.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

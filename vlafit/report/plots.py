@@ -1,0 +1,134 @@
+"""Curves as inline SVG that follows the page's light or dark colours.
+
+matplotlib draws with marker colours that are then replaced by CSS variables. What it writes besides the
+drawing (namespaces, metadata) is taken out, so that nothing in the page points anywhere.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from vlafit.report.facts import Point
+from vlafit.score import Score
+
+INK, GRID, LINE, FAINT, SECOND = "#010203", "#020304", "#030405", "#040506", "#050607"
+VARIABLES = {INK: "muted", GRID: "grid", LINE: "accent", FAINT: "accent-faint", SECOND: "second"}
+SIZE = (5.2, 2.7)  # inches at 72 points: the SVG scales with its column
+SMOOTHING = 0.9  # exponential, bias-corrected, of noisy training curves
+
+Axis = Literal["step", "time"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. A `noisy` curve is drawn faint, its smoothed form on top of it."""
+
+    label: str
+    points: tuple[Point, ...]
+    noisy: bool = False
+    second: bool = False  # in the second colour, with markers
+
+
+def curves(name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False) -> str:
+    """Return a chart of `lines` against optimiser steps or training minutes; empty if nothing was logged."""
+    drawn = [(line, *_xy(line.points, axis)) for line in lines]
+    drawn = [(line, x, y) for line, x, y in drawn if len(x)]
+    if not drawn:
+        return ""
+    figure, axes = _figure(axis)
+    for line, x, y in drawn:
+        if line.noisy and len(x) > 5:
+            axes.plot(x, y, color=FAINT, linewidth=1)
+            axes.plot(x, _smooth(y), color=LINE, linewidth=1.8, label=line.label)
+        else:
+            few = len(x) < 40
+            colour = SECOND if line.second else LINE
+            axes.plot(
+                x, y, color=colour, linewidth=1.8, marker="o" if few else "", markersize=3.5, label=line.label
+            )
+    lowest = min(float(y.min()) for _, _, y in drawn)
+    if log and lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif lowest >= 0:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-")))
+    if len(drawn) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return _svg(figure, name)
+
+
+def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
+    """Return success in per cent against optimiser steps, with 95 % intervals; `points` are (step, score)."""
+    figure, axes = _figure("step")
+    x = [step for step, _ in points]
+    y = np.array([100 * (score.rate or 0.0) for _, score in points])
+    low, high = np.array([[100 * end for end in score.interval] for _, score in points]).T
+    errors = [np.maximum(y - low, 0), np.maximum(high - y, 0)]
+    axes.errorbar(
+        x, y, errors, color=LINE, ecolor=FAINT, elinewidth=2, marker="o", markersize=4, linewidth=1.8
+    )
+    axes.set_ylim(-3, 103)
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
+    return _svg(figure, name)
+
+
+def _xy(points: Sequence[Point], axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [
+        (p.step if axis == "step" else p.time_s / 60 if p.time_s is not None else None, p.value)
+        for p in points
+    ]
+    kept = [(x, y) for x, y in pairs if x is not None]
+    return np.array([x for x, _ in kept], float), np.array([y for _, y in kept], float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    smoothed, average = np.empty_like(values), 0.0
+    for i, value in enumerate(values):
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        smoothed[i] = average / (1 - SMOOTHING ** (i + 1))
+    return smoothed
+
+
+def _figure(axis: Axis) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=INK)
+    axes.set_xlabel("optimiser step" if axis == "step" else "training time, minutes", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis == "step"))
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return the figure as an <svg> element inside a page; `name` keeps its ids apart from others'."""
+    buffer = io.StringIO()
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"font: (\d+)px [^;\"]*", r"font: \1px inherit", text)
+    text = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
+    for marker, variable in VARIABLES.items():
+        text = text.replace(marker, f"var(--{variable})")
+    return re.sub(r"\n\s*", "\n", text).strip()
