@@ -29,7 +29,9 @@ def test_every_encoded_shape_is_the_configs(rng: np.random.Generator):
     assert encoded.key == ("set", "file/demo_0", 4)
 
 
-def test_cameras_fill_their_slots_channels_first_and_a_missing_one_is_black_and_masked(rng: np.random.Generator):
+def test_cameras_fill_their_slots_channels_first_and_a_missing_one_is_black_and_masked(
+    rng: np.random.Generator,
+):
     whole = observation(rng)
     encoded = codec(rng).encode(whole)
     np.testing.assert_array_equal(encoded.images[0], whole.images["wrist"].transpose(2, 0, 1))

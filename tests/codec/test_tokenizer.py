@@ -86,7 +86,10 @@ def test_a_tokenizer_that_pads_or_cuts_by_itself_is_stopped_from_doing_so(tmp_pa
     [
         ({"tokenizer.json": "{"}, "not a readable tokenizer"),
         ({"tokenizer.json": "{}"}, "not a readable tokenizer"),
-        ({"tokenizer.json": None, "tokenizer_config.json": '{"bos_token": "<s>"}'}, "bos_token '<s>' is not in"),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"bos_token": "<s>"}'},
+            "bos_token '<s>' is not in",
+        ),
         ({"tokenizer.json": None, "tokenizer_config.json": "["}, "not a readable tokenizer"),
         ({"readme.txt": "hello"}, "no tokenizer.json"),
     ],

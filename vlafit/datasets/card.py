@@ -249,7 +249,8 @@ def _check(card: Card, where: str) -> None:
             )
     if robot.relative and len(robot.relative) != robot.action.dimensions:
         raise ConfigError(
-            f"{where}: robot.relative has {len(robot.relative)} entries for {robot.action.dimensions} dimensions"
+            f"{where}: robot.relative has {len(robot.relative)} entries for "
+            f"{robot.action.dimensions} action dimensions"
         )
     beyond = [d for d, on in enumerate(robot.relative) if on and d >= robot.state.dimensions]
     if beyond:

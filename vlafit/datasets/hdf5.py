@@ -292,7 +292,8 @@ def _column(
             raise DataError(
                 f"{where}: {key} is {dataset.dtype} {dataset.shape}, a {name} column is float [T, d]"
             )
-        values: NDArray[np.float32] = _read(dataset, where, key).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            values: NDArray[np.float32] = _read(dataset, where, key).astype(np.float32)
         bad = ~np.isfinite(values)
         if bad.any():
             step, dimension = (int(i) for i in np.argwhere(bad)[0])

@@ -1,0 +1,185 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlafit import shipped
+from vlafit.config import build, field_help
+from vlafit.datasets import Card, load_card
+from vlafit.datasets.card import RecordSpec
+from vlafit.errors import ConfigError
+from vlafit.types import Embodiment, Feature
+
+SMALL = """
+name = "small"
+layout = "libero"
+path = "small"
+[instruction]
+source = "attrs"
+[robot]
+name = "arm"
+hz = 20
+control = "delta_position"
+[[robot.cameras]]
+name = "front"
+key = "obs/front_rgb"
+height = 6
+width = 5
+[robot.state]
+keys = ["obs/ee_pos", "obs/gripper_states"]
+dimensions = 4
+[robot.action]
+keys = ["actions"]
+dimensions = 3
+labels = ["x", "y", "z"]
+unit = "cm"
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_a_card_declares_an_embodiment(path: Path):
+    assert load_card(path).embodiment == Embodiment(
+        name="arm",
+        cameras=(Feature("front", (6, 5, 3)),),
+        state=Feature("state", (4,)),
+        action=Feature("action", (3,), "cm", ("x", "y", "z")),
+        hz=20,
+        control="delta_position",
+    )
+
+
+@pytest.mark.parametrize("name", shipped.names("card"))
+def test_every_card_that_ships_can_be_read(name: str):
+    card = load_card(name)
+    assert card.name == name
+    assert card.purpose and card.license and card.source
+    assert len(card.embodiment.state.labels) == card.robot.state.dimensions
+    assert len(card.embodiment.action.labels) == card.robot.action.dimensions
+
+
+def test_the_quickstart_records_forty_episodes_of_each_faucet_task_half_of_them_disturbed():
+    record = load_card("metaworld-faucet").record
+    assert record == RecordSpec("metaworld", ("faucet-open-v3", "faucet-close-v3"), 40, 1000, 0.5)
+
+
+def test_what_a_policy_is_pretrained_on_leaves_out_the_quickstarts_tasks_but_is_the_same_robot():
+    faucet, pretrain = load_card("metaworld-faucet"), load_card("metaworld-pretrain")
+    assert faucet.record is not None and pretrain.record is not None
+    assert not set(faucet.record.tasks) & set(pretrain.record.tasks)
+    assert len(pretrain.record.tasks) >= 10
+    assert faucet.embodiment == pretrain.embodiment
+
+
+def test_a_card_based_on_another_looks_for_data_beside_itself(path: Path, tmp_path: Path):
+    other = tmp_path / "elsewhere" / "more.toml"
+    other.parent.mkdir()
+    other.write_text('base = "../small.toml"\nname = "more"\n')
+    (tmp_path / "elsewhere" / "small").mkdir()
+    assert load_card(other).location() == tmp_path / "elsewhere" / "small"
+
+
+def test_data_is_looked_for_beside_the_card_then_below_data(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    card = load_card(path)
+    assert card.location() == Path("data/small")
+    (tmp_path / "small").mkdir()
+    assert card.location() == tmp_path / "small"
+
+
+def test_a_folder_gives_its_hdf5_files_sorted_and_a_pattern_those_that_match(path: Path, tmp_path: Path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name in ("b.hdf5", "a.h5", "notes.txt", "c.hdf5.partial", ".d.hdf5.tmp"):
+        (folder / name).touch()
+    card = load_card(path)
+    assert [p.name for p in card.files()] == ["a.h5", "b.hdf5"]
+    assert [p.name for p in replace(card, path="small/b*").files()] == ["b.hdf5"]
+    assert [p.name for p in replace(card, path="**/*.hdf5").files()] == ["b.hdf5"]
+    assert [p.name for p in replace(card, path=str(folder / "a.h5")).files()] == ["a.h5"]
+    assert replace(card, path="small/*.hdf5").location() == folder
+
+
+BAD = [
+    ('layout = "libero"', 'layout = "libreo"', "'libreo' is none of.*did you mean 'libero'"),
+    ('path = "small"', 'pth = "small"', "unknown key 'pth'; did you mean 'path'"),
+    ('path = "small"', "path = 3", "path"),
+    ('path = "small"', 'path = "small"\nfile = "x"', "filled in when the card is read"),
+    ('path = "small"', 'path = "small"\nmask = "train"', "only layout robomimic has filter keys"),
+    ("hz = 20", "hz = 0", "hz must be above 0"),
+    ("height = 6", "height = 0", "camera 'front' is 0x5"),
+    ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is none of 0, 180"),
+    ('name = "front"', 'name = ""', "names of their own"),
+    ('keys = ["actions"]', "keys = []", "robot.action needs at least one key"),
+    ("dimensions = 3", "dimensions = 4", "3 labels for 4 dimensions"),
+    ("hz = 20", "hz = 20\nrelative = [true]", "robot.relative has 1 entries"),
+    ('source = "attrs"', 'source = "card"', "give instruction.text or .files"),
+    ('source = "attrs"', 'source = "attrs"\ntext = "x"', 'need instruction.source = "card"'),
+    ('layout = "libero"', 'layout = "robomimic"', "robomimic files hold no instruction"),
+    (
+        "[instruction]",
+        '[record]\nenv = "metaworld"\ntasks = []\nepisodes_per_task = 3\n[instruction]',
+        "record needs tasks",
+    ),
+    (
+        "[instruction]",
+        '[record]\nenv = "metaworld"\ntasks = ["a"]\nepisodes_per_task = 3\nperturbed = 2\n[instruction]',
+        "0 <= perturbed <= 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD)
+def test_a_card_that_cannot_be_meant_is_refused_with_its_path(
+    tmp_path: Path, old: str, new: str, message: str
+):
+    assert SMALL.count(old) == 1
+    path = tmp_path / "bad.toml"
+    path.write_text(SMALL.replace(old, new))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_card(path)
+    assert str(path) in str(caught.value)
+
+
+def test_relative_dimensions_need_a_state_of_the_same_number(tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    text = SMALL.replace("dimensions = 4", "dimensions = 2")
+    path.write_text(text.replace("hz = 20", "hz = 20\nrelative = [true, false, true]"))
+    with pytest.raises(ConfigError, match=r"no state for action dimensions \[2\]"):
+        load_card(path)
+
+
+def test_a_card_without_cameras_is_refused(tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    start, end = SMALL.index("[[robot.cameras]]"), SMALL.index("[robot.state]")
+    path.write_text(SMALL[:start].replace("hz = 20", "hz = 20\ncameras = []") + SMALL[end:])
+    with pytest.raises(ConfigError, match=r"robot\.cameras is empty"):
+        load_card(path)
+
+
+def test_an_unknown_card_names_those_there_are():
+    with pytest.raises(ConfigError, match="metaworld-faucet"):
+        load_card("metaworld-fauced")
+
+
+def test_every_field_of_a_card_has_help():
+    assert set(field_help(Card)) == set(Card.__dataclass_fields__)
+    assert set(field_help(RecordSpec)) == set(RecordSpec.__dataclass_fields__)
+
+
+def test_a_card_survives_being_dumped_and_built_again(path: Path):
+    import tomllib
+
+    from vlafit.config import dump
+
+    card = replace(load_card(path), file=None)
+    assert build(Card, tomllib.loads(dump(card)), "here") == card
+    assert np.isclose(card.robot.hz, 20)

@@ -1,0 +1,197 @@
+"""Every layout gives the same samples."""
+
+import pickle
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.datasets.layouts import (
+    TASKS,
+    Demo,
+    card,
+    demos,
+    in_file_order,
+    robomimic_card,
+    write_libero,
+    write_robomimic,
+)
+from vlafit.datasets import Card, ChunkDataset, EpisodeStore, open_dataset
+from vlafit.datasets.card import InstructionCard
+from vlafit.datasets.hdf5 import Hdf5Store, instruction_from_filename
+from vlafit.errors import DataError
+
+FILENAME = InstructionCard("filename")
+
+
+def original(folder: Path, everything: list[Demo]) -> Card:
+    return card(write_libero(folder, everything))
+
+
+def no_noops(folder: Path, everything: list[Demo]) -> Card:
+    return card(write_libero(folder, everything, attrs=False, step=3), instruction=FILENAME)
+
+
+def scenes(folder: Path, everything: list[Demo]) -> Card:
+    written = write_libero(folder, everything, attrs=False, prefix="LIVING_ROOM_SCENE10_")
+    return card(written, instruction=FILENAME)
+
+
+def chunked(folder: Path, everything: list[Demo]) -> Card:
+    return card(write_libero(folder, everything, chunks=True))
+
+
+def compressed(folder: Path, everything: list[Demo]) -> Card:
+    return card(write_libero(folder, everything, compression="gzip", shuffle=True))
+
+
+def after_a_user_block(folder: Path, everything: list[Demo]) -> Card:
+    return card(write_libero(folder, everything, userblock=1024))
+
+
+def by_pattern(folder: Path, everything: list[Demo]) -> Card:
+    write_libero(folder, everything)
+    return card(folder / "*_demo.hdf5")
+
+
+def robomimic(folder: Path, everything: list[Demo]) -> Card:
+    return robomimic_card(write_robomimic(folder, everything))
+
+
+LAYOUTS = [original, no_noops, scenes, chunked, compressed, after_a_user_block, by_pattern, robomimic]
+Writer = Callable[[Path, list[Demo]], Card]
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_every_layout_decodes_to_the_same_episodes_in_natural_order(write: Writer, tmp_path: Path):
+    everything = demos()
+    store = open_dataset(write(tmp_path / "set", everything))
+    expected = in_file_order(everything)
+    assert [e.length for e in store.episodes] == [len(d.actions) for d in expected]
+    assert [e.instruction for e in store.episodes] == [d.instruction for d in expected]
+    for number, demo in enumerate(expected):
+        state, actions = store.state(number), store.actions(number)
+        assert state.dtype == actions.dtype == np.float32
+        np.testing.assert_array_equal(state, demo.state)
+        np.testing.assert_array_equal(actions, demo.actions.astype(np.float32))
+        for step in (0, len(actions) - 1):
+            np.testing.assert_array_equal(store.image(number, step, "front"), demo.front[step])
+            np.testing.assert_array_equal(store.image(number, step, "wrist"), demo.wrist[step])
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_every_layout_gives_the_same_samples(write: Writer, tmp_path: Path):
+    everything = demos(3)
+    store = open_dataset(write(tmp_path / "set", everything))
+    chunks = ChunkDataset([store], 4, [[e.id for e in store.episodes]])
+    position = 0
+    for demo in in_file_order(everything):
+        for step in range(len(demo.actions)):
+            sample = chunks[position]
+            rows = np.minimum(np.arange(step, step + 4), len(demo.actions) - 1)
+            np.testing.assert_array_equal(sample.actions, demo.actions[rows].astype(np.float32))
+            assert sample.is_real.tolist() == [step + k < len(demo.actions) for k in range(4)]
+            np.testing.assert_array_equal(sample.observation.state, demo.state[step])
+            np.testing.assert_array_equal(sample.observation.images["front"], demo.front[step])
+            assert sample.key[2] == step and sample.key[0] == "small"
+            position += 1
+    assert len(chunks) == position
+
+
+@pytest.mark.parametrize(
+    ("write", "mapped"), [(original, True), (after_a_user_block, True), (compressed, False)]
+)
+def test_contiguous_frames_are_memory_mapped_and_equal_what_h5py_reads(
+    write: Writer, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_dataset(write(tmp_path / "set", demos(2)))
+    assert isinstance(store, Hdf5Store)
+    assert all((offset >= 0) is mapped for e in store._episodes for offset in e.offsets)
+    through = [store._dataset(e, slot)[t] for e in range(4) for slot in (1,) for t in range(4)]
+    if mapped:
+        monkeypatch.setattr(Hdf5Store, "_dataset", None)  # no way through h5py
+    direct = [store.image(e, t, "wrist") for e in range(4) for t in range(4)]
+    np.testing.assert_array_equal(through, direct)
+
+
+def test_a_filter_key_chooses_demonstrations(tmp_path: Path):
+    everything = demos(9)
+    folder = write_robomimic(tmp_path / "set", everything)
+    lengths = {}
+    for mask in ("train", "valid", ""):
+        store = open_dataset(robomimic_card(folder, mask=mask))
+        lengths[mask] = [e.length for e in store.episodes if e.task == TASKS[0]]
+    assert lengths["valid"] == [4, 8, 12]
+    assert sorted(lengths["train"] + lengths["valid"]) == lengths[""] == list(range(4, 13))
+
+
+def test_episode_ids_do_not_depend_on_where_the_files_are_or_how_many(tmp_path: Path):
+    everything = demos(2)
+    one = open_dataset(original(tmp_path / "a", everything))
+    two = open_dataset(original(tmp_path / "b" / "c", everything))
+    assert [e.id for e in one.episodes] == [e.id for e in two.episodes]
+    single = open_dataset(card(tmp_path / "a" / f"{TASKS[0]}_demo.hdf5"))
+    assert {e.id for e in single.episodes} < {e.id for e in one.episodes}
+    assert one.episodes[0].id == "open_the_drawer_demo/demo_0" and one.episodes[0].task == "open_the_drawer"
+
+
+def test_files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path):
+    everything = demos(1)
+    write_libero(tmp_path / "set" / "a", everything)
+    write_libero(tmp_path / "set" / "b", everything)
+    store = open_dataset(card(tmp_path / "set" / "*" / "*.hdf5"))
+    assert len({e.id for e in store.episodes}) == len(store.episodes) == 4
+
+
+@pytest.mark.parametrize(
+    ("stem", "sentence"),
+    [
+        ("pick_up_the_bowl_demo", "pick up the bowl"),
+        ("KITCHEN_SCENE3_turn_on_the_stove_demo", "turn on the stove"),
+        ("LIVING_ROOM_SCENE10_open_it_demo", "open it"),
+        ("STUDY_SCENE1_pick_up_the_book_demo", "pick up the book"),
+    ],
+)
+def test_a_sentence_is_read_from_a_liberos_file_name(stem: str, sentence: str):
+    assert instruction_from_filename(stem) == sentence
+
+
+@pytest.mark.parametrize("write", [original, compressed])
+def test_a_store_goes_to_a_spawned_worker_and_reads_there(write: Writer, tmp_path: Path):
+    everything = demos(2)
+    store = open_dataset(write(tmp_path / "set", everything))
+    here = store.image(1, 2, "front").copy()  # opens files here first
+    with get_context("spawn").Pool(1) as pool:
+        there = pool.apply(_read, (store,))
+    np.testing.assert_array_equal(here, there)
+
+
+def _read(store: EpisodeStore) -> np.ndarray:
+    return store.image(1, 2, "front").copy()
+
+
+def test_a_closed_store_reopens_when_needed(tmp_path: Path):
+    for write in (original, compressed):
+        store = open_dataset(write(tmp_path / write.__name__, demos(1)))
+        before = store.image(0, 1, "wrist").copy()
+        store.close()
+        np.testing.assert_array_equal(store.image(0, 1, "wrist"), before)
+        store.close()
+
+
+@pytest.mark.parametrize("write", [original, compressed])
+def test_a_file_that_changes_under_a_store_is_noticed_when_it_reopens(write: Writer, tmp_path: Path):
+    store = pickle.loads(pickle.dumps(open_dataset(write(tmp_path / "set", demos(1)))))  # noqa: S301
+    for path in (tmp_path / "set").iterdir():
+        path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(DataError, match="changed since the dataset was opened"):
+        store.image(0, 0, "front")
+
+
+def test_recorded_columns_cannot_be_written_to(tmp_path: Path):
+    store = open_dataset(original(tmp_path / "set", demos(1)))
+    for array in (store.state(0), store.actions(0), store.image(0, 0, "wrist")):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
