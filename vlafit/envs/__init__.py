@@ -14,8 +14,13 @@ from vlafit.types import Actor, Env
 
 Renderer = Literal["ray", "egl", "osmesa", "auto"]
 
-HELPERS = ("experts", "gl", "raycast", "sentences", "vector", "view")  # files of this folder that are no simulation
-EXTRAS = {"metaworld": "metaworld", "mujoco": "metaworld", "gym_pusht": "pusht", "pymunk": "pusht"}  # module: extra
+HELPERS = ("checks", "experts", "gl", "raycast", "sentences", "vector", "view")  # no simulations of their own
+EXTRAS = {
+    "metaworld": "metaworld",
+    "mujoco": "metaworld",
+    "gym_pusht": "pusht",
+    "pymunk": "pusht",
+}  # module: extra
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,13 @@ def make(spec: EnvSpec) -> Env:
     something that it cannot do.
     """
     if spec.size < 8:
-        raise SimulationError(f"environment {spec.name!r}: size = {spec.size} is too small; use 8 pixels or more")
+        raise SimulationError(
+            f"environment {spec.name!r}: size = {spec.size} is too small; use 8 pixels or more"
+        )
     if spec.horizon < 0:
-        raise SimulationError(f"environment {spec.name!r}: horizon = {spec.horizon}; use 0 for the simulation's own")
+        raise SimulationError(
+            f"environment {spec.name!r}: horizon = {spec.horizon}; use 0 for the simulation's own"
+        )
     return _module(spec.name).make(spec)
 
 

@@ -12,7 +12,7 @@ from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Observation
 
 
 class ScriptedExpert:
-    """Meta-World's scripted policies. They read `privileged["full_state"]`; each chunk is one action [1, 4]."""
+    """Meta-World's scripted policies: they read `privileged["full_state"]`, a chunk is one action [1, 4]."""
 
     def __init__(self) -> None:
         self._policies: dict[str, Any] = {}
@@ -29,7 +29,7 @@ class ScriptedExpert:
 
             if key.task not in ENV_POLICY_MAP:
                 raise SimulationError(
-                    f"there is no scripted expert for task {key.task!r}{did_you_mean(key.task, ENV_POLICY_MAP)}"
+                    f"no scripted expert knows task {key.task!r}{did_you_mean(key.task, ENV_POLICY_MAP)}"
                 )
             self._policies[key.task] = ENV_POLICY_MAP[key.task]()
         with warnings.catch_warnings():
@@ -41,7 +41,9 @@ class ScriptedExpert:
 class RandomActor:
     """Actions drawn evenly from [low, high], decided by the episode's key; each chunk is [steps, a]."""
 
-    def __init__(self, embodiment: Embodiment, *, low: float = -1.0, high: float = 1.0, steps: int = 1) -> None:
+    def __init__(
+        self, embodiment: Embodiment, *, low: float = -1.0, high: float = 1.0, steps: int = 1
+    ) -> None:
         self._shape = (steps, *embodiment.action.shape)
         self._low, self._high = low, high
 

@@ -2,10 +2,13 @@
 
 Meta-World's gymnasium entry ignores the seed of `reset`; here each start is drawn from a generator seeded for
 that episode, the way LeRobot builds its environment, so (task, seed) names one start in every process. The
-package has no instructions: ours are in `sentences`. It has no camera that shows the whole reach of the hand
-either: `workspace` is ours. Meta-World's markers are drawn only in tasks whose goal is nothing else; elsewhere
+package has no instructions: ours are in `sentences`. It has no camera that shows closely all that the hand
+does: `workspace` is ours. Meta-World's markers are drawn only in tasks whose goal is nothing else; elsewhere
 they would tell two tasks of one scene apart, which is the instruction's part.
 """
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco is compiled and names nothing to type checkers)
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -17,6 +20,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec
+from vlafit.envs.checks import check_action
 from vlafit.envs.experts import ScriptedExpert
 from vlafit.envs.raycast import Raycaster
 from vlafit.envs.sentences import MARKED, SENTENCES
@@ -27,7 +31,10 @@ from vlafit.types import NOTHING, Embodiment, Feature, Observation
 HZ = 80.0  # Meta-World: 5 physics steps of 2.5 ms each
 LONGEST = 500  # steps; Meta-World refuses to go on after these
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # half a turn: Meta-World's corner2 hangs upside down
-WORKSPACE_FROM, WORKSPACE_TO = (0.78, 0.07, 0.90), (0.08, 0.70, 0.16)  # metres; fills the picture with what the experts touch
+WORKSPACE_FROM, WORKSPACE_TO = (
+    (0.78, 0.07, 0.90),
+    (0.08, 0.70, 0.16),
+)  # metres; fills the picture with what the experts touch
 FIXED = {
     # LeRobot's corner2: the model's direction, moved nearer, and turned to stand upright for a person
     "corner2": View(
@@ -59,7 +66,9 @@ class MetaWorld:
         if len(set(cameras)) != len(cameras):
             raise SimulationError(f"a camera is named twice: {', '.join(cameras)}")
         if spec.horizon > LONGEST:
-            raise SimulationError(f"Meta-World's episodes end after {LONGEST} steps; horizon = {spec.horizon} is too long")
+            raise SimulationError(
+                f"Meta-World's episodes end after {LONGEST} steps; horizon = {spec.horizon} is too long"
+            )
         renderer = "ray" if spec.renderer == "auto" else spec.renderer
         self.spec = spec
         self.tasks = tuple(SENTENCES)
@@ -102,12 +111,16 @@ class MetaWorld:
         return self._observe(full_state, render=True)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
-        """Apply one action [4]; return the observation, success so far, and whether the episode is cut off."""
+        """Apply one action [4]; return the observation, success so far, whether the episode is cut off."""
         if not self._task:
             raise SimulationError("Meta-World: reset(task, seed) must come before step")
         if self._steps >= self._horizon:
-            raise SimulationError(f"task {self._task!r}: the episode ended after {self._horizon} steps; reset it first")
-        full_state, _, _, _, info = self._games[self._task].step(check_action(action, 4, f"task {self._task!r}"))
+            raise SimulationError(
+                f"task {self._task!r}: the episode ended after {self._horizon} steps; reset it first"
+            )
+        full_state, _, _, _, info = self._games[self._task].step(
+            check_action(action, 4, f"task {self._task!r}")
+        )
         self._steps += 1
         self._succeeded = self._succeeded or bool(info["success"])
         return self._observe(full_state, render=render), self._succeeded, self._steps >= self._horizon
@@ -157,19 +170,6 @@ def make(spec: EnvSpec) -> MetaWorld:
 def make_expert() -> ScriptedExpert:
     """Make the actor that solves these tasks."""
     return ScriptedExpert()
-
-
-def check_action(action: NDArray, size: int, where: str) -> NDArray[np.float32]:
-    """Return `action` as float32 [size], or raise SimulationError saying what is wrong with it."""
-    array = np.asarray(action)
-    if array.shape != (size,) or array.dtype.kind not in "fiu":
-        raise SimulationError(
-            f"{where}: an action must be {size} numbers, got shape {array.shape} of {array.dtype}; "
-            "pass one step, not a chunk, in the robot's units"
-        )
-    if not np.isfinite(array).all():
-        raise SimulationError(f"{where}: the action {array.tolist()} is not finite; the policy has diverged")
-    return array.astype(np.float32)
 
 
 def _make_game(task: str) -> Any:

@@ -6,6 +6,9 @@ cast once, at twice the resolution, and kept until it moves; what moves is cast 
 twice the resolution. The same scene gives the same bytes in every process.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco is compiled and names nothing to type checkers)
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +87,9 @@ class Raycaster:
         distance, geom = self._hit(data, view, rays.centre.reshape(-1, 3), still=not view.fixed)
         distance, geom = distance.reshape(n, n), geom.reshape(n, n)
         edge = self._edges(geom)
-        windows = {site: window for site in self._sites if (window := self._window(data, view, site)) is not None}
+        windows = {
+            site: window for site in self._sites if (window := self._window(data, view, site)) is not None
+        }
         touched = edge | (geom >= 0)
         for window in windows.values():
             touched[window] = True
@@ -198,7 +203,7 @@ class Raycaster:
         far: NDArray[np.float64],
         colour: NDArray[np.float64],
     ) -> None:
-        """Lay what moves over the samples `far` [k, 4] and `colour` [k, 4, 3] of the touched pixels, in place.
+        """Lay what moves over the samples `far` [k, 4], `colour` [k, 4, 3] of the touched pixels, in place.
 
         A pixel's four samples share the ray through its centre; at an edge two of them, on the diagonal, have
         rays of their own.
@@ -212,7 +217,9 @@ class Raycaster:
         shade = np.repeat(shades[pixels][:, None], 4, axis=1)
         at = np.flatnonzero(edge[pixels])
         rows, columns = pixels[0][at], pixels[1][at]
-        hit, what = self._hit(data, view, rays.samples[rows, columns][:, [0, 3]].reshape(-1, 3), still=not view.fixed)
+        hit, what = self._hit(
+            data, view, rays.samples[rows, columns][:, [0, 3]].reshape(-1, 3), still=not view.fixed
+        )
         hit, what = hit.reshape(-1, 2), what.reshape(-1, 2)
         paint = self._colours[what] * 0.75  # where no pixel beside it shows this geom
         last = self.size - 1
@@ -267,12 +274,13 @@ class Raycaster:
         return far, colour
 
     def _light(self, normals: NDArray[np.float64], view: View) -> NDArray[np.float64]:
-        """Return the light [..., 3] that surfaces with such normals send back: the model's lamps, Lambert's law."""
+        """Return the light [..., 3] that surfaces send back: the model's lamps, Lambert's law."""
         model = self.model
         head = model.vis.headlight
-        light = np.asarray(head.ambient) + np.asarray(head.diffuse) * np.maximum(
-            normals @ view.rotation[:, 2], 0
-        )[..., None]
+        light = (
+            np.asarray(head.ambient)
+            + np.asarray(head.diffuse) * np.maximum(normals @ view.rotation[:, 2], 0)[..., None]
+        )
         for lamp in range(model.nlight):
             direction = model.light_dir[lamp] / np.linalg.norm(model.light_dir[lamp])
             facing = np.maximum(normals @ -direction, 0)[..., None]
@@ -295,7 +303,9 @@ def geom_colours(model: mujoco.MjModel) -> NDArray[np.float64]:
 
 def _by_pixel(fine: NDArray[np.float64]) -> NDArray[np.float64]:
     """Turn [2n, 2n, ...] into [n, n, 4, ...]: the four samples of each pixel, row by row."""
-    return np.ascontiguousarray(np.stack([fine[::2, ::2], fine[::2, 1::2], fine[1::2, ::2], fine[1::2, 1::2]], axis=2))
+    return np.ascontiguousarray(
+        np.stack([fine[::2, ::2], fine[::2, 1::2], fine[1::2, ::2], fine[1::2, 1::2]], axis=2)
+    )
 
 
 def _mean_texture(model: mujoco.MjModel, texture: int) -> NDArray[np.float64]:
@@ -332,7 +342,7 @@ def _normals(
 def _slope(
     points: NDArray[np.float64], geom: NDArray[np.int32], axis: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the step [n, n, 3] from each hit to the next along `axis` on the same geom, and where there is one."""
+    """Return the step [n, n, 3] from each hit to the next along `axis`, and where both show one geom."""
     step = np.zeros_like(points)
     has = np.zeros(geom.shape, bool)
     ahead = (slice(None), slice(1, None)) if axis else (slice(1, None),)
@@ -348,9 +358,9 @@ def _slope(
 def _intersect(
     kind: int, size: NDArray[np.float64], origin: NDArray[np.float64], rays: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return distances [..., ] (FAR: missed) and outward normals [..., 3] of rays that meet a shape at the origin.
+    """Return distances [...] (FAR: missed) and outward normals [..., 3] where rays meet a shape.
 
-    All in the shape's frame; `origin` [3] is where the rays start. A capsule is taken for a cylinder.
+    All in the shape's frame: `origin` [3] is where the rays start. A capsule is taken for a cylinder.
     """
     shape = mujoco.mjtGeom
     if kind in (shape.mjGEOM_SPHERE, shape.mjGEOM_ELLIPSOID):
@@ -405,5 +415,7 @@ def _meet_cylinder(
     lid = np.where((lid > 0) & ((across**2).sum(axis=-1) <= radius**2), lid, FAR)
     distance = np.minimum(wall, lid)
     hit = origin + np.where(distance < FAR, distance, 0.0)[..., None] * rays
-    normal = np.where((lid < wall)[..., None], [0.0, 0.0, 1.0] * -np.sign(down)[..., None], hit * [1.0, 1.0, 0.0])
+    normal = np.where(
+        (lid < wall)[..., None], [0.0, 0.0, 1.0] * -np.sign(down)[..., None], hit * [1.0, 1.0, 0.0]
+    )
     return distance, _unit(normal)

@@ -1,4 +1,4 @@
-"""One English instruction for each Meta-World task; the package itself has none; and where the goal is a mere marker."""
+"""One English instruction for each Meta-World task, and which tasks have a goal that only a marker shows."""
 
 SENTENCES: dict[str, str] = {
     "assembly-v3": "pick up the nut and place it onto the peg",

@@ -21,7 +21,7 @@ class View:
     fixed: bool
 
     def rays(self, size: int) -> NDArray[np.float64]:
-        """Return the unit directions [size, size, 3], in the world, of the rays through the pixels' centres."""
+        """Return the directions [size, size, 3], in the world, of the rays through the pixels' centres."""
         across = (np.arange(size) + 0.5) / size * 2 - 1
         half = np.tan(np.deg2rad(self.fovy) / 2)
         x, y = np.meshgrid(across * half, -across * half)
@@ -31,7 +31,7 @@ class View:
 
 
 def look_at(position: ArrayLike, target: ArrayLike) -> NDArray[np.float64]:
-    """Return the rotation [3, 3] of a camera at `position` (m) that looks at `target` (m), the world's z up."""
+    """Return the rotation [3, 3] of a camera at `position` that looks at `target` (both m), z up."""
     back = np.asarray(position, float) - np.asarray(target, float)
     back /= np.linalg.norm(back)
     right = np.cross([0.0, 0.0, 1.0], back)
