@@ -12,6 +12,7 @@ TITLES = {
     "protocol": "protocols (vlafit eval CHECKPOINT --protocol NAME)",
     "strategy": "tuning strategies (in a recipe: strategy)",
     "checkpoint": "checkpoints (in a recipe: policy.checkpoint; vlafit eval NAME ...)",
+    "tokenizer": "tokenizers (in a recipe: policy.tokenizer)",
     "launcher": "launcher files (accelerate launch --config_file PATH -m vlafit train NAME)",
 }
 
@@ -34,9 +35,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _first_line(path: Path) -> str:
-    """Return the first line of a file's opening comment, after a launcher file's path; nothing for a folder."""
+    """Return the first line of a file's opening comment (with a launcher file's path); '' for a folder."""
     if not path.is_file():
         return ""
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip("# ").strip()
         if line.startswith("#") and text:

@@ -82,7 +82,7 @@ def as_text(folder: str, facts: dict[str, Any]) -> str:
             f"cameras  {cameras}; pixels by {robot['renderer'] or 'unknown'}",
             f"state    {_column(robot['state'])}",
             f"action   {_column(robot['action'])}; chunks of {codec['chunk']}",
-            f"codec    {codec['normalisation']}, prompt {codec['prompt']} up to {codec['max_tokens']} tokens, "
+            f"codec    {codec['normalisation']}, prompt {codec['prompt']} of {codec['max_tokens']} tokens, "
             f"images {codec['image_size']}x{codec['image_size']}",
         ]
     else:

@@ -1,0 +1,84 @@
+"""The wheel, installed outside the checkout, brings all that ships and finds it by name."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlafit import shipped
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("hatchling") is None, reason="needs hatchling (the extra dev brings it)"
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds nothing but the installed wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)]
+    subprocess.run([*pip, *build], check=True, capture_output=True, text=True, timeout=120)
+    (wheel,) = folder.glob("vlafit-*.whl")
+    target = folder / "site"
+    install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], check=True, capture_output=True, text=True, timeout=120)
+    return target
+
+
+def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python away from the checkout, the wheel first on its path."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=installed.parent,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_wheel_lists_what_the_checkout_has(installed):
+    done = run(installed, "-m", "vlafit", "list")
+    assert done.returncode == 0, done.stderr
+    for kind in shipped.KINDS:
+        assert all(
+            f"\n  {name} " in done.stdout or f"\n  {name}\n" in done.stdout for name in shipped.names(kind)
+        )
+
+
+def test_what_ships_is_found_inside_the_wheel(installed):
+    code = (
+        "from vlafit import shipped\n"
+        "for kind in shipped.KINDS:\n"
+        "    for name in shipped.names(kind):\n"
+        "        print(shipped.find(kind, name))"
+    )
+    done = run(installed, "-c", code)
+    assert done.returncode == 0, done.stderr
+    places = done.stdout.split()
+    assert len(places) == sum(len(shipped.names(kind)) for kind in shipped.KINDS)
+    assert all(place.startswith(str(installed / "vlafit" / "_shipped")) for place in places)
+
+
+def test_shipped_recipes_and_their_bases_are_read_from_the_wheel(installed):
+    code = (
+        "from vlafit import config, shipped\nfrom vlafit.recipe import Recipe\n"
+        "for name in shipped.names('recipe'):\n"
+        "    print(config.read(Recipe, shipped.find('recipe', name), 'recipe').name)"
+    )
+    done = run(installed, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(shipped.names("recipe"))
+
+
+def test_the_wheel_holds_no_recordings_runs_or_tests(installed):
+    inside = {path.relative_to(installed).parts[0] for path in installed.iterdir()}
+    assert {name for name in inside if not name.endswith(".dist-info")} <= {"vlafit", "bin"}
+    data = installed / "vlafit" / "_shipped" / "data"
+    assert {path.name for path in data.iterdir() if path.is_dir()} <= {"sample", "pretrained", "tokenizers"}
