@@ -289,6 +289,15 @@ def test_a_folder_without_a_codec_or_with_a_torn_one_is_refused(tmp_path: Path):
         Codec.load(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_named(rng: np.random.Generator, tmp_path: Path):
+    (tmp_path / "taken").write_text("a file")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(VlafitError, match="cannot write .*taken"):
+            codec(rng).save(folder)
+        with pytest.raises(VlafitError, match="cannot write .*taken"):
+            tokenizer().save(folder)
+
+
 def test_a_codec_can_be_sent_to_another_process(rng: np.random.Generator):
     import pickle
 

@@ -81,6 +81,20 @@ def test_a_tokenizer_that_pads_or_cuts_by_itself_is_stopped_from_doing_so(tmp_pa
     assert load(tmp_path).encode(SENTENCES[0]) == TRAINED.encode(SENTENCES[0])
 
 
+def test_a_folder_without_tokenizer_json_is_read_through_transformers(tmp_path: Path):
+    TRAINED.backend.model.save(str(tmp_path))  # vocab.json and merges.txt, as older tokenizers are kept
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<eos>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load(tmp_path)
+    assert ours.encode("close the <eos> door") == TRAINED.encode("close the <eos> door")
+    assert (ours.bos, ours.eos) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

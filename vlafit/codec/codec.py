@@ -150,7 +150,6 @@ class Codec:
 
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
         statistics = {name: value.to_json() for name, value in self.statistics.items()}
         content = {
             "format": FORMAT,

@@ -12,7 +12,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlafit.errors import CodecError, VlafitError
+from vlafit.errors import CodecError
+from vlafit.files import write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
@@ -51,12 +52,11 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers can load, too."""
-        folder.mkdir(parents=True, exist_ok=True)
         names = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
         config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {name: self.backend.id_to_token(i) for name, i in names.items() if i is not None}
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load(folder: Path | str) -> Tokenizer:
@@ -72,8 +72,6 @@ def load(folder: Path | str) -> Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 config |= json.loads((folder / name).read_text(encoding="utf-8"))
-    except VlafitError:
-        raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
         raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
 

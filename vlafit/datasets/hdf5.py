@@ -123,14 +123,14 @@ class Hdf5Store(EpisodeStore):
         name, episodes = self.card.name, len(self.episodes)
         expected = self.card.expected_episodes
         if expected and episodes != expected:
-            finish = (
-                f" or finish recording with: vlafit record {self.card.file or name}"
-                if self.card.record
-                else ""
-            )
+            mend = "complete the files, or mend the card"
+            if self.card.record is not None:
+                mend = (
+                    f"finish recording with: vlafit record {self.card.file or name}; or set expect.episodes"
+                )
             raise DataError(
                 f"dataset {name!r} has {episodes} episodes in {len(self._paths)} files, its card expects "
-                f"{expected}; complete the files, mend the card{finish}"
+                f"{expected}; {mend}"
             )
         frames = sum(info.length for info in self.episodes)
         if self.card.expect.frames and frames != self.card.expect.frames:
