@@ -214,8 +214,8 @@ def evaluate_checkpoint(
     loaded = checkpoints.load(folder, device=torch.device(chosen))
     if loaded.codec is None:
         raise ConfigError(
-            f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean to a "
-            "robot; fine-tune it first, and evaluate what that saves"
+            f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
+            "to a robot; fine-tune it first, and evaluate what that saves"
         )
     identity = f"checkpoint sha256:{checkpoints.digest(folder)}"
     actor = PolicyActor(loaded.policy, loaded.codec, steps=steps, width=width, seed=seed, identity=identity)

@@ -1,0 +1,163 @@
+"""What a policy returns for an observation depends on that observation and its key, and on nothing else."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from vlafit.actor import PolicyActor, noise_for
+from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
+from vlafit.errors import CodecError, ConfigError
+from vlafit.nn.batch import Batch
+from vlafit.nn.policy import Policy
+from vlafit.policies import pi0
+from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Feature, Observation
+
+TASKS = ("open", "close", "push")
+
+
+def robot(size: int) -> Embodiment:
+    return Embodiment(
+        name="arm",
+        cameras=(Feature("front", (size, size, 3)), Feature("wrist", (size, size, 3))),
+        state=Feature("state", (4,)),
+        action=Feature("action", (4,)),
+        hz=10.0,
+        control="delta_position",
+    )
+
+
+def make_actor(
+    size: str = "pi0-tiny", slots: Sequence[str] = ("front", "wrist"), width: int = 8
+) -> PolicyActor:
+    made = pi0.SIZES[size]
+    # The tiny vocabulary has room for the bytes and little more.
+    tokenizer = train_word_tokenizer([f"{task} the door" for task in TASKS], made.language.vocab)
+    settings = CodecConfig(
+        cameras=tuple(slots),
+        image_size=made.vision.image_size,
+        state_dim=made.state_dim,
+        action_dim=made.action_dim,
+        chunk=made.chunk,
+        prompt="pi05" if made.pi05 else "pi0",
+        max_tokens=made.max_tokens,
+    )
+    rng = np.random.default_rng(3)
+    codec = Codec.fit(
+        settings, robot(made.vision.image_size), rng.normal(size=(50, 4)), rng.normal(size=(50, 4)), tokenizer
+    )
+    return PolicyActor(pi0.build(made, "cpu"), codec, steps=3, width=width)
+
+
+def inputs(n: int, size: int) -> tuple[list[Observation], list[EpisodeKey]]:
+    rng = np.random.default_rng(5)
+    observations = []
+    for i in range(n):
+        pictures = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name in ("front", "wrist")}
+        if i % 3 == 2:
+            del pictures["wrist"]  # a camera may be missing at a moment
+        state = rng.normal(size=4).astype(np.float32)
+        observations.append(Observation(pictures, state, f"{TASKS[i % 3]} the door"))
+    return observations, [EpisodeKey(100 + i // 3, TASKS[i % 3], i % 4) for i in range(n)]
+
+
+def bits(chunks: Sequence[ActionChunk]) -> list[bytes]:
+    return [chunk.actions.tobytes() for chunk in chunks]
+
+
+@pytest.mark.parametrize("size", ["pi0-tiny", "pi0-small", "pi05-small"])
+def test_an_action_does_not_depend_on_what_else_is_in_the_batch_nor_where(size: str) -> None:
+    actor = make_actor(size)
+    observations, keys = inputs(19, pi0.SIZES[size].vision.image_size)
+    whole = bits(actor.act(observations, keys))
+    assert len(set(whole)) == 19
+    alone = [bits(actor.act([o], [k]))[0] for o, k in zip(observations, keys, strict=True)]
+    assert alone == whole
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(19)[: 19 - 4 * seed]
+        got = bits(actor.act([observations[i] for i in order], [keys[i] for i in order]))
+        assert got == [whole[i] for i in order]
+
+
+def test_every_batch_has_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = make_actor(slots=("front", "", "wrist"))
+    shapes = set()
+    act = Policy.act
+
+    def spy(self: Policy, batch: Batch, noise: torch.Tensor, steps: int = 10) -> torch.Tensor:
+        shapes.add((tuple(batch.images.shape), tuple(batch.tokens.shape), tuple(noise.shape)))
+        return act(self, batch, noise, steps)
+
+    monkeypatch.setattr(Policy, "act", spy)
+    observations, keys = inputs(11, 8)
+    for n in (1, 2, 8, 11):
+        actor.act(observations[:n], keys[:n])
+    assert shapes == {((8, 2, 3, 8, 8), (8, 12), (8, 4, 5))}  # the slot that is always missing is left out
+
+
+def test_noise_is_decided_by_seed_task_and_replan_alone() -> None:
+    key = EpisodeKey(7, "open", 2)
+    first = noise_for(key, 0, (4, 5))
+    assert first.dtype == np.float32 and np.array_equal(first, noise_for(key, 0, (4, 5)))
+    others = [
+        noise_for(EpisodeKey(8, "open", 2), 0, (4, 5)),
+        noise_for(EpisodeKey(7, "close", 2), 0, (4, 5)),
+        noise_for(EpisodeKey(7, "open", 3), 0, (4, 5)),
+        noise_for(key, 1, (4, 5)),
+    ]
+    assert all(not np.array_equal(first, other) for other in others)
+    many = np.concatenate([noise_for(EpisodeKey(s, "open", 0), 0, (50, 32)) for s in range(50)])
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+def test_noise_is_the_same_in_every_process() -> None:
+    # Written down once; Python's own hash() would differ from process to process.
+    written = [1.2458081245422363, 0.3818911015987396, 1.6331292390823364]
+    assert noise_for(EpisodeKey(7, "open", 2), 0, (1, 3))[0].tolist() == pytest.approx(written, abs=1e-7)
+
+
+def test_acting_leaves_the_policy_in_the_mode_it_was_in() -> None:
+    actor = make_actor()
+    actor.policy.train()
+    actor.policy.get_submodule("vision").eval()
+    before = {name: module.training for name, module in actor.policy.named_modules()}
+    actor.act(*inputs(2, 8))
+    assert before == {name: module.training for name, module in actor.policy.named_modules()}
+    assert all(p.grad is None for p in actor.policy.parameters())
+
+
+def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
+    actor = make_actor()
+    first = actor.fingerprint()
+    assert first == make_actor().fingerprint()
+    with torch.no_grad():
+        next(actor.policy.parameters()).view(-1)[0] += 1
+    changed = PolicyActor(actor.policy, actor.codec, steps=4)
+    assert len({first, actor.fingerprint(), changed.fingerprint()}) == 3
+    named = PolicyActor(actor.policy, actor.codec, identity="checkpoint 12")
+    assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0"
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"width": 0}, {"seed": -1}])
+def test_settings_that_cannot_be_are_refused(change: dict) -> None:
+    actor = make_actor()
+    with pytest.raises(ConfigError, match=f"{next(iter(change))} must be at least"):
+        PolicyActor(actor.policy, actor.codec, **change)
+
+
+def test_what_is_no_observation_of_the_robot_is_refused_by_name() -> None:
+    actor = make_actor()
+    (observation,), keys = inputs(1, 8)
+    wrong = {
+        "state has shape": dataclasses.replace(observation, state=np.zeros(3, np.float32)),
+        "no camera 'top'": dataclasses.replace(observation, images={"top": observation.images["front"]}),
+        "instruction is empty": dataclasses.replace(observation, instruction=" "),
+    }
+    for message, one in wrong.items():
+        with pytest.raises(Exception, match=message):
+            actor.act([one], keys)
+    with pytest.raises(CodecError, match="1 observations with 0 keys"):
+        actor.act([observation], [])
+    assert actor.act([], []) == []
