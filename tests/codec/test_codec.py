@@ -292,9 +292,9 @@ def test_a_folder_without_a_codec_or_with_a_torn_one_is_refused(tmp_path: Path):
 def test_a_folder_that_cannot_be_written_is_named(rng: np.random.Generator, tmp_path: Path):
     (tmp_path / "taken").write_text("a file")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(VlafitError, match="cannot write .*taken"):
+        with pytest.raises(VlafitError, match=r"cannot write .*taken"):
             codec(rng).save(folder)
-        with pytest.raises(VlafitError, match="cannot write .*taken"):
+        with pytest.raises(VlafitError, match=r"cannot write .*taken"):
             tokenizer().save(folder)
 
 
