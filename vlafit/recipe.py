@@ -22,7 +22,7 @@ class PolicyRecipe:
     fresh: tuple[str, ...] = ()
     """Parts (or name patterns) that start from fresh weights although a checkpoint is given."""
     tokenizer: str = ""
-    """Folder of the tokenizer, where the checkpoint has none. Empty: build one from the training instructions."""
+    """Tokenizer, where the checkpoint has none: a folder, or the name of one that ships. Empty: trained on the data."""
 
 
 @dataclass(frozen=True)

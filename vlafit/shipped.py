@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from vlafit.errors import ConfigError, did_you_mean
 
-Kind = Literal["recipe", "strategy", "launcher", "card", "protocol", "checkpoint"]
+Kind = Literal["recipe", "strategy", "launcher", "card", "protocol", "checkpoint", "tokenizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PACKAGE = Path(__file__).resolve().parent
@@ -30,9 +30,10 @@ _SHELVES: dict[str, _Shelf] = {
     "recipe": _Shelf("configs", skip=("strategies", "accelerate")),
     "strategy": _Shelf("configs/strategies"),
     "launcher": _Shelf("configs/accelerate", ".yaml"),
-    "card": _Shelf("data", skip=("pretrained", "recorded")),
+    "card": _Shelf("data", skip=("pretrained", "recorded", "sample", "tokenizers")),
     "protocol": _Shelf("eval", skip=("results",)),
     "checkpoint": _Shelf("data/pretrained", suffix="", mark="policy.json"),
+    "tokenizer": _Shelf("data/tokenizers", suffix="", mark="tokenizer.json"),
 }
 
 

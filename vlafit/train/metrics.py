@@ -1,0 +1,45 @@
+"""Metrics of a run: one JSON line an event, always; accelerate's trackers beside it, by choice."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from vlafit import files
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and forwards to trackers, on the main process alone."""
+
+    def __init__(self, run: Path, accelerator: Accelerator) -> None:
+        self.path = run / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._main = accelerator.is_main_process
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: the resumed run will log it again."""
+        if not (self._main and self.path.is_file()):
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                log.warning("%s: dropping a line that a crash cut off", self.path)
+                continue
+            if event["step"] <= step:
+                kept.append(line + "\n")
+        files.write_atomic(self.path, "".join(kept))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one event; a value that is not finite is written as null, so that the line stays JSON."""
+        if not self._main:
+            return
+        plain = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
+        files.append_line(self.path, json.dumps({"step": step, **plain}))
+        self._accelerator.log(dict(values), step=step)

@@ -1,0 +1,77 @@
+"""The one place that knows how several processes share a policy.
+
+DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's own
+`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so that what the tests see on two CPU processes is what runs
+on eight GPUs. accelerate starts the processes; its own FSDP exists on accelerators only and is not used.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vlafit.nn.policy import Policy
+
+
+def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> nn.Module:
+    """Return the module whose call is the loss on several processes: DDP, or the policy sharded in place."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return policy
+    if how == "full":
+        return _shard(policy, device)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _shard(policy: Policy, device: torch.device) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in policy.blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    for method in ("loss", "velocity", "act"):
+        register_fsdp_forward_method(policy, method)
+    return policy
+
+
+@contextmanager
+def last_backward_only(model: nn.Module, last: bool) -> Iterator[None]:
+    """Synchronise gradients in the last micro-batch of an optimiser step alone."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    sharded = getattr(model, "set_requires_gradient_sync", None)  # fully_shard adds it to the module
+    if sharded is not None:
+        sharded(last)
+    yield
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of `values` over all processes; the input itself where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole copies of possibly sharded tensors, on the CPU. Every process must call it."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return whole
+
+
+def scatter_like(whole: Tensor, target: Tensor) -> Tensor:
+    """Return `whole` placed and sharded as `target` is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+    return whole.to(target.device)
