@@ -106,7 +106,7 @@ class MetaWorld:
         game = self._games[task]
         game.seed(int(seed))
         full_state, _ = game.reset()
-        _place_goal(game)
+        _settle(game, full_state)
         self._task, self._steps, self._succeeded = task, 0, False
         return self._observe(full_state, render=True)
 
@@ -183,10 +183,20 @@ def _make_game(task: str) -> Any:
     return game
 
 
-def _place_goal(game: Any) -> None:
-    """Put the goal markers where they belong; Meta-World itself does so from the first step on."""
+def _settle(game: Any, full_state: NDArray[np.float64]) -> None:
+    """Make a reset's pictures and observation show where things were put; its physics stays as it is.
+
+    Several of Meta-World's tasks move an object last and leave its old place to be seen until the first step,
+    and goal markers are placed only by then.
+    """
+    mujoco.mj_kinematics(game.model, game.data)
+    mujoco.mj_comPos(game.model, game.data)
+    mujoco.mj_camlight(game.model, game.data)
     for site, position in game._target_site_config:
         game._set_pos_site(site, position)
+    now = game._get_curr_obs_combined_no_goal()
+    full_state[:18] = full_state[18:36] = now
+    game._prev_obs = now.copy()
 
 
 def _view(game: Any, name: str) -> View:
