@@ -120,7 +120,8 @@ def write_evaluation(
         broken = errors if task == next(iter(TASKS)) else 0
         scores[task] = Score(count, trials - broken, broken)
         for trial in range(trials):
-            success = None if trial < broken else trial < count + broken
+            done = trial < count + broken if 2 * count > trials else trial >= trials - count
+            success = None if trial < broken else done
             record = {
                 "task": task,
                 "trial": trial,

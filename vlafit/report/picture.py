@@ -66,7 +66,7 @@ def result_figure(facts: Facts) -> bytes:
     strips = _strips(shown)
     figure = Figure(figsize=(11, 3.7) if strips else (5, 3.4), layout="constrained", facecolor="white")
     grid = (
-        figure.add_gridspec(max(1, len(strips)), 2, width_ratios=(1, 2.4))
+        figure.add_gridspec(max(1, len(strips)), 2, width_ratios=(1, 2.15))
         if strips
         else figure.add_gridspec(1, 1)
     )
@@ -94,13 +94,20 @@ def ablation_figure(arms: Sequence[Arm], title: str = "") -> bytes:
         offsets = np.linspace(-0.2, 0.2, len(arm.scores)) if len(arm.scores) > 1 else [0.0]
         for offset, score in zip(offsets, arm.scores, strict=True):
             low, high = (100 * end for end in score.interval)
-            axes.plot([low, high], [row + offset] * 2, color=colour, linewidth=1.6, solid_capstyle="round")
+            axes.plot(
+                [low, high],
+                [row + offset] * 2,
+                color=colour,
+                linewidth=1.6,
+                solid_capstyle="round",
+                clip_on=False,
+            )
             if score.rate is not None:
-                axes.plot(100 * score.rate, row + offset, "o", color=colour, markersize=5)
+                axes.plot(100 * score.rate, row + offset, "o", color=colour, markersize=5, clip_on=False)
         text = "–" if pooled.rate is None else f"{100 * pooled.rate:.0f} %"
         seeds = f"{len(arm.scores)} seed{'s' if len(arm.scores) > 1 else ''}"
         note = f"{text}   {pooled.successes}/{pooled.episodes}, {seeds}" + (
-            f", {pooled.errors} errors" if pooled.errors else ""
+            f", {pooled.errors} error{'s' if pooled.errors > 1 else ''}" if pooled.errors else ""
         )
         axes.text(103, row, note, va="center", fontsize=9.5, color=INK)
     axes.set_yticks(range(len(arms)), [arm.label for arm in arms], fontsize=10, color=INK)

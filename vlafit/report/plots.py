@@ -22,6 +22,7 @@ from vlafit.score import Score
 INK, GRID, LINE, FAINT, SECOND = "#010203", "#020304", "#030405", "#040506", "#050607"
 VARIABLES = {INK: "muted", GRID: "grid", LINE: "accent", FAINT: "accent-faint", SECOND: "second"}
 SIZE = (5.2, 2.7)  # inches at 72 points: the SVG scales with its column
+MARGINS = (0.105, 0.185, 0.88, 0.775)  # left, bottom, width, height, as shares of the figure
 SMOOTHING = 0.9  # exponential, bias-corrected, of noisy training curves
 
 Axis = Literal["step", "time"]
@@ -61,7 +62,7 @@ def curves(name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False) 
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif lowest >= 0:
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-")))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     if len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return _svg(figure, name)
@@ -82,6 +83,13 @@ def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
     return _svg(figure, name)
 
 
+def _tick(value: float, _: int | None = None) -> str:
+    """Write a tick so that it stays short: 0.25, 2.5e-4, 12,000."""
+    if 0 < abs(value) < 1e-3:
+        return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _xy(points: Sequence[Point], axis: Axis) -> tuple[np.ndarray, np.ndarray]:
     pairs = [
         (p.step if axis == "step" else p.time_s / 60 if p.time_s is not None else None, p.value)
@@ -100,8 +108,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _figure(axis: Axis) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_axes(MARGINS)  # fixed: a layout engine would draw everything twice
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)

@@ -28,7 +28,7 @@ TONES = {BEFORE: "before", AFTER: "after", WRONG: "wrong"}
 OUTCOMES = {True: ("success", "good"), False: ("failure", "bad"), None: ("error", "warn")}
 CHARTS = {  # metric -> title, unit, whether single values are noise around a trend
     "validation/action_error": ("Action error", "mean absolute, normalised units, held-out episodes", False),
-    "train/lr": ("Learning rate", "before the rules' multipliers", False),
+    "train/lr": ("Learning rate", "of the first group of parameters", False),
     "train/grad_norm": ("Gradient norm", "before clipping", True),
     "train/samples_per_s": ("Throughput", "samples per second", True),
     "train/peak_memory_gb": ("Peak memory", "GiB on the device", False),
@@ -68,7 +68,7 @@ def tasks(facts: Facts) -> Raw:
         told = [
             one.instructions[task] for one in evaluations if task in one.tasks and not one.wrong_instruction
         ]
-        return join([task, *([tag("br"), muted(f"“{told[0]}”")] if told else [])])
+        return join([task, *([Raw("<br>"), muted(f"“{told[0]}”")] if told else [])])
 
     names = dict.fromkeys(task for one in evaluations for task in one.tasks)
     rows: list[list[Content]] = [
@@ -90,8 +90,8 @@ def probe(facts: Facts) -> Raw:
     text = tag(
         "p",
         "The wrong-instruction probe plays each task once more, from the same starts and judged as ever, but "
-        "tells the policy the sentence of the partner task, which shares the scene. A policy that listens does "
-        "what it was told, and so ",
+        "tells the policy the sentence of the partner task, which shares the scene. A policy that listens "
+        "does what it was told, and so ",
         tag("em", "fails"),
         " here; one that succeeds goes by the scene alone. Here: ",
         tag("b", percent(total)),
