@@ -133,7 +133,7 @@ class Folder:
         """Read what `save_part` wrote."""
         path = self.part(task, seed)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if "state" not in arrays:
                     return None
                 images = {name: arrays[f"image_{name}"] for name in self.job.spec.cameras}
@@ -146,7 +146,7 @@ class Folder:
         outcomes = {}
         for path in sorted((self.parts / task).glob("*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                     outcomes[int(path.stem)] = "state" in arrays
             except (OSError, ValueError, zipfile.BadZipFile):
                 log.warning("%s cannot be read; the episode is played again", path)
