@@ -52,7 +52,7 @@ def test_time_left_counts_from_where_a_resumed_run_began(capsys, monkeypatch):
 
 
 def test_warnings_of_the_library_go_to_stderr_on_the_main_process_alone(capsys):
-    for main_process, shown in ((True, "warning: careful 3\nfine\n"), (False, "")):
+    for main_process, shown in ((True, "warning: careful 3\n"), (False, "")):
         with console.logging_to_stderr(main_process):
             logging.getLogger("vlafit.somewhere").warning("careful %d", 3)
             logging.getLogger("vlafit.somewhere").info("fine")

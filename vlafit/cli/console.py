@@ -13,12 +13,12 @@ QUIET_EVERY_S = 15.0  # where stdout is no terminal, a line so often
 
 @contextmanager
 def logging_to_stderr(main_process: bool) -> Iterator[None]:
-    """Show the library's warnings and notices on stderr, one line each, while a verb runs."""
+    """Show the library's warnings on stderr while a verb runs."""
     logger = logging.getLogger("vlafit")
     handler: logging.Handler = _Notices() if main_process else logging.NullHandler()
     old_level, old_propagate = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
         yield
