@@ -114,6 +114,8 @@ class RecordSpec:
     """Steps after which an episode without success is given up."""
     hold_steps: int = 8
     """Steps recorded after success."""
+    compress: bool = False
+    """Compress the frames: a tenth of the size, slower to read. False: contiguous, read by memory map."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from vlafit.types import Embodiment, Env
 
 log = logging.getLogger(__name__)
 
+FRAMES_PER_CHUNK = 4  # of a compressed recording: a third smaller than with 1, and still quick to read singly
+
 
 @dataclass(frozen=True)
 class RecordedFile:
@@ -203,7 +205,11 @@ class Folder:
         demo.create_dataset("rewards", data=episode.success.astype(np.uint8))
         demo.create_dataset("dones", data=dones)
         for name, frames in episode.images.items():
-            demo.create_dataset(f"obs/{name}_rgb", data=frames)
+            packed: dict[str, Any] = {}
+            if self.job.record.compress:
+                chunk = (min(FRAMES_PER_CHUNK, steps), *frames.shape[1:])
+                packed = {"compression": "gzip", "compression_opts": 9, "chunks": chunk}
+            demo.create_dataset(f"obs/{name}_rgb", data=frames, **packed)
         demo.create_dataset(STATE_KEYS[0], data=episode.state[:, :3].astype(np.float64))
         demo.create_dataset(STATE_KEYS[1], data=episode.state[:, 3:].astype(np.float64))
         return steps

@@ -1,0 +1,89 @@
+"""What the pretrained weights buy: the quickstart's fine-tuning from three starts, three seeds each.
+
+    python eval/pretraining.py [--seeds 0 1 2] [--runs runs/pretraining] [--results eval/results/pretraining]
+
+Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an ordinary
+`vlafit train`; a finished one is not run again, so an interrupted comparison goes on where it stopped. Writes every
+run's report.json and episodes, results.json and figure.png into the results folder.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from vlafit import files
+from vlafit.report.picture import Arm, ablation_figure, read_scores
+from vlafit.score import Score, overall
+
+ARMS = {  # recipe: label
+    "quickstart": "full checkpoint",
+    "quickstart-fresh-expert": "fresh action expert",
+    "quickstart-untrained": "untrained",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"))
+    parser.add_argument("--results", type=Path, default=Path("eval/results/pretraining"))
+    options = parser.parse_args()
+    scores: dict[str, dict[int, dict[str, Score]]] = {recipe: {} for recipe in ARMS}
+    for seed in options.seeds:  # seed by seed, so that a comparison cut short is still one
+        for recipe in ARMS:
+            run = options.runs / f"{recipe}-seed{seed}"
+            train(recipe, seed, run)
+            scores[recipe][seed] = read_scores(run)
+            keep(run, options.results / run.name)
+        write(scores, options.results)
+    print((options.results / "results.json").read_text())
+    return 0
+
+
+def train(recipe: str, seed: int, run: Path) -> None:
+    """Carry out one run, or go on with it; nothing if it is finished."""
+    facts = run / "run.json"
+    if facts.is_file() and json.loads(facts.read_text()).get("finished"):
+        return
+    command = [sys.executable, "-m", "vlafit", "train", recipe, "--out", str(run), "--train.seed", str(seed)]
+    command += ["--resume"] if (run / "recipe.toml").is_file() else []
+    print("+", " ".join(["vlafit", *command[3:]]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def keep(run: Path, folder: Path) -> None:
+    """Copy what a reader needs of a run: the recipe, the report's facts, every episode's outcome."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.toml", "report.json", "run.json", "metrics.jsonl"):
+        shutil.copy(run / name, folder / name)
+    for episodes in sorted(run.glob("eval/*/episodes.jsonl")):
+        shutil.copy(episodes, folder / f"episodes_{episodes.parent.name}.jsonl")
+
+
+def write(scores: dict[str, dict[int, dict[str, Score]]], folder: Path) -> None:
+    """Write results.json and figure.png."""
+    arms = {}
+    for recipe, label in ARMS.items():
+        seeds = {f"seed{seed}": one["after"] for seed, one in scores[recipe].items()}
+        arms[recipe] = {
+            "label": label,
+            "seeds": {
+                seed: {name: one.to_json() for name, one in scores[recipe][number].items()}
+                for number, seed in zip(scores[recipe], seeds, strict=True)
+            },
+            "after": overall(seeds).to_json(),
+        }
+    files.write_atomic(folder / "results.json", json.dumps(arms, indent=2) + "\n")
+    drawn = [Arm(label, tuple(s["after"] for s in scores[recipe].values())) for recipe, label in ARMS.items()]
+    files.write_atomic(
+        folder / "figure.png", ablation_figure(drawn, "Two unseen tasks, same data and budget")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
