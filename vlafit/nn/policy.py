@@ -60,6 +60,10 @@ class Policy(nn.Module, ABC):
         """Describe every parameter exactly once, in the order of `named_parameters`."""
 
     @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers that sharding gathers one at a time; each is only used through its own call."""
+
+    @abstractmethod
     def needs(self) -> Needs:
         """Say what a codec for this policy must produce."""
 

@@ -188,6 +188,10 @@ class Pi0(Policy):
         """Describe every parameter exactly once."""
         return [_info(name, self.config) for name, _ in self.named_parameters()]
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers of the image tower, the prefix decoder and the action expert."""
+        return [*self.vision.layers, *self.language.layers, *self.expert.layers]
+
     def needs(self) -> Needs:
         """Say what a codec for this policy must produce. pi0.5 without state text takes pi0's prompt."""
         c = self.config

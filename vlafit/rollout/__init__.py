@@ -4,6 +4,14 @@ Environment processes import this package, so nothing here imports torch.
 """
 
 from vlafit.rollout.protocol import Protocol, load_protocol
-from vlafit.rollout.run import Record, Result, evaluate, evaluate_checkpoint
+from vlafit.rollout.run import Record, Result, evaluate, evaluate_checkpoint, preflight
 
-__all__ = ["Protocol", "Record", "Result", "evaluate", "evaluate_checkpoint", "load_protocol"]
+__all__ = [
+    "Protocol",
+    "Record",
+    "Result",
+    "evaluate",
+    "evaluate_checkpoint",
+    "load_protocol",
+    "preflight",
+]

@@ -163,13 +163,7 @@ def evaluate(
         env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
         with Pool(env, processes, slots, timeout_s) as pool:
             ready = pool.describe()
-            require_versions(protocol, ready.versions)
-            require_tasks(protocol, ready.instructions)
-            require_actions(protocol, ready.embodiment)
-            if trained:
-                require_same(
-                    trained.embodiment, "the policy", ready.embodiment, f"protocol {protocol.name!r}"
-                )
+            _require_playable(protocol, ready, trained.embodiment if trained else None)
             run.describe(ready, _renderer_notice(trained, ready.embodiment))
             jobs = _jobs(protocol, todo, ready, wrong_instruction, videos)
             dim = ready.embodiment.action.shape[0]
@@ -232,6 +226,37 @@ def evaluate_checkpoint(
         progress=progress,
         timeout_s=timeout_s,
     )
+
+
+def preflight(
+    protocol: Protocol | str | Path,
+    embodiment: Embodiment,
+    *,
+    wrong_instruction: bool = False,
+    training_seeds: Mapping[str, Collection[int]] | None = None,
+    timeout_s: float = 120.0,
+) -> None:
+    """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
+
+    It makes one environment and plays nothing: a training run asks at its beginning whether the evaluation at
+    its end will be possible.
+    """
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol)
+    require_unseen(protocol, None, training_seeds or {})
+    _tasks(protocol, wrong_instruction)
+    env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
+    with Pool(env, 1, 1, timeout_s) as pool:
+        _require_playable(protocol, pool.describe(), embodiment)
+
+
+def _require_playable(protocol: Protocol, ready: Ready, trained: Embodiment | None) -> None:
+    """Raise unless protocol, environment and (if it was trained) policy belong together."""
+    require_versions(protocol, ready.versions)
+    require_tasks(protocol, ready.instructions)
+    require_actions(protocol, ready.embodiment)
+    if trained:
+        require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}")
 
 
 def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ def noise_and_time(
 ) -> tuple[Tensor, Tensor]:
     """Return noise [k, b, t, a] ~ N(0, 1) and time [k, b] for samples named by (epoch, index).
 
-    Both are float32 on the CPU. The counter-based generator (Philox) makes each sample's draws a pure function
-    of its key.
+    Both are float32 on the CPU. The counter-based generator (Philox) makes each sample's draws a pure
+    function of its key.
     """
     noise = np.empty((draws, len(keys), chunk, action_dim), np.float32)
     uniform = np.empty((draws, len(keys)), np.float64)

@@ -3,12 +3,14 @@
 It knows nothing of files, robots or recipes' names; `run` hands it everything and gives it `events` to call.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
@@ -18,6 +20,10 @@ from vlafit.train.optim import Ema, schedule, set_lr
 from vlafit.train.parallel import last_backward_only, sum_over_processes
 
 Keys = Sequence[tuple[int, int]]  # (epoch, sample index) of each row
+
+
+class NotFinite(TrainingError):
+    """Weights, loss or gradient left the numbers; nothing of it was saved."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ def train(
     wants_stop: Callable[[], bool],
     after_step: Callable[[StepResult], None],
 ) -> None:
-    """Run optimiser steps `first_step` .. `recipe.steps`; `batches` yields this process's micro-batches of each.
+    """Run optimiser steps `first_step` .. `recipe.steps`; `batches` yields this process's micro-batches.
 
     The loss of a step is sum(mask * error^2) / sum(mask) over all its micro-batches and processes. A loss or
-    gradient that is not finite raises TrainingError before the weights are touched. `wants_stop` on any process
+    gradient that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process
     stops all of them after the step.
     """
     model.train()
@@ -59,33 +65,26 @@ def train(
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        counts = [
-            float(batch.action_mask.sum()) * recipe.draws for _, batch in micro_batches
-        ]  # known on the CPU
-        agreed = sum_over_processes(
-            torch.tensor([sum(counts), float(wants_stop())], dtype=torch.float64, device=device)
-        )
-        total, stop = float(agreed[0]), bool(agreed[1] > 0)
+        total, stop = _agree(micro_batches, recipe.draws, wants_stop(), device)
         if total == 0:
             raise TrainingError(
-                f"step {step}: every action of the batch is masked; check the data card's action mask"
+                f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
-
         set_lr(optimizer, schedule(step, recipe.steps, optim))
         error_sum = torch.zeros((), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
             with last_backward_only(model, number == len(micro_batches) - 1):
                 out = _loss(model, batch, keys, recipe, device)
-                # DDP and FSDP average gradients over processes: `world` undoes that, `total` is the true mean.
+                # DDP and FSDP average gradients over processes; `world` undoes that.
                 (out["error_sum"] * (world / total)).backward()
             error_sum += out["error_sum"].detach()
         loss = float(sum_over_processes(error_sum)) / total
         norm = _clip(trainable, optim.clip_norm)
-        if not (torch.isfinite(norm) and loss == loss and abs(loss) != float("inf")):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = [key for keys, _ in micro_batches for key in keys]
-            raise TrainingError(
-                f"step {step}: loss {loss} and gradient norm {float(norm)} are not finite; the weights are those of the "
-                f"last good step. Lower optim.lr, or look at the samples (epoch, index) {rows[:8]} ..."
+            raise NotFinite(
+                f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}, not finite; samples "
+                f"(epoch, index) {rows[:8]}{' ...' if len(rows) > 8 else ''}"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -93,10 +92,23 @@ def train(
             ema.update()
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
-        after_step(StepResult(step + 1, loss, float(norm), lr, ended - began, loaded - began, stop))
+        after_step(StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop))
         model.train()
         if stop:
             return
+
+
+def _agree(
+    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, device: torch.device
+) -> tuple[float, bool]:
+    """Return the sum of the step's action masks over all processes, and whether any of them wants to stop."""
+    total = 0
+    for _, batch in micro_batches:
+        assert batch.action_mask is not None  # the codec of a training sample always gives one
+        total += int(batch.action_mask.sum()) * draws  # on the CPU: no waiting
+    sums = torch.tensor([total, stop], dtype=torch.float64, device=device)
+    total, stops = sum_over_processes(sums).tolist()
+    return total, stops > 0
 
 
 def _loss(
@@ -114,8 +126,7 @@ def _loss(
         return model(batch.trim().to(device), noise=noise.to(device), time=when.to(device))
 
 
-def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+def _clip(parameters: list[nn.Parameter], limit: float) -> float:
     """Clip the gradient of all parameters together; return its norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-    full = getattr(norm, "full_tensor", None)  # sharded gradients give a sharded norm
-    return full() if full is not None else norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded gradients, sharded norm

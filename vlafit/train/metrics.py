@@ -21,8 +21,8 @@ class Metrics:
         self._accelerator = accelerator
         self._main = accelerator.is_main_process
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`: the resumed run will log it again."""
+    def rewind(self, step: int | None) -> None:
+        """Drop what was logged after `step` (None: everything): the resumed run will log it again."""
         if not (self._main and self.path.is_file()):
             return
         kept = []
@@ -32,9 +32,17 @@ class Metrics:
             except json.JSONDecodeError:
                 log.warning("%s: dropping a line that a crash cut off", self.path)
                 continue
-            if event["step"] <= step:
+            if step is not None and event["step"] <= step:
                 kept.append(line + "\n")
         files.write_atomic(self.path, "".join(kept))
+
+    def log_once(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one event, unless the run logged these names at this step before it was resumed."""
+        if not self._main:
+            return
+        logged = files.read_json_lines(self.path)
+        if not any(event["step"] == step and set(values) <= set(event) for event in logged):
+            self.log(step, values)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one event; a value that is not finite is written as null, so that the line stays JSON."""

@@ -54,9 +54,8 @@ class Ema:
         """Move the average towards the weights as they are now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.average.values()), [p.detach() for p in self._live.values()], 1 - decay
-        )
+        for average, live in zip(self.average.values(), self._live.values(), strict=True):
+            average.lerp_(live.detach(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

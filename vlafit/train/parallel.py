@@ -1,8 +1,8 @@
 """The one place that knows how several processes share a policy.
 
 DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's own
-`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so that what the tests see on two CPU processes is what runs
-on eight GPUs. accelerate starts the processes; its own FSDP exists on accelerators only and is not used.
+`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so that what the tests see on two CPU processes is what
+runs on eight GPUs. accelerate starts the processes; its own FSDP exists on accelerators only and is not used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,8 +35,9 @@ def _shard(policy: Policy, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in policy.blocks():
         fully_shard(block, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
-    for method in ("loss", "velocity", "act"):
+    # Left to itself the root stays whole after a forward pass without a backward one, as in validation.
+    fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+    for method in ("velocity", "act"):  # `loss` is the call itself
         register_fsdp_forward_method(policy, method)
     return policy
 
@@ -61,13 +62,25 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole copies of possibly sharded tensors, on the CPU. Every process must call it."""
+def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Return possibly sharded tensors whole, on the CPU (where they are whole already: themselves).
+
+    Every process must call it; one that does not `keep` them gets nothing, and needs no memory for them.
+    """
     whole = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if keep:
+            whole[name] = tensor.cpu()
     return whole
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def scatter_like(whole: Tensor, target: Tensor) -> Tensor:

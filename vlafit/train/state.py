@@ -1,19 +1,16 @@
-"""What a run needs to go on as if it had never stopped: weights, optimiser, average, step; and where it lies.
+"""What a run needs to go on as if it had never stopped: weights, optimiser, average, step.
 
-A checkpoint `checkpoints/step_000500/` is a native checkpoint (what is evaluated and exported: the moving
-average where there is one) with a folder `training/` beside it: the raw trainable weights, AdamW's states and
-the step, as safetensors and JSON. Order, noise and time need no state: they are functions of the step.
+A checkpoint is a native one (what is evaluated and exported: the moving average where there is one) with a
+folder `training/` beside it: the raw trainable weights, AdamW's states and the step, as safetensors and JSON.
+What is frozen, and the codec, come from the native part. Order, noise and time need no state: they are
+functions of the step.
 """
 
 import json
-import logging
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,8 +19,8 @@ from vlafit.errors import TrainingError
 from vlafit.train.optim import Ema
 from vlafit.train.parallel import gathered, scatter_like
 
-log = logging.getLogger(__name__)
 FORMAT = 1
+FACTS, TENSORS = "training/state.json", "training/state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,10 @@ class Progress:
     best_step: int | None = None
 
 
-def collect(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
-    """Return the whole training state by name, on the CPU. Every process must call it."""
+def collect(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, keep: bool
+) -> dict[str, Tensor]:
+    """Return the whole training state by name, on the CPU. Every process must call it; see `gathered`."""
     names = {parameter: name for name, parameter in policy.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
@@ -48,123 +47,89 @@ def collect(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
                 tensors[f"adamw.{key}/{name}"] = value
     if ema is not None:
         tensors |= {f"ema/{name}": value for name, value in ema.average.items()}
-    return gathered(tensors)
+    return gathered(tensors, keep)
 
 
-def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, ema: Ema | None) -> None:
-    """Write `training/` into a checkpoint that is still being made."""
+def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, ema: Ema | None, data: str) -> None:
+    """Write `training/` into a checkpoint that is still being made; `data` is the dataset's fingerprint."""
     (folder / "training").mkdir()
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "training" / "state.safetensors")
-    facts = {"format": FORMAT, "ema_updates": ema.updates if ema else None, **progress.__dict__}
-    (folder / "training" / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS)
+    facts = {
+        "format": FORMAT,
+        "sha256": files.sha256(folder / TENSORS),
+        "data": data,
+        "ema_updates": ema.updates if ema else None,
+        **asdict(progress),
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def restore(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Progress:
-    """Fill policy, optimiser and average from a checkpoint's `training/`, exactly.
+def restore(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, data: str
+) -> Progress:
+    """Fill the trainable weights, optimiser and average from a checkpoint's `training/`, exactly.
 
-    Raises TrainingError naming what is missing or left over.
+    Raises TrainingError naming what is missing, left over or not of the dataset `data`.
     """
-    path = folder / "training"
-    try:
-        facts = json.loads((path / "state.json").read_text())
-        stored = load_file(path / "state.safetensors")
-    except Exception as error:
+    facts, stored = _read(folder)
+    if facts["data"] != data:
         raise TrainingError(
-            f"{path}: cannot read the training state ({error}); resume from an older checkpoint"
-        ) from error
-    if facts.get("format") != FORMAT:
-        raise TrainingError(
-            f"{path}: training state of format {facts.get('format')}, this vlafit reads {FORMAT}"
+            f"{folder}: the run began on other data: the episodes, their lengths or their split are not the "
+            "same now; bring the dataset back, or start anew with --out"
         )
 
     def take(key: str, like: Tensor) -> Tensor:
         if key not in stored:
             raise TrainingError(
-                f"{path}: the training state lacks {key!r}; it belongs to another strategy or policy"
+                f"{folder / TENSORS}: lacks {key!r}; it belongs to another strategy or policy"
             )
         value = stored.pop(key)
-        if value.shape != like.shape and value.ndim:
-            raise TrainingError(
-                f"{path}: {key!r} is {tuple(value.shape)}, the policy's is {tuple(like.shape)}"
-            )
-        return value
+        if value.shape != like.shape:
+            shapes = f"{tuple(value.shape)}, the policy's is {tuple(like.shape)}"
+            raise TrainingError(f"{folder / TENSORS}: {key!r} is {shapes}")
+        return scatter_like(value, like)
 
     names = {parameter: name for name, parameter in policy.named_parameters()}
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[parameter]
-                parameter.copy_(scatter_like(take(f"weight/{name}", parameter), parameter))
-                if facts["step"] == 0:
-                    continue  # no step taken yet: AdamW makes its states at the first one
+                parameter.copy_(take(f"weight/{name}", parameter))
+                # A fused optimiser keeps its count beside the weights, whole even where they are sharded.
+                count = torch.zeros((), device=parameter.device)
                 optimizer.state[parameter] = {
-                    "step": take(f"adamw.step/{name}", torch.zeros(())),
-                    "exp_avg": scatter_like(take(f"adamw.exp_avg/{name}", parameter), parameter),
-                    "exp_avg_sq": scatter_like(take(f"adamw.exp_avg_sq/{name}", parameter), parameter),
+                    "step": take(f"adamw.step/{name}", count),
+                    "exp_avg": take(f"adamw.exp_avg/{name}", parameter),
+                    "exp_avg_sq": take(f"adamw.exp_avg_sq/{name}", parameter),
                 }
-                if parameter.device.type != "cpu":  # a fused optimiser keeps its step beside the weights
-                    optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(
-                        parameter.device
-                    )
         if ema is not None:
             ema.updates = int(facts["ema_updates"])
             for name, value in ema.average.items():
-                value.copy_(scatter_like(take(f"ema/{name}", value), value))
+                value.copy_(take(f"ema/{name}", value))
     if stored:
         raise TrainingError(
-            f"{path}: the training state holds more than the run trains: {sorted(stored)[:5]}"
+            f"{folder / TENSORS}: holds more than this run trains: {', '.join(sorted(stored)[:5])}; it "
+            "belongs to another strategy or policy"
         )
-    return Progress(facts["step"], facts["seconds"], facts["best_loss"], facts["best_step"])
+    return Progress(**{field.name: facts[field.name] for field in fields(Progress)})
 
 
-class Shelf:
-    """The checkpoints of one run: written atomically, the newest, the best and the last few kept."""
-
-    def __init__(self, run: Path, keep: int) -> None:
-        self.folder = run / "checkpoints"
-        self.keep = keep
-
-    def path(self, step: int) -> Path:
-        """Return the folder of the checkpoint of `step`."""
-        return self.folder / f"step_{step:06d}"
-
-    def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints, oldest first."""
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step_*") if p.name[5:].isdigit())
-
-    def resumable(self) -> Path | None:
-        """Return the newest checkpoint that holds a training state."""
-        found = [s for s in self.steps() if (self.path(s) / "training" / "state.json").is_file()]
-        return self.path(found[-1]) if found else None
-
-    def save(self, step: int, fill: Callable[[Path], None]) -> Path:
-        """Write a checkpoint under a temporary name and rename it; a broken write leaves the older ones."""
-        final = self.path(step)
-        with files.new_folder(final) as folder:
-            fill(folder)
-        files.write_atomic(self.folder / "last.json", json.dumps({"step": step, "path": final.name}) + "\n")
-        return final
-
-    def point_best(self, step: int, loss: float) -> None:
-        """Remember which checkpoint has the lowest validation loss."""
-        facts = {"step": step, "path": self.path(step).name, "validation/loss": loss}
-        files.write_atomic(self.folder / "best.json", json.dumps(facts) + "\n")
-
-    def best_step(self) -> int | None:
-        """Return the step that `best.json` points to."""
-        pointer = self.folder / "best.json"
-        return int(json.loads(pointer.read_text())["step"]) if pointer.is_file() else None
-
-    def prune(self, always: set[int]) -> None:
-        """Remove all but the newest `keep` checkpoints, the best one, and the steps in `always`."""
-        steps = self.steps()
-        kept = set(steps[-max(1, self.keep) :]) | always | {self.best_step()}
-        for step in steps:
-            if step not in kept:
-                shutil.rmtree(self.path(step))
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+        lacking = {"format", "sha256", "data", "ema_updates", *(f.name for f in fields(Progress))} - set(
+            facts
+        )
+        if lacking:
+            raise ValueError(f"state.json lacks {', '.join(sorted(lacking))}")
+        if files.sha256(folder / TENSORS) != facts["sha256"]:
+            raise ValueError("state.safetensors is not the file that was saved")
+    except Exception as error:  # of the file system, JSON or safetensors: the way out is the same
+        raise TrainingError(
+            f"{folder / 'training'}: cannot read the training state ({error}); remove the folder {folder} to "
+            "resume from the checkpoint before it"
+        ) from error
+    if facts["format"] != FORMAT:
+        raise TrainingError(f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT}")
+    return facts, tensors

@@ -6,9 +6,9 @@ The same samples and draws at every step make two validation losses of one run, 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from vlafit.nn.batch import Batch
+from vlafit.nn.policy import Policy
 from vlafit.recipe import TrainRecipe
 from vlafit.train.draws import VALIDATION, noise_and_time
 from vlafit.train.loop import Keys
@@ -17,7 +17,7 @@ from vlafit.train.parallel import sum_over_processes
 
 @torch.no_grad()
 def validate(
-    policy: nn.Module, batches: Sequence[tuple[Keys, Batch]], recipe: TrainRecipe, device: torch.device
+    policy: Policy, batches: Sequence[tuple[Keys, Batch]], recipe: TrainRecipe, device: torch.device
 ) -> dict[str, float]:
     """Return `validation/loss` and `validation/action_error` over all processes' batches.
 
@@ -39,7 +39,7 @@ def validate(
         batch, noise, when = batch.trim().to(device), noise.to(device), when.to(device)
         assert batch.actions is not None and batch.action_mask is not None
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            out = policy.loss(batch, noise=noise, time=when)
+            out = policy(batch, noise=noise, time=when)
             sampled = policy.act(batch, noise=noise[0], steps=10)
         error = ((sampled.float() - batch.actions).abs() * batch.action_mask).sum()
         sums += torch.stack([out["error_sum"], out["mask_sum"], error, batch.action_mask.sum()]).double()

@@ -1,0 +1,226 @@
+"""A run that is killed, stopped or broken goes on as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.train.world import assert_same, learned, losses, metrics, start
+from vlafit import checkpoints
+from vlafit.errors import TrainingError, VlafitError
+from vlafit.recipe import Recipe
+from vlafit.train import run
+from vlafit.train.loop import StepResult
+from vlafit.train.observer import Observer
+
+
+class Interrupted(Exception):
+    """Something that no code of ours expects."""
+
+
+class Until(Observer):
+    """Calls `then` after a step."""
+
+    def __init__(self, step: int, then: Callable[[], None]) -> None:
+        self.at, self.then = step, then
+
+    def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
+        if result.step == self.at:
+            self.then()
+
+
+def crash() -> None:
+    raise Interrupted
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
+    while (
+        not (out / "metrics.jsonl").is_file() or f'"step": {step}' not in (out / "metrics.jsonl").read_text()
+    ):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def without_times(out: Path) -> list[dict]:
+    """All metrics but those that measure time, in order."""
+    timed = ("time_s", "train/samples_per_s", "train/data_share")
+    return [{k: v for k, v in event.items() if k not in timed} for event in metrics(out)]
+
+
+def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(recipe, out)
+    wait_for_step(process, out, random.randint(1, 7))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert len(losses(out)) < 8
+
+    process = start(recipe, out, "--resume")
+    said = process.communicate()
+    assert process.returncode == 0, said
+    assert_same(learned(out, 8), learned(whole, 8))
+    assert without_times(out) == without_times(whole)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(
+    recipe: Recipe, whole: Path, tmp_path: Path, step: int
+) -> None:
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "run", observer=Until(step, crash))
+    again = run(recipe, tmp_path / "run", resume=True)
+    assert again.finished and again.steps == 8
+    assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
+    assert without_times(tmp_path / "run") == without_times(whole)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["resumed_from"] == (None if step == 1 else "step_000004") and record["finished"] is True
+
+
+def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    summary = run(recipe, tmp_path / "run", observer=Until(4, stop))
+    assert not summary.finished and summary.steps == 5
+    assert (tmp_path / "run" / "checkpoints" / "step_000005" / "training").is_dir()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
+    assert run(recipe, tmp_path / "run", resume=True).finished
+    assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
+    assert without_times(tmp_path / "run") == without_times(whole)
+
+
+def test_the_command_line_ends_with_130_after_sigterm_and_says_how_to_go_on(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    endless = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=100_000))
+    process = start(endless, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 2)
+    process.terminate()
+    said = "".join(process.communicate())
+    assert process.returncode == 130, said
+    assert "saving after this step" in said and "--resume goes on" in said
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_ignored_and_cleared_away(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(recipe, out, observer=Until(5, crash))
+    shelf = out / "checkpoints"
+    half = shelf / ".step_000006.partial"
+    shutil.copytree(shelf / "step_000004", half)
+    (half / "model.safetensors").write_bytes(b"half of it")
+    shutil.copytree(half, shelf / ".step_000003.removed")
+    (shelf / "last.json").write_text('{"step": 3, "path": "step_000003"}\n')  # killed before it was written
+    run(recipe, out, resume=True)
+    assert sorted(p.name for p in shelf.iterdir() if p.is_dir()) == ["step_000006", "step_000008"]
+    assert_same(learned(out, 8), learned(whole, 8))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(
+    recipe: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, out = checkpoints.save, tmp_path / "run"
+
+    def full_disk(folder: Path, *args: object, **named: object) -> None:
+        save(folder, *args, **named)  # type: ignore[arg-type]
+        if "step_000006" in folder.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save", full_disk)
+    with pytest.raises(TrainingError, match=r"step_000006.*No space left.*--resume"):
+        run(recipe, out)
+    monkeypatch.undo()
+    assert json.loads((out / "checkpoints" / "last.json").read_text())["step"] == 4
+    run(recipe, out, resume=True)
+    assert_same(learned(out, 8), learned(whole, 8))
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path, recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("step_*/**/*")}
+    assert run(recipe, out, resume=True).finished
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("step_*/**/*")} == before
+    assert without_times(out) == without_times(whole)
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+
+def half(recipe: Recipe, out: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(recipe, out, observer=Until(4, crash))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"holds a run already; --resume goes on with it"):
+        run(recipe, whole)
+
+
+def test_a_changed_recipe_is_refused_by_the_name_of_the_field(recipe: Recipe, whole: Path) -> None:
+    changed = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr=0.5))
+    with pytest.raises(
+        TrainingError, match=r"cannot resume with another recipe; changed: optim\.lr was 0\.001, is 0\.5"
+    ):
+        run(changed, whole, resume=True)
+
+
+def test_what_changes_no_weight_may_change(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    half(recipe, tmp_path / "run")
+    other = dataclasses.replace(
+        recipe, purpose="another", train=dataclasses.replace(recipe.train, save_every=0, keep=0)
+    )
+    run(other, tmp_path / "run", resume=True)
+    assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
+
+
+def test_other_data_is_refused(recipe: Recipe, card: Path, tmp_path: Path) -> None:
+    shutil.copytree(card.parent, tmp_path / "data")
+    moved = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, cards=(str(tmp_path / "data" / card.name),))
+    )
+    half(moved, tmp_path / "run")
+    os.remove(tmp_path / "data" / "dots" / "right_demo.hdf5")
+    with pytest.raises(TrainingError, match="the run began on other data"):
+        run(moved, tmp_path / "run", resume=True)
+
+
+def test_another_strategy_of_the_same_name_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    rules = tmp_path / "mine.toml"
+    rules.write_text('[[rule]]\nselect = { part = "expert" }\nmode = "full"\n[[rule]]\nmode = "frozen"\n')
+    mine = dataclasses.replace(recipe, strategy=str(rules))
+    half(mine, tmp_path / "run")
+    rules.write_text(rules.read_text().replace('mode = "full"', 'mode = "full"\nlr = 2.0'))
+    with pytest.raises(TrainingError, match="is not what it was when the run began"):
+        run(mine, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("file", ["training/state.safetensors", "training/state.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    recipe: Recipe, whole: Path, tmp_path: Path, file: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    path = out / "checkpoints" / "step_000008" / file
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(VlafitError, match="step_000008"):
+        run(recipe, out, resume=True)

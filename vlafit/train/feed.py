@@ -1,0 +1,113 @@
+"""Batches for training and validation: which samples, in which order, on which process."""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlafit.codec import Codec, Encoded
+from vlafit.datasets import ChunkDataset, SampleOrder, shift_images
+from vlafit.nn.batch import Batch, stack
+from vlafit.train.checks import rows_per_process
+from vlafit.train.loop import Keys
+from vlafit.train.setup import Experiment
+
+
+class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
+    """Samples by (epoch, index): read, augmented, encoded; what a loader's worker does."""
+
+    def __init__(self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int) -> None:
+        self.chunks, self.codec, self.shift_pixels, self.seed = chunks, codec, shift_pixels, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], Encoded]:
+        sample = self.chunks[key[1]]
+        if self.shift_pixels:
+            sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=key[0], index=key[1])
+        return key, self.codec.encode(sample)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def _collate(rows: Sequence[tuple[tuple[int, int], Encoded]]) -> tuple[Keys, Batch]:
+    return [key for key, _ in rows], stack([encoded for _, encoded in rows])
+
+
+def rows_of(
+    batch: Sequence[tuple[int, int]], accumulate: int, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
+    """Return this process's micro-batches of a global batch: every process gets equally many rows."""
+    size = rows_per_process(len(batch), accumulate, world)
+    return [list(batch[(m * world + rank) * size :][:size]) for m in range(accumulate)]
+
+
+def training_batches(
+    experiment: Experiment, *, first_step: int, rank: int, world: int
+) -> Iterator[list[tuple[Keys, Batch]]]:
+    """Yield this process's micro-batches of optimiser step `first_step`, `first_step` + 1, ...
+
+    The order is a function of seed and step alone, so going on after an interruption needs no loader state.
+    """
+    recipe, data = experiment.recipe, experiment.data
+    train = recipe.train
+    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.training)
+    samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed)
+    order = SampleOrder(len(chunks), train.seed)
+    wanted = (
+        rows
+        for step in range(first_step, train.steps)
+        for rows in rows_of(order.batch(step, train.batch_size), train.accumulate, rank, world)
+    )
+    loader = DataLoader(
+        samples,
+        batch_sampler=_Rows(wanted),
+        num_workers=recipe.data.workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="spawn" if recipe.data.workers else None,
+        pin_memory=next(experiment.policy.parameters()).device.type == "cuda",
+    )
+
+    def steps() -> Iterator[list[tuple[Keys, Batch]]]:
+        stream = iter(loader)
+        for _ in range(first_step, train.steps):
+            yield [next(stream) for _ in range(train.accumulate)]
+
+    return steps()
+
+
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all, to the training process: it wants its last batch yet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Rows:
+    """An iterable of batches of keys that a DataLoader takes as its batch sampler."""
+
+    def __init__(self, batches: Iterator[list[tuple[int, int]]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches
+
+
+def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list[tuple[Keys, Batch]]:
+    """Return this process's share of the validation samples, evenly spread over the held-out episodes.
+
+    The same samples whatever the number of processes, and equally many batches on each.
+    """
+    recipe, data = experiment.recipe, experiment.data
+    if not any(data.validation):
+        return []
+    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.validation)
+    samples = EncodedSamples(chunks, experiment.codec, 0, 0)
+    size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
+    wanted = min(len(chunks), recipe.train.validation_batches * recipe.train.batch_size)
+    batches = max(1, wanted // (size * world))
+    total = batches * world * size
+    chosen = [(0, i * len(chunks) // total) for i in range(total)]
+    return [
+        _collate([samples[key] for key in chosen[(b * world + rank) * size :][:size]]) for b in range(batches)
+    ]

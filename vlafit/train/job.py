@@ -1,0 +1,251 @@
+"""A run in progress: training, and what happens between steps: metrics, validation, saving, rollouts."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vlafit import checkpoints, config, rollout
+from vlafit.errors import TrainingError
+from vlafit.train import feed, state
+from vlafit.train.loop import NotFinite, StepResult, train
+from vlafit.train.metrics import Metrics
+from vlafit.train.observer import Observer
+from vlafit.train.optim import Ema, build_optimizer
+from vlafit.train.parallel import barrier, gathered, sum_over_processes, wrap
+from vlafit.train.setup import Experiment
+from vlafit.train.shelf import Shelf
+from vlafit.train.validate import validate
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """The experiment, its checkpoints and its metrics. Every process has one; the main process writes."""
+
+    def __init__(
+        self, experiment: Experiment, out: Path, accelerator: Accelerator, shelf: Shelf, observer: Observer
+    ) -> None:
+        self.experiment, self.recipe, self.out = experiment, experiment.recipe, out
+        self.accelerator, self.shelf, self.observer = accelerator, shelf, observer
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.metrics = Metrics(out, accelerator)
+        self.progress = state.Progress()
+        self.success: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------- rollouts
+
+    def save_start(self, resumed: bool) -> None:
+        """Save the policy as it is before the first step, so that what is evaluated is a checkpoint."""
+        if self.shelf.path(0).is_dir():
+            return
+        if resumed:
+            raise TrainingError(
+                f"{self.out}: eval.before was off when the run began, and its start is gone; leave it off, "
+                "or start anew with --out"
+            )
+        barrier()  # all have looked
+        if self.main:
+            policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
+            recipe = config.dump(self.recipe)
+            self.shelf.save(
+                0, lambda folder: checkpoints.save(folder, policy, codec, plan=plan, recipe=recipe)
+            )
+        barrier()
+
+    def evaluate(
+        self, name: str, step: int, *, trials: int | None = None, wrong_instruction: bool = False
+    ) -> None:
+        """Roll out the checkpoint of `step`, on the main process; what was played before is kept."""
+        self.observer.phase(f"evaluation {name}")
+        if self.main:
+            spec = self.recipe.eval
+            result = rollout.evaluate_checkpoint(
+                self.shelf.path(step),
+                spec.protocol,
+                self.out / "eval" / name,
+                workers=spec.workers,
+                trials=trials,
+                videos=spec.videos,
+                resume=True,
+                wrong_instruction=wrong_instruction,
+                training_seeds=self.experiment.data.seeds(),
+                progress=self.observer.episode,
+                device=str(self.device),
+            )
+            self.success[name] = result.rate
+            self.metrics.log_once(step, {f"eval/{name}/success": result.rate})
+        barrier()
+
+    def _evaluate_now(self, step: int) -> bool:
+        """Whether the recipe asks for rollouts at `step`, in the midst of training."""
+        every = self.recipe.eval.every
+        return bool(every) and step % every == 0 and 0 < step < self.recipe.train.steps
+
+    def _evaluate_step(self, step: int) -> None:
+        self.evaluate(f"step_{step:06d}", step, trials=self.recipe.eval.every_trials)
+        self.observer.phase("training")
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def train(self, resumed: Path | None) -> bool:
+        """Train to the recipe's last step; return False when a signal stopped it before.
+
+        Raises NotFinite, saying which checkpoint is the last good one.
+        """
+        recipe, experiment = self.recipe.train, self.experiment
+        policy = experiment.policy
+        self.observer.phase("training")
+        model = wrap(policy, recipe.sharding, self.device)
+        self.optimizer = build_optimizer(policy, experiment.plan, self.recipe.optim)
+        self.ema = Ema(policy, self.recipe.optim.ema) if self.recipe.optim.ema else None
+        if resumed is not None:
+            data = experiment.data.fingerprint()
+            self.progress = state.restore(resumed, policy, self.optimizer, self.ema, data)
+            self._point_best()  # the killed run may not have come so far
+        first = self.progress.step
+        if first >= recipe.steps:
+            return True
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.validation = feed.validation_batches(experiment, rank=rank, world=world)
+        if first == 0:
+            self._validate(0)
+        elif self._evaluate_now(first):
+            self._evaluate_step(first)
+        self.clock = time.perf_counter() - self.progress.seconds
+        try:
+            with _signals() as wants_stop:
+                train(
+                    model,
+                    self.optimizer,
+                    self.ema,
+                    feed.training_batches(experiment, first_step=first, rank=rank, world=world),
+                    first_step=first,
+                    recipe=recipe,
+                    optim=self.recipe.optim,
+                    device=self.device,
+                    world=world,
+                    wants_stop=wants_stop,
+                    after_step=self._after_step,
+                )
+        except NotFinite as error:
+            raise NotFinite(f"{error}. {self._way_out()}") from error
+        return self.progress.step == recipe.steps
+
+    def _way_out(self) -> str:
+        last = self.shelf.resumable()
+        if last is None:
+            return "No checkpoint was written yet: start anew, with --out and a lower optim.lr"
+        return (
+            f"{last} is the last good checkpoint: train on from it with --policy.checkpoint {last}, --out "
+            "and a lower optim.lr"
+        )
+
+    def _after_step(self, result: StepResult) -> None:
+        recipe, step = self.recipe.train, result.step
+        self.progress = replace(self.progress, step=step, seconds=time.perf_counter() - self.clock)
+        last = step == recipe.steps or result.stop
+        values: dict[str, float] = {}
+        if step % recipe.log_every == 0 or last:
+            values = self._log(result)
+        if step == recipe.steps or (recipe.validate_every and step % recipe.validate_every == 0):
+            values |= self._validate(step)
+        best_now = recipe.keep_best and self.progress.best_step == step
+        save_now = bool(recipe.save_every) and step % recipe.save_every == 0
+        if last or best_now or save_now or self._evaluate_now(step):
+            self._save(step)
+        self.observer.step(result, recipe.steps, values)
+        if self._evaluate_now(step) and not result.stop:
+            began = time.perf_counter()
+            self._evaluate_step(step)
+            self.clock += time.perf_counter() - began  # training time is without rollouts
+
+    def _log(self, result: StepResult) -> dict[str, float]:
+        batch_size = self.recipe.train.batch_size
+        values = {
+            "time_s": round(self.progress.seconds, 3),
+            "train/loss": result.loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/samples_per_s": batch_size / result.seconds,
+            "train/data_share": result.data_seconds / result.seconds,
+        }
+        if self.device.type == "cuda":
+            values["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.metrics.log(result.step, values)
+        return values
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Validate what is evaluated and exported: the moving average where there is one."""
+        if not self.validation:
+            return {}
+        with nullcontext() if self.ema is None else self.ema.applied():
+            values = validate(self.experiment.policy, self.validation, self.recipe.train, self.device)
+        loss = values["validation/loss"]
+        if step and (self.progress.best_loss is None or loss < self.progress.best_loss):
+            self.progress = replace(self.progress, best_loss=loss, best_step=step)
+        self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
+        return values
+
+    # --------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, step: int) -> None:
+        """Write the checkpoint of `step`; every process takes part in gathering it."""
+        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
+        average = self.ema.average if self.ema is not None else {}
+        tensors = state.collect(policy, self.optimizer, self.ema, keep=self.main)
+        weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
+        odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
+        if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
+            raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")
+        data, recipe = self.experiment.data.fingerprint(), config.dump(self.recipe)
+
+        def fill(folder: Path) -> None:
+            checkpoints.save(folder, policy, codec, plan=plan, recipe=recipe, weights=weights)
+            state.write(folder, tensors, self.progress, self.ema, data)
+
+        if self.main:
+            self.shelf.save(step, fill)
+        self._point_best()
+        if self.main:
+            best = self.progress.best_step if self.recipe.train.keep_best else None
+            self.shelf.prune(best, always={0} if self.recipe.eval.before else set())
+        barrier()
+
+    def _point_best(self) -> None:
+        step, loss = self.progress.best_step, self.progress.best_loss
+        if self.main and self.recipe.train.keep_best and step is not None and loss is not None:
+            self.shelf.point_best(step, loss)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Within this block SIGINT and SIGTERM ask for a stop after the current step.
+
+    A second SIGINT interrupts at once.
+    """
+    asked = False
+
+    def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield lambda: False
+        return
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,20 @@
+"""What a run tells while it goes on, to whoever shows it."""
+
+from vlafit.train.loop import StepResult
+from vlafit.train.setup import Experiment
+
+
+class Observer:
+    """Shows nothing; the command line's shows a line of progress."""
+
+    def setup(self, experiment: Experiment) -> None:
+        """All is made; training is about to begin."""
+
+    def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
+        """An optimiser step ended; `values` holds what was logged at it, if anything was."""
+
+    def phase(self, name: str) -> None:
+        """A new phase began."""
+
+    def episode(self, done: int, total: int, record: object) -> None:
+        """A rollout ended."""
