@@ -1,5 +1,5 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
-# make ablation     the same from an untrained policy and from a fresh action expert, three seeds each
+# make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
 # make test         lint, types, import contracts, tests
 #
 # Each needs Python 3.11 to 3.13, and makes .venv when there is none. Another Python: make PYTHON=python3.12 test.
@@ -19,6 +19,9 @@ help:
 
 quickstart: .venv/ready
 	$(BIN)/vlafit train quickstart --out runs/quickstart
+
+ablation: .venv/ready
+	$(BIN)/python eval/pretraining.py
 
 test: lint types imports unit
 

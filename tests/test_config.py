@@ -47,8 +47,9 @@ def test_every_supported_type_is_read(tmp_path):
     path = write(
         tmp_path,
         "a.toml",
-        'kind = "dog"\nage = 3\nhome = "b/c"\ntame = true\npair = [2, "y"]\nextra = {a = [1, "b"], c = {d = 2.5}}\n'
-        '[[legs]]\nname = "l"\nlength_m = 2\n[[legs]]\nname = "r"\n[named.tail]\nname = "t"\n[first]\nname = "f"\n',
+        'kind = "dog"\nage = 3\nhome = "b/c"\ntame = true\npair = [2, "y"]\n'
+        'extra = {a = [1, "b"], c = {d = 2.5}}\n[[legs]]\nname = "l"\nlength_m = 2\n[[legs]]\nname = "r"\n'
+        '[named.tail]\nname = "t"\n[first]\nname = "f"\n',
     )
     assert config.read(Animal, path, "card") == Animal(
         kind="dog",

@@ -12,7 +12,7 @@ class PolicyRecipe:
     """The policy to start from: a checkpoint, or an architecture with fresh weights."""
 
     checkpoint: str = ""
-    """Checkpoint to fine-tune: a folder, or the name of one that ships. Empty: train `family` from scratch."""
+    """Checkpoint to fine-tune: a folder, or one that ships by name. Empty: train `family` from scratch."""
     family: str = ""
     """Module of vlafit.policies (or a dotted path) that builds the policy when there is no checkpoint."""
     size: str = ""
@@ -22,7 +22,7 @@ class PolicyRecipe:
     fresh: tuple[str, ...] = ()
     """Parts (or name patterns) that start from fresh weights although a checkpoint is given."""
     tokenizer: str = ""
-    """Tokenizer, where the checkpoint has none: a folder, or the name of one that ships. Empty: trained on the data."""
+    """Tokenizer, where the checkpoint has none: a folder, or one that ships by name. Empty: from the data."""
 
 
 @dataclass(frozen=True)

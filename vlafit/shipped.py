@@ -44,7 +44,7 @@ def _shelf(kind: str) -> _Shelf:
 
 
 def roots() -> list[Path]:
-    """Return the folders that hold configs/, data/ and eval/: the checkout, if this is one, then the wheel's copy."""
+    """Return the folders that hold configs/, data/ and eval/: a checkout, then the wheel's copy."""
     checkout = PACKAGE.parent
     places = [checkout] if (checkout / "pyproject.toml").is_file() else []
     return [*places, PACKAGE / "_shipped"]

@@ -90,8 +90,9 @@ def require_same(one: Embodiment, one_is: str, other: Embodiment, other_is: str)
     if found:
         listed = "\n  ".join(found)
         raise EmbodimentError(
-            f"{one_is} (here: embodiment {one.name!r}) does not fit {other_is} (there: {other.name!r}):\n  {listed}\n"
-            "Declare the same robot on both sides, or choose data, checkpoint or protocol that belong together."
+            f"{one_is} (here: embodiment {one.name!r}) does not fit {other_is} "
+            f"(there: {other.name!r}):\n  {listed}\n"
+            "Declare the same robot on both sides, or choose data, checkpoint and protocol that belong together."
         )
 
 
