@@ -92,7 +92,7 @@ def require_same(one: Embodiment, one_is: str, other: Embodiment, other_is: str)
         raise EmbodimentError(
             f"{one_is} (here: embodiment {one.name!r}) does not fit {other_is} "
             f"(there: {other.name!r}):\n  {listed}\n"
-            "Declare the same robot on both sides, or choose data, checkpoint and protocol that belong together."
+            "Declare the same robot on both sides, or choose data, checkpoint and protocol that fit."
         )
 
 
