@@ -8,7 +8,7 @@ from vlafit.rollout import Protocol
 TOY = "tests.rollout.toy_env"
 
 
-def _protocol(*tasks: str, trials: int = 4, **others: object) -> Protocol:
+def make_protocol(*tasks: str, trials: int = 4, **others: object) -> Protocol:
     values: dict[str, object] = {
         "name": "toy",
         "env": EnvSpec(TOY, size=16),
@@ -25,4 +25,4 @@ def _protocol(*tasks: str, trials: int = 4, **others: object) -> Protocol:
 @pytest.fixture
 def protocol() -> Callable[..., Protocol]:
     """Makes protocols on the toy environment; tasks left and right, unless others are named."""
-    return _protocol
+    return make_protocol

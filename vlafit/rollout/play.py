@@ -92,9 +92,10 @@ def play(
 ) -> Iterator[Outcome]:
     """Play every job once and yield its outcome when it ends.
 
-    The actor is asked for up to `width` episodes at a time: as soon as so many wait for an action, or nothing
-    else can come. An episode whose environment raised, died or hung is yielded as an error and never
-    repeated; those that merely shared its process start again, which cannot change what happens in them.
+    The actor is asked for up to `width` episodes at a time: as soon as so many wait for an action, nothing
+    else can come, or nothing did for a while. An episode whose environment raised, died or hung is yielded as
+    an error and never repeated; those that merely shared its process start again, which cannot change what
+    happens in them.
     """
     queue = _Queue(jobs)
     playing: dict[Seat, _Episode] = {}
@@ -120,11 +121,12 @@ def play(
         begin(seat)
     while playing:
         waiting = [seat for seat, episode in playing.items() if episode.observation is not None]
-        if waiting and (len(waiting) >= width or not pool.busy):
+        complete = len(waiting) >= width or not pool.busy
+        events = [] if waiting and complete else pool.wait()
+        if waiting and not events:  # a batch, or whoever waits behind one that is slow
             asked = {seat: playing[seat] for seat in waiting[:width]}
             _act(actor, protocol, pool, asked, action_dim, images)
-            continue
-        for event in pool.wait():
+        for event in events:
             episode = playing.get(event.seat)
             if episode is None:
                 continue  # an empty seat of a process that was replaced

@@ -22,6 +22,8 @@ from vlafit.errors import SimulationError
 from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start
 
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
+NOT_STARTED = f"its process was not ready within {START_TIMEOUT_S:g} s, and was ended"
+PATIENCE_S = 0.5  # of `wait`
 TAIL_LINES = 30  # of a dead process' output, kept in the error record
 
 
@@ -61,13 +63,15 @@ Event = Advanced | Broken | Interrupted
 
 @dataclass
 class _Process:
-    """One running child. `pending` holds the slots of the commands that it has not answered, in order."""
+    """One running child. `pending` holds the slots of the commands that it has not answered, in order.
+
+    Its first command, Start, belongs to no slot.
+    """
 
     child: subprocess.Popen[bytes]
     link: mpc.Connection
     output: IO[bytes]
-    ready: bool = False
-    pending: deque[int] = field(default_factory=deque)
+    pending: deque[int | None] = field(default_factory=lambda: deque([None]))
     since: float = field(default_factory=time.monotonic)  # when it began on the current command
 
 
@@ -84,6 +88,7 @@ class Pool:
         self._processes: list[_Process] = []
         self._count = processes
         self._idle_deaths = 0
+        self._described: Ready | None = None
 
     def __enter__(self) -> "Pool":
         try:
@@ -104,8 +109,13 @@ class Pool:
 
         Raises SimulationError with the process' own words if it cannot be made.
         """
-        said = [self._await_ready(process) for process in self._processes]
-        return said[0]
+        for process in self._processes:
+            if process.link.poll(START_TIMEOUT_S):
+                self._receive_ready(process)
+            else:
+                raise self._cannot_start(process, NOT_STARTED)
+        assert self._described is not None
+        return self._described
 
     def send(self, seat: Seat, command: Reset | Play) -> None:
         """Give a seat its next command. Its outcome comes from `wait`."""
@@ -124,15 +134,20 @@ class Pool:
         return any(p.pending for p in self._processes)
 
     def wait(self) -> list[Event]:
-        """Block until something happened, at most about a second, and return it; perhaps nothing."""
-        now = time.monotonic()
-        deadlines = [p.since + self.timeout_s - now for p in self._processes if p.pending]
-        ready = set(mpc.wait([p.link for p in self._processes], max(0.0, min([1.0, *deadlines]))))
+        """Block until something happened, at most PATIENCE_S, and return it; perhaps nothing."""
+        ready = set(mpc.wait([p.link for p in self._processes], PATIENCE_S))
+        now = time.monotonic()  # what came by now is in `ready`, whatever the handling below takes
         events: list[Event] = []
         for number, process in enumerate(self._processes):
-            if process.link in ready:
+            waited_s = now - process.since if process.pending else 0.0
+            if process.pending and process.pending[0] is None:
+                if process.link in ready:
+                    self._receive_ready(process)
+                elif waited_s > START_TIMEOUT_S:
+                    raise self._cannot_start(process, NOT_STARTED)
+            elif process.link in ready:
                 events += self._receive(number, process)
-            elif process.pending and time.monotonic() - process.since > self.timeout_s:
+            elif waited_s > self.timeout_s:
                 why = f"the environment did not answer within {self.timeout_s:g} s, and was ended"
                 events += self._replace(number, process, why)
         return events
@@ -143,23 +158,38 @@ class Pool:
         except Exception:  # it died, perhaps in the middle of a message
             return self._replace(number, process, "")
         process.since = time.monotonic()
-        seat = Seat(number, process.pending.popleft())
-        match reply:
-            case Moved():
-                return [Advanced(seat, reply)]
-            case Failed(text):
-                return [Broken(seat, text)]
+        slot = process.pending.popleft()
+        match reply, slot:
+            case Moved(), int():
+                return [Advanced(Seat(number, slot), reply)]
+            case Failed(text), int():
+                return [Broken(Seat(number, slot), text)]
         raise RuntimeError(f"an environment process said {reply!r} out of turn")
+
+    def _receive_ready(self, process: _Process) -> None:
+        try:
+            reply = process.link.recv()
+        except Exception:  # it died, perhaps in the middle of a message
+            raise self._cannot_start(process, "") from None
+        if not isinstance(reply, Ready):
+            raise self._cannot_start(process, reply.text)
+        process.pending.popleft()
+        process.since = time.monotonic()
+        self._described = reply
+
+    def _cannot_start(self, process: _Process, why: str) -> SimulationError:
+        text = self._last_words(process, why).strip()
+        return SimulationError(f"environment {self.spec.name!r} cannot be made: {text}")
 
     def _replace(self, number: int, process: _Process, why: str) -> list[Event]:
         """End a process and start another. The seat it was working for is broken, its others interrupted."""
-        culprit = Seat(number, process.pending[0]) if process.pending else None
+        head = process.pending[0] if process.pending else None
+        culprit = None if head is None else Seat(number, head)
         text = self._last_words(process, why)
         self._idle_deaths += culprit is None
         if self._idle_deaths > 3:
             raise SimulationError(f"environment {self.spec.name!r}: its processes die while idle: {text}")
         self._processes[number] = self._start()
-        self._await_ready(self._processes[number])
         mine = [seat for seat in self.seats if seat.process == number and seat != culprit]
         broken: list[Event] = [Broken(culprit, text)] if culprit else []
         return [*broken, *(Interrupted(seat) for seat in mine)]
@@ -184,24 +214,8 @@ class Pool:
         try:
             process.link.send(Start(self.spec))
         except OSError:
-            pass  # `_await_ready` tells
+            pass  # it died at once: `_receive_ready` tells
         return process
-
-    def _await_ready(self, process: _Process) -> Ready:
-        reply: object = None
-        try:
-            if process.link.poll(max(START_TIMEOUT_S, self.timeout_s)):
-                reply = process.link.recv()
-        except (EOFError, OSError):
-            pass
-        if isinstance(reply, Ready):
-            process.since = time.monotonic()
-            return reply
-        text = reply.text if isinstance(reply, Failed) else self._last_words(process, "")
-        raise SimulationError(
-            f"environment {self.spec.name!r} cannot be made (see the last line of what its process said):\n"
-            f"{text.strip()}"
-        )
 
     def _last_words(self, process: _Process, why: str) -> str:
         """End a process for good; return how it ended and the last lines of what it wrote."""

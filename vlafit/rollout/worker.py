@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec, make
+from vlafit.errors import VlafitError
 from vlafit.types import Embodiment, Env, Observation
 
 
@@ -180,8 +181,9 @@ def main(handle: int) -> None:
             break
         try:
             reply = worker.answer(command)
-        except Exception:
-            reply = Failed(traceback.format_exc())
+        except Exception as error:
+            mendable = isinstance(command, Start) and isinstance(error, VlafitError)
+            reply = Failed(str(error) if mendable else traceback.format_exc())
             if not isinstance(command, Start):
                 worker.drop(command.slot)
         try:
