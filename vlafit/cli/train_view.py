@@ -6,9 +6,11 @@ from pathlib import Path
 from vlafit.cli import rank
 from vlafit.cli.console import Line, number, plan_table
 from vlafit.recipe import Recipe
+from vlafit.rollout import Record
+from vlafit.train import RunSummary
+from vlafit.train import run as run_recipe
 from vlafit.train.loop import StepResult
-from vlafit.train.run import Observer, RunSummary
-from vlafit.train.run import run as run_recipe
+from vlafit.train.observer import Observer
 from vlafit.train.setup import Experiment
 
 
@@ -32,6 +34,7 @@ class TrainView(Observer):
         self.out = out
         self._line: Line | None = None
         self._phase = ""
+        self._successes = 0
         self._last: dict[str, float] = {}
 
     def setup(self, experiment: Experiment) -> None:
@@ -48,7 +51,7 @@ class TrainView(Observer):
     def phase(self, name: str) -> None:
         """Close the line of the phase before."""
         self.close()
-        self._phase = name
+        self._phase = name.replace("_", " ")
 
     def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
         """Move the line of progress."""
@@ -66,7 +69,9 @@ class TrainView(Observer):
         if self._line is None:
             self._line = Line(self._phase, total, start=done - 1)
             self._line.__enter__()
-        self._line.update(done)
+            self._successes = 0
+        self._successes += isinstance(record, Record) and record.success is True
+        self._line.update(done, f"{self._successes} successes")
 
     def close(self) -> None:
         """End the line of progress."""

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
     else:
-        print(as_text(str(folder), facts))
+        print(as_text(facts))
     return 0
 
 
@@ -64,7 +64,7 @@ def describe(loaded: "Loaded") -> dict[str, Any]:
     }
 
 
-def as_text(folder: str, facts: dict[str, Any]) -> str:
+def as_text(facts: dict[str, Any]) -> str:
     """Return `describe`'s facts for reading."""
     parts: list[tuple[object, ...]] = [
         (name, part["layers"] or "", part["tensors"], size(part["parameters"]))
@@ -72,7 +72,7 @@ def as_text(folder: str, facts: dict[str, Any]) -> str:
     ]
     tensors = sum(part["tensors"] for part in facts["parts"].values())
     parts.append(("total", "", tensors, size(facts["parameters"])))
-    lines = [f"{folder}: {facts['family']}", facts["load"], ""]
+    lines = [facts["load"], ""]
     lines += [table(("part", "layers", "tensors", "parameters"), parts), ""]
     robot, codec = facts["embodiment"], facts["codec"]
     if robot:

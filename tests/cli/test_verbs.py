@@ -1,0 +1,123 @@
+"""Every verb for real, on a toy robot: train, inspect, eval, report; what each prints and writes."""
+
+import json
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from tests.train.world import tiny, write_dots
+from vlafit import cli, config
+from vlafit.cli.verbs.eval import default_out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run made by `vlafit train`, evaluated before and after; what it printed is in printed.txt."""
+    home = tmp_path_factory.mktemp("home")
+    card = write_dots(home)
+    evaluations = {
+        "protocol": str(home / "toy.toml"),
+        "before": True,
+        "after": True,
+        "wrong_instruction": True,
+    }
+    recipe = tiny(card, eval=evaluations)
+    (home / "tiny.toml").write_text(config.dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        with redirect_stdout(StringIO()) as printed:
+            assert cli.main(["train", "tiny.toml", "--train.steps", "6"]) == 0
+        (home / "printed.txt").write_text(printed.getvalue())
+        yield home / "runs" / "tiny"
+
+
+def test_train_writes_the_run_and_says_what_it_does(run):
+    shown = Path("printed.txt").read_text()
+    assert "6 training episodes, 2 held out, of dots" in shown
+    assert "everything else  full" in shown
+    assert (
+        "training 6/6" in shown
+        and "evaluation before 4/4" in shown
+        and "evaluation wrong instruction" in shown
+    )
+    assert "success after: " in shown
+    assert f"report: {Path('runs/tiny/report.html')}" in shown
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["command"] == "vlafit train tiny.toml --train.steps 6"
+    saved = (run / "recipe.toml").read_text()
+    assert "steps = 6" in saved
+
+
+def test_the_saved_recipe_can_be_run_again(run, capsys):
+    words = ["--out", "runs/again", "--eval.protocol", "", "--eval.before", "false"]
+    assert cli.main(["train", "runs/tiny/recipe.toml", *words, "--eval.wrong_instruction", "false"]) == 0
+    assert "training 6/6" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run, capsys):
+    assert cli.main(["train", "tiny.toml", "--train.steps", "6"]) == 2
+    assert "runs/tiny holds a run already; --resume" in capsys.readouterr().err
+
+
+def test_inspect_shows_a_run_by_its_folder_or_its_pointers(run, capsys):
+    for name in ("runs/tiny", "runs/tiny/checkpoints/last", "runs/tiny/checkpoints/step_000006"):
+        assert cli.main(["inspect", name, "--strategy", "expert"]) == 0
+        shown = capsys.readouterr().out
+        assert "step_000006" in shown and "robot    dot, 10 Hz, delta_position" in shown
+        assert "strategy expert" in shown and "frozen" in shown
+
+
+def test_inspect_gives_json(run, capsys):
+    assert cli.main(["inspect", "runs/tiny", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == sum(part["parameters"] for part in facts["parts"].values())
+    assert facts["embodiment"]["name"] == "dot"
+
+
+def test_a_folder_that_is_no_checkpoint_says_so(run, capsys):
+    Path("empty").mkdir()
+    assert cli.main(["inspect", "empty"]) == 2
+    assert "empty holds no policy.json and no checkpoints/" in capsys.readouterr().err
+
+
+def test_a_pointer_to_nowhere_says_so(run, capsys):
+    folder = Path("broken/checkpoints")
+    folder.mkdir(parents=True)
+    (folder / "last.json").write_text('{"step": 1, "path": "step_000001"}')
+    assert cli.main(["inspect", "broken"]) == 2
+    assert "which is no checkpoint" in capsys.readouterr().err
+    (folder / "last.json").write_text("{")
+    assert cli.main(["inspect", "broken"]) == 2
+    assert "last.json: damaged" in capsys.readouterr().err
+
+
+def test_eval_prints_the_table_and_goes_on_where_it_stopped(run, capsys):
+    words = ["eval", "runs/tiny", "--protocol", "toy.toml", "--workers", "1", "--videos", "0"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    assert "all tasks" in first and "runs/eval/tiny_step_000006/toy" in first
+    assert cli.main(words) == 2
+    assert "holds an evaluation already" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0
+    assert first.splitlines()[-4:] == capsys.readouterr().out.splitlines()[-4:]
+
+
+def test_eval_names_its_folder_after_run_checkpoint_and_protocol():
+    step = Path("/a/runs/quick/checkpoints/step_000100")
+    assert default_out(step, Path("x/faucet.toml"), False) == Path("runs/eval/quick_step_000100/faucet")
+    assert default_out(Path("base"), Path("p.toml"), True) == Path("runs/eval/base/p_wrong_instruction")
+
+
+def test_report_is_written_again(run, capsys):
+    (run / "report.html").unlink()
+    assert cli.main(["report", "runs/tiny"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/tiny/report.html"
+    assert (run / "report.html").is_file()
+
+
+def test_a_card_without_a_record_section_cannot_be_recorded(run, capsys):
+    assert cli.main(["record", "dots.toml"]) == 2
+    assert "has no [record] section" in capsys.readouterr().err
