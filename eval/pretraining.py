@@ -2,9 +2,9 @@
 
     python eval/pretraining.py [--seeds 0 1 2] [--runs runs/pretraining] [--results eval/results/pretraining]
 
-Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an ordinary
-`vlafit train`; a finished one is not run again, so an interrupted comparison goes on where it stopped. Writes every
-run's report.json and episodes, results.json and figure.png into the results folder.
+Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an
+ordinary `vlafit train`; a finished one is not run again, so an interrupted comparison goes on where it stopped.
+Writes every run's report.json and episodes, results.json and figure.png into the results folder.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from vlafit.policies import family, override
 from vlafit.policies.pi0 import select
 from vlafit.tuning import Plan
 
+SHOWN = 8  # names of a kind that the text of a report shows; the report itself holds all
 BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two moments
 
 
@@ -52,7 +53,8 @@ class LoadReport:
         ]
         for what, names in (("tied", self.tied), ("knowingly unused", self.unused), ("fresh", self.fresh)):
             if names:
-                lines.append(f"{what} ({len(names)}): {', '.join(names)}")
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
         return "\n".join(lines)
 
 
