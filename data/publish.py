@@ -5,8 +5,8 @@
     python data/publish.py runs/metaworld-pretrain data/pretrained/metaworld-base
 
 Copies the last checkpoint without its training state, and writes beside it: `log.jsonl` (the run's metrics),
-`run.json` (versions, machine, command), `data.json` (the data card's recording, and the SHA-256 of every file that
-was trained on), `success.json` and `episodes.jsonl` (the rollouts after training, by task).
+`run.json` (versions, machine, command), `data.json` (the data card's recording, and the SHA-256 of every file
+that was trained on), `success.json` and `episodes.jsonl` (the rollouts after training, by task).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def publish(run: Path, out: Path) -> None:
-    """Write `out` whole from the folder of a finished run. Raises VlafitError when the run is not finished."""
+    """Write `out` whole from the folder of a finished run. Raises VlafitError when it is not finished."""
     facts = json.loads((run / "run.json").read_text())
     recipe = config.read(Recipe, run / "recipe.toml", "recipe")
     last = run / "checkpoints" / f"step_{recipe.train.steps:06d}"

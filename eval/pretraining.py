@@ -3,7 +3,7 @@
     python eval/pretraining.py [--seeds 0 1 2] [--runs runs/pretraining] [--results eval/results/pretraining]
 
 Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an
-ordinary `vlafit train`; a finished one is not run again, so an interrupted comparison goes on where it stopped.
+ordinary `vlafit train`; a finished one is not run again, so an interrupted comparison can be called again.
 Writes every run's report.json and episodes, results.json and figure.png into the results folder.
 """
 
@@ -69,14 +69,13 @@ def write(scores: dict[str, dict[int, dict[str, Score]]], folder: Path) -> None:
     """Write results.json and figure.png."""
     arms = {}
     for recipe, label in ARMS.items():
-        seeds = {f"seed{seed}": one["after"] for seed, one in scores[recipe].items()}
+        by_seed = {f"seed{seed}": one for seed, one in scores[recipe].items()}
         arms[recipe] = {
             "label": label,
             "seeds": {
-                seed: {name: one.to_json() for name, one in scores[recipe][number].items()}
-                for number, seed in zip(scores[recipe], seeds, strict=True)
+                seed: {k: score.to_json() for k, score in one.items()} for seed, one in by_seed.items()
             },
-            "after": overall(seeds).to_json(),
+            "after": overall({seed: one["after"] for seed, one in by_seed.items()}).to_json(),
         }
     files.write_atomic(folder / "results.json", json.dumps(arms, indent=2) + "\n")
     drawn = [Arm(label, tuple(s["after"] for s in scores[recipe].values())) for recipe, label in ARMS.items()]
