@@ -7,6 +7,7 @@ as `vlafit.policies.pi0` does. A family is named by its file here, or by the dot
 import dataclasses
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,15 @@ def family(name: str) -> ModuleType:
 
 
 def family_name(policy: "Policy") -> str:
-    """Return the name by which `family` finds this policy's module again."""
-    return type(policy).__module__.removeprefix(f"{__name__}.")
+    """Return the name by which `family` finds this policy's module again.
+
+    Sharding puts a class of its own, which no module holds, in front of the policy's.
+    """
+    for one in type(policy).__mro__:
+        module = sys.modules.get(one.__module__)
+        if module is not None and vars(module).get(one.__name__) is one and "SIZES" in vars(module):
+            return one.__module__.removeprefix(f"{__name__}.")
+    raise ConfigError(f"{type(policy).__name__} is of no policy family: its module defines no SIZES")
 
 
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vlafit import checkpoints, shipped
@@ -24,7 +25,7 @@ from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
 from vlafit.tuning import Plan, apply, load_strategy
-from vlafit.types import Embodiment, require_same
+from vlafit.types import Embodiment, Observation, require_same
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         codec = fit_codec(recipe, policy, data, None)
     assert codec is not None  # a native checkpoint of a run has one
     _require_one_robot(data, codec, resumed)
+    _require_room_for_prompts(data, codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
     if before is not None and (before.strategy.rules, before.entries) != (plan.strategy.rules, plan.entries):
@@ -142,6 +144,17 @@ def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
             raise
         way_out = 'To teach the checkpoint this robot, fit its codec anew: data.statistics = "data".'
         raise EmbodimentError(f"{error}\n{way_out}") from error
+
+
+def _require_room_for_prompts(data: Data, codec: Codec) -> None:
+    """Encode each instruction once, so that one that is too long is refused now and not days later."""
+    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in data.embodiment.cameras}
+    told: set[str] = set()
+    for store in data.stores:
+        for number, episode in enumerate(store.episodes):
+            if episode.instruction not in told:
+                told.add(episode.instruction)
+                codec.encode(Observation(images, store.state(number)[0], episode.instruction))
 
 
 def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:

@@ -1,0 +1,161 @@
+"""Two processes are one: the same losses, checkpoints that either can read and go on from."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.train.world import REPOSITORY, learned, losses, metrics, tiny
+from vlafit import config
+from vlafit.recipe import Recipe
+from vlafit.train import run
+
+STEPS = 20
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_in_two(recipes: Sequence[tuple[Recipe, Path]], folder: Path) -> None:
+    """Carry out recipes in two processes that talk over gloo, as torchrun starts them."""
+    jobs = []
+    for number, (recipe, out) in enumerate(recipes):
+        path = folder / f"{number}.toml"
+        path.write_text(config.dump(recipe))
+        jobs.append({"recipe": str(path), "out": str(out), "port": free_port()})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    shared = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true",
+              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+    command = [sys.executable, "-m", "tests.train.launched", str(folder / "jobs.json")]
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+
+
+def assert_close(one: Path, other: Path, key: str = "train/loss") -> None:
+    pairs = [
+        {event["step"]: event[key] for event in metrics(out) if key in event and event["step"] <= STEPS}
+        for out in (one, other)
+    ]
+    assert pairs[0].keys() == pairs[1].keys()
+    assert pairs[0] == pytest.approx(pairs[1], rel=1e-5)
+
+
+HOW = {  # what each recipe of the tests changes
+    "copies": {},
+    "sharded": {"train": {"sharding": "full"}},
+    "frozen": {"strategy": "expert", "train": {"accumulate": 2}},
+    "frozen-sharded": {"strategy": "expert", "train": {"sharding": "full", "accumulate": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(card: Path) -> dict[str, Recipe]:
+    base = tiny(card, train={"steps": STEPS, "batch_size": 8, "save_every": 10, "validate_every": 10})
+    made = {}
+    for name, changes in HOW.items():
+        train = replace(base.train, **changes.get("train", {}))
+        made[name] = replace(base, strategy=changes.get("strategy", "full"), train=train)
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders one/NAME and two/NAME of the same recipes in one process and in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, recipe in recipes.items():
+        run(recipe, folder / "one" / name)
+    (folder / "two").mkdir()
+    run_in_two([(recipe, folder / "two" / name) for name, recipe in recipes.items()], folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_two_processes_have_the_losses_of_one(runs: Path, name: str) -> None:
+    one, two = runs / "one" / name, runs / "two" / name
+    assert len(losses(one)) == STEPS
+    for key in ("train/loss", "train/grad_norm", "validation/loss", "validation/action_error"):
+        assert_close(one, two, key)
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_two_processes_write_the_checkpoint_of_one(runs: Path, name: str) -> None:
+    files = ("policy.json", "codec.json", "plan.json", "tokenizer/tokenizer.json")
+    folders = [runs / which / name / "checkpoints" / f"step_{STEPS:06d}" for which in ("one", "two")]
+    for file in files:
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    one, two = learned(runs / "one" / name, STEPS), learned(runs / "two" / name, STEPS)
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
+    for key in one:
+        if "k_proj.bias" in key:
+            continue  # attention ignores it: its gradient is rounding alone, which AdamW then makes a step of
+        assert two[key].allclose(one[key], rtol=1e-3, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["copies", "frozen-sharded"])
+def test_a_run_goes_on_in_another_number_of_processes(
+    runs: Path, recipes: dict[str, Recipe], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(runs / "two" / name, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:06d}")
+    run(recipes[name], tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from"] == "step_000010"
+    assert_close(runs / "one" / name, tmp_path / "run")
+
+
+def test_what_one_process_began_two_go_on_with(
+    runs: Path, recipes: dict[str, Recipe], tmp_path: Path
+) -> None:
+    names = ("sharded", "frozen")
+    for name in names:
+        shutil.copytree(runs / "one" / name, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / f"step_{STEPS:06d}")
+    run_in_two([(recipes[name], tmp_path / name) for name in names], tmp_path)
+    for name in names:
+        assert_close(runs / "one" / name, tmp_path / name)
+
+
+def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> None:
+    for accumulate in (1, 2, 4):
+        recipe = tiny(card, train={"steps": STEPS, "batch_size": 8, "accumulate": accumulate})
+        run(recipe, tmp_path / str(accumulate))
+    for accumulate in (2, 4):
+        assert_close(tmp_path / "1", tmp_path / str(accumulate))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_them(card: Path, tmp_path: Path) -> None:
+    recipe = tiny(card, train={"steps": 3, "sharding": "full"})
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    words = ["--config_file", "configs/accelerate/cpu2.yaml", "-m", "vlafit", "train"]
+    words += [str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]
+    surroundings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words],
+        cwd=REPOSITORY, env=os.environ | surroundings, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    run(tiny(card, train={"steps": 3}), tmp_path / "one")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
