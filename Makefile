@@ -21,7 +21,7 @@ quickstart: .venv/ready
 	$(BIN)/vlafit train quickstart --out runs/quickstart
 
 ablation: .venv/ready
-	$(BIN)/python eval/pretraining.py
+	$(BIN)/python eval/pretraining.py --jobs 2
 
 test: lint types imports unit
 

@@ -1,6 +1,6 @@
 """What the pretrained weights buy: the quickstart's fine-tuning from three starts, three seeds each.
 
-    python eval/pretraining.py [--seeds 0 1 2] [--runs runs/pretraining] [--results eval/results/pretraining]
+    python eval/pretraining.py [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--results DIR]
 
 Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an
 ordinary `vlafit train`; a finished one is not run again, so an interrupted comparison can be called again.
@@ -9,9 +9,11 @@ Writes every run's report.json and episodes, results.json and figure.png into th
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vlafit import files
@@ -32,28 +34,37 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"))
     parser.add_argument("--results", type=Path, default=Path("eval/results/pretraining"))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once; each gets its share of the CPU cores"
+    )
     options = parser.parse_args()
+    wanted = [(recipe, seed) for seed in options.seeds for recipe in ARMS]
+    runs = {(recipe, seed): options.runs / f"{recipe}-seed{seed}" for recipe, seed in wanted}
+    cores = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda key: train(*key, runs[key], cores), wanted))
     scores: dict[str, dict[int, dict[str, Score]]] = {recipe: {} for recipe in ARMS}
-    for seed in options.seeds:  # seed by seed, so that a comparison cut short is still one
-        for recipe in ARMS:
-            run = options.runs / f"{recipe}-seed{seed}"
-            train(recipe, seed, run)
-            scores[recipe][seed] = read_scores(run)
-            keep(run, options.results / run.name)
-        write(scores, options.results)
+    for (recipe, seed), run in runs.items():
+        scores[recipe][seed] = read_scores(run)
+        keep(run, options.results / run.name)
+    write(scores, options.results)
     print((options.results / "results.json").read_text())
     return 0
 
 
-def train(recipe: str, seed: int, run: Path) -> None:
-    """Carry out one run, or go on with it; nothing if it is finished."""
+def train(recipe: str, seed: int, run: Path, cores: int) -> None:
+    """Carry out one run on some of the cores, or go on with it; nothing if it is finished."""
     facts = run / "run.json"
     if facts.is_file() and json.loads(facts.read_text()).get("finished"):
         return
     command = [sys.executable, "-m", "vlafit", "train", recipe, "--out", str(run), "--train.seed", str(seed)]
+    command += ["--eval.workers", str(cores)]
     command += ["--resume"] if (run / "recipe.toml").is_file() else []
+    run.parent.mkdir(parents=True, exist_ok=True)
     print("+", " ".join(["vlafit", *command[3:]]), flush=True)
-    subprocess.run(command, check=True)
+    with (run.parent / f"{run.name}.log").open("a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def keep(run: Path, folder: Path) -> None:
