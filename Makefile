@@ -15,10 +15,10 @@ SET_UP := pyproject.toml constraints.txt
 .PHONY: help quickstart ablation test lint types imports unit clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 quickstart: .venv/ready
-	$(BIN)/vlafit train quickstart --out runs/quickstart
+	$(BIN)/vlafit train quickstart --out runs/quickstart --resume
 
 ablation: .venv/ready
 	$(BIN)/python eval/pretraining.py --jobs 2
