@@ -64,9 +64,11 @@ def test_every_card_that_ships_can_be_read(name: str):
     assert len(card.embodiment.action.labels) == card.robot.action.dimensions
 
 
-def test_the_quickstart_records_forty_episodes_of_each_faucet_task_half_of_them_disturbed():
+def test_the_quickstart_records_both_faucet_tasks_and_disturbs_some_of_their_episodes():
     record = load_card("metaworld-faucet").record
-    assert record == RecordSpec("metaworld", ("faucet-open-v3", "faucet-close-v3"), 40, 1000, 0.5)
+    assert record is not None
+    assert (record.env, record.tasks) == ("metaworld", ("faucet-open-v3", "faucet-close-v3"))
+    assert 0 < record.perturbed < 1 and record.compress
 
 
 def test_what_a_policy_is_pretrained_on_leaves_out_the_quickstarts_tasks_but_is_the_same_robot():

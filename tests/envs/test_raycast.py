@@ -159,8 +159,8 @@ def test_a_renderer_that_is_not_there_names_the_packages_and_the_way_out(
     def broken(name: str):
         raise AttributeError("'NoneType' object has no attribute 'glGetError'")
 
-    monkeypatch.setattr(gl.importlib, "import_module", broken)
     env = make(EnvSpec("metaworld", renderer="osmesa"))
+    monkeypatch.setattr(gl.importlib, "import_module", broken)
     with pytest.raises(SimulationError, match=r'use "ray".*apt-get install .*libosmesa6'):
         env.reset("reach-v3", 0)
     assert "MUJOCO_GL" not in os.environ or os.environ["MUJOCO_GL"]  # never set to nothing
