@@ -14,8 +14,10 @@ from tests.rollout.actors import Obedient
 from vlafit.rollout import Protocol, evaluate
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 from tests.rollout.actors import Obedient
 from tests.rollout.conftest import make_protocol
 from vlafit.rollout import evaluate
