@@ -17,7 +17,7 @@ SCRIPT = """
 import signal
 import sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 from tests.rollout.actors import Obedient
 from tests.rollout.conftest import make_protocol
 from vlafit.rollout import evaluate
