@@ -71,7 +71,8 @@ def keep(run: Path, folder: Path) -> None:
     """Copy what a reader needs of a run: the recipe, the report's facts, every episode's outcome."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.toml", "report.json", "run.json", "metrics.jsonl"):
-        shutil.copy(run / name, folder / name)
+        text = (run / name).read_text()
+        (folder / name).write_text(text.replace(f"{Path.cwd()}/", ""))  # no paths of this machine
     for episodes in sorted(run.glob("eval/*/episodes.jsonl")):
         shutil.copy(episodes, folder / f"episodes_{episodes.parent.name}.jsonl")
 
