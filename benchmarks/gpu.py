@@ -71,7 +71,7 @@ def measure(size: str, strategy: str, rows: int, steps: int, device: torch.devic
     """Return one row: `train_samples_per_s`, `train_peak_gb`, `act_ms`, `act_peak_gb`, parameters."""
     module = family("pi0")
     config = module.SIZES[size]
-    policy: Policy = module.build(config, device, torch.Generator(device).manual_seed(0))
+    policy: Policy = module.build(config, device, torch.Generator().manual_seed(0))
     plan = apply(policy, load_strategy(strategy))
     row: dict[str, object] = {
         "size": size,
