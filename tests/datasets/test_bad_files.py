@@ -247,3 +247,25 @@ def test_asking_for_what_a_store_does_not_have_is_refused_by_name(file: Path):
             store.image(0, step, "front")
     with pytest.raises(DataError, match="no episode 'demo_0'"):
         store.index("demo_0")
+
+
+def test_bytes_that_rot_inside_a_file_end_in_an_error_that_names_it(tmp_path: Path):
+    whole = write_one(tmp_path / NAME, DEMO, chunks=True, compression="gzip").read_bytes()
+    rng = np.random.default_rng(0)
+    told = 0
+    for number in range(120):
+        rotten = bytearray(whole)
+        at = int(rng.integers(16, len(whole) - 64))
+        rotten[at : at + 64] = rng.bytes(64)
+        path = tmp_path / str(number) / NAME
+        path.parent.mkdir()
+        path.write_bytes(rotten)
+        try:
+            store = open_dataset(card(path))
+            for step in range(store.episodes[0].length):
+                store.image(0, step, "front")
+            store.close()
+        except DataError as error:
+            told += 1
+            assert NAME in str(error)
+    assert told > 10  # the rest hit pixels without a checksum, or nothing at all

@@ -51,9 +51,12 @@ class Hdf5Store(EpisodeStore):
         self._episodes: list[_Episode] = []
         for number, (path, name) in enumerate(zip(self._paths, _names(self._paths), strict=True)):
             with _open(path) as file:
-                for info, episode in _scan(card, file, path, name, number):
-                    infos.append(info)
-                    self._episodes.append(episode)
+                try:
+                    found = list(_scan(card, file, path, name, number))
+                except (OSError, RuntimeError) as error:  # what HDF5 raises for damage inside a file
+                    raise DataError(f"{path}: is damaged ({error}); fetch or record it again") from error
+            infos.extend(info for info, _ in found)
+            self._episodes.extend(episode for _, episode in found)
         self.episodes = tuple(infos)
         self._indices = {info.id: position for position, info in enumerate(infos)}
         self._check_expectations()
@@ -82,7 +85,11 @@ class Hdf5Store(EpisodeStore):
             start = offset + step * size
             frame = self._map(info.file)[start : start + size].reshape(declared.height, declared.width, 3)
         else:
-            frame = self._dataset(episode, slot)[step]
+            try:
+                frame = self._dataset(episode, slot)[step]
+            except (OSError, RuntimeError) as error:
+                where = f"{self._paths[info.file]}: {self.episodes[episode].id}, step {step}"
+                raise DataError(f"{where}: the picture of {camera!r} is damaged ({error})") from error
         return frame[::-1, ::-1] if declared.rotate == 180 else frame
 
     def close(self) -> None:
