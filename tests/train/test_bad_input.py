@@ -63,6 +63,10 @@ def test_a_batch_must_divide_over_the_processes(recipe: Recipe) -> None:
 
 
 NAMES: list[tuple[dict[str, Any], str]] = [
+    ({"name": ""}, r"name '' must be one folder name"),
+    ({"name": "../elsewhere"}, r"name '\.\./elsewhere' must be one folder name"),
+    ({"train": {"seed": 2**63}}, r"train\.seed must be below 2\^63"),
+    ({"train": {"threads": 100_000}}, r"train\.threads 100000 is far above this machine's cores"),
     ({"data": {"cards": ()}}, r"data\.cards is empty; name at least one"),
     ({"data": {"cards": ("no-such-card",)}}, r"no-such-card"),
     ({"strategy": "expret"}, r"expret.*did you mean 'expert'"),

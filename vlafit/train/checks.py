@@ -1,6 +1,8 @@
 """What a recipe may not say: found before anything is loaded or written."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -15,6 +17,7 @@ NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train
                 "optim.weight_decay", "optim.clip_norm", "eval.every", "eval.workers",
                 "eval.videos")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
+THREADS_PER_CORE = 4  # more makes a process slower, and far more of them end it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")
 
 
@@ -56,6 +59,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{name} must be above 0, is {value(name)}"
     if not 0 <= recipe.optim.final_lr <= 1:
         yield f"optim.final_lr is a share of the peak, from 0 to 1, is {recipe.optim.final_lr}"
+    if recipe.train.seed >= 2**63:
+        yield f"train.seed must be below 2^63, is {recipe.train.seed}"
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if recipe.train.threads > most:
+        yield f"train.threads {recipe.train.threads} is far above this machine's cores; take at most {most}"
+    if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
+        yield f"name {recipe.name!r} must be one folder name: the run's folder is runs/NAME"
     if not recipe.eval.protocol:
         for name in NEED_A_PROTOCOL:
             if value(name):
