@@ -16,7 +16,7 @@ from vlafit.codec import Codec
 from vlafit.errors import WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, override
-from vlafit.policies.pi0 import select
+from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
 BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two moments
@@ -200,9 +200,10 @@ def _suit(codec: Codec, policy: Policy, config: Mapping[str, object] | None, whe
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        prompt=needs.prompt,
         max_tokens=needs.max_tokens,
     )
+    if (needs.prompt == "pi05") != (wanted.prompt == "pi05"):
+        wanted = replace(wanted, prompt=needs.prompt)  # the state moves into the prompt, or out of it
     if codec.tokenizer.vocab_size > needs.vocabulary:
         have, room = codec.tokenizer.vocab_size, needs.vocabulary
         raise WeightsError(f"{where}: the tokenizer has {have} tokens, the policy knows {room}")

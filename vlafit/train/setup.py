@@ -164,9 +164,17 @@ def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> 
         relative=data.cards[0].robot.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
+        framing=needs.framing,
     )
-    if old is not None:
-        config = replace(config, mask_padding=old.config.mask_padding)
+    if old is not None:  # how the checkpoint was shown images and asked stays, too
+        kept = old.config
+        config = replace(
+            config,
+            mask_padding=kept.mask_padding,
+            prompt=kept.prompt,
+            framing=kept.framing,
+            special_tokens=kept.special_tokens,
+        )
         if set(filter(None, old.config.cameras)) == set(config.cameras):
             config = replace(config, cameras=old.config.cameras)  # their slots stay
     states, windows = [], []
