@@ -11,8 +11,8 @@ from typing import Any
 
 from vlafit.checkpoints.names import NameMap
 
-_P = "paligemma_with_expert."
-_VISION = f"{_P}paligemma.model.vision_tower.vision_model."
+PREFIX = "paligemma_with_expert."
+_VISION = f"{PREFIX}paligemma.model.vision_tower.vision_model."
 
 NAMES = NameMap(
     form="openpi",
@@ -21,12 +21,12 @@ NAMES = NameMap(
         ("vision.patch_embedding.", f"{_VISION}embeddings.patch_embedding."),
         ("vision.position_embedding.", f"{_VISION}embeddings.position_embedding."),
         ("vision.post_layernorm.", f"{_VISION}post_layernorm."),
-        ("projector.", f"{_P}paligemma.model.multi_modal_projector.linear."),
-        ("language.", f"{_P}paligemma.model.language_model."),
-        ("expert.", f"{_P}gemma_expert.model."),
+        ("projector.", f"{PREFIX}paligemma.model.multi_modal_projector.linear."),
+        ("language.", f"{PREFIX}paligemma.model.language_model."),
+        ("expert.", f"{PREFIX}gemma_expert.model."),
     ),
-    ties={"language.embed_tokens.weight": f"{_P}paligemma.lm_head.weight"},
-    unused=(f"{_P}gemma_expert.lm_head.weight",),
+    ties={"language.embed_tokens.weight": f"{PREFIX}paligemma.lm_head.weight"},
+    unused=(f"{PREFIX}gemma_expert.lm_head.weight",),
 )
 
 CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
