@@ -289,7 +289,9 @@ def _factors(
         rank = b[-2] if len(b) > 1 else 0
         if rank < 1 or a != (*base[:-1], rank) or b != (*base[:-2], rank, base[-1]):
             # A feed-forward output has no heads: the axes before the last two are the layers alone.
-            wrong.setdefault("misshapen", []).append(f"{pair[0]} {a} and {pair[1]} {b} beside {weight} {base}")
+            wrong.setdefault("misshapen", []).append(
+                f"{pair[0]} {a} and {pair[1]} {b} beside {weight} {base}"
+            )
             continue
         alpha = options.expert_alpha if _stream(weight) == "_1" else options.language_alpha
         alpha = float(rank) if alpha is None else alpha

@@ -51,7 +51,9 @@ class Leaf:
             for i in range(self.shape[0]):
                 yield _tensor(store[i].read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again") from error
+            raise WeightsError(
+                f"array {self.name}: {_first_line(error)}; copy or download it again"
+            ) from error
 
     def read(self) -> Tensor:
         """Read the whole array."""
@@ -60,7 +62,9 @@ class Leaf:
         try:
             return _tensor(tensorstore.open(self.spec, read=True, open=True).result().read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again") from error
+            raise WeightsError(
+                f"array {self.name}: {_first_line(error)}; copy or download it again"
+            ) from error
 
 
 def find_params(path: Path) -> Path | None:
@@ -101,7 +105,11 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             stem, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json") and stem:
                 driver = "zarr" if file == ".zarray" else "zarr3"
-                store = {**base, "path": f"{base['path']}{stem}/"} if root is base else {**root, "path": f"{stem}/"}
+                store = (
+                    {**base, "path": f"{base['path']}{stem}/"}
+                    if root is base
+                    else {**root, "path": f"{stem}/"}
+                )
                 spec: dict[str, Any] = {"driver": driver, "kvstore": store, "recheck_cached_data": "open"}
                 if filled:
                     spec["fill_missing_data_reads"] = False
@@ -137,7 +145,9 @@ def _listed(folder: Path) -> tuple[list[str] | None, bool]:
         names = ["/".join(str(k["key"]) for k in entry["key_metadata"]) for entry in stored]
         return names, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy the folder again") from error
+        raise WeightsError(
+            f"{path}: not Orbax's list of arrays ({error!r}); copy the folder again"
+        ) from error
 
 
 def _tensor(array: Any) -> Tensor:

@@ -21,6 +21,7 @@ NEAR_CONSTANT = 1e-4  # a dimension whose whole range is below this, relative to
 NEAR_CONSTANT_SCALE = 1e-2  # what such a dimension is divided by, relative to max(1, |mean|)
 
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+OPTIONAL = ARRAYS[2:]  # what other programs may not have recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +30,18 @@ class Statistics:
 
     `std` is the population's; `q01` and `q99` are true quantiles (linear interpolation between order
     statistics), not estimates from a histogram.
+
+    Statistics that another program recorded may lack quantiles, and the range; what it did not write is
+    None, and a `count` that it did not write is 0.
     """
 
     count: int
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
-    q01: NDArray[np.float64]
-    q99: NDArray[np.float64]
-    min: NDArray[np.float64]
-    max: NDArray[np.float64]
+    q01: NDArray[np.float64] | None = None
+    q99: NDArray[np.float64] | None = None
+    min: NDArray[np.float64] | None = None
+    max: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, values: ArrayLike, what: str = "values", labels: Sequence[str] = ()) -> "Statistics":
@@ -71,8 +75,8 @@ class Statistics:
 
     def to_json(self) -> dict[str, object]:
         """Return plain numbers that `from_json` reads back bit for bit."""
-        arrays: dict[str, object] = {name: getattr(self, name).tolist() for name in ARRAYS}
-        return {"count": self.count} | arrays
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return {"count": self.count} | {n: None if a is None else a.tolist() for n, a in arrays.items()}
 
     @classmethod
     def from_json(cls, values: object, where: str) -> "Statistics":
@@ -82,7 +86,8 @@ class Statistics:
             have = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise CodecError(f"{where}: statistics must have exactly {sorted(expected)}, there is {have}")
         try:
-            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in ARRAYS}
+            given = [n for n in ARRAYS if values[n] is not None or n not in OPTIONAL]
+            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in given}
         except (TypeError, ValueError) as error:
             raise CodecError(f"{where}: statistics must be lists of numbers: {error}") from None
         shapes = {array.shape for array in arrays.values()}
@@ -112,8 +117,15 @@ class Normaliser:
         land further than 50 from the centre: a dimension that hardly ever moves otherwise gives q99 - q01
         near 0 and normalised values in the thousands. A dimension that is constant but for noise is divided
         by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small too. Both stay
-        invertible.
+        invertible. Statistics without a range are another program's: a policy was trained with them as they
+        are, so its formula is used as it is, without floors.
+
+        Raises CodecError where `method` needs quantiles that were not recorded.
         """
+        if method == "quantile" and (statistics.q01 is None or statistics.q99 is None):
+            raise CodecError("the statistics hold no quantiles; normalise by mean_std, or fit them anew")
+        if statistics.min is None or statistics.max is None:
+            return cls._plain(statistics, method)
         spread = statistics.max - statistics.min
         size = np.maximum(1.0, np.abs(statistics.mean))
         constant = spread <= NEAR_CONSTANT * size
@@ -122,10 +134,18 @@ class Normaliser:
                 scale = np.maximum(statistics.std, spread / FURTHEST) + EPSILON
                 return cls(statistics.mean, np.where(constant, NEAR_CONSTANT_SCALE * size, scale), 1.0, 0.0)
             case "quantile":
+                assert statistics.q01 is not None and statistics.q99 is not None
                 scale = np.maximum(statistics.q99 - statistics.q01, 2 * spread / FURTHEST) + EPSILON
                 wide = 2 * NEAR_CONSTANT_SCALE * size
                 offset = np.where(constant, statistics.mean - wide / 2, statistics.q01)
                 return cls(offset, np.where(constant, wide, scale), 2.0, 1.0)
+
+    @classmethod
+    def _plain(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
+        if method == "mean_std":
+            return cls(statistics.mean, statistics.std + EPSILON, 1.0, 0.0)
+        assert statistics.q01 is not None and statistics.q99 is not None
+        return cls(statistics.q01, statistics.q99 - statistics.q01 + EPSILON, 2.0, 1.0)
 
     def encode(self, values: NDArray) -> NDArray[np.float64]:
         """Normalise [..., d]."""
