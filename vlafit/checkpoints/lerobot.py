@@ -20,6 +20,7 @@ from vlafit.checkpoints.names import NameMap, Translated, translate
 from vlafit.checkpoints.shapes import depth_of, infer_config, shape_of
 from vlafit.errors import WeightsError
 from vlafit.policies import merge
+from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 
 _WITH_EXPERT = "model.vlm_with_expert."
@@ -34,8 +35,10 @@ _PROJECTIONS = (
     "time_mlp_out.",
 )
 
+FORM = "LeRobot"
+
 SMOLVLA = NameMap(
-    form="lerobot",
+    form=FORM,
     prefixes=(
         ("vision.layers.", f"{_VLM}vision_model.encoder.layers."),
         ("vision.patch_embedding.", f"{_VLM}vision_model.embeddings.patch_embedding."),
@@ -50,7 +53,7 @@ SMOLVLA = NameMap(
 )
 
 PI0 = NameMap(  # as save_pretrained writes it
-    form="lerobot",
+    form=FORM,
     prefixes=(
         *((ours, f"model.{theirs}") for ours, theirs in openpi.NAMES.prefixes),
         *((name, f"model.{name}") for name in _PROJECTIONS),
@@ -108,8 +111,8 @@ def recognise(tensors: Mapping[str, Any], folder: Path) -> bool:
 
 def open_weights(
     tensors: Mapping[str, Tensor], folder: Path, given: Mapping[str, object], where: str
-) -> tuple[str, Any, Translated]:
-    """Return family, config and the weights under our names.
+) -> tuple[Pi0Config | SmolVLAConfig, Translated]:
+    """Return the policy's config, and the weights under our names.
 
     Raises WeightsError where config.json asks for something that we do not compute, or another family's
     weights lie beside it, or a key of `config` must be given.
@@ -123,7 +126,7 @@ def open_weights(
         kind, names = "smolvla", SMOLVLA
     else:
         in_model = any(name.startswith("model.") for name in rest)
-        names = PI0 if in_model else replace(openpi.NAMES, form="lerobot")
+        names = PI0 if in_model else replace(openpi.NAMES, form=FORM)
         kind = "pi05" if f"{'model.' if in_model else ''}time_mlp_in.weight" in rest else "pi0"
     if told is not None and told.values["type"] != kind:
         raise WeightsError(
@@ -138,9 +141,8 @@ def open_weights(
     translated = translate(rest, names, where)
     translated = replace(translated, unused=translated.unused + heads + buffers)
     if is_smolvla:
-        config = _smolvla_config(translated.weights, folder, told, given, where)
-        return "smolvla", config, translated
-    return "pi0", infer_config(translated.weights, _known_of_pi0(told, kind), given, where), translated
+        return _smolvla_config(translated.weights, folder, told, given, where), translated
+    return infer_config(translated.weights, _known_of_pi0(told, kind), given, where), translated
 
 
 def _plain(name: str) -> str:

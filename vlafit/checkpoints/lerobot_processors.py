@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.checkpoints.fit import open_tensors
-from vlafit.checkpoints.lerobot import Described
+from vlafit.checkpoints.lerobot import Described, describe
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
@@ -51,14 +51,15 @@ class Step:
     artifacts: Mapping[str, str]
 
 
-def read(folder: Path, told: Described, needs: Needs, tokenizer: Path | None = None) -> tuple[Codec | None, str]:
-    """Return the codec that the processors in `folder` amount to, or None and why there is none.
+def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tuple[Codec | None, str]:
+    """Return the codec that config.json and the processors in `folder` amount to, or None and why there is none.
 
-    `told` is the policy's config.json; `needs` what the policy takes; `tokenizer` a folder to use where the
-    checkpoint does not hold its own. Raises WeightsError naming the step or feature that we cannot repeat.
+    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own. Raises WeightsError naming the step or feature that we cannot repeat.
     """
-    if not (folder / PRE).is_file() or not (folder / POST).is_file():
-        return None, f"no codec: {PRE} and {POST} are not both there"
+    told = describe(folder)
+    lacking = [name for name in (PRE, POST) if not (folder / name).is_file()]
+    if told is None or lacking:
+        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (told is None) + lacking)}"
     pre, post = _steps(folder / PRE), _steps(folder / POST)
     _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
                          "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
@@ -92,7 +93,7 @@ def read(folder: Path, told: Described, needs: Needs, tokenizer: Path | None = N
     words = _tokenizer(folder, asking, tokenizer)
     if words is None:
         name = asking.config.get("tokenizer_name")
-        return None, f"no codec: the tokenizer {name!r} is not in the folder; give its folder as `tokenizer`"
+        return None, f"its tokenizer {name!r} is not in the folder; give its folder as `tokenizer`"
     return Codec(config, embodiment, statistics, words), ""
 
 
@@ -220,7 +221,7 @@ def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) 
                 count = int(tensor.reshape(-1)[0])
             elif owner == feature and statistic in ARRAYS:
                 found[statistic] = tensor.double().numpy()
-    missing = [name for name in NEEDED.get(kind, ()) if name not in found]
+    missing = [name for name in {"mean", "std", *NEEDED[kind]} if name not in found] if kind in NEEDED else []
     if missing:
         # LeRobot would then pass the feature on as it is, without a word.
         raise WeightsError(
@@ -233,6 +234,9 @@ def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) 
                 f"{step.where}: {feature}.{name} has shape {array.shape}"
                 f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has {dimensions} dimensions"
             )
+    if kind == "identity":  # which reads none, whatever there is
+        found.setdefault("mean", np.zeros(dimensions))
+        found.setdefault("std", np.ones(dimensions))
     return Statistics(count, **found)
 
 
@@ -257,10 +261,8 @@ def _relative(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> t
     return mask_of(config.get("action_names"), config.get("exclude_joints") or (), robot.action.shape[0])
 
 
-def _tokenizer(folder: Path, asking: Step, given: Path | None) -> Tokenizer | None:
-    if given is not None:
-        return tokenizers.load(given)
+def _tokenizer(folder: Path, asking: Step, given: Tokenizer | None) -> Tokenizer | None:
     inside = asking.artifacts.get("tokenizer_name", "")
     if inside and (folder / inside).is_dir():
         return tokenizers.load(folder / inside)
-    return None
+    return given

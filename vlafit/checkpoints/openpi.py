@@ -52,3 +52,22 @@ def known_config(folder: Path) -> dict[str, object]:
     if not isinstance(values, dict) or set(values) != CONFIG_KEYS:
         return {}
     return {"chunk": values["action_horizon"]}
+
+
+def misfits(tensors: Mapping[str, Any]) -> list[str]:
+    """Name the tensors whose sizes no other tensor of ours confirms, but openpi's own rules do.
+
+    The dead head has a row for each token, and the state is padded as the actions are.
+    """
+    found = []
+    head, tokens = NAMES.unused[0], NAMES.ties["language.embed_tokens.weight"]
+    embedding = tensors.get(tokens, tensors.get(NAMES.theirs("language.embed_tokens.weight")))
+    actions, state = tensors.get("action_in_proj.weight"), tensors.get("state_proj.weight")
+    if head in tensors and embedding is not None and actions is not None:
+        want = (embedding.shape[0], actions.shape[0])
+        if tuple(tensors[head].shape) != want:
+            found.append(f"{head} is {tuple(tensors[head].shape)}, not {want}")
+    if state is not None and actions is not None and state.shape[-1:] != actions.shape[-1:]:
+        found.append(f"state_proj.weight is {tuple(state.shape)}, beside action_in_proj.weight"
+                     f" {tuple(actions.shape)}")  # fmt: skip
+    return found

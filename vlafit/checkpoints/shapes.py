@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -79,6 +80,7 @@ def infer_config(
         public.expert.width,
     ):
         read = merge({"chunk": public.chunk, "vision": {"heads": public.vision.heads}}, read)
+        _require_public(public, read, told, where)
     values = merge(read, told)
     for key, value in (("vision.heads", values["vision"].get("heads")), ("chunk", values.get("chunk"))):
         if value is None:
@@ -87,6 +89,26 @@ def infer_config(
                 f"{{{key!r}: ...}}"
             )
     return configuration.build(Pi0Config, values, f"{where}: config")
+
+
+def _require_public(public: Pi0Config, read: Mapping, told: Mapping, where: str) -> None:
+    """Refuse a checkpoint that is as wide as the public size and yet another: layers or rows are missing.
+
+    Number of layers, rows of the vocabulary and the like are free as far as the other tensors go.
+    """
+    wanted = asdict(public)
+    odd = []
+    for part in ("vision", "language", "expert"):
+        given = told.get(part)
+        known = given if isinstance(given, Mapping) else {}
+        for key, value in read[part].items():
+            if value != wanted[part][key] and key not in known:
+                odd.append(f"{part}.{key} is {value}, not {wanted[part][key]}")
+    if odd:
+        raise WeightsError(
+            f"{where}: as wide as the public pi0, and yet {'; '.join(odd)}: the checkpoint is not whole. If it"
+            " is meant so, say it in config"
+        )
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, dims: int, where: str, what: str) -> Sequence[int]:

@@ -222,7 +222,7 @@ class Codec:
                 raise CodecError(
                     f"embodiment {robot.name!r} has {have} {name} dimensions, the policy takes {room}"
                 )
-            if self.statistics[name].dimensions not in (have, 0):
+            if self.statistics[name].dimensions != have:
                 raise CodecError(
                     f"{name} statistics have {self.statistics[name].dimensions} dimensions, embodiment "
                     f"{robot.name!r} has {have}; fit the codec on data of this embodiment"

@@ -16,26 +16,22 @@ from vlafit.errors import CodecError, DataError
 Normalisation = Literal[
     "mean_std",
     "quantile",
-    "openpi_mean_std",
-    "openpi_quantile",
     "lerobot_mean_std",
     "lerobot_quantile",
     "lerobot_min_max",
     "identity",
 ]
-"""How a column is normalised. The first two are ours, and keep odd dimensions from exploding; the others repeat
-what the program did that trained a checkpoint."""
+"""How a column is normalised. The first two are openpi's, with floors that keep odd dimensions from exploding;
+the others repeat what LeRobot did when it trained a checkpoint."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
     "quantile": ("q01", "q99"),
-    "openpi_mean_std": ("mean", "std"),
-    "openpi_quantile": ("q01", "q99"),
     "lerobot_mean_std": ("mean", "std"),
     "lerobot_quantile": ("q01", "q99"),
     "lerobot_min_max": ("min", "max"),
 }
-"""The statistics that each way of normalising reads; ours also read mean, min and max."""
+"""The statistics that each way of normalising reads; the first two also look at min and max."""
 
 LEROBOT_EPSILON = 1e-8  # LeRobot, normalize_processor.py: (x - mean) / (std + 1e-8); ranges of 0 become 1e-8
 EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
@@ -44,6 +40,7 @@ NEAR_CONSTANT = 1e-4  # a dimension whose whole range is below this, relative to
 NEAR_CONSTANT_SCALE = 1e-2  # what such a dimension is divided by, relative to max(1, |mean|)
 
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+OPTIONAL = ARRAYS[2:]  # what other programs may not have recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +48,15 @@ class Statistics:
     """Statistics of n values of d dimensions; every array is float64 [d], in the column's own units.
 
     `std` is the population's; `q01` and `q99` are true quantiles (linear interpolation between order
-    statistics), not estimates from a histogram. Other programs' checkpoints may lack some: those are None, and
-    `count` is 0 where it is not known.
+    statistics), not estimates from a histogram.
+
+    Statistics that another program recorded may lack quantiles, and the range; what it did not write is
+    None, and a `count` that it did not write is 0.
     """
 
     count: int
-    mean: NDArray[np.float64] | None = None
-    std: NDArray[np.float64] | None = None
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
     q01: NDArray[np.float64] | None = None
     q99: NDArray[np.float64] | None = None
     min: NDArray[np.float64] | None = None
@@ -90,26 +89,21 @@ class Statistics:
 
     @property
     def dimensions(self) -> int:
-        """Number of dimensions, d; 0 where nothing is known."""
-        return max((len(array) for array in self._known().values()), default=0)
+        """Number of dimensions, d."""
+        return len(self.mean)
 
     def array(self, name: str) -> NDArray[np.float64]:
-        """Return the statistic called `name`, which must be known. Raises CodecError."""
-        found = self._known().get(name)
+        """Return the statistic called `name`. Raises CodecError where it was not recorded."""
+        found = getattr(self, name)
         if found is None:
-            raise CodecError(
-                f"the statistics have no {name}, but {', '.join(self._known()) or 'none'}; normalise in another "
-                "way, or fit the codec on data"
-            )
+            have = ", ".join(n for n in ARRAYS if getattr(self, n) is not None)
+            raise CodecError(f"the statistics hold no {name}, but {have}; normalise by those, or fit them anew")
         return found
-
-    def _known(self) -> dict[str, NDArray[np.float64]]:
-        return {name: value for name in ARRAYS if (value := getattr(self, name)) is not None}
 
     def to_json(self) -> dict[str, object]:
         """Return plain numbers that `from_json` reads back bit for bit."""
-        arrays: dict[str, object] = {name: value.tolist() for name, value in self._known().items()}
-        return {"count": self.count} | dict.fromkeys(ARRAYS) | arrays
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return {"count": self.count} | {n: None if a is None else a.tolist() for n, a in arrays.items()}
 
     @classmethod
     def from_json(cls, values: object, where: str) -> "Statistics":
@@ -119,12 +113,12 @@ class Statistics:
             have = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise CodecError(f"{where}: statistics must have exactly {sorted(expected)}, there is {have}")
         try:
-            given = {name: values[name] for name in ARRAYS if values[name] is not None}
-            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in given.items()}
+            given = [n for n in ARRAYS if values[n] is not None or n not in OPTIONAL]
+            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in given}
         except (TypeError, ValueError) as error:
             raise CodecError(f"{where}: statistics must be lists of numbers: {error}") from None
         shapes = {array.shape for array in arrays.values()}
-        if shapes and (len(shapes) != 1 or len(next(iter(shapes))) != 1):
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise CodecError(f"{where}: statistics must be lists of one length, got shapes {sorted(shapes)}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise CodecError(f"{where}: statistics hold a value that is not finite")
@@ -144,44 +138,30 @@ class Normaliser:
 
     @classmethod
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
-        """Return the normaliser of `method`; nothing is clipped. Raises CodecError for statistics not known.
+        """Return the normaliser of `method`; nothing is clipped.
 
-        Ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]) have floors. The divisor is never
-        so small that a *recorded* value would land further than 50 from the centre: a dimension that hardly
-        ever moves otherwise gives q99 - q01 near 0 and normalised values in the thousands. A dimension that is
-        constant but for noise is divided by 1e-2 * max(1, |mean|), so that an unforeseen value at run time
-        stays small too. Both stay invertible.
+        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]) the divisor is never so small
+        that a *recorded* value would land further than 50 from the centre: a dimension that hardly ever moves
+        otherwise gives q99 - q01 near 0 and normalised values in the thousands. A dimension that is constant
+        but for noise is divided by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small
+        too. Both stay invertible. Statistics without a range are another program's: a policy was trained with
+        them as they are, so its formula is used as it is, without floors.
+
+        Raises CodecError where `method` needs statistics that were not recorded.
         """
         if method == "identity":
-            nothing = np.zeros(1)
-            return cls(nothing, nothing + 1.0, 1.0, 0.0)
+            return cls(np.zeros(1), np.ones(1), 1.0, 0.0)
         one, other = (statistics.array(name) for name in NEEDED[method])
         match method:
-            case "mean_std" | "quantile":
-                return cls._with_floors(statistics, method)
-            case "openpi_mean_std":
-                return cls(one, other + EPSILON, 1.0, 0.0)
-            case "openpi_quantile":
-                return cls(one, other - one + EPSILON, 2.0, 1.0)
+            case "mean_std":
+                return cls(statistics.mean, _floored(statistics, statistics.std, 1.0), 1.0, 0.0)
+            case "quantile":
+                scale = _floored(statistics, other - one, 2.0)
+                return cls(np.where(_constant(statistics), statistics.mean - scale / 2, one), scale, 2.0, 1.0)
             case "lerobot_mean_std":
                 return cls(one, other + LEROBOT_EPSILON, 1.0, 0.0)
             case "lerobot_quantile" | "lerobot_min_max":
                 return cls(one, np.where(other == one, LEROBOT_EPSILON, other - one), 2.0, 1.0)
-
-    @classmethod
-    def _with_floors(cls, statistics: Statistics, method: Literal["mean_std", "quantile"]) -> "Normaliser":
-        mean, low, high = (statistics.array(name) for name in ("mean", "min", "max"))
-        spread = high - low
-        size = np.maximum(1.0, np.abs(mean))
-        constant = spread <= NEAR_CONSTANT * size
-        if method == "mean_std":
-            scale = np.maximum(statistics.array("std"), spread / FURTHEST) + EPSILON
-            return cls(mean, np.where(constant, NEAR_CONSTANT_SCALE * size, scale), 1.0, 0.0)
-        q01, q99 = statistics.array("q01"), statistics.array("q99")
-        scale = np.maximum(q99 - q01, 2 * spread / FURTHEST) + EPSILON
-        wide = 2 * NEAR_CONSTANT_SCALE * size
-        offset = np.where(constant, mean - wide / 2, q01)
-        return cls(offset, np.where(constant, wide, scale), 2.0, 1.0)
 
     def encode(self, values: NDArray) -> NDArray[np.float64]:
         """Normalise [..., d]."""
@@ -190,3 +170,20 @@ class Normaliser:
     def decode(self, values: NDArray) -> NDArray[np.float64]:
         """Undo `encode`."""
         return (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset
+
+
+def _constant(statistics: Statistics) -> NDArray[np.bool_]:
+    """Return which dimensions are constant but for noise; none where the range is not known."""
+    if statistics.min is None or statistics.max is None:
+        return np.zeros(statistics.dimensions, dtype=np.bool_)
+    size = np.maximum(1.0, np.abs(statistics.mean))
+    return statistics.max - statistics.min <= NEAR_CONSTANT * size
+
+
+def _floored(statistics: Statistics, width: NDArray[np.float64], gain: float) -> NDArray[np.float64]:
+    """Return what to divide by: `width`, unless the range asks for more; times `gain` where it is a whole range."""
+    if statistics.min is None or statistics.max is None:
+        return width + EPSILON
+    scale = np.maximum(width, gain * (statistics.max - statistics.min) / FURTHEST) + EPSILON
+    wide = gain * NEAR_CONSTANT_SCALE * np.maximum(1.0, np.abs(statistics.mean))
+    return np.where(_constant(statistics), wide, scale)

@@ -42,7 +42,12 @@ def family(name: str) -> ModuleType:
 
 def family_name(policy: "Policy") -> str:
     """Return the name by which `family` finds this policy's module again."""
-    return type(policy).__module__.removeprefix(f"{__name__}.")
+    return family_of(policy)
+
+
+def family_of(thing: object) -> str:
+    """Return the name of the family whose module defines the class of `thing`, a policy or its config."""
+    return type(thing).__module__.removeprefix(f"{__name__}.")
 
 
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:
