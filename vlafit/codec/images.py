@@ -21,7 +21,7 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     if framing == "openpi":
         return resize_with_pad(image, size)
     ratio = max(width / size, height / size)
-    inner = np.rint(_bilinear(image, max(1, int(height / ratio)), max(1, int(width / ratio))))
+    inner = np.rint(bilinear(image, max(1, int(height / ratio)), max(1, int(width / ratio))))
     rows, columns = size - inner.shape[0], size - inner.shape[1]
     top, left = (rows, columns) if framing == "smolvla" else (rows // 2, columns // 2)
     padded = np.zeros((size, size, 3), dtype=np.uint8)
@@ -29,8 +29,8 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     return padded
 
 
-def _bilinear(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.float32]:
-    """Interpolate as torch's `F.interpolate(mode="bilinear", align_corners=False)`, without antialiasing."""
+def bilinear(image: NDArray, height: int, width: int) -> NDArray[np.float32]:
+    """Interpolate `image` [h, w, 3] as torch's `F.interpolate(mode="bilinear", align_corners=False)`, without antialiasing."""
     values = image.astype(np.float32)
     for axis, wanted in ((0, height), (1, width)):
         have = image.shape[axis]
