@@ -4,7 +4,7 @@ What the arrays mean is not told here; see `vlafit.checkpoints.openpi_jax`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Leaf:
     spec: dict[str, Any]
 
     def meta(self) -> Tensor:
-        """Return a tensor of this shape without storage; integers, of which no weight is made, stay integers."""
+        """Return a tensor of this shape without storage; integers stay integers, to be refused."""
         return torch.empty(self.shape, dtype=DTYPES.get(self.dtype, torch.int64), device="meta")
 
     def slices(self) -> Iterator[Tensor]:
@@ -65,6 +65,9 @@ class Leaf:
             raise WeightsError(
                 f"array {self.name}: {_first_line(error)}; copy or download it again"
             ) from error
+
+    def _unreadable(self, error: BaseException) -> WeightsError:
+        return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")
 
 
 def find_params(path: Path) -> Path | None:
@@ -145,9 +148,7 @@ def _listed(folder: Path) -> tuple[list[str] | None, bool]:
         names = ["/".join(str(k["key"]) for k in entry["key_metadata"]) for entry in stored]
         return names, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{path}: not Orbax's list of arrays ({error!r}); copy the folder again"
-        ) from error
+        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
 
 
 def _tensor(array: Any) -> Tensor:
@@ -164,8 +165,3 @@ def _step(path: Path) -> int:
 def _first_line(error: BaseException) -> str:
     text = str(error).split("\n")[0]
     return text if len(text) < 200 else f"{text[:200]}..."
-
-
-def total_bytes(leaves: Sequence[Leaf]) -> int:
-    """Return the size of the arrays' numbers."""
-    return sum(int(np.prod(leaf.shape)) * leaf.meta().element_size() for leaf in leaves)
