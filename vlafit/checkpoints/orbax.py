@@ -18,6 +18,7 @@ from vlafit.errors import WeightsError
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
 SIGNS = (METADATA, OCDBT)
+INDEX_BYTES = 1 << 24  # room in the cache beside an array: for OCDBT's own tree
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,16 +45,14 @@ class Leaf:
         import tensorstore
 
         shared = bool(self.chunk) and self.chunk[0] > 1
-        size = int(np.prod(self.shape)) * 4 if shared else 0
+        size = int(np.prod(self.shape)) * 4 + INDEX_BYTES if shared else 0
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": size}})
         try:
             store = tensorstore.open(self.spec, context=context, read=True, open=True).result()
             for i in range(self.shape[0]):
                 yield _tensor(store[i].read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(
-                f"array {self.name}: {_first_line(error)}; copy or download it again"
-            ) from error
+            raise self._unreadable(error) from error
 
     def read(self) -> Tensor:
         """Read the whole array."""
@@ -62,9 +61,7 @@ class Leaf:
         try:
             return _tensor(tensorstore.open(self.spec, read=True, open=True).result().read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(
-                f"array {self.name}: {_first_line(error)}; copy or download it again"
-            ) from error
+            raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> WeightsError:
         return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")
@@ -108,11 +105,8 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             stem, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json") and stem:
                 driver = "zarr" if file == ".zarray" else "zarr3"
-                store = (
-                    {**base, "path": f"{base['path']}{stem}/"}
-                    if root is base
-                    else {**root, "path": f"{stem}/"}
-                )
+                inside = f"{base['path']}{stem}/" if root is base else f"{stem}/"
+                store = {**root, "path": inside}
                 spec: dict[str, Any] = {"driver": driver, "kvstore": store, "recheck_cached_data": "open"}
                 if filled:
                     spec["fill_missing_data_reads"] = False
