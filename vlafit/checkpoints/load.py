@@ -186,9 +186,7 @@ def _find(
     if not path.exists():
         raise WeightsError(f"{path}: there is no such checkpoint")
     if base is not None:
-        raise WeightsError(
-            f"{path}: base={str(base)!r} is for an adapter, and this is no adapter's checkpoint"
-        )
+        raise WeightsError(f"{path}: base={str(base)!r} is for an adapter, and this is none")
     given = merge({}, config or {})
     widths = {key: given.pop(key) for key in WIDTHS if key in given}
     if path.is_dir() and native.recognise(path):
@@ -283,8 +281,8 @@ def _resize(found: _Found, widths: Mapping[str, object], given: Mapping[str, obj
     if resized and resize == "refuse":
         raise WeightsError(
             f"{found.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
-            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays, the"
-            " rest begins with zeros) or resize='fresh'"
+            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
+            " the rest begins with zeros) or resize='fresh'"
         )
     for name, shape in resized.items():
         pair = f"{tuple(shape)} to {tuple(new[name])}"

@@ -38,7 +38,7 @@ class CodecOptions:
 
 
 def find_assets(folder: Path) -> dict[str, Path]:
-    """Return the norm_stats.json files that lie in `folder`/assets, by asset (whose name may hold slashes)."""
+    """Return the norm_stats.json files that lie in `folder`/assets, by asset (a name or a/b)."""
     root = folder / "assets"
     return {p.parent.relative_to(root).as_posix(): p for p in sorted(root.rglob(FILE)) if p.parent != root}
 

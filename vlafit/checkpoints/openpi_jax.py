@@ -71,7 +71,7 @@ def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one leaf becomes. `dims` are those of one layer; `ours` has a place for the layer, if `layered`."""
+    """What one leaf becomes. `dims` are those of one layer; `ours` has a place for the layer if `layered`."""
 
     ours: tuple[str, ...]
     turn: Turn
@@ -135,7 +135,7 @@ RULES = _rules()
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """How LoRA factors were scaled, which no tensor tells. None: alpha is the rank, as in openpi's variants."""
+    """How LoRA factors were scaled, which no tensor tells. None: alpha is the rank, as openpi has it."""
 
     language_alpha: float | None = None
     expert_alpha: float | None = None
@@ -145,7 +145,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Lora:
-    """Two factors beside a weight. `scale` multiplies their product; `across_heads` is attn_vec's odd form."""
+    """Two factors beside a weight. `scale` multiplies their product; `across_heads`: attn_vec's odd form."""
 
     a: Leaf
     b: Leaf
@@ -182,7 +182,7 @@ class Tree:
         return tuple(found)
 
     def contents(self) -> Iterator[tuple[str, Tensor]]:
-        """Read and yield every parameter, the largest leaves first: they need the most room beside the rest."""
+        """Read and yield every parameter, the largest leaves first: they need most room beside."""
         for name in sorted(self.leaves, key=lambda n: -math.prod(self.leaves[n].shape)):
             leaf, rule, factors = self.leaves[name], RULES[name], self.lora.get(name)
             if not rule.layered:

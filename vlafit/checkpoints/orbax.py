@@ -4,7 +4,7 @@ What the arrays mean is not told here; see `vlafit.checkpoints.openpi_jax`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vlafit.errors import WeightsError
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
 SIGNS = (METADATA, OCDBT)
+INDEX_BYTES = 1 << 24  # room in the cache beside an array: for OCDBT's own tree
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,7 +33,7 @@ class Leaf:
     spec: dict[str, Any]
 
     def meta(self) -> Tensor:
-        """Return a tensor of this shape without storage; integers, of which no weight is made, stay integers."""
+        """Return a tensor of this shape without storage; integers stay integers, to be refused."""
         return torch.empty(self.shape, dtype=DTYPES.get(self.dtype, torch.int64), device="meta")
 
     def slices(self) -> Iterator[Tensor]:
@@ -44,16 +45,14 @@ class Leaf:
         import tensorstore
 
         shared = bool(self.chunk) and self.chunk[0] > 1
-        size = int(np.prod(self.shape)) * 4 if shared else 0
+        size = int(np.prod(self.shape)) * 4 + INDEX_BYTES if shared else 0
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": size}})
         try:
             store = tensorstore.open(self.spec, context=context, read=True, open=True).result()
             for i in range(self.shape[0]):
                 yield _tensor(store[i].read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(
-                f"array {self.name}: {_first_line(error)}; copy or download it again"
-            ) from error
+            raise self._unreadable(error) from error
 
     def read(self) -> Tensor:
         """Read the whole array."""
@@ -62,9 +61,10 @@ class Leaf:
         try:
             return _tensor(tensorstore.open(self.spec, read=True, open=True).result().read().result())
         except (ValueError, OSError) as error:
-            raise WeightsError(
-                f"array {self.name}: {_first_line(error)}; copy or download it again"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> WeightsError:
+        return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")
 
 
 def find_params(path: Path) -> Path | None:
@@ -105,11 +105,8 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             stem, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json") and stem:
                 driver = "zarr" if file == ".zarray" else "zarr3"
-                store = (
-                    {**base, "path": f"{base['path']}{stem}/"}
-                    if root is base
-                    else {**root, "path": f"{stem}/"}
-                )
+                inside = f"{base['path']}{stem}/" if root is base else f"{stem}/"
+                store = {**root, "path": inside}
                 spec: dict[str, Any] = {"driver": driver, "kvstore": store, "recheck_cached_data": "open"}
                 if filled:
                     spec["fill_missing_data_reads"] = False
@@ -145,9 +142,7 @@ def _listed(folder: Path) -> tuple[list[str] | None, bool]:
         names = ["/".join(str(k["key"]) for k in entry["key_metadata"]) for entry in stored]
         return names, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{path}: not Orbax's list of arrays ({error!r}); copy the folder again"
-        ) from error
+        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
 
 
 def _tensor(array: Any) -> Tensor:
@@ -164,8 +159,3 @@ def _step(path: Path) -> int:
 def _first_line(error: BaseException) -> str:
     text = str(error).split("\n")[0]
     return text if len(text) < 200 else f"{text[:200]}..."
-
-
-def total_bytes(leaves: Sequence[Leaf]) -> int:
-    """Return the size of the arrays' numbers."""
-    return sum(int(np.prod(leaf.shape)) * leaf.meta().element_size() for leaf in leaves)

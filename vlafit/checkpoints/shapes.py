@@ -106,8 +106,8 @@ def _require_public(public: Pi0Config, read: Mapping, told: Mapping, where: str)
                 odd.append(f"{part}.{key} is {value}, not {wanted[part][key]}")
     if odd:
         raise WeightsError(
-            f"{where}: as wide as the public pi0, and yet {'; '.join(odd)}: the checkpoint is not whole. If it"
-            " is meant so, say it in config"
+            f"{where}: as wide as the public pi0, and yet {'; '.join(odd)}: the checkpoint is not whole. If"
+            " it is meant so, say it in config"
         )
 
 
