@@ -134,7 +134,9 @@ def codec() -> Codec:
 @pytest.mark.parity
 def test_the_codec_encodes_what_the_processors_recorded(codec: Codec):
     for i, task in enumerate(TASKS):
-        sample = Sample(robot_view(i, RAW, task), RAW["raw.action"][i].numpy(), np.ones(10, bool), ("", "", i))
+        sample = Sample(
+            robot_view(i, RAW, task), RAW["raw.action"][i].numpy(), np.ones(10, bool), ("", "", i)
+        )
         encoded = codec.encode(sample)
         length = RAW["pre.observation.language.tokens"].shape[1]
         assert np.array_equal(encoded.tokens[:length], RAW["pre.observation.language.tokens"][i])
@@ -188,7 +190,10 @@ def test_padding_is_black_and_centred_or_top_left():
 
 def test_the_robot_has_the_features_names_and_nothing_invented(codec: Codec):
     robot = codec.embodiment
-    assert [(c.name, c.shape) for c in robot.cameras] == [("cam_high", (40, 72, 3)), ("cam_wrist", (40, 72, 3))]
+    assert [(c.name, c.shape) for c in robot.cameras] == [
+        ("cam_high", (40, 72, 3)),
+        ("cam_wrist", (40, 72, 3)),
+    ]
     assert (robot.state.shape, robot.action.shape) == ((7,), (6,))
     assert (robot.hz, robot.control) == (0.0, "")
 
@@ -214,7 +219,10 @@ def test_a_missing_tokenizer_is_reported_and_may_be_given(folder: Path):
 
 def test_an_empty_camera_is_a_slot_that_is_always_missing(folder: Path):
     key = "observation.images.empty_camera_0"
-    edit(folder / "config.json", lambda v: v["input_features"].update({key: {"type": "VISUAL", "shape": [3, 480, 640]}}))
+    edit(
+        folder / "config.json",
+        lambda v: v["input_features"].update({key: {"type": "VISUAL", "shape": [3, 480, 640]}}),
+    )
     codec = vlafit.load_checkpoint(folder).codec
     assert codec is not None and codec.config.cameras == ("cam_high", "cam_wrist", "")
     assert codec.encode(robot_view(0, RAW)).image_mask.tolist() == [True, True, False]
@@ -280,7 +288,11 @@ BAD_PROCESSORS = {
         lambda v: v["output_features"].pop("action"),
         "no feature 'action' of one dimension",
     ),
-    "aloha's joints": ("config.json", lambda v: v.update(adapt_to_pi_aloha=True), "adapt_to_pi_aloha is true"),
+    "aloha's joints": (
+        "config.json",
+        lambda v: v.update(adapt_to_pi_aloha=True),
+        "adapt_to_pi_aloha is true",
+    ),
     "special image tokens": (
         "config.json",
         lambda v: v.update(add_image_special_tokens=True),
@@ -292,7 +304,11 @@ BAD_PROCESSORS = {
         lambda v: v.update(resize_imgs_with_padding=[64, 32]),
         r"resize_imgs_with_padding is \[64, 32\]",
     ),
-    "another family": ("config.json", lambda v: v.update(type="pi0"), "type 'pi0', the tensors are those of smolvla"),
+    "another family": (
+        "config.json",
+        lambda v: v.update(type="pi0"),
+        "type 'pi0', the tensors are those of smolvla",
+    ),
     "other periods": ("config.json", lambda v: v.update(max_period=8.0), "max_period is 8.0"),
 }
 
@@ -310,7 +326,9 @@ def test_statistics_that_are_not_there_are_an_error_and_not_a_feature_left_as_it
     tensors = load_file(path)
     del tensors["observation.state.std"]
     save_file(tensors, path)
-    with pytest.raises(WeightsError, match="observation.state is to be normalised by lerobot_mean_std, and std is not"):
+    with pytest.raises(
+        WeightsError, match="observation.state is to be normalised by lerobot_mean_std, and std is not"
+    ):
         vlafit.load_checkpoint(folder)
 
 
@@ -325,7 +343,9 @@ def test_a_foreign_instruction_that_is_too_long_is_refused_and_not_cut(codec: Co
 def test_the_head_is_knowingly_unused_and_the_rest_is_used():
     report = vlafit.load_checkpoint(FIXTURE).report
     assert (report.form, report.family, report.unused) == ("LeRobot", "smolvla", (HEAD,))
-    assert report.parameters + 512 * 64 == sum(t.numel() for t in load_file(FIXTURE / "model.safetensors").values())
+    assert report.parameters + 512 * 64 == sum(
+        t.numel() for t in load_file(FIXTURE / "model.safetensors").values()
+    )
 
 
 def test_without_any_config_the_error_names_the_first_key_to_give(folder: Path):
@@ -354,7 +374,10 @@ def test_names_of_compiled_modules_and_old_statistics_among_the_weights_are_unde
     [
         (lambda t: t.pop("model.state_proj.bias"), "missing .1.: state_proj.bias"),
         (lambda t: t.update({"model.extra": torch.ones(2)}), "surplus .1.: model.extra"),
-        (lambda t: t["model.action_in_proj.weight"].fill_(torch.nan), "not finite .1.: action_in_proj.weight"),
+        (
+            lambda t: t["model.action_in_proj.weight"].fill_(torch.nan),
+            "not finite .1.: action_in_proj.weight",
+        ),
         (
             lambda t: t.pop("model.vlm_with_expert.lm_expert.layers.3.mlp.up_proj.weight"),
             "missing .1.: expert.layers.3.mlp.up_proj.weight",
@@ -392,7 +415,9 @@ def write_pi0(folder: Path, size: str, layout: str):
         tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
     else:
         tensors = {lerobot.PI0.theirs(name): tensor for name, tensor in weights.items()}
-        stale = weights["language.embed_tokens.weight"] + 1  # LeRobot trains the embedding, and leaves the head
+        stale = (
+            weights["language.embed_tokens.weight"] + 1
+        )  # LeRobot trains the embedding, and leaves the head
         tensors |= {lerobot.PI0.ties["language.embed_tokens.weight"]: stale, lerobot.PI0.unused[0]: dead}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")

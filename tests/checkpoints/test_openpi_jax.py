@@ -76,9 +76,7 @@ def test_merged_lora_gives_the_velocity_that_openpi_recorded():
 
 def test_alpha_scales_the_attentions_factors_and_not_those_of_the_mlp():
     plain = dict(openpi_jax.open_tree(JAX / "ckpt_lora_pure" / "params", {}).contents())
-    double = dict(
-        openpi_jax.open_tree(JAX / "ckpt_lora_pure" / "params", {"language_alpha": 8.0}).contents()
-    )
+    double = dict(openpi_jax.open_tree(JAX / "ckpt_lora_pure" / "params", {"language_alpha": 8.0}).contents())
     base = dict(openpi_jax.open_tree(JAX / "ckpt_pure" / "params", {}).contents())
     changed = {name for name in plain if not torch.equal(plain[name], double[name])}
     assert changed == {n for n in plain if n.startswith("language.") and ".self_attn." in n}

@@ -54,7 +54,9 @@ def write(policy: Policy, codec: Codec | None, target: Target, out: str | Path, 
         raise WeightsError(f"{out} is there already; name a new folder, or remove it first")
     reasons = writer.refusals(policy, codec)
     if reasons:
-        raise WeightsError(f"{where}: cannot go to {target}:\n" + "\n".join(f"  {reason}" for reason in reasons))
+        raise WeightsError(
+            f"{where}: cannot go to {target}:\n" + "\n".join(f"  {reason}" for reason in reasons)
+        )
     with files.new_folder(out) as partial:
         notes = writer.write(partial, policy, codec)
         written = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())

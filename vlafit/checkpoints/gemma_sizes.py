@@ -28,7 +28,9 @@ def gemma_refusals(config: Pi0Config, program: str) -> list[str]:
     names = variants(config)
     for part, name in zip(("language", "expert"), names, strict=True):
         if not name:
-            found.append(f"{program} builds the {part} model as {' or '.join(VARIANTS)}, and this one is neither")
+            found.append(
+                f"{program} builds the {part} model as {' or '.join(VARIANTS)}, and this one is neither"
+            )
     v, wanted = config.vision, public.vision
     if (v.width, v.depth, v.mlp, v.heads, v.patch) != (
         wanted.width,

@@ -68,7 +68,10 @@ BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 TYPES = ("pi0", "pi05", "smolvla")
 HEAD_DIM = {576: 64, 960: 64, 2048: 64}  # SmolLM2 135M, 360M and 1.7B by width: the decoders of SmolVLM2
 TOWER_HEADS = {768: 12, 1152: 16}  # SigLIP B/16 and So400m/14, by width: the towers of SmolVLM2
-ALWAYS: dict[str, object] = {"min_period": 4e-3, "max_period": 4.0}  # of the time embedding; no other is written
+ALWAYS: dict[str, object] = {
+    "min_period": 4e-3,
+    "max_period": 4.0,
+}  # of the time embedding; no other is written
 SMOLVLA_NEVER: dict[str, str] = {
     "add_image_special_tokens": "it puts special tokens around images",
     "adapt_to_pi_aloha": "it converts Aloha's joints inside the policy",
@@ -207,7 +210,14 @@ def _smolvla_config(
         sizes = {"image_size": public.image_size, "chunk": public.chunk, "max_tokens": public.max_tokens}
         read = merge(sizes, read)
     values = merge(merge(read, _known_of_smolvla(told, folder, read["language"]["depth"])), given)
-    for key in ("vision.heads", "language.head_dim", "expert.self_every", "image_size", "chunk", "max_tokens"):
+    for key in (
+        "vision.heads",
+        "language.head_dim",
+        "expert.self_every",
+        "image_size",
+        "chunk",
+        "max_tokens",
+    ):
         section, _, leaf = key.rpartition(".")
         if (values[section] if section else values).get(leaf) is None:
             raise WeightsError(
@@ -216,7 +226,9 @@ def _smolvla_config(
             )
     head_dim = values["language"]["head_dim"]
     if not isinstance(head_dim, int) or head_dim < 1:
-        raise WeightsError(f"{where}: config: language.head_dim must be a whole number above 0, not {head_dim!r}")
+        raise WeightsError(
+            f"{where}: config: language.head_dim must be a whole number above 0, not {head_dim!r}"
+        )
     heads = {
         "heads": shape("language.layers.0.self_attn.q_proj.weight", 2)[0] // head_dim,
         "kv_heads": shape("language.layers.0.self_attn.k_proj.weight", 2)[0] // head_dim,
@@ -265,7 +277,9 @@ def _known_of_smolvla(told: Described | None, folder: Path, depth: int) -> dict[
     sides = told.get("resize_imgs_with_padding", list)
     if sides is not None:
         if len(sides) != 2 or sides[0] != sides[1]:
-            raise WeightsError(f"{told.path}: resize_imgs_with_padding is {sides}; only squares are supported here")
+            raise WeightsError(
+                f"{told.path}: resize_imgs_with_padding is {sides}; only squares are supported here"
+            )
         known["image_size"] = sides[0]
     vlm = folder / str(told.values.get("vlm_model_name")) / "config.json"
     if vlm.is_file() and folder.resolve() in vlm.resolve().parents:
@@ -287,7 +301,9 @@ def _known_of_vlm(path: Path) -> dict[str, Any]:
 def _require_always(told: Described) -> None:
     for key, value in ALWAYS.items():
         if told.values.get(key, value) != value:
-            raise WeightsError(f"{told.path}: {key} is {told.values[key]!r}; only {value!r} is supported here")
+            raise WeightsError(
+                f"{told.path}: {key} is {told.values[key]!r}; only {value!r} is supported here"
+            )
     if re.fullmatch(r"pi0|pi05|smolvla", str(told.values["type"])) is None:
         raise WeightsError(
             f"{told.path}: type {told.values['type']!r} is not one that is supported here ({', '.join(TYPES)})"

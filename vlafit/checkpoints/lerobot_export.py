@@ -64,7 +64,10 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
         return ["LeRobot has no such family"]
     found = size_refusals(policy)
     if codec is None:
-        return [*found, "the checkpoint has no codec, and LeRobot needs its processors: normalisation and tokenizer"]
+        return [
+            *found,
+            "the checkpoint has no codec, and LeRobot needs its processors: normalisation and tokenizer",
+        ]
     return found + codec_refusals(codec, kind)
 
 
@@ -83,7 +86,9 @@ def size_refusals(policy: Policy) -> list[str]:
         public.vision,
         {**vars(public.language), "depth": 0},
     ) or config.language.depth > 32:
-        found.append(f"LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of {SMOLVLM}")
+        found.append(
+            f"LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of {SMOLVLM}"
+        )
     width, mlp = _expert_of(config)
     if (width, mlp) != (config.expert.width, config.expert.mlp):
         found.append(
@@ -97,7 +102,9 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     config, found = codec.config, []
     wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",)}[kind]
     if config.prompt not in wanted:
-        found.append(f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}")
+        found.append(
+            f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
+        )
     if kind == "smolvla" and any(config.relative):
         found.append("LeRobot's SmolVLA has no relative actions")
     framing = "smolvla" if kind == "smolvla" else "lerobot"
@@ -107,8 +114,17 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
             f"LeRobot pads images of {kind} elsewhere than this codec ({config.framing}), and camera "
             f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} squared"
         )
+    for name, method in (("state", config.normalisation), ("action", config.of_actions)):
+        lost = _lost(codec.statistics[name], method)
+        if lost:
+            found.append(
+                f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} beside its "
+                "offset is lost"
+            )
     if config.prompt == "pi0" and not _in_one_piece(codec.tokenizer):
-        found.append("LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the pieces")
+        found.append(
+            "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the pieces"
+        )
     return found
 
 
@@ -127,7 +143,9 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     notes = []
     scaled = [c.name for c in codec.embodiment.cameras if c.shape[:2] != (codec.config.image_size,) * 2]
     if scaled and codec.config.framing == "openpi":
-        notes.append(f"LeRobot scales images ({', '.join(scaled)}) without antialiasing; this codec did it with")
+        notes.append(
+            f"LeRobot scales images ({', '.join(scaled)}) without antialiasing; this codec did it with"
+        )
     if codec.config.prompt == "pi0":
         notes.append("LeRobot does not strip instructions, nor turn newlines inside them into blanks")
     return tuple(notes)
@@ -218,7 +236,9 @@ def _inputs(codec: Codec) -> dict[str, Any]:
         if name:
             height, width, _ = codec.embodiment.camera(name).shape
             features[_key(name)] = {"type": "VISUAL", "shape": [3, height, width]}
-    for name in codec.config.cameras:  # LeRobot puts missing cameras last; where they stand makes no difference
+    for (
+        name
+    ) in codec.config.cameras:  # LeRobot puts missing cameras last; where they stand makes no difference
         if not name:
             side = codec.config.image_size
             features[f"{EMPTY}{empty}"] = {"type": "VISUAL", "shape": [3, side, side]}
@@ -358,9 +378,22 @@ def _statistics(codec: Codec) -> dict[str, Tensor]:
         statistics = codec.statistics[name]
         arrays = {n: a for n in ARRAYS if (a := getattr(statistics, n)) is not None}
         arrays |= _effective(statistics, method)
-        found |= {f"{feature}.{n}": torch.from_numpy(np.asarray(a, dtype=np.float32)) for n, a in arrays.items()}
+        found |= {
+            f"{feature}.{n}": torch.from_numpy(np.asarray(a, dtype=np.float32)) for n, a in arrays.items()
+        }
         found[f"{feature}.count"] = torch.tensor([float(statistics.count)])
     return found
+
+
+def _lost(statistics: Statistics, method: Normalisation) -> list[int]:
+    """Return the dimensions whose divisor changes by more than 1 in 1000 when statistics become float32."""
+    if method != "quantile":
+        return []
+    low, high = (
+        array.astype(np.float32).astype(np.float64) for array in _effective(statistics, method).values()
+    )
+    scale = Normaliser.fit(statistics, method).scale
+    return np.flatnonzero(np.abs(high - low - scale) > 1e-3 * scale).tolist()
 
 
 def _effective(statistics: Statistics, method: Normalisation) -> dict[str, NDArray[np.float64]]:

@@ -68,7 +68,9 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
     asking = _one(pre, "tokenizer_processor")
     prompt = _prompt(pre, asking)
     if (prompt == "pi05") != (needs.prompt == "pi05"):
-        raise WeightsError(f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}")
+        raise WeightsError(
+            f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
+        )
     cameras, embodiment = _robot(told, pre)
     kinds = {name: _mode(inner, kind) for name, kind in (("state", "STATE"), ("action", "ACTION"))}
     statistics = {
@@ -126,7 +128,9 @@ def _steps(path: Path) -> list[Step]:
 def _require_known(steps: Sequence[Step], known: set[str]) -> None:
     for step in steps:
         if step.name not in known:
-            raise WeightsError(f"{step.where}: this step is not known here, and leaving it out would be a guess")
+            raise WeightsError(
+                f"{step.where}: this step is not known here, and leaving it out would be a guess"
+            )
 
 
 def _one(steps: Sequence[Step], name: str) -> Step:
@@ -140,7 +144,9 @@ def _one(steps: Sequence[Step], name: str) -> Step:
 def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
     names = [step.name for step in steps]
     if asking.config.get("padding_side", "right") != "right":
-        raise WeightsError(f"{asking.where}: padding_side is not 'right', which no policy here was trained with")
+        raise WeightsError(
+            f"{asking.where}: padding_side is not 'right', which no policy here was trained with"
+        )
     if STATE_PROMPT in names:
         if names.index(STATE_PROMPT) < names.index("normalizer_processor"):
             raise WeightsError(f"{asking.where}: the state enters the prompt before it is normalised")
@@ -165,7 +171,9 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
             slots.append("")
             continue
         if len(shape) != 3:
-            raise WeightsError(f"{told.path}: input_features: {key} has shape {shape}, not (3, height, width)")
+            raise WeightsError(
+                f"{told.path}: input_features: {key} has shape {shape}, not (3, height, width)"
+            )
         name = renamed.get(key, key).removeprefix(IMAGES)
         slots.append(name)
         height, width = (shape[0], shape[1]) if shape[2] == 3 and shape[0] != 3 else (shape[1], shape[2])
@@ -174,7 +182,9 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
     action = _features(told, "output_features").get(ACTION)
     for key, feature in ((STATE, state), (ACTION, action)):
         if feature is None or len(feature[1]) != 1:
-            raise WeightsError(f"{told.path}: there is no feature {key!r} of one dimension; it says the robot's width")
+            raise WeightsError(
+                f"{told.path}: there is no feature {key!r} of one dimension; it says the robot's width"
+            )
     assert state is not None and action is not None
     labels = tuple(told.get("action_feature_names", list) or ())
     labels = labels if len(labels) == action[1][0] else ()
@@ -192,7 +202,8 @@ def _features(told: Described, key: str) -> dict[str, tuple[str, tuple[int, ...]
     try:
         listed = told.values[key] or {}
         return {
-            name: (str(one["type"]), tuple(int(side) for side in one["shape"])) for name, one in listed.items()
+            name: (str(one["type"]), tuple(int(side) for side in one["shape"]))
+            for name, one in listed.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{told.path}: {key} is not what LeRobot writes there ({error!r})") from error
@@ -201,9 +212,13 @@ def _features(told: Described, key: str) -> dict[str, tuple[str, tuple[int, ...]
 def _mode(step: Step, kind: str) -> Normalisation:
     modes = dict(step.config.get("norm_map", {}))
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise WeightsError(f"{step.where}: images are normalised ({modes['VISUAL']}); no policy here expects that")
+        raise WeightsError(
+            f"{step.where}: images are normalised ({modes['VISUAL']}); no policy here expects that"
+        )
     if step.config.get("eps", LEROBOT_EPSILON) != LEROBOT_EPSILON:
-        raise WeightsError(f"{step.where}: eps is {step.config['eps']}; only {LEROBOT_EPSILON} is supported here")
+        raise WeightsError(
+            f"{step.where}: eps is {step.config['eps']}; only {LEROBOT_EPSILON} is supported here"
+        )
     mode = modes.get(kind, "IDENTITY")
     if mode not in MODES:
         raise WeightsError(f"{step.where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}")
@@ -246,7 +261,9 @@ def _require_same_output(outer: Step, kind: Normalisation, pre: Statistics, dime
         there = _statistics(outer, ACTION, post, dimensions)
         if all(np.array_equal(pre.array(n), there.array(n)) for n in NEEDED.get(kind, ())):
             return
-    raise WeightsError(f"{outer.where}: it does not undo how {PRE} normalises actions; one of the two was exchanged")
+    raise WeightsError(
+        f"{outer.where}: it does not undo how {PRE} normalises actions; one of the two was exchanged"
+    )
 
 
 def _relative(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> tuple[bool, ...]:

@@ -27,7 +27,9 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     config = policy.config
     found = gemma_refusals(config, "openpi")
     if config.vision.image_size != IMAGE_SIZE:
-        found.append(f"openpi's images have {IMAGE_SIZE} pixels a side, this policy's {config.vision.image_size}")
+        found.append(
+            f"openpi's images have {IMAGE_SIZE} pixels a side, this policy's {config.vision.image_size}"
+        )
     if config.state_dim != config.action_dim:
         found.append(
             f"openpi pads states as wide as actions; this policy's are {config.state_dim} and {config.action_dim}"
@@ -56,7 +58,9 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     dead = torch.zeros(embedding.shape[0], config.expert.width, dtype=embedding.dtype)
     tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
     ours, tied = next(iter(openpi.NAMES.ties.items()))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.theirs(ours): tied})
+    save_file(
+        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.theirs(ours): tied}
+    )
     language, expert = variants(config)
     described = {
         "action_dim": config.action_dim,
@@ -80,7 +84,9 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
         mask = ", ".join(str(on) for on in codec.config.relative)
         notes.append(f"openpi's data config must make actions relative by DeltaActions(mask=({mask}))")
     if codec.config.prompt == "line":
-        notes.append("openpi cleans instructions (underscores and newlines become blanks); this codec did not")
+        notes.append(
+            "openpi cleans instructions (underscores and newlines become blanks); this codec did not"
+        )
     notes.append("openpi always asks with PaliGemma's tokenizer; the codec's must be that")
     return tuple(notes)
 

@@ -97,7 +97,9 @@ class Statistics:
         found = getattr(self, name)
         if found is None:
             have = ", ".join(n for n in ARRAYS if getattr(self, n) is not None)
-            raise CodecError(f"the statistics hold no {name}, but {have}; normalise by those, or fit them anew")
+            raise CodecError(
+                f"the statistics hold no {name}, but {have}; normalise by those, or fit them anew"
+            )
         return found
 
     def to_json(self) -> dict[str, object]:

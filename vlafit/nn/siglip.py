@@ -74,7 +74,9 @@ class SiglipTower(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
         table = self.position_embedding.weight
-        x = patches.flatten(2).transpose(1, 2) + (table if positions is None else table[positions])  # [b, l, w]
+        x = patches.flatten(2).transpose(1, 2) + (
+            table if positions is None else table[positions]
+        )  # [b, l, w]
         x = x.to(matrix_dtype(self.layers[0]))
         for layer in self.layers:
             x = layer(x)

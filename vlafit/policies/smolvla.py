@@ -228,7 +228,9 @@ class SmolVLA(Policy):
             else:
                 view = View(valid.cumsum(1) - 1, key_mask(valid))
             _, layers = self.language(x, view, output=False)
-        with torch.set_grad_enabled(training and (not frozen or any(p.requires_grad for p in self.state_proj.parameters()))):
+        with torch.set_grad_enabled(
+            training and (not frozen or any(p.requires_grad for p in self.state_proj.parameters()))
+        ):
             token = in_own_precision(self.state_proj, batch.state)[:, None].to(x.dtype)  # [b, 1, d]
             valid = None if valid is None else F.pad(valid, (0, 1), value=True)
             view = View(count, None if valid is None else key_mask(valid))
