@@ -1,7 +1,8 @@
 """LeRobot's checkpoints of pi0, pi0.5 and SmolVLA: names, and what config.json says that shapes do not.
 
-pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and both
-of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from openpi's).
+pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
+both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
+openpi's).
 """
 
 import json
@@ -133,7 +134,8 @@ def open_weights(
         kind = "pi05" if f"{'model.' if in_model else ''}time_mlp_in.weight" in rest else "pi0"
     if told is not None and told.values["type"] != kind:
         raise WeightsError(
-            f"{where}: config.json says type {told.values['type']!r}, the tensors are those of {kind}: config.json "
+            f"{where}: config.json says type {told.values['type']!r}, the tensors are those of {kind}: "
+            "config.json "
             "or the weights are another checkpoint's"
         )
     # Once LeRobot has trained a policy its head and embedding are two tensors, and the head feeds nothing.
@@ -238,7 +240,7 @@ def _smolvla_config(
 
 
 def _self_every(weights: Mapping[str, Tensor], expert_width: int) -> int | None:
-    """Tell self from cross layers by what their keys are made of: the expert's tokens, or the prefix's keys."""
+    """Tell self from cross layers by what their keys are made of: the expert's tokens, or prefix keys."""
     depth = depth_of(weights, "expert")
     keys = [weights.get(f"expert.layers.{i}.self_attn.k_proj.weight") for i in range(depth)]
     if any(key is None or key.ndim != 2 or key.shape[0] == expert_width for key in keys):
@@ -260,7 +262,8 @@ def _known_of_smolvla(told: Described | None, folder: Path, depth: int) -> dict[
     shallow = told.get("num_expert_layers", int)
     if shallow is not None and shallow > 0 and shallow != depth:
         raise WeightsError(
-            f"{told.path}: num_expert_layers is {shallow} for {depth} layers of the language model; an expert "
+            f"{told.path}: num_expert_layers is {shallow} for {depth} layers of the language model; an "
+            "expert "
             "that is less deep is not supported here"
         )
     known: dict[str, Any] = {
@@ -306,5 +309,6 @@ def _require_always(told: Described) -> None:
             )
     if re.fullmatch(r"pi0|pi05|smolvla", str(told.values["type"])) is None:
         raise WeightsError(
-            f"{told.path}: type {told.values['type']!r} is not one that is supported here ({', '.join(TYPES)})"
+            f"{told.path}: type {told.values['type']!r} is not one that is supported here "
+            f"({', '.join(TYPES)})"
         )

@@ -1,8 +1,8 @@
 """Write a policy and its codec as LeRobot saves them: config.json, weights, both pipelines, the tokenizer.
 
 LeRobot builds a network from names of sizes, so only those it can name are written (`refusals`). Two tensors
-that feed nothing are part of its state: the language head, written as a copy of the embedding, and the head of
-pi0's expert, written as zeros.
+that feed nothing are part of its state: the language head, written as a copy of the embedding, and the head
+of pi0's expert, written as zeros.
 """
 
 import json
@@ -87,12 +87,14 @@ def size_refusals(policy: Policy) -> list[str]:
         {**vars(public.language), "depth": 0},
     ) or config.language.depth > 32:
         found.append(
-            f"LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of {SMOLVLM}"
+            "LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of "
+            f"{SMOLVLM}"
         )
     width, mlp = _expert_of(config)
     if (width, mlp) != (config.expert.width, config.expert.mlp):
         found.append(
-            f"LeRobot gives an expert of width {config.expert.width} an MLP of {mlp}, this policy's is {config.expert.mlp}"
+            f"LeRobot gives an expert of width {config.expert.width} an MLP of {mlp}, this policy's is "
+            f"{config.expert.mlp}"
         )
     return found
 
@@ -112,18 +114,21 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     if scaled and (config.framing == "smolvla") != (framing == "smolvla"):
         found.append(
             f"LeRobot pads images of {kind} elsewhere than this codec ({config.framing}), and camera "
-            f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} squared"
+            f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} "
+            "squared"
         )
     for name, method in (("state", config.normalisation), ("action", config.of_actions)):
         lost = _lost(codec.statistics[name], method)
         if lost:
             found.append(
-                f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} beside its "
+                f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} "
+                "beside its "
                 "offset is lost"
             )
     if config.prompt == "pi0" and not _in_one_piece(codec.tokenizer):
         found.append(
-            "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the pieces"
+            "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the "
+            "pieces"
         )
     return found
 
@@ -140,7 +145,10 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
         _write_json(folder / LOCAL_VLM / "config.json", _vlm_config(policy.config))
     _write_processors(folder, codec, kind, config)
     _tokenizer(codec).save(folder / "tokenizer")
-    notes = []
+    notes = [
+        "LeRobot up to 0.6.1 does not look for the tokenizer in the folder: give make_pre_post_processors"
+        " preprocessor_overrides={'tokenizer_processor': {'tokenizer_name': '<folder>/tokenizer'}}"
+    ]
     scaled = [c.name for c in codec.embodiment.cameras if c.shape[:2] != (codec.config.image_size,) * 2]
     if scaled and codec.config.framing == "openpi":
         notes.append(
@@ -259,7 +267,7 @@ def _modes(codec: Codec) -> dict[str, str]:
 
 
 def _relative_names(codec: Codec) -> tuple[list[str] | None, list[str]]:
-    """Return names of the action's dimensions, and those that stay absolute, so that LeRobot finds our mask."""
+    """Return names of the action's dimensions, and which stay absolute, so that LeRobot finds our mask."""
     mask, labels = codec.config.relative, list(codec.embodiment.action.labels)
     absolute = [label for label, on in zip(labels, mask, strict=False) if not on]
     if not any(mask) or (labels and mask_of(labels, absolute, len(mask)) == mask):
@@ -276,7 +284,7 @@ def _multiplier(config: SmolVLAConfig) -> float:
 
 
 def _expert_of(config: SmolVLAConfig) -> tuple[int, int]:
-    """Return the expert's width and MLP that LeRobot makes (smolvlm_with_expert.py, get_intermediate_size)."""
+    """Return the width and MLP of the expert that LeRobot makes (its get_intermediate_size)."""
     width = int(config.language.width * _multiplier(config))
     mlp = int(4 * int(2 * width / 3))
     return width, 256 * ((mlp + 255) // 256)

@@ -1,8 +1,8 @@
 """LeRobot's processor pipelines and our codec: one read as the other, both ways.
 
-`policy_preprocessor.json` and `policy_postprocessor.json` list steps; statistics lie in safetensors files beside
-them, and newer checkpoints also hold the tokenizer. A step that we do not know is an error: leaving it out would
-feed the policy something it was not trained on.
+`policy_preprocessor.json` and `policy_postprocessor.json` list steps; statistics lie in safetensors files
+beside them, and newer checkpoints also hold the tokenizer. A step that we do not know is an error: leaving it
+out would feed the policy something it was not trained on.
 """
 
 import json
@@ -52,9 +52,11 @@ class Step:
 
 
 def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tuple[Codec | None, str]:
-    """Return the codec that config.json and the processors in `folder` amount to, or None and why there is none.
+    """Return the codec that config.json and the processors in `folder` amount to, or None and why there is
+    none.
 
-    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own. Raises WeightsError naming the step or feature that we cannot repeat.
+    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own. Raises
+    WeightsError naming the step or feature that we cannot repeat.
     """
     told = describe(folder)
     lacking = [name for name in (PRE, POST) if not (folder / name).is_file()]
@@ -155,7 +157,7 @@ def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
 
 
 def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
-    """Return the camera slots and what config.json tells of the robot; it has neither rate nor control mode."""
+    """Return the camera slots, and what config.json tells of the robot; no rate and no control mode."""
     renamed = {
         new: old
         for step in steps
@@ -247,7 +249,8 @@ def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) 
         if array.shape != (dimensions,) or not np.isfinite(array).all():
             raise WeightsError(
                 f"{step.where}: {feature}.{name} has shape {array.shape}"
-                f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has {dimensions} dimensions"
+                f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has "
+                f"{dimensions} dimensions"
             )
     if kind == "identity":  # which reads none, whatever there is
         found.setdefault("mean", np.zeros(dimensions))

@@ -232,7 +232,8 @@ def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
         raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
     raise WeightsError(
         f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
-        " a native checkpoint, nor of LeRobot's or openpi's pi0 or pi0.5, nor of SmolVLA, nor of transformers' pi0"
+        " a native checkpoint, nor of LeRobot's or openpi's pi0 or pi0.5, nor of SmolVLA, nor of "
+        "transformers' pi0"
     )
 
 

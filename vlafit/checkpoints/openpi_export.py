@@ -32,7 +32,8 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
         )
     if config.state_dim != config.action_dim:
         found.append(
-            f"openpi pads states as wide as actions; this policy's are {config.state_dim} and {config.action_dim}"
+            f"openpi pads states as wide as actions; this policy's are {config.state_dim} and "
+            f"{config.action_dim}"
         )
     return found + (codec_refusals(codec, config.pi05) if codec is not None else [])
 
@@ -45,7 +46,8 @@ def codec_refusals(codec: Codec, pi05: bool) -> list[str]:
     for what, method in (("states", codec.config.normalisation), ("actions", codec.config.of_actions)):
         if method not in (wanted, f"lerobot_{wanted}"):
             found.append(
-                f"openpi normalises {'pi0.5' if pi05 else 'pi0'} by {wanted}, this codec its {what} by {method}"
+                f"openpi normalises {'pi0.5' if pi05 else 'pi0'} by {wanted}, this codec its {what} by "
+                f"{method}"
             )
     return found
 

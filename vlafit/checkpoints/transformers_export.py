@@ -37,7 +37,8 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise WeightsError(
-            f"transformers {transformers.__version__} names pi0's tensors otherwise than {SINCE}: {odd[:4]}; install {SINCE}"
+            f"transformers {transformers.__version__} names pi0's tensors otherwise than {SINCE}: "
+            f"{odd[:4]}; install {SINCE}"
         )
     model.load_state_dict(tensors, assign=True)
     model.save_pretrained(folder)

@@ -9,7 +9,8 @@ Framing = Literal["openpi", "lerobot", "smolvla"]
 """How an image gets the model's size. All keep its aspect, interpolate bilinearly and pad with black.
 
 openpi: antialiased and centred; lerobot (its pi0 and pi0.5): not antialiased, centred; smolvla: not
-antialiased, at the bottom right. The last two interpolate floats, which are rounded to whole grey levels here.
+antialiased, at the bottom right. The last two interpolate floats, which are rounded to whole grey levels
+here.
 """
 
 
@@ -30,7 +31,7 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
 
 
 def bilinear(image: NDArray, height: int, width: int) -> NDArray[np.float32]:
-    """Interpolate `image` [h, w, 3] as torch's `F.interpolate(mode="bilinear", align_corners=False)`, without antialiasing."""
+    """Interpolate `image` [h, w, 3] as torch's `F.interpolate(mode="bilinear")`, without antialiasing."""
     values = image.astype(np.float32)
     for axis, wanted in ((0, height), (1, width)):
         have = image.shape[axis]

@@ -21,8 +21,8 @@ Normalisation = Literal[
     "lerobot_min_max",
     "identity",
 ]
-"""How a column is normalised. The first two are openpi's, with floors that keep odd dimensions from exploding;
-the others repeat what LeRobot did when it trained a checkpoint."""
+"""How a column is normalised. The first two are openpi's, with floors that keep odd dimensions from
+exploding; the others repeat what LeRobot did when it trained a checkpoint."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
@@ -183,7 +183,7 @@ def _constant(statistics: Statistics) -> NDArray[np.bool_]:
 
 
 def _floored(statistics: Statistics, width: NDArray[np.float64], gain: float) -> NDArray[np.float64]:
-    """Return what to divide by: `width`, unless the range asks for more; times `gain` where it is a whole range."""
+    """Return what to divide by: `width`, unless the range asks for more; `gain` is 2 for a whole range."""
     if statistics.min is None or statistics.max is None:
         return width + EPSILON
     scale = np.maximum(width, gain * (statistics.max - statistics.min) / FURTHEST) + EPSILON

@@ -1,8 +1,9 @@
 """The Llama decoder for two passes, with layers that may attend to an earlier pass alone.
 
-What differs from `vlafit.nn.gemma`: norms multiply by their weight, the feed-forward layer's gate is SiLU, and a
-*cross* layer has no keys and values of its own tokens: it projects those of the earlier pass anew. Parameter
-names are those of transformers; rotary positions are LeRobot's (base 10000, whatever the model's config says).
+What differs from `vlafit.nn.gemma`: norms multiply by their weight, the feed-forward layer's gate is SiLU,
+and a *cross* layer has no keys and values of its own tokens: it projects those of the earlier pass anew.
+Parameter names are those of transformers; rotary positions are LeRobot's (base 10000, whatever the model's
+config says).
 """
 
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class View:
-    """Where the tokens of a pass stand, and what they see: `mask` as `vlafit.nn.attention.attend` takes it."""
+    """Where the tokens of a pass stand, and what they see: `mask` is as `attend` takes it."""
 
     positions: Tensor  # int64 [b or 1, s]
     mask: Tensor | None
@@ -143,9 +144,9 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor | None, list[KeysValues]]:
         """Run all layers over `x` [b, s, w].
 
-        Each layer also attends to `past`, the keys and values of the same layer in an earlier pass. `cross` is
-        the view of the cross layers, which need `past`. Without `output` only the keys and values are wanted:
-        the last layer's query, output and MLP and the final norm are not computed.
+        Each layer also attends to `past`, the keys and values of the same layer in an earlier pass. `cross`
+        is the view of the cross layers, which need `past`. Without `output` only the keys and values are
+        wanted: the last layer's query, output and MLP and the final norm are not computed.
 
         Returns the normed output [b, s, w] (None unless `output`), and each self layer's own keys and values.
         """

@@ -69,7 +69,8 @@ class SiglipTower(nn.Module):
     def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode each image by itself; patches and positions are embedded in float32.
 
-        `positions` int64 [l] says which row of the position table each patch takes; None: one after the other.
+        `positions` int64 [l] says which row of the position table each patch takes; None: one after the
+        other.
         """
         with torch.autocast(images.device.type, enabled=False):
             patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))

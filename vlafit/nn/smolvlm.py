@@ -1,4 +1,4 @@
-"""What SmolVLM adds to a SigLIP tower: images that are not of the tower's own size, and fewer, wider tokens."""
+"""What SmolVLM adds to a SigLIP tower: images of another size than its own, and fewer, wider tokens."""
 
 import math
 
@@ -21,7 +21,7 @@ def patch_positions(side: int, table_side: int) -> Tensor:
 
 
 class Connector(nn.Module):
-    """Folds `shuffle` x `shuffle` neighbouring patches into one token, and projects it to the language width."""
+    """Folds `shuffle` x `shuffle` neighbouring patches into one token of the language width."""
 
     def __init__(self, vision_width: int, width: int, shuffle: int) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
-"""SmolVLA: a SmolVLM2 prefix cut short, and an action expert that reads it by self and cross attention in turn.
+"""SmolVLA: a SmolVLM2 prefix cut short, and an action expert that reads it by self and cross attention in
+turn.
 
-The prefix holds images, prompt and, last, the state, which sees all before it and is seen by none of it. So the
-state is a pass of its own over one token: with a frozen backbone, training `state_proj` keeps no more of the
-prefix for backward than that token. The expert's self layers see the prefix, and the actions up to their own
-(causally); its cross layers see the prefix alone, and count positions from the first action. K draws of noise
-and time are K blocks of one suffix, which do not see each other.
+The prefix holds images, prompt and, last, the state, which sees all before it and is seen by none of it. So
+the state is a pass of its own over one token: with a frozen backbone, training `state_proj` keeps no more of
+the prefix for backward than that token. The expert's self layers see the prefix, and the actions up to their
+own (causally); its cross layers see the prefix alone, and count positions from the first action. K draws of
+noise and time are K blocks of one suffix, which do not see each other.
 """
 
 import math
@@ -105,7 +106,8 @@ class SmolVLAConfig:
             ),
             (
                 self.image_size % fold == 0,
-                f"image_size {self.image_size} is not a multiple of vision.patch times vision.shuffle, {fold}",
+                f"image_size {self.image_size} is not a multiple of vision.patch times vision.shuffle, "
+                f"{fold}",
             ),
             (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
             (
@@ -206,7 +208,7 @@ class SmolVLA(Policy):
         check_batch(batch, self.needs())
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
-        """Run images and prompt, then the state. Nothing is kept for backward that no trainable part needs."""
+        """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
         backbone = [p for m in (self.vision, self.projector, self.language) for p in m.parameters()]
         training = torch.is_grad_enabled()
         frozen = not any(p.requires_grad for p in backbone)

@@ -8,8 +8,8 @@ from vlafit.cli.places import checkpoint_folder
 
 ABOUT = """\
 Write a checkpoint as LeRobot, openpi's PyTorch code or transformers saves it, so that it runs there with the
-same outputs: weights, config and, where the target has such, normalisation and tokenizer. What a target cannot
-express is refused, with the reason; nothing is left half written."""
+same outputs: weights, config and, where the target has such, normalisation and tokenizer. What a target
+cannot express is refused, with the reason; nothing is left half written."""
 
 
 def run(arguments: Sequence[str]) -> int:
