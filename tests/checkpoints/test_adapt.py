@@ -26,7 +26,7 @@ TOKENIZER = train_word_tokenizer(["pick up the cube"], 300)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
-    vlafit.save_checkpoint(folder, random_policy("pi0-tiny"))
+    vlafit.save_checkpoint(folder, random_policy("pi0-tiny"), None)
     return folder
 
 

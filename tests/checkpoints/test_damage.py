@@ -19,7 +19,7 @@ from vlafit.checkpoints.names import back
 from vlafit.checkpoints.openpi import NAMES
 from vlafit.errors import VlafitError
 from vlafit.policies import override
-from vlafit.policies.pi0 import SIZES
+from vlafit.policies.pi0 import SIZES, Pi0
 
 Tensors = dict[str, Tensor]
 DEAD_HEAD = NAMES.unused[0]
@@ -29,7 +29,7 @@ TRIALS = 80  # of each of the forms below
 WIDTHS = {"state_dim": 5, "action_dim": 5}
 
 
-def _policy(family: str) -> vlafit.load_policy:  # type: ignore[valid-type]
+def _policy(family: str) -> Pi0:
     return random_policy(override(SIZES[f"{family}-tiny"], WIDTHS, "here"), seed=len(family))
 
 
@@ -125,7 +125,7 @@ def test_every_damage_to_an_openpi_file_is_caught(family: str, tmp_path: Path):
 def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(tmp_path: Path):
     saved = tmp_path / "saved"
     policy = _policy("pi0")
-    vlafit.save_checkpoint(saved, policy)
+    vlafit.save_checkpoint(saved, policy, None)
     whole = {name: t.detach().clone() for name, t in policy.state_dict().items()}
     other = {name: t.detach().clone() for name, t in _policy("pi05").state_dict().items()}
     assert not _caught(saved, None)
