@@ -47,7 +47,7 @@ def policy_of(kind: str):
 
 
 def codec_of(policy, kind: str, scaled: bool) -> Codec:
-    """A codec fitted by us; the first camera is of the policy's size, and so is the second unless `scaled`."""
+    """A codec fitted by us; both cameras are of the policy's size, the second one not if `scaled`."""
     needs, rng = policy.needs(), np.random.default_rng(0)
     robot = Embodiment(
         name="arm",

@@ -1,4 +1,4 @@
-"""SmolVLA's promises of the two-pass form; `tests/checkpoints/test_lerobot.py` holds its numbers to LeRobot's."""
+"""SmolVLA's promises of the two-pass form; its numbers are held to LeRobot's with the checkpoints."""
 
 from dataclasses import replace
 

@@ -42,8 +42,10 @@ SMOLVLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"  # LeRobot's default for 
 PALIGEMMA = "google/paligemma-3b-pt-224"  # LeRobot's tokenizer for pi0, where a checkpoint holds none
 LOCAL_VLM = "vlm"  # folder of the vision-language model's config, where no public model has the size
 NEWLINE: dict[Kind, str] = {"pi0": "pi0_new_line_processor", "smolvla": "smolvla_new_line_processor"}
-WRITTEN: dict[Normalisation, str] = {"mean_std": "MEAN_STD", "quantile": "QUANTILES"} | {
-    ours: theirs for theirs, ours in MODES.items()
+WRITTEN: dict[Normalisation, str] = {
+    "mean_std": "MEAN_STD",
+    "quantile": "QUANTILES",
+    **{ours: theirs for theirs, ours in MODES.items()},
 }
 PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups on the shelf!")
 
@@ -117,7 +119,8 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
             f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} "
             "squared"
         )
-    for name, method in (("state", config.normalisation), ("action", config.of_actions)):
+    methods: dict[str, Normalisation] = {"state": config.normalisation, "action": config.of_actions}
+    for name, method in methods.items():
         lost = _lost(codec.statistics[name], method)
         if lost:
             found.append(

@@ -74,7 +74,7 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )
     cameras, embodiment = _robot(told, pre)
-    kinds = {name: _mode(inner, kind) for name, kind in (("state", "STATE"), ("action", "ACTION"))}
+    kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     statistics = {
         "state": _statistics(inner, STATE, kinds["state"], embodiment.state.shape[0]),
         "action": _statistics(inner, ACTION, kinds["action"], embodiment.action.shape[0]),

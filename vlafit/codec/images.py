@@ -32,14 +32,14 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
 
 def bilinear(image: NDArray, height: int, width: int) -> NDArray[np.float32]:
     """Interpolate `image` [h, w, 3] as torch's `F.interpolate(mode="bilinear")`, without antialiasing."""
-    values = image.astype(np.float32)
+    values: NDArray[np.float32] = image.astype(np.float32)
     for axis, wanted in ((0, height), (1, width)):
         have = image.shape[axis]
-        at = np.maximum((np.arange(wanted, dtype=np.float32) + 0.5) * np.float32(have / wanted) - 0.5, 0.0)
+        at = np.maximum((np.arange(wanted) + 0.5) * (have / wanted) - 0.5, 0.0)
         low = np.minimum(at.astype(np.int64), have - 1)
         share = (at - low).reshape(-1, 1, 1) if axis == 0 else (at - low).reshape(1, -1, 1)
         first, second = values.take(low, axis), values.take(np.minimum(low + 1, have - 1), axis)
-        values = first + (second - first) * share.astype(np.float32)
+        values = (first + (second - first) * share.astype(np.float32)).astype(np.float32)
     return values
 
 

@@ -104,8 +104,11 @@ class Statistics:
 
     def to_json(self) -> dict[str, object]:
         """Return plain numbers that `from_json` reads back bit for bit."""
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        return {"count": self.count} | {n: None if a is None else a.tolist() for n, a in arrays.items()}
+        found: dict[str, object] = {"count": self.count}
+        for name in ARRAYS:
+            array = getattr(self, name)
+            found[name] = None if array is None else array.tolist()
+        return found
 
     @classmethod
     def from_json(cls, values: object, where: str) -> "Statistics":
