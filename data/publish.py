@@ -43,7 +43,14 @@ def publish(run: Path, out: Path) -> None:
     loaded = checkpoints.load(last)  # verifies every hash
     readme = (out / "README.md").read_text() if (out / "README.md").is_file() else None
     with files.new_folder(out) as folder:
-        checkpoints.save(folder, loaded.policy, loaded.codec, plan=loaded.plan, recipe=config.dump(recipe))
+        checkpoints.save(
+            folder,
+            loaded.policy,
+            loaded.codec,
+            plan=loaded.plan,
+            recipe=config.dump(recipe),
+            history=checkpoints.read_lineage(last),
+        )
         shutil.copy(run / "metrics.jsonl", folder / "log.jsonl")
         shutil.copy(run / "run.json", folder / "run.json")
         shutil.copy(result / "episodes.jsonl", folder / "episodes.jsonl")

@@ -96,6 +96,19 @@ def require_same(one: Embodiment, one_is: str, other: Embodiment, other_is: str)
         )
 
 
+def renderer_notice(one_is: str, one: Embodiment, other_is: str, other: Embodiment) -> str:
+    """Return a sentence for readers where two embodiments' pixels come from different renderers, else "".
+
+    That is no error (a policy may well survive it), but nobody may believe a number without knowing it.
+    """
+    if not one.renderer or not other.renderer or one.renderer == other.renderer:
+        return ""
+    return (
+        f"RENDERER: {one_is} pictures made by {one.renderer!r}, {other_is} pictures made by "
+        f"{other.renderer!r}; the difference may cost the policy successes."
+    )
+
+
 @dataclass(frozen=True)
 class Observation:
     """What the robot sees at one moment.

@@ -230,7 +230,7 @@ def test_another_renderer_is_told_and_the_evaluation_goes_on(
 ) -> None:
     actor = Trained(robot(renderer="egl"))
     got = evaluate(actor, protocol(), tmp_path, workers=1, trials=1, videos=0)
-    told = "trained on pictures made by 'egl' and is evaluated on pictures made by 'ray'"
+    told = "trained on pictures made by 'egl', it is evaluated on pictures made by 'ray'"
     assert told in got.notices[0] and told in result(tmp_path)["notices"][0] and told in caplog.text
     again = evaluate(actor, protocol(), tmp_path, workers=1, trials=1, videos=0)
     assert again.notices == got.notices

@@ -22,6 +22,7 @@ SENTENCES = {
     "die": "go left and die",
     "hang": "go left and hang",
     "die-in-reset": "die at once",
+    "left-again": "go to the left",
 }
 
 

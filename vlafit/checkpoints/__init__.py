@@ -1,7 +1,20 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
 from vlafit.checkpoints.fit import fit, open_tensors
+from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, LoadReport, load, load_policy
 from vlafit.checkpoints.native import digest, save
 
-__all__ = ["LoadReport", "Loaded", "digest", "fit", "load", "load_policy", "open_tensors", "save"]
+__all__ = [
+    "Learned",
+    "Lineage",
+    "LoadReport",
+    "Loaded",
+    "digest",
+    "fit",
+    "load",
+    "load_policy",
+    "open_tensors",
+    "read_lineage",
+    "save",
+]

@@ -1,9 +1,11 @@
 """Our own checkpoint: a folder that a person can read, written whole or not at all, verified when opened.
 
-policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml, and
-manifest.json with the SHA-256 of each. What others put beside them (a run's training/) is left alone.
+policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
+history.json (what it learned from), and manifest.json with the SHA-256 of each. What others put beside them
+(a run's training/) is left alone.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from vlafit import config as configuration
 from vlafit import files
+from vlafit.checkpoints.lineage import FILE as HISTORY
+from vlafit.checkpoints.lineage import Lineage
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
@@ -44,12 +48,14 @@ def save(
     *,
     plan: Plan | None = None,
     recipe: str | None = None,
+    history: Lineage | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
 
-    `recipe` is the resolved recipe's TOML. `weights` replace the policy's own (a moving average, or what
-    sharded processes gathered) and must have exactly its names and shapes.
+    `recipe` is the resolved recipe's TOML, `history` what the weights learned from. `weights` replace the
+    policy's own (a moving average, or what sharded processes gathered) and must have exactly its names and
+    shapes.
     """
     shapes = {name: p.shape for name, p in policy.named_parameters()}
     given = dict(policy.named_parameters()) if weights is None else weights
@@ -67,6 +73,8 @@ def save(
             (partial / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
         if recipe is not None:
             (partial / RECIPE).write_text(recipe, encoding="utf-8")
+        if history is not None:
+            history.write(partial)
         written = sorted(p for p in partial.rglob("*") if p.is_file())
         hashes = {p.relative_to(partial).as_posix(): files.sha256(p) for p in written}
         content = {"format": FORMAT, "files": hashes}
@@ -93,9 +101,16 @@ def open_folder(folder: Path) -> Opened:
     return Opened(str(described["family"]), config, folder / WEIGHTS, codec, plan)
 
 
-def digest(folder: Path) -> str:
-    """Return the SHA-256 of the manifest, which stands for the whole checkpoint."""
-    return files.sha256(folder / MANIFEST)
+def digest(path: Path) -> str:
+    """Return a SHA-256 that stands for the whole checkpoint at `path`.
+
+    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
+    """
+    if (path / MANIFEST).is_file():
+        return files.sha256(path / MANIFEST)
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _verify(folder: Path) -> None:
@@ -105,7 +120,7 @@ def _verify(folder: Path) -> None:
     listed = _read(path, {"format", "files"})["files"]
     if not isinstance(listed, dict) or not {POLICY, WEIGHTS} <= set(listed):
         raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
-    ours = [folder / name for name in (CODEC, PLAN, RECIPE)] + sorted(folder.glob("tokenizer/*"))
+    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY)] + sorted(folder.glob("tokenizer/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
     wrong = {
         "missing": [n for n in listed if not (folder / n).is_file()],

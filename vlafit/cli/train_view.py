@@ -47,6 +47,8 @@ class TrainView(Observer):
             f"{episodes} training episodes, {held_out} held out, of {', '.join(c.name for c in data.cards)}"
         )
         print(plan_table(experiment.plan.rows()), flush=True)
+        for notice in experiment.notices:
+            print(notice, file=sys.stderr)
 
     def phase(self, name: str) -> None:
         """Close the line of the phase before."""

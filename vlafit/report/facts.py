@@ -171,6 +171,7 @@ def read_facts(folder: Path) -> Facts:
     for name, one in evaluations.items():
         notices = one.notices or tuple(n for n in [errors_notice(one.overall)] if n)
         caveats += [f"Evaluation {name!r}: {notice}" for notice in notices]
+    caveats = [*(str(notice) for notice in run.get("notices", ())), *caveats]
     facts = Facts(
         folder=folder,
         recipe=recipe,
@@ -179,7 +180,7 @@ def read_facts(folder: Path) -> Facts:
         plan=plan,
         metrics=metrics,
         evaluations=evaluations,
-        hashes=_hashes(folder),
+        hashes=_hashes(folder, run),
         missing=tuple(missing),
         caveats=tuple(caveats),
     )
@@ -328,7 +329,13 @@ def _extremes(points: tuple[Point, ...]) -> dict[str, float | int]:
     }
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Hash the small files that pin the rest: a checkpoint's manifest holds the hashes of its files."""
+def _hashes(folder: Path, run: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the small files that pin the rest: a checkpoint's manifest holds the hashes of its files.
+
+    What the run began with, base checkpoint and datasets, was hashed when it began.
+    """
+    began = {"base checkpoint": str(run.get("base_sha256") or "")}
+    began |= {f"dataset {one['card']}": str(one["sha256"]) for one in run.get("datasets", ())}
     paths = [folder / "recipe.toml", *sorted((folder / "checkpoints").glob("step_*/manifest.json"))]
-    return {str(path.relative_to(folder)): files.sha256(path) for path in paths if path.is_file()}
+    hashed = {str(path.relative_to(folder)): files.sha256(path) for path in paths if path.is_file()}
+    return {**{what: value for what, value in began.items() if value}, **hashed}

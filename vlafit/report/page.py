@@ -120,6 +120,7 @@ def _headline(facts: Facts) -> Raw:
         rows += [tag("span", label), bar(one.overall, tone(one)), tag("span", counts, ends, class_="nowrap")]
     protocol = str(evaluations[0].protocol.get("name", "?"))
     pictures = evaluations[0].renderer or "camera"
+    unseen = ", from starts that are in no demonstration" if facts.run.get("seeds_known") else ""
     return tag(
         "section",
         tag("div", *big, class_="headline"),
@@ -127,7 +128,7 @@ def _headline(facts: Facts) -> Raw:
             "p",
             "Closed-loop success under protocol ",
             tag("b", protocol),
-            f": episodes in simulation ({pictures} pictures), from starts that are in no demonstration. ",
+            f": episodes in simulation ({pictures} pictures){unseen}. ",
             verdict(facts.success()),
             class_="muted",
         ),

@@ -179,7 +179,7 @@ class Folder:
         if not total.episodes:
             raise SimulationError(
                 f"{self.path}: all {total.errors} episodes ended in an error of the environment, "
-                f"the first:\n{records[0].error}\nMend it and evaluate again, in another folder."
+                f"the first:\n{records[0].error}\nMend it, remove the folder {self.path}, and evaluate again."
             )
         filmed = [(self.path / record.video).with_suffix(".png") for record in records if record.video]
         strips = [strip for strip in filmed if strip.is_file()]  # unless somebody removed it

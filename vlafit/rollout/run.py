@@ -4,6 +4,7 @@ What is kept of it, and how an interrupted one goes on, is `vlafit.rollout.folde
 """
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,7 +26,9 @@ from vlafit.rollout.protocol import (
     require_versions,
 )
 from vlafit.rollout.worker import Ready
-from vlafit.types import Actor, Embodiment, require_same
+from vlafit.types import Actor, Embodiment, renderer_notice, require_same
+
+log = logging.getLogger(__name__)
 
 IN_FLIGHT = 16  # episodes played side by side for an actor that has no width of its own
 
@@ -82,6 +85,7 @@ def evaluate(
     require_unseen(protocol, trials, training_seeds or {})
     tasks = _tasks(protocol, wrong_instruction)
     trained = actor if isinstance(actor, TrainedActor) else None
+    robot = trained.embodiment if trained else None
     run = Folder(
         Path(out),
         {
@@ -105,8 +109,8 @@ def evaluate(
         env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
         with Pool(env, processes, slots, timeout_s) as pool:
             ready = pool.describe()
-            _require_playable(protocol, ready, trained.embodiment if trained else None)
-            run.describe(ready, _renderer_notice(trained, ready.embodiment))
+            _require_playable(protocol, ready, robot, wrong_instruction)
+            run.describe(ready, _renderer_notice(robot, ready.embodiment))
             jobs = _jobs(protocol, todo, ready, wrong_instruction, videos)
             dim = ready.embodiment.action.shape[0]
             for outcome in play(actor, protocol, jobs, pool, action_dim=dim, width=width, images=images):
@@ -129,7 +133,6 @@ def evaluate_checkpoint(
     videos: int = 2,
     resume: bool = True,
     wrong_instruction: bool = False,
-    training_seeds: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
     timeout_s: float = 120.0,
     steps: int = 10,
@@ -139,6 +142,7 @@ def evaluate_checkpoint(
 ) -> Result:
     """Load a checkpoint (a folder, or the name of one that ships) and `evaluate` it.
 
+    Its history says from which seeds it has seen demonstrations; no episode may start from those.
     `steps`, `width` and `seed` are those of `PolicyActor`; `device` is torch's name, the GPU if there is one
     when empty. Further arguments and errors as for `evaluate`.
     """
@@ -166,7 +170,7 @@ def evaluate_checkpoint(
         videos=videos,
         resume=resume,
         wrong_instruction=wrong_instruction,
-        training_seeds=training_seeds,
+        training_seeds=checkpoints.read_lineage(folder).seeds,
         progress=progress,
         timeout_s=timeout_s,
     )
@@ -176,31 +180,46 @@ def preflight(
     protocol: Protocol | str | Path,
     embodiment: Embodiment,
     *,
+    trials: int = 0,
     wrong_instruction: bool = False,
     training_seeds: Mapping[str, Collection[int]] | None = None,
     timeout_s: float = 120.0,
 ) -> None:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
 
+    `trials` are those of a further evaluation, where they are more than the protocol's.
+
     It makes one environment and plays nothing: a training run asks at its beginning whether the evaluation at
     its end will be possible.
     """
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
-    require_unseen(protocol, None, training_seeds or {})
+    require_unseen(protocol, max(trials, protocol.trials), training_seeds or {})
     _tasks(protocol, wrong_instruction)
     env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
     with Pool(env, 1, 1, timeout_s) as pool:
-        _require_playable(protocol, pool.describe(), embodiment)
+        ready = pool.describe()
+    _require_playable(protocol, ready, embodiment, wrong_instruction)
+    notice = _renderer_notice(embodiment, ready.embodiment)
+    if notice:
+        log.warning("%s", notice)
 
 
-def _require_playable(protocol: Protocol, ready: Ready, trained: Embodiment | None) -> None:
+def _require_playable(
+    protocol: Protocol, ready: Ready, trained: Embodiment | None, wrong_instruction: bool
+) -> None:
     """Raise unless protocol, environment and (if it was trained) policy belong together."""
     require_versions(protocol, ready.versions)
     require_tasks(protocol, ready.instructions)
     require_actions(protocol, ready.embodiment)
     if trained:
         require_same(trained, "the policy", ready.embodiment, f"protocol {protocol.name!r}")
+    for task, partner in protocol.swapped.items() if wrong_instruction else ():
+        if ready.instructions[task] == ready.instructions[partner]:
+            raise ConfigError(
+                f"protocol {protocol.name!r}: swapped: {task!r} and {partner!r} have the same sentence, "
+                f"{ready.instructions[task]!r}: it tells nothing apart; choose another partner"
+            )
 
 
 def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
@@ -224,25 +243,15 @@ def _jobs(
 ) -> list[Job]:
     jobs = []
     for task, trial, seed in todo:
-        own = ready.instructions[task]
-        instruction = ready.instructions[protocol.swapped[task]] if wrong_instruction else own
-        if wrong_instruction and instruction == own:
-            raise ConfigError(
-                f"protocol {protocol.name!r}: swapped: {task!r} and {protocol.swapped[task]!r} have the same "
-                f"sentence, {own!r}: it tells nothing apart; choose another partner"
-            )
-        jobs.append(Job(task, trial, seed, instruction, trial < videos))
+        told = protocol.swapped[task] if wrong_instruction else task
+        jobs.append(Job(task, trial, seed, ready.instructions[told], trial < videos))
     return jobs
 
 
-def _renderer_notice(trained: TrainedActor | None, env: Embodiment) -> str:
-    theirs = trained.embodiment.renderer if trained else ""
-    if not theirs or theirs == env.renderer:
+def _renderer_notice(trained: Embodiment | None, env: Embodiment) -> str:
+    if trained is None:
         return ""
-    return (
-        f"RENDERER: the policy was trained on pictures made by {theirs!r} and is evaluated on pictures made "
-        f"by {env.renderer!r}; the difference may cost it successes."
-    )
+    return renderer_notice("the policy was trained on", trained, "it is evaluated on", env)
 
 
 def _cores() -> int:

@@ -54,9 +54,12 @@ class Job:
         barrier()  # all have looked
         if self.main:
             policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
-            recipe = config.dump(self.recipe)
+            recipe, history = config.dump(self.recipe), self.experiment.history
             self.shelf.save(
-                0, lambda folder: checkpoints.save(folder, policy, codec, plan=plan, recipe=recipe)
+                0,
+                lambda folder: checkpoints.save(
+                    folder, policy, codec, plan=plan, recipe=recipe, history=history
+                ),
             )
         barrier()
 
@@ -76,7 +79,6 @@ class Job:
                 videos=spec.videos,
                 resume=True,
                 wrong_instruction=wrong_instruction,
-                training_seeds=self.experiment.data.seeds(),
                 progress=self.observer.episode,
                 device=str(self.device),
             )
@@ -107,7 +109,7 @@ class Job:
         self.optimizer = build_optimizer(policy, experiment.plan, self.recipe.optim)
         self.ema = Ema(policy, self.recipe.optim.ema) if self.recipe.optim.ema else None
         if resumed is not None:
-            data = experiment.data.fingerprint()
+            data = experiment.data.fingerprint
             self.progress = state.restore(resumed, policy, self.optimizer, self.ema, data)
             self._point_best()  # the killed run may not have come so far
         first = self.progress.step
@@ -205,10 +207,13 @@ class Job:
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")
-        data, recipe = self.experiment.data.fingerprint(), config.dump(self.recipe)
+        data, recipe = self.experiment.data.fingerprint, config.dump(self.recipe)
+        history = self.experiment.history
 
         def fill(folder: Path) -> None:
-            checkpoints.save(folder, policy, codec, plan=plan, recipe=recipe, weights=weights)
+            checkpoints.save(
+                folder, policy, codec, plan=plan, recipe=recipe, history=history, weights=weights
+            )
             state.write(folder, tensors, self.progress, self.ema, data)
 
         if self.main:

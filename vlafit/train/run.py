@@ -5,7 +5,7 @@ Everything a run writes lies in its folder; a run that was stopped, or killed, g
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -103,8 +103,9 @@ def _try_protocol(experiment: setup.Experiment) -> None:
         rollout.preflight(
             spec.protocol,
             experiment.codec.embodiment,
+            trials=spec.every_trials if spec.every else 0,
             wrong_instruction=spec.wrong_instruction,
-            training_seeds=experiment.data.seeds(),
+            training_seeds=experiment.history.seeds,
         )
 
 
@@ -121,6 +122,10 @@ def _begin(
         "started": _now(),
         "resumed_from": None,
         "load_report": experiment.load_report,
+        "notices": list(experiment.notices),
+        "base_sha256": experiment.history.base,
+        "seeds_known": experiment.data.seeds_known,
+        "datasets": [asdict(one) for one in experiment.history.datasets],
         "processes": accelerator.num_processes,
         **describe_machine(accelerator.device),
     }

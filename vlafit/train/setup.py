@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
 from vlafit.tuning import Plan, apply, load_strategy
-from vlafit.types import Embodiment, Observation, require_same
+from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,48 @@ class Data:
             seeds.setdefault(episode.task, set()).add(episode.seed)
         return seeds
 
+    @property
+    def seeds_known(self) -> bool:
+        """Whether every episode tells its seed, so that evaluations can be kept away from them."""
+        return all(e.seed is not None for store in self.stores for e in store.episodes)
+
+    @cached_property
+    def learned(self) -> tuple[checkpoints.Learned, ...]:
+        """What each dataset is: episodes and frames to train on, and a hash that tells it from another.
+
+        The hash covers which episodes train and validate, their states, actions and instructions. It leaves
+        out the pictures, which would have to be read whole.
+        """
+        return tuple(
+            checkpoints.Learned(
+                card=store.card.name,
+                sha256=_hash(store, training, validation),
+                episodes=len(training),
+                frames=sum(store.episodes[store.index(i)].length for i in training),
+            )
+            for store, training, validation in zip(self.stores, self.training, self.validation, strict=True)
+        )
+
+    @property
     def fingerprint(self) -> str:
-        """Return a hash of which episodes, of which lengths, train and validate."""
-        listed = [
-            [store.card.name, *([[i, store.episodes[store.index(i)].length] for i in ids] for ids in split)]
-            for store, *split in zip(self.stores, self.training, self.validation, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        """Return a hash of all datasets together."""
+        return hashlib.sha256(
+            json.dumps([[one.card, one.sha256] for one in self.learned]).encode()
+        ).hexdigest()
+
+
+def _hash(store: EpisodeStore, training: tuple[str, ...], validation: tuple[str, ...]) -> str:
+    found = hashlib.sha256()
+    for split in (training, validation):
+        found.update(f"{len(split)} episodes".encode())
+        for identity in split:
+            number = store.index(identity)
+            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
+            told = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
+            found.update(json.dumps(told).encode())
+            found.update(np.ascontiguousarray(state).data)
+            found.update(np.ascontiguousarray(actions).data)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,9 @@ class Experiment:
     plan: Plan
     data: Data
     load_report: str
+    history: checkpoints.Lineage
+    notices: tuple[str, ...] = ()
+    """What a reader must know before believing the run's numbers."""
 
 
 def open_data(recipe: DataRecipe, seed: int) -> Data:
@@ -107,17 +146,21 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     data = open_data(recipe.data, recipe.train.seed)
     generator = torch.Generator().manual_seed(recipe.train.seed)
     before: Plan | None = None
+    history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
     if resumed is not None:
         policy, codec, before, loaded = checkpoints.load(resumed)
-        report = loaded.text()
+        report, history = loaded.text(), checkpoints.read_lineage(resumed)
     elif recipe.policy.checkpoint:
+        base = shipped.find("checkpoint", recipe.policy.checkpoint)
         policy, codec, _, loaded = checkpoints.load(
-            shipped.find("checkpoint", recipe.policy.checkpoint),
+            base,
             config=recipe.policy.config or None,
             fresh=recipe.policy.fresh,
             generator=generator,
         )
         report = loaded.text()
+        before_it = checkpoints.read_lineage(base)
+        history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
         if codec is None or recipe.data.statistics == "data":
             codec = fit_codec(recipe, policy, data, codec)
     else:
@@ -125,6 +168,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         codec = fit_codec(recipe, policy, data, None)
     assert codec is not None  # a native checkpoint of a run has one
     _require_one_robot(data, codec, resumed)
+    codec, notices = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts(data, codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
@@ -133,7 +177,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"
         )
-    return Experiment(recipe, policy, codec, plan, data, report)
+    return Experiment(recipe, policy, codec, plan, data, report, history, notices)
 
 
 def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
@@ -144,6 +188,15 @@ def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
             raise
         way_out = 'To teach the checkpoint this robot, fit its codec anew: data.statistics = "data".'
         raise EmbodimentError(f"{error}\n{way_out}") from error
+
+
+def _of_these_pictures(codec: Codec, data: Embodiment) -> tuple[Codec, tuple[str, ...]]:
+    """Return the codec of a policy that learns from the dataset's pictures, and a notice if they are new."""
+    notice = renderer_notice("the checkpoint was trained on", codec.embodiment, "the dataset shows", data)
+    if not data.renderer or data.renderer == codec.embodiment.renderer:
+        return codec, ()
+    robot = replace(codec.embodiment, renderer=data.renderer)
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer), (notice,) if notice else ()
 
 
 def _require_room_for_prompts(data: Data, codec: Codec) -> None:

@@ -74,8 +74,8 @@ def restore(
     facts, stored = _read(folder)
     if facts["data"] != data:
         raise TrainingError(
-            f"{folder}: the run began on other data: the episodes, their lengths or their split are not the "
-            "same now; bring the dataset back, or start anew with --out"
+            f"{folder}: the run began on other data: the episodes, their states, actions, instructions or "
+            "their split are not the same now; bring the dataset back, or start anew with --out"
         )
 
     def take(key: str, like: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What a checkpoint learned from, as far as anybody wrote it down: its base, its datasets, their seeds.
+
+The file history.json of a native checkpoint. It travels with the weights, so that an evaluation on another
+machine still knows from which starts the policy has seen demonstrations.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vlafit import config as configuration
+from vlafit.errors import WeightsError
+
+FILE = "history.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One dataset that a checkpoint was trained on."""
+
+    card: str
+    """Name of its data card."""
+    sha256: str
+    """Of its states, actions, instructions and split; the pictures are not in it."""
+    episodes: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a checkpoint comes from. Empty where nobody knows, as with the checkpoints of other programs."""
+
+    format: int = FORMAT
+    base: str = ""
+    """SHA-256 of the manifest of the checkpoint that training began with; empty: untrained, or unknown."""
+    datasets: tuple[Learned, ...] = ()
+    """What it was trained on since `base`."""
+    seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Task -> the seeds of its recorded episodes, those that `base` learned from among them."""
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a checkpoint that is still being made."""
+        text = json.dumps(asdict(self), indent=1)
+        text = re.sub(r"\s+(?=\d+[,\s])", " ", text)  # a task's seeds on one line
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def followed_by(
+        self, base: str, datasets: Iterable[Learned], seeds: Mapping[str, Iterable[int]]
+    ) -> "Lineage":
+        """Return the lineage of what learns from `datasets` when this, of checkpoint `base`, is its past."""
+        tasks = sorted({*self.seeds, *seeds})
+        joined = {t: tuple(sorted({*self.seeds.get(t, ()), *seeds.get(t, ())})) for t in tasks}
+        return Lineage(base=base, datasets=tuple(datasets), seeds=joined)
+
+
+def read_lineage(folder: Path) -> Lineage:
+    """Read the lineage of the checkpoint in `folder`; an empty one where it has none.
+
+    Raises WeightsError when the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return Lineage()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
+    made = configuration.build(Lineage, values, str(path))
+    if made.format != FORMAT:
+        raise WeightsError(f"{path}: format {made.format}; this version reads format {FORMAT}")
+    return made
