@@ -7,13 +7,15 @@ camera slots and one prompt length (the codec's), and each row's noise is drawn 
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vlafit import checkpoints, shipped
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
@@ -31,7 +33,8 @@ def noise_for(key: EpisodeKey, seed: int, shape: tuple[int, int]) -> NDArray[np.
 class PolicyActor:
     """Acts with `policy` through `codec`: `steps` Euler steps, `width` rows a batch, noise from `seed`.
 
-    `identity` names the weights (a checkpoint's hash, say); without it `fingerprint` hashes them.
+    `identity` names the weights (a checkpoint's hash, say); without it `fingerprint` hashes them. `seeds` are
+    the recorded ones, by task, that the policy has learned from.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class PolicyActor:
         width: int = 16,
         seed: int = 0,
         identity: str = "",
+        seeds: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         for name, value, least in (("steps", steps, 1), ("width", width, 1), ("seed", seed, 0)):
             if value < least:
@@ -52,6 +56,7 @@ class PolicyActor:
         self.steps = steps
         self.width = width
         self.seed = seed
+        self.seeds = seeds or {}
         self._identity = identity
         # Slots that no camera of this robot fills are missing in every observation; a policy may drop those.
         slots = [i for i, name in enumerate(codec.config.cameras) if name]
@@ -107,6 +112,33 @@ class PolicyActor:
         return dataclasses.replace(
             batch, images=batch.images[:, self._slots], image_mask=batch.image_mask[:, self._slots]
         )
+
+
+def load_actor(
+    path: str | Path, *, steps: int = 10, width: int = 16, seed: int = 0, device: str = ""
+) -> PolicyActor:
+    """Load a checkpoint (a folder, or the name of one that ships) as an actor.
+
+    `device` is torch's name; the GPU if there is one when empty. Raises what `checkpoints.load` raises, and
+    ConfigError where the checkpoint has no codec.
+    """
+    folder = shipped.find("checkpoint", path)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = checkpoints.load(folder, device=torch.device(chosen))
+    if loaded.codec is None:
+        raise ConfigError(
+            f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
+            "to a robot; fine-tune it first, and evaluate what that saves"
+        )
+    return PolicyActor(
+        loaded.policy,
+        loaded.codec,
+        steps=steps,
+        width=width,
+        seed=seed,
+        identity=f"checkpoint sha256:{checkpoints.digest(folder)}",
+        seeds=checkpoints.read_lineage(folder).seeds,
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Actors for the toy environment."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -33,10 +33,16 @@ class Trained(Obedient):
 
     width = 4
 
-    def __init__(self, embodiment: Embodiment | None = None, identity: str = "weights 1") -> None:
+    def __init__(
+        self,
+        embodiment: Embodiment | None = None,
+        identity: str = "weights 1",
+        seeds: Mapping[str, Collection[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.embodiment = embodiment or robot()
         self.identity = identity
+        self.seeds = seeds or {}
         self.widest = 0
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:

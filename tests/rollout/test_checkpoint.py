@@ -10,10 +10,11 @@ import pytest
 
 from tests.rollout.toy_env import SENTENCES, robot
 from vlafit import checkpoints
+from vlafit.actor import load_actor
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.policies import pi0
-from vlafit.rollout import Protocol, evaluate_checkpoint
+from vlafit.rollout import Protocol, evaluate
 from vlafit.types import Embodiment
 
 Make = Callable[..., Protocol]
@@ -39,7 +40,7 @@ def test_a_checkpoint_is_scored_the_same_however_many_environments_there_are(
 ) -> None:
     for workers in (1, 3):
         out = tmp_path / str(workers)
-        got = evaluate_checkpoint(checkpoint, protocol(), out, workers=workers, videos=4, steps=3, width=4)
+        got = evaluate(load_actor(checkpoint, steps=3, width=4), protocol(), out, workers=workers, videos=4)
         assert got.overall.episodes == 8 and not got.notices
     films = [sorted((tmp_path / str(workers) / "videos").glob("*.mp4")) for workers in (1, 3)]
     assert len(films[0]) == 8
@@ -50,18 +51,20 @@ def test_a_checkpoint_is_scored_the_same_however_many_environments_there_are(
 
 
 def test_another_sampler_is_another_evaluation(checkpoint: Path, protocol: Make, tmp_path: Path) -> None:
-    evaluate_checkpoint(checkpoint, protocol(), tmp_path / "eval", workers=1, videos=0, trials=1, steps=2)
+    evaluate(load_actor(checkpoint, steps=2), protocol(), tmp_path / "eval", workers=1, videos=0, trials=1)
     with pytest.raises(ConfigError, match=r"steps=2 .* there.*steps=3 .* here"):
-        evaluate_checkpoint(checkpoint, protocol(), tmp_path / "eval", workers=1, videos=0, trials=1, steps=3)
+        evaluate(
+            load_actor(checkpoint, steps=3), protocol(), tmp_path / "eval", workers=1, videos=0, trials=1
+        )
 
 
 def test_a_checkpoint_of_another_robot_is_refused(protocol: Make, tmp_path: Path) -> None:
     other = dataclasses.replace(robot(), control="absolute_position", hz=20.0)
     folder = save_checkpoint(tmp_path / "checkpoint", other)
     with pytest.raises(EmbodimentError, match=r"(?s)the policy.*protocol 'toy'.*control mode.*rate in Hz"):
-        evaluate_checkpoint(folder, protocol(), tmp_path / "eval", workers=1)
+        evaluate(load_actor(folder), protocol(), tmp_path / "eval", workers=1)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(protocol: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no checkpoint"):
-        evaluate_checkpoint(tmp_path / "nothing", protocol(), tmp_path / "eval")
+        evaluate(load_actor(tmp_path / "nothing"), protocol(), tmp_path / "eval")

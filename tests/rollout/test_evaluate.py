@@ -1,6 +1,6 @@
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -146,6 +146,7 @@ class Slow(Interrupting):
 
     width = 2
     embodiment = robot()
+    seeds: Mapping[str, Collection[int]] = {}
 
     def fingerprint(self) -> str:
         return "Obedient"
@@ -238,8 +239,8 @@ def test_another_renderer_is_told_and_the_evaluation_goes_on(
 
 def test_an_evaluation_never_starts_where_a_demonstration_did(protocol: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"2 seeds of task 'right'.*\(102, 103\).*another first_seed"):
-        evaluate(Obedient(), protocol(), tmp_path, training_seeds={"left": {5}, "right": range(102, 200)})
-    fine = evaluate(Obedient(), protocol(), tmp_path, videos=0, trials=2, training_seeds={"right": {102}})
+        evaluate(Trained(seeds={"left": {5}, "right": range(102, 200)}), protocol(), tmp_path)
+    fine = evaluate(Trained(seeds={"right": {102}}), protocol(), tmp_path, videos=0, trials=2)
     assert fine.overall.episodes == 4
 
 

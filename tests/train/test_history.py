@@ -12,9 +12,10 @@ import torch
 
 from tests.train.world import start, tiny
 from vlafit import checkpoints, report
+from vlafit.actor import load_actor
 from vlafit.errors import ConfigError, TrainingError, WeightsError
 from vlafit.recipe import PolicyRecipe, Recipe
-from vlafit.rollout import evaluate_checkpoint
+from vlafit.rollout import evaluate
 from vlafit.train import run, setup
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def test_a_checkpoint_is_not_evaluated_from_starts_that_it_learned_from(
         text.replace("first_seed = 100", f"first_seed = {first}").replace("trials = 2", "trials = 4")
     )
     with pytest.raises(ConfigError, match=r"1 seeds of task 'left' are those of recorded demonstrations"):
-        evaluate_checkpoint(base, toy, tmp_path / "eval", workers=1, videos=0)
+        evaluate(load_actor(base), toy, tmp_path / "eval", workers=1, videos=0)
     assert not (tmp_path / "eval").exists()
 
 

@@ -5,14 +5,13 @@ Environment processes import this package, so nothing here imports torch.
 
 from vlafit.rollout.folder import Record, Result
 from vlafit.rollout.protocol import Protocol, load_protocol
-from vlafit.rollout.run import evaluate, evaluate_checkpoint, preflight
+from vlafit.rollout.run import evaluate, preflight
 
 __all__ = [
     "Protocol",
     "Record",
     "Result",
     "evaluate",
-    "evaluate_checkpoint",
     "load_protocol",
     "preflight",
 ]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol as Structure
 from typing import runtime_checkable
 
-from vlafit import shipped
 from vlafit.errors import ConfigError
 from vlafit.rollout.folder import FORMAT, Folder, Record, Result
 from vlafit.rollout.play import Job, play
@@ -39,6 +38,7 @@ class TrainedActor(Actor, Structure):
 
     embodiment: Embodiment
     width: int
+    seeds: Mapping[str, Collection[int]]  # task -> recorded seeds that it has learned from
 
     def fingerprint(self) -> str:
         """Return what decides its actions, a checkpoint's hash included."""
@@ -59,7 +59,6 @@ def evaluate(
     videos: int = 2,
     resume: bool = True,
     wrong_instruction: bool = False,
-    training_seeds: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
     images: bool = True,
     timeout_s: float = 120.0,
@@ -67,7 +66,7 @@ def evaluate(
     """Play every episode of `protocol` with `actor` and score them, in the folder `out`.
 
     `workers` environment processes (0: one a core); `trials` episodes a task instead of the protocol's, of
-    which the first `videos` are filmed; `training_seeds`, of each task, are seeds no episode may start from.
+    which the first `videos` are filmed. No episode may start from a seed that a trained actor learned from.
     With `wrong_instruction`, tasks that have a partner in `swapped` are played, and judged, as ever, but the
     actor is given the partner's sentence. `images=False` is for actors that look at none. An environment that
     does not answer within `timeout_s` counts as broken.
@@ -82,9 +81,9 @@ def evaluate(
     for name, value, least in (("workers", workers, 0), ("videos", videos, 0), ("trials", trials, 1)):
         if value is not None and value < least:
             raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")
-    require_unseen(protocol, trials, training_seeds or {})
     tasks = _tasks(protocol, wrong_instruction)
     trained = actor if isinstance(actor, TrainedActor) else None
+    require_unseen(protocol, trials, trained.seeds if trained else {})
     robot = trained.embodiment if trained else None
     run = Folder(
         Path(out),
@@ -123,78 +122,26 @@ def evaluate(
     )
 
 
-def evaluate_checkpoint(
-    path: str | Path,
-    protocol: Protocol | str | Path,
-    out: Path,
-    *,
-    workers: int = 0,
-    trials: int | None = None,
-    videos: int = 2,
-    resume: bool = True,
-    wrong_instruction: bool = False,
-    progress: Progress | None = None,
-    timeout_s: float = 120.0,
-    steps: int = 10,
-    width: int = 16,
-    seed: int = 0,
-    device: str = "",
-) -> Result:
-    """Load a checkpoint (a folder, or the name of one that ships) and `evaluate` it.
-
-    Its history says from which seeds it has seen demonstrations; no episode may start from those.
-    `steps`, `width` and `seed` are those of `PolicyActor`; `device` is torch's name, the GPU if there is one
-    when empty. Further arguments and errors as for `evaluate`.
-    """
-    import torch
-
-    from vlafit import checkpoints
-    from vlafit.actor import PolicyActor
-
-    folder = shipped.find("checkpoint", path)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = checkpoints.load(folder, device=torch.device(chosen))
-    if loaded.codec is None:
-        raise ConfigError(
-            f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
-            "to a robot; fine-tune it first, and evaluate what that saves"
-        )
-    identity = f"checkpoint sha256:{checkpoints.digest(folder)}"
-    actor = PolicyActor(loaded.policy, loaded.codec, steps=steps, width=width, seed=seed, identity=identity)
-    return evaluate(
-        actor,
-        protocol,
-        out,
-        workers=workers,
-        trials=trials,
-        videos=videos,
-        resume=resume,
-        wrong_instruction=wrong_instruction,
-        training_seeds=checkpoints.read_lineage(folder).seeds,
-        progress=progress,
-        timeout_s=timeout_s,
-    )
-
-
 def preflight(
     protocol: Protocol | str | Path,
     embodiment: Embodiment,
     *,
     trials: int = 0,
     wrong_instruction: bool = False,
-    training_seeds: Mapping[str, Collection[int]] | None = None,
+    seeds: Mapping[str, Collection[int]] | None = None,
     timeout_s: float = 120.0,
 ) -> None:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
 
-    `trials` are those of a further evaluation, where they are more than the protocol's.
+    `seeds` are those that it will have learned from, by task; `trials` are those of a further
+    evaluation, where they are more than the protocol's.
 
     It makes one environment and plays nothing: a training run asks at its beginning whether the evaluation at
     its end will be possible.
     """
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
-    require_unseen(protocol, max(trials, protocol.trials), training_seeds or {})
+    require_unseen(protocol, max(trials, protocol.trials), seeds or {})
     _tasks(protocol, wrong_instruction)
     env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
     with Pool(env, 1, 1, timeout_s) as pool:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from vlafit import checkpoints, config, rollout
+from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
 from vlafit.train import feed, state
 from vlafit.train.loop import NotFinite, StepResult, train
@@ -70,8 +71,8 @@ class Job:
         self.observer.phase(f"evaluation {name}")
         if self.main:
             spec = self.recipe.eval
-            result = rollout.evaluate_checkpoint(
-                self.shelf.path(step),
+            result = rollout.evaluate(
+                load_actor(self.shelf.path(step), device=str(self.device)),
                 spec.protocol,
                 self.out / "eval" / name,
                 workers=spec.workers,
@@ -80,7 +81,6 @@ class Job:
                 resume=True,
                 wrong_instruction=wrong_instruction,
                 progress=self.observer.episode,
-                device=str(self.device),
             )
             self.success[name] = result.rate
             self.metrics.log_once(step, {f"eval/{name}/success": result.rate})

@@ -105,7 +105,7 @@ def _try_protocol(experiment: setup.Experiment) -> None:
             experiment.codec.embodiment,
             trials=spec.every_trials if spec.every else 0,
             wrong_instruction=spec.wrong_instruction,
-            training_seeds=experiment.history.seeds,
+            seeds=experiment.history.seeds,
         )
 
 

@@ -40,6 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(folder, protocol, options.wrong_instruction)
     from vlafit import rollout
+    from vlafit.actor import load_actor
 
     # The line's total is known with the first episode; until then workers start and weights load.
     with Line("episodes", 1) as line:
@@ -51,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
             line.total = total
             line.update(done, f"{successes} successes")
 
-        result = rollout.evaluate_checkpoint(
-            folder,
+        result = rollout.evaluate(
+            load_actor(folder, steps=options.steps, device=options.device),
             protocol,
             out,
             workers=options.workers,
@@ -61,8 +62,6 @@ def run(arguments: Sequence[str]) -> int:
             resume=options.resume,
             wrong_instruction=options.wrong_instruction,
             progress=progress,
-            steps=options.steps,
-            device=options.device,
         )
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
