@@ -172,7 +172,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     _require_room_for_prompts(data, codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
-    if before is not None and (before.strategy.rules, before.entries) != (plan.strategy.rules, plan.entries):
+    if before is not None and (before.strategy, before.entries) != (plan.strategy, plan.entries):
         raise TrainingError(
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"

@@ -1,0 +1,169 @@
+"""From a strategy to a policy that is ready to learn: resolve, check, put adapters in, set `requires_grad`.
+
+The adapters of all stages are put in at the beginning: they change nothing until they learn, and what wraps
+the policy for several processes sees one structure all the time. A later stage is `enter(policy, plan.at(1))`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vlafit.errors import StrategyError
+from vlafit.tuning.adapters import require_works
+from vlafit.tuning.plan import Entry, Plan, told, wanted
+from vlafit.tuning.rules import resolve
+from vlafit.tuning.strategy import Strategy, load_strategy, parse
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlafit.nn.policy import Policy
+
+
+def preview(policy: "Policy", strategy: Strategy) -> Plan:
+    """Resolve `strategy` against `policy` without touching it; a policy on the meta device will do.
+
+    Raises StrategyError when the rules do not fit the policy, when a stage would train nothing, or when an
+    adapter does not work on a layer.
+    """
+    from vlafit.tuning.inject import adapter_shapes, make_groups, require_bare
+
+    require_bare(policy)
+    infos = policy.parts()
+    shapes = {name: tuple(tensor.shape) for name, tensor in policy.named_parameters()}
+    if {i.name for i in infos} != set(shapes) or len(infos) != len(shapes):
+        odd = sorted({i.name for i in infos} ^ set(shapes)) or [i.name for i in infos]
+        raise StrategyError(
+            f"{type(policy).__name__}.parts() does not name every parameter exactly once, for example "
+            f"{odd[0]}; mend parts() in the policy's file"
+        )
+    strategy = strategy.expand(infos)
+    base = [Entry(i.name, i.part, i.kind, i.layer, i.layers, shapes[i.name], 0, False, i.dead) for i in infos]
+    adapted, _ = wanted(strategy, base)
+    _require_fitting(policy, strategy, base)
+    described = {e.name: e for e in base}
+    added = [
+        replace(described[weight], name=name, shape=shape, adapts=weight)
+        for name, (weight, shape) in adapter_shapes(policy, make_groups(adapted)).items()
+    ]
+    bare = Plan(strategy, (*base, *added))
+    plans = [bare.at(stage) for stage in range(len(strategy.stages))]
+    for plan in plans:
+        _require_use(plan, type(policy).__name__)
+    return plans[0]
+
+
+def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) -> None:
+    """Raise StrategyError where a rule's adapter, or its quantisation, does not fit a tensor it takes."""
+    from vlafit.tuning.inject import layer_kind
+
+    for number, stage in enumerate(strategy.stages):
+        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
+            rule = stage.rules[index]
+            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
+            kind = layer_kind(policy, entry.name)
+            if rule.adapter is not None and not entry.dead and not _is_bias(policy, entry.name):
+                require_works(rule.adapter, kind, entry.name, where)
+                if rule.adapter.method == "oft" and entry.shape[1] % rule.adapter.block:
+                    raise StrategyError(
+                        f"{where} takes {entry.name} with {entry.shape[1]} inputs, which blocks of "
+                        f"{rule.adapter.block} do not divide; choose another `block`"
+                    )
+            if (
+                rule.quantise
+                and not entry.dead
+                and not _is_bias(policy, entry.name)
+                and (kind != "linear" or entry.kind not in ("attention", "mlp"))
+            ):
+                raise StrategyError(
+                    f"{where} takes {entry.name} ({entry.kind}); only the linear layers of attention and mlp "
+                    'can be quantised: narrow the rule by kind = ["attention", "mlp"]'
+                )
+
+
+def _is_bias(policy: "Policy", name: str) -> bool:
+    """Tell whether it is the bias of a layer whose weight could be adapted; such a bias stays frozen."""
+    from vlafit.tuning.inject import layer_kind
+
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "bias" and layer_kind(policy, f"{owner}.weight") is not None
+
+
+def _require_use(plan: Plan, policy: str) -> None:
+    """Raise StrategyError when a stage trains nothing, or a rule's weight decay decays nothing."""
+    name = told(plan.strategy, plan.stage)
+    if not plan.trainable:
+        raise StrategyError(
+            f"strategy {name!r} trains nothing in this {policy}: every tensor is "
+            f"frozen{' or out of reach of the loss' if any(e.dead for e in plan.entries) else ''}; "
+            'give at least one rule that matches something mode = "full"'
+        )
+    for index, rule in enumerate(plan.rules):
+        mine = [e for e in plan.entries if e.rule == index]
+        if rule.adapter and mine and not any(e.trainable for e in mine) and not rule.optional:
+            raise StrategyError(
+                f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode}) takes nothing that an "
+                "adapter could sit on; remove it, or widen its `select`"
+            )
+        if rule.weight_decay and not any(e.decays for e in mine) and not rule.optional:
+            raise StrategyError(
+                f"strategy {name!r}: rule {index + 1} ({rule.select}) sets weight_decay, but takes "
+                "nothing that decays: norms, biases and embeddings never do; remove weight_decay"
+            )
+
+
+def apply(policy: "Policy", strategy: Strategy, *, seed: int = 0) -> Plan:
+    """Resolve `strategy` against `policy`, put its adapters in, and enter its first stage.
+
+    Adapters begin from `seed`. Raises StrategyError as `preview` does, and then leaves the policy as it was.
+    """
+    plan = preview(policy, strategy)
+    install(policy, plan, seed=seed)
+    return plan
+
+
+def install(policy: "Policy", plan: Plan, *, seed: int = 0) -> None:
+    """Put the adapters of `plan` into the bare policy and enter its stage."""
+    from vlafit.tuning.inject import inject, make_groups
+
+    inject(policy, make_groups(plan.adapted), plan.quantised, seed)
+    enter(policy, plan)
+
+
+def enter(policy: "nn.Module", plan: Plan) -> None:
+    """Set `requires_grad` of every parameter as the plan's stage says.
+
+    What does not learn loses any gradient that it still holds. Raises StrategyError, and leaves the policy as
+    it was, when the plan is of another policy.
+    """
+    from vlafit.tuning.inject import base_name
+
+    learns = {e.name: e.trainable for e in plan.entries}
+    tensors = {base_name(name): p for name, p in policy.named_parameters()}
+    if tensors.keys() != learns.keys():
+        odd = sorted(tensors.keys() ^ learns.keys())
+        raise StrategyError(
+            f"the plan of strategy {plan.strategy.name!r} is not of this policy: they differ in {odd[:3]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.requires_grad != learns[name]:
+            tensor.requires_grad_(learns[name])
+        if not learns[name]:
+            tensor.grad = None
+
+
+def apply_strategy(
+    policy: "Policy", strategy: str | Sequence[Mapping[str, object]] | Mapping[str, object], *, seed: int = 0
+) -> Plan:
+    """Apply a strategy: a shipped one by name, a TOML file by path, or a list of rule tables.
+
+        plan = vlafit.apply_strategy(policy, "expert")
+        rules = [{"select": {"part": "expert"}, "mode": "full"}, {"mode": "frozen"}]
+        plan = vlafit.apply_strategy(policy, rules)
+
+    A strategy of full and frozen rules replaces an earlier one; adapters are put in once. Raises ConfigError
+    when the file cannot be found or read, StrategyError when it does not fit the policy.
+    """
+    if isinstance(strategy, str):
+        return apply(policy, load_strategy(strategy), seed=seed)
+    return apply(policy, parse(strategy, name="rules", where="the list of rules"), seed=seed)
