@@ -70,7 +70,8 @@ class SiglipTower(nn.Module):
         """Encode each image by itself; patches and positions are embedded in float32."""
         with torch.autocast(images.device.type, enabled=False):
             patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
-        x = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, l, w]
+        positions = torch.arange(patches.shape[2] * patches.shape[3], device=images.device)
+        x = patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)  # [b, l, w]
         x = x.to(matrix_dtype(self.layers[0]))
         for layer in self.layers:
             x = layer(x)

@@ -6,7 +6,7 @@ takes them out again.
 """
 
 from vlafit.tuning.adapters import Adapter
-from vlafit.tuning.apply import apply, apply_strategy, enter, install, preview
+from vlafit.tuning.apply import apply, apply_strategy, enter, preview, restore
 from vlafit.tuning.plan import Entry, Plan, Row
 from vlafit.tuning.rules import Rule, Select
 from vlafit.tuning.strategy import Moment, Stage, Strategy, load_strategy, parse
@@ -24,8 +24,9 @@ __all__ = [
     "apply",
     "apply_strategy",
     "enter",
-    "install",
     "load_strategy",
     "parse",
     "preview",
+    "rank_schedule",
+    "restore",
 ]

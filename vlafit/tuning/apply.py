@@ -1,10 +1,10 @@
 """From a strategy to a policy that is ready to learn: resolve, check, put adapters in, set `requires_grad`.
 
 The adapters of all stages are put in at the beginning: they change nothing until they learn, and what wraps
-the policy for several processes sees one structure all the time. A later stage is `enter(policy, plan.at(1))`.
+the policy for several processes sees one structure throughout. A later stage is `enter(policy, plan.at(1))`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,12 @@ from vlafit.tuning.rules import resolve
 from vlafit.tuning.strategy import Strategy, load_strategy, parse
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from vlafit.nn.policy import Policy
+
+UNCHANGED = 1e-5  # of the output's largest value: float32 rounding of an adapter that adds nothing
+UNCHANGED_16 = 2e-2  # the same where the policy computes in bfloat16: 8 bits of mantissa, a few layers deep
 
 
 def preview(policy: "Policy", strategy: Strategy) -> Plan:
@@ -40,11 +43,17 @@ def preview(policy: "Policy", strategy: Strategy) -> Plan:
     strategy = strategy.expand(infos)
     base = [Entry(i.name, i.part, i.kind, i.layer, i.layers, shapes[i.name], 0, False, i.dead) for i in infos]
     adapted, _ = wanted(strategy, base)
+    groups = make_groups(adapted)
+    if sum(group.adapter.method == "adalora" for group in groups) > 1:
+        raise StrategyError(
+            f"strategy {strategy.name!r}: AdaLoRA shares one budget of ranks, so all its rules need the same "
+            "options"
+        )
     _require_fitting(policy, strategy, base)
     described = {e.name: e for e in base}
     added = [
         replace(described[weight], name=name, shape=shape, adapts=weight)
-        for name, (weight, shape) in adapter_shapes(policy, make_groups(adapted)).items()
+        for name, (weight, shape) in adapter_shapes(policy, groups).items()
     ]
     bare = Plan(strategy, (*base, *added))
     plans = [bare.at(stage) for stage in range(len(strategy.stages))]
@@ -64,6 +73,11 @@ def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]
             kind = layer_kind(policy, entry.name)
             if rule.adapter is not None and not entry.dead and not _is_bias(policy, entry.name):
                 require_works(rule.adapter, kind, entry.name, where)
+                if rule.adapter.init == "pissa" and rule.adapter.rank > min(entry.shape):
+                    raise StrategyError(
+                        f"{where} takes {entry.name} {list(entry.shape)}, which has only {min(entry.shape)} "
+                        f"singular vectors, not `rank` {rule.adapter.rank}"
+                    )
                 if rule.adapter.method == "oft" and entry.shape[1] % rule.adapter.block:
                     raise StrategyError(
                         f"{where} takes {entry.name} with {entry.shape[1]} inputs, which blocks of "
@@ -112,21 +126,47 @@ def _require_use(plan: Plan, policy: str) -> None:
             )
 
 
-def apply(policy: "Policy", strategy: Strategy, *, seed: int = 0) -> Plan:
+def apply(
+    policy: "Policy", strategy: Strategy, *, seed: int = 0, probe: "Callable[[], Tensor] | None" = None
+) -> Plan:
     """Resolve `strategy` against `policy`, put its adapters in, and enter its first stage.
 
-    Adapters begin from `seed`. Raises StrategyError as `preview` does, and then leaves the policy as it was.
+    Adapters begin from `seed`. `probe` computes an output of the policy; it must be the same before and after
+    the adapters are put in. Raises StrategyError as `preview` does, and then leaves the policy as it was; or
+    when the probe's output changes, and then the policy is not to be used.
     """
+    from vlafit.tuning.inject import inject, make_groups, quantise
+
     plan = preview(policy, strategy)
-    install(policy, plan, seed=seed)
+    quantise(policy, plan.quantised)
+    before = probe() if probe and plan.adapted else None
+    inject(policy, make_groups(plan.adapted), seed)
+    if probe is not None and before is not None:
+        _require_unchanged(before, probe(), strategy.name)
+    enter(policy, plan)
     return plan
 
 
-def install(policy: "Policy", plan: Plan, *, seed: int = 0) -> None:
-    """Put the adapters of `plan` into the bare policy and enter its stage."""
-    from vlafit.tuning.inject import inject, make_groups
+def _require_unchanged(before: "Tensor", after: "Tensor", name: str) -> None:
+    scale = max(1.0, float(before.abs().max()))
+    change = float((after - before).abs().max()) / scale
+    limit = (
+        UNCHANGED if before.dtype == after.dtype and str(before.dtype) == "torch.float32" else UNCHANGED_16
+    )
+    if not change <= limit:
+        raise StrategyError(
+            f"strategy {name!r}: putting the adapters in changed the policy's output by {change:.1e} (relative; at "
+            f"most {limit:.0e} is rounding), though they have learned nothing yet; use another method or "
+            "`init`, and report this"
+        )
 
-    inject(policy, make_groups(plan.adapted), plan.quantised, seed)
+
+def restore(policy: "Policy", plan: Plan) -> None:
+    """Put adapters into the bare policy as new ones, to be filled from a checkpoint, and enter the stage."""
+    from vlafit.tuning.inject import as_new, inject, make_groups, quantise
+
+    quantise(policy, plan.quantised)
+    inject(policy, [as_new(group) for group in make_groups(plan.adapted)])
     enter(policy, plan)
 
 

@@ -83,17 +83,23 @@ def adapter_tensors(policy: nn.Module) -> dict[str, str]:
     return found
 
 
-def inject(
-    policy: nn.Module, groups: Sequence[Group], quantised: Mapping[str, Quantise], seed: int = 0
-) -> None:
-    """Quantise the layers in `quantised`, then put the adapters of `groups` into the policy, from `seed`.
+def quantise(policy: nn.Module, quantised: Mapping[str, Quantise]) -> None:
+    """Round the weights of the layers in `quantised`.
 
-    The policy's class and its base weights stay (PiSSA moves part of a weight into its adapter). Adapters are
-    float32. Raises StrategyError where the policy carries adapters already.
+    Raises StrategyError where adapters are there already.
     """
     require_bare(policy)
     for layer, how in quantised.items():
         quantise_layer(policy, layer, how)
+
+
+def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
+    """Put the adapters of `groups` into the policy, from `seed`.
+
+    The policy's class and its base weights stay (PiSSA moves part of a weight into its adapter, and remembers
+    the factors). Adapters are float32. Raises StrategyError where the policy carries adapters already.
+    """
+    require_bare(policy)
     if not groups:
         return
     from peft.functional import inject_adapter_in_model
@@ -123,6 +129,9 @@ def inject(
         elif tensors[name].dtype != torch.float32:
             tensors[name].data = tensors[name].data.float()
     for group in groups:
+        if group.adapter.init == "pissa":
+            mine = [n for n in adapter_tensors(policy) if group_of(n) == group.name]
+            _remember(policy, {n: tensors[n] for n in mine})
         if group.adapter.method == "dora":
             from vlafit.tuning.dora import factor_norms
 
@@ -203,17 +212,47 @@ def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tupl
     if not groups:
         return {}
     bare = skeleton(policy)
-    plain = [
-        replace(
-            g,
-            layers={k: replace(a, init="default") for k, a in g.layers.items()},
-            adapter=replace(g.adapter, init="default"),
-        )
-        for g in groups
-    ]  # PiSSA would decompose weights that are not there
-    inject(bare, plain, {})
+    inject(bare, [as_new(g) for g in groups])  # PiSSA would decompose weights that are not there
     tensors: Mapping[str, Tensor] = dict(bare.named_parameters())
     return {name: (base, tuple(tensors[name].shape)) for name, base in adapter_tensors(bare).items()}
+
+
+def as_new(group: Group) -> Group:
+    """Return the group with adapters that begin as no-ops and leave the weights below them alone."""
+    layers = {name: replace(adapter, init="default") for name, adapter in group.layers.items()}
+    return replace(group, adapter=replace(group.adapter, init="default"), layers=layers)
+
+
+def group_of(name: str) -> str:
+    """Return the adapter name in the live name of an adapter's tensor."""
+    words = name.split(".")
+    return words[-2] if words[-1] in ("weight", "bias") else words[-1]
+
+
+def _remember(policy: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    kept = getattr(policy, "initial_factors", {})
+    policy.initial_factors = kept | {n: t.detach().clone() for n, t in factors.items()}  # type: ignore[assignment]
+
+
+def initial_factors(policy: nn.Module, group: Group) -> dict[str, Tensor]:
+    """Return the factors that PiSSA took out of the weights below `group` when it began, by live name."""
+    kept: Mapping[str, Tensor] = getattr(policy, "initial_factors", {})
+    return {name: tensor for name, tensor in kept.items() if group_of(name) == group.name}
+
+
+@torch.no_grad()
+def take_residual(policy: nn.Module, group: Group, factors: Mapping[str, Tensor]) -> None:
+    """Take the initial `factors` of PiSSA out of the weights below `group`, as it did when it began.
+
+    The same sum in the same order as peft's: on one machine the residual has the same bits.
+    """
+    for name, layer in adapted_layers(policy):
+        if name in group.layers:
+            a, b = (factors[f"{name}.lora_{x}.{group.name}.weight"] for x in "AB")
+            base = layer.get_base_layer()
+            weight = base.weight.data.float() - layer.scaling[group.name] * b @ a
+            base.weight.data = weight.to(base.weight.dtype)
+    _remember(policy, factors)
 
 
 def _names(module: Any) -> set[str]:
