@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from vlafit import checkpoints, config, rollout
 from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
-from vlafit.train import feed, state
+from vlafit.train import feed, stages, state
+from vlafit.train.learner import Learner
 from vlafit.train.loop import NotFinite, StepResult, train
 from vlafit.train.metrics import Metrics
 from vlafit.train.observer import Observer
-from vlafit.train.optim import Ema, build_optimizer
-from vlafit.train.parallel import barrier, gathered, sum_over_processes, wrap
+from vlafit.train.parallel import barrier, from_main, gathered, sum_over_processes
 from vlafit.train.setup import Experiment
 from vlafit.train.shelf import Shelf
 from vlafit.train.validate import validate
@@ -103,14 +103,15 @@ class Job:
         Raises NotFinite, saying which checkpoint is the last good one.
         """
         recipe, experiment = self.recipe.train, self.experiment
-        policy = experiment.policy
         self.observer.phase("training")
-        model = wrap(policy, recipe.sharding, self.device)
-        self.optimizer = build_optimizer(policy, experiment.plan, self.recipe.optim)
-        self.ema = Ema(policy, self.recipe.optim.ema) if self.recipe.optim.ema else None
+        saved = None
         if resumed is not None:
-            data = experiment.data.fingerprint
-            self.progress = state.restore(resumed, policy, self.optimizer, self.ema, data)
+            saved = state.read(resumed, experiment.data.fingerprint)
+            self.progress = saved.progress
+        place = self.progress.stage
+        self.learner = Learner(experiment.policy, experiment.plan, self.recipe, self.device, place)
+        if saved is not None:
+            state.restore(saved, self.learner)
             self._point_best()  # the killed run may not have come so far
         first = self.progress.step
         if first >= recipe.steps:
@@ -122,24 +123,54 @@ class Job:
         elif self._evaluate_now(first):
             self._evaluate_step(first)
         self.clock = time.perf_counter() - self.progress.seconds
+        self._tell_stage()
+        batches = feed.training_batches(experiment, first_step=first, rank=rank, world=world)
+        self.stopped = False
         try:
             with _signals() as wants_stop:
-                train(
-                    model,
-                    self.optimizer,
-                    self.ema,
-                    feed.training_batches(experiment, first_step=first, rank=rank, world=world),
-                    first_step=first,
-                    recipe=recipe,
-                    optim=self.recipe.optim,
-                    device=self.device,
-                    world=world,
-                    wants_stop=wants_stop,
-                    after_step=self._after_step,
-                )
+                while self.progress.step < recipe.steps and not self.stopped:
+                    self._change_stage()
+                    train(
+                        self.learner,
+                        batches,
+                        first_step=self.progress.step,
+                        recipe=recipe,
+                        optim=self.recipe.optim,
+                        world=world,
+                        wants_stop=wants_stop,
+                        after_step=self._after_step,
+                    )
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._way_out()}") from error
         return self.progress.step == recipe.steps
+
+    def _due(self) -> int:
+        """Return the number of the stage that the next step belongs to."""
+        strategy, progress = self.learner.plan.strategy, self.progress
+        return stages.due(strategy.stages, self.recipe.train.steps, progress.step, progress.stage)
+
+    def _change_stage(self) -> None:
+        """Enter the stage that the next step belongs to, where that is another than the last step's."""
+        number, before, step = self._due(), self.progress.stage.number, self.progress.step
+        if number == before:
+            return
+        for passed in range(before + 1, number):
+            name = stages.title(self.learner.plan.at(passed))
+            log.warning("step %d: %s is passed over, for the next one begins now", step, name)
+        self.progress = replace(self.progress, stage=stages.Place(number, began=step))
+        self.learner.change(self.progress.stage)
+        self._tell_stage()
+
+    def _tell_stage(self) -> None:
+        """Log and show the stage that begins, or that a resumed run is in; of several alone."""
+        plan, began = self.learner.plan, self.progress.stage.began
+        if len(plan.strategy.stages) == 1:
+            return
+        log.info("step %d: %s, %d parameters learn", began, stages.title(plan), plan.trainable_parameters)
+        seconds = round(time.perf_counter() - self.clock, 3)
+        self.metrics.log_once(began, {"time_s": seconds, "train/stage": plan.stage + 1})
+        if plan.stage:  # the table of the first is shown from the start
+            self.observer.stage(plan, began)
 
     def _way_out(self) -> str:
         last = self.shelf.resumable()
@@ -150,7 +181,8 @@ class Job:
             "and a lower optim.lr"
         )
 
-    def _after_step(self, result: StepResult) -> None:
+    def _after_step(self, result: StepResult) -> bool:
+        """Do what is due after a step; return whether the next one is of the same stage."""
         recipe, step = self.recipe.train, result.step
         self.progress = replace(self.progress, step=step, seconds=time.perf_counter() - self.clock)
         last = step == recipe.steps or result.stop
@@ -168,6 +200,8 @@ class Job:
             began = time.perf_counter()
             self._evaluate_step(step)
             self.clock += time.perf_counter() - began  # training time is without rollouts
+        self.stopped = result.stop
+        return self._due() == self.progress.stage.number
 
     def _log(self, result: StepResult) -> dict[str, float]:
         batch_size = self.recipe.train.batch_size
@@ -188,11 +222,14 @@ class Job:
         """Validate what is evaluated and exported: the moving average where there is one."""
         if not self.validation:
             return {}
-        with nullcontext() if self.ema is None else self.ema.applied():
+        ema = self.learner.ema
+        with nullcontext() if ema is None else ema.applied():
             values = validate(self.experiment.policy, self.validation, self.recipe.train, self.device)
-        loss = values["validation/loss"]
-        if step and (self.progress.best_loss is None or loss < self.progress.best_loss):
-            self.progress = replace(self.progress, best_loss=loss, best_step=step)
+        if step:
+            loss, progress = from_main(values["validation/loss"], self.device), self.progress
+            self.progress = replace(progress, stage=progress.stage.validated(loss))
+            if progress.best_loss is None or loss < progress.best_loss:
+                self.progress = replace(self.progress, best_loss=loss, best_step=step)
         self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
         return values
 
@@ -200,9 +237,9 @@ class Job:
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of `step`; every process takes part in gathering it."""
-        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
-        average = self.ema.average if self.ema is not None else {}
-        tensors = state.collect(policy, self.optimizer, self.ema, keep=self.main)
+        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.learner.plan
+        average = self.learner.ema.average if self.learner.ema is not None else {}
+        tensors = state.collect(self.learner, keep=self.main)
         weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
@@ -214,7 +251,7 @@ class Job:
             checkpoints.save(
                 folder, policy, codec, plan=plan, recipe=recipe, history=history, weights=weights
             )
-            state.write(folder, tensors, self.progress, self.ema, data)
+            state.write(folder, tensors, self.progress, data)
 
         if self.main:
             self.shelf.save(step, fill)

@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.recipe import Recipe
-from vlafit.train import folder, setup
+from vlafit.train import folder, setup, stages
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -72,6 +72,7 @@ def run(
     observer.phase("loading")
     resumed = shelf.resumable()
     experiment = setup.build(recipe, accelerator.device, resumed)
+    stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if main:
         _try_protocol(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)

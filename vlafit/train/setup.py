@@ -172,7 +172,10 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     _require_room_for_prompts(data, codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
-    if before is not None and (before.strategy, before.entries) != (plan.strategy, plan.entries):
+    if before is not None and (before.strategy, before.at(0).entries) != (
+        plan.strategy,
+        plan.entries,
+    ):
         raise TrainingError(
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"
