@@ -90,20 +90,22 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
         if stage.begin is None:
             before = where
             continue
-        at, says = stage.begin.at_step(steps), f"begins at {stage.begin}"
+        at = stage.begin.at_step(steps)
         if at is None:
             _require_validation(where, stage.begin, every, held_out)
             at = (before_at // every + 1 + (stage.begin.plateau or 0)) * every
-            says = f"begins after {stage.begin}; with train.validate_every = {every} at the earliest"
+            says = f"step {at} at the earliest ({stage.begin}, train.validate_every = {every})"
+        else:
+            says = f"step {at}" if stage.begin.step is not None else f"step {at} ({stage.begin})"
         if at >= steps:
             raise StrategyError(
-                f"{where} {says}, which is step {at} of a run of {steps} steps, so that it would never "
-                "train; let it begin earlier, or train for more steps"
+                f"{where} begins at {says}; the run has {steps}, so that it would never train; let it begin "
+                "earlier, or train for more steps"
             )
         if at <= before_at:
             raise StrategyError(
-                f"{where} {says}, which is step {at} of {steps}; but {before} begins at step {before_at} "
-                "and would never train; move the moments apart, or train for more steps"
+                f"{where} begins at {says}, but {before} at step {before_at}, so that this one would never "
+                "train; move the moments apart, or train for more steps"
             )
         before, before_at = where, at
 
