@@ -17,6 +17,7 @@ from tests.train.test_interruptions import Interrupted, Until, crash, without_ti
 from tests.train.test_training import split
 from tests.train.world import REPOSITORY, assert_same, learned, metrics, tiny
 from vlafit import config
+from vlafit.cli.train_view import TrainView
 from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.report import read_facts
@@ -229,6 +230,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 from vlafit import config
+from vlafit.cli.train_view import TrainView
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.observer import Observer
@@ -396,6 +398,24 @@ def test_adalora_is_refused_on_sharded_weights(card: Path, tmp_path: Path) -> No
         run(sharded, tmp_path / "run")
 
 
+def test_a_stage_whose_plateau_does_not_come_in_time_is_passed_over_and_told(
+    card: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = STAGED.replace("{ step = 4 }", "{ plateau = 5 }").replace("{ fraction = 0.67 }", "{ step = 7 }")
+    run(staged(card, tmp_path, text, steps=8, validate_every=1), tmp_path / "run")
+    assert [e["train/stage"] for e in metrics(tmp_path / "run") if "train/stage" in e] == [1, 3]
+    assert "step 7: stage 2 of 3, expert alone is passed over, for the next one begins now" in caplog.text
+
+
+def test_the_command_line_shows_the_table_of_the_stage_that_begins(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TrainView(tmp_path).stage(setup.build(recipe, CPU).plan.at(1), 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["from step 4 on:", "stage 2 of 3, expert alone"]
+    assert any(line.split()[:2] == ["expert", "full"] for line in lines)
+
+
 # ------------------------------------------------------------------------------------ AdaLoRA in a stage
 
 ADALORA = """
@@ -440,12 +460,12 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     ranks = learner.ranks.ranks()
     assert ranks and sum(ranks.values()) == len(ranks)  # a mean of 1, from 4
 
-    tensors = state.collect(learner, keep=True)
+    tensors = {k: v.clone() for k, v in state.collect(learner, keep=True).items()}
     assert any(key.startswith("ranks/") for key in tensors)
     other = setup.build(recipe, CPU)
     fresh = Learner(other.policy, other.plan, recipe, CPU, Place(1, 2))
-    state.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), tensors), fresh)
-    assert_same(state.collect(fresh, keep=True), tensors)
+    state.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), dict(tensors)), fresh)
+    assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
     train(learner, batches, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
           wants_stop=lambda: False, after_step=lambda _: True)  # fmt: skip
     again = feed.training_batches(other, first_step=11, rank=0, world=1)
