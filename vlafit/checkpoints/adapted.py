@@ -1,7 +1,7 @@
 """Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
 
 `adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
-layers they belong to, and how they learned, is plan.json's. A checkpoint with adapters holds the weights below
+layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
 them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
 only what differs from it (trained.safetensors).
 """
