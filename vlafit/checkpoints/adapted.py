@@ -72,7 +72,7 @@ def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
         place.mkdir(parents=True)
-        config = peft_config(group, policy)
+        config = peft_config(group)
         config.inference_mode = True
         config.base_model_name_or_path = base.checkpoint if base else None
         config.revision = f"sha256:{base.sha256}" if base else None
@@ -95,7 +95,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
     wrong: list[str] = []
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
-        _require_same_config(place, group, policy)
+        _require_same_config(place, group)
         names = {
             PREFIX + _peft_name(n, group.name): n
             for n in adapter_tensors(policy)
@@ -122,14 +122,14 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
         raise WeightsError(f"{folder}: the adapters are not those of plan.json:\n  " + "\n  ".join(wrong))
 
 
-def _require_same_config(place: Path, group: Group, policy: Policy) -> None:
+def _require_same_config(place: Path, group: Group) -> None:
     """Raise WeightsError when adapter_config.json is not what plan.json says."""
     path = place / CONFIG
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    want: dict[str, Any] = peft_config(group, policy).to_dict()
+    want: dict[str, Any] = peft_config(group).to_dict()
     for key in (
         "peft_type",
         "r",

@@ -77,11 +77,6 @@ def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]
                         f"{where} takes {entry.name} {list(entry.shape)}, which has only {min(entry.shape)} "
                         f"singular vectors, not `rank` {rule.adapter.rank}"
                     )
-                if rule.adapter.method == "oft" and entry.shape[1] % rule.adapter.block:
-                    raise StrategyError(
-                        f"{where} takes {entry.name} with {entry.shape[1]} inputs, which blocks of "
-                        f"{rule.adapter.block} do not divide; choose another `block`"
-                    )
             if (
                 rule.quantise
                 and not entry.dead
@@ -152,8 +147,8 @@ def _require_unchanged(before: "Tensor", after: "Tensor", name: str) -> None:
     if not change <= UNCHANGED:
         raise StrategyError(
             f"strategy {name!r}: putting the adapters in changed the policy's output by {change:.1e} "
-            f"(relative; at most {UNCHANGED:.0e} is rounding), though they have learned nothing yet; use another method or "
-            "`init`, and report this"
+            f"(relative; at most {UNCHANGED:.0e} is rounding), though they have learned nothing yet; use "
+            "another method or `init`, and report this"
         )
 
 

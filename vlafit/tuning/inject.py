@@ -110,7 +110,9 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed)
         for group in groups:
-            config = peft_config(group, policy)
+            config = peft_config(group)
+            if hasattr(policy, "peft_config"):  # of the group before; peft would warn of a second adapter
+                del policy.peft_config
             inject_adapter_in_model(config, policy, adapter_name=group.name)
             configs[group.name] = config
             took = {name for name, module in adapted_layers(policy) if group.name in _names(module)}
@@ -148,7 +150,7 @@ def require_bare(policy: nn.Module) -> None:
         )
 
 
-def peft_config(group: Group, policy: nn.Module) -> Any:
+def peft_config(group: Group) -> Any:
     """Return peft's config of a group, for exactly its layers."""
     import peft
 
