@@ -23,6 +23,7 @@ from vlafit.tuning import Plan
 from vlafit.tuning.inject import (
     Group,
     adapter_tensors,
+    as_new,
     group_of,
     initial_factors,
     make_groups,
@@ -72,7 +73,8 @@ def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
         place.mkdir(parents=True)
-        config = peft_config(group)
+        # Over its own residual PiSSA is plain LoRA; peft would decompose the residual again.
+        config = peft_config(group if base is not None else as_new(group))
         config.inference_mode = True
         config.base_model_name_or_path = base.checkpoint if base else None
         config.revision = f"sha256:{base.sha256}" if base else None

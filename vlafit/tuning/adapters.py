@@ -59,7 +59,7 @@ class Adapter:
     factor: int = -1
     """LoKr: size of the smaller Kronecker factor. -1: as square as it gets."""
     block: int = 32
-    """OFT: size of the rotated blocks of a layer's inputs; where it does not divide them, the next smaller one."""
+    """OFT: size of the rotated blocks of a layer's inputs, or the next smaller one that divides them."""
 
     @property
     def scale(self) -> float:

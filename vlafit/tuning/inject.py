@@ -122,6 +122,8 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
                     f"adapter {group.name!r}: peft took other layers than the rules: {odd[:5]}"
                 )
     policy.peft_config = configs  # type: ignore[assignment]  # peft keeps only the last one there
+    for _, layer in adapted_layers(policy):  # and switches all layers to the last one's name
+        layer.set_adapter(list(_names(layer)))
     for name, parameter in policy.named_parameters():  # peft froze the whole policy: the plan decides
         parameter.requires_grad_(before.get(base_name(name), True))
     tensors = dict(policy.named_parameters())
