@@ -22,7 +22,7 @@ class PolicyRecipe:
     fresh: tuple[str, ...] = ()
     """Parts (or name patterns) that start from fresh weights although a checkpoint is given."""
     resize: Literal["refuse", "keep", "fresh"] = "refuse"
-    """Projections, where `config` gives the checkpoint another action_dim or state_dim: keep what both have."""
+    """What becomes of projections where `config` gives the checkpoint another action_dim or state_dim."""
     assets: str = ""
     """Which of an openpi checkpoint's statistics to use: an asset's name. Empty: the only one."""
     tokenizer: str = ""

@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SHOWN = 12  # names that one line of an error lists before it counts the rest
-CHECKED_AT_ONCE = 1 << 22  # elements; the check for NaN needs no second copy of a large tensor
+CHECKED_AT_ONCE = 1 << 18  # elements; the check for NaN needs no second copy of a large tensor
 
 
 def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def load(
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
-    found = _find(Path(path), config, base, dtype, resize)
+    found = _find(Path(path), config, base, dtype, resize, fresh)
     policy, names = _on_meta(found, fresh, resize)
     for info in policy.parts():
         if info.name in names:
@@ -122,7 +122,7 @@ def inspect(
     No number of a weight is read: damage inside the numbers is found by `load` alone. Codecs are read where
     the checkpoint has its own.
     """
-    found = _find(Path(path), config, None, dtype, resize, hash_weights=False)
+    found = _find(Path(path), config, None, dtype, resize, fresh, hash_weights=False)
     policy, names = _on_meta(found, fresh, resize)
     complain(found.path, compare(policy, found.translated.weights, names, found.resized))
     why = "" if found.codec else "none in the checkpoint itself"
@@ -175,6 +175,7 @@ def _find(
     base: str | Path | None,
     dtype: str,
     resize: str,
+    fresh: Sequence[str],
     hash_weights: bool = True,
 ) -> _Found:
     if dtype not in DTYPES:
@@ -193,7 +194,7 @@ def _find(
         found = _native(path, given, hash_weights)
     else:
         found = _foreign(path, given)
-    return _resize(found, widths, given, resize)
+    return _resize(found, widths, given, resize, fresh)
 
 
 def _native(path: Path, config: Mapping[str, object], hash_weights: bool) -> _Found:
@@ -264,7 +265,13 @@ def _table(config: dict[str, Any], key: str) -> Mapping[str, object]:
     return values
 
 
-def _resize(found: _Found, widths: Mapping[str, object], given: Mapping[str, object], resize: str) -> _Found:
+def _resize(
+    found: _Found,
+    widths: Mapping[str, object],
+    given: Mapping[str, object],
+    resize: str,
+    fresh: Sequence[str],
+) -> _Found:
     """Give the policy the widths that the user wants, and say what that does to its projections."""
     where = f"{found.path}: config"
     wanted = override(found.config, widths, where) if widths else found.config
@@ -277,9 +284,12 @@ def _resize(found: _Found, widths: Mapping[str, object], given: Mapping[str, obj
     adapted += [f"{k}: {getattr(wanted, k)}, {getattr(found.config, k)} in the checkpoint" for k in changed]
     build = family(found.family).build
     old = {n: p.shape for n, p in build(found.config, "meta").named_parameters()}
-    new = {n: p.shape for n, p in build(wanted, "meta").named_parameters()}
+    policy = build(wanted, "meta")
+    new = {n: p.shape for n, p in policy.named_parameters()}
     resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
-    if resized and resize == "refuse":
+    anew = {info.name for info in select(policy.parts(), fresh)} if fresh else set()
+    anew |= set(resized) if resize == "fresh" else set()
+    if resize == "refuse" and not set(resized) <= anew:
         raise WeightsError(
             f"{found.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
             f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
@@ -288,7 +298,7 @@ def _resize(found: _Found, widths: Mapping[str, object], given: Mapping[str, obj
     for name, shape in resized.items():
         pair = f"{tuple(shape)} to {tuple(new[name])}"
         grown = any(n > o for n, o in zip(new[name], shape, strict=True))
-        how = "fresh" if resize == "fresh" else "padded with zeros" if grown else "sliced"
+        how = "fresh" if name in anew else "padded with zeros" if grown else "sliced"
         adapted.append(f"{name}: {how}, {pair}")
     return replace(found, config=wanted, resized=resized, adapted=tuple(adapted))
 
@@ -344,13 +354,19 @@ def _codec(
         if codec is not None:
             _require_vocabulary(codec, policy, found.path)
         return codec, why, ()
-    if found.codec is not None or found.assets is None:
+    if found.codec is not None:
         for name, value in (("tokenizer", tokenizer), ("assets", assets)):
             if value is not None:
-                raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no {name}")
-        if found.codec is not None:
-            return _suit(found.codec, policy, config, found.path), "", ()
-        return None, f"a {found.form} checkpoint holds no statistics", ()
+                raise WeightsError(f"{found.path}: has a codec of its own; it takes no {name}")
+        return _suit(found.codec, policy, config, found.path), "", ()
+    if found.assets is None:
+        if assets is not None:
+            raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no assets")
+        return (
+            None,
+            "fine-tuning fits one" if found.form == "native" else "no statistics in the checkpoint",
+            (),
+        )
     if tokenizer is None and assets is None:
         listed = ", ".join(found.assets) or "none"
         return None, f"no tokenizer in the checkpoint: give one (statistics in it: {listed})", ()

@@ -205,7 +205,7 @@ def _require_room_for_prompts(data: Data, codec: Codec) -> None:
 def _from_checkpoint(
     recipe: Recipe, path: Path, data: Data, generator: torch.Generator
 ) -> tuple[Policy, Codec, str]:
-    """Load the recipe's checkpoint at `path` for the robot of its data; return what the load report says, too."""
+    """Load the recipe's checkpoint at `path` for the robot of its data; the text is the load report's."""
     chosen = recipe.policy
     own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
     foreign = not (path / "policy.json").is_file()
