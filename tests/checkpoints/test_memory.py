@@ -36,6 +36,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 
+vlafit.policies.pi0.build(vlafit.policies.pi0.SIZES["pi0-tiny"], "meta")  # torch now imports 70 MB of itself
 before = anonymous()
 thread = threading.Thread(target=watch); thread.start()
 look = getattr(vlafit.checkpoints, sys.argv[3])

@@ -382,10 +382,11 @@ def _step(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _statistics(codec: Codec) -> dict[str, Tensor]:
     """Return statistics with which LeRobot's formulas, which have no floors, do what ours do."""
     found: dict[str, Tensor] = {}
-    for feature, name, method in (
+    columns: tuple[tuple[str, str, Normalisation], ...] = (
         (STATE, "state", codec.config.normalisation),
         (ACTION, "action", codec.config.of_actions),
-    ):
+    )
+    for feature, name, method in columns:
         statistics = codec.statistics[name]
         arrays = {n: a for n in ARRAYS if (a := getattr(statistics, n)) is not None}
         arrays |= _effective(statistics, method)

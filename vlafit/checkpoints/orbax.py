@@ -96,7 +96,9 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             f"{folder}: an Orbax checkpoint is read with tensorstore: pip install tensorstore"
         ) from error
     listed, filled = _listed(folder)
-    base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+    # Mapped, the packed bytes of an array are not a second copy of it in memory.
+    mapped = {"file_io_mode": {"mode": "memmap"}}
+    base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/", **mapped}
     root = {"driver": "ocdbt", "base": base} if (folder / OCDBT).is_file() else base
     try:
         keys = [key.decode() for key in tensorstore.KvStore.open(root).result().list().result()]
@@ -115,7 +117,8 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
         leaves = {}
         for name, future in opened.items():
             store = future.result()
-            chunk = tuple(store.chunk_layout.read_chunk.shape or store.shape)
+            pieces = store.chunk_layout.read_chunk.shape or store.shape
+            chunk = tuple(size or whole for size, whole in zip(pieces, store.shape, strict=True))
             leaves[name] = Leaf(name, tuple(store.shape), store.dtype.name, chunk, found[name])
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise WeightsError(
