@@ -2,8 +2,9 @@
 
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, LoadReport, load, load_policy
+from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
 from vlafit.checkpoints.native import digest, save
+from vlafit.checkpoints.report import LoadReport
 
 __all__ = [
     "Learned",
@@ -12,6 +13,7 @@ __all__ = [
     "Loaded",
     "digest",
     "fit",
+    "inspect",
     "load",
     "load_policy",
     "open_tensors",

@@ -7,7 +7,7 @@ history.json (what it learned from), and manifest.json with the SHA-256 of each.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,13 @@ def recognise(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / POLICY).is_file()
 
 
-def open_folder(folder: Path) -> Opened:
+def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
     """Verify every file's hash and read all but the weights.
 
-    Raises WeightsError naming files that are missing, changed or not in the manifest.
+    Without `hash_weights` the weights' file must be there, and is not read. Raises WeightsError naming files
+    that are missing, changed or not in the manifest.
     """
-    _verify(folder)
+    _verify(folder, () if hash_weights else (WEIGHTS,))
     path = folder / POLICY
     described = _read(path, {"format", "family", "config"})
     module = family(str(described["family"]))
@@ -113,7 +114,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         raise WeightsError(f"{folder}: {MANIFEST} is missing; the checkpoint was not written to its end")
@@ -122,9 +123,11 @@ def _verify(folder: Path) -> None:
         raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
     ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY)] + sorted(folder.glob("tokenizer/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
+    lost = [name for name in listed if not (folder / name).is_file()]
+    read = {n: h for n, h in listed.items() if n not in lost and n not in unread}
     wrong = {
-        "missing": [n for n in listed if not (folder / n).is_file()],
-        "changed": [n for n, h in listed.items() if (folder / n).is_file() and files.sha256(folder / n) != h],
+        "missing": lost,
+        "changed": [name for name, digest in read.items() if files.sha256(folder / name) != digest],
         "not in the manifest": sorted(present - set(listed)),
     }
     lines = [f"  {kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
