@@ -26,7 +26,7 @@ TOKENIZER = train_word_tokenizer(["pick up the cube"], 300)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
-    vlafit.save_checkpoint(folder, random_policy("pi0-tiny"), None)
+    vlafit.save_checkpoint(random_policy("pi0-tiny"), folder)
     return folder
 
 
@@ -185,6 +185,6 @@ def test_an_option_that_codecs_have_not_is_refused():
 def test_a_checkpoint_with_its_own_codec_takes_no_other(tmp_path: Path):
     from tests.checkpoints.test_native import CONFIG
 
-    vlafit.save_checkpoint(tmp_path / "c", random_policy(CONFIG), robots.codec(np.random.default_rng(0)))
+    vlafit.save_checkpoint(random_policy(CONFIG), tmp_path / "c", robots.codec(np.random.default_rng(0)))
     with pytest.raises(WeightsError, match="has a codec of its own; it takes no tokenizer"):
         vlafit.load_checkpoint(tmp_path / "c", tokenizer=TOKENIZER)

@@ -125,7 +125,7 @@ def test_every_damage_to_an_openpi_file_is_caught(family: str, tmp_path: Path):
 def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(tmp_path: Path):
     saved = tmp_path / "saved"
     policy = _policy("pi0")
-    vlafit.save_checkpoint(saved, policy, None)
+    vlafit.save_checkpoint(policy, saved)
     whole = {name: t.detach().clone() for name, t in policy.state_dict().items()}
     other = {name: t.detach().clone() for name, t in _policy("pi05").state_dict().items()}
     assert not _caught(saved, None)

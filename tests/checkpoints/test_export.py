@@ -309,7 +309,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command_line_exports_and_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from vlafit.cli import main
 
-    vlafit.save_checkpoint(tmp_path / "native", random_policy("pi0-tiny"), None)
+    vlafit.save_checkpoint(random_policy("pi0-tiny"), tmp_path / "native")
     assert (
         main(["export", str(tmp_path / "native"), "--to", "transformers", "--out", str(tmp_path / "out")])
         == 0

@@ -200,7 +200,7 @@ def test_the_robot_has_the_features_names_and_nothing_invented(codec: Codec):
 
 def test_a_native_checkpoint_keeps_such_a_codec_exactly(codec: Codec, tmp_path: Path):
     policy = vlafit.load_policy(FIXTURE)
-    vlafit.save_checkpoint(tmp_path / "native", policy, codec)
+    vlafit.save_checkpoint(policy, tmp_path / "native", codec)
     again = vlafit.load_checkpoint(tmp_path / "native")
     assert again.codec is not None
     assert again.codec.config == codec.config

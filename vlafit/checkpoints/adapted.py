@@ -6,6 +6,7 @@ them, too (model.safetensors); or it names the checkpoint they come from with it
 only what differs from it (trained.safetensors).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlafit import files, shipped, tuning
 from vlafit.checkpoints.fit import open_tensors
-from vlafit.errors import WeightsError
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import (
@@ -44,7 +46,7 @@ class Base:
     checkpoint: str
     """A path, or the name of one that ships."""
     sha256: str
-    """Of its manifest, or of all its files; see `native.digest`."""
+    """Of its manifest, or of all its files; see `digest`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -65,6 +67,57 @@ def read_base(folder: Path) -> Base | None:
     if base.format != FORMAT:
         raise WeightsError(f"{path}: format {base.format}; this version reads format {FORMAT}")
     return base
+
+
+def digest(path: Path) -> str:
+    """Return a SHA-256 that stands for the whole checkpoint at `path`.
+
+    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
+    """
+    if (path / "manifest.json").is_file():
+        return files.sha256(path / "manifest.json")
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
+    """Return where the checkpoint below the adapters in `folder` lies; `given` is where the user says.
+
+    Raises WeightsError when there is none, or another one.
+    """
+    said = base.checkpoint if given is None else str(given)
+    try:
+        place = shipped.find("checkpoint", said)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{folder}: its adapters sit on the checkpoint {said!r}, which is not there; say where it is: "
+            "base=..."
+        ) from error
+    if digest(place) != base.sha256:
+        raise WeightsError(
+            f"{folder}: its adapters were trained on another checkpoint than {place}: the SHA-256 is "
+            f"{digest(place)}, not {base.sha256}; say where the right one is: base=..."
+        )
+    return place
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return what a reader of the load report must know of adapters and quantised weights."""
+    notes = [
+        f"adapter {group.name}: {group.adapter.method} on {len(group.layers)} layers"
+        for group in make_groups(plan.adapted)
+    ]
+    if plan.quantised:
+        ways = ", ".join(sorted(set(plan.quantised.values())))
+        notes.append(f"{len(plan.quantised)} layers are held in {ways}")
+    return notes
+
+
+def restore(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
+    """Put the adapters of a checkpoint into the bare policy, exactly; raises as `fill` does."""
+    tuning.restore(policy, plan)
+    fill(folder, policy, plan, base)
 
 
 def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor], base: Base | None) -> None:

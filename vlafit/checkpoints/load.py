@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlafit.checkpoints import (
+    adapted,
     lerobot,
     lerobot_processors,
     native,
@@ -19,6 +20,7 @@ from vlafit.checkpoints import (
     strangers,
     transformers,
 )
+from vlafit.checkpoints.adapted import Base
 from vlafit.checkpoints.fit import (
     DTYPES,
     Dtype,
@@ -74,7 +76,8 @@ def load(
     checkpoint does not tell; its table `lora` (see `openpi_jax.LoraConfig`) and its table `codec` (see
     `openpi_assets.CodecOptions`) say the same of these. `tokenizer`, a folder, and `assets`, which of the
     checkpoint's normalisation statistics to use, make a codec where the checkpoint has none of its own.
-    `base` is for adapters.
+    `base` is where the checkpoint lies that adapters sit on, if not where it lay when they were saved; its
+    hash must be the same.
 
     `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start from weights drawn from
     `generator` (seed 0 without one), whatever the checkpoint holds for them. Where `config` gives the policy
@@ -106,7 +109,10 @@ def load(
         resized=found.resized,
     )
     codec, why, notes = _codec(found, policy, config, tokenizer, assets)
-    return Loaded(policy, codec, found.plan, _report(found, policy, dtype, names, why, notes))
+    report = _report(found, policy, dtype, names, why, notes)
+    if found.plan is not None and found.plan.adapted:
+        adapted.restore(Path(path), policy, found.plan, found.below)
+    return Loaded(policy, codec, found.plan, report)
 
 
 def inspect(
@@ -114,6 +120,7 @@ def inspect(
     config: Mapping[str, object] | None = None,
     dtype: Dtype = "float32",
     *,
+    base: str | Path | None = None,
     fresh: Sequence[str] = (),
     resize: Resize = "refuse",
 ) -> Loaded:
@@ -122,7 +129,7 @@ def inspect(
     No number of a weight is read: damage inside the numbers is found by `load` alone. Codecs are read where
     the checkpoint has its own.
     """
-    found = _find(Path(path), config, None, dtype, resize, fresh, hash_weights=False)
+    found = _find(Path(path), config, base, dtype, resize, fresh, hash_weights=False)
     policy, names = _on_meta(found, fresh, resize)
     complain(found.path, compare(policy, found.translated.weights, names, found.resized))
     why = "" if found.codec else "none in the checkpoint itself"
@@ -167,6 +174,8 @@ class _Found:
     notes: tuple[str, ...] = ()
     resized: Mapping[str, torch.Size] | None = None
     adapted: tuple[str, ...] = ()
+    below: Base | None = None
+    """The checkpoint that native adapters sit on."""
 
 
 def _find(
@@ -186,23 +195,45 @@ def _find(
         raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
     if not path.exists():
         raise WeightsError(f"{path}: there is no such checkpoint")
-    if base is not None:
-        raise WeightsError(f"{path}: base={str(base)!r} is for an adapter, and this is none")
     given = merge({}, config or {})
     widths = {key: given.pop(key) for key in WIDTHS if key in given}
     if path.is_dir() and native.recognise(path):
-        found = _native(path, given, hash_weights)
+        found = _native(path, given, base, hash_weights)
     else:
         found = _foreign(path, given)
+    if base is not None and found.below is None:
+        raise WeightsError(f"{path}: base={str(base)!r} is for adapters on a checkpoint, and these are none")
     return _resize(found, widths, given, resize, fresh)
 
 
-def _native(path: Path, config: Mapping[str, object], hash_weights: bool) -> _Found:
+def _native(path: Path, config: Mapping[str, object], base: str | Path | None, hash_weights: bool) -> _Found:
     opened = native.open_folder(path, hash_weights)
     made = override(opened.config, config, f"{path}: config") if config else opened.config
-    translated = Translated(open_tensors([opened.weights]), (), ())
-    found = _Found(str(path), "native", opened.family, made, translated, opened.codec, opened.plan)
-    return replace(found, chunk=opened.config.chunk)
+    own = open_tensors([opened.weights])
+    found = _Found(
+        str(path), "native", opened.family, made, Translated(own, (), ()), opened.codec, opened.plan
+    )
+    found = replace(found, chunk=opened.config.chunk, below=opened.base)
+    if opened.base is None:
+        return found
+    place = adapted.locate(path, opened.base, base)
+    said = {k: v for k, v in asdict(opened.config).items() if k not in WIDTHS}
+    below = _find(
+        place, None if native.recognise(place) else said, None, "float32", "refuse", (), hash_weights
+    )
+    weights = {n: t for n, t in below.translated.weights.items() if n not in own} | own
+
+    def contents() -> Iterable[tuple[str, Tensor]]:
+        assert below.contents is not None
+        yield from ((n, t) for n, t in below.contents() if n not in own)
+        yield from own.items()
+
+    return replace(
+        found,
+        translated=Translated(weights, below.translated.unused, below.translated.tied),
+        contents=contents if below.contents else None,
+        notes=(f"on {opened.base.checkpoint}, {len(own)} weights of its own",),
+    )
 
 
 def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
@@ -320,6 +351,7 @@ def _report(
         parts[info.part] = parts.get(info.part, 0) + count
         size += count * stored_as(info, DTYPES[dtype]).itemsize
     used = {n: t for n, t in found.translated.weights.items() if n not in set(fresh)}
+    notes += tuple(adapted.describe(found.plan)) if found.plan else ()
     return LoadReport(
         path=found.path,
         form=found.form,
