@@ -1,17 +1,21 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
+from vlafit.checkpoints.adapted import Base, digest
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, LoadReport, load, load_policy
-from vlafit.checkpoints.native import digest, save
+from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
+from vlafit.checkpoints.report import LoadReport
+from vlafit.checkpoints.save import save
 
 __all__ = [
+    "Base",
     "Learned",
     "Lineage",
     "LoadReport",
     "Loaded",
     "digest",
     "fit",
+    "inspect",
     "load",
     "load_policy",
     "open_tensors",

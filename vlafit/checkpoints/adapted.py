@@ -1,11 +1,12 @@
 """Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
 
 `adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
-layers they belong to, and how they learned, is plan.json's. A checkpoint with adapters holds the weights below
+layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
 them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
 only what differs from it (trained.safetensors).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlafit import files, shipped, tuning
 from vlafit.checkpoints.fit import open_tensors
-from vlafit.errors import WeightsError
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import (
     Group,
     adapter_tensors,
+    as_new,
     group_of,
     initial_factors,
     make_groups,
@@ -43,7 +46,7 @@ class Base:
     checkpoint: str
     """A path, or the name of one that ships."""
     sha256: str
-    """Of its manifest, or of all its files; see `native.digest`."""
+    """Of its manifest, or of all its files; see `digest`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -66,13 +69,65 @@ def read_base(folder: Path) -> Base | None:
     return base
 
 
+def digest(path: Path) -> str:
+    """Return a SHA-256 that stands for the whole checkpoint at `path`.
+
+    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
+    """
+    if (path / "manifest.json").is_file():
+        return files.sha256(path / "manifest.json")
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
+    """Return where the checkpoint below the adapters in `folder` lies; `given` is where the user says.
+
+    Raises WeightsError when there is none, or another one.
+    """
+    said = base.checkpoint if given is None else str(given)
+    try:
+        place = shipped.find("checkpoint", said)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{folder}: its adapters sit on the checkpoint {said!r}, which is not there; say where it is: "
+            "base=..."
+        ) from error
+    if digest(place) != base.sha256:
+        raise WeightsError(
+            f"{folder}: its adapters were trained on another checkpoint than {place}: the SHA-256 is "
+            f"{digest(place)}, not {base.sha256}; say where the right one is: base=..."
+        )
+    return place
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return what a reader of the load report must know of adapters and quantised weights."""
+    notes = [
+        f"adapter {group.name}: {group.adapter.method} on {len(group.layers)} layers"
+        for group in make_groups(plan.adapted)
+    ]
+    if plan.quantised:
+        ways = ", ".join(sorted(set(plan.quantised.values())))
+        notes.append(f"{len(plan.quantised)} layers are held in {ways}")
+    return notes
+
+
+def restore(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
+    """Put the adapters of a checkpoint into the bare policy, exactly; raises as `fill` does."""
+    tuning.restore(policy, plan)
+    fill(folder, policy, plan, base)
+
+
 def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor], base: Base | None) -> None:
     """Write the adapters of `policy` into a checkpoint that is being made, from `tensors` by live name."""
     mine = adapter_tensors(policy)
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
         place.mkdir(parents=True)
-        config = peft_config(group, policy)
+        # Over its own residual PiSSA is plain LoRA; peft would decompose the residual again.
+        config = peft_config(group if base is not None else as_new(group))
         config.inference_mode = True
         config.base_model_name_or_path = base.checkpoint if base else None
         config.revision = f"sha256:{base.sha256}" if base else None
@@ -95,7 +150,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
     wrong: list[str] = []
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
-        _require_same_config(place, group, policy)
+        _require_same_config(place, group)
         names = {
             PREFIX + _peft_name(n, group.name): n
             for n in adapter_tensors(policy)
@@ -122,14 +177,14 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
         raise WeightsError(f"{folder}: the adapters are not those of plan.json:\n  " + "\n  ".join(wrong))
 
 
-def _require_same_config(place: Path, group: Group, policy: Policy) -> None:
+def _require_same_config(place: Path, group: Group) -> None:
     """Raise WeightsError when adapter_config.json is not what plan.json says."""
     path = place / CONFIG
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    want: dict[str, Any] = peft_config(group, policy).to_dict()
+    want: dict[str, Any] = peft_config(group).to_dict()
     for key in (
         "peft_type",
         "r",

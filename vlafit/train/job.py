@@ -59,7 +59,7 @@ class Job:
             self.shelf.save(
                 0,
                 lambda folder: checkpoints.save(
-                    folder, policy, codec, plan=plan, recipe=recipe, history=history
+                    policy, folder, codec, plan=plan, recipe=recipe, history=history
                 ),
             )
         barrier()
@@ -249,7 +249,7 @@ class Job:
 
         def fill(folder: Path) -> None:
             checkpoints.save(
-                folder, policy, codec, plan=plan, recipe=recipe, history=history, weights=weights
+                policy, folder, codec, plan=plan, recipe=recipe, history=history, weights=weights
             )
             state.write(folder, tensors, self.progress, data)
 

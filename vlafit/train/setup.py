@@ -21,7 +21,7 @@ from vlafit.datasets import (
     open_dataset,
     split_episodes,
 )
-from vlafit.errors import ConfigError, DataError, EmbodimentError, TrainingError
+from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
@@ -152,17 +152,9 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         report, history = loaded.text(), checkpoints.read_lineage(resumed)
     elif recipe.policy.checkpoint:
         base = shipped.find("checkpoint", recipe.policy.checkpoint)
-        policy, codec, _, loaded = checkpoints.load(
-            base,
-            config=recipe.policy.config or None,
-            fresh=recipe.policy.fresh,
-            generator=generator,
-        )
-        report = loaded.text()
+        policy, codec, report = _from_checkpoint(recipe, base, data, generator)
         before_it = checkpoints.read_lineage(base)
         history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
-        if codec is None or recipe.data.statistics == "data":
-            codec = fit_codec(recipe, policy, data, codec)
     else:
         policy, report = _from_scratch(recipe.policy, generator), "all weights are fresh"
         codec = fit_codec(recipe, policy, data, None)
@@ -213,6 +205,65 @@ def _require_room_for_prompts(data: Data, codec: Codec) -> None:
                 codec.encode(Observation(images, store.state(number)[0], episode.instruction))
 
 
+def _from_checkpoint(
+    recipe: Recipe, path: Path, data: Data, generator: torch.Generator
+) -> tuple[Policy, Codec, str]:
+    """Load the recipe's checkpoint at `path` for the robot of its data; the text is the load report's."""
+    chosen = recipe.policy
+    own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
+    foreign = not (path / "policy.json").is_file()
+    words = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and foreign and own else None
+    policy, codec, _, report = checkpoints.load(
+        path,
+        config=chosen.config or None,
+        tokenizer=words,
+        assets=chosen.assets or None,
+        fresh=chosen.fresh,
+        resize=chosen.resize,
+        generator=generator,
+    )
+    before = codec
+    if codec is not None and not codec.embodiment.hz and recipe.data.statistics == "checkpoint":
+        codec = _declare_robot(codec, data)
+    elif codec is None or recipe.data.statistics == "data":
+        codec = fit_codec(recipe, policy, data, codec)
+    return policy, codec, "\n".join([report.text(), *_slots(before, codec)])
+
+
+def _declare_robot(codec: Codec, data: Data) -> Codec:
+    """Return a codec whose file told no robot as that of the data's, with its own statistics.
+
+    The card's cameras fill the slots in their order, and the card says which actions are relative.
+    """
+    slots = len(codec.config.cameras)
+    names = [camera.name for camera in data.embodiment.cameras]
+    if len(names) > slots:
+        raise EmbodimentError(
+            f"the checkpoint has {slots} camera slots, the dataset {len(names)} cameras ({', '.join(names)}):"
+            " declare fewer in the card"
+        )
+    cameras = tuple(names + [""] * (slots - len(names)))
+    config = replace(codec.config, cameras=cameras, relative=data.cards[0].robot.relative)
+    try:
+        return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
+    except CodecError as error:
+        raise EmbodimentError(
+            f"{error}\nThe checkpoint's statistics are not those of this robot: fit them anew with"
+            ' data.statistics = "data".'
+        ) from error
+
+
+def _slots(before: Codec | None, after: Codec) -> list[str]:
+    """Say in a load report's words how the cameras changed."""
+    own = ", ".join(name or "(none)" for name in after.config.cameras)
+    if before is None:
+        return [f"adapted: cameras {own}"]
+    if before.config.cameras == after.config.cameras:
+        return []
+    old = ", ".join(name or "(none)" for name in before.config.cameras)
+    return [f"adapted: cameras {own}, in the checkpoint {old}"]
+
+
 def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
     if not recipe.family:
         raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
@@ -233,9 +284,17 @@ def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> 
         relative=data.cards[0].robot.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
+        framing=needs.framing,
     )
-    if old is not None:
-        config = replace(config, mask_padding=old.config.mask_padding)
+    if old is not None:  # how the checkpoint was shown images and asked stays, too
+        kept = old.config
+        config = replace(
+            config,
+            mask_padding=kept.mask_padding,
+            prompt=kept.prompt,
+            framing=kept.framing,
+            special_tokens=kept.special_tokens,
+        )
         if set(filter(None, old.config.cameras)) == set(config.cameras):
             config = replace(config, cameras=old.config.cameras)  # their slots stay
     states, windows = [], []

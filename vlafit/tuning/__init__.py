@@ -27,6 +27,5 @@ __all__ = [
     "load_strategy",
     "parse",
     "preview",
-    "rank_schedule",
     "restore",
 ]

@@ -6,7 +6,7 @@ training. This file holds values; `inject.py` puts adapters into a policy.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, cast, get_args
 
 from vlafit.errors import StrategyError, did_you_mean
@@ -59,12 +59,18 @@ class Adapter:
     factor: int = -1
     """LoKr: size of the smaller Kronecker factor. -1: as square as it gets."""
     block: int = 32
-    """OFT: size of the rotated blocks of a layer's inputs."""
+    """OFT: size of the rotated blocks of a layer's inputs, or the next smaller one that divides them."""
 
     @property
     def scale(self) -> float:
         """Alpha, the rank where none is given."""
         return self.alpha or float(self.rank)
+
+    def fit_to(self, shape: tuple[int, ...]) -> "Adapter":
+        """Return the adapter for a weight of this shape [out, in, ...]."""
+        if self.method != "oft":
+            return self
+        return replace(self, block=next(b for b in range(self.block, 0, -1) if shape[1] % b == 0))
 
 
 OPTIONS: dict[Method, tuple[str, ...]] = {

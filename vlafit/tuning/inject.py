@@ -110,7 +110,9 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed)
         for group in groups:
-            config = peft_config(group, policy)
+            config = peft_config(group)
+            if hasattr(policy, "peft_config"):  # of the group before; peft would warn of a second adapter
+                del policy.peft_config
             inject_adapter_in_model(config, policy, adapter_name=group.name)
             configs[group.name] = config
             took = {name for name, module in adapted_layers(policy) if group.name in _names(module)}
@@ -120,6 +122,8 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
                     f"adapter {group.name!r}: peft took other layers than the rules: {odd[:5]}"
                 )
     policy.peft_config = configs  # type: ignore[assignment]  # peft keeps only the last one there
+    for _, layer in adapted_layers(policy):  # and switches all layers to the last one's name
+        layer.set_adapter(list(_names(layer)))
     for name, parameter in policy.named_parameters():  # peft froze the whole policy: the plan decides
         parameter.requires_grad_(before.get(base_name(name), True))
     tensors = dict(policy.named_parameters())
@@ -148,7 +152,7 @@ def require_bare(policy: nn.Module) -> None:
         )
 
 
-def peft_config(group: Group, policy: nn.Module) -> Any:
+def peft_config(group: Group) -> Any:
     """Return peft's config of a group, for exactly its layers."""
     import peft
 

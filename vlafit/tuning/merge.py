@@ -15,7 +15,7 @@ def merge(policy: Policy) -> Policy:
     """Fold every adapter into its layer, in place, and return the policy, which then carries none.
 
     The sum is made in float32 and cast once to the layer's own dtype. A quantised layer becomes a plain one
-    of its rounded values, so the outputs stay those that were trained. A policy without adapters is left alone.
+    of its rounded values, so the outputs stay those that were trained. Without adapters nothing changes.
     """
     for name, layer in list(adapted_layers(policy)):
         policy.set_submodule(name, _merged(layer))

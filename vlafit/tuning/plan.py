@@ -298,7 +298,8 @@ def wanted(strategy: Strategy, base: Sequence[Entry]) -> tuple[dict[str, Adapter
             if entry.dead or not entry.name.endswith(".weight"):
                 continue
             where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
-            if rule.adapter is not None and adapted.setdefault(layer, rule.adapter) != rule.adapter:
+            fitting = rule.adapter.fit_to(entry.shape) if rule.adapter else None
+            if fitting is not None and adapted.setdefault(layer, fitting) != fitting:
                 raise StrategyError(
                     f"{where} adapts {entry.name} in another way than an earlier stage; an adapter that is "
                     "there stays as it is: give both rules the same method and options"

@@ -59,6 +59,8 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)  # type: ignore[call-arg]
     if layer.bias is not None:
         made.bias = layer.bias
+    # On some CPUs evaluation would repack the weight and compute in bfloat16: other numbers than in training.
+    made.support_avx512bf16_for_cpu = False
     return made.to(layer.weight.device)  # where it is quantised
 
 

@@ -1,8 +1,8 @@
 """AdaLoRA's rank schedule (arXiv 2303.10512): which singular values each layer keeps, as training goes on.
 
-peft scores every triplet of singular vectors by weight times gradient and zeroes the least important until the
-budget is met; it must be driven by the loop. Its model class adds the orthogonality penalty only to outputs of
-transformers' form, so that is written here.
+peft scores every triplet of singular vectors by weight times gradient, and zeroes the least important ones
+until the budget is met; it must be driven by the loop. Its model class adds the orthogonality penalty only to
+outputs of transformers' form, so that is written here.
 """
 
 from typing import Any
@@ -53,8 +53,8 @@ class RankSchedule:
     def after_step(self, step: int) -> None:
         """Score what the last step did, and prune when it is time; `step` counts from 1.
 
-        To be called after the optimiser's step while the gradients are still there. Raises TrainingError where
-        a singular vector has none.
+        To be called after the optimiser's step, while the gradients are still there. Raises TrainingError
+        where a singular vector has none.
         """
         for name, allocator in self._allocators.items():
             bare = [
@@ -64,8 +64,8 @@ class RankSchedule:
             ]
             if bare:
                 raise TrainingError(
-                    f"AdaLoRA: {len(bare)} of its tensors have no gradient, such as {bare[0]}; freeze them by "
-                    'a rule before the one with mode = "adalora"'
+                    f"AdaLoRA: {len(bare)} of its tensors have no gradient, such as {bare[0]}; freeze them "
+                    'by a rule before the one with mode = "adalora"'
                 )
             allocator.update_and_allocate(self.policy, step)
 
