@@ -68,7 +68,7 @@ class PolicyActor:
         return self.codec.embodiment
 
     def fingerprint(self) -> str:
-        """Return what decides the actions: the weights (or the identity given) and the sampling settings."""
+        """Return what decides the actions: the weights (or the identity given), sampling and device."""
         identity = self._identity
         if not identity:
             found = hashlib.sha256()
@@ -76,7 +76,9 @@ class PolicyActor:
                 found.update(name.encode())
                 found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             identity = f"sha256:{found.hexdigest()}"
-        return f"{identity} steps={self.steps} width={self.width} seed={self.seed}"
+        device = next(self.policy.parameters()).device
+        made = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{identity} steps={self.steps} width={self.width} seed={self.seed} device={made}"
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         """Return one chunk [t, a] for each observation, in order.

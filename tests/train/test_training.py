@@ -103,6 +103,20 @@ def test_the_moving_average_follows_the_rule_and_steps_aside() -> None:
     assert model.weight.item() == 3.0
 
 
+def test_the_gradient_is_clipped(card: Path, tmp_path: Path) -> None:
+    """AdamW hides the gradient's size, but for one that is far below its epsilon: then nothing moves."""
+    moved = {}
+    for limit in (0.0, 1e-14):
+        recipe = tiny(card, optim={"clip_norm": limit, "ema": 0.0, "weight_decay": 0.0}, train={"steps": 1})
+        begin = dict(setup.build(recipe, CPU).policy.named_parameters())
+        run(recipe, tmp_path / str(limit))
+        after = split(learned(tmp_path / str(limit), 1))["weight"]
+        moved[limit] = max(float((after[name] - begin[name].detach()).abs().max()) for name in after)
+        (event,) = [e for e in metrics(tmp_path / str(limit)) if "train/grad_norm" in e]
+        assert event["train/grad_norm"] > 1e-3  # logged as it was before clipping
+    assert moved[1e-14] < 1e-4 * moved[0.0]
+
+
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
     recipe = OptimRecipe(warmup_steps=4, final_lr=0.1)
     shares = [schedule(step, 20, recipe) for step in range(20)]
@@ -232,6 +246,8 @@ def test_fresh_statistics_come_from_the_training_episodes(card: Path, whole: Pat
     data = {"episodes_per_task": 1, "statistics": "data", "normalisation": "quantile"}
     codec = setup.build(tiny(card, policy=policy, data=data), CPU).codec
     assert codec.config.normalisation == "quantile"
+    like_before = setup.build(tiny(card, policy=policy, data={"statistics": "data"}), CPU).codec
+    assert like_before.config.normalisation == "mean_std"
     assert codec.statistics["action"].count < checkpoints.load(base).codec.statistics["action"].count  # type: ignore[union-attr]
 
 

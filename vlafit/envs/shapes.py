@@ -44,7 +44,7 @@ def _meet_ellipsoid(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     start, along = origin / radii, rays / radii
     a = np.einsum("...k,...k->...", along, along)
-    distance = _first_root(a, along @ start, start @ start - 1)
+    distance = _first_root(a, along @ start, float(start @ start) - 1)
     distance = np.where(distance > 0, distance, FAR)
     hit = start + np.where(distance < FAR, distance, 0.0)[..., None] * along
     return distance, _unit(hit / radii)

@@ -66,6 +66,16 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.threads {recipe.train.threads} is far above this machine's cores; take at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
         yield f"name {recipe.name!r} must be one folder name: the run's folder is runs/NAME"
+    policy = recipe.policy
+    if policy.checkpoint:
+        for name in ("family", "size"):
+            if vars(policy)[name]:
+                yield (
+                    f"policy.{name} {vars(policy)[name]!r} means nothing beside policy.checkpoint, which "
+                    f'knows its own; make it "" (policy.config changes fields of the checkpoint\'s config)'
+                )
+    elif policy.fresh:
+        yield "policy.fresh names parts of a checkpoint, but policy.checkpoint is empty; leave it out"
     if not recipe.eval.protocol:
         for name in NEED_A_PROTOCOL:
             if value(name):
