@@ -40,10 +40,6 @@ def crash() -> None:
     raise Interrupted
 
 
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
     while (
         not (out / "metrics.jsonl").is_file() or f'"step": {step}' not in (out / "metrics.jsonl").read_text()
@@ -92,10 +88,11 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     assert record["resumed_from"] == (None if step == 1 else "step_000004") and record["finished"] is True
 
 
-def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(
-    recipe: Recipe, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
+    recipe: Recipe, whole: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    summary = run(recipe, tmp_path / "run", observer=Until(4, stop))
+    summary = run(recipe, tmp_path / "run", observer=Until(4, lambda: os.kill(os.getpid(), how)))
     assert not summary.finished and summary.steps == 5
     assert (tmp_path / "run" / "checkpoints" / "step_000005" / "training").is_dir()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False

@@ -148,6 +148,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     before: Plan | None = None
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
+    learned: Embodiment | None = None  # the robot that the checkpoint knows
     source = f"checkpoint {resumed}" if resumed else "the policy"
     if resumed is not None:
         policy, codec, before, loaded = checkpoints.load(resumed)
@@ -165,6 +166,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         before_it = checkpoints.read_lineage(base)
         history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
         if codec is not None:
+            learned = codec.embodiment
             _require_meaning(recipe, codec, base)
         if codec is None or recipe.data.statistics == "data":
             codec = fit_codec(recipe, policy, data, codec)
@@ -173,7 +175,9 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         codec = fit_codec(recipe, policy, data, None)
     assert codec is not None  # a native checkpoint of a run has one
     _require_one_robot(data, codec, source, resumed)
-    codec, notices = _of_these_pictures(codec, data.embodiment)
+    learned = learned or codec.embodiment
+    notice = renderer_notice("the checkpoint was trained on", learned, "the dataset shows", data.embodiment)
+    codec = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts(data, codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
@@ -182,7 +186,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"
         )
-    return Experiment(recipe, policy, codec, plan, data, report, history, notices)
+    return Experiment(recipe, policy, codec, plan, data, report, history, (notice,) if notice else ())
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
@@ -220,13 +224,12 @@ def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | No
         raise EmbodimentError(f"{error}\n{way_out}") from error
 
 
-def _of_these_pictures(codec: Codec, data: Embodiment) -> tuple[Codec, tuple[str, ...]]:
-    """Return the codec of a policy that learns from the dataset's pictures, and a notice if they are new."""
-    notice = renderer_notice("the checkpoint was trained on", codec.embodiment, "the dataset shows", data)
+def _of_these_pictures(codec: Codec, data: Embodiment) -> Codec:
+    """Return the codec of a policy that learns from the dataset's pictures, whose renderer it then knows."""
     if not data.renderer or data.renderer == codec.embodiment.renderer:
-        return codec, ()
+        return codec
     robot = replace(codec.embodiment, renderer=data.renderer)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer), (notice,) if notice else ()
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer)
 
 
 def _require_room_for_prompts(data: Data, codec: Codec) -> None:
