@@ -151,7 +151,7 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     process.send_signal(how)
     _, said = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -how), said
-    assert how != signal.SIGINT or "interrupted" in said
+    assert how != signal.SIGINT or "interrupted; the same command with --resume goes on" in said
     assert not (out / f"{TASKS[1]}_demo.hdf5").exists()
     assert all(part.exists() for part in parts)  # what was finished is there
     with pytest.raises(DataError, match=r"holds a recording already.*--resume"):
@@ -300,6 +300,8 @@ def test_a_card_without_a_record_section_and_a_wrong_number_are_refused(tmp_path
         record(replace(card, record=None), tmp_path / "out")
     with pytest.raises(ConfigError, match="episodes_per_task = 0"):
         record(card, tmp_path / "out", episodes_per_task=0)
+    with pytest.raises(ConfigError, match="workers must be at least 0, not -1"):
+        record(card, tmp_path / "out", workers=-1)
     assert job_of(card, 7).record.episodes_per_task == 7
 
 

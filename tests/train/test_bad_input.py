@@ -160,6 +160,11 @@ def test_a_dataset_that_is_not_there_is_refused(card: Path, tmp_path: Path) -> N
         run(tiny(tmp_path / card.name), tmp_path / "run")
 
 
+def test_a_dataset_is_named_once(card: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlafitError, match=r"data\.cards: 2 cards are called 'dots'"):
+        run(tiny(card, data={"cards": (str(card), str(card))}), tmp_path / "run")
+
+
 def test_two_cards_must_show_one_robot(card: Path, tmp_path: Path) -> None:
     shutil.copytree(card.parent, tmp_path / "data")
     other = tmp_path / "data" / card.name
@@ -177,8 +182,8 @@ def from_checkpoint(card: Path, path: Path, **sections: Any) -> Recipe:
 
 
 BESIDE: list[tuple[dict[str, dict[str, Any]], str]] = [
-    ({"policy": {"family": "pi0"}}, r"policy\.family 'pi0' means nothing beside policy\.checkpoint"),
-    ({"policy": {"size": "pi0-tiny"}}, r"policy\.size 'pi0-tiny' means nothing beside policy\.checkpoint"),
+    ({"policy": {"family": "pi0"}}, r"policy\.family 'pi0': a checkpoint knows its own"),
+    ({"policy": {"family": "pi0", "size": "a"}}, r"'pi0' and policy\.size 'a': a checkpoint knows its own"),
     ({"policy": {"tokenizer": "metaworld"}}, r"policy\.tokenizer 'metaworld' means nothing .*step_000008"),
     ({"data": {"normalisation": "quantile"}}, r"data\.normalisation 'quantile' .*000008.* by 'mean_std'"),
 ]  # fmt: skip

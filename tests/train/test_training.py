@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,25 @@ def test_fresh_statistics_come_from_the_training_episodes(card: Path, whole: Pat
     like_before = setup.build(tiny(card, policy=policy, data={"statistics": "data"}), CPU).codec
     assert like_before.config.normalisation == "mean_std"
     assert codec.statistics["action"].count < checkpoints.load(base).codec.statistics["action"].count  # type: ignore[union-attr]
+
+
+def test_pi05_with_relative_actions_and_quantiles_goes_the_whole_way(card: Path, tmp_path: Path) -> None:
+    shutil.copytree(card.parent, tmp_path / "data")
+    other = tmp_path / "data" / card.name
+    other.write_text(card.read_text().replace("[robot]\n", "[robot]\nrelative = [true, false]\n"))
+    recipe = tiny(
+        other,
+        policy={"size": "pi05-tiny", "config": {"max_tokens": 80}},
+        data={"normalisation": "quantile"},
+        train={"steps": 2},
+        eval={"protocol": str(card.parent / "toy.toml"), "after": True},
+    )
+    summary = run(recipe, tmp_path / "run")
+    assert summary.finished and 0 <= summary.success["after"] <= 1
+    codec = checkpoints.load(tmp_path / "run" / "checkpoints" / "step_000002").codec
+    assert codec is not None
+    assert (codec.config.prompt, codec.config.relative) == ("pi05", (True, False))
+    assert codec.config.normalisation == "quantile"
 
 
 def test_parts_can_start_afresh(card: Path, whole: Path) -> None:

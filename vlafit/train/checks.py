@@ -68,12 +68,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"name {recipe.name!r} must be one folder name: the run's folder is runs/NAME"
     policy = recipe.policy
     if policy.checkpoint:
-        for name in ("family", "size"):
-            if vars(policy)[name]:
-                yield (
-                    f"policy.{name} {vars(policy)[name]!r} means nothing beside policy.checkpoint, which "
-                    f'knows its own; make it "" (policy.config changes fields of the checkpoint\'s config)'
-                )
+        both = {"policy.family": policy.family, "policy.size": policy.size}
+        idle = [f"{name} {said!r}" for name, said in both.items() if said]
+        if idle:
+            yield (
+                f'{" and ".join(idle)}: a checkpoint knows its own, so this must be "" beside '
+                "policy.checkpoint (policy.config changes single fields)"
+            )
     elif policy.fresh:
         yield "policy.fresh names parts of a checkpoint, but policy.checkpoint is empty; leave it out"
     if not recipe.eval.protocol:

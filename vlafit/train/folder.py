@@ -57,7 +57,7 @@ def _is_harmless(name: str) -> bool:
 
 
 def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) -> dict[str, object]:
-    """Write run.json and return it. A resumed run keeps its notices, and when and by what command it began."""
+    """Write run.json and return it. A resumed run keeps its notices, and how and when it began."""
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         try:

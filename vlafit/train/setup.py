@@ -124,6 +124,13 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
             "data.cards is empty; name at least one data card (`vlafit list` shows those that ship)"
         )
     cards = tuple(load_card(name) for name in recipe.cards)
+    names = [card.name for card in cards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.cards: {names.count(name)} cards are called {name!r}, and their samples could not be "
+                "told apart; name each dataset once, or give the other another name"
+            )
     stores = tuple(open_dataset(card) for card in cards)
     for card, store in zip(cards[1:], stores[1:], strict=True):
         require_same(store.embodiment, f"card {card.name!r}", stores[0].embodiment, f"card {cards[0].name!r}")
