@@ -99,7 +99,7 @@ class Folder:
         files.require_writable(self.path)
         try:
             there = json.loads(header.read_text(encoding="utf-8"))
-            identity, self.described = there["identity"], there["environment"]
+            identity, self.described = dict(there["identity"]), dict(there["environment"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
         unlike = [
