@@ -1,6 +1,6 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
-from vlafit.checkpoints.adapted import Base, digest
+from vlafit.checkpoints.adapted import Base, digest, names_on_base, read_base
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
@@ -18,7 +18,9 @@ __all__ = [
     "inspect",
     "load",
     "load_policy",
+    "names_on_base",
     "open_tensors",
+    "read_base",
     "read_lineage",
     "save",
 ]

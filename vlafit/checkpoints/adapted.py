@@ -69,6 +69,11 @@ def read_base(folder: Path) -> Base | None:
     return base
 
 
+def names_on_base(folder: Path) -> list[str]:
+    """Return the names of the weights that the checkpoint `folder` does not take from its base."""
+    return list(open_tensors([folder / TRAINED]))
+
+
 def digest(path: Path) -> str:
     """Return a SHA-256 that stands for the whole checkpoint at `path`.
 

@@ -365,6 +365,7 @@ def _report(
         used=len(used),
         stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
         adapted=found.adapted,
+        resized=tuple(found.resized or ()),
         notes=found.notes + notes,
         codec=why,
     )

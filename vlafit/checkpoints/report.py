@@ -29,6 +29,8 @@ class LoadReport:
     used: int = 0
     stored: dict[str, int] = dataclasses.field(default_factory=dict)
     adapted: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    """Weights that have another shape in the file."""
     notes: tuple[str, ...] = ()
     codec: str = ""
 

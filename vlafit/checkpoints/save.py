@@ -39,8 +39,8 @@ def save(
     """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
 
     `plan` says what learned, and where adapters sit; a policy with adapters needs it. `recipe` is the
-    resolved recipe's TOML, `history` what the weights learned from. `weights` replace the policy's own (a moving
-    average, or what sharded processes gathered) and must have exactly its names and shapes.
+    resolved recipe's TOML, `history` what the weights learned from. `weights` replace the policy's own (a
+    moving average, or what sharded processes gathered) and must have exactly its names and shapes.
 
     With adapters, `base` names the checkpoint that they sit on (a path, or one that ships), and then only the
     adapters are written and those weights below them that differ from it: those named in `changed`, or found
@@ -109,8 +109,8 @@ def _require_belonging(
         if planned != {*own, *adapters}:
             odd = sorted(planned ^ {*own, *adapters})
             raise WeightsError(
-                f"{folder}: the plan is not of this policy; they differ in {odd[:3]}. A policy whose adapters "
-                "were merged is saved without a plan"
+                f"{folder}: the plan is not of this policy; they differ in {odd[:3]}. A policy whose "
+                "adapters were merged is saved without a plan"
             )
     if base is not None and not adapters:
         raise WeightsError(f"{folder}: base is for a policy with adapters; this one has none")

@@ -55,11 +55,19 @@ class Job:
         barrier()  # all have looked
         if self.main:
             policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
+            base, changed = self.experiment.saved_on(plan)
             recipe, history = config.dump(self.recipe), self.experiment.history
             self.shelf.save(
                 0,
                 lambda folder: checkpoints.save(
-                    policy, folder, codec, plan=plan, recipe=recipe, history=history
+                    policy,
+                    folder,
+                    codec,
+                    plan=plan,
+                    recipe=recipe,
+                    history=history,
+                    base=base,
+                    changed=changed,
                 ),
             )
         barrier()
@@ -169,7 +177,7 @@ class Job:
         log.info("step %d: %s, %d parameters learn", began, stages.title(plan), plan.trainable_parameters)
         seconds = round(time.perf_counter() - self.clock, 3)
         self.metrics.log_once(began, {"time_s": seconds, "train/stage": plan.stage + 1})
-        if plan.stage:  # the table of the first is shown from the start
+        if plan.stage != self.experiment.plan.stage:  # that table is shown from the start
             self.observer.stage(plan, began)
 
     def _way_out(self) -> str:
@@ -246,10 +254,19 @@ class Job:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")
         data, recipe = self.experiment.data.fingerprint, config.dump(self.recipe)
         history = self.experiment.history
+        base, changed = self.experiment.saved_on(plan)
 
         def fill(folder: Path) -> None:
             checkpoints.save(
-                policy, folder, codec, plan=plan, recipe=recipe, history=history, weights=weights
+                policy,
+                folder,
+                codec,
+                plan=plan,
+                recipe=recipe,
+                history=history,
+                weights=weights,
+                base=base,
+                changed=changed,
             )
             state.write(folder, tensors, self.progress, data)
 

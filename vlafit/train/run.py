@@ -116,7 +116,7 @@ def _begin(
     """Write what the run is, and return what run.json says."""
     toml = config.dump(experiment.recipe)
     files.write_atomic(out / "recipe.toml", toml)
-    files.write_atomic(out / "plan.json", experiment.plan.to_json())
+    files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
     accelerator.init_trackers("tensorboard", config={"recipe": toml})
     facts = {
         "command": command,

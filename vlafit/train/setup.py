@@ -9,23 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlafit import checkpoints, shipped
-from vlafit.codec import Codec, CodecConfig, prompts
-from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
-from vlafit.codec.tokenizer import load as load_tokenizer
-from vlafit.datasets import (
-    Card,
-    EpisodeStore,
-    arrays_for_statistics,
-    load_card,
-    open_dataset,
-    split_episodes,
-)
+from vlafit import checkpoints
+from vlafit.codec import Codec
+from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_episodes
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
-from vlafit.nn.policy import Needs, Policy
-from vlafit.policies import build_family
-from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
-from vlafit.tuning import Plan, apply, load_strategy
+from vlafit.nn.policy import Policy
+from vlafit.recipe import DataRecipe, Recipe
+from vlafit.train import start
+from vlafit.tuning import Plan, apply, enter, load_strategy
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
 
@@ -111,6 +102,21 @@ class Experiment:
     history: checkpoints.Lineage
     notices: tuple[str, ...] = ()
     """What a reader must know before believing the run's numbers."""
+    base: checkpoints.Base | None = None
+    """The checkpoint that the run began from, where adapters can be saved on top of it."""
+    anew: frozenset[str] = frozenset()
+    """Weights that were not taken from `base` as they are."""
+
+    def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
+        """Return the base of the run's checkpoints in the stage of `plan`, and which weights differ from it.
+
+        Only runs with adapters are saved on a base; others hold every weight.
+        """
+        if self.base is None or not plan.adapted:
+            return None, None
+        stages = [plan.at(stage) for stage in range(plan.stage + 1)]
+        learned = {e.name for one in stages for e in one.entries if e.trainable and not e.adapts}
+        return self.base, self.anew | learned
 
 
 def open_data(recipe: DataRecipe, seed: int) -> Data:
@@ -124,6 +130,13 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
             "data.cards is empty; name at least one data card (`vlafit list` shows those that ship)"
         )
     cards = tuple(load_card(name) for name in recipe.cards)
+    names = [card.name for card in cards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.cards: {names.count(name)} cards are called {name!r}, and their samples could not be "
+                "told apart; name each dataset once, or give the other another name"
+            )
     stores = tuple(open_dataset(card) for card in cards)
     for card, store in zip(cards[1:], stores[1:], strict=True):
         require_same(store.embodiment, f"card {card.name!r}", stores[0].embodiment, f"card {cards[0].name!r}")
@@ -144,40 +157,46 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     `resumed` is the checkpoint of the same run to go on from: policy and codec are then those it holds.
     """
     data = open_data(recipe.data, recipe.train.seed)
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    before: Plan | None = None
-    history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
-    if resumed is not None:
-        policy, codec, before, loaded = checkpoints.load(resumed)
-        report, history = loaded.text(), checkpoints.read_lineage(resumed)
-    elif recipe.policy.checkpoint:
-        base = shipped.find("checkpoint", recipe.policy.checkpoint)
-        policy, codec, report = _from_checkpoint(recipe, base, data, generator)
-        before_it = checkpoints.read_lineage(base)
-        history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
-    else:
-        policy, report = _from_scratch(recipe.policy, generator), "all weights are fresh"
-        codec = fit_codec(recipe, policy, data, None)
-    assert codec is not None  # a native checkpoint of a run has one
-    _require_one_robot(data, codec, resumed)
-    codec, notices = _of_these_pictures(codec, data.embodiment)
+    _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
+    began = start.resume(resumed) if resumed is not None else start.begin(recipe, data)
+    policy, codec = began.policy, began.codec
+    _require_one_robot(data, codec, began.source, resumed)
+    learned = began.learned or codec.embodiment
+    notice = renderer_notice("the checkpoint was trained on", learned, "the dataset shows", data.embodiment)
+    codec = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts(data, codec)
     policy.to(device)
-    plan = apply(policy, load_strategy(recipe.strategy))
-    if before is not None and (before.strategy, before.at(0).entries) != (
-        plan.strategy,
-        plan.entries,
-    ):
-        raise TrainingError(
-            f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
-            "back, or start anew with --out"
-        )
-    return Experiment(recipe, policy, codec, plan, data, report, history, notices)
+    strategy = load_strategy(recipe.strategy)
+    if began.plan is None:
+        probe = start.probe(policy, codec, data, device)
+        plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe)
+    else:
+        plan = began.plan
+        if strategy.expand(policy.parts()) != plan.strategy:
+            raise TrainingError(
+                f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its "
+                "file back, or start anew with --out"
+            )
+        enter(policy, plan)
+    notices = (*began.notices, *((notice,) if notice else ()))
+    return Experiment(
+        recipe, policy, codec, plan, data, began.report, began.history, notices, began.base, began.anew
+    )
 
 
-def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
+def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
+    for camera in robot.cameras:
+        height, width, _ = camera.shape
+        if pixels >= min(height, width):
+            raise ConfigError(
+                f"data.shift_pixels {pixels} would move all of camera {camera.name!r}, {height}x{width}, "
+                "out of sight; take a few pixels, or 0 for none"
+            )
+
+
+def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | None) -> None:
     try:
-        require_same(data.embodiment, "the dataset", codec.embodiment, "the checkpoint")
+        require_same(data.embodiment, f"card {data.cards[0].name!r}", codec.embodiment, source)
     except EmbodimentError as error:
         if resumed is not None:
             raise
@@ -185,13 +204,12 @@ def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
         raise EmbodimentError(f"{error}\n{way_out}") from error
 
 
-def _of_these_pictures(codec: Codec, data: Embodiment) -> tuple[Codec, tuple[str, ...]]:
-    """Return the codec of a policy that learns from the dataset's pictures, and a notice if they are new."""
-    notice = renderer_notice("the checkpoint was trained on", codec.embodiment, "the dataset shows", data)
+def _of_these_pictures(codec: Codec, data: Embodiment) -> Codec:
+    """Return the codec of a policy that learns from the dataset's pictures, whose renderer it then knows."""
     if not data.renderer or data.renderer == codec.embodiment.renderer:
-        return codec, ()
+        return codec
     robot = replace(codec.embodiment, renderer=data.renderer)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer), (notice,) if notice else ()
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer)
 
 
 def _require_room_for_prompts(data: Data, codec: Codec) -> None:
@@ -202,112 +220,7 @@ def _require_room_for_prompts(data: Data, codec: Codec) -> None:
         for number, episode in enumerate(store.episodes):
             if episode.instruction not in told:
                 told.add(episode.instruction)
-                codec.encode(Observation(images, store.state(number)[0], episode.instruction))
-
-
-def _from_checkpoint(
-    recipe: Recipe, path: Path, data: Data, generator: torch.Generator
-) -> tuple[Policy, Codec, str]:
-    """Load the recipe's checkpoint at `path` for the robot of its data; the text is the load report's."""
-    chosen = recipe.policy
-    own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
-    foreign = not (path / "policy.json").is_file()
-    words = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and foreign and own else None
-    policy, codec, _, report = checkpoints.load(
-        path,
-        config=chosen.config or None,
-        tokenizer=words,
-        assets=chosen.assets or None,
-        fresh=chosen.fresh,
-        resize=chosen.resize,
-        generator=generator,
-    )
-    before = codec
-    if codec is not None and not codec.embodiment.hz and recipe.data.statistics == "checkpoint":
-        codec = _declare_robot(codec, data)
-    elif codec is None or recipe.data.statistics == "data":
-        codec = fit_codec(recipe, policy, data, codec)
-    return policy, codec, "\n".join([report.text(), *_slots(before, codec)])
-
-
-def _declare_robot(codec: Codec, data: Data) -> Codec:
-    """Return a codec whose file told no robot as that of the data's, with its own statistics.
-
-    The card's cameras fill the slots in their order, and the card says which actions are relative.
-    """
-    slots = len(codec.config.cameras)
-    names = [camera.name for camera in data.embodiment.cameras]
-    if len(names) > slots:
-        raise EmbodimentError(
-            f"the checkpoint has {slots} camera slots, the dataset {len(names)} cameras ({', '.join(names)}):"
-            " declare fewer in the card"
-        )
-    cameras = tuple(names + [""] * (slots - len(names)))
-    config = replace(codec.config, cameras=cameras, relative=data.cards[0].robot.relative)
-    try:
-        return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
-    except CodecError as error:
-        raise EmbodimentError(
-            f"{error}\nThe checkpoint's statistics are not those of this robot: fit them anew with"
-            ' data.statistics = "data".'
-        ) from error
-
-
-def _slots(before: Codec | None, after: Codec) -> list[str]:
-    """Say in a load report's words how the cameras changed."""
-    own = ", ".join(name or "(none)" for name in after.config.cameras)
-    if before is None:
-        return [f"adapted: cameras {own}"]
-    if before.config.cameras == after.config.cameras:
-        return []
-    old = ", ".join(name or "(none)" for name in before.config.cameras)
-    return [f"adapted: cameras {own}, in the checkpoint {old}"]
-
-
-def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
-    if not recipe.family:
-        raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
-    return build_family(recipe.family, recipe.size, recipe.config, generator)
-
-
-def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> Codec:
-    """Fit a codec to the training episodes; the tokenizer is that of the codec `old` if there is one."""
-    needs = policy.needs()
-    tokenizer = old.tokenizer if old is not None else _tokenizer(recipe.policy.tokenizer, data, needs)
-    config = CodecConfig(
-        cameras=tuple(camera.name for camera in data.embodiment.cameras),
-        image_size=needs.image_size,
-        state_dim=needs.state_dim,
-        action_dim=needs.action_dim,
-        chunk=needs.chunk,
-        normalisation=recipe.data.normalisation,
-        relative=data.cards[0].robot.relative,
-        prompt=needs.prompt,
-        max_tokens=needs.max_tokens,
-        framing=needs.framing,
-    )
-    if old is not None:  # how the checkpoint was shown images and asked stays, too
-        kept = old.config
-        config = replace(
-            config,
-            mask_padding=kept.mask_padding,
-            prompt=kept.prompt,
-            framing=kept.framing,
-            special_tokens=kept.special_tokens,
-        )
-        if set(filter(None, old.config.cameras)) == set(config.cameras):
-            config = replace(config, cameras=old.config.cameras)  # their slots stay
-    states, windows = [], []
-    for store, ids in zip(data.stores, data.training, strict=True):
-        if ids:
-            columns = arrays_for_statistics(store, ids, config.chunk, config.relative)
-            states.append(columns[0])
-            windows.append(columns[1])
-    return Codec.fit(config, data.embodiment, states, windows, tokenizer)
-
-
-def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer:
-    if name:
-        return load_tokenizer(shipped.find("tokenizer", name))
-    words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]
-    return train_word_tokenizer(words, needs.vocabulary)
+                try:
+                    codec.encode(Observation(images, store.state(number)[0], episode.instruction))
+                except CodecError as error:
+                    raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit import config, shipped
+from vlafit.cli import launcher
 from vlafit.cli.parser import Parser, add_fields, overrides, split_tables
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -22,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """Read recipe and options, and train."""
     recipe, options = read(arguments)
     out = Path(options.out) if options.out else Path("runs") / recipe.name
-    command = shlex.join(["vlafit", "train", *arguments])
+    command = shlex.join([*launcher.words(), "vlafit", "train", *arguments])
     from vlafit.cli.train_view import train
 
     return train(recipe, out, resume=options.resume, command=command)
