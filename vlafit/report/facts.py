@@ -111,7 +111,7 @@ class Facts:
             lines.append(
                 ("go on with it", f"vlafit train {self.folder}/recipe.toml --out {self.folder} --resume")
             )
-        last = self.folder / "checkpoints" / f"step_{self.recipe.train.steps:06d}"
+        last = self.folder / "checkpoints" / f"step_{self.steps:06d}"
         if self.recipe.eval.protocol and last.is_dir():
             line = f"vlafit eval {last} --protocol {self.recipe.eval.protocol}"
             lines.append(("its evaluation again", line))

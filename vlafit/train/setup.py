@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from vlafit.errors import ConfigError, DataError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
+from vlafit.train import sets
+from vlafit.train.fingerprint import episodes_hash
 from vlafit.tuning import Plan, apply, load_strategy
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
@@ -69,7 +72,7 @@ class Data:
         return tuple(
             checkpoints.Learned(
                 card=store.card.name,
-                sha256=_hash(store, training, validation),
+                sha256=episodes_hash(store, training, validation),
                 episodes=len(training),
                 frames=sum(store.episodes[store.index(i)].length for i in training),
             )
@@ -82,20 +85,6 @@ class Data:
         return hashlib.sha256(
             json.dumps([[one.card, one.sha256] for one in self.learned]).encode()
         ).hexdigest()
-
-
-def _hash(store: EpisodeStore, training: tuple[str, ...], validation: tuple[str, ...]) -> str:
-    found = hashlib.sha256()
-    for split in (training, validation):
-        found.update(f"{len(split)} episodes".encode())
-        for identity in split:
-            number = store.index(identity)
-            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
-            told = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
-            found.update(json.dumps(told).encode())
-            found.update(np.ascontiguousarray(state).data)
-            found.update(np.ascontiguousarray(actions).data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,6 +100,8 @@ class Experiment:
     history: checkpoints.Lineage
     notices: tuple[str, ...] = ()
     """What a reader must know before believing the run's numbers."""
+    validation_sets: sets.Sets = field(default_factory=dict)
+    """Named datasets to validate on besides the held-out episodes."""
 
 
 def open_data(recipe: DataRecipe, seed: int) -> Data:
@@ -144,6 +135,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     `resumed` is the checkpoint of the same run to go on from: policy and codec are then those it holds.
     """
     data = open_data(recipe.data, recipe.train.seed)
+    more = sets.open_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     generator = torch.Generator().manual_seed(recipe.train.seed)
     before: Plan | None = None
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
@@ -169,7 +161,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     assert codec is not None  # a native checkpoint of a run has one
     _require_one_robot(data, codec, resumed)
     codec, notices = _of_these_pictures(codec, data.embodiment)
-    _require_room_for_prompts(data, codec)
+    _require_room_for_prompts([*data.stores, *(store for stores in more.values() for store in stores)], codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
     if before is not None and (before.strategy.rules, before.entries) != (plan.strategy.rules, plan.entries):
@@ -177,7 +169,8 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"
         )
-    return Experiment(recipe, policy, codec, plan, data, report, history, notices)
+    notices += sets.notices(more, data.embodiment)
+    return Experiment(recipe, policy, codec, plan, data, report, history, notices, more)
 
 
 def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
@@ -199,11 +192,11 @@ def _of_these_pictures(codec: Codec, data: Embodiment) -> tuple[Codec, tuple[str
     return Codec(codec.config, robot, codec.statistics, codec.tokenizer), (notice,) if notice else ()
 
 
-def _require_room_for_prompts(data: Data, codec: Codec) -> None:
+def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> None:
     """Encode each instruction once, so that one that is too long is refused now and not days later."""
-    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in data.embodiment.cameras}
+    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in stores[0].embodiment.cameras}
     told: set[str] = set()
-    for store in data.stores:
+    for store in stores:
         for number, episode in enumerate(store.episodes):
             if episode.instruction not in told:
                 told.add(episode.instruction)
