@@ -4,15 +4,13 @@ All that arms share (recipe, budget, data, base checkpoint, protocol) is the com
 holds arms of one identity alone.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vlafit import checkpoints, config, shipped
+from vlafit.compare.identity import digest, flat
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
@@ -76,11 +74,10 @@ def candidates(given: Iterable[str]) -> tuple[Candidate, ...]:
     for text in given:
         load_strategy(text)
         path = shipped.find("strategy", text)
-        content = json.dumps(config.load_toml(path, "strategy"), sort_keys=True)
         label = re.sub(r"[^\w.-]", "_", path.stem)
         if label in found:
             raise ConfigError(f"--strategies: {label!r} is named twice; give each file a name of its own")
-        found[label] = Candidate(label, text, hashlib.sha256(content.encode()).hexdigest())
+        found[label] = Candidate(label, text, digest(config.load_toml(path, "strategy")))
     if not found:
         raise ConfigError("--strategies is empty; name at least one, or two to compare")
     return tuple(found.values())
@@ -139,7 +136,7 @@ def asks_for_rollouts(recipe: Recipe) -> bool:
     return bool(recipe.eval.protocol) and (recipe.eval.after or recipe.eval.wrong_instruction)
 
 
-# -------------------------------------------------------------------------------------------------- identity
+# ------------------------------------------------------------------------------------------ identity
 
 
 def identity(recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
@@ -152,7 +149,7 @@ def identity(recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
     base = recipe.policy.checkpoint
     return {
         "format": FORMAT,
-        "recipe": dict(_shared(asdict(recipe))),
+        "recipe": flat(asdict(recipe), NOT_SHARED),
         "data": data.fingerprint,
         "data_seed": seeds[0],
         "validation_sets": {
@@ -162,42 +159,3 @@ def identity(recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
         "base": checkpoints.digest(shipped.find("checkpoint", base)) if base else "",
         "protocol": load_protocol(recipe.eval.protocol).sha256() if recipe.eval.protocol else "",
     }
-
-
-def _shared(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        dotted = f"{at}{name}"
-        if dotted in NOT_SHARED:
-            continue
-        if isinstance(value, Mapping) and not at:
-            yield from _shared(value, f"{dotted}.")
-        else:
-            yield dotted, json.loads(json.dumps(value))
-
-
-def digest(values: Mapping[str, Any]) -> str:
-    """Return the hash that names an identity."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming what differs, unless `folder` holds the comparison that is asked for."""
-    if digest(before) == digest(now):
-        return
-    changed = [*_differences(before, now), *_differences(before.get("recipe", {}), now.get("recipe", {}))]
-    raise ConfigError(
-        f"{folder} holds another comparison (its hash is {digest(before)[:12]}, this one's "
-        f"{digest(now)[:12]}): {'; '.join(changed)}. Go on with what it began with, or choose another --out"
-    )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if one != other and key != "recipe":
-            yield f"{key} was {_short(one)}, is {_short(other)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

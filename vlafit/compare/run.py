@@ -4,7 +4,6 @@ A finished arm is a JSON file and is never run again, so the same command goes o
 stopped, over days if need be. An arm that breaks is recorded with its last words, and tried again next time.
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from vlafit import config, files
 from vlafit.compare import arms, record
 from vlafit.compare.arms import Arm, Candidate, Options
+from vlafit.compare.identity import digest, settle
 from vlafit.compare.judge import Choice, Standing, choose_lr
 from vlafit.compare.process import Ended, Processes, exclusive, stopping, vlafit
 from vlafit.compare.record import Record
@@ -68,29 +68,14 @@ def run(
     check(recipe, 1)
     found = arms.candidates(options.strategies)
     now = arms.identity(recipe, options.seeds)
-    kept = out / IDENTITY
-    if kept.is_file():
-        arms.require_same(out, _read(kept), now)
-    elif out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no comparison; choose another folder with --out")
+    settle(out / IDENTITY, "comparison", now)
     with exclusive(out, "vlafit compare") as lock:
-        files.write_atomic(kept, json.dumps(now, indent=2) + "\n")
-        work = _Work(recipe, options, out, arms.digest(now), lock, observer or Observer())
+        work = _Work(recipe, options, out, digest(now), lock, observer or Observer())
         with stopping(work.processes.stop):
             standings = work.carry_out(found)
         return Comparison(
             out, recipe, options, now, standings, tuple(work.records.values()), tuple(work.missing), command
         )
-
-
-def _read(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return values
-    except ValueError as error:
-        raise VlafitError(f"{path}: damaged ({error}); choose another --out") from error
 
 
 class _Work:

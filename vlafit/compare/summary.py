@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vlafit.compare import arms
+from vlafit.compare.identity import digest
 from vlafit.compare.judge import (
     AFTER,
     WRONG,
@@ -33,7 +34,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "format": FORMAT,
         "name": comparison.recipe.name,
         "purpose": comparison.recipe.purpose,
-        "identity": {"sha256": arms.digest(comparison.identity), **comparison.identity},
+        "identity": {"sha256": digest(comparison.identity), **comparison.identity},
         "recipe": asdict(comparison.recipe),
         "seeds": list(comparison.options.seeds),
         "lr_grid": list(comparison.options.lr_grid),

@@ -19,7 +19,7 @@ ABOUT = """\
 Train a recipe under several tuning strategies, each with several seeds, and report what that allows to say.
 All arms have the same data order, validation noise and budget; with --lr-grid each strategy takes its own
 best learning rate. Arms are ordinary runs in processes of their own below DIR/arms. A finished one is never
-run again: the same command goes on with a comparison that was stopped. Fields of the recipe are options, too."""
+run again: the same command goes on with a comparison that was stopped. Fields of the recipe are options."""
 USAGE = "--strategies A,B,... [--seeds N] [--lr-grid X,Y,...] [--budget-... N] [--jobs N] --out DIR"
 
 
