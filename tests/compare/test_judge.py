@@ -99,6 +99,12 @@ def test_nothing_finished_is_said_and_not_ranked() -> None:
     assert "nothing to judge" in judge([broken]).sentence
 
 
+def test_one_strategy_alone_is_neither_ranked_nor_recommended() -> None:
+    for seeds in ([(20, 25)], [None, None]):
+        verdict = judge([standing("full", seeds)])
+        assert not verdict.ranked and not verdict.recommended and "Only full has results" in verdict.sentence
+
+
 def test_costs_within_5_per_cent_count_as_equal_and_speed_decides() -> None:
     slow, quick = standing("slow", [(1, 2)], mb=100.0), standing("quick", [(1, 2)], mb=104.0, speed=20.0)
     assert cheapest([slow, quick]).strategy == "quick"

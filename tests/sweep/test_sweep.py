@@ -12,7 +12,7 @@ import pytest
 
 from tests.report.test_report import Strict
 from tests.train.world import REPOSITORY, tiny, write_dots
-from vlafit import config, sweep
+from vlafit import config, shipped, sweep
 from vlafit.cli.verbs.sweep import describe, read
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
@@ -215,6 +215,14 @@ def test_a_study_that_cannot_be_is_refused_by_file_and_key(tmp_path: Path, text:
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(ConfigError, match=rf"study\.toml.*{says}"):
         sweep.load_study(tmp_path / "study.toml")
+
+
+@pytest.mark.parametrize("name", shipped.names("study"))
+def test_a_shipped_study_names_fields_of_a_recipe_and_has_a_purpose(name: str) -> None:
+    study = sweep.load_study(name)
+    assert study.purpose
+    for end in (0, -1):
+        recipe_with(Recipe(), {n: one.ends()[end] for n, one in study.search.items()}, name)
 
 
 def test_another_study_or_recipe_in_the_same_folder_is_refused(done: sweep.Found) -> None:

@@ -87,7 +87,7 @@ def success_against_memory(standings: Sequence[Standing]) -> str:
     axes.margins(x=0.18)
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     axes.xaxis.set_major_formatter(FuncFormatter(plots.tick))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
     return plots.svg(figure, "success-memory", VARIABLES)
 
 

@@ -197,10 +197,12 @@ def _by_success(standings: Sequence[Standing]) -> Verdict:
         )
         return Verdict("success", False, better, names, said)
     sentence = _sentence(order, better, "success", "95 % intervals of success")
+    if len(order) == 1:
+        return Verdict("success", False, better, names, sentence)
     chosen = cheapest(leaders)
     reason = f"{_percent(chosen)} of {_pooled(chosen).episodes} episodes succeeded"
     if len(leaders) == 1:
-        reason += ", and no other strategy's interval reaches its own" if len(order) > 1 else ""
+        reason += ", and no other strategy's interval reaches its own"
     else:
         others = [s for s in leaders if s is not chosen]
         than = ", ".join(f"{s.strategy} {_cost(s)}" for s in others)
@@ -226,12 +228,14 @@ def _by_loss(standings: Sequence[Standing]) -> Verdict:
     )
     leaders = [s for s in order if (order[0].strategy, s.strategy) not in better]
     sentence = _sentence(order, better, "loss", "paired 95 % intervals of the last validation loss")
+    names = tuple(s.strategy for s in leaders)
+    if len(order) == 1:
+        return Verdict("loss", False, better, names, sentence)
     chosen = cheapest(leaders)
     reason = (
         f"nothing was rolled out, so this goes by validation loss alone, which is not success; among the "
         f"{len(leaders)} that may be the best it is the cheapest: {_cost(chosen)}."
     )
-    names = tuple(s.strategy for s in leaders)
     return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason)
 
 

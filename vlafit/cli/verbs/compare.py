@@ -42,12 +42,8 @@ def run(arguments: Sequence[str]) -> int:
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Options", Path]:
     """Return the recipe with budget and overrides in it, what to compare, and where."""
     recipe, options = read_recipe("compare", ABOUT, USAGE, arguments, _options)
-    for field, instead in (
-        ("--strategy", "--strategies"),
-        ("--eval.before", "vlafit eval on the base checkpoint"),
-    ):
-        if given(arguments, field):
-            raise ConfigError(f"{field} means nothing to compare; give {instead}")
+    if given(arguments, "--strategy"):
+        raise ConfigError("--strategy means nothing to compare; give --strategies")
     if options.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, is {options.seeds}")
     from vlafit.compare import Options, with_budget
