@@ -137,7 +137,9 @@ def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
     changed = PolicyActor(actor.policy, actor.codec, steps=4)
     assert len({first, actor.fingerprint(), changed.fingerprint()}) == 3
     named = PolicyActor(actor.policy, actor.codec, identity="checkpoint 12")
-    assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0"
+    assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0 device=cpu"
+    named.policy.to("meta")  # another device has other last bits, so half an evaluation each would be neither
+    assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0 device=meta"
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"width": 0}, {"seed": -1}])

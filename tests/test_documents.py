@@ -62,5 +62,16 @@ def test_the_commands_in_the_readme_name_what_ships():
             assert words[0] in shipped.names(kind), line
 
 
+@pytest.mark.sim
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_python_in_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("metaworld")
+    blocks = re.findall(r"```python\n(.*?)```", text_of("README.md"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[number], f"README.md, block {number}", "exec"), {})
+
+
 def test_every_shipped_strategy_is_in_the_changelog():
     assert [name for name in shipped.names("strategy") if f"`{name}`" not in text_of("CHANGELOG.md")] == []

@@ -9,7 +9,9 @@ from vlafit.datasets import load_card
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, override
 from vlafit.recipe import Recipe
+from vlafit.record.players import ATTEMPTS
 from vlafit.rollout import load_protocol
+from vlafit.rollout.protocol import require_unseen
 from vlafit.tuning import load_strategy, preview
 
 RECIPES = shipped.names("recipe")
@@ -28,6 +30,17 @@ def test_a_shipped_recipe_finds_its_cards_and_its_protocol(name: str):
         load_card(card)
     if recipe.eval.protocol:
         load_protocol(recipe.eval.protocol)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_is_judged_from_starts_that_its_cards_do_not_record(name: str):
+    recipe = recipe_of(name)
+    assert recipe.eval.protocol
+    for card in (load_card(one) for one in recipe.data.cards):
+        assert card.record is not None
+        most = ATTEMPTS * card.record.episodes_per_task + 10  # the recorder gives up after so many starts
+        seeds = range(card.record.first_seed, card.record.first_seed + most)
+        require_unseen(load_protocol(recipe.eval.protocol), None, dict.fromkeys(card.record.tasks, seeds))
 
 
 @pytest.mark.parametrize("name", RECIPES)

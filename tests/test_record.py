@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from vlafit import cli
 from vlafit.datasets import Card, RecordSpec, load_card, open_dataset
 from vlafit.envs import EnvSpec, make
 from vlafit.errors import ConfigError, DataError, EmbodimentError, SimulationError
@@ -129,39 +130,36 @@ def test_two_processes_write_the_same_bytes_as_one(recorded: Path, tmp_path: Pat
     assert hashes(tmp_path / "again") == hashes(recorded / "small")
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from vlafit.datasets import load_card
-from vlafit.record import record
-
-if __name__ == "__main__":
-    card, out, workers = load_card(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    record(card, out, workers=workers, progress=lambda progress: print(progress.done, flush=True))
-"""
+def heed_ctrl_c() -> None:
+    """Background jobs of a shell ignore it, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_recording_killed_and_resumed_equals_one_made_at_once(
-    recorded: Path, tmp_path: Path, workers: int
+@pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
+    recorded: Path, tmp_path: Path, workers: int, how: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card, out = card_at(tmp_path), tmp_path / "killed"
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path / "small.toml"), str(out), str(workers)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "1"
-        process.send_signal(signal.SIGKILL)
+    card, out = card_at(tmp_path), tmp_path / "stopped"
+    words = ["record", str(tmp_path / "small.toml"), "--out", str(out), "--workers"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlafit", *words, str(workers)],
+        cwd=Path(__file__).parents[1], preexec_fn=heed_ctrl_c, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (parts := list(out.glob(".episodes-*/*/*.npz"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, said = process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -how), said
+    assert how != signal.SIGINT or "interrupted; the same command with --resume goes on" in said
     assert not (out / f"{TASKS[1]}_demo.hdf5").exists()
-    assert list(out.glob(".episodes-*/*/*.npz"))  # what was finished is there
+    assert all(part.exists() for part in parts)  # what was finished is there
     with pytest.raises(DataError, match=r"holds a recording already.*--resume"):
         record(card, out)
     time.sleep(1.5)  # the killed process's workers notice and leave
-    seen: list[RecordProgress] = []
-    record(card, out, resume=True, progress=seen.append)
+    capsys.readouterr()
+    assert cli.main([*words, "1", "--resume"]) == 0
+    assert f"{TASKS[1]}" in (shown := capsys.readouterr().out) and "4 episodes, " in shown
     assert hashes(out) == hashes(recorded / "small")
     assert record(card, out, resume=True).episodes == 4  # nothing left to do
 
@@ -302,6 +300,8 @@ def test_a_card_without_a_record_section_and_a_wrong_number_are_refused(tmp_path
         record(replace(card, record=None), tmp_path / "out")
     with pytest.raises(ConfigError, match="episodes_per_task = 0"):
         record(card, tmp_path / "out", episodes_per_task=0)
+    with pytest.raises(ConfigError, match="workers must be at least 0, not -1"):
+        record(card, tmp_path / "out", workers=-1)
     assert job_of(card, 7).record.episodes_per_task == 7
 
 

@@ -77,6 +77,17 @@ def test_shipped_recipes_and_their_bases_are_read_from_the_wheel(installed):
     assert len(done.stdout.split()) == len(shipped.names("recipe"))
 
 
+def test_the_command_is_installed(installed):
+    done = run(installed, str(installed / "bin" / "vlafit"), "--version")
+    assert done.returncode == 0 and done.stdout.startswith("vlafit "), done.stderr
+
+
+def test_nothing_is_recorded_into_the_installed_package(installed):
+    done = run(installed, "-m", "vlafit", "record", "metaworld-faucet")
+    assert done.returncode == 2
+    assert "inside the installed package" in done.stderr and "--out" in done.stderr
+
+
 def test_the_wheel_holds_no_recordings_runs_or_tests(installed):
     inside = {path.relative_to(installed).parts[0] for path in installed.iterdir()}
     assert {name for name in inside if not name.endswith(".dist-info")} <= {"vlafit", "bin"}

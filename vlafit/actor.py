@@ -68,7 +68,7 @@ class PolicyActor:
         return self.codec.embodiment
 
     def fingerprint(self) -> str:
-        """Return what decides the actions: the weights (or the identity given) and the sampling settings."""
+        """Return what decides the actions: the weights (or the identity given), sampling and device."""
         identity = self._identity
         if not identity:
             found = hashlib.sha256()
@@ -76,7 +76,9 @@ class PolicyActor:
                 found.update(name.encode())
                 found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             identity = f"sha256:{found.hexdigest()}"
-        return f"{identity} steps={self.steps} width={self.width} seed={self.seed}"
+        device = next(self.policy.parameters()).device
+        made = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{identity} steps={self.steps} width={self.width} seed={self.seed} device={made}"
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         """Return one chunk [t, a] for each observation, in order.
@@ -120,11 +122,12 @@ def load_actor(
     """Load a checkpoint (a folder, or the name of one that ships) as an actor.
 
     `device` is torch's name; the GPU if there is one when empty. Raises what `checkpoints.load` raises, and
-    ConfigError where the checkpoint has no codec.
+    ConfigError where the checkpoint has no codec or the device is not there.
     """
     folder = shipped.find("checkpoint", path)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = checkpoints.load(folder, device=torch.device(chosen))
+    loaded = checkpoints.load(
+        folder, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    )
     if loaded.codec is None:
         raise ConfigError(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
@@ -139,6 +142,19 @@ def load_actor(
         identity=f"checkpoint sha256:{checkpoints.digest(folder)}",
         seeds=checkpoints.read_lineage(folder).seeds,
     )
+
+
+def _device(name: str) -> torch.device:
+    """Return torch's device of this name, or raise ConfigError where no numbers can be put and got back."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); take cpu, or cuda on a GPU"
+        ) from error
+    return device
 
 
 @contextmanager

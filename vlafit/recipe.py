@@ -37,8 +37,8 @@ class DataRecipe:
     """Use only so many training episodes of each task. 0: all."""
     statistics: Literal["checkpoint", "data"] = "checkpoint"
     """Whose normalisation to use: the checkpoint's, or fresh from the training episodes."""
-    normalisation: Literal["mean_std", "quantile"] = "mean_std"
-    """How fresh statistics normalise states and actions."""
+    normalisation: Literal["", "mean_std", "quantile"] = ""
+    """How fresh statistics normalise states and actions. Empty: as the checkpoint does; else mean_std."""
     shift_pixels: int = 0
     """Augmentation: each training image is moved by up to so many pixels, edges repeated."""
     workers: int = 0

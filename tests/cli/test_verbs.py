@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.world import tiny, write_dots
+from tests.train.world import assert_same, learned, tiny, write_dots
 from vlafit import cli, config
 from vlafit.cli.verbs.eval import default_out
 
@@ -55,6 +55,7 @@ def test_the_saved_recipe_can_be_run_again(run, capsys):
     words = ["--out", "runs/again", "--eval.protocol", "", "--eval.before", "false"]
     assert cli.main(["train", "runs/tiny/recipe.toml", *words, "--eval.wrong_instruction", "false"]) == 0
     assert "training 6/6" in capsys.readouterr().out
+    assert_same(learned(Path("runs/again"), 6), learned(run, 6))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(run, capsys):

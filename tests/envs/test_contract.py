@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from tests.chance import RandomActor
 from vlafit import envs
 from vlafit.envs import EnvSpec
-from vlafit.envs.experts import RandomActor
 from vlafit.envs.vector import GymVector
 from vlafit.errors import SimulationError
 from vlafit.types import Env, EpisodeKey

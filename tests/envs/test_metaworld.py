@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from tests.chance import RandomActor
 from vlafit.envs import EnvSpec, make
-from vlafit.envs.experts import RandomActor, ScriptedExpert
+from vlafit.envs.experts import ScriptedExpert
 from vlafit.envs.sentences import MARKED, SENTENCES
 from vlafit.errors import SimulationError
 from vlafit.types import Actor, Env, EpisodeKey, Observation

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -234,6 +235,19 @@ def test_an_unfinished_run_says_how_to_go_on(run: Path):
     assert f"vlafit train {run}/recipe.toml --out {run} --resume" in text
     assert "The run has not finished" in text
     assert "success, before" in text
+
+
+def test_commands_can_be_pasted_whatever_the_folders_name_and_the_launcher(run: Path, tmp_path: Path):
+    folder = tmp_path / "my runs" / "it's one"
+    shutil.copytree(run, folder)
+    values = json.loads((folder / "run.json").read_text())
+    launch = "accelerate launch --num_processes 2 -m "
+    write_json(folder / "run.json", {**values, "command": f"{launch}vlafit train quickstart", "processes": 2})
+    commands = {one["for"]: one["command"] for one in json_of(folder)["commands"]}
+    again = shlex.split(commands["the same run again"])
+    assert again == [*launch.split(), "vlafit", "train", f"{folder}/recipe.toml", "--out", "runs/again"]
+    assert shlex.split(commands["this page again"]) == ["vlafit", "report", str(folder)]
+    assert shlex.split(commands["its evaluation again"])[2] == f"{folder}/checkpoints/step_000400"
 
 
 def test_without_before_and_after_the_newest_evaluation_is_the_headline(run: Path):

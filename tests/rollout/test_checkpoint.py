@@ -65,6 +65,12 @@ def test_a_checkpoint_of_another_robot_is_refused(protocol: Make, tmp_path: Path
         evaluate(load_actor(folder), protocol(), tmp_path / "eval", workers=1)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:999", "meta"])
+def test_a_device_that_is_not_there_is_refused(checkpoint: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here"):
+        load_actor(checkpoint, device=device)
+
+
 def test_a_checkpoint_that_is_not_there_is_refused(protocol: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no checkpoint"):
         evaluate(load_actor(tmp_path / "nothing"), protocol(), tmp_path / "eval")

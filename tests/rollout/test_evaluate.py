@@ -120,7 +120,8 @@ def test_errors_are_not_retried_when_an_evaluation_is_resumed(protocol: Make, tm
 
 def test_an_evaluation_of_which_every_episode_broke_has_no_result(protocol: Make, tmp_path: Path) -> None:
     all_odd = protocol("raise", trials=1, first_seed=101)
-    with pytest.raises(SimulationError, match="all 1 episodes ended in an error"):
+    says = rf"(?s)all 1 episodes ended in an error.*fell off the line.*remove the folder {tmp_path / 'eval'}"
+    with pytest.raises(SimulationError, match=says):
         evaluate(Obedient(), all_odd, tmp_path / "eval", workers=1, videos=0)
     assert not (tmp_path / "eval" / "result.json").exists()
 
@@ -159,6 +160,39 @@ def test_a_finished_evaluation_is_read_and_not_played_again(protocol: Make, tmp_
     mute = Obedient()
     again = evaluate(mute, protocol(), tmp_path / "eval", workers=1, videos=1)
     assert again.records == first.records and not mute.heard and again.seconds == first.seconds
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"seconds": "long"}'])
+def test_a_damaged_result_is_named_and_can_be_made_again(protocol: Make, tmp_path: Path, text: str) -> None:
+    evaluate(Obedient(), protocol(), tmp_path, workers=1, trials=1, videos=0)
+    whole = result(tmp_path)
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"result\.json: damaged .*; remove this file"):
+        evaluate(Obedient(), protocol(), tmp_path, workers=1, trials=1, videos=0)
+    (tmp_path / "result.json").unlink()
+    evaluate(Obedient(), protocol(), tmp_path, workers=1, trials=1, videos=0)
+    assert result(tmp_path) == whole
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"identity": [1], "environment": {}}'])
+def test_a_damaged_header_is_named(protocol: Make, tmp_path: Path, text: str) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"evaluation\.json: damaged .*; choose another folder"):
+        evaluate(Obedient(), protocol(), tmp_path, workers=1, trials=1, videos=0)
+
+
+class HalfTrained(Obedient):
+    """Has a robot, and forgot the rest of what a trained actor tells."""
+
+    width = 2
+    embodiment = robot()
+
+
+def test_an_actor_that_tells_half_of_its_training_is_refused(protocol: Make, tmp_path: Path) -> None:
+    says = "HalfTrained has embodiment, width as a trained one has, but lacks seeds, fingerprint"
+    with pytest.raises(ConfigError, match=says):
+        evaluate(HalfTrained(), protocol(), tmp_path / "eval")
+    assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize("change", ["actor", "protocol", "trials", "instruction", "resume"])

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("metaworld")
 
+from tests.chance import RandomActor
 from vlafit.envs import make
-from vlafit.envs.experts import RandomActor, ScriptedExpert
+from vlafit.envs.experts import ScriptedExpert
 from vlafit.rollout import Protocol, evaluate, load_protocol
 
 pytestmark = pytest.mark.sim

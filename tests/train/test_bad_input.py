@@ -39,6 +39,7 @@ VALUES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"optim": {"ema": 1.0}}, r"optim\.ema must be from 0 to below 1"),
     ({"data": {"validation": 1.0}}, r"data\.validation must be from 0 to below 1, is 1\.0"),
     ({"data": {"workers": -1}}, r"data\.workers must be 0 or more"),
+    ({"policy": {"fresh": ("expert",)}}, r"policy\.fresh names parts .* but policy\.checkpoint is empty"),
     ({"eval": {"before": True}}, r"eval\.before asks for rollouts, but eval\.protocol is empty"),
     ({"eval": {"every": 5}}, r"eval\.every asks for rollouts, but eval\.protocol is empty"),
 ]  # fmt: skip
@@ -75,9 +76,10 @@ NAMES: list[tuple[dict[str, Any], str]] = [
     ({"policy": {"size": "pi0-tiney"}}, r"no size 'pi0-tiney'; did you mean 'pi0-tiny'"),
     ({"policy": {"config": {"chnk": 4}}}, r"chnk.*did you mean 'chunk'"),
     ({"policy": {"config": {"chunk": "four"}}}, r"chunk"),
-    ({"policy": {"config": {"action_dim": 1}}}, r"2 action dimensions, the policy takes 1"),
-    ({"policy": {"config": {"max_tokens": 2}}}, r"tokens, the policy takes 2"),
-    ({"policy": {"checkpoint": "no-such-checkpoint"}}, r"no-such-checkpoint"),
+    ({"policy": {"config": {"action_dim": 1}}}, r"card 'dots' .* 2 action dimensions, the policy takes 1"),
+    ({"policy": {"config": {"max_tokens": 2}}}, r"card 'dots', episode .* tokens, the policy takes 2"),
+    ({"data": {"shift_pixels": 16}}, r"data\.shift_pixels 16 would move all of camera 'front', 16x16"),
+    ({"policy": {"checkpoint": "no-such-checkpoint", "family": "", "size": ""}}, r"no-such-checkpoint"),
     ({"policy": {"tokenizer": "no-such-tokenizer"}}, r"no-such-tokenizer"),
     ({"eval": {"protocol": "no-such-protocol"}}, r"no-such-protocol"),
 ]
@@ -158,6 +160,11 @@ def test_a_dataset_that_is_not_there_is_refused(card: Path, tmp_path: Path) -> N
         run(tiny(tmp_path / card.name), tmp_path / "run")
 
 
+def test_a_dataset_is_named_once(card: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlafitError, match=r"data\.cards: 2 cards are called 'dots'"):
+        run(tiny(card, data={"cards": (str(card), str(card))}), tmp_path / "run")
+
+
 def test_two_cards_must_show_one_robot(card: Path, tmp_path: Path) -> None:
     shutil.copytree(card.parent, tmp_path / "data")
     other = tmp_path / "data" / card.name
@@ -170,7 +177,26 @@ def test_two_cards_must_show_one_robot(card: Path, tmp_path: Path) -> None:
 
 
 def from_checkpoint(card: Path, path: Path, **sections: Any) -> Recipe:
-    return tiny(card, policy={"checkpoint": str(path), "family": "", "size": "", "config": {}}, **sections)
+    policy = {"checkpoint": str(path), "family": "", "size": "", "config": {}, **sections.pop("policy", {})}
+    return tiny(card, policy=policy, **sections)
+
+
+BESIDE: list[tuple[dict[str, dict[str, Any]], str]] = [
+    ({"policy": {"family": "pi0"}}, r"policy\.family 'pi0': a checkpoint knows its own"),
+    ({"policy": {"family": "pi0", "size": "a"}}, r"'pi0' and policy\.size 'a': a checkpoint knows its own"),
+    ({"policy": {"tokenizer": "metaworld"}}, r"policy\.tokenizer 'metaworld' means nothing .*step_000008"),
+    ({"data": {"normalisation": "quantile"}}, r"data\.normalisation 'quantile' .*000008.* by 'mean_std'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "says"), BESIDE, ids=[says[:30] for _, says in BESIDE])
+def test_a_field_that_a_checkpoint_overrules_is_refused(
+    card: Path, whole: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], says: str
+) -> None:
+    base = whole / "checkpoints" / "step_000008"
+    with pytest.raises(VlafitError, match=says):
+        run(from_checkpoint(card, base, **changes), tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
 
 
 ROBOTS = {
@@ -189,7 +215,9 @@ def test_a_checkpoint_of_another_robot_is_refused_or_taught(
     other = tmp_path / "data" / card.name
     other.write_text(card.read_text().replace(old, new))
     base = whole / "checkpoints" / "step_000008"
-    with pytest.raises(VlafitError, match=rf'(?s){says}.*data\.statistics = "data"'):
+    with pytest.raises(
+        VlafitError, match=rf'(?s)card \'dots\'.*step_000008.*{says}.*data\.statistics = "data"'
+    ):
         run(from_checkpoint(other, base), tmp_path / "run")
     taught = from_checkpoint(other, base, data={"statistics": "data"}, train={"steps": 1})
     assert run(taught, tmp_path / "run").finished

@@ -161,11 +161,27 @@ def test_pictures_of_another_renderer_are_told_kept_and_reported(
     assert told in (out / "report.html").read_text().replace("&#x27;", "'")
 
 
+@pytest.mark.parametrize("statistics", ["checkpoint", "data"])
+def test_a_foreign_renderer_is_told_with_fresh_statistics_too_and_not_forgotten_by_a_resumption(
+    base: Path, seeded: Path, tmp_path: Path, statistics: str
+) -> None:
+    card = moved(seeded, tmp_path / "data")
+    card.write_text(card.read_text().replace('renderer = "ray"', 'renderer = "egl"'))
+    recipe = further(base, card, data={"statistics": statistics})
+    (notice,) = setup.build(recipe, CPU).notices
+    assert "made by 'ray', the dataset shows pictures made by 'egl'" in notice
+    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run", resume=True)
+    assert notice in report.read_facts(tmp_path / "run").caveats
+
+
 def test_the_report_pins_the_base_and_the_data(base: Path, seeded: Path, tmp_path: Path) -> None:
     run(further(base, seeded), tmp_path / "run")
     hashes = json.loads((tmp_path / "run" / "report.json").read_text())["sha256"]
     assert hashes["base checkpoint"] == checkpoints.digest(base)
     assert hashes["dataset dots"] == checkpoints.read_lineage(base).datasets[0].sha256
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert hashes["base checkpoint"] in page and hashes["dataset dots"] in page
 
 
 def test_a_changed_history_is_damage(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,20 @@ def test_the_moving_average_follows_the_rule_and_steps_aside() -> None:
     with ema.applied():
         assert model.weight.equal(ema.average["weight"])
     assert model.weight.item() == 3.0
+
+
+def test_the_gradient_is_clipped(card: Path, tmp_path: Path) -> None:
+    """AdamW hides the gradient's size, but for one that is far below its epsilon: then nothing moves."""
+    moved = {}
+    for limit in (0.0, 1e-14):
+        recipe = tiny(card, optim={"clip_norm": limit, "ema": 0.0, "weight_decay": 0.0}, train={"steps": 1})
+        begin = dict(setup.build(recipe, CPU).policy.named_parameters())
+        run(recipe, tmp_path / str(limit))
+        after = split(learned(tmp_path / str(limit), 1))["weight"]
+        moved[limit] = max(float((after[name] - begin[name].detach()).abs().max()) for name in after)
+        (event,) = [e for e in metrics(tmp_path / str(limit)) if "train/grad_norm" in e]
+        assert event["train/grad_norm"] > 1e-3  # logged as it was before clipping
+    assert moved[1e-14] < 1e-4 * moved[0.0]
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
@@ -232,7 +247,28 @@ def test_fresh_statistics_come_from_the_training_episodes(card: Path, whole: Pat
     data = {"episodes_per_task": 1, "statistics": "data", "normalisation": "quantile"}
     codec = setup.build(tiny(card, policy=policy, data=data), CPU).codec
     assert codec.config.normalisation == "quantile"
+    like_before = setup.build(tiny(card, policy=policy, data={"statistics": "data"}), CPU).codec
+    assert like_before.config.normalisation == "mean_std"
     assert codec.statistics["action"].count < checkpoints.load(base).codec.statistics["action"].count  # type: ignore[union-attr]
+
+
+def test_pi05_with_relative_actions_and_quantiles_goes_the_whole_way(card: Path, tmp_path: Path) -> None:
+    shutil.copytree(card.parent, tmp_path / "data")
+    other = tmp_path / "data" / card.name
+    other.write_text(card.read_text().replace("[robot]\n", "[robot]\nrelative = [true, false]\n"))
+    recipe = tiny(
+        other,
+        policy={"size": "pi05-tiny", "config": {"max_tokens": 80}},
+        data={"normalisation": "quantile"},
+        train={"steps": 2},
+        eval={"protocol": str(card.parent / "toy.toml"), "after": True},
+    )
+    summary = run(recipe, tmp_path / "run")
+    assert summary.finished and 0 <= summary.success["after"] <= 1
+    codec = checkpoints.load(tmp_path / "run" / "checkpoints" / "step_000002").codec
+    assert codec is not None
+    assert (codec.config.prompt, codec.config.relative) == ("pi05", (True, False))
+    assert codec.config.normalisation == "quantile"
 
 
 def test_parts_can_start_afresh(card: Path, whole: Path) -> None:

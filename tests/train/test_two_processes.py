@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -154,6 +155,11 @@ def test_accelerate_launch_starts_them(card: Path, tmp_path: Path) -> None:
         cwd=REPOSITORY, env=os.environ | surroundings, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["processes"] == 2
+    assert shlex.split(facts["command"]) == ["python", "-m", "accelerate.commands.launch", *words]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    again = next(one["command"] for one in report["commands"] if one["for"] == "the same run again")
+    assert again.startswith(facts["command"].partition("train")[0])
     run(tiny(card, train={"steps": 3}), tmp_path / "one")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

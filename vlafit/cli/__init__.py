@@ -21,6 +21,7 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "inspect": "show what a checkpoint holds, and what a tuning strategy would train of it",
     "list": "list the recipes, cards, protocols, strategies and checkpoints that ship",
 }
+RESUMABLE = ("train", "eval", "record")
 
 
 def usage() -> str:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted")
+        resumable = arguments and arguments[0] in RESUMABLE
+        _complain("interrupted; the same command with --resume goes on" if resumable else "interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,16 @@ from vlafit.types import Actor, Env
 
 Renderer = Literal["ray", "egl", "osmesa", "auto"]
 
-HELPERS = ("checks", "experts", "gl", "raycast", "sentences", "vector", "view")  # no simulations of their own
+HELPERS = (
+    "checks",
+    "experts",
+    "gl",
+    "raycast",
+    "sentences",
+    "shapes",
+    "vector",
+    "view",
+)  # no simulations of their own
 EXTRAS = {
     "metaworld": "metaworld",
     "mujoco": "metaworld",

@@ -1,14 +1,13 @@
-"""Actors that need no learning: Meta-World's scripted experts, and random actions."""
+"""Actors that need no learning: Meta-World's scripted experts."""
 
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlafit.errors import SimulationError, did_you_mean
-from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Observation
+from vlafit.types import ActionChunk, EpisodeKey, Observation
 
 
 class ScriptedExpert:
@@ -36,21 +35,3 @@ class ScriptedExpert:
             warnings.simplefilter("ignore")  # they warn about gains that the clipping below makes harmless
             action = self._policies[key.task].get_action(observation.privileged["full_state"])
         return ActionChunk(np.clip(np.asarray(action), -1, 1).astype(np.float32)[None])
-
-
-class RandomActor:
-    """Actions drawn evenly from [low, high], decided by the episode's key; each chunk is [steps, a]."""
-
-    def __init__(
-        self, embodiment: Embodiment, *, low: float = -1.0, high: float = 1.0, steps: int = 1
-    ) -> None:
-        self._shape = (steps, *embodiment.action.shape)
-        self._low, self._high = low, high
-
-    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
-        """Return one random chunk for each key; the observations do not matter."""
-        return [self._draw(key) for _, key in zip(observations, keys, strict=True)]
-
-    def _draw(self, key: EpisodeKey) -> ActionChunk:
-        rng = np.random.default_rng([key.seed, zlib.crc32(key.task.encode()), key.replan])
-        return ActionChunk(rng.uniform(self._low, self._high, self._shape).astype(np.float32))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlafit import envs
 from vlafit.datasets.card import Card
+from vlafit.errors import ConfigError
 from vlafit.record.folder import Folder, RecordedFile
 from vlafit.record.job import job_of, require_recordable
 from vlafit.record.players import RecordProgress, Tally, play_all, players
@@ -58,6 +59,8 @@ def record(
     SimulationError when the simulation or the expert fails.
     """
     started = time.monotonic()
+    if workers < 0:
+        raise ConfigError(f"record: workers must be at least 0, not {workers}")
     job = job_of(card, episodes_per_task)
     env = envs.make(job.spec)
     try:

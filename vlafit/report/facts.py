@@ -7,6 +7,7 @@ finite) is a sentence in `caveats`.
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,17 +106,22 @@ class Facts:
 
     def commands(self) -> list[tuple[str, str]]:
         """Return (what for, command line) pairs that make this run, its evaluations and its report again."""
-        lines = [("this run", self.run["command"])] if self.run.get("command") else []
-        lines.append(("the same run again", f"vlafit train {self.folder}/recipe.toml --out runs/again"))
+        begun = str(self.run.get("command") or "")
+        lines = [("this run", begun)] if begun else []
+        launcher = begun.partition("vlafit train")[0]  # of a run on several processes
+
+        def say(what: str, *words: str | Path, before: str = "") -> None:
+            lines.append((what, before + shlex.join(["vlafit", *map(str, words)])))
+
+        recipe = self.folder / "recipe.toml"
+        say("the same run again", "train", recipe, "--out", "runs/again", before=launcher)
         if not self.finished:
-            lines.append(
-                ("go on with it", f"vlafit train {self.folder}/recipe.toml --out {self.folder} --resume")
-            )
+            say("go on with it", "train", recipe, "--out", self.folder, "--resume", before=launcher)
         last = self.folder / "checkpoints" / f"step_{self.steps:06d}"
         if self.recipe.eval.protocol and last.is_dir():
-            line = f"vlafit eval {last} --protocol {self.recipe.eval.protocol}"
-            lines.append(("its evaluation again", line))
-        return [*lines, ("this page again", f"vlafit report {self.folder}")]
+            say("its evaluation again", "eval", last, "--protocol", self.recipe.eval.protocol)
+        say("this page again", "report", self.folder)
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """Return report.json: the same facts as the page, as plain values."""

@@ -99,7 +99,7 @@ class Folder:
         files.require_writable(self.path)
         try:
             there = json.loads(header.read_text(encoding="utf-8"))
-            identity, self.described = there["identity"], there["environment"]
+            identity, self.described = dict(there["identity"]), dict(there["environment"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
         unlike = [
@@ -170,8 +170,14 @@ class Folder:
     def finish(self, records: list[Record], tasks: tuple[str, ...], seconds: float) -> Result:
         """Sort the records, and write sheet and result."""
         written = self.path / "result.json"
-        if written.is_file():
-            seconds = json.loads(written.read_text(encoding="utf-8"))["seconds"]  # nothing was left to play
+        if written.is_file():  # nothing was left to play
+            try:
+                seconds = float(json.loads(written.read_text(encoding="utf-8"))["seconds"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{written}: damaged ({error!r}); remove this file and evaluate again with --resume: "
+                    "every episode is kept"
+                ) from error
         lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
         files.write_atomic(self.path / "episodes.jsonl", lines)
         scores = score.by_task(tasks, ((record.task, record.success) for record in records))

@@ -82,7 +82,7 @@ def evaluate(
         if value is not None and value < least:
             raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")
     tasks = _tasks(protocol, wrong_instruction)
-    trained = actor if isinstance(actor, TrainedActor) else None
+    trained = _trained(actor)
     require_unseen(protocol, trials, trained.seeds if trained else {})
     robot = trained.embodiment if trained else None
     run = Folder(
@@ -167,6 +167,24 @@ def _require_playable(
                 f"protocol {protocol.name!r}: swapped: {task!r} and {partner!r} have the same sentence, "
                 f"{ready.instructions[task]!r}: it tells nothing apart; choose another partner"
             )
+
+
+def _trained(actor: Actor) -> TrainedActor | None:
+    """Return the actor if it was trained, None if it never was. One that tells but half of it is refused.
+
+    Otherwise one that forgot `seeds`, say, would pass for an actor without a robot, and nothing be compared.
+    """
+    if isinstance(actor, TrainedActor):
+        return actor
+    parts = ("embodiment", "width", "seeds", "fingerprint")
+    told = [name for name in parts if name in dir(actor)]
+    if told:
+        lacks = ", ".join(name for name in parts if name not in told)
+        raise ConfigError(
+            f"actor {type(actor).__name__} has {', '.join(told)} as a trained one has, but lacks {lacks}: "
+            "give it all of vlafit.rollout.run.TrainedActor, or none"
+        )
+    return None
 
 
 def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:

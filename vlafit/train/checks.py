@@ -69,6 +69,17 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.threads {recipe.train.threads} is far above this machine's cores; take at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
         yield f"name {recipe.name!r} must be one folder name: the run's folder is runs/NAME"
+    policy = recipe.policy
+    if policy.checkpoint:
+        both = {"policy.family": policy.family, "policy.size": policy.size}
+        idle = [f"{name} {said!r}" for name, said in both.items() if said]
+        if idle:
+            yield (
+                f'{" and ".join(idle)}: a checkpoint knows its own, so this must be "" beside '
+                "policy.checkpoint (policy.config changes single fields)"
+            )
+    elif policy.fresh:
+        yield "policy.fresh names parts of a checkpoint, but policy.checkpoint is empty; leave it out"
     if not recipe.eval.protocol:
         for name in NEED_A_PROTOCOL:
             if value(name):

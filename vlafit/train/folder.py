@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
@@ -56,13 +57,14 @@ def _is_harmless(name: str) -> bool:
     return any(name == field or name.startswith(field + ".") for field in HARMLESS)
 
 
-def begin_record(out: Path, facts: Mapping[str, object], resumed_from: str | None) -> dict[str, object]:
-    """Write run.json and return it. A resumed run keeps when and by what command it began."""
+def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) -> dict[str, object]:
+    """Write run.json and return it. A resumed run keeps its notices, and how and when it began."""
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
+            now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
             now["memory"] = before.get("memory")  # a session that trains nothing more measures none
             seconds = before.get("seconds")  # None: that session was killed, and nobody knows
         except (ValueError, KeyError, TypeError) as error:

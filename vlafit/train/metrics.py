@@ -28,11 +28,11 @@ class Metrics:
         kept = []
         for line in self.path.read_text().splitlines():
             try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                log.warning("%s: dropping a line that a crash cut off", self.path)
+                at = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: dropping a line that is no event, cut off by a crash perhaps", self.path)
                 continue
-            if step is not None and event["step"] <= step:
+            if step is not None and at <= step:
                 kept.append(line + "\n")
         files.write_atomic(self.path, "".join(kept))
 

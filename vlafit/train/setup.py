@@ -22,7 +22,7 @@ from vlafit.datasets import (
     open_dataset,
     split_episodes,
 )
-from vlafit.errors import ConfigError, DataError, EmbodimentError, TrainingError
+from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
@@ -115,6 +115,13 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
             "data.cards is empty; name at least one data card (`vlafit list` shows those that ship)"
         )
     cards = tuple(load_card(name) for name in recipe.cards)
+    names = [card.name for card in cards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.cards: {names.count(name)} cards are called {name!r}, and their samples could not be "
+                "told apart; name each dataset once, or give the other another name"
+            )
     stores = tuple(open_dataset(card) for card in cards)
     for card, store in zip(cards[1:], stores[1:], strict=True):
         require_same(store.embodiment, f"card {card.name!r}", stores[0].embodiment, f"card {cards[0].name!r}")
@@ -139,11 +146,15 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     generator = torch.Generator().manual_seed(recipe.train.seed)
     before: Plan | None = None
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
+    _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
+    learned: Embodiment | None = None  # the robot that the checkpoint knows
+    source = f"checkpoint {resumed}" if resumed else "the policy"
     if resumed is not None:
         policy, codec, before, loaded = checkpoints.load(resumed)
         report, history = loaded.text(), checkpoints.read_lineage(resumed)
     elif recipe.policy.checkpoint:
         base = shipped.find("checkpoint", recipe.policy.checkpoint)
+        source = f"checkpoint {base}"
         policy, codec, _, loaded = checkpoints.load(
             base,
             config=recipe.policy.config or None,
@@ -153,14 +164,19 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         report = loaded.text()
         before_it = checkpoints.read_lineage(base)
         history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
+        if codec is not None:
+            learned = codec.embodiment
+            _require_meaning(recipe, codec, base)
         if codec is None or recipe.data.statistics == "data":
             codec = fit_codec(recipe, policy, data, codec)
     else:
         policy, report = _from_scratch(recipe.policy, generator), "all weights are fresh"
         codec = fit_codec(recipe, policy, data, None)
     assert codec is not None  # a native checkpoint of a run has one
-    _require_one_robot(data, codec, resumed)
-    codec, notices = _of_these_pictures(codec, data.embodiment)
+    _require_one_robot(data, codec, source, resumed)
+    learned = learned or codec.embodiment
+    notice = renderer_notice("the checkpoint was trained on", learned, "the dataset shows", data.embodiment)
+    codec = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts([*data.stores, *(store for stores in more.values() for store in stores)], codec)
     policy.to(device)
     plan = apply(policy, load_strategy(recipe.strategy))
@@ -169,13 +185,38 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
             f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
             "back, or start anew with --out"
         )
-    notices += sets.notices(more, data.embodiment)
+    notices = (*([notice] if notice else []), *sets.notices(more, data.embodiment))
     return Experiment(recipe, policy, codec, plan, data, report, history, notices, more)
 
 
-def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
+def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
+    for camera in robot.cameras:
+        height, width, _ = camera.shape
+        if pixels >= min(height, width):
+            raise ConfigError(
+                f"data.shift_pixels {pixels} would move all of camera {camera.name!r}, {height}x{width}, "
+                "out of sight; take a few pixels, or 0 for none"
+            )
+
+
+def _require_meaning(recipe: Recipe, codec: Codec, base: Path) -> None:
+    """Refuse fields that the codec of the checkpoint `base` would silently overrule."""
+    if recipe.policy.tokenizer:
+        raise ConfigError(
+            f"policy.tokenizer {recipe.policy.tokenizer!r} means nothing beside checkpoint {base}, whose "
+            'weights know their own tokenizer alone; make it ""'
+        )
+    given, used = recipe.data.normalisation, codec.config.normalisation
+    if given not in ("", used) and recipe.data.statistics == "checkpoint":
+        raise ConfigError(
+            f"data.normalisation {given!r} means nothing with the statistics of checkpoint {base}, which "
+            f'normalises by {used!r}; make it "", or fit statistics anew: data.statistics = "data"'
+        )
+
+
+def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | None) -> None:
     try:
-        require_same(data.embodiment, "the dataset", codec.embodiment, "the checkpoint")
+        require_same(data.embodiment, f"card {data.cards[0].name!r}", codec.embodiment, source)
     except EmbodimentError as error:
         if resumed is not None:
             raise
@@ -183,13 +224,12 @@ def _require_one_robot(data: Data, codec: Codec, resumed: Path | None) -> None:
         raise EmbodimentError(f"{error}\n{way_out}") from error
 
 
-def _of_these_pictures(codec: Codec, data: Embodiment) -> tuple[Codec, tuple[str, ...]]:
-    """Return the codec of a policy that learns from the dataset's pictures, and a notice if they are new."""
-    notice = renderer_notice("the checkpoint was trained on", codec.embodiment, "the dataset shows", data)
+def _of_these_pictures(codec: Codec, data: Embodiment) -> Codec:
+    """Return the codec of a policy that learns from the dataset's pictures, whose renderer it then knows."""
     if not data.renderer or data.renderer == codec.embodiment.renderer:
-        return codec, ()
+        return codec
     robot = replace(codec.embodiment, renderer=data.renderer)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer), (notice,) if notice else ()
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer)
 
 
 def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> None:
@@ -200,7 +240,10 @@ def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> N
         for number, episode in enumerate(store.episodes):
             if episode.instruction not in told:
                 told.add(episode.instruction)
-                codec.encode(Observation(images, store.state(number)[0], episode.instruction))
+                try:
+                    codec.encode(Observation(images, store.state(number)[0], episode.instruction))
+                except CodecError as error:
+                    raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
 
 
 def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
@@ -219,7 +262,7 @@ def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> 
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        normalisation=recipe.data.normalisation,
+        normalisation=recipe.data.normalisation or (old.config.normalisation if old else "mean_std"),
         relative=data.cards[0].robot.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
@@ -234,7 +277,10 @@ def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> 
             columns = arrays_for_statistics(store, ids, config.chunk, config.relative)
             states.append(columns[0])
             windows.append(columns[1])
-    return Codec.fit(config, data.embodiment, states, windows, tokenizer)
+    try:
+        return Codec.fit(config, data.embodiment, states, windows, tokenizer)
+    except CodecError as error:
+        raise CodecError(f"card {data.cards[0].name!r} and the policy do not fit: {error}") from error
 
 
 def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer:

@@ -6,6 +6,7 @@ from pathlib import Path
 from vlafit import shipped
 from vlafit.cli.console import Line, duration, table
 from vlafit.cli.parser import Parser
+from vlafit.errors import ConfigError
 
 ABOUT = """\
 Record successful episodes of a scripted expert into the HDF5 layout that the card declares: one file a task.
@@ -30,6 +31,11 @@ def run(arguments: Sequence[str]) -> int:
 
     card = load_card(options.card)
     out = Path(options.out) if options.out else card.location()
+    if shipped.PACKAGE in out.resolve().parents:
+        raise ConfigError(
+            f"card {card.name!r} finds its data inside the installed package, {out}, which is no place to "
+            "record in; choose a folder with --out"
+        )
     with Line("episodes", 1) as line:
 
         def progress(now: RecordProgress) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlafit.cli import launcher
 from vlafit.cli.parser import Parser
 from vlafit.cli.recipes import read_recipe
 from vlafit.recipe import Recipe
@@ -21,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     """Read recipe and options, and train."""
     recipe, options = read(arguments)
     out = Path(options.out) if options.out else Path("runs") / recipe.name
-    command = shlex.join(["vlafit", "train", *arguments])
+    command = shlex.join([*launcher.words(), "vlafit", "train", *arguments])
     from vlafit.cli.train_view import train
 
     return train(recipe, out, resume=options.resume, command=command)

@@ -1,0 +1,97 @@
+"""What is published is what was promised: the checkpoint that ships, the quickstart, the three starts."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vlafit import checkpoints, config, files, shipped
+from vlafit.recipe import Recipe
+from vlafit.rollout import load_protocol
+from vlafit.rollout.protocol import require_unseen
+from vlafit.train.checks import check
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "eval" / "results"
+STARTS = ("quickstart", "quickstart-fresh-expert", "quickstart-untrained")
+CHECKPOINTS = shipped.names("checkpoint")
+
+
+def facts(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def kept_recipe(folder: Path) -> Recipe:
+    return config.read(Recipe, folder / "recipe.toml", "recipe")
+
+
+# --------------------------------------------------------------------------------------- the checkpoint
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_shipped_checkpoint_is_whole_small_and_was_trained(name: str) -> None:
+    folder = shipped.find("checkpoint", name)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 20e6
+    loaded = checkpoints.load(folder)  # every file against its hash, every tensor filled
+    assert loaded.codec is not None and loaded.plan is not None
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == kept_recipe(folder).train.steps == facts(folder / "run.json")["steps"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_shipped_checkpoint_was_made_by_the_recipe_that_ships(name: str) -> None:
+    kept = kept_recipe(shipped.find("checkpoint", name))
+    ours = config.read(Recipe, shipped.find("recipe", kept.name), "recipe")
+    assert replace(ours, eval=kept.eval) == kept  # its rollouts may have been played later, by `vlafit eval`
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_shipped_checkpoint_tells_its_data_and_its_success_by_task(name: str) -> None:
+    folder = shipped.find("checkpoint", name)
+    (data,) = facts(folder / "data.json")
+    assert len(data["record"]["tasks"]) >= 10
+    assert set(data["sha256"]) == {f"{task}_demo.hdf5" for task in data["record"]["tasks"]}
+    assert not {"faucet-open-v3", "faucet-close-v3"} & set(data["record"]["tasks"])
+    success = facts(folder / "success.json")
+    assert set(success["tasks"]) == set(data["record"]["tasks"])
+    episodes = files.read_json_lines(folder / "episodes.jsonl")
+    assert success["overall"]["successes"] == sum(episode["success"] is True for episode in episodes)
+    for protocol in shipped.names("protocol"):
+        require_unseen(load_protocol(protocol), None, checkpoints.read_lineage(folder).seeds)
+
+
+# ------------------------------------------------------------------------------------------ the results
+
+
+@pytest.mark.parametrize("folder", ["quickstart", *(f"pretraining/quickstart-seed{i}" for i in range(3))])
+def test_the_quickstart_did_what_it_promises(folder: str) -> None:
+    success = facts(RESULTS / folder / "report.json")["success"]
+    assert success["before"]["rate"] <= 0.2 and success["wrong_instruction"]["rate"] <= 0.2
+    assert success["after"]["rate"] >= 0.8
+    for name, one in success.items():
+        episodes = files.read_json_lines(RESULTS / folder / f"episodes_{name}.jsonl")
+        assert one["episodes"] == len(episodes) >= 50 and one["errors"] == 0
+        assert one["successes"] == sum(episode["success"] for episode in episodes)
+
+
+def test_three_starts_were_compared_with_the_same_data_and_budget_in_three_seeds_each() -> None:
+    for seed in range(3):
+        recipes = [kept_recipe(RESULTS / "pretraining" / f"{start}-seed{seed}") for start in STARTS]
+        one, *others = [(r.data, r.optim, r.strategy, r.train) for r in recipes]
+        assert all(other == one for other in others) and one[3].seed == seed
+
+
+def test_the_readmes_figures_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = facts(RESULTS / "pretraining" / "results.json")
+    assert set(results) == set(STARTS)
+    for start in STARTS:
+        after = results[start]["after"]
+        assert re.search(rf"\({after['successes']}( of {after['episodes']} episodes)?\)", readme), start
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("recipe.toml")), ids=lambda path: path.parent.name)
+def test_a_published_recipe_can_be_run_again(path: Path) -> None:
+    check(config.read(Recipe, path, "recipe"), processes=1)
