@@ -60,6 +60,6 @@ clean:
 # gym-pusht asks for the OpenCV that needs X libraries; this way it gets the headless one (see pyproject.toml).
 .venv/ready-dev: .venv/ready
 	@echo "Installing PushT and the tools for the tests into .venv (once) ..."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,quantise,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps gym-pusht
 	@touch $@

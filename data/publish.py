@@ -44,8 +44,8 @@ def publish(run: Path, out: Path) -> None:
     readme = (out / "README.md").read_text() if (out / "README.md").is_file() else None
     with files.new_folder(out) as folder:
         checkpoints.save(
-            folder,
             loaded.policy,
+            folder,
             loaded.codec,
             plan=loaded.plan,
             recipe=config.dump(recipe),

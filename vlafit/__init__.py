@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vlafit.checkpoints import save as save_checkpoint  # noqa: F401
     from vlafit.nn.batch import Batch as Batch
     from vlafit.tuning import apply_strategy as apply_strategy
+    from vlafit.tuning.merge import merge as merge
 
 # What the package offers at its top, and where that lives: imported when asked for, since torch is slow.
 _HOMES = {
@@ -16,6 +17,7 @@ _HOMES = {
     "apply_strategy": ("vlafit.tuning", "apply_strategy"),
     "load_checkpoint": ("vlafit.checkpoints", "load"),
     "load_policy": ("vlafit.checkpoints", "load_policy"),
+    "merge": ("vlafit.tuning.merge", "merge"),
     "save_checkpoint": ("vlafit.checkpoints", "save"),
 }
 

@@ -21,6 +21,10 @@ class PolicyRecipe:
     """Fields of the family's config that differ from `size` (or from the checkpoint's)."""
     fresh: tuple[str, ...] = ()
     """Parts (or name patterns) that start from fresh weights although a checkpoint is given."""
+    resize: Literal["refuse", "keep", "fresh"] = "refuse"
+    """What becomes of projections where `config` gives the checkpoint another action_dim or state_dim."""
+    assets: str = ""
+    """Which of an openpi checkpoint's statistics to use: an asset's name. Empty: the only one."""
     tokenizer: str = ""
     """Tokenizer, where the checkpoint has none: a folder, or one that ships by name. Empty: from the data."""
 

@@ -35,7 +35,8 @@ class Feature:
 class Embodiment:
     """What a dataset, an environment and a checkpoint each declare about the robot.
 
-    `control` says what an action means (for example ``"delta_position"``). `hz` is the control rate.
+    `control` says what an action means (for example ``"delta_position"``). `hz` is the control rate. Where a
+    checkpoint's files do not tell, `control` is empty and `hz` is 0.
     `renderer` says what made the pixels: ``"camera"`` for a real robot, ``"ray"``, ``"egl"`` or ``"osmesa"``
     for simulations, or empty where a file does not tell.
     """
@@ -60,7 +61,7 @@ class Embodiment:
 def differences(one: Embodiment, other: Embodiment) -> list[str]:
     """Name every field in which two embodiments cannot work together, the renderer aside.
 
-    The embodiment's name, units and labels count only where both sides give them.
+    Units, labels, control mode and rate count only where both sides give them; the embodiment's name never.
     """
     found = []
 
@@ -79,8 +80,10 @@ def differences(one: Embodiment, other: Embodiment) -> list[str]:
             unlike(f"{what} labels", a.labels, b.labels)
         if a.unit and b.unit:
             unlike(f"{what} unit", a.unit, b.unit)
-    unlike("control mode", one.control, other.control)
-    unlike("rate in Hz", float(one.hz), float(other.hz))
+    if one.control and other.control:
+        unlike("control mode", one.control, other.control)
+    if one.hz and other.hz:
+        unlike("rate in Hz", float(one.hz), float(other.hz))
     return found
 
 

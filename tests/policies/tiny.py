@@ -3,12 +3,16 @@
 import torch
 
 from vlafit.nn.batch import Batch
-from vlafit.policies.pi0 import SIZES, Pi0, Pi0Config, build
+from vlafit.policies import family, family_of
+from vlafit.policies.pi0 import SIZES, Pi0Config
+from vlafit.policies.smolvla import SIZES as SMOLVLA_SIZES
+from vlafit.policies.smolvla import SmolVLAConfig
 
 
-def random_policy(config: Pi0Config | str, seed: int = 0) -> Pi0:
+def random_policy(config: Pi0Config | SmolVLAConfig | str, seed: int = 0):
     """Nothing is zero or one here, so that no weight's role stays hidden."""
-    policy = build(SIZES[config] if isinstance(config, str) else config, "cpu")
+    made = (SIZES | SMOLVLA_SIZES)[config] if isinstance(config, str) else config
+    policy = family(family_of(made)).build(made, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for info in policy.parts():
@@ -19,7 +23,7 @@ def random_policy(config: Pi0Config | str, seed: int = 0) -> Pi0:
 
 
 def random_batch(
-    config: Pi0Config, rows: int = 3, cameras: int = 2, length: int = 12, seed: int = 0
+    config: Pi0Config | SmolVLAConfig, rows: int = 3, cameras: int = 2, length: int = 12, seed: int = 0
 ) -> Batch:
     """Row 0 lacks the last camera (if there are two), and has the shortest of the padded prompts."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,7 +42,7 @@ def random_batch(
 
 
 def random_draws(
-    config: Pi0Config, rows: int = 3, draws: int = 4, seed: int = 1
+    config: Pi0Config | SmolVLAConfig, rows: int = 3, draws: int = 4, seed: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise [k, b, t, a] and time [k, b]."""
     generator = torch.Generator().manual_seed(seed)

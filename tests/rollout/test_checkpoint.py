@@ -26,7 +26,7 @@ def save_checkpoint(folder: Path, embodiment: Embodiment) -> Path:
     settings = CodecConfig(("front",), size.vision.image_size, 2, 2, size.chunk, max_tokens=size.max_tokens)
     spread = np.random.default_rng(0).normal(size=(64, 2))
     codec = Codec.fit(settings, embodiment, spread, spread, tokenizer)
-    checkpoints.save(folder, pi0.build(size, "cpu"), codec)
+    checkpoints.save(pi0.build(size, "cpu"), folder, codec)
     return folder
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.train.world import assert_same, learned, losses, metrics, start
 from vlafit import checkpoints
 from vlafit.errors import TrainingError, VlafitError
+from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.loop import StepResult
@@ -136,8 +137,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(
 ) -> None:
     save, out = checkpoints.save, tmp_path / "run"
 
-    def full_disk(folder: Path, *args: object, **named: object) -> None:
-        save(folder, *args, **named)  # type: ignore[arg-type]
+    def full_disk(policy: Policy, folder: Path, *args: object, **named: object) -> None:
+        save(policy, folder, *args, **named)  # type: ignore[arg-type]
         if "step_000006" in folder.name:
             raise OSError(28, "No space left on device")
 

@@ -24,7 +24,9 @@ def taken(policy: ToyPolicy, select: dict) -> set[str]:
     return {
         i.name
         for i, r in zip(
-            infos, resolve(infos, strategy({"select": select, "mode": "full"}, REST)), strict=True
+            infos,
+            resolve(infos, strategy({"select": select, "mode": "full"}, REST).rules, "mine"),
+            strict=True,
         )
         if r == 0
     }

@@ -1,20 +1,26 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
+from vlafit.checkpoints.adapted import Base, digest, names_on_base, read_base
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, LoadReport, load, load_policy
-from vlafit.checkpoints.native import digest, save
+from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
+from vlafit.checkpoints.report import LoadReport
+from vlafit.checkpoints.save import save
 
 __all__ = [
+    "Base",
     "Learned",
     "Lineage",
     "LoadReport",
     "Loaded",
     "digest",
     "fit",
+    "inspect",
     "load",
     "load_policy",
+    "names_on_base",
     "open_tensors",
+    "read_base",
     "read_lineage",
     "save",
 ]

@@ -1,6 +1,6 @@
 """Put weights into a policy exactly, or say everything that is wrong with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SHOWN = 12  # names that one line of an error lists before it counts the rest
-CHECKED_AT_ONCE = 1 << 22  # elements; the check for NaN needs no second copy of a large tensor
+CHECKED_AT_ONCE = 1 << 18  # elements; the check for NaN needs no second copy of a large tensor
 
 
 def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -48,40 +48,67 @@ def fit(
     fresh: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    contents: Iterable[tuple[str, Tensor]] | None = None,
+    resized: Mapping[str, torch.Size] | None = None,
 ) -> None:
     """Copy `weights`, named as the policy's parameters, into `policy` exactly.
 
     The parameters named in `fresh` keep what they hold; all others are replaced by new storage on `device`,
     in `dtype` (those that compute in float32 stay float32, see `stored_as`), one at a time: a policy on the
-    meta device never exists twice. `where` begins the message.
+    meta device never exists twice. `where` begins the message. With `contents` the numbers come from there,
+    in its order, and `weights` may be of the meta device. `resized` are parameters whose weights have another
+    shape, given here: what both shapes have is copied, what the policy alone has is zero.
 
     Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, and every dtype that is
     no floating-point number; the policy is then unusable.
     """
     infos = {info.name: info for info in policy.parts()}
-    wanted = {name: p for name, p in policy.named_parameters() if name not in set(fresh)}
+    wrong = compare(policy, weights, fresh, resized)
+    bad = {name.split(" ")[0] for names in wrong.values() for name in names}
+    fits = {name for name in infos if name not in bad and name not in set(fresh)}
+    broken = []
+    for name, tensor in weights.items() if contents is None else contents:
+        if name not in fits:
+            continue
+        fits.remove(name)
+        if not _finite(tensor):
+            broken.append(name)
+            continue
+        shape = policy.get_parameter(name).shape
+        if tensor.shape == shape:
+            value = torch.empty(shape, dtype=stored_as(infos[name], dtype), device=device).copy_(tensor)
+        else:
+            value = torch.zeros(shape, dtype=stored_as(infos[name], dtype), device=device)
+            common = tuple(slice(min(n, m)) for n, m in zip(shape, tensor.shape, strict=True))
+            value[common] = tensor[common].to(value)
+        replace_parameter(policy, name, value)
+    complain(where, {**wrong, "not finite": broken, "without contents": sorted(fits)})
+
+
+def compare(
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    fresh: Sequence[str] = (),
+    resized: Mapping[str, torch.Size] | None = None,
+) -> dict[str, list[str]]:
+    """Name what names, shapes and dtypes tell is wrong, without a look at a number; see `fit`."""
+    known = {info.name for info in policy.parts()}
+    wanted = {name: p.shape for name, p in policy.named_parameters() if name not in set(fresh)}
     wrong: dict[str, list[str]] = {
         "missing": [n for n in wanted if n not in weights],
-        "surplus": [n for n in weights if n not in infos],
+        "surplus": [n for n in weights if n not in known],
         "misshapen": [],
         "not floating-point": [],
-        "not finite": [],
     }
-    for name, parameter in wanted.items():
+    for name, shape in wanted.items():
         if name not in weights:
             continue
-        tensor = weights[name]
-        if tensor.shape != parameter.shape:
-            have, want = tuple(tensor.shape), tuple(parameter.shape)
-            wrong["misshapen"].append(f"{name} is {have}, not {want}")
+        tensor, shape = weights[name], (resized or {}).get(name, shape)
+        if tensor.shape != shape:
+            wrong["misshapen"].append(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
         elif not tensor.is_floating_point():
             wrong["not floating-point"].append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
-        elif not _finite(tensor):
-            wrong["not finite"].append(name)
-        else:
-            value = torch.empty(tensor.shape, dtype=stored_as(infos[name], dtype), device=device)
-            replace_parameter(policy, name, value.copy_(tensor))
-    complain(where, wrong)
+    return wrong
 
 
 def complain(where: str, wrong: Mapping[str, Sequence[str]]) -> None:

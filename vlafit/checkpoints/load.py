@@ -1,65 +1,55 @@
 """One call for a checkpoint of any form, told from its contents alone."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from vlafit.checkpoints import native, openpi, transformers
-from vlafit.checkpoints.fit import DTYPES, Dtype, fit, open_tensors, replace_parameter, stored_as
+from vlafit.checkpoints import (
+    adapted,
+    lerobot,
+    lerobot_processors,
+    native,
+    openpi,
+    openpi_assets,
+    openpi_jax,
+    strangers,
+    transformers,
+)
+from vlafit.checkpoints.adapted import Base
+from vlafit.checkpoints.fit import (
+    DTYPES,
+    Dtype,
+    compare,
+    complain,
+    fit,
+    open_tensors,
+    replace_parameter,
+    stored_as,
+)
 from vlafit.checkpoints.names import Translated, translate
+from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.shapes import infer_config
+from vlafit.checkpoints.sources import weight_files
 from vlafit.codec import Codec
-from vlafit.errors import WeightsError, did_you_mean
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.codec.tokenizer import load as load_tokenizer
+from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
-from vlafit.policies import family, override
-from vlafit.policies.pi0 import select
+from vlafit.policies import family, family_of, merge, override
+from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
-SHOWN = 8  # names of a kind that the text of a report shows; the report itself holds all
-BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two moments
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every tensor. `parts` counts parameters; `unused` and `tied` are the file's names."""
-
-    path: str
-    form: str
-    family: str
-    dtype: str
-    parts: dict[str, int]
-    bytes: int
-    unused: tuple[str, ...]
-    tied: tuple[str, ...]
-    fresh: tuple[str, ...]
-
-    @property
-    def parameters(self) -> int:
-        """All parameters of the policy."""
-        return sum(self.parts.values())
-
-    def text(self) -> str:
-        """Return the report in a few lines."""
-        parts = ", ".join(f"{part} {count:,}" for part, count in self.parts.items())
-        lines = [
-            f"{self.path}: {self.form} checkpoint of {self.family}, loaded in {self.dtype}",
-            f"{self.parameters:,} parameters: {parts}",
-            f"memory: {self.bytes / 1e6:,.1f} MB of weights; to train all of them in fp32"
-            f" {self.parameters * BYTES_TO_TRAIN / 1e6:,.1f} MB, activations not counted",
-        ]
-        for what, names in (("tied", self.tied), ("knowingly unused", self.unused), ("fresh", self.fresh)):
-            if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
-        return "\n".join(lines)
+Resize = Literal["refuse", "keep", "fresh"]
+WIDTHS = ("state_dim", "action_dim")  # what `resize` may change of a checkpoint
 
 
 class Loaded(NamedTuple):
-    """A policy and what belongs to it. Forms of other programs have no plan, and here no codec yet."""
+    """A policy and what belongs to it. What there is not is None; the report says why there is no codec."""
 
     policy: Policy
     codec: Codec | None
@@ -70,59 +60,82 @@ class Loaded(NamedTuple):
 def load(
     path: str | Path,
     config: Mapping[str, object] | None = None,
-    *,
-    fresh: Sequence[str] = (),
-    generator: torch.Generator | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    assets: str | Path | None = None,
     dtype: Dtype = "float32",
     device: str | torch.device = "cpu",
+    *,
+    fresh: Sequence[str] = (),
+    resize: Resize = "refuse",
+    generator: torch.Generator | None = None,
 ) -> Loaded:
     """Load the checkpoint in the folder `path` (or one safetensors file) exactly, whatever program wrote it.
 
     `config` replaces fields of the policy's config (nested, or with dotted keys), or gives those that the
-    checkpoint does not tell. `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start
-    from weights drawn from `generator` (seed 0 without one), whatever the checkpoint holds for them.
-    Norms and projections stay float32 when `dtype` is ``"bfloat16"``.
+    checkpoint does not tell; its table `lora` (see `openpi_jax.LoraConfig`) and its table `codec` (see
+    `openpi_assets.CodecOptions`) say the same of these. `tokenizer`, a folder, and `assets`, which of the
+    checkpoint's normalisation statistics to use, make a codec where the checkpoint has none of its own.
+    `base` is where the checkpoint lies that adapters sit on, if not where it lay when they were saved; its
+    hash must be the same.
+
+    `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start from weights drawn from
+    `generator` (seed 0 without one), whatever the checkpoint holds for them. Where `config` gives the policy
+    another action_dim or state_dim, `resize` must say what becomes of the projections: ``"keep"`` what both
+    widths have, and begin with zeros beyond, or ``"fresh"`` ones. Norms and projections stay float32 when
+    `dtype` is ``"bfloat16"``.
 
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
-    path = Path(path)
-    if dtype not in DTYPES:
-        raise WeightsError(
-            f"dtype {dtype!r} is not one that policies are loaded in{did_you_mean(dtype, DTYPES)}"
-        )
-    if not path.exists():
-        raise WeightsError(f"{path}: there is no such checkpoint")
-    found = (
-        _native(path, config) if path.is_dir() and native.recognise(path) else _foreign(path, config or {})
-    )
-    policy = family(found.family).build(found.config, "meta")
-    names = [info.name for info in select(policy.parts(), fresh)] if fresh else []
+    found = _find(Path(path), config, base, dtype, resize, fresh)
+    policy, names = _on_meta(found, fresh, resize)
     for info in policy.parts():
         if info.name in names:
             shape = policy.get_parameter(info.name).shape
             replace_parameter(policy, info.name, torch.empty(shape, dtype=stored_as(info, DTYPES[dtype])))
     if names:
-        family(found.family).init_weights(policy, generator or torch.Generator().manual_seed(0), fresh)
+        family(found.family).init_weights(policy, generator or torch.Generator().manual_seed(0), names)
         for name in names:
             replace_parameter(policy, name, policy.get_parameter(name).detach().to(device))
-    weights = found.translated.weights
-    fit(policy, weights, where=str(path), fresh=names, dtype=DTYPES[dtype], device=device)
-    parts: dict[str, int] = {}
-    for info in policy.parts():
-        parts[info.part] = parts.get(info.part, 0) + policy.get_parameter(info.name).numel()
-    report = LoadReport(
-        path=str(path),
-        form=found.form,
-        family=found.family,
-        dtype=dtype,
-        parts=parts,
-        bytes=sum(p.numel() * p.element_size() for p in policy.parameters()),
-        unused=found.translated.unused,
-        tied=found.translated.tied,
-        fresh=tuple(names),
+    fit(
+        policy,
+        found.translated.weights,
+        where=found.path,
+        fresh=names,
+        dtype=DTYPES[dtype],
+        device=device,
+        contents=found.contents() if found.contents else None,
+        resized=found.resized,
     )
-    return Loaded(policy, found.codec and _suit(found.codec, policy, config, str(path)), found.plan, report)
+    codec, why, notes = _codec(found, policy, config, tokenizer, assets)
+    report = _report(found, policy, dtype, names, why, notes)
+    if found.plan is not None and found.plan.adapted:
+        adapted.restore(Path(path), policy, found.plan, found.below)
+    return Loaded(policy, codec, found.plan, report)
+
+
+def inspect(
+    path: str | Path,
+    config: Mapping[str, object] | None = None,
+    dtype: Dtype = "float32",
+    *,
+    base: str | Path | None = None,
+    fresh: Sequence[str] = (),
+    resize: Resize = "refuse",
+) -> Loaded:
+    """Judge a checkpoint by its headers alone, as `load` would; the policy stays on the meta device.
+
+    No number of a weight is read: damage inside the numbers is found by `load` alone. Codecs are read where
+    the checkpoint has its own.
+    """
+    found = _find(Path(path), config, base, dtype, resize, fresh, hash_weights=False)
+    policy, names = _on_meta(found, fresh, resize)
+    complain(found.path, compare(policy, found.translated.weights, names, found.resized))
+    why = "" if found.codec else "none in the checkpoint itself"
+    if found.codec is None and found.assets:
+        why += f"; its statistics ({', '.join(found.assets)}) make one when it is loaded with a tokenizer"
+    return Loaded(policy, found.codec, found.plan, _report(found, policy, dtype, names, why, ()))
 
 
 def load_policy(
@@ -137,60 +150,274 @@ def load_policy(
 
 @dataclass(frozen=True)
 class _Found:
+    """A checkpoint whose headers are read: the policy's config, and tensors under our names.
+
+    `contents` reads the tensors where `translated` only has them on the meta device. `resized` are the shapes
+    in the file of those that the policy has in another one.
+    """
+
+    path: str
     form: str
     family: str
     config: Any
     translated: Translated
     codec: Codec | None = None
     plan: Plan | None = None
+    contents: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    chunk: object = None
+    """Actions at once that the checkpoint itself says; None where it does not."""
+    assets: Mapping[str, Path] | None = None
+    """openpi's statistics; None in forms that have nothing to do with them."""
+    processors: Path | None = None
+    """The folder of LeRobot's processors; None in other forms."""
+    options: Mapping[str, object] | None = None
+    notes: tuple[str, ...] = ()
+    resized: Mapping[str, torch.Size] | None = None
+    adapted: tuple[str, ...] = ()
+    below: Base | None = None
+    """The checkpoint that native adapters sit on."""
 
 
-def _native(path: Path, config: Mapping[str, object] | None) -> _Found:
-    opened = native.open_folder(path)
+def _find(
+    path: Path,
+    config: Mapping[str, object] | None,
+    base: str | Path | None,
+    dtype: str,
+    resize: str,
+    fresh: Sequence[str],
+    hash_weights: bool = True,
+) -> _Found:
+    if dtype not in DTYPES:
+        raise WeightsError(
+            f"dtype {dtype!r} is not one that policies are loaded in{did_you_mean(dtype, DTYPES)}"
+        )
+    if resize not in (options := ("refuse", "keep", "fresh")):
+        raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
+    if not path.exists():
+        raise WeightsError(f"{path}: there is no such checkpoint")
+    given = merge({}, config or {})
+    widths = {key: given.pop(key) for key in WIDTHS if key in given}
+    if path.is_dir() and native.recognise(path):
+        found = _native(path, given, base, hash_weights)
+    else:
+        found = _foreign(path, given)
+    if base is not None and found.below is None:
+        raise WeightsError(f"{path}: base={str(base)!r} is for adapters on a checkpoint, and these are none")
+    return _resize(found, widths, given, resize, fresh)
+
+
+def _native(path: Path, config: Mapping[str, object], base: str | Path | None, hash_weights: bool) -> _Found:
+    opened = native.open_folder(path, hash_weights)
     made = override(opened.config, config, f"{path}: config") if config else opened.config
-    tensors = open_tensors([opened.weights])
-    return _Found("native", opened.family, made, Translated(tensors, (), ()), opened.codec, opened.plan)
+    own = open_tensors([opened.weights])
+    found = _Found(
+        str(path), "native", opened.family, made, Translated(own, (), ()), opened.codec, opened.plan
+    )
+    found = replace(found, chunk=opened.config.chunk, below=opened.base)
+    if opened.base is None:
+        return found
+    place = adapted.locate(path, opened.base, base)
+    said = {k: v for k, v in asdict(opened.config).items() if k not in WIDTHS}
+    below = _find(
+        place, None if native.recognise(place) else said, None, "float32", "refuse", (), hash_weights
+    )
+    weights = {n: t for n, t in below.translated.weights.items() if n not in own} | own
 
+    def contents() -> Iterable[tuple[str, Tensor]]:
+        assert below.contents is not None
+        yield from ((n, t) for n, t in below.contents() if n not in own)
+        yield from own.items()
 
-def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
-    folder = path if path.is_dir() else path.parent
-    tensors = open_tensors(_weight_files(path))
-    for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
-        if module.recognise(tensors):
-            translated = translate(tensors, names, str(path))
-            known = module.known_config(folder)
-            made = infer_config(translated.weights, known, config, str(path))
-            return _Found(names.form, "pi0", made, translated)
-    raise WeightsError(
-        f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
-        " a native checkpoint, nor of openpi's PyTorch pi0 or pi0.5, nor of transformers' pi0"
+    return replace(
+        found,
+        translated=Translated(weights, below.translated.unused, below.translated.tied),
+        contents=contents if below.contents else None,
+        notes=(f"on {opened.base.checkpoint}, {len(own)} weights of its own",),
     )
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise WeightsError(f"{path}: only safetensors files are opened, for a pickle can run any program")
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
-        return [path / name for name in sorted(set(listed))]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    for sign, what in (
-        ("params/_METADATA", "an Orbax checkpoint of openpi's JAX code"),
-        ("params/manifest.ocdbt", "an Orbax checkpoint of openpi's JAX code"),
-        ("_METADATA", "the params folder of an Orbax checkpoint"),
-        ("adapter_config.json", "an adapter, which needs its base"),
-        ("pytorch_model.bin", "a pickle, which could run any program"),
-    ):
-        if (path / sign).exists():
-            raise WeightsError(f"{path}: {what}; this version does not open that form")
-    raise WeightsError(f"{path}: no checkpoint: neither {native.MANIFEST} nor model.safetensors is there")
+def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
+    params = openpi_jax.recognise(path)
+    if params is not None:
+        return _jax(params, config)
+    folder = path if path.is_dir() else path.parent
+    tensors = open_tensors(weight_files(path))
+    if lerobot.recognise(tensors, folder):
+        made, translated = lerobot.open_weights(tensors, folder, config, str(path))
+        name = family_of(made)
+        return _Found(str(path), lerobot.FORM, name, made, translated, chunk=made.chunk, processors=folder)
+    for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
+        if not module.recognise(tensors):
+            continue
+        known = module.known_config(folder)
+        rest = dict(config)
+        options = _table(rest, "codec") if module is openpi else None
+        translated = translate(tensors, names, str(path))
+        made = infer_config(translated.weights, known, rest, str(path))
+        found = _Found(str(path), names.form, "pi0", made, translated, chunk=known.get("chunk"))
+        if module is not openpi:
+            return found
+        complain(str(path), {"misshapen": openpi.misfits(tensors)})
+        return replace(found, assets=openpi_assets.find_assets(folder), options=options)
+    stranger = strangers.name_family(tensors)
+    if stranger:
+        raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
+    raise WeightsError(
+        f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
+        " a native checkpoint, nor of LeRobot's or openpi's pi0 or pi0.5, nor of SmolVLA, nor of "
+        "transformers' pi0"
+    )
+
+
+def _jax(params: Path, config: Mapping[str, object]) -> _Found:
+    rest = dict(config)
+    lora, options = _table(rest, "lora"), _table(rest, "codec")
+    tree = openpi_jax.open_tree(params, lora)
+    complain(str(params), {"surplus": [n for n in tree.weights if n.startswith("jax:")]})
+    made = infer_config(tree.weights, openpi_jax.known_config(tree), rest, str(params))
+    return _Found(
+        str(params),
+        openpi_jax.FORM,
+        "pi0",
+        made,
+        Translated(tree.weights, (), ()),
+        contents=tree.contents,
+        assets=openpi_assets.find_assets(params.parent),
+        options=options,
+        notes=tree.notes,
+    )
+
+
+def _table(config: dict[str, Any], key: str) -> Mapping[str, object]:
+    """Take the table `key` out of `config`."""
+    values = config.pop(key, {})
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config: {key} is a table, as in {{'{key}.name': ...}}, not {values!r}")
+    return values
+
+
+def _resize(
+    found: _Found,
+    widths: Mapping[str, object],
+    given: Mapping[str, object],
+    resize: str,
+    fresh: Sequence[str],
+) -> _Found:
+    """Give the policy the widths that the user wants, and say what that does to its projections."""
+    where = f"{found.path}: config"
+    wanted = override(found.config, widths, where) if widths else found.config
+    adapted = []
+    if "chunk" in given and found.chunk not in (None, wanted.chunk):
+        adapted.append(f"chunk: {wanted.chunk} actions at once, {found.chunk} in the checkpoint")
+    changed = [key for key in widths if getattr(wanted, key) != getattr(found.config, key)]
+    if not changed:
+        return replace(found, adapted=tuple(adapted))
+    adapted += [f"{k}: {getattr(wanted, k)}, {getattr(found.config, k)} in the checkpoint" for k in changed]
+    build = family(found.family).build
+    old = {n: p.shape for n, p in build(found.config, "meta").named_parameters()}
+    policy = build(wanted, "meta")
+    new = {n: p.shape for n, p in policy.named_parameters()}
+    resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
+    anew = {info.name for info in select(policy.parts(), fresh)} if fresh else set()
+    anew |= set(resized) if resize == "fresh" else set()
+    if resize == "refuse" and not set(resized) <= anew:
+        raise WeightsError(
+            f"{found.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
+            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
+            " the rest begins with zeros) or resize='fresh'"
+        )
+    for name, shape in resized.items():
+        pair = f"{tuple(shape)} to {tuple(new[name])}"
+        grown = any(n > o for n, o in zip(new[name], shape, strict=True))
+        how = "fresh" if name in anew else "padded with zeros" if grown else "sliced"
+        adapted.append(f"{name}: {how}, {pair}")
+    return replace(found, config=wanted, resized=resized, adapted=tuple(adapted))
+
+
+def _on_meta(found: _Found, fresh: Sequence[str], resize: str) -> tuple[Policy, list[str]]:
+    """Build the policy without storage; return it and the names of its fresh parameters."""
+    policy = family(found.family).build(found.config, "meta")
+    chosen = [*fresh, *(found.resized or () if resize == "fresh" else ())]
+    return policy, [info.name for info in select(policy.parts(), chosen)] if chosen else []
+
+
+def _report(
+    found: _Found, policy: Policy, dtype: str, fresh: Sequence[str], why: str, notes: tuple[str, ...]
+) -> LoadReport:
+    parts: dict[str, int] = {}
+    size = 0
+    for info in policy.parts():
+        count = policy.get_parameter(info.name).numel()
+        parts[info.part] = parts.get(info.part, 0) + count
+        size += count * stored_as(info, DTYPES[dtype]).itemsize
+    used = {n: t for n, t in found.translated.weights.items() if n not in set(fresh)}
+    notes += tuple(adapted.describe(found.plan)) if found.plan else ()
+    return LoadReport(
+        path=found.path,
+        form=found.form,
+        family=found.family,
+        dtype=dtype,
+        parts=parts,
+        bytes=size,
+        unused=found.translated.unused,
+        tied=found.translated.tied,
+        fresh=tuple(fresh),
+        used=len(used),
+        stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
+        adapted=found.adapted,
+        resized=tuple(found.resized or ()),
+        notes=found.notes + notes,
+        codec=why,
+    )
+
+
+def _codec(
+    found: _Found,
+    policy: Policy,
+    config: Mapping[str, object] | None,
+    tokenizer: str | Path | Tokenizer | None,
+    assets: str | Path | None,
+) -> tuple[Codec | None, str, tuple[str, ...]]:
+    """Return the codec, why there is none, and notes."""
+    words = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    if found.processors is not None:
+        if assets is not None:
+            raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no assets")
+        codec, why = lerobot_processors.read(found.processors, policy.needs(), words)
+        if codec is not None:
+            _require_vocabulary(codec, policy, found.path)
+        return codec, why, ()
+    if found.codec is not None:
+        for name, value in (("tokenizer", tokenizer), ("assets", assets)):
+            if value is not None:
+                raise WeightsError(f"{found.path}: has a codec of its own; it takes no {name}")
+        return _suit(found.codec, policy, config, found.path), "", ()
+    if found.assets is None:
+        if assets is not None:
+            raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no assets")
+        return (
+            None,
+            "fine-tuning fits one" if found.form == "native" else "no statistics in the checkpoint",
+            (),
+        )
+    if tokenizer is None and assets is None:
+        listed = ", ".join(found.assets) or "none"
+        return None, f"no tokenizer in the checkpoint: give one (statistics in it: {listed})", ()
+    asset = openpi_assets.choose(found.assets, assets, found.path)
+    if asset is None:
+        return None, f"no assets/*/{openpi_assets.FILE} beside the weights: give assets", ()
+    if words is None:
+        return None, f"no tokenizer in the checkpoint: give one (statistics: {asset[1]})", ()
+    needs, options = policy.needs(), found.options or {}
+    made, notes = openpi_assets.make_codec(asset, needs, words, policy.config.pi05, options)
+    _require_vocabulary(made, policy, found.path)
+    return made, "", notes
+
+
+def _require_vocabulary(codec: Codec, policy: Policy, where: str) -> None:
+    have, room = codec.tokenizer.vocab_size, policy.needs().vocabulary
+    if have > room:
+        raise WeightsError(f"{where}: the tokenizer has {have} tokens, the policy knows {room}")
 
 
 def _suit(codec: Codec, policy: Policy, config: Mapping[str, object] | None, where: str) -> Codec:
@@ -202,12 +429,11 @@ def _suit(codec: Codec, policy: Policy, config: Mapping[str, object] | None, whe
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        prompt=needs.prompt,
         max_tokens=needs.max_tokens,
     )
-    if codec.tokenizer.vocab_size > needs.vocabulary:
-        have, room = codec.tokenizer.vocab_size, needs.vocabulary
-        raise WeightsError(f"{where}: the tokenizer has {have} tokens, the policy knows {room}")
+    if (needs.prompt == "pi05") != (wanted.prompt == "pi05"):
+        wanted = replace(wanted, prompt=needs.prompt)  # the state moves into the prompt, or out of it
+    _require_vocabulary(codec, policy, where)
     if wanted == codec.config:
         return codec
     if not config:

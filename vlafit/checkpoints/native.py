@@ -1,28 +1,24 @@
 """Our own checkpoint: a folder that a person can read, written whole or not at all, verified when opened.
 
 policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
-history.json (what it learned from), and manifest.json with the SHA-256 of each. What others put beside them
-(a run's training/) is left alone.
+history.json (what it learned from), and manifest.json with the SHA-256 of each. Adapters have folders of
+their own (adapters/), and may sit on another checkpoint (base.json, trained.safetensors): see `adapted.py`.
+What others put beside them (a run's training/) is left alone. This file reads; `save.py` writes.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from vlafit import config as configuration
 from vlafit import files
+from vlafit.checkpoints.adapted import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.lineage import FILE as HISTORY
-from vlafit.checkpoints.lineage import Lineage
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
-from vlafit.nn.policy import Policy
-from vlafit.policies import family, family_name
+from vlafit.policies import family
 from vlafit.tuning import Plan
 
 FORMAT = 1  # of policy.json and manifest.json
@@ -37,48 +33,10 @@ class Opened:
     family: str
     config: Any
     weights: Path
+    """The file of all weights; of those that differ from `base` where there is one."""
     codec: Codec | None
     plan: Plan | None
-
-
-def save(
-    folder: Path,
-    policy: Policy,
-    codec: Codec | None,
-    *,
-    plan: Plan | None = None,
-    recipe: str | None = None,
-    history: Lineage | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
-
-    `recipe` is the resolved recipe's TOML, `history` what the weights learned from. `weights` replace the
-    policy's own (a moving average, or what sharded processes gathered) and must have exactly its names and
-    shapes.
-    """
-    shapes = {name: p.shape for name, p in policy.named_parameters()}
-    given = dict(policy.named_parameters()) if weights is None else weights
-    if {name: tensor.shape for name, tensor in given.items()} != shapes:
-        odd = sorted(n for n in {*given, *shapes} if n not in given or given[n].shape != shapes.get(n))
-        raise WeightsError(f"{folder}: the weights to save are not the policy's; they differ in {odd[:5]}")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
-    described = {"format": FORMAT, "family": family_name(policy), "config": asdict(policy.config)}
-    with files.new_folder(Path(folder)) as partial:
-        (partial / POLICY).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        if codec is not None:
-            codec.save(partial)
-        if plan is not None:
-            (partial / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
-        if recipe is not None:
-            (partial / RECIPE).write_text(recipe, encoding="utf-8")
-        if history is not None:
-            history.write(partial)
-        written = sorted(p for p in partial.rglob("*") if p.is_file())
-        hashes = {p.relative_to(partial).as_posix(): files.sha256(p) for p in written}
-        content = {"format": FORMAT, "files": hashes}
-        (partial / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    base: Base | None = None
 
 
 def recognise(folder: Path) -> bool:
@@ -86,45 +44,43 @@ def recognise(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / POLICY).is_file()
 
 
-def open_folder(folder: Path) -> Opened:
+def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
     """Verify every file's hash and read all but the weights.
 
-    Raises WeightsError naming files that are missing, changed or not in the manifest.
+    Without `hash_weights` the weights' file must be there, and is not read. Raises WeightsError naming files
+    that are missing, changed or not in the manifest.
     """
-    _verify(folder)
+    _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
     path = folder / POLICY
     described = _read(path, {"format", "family", "config"})
     module = family(str(described["family"]))
     config = configuration.build(module.Config, described["config"], f"{path}: config")
     codec = Codec.load(folder) if (folder / CODEC).is_file() else None
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
-    return Opened(str(described["family"]), config, folder / WEIGHTS, codec, plan)
+    base = read_base(folder)
+    if (base is not None or (folder / ADAPTERS).is_dir()) and (plan is None or not plan.adapted):
+        raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
+    weights = folder / (WEIGHTS if base is None else TRAINED)
+    return Opened(str(described["family"]), config, weights, codec, plan, base)
 
 
-def digest(path: Path) -> str:
-    """Return a SHA-256 that stands for the whole checkpoint at `path`.
-
-    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
-    """
-    if (path / MANIFEST).is_file():
-        return files.sha256(path / MANIFEST)
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         raise WeightsError(f"{folder}: {MANIFEST} is missing; the checkpoint was not written to its end")
     listed = _read(path, {"format", "files"})["files"]
-    if not isinstance(listed, dict) or not {POLICY, WEIGHTS} <= set(listed):
+    if not isinstance(listed, dict) or not (
+        {POLICY, WEIGHTS} <= set(listed) or {POLICY, BASE} <= set(listed)
+    ):
         raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
-    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY)] + sorted(folder.glob("tokenizer/*"))
+    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED)]
+    ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
+    lost = [name for name in listed if not (folder / name).is_file()]
+    read = {n: h for n, h in listed.items() if n not in lost and n not in unread}
     wrong = {
-        "missing": [n for n in listed if not (folder / n).is_file()],
-        "changed": [n for n, h in listed.items() if (folder / n).is_file() and files.sha256(folder / n) != h],
+        "missing": lost,
+        "changed": [name for name, digest in read.items() if files.sha256(folder / name) != digest],
         "not in the manifest": sorted(present - set(listed)),
     }
     lines = [f"  {kind}: {', '.join(names)}" for kind, names in wrong.items() if names]

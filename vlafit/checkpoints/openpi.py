@@ -11,8 +11,8 @@ from typing import Any
 
 from vlafit.checkpoints.names import NameMap
 
-_P = "paligemma_with_expert."
-_VISION = f"{_P}paligemma.model.vision_tower.vision_model."
+PREFIX = "paligemma_with_expert."
+_VISION = f"{PREFIX}paligemma.model.vision_tower.vision_model."
 
 NAMES = NameMap(
     form="openpi",
@@ -21,12 +21,12 @@ NAMES = NameMap(
         ("vision.patch_embedding.", f"{_VISION}embeddings.patch_embedding."),
         ("vision.position_embedding.", f"{_VISION}embeddings.position_embedding."),
         ("vision.post_layernorm.", f"{_VISION}post_layernorm."),
-        ("projector.", f"{_P}paligemma.model.multi_modal_projector.linear."),
-        ("language.", f"{_P}paligemma.model.language_model."),
-        ("expert.", f"{_P}gemma_expert.model."),
+        ("projector.", f"{PREFIX}paligemma.model.multi_modal_projector.linear."),
+        ("language.", f"{PREFIX}paligemma.model.language_model."),
+        ("expert.", f"{PREFIX}gemma_expert.model."),
     ),
-    ties={"language.embed_tokens.weight": f"{_P}paligemma.lm_head.weight"},
-    unused=(f"{_P}gemma_expert.lm_head.weight",),
+    ties={"language.embed_tokens.weight": f"{PREFIX}paligemma.lm_head.weight"},
+    unused=(f"{PREFIX}gemma_expert.lm_head.weight",),
 )
 
 CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
@@ -52,3 +52,22 @@ def known_config(folder: Path) -> dict[str, object]:
     if not isinstance(values, dict) or set(values) != CONFIG_KEYS:
         return {}
     return {"chunk": values["action_horizon"]}
+
+
+def misfits(tensors: Mapping[str, Any]) -> list[str]:
+    """Name the tensors whose sizes no other tensor of ours confirms, but openpi's own rules do.
+
+    The dead head has a row for each token, and the state is padded as the actions are.
+    """
+    found = []
+    head, tokens = NAMES.unused[0], NAMES.ties["language.embed_tokens.weight"]
+    embedding = tensors.get(tokens, tensors.get(NAMES.theirs("language.embed_tokens.weight")))
+    actions, state = tensors.get("action_in_proj.weight"), tensors.get("state_proj.weight")
+    if head in tensors and embedding is not None and actions is not None:
+        want = (embedding.shape[0], actions.shape[0])
+        if tuple(tensors[head].shape) != want:
+            found.append(f"{head} is {tuple(tensors[head].shape)}, not {want}")
+    if state is not None and actions is not None and state.shape[-1:] != actions.shape[-1:]:
+        found.append(f"state_proj.weight is {tuple(state.shape)}, beside action_in_proj.weight"
+                     f" {tuple(actions.shape)}")  # fmt: skip
+    return found

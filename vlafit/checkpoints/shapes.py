@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -29,14 +30,7 @@ def infer_config(
     """
 
     def shape(name: str, dims: int) -> Sequence[int]:
-        if name not in weights:
-            raise WeightsError(f"{where}: no tensor for our {name!r}: not a whole pi0 or pi0.5 checkpoint")
-        if weights[name].ndim != dims:
-            raise WeightsError(
-                f"{where}: the tensor for our {name!r} has shape {tuple(weights[name].shape)};"
-                f" it must have {dims} dimensions"
-            )
-        return weights[name].shape
+        return shape_of(weights, name, dims, where, "pi0 or pi0.5")
 
     told = merge(known, given)
     pi05 = "time_mlp_in.weight" in weights
@@ -59,14 +53,14 @@ def infer_config(
         "state_input": "prompt" if pi05 else "continuous",
         "vision": {
             "width": vision_width,
-            "depth": _depth(weights, "vision"),
+            "depth": depth_of(weights, "vision"),
             "mlp": shape("vision.layers.0.mlp.fc1.weight", 2)[0],
             "patch": patch,
             "image_size": math.isqrt(patches) * patch,
         },
         "language": {
             "width": width,
-            "depth": _depth(weights, "language"),
+            "depth": depth_of(weights, "language"),
             "mlp": shape("language.layers.0.mlp.gate_proj.weight", 2)[0],
             "heads": q_rows // head_dim,
             "kv_heads": k_rows // head_dim,
@@ -86,6 +80,7 @@ def infer_config(
         public.expert.width,
     ):
         read = merge({"chunk": public.chunk, "vision": {"heads": public.vision.heads}}, read)
+        _require_public(public, read, told, where)
     values = merge(read, told)
     for key, value in (("vision.heads", values["vision"].get("heads")), ("chunk", values.get("chunk"))):
         if value is None:
@@ -96,6 +91,39 @@ def infer_config(
     return configuration.build(Pi0Config, values, f"{where}: config")
 
 
-def _depth(weights: Mapping[str, Tensor], part: str) -> int:
+def _require_public(public: Pi0Config, read: Mapping, told: Mapping, where: str) -> None:
+    """Refuse a checkpoint that is as wide as the public size and yet another: layers or rows are missing.
+
+    Number of layers, rows of the vocabulary and the like are free as far as the other tensors go.
+    """
+    wanted = asdict(public)
+    odd = []
+    for part in ("vision", "language", "expert"):
+        given = told.get(part)
+        known = given if isinstance(given, Mapping) else {}
+        for key, value in read[part].items():
+            if value != wanted[part][key] and key not in known:
+                odd.append(f"{part}.{key} is {value}, not {wanted[part][key]}")
+    if odd:
+        raise WeightsError(
+            f"{where}: as wide as the public pi0, and yet {'; '.join(odd)}: the checkpoint is not whole. If"
+            " it is meant so, say it in config"
+        )
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str, dims: int, where: str, what: str) -> Sequence[int]:
+    """Return the shape of the tensor for our `name`. Raises WeightsError where it is missing or odd."""
+    if name not in weights:
+        raise WeightsError(f"{where}: no tensor for our {name!r}: not a whole {what} checkpoint")
+    if weights[name].ndim != dims:
+        raise WeightsError(
+            f"{where}: the tensor for our {name!r} has shape {tuple(weights[name].shape)};"
+            f" it must have {dims} dimensions"
+        )
+    return weights[name].shape
+
+
+def depth_of(weights: Mapping[str, Tensor], part: str) -> int:
+    """Return the number of layers of `part`, by the highest one."""
     found = (re.match(rf"{part}\.layers\.(\d+)\.", name) for name in weights)
     return 1 + max((int(layer[1]) for layer in found if layer), default=0)

@@ -19,6 +19,8 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "record": "record demonstrations of scripted experts",
     "report": "write the report page of a run again",
     "inspect": "show what a checkpoint holds, and what a tuning strategy would train of it",
+    "export": "write a checkpoint as LeRobot, openpi or transformers saves it",
+    "convert-pickle": "turn a pickle of tensors into safetensors, safely",
     "list": "list the recipes, cards, protocols, strategies and checkpoints that ship",
 }
 RESUMABLE = ("train", "eval", "record")
@@ -26,7 +28,7 @@ RESUMABLE = ("train", "eval", "record")
 
 def usage() -> str:
     """Return what `vlafit --help` prints."""
-    verbs = "\n".join(f"  {verb:<9}{line}" for verb, line in VERBS.items())
+    verbs = "\n".join(f"  {verb:<16}{line}" for verb, line in VERBS.items())
     return (
         "usage: vlafit VERB ...\n\n"
         "Fine-tune pretrained vision-language-action policies, and show what it bought.\n\n"
@@ -73,7 +75,7 @@ def _run(arguments: list[str]) -> int:
     # made a training step on 2 cores up to 10 times slower, and it gains nothing when the machine is idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.logging_to_stderr(main_process=rank() == 0):
-        return importlib.import_module(f"vlafit.cli.verbs.{verb}").run(rest)
+        return importlib.import_module(f"vlafit.cli.verbs.{verb.replace('-', '_')}").run(rest)
 
 
 def _version() -> str:

@@ -154,6 +154,14 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+def key_value(text: str) -> tuple[str, Any]:
+    """Read ``KEY=VALUE``; the value is TOML's, or text."""
+    key, equals, value = text.partition("=")
+    if not (equals and key.strip()):
+        raise ConfigError(f"{text!r} is not KEY=VALUE")
+    return key.strip(), _toml_value(value)
+
+
 def put(nested: dict[str, Any], dotted: str, value: Any) -> None:
     """Set ``nested["a"]["b"] = value`` for the name ``a.b``."""
     *sections, last = dotted.split(".")

@@ -7,11 +7,12 @@ from vlafit import shipped
 from vlafit.errors import ConfigError
 
 
-def checkpoint_folder(text: str) -> Path:
+def checkpoint_folder(text: str, foreign: bool = False) -> Path:
     """Return the checkpoint's folder for what a user may call it.
 
     That is a checkpoint's folder, a run's folder (its last checkpoint), ``RUN/checkpoints/best`` or ``last``,
-    or the name of one that ships. Raises ConfigError when it is none of these.
+    or the name of one that ships; with `foreign` also any folder or file of another program, to be judged by
+    its contents. Raises ConfigError when it is none of these.
     """
     path = Path(text)
     if (path / "policy.json").is_file():
@@ -19,6 +20,8 @@ def checkpoint_folder(text: str) -> Path:
     for pointer in (path / "checkpoints" / "last.json", path.with_name(f"{path.name}.json")):
         if pointer.is_file() and pointer.parent.name == "checkpoints":
             return _follow(pointer)
+    if foreign and path.exists():
+        return path
     if path.is_dir():
         raise ConfigError(
             f"{path} holds no policy.json and no checkpoints/: it is neither a checkpoint nor a run"

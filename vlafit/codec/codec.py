@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from vlafit import config as configuration
 from vlafit.codec import prompts
 from vlafit.codec import tokenizer as tokenizers
-from vlafit.codec.images import resize_with_pad
+from vlafit.codec.images import Framing, fit_image
 from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation, Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
@@ -46,6 +47,8 @@ class CodecConfig:
     """Steps of an action chunk, t."""
     normalisation: Normalisation = "mean_std"
     """How states and actions are normalised."""
+    action_normalisation: Normalisation | None = None
+    """How actions are normalised, where it is not as states are."""
     relative: tuple[bool, ...] = ()
     """For each action dimension: whether it is minus the same dimension of the state at the chunk's start."""
     prompt: Prompt = "pi0"
@@ -54,6 +57,15 @@ class CodecConfig:
     """Tokens of the prompt, l; a longer prompt is refused."""
     mask_padding: bool = True
     """Whether padded dimensions, and steps past the episode's end, are left out of the loss."""
+    framing: Framing = "openpi"
+    """How images get the policy's size."""
+    special_tokens: Literal["prompt", "tokenizer"] = "prompt"
+    """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
+
+    @property
+    def of_actions(self) -> Normalisation:
+        """How actions are normalised."""
+        return self.action_normalisation or self.normalisation
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +99,7 @@ class Codec:
         self.tokenizer = tokenizer
         self._check()
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
-        self._action = Normaliser.fit(self.statistics["action"], config.normalisation)
+        self._action = Normaliser.fit(self.statistics["action"], config.of_actions)
         self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
         self._relative = np.flatnonzero(config.relative)
         self._prompts: dict[tuple[str, ...], tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
@@ -224,7 +236,7 @@ class Codec:
             raise CodecError(
                 f"relative: action dimensions {beyond} have no state dimension to be relative to"
             )
-        if prompts.needs_bos(config.prompt) and self.tokenizer.bos is None:
+        if self._begins_with_bos() and self.tokenizer.bos is None:
             raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
 
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
@@ -247,11 +259,17 @@ class Codec:
             cached = self._prompts[text] = self._tokenise(text)
         return cached
 
+    def _begins_with_bos(self) -> bool:
+        return self.config.special_tokens == "prompt" and prompts.needs_bos(self.config.prompt)
+
     def _tokenise(self, text: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         bos = self.tokenizer.bos
-        ids = [bos] if bos is not None and prompts.needs_bos(self.config.prompt) else []
-        for piece in text:
-            ids.extend(self.tokenizer.encode(piece))
+        if self.config.special_tokens == "tokenizer":
+            ids = self.tokenizer.encode("".join(text), special=True)
+        else:
+            ids = [bos] if bos is not None and self._begins_with_bos() else []
+            for piece in text:
+                ids.extend(self.tokenizer.encode(piece))
         room = self.config.max_tokens
         if len(ids) > room:
             raise CodecError(
@@ -279,7 +297,7 @@ class Codec:
         mask = np.zeros(len(self.config.cameras), dtype=np.bool_)
         for slot, name in enumerate(self.config.cameras):
             if name in given:
-                images[slot] = resize_with_pad(given[name], size).transpose(2, 0, 1)
+                images[slot] = fit_image(given[name], size, self.config.framing).transpose(2, 0, 1)
                 mask[slot] = True
         if any(self.config.cameras) and not mask.any():
             wanted = ", ".join(filter(None, self.config.cameras))

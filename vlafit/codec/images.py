@@ -1,7 +1,46 @@
 """Camera frames to model frames: uint8 all the way, resized only where sizes differ."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
+
+Framing = Literal["openpi", "lerobot", "smolvla"]
+"""How an image gets the model's size. All keep its aspect, interpolate bilinearly and pad with black.
+
+openpi: antialiased and centred; lerobot (its pi0 and pi0.5): not antialiased, centred; smolvla: not
+antialiased, at the bottom right. The last two interpolate floats, which are rounded to whole grey levels
+here.
+"""
+
+
+def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[np.uint8]:
+    """Return `image` [h, w, 3] as [size, size, 3]; one that has the size already is returned, not copied."""
+    height, width = image.shape[:2]
+    if height == size and width == size:
+        return image
+    if framing == "openpi":
+        return resize_with_pad(image, size)
+    ratio = max(width / size, height / size)
+    inner = np.rint(bilinear(image, max(1, int(height / ratio)), max(1, int(width / ratio))))
+    rows, columns = size - inner.shape[0], size - inner.shape[1]
+    top, left = (rows, columns) if framing == "smolvla" else (rows // 2, columns // 2)
+    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    padded[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+    return padded
+
+
+def bilinear(image: NDArray, height: int, width: int) -> NDArray[np.float32]:
+    """Interpolate `image` [h, w, 3] as torch's `F.interpolate(mode="bilinear")`, without antialiasing."""
+    values: NDArray[np.float32] = image.astype(np.float32)
+    for axis, wanted in ((0, height), (1, width)):
+        have = image.shape[axis]
+        at = np.maximum((np.arange(wanted) + 0.5) * (have / wanted) - 0.5, 0.0)
+        low = np.minimum(at.astype(np.int64), have - 1)
+        share = (at - low).reshape(-1, 1, 1) if axis == 0 else (at - low).reshape(1, -1, 1)
+        first, second = values.take(low, axis), values.take(np.minimum(low + 1, have - 1), axis)
+        values = (first + (second - first) * share.astype(np.float32)).astype(np.float32)
+    return values
 
 
 def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

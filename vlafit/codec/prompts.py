@@ -1,11 +1,15 @@
-"""The text a policy is asked with, exactly as the reference (openpi, models/tokenizer.py) writes it."""
+"""The text a policy is asked with, exactly as the references write it.
+
+pi0 and pi05 are openpi's (models/tokenizer.py); line is LeRobot's, for pi0 and SmolVLA: the instruction as it
+is, made to end in a newline, tokenised in one piece.
+"""
 
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Prompt = Literal["pi0", "pi05", "text"]
+Prompt = Literal["pi0", "pi05", "text", "line"]
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # openpi: 256 bins over [-1, 1]
 
@@ -22,7 +26,7 @@ def state_bins(state: NDArray) -> NDArray[np.int64]:
 
 def needs_bos(kind: Prompt) -> bool:
     """Whether the prompt begins with the beginning-of-sequence token."""
-    return kind != "text"
+    return kind in ("pi0", "pi05")
 
 
 def pieces(kind: Prompt, instruction: str, state: NDArray) -> tuple[str, ...]:
@@ -38,6 +42,8 @@ def pieces(kind: Prompt, instruction: str, state: NDArray) -> tuple[str, ...]:
             return (f"Task: {clean(instruction)}, State: {bins};\nAction: ",)
         case "text":
             return (instruction,)
+        case "line":
+            return (instruction if instruction.endswith("\n") else f"{instruction}\n",)
 
 
 def vocabulary(kind: Prompt) -> tuple[str, ...]:
@@ -45,7 +51,7 @@ def vocabulary(kind: Prompt) -> tuple[str, ...]:
     match kind:
         case "pi05":
             return ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",)
-        case "pi0":
+        case "pi0" | "line":
             return ("\n",)
         case "text":
             return ()

@@ -1,4 +1,4 @@
-"""What a column's values look like, and the two ways of normalising by it.
+"""What a column's values look like, and the ways of normalising by it.
 
 Statistics are fitted once, on training episodes, and saved in the checkpoint; both directions of the codec
 use the same numbers. Everything here is float64.
@@ -13,14 +13,34 @@ from numpy.typing import ArrayLike, NDArray
 
 from vlafit.errors import CodecError, DataError
 
-Normalisation = Literal["mean_std", "quantile"]
+Normalisation = Literal[
+    "mean_std",
+    "quantile",
+    "lerobot_mean_std",
+    "lerobot_quantile",
+    "lerobot_min_max",
+    "identity",
+]
+"""How a column is normalised. The first two are openpi's, with floors that keep odd dimensions from
+exploding; the others repeat what LeRobot did when it trained a checkpoint."""
 
+NEEDED: dict[Normalisation, tuple[str, str]] = {
+    "mean_std": ("mean", "std"),
+    "quantile": ("q01", "q99"),
+    "lerobot_mean_std": ("mean", "std"),
+    "lerobot_quantile": ("q01", "q99"),
+    "lerobot_min_max": ("min", "max"),
+}
+"""The statistics that each way of normalising reads; the first two also look at min and max."""
+
+LEROBOT_EPSILON = 1e-8  # LeRobot, normalize_processor.py: (x - mean) / (std + 1e-8); ranges of 0 become 1e-8
 EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
 FURTHEST = 50.0  # no recorded value is normalised to something further from the centre (see `Normaliser.fit`)
 NEAR_CONSTANT = 1e-4  # a dimension whose whole range is below this, relative to max(1, |mean|), says nothing
 NEAR_CONSTANT_SCALE = 1e-2  # what such a dimension is divided by, relative to max(1, |mean|)
 
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+OPTIONAL = ARRAYS[2:]  # what other programs may not have recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +49,18 @@ class Statistics:
 
     `std` is the population's; `q01` and `q99` are true quantiles (linear interpolation between order
     statistics), not estimates from a histogram.
+
+    Statistics that another program recorded may lack quantiles, and the range; what it did not write is
+    None, and a `count` that it did not write is 0.
     """
 
     count: int
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
-    q01: NDArray[np.float64]
-    q99: NDArray[np.float64]
-    min: NDArray[np.float64]
-    max: NDArray[np.float64]
+    q01: NDArray[np.float64] | None = None
+    q99: NDArray[np.float64] | None = None
+    min: NDArray[np.float64] | None = None
+    max: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, values: ArrayLike, what: str = "values", labels: Sequence[str] = ()) -> "Statistics":
@@ -69,10 +92,23 @@ class Statistics:
         """Number of dimensions, d."""
         return len(self.mean)
 
+    def array(self, name: str) -> NDArray[np.float64]:
+        """Return the statistic called `name`. Raises CodecError where it was not recorded."""
+        found = getattr(self, name)
+        if found is None:
+            have = ", ".join(n for n in ARRAYS if getattr(self, n) is not None)
+            raise CodecError(
+                f"the statistics hold no {name}, but {have}; normalise by those, or fit them anew"
+            )
+        return found
+
     def to_json(self) -> dict[str, object]:
         """Return plain numbers that `from_json` reads back bit for bit."""
-        arrays: dict[str, object] = {name: getattr(self, name).tolist() for name in ARRAYS}
-        return {"count": self.count} | arrays
+        found: dict[str, object] = {"count": self.count}
+        for name in ARRAYS:
+            array = getattr(self, name)
+            found[name] = None if array is None else array.tolist()
+        return found
 
     @classmethod
     def from_json(cls, values: object, where: str) -> "Statistics":
@@ -82,7 +118,8 @@ class Statistics:
             have = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise CodecError(f"{where}: statistics must have exactly {sorted(expected)}, there is {have}")
         try:
-            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in ARRAYS}
+            given = [n for n in ARRAYS if values[n] is not None or n not in OPTIONAL]
+            arrays = {name: np.asarray(values[name], dtype=np.float64) for name in given}
         except (TypeError, ValueError) as error:
             raise CodecError(f"{where}: statistics must be lists of numbers: {error}") from None
         shapes = {array.shape for array in arrays.values()}
@@ -106,26 +143,30 @@ class Normaliser:
 
     @classmethod
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
-        """Return the normaliser of `method`: z-scores, or q01 to q99 mapped to [-1, 1]; nothing is clipped.
+        """Return the normaliser of `method`; nothing is clipped.
 
-        Floors keep odd dimensions from exploding. The divisor is never so small that a *recorded* value would
-        land further than 50 from the centre: a dimension that hardly ever moves otherwise gives q99 - q01
-        near 0 and normalised values in the thousands. A dimension that is constant but for noise is divided
-        by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small too. Both stay
-        invertible.
+        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]) the divisor is never so small
+        that a *recorded* value would land further than 50 from the centre: a dimension that hardly ever moves
+        otherwise gives q99 - q01 near 0 and normalised values in the thousands. A dimension that is constant
+        but for noise is divided by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small
+        too. Both stay invertible. Statistics without a range are another program's: a policy was trained with
+        them as they are, so its formula is used as it is, without floors.
+
+        Raises CodecError where `method` needs statistics that were not recorded.
         """
-        spread = statistics.max - statistics.min
-        size = np.maximum(1.0, np.abs(statistics.mean))
-        constant = spread <= NEAR_CONSTANT * size
+        if method == "identity":
+            return cls(np.zeros(1), np.ones(1), 1.0, 0.0)
+        one, other = (statistics.array(name) for name in NEEDED[method])
         match method:
             case "mean_std":
-                scale = np.maximum(statistics.std, spread / FURTHEST) + EPSILON
-                return cls(statistics.mean, np.where(constant, NEAR_CONSTANT_SCALE * size, scale), 1.0, 0.0)
+                return cls(statistics.mean, _floored(statistics, statistics.std, 1.0), 1.0, 0.0)
             case "quantile":
-                scale = np.maximum(statistics.q99 - statistics.q01, 2 * spread / FURTHEST) + EPSILON
-                wide = 2 * NEAR_CONSTANT_SCALE * size
-                offset = np.where(constant, statistics.mean - wide / 2, statistics.q01)
-                return cls(offset, np.where(constant, wide, scale), 2.0, 1.0)
+                scale = _floored(statistics, other - one, 2.0)
+                return cls(np.where(_constant(statistics), statistics.mean - scale / 2, one), scale, 2.0, 1.0)
+            case "lerobot_mean_std":
+                return cls(one, other + LEROBOT_EPSILON, 1.0, 0.0)
+            case "lerobot_quantile" | "lerobot_min_max":
+                return cls(one, np.where(other == one, LEROBOT_EPSILON, other - one), 2.0, 1.0)
 
     def encode(self, values: NDArray) -> NDArray[np.float64]:
         """Normalise [..., d]."""
@@ -134,3 +175,20 @@ class Normaliser:
     def decode(self, values: NDArray) -> NDArray[np.float64]:
         """Undo `encode`."""
         return (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset
+
+
+def _constant(statistics: Statistics) -> NDArray[np.bool_]:
+    """Return which dimensions are constant but for noise; none where the range is not known."""
+    if statistics.min is None or statistics.max is None:
+        return np.zeros(statistics.dimensions, dtype=np.bool_)
+    size = np.maximum(1.0, np.abs(statistics.mean))
+    return statistics.max - statistics.min <= NEAR_CONSTANT * size
+
+
+def _floored(statistics: Statistics, width: NDArray[np.float64], gain: float) -> NDArray[np.float64]:
+    """Return what to divide by: `width`, unless the range asks for more; `gain` is 2 for a whole range."""
+    if statistics.min is None or statistics.max is None:
+        return width + EPSILON
+    scale = np.maximum(width, gain * (statistics.max - statistics.min) / FURTHEST) + EPSILON
+    wide = gain * NEAR_CONSTANT_SCALE * np.maximum(1.0, np.abs(statistics.mean))
+    return np.where(_constant(statistics), wide, scale)

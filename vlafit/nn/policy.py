@@ -12,6 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt
 from vlafit.errors import CodecError
 from vlafit.nn import flow
@@ -45,8 +46,11 @@ class Needs:
     action_dim: int
     chunk: int
     prompt: Prompt
+    """How it is asked, unless its checkpoint says otherwise."""
     max_tokens: int
     vocabulary: int
+    framing: Framing = "openpi"
+    """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
 
 
 class Policy(nn.Module, ABC):

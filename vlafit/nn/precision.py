@@ -16,5 +16,9 @@ def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def matrix_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of the first matrix in `module`, which is that of its base weights."""
-    return next(p.dtype for p in module.parameters() if p.ndim == 2)
+    """Return the dtype of the first matrix in `module`, which is that of its base weights.
+
+    Where those are quantised it is the dtype of the first floats there are: an adapter's, or a norm's.
+    """
+    floats = [p for p in module.parameters() if p.is_floating_point()]
+    return next((p.dtype for p in floats if p.ndim == 2), floats[0].dtype)

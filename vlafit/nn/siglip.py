@@ -66,11 +66,17 @@ class SiglipTower(nn.Module):
         self.layers = nn.ModuleList(SiglipLayer(width, mlp, heads) for _ in range(depth))
         self.post_layernorm = nn.LayerNorm(width, eps=EPS)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode each image by itself; patches and positions are embedded in float32."""
+    def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Encode each image by itself; patches and positions are embedded in float32.
+
+        `positions` int64 [l] says which row of the position table each patch takes; None: one after the
+        other.
+        """
         with torch.autocast(images.device.type, enabled=False):
             patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
-        x = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, l, w]
+        if positions is None:
+            positions = torch.arange(patches.shape[2] * patches.shape[3], device=images.device)
+        x = patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)  # [b, l, w]
         x = x.to(matrix_dtype(self.layers[0]))
         for layer in self.layers:
             x = layer(x)

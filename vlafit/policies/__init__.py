@@ -53,6 +53,11 @@ def family_name(policy: "Policy") -> str:
     raise ConfigError(f"{type(policy).__name__} is of no policy family: its module defines no SIZES")
 
 
+def family_of(thing: object) -> str:
+    """Return the name of the family whose module defines the class of `thing`, a policy or its config."""
+    return type(thing).__module__.removeprefix(f"{__name__}.")
+
+
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:
     """Return `config` with some fields replaced.
 

@@ -6,24 +6,29 @@ noise and time are K blocks of one suffix, which do not see each other and share
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.nn.flow import time_embedding
 from vlafit.nn.gemma import Decoder, KeysValues
-from vlafit.nn.policy import Kind, Needs, ParameterInfo, Part, Policy
+from vlafit.nn.policy import Needs, ParameterInfo, Policy
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
+from vlafit.policies._common import (
+    all_true_on_cpu,
+    check_batch,
+    describe,
+    draw_weights,
+    require,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,8 @@ class Pi0Config:
 
     def __post_init__(self) -> None:
         v, lang = self.vision, self.language
-        for where, values in (("", self), ("vision.", v), ("language.", lang), ("expert.", self.expert)):
-            for key, value in vars(values).items():
-                if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                    raise ConfigError(f"policy config: {where}{key} is {value}; it must be at least 1")
-        checks = (
+        require_positive({"": self, "vision.": v, "language.": lang, "expert.": self.expert})
+        require(
             (
                 v.image_size % v.patch == 0,
                 f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
@@ -108,9 +110,6 @@ class Pi0Config:
                 " state token ('continuous'), pi0.5 has none ('prompt' or 'none')",
             ),
         )
-        for holds, message in checks:
-            if not holds:
-                raise ConfigError(f"policy config: {message}")
 
 
 def _size(
@@ -186,7 +185,9 @@ class Pi0(Policy):
 
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once."""
-        return [_info(name, self.config) for name, _ in self.named_parameters()]
+        depth = self.config.language.depth
+        layers = {"vision": self.config.vision.depth, "language": depth, "expert": depth}
+        return [describe(name, layers) for name, _ in self.named_parameters()]
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers of the image tower, the prefix decoder and the action expert."""
@@ -202,28 +203,7 @@ class Pi0(Policy):
 
     def check(self, batch: Batch) -> None:
         """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
-        c, b = self.config, batch.images.shape[0]
-        pixels = (3, c.vision.image_size, c.vision.image_size)
-        n, length = batch.image_mask.shape[-1], batch.tokens.shape[-1]
-        wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-            ("images", batch.images, (b, n, *pixels)),
-            ("image_mask", batch.image_mask, (b, n)),
-            ("tokens", batch.tokens, (b, length)),
-            ("token_mask", batch.token_mask, (b, length)),
-            ("state", batch.state, (b, c.state_dim)),
-            ("actions", batch.actions, (b, c.chunk, c.action_dim)),
-            ("action_mask", batch.action_mask, (b, c.chunk, c.action_dim)),
-        ]
-        for name, value, shape in wanted:
-            if value is not None and tuple(value.shape) != shape:
-                raise CodecError(f"batch.{name} has shape {tuple(value.shape)}; this policy takes {shape}")
-        if batch.images.device.type == "cpu" and length:
-            low, high = int(batch.tokens.min()), int(batch.tokens.max())
-            if low < 0 or high >= c.language.vocab:
-                raise CodecError(
-                    f"batch.tokens reach from {low} to {high}; this policy knows 0 to {c.language.vocab - 1}:"
-                    " use the tokenizer that belongs to it"
-                )
+        check_batch(batch, self.needs())
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
@@ -238,7 +218,7 @@ class Pi0(Policy):
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
             mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), batch.token_mask), 1)
             # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
-            valid = None if not fixed and _all_true_on_cpu(mask) else mask
+            valid = None if not fixed and all_true_on_cpu(mask) else mask
             count = mask.sum(1, keepdim=True)
             if valid is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -307,77 +287,9 @@ def build(
     return policy
 
 
-@torch.no_grad()
 def init_weights(policy: Pi0, generator: torch.Generator, names: Sequence[str] | None = None) -> list[str]:
-    """Draw fresh weights, on the CPU and in the order of the parameters; return the names that were drawn.
+    """Draw fresh weights for `names` (None: all) and return what was drawn; see `_common.draw_weights`.
 
-    `names` limits it to parts (``"expert"``) and name patterns (``"action_*"``); one that matches nothing
-    raises ConfigError. Matrices are normal with variance 1 / fan-in, less on the way back into the residual
-    stream and at the action output; adaptive norms start closed (zero), as in the reference.
+    Adaptive norms start closed (zero), as in the reference.
     """
-    chosen = select(policy.parts(), names)
-    parameters = dict(policy.named_parameters())
-    depths = {"vision": policy.config.vision.depth}
-    for info in chosen:
-        parameter, leaf = parameters[info.name], info.name.rsplit(".", 2)
-        is_weight = info.name.endswith(".weight")
-        if info.kind == "norm" or not is_weight:
-            ones = info.part == "vision" and is_weight  # LayerNorm; RMSNorm stores its weight less one
-            parameter.fill_(1.0 if ones else 0.0)
-            continue
-        fan_in = parameter.shape[1:].numel()
-        std = fan_in**-0.5
-        if leaf[-2] in ("o_proj", "down_proj", "out_proj", "fc2"):
-            std *= (2 * depths.get(info.part, policy.config.language.depth)) ** -0.5
-        if leaf[-2] == "action_out_proj":
-            std *= 0.1
-        draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-        parameter.copy_(draw)
-    return [info.name for info in chosen]
-
-
-def select(infos: Sequence[ParameterInfo], names: Sequence[str] | None) -> list[ParameterInfo]:
-    """Return the parameters in the parts or under the name patterns `names` (None: all), in order."""
-    if names is None:
-        return list(infos)
-    for name in names:
-        if not any(info.part == name or fnmatchcase(info.name, name) for info in infos):
-            parts = ", ".join(sorted({info.part for info in infos}))
-            raise ConfigError(f"{name!r} is no part of the policy ({parts}) and matches no parameter's name")
-    return [i for i in infos if any(i.part == name or fnmatchcase(i.name, name) for name in names)]
-
-
-def _all_true_on_cpu(mask: Tensor) -> bool:
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
-
-
-def _info(name: str, config: Pi0Config) -> ParameterInfo:
-    head = name.split(".")[0]
-    part = cast(Part, head if head in ("vision", "projector", "language", "expert") else "projections")
-    vision, language = config.vision.depth, config.language.depth
-    layers = {"vision": vision, "language": language, "expert": language}.get(part, 0)
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    layer = int(found[1]) if found else None
-    return ParameterInfo(name, part, _kind(name), layer, layers, _is_dead(name, layer, layers))
-
-
-def _kind(name: str) -> Kind:
-    if "patch_embedding" in name:
-        return "conv"
-    if "embed" in name:
-        return "embedding"
-    if "norm" in name:
-        return "norm"
-    if ".self_attn." in name:
-        return "attention"
-    return "mlp" if ".mlp." in name else "linear"
-
-
-def _is_dead(name: str, layer: int | None, layers: int) -> bool:
-    """Whether `name` is of the prefix's last layer past its keys and values, or its final norm."""
-    if not name.startswith("language."):
-        return False
-    if layer is None:
-        return name.startswith("language.norm.")
-    live = ("input_layernorm.", "self_attn.k_proj.", "self_attn.v_proj.")
-    return layer == layers - 1 and not any(word in name for word in live)
+    return draw_weights(policy, generator, names, unit_norms=("vision",))

@@ -64,11 +64,19 @@ class Job:
         barrier()  # all have looked
         if self.main:
             policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
+            base, changed = self.experiment.saved_on(plan)
             recipe, history = config.dump(self.recipe), self.experiment.history
             self.shelf.save(
                 0,
                 lambda folder: checkpoints.save(
-                    folder, policy, codec, plan=plan, recipe=recipe, history=history
+                    policy,
+                    folder,
+                    codec,
+                    plan=plan,
+                    recipe=recipe,
+                    history=history,
+                    base=base,
+                    changed=changed,
                 ),
             )
         barrier()
@@ -241,10 +249,19 @@ class Job:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")
         data, recipe = self.experiment.data.fingerprint, config.dump(self.recipe)
         history = self.experiment.history
+        base, changed = self.experiment.saved_on(plan)
 
         def fill(folder: Path) -> None:
             checkpoints.save(
-                folder, policy, codec, plan=plan, recipe=recipe, history=history, weights=weights
+                policy,
+                folder,
+                codec,
+                plan=plan,
+                recipe=recipe,
+                history=history,
+                weights=weights,
+                base=base,
+                changed=changed,
             )
             state.write(folder, tensors, self.progress, self.ema, data)
 

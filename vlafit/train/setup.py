@@ -10,25 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlafit import checkpoints, shipped
-from vlafit.codec import Codec, CodecConfig, prompts
-from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
-from vlafit.codec.tokenizer import load as load_tokenizer
-from vlafit.datasets import (
-    Card,
-    EpisodeStore,
-    arrays_for_statistics,
-    load_card,
-    open_dataset,
-    split_episodes,
-)
+from vlafit import checkpoints
+from vlafit.codec import Codec
+from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_episodes
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
-from vlafit.nn.policy import Needs, Policy
-from vlafit.policies import build_family
-from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
-from vlafit.train import sets
+from vlafit.nn.policy import Policy
+from vlafit.recipe import DataRecipe, Recipe
+from vlafit.train import sets, start
 from vlafit.train.fingerprint import episodes_hash
-from vlafit.tuning import Plan, apply, load_strategy
+from vlafit.tuning import Plan, apply, enter, load_strategy
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
 
@@ -100,8 +90,23 @@ class Experiment:
     history: checkpoints.Lineage
     notices: tuple[str, ...] = ()
     """What a reader must know before believing the run's numbers."""
+    base: checkpoints.Base | None = None
+    """The checkpoint that the run began from, where adapters can be saved on top of it."""
+    anew: frozenset[str] = frozenset()
+    """Weights that were not taken from `base` as they are."""
     validation_sets: sets.Sets = field(default_factory=dict)
     """Named datasets to validate on besides the held-out episodes."""
+
+    def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
+        """Return the base of the run's checkpoints in the stage of `plan`, and which weights differ from it.
+
+        Only runs with adapters are saved on a base; others hold every weight.
+        """
+        if self.base is None or not plan.adapted:
+            return None, None
+        stages = [plan.at(stage) for stage in range(plan.stage + 1)]
+        learned = {e.name for one in stages for e in one.entries if e.trainable and not e.adapts}
+        return self.base, self.anew | learned
 
 
 def open_data(recipe: DataRecipe, seed: int) -> Data:
@@ -143,50 +148,31 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     """
     data = open_data(recipe.data, recipe.train.seed)
     more = sets.open_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    before: Plan | None = None
-    history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
-    learned: Embodiment | None = None  # the robot that the checkpoint knows
-    source = f"checkpoint {resumed}" if resumed else "the policy"
-    if resumed is not None:
-        policy, codec, before, loaded = checkpoints.load(resumed)
-        report, history = loaded.text(), checkpoints.read_lineage(resumed)
-    elif recipe.policy.checkpoint:
-        base = shipped.find("checkpoint", recipe.policy.checkpoint)
-        source = f"checkpoint {base}"
-        policy, codec, _, loaded = checkpoints.load(
-            base,
-            config=recipe.policy.config or None,
-            fresh=recipe.policy.fresh,
-            generator=generator,
-        )
-        report = loaded.text()
-        before_it = checkpoints.read_lineage(base)
-        history = before_it.followed_by(checkpoints.digest(base), data.learned, data.seeds())
-        if codec is not None:
-            learned = codec.embodiment
-            _require_meaning(recipe, codec, base)
-        if codec is None or recipe.data.statistics == "data":
-            codec = fit_codec(recipe, policy, data, codec)
-    else:
-        policy, report = _from_scratch(recipe.policy, generator), "all weights are fresh"
-        codec = fit_codec(recipe, policy, data, None)
-    assert codec is not None  # a native checkpoint of a run has one
-    _require_one_robot(data, codec, source, resumed)
-    learned = learned or codec.embodiment
+    began = start.resume(resumed) if resumed is not None else start.begin(recipe, data)
+    policy, codec = began.policy, began.codec
+    _require_one_robot(data, codec, began.source, resumed)
+    learned = began.learned or codec.embodiment
     notice = renderer_notice("the checkpoint was trained on", learned, "the dataset shows", data.embodiment)
     codec = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts([*data.stores, *(store for stores in more.values() for store in stores)], codec)
     policy.to(device)
-    plan = apply(policy, load_strategy(recipe.strategy))
-    if before is not None and (before.strategy.rules, before.entries) != (plan.strategy.rules, plan.entries):
-        raise TrainingError(
-            f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its file "
-            "back, or start anew with --out"
-        )
-    notices = (*([notice] if notice else []), *sets.notices(more, data.embodiment))
-    return Experiment(recipe, policy, codec, plan, data, report, history, notices, more)
+    strategy = load_strategy(recipe.strategy)
+    if began.plan is None:
+        probe = start.probe(policy, codec, data, device)
+        plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe)
+    else:
+        plan = began.plan
+        if strategy.expand(policy.parts()) != plan.strategy:
+            raise TrainingError(
+                f"{resumed}: strategy {recipe.strategy!r} is not what it was when the run began; bring its "
+                "file back, or start anew with --out"
+            )
+        enter(policy, plan)
+    notices = (*began.notices, *((notice,) if notice else ()), *sets.notices(more, data.embodiment))
+    return Experiment(
+        recipe, policy, codec, plan, data, began.report, began.history, notices, began.base, began.anew, more
+    )
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
@@ -197,21 +183,6 @@ def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
                 f"data.shift_pixels {pixels} would move all of camera {camera.name!r}, {height}x{width}, "
                 "out of sight; take a few pixels, or 0 for none"
             )
-
-
-def _require_meaning(recipe: Recipe, codec: Codec, base: Path) -> None:
-    """Refuse fields that the codec of the checkpoint `base` would silently overrule."""
-    if recipe.policy.tokenizer:
-        raise ConfigError(
-            f"policy.tokenizer {recipe.policy.tokenizer!r} means nothing beside checkpoint {base}, whose "
-            'weights know their own tokenizer alone; make it ""'
-        )
-    given, used = recipe.data.normalisation, codec.config.normalisation
-    if given not in ("", used) and recipe.data.statistics == "checkpoint":
-        raise ConfigError(
-            f"data.normalisation {given!r} means nothing with the statistics of checkpoint {base}, which "
-            f'normalises by {used!r}; make it "", or fit statistics anew: data.statistics = "data"'
-        )
 
 
 def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | None) -> None:
@@ -244,47 +215,3 @@ def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> N
                     codec.encode(Observation(images, store.state(number)[0], episode.instruction))
                 except CodecError as error:
                     raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
-
-
-def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
-    if not recipe.family:
-        raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
-    return build_family(recipe.family, recipe.size, recipe.config, generator)
-
-
-def fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> Codec:
-    """Fit a codec to the training episodes; the tokenizer is that of the codec `old` if there is one."""
-    needs = policy.needs()
-    tokenizer = old.tokenizer if old is not None else _tokenizer(recipe.policy.tokenizer, data, needs)
-    config = CodecConfig(
-        cameras=tuple(camera.name for camera in data.embodiment.cameras),
-        image_size=needs.image_size,
-        state_dim=needs.state_dim,
-        action_dim=needs.action_dim,
-        chunk=needs.chunk,
-        normalisation=recipe.data.normalisation or (old.config.normalisation if old else "mean_std"),
-        relative=data.cards[0].robot.relative,
-        prompt=needs.prompt,
-        max_tokens=needs.max_tokens,
-    )
-    if old is not None:
-        config = replace(config, mask_padding=old.config.mask_padding)
-        if set(filter(None, old.config.cameras)) == set(config.cameras):
-            config = replace(config, cameras=old.config.cameras)  # their slots stay
-    states, windows = [], []
-    for store, ids in zip(data.stores, data.training, strict=True):
-        if ids:
-            columns = arrays_for_statistics(store, ids, config.chunk, config.relative)
-            states.append(columns[0])
-            windows.append(columns[1])
-    try:
-        return Codec.fit(config, data.embodiment, states, windows, tokenizer)
-    except CodecError as error:
-        raise CodecError(f"card {data.cards[0].name!r} and the policy do not fit: {error}") from error
-
-
-def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer:
-    if name:
-        return load_tokenizer(shipped.find("tokenizer", name))
-    words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]
-    return train_word_tokenizer(words, needs.vocabulary)

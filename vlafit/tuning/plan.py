@@ -1,28 +1,32 @@
-"""A tuning plan: a strategy resolved against one policy, tensor by tensor.
+"""A tuning plan: a strategy resolved against one policy, tensor by tensor, in one of its stages.
 
-`apply` sets `requires_grad` and returns the plan; the plan gives the table that is printed before training,
-the optimiser's parameter groups, and the plan.json of a checkpoint. Applying another strategy to the same
-policy replaces what an earlier one said, so a stage of training is one more call.
+It gives the table that is printed before training, the optimiser's parameter groups, and the plan.json of a
+checkpoint. `plan.at(stage)` is the plan of another stage. How a plan comes into force is said in `apply.py`.
+
+Tensors have the names of the policy without adapters; an adapter's own tensors, those that peft gives them.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
-from vlafit.tuning.rules import Mode, Rule, Strategy, load_strategy, parse, resolve
+from vlafit.tuning import strategy as writing
+from vlafit.tuning.adapters import Adapter, Quantise
+from vlafit.tuning.rules import Rule, resolve
+from vlafit.tuning.strategy import Stage, Strategy, parse
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlafit.nn.policy import Policy
     from vlafit.recipe import OptimRecipe
 
-FORMAT = 1
+FORMAT = 2
 ADAM_BYTES = 8  # a parameter: two fp32 moments, whatever the precision of computation
 UNDECAYED = ("norm", "embedding")
+UNDECAYED_ADAPTERS = ("ia3_l", "lora_magnitude_vector", "lora_E")  # scales: to pull them to 0 is to prune
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,17 @@ class Entry:
     part: str
     kind: str
     layer: int | None
+    layers: int
     shape: tuple[int, ...]
     rule: int
-    """Index of the strategy's rule that decided."""
+    """Index, in the stage, of the rule that decided."""
     trainable: bool
     dead: bool
     """The loss never reaches it, so it is never trainable."""
     lr: float = 0.0
     """Learning rate, times the recipe's; 0 when it does not learn."""
+    adapts: str = ""
+    """Of an adapter's tensor: the name of the weight that it adapts."""
 
     @property
     def parameters(self) -> int:
@@ -49,8 +56,13 @@ class Entry:
 
     @property
     def decays(self) -> bool:
-        """Weight decay is for matrices and kernels: no norm, bias or embedding."""
-        return self.trainable and len(self.shape) >= 2 and self.kind not in UNDECAYED
+        """Weight decay is for matrices and kernels: no norm, bias, embedding or scale."""
+        return (
+            self.trainable
+            and len(self.shape) >= 2
+            and self.kind not in UNDECAYED
+            and not (self.adapts and any(f".{word}." in self.name for word in UNDECAYED_ADAPTERS))
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,9 @@ class Row:
     mode: str
     tensors: int
     parameters: int
+    """Of the policy; an adapter's own are not in it."""
+    adapter: int
+    """Parameters of its adapters."""
     trainable: int
     dead: int
     """Parameters that the loss never reaches; never trained, whatever the rule says."""
@@ -73,10 +88,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved strategy: one entry for each tensor of the policy, in the policy's order."""
+    """A resolved strategy: one entry for each tensor of the policy, in its order, then those of adapters."""
 
     strategy: Strategy
     entries: tuple[Entry, ...] = field(repr=False)
+    stage: int = 0
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the stage."""
+        return self.strategy.stages[self.stage].rules
 
     @property
     def trainable(self) -> list[str]:
@@ -85,8 +106,13 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """All parameters of the policy."""
-        return sum(e.parameters for e in self.entries)
+        """All parameters of the policy; those of adapters are not in it."""
+        return sum(e.parameters for e in self.entries if not e.adapts)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """All parameters of adapters."""
+        return sum(e.parameters for e in self.entries if e.adapts)
 
     @property
     def trainable_parameters(self) -> int:
@@ -98,12 +124,35 @@ class Plan:
         """One row for each rule, in order."""
         return [
             _row(i + 1, str(rule.select), rule, [e for e in self.entries if e.rule == i])
-            for i, rule in enumerate(self.strategy.rules)
+            for i, rule in enumerate(self.rules)
         ]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the table as plain values for JSON and printing, the total last (rule 0)."""
         return [asdict(row) for row in (*self.table, _row(0, "total", None, self.entries))]
+
+    @property
+    def adapted(self) -> dict[str, Adapter]:
+        """Layer -> the adapter on it, whether it learns in this stage or not."""
+        return wanted(self.strategy, [e for e in self.entries if not e.adapts])[0]
+
+    @property
+    def quantised(self) -> dict[str, Quantise]:
+        """Layer -> how its weight is rounded."""
+        return wanted(self.strategy, [e for e in self.entries if not e.adapts])[1]
+
+    def at(self, stage: int) -> "Plan":
+        """Return the plan of another stage of the same strategy for the same policy."""
+        rules = self.strategy.stages[stage].rules
+        base = [e for e in self.entries if not e.adapts]
+        chosen = dict(
+            zip((e.name for e in base), resolve(base, rules, told(self.strategy, stage)), strict=True)
+        )
+        entries = tuple(
+            _entry(e, rules[i := chosen[e.adapts or e.name]], i, self.strategy.stages[stage])
+            for e in self.entries
+        )
+        return Plan(self.strategy, entries, stage)
 
     def groups(self, policy: "nn.Module", optim: "OptimRecipe") -> list[dict[str, Any]]:
         """Return AdamW parameter groups: one for each learning rate and weight decay that occurs.
@@ -112,7 +161,9 @@ class Plan:
         `weight_decay` (0 for norms, biases and embeddings). Raises StrategyError when the policy does not
         have the plan's tensors.
         """
-        tensors = dict(policy.named_parameters())
+        from vlafit.tuning.inject import base_name
+
+        tensors = {base_name(name): p for name, p in policy.named_parameters()}
         missing = [name for name in self.trainable if name not in tensors]
         if missing:
             raise StrategyError(
@@ -124,7 +175,7 @@ class Plan:
         for entry in self.entries:
             if not entry.trainable:
                 continue
-            decay = self.strategy.rules[entry.rule].weight_decay
+            decay = self.rules[entry.rule].weight_decay
             key = (
                 optim.lr * entry.lr,
                 (optim.weight_decay if decay is None else decay) if entry.decays else 0.0,
@@ -136,11 +187,12 @@ class Plan:
         ]
 
     def to_json(self) -> str:
-        """Return the text of plan.json: strategy, table and every tensor."""
+        """Return the text of plan.json: strategy, stage, table and every tensor."""
         return json.dumps(
             {
                 "format": FORMAT,
-                "strategy": _plain(self.strategy),
+                "strategy": writing.plain(self.strategy),
+                "stage": self.stage,
                 "table": self.rows(),
                 "tensors": [asdict(e) for e in self.entries],
             },
@@ -152,21 +204,22 @@ class Plan:
         """Read what `to_json` wrote. Raises StrategyError when the text is anything else."""
         try:
             values = json.loads(text)
-            if values["format"] != FORMAT:
+            if values["format"] not in (1, FORMAT):
                 raise StrategyError(
                     f"plan.json has format {values['format']!r}; this version reads format {FORMAT}"
                 )
-            strategy = values["strategy"]
-            rules = parse(
-                strategy["rule"], name=strategy["name"], where="plan.json", purpose=strategy["purpose"]
-            )
+            if values["format"] == 1:  # one stage, no adapters
+                return _from_format_1(values)
+            told = dict(values["strategy"])
+            strategy = parse(told, name=told.pop("name"), where="plan.json")
             entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in values["tensors"])
-        except (ValueError, KeyError, TypeError) as error:
+            plan = cls(strategy, entries, values["stage"])
+            same = json.loads(plan.to_json()) == values and plan.at(plan.stage) == plan
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StrategyError(
                 f"plan.json is damaged ({type(error).__name__}: {error}); take it from the run again"
             ) from error
-        plan = cls(rules, entries)
-        if json.loads(plan.to_json()) != values:
+        if not same:
             raise StrategyError(
                 "plan.json contradicts itself: its table is not that of its tensors; "
                 "take it from the run again"
@@ -174,115 +227,90 @@ class Plan:
         return plan
 
 
-def _plain(strategy: Strategy) -> dict[str, object]:
-    """Return the strategy as the tables that `parse` reads."""
-
-    def rule(r: Rule) -> Iterator[tuple[str, object]]:
-        select = {key: value for key, value in asdict(r.select).items() if value}
-        if select:
-            yield "select", {k: v if isinstance(v, str) else list(v) for k, v in select.items()}
-        yield "mode", r.mode
-        if r.lr != 1.0:
-            yield "lr", r.lr
-        if r.weight_decay is not None:
-            yield "weight_decay", r.weight_decay
-        if r.optional:
-            yield "optional", True
-
-    return {
-        "name": strategy.name,
-        "purpose": strategy.purpose,
-        "rule": [dict(rule(r)) for r in strategy.rules],
-    }
+def _from_format_1(values: dict[str, Any]) -> Plan:
+    told = dict(values["strategy"])
+    strategy = parse(told, name=told.pop("name"), where="plan.json")
+    depths: dict[str, int] = {}
+    for e in values["tensors"]:
+        depths[e["part"]] = max(depths.get(e["part"], 0), (e["layer"] if e["layer"] is not None else -1) + 1)
+    entries = tuple(
+        Entry(**{**e, "shape": tuple(e["shape"]), "layers": depths[e["part"]]}) for e in values["tensors"]
+    )
+    plan = Plan(strategy, entries)
+    said = {(row["rule"], row["tensors"], row["parameters"], row["trainable"]) for row in values["table"]}
+    if said != {
+        (row.rule, row.tensors, row.parameters, row.trainable)
+        for row in (*plan.table, _row(0, "total", None, entries))
+    }:
+        raise StrategyError(
+            "plan.json contradicts itself: its table is not that of its tensors; take it from the run again"
+        )
+    return plan
 
 
 def _row(number: int, select: str, rule: Rule | None, entries: Sequence[Entry]) -> Row:
     trainable = sum(e.parameters for e in entries if e.trainable)
-    mode: Mode | str = rule.mode if rule else ""
+    base = [e for e in entries if not e.adapts]
+    mode = rule.mode if rule else ""
     return Row(
         rule=number,
         select=select,
-        mode=mode,
-        tensors=len(entries),
-        parameters=sum(e.parameters for e in entries),
+        mode=f"{mode} on {rule.quantise}" if rule and rule.quantise else mode,
+        tensors=len(base),
+        parameters=sum(e.parameters for e in base),
+        adapter=sum(e.parameters for e in entries if e.adapts),
         trainable=trainable,
-        dead=sum(e.parameters for e in entries if e.dead),
+        dead=sum(e.parameters for e in base if e.dead),
         lr=rule.lr if rule and rule.mode != "frozen" else 0.0,
         weight_decay=rule.weight_decay if rule else None,
         optimiser_bytes=trainable * ADAM_BYTES,
     )
 
 
-def preview(policy: "Policy", strategy: Strategy) -> Plan:
-    """Resolve `strategy` against `policy` without touching it; a policy on the meta device will do.
+def _entry(like: Entry, rule: Rule, index: int, stage: Stage) -> Entry:
+    """Return what `rule`, number `index` of `stage`, says about a tensor."""
+    learns = not like.dead and (rule.adapter is not None if like.adapts else rule.mode == "full")
+    learns = learns and ".ranknum." not in like.name  # a count that AdaLoRA keeps
+    lr = rule.lr_at(like) * stage.lr if learns else 0.0
+    if learns and rule.adapter and (".lora_B." in like.name or ".lora_embedding_B." in like.name):
+        lr *= rule.adapter.lr_b
+    return replace(like, rule=index, trainable=learns, lr=lr)
 
-    Raises StrategyError when the rules do not fit the policy, or when nothing would be trained.
+
+def told(strategy: Strategy, stage: int) -> str:
+    """Return the strategy's name, with the stage where there are several."""
+    if len(strategy.stages) == 1:
+        return strategy.name
+    return f"{strategy.name}, stage {stage + 1} ({strategy.stages[stage].name or 'no name'})"
+
+
+def wanted(strategy: Strategy, base: Sequence[Entry]) -> tuple[dict[str, Adapter], dict[str, Quantise]]:
+    """Return the adapters and the quantisation of all stages together, by layer.
+
+    Raises StrategyError where two stages want different ones for the same layer.
     """
-    infos = policy.parts()
-    shapes = {name: tuple(tensor.shape) for name, tensor in policy.named_parameters()}
-    if {i.name for i in infos} != set(shapes) or len(infos) != len(shapes):
-        odd = sorted({i.name for i in infos} ^ set(shapes)) or [i.name for i in infos]
+    adapted: dict[str, Adapter] = {}
+    quantised: dict[str, Quantise] = {}
+    trained: dict[str, int] = {}
+    for number, stage in enumerate(strategy.stages):
+        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
+            rule, layer = stage.rules[index], entry.name.removesuffix(".weight")
+            if entry.dead or not entry.name.endswith(".weight"):
+                continue
+            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
+            fitting = rule.adapter.fit_to(entry.shape) if rule.adapter else None
+            if fitting is not None and adapted.setdefault(layer, fitting) != fitting:
+                raise StrategyError(
+                    f"{where} adapts {entry.name} in another way than an earlier stage; an adapter that is "
+                    "there stays as it is: give both rules the same method and options"
+                )
+            if rule.quantise and quantised.setdefault(layer, rule.quantise) != rule.quantise:
+                raise StrategyError(f"{where} rounds {entry.name} in another way than an earlier stage")
+            if rule.mode == "full":
+                trained.setdefault(layer, number)
+    for layer in sorted(trained.keys() & quantised.keys()):
         raise StrategyError(
-            f"{type(policy).__name__}.parts() does not name every parameter exactly once, for example "
-            f"{odd[0]}; mend parts() in the policy's file"
+            f"strategy {told(strategy, trained[layer])!r}: {layer}.weight is to learn, but another stage "
+            "holds it quantised; a quantised weight cannot learn"
         )
-    entries = []
-    for info, index in zip(infos, resolve(infos, strategy), strict=True):
-        rule = strategy.rules[index]
-        learns = rule.mode != "frozen" and not info.dead
-        entries.append(
-            Entry(
-                info.name,
-                info.part,
-                info.kind,
-                info.layer,
-                shapes[info.name],
-                index,
-                learns,
-                info.dead,
-                rule.lr * learns,
-            )
-        )
-    resolved = Plan(strategy, tuple(entries))
-    if not resolved.trainable:
-        raise StrategyError(
-            f"strategy {strategy.name!r} trains nothing in this {type(policy).__name__}: every tensor is "
-            f"frozen{' or out of reach of the loss' if any(e.dead for e in entries) else ''}; "
-            'give at least one rule that matches something mode = "full"'
-        )
-    for index, rule in enumerate(strategy.rules):
-        if rule.weight_decay and not any(e.decays for e in entries if e.rule == index) and not rule.optional:
-            raise StrategyError(
-                f"strategy {strategy.name!r}: rule {index + 1} ({rule.select}) sets weight_decay, but takes "
-                "nothing that decays: norms, biases and embeddings never do; remove weight_decay"
-            )
-    return resolved
-
-
-def apply(policy: "Policy", strategy: Strategy) -> Plan:
-    """Resolve `strategy` against `policy`, set `requires_grad` of every parameter, and return the plan.
-
-    What does not learn loses any gradient that it still holds. Raises StrategyError as `preview` does, and
-    then leaves the policy as it was.
-    """
-    resolved = preview(policy, strategy)
-    learns = {e.name: e.trainable for e in resolved.entries}
-    for name, tensor in policy.named_parameters():
-        tensor.requires_grad_(learns[name])
-        if not learns[name]:
-            tensor.grad = None
-    return resolved
-
-
-def apply_strategy(policy: "Policy", strategy: str | Sequence[Mapping[str, object]]) -> Plan:
-    """Apply a strategy given as the name of a shipped one, the path of a TOML file, or a list of rule tables.
-
-        plan = vlafit.apply_strategy(policy, "expert")
-        rules = [{"select": {"part": "expert"}, "mode": "full"}, {"mode": "frozen"}]
-        plan = vlafit.apply_strategy(policy, rules)
-
-    Raises ConfigError when the file cannot be found or read, StrategyError when it does not fit the policy.
-    """
-    if isinstance(strategy, str):
-        return apply(policy, load_strategy(strategy))
-    return apply(policy, parse(strategy, name="rules", where="the list of rules"))
+    return adapted, quantised

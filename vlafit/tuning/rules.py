@@ -1,44 +1,45 @@
-"""A tuning strategy: an ordered list of rules that says, for every parameter, whether and how it learns.
-
-A strategy is a TOML file (the shipped ones are in configs/strategies/):
-
-    purpose = "Train the action expert; the vision-language backbone stays as it is."
-
-    [[rule]]
-    select = { part = ["expert", "projections"], layers = "last 6" }
-    mode = "full"
-    lr = 0.5                # times the recipe's learning rate
-
-    [[rule]]                # no `select`: everything that is left
-    mode = "frozen"
+"""The rules of a tuning strategy: which parameters a rule takes, and what it says of them.
 
 The first rule that selects a parameter decides about it. A parameter that no rule selects, a rule that
 selects nothing, and a rule to which earlier rules leave nothing are errors; `optional = true` permits such an
 idle rule, so that one file serves every family of policies.
 
-This file knows names, parts, kinds and layers, not tensors: what happens to a policy is `vlafit.tuning.plan`.
+This file knows names, parts, kinds and layers, not tensors. How rules are written in TOML is `strategy.py`;
+what happens to a policy is `plan.py`.
 """
 
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Protocol
 
-from vlafit import config, shipped
 from vlafit.errors import StrategyError, did_you_mean
-
-if TYPE_CHECKING:
-    from vlafit.nn.policy import ParameterInfo
+from vlafit.tuning.adapters import METHODS, Adapter, Quantise
 
 PARTS = ("vision", "projector", "language", "expert", "projections")
 KINDS = ("attention", "mlp", "norm", "embedding", "conv", "linear")
-Mode = Literal["full", "frozen"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+MODES = ("full", "frozen", *METHODS)
 
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<low>\d+)(?:-(?P<high>\d+))?")
+TOP = "top"
+"""As a layer range: the layers that a stage with `layer_by_layer` has reached, from the top."""
+
+
+class Described(Protocol):
+    """Where a parameter sits, as `vlafit.nn.policy.ParameterInfo` says it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def part(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def layers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Select:
     pattern: tuple[str, ...] = ()
     """Whole parameter names, `*` standing for any text, as in "expert.layers.*.mlp.*". The last resort."""
 
-    def takes(self, info: "ParameterInfo") -> bool:
+    def takes(self, info: Described) -> bool:
         """Tell whether every condition holds for the parameter."""
         return (
             (not self.part or info.part in self.part)
@@ -77,124 +78,32 @@ class Rule:
 
     select: Select = Select()
     """Which parameters."""
-    mode: Mode = "full"
-    """"full": they learn. "frozen": they stay bit for bit what they are."""
+    mode: str = "full"
+    """"full": they learn. "frozen": they stay bit for bit what they are. Else the adapter that learns."""
+    adapter: Adapter | None = None
+    """The adapter and its options, where `mode` names one."""
     lr: float = 1.0
     """Learning rate, times the recipe's."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer, times that of the layer above it."""
     weight_decay: float | None = None
     """Weight decay of this rule's matrices instead of the recipe's."""
+    quantise: Quantise = ""
+    """Hold the weights in 4 bits ("nf4") or 8 ("int8"); they are frozen, below an adapter or without one."""
     optional: bool = False
     """Permit that the rule takes nothing."""
 
+    def lr_at(self, info: Described) -> float:
+        """Return the learning rate of a parameter, times the recipe's.
 
-@dataclass(frozen=True)
-class Strategy:
-    """An ordered list of rules with a name."""
-
-    name: str
-    rules: tuple[Rule, ...]
-    purpose: str = ""
-
-
-def load_strategy(name_or_path: str) -> Strategy:
-    """Read a strategy: a path, or the name of one that ships.
-
-    Raises ConfigError when there is no such file or it is no TOML, StrategyError when it is no strategy.
-    """
-    path = shipped.find("strategy", name_or_path)
-    values = config.load_toml(path, "strategy")
-    for key in values:
-        if key not in ("purpose", "rule"):
-            raise StrategyError(f"{path}: unknown key {key!r}{did_you_mean(key, ('purpose', 'rule'))}")
-    purpose, rules = values.get("purpose", ""), values.get("rule", [])
-    if not isinstance(purpose, str):
-        raise StrategyError(f"{path}: `purpose` is one sentence of text, not {purpose!r}")
-    if not isinstance(rules, list):
-        raise StrategyError(f"{path}: write each rule as [[rule]], with double brackets")
-    return parse(rules, name=Path(path).stem, where=str(path), purpose=purpose)
-
-
-def parse(rules: Sequence[Mapping[str, object]], *, name: str, where: str, purpose: str = "") -> Strategy:
-    """Build a strategy from rule tables; `where` stands in front of every error message.
-
-    Raises StrategyError naming the rule, the key and what it can be.
-    """
-    if not rules:
-        raise StrategyError(f"{where}: the strategy has no rule; write at least one [[rule]] with a `mode`")
-    return Strategy(name, tuple(_rule(r, f"{where}: rule {i}") for i, r in enumerate(rules, 1)), purpose)
-
-
-def _rule(values: Mapping[str, object], where: str) -> Rule:
-    if not isinstance(values, Mapping):
-        raise StrategyError(f"{where}: a rule is a table, not {values!r}")
-    _only(values, ("select", "mode", "lr", "weight_decay", "optional"), where)
-    if "mode" not in values:
-        raise StrategyError(f"{where}: `mode` is missing; it can be one of: {', '.join(MODES)}")
-    mode = values["mode"]
-    if mode not in MODES:
-        raise StrategyError(f"{where}: unknown mode {mode!r}{did_you_mean(str(mode), MODES)}")
-    select = values.get("select", {})
-    if not isinstance(select, Mapping):
-        raise StrategyError(f'{where}: `select` is a table such as {{ part = "vision" }}, not {select!r}')
-    _only(select, ("part", "kind", "layers", "pattern"), f"{where}, select")
-    for key in ("lr", "weight_decay"):
-        if mode == "frozen" and key in values:
-            raise StrategyError(f"{where}: `{key}` means nothing for frozen parameters; remove it")
-    optional = values.get("optional", False)
-    if not isinstance(optional, bool):
-        raise StrategyError(f"{where}: `optional` is true or false, not {optional!r}")
-    lr = _number(values.get("lr", 1.0), "lr", where)
-    if lr <= 0:
-        raise StrategyError(
-            f'{where}: `lr` multiplies the learning rate and is above 0; to train nothing, mode = "frozen"'
-        )
-    decay = values.get("weight_decay")
-    return Rule(
-        select=Select(
-            part=_words(select.get("part", ()), "part", PARTS, where),
-            kind=_words(select.get("kind", ()), "kind", KINDS, where),
-            layers=_layers(select.get("layers", ""), where),
-            pattern=_words(select.get("pattern", ()), "pattern", (), where),
-        ),
-        mode=cast(Mode, mode),
-        lr=lr,
-        weight_decay=None if decay is None else _number(decay, "weight_decay", where),
-        optional=optional,
-    )
-
-
-def _only(values: Mapping[str, object], known: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise StrategyError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
-
-
-def _number(value: object, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise StrategyError(f"{where}: `{key}` is a number from 0 on, not {value!r}")
-    return float(value)
-
-
-def _words(value: object, key: str, known: Sequence[str], where: str) -> tuple[str, ...]:
-    words = (value,) if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
-        raise StrategyError(f"{where}: `{key}` is a text or a list of texts, not {value!r}")
-    for word in words:
-        if known and word not in known:
-            raise StrategyError(f"{where}: there is no {key} {word!r}{did_you_mean(word, known)}")
-    return tuple(words)
-
-
-def _layers(value: object, where: str) -> str:
-    match = LAYERS.fullmatch(value) if isinstance(value, str) else None
-    if value == "":
-        return ""
-    if not match or (match["high"] and int(match["high"]) < int(match["low"])):
-        raise StrategyError(
-            f"{where}: `layers` = {value!r} is no range; "
-            'write "first 3", "last 2", "4" or "4-7" (counted from 0)'
-        )
-    return match.string
+        What comes before the first layer (an embedding) counts as one layer below it, what comes after the
+        last one (a final norm) as the last.
+        """
+        if info.layer is None:
+            below = info.layers if info.kind in ("embedding", "conv") else 0
+        else:
+            below = info.layers - 1 - info.layer
+        return self.lr * self.layer_decay**below
 
 
 def _in_layers(layers: str, layer: int | None, count: int) -> bool:
@@ -210,12 +119,12 @@ def _in_layers(layers: str, layer: int | None, count: int) -> bool:
     return int(match["low"]) <= layer <= int(match["high"] or match["low"])
 
 
-def resolve(infos: "Sequence[ParameterInfo]", strategy: Strategy) -> list[int]:
-    """Return, for each parameter, the index of the rule that decides about it.
+def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
+    """Return, for each parameter, the index of the rule that decides about it; `name` is the strategy's.
 
     Raises StrategyError for a parameter without a rule, and for an idle rule that is not optional.
     """
-    chosen = [next((i for i, r in enumerate(strategy.rules) if r.select.takes(info)), -1) for info in infos]
+    chosen = [next((i for i, r in enumerate(rules) if r.select.takes(info)), -1) for info in infos]
     bare = [info for info, index in zip(infos, chosen, strict=True) if index < 0]
     if bare:
         groups = Counter(f"{info.part}, {info.kind}" for info in bare)
@@ -224,24 +133,26 @@ def resolve(infos: "Sequence[ParameterInfo]", strategy: Strategy) -> list[int]:
             for what, count in groups.items()
         )
         raise StrategyError(
-            f"strategy {strategy.name!r} says nothing about {len(bare)} of {len(infos)} tensors:\n"
+            f"strategy {name!r} says nothing about {len(bare)} of {len(infos)} tensors:\n"
             f"  {listed}\n"
             'Add a rule for them; a last [[rule]] with mode = "frozen" and no `select` covers what is left.'
         )
     used = set(chosen)
-    for index, rule in enumerate(strategy.rules):
+    for index, rule in enumerate(rules):
         if index not in used and not rule.optional:
-            raise StrategyError(_idle(infos, chosen, strategy, index))
+            raise StrategyError(_idle(infos, chosen, rules, name, index))
     return chosen
 
 
-def _idle(infos: "Sequence[ParameterInfo]", chosen: Sequence[int], strategy: Strategy, index: int) -> str:
+def _idle(
+    infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rule], name: str, index: int
+) -> str:
     """Explain why a rule takes nothing: earlier rules took it all, or there is nothing of the kind."""
-    rule = strategy.rules[index]
-    here = f"strategy {strategy.name!r}: rule {index + 1} ({rule.select}; {rule.mode})"
+    rule = rules[index]
+    here = f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode})"
     takers = sorted({i for info, i in zip(infos, chosen, strict=True) if rule.select.takes(info)})
     if takers:
-        named = ", ".join(f"rule {i + 1} ({strategy.rules[i].select})" for i in takers)
+        named = ", ".join(f"rule {i + 1} ({rules[i].select})" for i in takers)
         return (
             f"{here} is never reached: {named} before it took everything that it selects.\n"
             "Move it up, narrow the earlier rule, or remove it (`optional = true` permits an idle rule)."

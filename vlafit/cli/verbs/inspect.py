@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import plan_table, size, table
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, key_value
 from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
     from vlafit.checkpoints import Loaded
 
 ABOUT = """\
-Load a checkpoint exactly, its hashes verified, and show its parts, its robot and its prompt; with --strategy,
-which of its tensors that strategy would train, and what the optimiser would hold."""
+Show what a checkpoint of any program holds: its form and family, what becomes of every tensor, its parts, its
+robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy would
+train, and what the optimiser would hold. Only headers are read; --whole loads every number, too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -24,13 +25,24 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the checkpoint does not tell of itself, such as vision.heads=16; may be given again",
+    )
+    parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
+    parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.read(arguments)
 
-    folder = checkpoint_folder(options.checkpoint)
+    folder = checkpoint_folder(options.checkpoint, foreign=True)
+    config = dict(key_value(pair) for pair in options.config)
     from vlafit import checkpoints, tuning
 
-    loaded = checkpoints.load(folder)
+    look = checkpoints.load if options.whole else checkpoints.inspect
+    loaded = look(folder, config=config or None, dtype=options.dtype)
     facts = describe(loaded)
     if options.strategy:
         plan = tuning.preview(loaded.policy, tuning.load_strategy(options.strategy))
@@ -57,6 +69,7 @@ def describe(loaded: "Loaded") -> dict[str, Any]:
     return {
         "family": family_name(policy),
         "load": loaded.report.text(),
+        "report": loaded.report.facts(),
         "parameters": sum(t.numel() for t in tensors.values()),
         "parts": parts,
         "embodiment": dataclasses.asdict(codec.embodiment) if codec else None,
@@ -86,7 +99,7 @@ def as_text(facts: dict[str, Any]) -> str:
             f"images {codec['image_size']}x{codec['image_size']}",
         ]
     else:
-        lines.append("no codec: a run that fine-tunes it fits one to the data")
+        lines.append("a run that fine-tunes it fits a codec to the data")
     if "strategy" in facts:
         lines += ["", f"strategy {facts['strategy']['name']}", plan_table(facts["strategy"]["table"])]
     return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""Whatever is broken in a checkpoint is caught: hundreds of damages, drawn at random from a fixed seed."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import vlafit
+from tests.policies.tiny import random_policy
+from vlafit import files
+from vlafit.checkpoints import native
+from vlafit.checkpoints.names import back
+from vlafit.checkpoints.openpi import NAMES
+from vlafit.errors import VlafitError
+from vlafit.policies import override
+from vlafit.policies.pi0 import SIZES, Pi0
+
+Tensors = dict[str, Tensor]
+DEAD_HEAD = NAMES.unused[0]
+EXCUSED = {DEAD_HEAD}  # knowingly unused: its numbers may be anything, and it may be absent
+TOLD = {"chunk": 4, "vision.heads": 2, "language.head_dim": 8}
+TRIALS = 80  # of each of the forms below
+WIDTHS = {"state_dim": 5, "action_dim": 5}
+
+
+def _policy(family: str) -> Pi0:
+    return random_policy(override(SIZES[f"{family}-tiny"], WIDTHS, "here"), seed=len(family))
+
+
+def _openpi(family: str) -> Tensors:
+    policy = _policy(family)
+    tensors = {n: t.detach().clone() for n, t in back(policy.state_dict(), NAMES).items()}
+    return tensors | {DEAD_HEAD: torch.randn(policy.config.language.vocab, policy.config.expert.width)}
+
+
+def _drop(tensors: Tensors, rng: random.Random, other: Tensors) -> str:
+    name = rng.choice(sorted(tensors))
+    del tensors[name]
+    return name
+
+
+def _rename(tensors: Tensors, rng: random.Random, other: Tensors) -> str:
+    name = rng.choice(sorted(tensors))
+    place = rng.randrange(1, len(name))
+    new = rng.choice([name[:place] + "_" + name[place:], f"model.{name}", name.replace("weight", "w") + "_"])
+    tensors[new] = tensors.pop(name)
+    return name if name not in EXCUSED else new  # a stray name is surplus, whatever it was before
+
+
+def _reshape(tensors: Tensors, rng: random.Random, other: Tensors) -> str:
+    name = rng.choice(sorted(tensors))
+    t = tensors[name]
+    ways = [t[None], t[..., None], t[:-1], t[..., :-1], torch.cat((t, t)), t[:0]]
+    ways += [t.flatten()] if t.ndim > 1 else []
+    ways += [t.T] if t.ndim == 2 and t.shape[0] != t.shape[1] else []
+    tensors[name] = rng.choice(ways).contiguous()
+    return ""  # also the unused head's shape is known
+
+
+def _spoil(tensors: Tensors, rng: random.Random, other: Tensors) -> str:
+    name = rng.choice(sorted(tensors))
+    if rng.random() < 0.2:
+        tensors[name] = tensors[name].to(torch.int32)
+    else:
+        place = rng.randrange(tensors[name].numel())
+        tensors[name].view(-1)[place] = rng.choice([float("nan"), float("inf"), float("-inf")])
+    return name
+
+
+def _mix(tensors: Tensors, rng: random.Random, other: Tensors) -> str:
+    foreign = sorted(n for n in other if n not in tensors or other[n].shape != tensors[n].shape)
+    for name in rng.sample(foreign, rng.randint(1, len(foreign))):
+        tensors[name] = other[name]
+    return ""
+
+
+DAMAGES: tuple[Callable[[Tensors, random.Random, Tensors], str], ...] = (
+    _drop,
+    _rename,
+    _reshape,
+    _spoil,
+    _mix,
+)
+
+
+def _truncate(path: Path, rng: random.Random) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: rng.randrange(len(whole))])
+
+
+def _caught(folder: Path, config: dict | None) -> bool:
+    try:
+        vlafit.load_policy(folder, config=config)
+    except VlafitError as error:
+        return bool(str(error))
+    return False
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+def test_every_damage_to_an_openpi_file_is_caught(family: str, tmp_path: Path):
+    whole, other = _openpi(family), _openpi({"pi0": "pi05", "pi05": "pi0"}[family])
+    path = tmp_path / "model.safetensors"
+    save_file(whole, path)
+    assert not _caught(tmp_path, TOLD)  # whole, it loads
+    for trial in range(TRIALS):
+        rng = random.Random(f"{family} {trial}")
+        tensors = {name: t.clone() for name, t in whole.items()}
+        damage = rng.choice([*DAMAGES, _truncate])
+        if damage is _truncate:
+            save_file(tensors, path)
+            _truncate(path, rng)
+            name = ""
+        else:
+            name = damage(tensors, rng, other)
+            save_file(tensors, path)
+        assert _caught(tmp_path, TOLD) != (name in EXCUSED), (trial, damage, name)
+
+
+def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(tmp_path: Path):
+    saved = tmp_path / "saved"
+    policy = _policy("pi0")
+    vlafit.save_checkpoint(policy, saved)
+    whole = {name: t.detach().clone() for name, t in policy.state_dict().items()}
+    other = {name: t.detach().clone() for name, t in _policy("pi05").state_dict().items()}
+    assert not _caught(saved, None)
+    for trial in range(TRIALS):
+        rng = random.Random(f"native {trial}")
+        folder = Path(shutil.copytree(saved, tmp_path / f"{trial}"))
+        tensors = {name: t.clone() for name, t in whole.items()}
+        damage = rng.choice([*DAMAGES, _truncate])
+        if damage is _truncate:
+            _truncate(rng.choice(sorted(p for p in folder.iterdir() if p.is_file())), rng)
+        else:
+            damage(tensors, rng, other)
+            save_file(tensors, folder / native.WEIGHTS)
+            path = folder / native.MANIFEST
+            content = json.loads(path.read_text())
+            content["files"][native.WEIGHTS] = files.sha256(folder / native.WEIGHTS)
+            path.write_text(json.dumps(content))
+        assert _caught(folder, None), (trial, damage)
+        shutil.rmtree(folder)
+
+
+def test_every_lost_or_cut_file_of_an_orbax_folder_is_caught(tmp_path: Path):
+    saved = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_pure_bf16" / "params"
+    # What only keeps Orbax's own books, and what one process wrote before all were joined, holds no weights.
+    needed = ("_METADATA", "manifest.ocdbt", "ocdbt.process_0/d", "d")
+    for trial in range(40):
+        rng = random.Random(f"orbax {trial}")
+        folder = Path(shutil.copytree(saved, tmp_path / f"{trial}"))
+        choices = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        choices = [p for p in choices if p.relative_to(folder).as_posix() in needed or p.parent.name == "d"]
+        victim = rng.choice(choices)
+        lost = victim.name != "_METADATA" and rng.random() < 0.4
+        if lost:
+            victim.unlink()
+        else:
+            _truncate(victim, rng)
+        same = _same_weights(saved, folder)
+        assert same is not False, (trial, victim, lost)
+        shutil.rmtree(folder)
+
+
+def _same_weights(whole: Path, damaged: Path) -> bool | None:
+    """None: caught. Else whether the damage, where no weight lies, left every weight as it was."""
+    try:
+        policy = vlafit.load_policy(damaged, config={"chunk": 6})
+    except VlafitError:
+        return None
+    expected = vlafit.load_policy(whole, config={"chunk": 6}).state_dict()
+    return all(torch.equal(tensor, expected[name]) for name, tensor in policy.state_dict().items())

@@ -1,0 +1,450 @@
+"""LeRobot's checkpoints against what LeRobot itself recorded, in both layouts, whole and damaged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlafit
+from tests.policies.tiny import random_batch, random_draws, random_policy
+from vlafit.checkpoints import lerobot, lerobot_processors, openpi
+from vlafit.checkpoints.names import back
+from vlafit.codec import Codec
+from vlafit.codec.images import bilinear, fit_image
+from vlafit.errors import CodecError, WeightsError
+from vlafit.nn.batch import Batch
+from vlafit.types import Observation, Sample
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
+IO = load_file(FIXTURE / "io.safetensors")
+RAW = load_file(FIXTURE / "processor_io.safetensors")
+TASKS = ("pick up the_red block", "open drawer\n")
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+HEAD = "model.vlm_with_expert.vlm.lm_head.weight"
+
+
+def recorded_batch(cameras: tuple[str, ...] = ("cam_high", "cam_wrist")) -> Batch:
+    """The recorded model-ready inputs; the loss looks at the robot's six action dimensions alone."""
+    mask = torch.zeros(2, 10, 32, dtype=torch.bool)
+    mask[..., :6] = True
+    return Batch(
+        images=torch.stack([IO[f"core.image.{name}"] for name in cameras], 1),
+        image_mask=torch.ones(2, len(cameras), dtype=torch.bool),
+        tokens=IO["raw.observation.language.tokens"],
+        token_mask=IO["raw.observation.language.attention_mask"],
+        state=IO["core.state_padded"],
+        actions=IO["core.actions_padded"],
+        action_mask=mask,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(FIXTURE, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parity
+def test_velocity_and_losses_equal_the_recorded_ones():
+    policy = vlafit.load_policy(FIXTURE)
+    batch = recorded_batch()
+    velocity = policy.velocity(batch, noise=IO["raw.noise"], time=IO["raw.time"])
+    errors = (IO["raw.noise"] - IO["core.actions_padded"] - velocity).square()
+    torch.testing.assert_close(errors, IO["out.losses_unreduced"], **CLOSE)
+    loss = policy.loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
+    torch.testing.assert_close(loss, IO["out.loss"], **CLOSE)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_samples_equal_the_recorded_ones(steps: int):
+    actions = vlafit.load_policy(FIXTURE).act(recorded_batch(), noise=IO["raw.noise"], steps=steps)
+    torch.testing.assert_close(actions, IO[f"out.sample_actions.n{steps}"], **CLOSE)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("slot", ["dropped", "masked"])
+def test_a_missing_camera_gives_the_recorded_actions(slot: str):
+    batch = recorded_batch(("cam_high",)) if slot == "dropped" else recorded_batch()
+    batch.image_mask[:, 1:] = False
+    actions = vlafit.load_policy(FIXTURE).act(batch, noise=IO["raw.noise"])
+    torch.testing.assert_close(actions[..., :6], IO["missing_wrist.predict_action_chunk"], **CLOSE)
+
+
+@pytest.mark.parity
+def test_a_padded_chunk_has_the_recorded_loss():
+    batch = recorded_batch()
+    assert batch.action_mask is not None
+    batch.action_mask &= ~IO["raw.action_is_pad"][:, :, None]
+    loss = vlafit.load_policy(FIXTURE).loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
+    torch.testing.assert_close(loss, IO["padded.loss"], **CLOSE)
+
+
+@pytest.mark.parity
+def test_gradients_have_the_recorded_norms_and_the_frozen_backbone_has_none():
+    policy = vlafit.load_policy(FIXTURE)
+    norms = json.loads((FIXTURE / "gradient_norms.json").read_text())["grad_norms"]
+    trained = {i.name for i in policy.parts() if i.part in ("expert", "projections")}
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name in trained)
+    policy.loss(recorded_batch(), noise=IO["raw.noise"], time=IO["raw.time"])["loss"].backward()
+    assert {lerobot.SMOLVLA.theirs(name) for name in trained} == set(norms)
+    for name, parameter in policy.named_parameters():
+        theirs = lerobot.SMOLVLA.theirs(name)
+        assert (parameter.grad is None) == (theirs not in norms)
+        if parameter.grad is not None:
+            assert float(parameter.grad.norm()) == pytest.approx(norms[theirs], rel=1e-3)
+            if f"grad.{theirs}" in IO:
+                torch.testing.assert_close(parameter.grad, IO[f"grad.{theirs}"], **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------------- codec
+
+
+def robot_view(i: int, source: dict[str, torch.Tensor], instruction: str = "go") -> Observation:
+    """Row `i` of recorded inputs as a robot gives it; its images become whole grey levels."""
+    images = {
+        name: (source[f"raw.observation.images.{name}"][i] * 255).round().byte().permute(1, 2, 0).numpy()
+        for name in ("cam_high", "cam_wrist")
+    }
+    return Observation(images, source["raw.observation.state"][i].numpy(), instruction)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    loaded = vlafit.load_checkpoint(FIXTURE)
+    assert loaded.codec is not None and loaded.report.codec == ""
+    return loaded.codec
+
+
+@pytest.mark.parity
+def test_the_codec_encodes_what_the_processors_recorded(codec: Codec):
+    for i, task in enumerate(TASKS):
+        sample = Sample(
+            robot_view(i, RAW, task), RAW["raw.action"][i].numpy(), np.ones(10, bool), ("", "", i)
+        )
+        encoded = codec.encode(sample)
+        length = RAW["pre.observation.language.tokens"].shape[1]
+        assert np.array_equal(encoded.tokens[:length], RAW["pre.observation.language.tokens"][i])
+        assert np.array_equal(encoded.token_mask[:length], RAW["pre.observation.language.attention_mask"][i])
+        assert not encoded.token_mask[length:].any()
+        np.testing.assert_allclose(encoded.state[:7], RAW["pre.observation.state"][i], atol=1e-5)
+        assert encoded.actions is not None
+        np.testing.assert_allclose(encoded.actions[:, :6], RAW["pre.action"][i], atol=1e-5)
+
+
+@pytest.mark.parity
+def test_the_codec_decodes_to_the_recorded_actions(codec: Codec):
+    given, wanted = RAW["post_in.action"].numpy(), RAW["post_out.action"].numpy()  # [2, 6]
+    actions = np.zeros((codec.config.chunk, codec.config.action_dim), dtype=np.float32)
+    actions[: len(given), :6] = given
+    got = codec.decode(actions, robot_view(0, RAW)).actions
+    np.testing.assert_allclose(got[: len(given)], wanted, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_images_lie_where_the_reference_puts_them(codec: Codec):
+    for i in range(2):
+        images = codec.encode(robot_view(i, IO)).images
+        for slot, name in enumerate(("cam_high", "cam_wrist")):
+            got = images[slot].astype(np.float32) / 255 * 2 - 1
+            # Half a grey level is lost on the way in, and half on the way out.
+            np.testing.assert_allclose(got, IO[f"core.image.{name}"][i], atol=1.01 * 2 / 255)
+
+
+@pytest.mark.parity
+def test_bilinear_interpolation_is_the_references():
+    image = IO["raw.observation.images.cam_high"][0].permute(1, 2, 0).numpy()
+    want = IO["core.image.cam_high"][0].permute(1, 2, 0).numpy()[29:]
+    np.testing.assert_allclose(bilinear(image, 35, 64) * 2 - 1, want, atol=1e-5)
+    for height, width in ((40, 72), (64, 64), (7, 90), (1, 1)):
+        ours = bilinear(image, height, width)
+        theirs = torch.nn.functional.interpolate(
+            torch.from_numpy(image).permute(2, 0, 1)[None], size=(height, width), mode="bilinear"
+        )
+        np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), atol=1e-5)
+
+
+def test_padding_is_black_and_centred_or_top_left():
+    white = np.full((10, 20, 3), 255, np.uint8)
+    assert (fit_image(white, 20, "smolvla")[:10] == 0).all()
+    assert (fit_image(white, 20, "smolvla")[10:] == 255).all()
+    for framing in ("openpi", "lerobot"):
+        assert (fit_image(white, 20, framing)[5:15] == 255).all()
+    assert fit_image(fit_image(white, 20, "smolvla"), 20, "smolvla").shape == (20, 20, 3)
+
+
+def test_the_robot_has_the_features_names_and_nothing_invented(codec: Codec):
+    robot = codec.embodiment
+    assert [(c.name, c.shape) for c in robot.cameras] == [
+        ("cam_high", (40, 72, 3)),
+        ("cam_wrist", (40, 72, 3)),
+    ]
+    assert (robot.state.shape, robot.action.shape) == ((7,), (6,))
+    assert (robot.hz, robot.control) == (0.0, "")
+
+
+def test_a_native_checkpoint_keeps_such_a_codec_exactly(codec: Codec, tmp_path: Path):
+    policy = vlafit.load_policy(FIXTURE)
+    vlafit.save_checkpoint(policy, tmp_path / "native", codec)
+    again = vlafit.load_checkpoint(tmp_path / "native")
+    assert again.codec is not None
+    assert again.codec.config == codec.config
+    one, other = codec.encode(robot_view(0, RAW)), again.codec.encode(robot_view(0, RAW))
+    assert np.array_equal(one.state, other.state) and np.array_equal(one.tokens, other.tokens)
+
+
+def test_a_missing_tokenizer_is_reported_and_may_be_given(folder: Path):
+    shutil.move(folder / "tokenizer", folder.parent / "elsewhere")
+    edit(folder / "policy_preprocessor.json", lambda v: v["steps"][3].pop("artifacts"))
+    loaded = vlafit.load_checkpoint(folder)
+    assert loaded.codec is None
+    assert "tokenizer 'tokenizer' is not in the folder; give its folder" in loaded.report.text()
+    assert vlafit.load_checkpoint(folder, tokenizer=folder.parent / "elsewhere").codec is not None
+
+
+def test_an_empty_camera_is_a_slot_that_is_always_missing(folder: Path):
+    key = "observation.images.empty_camera_0"
+    edit(
+        folder / "config.json",
+        lambda v: v["input_features"].update({key: {"type": "VISUAL", "shape": [3, 480, 640]}}),
+    )
+    codec = vlafit.load_checkpoint(folder).codec
+    assert codec is not None and codec.config.cameras == ("cam_high", "cam_wrist", "")
+    assert codec.encode(robot_view(0, RAW)).image_mask.tolist() == [True, True, False]
+
+
+def test_a_renamed_camera_has_the_robots_name(folder: Path):
+    names = {"observation.images.front": "observation.images.cam_high"}
+    edit(folder / "policy_preprocessor.json", lambda v: v["steps"][0]["config"].update(rename_map=names))
+    codec = vlafit.load_checkpoint(folder).codec
+    assert codec is not None and codec.config.cameras == ("front", "cam_wrist")
+
+
+@pytest.mark.parametrize(
+    ("exclude", "names", "mask"),
+    [
+        (["gripper"], ["x", "y", "left_Gripper.pos"], (True, True, False)),
+        ([], ["x", "y", "gripper"], (True, True, True)),
+        (["gripper"], None, (True, True, True)),
+    ],
+)
+def test_relative_dimensions_are_told_by_the_names_of_joints(exclude, names, mask):
+    assert lerobot_processors.mask_of(names, exclude, 3) == mask
+
+
+BAD_PROCESSORS = {
+    "an unknown step": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"].insert(2, {"registry_name": "image_crop_resize_processor", "config": {}}),
+        "step 2 .image_crop_resize_processor.: this step is not known",
+    ),
+    "normalised images": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"]["norm_map"].update(VISUAL="MEAN_STD"),
+        "images are normalised .MEAN_STD.",
+    ),
+    "deciles": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"]["norm_map"].update(STATE="QUANTILE10"),
+        "STATE is normalised by QUANTILE10",
+    ),
+    "another epsilon": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"].update(eps=1e-3),
+        "eps is 0.001",
+    ),
+    "padding on the left": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][3]["config"].update(padding_side="left"),
+        "padding_side is not 'right'",
+    ),
+    "no normaliser": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"].pop(5),
+        "0 steps are normalizer_processor",
+    ),
+    "an output that is not undone": (
+        "policy_postprocessor.json",
+        lambda v: v["steps"][0]["config"]["norm_map"].update(ACTION="MIN_MAX"),
+        "does not undo",
+    ),
+    "a robot without width": (
+        "config.json",
+        lambda v: v["output_features"].pop("action"),
+        "no feature 'action' of one dimension",
+    ),
+    "aloha's joints": (
+        "config.json",
+        lambda v: v.update(adapt_to_pi_aloha=True),
+        "adapt_to_pi_aloha is true",
+    ),
+    "special image tokens": (
+        "config.json",
+        lambda v: v.update(add_image_special_tokens=True),
+        "add_image_special_tokens is true",
+    ),
+    "a shallow expert": ("config.json", lambda v: v.update(num_expert_layers=2), "num_expert_layers is 2"),
+    "a wide image": (
+        "config.json",
+        lambda v: v.update(resize_imgs_with_padding=[64, 32]),
+        r"resize_imgs_with_padding is \[64, 32\]",
+    ),
+    "another family": (
+        "config.json",
+        lambda v: v.update(type="pi0"),
+        "type 'pi0', the tensors are those of smolvla",
+    ),
+    "other periods": ("config.json", lambda v: v.update(max_period=8.0), "max_period is 8.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROCESSORS)
+def test_what_we_cannot_repeat_is_refused_by_name(folder: Path, case: str):
+    name, change, message = BAD_PROCESSORS[case]
+    edit(folder / name, change)
+    with pytest.raises(WeightsError, match=message):
+        vlafit.load_checkpoint(folder)
+
+
+def test_statistics_that_are_not_there_are_an_error_and_not_a_feature_left_as_it_is(folder: Path):
+    path = folder / "policy_preprocessor_step_5_normalizer_processor.safetensors"
+    tensors = load_file(path)
+    del tensors["observation.state.std"]
+    save_file(tensors, path)
+    with pytest.raises(
+        WeightsError, match="observation.state is to be normalised by lerobot_mean_std, and std is not"
+    ):
+        vlafit.load_checkpoint(folder)
+
+
+def test_a_foreign_instruction_that_is_too_long_is_refused_and_not_cut(codec: Codec):
+    with pytest.raises(CodecError, match="has 60 tokens, the policy takes 48"):
+        codec.encode(robot_view(0, RAW, "a" * 59))
+
+
+# ----------------------------------------------------------------------------------------------- weights
+
+
+def test_the_head_is_knowingly_unused_and_the_rest_is_used():
+    report = vlafit.load_checkpoint(FIXTURE).report
+    assert (report.form, report.family, report.unused) == ("LeRobot", "smolvla", (HEAD,))
+    assert report.parameters + 512 * 64 == sum(
+        t.numel() for t in load_file(FIXTURE / "model.safetensors").values()
+    )
+
+
+def test_without_any_config_the_error_names_the_first_key_to_give(folder: Path):
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(WeightsError, match="'vision.heads'; give it as config"):
+        vlafit.load_policy(folder)
+    given = {"vision.heads": 4, "language.head_dim": 16, "image_size": 64, "chunk": 10, "max_tokens": 48}
+    policy = vlafit.load_policy(folder, config=given)
+    assert policy.config == vlafit.load_policy(FIXTURE).config
+
+
+def test_names_of_compiled_modules_and_old_statistics_among_the_weights_are_understood(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("model.", "model._orig_mod.", 1): tensor for name, tensor in tensors.items()}
+    tensors["normalize_inputs.so100_buffer_observation_state.mean"] = torch.full((7,), torch.inf)
+    save_file(tensors, folder / "model.safetensors")
+    loaded = vlafit.load_checkpoint(folder)
+    assert "normalize_inputs.so100_buffer_observation_state.mean" in loaded.report.unused
+    assert loaded.policy.config == vlafit.load_policy(FIXTURE).config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.state_proj.bias"), "missing .1.: state_proj.bias"),
+        (lambda t: t.update({"model.extra": torch.ones(2)}), "surplus .1.: model.extra"),
+        (
+            lambda t: t["model.action_in_proj.weight"].fill_(torch.nan),
+            "not finite .1.: action_in_proj.weight",
+        ),
+        (
+            lambda t: t.pop("model.vlm_with_expert.lm_expert.layers.3.mlp.up_proj.weight"),
+            "missing .1.: expert.layers.3.mlp.up_proj.weight",
+        ),
+    ],
+)
+def test_damaged_weights_are_named(folder: Path, change, message: str):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        vlafit.load_policy(folder)
+
+
+def test_the_public_size_has_the_published_number_of_parameters_and_tensors():
+    from vlafit.policies.smolvla import SIZES, build
+
+    config = SIZES["smolvla"]
+    policy = build(config, "meta")
+    count = sum(p.numel() for p in policy.parameters()) + config.language.vocab * config.language.width
+    assert round(count / 1e6, 2) == 450.05
+    assert len(list(policy.parameters())) + 1 == 500
+
+
+# ------------------------------------------------------------------------------------- pi0 and pi0.5
+
+
+def write_pi0(folder: Path, size: str, layout: str):
+    """Write a tiny pi0 or pi0.5 as LeRobot stores it, with the config.json it writes."""
+    policy = random_policy(size)
+    kind = "pi05" if policy.config.pi05 else "pi0"
+    weights = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    dead = torch.randn(weights["language.embed_tokens.weight"].shape[0], policy.config.expert.width)
+    if layout == "hub":
+        tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
+    else:
+        tensors = {lerobot.PI0.theirs(name): tensor for name, tensor in weights.items()}
+        stale = (
+            weights["language.embed_tokens.weight"] + 1
+        )  # LeRobot trains the embedding, and leaves the head
+        tensors |= {lerobot.PI0.ties["language.embed_tokens.weight"]: stale, lerobot.PI0.unused[0]: dead}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    described = {"type": kind, "chunk_size": policy.config.chunk, "tokenizer_max_length": 12,
+                 "max_state_dim": policy.config.state_dim, "input_features": {}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described))
+    return policy
+
+
+@pytest.mark.parametrize("layout", ["hub", "save_pretrained"])
+@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny"])
+def test_pi0_loads_from_both_layouts(tmp_path: Path, size: str, layout: str):
+    policy = write_pi0(tmp_path / "x", size, layout)
+    given = {"vision.heads": 2, "language.head_dim": 8}
+    loaded = vlafit.load_checkpoint(tmp_path / "x", config=given)
+    assert loaded.report.form == "LeRobot"
+    assert loaded.policy.config == policy.config
+    assert all(torch.equal(p, loaded.policy.get_parameter(n)) for n, p in policy.named_parameters())
+    assert any("gemma_expert.lm_head" in name for name in loaded.report.unused)
+    assert any("paligemma.lm_head" in n for n in loaded.report.tied + loaded.report.unused)
+    batch = random_batch(policy.config)
+    noise, time = random_draws(policy.config)
+    assert torch.equal(policy.velocity(batch, noise, time), loaded.policy.velocity(batch, noise, time))
+
+
+def test_pi05_weights_beside_a_pi0_config_are_refused(tmp_path: Path):
+    write_pi0(tmp_path / "x", "pi05-tiny", "save_pretrained")
+    edit(tmp_path / "x" / "config.json", lambda v: v.update(type="pi0"))
+    with pytest.raises(WeightsError, match="type 'pi0', the tensors are those of pi05"):
+        vlafit.load_policy(tmp_path / "x")

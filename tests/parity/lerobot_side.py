@@ -1,0 +1,106 @@
+"""The half of the live comparison that runs under LeRobot's own Python; it knows nothing of vlafit.
+
+    PYTHON tests/parity/lerobot_side.py EXPORTED INPUTS OUT
+
+loads the policy and both processors in EXPORTED, feeds them INPUTS, and writes what comes out, with a
+checkpoint that LeRobot itself saved, into OUT. Tiny networks are made possible by telling LeRobot their
+sizes, which it otherwise has by name alone; nothing that computes is replaced.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def tell_sizes(kind: str, sizes: dict, folder: Path) -> None:
+    """Make LeRobot build networks of our sizes, without the Hub."""
+    if kind == "smolvla":
+        from lerobot.policies.smolvla import smolvlm_with_expert as module
+
+        words = SimpleNamespace(fake_image_token_id=1, global_image_token_id=2)
+        module.AutoProcessor = SimpleNamespace(from_pretrained=lambda name: SimpleNamespace(tokenizer=words))
+        named = module.AutoConfig
+        module.AutoConfig = SimpleNamespace(from_pretrained=lambda name: named.from_pretrained(folder / name))
+        module.get_intermediate_size = lambda hidden: sizes["expert"]["mlp"]
+        return
+    from lerobot.policies.pi0 import modeling_pi0
+    from lerobot.policies.pi05 import modeling_pi05
+
+    lang, v = sizes["language"], sizes["vision"]
+    for module in (modeling_pi0, modeling_pi05):
+        mapping = module.CONFIG_MAPPING
+
+        def config(variant: str, module=module) -> object:
+            part = lang if variant == "gemma_2b" else sizes["expert"]
+            heads = (lang["heads"], lang["kv_heads"], lang["head_dim"])
+            return module.GemmaConfig(part["width"], lang["depth"], part["mlp"], *heads)
+
+        def paligemma(mapping=mapping) -> object:
+            made = mapping["paligemma"]()
+            text, vision = made.text_config, made.vision_config
+            vision.hidden_size, vision.num_hidden_layers = v["width"], v["depth"]
+            vision.num_attention_heads, vision.patch_size = v["heads"], v["patch"]
+            return Fixed(made, text, vision)
+
+        class Fixed:
+            """A config whose sizes of the image tower and vocabulary cannot be set otherwise."""
+
+            def __new__(cls, made, text, vision):
+                kept = {
+                    (id(vision), "intermediate_size"): v["mlp"],
+                    (id(vision), "projection_dim"): lang["width"],
+                    (id(text), "vocab_size"): lang["vocab"],
+                }
+                for part in (text, vision):
+                    base = type(part)
+
+                    def set_fixed(self, name, value, base=base):
+                        base.__setattr__(self, name, kept.get((id(self), name), value))
+
+                    part.__class__ = type(
+                        base.__name__, (base,), {"__setattr__": set_fixed, "model_type": base.model_type}
+                    )
+                return made
+
+        def gemma(mapping=mapping, **values) -> object:
+            return mapping["gemma"](**values | {"vocab_size": lang["vocab"]})
+
+        module.get_gemma_config = config
+        module.CONFIG_MAPPING = {"paligemma": paligemma, "gemma": gemma}
+
+
+def main(exported: Path, inputs: Path, out: Path) -> None:
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    sizes = json.loads((inputs.parent / "sizes.json").read_text())
+    words = json.loads((inputs.parent / "tasks.json").read_text())
+    config = PreTrainedConfig.from_pretrained(exported)
+    tell_sizes(config.type, sizes, exported)
+    policy = get_policy_class(config.type).from_pretrained(exported, config=config).eval()
+    there = {"tokenizer_processor": {"tokenizer_name": str(exported / "tokenizer")}}  # 0.6.1 looks in the cwd
+    pre, post = make_pre_post_processors(config, pretrained_path=str(exported), preprocessor_overrides=there)
+    given = load_file(inputs)
+    noise, time = given.pop("noise"), given.pop("time")
+    batch = pre({**given, "task": words})
+    policy.model.sample_noise = lambda *_: noise
+    policy.model.sample_time = lambda *_: time
+    with torch.no_grad():
+        loss, _ = policy.forward(dict(batch))
+        actions = policy.predict_action_chunk(dict(batch), noise=noise)
+        robot = post(actions)
+    out.mkdir(parents=True)
+    found = {"loss": loss, "actions": actions, "robot": robot}
+    found |= {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    save_file({name: value.contiguous() for name, value in found.items()}, out / "found.safetensors")
+    policy.save_pretrained(out / "saved")
+    pre.save_pretrained(out / "saved")
+    post.save_pretrained(out / "saved")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,370 @@
+"""Every adapter on a policy of pi0's shape: no effect at first, learns, leaves the rest alone, merges."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.functional import get_peft_model_state_dict
+from peft.tuners.lora.dora import DoraLinearLayer
+
+from tests.tuning.world import METHODS, QUANTISED, make_policy, probe, rules, train, velocity
+from vlafit.checkpoints import adapted
+from vlafit.errors import StrategyError
+from vlafit.recipe import OptimRecipe
+from vlafit.tuning import apply, apply_strategy, enter, parse, preview
+from vlafit.tuning.dora import FactoredDoraLayer
+from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
+from vlafit.tuning.merge import merge
+from vlafit.tuning.ranks import rank_schedule
+
+REST = {"mode": "frozen"}
+
+
+def strategy(*tables: dict, name: str = "mine"):
+    return parse(tables, name=name, where="test")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_changes_nothing_until_it_learns_and_then_everything_it_has_learns(name: str):
+    policy = make_policy()
+    plan = apply(policy, strategy(*rules(name)), probe=probe(policy))  # raises where the output changes
+    start = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    losses = train(policy)
+    assert losses[-1] < losses[0]
+    learning = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert {base_name(n) for n in learning} == set(plan.trainable)
+    changed = {n for n, p in policy.named_parameters() if not torch.equal(p, start[n])}
+    assert changed == learning  # frozen tensors keep their bits, and nothing that learns stood still
+
+
+@pytest.mark.parametrize("name", [*METHODS, *QUANTISED])
+def test_merging_keeps_the_outputs_and_leaves_a_plain_policy(name: str):
+    policy = make_policy()
+    names = [n for n, _ in policy.named_parameters()]
+    apply_strategy(policy, rules(name))
+    train(policy)
+    before = velocity(policy)
+    assert merge(policy) is policy
+    assert [n for n, _ in policy.named_parameters()] == names
+    assert {type(m) for m in policy.modules()} == {type(m) for m in make_policy().modules()}
+    assert (velocity(policy) - before).abs().max() < (1e-5 if name in METHODS else 1e-4)
+    apply_strategy(policy, rules("lora"))  # and it can be adapted again
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_is_near_the_policy_and_what_sits_on_it_learns(name: str):
+    policy = make_policy()
+    before = velocity(policy)
+    plan = apply(policy, strategy(*rules(name)), probe=probe(policy))  # compared after rounding
+    assert 0 < (velocity(policy) - before).abs().max() < (1.0 if name == "nf4" else 0.1)
+    base = {n: p.detach().clone() for n, p in policy.named_parameters() if "base_layer" in n}
+    losses = train(policy)
+    assert losses[-1] < losses[0]
+    tensors = dict(policy.named_parameters())
+    assert all(torch.equal(_stored(tensors[n]), _stored(p)) for n, p in base.items())
+    assert plan.parameters == preview(make_policy(), strategy({"mode": "full"})).parameters
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.qdata if hasattr(tensor, "qdata") else tensor.data  # torchao's subclass compares nothing
+
+
+def test_several_adapters_full_and_frozen_parts_live_in_one_policy():
+    policy = make_policy()
+    plan = apply_strategy(
+        policy,
+        [
+            {"select": {"part": "expert"}, "mode": "full", "lr": 0.5},
+            {"select": {"part": "language", "kind": "attention"}, "mode": "lora", "rank": 2},
+            {"select": {"part": "language", "kind": "mlp"}, "mode": "dora", "rank": 3, "alpha": 6},
+            {"select": {"part": "vision", "kind": "mlp"}, "mode": "loha", "rank": 2},
+            {"select": {"part": "projections"}, "mode": "full"},
+            REST,
+        ],
+    )
+    assert {g.name for g in make_groups(plan.adapted)} == {"lora", "dora", "loha"}
+    start = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    train(policy)
+    changed = {base_name(n) for n, p in policy.named_parameters() if not torch.equal(p, start[n])}
+    assert changed == set(plan.trainable)  # each layer goes on using its own adapter
+    rows = {row.mode: row for row in plan.table if row.mode != "full"}
+    assert rows["lora"].parameters > rows["lora"].trainable == rows["lora"].adapter > 0
+    assert rows["frozen"].trainable == 0
+    assert plan.trainable_parameters == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+def test_rules_of_one_method_with_other_ranks_share_a_group_and_other_settings_do_not():
+    ranks = strategy(
+        {"select": {"part": "language", "kind": "mlp"}, "mode": "lora", "rank": 2},
+        {"select": {"part": "expert", "kind": "mlp"}, "mode": "lora", "rank": 5},
+        {"select": {"part": "expert", "kind": "attention"}, "mode": "lora", "rank": 2, "rslora": True},
+        REST,
+    )
+    policy = make_policy()
+    plan = apply(policy, ranks)
+    assert [g.name for g in make_groups(plan.adapted)] == ["lora", "lora_2"]
+    shapes = {e.name: e.shape for e in plan.entries if e.adapts}
+    assert shapes["language.layers.0.mlp.up_proj.lora_A.lora.weight"][0] == 2
+    assert shapes["expert.layers.0.mlp.up_proj.lora_A.lora.weight"][0] == 5
+    assert "expert.layers.0.self_attn.q_proj.lora_A.lora_2.weight" in shapes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_peft_itself_reads_the_names_and_settings_that_we_write(name: str, tmp_path):
+    policy = make_policy()
+    plan = apply_strategy(policy, rules(name))
+    train(policy)
+    (tmp_path / "adapters").mkdir()
+    adapted.write(tmp_path, policy, plan, dict(policy.named_parameters()), None)
+    for group in make_groups(plan.adapted):
+        other = make_policy() if name != "pissa" else _residual(policy)
+        model = PeftModel.from_pretrained(other, str(tmp_path / "adapters" / group.name))
+        if len(make_groups(plan.adapted)) == 1:
+            _copy_projections(policy, other)
+            torch.testing.assert_close(velocity(model.base_model.model), velocity(policy), atol=1e-6, rtol=0)
+        ours = {adapted.PREFIX + k for k in get_peft_model_state_dict(policy, adapter_name=group.name)}
+        assert ours == {
+            adapted.PREFIX + k.removeprefix(adapted.PREFIX) for k in get_peft_model_state_dict(model)
+        }
+
+
+def _residual(policy):
+    """A bare policy with the weights that PiSSA left below its adapters."""
+    other = make_policy()
+    bases = {base_name(n): p for n, p in policy.named_parameters() if n not in adapter_tensors(policy)}
+    other.load_state_dict(bases)
+    return other
+
+
+@torch.no_grad()
+def _copy_projections(source, target) -> None:
+    live = dict(target.named_parameters())
+    for name, p in source.named_parameters():
+        if "proj" in name.split(".")[0] or "action" in name.split(".")[0]:
+            live[name].copy_(p)
+
+
+def test_dora_from_factors_is_pefts_dora_in_outputs_and_gradients():
+    torch.manual_seed(0)
+    policy = make_policy()
+    group = make_groups(apply_strategy(policy, rules("dora")).adapted)[0]
+    torch.manual_seed(0)
+    theirs = get_peft_model(make_policy(), peft_config(group), adapter_name="dora").base_model.model
+    tensors = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():  # the same values, B no longer zero
+            tensors[name].copy_(parameter.add_(0.05 * torch.randn_like(parameter)))
+    assert any(isinstance(m, FactoredDoraLayer) for m in policy.modules())
+    assert any(type(m) is DoraLinearLayer for m in theirs.modules())
+    assert not any(isinstance(m, FactoredDoraLayer) for m in theirs.modules())
+    torch.testing.assert_close(velocity(policy), velocity(theirs), atol=1e-5, rtol=1e-5)
+    for each in (policy, theirs):
+        enter_only_adapters(each)
+        train(each, steps=1, lr=0.0)
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(tensors[name].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def enter_only_adapters(policy) -> None:
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name in adapter_tensors(policy))
+
+
+def test_adalora_lowers_the_ranks_to_the_target_and_keeps_its_scores_through_an_interruption():
+    def run(steps: int, stop: int | None = None):
+        policy = make_policy()
+        plan = apply_strategy(policy, rules("adalora"))
+        schedule = rank_schedule(policy, plan, steps=steps)
+        assert schedule is not None
+        return policy, plan, schedule
+
+    from tests.tuning.world import make_batch
+
+    policy, _, schedule = run(20)
+    layers = len(schedule.ranks()) or 1
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    batch, noise, time = make_batch()
+    for step in range(1, 21):
+        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.after_step(step)
+        if step == 10:
+            kept = {k: v.clone() for k, v in schedule.state().items()}
+            weights = {k: v.detach().clone() for k, v in policy.state_dict().items()}
+    ranks = schedule.ranks()
+    assert sum(ranks.values()) <= 2 * layers and max(ranks.values()) <= 4
+    again, _, other = run(20)
+    again.load_state_dict(weights)
+    other.load(kept)
+    assert other.state().keys() == kept.keys()
+    assert all(torch.equal(other.state()[k], v) for k, v in kept.items())
+
+
+def test_lora_plus_gives_b_a_learning_rate_of_its_own_and_nothing_else():
+    policy = make_policy()
+    plan = apply_strategy(
+        policy,
+        [
+            {"select": {"part": "projections"}, "mode": "full"},
+            {"select": {"kind": ["attention"]}, "mode": "lora", "rank": 2, "lr": 2, "lr_b": 16},
+            REST,
+        ],
+    )
+    rates = {n: g["lr"] for g in plan.groups(policy, OptimRecipe(lr=1.0)) for n in g["names"]}
+    assert {r for n, r in rates.items() if ".lora_B." in n} == {32.0}
+    assert {r for n, r in rates.items() if ".lora_A." in n} == {2.0}
+    assert {r for n, r in rates.items() if "lora" not in n} == {1.0}
+
+
+def test_scales_and_magnitudes_do_not_decay():
+    for name, word in (("ia3", "ia3_l"), ("dora", "magnitude"), ("adalora", "lora_E")):
+        plan = preview(make_policy(), strategy(*rules(name)))
+        scales = [e for e in plan.entries if word in e.name]
+        assert scales and not any(e.decays for e in scales)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            {"select": {"kind": "conv"}, "mode": "oft"},
+            r"oft works on: linear\. On conv these work: lora, dora",
+        ),
+        ({"select": {"kind": "embedding"}, "mode": "loha"}, r"loha works on: linear, conv.*lora, dora"),
+        (
+            {"select": {"kind": "conv"}, "mode": "lora", "init": "pissa"},
+            "lora with init = 'pissa' works on: linear",
+        ),
+        (
+            {"select": {"part": "expert"}, "mode": "lora"},
+            "no weight of a linear layer.*narrow the rule by `kind`",
+        ),
+        (
+            {"select": {"part": "vision", "kind": "mlp"}, "mode": "lora", "init": "pissa", "rank": 17},
+            "only 16 singular vectors, not `rank` 17",
+        ),
+        (
+            {"select": {"kind": "conv"}, "mode": "frozen", "quantise": "nf4"},
+            "only the linear layers of attention",
+        ),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "rnak": 4}, "unknown key 'rnak'; did you mean 'rank'"),
+        (
+            {"select": {"kind": "mlp"}, "mode": "ia3", "rank": 4},
+            "`rank` means nothing for ia3; it has no options",
+        ),
+        ({"select": {"kind": "mlp"}, "mode": "full", "rank": 4}, "`rank` is of adapters"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 0}, "`rank` is a whole number from 1 on, not 0"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 2.5}, "`rank` is a whole number"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "alpha": float("nan")}, "`alpha` is a number above 0"),
+        (
+            {"select": {"kind": "mlp"}, "mode": "lora", "dropout": 1},
+            "`dropout` is a number from 0 to below 1",
+        ),
+        (
+            {"select": {"kind": "mlp"}, "mode": "lora", "init": "pisa"},
+            "unknown init 'pisa'; did you mean 'pissa'",
+        ),
+        (
+            {"select": {"kind": "mlp"}, "mode": "adalora", "rank": 4, "target_rank": 4},
+            "make it smaller than `rank`",
+        ),
+        ({"select": {"kind": "mlp"}, "mode": "dora", "quantise": "nf4"}, "goes with mode frozen or lora"),
+        (
+            {"select": {"kind": "mlp"}, "mode": "lora", "quantise": "nf5"},
+            "unknown `quantise` 'nf5'; did you mean 'nf4'",
+        ),
+        (
+            {"select": {"kind": "mlp"}, "mode": "lora", "quantise": "nf4", "init": "pissa"},
+            "PiSSA changes the base weight",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_with_what_can(rule: dict, message: str):
+    policy = make_policy()
+    before = [(n, p.requires_grad) for n, p in policy.named_parameters()]
+    with pytest.raises(StrategyError, match=f"(?s){message}"):
+        apply_strategy(policy, [rule, REST])
+    assert [(n, p.requires_grad) for n, p in policy.named_parameters()] == before
+
+
+def test_two_adaloras_with_other_options_are_refused_for_they_share_one_budget():
+    first = {"select": {"part": "expert", "kind": "mlp"}, "mode": "adalora", "rank": 4, "target_rank": 2}
+    second = {"select": {"part": "language", "kind": "mlp"}, "mode": "adalora", "rank": 6, "target_rank": 2}
+    with pytest.raises(StrategyError, match="one budget"):
+        preview(make_policy(), strategy(first, second, REST))
+
+
+def test_a_policy_that_is_adapted_already_takes_no_second_strategy():
+    policy = make_policy()
+    apply_strategy(policy, rules("lora"))
+    with pytest.raises(StrategyError, match="carries adapters already"):
+        apply_strategy(policy, rules("dora"))
+
+
+def test_dead_layers_get_no_adapter():
+    plan = preview(make_policy(), strategy(*rules("lora")))
+    dead = {e.name for e in plan.entries if e.dead}
+    assert dead and not any(e.adapts in dead for e in plan.entries)
+
+
+def test_an_output_that_changes_when_adapters_are_put_in_is_an_error():
+    policy, answers = make_policy(), iter([torch.ones(3), torch.ones(3) + 1e-3])
+    with pytest.raises(StrategyError, match="changed the policy's output by 1.0e-03"):
+        apply(policy, strategy(*rules("lora")), probe=lambda: next(answers))
+
+
+def test_an_adapter_of_a_later_stage_is_there_from_the_start_and_learns_only_then():
+    policy = make_policy()
+    staged = parse(
+        {
+            "stage": [
+                {"rule": [{"select": {"part": "projections"}, "mode": "full"}, REST]},
+                {"begin": {"step": 5}, "rule": rules("lora")},
+            ]
+        },
+        name="staged",
+        where="test",
+    )
+    plan = apply(policy, staged, probe=probe(policy))
+    assert {e.part for e in plan.entries if e.trainable} == {"projections"}
+    assert any(e.adapts for e in plan.entries) and not any(e.adapts and e.trainable for e in plan.entries)
+    enter(policy, plan.at(1))
+    assert {base_name(n) for n, p in policy.named_parameters() if p.requires_grad} == set(
+        plan.at(1).trainable
+    )
+    assert plan.at(1).at(0) == plan
+
+
+def test_layer_by_layer_stages_are_written_out_from_the_top():
+    staged = parse(
+        {
+            "stage": [
+                {"rule": [{"select": {"part": "projections"}, "mode": "full"}, REST]},
+                {
+                    "name": "expert",
+                    "begin": {"step": 10},
+                    "layer_by_layer": 2,
+                    "every": {"step": 5},
+                    "rule": [{"select": {"part": "expert", "layers": "top"}, "mode": "full"}, REST],
+                },
+            ]
+        },
+        name="gradual",
+        where="test",
+    )
+    written = preview(make_policy(), staged).strategy
+    assert [(s.name, s.begin.step if s.begin else 0) for s in written.stages] == [
+        ("", 0),
+        ("expert, top 2", 10),
+        ("expert, top 3", 15),
+    ]
+    assert parse_again(written) == written
+
+
+def parse_again(written):
+    from vlafit.tuning.strategy import plain
+
+    told = plain(written)
+    return parse(told, name=str(told.pop("name")), where="again")

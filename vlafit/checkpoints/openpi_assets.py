@@ -1,0 +1,152 @@
+"""openpi's norm_stats.json, turned into a codec.
+
+openpi's files tell the statistics and nothing of the robot: cameras are the model's three slots, rate and
+control mode are unknown (0 and empty), and actions count as absolute unless the user says otherwise.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vlafit import config as configuration
+from vlafit.codec import Codec, CodecConfig
+from vlafit.codec.statistics import Normalisation, Statistics
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError, WeightsError, did_you_mean
+from vlafit.nn.policy import Needs
+from vlafit.types import Embodiment, Feature
+
+FILE = "norm_stats.json"
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi, models/model.py: the fixed order
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """What openpi's files do not tell of a codec: the table `codec` of a checkpoint's `config`."""
+
+    normalisation: Normalisation | None = None
+    """None: mean_std for pi0 and quantile for pi0.5, as openpi has wired it."""
+    relative: tuple[bool, ...] = ()
+    """For each action dimension: whether it is minus the state's at the start of the chunk."""
+    state_dims: int | None = None
+    """The robot's own dimensions. None: as many as the statistics have before trailing padding."""
+    action_dims: int | None = None
+    """Likewise, of an action."""
+
+
+def find_assets(folder: Path) -> dict[str, Path]:
+    """Return the norm_stats.json files that lie in `folder`/assets, by asset (a name or a/b)."""
+    root = folder / "assets"
+    return {p.parent.relative_to(root).as_posix(): p for p in sorted(root.rglob(FILE)) if p.parent != root}
+
+
+def choose(found: Mapping[str, Path], assets: str | Path | None, where: str) -> tuple[str, Path] | None:
+    """Return the name and file of the asset that `assets` names: one of `found`, a file, or a folder.
+
+    Without a name, the only one; None when there is none. Raises WeightsError when there are several, or none
+    is called so.
+    """
+    if assets is None:
+        if len(found) > 1:
+            raise WeightsError(
+                f"{where}: several assets ({', '.join(found)}); say which: assets={min(found)!r}"
+            )
+        return next(iter(found.items()), None)
+    if str(assets) in found:
+        return str(assets), found[str(assets)]
+    path = Path(assets)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise WeightsError(f"{where}: there is no asset {str(assets)!r}{did_you_mean(str(assets), found)}")
+    return path.parent.name, path
+
+
+def read(path: Path) -> dict[str, Statistics]:
+    """Return the statistics of "state" and "action" in openpi's file, padding included."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["norm_stats"]
+        found = {ours: values[theirs] for ours, theirs in (("state", "state"), ("action", "actions"))}
+        made = {}
+        for name, one in found.items():
+            numbers = {n: one.get(n) for n in ("mean", "std", "q01", "q99")}
+            empty = {"count": 0, "min": None, "max": None}
+            made[name] = Statistics.from_json(numbers | empty, f"{path}: {name}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CodecError(f"{path}: not openpi's statistics of state and actions ({error!r})") from error
+    for name, statistics in made.items():
+        if (statistics.std < 0).any():
+            raise CodecError(f"{path}: {name}: a standard deviation is below 0")
+    return made
+
+
+def make_codec(
+    asset: tuple[str, Path], needs: Needs, tokenizer: Tokenizer, pi05: bool, options: Mapping[str, object]
+) -> tuple[Codec, tuple[str, ...]]:
+    """Return the codec of an asset's statistics for a policy that needs `needs`, and notes for the report.
+
+    `options` has the fields of `CodecOptions`. Raises CodecError for statistics that are not openpi's.
+    """
+    robot_name, path = asset
+    chosen = configuration.build(CodecOptions, options, f"{path}: config: codec")
+    statistics = read(path)
+    notes = []
+    for name, wanted in (("state", chosen.state_dims), ("action", chosen.action_dims)):
+        have = statistics[name].dimensions
+        kept = _without_padding(statistics[name]) if wanted is None else wanted
+        if not 1 <= kept <= have:
+            raise CodecError(f"{path}: {name} has {have} dimensions, the codec cannot have {kept}")
+        if kept < have:
+            notes.append(
+                f"{robot_name}: the last {have - kept} of {have} {name} statistics are padding; config"
+                f" {{'codec.{name}_dims': ...}} says otherwise"
+            )
+        statistics[name] = _cut(statistics[name], kept)
+    size = needs.image_size
+    robot = Embodiment(
+        name=robot_name,
+        cameras=tuple(Feature(name, (size, size, 3)) for name in CAMERAS),
+        state=Feature("state", (statistics["state"].dimensions,)),
+        action=Feature("actions", (statistics["action"].dimensions,)),
+        hz=0.0,
+        control="",
+    )
+    config = CodecConfig(
+        cameras=CAMERAS,
+        image_size=size,
+        state_dim=needs.state_dim,
+        action_dim=needs.action_dim,
+        chunk=needs.chunk,
+        normalisation=chosen.normalisation or ("quantile" if pi05 else "mean_std"),
+        relative=chosen.relative,
+        prompt=needs.prompt,
+        max_tokens=needs.max_tokens,
+    )
+    if not chosen.relative:
+        notes.append(
+            "openpi's files do not tell whether actions are relative to the state; they count as absolute,"
+            " unless config {'codec.relative': [...]} says otherwise"
+        )
+    return Codec(config, robot, statistics, tokenizer), tuple(notes)
+
+
+def _without_padding(statistics: Statistics) -> int:
+    """Return the number of dimensions before those, at the end, of which every number is 0."""
+    arrays = (statistics.mean, statistics.std, statistics.q01, statistics.q99)
+    used = np.flatnonzero(np.any([a != 0 for a in arrays if a is not None], axis=0))
+    return int(used[-1]) + 1 if len(used) else statistics.dimensions
+
+
+def _cut(statistics: Statistics, dimensions: int) -> Statistics:
+    def head(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[:dimensions]
+
+    return replace(
+        statistics,
+        mean=statistics.mean[:dimensions],
+        std=statistics.std[:dimensions],
+        q01=head(statistics.q01),
+        q99=head(statistics.q99),
+    )

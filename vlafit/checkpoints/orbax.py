@@ -1,0 +1,164 @@
+"""Orbax checkpoints, read with tensorstore alone: what arrays there are, and their contents piece by piece.
+
+What the arrays mean is not told here; see `vlafit.checkpoints.openpi_jax`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlafit.errors import WeightsError
+
+METADATA = "_METADATA"
+OCDBT = "manifest.ocdbt"
+SIGNS = (METADATA, OCDBT)
+INDEX_BYTES = 1 << 24  # room in the cache beside an array: for OCDBT's own tree
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One stored array, not read yet. `chunk` is the shape of the pieces that it is stored in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    spec: dict[str, Any]
+
+    def meta(self) -> Tensor:
+        """Return a tensor of this shape without storage; integers stay integers, to be refused."""
+        return torch.empty(self.shape, dtype=DTYPES.get(self.dtype, torch.int64), device="meta")
+
+    def slices(self) -> Iterator[Tensor]:
+        """Read the array, one index of its first axis at a time.
+
+        The stored pieces may span several indices. They are then kept until the last one is read, so that
+        each is unpacked once; a copy of the whole array is never made beside them.
+        """
+        import tensorstore
+
+        shared = bool(self.chunk) and self.chunk[0] > 1
+        size = int(np.prod(self.shape)) * 4 + INDEX_BYTES if shared else 0
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": size}})
+        try:
+            store = tensorstore.open(self.spec, context=context, read=True, open=True).result()
+            for i in range(self.shape[0]):
+                yield _tensor(store[i].read().result())
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def read(self) -> Tensor:
+        """Read the whole array."""
+        import tensorstore
+
+        try:
+            return _tensor(tensorstore.open(self.spec, read=True, open=True).result().read().result())
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> WeightsError:
+        return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")
+
+
+def find_params(path: Path) -> Path | None:
+    """Return the folder of the weights in `path`: itself, its `params`, or those of its only training step.
+
+    Returns None where there is no Orbax checkpoint. Raises WeightsError when there are several steps.
+    """
+    for folder in (path / "params", path):
+        if any((folder / sign).is_file() for sign in SIGNS):
+            return folder
+    if not path.is_dir():
+        return None
+    steps = sorted((p for p in path.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=_step)
+    if len(steps) > 1:
+        listed = ", ".join(p.name for p in steps)
+        raise WeightsError(f"{path}: holds the checkpoints of several steps ({listed}); name one of them")
+    return find_params(steps[0] / "params") if steps else None
+
+
+def open_leaves(folder: Path) -> dict[str, Leaf]:
+    """Return the arrays of an Orbax folder by name (``a/b/c``), from its metadata alone.
+
+    Raises WeightsError where the folder is damaged: its own list of arrays and the stored ones must agree.
+    """
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise WeightsError(
+            f"{folder}: an Orbax checkpoint is read with tensorstore: pip install tensorstore"
+        ) from error
+    listed, filled = _listed(folder)
+    # Mapped, the packed bytes of an array are not a second copy of it in memory.
+    mapped = {"file_io_mode": {"mode": "memmap"}}
+    base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/", **mapped}
+    root = {"driver": "ocdbt", "base": base} if (folder / OCDBT).is_file() else base
+    try:
+        keys = [key.decode() for key in tensorstore.KvStore.open(root).result().list().result()]
+        found = {}
+        for key in keys:
+            stem, _, file = key.rpartition("/")
+            if file in (".zarray", "zarr.json") and stem:
+                driver = "zarr" if file == ".zarray" else "zarr3"
+                inside = f"{base['path']}{stem}/" if root is base else f"{stem}/"
+                store = {**root, "path": inside}
+                spec: dict[str, Any] = {"driver": driver, "kvstore": store, "recheck_cached_data": "open"}
+                if filled:
+                    spec["fill_missing_data_reads"] = False
+                found[stem.replace(".", "/")] = spec
+        opened = {name: tensorstore.open(s, read=True, open=True) for name, s in found.items()}
+        leaves = {}
+        for name, future in opened.items():
+            store = future.result()
+            pieces = store.chunk_layout.read_chunk.shape or store.shape
+            chunk = tuple(size or whole for size, whole in zip(pieces, store.shape, strict=True))
+            leaves[name] = Leaf(name, tuple(store.shape), store.dtype.name, chunk, found[name])
+    except (ValueError, OSError, UnicodeDecodeError) as error:
+        raise WeightsError(
+            f"{folder}: not a whole Orbax folder ({_first_line(error)}); copy or download it again"
+        ) from error
+    if listed is not None and set(listed) != set(leaves):
+        lost, odd = sorted(set(listed) - set(leaves)), sorted(set(leaves) - set(listed))
+        raise WeightsError(
+            f"{folder}: {METADATA} and the stored arrays differ: missing {lost or 'none'}, not listed"
+            f" {odd or 'none'}; copy or download the folder again"
+        )
+    return leaves
+
+
+def _listed(folder: Path) -> tuple[list[str] | None, bool]:
+    """Return the names that the folder's metadata lists, and whether every number is stored, zeros too."""
+    path = folder / METADATA
+    if not path.is_file():
+        return None, False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content["tree_metadata"].values()
+        stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
+        names = ["/".join(str(k["key"]) for k in entry["key_metadata"]) for entry in stored]
+        return names, bool(content.get("store_array_data_equal_to_fill_value"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
+
+
+def _tensor(array: Any) -> Tensor:
+    array = np.asarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _step(path: Path) -> int:
+    return int(path.name)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).split("\n")[0]
+    return text if len(text) < 200 else f"{text[:200]}..."

@@ -1,0 +1,73 @@
+"""What became of every tensor of a checkpoint, and what it takes to run and to train the policy."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+SHOWN = 8  # names of a kind that the text of a report shows; the report itself holds all
+BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two moments
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor. `parts` counts parameters; `unused` and `tied` are the file's names.
+
+    `stored` counts the file's tensors by dtype. `adapted` says, for a policy that is not sized as the
+    checkpoint was, what was sliced, padded or is fresh; `notes` what else to know. `codec` says why there is
+    no codec; it is empty where there is one.
+    """
+
+    path: str
+    form: str
+    family: str
+    dtype: str
+    parts: dict[str, int]
+    bytes: int
+    unused: tuple[str, ...]
+    tied: tuple[str, ...]
+    fresh: tuple[str, ...]
+    used: int = 0
+    stored: dict[str, int] = dataclasses.field(default_factory=dict)
+    adapted: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    """Weights that have another shape in the file."""
+    notes: tuple[str, ...] = ()
+    codec: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the policy."""
+        return sum(self.parts.values())
+
+    @property
+    def bytes_to_train(self) -> int:
+        """Estimated memory to train every parameter in float32, activations not counted."""
+        return self.parameters * BYTES_TO_TRAIN
+
+    def text(self) -> str:
+        """Return the report in a few lines."""
+        parts = ", ".join(f"{part} {count:,}" for part, count in self.parts.items())
+        stored = ", ".join(f"{count} in {dtype}" for dtype, count in self.stored.items())
+        lines = [
+            f"{self.path}: {self.form} checkpoint of {self.family}, loaded in {self.dtype}",
+            f"{self.used} tensors used" + (f" (stored: {stored})" if stored else ""),
+            f"{self.parameters:,} parameters: {parts}",
+            f"memory: {self.bytes / 1e6:,.1f} MB of weights; to train all of them in fp32"
+            f" {self.bytes_to_train / 1e6:,.1f} MB, activations not counted",
+        ]
+        for what, names in (("tied", self.tied), ("knowingly unused", self.unused), ("fresh", self.fresh)):
+            if names:
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
+        lines += [f"adapted: {change}" for change in self.adapted]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.codec:
+            lines.append(f"no codec: {self.codec}")
+        return "\n".join(lines)
+
+    def facts(self) -> dict[str, object]:
+        """Return the report as plain values, the estimates included."""
+        return json.loads(json.dumps(dataclasses.asdict(self))) | {
+            "parameters": self.parameters,
+            "bytes_to_train": self.bytes_to_train,
+        }

@@ -1,0 +1,30 @@
+"""Checkpoints of families that are not ours, known by their tensors' names, to refuse them by name."""
+
+from collections.abc import Iterable
+
+# family, and patterns of which each must be in some tensor's name. The first family that fits is named.
+KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("GR00T", ("action_head.", "backbone.eagle")),
+    ("OpenVLA", ("vision_backbone.featurizer.", "language_model.model.layers.")),
+    ("OpenVLA-OFT's action head", ("action_head.model.mlp_resnet",)),
+    ("LeRobot's ACT", ("model.vae_encoder",)),
+    ("LeRobot's ACT", ("model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.")),
+    ("LeRobot's diffusion policy", ("diffusion.unet.",)),
+    ("LeRobot's VQ-BeT", ("vqbet.",)),
+    ("LeRobot's TD-MPC", ("_dynamics", "_Qs.")),
+    ("LeRobot's X-VLA", ("soft_prompt", "florence")),
+)
+
+
+def name_family(names: Iterable[str]) -> str:
+    """Return the family whose tensors have these names; empty when it is none that we know."""
+    every = list(names)
+    for family, signs in KNOWN:
+        if all(any(sign in name for name in every) for sign in signs):
+            return family
+    tower = any("vision_tower.vision_model." in n or "vision_tower.encoder." in n for n in every)
+    language = any("language_model." in n and ".layers." in n for n in every)
+    expert = any("gemma_expert" in n or "lm_expert" in n or ".dit." in n for n in every)
+    if tower and language and not expert:
+        return "pi0-FAST (or of PaliGemma alone): there is no action expert"
+    return ""

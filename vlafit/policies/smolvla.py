@@ -1,0 +1,299 @@
+"""SmolVLA: a SmolVLM2 prefix cut short, and an action expert that reads it by self and cross attention in
+turn.
+
+The prefix holds images, prompt and, last, the state, which sees all before it and is seen by none of it. So
+the state is a pass of its own over one token: with a frozen backbone, training `state_proj` keeps no more of
+the prefix for backward than that token. The expert's self layers see the prefix, and the actions up to their
+own (causally); its cross layers see the prefix alone, and count positions from the first action. K draws of
+noise and time are K blocks of one suffix, which do not see each other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlafit.nn.attention import draw_blocks, key_mask, per_query
+from vlafit.nn.batch import Batch, unit_images
+from vlafit.nn.flow import time_embedding
+from vlafit.nn.gemma import KeysValues
+from vlafit.nn.llama import Decoder, View
+from vlafit.nn.policy import Needs, ParameterInfo, Policy
+from vlafit.nn.precision import in_own_precision, matrix_dtype
+from vlafit.nn.siglip import SiglipTower
+from vlafit.nn.smolvlm import Connector, patch_positions
+from vlafit.policies._common import (
+    all_true_on_cpu,
+    check_batch,
+    describe,
+    draw_weights,
+    require,
+    require_positive,
+)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP image tower and the connector behind it."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    patch: int
+    """Pixels along a patch's side."""
+    image_size: int
+    """Pixels along the side of the images that the tower's position table is for; a multiple of `patch`."""
+    shuffle: int
+    """This many patches by this many become one token."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The prefix decoder; `depth` counts the layers that are left. Depth and heads are the expert's, too."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The action expert, as deep as the language model and with the same heads."""
+
+    width: int
+    mlp: int
+    self_every: int
+    """Every layer whose number this divides attends to itself and the prefix, the others to the prefix alone;
+    1: all attend to both, 0: none does."""
+
+
+@dataclass(frozen=True)
+class SmolVLAConfig:
+    """Every size of a SmolVLA policy."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    expert: ExpertConfig
+    image_size: int
+    """Pixels along the side of the policy's images."""
+    state_dim: int
+    """Padded width of the state."""
+    action_dim: int
+    """Padded width of an action."""
+    chunk: int
+    """Actions predicted at once."""
+    max_tokens: int
+    """Longest prompt, in tokens."""
+
+    def __post_init__(self) -> None:
+        v, lang, expert = self.vision, self.language, self.expert
+        require_positive({"": self, "vision.": v, "language.": lang})
+        fold = v.patch * v.shuffle
+        require(
+            (expert.width >= 1 and expert.mlp >= 1, "expert.width and expert.mlp must be at least 1"),
+            (expert.self_every >= 0, f"expert.self_every is {expert.self_every}; it must be at least 0"),
+            (
+                v.image_size % v.patch == 0,
+                f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
+            ),
+            (
+                self.image_size % fold == 0,
+                f"image_size {self.image_size} is not a multiple of vision.patch times vision.shuffle, "
+                f"{fold}",
+            ),
+            (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
+            (
+                lang.heads % lang.kv_heads == 0,
+                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
+            ),
+            (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
+            (expert.width % 2 == 0, f"expert.width {expert.width} is odd; time needs sine and cosine"),
+        )
+
+
+SIZES: dict[str, SmolVLAConfig] = {
+    "smolvla": SmolVLAConfig(  # SmolVLM2-500M-Video-Instruct, its first 16 text layers: LeRobot's defaults
+        VisionConfig(width=768, depth=12, mlp=3072, heads=12, patch=16, image_size=512, shuffle=4),
+        LanguageConfig(width=960, depth=16, mlp=2560, heads=15, kv_heads=5, head_dim=64, vocab=49280),
+        ExpertConfig(width=720, mlp=2048, self_every=2),
+        image_size=512,
+        state_dim=32,
+        action_dim=32,
+        chunk=50,
+        max_tokens=48,
+    ),
+    "smolvla-tiny": SmolVLAConfig(
+        VisionConfig(width=16, depth=2, mlp=24, heads=2, patch=4, image_size=16, shuffle=2),
+        LanguageConfig(width=24, depth=4, mlp=32, heads=4, kv_heads=2, head_dim=8, vocab=300),
+        ExpertConfig(width=16, mlp=20, self_every=2),
+        image_size=16,
+        state_dim=6,
+        action_dim=5,
+        chunk=4,
+        max_tokens=12,
+    ),
+}
+"""The public size, and a tiny one for tests."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the suffix needs of images, prompt and state: `layers` of keys and values, and which are real.
+
+    `valid` is bool [b, l], or None when all are; `count` int64 [b, 1] is the number of real tokens.
+    """
+
+    layers: list[KeysValues]
+    valid: Tensor | None
+    count: Tensor
+
+
+class SmolVLA(Policy):
+    """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
+
+    config: SmolVLAConfig
+
+    def __init__(self, config: SmolVLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        v, lang, expert = config.vision, config.language, config.expert
+        heads = (lang.heads, lang.kv_heads, lang.head_dim)
+        self.vision = SiglipTower(v.width, v.depth, v.mlp, v.heads, v.patch, v.image_size)
+        self.projector = Connector(v.width, lang.width, v.shuffle)
+        self.language = Decoder(lang.width, lang.depth, lang.mlp, *heads, vocab=lang.vocab)
+        self.expert = Decoder(expert.width, lang.depth, expert.mlp, *heads, self_every=expert.self_every)
+        self.state_proj = nn.Linear(config.state_dim, lang.width)
+        self.action_in_proj = nn.Linear(config.action_dim, expert.width)
+        self.action_out_proj = nn.Linear(expert.width, config.action_dim)
+        self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
+        self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
+        with torch.device("cpu"):  # plain numbers: a buffer would be lost on the way from the meta device
+            rows = patch_positions(config.image_size // v.patch, v.image_size // v.patch).tolist()
+        self._rows = None if rows == list(range((v.image_size // v.patch) ** 2)) else rows
+
+    def parts(self) -> list[ParameterInfo]:
+        """Describe every parameter exactly once."""
+        depth = self.config.language.depth
+        layers = {"vision": self.config.vision.depth, "language": depth, "expert": depth}
+        return [describe(name, layers) for name, _ in self.named_parameters()]
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers of the image tower, the prefix decoder and the action expert."""
+        return [*self.vision.layers, *self.language.layers, *self.expert.layers]
+
+    def needs(self) -> Needs:
+        """Say what a codec for this policy must produce."""
+        c = self.config
+        return Needs(
+            image_size=c.image_size,
+            state_dim=c.state_dim,
+            action_dim=c.action_dim,
+            chunk=c.chunk,
+            prompt="line",
+            max_tokens=c.max_tokens,
+            vocabulary=c.language.vocab,
+            framing="smolvla",
+        )
+
+    def check(self, batch: Batch) -> None:
+        """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
+        check_batch(batch, self.needs())
+
+    def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
+        """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
+        backbone = [p for m in (self.vision, self.projector, self.language) for p in m.parameters()]
+        training = torch.is_grad_enabled()
+        frozen = not any(p.requires_grad for p in backbone)
+        scale = math.sqrt(self.config.language.width)
+        with torch.set_grad_enabled(training and not frozen):
+            n = batch.images.shape[1]
+            patches = self.vision(unit_images(batch.images.flatten(0, 1)), self._positions(batch))
+            images = self.projector(patches) * scale  # [b*n, tokens, d]
+            tokens = images.shape[1]
+            images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
+            words = self.language.embed_tokens(batch.tokens) * scale
+            x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
+            mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), batch.token_mask), 1)
+            # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
+            valid = None if not fixed and all_true_on_cpu(mask) else mask
+            count = mask.sum(1, keepdim=True)
+            if valid is None:
+                view = View(torch.arange(x.shape[1], device=x.device)[None], None)
+            else:
+                view = View(valid.cumsum(1) - 1, key_mask(valid))
+            _, layers = self.language(x, view, output=False)
+        with torch.set_grad_enabled(
+            training and (not frozen or any(p.requires_grad for p in self.state_proj.parameters()))
+        ):
+            token = in_own_precision(self.state_proj, batch.state)[:, None].to(x.dtype)  # [b, 1, d]
+            valid = None if valid is None else F.pad(valid, (0, 1), value=True)
+            view = View(count, None if valid is None else key_mask(valid))
+            _, own = self.language(token, view, layers, output=False)
+            layers = [
+                (torch.cat((k, own_k), 1), torch.cat((v, own_v), 1))
+                for (k, v), (own_k, own_v) in zip(layers, own, strict=True)
+            ]
+        return Prefix(layers, valid, count + 1)
+
+    def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k].
+
+        The state is in `prefix`; `state` itself is not looked at.
+        """
+        _, k, t, _ = noisy.shape
+        tokens = in_own_precision(self.action_in_proj, noisy)  # [b, k, t, d]
+        embedded = time_embedding(time, self.config.expert.width).to(tokens.dtype)  # [b, k, d]
+        tokens = torch.cat((tokens, embedded[:, :, None].expand(-1, -1, t, -1)), -1)
+        tokens = in_own_precision(
+            self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
+        )
+        x = tokens.flatten(1, 2).to(matrix_dtype(self.expert.layers[0]))
+        own = torch.arange(t, device=x.device).repeat(k)[None]  # each draw counts anew
+        start = prefix.count[:1] if prefix.valid is None else prefix.count
+        cross = View(own, None if prefix.valid is None else key_mask(prefix.valid))
+        y, _ = self.expert(x, View(own + start, self._suffix_mask(prefix, k, t)), prefix.layers, cross)
+        return in_own_precision(self.action_out_proj, y.unflatten(1, (k, t))).float()
+
+    def _suffix_mask(self, prefix: Prefix, draws: int, length: int) -> Tensor:
+        """Return what the self layers see: the prefix, and of their own draw the actions up to theirs."""
+        own = draw_blocks(0, draws, length, prefix.count.device).tril()
+        mask = F.pad(own, (prefix.layers[0][0].shape[1], 0), value=True)[None]  # [1, s, l + s]
+        if prefix.valid is not None:
+            mask = mask & F.pad(prefix.valid, (0, draws * length), value=True)[:, None]
+        return per_query(mask, self.config.language.heads // self.config.language.kv_heads)
+
+    def _positions(self, batch: Batch) -> Tensor | None:
+        return None if self._rows is None else torch.tensor(self._rows, device=batch.images.device)
+
+
+Config = SmolVLAConfig
+
+
+def build(
+    config: SmolVLAConfig, device: str | torch.device = "meta", generator: torch.Generator | None = None
+) -> SmolVLA:
+    """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
+
+    Without a generator, fresh weights are those of seed 0.
+    """
+    with torch.device("meta"):
+        policy = SmolVLA(config)
+    if torch.device(device).type != "meta":
+        policy.to_empty(device=device)
+        init_weights(policy, generator or torch.Generator().manual_seed(0))
+    return policy
+
+
+def init_weights(
+    policy: SmolVLA, generator: torch.Generator, names: Sequence[str] | None = None
+) -> list[str]:
+    """Draw fresh weights for `names` (None: all) and return what was drawn; see `_common.draw_weights`."""
+    return draw_weights(policy, generator, names, unit_norms=("vision", "language", "expert"))

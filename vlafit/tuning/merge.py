@@ -1,0 +1,55 @@
+"""Adapters folded into the weights that they adapt: what is left is a plain policy with the same outputs."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlafit.nn.policy import Policy
+from vlafit.tuning.inject import adapted_layers
+from vlafit.tuning.quantise import dequantised, quantised_names
+
+
+@torch.no_grad()
+def merge(policy: Policy) -> Policy:
+    """Fold every adapter into its layer, in place, and return the policy, which then carries none.
+
+    The sum is made in float32 and cast once to the layer's own dtype. A quantised layer becomes a plain one
+    of its rounded values, so the outputs stay those that were trained. Without adapters nothing changes.
+    """
+    for name, layer in list(adapted_layers(policy)):
+        policy.set_submodule(name, _merged(layer))
+    for name in quantised_names(policy):
+        policy.set_submodule(name, _plain(policy.get_submodule(name)))
+    if hasattr(policy, "peft_config"):  # peft's mark; without adapters it would claim some
+        del policy.peft_config
+    for parameter in policy.parameters():
+        parameter.requires_grad_(True)
+    return policy
+
+
+def _merged(layer: Any) -> nn.Module:
+    base = _plain(layer.get_base_layer())
+    dtype = base.weight.dtype
+    if base is not layer.get_base_layer():  # peft's quantised layers would round the sum again
+        (name,) = layer.active_adapters
+        base.weight.data = (base.weight.float() + layer.get_delta_weight(name).float()).to(dtype)
+        return base
+    base.weight.data = base.weight.data.float()
+    layer.merge(safe_merge=True)  # checks that the sum is finite
+    merged = layer.get_base_layer()
+    merged.weight.data = merged.weight.data.to(dtype)
+    return merged
+
+
+def _plain(layer: Any) -> Any:
+    """Return a linear layer of a quantised layer's rounded weight; any other layer itself."""
+    weight = dequantised(layer)
+    if weight is None:
+        return layer
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype
+    made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().to(dtype))
+    if layer.bias is not None:
+        made.bias = layer.bias
+    return made

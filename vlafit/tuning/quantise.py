@@ -1,0 +1,87 @@
+"""Frozen base weights in 4 or 8 bits, to be adapted on top (QLoRA, arXiv 2305.14314).
+
+"nf4" is bitsandbytes' 4-bit NormalFloat with double quantisation, "int8" torchao's weight-only int8. Both run
+on CPU and GPU. Only the decoders' and tower's own linear layers are quantised: projections, norms, embeddings
+and the patch convolution stay as they are, for they are small and compute in their own precision.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlafit.errors import StrategyError
+from vlafit.tuning.adapters import Quantise
+
+
+def quantise_layer(policy: nn.Module, name: str, how: Quantise) -> None:
+    """Exchange the linear layer `name` for a quantised one that holds the same weight, rounded.
+
+    Raises StrategyError when the library for it is not installed.
+    """
+    layer = policy.get_submodule(name)
+    assert isinstance(layer, nn.Linear), name
+    if how == "nf4":
+        policy.set_submodule(name, _nf4(layer))
+    elif how == "int8":
+        _int8(layer)
+
+
+def dequantised(layer: nn.Module) -> Tensor | None:
+    """Return the weight of a quantised layer as its floats [out, in]; None when it is not quantised."""
+    weight: Any = layer.weight
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        import bitsandbytes.functional as bnb
+
+        return bnb.dequantize_4bit(weight.data, state)
+    if type(weight.data).__module__.startswith("torchao") or type(weight).__module__.startswith("torchao"):
+        return weight.dequantize()
+    return None
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    try:
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    except ImportError as error:
+        raise StrategyError(
+            f'quantise = "nf4" needs bitsandbytes: pip install "vlafit[quantise]" ({error})'
+        ) from error
+    made = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight: Any = layer.weight.detach().clone()
+    made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)  # type: ignore[call-arg]
+    if layer.bias is not None:
+        made.bias = layer.bias
+    # On some CPUs evaluation would repack the weight and compute in bfloat16: other numbers than in training.
+    made.support_avx512bf16_for_cpu = False
+    return made.to(layer.weight.device)  # where it is quantised
+
+
+def _int8(layer: nn.Linear) -> None:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise StrategyError(
+            f'quantise = "int8" needs torchao: pip install "vlafit[quantise]" ({error})'
+        ) from error
+    bias = layer.bias
+    quantize_(layer, Int8WeightOnlyConfig())
+    layer.bias = bias
+    layer.weight.requires_grad_(False)
+
+
+def quantised_names(policy: nn.Module) -> set[str]:
+    """Return the names of the quantised layers, below `base_layer` where they are adapted."""
+    with torch.no_grad():
+        return {
+            name
+            for name, module in policy.named_modules()
+            if isinstance(module, nn.Linear) and dequantised(module) is not None
+        }
