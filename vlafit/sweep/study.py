@@ -109,7 +109,7 @@ def check(study: Study, recipe: Recipe, where: str) -> None:
             if name.startswith(RULE):
                 strategies = study.search.get("strategy", Dimension(choices=(recipe.strategy,))).ends()
                 for strategy in strategies:
-                    strategy_with(str(strategy), {**base, name: value}, f"{where}: [search] {name}")
+                    strategy_with(str(strategy), {name: value}, f"{where}: [search] {name}")
 
 
 # ------------------------------------------------------------------------------------------- what a trial is
