@@ -343,6 +343,7 @@ def test_the_stage_of_a_step_is_the_latest_whose_moment_has_come() -> None:
     stages = begins("{ step = 3 }", "{ fraction = 0.5 }")
     assert [due(stages, 10, step, Place()) for step in range(8)] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert due(stages, 10, 2, Place(1)) == 1  # never back
+    assert due(stages, 1000, 2, Place(), spent=0.4) == 0 and due(stages, 1000, 2, Place(), spent=0.5) == 2
     assert length(stages, 10, Place(0)) == 3 and length(stages, 10, Place(2, 5)) == 5
     stages = begins("{ plateau = 2 }", "{ step = 6 }")
     stalled = Place(0, 0, 1.0, 2)

@@ -18,6 +18,7 @@ from vlafit.errors import TrainingError
 from vlafit.train import feed, stages, state
 from vlafit.train.learner import Learner
 from vlafit.train.loop import NotFinite, StepResult, train
+from vlafit.train.memory import MemoryMeter
 from vlafit.train.metrics import Metrics
 from vlafit.train.observer import Observer
 from vlafit.train.parallel import barrier, from_main, gathered, sum_over_processes
@@ -32,7 +33,13 @@ class Job:
     """The experiment, its checkpoints and its metrics. Every process has one; the main process writes."""
 
     def __init__(
-        self, experiment: Experiment, out: Path, accelerator: Accelerator, shelf: Shelf, observer: Observer
+        self,
+        experiment: Experiment,
+        out: Path,
+        accelerator: Accelerator,
+        shelf: Shelf,
+        observer: Observer,
+        meter: MemoryMeter,
     ) -> None:
         self.experiment, self.recipe, self.out = experiment, experiment.recipe, out
         self.accelerator, self.shelf, self.observer = accelerator, shelf, observer
@@ -40,6 +47,8 @@ class Job:
         self.metrics = Metrics(out, accelerator)
         self.progress = state.Progress()
         self.success: dict[str, float] = {}
+        self.meter = meter
+        self.memory: dict[str, object] | None = None  # None: nothing was trained
 
     # ------------------------------------------------------------------------------------------- rollouts
 
@@ -100,13 +109,15 @@ class Job:
         return bool(every) and step % every == 0 and 0 < step < self.recipe.train.steps
 
     def _evaluate_step(self, step: int) -> None:
+        self.meter.pause()
         self.evaluate(f"step_{step:06d}", step, trials=self.recipe.eval.every_trials)
+        self.meter.start()
         self.observer.phase("training")
 
     # ------------------------------------------------------------------------------------------- training
 
     def train(self, resumed: Path | None) -> bool:
-        """Train to the recipe's last step; return False when a signal stopped it before.
+        """Train to the recipe's last step or second; return False when a signal stopped it before.
 
         Raises NotFinite, saying which checkpoint is the last good one.
         """
@@ -122,10 +133,13 @@ class Job:
             state.restore(saved, self.learner)
             self._point_best()  # the killed run may not have come so far
         first = self.progress.step
-        if first >= recipe.steps:
+        self.gone = self._spent()
+        if self._ended(first, self.gone):
             return True
+        self.meter.start()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.validation = feed.validation_batches(experiment, rank=rank, world=world)
+        self.validation = {"": feed.validation_batches(experiment, rank=rank, world=world)}
+        self.validation |= feed.named_validation_batches(experiment, rank=rank, world=world)
         if first == 0:
             self._validate(0)
         elif self._evaluate_now(first):
@@ -136,7 +150,7 @@ class Job:
         self.stopped = False
         try:
             with _signals() as wants_stop:
-                while self.progress.step < recipe.steps and not self.stopped:
+                while not self.over and not self.stopped:
                     self._change_stage()
                     train(
                         self.learner,
@@ -146,16 +160,29 @@ class Job:
                         optim=self.recipe.optim,
                         world=world,
                         wants_stop=wants_stop,
+                        spent=self._spent,
                         after_step=self._after_step,
                     )
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._way_out()}") from error
-        return self.progress.step == recipe.steps
+        self.meter.pause()
+        self.memory = self.meter.facts(experiment.policy, self.learner.optimizer, self.learner.ema)
+        return self.over
+
+    def _spent(self) -> float:
+        """Return the share of `train.max_seconds` that is gone after one more step; 0 without a limit."""
+        limit, now = self.recipe.train.max_seconds, self.progress
+        return now.seconds * (1 + 1 / now.step) / limit if limit and now.step else 0.0
+
+    def _ended(self, step: int, spent: float) -> bool:
+        """Whether training is over after `step`, before which so much of its time was gone."""
+        self.over = step >= self.recipe.train.steps or spent >= 1
+        return self.over
 
     def _due(self) -> int:
         """Return the number of the stage that the next step belongs to."""
         strategy, progress = self.learner.plan.strategy, self.progress
-        return stages.due(strategy.stages, self.recipe.train.steps, progress.step, progress.stage)
+        return stages.due(strategy.stages, self.recipe.train.steps, progress.step, progress.stage, self.gone)
 
     def _change_stage(self) -> None:
         """Enter the stage that the next step belongs to, where that is another than the last step's."""
@@ -193,18 +220,20 @@ class Job:
         """Do what is due after a step; return whether the next one is of the same stage."""
         recipe, step = self.recipe.train, result.step
         self.progress = replace(self.progress, step=step, seconds=time.perf_counter() - self.clock)
-        last = step == recipe.steps or result.stop
+        self.gone = result.spent
+        over = self._ended(step, self.gone)
+        last = over or result.stop
         values: dict[str, float] = {}
         if step % recipe.log_every == 0 or last:
             values = self._log(result)
-        if step == recipe.steps or (recipe.validate_every and step % recipe.validate_every == 0):
+        if over or (recipe.validate_every and step % recipe.validate_every == 0):
             values |= self._validate(step)
         best_now = recipe.keep_best and self.progress.best_step == step
         save_now = bool(recipe.save_every) and step % recipe.save_every == 0
         if last or best_now or save_now or self._evaluate_now(step):
             self._save(step)
         self.observer.step(result, recipe.steps, values)
-        if self._evaluate_now(step) and not result.stop:
+        if self._evaluate_now(step) and not last:
             began = time.perf_counter()
             self._evaluate_step(step)
             self.clock += time.perf_counter() - began  # training time is without rollouts
@@ -228,17 +257,22 @@ class Job:
 
     def _validate(self, step: int) -> dict[str, float]:
         """Validate what is evaluated and exported: the moving average where there is one."""
-        if not self.validation:
-            return {}
+        began = time.perf_counter()
+        values: dict[str, float] = {}
         ema = self.learner.ema
         with nullcontext() if ema is None else ema.applied():
-            values = validate(self.experiment.policy, self.validation, self.recipe.train, self.device)
-        if step:
+            for name, batches in self.validation.items():
+                if batches:
+                    values |= validate(self.experiment.policy, batches, self.recipe.train, self.device, name)
+        if step and "validation/loss" in values:
             loss, progress = from_main(values["validation/loss"], self.device), self.progress
             self.progress = replace(progress, stage=progress.stage.validated(loss))
             if progress.best_loss is None or loss < progress.best_loss:
                 self.progress = replace(self.progress, best_loss=loss, best_step=step)
-        self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
+        if values:
+            self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
+        if step:
+            self.clock += time.perf_counter() - began  # training time is without validation
         return values
 
     # --------------------------------------------------------------------------------------- checkpoints

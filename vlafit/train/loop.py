@@ -38,6 +38,8 @@ class StepResult:
     seconds: float
     data_seconds: float
     stop: bool
+    spent: float = 0.0
+    """Share of the time budget that was gone before the step; a step that begins at 1 is the last."""
 
 
 def train(
@@ -49,13 +51,15 @@ def train(
     optim: OptimRecipe,
     world: int,
     wants_stop: Callable[[], bool],
+    spent: Callable[[], float],
     after_step: Callable[[StepResult], bool],
 ) -> None:
     """Run optimiser steps from `first_step` on to `recipe.steps`, or until `after_step` returns False.
 
     `batches` yields this process's micro-batches. The loss of a step is sum(mask * error^2) / sum(mask) over
     all its micro-batches and processes. A loss or gradient that is not finite raises NotFinite before the
-    weights are touched. `wants_stop` on any process stops all of them after the step.
+    weights are touched. `wants_stop` on any process stops all of them after the step, and so does `spent`,
+    the share of a time budget, on average of them.
     """
     model, optimizer, ranks, device = learner.model, learner.optimizer, learner.ranks, learner.device
     trainable, began_at = learner.trainable, learner.place.began
@@ -64,13 +68,13 @@ def train(
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        total, stop = _agree(micro_batches, recipe.draws, wants_stop(), device)
+        total, stop, gone = _agree(micro_batches, recipe.draws, wants_stop(), spent() / world, device)
         if total == 0:
             raise TrainingError(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
         warm = rewarm(step - began_at, learner.warmup_steps)
-        set_lr(optimizer, warm * schedule(step, recipe.steps, optim))
+        set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
         error_sum = torch.zeros((), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
@@ -99,23 +103,24 @@ def train(
             learner.ema.update()
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
-        goes_on = after_step(StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop))
+        result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone)
+        goes_on = after_step(result)
         model.train()
-        if stop or not goes_on:
+        if stop or gone >= 1 or not goes_on:
             return
 
 
 def _agree(
-    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, device: torch.device
-) -> tuple[float, bool]:
-    """Return the sum of the step's action masks over all processes, and whether any of them wants to stop."""
+    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, spent: float, device: torch.device
+) -> tuple[float, bool, float]:
+    """Return sums over all processes: the step's action masks, whether any wants to stop, and `spent`."""
     total = 0
     for _, batch in micro_batches:
         assert batch.action_mask is not None  # the codec of a training sample always gives one
         total += int(batch.action_mask.sum()) * draws  # on the CPU: no waiting
-    sums = torch.tensor([total, stop], dtype=torch.float64, device=device)
-    total, stops = sum_over_processes(sums).tolist()
-    return total, stops > 0
+    sums = torch.tensor([total, stop, spent], dtype=torch.float64, device=device)
+    total, stops, gone = sum_over_processes(sums).tolist()
+    return total, stops > 0, gone
 
 
 def _loss(

@@ -35,11 +35,12 @@ class Place:
         return replace(self, stalled=self.stalled + 1)
 
 
-def due(stages: Sequence[Stage], steps: int, step: int, place: Place) -> int:
+def due(stages: Sequence[Stage], steps: int, step: int, place: Place, spent: float = 0.0) -> int:
     """Return the number of the stage that a run of `steps` is in after `step` of them.
 
-    It is never an earlier one than `place` says. Where several moments have come, the latest stage wins: the
-    ones between are passed over.
+    `spent` is the share of a time budget that is gone: a fraction counts whichever of steps and time is
+    further. The stage is never an earlier one than `place` says. Where several moments have come, the latest
+    stage wins: the ones between are passed over.
     """
     found = place.number
     for number in range(place.number + 1, len(stages)):
@@ -50,7 +51,7 @@ def due(stages: Sequence[Stage], steps: int, step: int, place: Place) -> int:
             assert begin.plateau is not None
             if number == place.number + 1 and place.stalled >= begin.plateau:
                 found = number
-        elif step >= at:
+        elif step >= at or spent >= (begin.fraction or math.inf):
             found = number
     return found
 
