@@ -456,7 +456,7 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
         return result.step < STEPS - 1
 
     train(learner, batches, first_step=2, recipe=recipe.train, optim=recipe.optim, world=1,
-          wants_stop=lambda: False, after_step=after)  # fmt: skip
+          wants_stop=lambda: False, spent=lambda: 0.0, after_step=after)  # fmt: skip
     assert done == list(range(3, STEPS))
     ranks = learner.ranks.ranks()
     assert ranks and sum(ranks.values()) == len(ranks)  # a mean of 1, from 4
@@ -468,8 +468,8 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     state.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), dict(tensors)), fresh)
     assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
     train(learner, batches, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
-          wants_stop=lambda: False, after_step=lambda _: True)  # fmt: skip
+          wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip
     again = feed.training_batches(other, first_step=11, rank=0, world=1)
     train(fresh, again, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
-          wants_stop=lambda: False, after_step=lambda _: True)  # fmt: skip
+          wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip
     assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
