@@ -194,7 +194,7 @@ def tuning(facts: Facts) -> Raw:
     """The tuning table: which rule took what."""
     if not facts.plan:
         return Raw("")
-    rows, columns = facts.plan.rows(), ("tensors", "parameters", "trainable", "dead")
+    rows, columns = facts.plan.rows(), ("tensors", "parameters", "adapter", "trainable", "dead")
     cells = []
     for row in rows:
         decay = "recipe’s" if row["weight_decay"] is None else f"{row['weight_decay']:g}"
