@@ -12,6 +12,8 @@ from vlafit.train import run as run_recipe
 from vlafit.train.loop import StepResult
 from vlafit.train.observer import Observer
 from vlafit.train.setup import Experiment
+from vlafit.train.stages import title
+from vlafit.tuning import Plan
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool, command: str) -> int:
@@ -46,9 +48,20 @@ class TrainView(Observer):
         print(
             f"{episodes} training episodes, {held_out} held out, of {', '.join(c.name for c in data.cards)}"
         )
-        print(plan_table(experiment.plan.rows()), flush=True)
+        self._table(experiment.plan)
         for notice in experiment.notices:
             print(notice, file=sys.stderr)
+
+    def stage(self, plan: Plan, began: int) -> None:
+        """Print what learns from now on."""
+        self.close()
+        print(f"from step {began} on:")
+        self._table(plan)
+
+    def _table(self, plan: Plan) -> None:
+        if len(plan.strategy.stages) > 1:
+            print(title(plan))
+        print(plan_table(plan.rows()), flush=True)
 
     def phase(self, name: str) -> None:
         """Close the line of the phase before."""

@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlafit.score import Score, errors_notice
 from vlafit.tuning import Plan
 
 FORMAT = 1  # of report.json
+STAGE = "train/stage"  # the metric that says that a stage begins, counted from 1
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
 
 
@@ -100,6 +102,15 @@ class Facts:
         times = [p.time_s for points in self.metrics.values() for p in points if p.time_s is not None]
         return max(times, default=None)
 
+    @cached_property
+    def stages(self) -> list[tuple[Plan, Point | None]]:
+        """The plan of each stage of the strategy, and when it began; None: it did not (yet)."""
+        if self.plan is None:
+            return []
+        began = {round(p.value) - 1: p for p in self.metrics.get(STAGE, ())}
+        plans = [self.plan.at(number) for number in range(len(self.plan.strategy.stages))]
+        return [(plan, began.get(plan.stage)) for plan in plans]
+
     def success(self) -> dict[str, Score]:
         """Return the overall score of each evaluation, by its name."""
         return {name: one.overall for name, one in self.evaluations.items()}
@@ -139,7 +150,18 @@ class Facts:
                 "seconds": self.train_seconds,
                 "metrics": {name: _extremes(points) for name, points in self.metrics.items()},
             },
-            "tuning": {"strategy": self.recipe.strategy, "rows": self.plan.rows() if self.plan else []},
+            "tuning": {
+                "strategy": self.recipe.strategy,
+                "rows": self.plan.rows() if self.plan else [],
+                "stages": [
+                    {
+                        "name": plan.strategy.stages[plan.stage].name,
+                        "began": 0 if not plan.stage else began and began.step,
+                        "rows": plan.rows(),
+                    }
+                    for plan, began in self.stages
+                ],
+            },
             "recipe": asdict(self.recipe),
             "run": dict(self.run),
             "commands": [{"for": what, "command": line} for what, line in self.commands()],

@@ -82,9 +82,8 @@ def _header(facts: Facts) -> Raw:
         items.append(("whole run", duration(run["seconds"])))
     items.append(("strategy", facts.recipe.strategy))
     if plan:
-        items.append(
-            ("trained parameters", f"{count(plan.trainable_parameters)} of {count(plan.parameters)}")
-        )
+        most = max(stage.trainable_parameters for stage, began in facts.stages if began or not stage.stage)
+        items.append(("trained parameters", f"{count(most)} of {count(plan.parameters)}"))
     items.append(("started from", policy.checkpoint or f"an untrained {policy.size or policy.family}"))
     if policy.fresh:
         items.append(("fresh weights", ", ".join(policy.fresh)))

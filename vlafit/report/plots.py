@@ -38,7 +38,17 @@ class Curve:
     second: bool = False  # in the second colour, with markers
 
 
-def curves(name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False) -> str:
+@dataclass(frozen=True)
+class Mark:
+    """A moment of the run, drawn as a vertical line with its label. Its point's value means nothing."""
+
+    label: str
+    point: Point
+
+
+def curves(
+    name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False, marks: Sequence[Mark] = ()
+) -> str:
     """Return a chart of `lines` against optimiser steps or training minutes; empty if nothing was logged."""
     drawn = [(line, *_xy(line.points, axis)) for line in lines]
     drawn = [(line, x, y) for line, x, y in drawn if len(x)]
@@ -61,6 +71,13 @@ def curves(name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False) 
     elif lowest >= 0:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(tick))
+    for mark in marks:
+        x, _ = _xy([mark.point], axis)
+        if len(x):
+            axes.axvline(float(x[0]), color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+            top = axes.get_xaxis_transform()
+            axes.text(float(x[0]), 1.0, f" {mark.label}", fontsize=8, color=INK, rotation=90, ha="right",
+                      va="top", transform=top)  # fmt: skip
     if len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return svg(figure, name)

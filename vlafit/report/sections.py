@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from vlafit.report import plots
-from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
+from vlafit.report.facts import AFTER, BEFORE, STAGE, WRONG, Evaluation, Facts
 from vlafit.report.films import Films
 from vlafit.report.markup import (
     Content,
@@ -22,6 +22,7 @@ from vlafit.report.markup import (
 )
 from vlafit.rollout.run import Record
 from vlafit.score import Score
+from vlafit.tuning import Plan
 
 TITLES = {BEFORE: "before", AFTER: "after", WRONG: "after, wrong instruction"}
 TONES = {BEFORE: "before", AFTER: "after", WRONG: "wrong"}
@@ -150,7 +151,7 @@ def curves(facts: Facts) -> Raw:
     others = [
         n
         for n in facts.metrics
-        if n not in CHARTS and not n.startswith(("eval/", "train/loss", "validation/loss"))
+        if n not in CHARTS and n != STAGE and not n.startswith(("eval/", "train/loss", "validation/loss"))
     ]
     for axis in axes:
         lines = [
@@ -159,7 +160,7 @@ def curves(facts: Facts) -> Raw:
                 "validation, held-out episodes", facts.metrics.get("validation/loss", ()), second=True
             ),
         ]
-        svg = plots.curves(f"loss-{axis}", lines, axis, log=True)
+        svg = plots.curves(f"loss-{axis}", lines, axis, log=True, marks=_marks(facts))
         drawn.append(figure("Loss", "flow matching", svg, f"by-{axis}") if svg else Raw(""))
         for metric in (*CHARTS, *others):
             name, unit, noisy = CHARTS.get(metric, (metric, "", False))
@@ -191,28 +192,50 @@ def _success_curve(facts: Facts) -> Raw:
 
 
 def tuning(facts: Facts) -> Raw:
-    """The tuning table: which rule took what."""
+    """The tuning table of each stage: which rule took what."""
     if not facts.plan:
         return Raw("")
-    rows, columns = facts.plan.rows(), ("tensors", "parameters", "adapter", "trainable", "dead")
+    strategy = facts.plan.strategy
+    dead = " Dead parameters belong to the checkpoint, but the loss never reaches them: no rule trains them."
+    parts = [
+        tag(
+            "p",
+            "Strategy ",
+            tag("b", strategy.name),
+            f". {strategy.purpose} The first rule that fits a parameter decides.",
+            dead if facts.plan.rows()[-1]["dead"] else "",
+        )
+    ]
+    for plan, began in facts.stages:
+        if len(strategy.stages) > 1:
+            stage = strategy.stages[plan.stage]
+            words = [f"Stage {plan.stage + 1}", *([stage.name] if stage.name else [])]
+            told = "from the first step" if stage.begin is None else f"to begin after {stage.begin}"
+            if stage.begin is not None:
+                told += f"; began after step {began.step}" if began else "; has not begun"
+            parts.append(tag("h3", ": ".join(words), " ", muted(told)))
+        parts.append(_rules(plan))
+    return section("What was tuned", *parts)
+
+
+def _rules(plan: Plan) -> Raw:
+    """The tuning table of one stage."""
+    columns = ("tensors", "parameters", "adapter", "trainable", "dead")
     cells = []
-    for row in rows:
+    for row in plan.rows():
         decay = "recipe’s" if row["weight_decay"] is None else f"{row['weight_decay']:g}"
         numbers = [f"{row[column]:,}" for column in columns]
         rate = [f"× {row['lr']:g}", decay] if row["lr"] else ["", ""]
         size = f"{row['optimiser_bytes'] / 1e6:,.1f} MB"
         cells.append([row["rule"] or "", row["select"], row["mode"], *numbers, *rate, size])
     heads = ("rule", "selects", "mode", *columns, "learning rate", "weight decay", "optimiser state")
-    strategy = facts.plan.strategy
-    dead = " Dead parameters belong to the checkpoint, but the loss never reaches them: no rule trains them."
-    return section(
-        "What was tuned",
-        tag(
-            "p",
-            "Strategy ",
-            tag("b", strategy.name),
-            f". {strategy.purpose} The first rule that fits a parameter decides.",
-            dead if rows[-1]["dead"] else "",
-        ),
-        table(heads, cells, ("", "", "", *("number" for _ in heads[3:])), total=True),
-    )
+    return table(heads, cells, ("", "", "", *("number" for _ in heads[3:])), total=True)
+
+
+def _marks(facts: Facts) -> list[plots.Mark]:
+    """The moments at which later stages began."""
+    return [
+        plots.Mark(plan.strategy.stages[plan.stage].name or f"stage {plan.stage + 1}", began)
+        for plan, began in facts.stages
+        if began and plan.stage
+    ]

@@ -9,11 +9,14 @@ from typing import Any
 from vlafit import config, files
 from vlafit.errors import TrainingError
 from vlafit.recipe import Recipe
+from vlafit.train import stages
+from vlafit.tuning import load_strategy
 
 # Fields that may differ between a run and its resumption: none of them changes a weight.
 HARMLESS = ("name", "purpose", "eval", "train.log_every", "train.keep", "train.keep_best", "train.save_every",
             "train.validate_every", "train.validation_batches", "train.trackers", "data.workers",
             "data.validation_sets")  # fmt: skip
+VALIDATION = ("train.validate_every", "train.validation_batches")  # not where it decides when stages begin
 
 
 def look(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -42,7 +45,15 @@ def look(recipe: Recipe, out: Path, resume: bool) -> None:
 def changes(before: Recipe, now: Recipe) -> list[str]:
     """Name the fields of two recipes that differ and would change the weights."""
     pairs = zip(_flat(before), _flat(now), strict=True)
-    return [f"{name} was {a!r}, is {b!r}" for (name, a), (_, b) in pairs if a != b and not _is_harmless(name)]
+    odd = [(name, a, b) for (name, a), (_, b) in pairs if a != b]
+    decides = any(name in VALIDATION for name, _, _ in odd) and stages.depends_on_validation(
+        load_strategy(now.strategy).stages
+    )
+    return [
+        f"{name} was {a!r}, is {b!r}"
+        for name, a, b in odd
+        if not _is_harmless(name) or (decides and name in VALIDATION)
+    ]
 
 
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:

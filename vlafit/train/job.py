@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from vlafit import checkpoints, config, rollout
 from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
-from vlafit.train import feed, state
+from vlafit.train import feed, stages, state
+from vlafit.train.learner import Learner
 from vlafit.train.loop import NotFinite, StepResult, train
 from vlafit.train.memory import MemoryMeter
 from vlafit.train.metrics import Metrics
 from vlafit.train.observer import Observer
-from vlafit.train.optim import Ema, build_optimizer
-from vlafit.train.parallel import barrier, gathered, sum_over_processes, wrap
+from vlafit.train.parallel import barrier, from_main, gathered, sum_over_processes
 from vlafit.train.setup import Experiment
 from vlafit.train.shelf import Shelf
 from vlafit.train.validate import validate
@@ -122,17 +122,19 @@ class Job:
         Raises NotFinite, saying which checkpoint is the last good one.
         """
         recipe, experiment = self.recipe.train, self.experiment
-        policy = experiment.policy
         self.observer.phase("training")
-        model = wrap(policy, recipe.sharding, self.device)
-        self.optimizer = build_optimizer(policy, experiment.plan, self.recipe.optim)
-        self.ema = Ema(policy, self.recipe.optim.ema) if self.recipe.optim.ema else None
+        saved = None
         if resumed is not None:
-            data = experiment.data.fingerprint
-            self.progress = state.restore(resumed, policy, self.optimizer, self.ema, data)
+            saved = state.read(resumed, experiment.data.fingerprint)
+            self.progress = saved.progress
+        place = self.progress.stage
+        self.learner = Learner(experiment.policy, experiment.plan, self.recipe, self.device, place)
+        if saved is not None:
+            state.restore(saved, self.learner)
             self._point_best()  # the killed run may not have come so far
         first = self.progress.step
-        if self._ended(first, self._spent()):
+        self.gone = self._spent()
+        if self._ended(first, self.gone):
             return True
         self.meter.start()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -143,26 +145,28 @@ class Job:
         elif self._evaluate_now(first):
             self._evaluate_step(first)
         self.clock = time.perf_counter() - self.progress.seconds
+        self._tell_stage()
+        batches = feed.training_batches(experiment, first_step=first, rank=rank, world=world)
+        self.stopped = False
         try:
             with _signals() as wants_stop:
-                train(
-                    model,
-                    self.optimizer,
-                    self.ema,
-                    feed.training_batches(experiment, first_step=first, rank=rank, world=world),
-                    first_step=first,
-                    recipe=recipe,
-                    optim=self.recipe.optim,
-                    device=self.device,
-                    world=world,
-                    wants_stop=wants_stop,
-                    spent=self._spent,
-                    after_step=self._after_step,
-                )
+                while not self.over and not self.stopped:
+                    self._change_stage()
+                    train(
+                        self.learner,
+                        batches,
+                        first_step=self.progress.step,
+                        recipe=recipe,
+                        optim=self.recipe.optim,
+                        world=world,
+                        wants_stop=wants_stop,
+                        spent=self._spent,
+                        after_step=self._after_step,
+                    )
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._way_out()}") from error
         self.meter.pause()
-        self.memory = self.meter.facts(policy, self.optimizer, self.ema)
+        self.memory = self.meter.facts(experiment.policy, self.learner.optimizer, self.learner.ema)
         return self.over
 
     def _spent(self) -> float:
@@ -175,6 +179,34 @@ class Job:
         self.over = step >= self.recipe.train.steps or spent >= 1
         return self.over
 
+    def _due(self) -> int:
+        """Return the number of the stage that the next step belongs to."""
+        strategy, progress = self.learner.plan.strategy, self.progress
+        return stages.due(strategy.stages, self.recipe.train.steps, progress.step, progress.stage, self.gone)
+
+    def _change_stage(self) -> None:
+        """Enter the stage that the next step belongs to, where that is another than the last step's."""
+        number, before, step = self._due(), self.progress.stage.number, self.progress.step
+        if number == before:
+            return
+        for passed in range(before + 1, number):
+            name = stages.title(self.learner.plan.at(passed))
+            log.warning("step %d: %s is passed over, for the next one begins now", step, name)
+        self.progress = replace(self.progress, stage=stages.Place(number, began=step))
+        self.learner.change(self.progress.stage)
+        self._tell_stage()
+
+    def _tell_stage(self) -> None:
+        """Log and show the stage that begins, or that a resumed run is in; of several alone."""
+        plan, began = self.learner.plan, self.progress.stage.began
+        if len(plan.strategy.stages) == 1:
+            return
+        log.info("step %d: %s, %d parameters learn", began, stages.title(plan), plan.trainable_parameters)
+        seconds = round(time.perf_counter() - self.clock, 3)
+        self.metrics.log_once(began, {"time_s": seconds, "train/stage": plan.stage + 1})
+        if plan.stage != self.experiment.plan.stage:  # that table is shown from the start
+            self.observer.stage(plan, began)
+
     def _way_out(self) -> str:
         last = self.shelf.resumable()
         if last is None:
@@ -184,10 +216,12 @@ class Job:
             "and a lower optim.lr"
         )
 
-    def _after_step(self, result: StepResult) -> None:
+    def _after_step(self, result: StepResult) -> bool:
+        """Do what is due after a step; return whether the next one is of the same stage."""
         recipe, step = self.recipe.train, result.step
         self.progress = replace(self.progress, step=step, seconds=time.perf_counter() - self.clock)
-        over = self._ended(step, result.spent)
+        self.gone = result.spent
+        over = self._ended(step, self.gone)
         last = over or result.stop
         values: dict[str, float] = {}
         if step % recipe.log_every == 0 or last:
@@ -203,6 +237,8 @@ class Job:
             began = time.perf_counter()
             self._evaluate_step(step)
             self.clock += time.perf_counter() - began  # training time is without rollouts
+        self.stopped = result.stop
+        return self._due() == self.progress.stage.number
 
     def _log(self, result: StepResult) -> dict[str, float]:
         batch_size = self.recipe.train.batch_size
@@ -223,13 +259,16 @@ class Job:
         """Validate what is evaluated and exported: the moving average where there is one."""
         began = time.perf_counter()
         values: dict[str, float] = {}
-        with nullcontext() if self.ema is None else self.ema.applied():
+        ema = self.learner.ema
+        with nullcontext() if ema is None else ema.applied():
             for name, batches in self.validation.items():
                 if batches:
                     values |= validate(self.experiment.policy, batches, self.recipe.train, self.device, name)
-        loss = values.get("validation/loss")
-        if step and loss is not None and (self.progress.best_loss is None or loss < self.progress.best_loss):
-            self.progress = replace(self.progress, best_loss=loss, best_step=step)
+        if step and "validation/loss" in values:
+            loss, progress = from_main(values["validation/loss"], self.device), self.progress
+            self.progress = replace(progress, stage=progress.stage.validated(loss))
+            if progress.best_loss is None or loss < progress.best_loss:
+                self.progress = replace(self.progress, best_loss=loss, best_step=step)
         if values:
             self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
         if step:
@@ -240,9 +279,9 @@ class Job:
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of `step`; every process takes part in gathering it."""
-        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
-        average = self.ema.average if self.ema is not None else {}
-        tensors = state.collect(policy, self.optimizer, self.ema, keep=self.main)
+        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.learner.plan
+        average = self.learner.ema.average if self.learner.ema is not None else {}
+        tensors = state.collect(self.learner, keep=self.main)
         weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
@@ -263,7 +302,7 @@ class Job:
                 base=base,
                 changed=changed,
             )
-            state.write(folder, tensors, self.progress, self.ema, data)
+            state.write(folder, tensors, self.progress, data)
 
         if self.main:
             self.shelf.save(step, fill)

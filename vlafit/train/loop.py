@@ -16,7 +16,8 @@ from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.draws import noise_and_time
-from vlafit.train.optim import Ema, schedule, set_lr
+from vlafit.train.learner import Learner
+from vlafit.train.optim import rewarm, schedule, set_lr
 from vlafit.train.parallel import last_backward_only, sum_over_processes
 
 Keys = Sequence[tuple[int, int]]  # (epoch, sample index) of each row
@@ -42,28 +43,27 @@ class StepResult:
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
+    learner: Learner,
     batches: Iterator[list[tuple[Keys, Batch]]],
     *,
     first_step: int,
     recipe: TrainRecipe,
     optim: OptimRecipe,
-    device: torch.device,
     world: int,
     wants_stop: Callable[[], bool],
     spent: Callable[[], float],
-    after_step: Callable[[StepResult], None],
+    after_step: Callable[[StepResult], bool],
 ) -> None:
-    """Run optimiser steps `first_step` .. `recipe.steps`; `batches` yields this process's micro-batches.
+    """Run optimiser steps from `first_step` on to `recipe.steps`, or until `after_step` returns False.
 
-    The loss of a step is sum(mask * error^2) / sum(mask) over all its micro-batches and processes. A loss or
-    gradient that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process
-    stops all of them after the step, and so does `spent`, the share of a time budget, on average of them.
+    `batches` yields this process's micro-batches. The loss of a step is sum(mask * error^2) / sum(mask) over
+    all its micro-batches and processes. A loss or gradient that is not finite raises NotFinite before the
+    weights are touched. `wants_stop` on any process stops all of them after the step, and so does `spent`,
+    the share of a time budget, on average of them.
     """
+    model, optimizer, ranks, device = learner.model, learner.optimizer, learner.ranks, learner.device
+    trainable, began_at = learner.trainable, learner.place.began
     model.train()
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(first_step, recipe.steps):
         began = time.perf_counter()
         micro_batches = next(batches)
@@ -73,13 +73,18 @@ def train(
             raise TrainingError(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
-        set_lr(optimizer, schedule(step, recipe.steps, optim, gone))
+        warm = rewarm(step - began_at, learner.warmup_steps)
+        set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
         error_sum = torch.zeros((), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
-            with last_backward_only(model, number == len(micro_batches) - 1):
+            last = number == len(micro_batches) - 1
+            with last_backward_only(model, last):
                 out = _loss(model, batch, keys, recipe, device)
                 # DDP and FSDP average gradients over processes; `world` undoes that.
-                (out["error_sum"] * (world / total)).backward()
+                share_of_loss = out["error_sum"] * (world / total)
+                if ranks is not None and last:
+                    share_of_loss = share_of_loss + ranks.penalty()  # the same on all processes
+                share_of_loss.backward()
             error_sum += out["error_sum"].detach()
         loss = float(sum_over_processes(error_sum)) / total
         norm = _clip(trainable, optim.clip_norm)
@@ -89,15 +94,19 @@ def train(
                 f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}, not finite; samples "
                 f"(epoch, index) {rows[:8]}{' ...' if len(rows) > 8 else ''}"
             )
+        learner.check.look(step - began_at + 1)
         optimizer.step()
+        if ranks is not None:
+            ranks.after_step(step - began_at + 1)
         optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.update()
+        if learner.ema is not None:
+            learner.ema.update()
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
-        after_step(StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone))
+        result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone)
+        goes_on = after_step(result)
         model.train()
-        if stop or gone >= 1:
+        if stop or gone >= 1 or not goes_on:
             return
 
 

@@ -1,4 +1,17 @@
-"""Metrics of a run: one JSON line an event, always; accelerate's trackers beside it, by choice."""
+"""Metrics of a run: one JSON line an event, always; accelerate's trackers beside it, by choice.
+
+Every event has `step`, and `time_s` (training time, without rollouts) where it belongs to training:
+
+    train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
+        every train.log_every steps
+    train/stage
+        when a stage of the strategy begins, counted from 1, where there are several; `step` are the steps
+        that were done before
+    validation/loss, validation/action_error
+        every train.validate_every steps
+    eval/NAME/success
+        after rollouts
+"""
 
 import json
 import logging

@@ -2,6 +2,7 @@
 
 from vlafit.train.loop import StepResult
 from vlafit.train.setup import Experiment
+from vlafit.tuning import Plan
 
 
 class Observer:
@@ -12,6 +13,9 @@ class Observer:
 
     def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
         """An optimiser step ended; `values` holds what was logged at it, if anything was."""
+
+    def stage(self, plan: Plan, began: int) -> None:
+        """A later stage of the strategy began after so many steps; `plan` says what learns from now on."""
 
     def phase(self, name: str) -> None:
         """A new phase began."""

@@ -19,7 +19,11 @@ from vlafit.nn.policy import Policy
 
 
 def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> nn.Module:
-    """Return the module whose call is the loss on several processes: DDP, or the policy sharded in place."""
+    """Return the module whose call is the loss on several processes: DDP, or the policy sharded in place.
+
+    DDP synchronises what learns now; what learns later it never does, and says nothing: wrap anew then.
+    A sharded policy stays as it is (fully_shard asks `requires_grad` whenever it gathers a layer).
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return policy
     if how == "full":
@@ -53,6 +57,15 @@ def last_backward_only(model: nn.Module, last: bool) -> Iterator[None]:
     if sharded is not None:
         sharded(last)
     yield
+
+
+def from_main(value: float, device: torch.device) -> float:
+    """Return the main process's `value` on all of them, so that all decide alike; every one must call it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return float(shared)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.recipe import Recipe
-from vlafit.train import folder, memory, setup
+from vlafit.train import folder, memory, setup, stages, start
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -73,6 +73,7 @@ def run(
     meter = memory.MemoryMeter(accelerator.device)
     resumed = shelf.resumable()
     experiment = setup.build(recipe, accelerator.device, resumed)
+    stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if main:
         _try_protocol(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)
@@ -116,7 +117,7 @@ def _begin(
     """Write what the run is, and return what run.json says."""
     toml = config.dump(experiment.recipe)
     files.write_atomic(out / "recipe.toml", toml)
-    files.write_atomic(out / "plan.json", experiment.plan.to_json())
+    files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
     accelerator.init_trackers("tensorboard", config={"recipe": toml})
     facts = {
         "command": command,
@@ -143,6 +144,9 @@ def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds
         "steps": job.progress.step,
         "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
     }
+    if finished and job.learner.plan.adapted:
+        last = job.shelf.path(job.progress.step)
+        facts["merge_error"] = start.merge_error(last, job.experiment.data, job.device)
     if isinstance(before, int | float):
         facts["seconds"] = round(before + seconds, 1)
     folder.end_record(out, record, facts)
