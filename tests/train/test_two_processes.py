@@ -67,6 +67,8 @@ HOW = {  # what each recipe of the tests changes
     "sharded": {"train": {"sharding": "full"}},
     "frozen": {"strategy": "expert", "train": {"accumulate": 2}},
     "frozen-sharded": {"strategy": "expert", "train": {"sharding": "full", "accumulate": 2}},
+    "lora": {"strategy": "lora"},
+    "dora-sharded": {"strategy": "dora", "train": {"sharding": "full"}},
 }
 
 

@@ -60,8 +60,8 @@ def test_part_kind_layers_and_pattern_must_all_hold(policy: ToyPolicy):
         ("last 2", {2, 3}),
         ("0", {0}),
         ("1-2", {1, 2}),
-        ("last 99", {0, 1, 2, 3}),
-        ("2-99", {2, 3}),
+        ("last 4", {0, 1, 2, 3}),
+        ("2-3", {2, 3}),
     ],
 )
 def test_a_layer_range_counts_from_zero_and_from_either_end(
@@ -69,6 +69,16 @@ def test_a_layer_range_counts_from_zero_and_from_either_end(
 ):
     names = taken(policy, {"part": "expert", "layers": layers})
     assert {int(n.split(".")[1]) for n in names} == expected
+
+
+@pytest.mark.parametrize("layers", ["last 5", "first 99", "2-4", "4"])
+def test_a_layer_range_past_the_last_layer_is_an_error_that_says_how_many_there_are(
+    policy: ToyPolicy, layers: str
+):
+    with pytest.raises(
+        StrategyError, match="reaches past the 4 layers|matches nothing.*expert 4|Layers there: expert 4"
+    ):
+        taken(policy, {"part": "expert", "layers": layers})
 
 
 def test_a_layer_range_counts_in_each_part_for_itself_and_takes_nothing_that_is_in_no_layer(

@@ -151,13 +151,14 @@ def size(count: int) -> str:
 
 def plan_table(rows: list[dict]) -> str:
     """Return the tuning table as text; the last row is the total."""
-    header = ("rule", "mode", "tensors", "parameters", "trainable", "lr x", "optimiser bytes")
+    header = ("rule", "mode", "tensors", "parameters", "adapters", "trainable", "lr x", "optimiser bytes")
     cells = [
         (
             row["select"],
             row["mode"],
             row["tensors"],
             size(row["parameters"]),
+            size(row["adapter"]) if row["adapter"] else "",
             size(row["trainable"]),
             f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
             size(row["optimiser_bytes"]),

@@ -148,6 +148,7 @@ def figures(run: Path) -> Figures:
     facts = report.read_facts(run)
     if not facts.finished or facts.plan is None:
         raise VlafitError(f"{run}: the run has not finished")
+    every = [facts.plan.at(number) for number in range(len(facts.plan.strategy.stages))]
     batch = facts.recipe.train.batch_size
     speeds = sorted(point.value for point in facts.metrics.get("train/samples_per_s", ()))
     last = run / "checkpoints" / f"step_{facts.steps:06d}"
@@ -156,8 +157,8 @@ def figures(run: Path) -> Figures:
         samples=facts.steps * batch,
         train_seconds=float(facts.run.get("train_seconds") or 0.0),
         samples_per_s=speeds[len(speeds) // 2] if speeds else 0.0,
-        parameters=facts.plan.parameters,
-        trainable=facts.plan.trainable_parameters,
+        parameters=facts.plan.parameters + facts.plan.adapter_parameters,
+        trainable=max(stage.trainable_parameters for stage in every),
         checkpoint_bytes=_size(last),
         validation=_validation(facts, batch),
         success={name: dict(one.tasks) for name, one in facts.evaluations.items() if name in (AFTER, WRONG)},

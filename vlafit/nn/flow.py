@@ -15,13 +15,6 @@ TIME_SCALE, TIME_OFFSET = 0.999, 0.001
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time embedding: reference implementation
 
 
-def sample_time(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw flow times in (0.001, 1], float32 of the given shape, on the generator's device."""
-    return time_from_uniform(
-        torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
-    )
-
-
 def time_from_uniform(uniform: Tensor) -> Tensor:
     """Turn float64 draws from [0, 1) into float32 flow times, by inverting Beta(1.5, 1): F(t) = t^1.5."""
     return (uniform ** (1 / BETA_A) * TIME_SCALE + TIME_OFFSET).float()

@@ -220,7 +220,7 @@ def tuning(facts: Facts) -> Raw:
 
 def _rules(plan: Plan) -> Raw:
     """The tuning table of one stage."""
-    columns = ("tensors", "parameters", "trainable", "dead")
+    columns = ("tensors", "parameters", "adapter", "trainable", "dead")
     cells = []
     for row in plan.rows():
         decay = "recipe’s" if row["weight_decay"] is None else f"{row['weight_decay']:g}"

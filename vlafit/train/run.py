@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.recipe import Recipe
-from vlafit.train import folder, memory, setup, stages
+from vlafit.train import folder, memory, setup, stages, start
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -144,6 +144,9 @@ def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds
         "steps": job.progress.step,
         "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
     }
+    if finished and job.learner.plan.adapted:
+        last = job.shelf.path(job.progress.step)
+        facts["merge_error"] = start.merge_error(last, job.experiment.data, job.device)
     if isinstance(before, int | float):
         facts["seconds"] = round(before + seconds, 1)
     folder.end_record(out, record, facts)

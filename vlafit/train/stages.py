@@ -88,6 +88,8 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
                 f"{where}: AdaLoRA reads its scores from whole gradients, which train.sharding = 'full' "
                 "takes apart; take train.sharding = 'none', or another adapter"
             )
+        if train.sharding == "full" and any(r.quantise for r in stage.rules):
+            raise StrategyError(f"{where}: quantised weights cannot be sharded; take train.sharding = 'none'")
         if stage.begin is None:
             before = where
             continue

@@ -104,6 +104,16 @@ def probe(policy: Policy, codec: Codec, data: "Data", device: torch.device) -> C
     return velocity
 
 
+def merge_error(folder: Path, data: "Data", device: torch.device) -> float:
+    """Return the largest change of the velocity that merging makes to the adapted checkpoint `folder`."""
+    policy, codec, _, _ = checkpoints.load(folder, device=device)
+    assert codec is not None
+    velocity = probe(policy, codec, data, device)
+    before = velocity()
+    merge(policy)
+    return float((velocity() - before).abs().max())
+
+
 def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -> Start:
     path, chosen = shipped.find("checkpoint", recipe.policy.checkpoint), recipe.policy
     own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for

@@ -119,6 +119,13 @@ def _in_layers(layers: str, layer: int | None, count: int) -> bool:
     return int(match["low"]) <= layer <= int(match["high"] or match["low"])
 
 
+def _reach(layers: str) -> int:
+    """Return how many layers a part needs to have for the range to lie within it."""
+    match = LAYERS.fullmatch(layers)
+    assert match, layers
+    return int(match["count"] or 0) or int(match["high"] or match["low"]) + 1
+
+
 def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
     """Return, for each parameter, the index of the rule that decides about it; `name` is the strategy's.
 
@@ -139,6 +146,12 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
         )
     used = set(chosen)
     for index, rule in enumerate(rules):
+        depth = max((i.layers for i, at in zip(infos, chosen, strict=True) if at == index), default=0)
+        if rule.select.layers and depth and _reach(rule.select.layers) > depth and not rule.optional:
+            raise StrategyError(
+                f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode}) reaches past the {depth} "
+                "layers that there are; write the range that you mean (`optional = true` permits it)"
+            )
         if index not in used and not rule.optional:
             raise StrategyError(_idle(infos, chosen, rules, name, index))
     return chosen

@@ -1,0 +1,124 @@
+"""Runs with adapters: saved on what they began from, resumed bit for bit, merged, gone on from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.train.test_interruptions import Interrupted, Until, crash
+from tests.train.world import assert_same, losses, tiny
+from vlafit import checkpoints, report
+from vlafit.errors import StrategyError
+from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train import run
+
+RULES = """
+[[rule]]
+select = {{ part = "projections" }}
+mode = "full"
+
+[[rule]]
+select = {{ part = ["vision", "language", "expert"], kind = ["attention", "mlp"] }}
+{adapter}
+
+[[rule]]
+mode = "frozen"
+"""
+ADAPTERS = {
+    "lora": 'mode = "lora"\nrank = 4',
+    "pissa": 'mode = "lora"\nrank = 4\ninit = "pissa"',
+    "dora": 'mode = "dora"\nrank = 4',
+    "adalora": 'mode = "adalora"\nrank = 4\ntarget_rank = 2',
+    "qlora": 'mode = "lora"\nrank = 4\nquantise = "nf4"',
+}
+
+
+@pytest.fixture(scope="module")
+def base(card: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a full run on the dots."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    run(tiny(card, train={"steps": 1, "validate_every": 0, "save_every": 0}), out)
+    return out / "checkpoints" / "step_000001"
+
+
+def recipe_on(base: Path, card: Path, adapter: str, **sections) -> Recipe:
+    path = base.parent / f"{adapter}.toml"
+    path.write_text(RULES.format(adapter=ADAPTERS[adapter]))
+    return replace(tiny(card, strategy=str(path), **sections), policy=PolicyRecipe(checkpoint=str(base)))
+
+
+def everything(out: Path, step: int) -> dict[str, Tensor]:
+    """All tensors in a checkpoint's files."""
+    folder = out / "checkpoints" / f"step_{step:06d}"
+    return {
+        f"{path.relative_to(folder)}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_run_with_adapters_is_saved_on_its_base_and_goes_on_bit_for_bit(
+    adapter: str, base: Path, card: Path, tmp_path: Path
+):
+    recipe = recipe_on(base, card, adapter)
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "pieces", observer=Until(5, crash))
+    run(recipe, tmp_path / "pieces", resume=True)
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    assert_same(everything(tmp_path / "pieces", 8), everything(tmp_path / "whole", 8))
+    folder = tmp_path / "whole" / "checkpoints" / "step_000008"
+    assert not (folder / "model.safetensors").exists()
+    assert json.loads((folder / "base.json").read_text())["sha256"] == checkpoints.digest(base)
+    loaded = checkpoints.load(folder)
+    frozen = {n.replace(".base_layer", ""): p for n, p in loaded.policy.named_parameters()}
+    was = checkpoints.load_policy(base)
+    learned = {e.name for e in loaded.plan.entries if e.trainable}
+    if adapter in ("lora", "dora", "adalora"):  # PiSSA and rounding change what lies below
+        assert all(torch.equal(frozen[n], p) for n, p in was.named_parameters() if n not in learned)
+    facts = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert 0 <= facts["merge_error"] < 1e-4
+    assert report.read_facts(tmp_path / "whole").plan == loaded.plan
+
+
+def test_from_fresh_weights_a_run_with_adapters_holds_them_all(card: Path, base: Path, tmp_path: Path):
+    recipe = replace(recipe_on(base, card, "lora"), policy=tiny(card).policy)
+    run(recipe, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_000008"
+    assert (folder / "model.safetensors").exists() and not (folder / "base.json").exists()
+    checkpoints.load(folder)
+
+
+def test_a_run_from_an_adapted_checkpoint_merges_it_first_and_says_so(base: Path, card: Path, tmp_path: Path):
+    run(recipe_on(base, card, "lora"), tmp_path / "first")
+    last = tmp_path / "first" / "checkpoints" / "step_000008"
+    again = recipe_on(base, card, "dora", train={"steps": 2})
+    run(replace(again, policy=PolicyRecipe(checkpoint=str(last))), tmp_path / "second")
+    assert "were merged" in json.loads((tmp_path / "second" / "run.json").read_text())["notices"][0]
+    folder = tmp_path / "second" / "checkpoints" / "step_000002"
+    assert (folder / "model.safetensors").exists()
+    checkpoints.load(folder)
+
+
+def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Path, tmp_path: Path):
+    recipe = recipe_on(base, card, "lora", train={"steps": 2})
+    fresh = replace(recipe.policy, fresh=("projector",))
+    run(replace(recipe, policy=fresh), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_000002"
+    assert {n for n in load_file(folder / "trained.safetensors") if n.startswith("projector")} == {
+        "projector.weight",
+        "projector.bias",
+    }
+    policy, was = checkpoints.load_policy(folder), checkpoints.load_policy(base)
+    assert not torch.equal(policy.projector.weight, was.projector.weight)
+
+
+def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, tmp_path: Path):
+    with pytest.raises(StrategyError, match="quantised weights cannot be sharded"):
+        run(recipe_on(base, card, "qlora", train={"sharding": "full"}), tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.toml").exists()
