@@ -36,7 +36,7 @@ imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
 unit: .venv/ready-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv build dist

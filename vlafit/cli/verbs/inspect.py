@@ -47,6 +47,11 @@ def run(arguments: Sequence[str]) -> int:
     if options.strategy:
         plan = tuning.preview(loaded.policy, tuning.load_strategy(options.strategy))
         facts["strategy"] = {"name": plan.strategy.name, "table": plan.rows()}
+        if len(plan.strategy.stages) > 1:
+            facts["strategy"]["stages"] = [
+                {"name": stage.name, "begins": str(stage.begin or "step 0"), "table": plan.at(number).rows()}
+                for number, stage in enumerate(plan.strategy.stages)
+            ]
     if options.json:
         print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
     else:
@@ -101,7 +106,11 @@ def as_text(facts: dict[str, Any]) -> str:
     else:
         lines.append("a run that fine-tunes it fits a codec to the data")
     if "strategy" in facts:
-        lines += ["", f"strategy {facts['strategy']['name']}", plan_table(facts["strategy"]["table"])]
+        lines += ["", f"strategy {facts['strategy']['name']}"]
+        for stage in facts["strategy"].get("stages", ()):
+            lines += ["", f"stage {stage['name']}, from {stage['begins']}", plan_table(stage["table"])]
+        if "stages" not in facts["strategy"]:
+            lines.append(plan_table(facts["strategy"]["table"]))
     return "\n".join(lines)
 
 
