@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 from peft.functional import get_peft_model_state_dict
 from peft.tuners.lora.dora import DoraLinearLayer
 
+import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_policy, probe, rules, train, velocity
 from vlafit.checkpoints import adapted
 from vlafit.errors import StrategyError
@@ -368,3 +369,21 @@ def parse_again(written):
 
     told = plain(written)
     return parse(told, name=str(told.pop("name")), where="again")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft"])
+def test_over_a_bfloat16_policy_adapters_are_float32_and_merge_with_one_rounding(name: str, tmp_path):
+    policy = make_policy()
+    plan = apply_strategy(policy, rules(name))
+    train(policy)
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    half = vlafit.load_policy(tmp_path / "c", dtype="bfloat16")
+    dtypes = {n: p.dtype for n, p in half.named_parameters()}
+    assert all(dtypes[n] == torch.float32 for n in adapter_tensors(half))
+    assert dtypes["expert.layers.0.mlp.up_proj.base_layer.weight"] == torch.bfloat16
+    before = velocity(half)
+    rounding = (before - velocity(policy)).abs().max()  # of bfloat16 itself
+    assert 0 < rounding < 0.3
+    merged = merge(half)
+    assert merged.expert.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert (velocity(merged) - before).abs().max() < 2 * rounding
