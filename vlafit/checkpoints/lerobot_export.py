@@ -5,6 +5,8 @@ that feed nothing are part of its state: the language head, written as a copy of
 of pi0's expert, written as zeros.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from vlafit.codec import Codec
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0
 from vlafit.policies.smolvla import SmolVLA
+
+WEIGHTS = "model.safetensors"
 
 
 def kind_of(policy: Policy) -> Kind | None:
@@ -54,7 +58,7 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
     kind = kind_of(policy)
     assert kind is not None
-    save_file(_tensors(policy), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_tensors(policy), folder / WEIGHTS, metadata={"format": "pt"})
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
     if config.get("vlm_model_name") == LOCAL_VLM:
@@ -74,6 +78,21 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     if codec.config.prompt == "pi0":
         notes.append("LeRobot does not strip instructions, nor turn newlines inside them into blanks")
     return tuple(notes)
+
+
+def repeat_beside_adapters(folder: Path, base: Path) -> None:
+    """Write into `folder` what LeRobot looks for beside adapters: all that lies in `base` but the weights.
+
+    There config.json says that adapters are used; LeRobot finds `base` through adapter_config.json.
+    """
+    for path in sorted(base.iterdir()):
+        if path.name == "config.json":
+            config = json.loads(path.read_text(encoding="utf-8"))
+            write_json(folder / path.name, config | {"use_peft": True})
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif path.name != WEIGHTS:
+            shutil.copy2(path, folder / path.name)
 
 
 def _tensors(policy: Policy) -> dict[str, Tensor]:
