@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import vlafit
 from tests.checkpoints.test_lerobot import FIXTURE, RAW, TASKS, robot_view
 from tests.policies.tiny import random_batch, random_draws, random_policy
-from vlafit.checkpoints import lerobot_export, openpi_export
+from vlafit.checkpoints import lerobot_config, lerobot_export, lerobot_pipelines, openpi_export
 from vlafit.checkpoints.export import export, write
 from vlafit.checkpoints.lerobot_processors import read as read_codec
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
@@ -124,7 +124,7 @@ def test_what_we_fitted_ourselves_means_the_same_in_lerobot(
 ):
     policy = roomy(size)
     codec = codec_for(policy, normalisation, relative=() if "smolvla" in size else (True, False, True))
-    assert lerobot_export.codec_refusals(codec, lerobot_export.kind_of(policy)) == []
+    assert lerobot_pipelines.codec_refusals(codec, lerobot_export.kind_of(policy)) == []
     lerobot_export.write(tmp_path, policy, codec)
     again = vlafit.load_checkpoint(tmp_path, config=GIVEN)
     assert again.policy.config == policy.config
@@ -164,8 +164,8 @@ def test_relative_dimensions_survive(tmp_path: Path, relative: tuple[bool, ...])
 
 def test_the_public_smolvla_is_written_as_the_model_that_lerobot_knows():
     policy = smolvla.build(smolvla.SIZES["smolvla"], "meta")
-    assert lerobot_export.size_refusals(policy) == []
-    config = lerobot_export._config(policy, codec_for(policy), "smolvla")
+    assert lerobot_config.size_refusals(policy) == []
+    config = lerobot_config.describe(policy, codec_for(policy), "smolvla")
     assert config["vlm_model_name"] == "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
     assert (config["num_vlm_layers"], config["expert_width_multiplier"]) == (16, 0.75)
 
@@ -173,8 +173,8 @@ def test_the_public_smolvla_is_written_as_the_model_that_lerobot_knows():
 def test_the_public_sizes_of_pi0_have_their_names():
     for name in ("pi0", "pi05"):
         policy = pi0.build(pi0.SIZES[name], "meta")
-        assert lerobot_export.size_refusals(policy) == openpi_export.refusals(policy, None) == []
-        config = lerobot_export._config(policy, codec_for(policy), name)
+        assert lerobot_config.size_refusals(policy) == openpi_export.refusals(policy, None) == []
+        config = lerobot_config.describe(policy, codec_for(policy), name)
         assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_2b", "gemma_300m")
 
 
@@ -277,11 +277,13 @@ def test_a_family_that_a_target_does_not_hold_is_refused(tmp_path: Path, size: s
 def test_codecs_that_lerobot_cannot_repeat_are_refused():
     policy = roomy("smolvla-tiny")
     relative = codec_for(policy, relative=(True, False, False))
-    assert lerobot_export.codec_refusals(relative, "smolvla") == ["LeRobot's SmolVLA has no relative actions"]
+    assert lerobot_pipelines.codec_refusals(relative, "smolvla") == [
+        "LeRobot's SmolVLA has no relative actions"
+    ]
     asked = codec_for(policy, prompt="text")
     assert (
         "with a prompt of the form 'line', this codec with 'text'"
-        in lerobot_export.codec_refusals(asked, "smolvla")[0]
+        in lerobot_pipelines.codec_refusals(asked, "smolvla")[0]
     )
     small = roomy("pi05-tiny")
     assert "normalises pi0.5 by quantile" in openpi_export.codec_refusals(codec_for(small), pi05=True)[0]

@@ -2,9 +2,10 @@
 
     PYTHON tests/parity/lerobot_side.py EXPORTED INPUTS OUT
 
-loads the policy and both processors in EXPORTED, feeds them INPUTS, and writes what comes out, with a
-checkpoint that LeRobot itself saved, into OUT. Tiny networks are made possible by telling LeRobot their
-sizes, which it otherwise has by name alone; nothing that computes is replaced.
+loads the policy (with its adapters, where there are any) and both processors in EXPORTED, feeds them INPUTS,
+and writes what comes out, with a checkpoint that LeRobot itself saved, into OUT. Tiny networks are made
+possible by telling LeRobot their sizes, which it otherwise has by name alone; nothing that computes is
+replaced.
 """
 
 import json
@@ -81,7 +82,15 @@ def main(exported: Path, inputs: Path, out: Path) -> None:
     words = json.loads((inputs.parent / "tasks.json").read_text())
     config = PreTrainedConfig.from_pretrained(exported)
     tell_sizes(config.type, sizes, exported)
-    policy = get_policy_class(config.type).from_pretrained(exported, config=config).eval()
+    policy_class = get_policy_class(config.type)
+    if config.use_peft:  # as lerobot.policies.factory.make_policy does it
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(exported).base_model_name_or_path
+        policy = policy_class.from_pretrained(base, config=config)
+        policy = PeftModel.from_pretrained(policy, exported, is_trainable=True).eval().get_base_model()
+    else:
+        policy = policy_class.from_pretrained(exported, config=config).eval()
     there = {"tokenizer_processor": {"tokenizer_name": str(exported / "tokenizer")}}  # 0.6.1 looks in the cwd
     pre, post = make_pre_post_processors(config, pretrained_path=str(exported), preprocessor_overrides=there)
     given = load_file(inputs)
@@ -89,14 +98,27 @@ def main(exported: Path, inputs: Path, out: Path) -> None:
     batch = pre({**given, "task": words})
     policy.model.sample_noise = lambda *_: noise
     policy.model.sample_time = lambda *_: time
+    prepare = policy.prepare_images if config.type == "smolvla" else policy._preprocess_images
+    velocities = []
     with torch.no_grad():
+        images, _ = prepare(dict(batch))
+        out_proj = policy.model.action_out_proj
+        hook = out_proj.register_forward_hook(lambda module, x, y: velocities.append(y))
         loss, _ = policy.forward(dict(batch))
+        hook.remove()
         actions = policy.predict_action_chunk(dict(batch), noise=noise)
         robot = post(actions)
+        name = "num_steps" if config.type == "smolvla" else "num_inference_steps"
+        setattr(policy.config, name, 1)
+        once = policy.predict_action_chunk(dict(batch), noise=noise)
+        setattr(policy.config, name, 10)
     out.mkdir(parents=True)
-    found = {"loss": loss, "actions": actions, "robot": robot}
+    found = {"loss": loss, "actions": actions, "robot": robot, "once": once, "velocity": velocities[0]}
+    found |= {"images": torch.stack(images, 1)}
     found |= {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     save_file({name: value.contiguous() for name, value in found.items()}, out / "found.safetensors")
+    if config.use_peft:
+        return
     policy.save_pretrained(out / "saved")
     pre.save_pretrained(out / "saved")
     post.save_pretrained(out / "saved")

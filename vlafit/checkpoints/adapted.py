@@ -138,7 +138,7 @@ def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor
         config.revision = f"sha256:{base.sha256}" if base else None
         config.save_pretrained(place)
         held = {n: t for n, t in tensors.items() if n in mine and group_of(n) == group.name}
-        own = {PREFIX + _peft_name(n, group.name): _plain(t) for n, t in held.items() if _is_stored(n)}
+        own = {PREFIX + peft_name(n, group.name): _plain(t) for n, t in held.items() if is_stored(n)}
         save_file(own, place / TENSORS, metadata={"format": "pt"})
         if group.adapter.init == "pissa" and base is not None:
             factors = initial_factors(policy, group)
@@ -157,9 +157,9 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
         place = folder / ADAPTERS / group.name
         _require_same_config(place, group)
         names = {
-            PREFIX + _peft_name(n, group.name): n
+            PREFIX + peft_name(n, group.name): n
             for n in adapter_tensors(policy)
-            if group_of(n) == group.name and _is_stored(n)
+            if group_of(n) == group.name and is_stored(n)
         }
         stored = open_tensors([place / TENSORS])
         wrong += [f"missing {group.name}: {n}" for n in names if n not in stored]
@@ -206,11 +206,12 @@ def _require_same_config(place: Path, group: Group) -> None:
         raise WeightsError(f"{path}: target_modules are not the layers that plan.json adapts")
 
 
-def _is_stored(name: str) -> bool:
+def is_stored(name: str) -> bool:
+    """Whether files hold the adapter's tensor with this live name."""
     return ".ranknum." not in name  # AdaLoRA's count, which is the rank it began with
 
 
-def _peft_name(name: str, group: str) -> str:
+def peft_name(name: str, group: str) -> str:
     """Return peft's name in files for an adapter's tensor: its live name without the adapter's own."""
     name = name.replace(f".lora_magnitude_vector.{group}.weight", ".lora_magnitude_vector")
     words = name.split(".")

@@ -1,18 +1,34 @@
-"""Take a checkpoint out of the house: to LeRobot, to openpi's PyTorch code, or to transformers."""
+"""Take a checkpoint out of the house: to LeRobot, openpi's PyTorch code or transformers, or as our own."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
+import torch
+
 from vlafit import files
-from vlafit.checkpoints import lerobot_export, openpi_export, transformers_export
-from vlafit.checkpoints.load import load
+from vlafit.checkpoints import (
+    adapted,
+    lerobot_export,
+    native,
+    openpi_export,
+    peft_export,
+    transformers_export,
+)
+from vlafit.checkpoints import interpolate as between
+from vlafit.checkpoints.lineage import Lineage, read_lineage
+from vlafit.checkpoints.load import Loaded, load
+from vlafit.checkpoints.save import save
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError, did_you_mean
+from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy
+from vlafit.tuning.merge import merge as merge_adapters
+from vlafit.tuning.merge import remove
 
-Target = Literal["lerobot", "openpi", "transformers"]
+Target = Literal["lerobot", "openpi", "transformers", "vlafit"]
 WRITERS: dict[str, ModuleType] = {
     "lerobot": lerobot_export,
     "openpi": openpi_export,
@@ -28,36 +44,170 @@ class Exported:
     target: Target
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    merge_error: float | None = None
+    """Largest change of a velocity on a random batch through merging; see `merge_measured`."""
 
     def text(self) -> str:
         """Return what a person wants to know, in a few lines."""
         lines = [f"{self.folder}: for {self.target}, {len(self.files)} files: {', '.join(self.files)}"]
+        if self.merge_error is not None:
+            lines.append(
+                f"adapters merged in float32; on a random batch that changed velocities by at most "
+                f"{self.merge_error:.1e} of the largest"
+            )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def export(source: str | Path, target: Target, out: str | Path) -> Exported:
+def export(
+    source: str | Path,
+    target: Target,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    interpolate: Mapping[str, float] | None = None,
+    base: str | Path | None = None,
+) -> Exported:
     """Write the checkpoint `source`, of any form that `load` reads, into the new folder `out`.
 
-    Weights are written in float32. The folder appears whole or not at all. Raises WeightsError where `out` is
-    there already, or the target cannot express the policy or its codec: every reason is named.
+    Weights are written in float32. Adapters are written as one PEFT folder in the target's module names, with
+    the weights below them in `base/` (see `peft_export`); `merge` folds them into the weights instead. With
+    `interpolate` (part -> share of the fine-tuning that stays) the weights lie between those that training
+    began with and the checkpoint's own, adapters merged first. `base` is where the checkpoint lies that
+    adapters sit on, or that training began with, where `source` does not tell or it has moved.
+
+    The folder appears whole or not at all. Raises WeightsError where `out` is there already, or the target
+    cannot express the policy, its codec or its adapters: every reason is named.
     """
-    loaded = load(source)
-    return write(loaded.policy, loaded.codec, target, out, str(source))
+    source, out = Path(source), Path(out)
+    _require_free(target, out)
+    is_native = native.recognise(source)
+    sits_on = adapted.read_base(source) if is_native else None
+    loaded = load(source, base=base if sits_on or not interpolate else None)
+    error, notes = None, ()
+    if loaded.plan is not None and loaded.plan.adapted and (merge or interpolate):
+        error = merge_measured(loaded.policy)
+        loaded = loaded._replace(plan=None)
+    elif merge:
+        notes = ("there were no adapters to merge",)
+    history = read_lineage(source) if is_native else None
+    if interpolate:
+        found = between.find_base(source, base)
+        below = between.load_base(found.path, loaded.policy)
+        between.interpolate(loaded.policy, below, interpolate)
+        loaded = loaded._replace(plan=None)
+        history = _interpolated(history, interpolate, found.path)
+        notes += (f"{history.made}; of other parts everything", *found.notes)
+    if target == "vlafit":
+        recipe = source / native.RECIPE
+        told = recipe.read_text(encoding="utf-8") if is_native and recipe.is_file() else None
+        save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=told, history=history)
+        made = Exported(out, target, _listed(out), ())
+    else:
+        made = _write(loaded, target, out, str(source))
+    return replace(made, notes=notes + made.notes, merge_error=error)
 
 
 def write(policy: Policy, codec: Codec | None, target: Target, out: str | Path, where: str) -> Exported:
-    """Write a policy and its codec into the new folder `out`; see `export`. `where` begins a refusal."""
-    if target not in WRITERS:
+    """Write a policy without adapters, and its codec, into the new folder `out`; see `export`.
+
+    `where` begins a refusal.
+    """
+    out = Path(out)
+    _require_free(target, out)
+    if target == "vlafit":
+        save(policy, out, codec)
+        return Exported(out, target, _listed(out), ())
+    _require_expressible(policy, codec, target, where, [])
+    with files.new_folder(out) as partial:
+        notes = WRITERS[target].write(partial, policy, codec)
+        written = _listed(partial)
+    return Exported(out, target, written, notes)
+
+
+def _write(loaded: Loaded, target: Target, out: Path, where: str) -> Exported:
+    policy, codec, plan, _ = loaded
+    if plan is None or not plan.adapted:
+        return write(policy, codec, target, out, where)
+    _require_expressible(policy, codec, target, where, peft_export.refusals(policy, plan, target))
+    taken = peft_export.take(policy, plan, target)
+    remove(policy)
+    with files.new_folder(out) as partial:
+        base = partial / peft_export.BASE
+        base.mkdir()
+        notes = WRITERS[target].write(base, policy, codec)
+        place = out.resolve() / peft_export.BASE
+        peft_export.write(partial, taken, place)
+        if target == "lerobot":
+            lerobot_export.repeat_beside_adapters(partial, base)
+        written = _listed(partial)
+    note = (
+        f"adapters in peft's form; the weights below them are in {peft_export.BASE}/, where"
+        f" adapter_config.json looks for them: {place}"
+    )
+    return Exported(out, target, written, (note, *notes))
+
+
+@torch.no_grad()
+def merge_measured(policy: Policy) -> float:
+    """Merge the adapters of `policy` into its weights, in place, and return what that changed.
+
+    It is the largest change of a velocity for a random batch, relative to the largest velocity.
+    """
+    batch, noise, time = _random_batch(policy)
+    policy.eval()
+    before = policy.velocity(batch, noise, time)
+    merge_adapters(policy)
+    after = policy.velocity(batch, noise, time)
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def _random_batch(policy: Policy) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Return a batch of two samples that fits the policy, noise and time; always the same."""
+    needs, rng, rows, cameras = policy.needs(), torch.Generator().manual_seed(0), 2, 2
+    length, side = min(needs.max_tokens, 16), needs.image_size
+    device = next(policy.parameters()).device
+    shape = (rows, needs.chunk, needs.action_dim)
+    batch = Batch(
+        images=torch.rand(rows, cameras, 3, side, side, generator=rng) * 2 - 1,
+        image_mask=torch.ones(rows, cameras, dtype=torch.bool),
+        tokens=torch.randint(0, needs.vocabulary, (rows, length), generator=rng),
+        token_mask=torch.ones(rows, length, dtype=torch.bool),
+        state=torch.randn(rows, needs.state_dim, generator=rng),
+        actions=torch.randn(shape, generator=rng),
+    )
+    noise, time = torch.randn(shape, generator=rng), torch.rand(rows, generator=rng)
+    return batch.to(device), noise.to(device), time.to(device)
+
+
+def _interpolated(history: Lineage | None, shares: Mapping[str, float], base: Path) -> Lineage:
+    """Return the history of weights between those of `history` and of `base`."""
+    told = ", ".join(f"{share:g} of {part}" for part, share in shares.items())
+    before = read_lineage(base) if native.recognise(base) else Lineage()
+    own = history or Lineage()
+    seeds = {
+        task: tuple(sorted({*own.seeds.get(task, ()), *before.seeds.get(task, ())}))
+        for task in sorted({*own.seeds, *before.seeds})
+    }
+    made = f"interpolated: from checkpoint {adapted.digest(base)[:12]} on, {told}"
+    return replace(own, seeds=seeds, made=f"{own.made}; {made}" if own.made else made)
+
+
+def _require_free(target: str, out: Path) -> None:
+    if target not in get_args(Target):
         raise WeightsError(f"there is no target {target!r}{did_you_mean(target, get_args(Target))}")
-    out, writer = Path(out), WRITERS[target]
     if out.exists():
         raise WeightsError(f"{out} is there already; name a new folder, or remove it first")
-    reasons = writer.refusals(policy, codec)
+
+
+def _require_expressible(
+    policy: Policy, codec: Codec | None, target: str, where: str, more: list[str]
+) -> None:
+    reasons = WRITERS[target].refusals(policy, codec) + more
     if reasons:
         raise WeightsError(
             f"{where}: cannot go to {target}:\n" + "\n".join(f"  {reason}" for reason in reasons)
         )
-    with files.new_folder(out) as partial:
-        notes = writer.write(partial, policy, codec)
-        written = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-    return Exported(out, target, tuple(written), notes)
+
+
+def _listed(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))

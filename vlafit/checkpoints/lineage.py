@@ -40,6 +40,8 @@ class Lineage:
     """What it was trained on since `base`."""
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Task -> the seeds of its recorded episodes, those that `base` learned from among them."""
+    made: str = ""
+    """What was done to the weights after training, such as an interpolation; empty: nothing."""
 
     def write(self, folder: Path) -> None:
         """Write the file into a checkpoint that is still being made."""

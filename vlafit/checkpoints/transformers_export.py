@@ -25,10 +25,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
     import transformers
 
-    if not hasattr(transformers, "PI0ForConditionalGeneration"):
-        raise WeightsError(f"transformers {transformers.__version__} has no pi0; install {SINCE} or newer")
-    with torch.device("meta"):
-        model = transformers.PI0ForConditionalGeneration(_config(policy.config))
+    model = skeleton(policy.config)
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     embedding = weights["language.embed_tokens.weight"]
     dead = torch.zeros(embedding.shape[0], policy.config.expert.width, dtype=embedding.dtype)
@@ -43,6 +40,19 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     model.load_state_dict(tensors, assign=True)
     model.save_pretrained(folder)
     return ("transformers holds no codec: normalise states and actions, and tokenise, as codec.json says",)
+
+
+def skeleton(config: Pi0Config):
+    """Return transformers' own model of these sizes on the meta device.
+
+    Raises WeightsError where the installed version has none.
+    """
+    import transformers
+
+    if not hasattr(transformers, "PI0ForConditionalGeneration"):
+        raise WeightsError(f"transformers {transformers.__version__} has no pi0; install {SINCE} or newer")
+    with torch.device("meta"):
+        return transformers.PI0ForConditionalGeneration(_config(config))
 
 
 def _config(config: Pi0Config):

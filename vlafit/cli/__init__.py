@@ -19,7 +19,7 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "record": "record demonstrations of scripted experts",
     "report": "write the report page of a run again",
     "inspect": "show what a checkpoint holds, and what a tuning strategy would train of it",
-    "export": "write a checkpoint as LeRobot, openpi or transformers saves it",
+    "export": "write a checkpoint for LeRobot, openpi or transformers, merged or interpolated if asked",
     "convert-pickle": "turn a pickle of tensors into safetensors, safely",
     "list": "list the recipes, cards, protocols, strategies and checkpoints that ship",
 }

@@ -19,6 +19,20 @@ def merge(policy: Policy) -> Policy:
     """
     for name, layer in list(adapted_layers(policy)):
         policy.set_submodule(name, _merged(layer))
+    return _bare(policy)
+
+
+def remove(policy: Policy) -> Policy:
+    """Take every adapter off, in place, and return the policy as it is below them.
+
+    A quantised layer becomes a plain one of its rounded values. Without adapters nothing changes.
+    """
+    for name, layer in list(adapted_layers(policy)):
+        policy.set_submodule(name, layer.get_base_layer())
+    return _bare(policy)
+
+
+def _bare(policy: Policy) -> Policy:
     for name in quantised_names(policy):
         policy.set_submodule(name, _plain(policy.get_submodule(name)))
     if hasattr(policy, "peft_config"):  # peft's mark; without adapters it would claim some

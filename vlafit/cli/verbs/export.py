@@ -3,25 +3,54 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, key_value
 from vlafit.cli.places import checkpoint_folder
+from vlafit.errors import ConfigError
 
 ABOUT = """\
 Write a checkpoint as LeRobot, openpi's PyTorch code or transformers saves it, so that it runs there with the
-same outputs: weights, config and, where the target has such, normalisation and tokenizer. What a target
-cannot express is refused, with the reason; nothing is left half written."""
+same outputs: weights, config and, where the target has such, normalisation and tokenizer; or as vlafit's own.
+Adapters become a PEFT folder in the target's module names, with the weights below them in base/, or with
+--merge part of the weights. What a target cannot express is refused, with the reason; nothing is left half
+written."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Write the folder, and say what is in it and what the target must be told."""
     parser = Parser("vlafit export", ABOUT)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
-    parser.add_argument("--to", required=True, metavar="TARGET", help="lerobot, openpi or transformers")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="lerobot, openpi, transformers or vlafit"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument("--merge", action="store_true", help="fold adapters into the weights, in float32")
+    parser.add_argument(
+        "--interpolate",
+        default="",
+        metavar="PART=SHARE,..",
+        help="keep this share of what fine-tuning changed in a part, as in language=0.5,vision=0.8: 0 is the"
+        " checkpoint that training began with, 1 (parts that are not named) the fine-tuned one; adapters"
+        " are merged first",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="the one that adapters sit on, or that training began with, where CHECKPOINT does not tell",
+    )
     options = parser.read(arguments)
 
+    shares = _shares(options.interpolate)
     source = checkpoint_folder(options.checkpoint, foreign=True)
+    base = checkpoint_folder(options.base, foreign=True) if options.base else None
     from vlafit.checkpoints.export import export
 
-    print(export(source, options.to, Path(options.out)).text())
+    made = export(source, options.to, Path(options.out), merge=options.merge, interpolate=shares, base=base)
+    print(made.text())
     return 0
+
+
+def _shares(text: str) -> dict[str, float]:
+    pairs = [key_value(pair) for pair in text.split(",") if pair.strip()]
+    if len(dict(pairs)) != len(pairs):
+        raise ConfigError(f"--interpolate {text!r} names a part twice")
+    return dict(pairs)

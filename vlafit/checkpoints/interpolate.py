@@ -1,0 +1,163 @@
+"""Weights between those that fine-tuning began with and those that it came to, part by part.
+
+    weight = base + share * (fine-tuned - base)
+
+Fine-tuning on little data loses some of what the base could do; a share below 1 of some parts can give it
+back (WiSE-FT, arXiv 2109.01903). Which shares are worth it is for rollouts to say.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vlafit import shipped
+from vlafit.checkpoints import adapted, native
+from vlafit.checkpoints.fit import complain
+from vlafit.checkpoints.lineage import read_lineage
+from vlafit.checkpoints.load import load
+from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.nn.policy import Policy
+from vlafit.policies import family_name
+from vlafit.tuning.merge import merge
+
+SAID_BY_SHAPES = ("state_dim", "action_dim")  # compared tensor by tensor
+FREE = (*SAID_BY_SHAPES, "chunk", "max_tokens")  # may differ between a checkpoint and its base
+
+
+class Found(NamedTuple):
+    """The checkpoint that fine-tuning began with, and what to know about how it was found."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+@torch.no_grad()
+def interpolate(policy: Policy, base: Policy, shares: Mapping[str, float]) -> Policy:
+    """Move the weights of `policy` towards those of `base`, in place, and return it.
+
+    `shares` gives for a part how much of the fine-tuning stays: 0 is the base's weights, 1 (parts that are
+    not named) the policy's own, bit for bit. Sums are made in float32 and cast once. Neither policy may carry
+    adapters. Raises WeightsError for a part that the policy has not, a share outside 0 to 1, and weights that
+    differ in name or shape from the base's.
+    """
+    _require_shares(policy, shares)
+    live, below = dict(policy.named_parameters()), dict(base.named_parameters())
+    moved = [info for info in policy.parts() if shares.get(info.part, 1.0) != 1.0]
+    _require_same_form(policy, base)
+    complain(
+        "interpolation",
+        {
+            "missing in the base": [info.name for info in moved if info.name not in below],
+            "misshapen": [
+                f"{info.name} is {tuple(below[info.name].shape)} in the base, not"
+                f" {tuple(live[info.name].shape)}"
+                for info in moved
+                if info.name in below and below[info.name].shape != live[info.name].shape
+            ],
+        },
+    )
+    for info in moved:
+        own, share = live[info.name], float(shares[info.part])
+        start = below[info.name].to(own.device)
+        own.copy_(start if share == 0.0 else torch.lerp(start.float(), own.float(), share))
+    return policy
+
+
+def find_base(source: Path, given: str | Path | None = None) -> Found:
+    """Return the checkpoint that the training of the checkpoint `source` began with.
+
+    It is the one its adapters sit on, or the one that its recipe names, verified by the hash in its history;
+    or the one `given`, and a note where that is another one. Raises WeightsError where there is none.
+    """
+    below = adapted.read_base(source) if native.recognise(source) else None
+    if below is not None:
+        return Found(adapted.locate(source, below, given), ())
+    recorded = read_lineage(source).base if native.recognise(source) else ""
+    if given is not None:
+        place = _find(str(given), source)
+        if recorded and adapted.digest(place) != recorded:
+            return Found(place, (f"{place} is not the checkpoint that training began with, by its hash",))
+        return Found(place, () if recorded else (f"nothing tells whether training began with {place}",))
+    said = _said_by_recipe(source)
+    if not (recorded and said):
+        raise WeightsError(f"{source}: does not tell which checkpoint its training began with: give --base")
+    place = _find(said, source)
+    if adapted.digest(place) != recorded:
+        raise WeightsError(
+            f"{source}: its training began with another checkpoint than what lies at {place} now: the "
+            f"SHA-256 is {adapted.digest(place)}, not {recorded}; say where the right one is: --base"
+        )
+    return Found(place, ())
+
+
+def load_base(place: Path, like: Policy) -> Policy:
+    """Load the checkpoint at `place`, of any form, with its adapters merged; `like` tells what it does not.
+
+    What its tensors do not tell (heads, say) is taken from the config of the policy `like`.
+    """
+    said: Mapping[str, Any] | None = None
+    if not native.recognise(place):
+        said = {k: v for k, v in asdict(like.config).items() if k not in SAID_BY_SHAPES}
+    loaded = load(place, config=said)
+    return merge(loaded.policy) if loaded.plan is not None and loaded.plan.adapted else loaded.policy
+
+
+def _require_shares(policy: Policy, shares: Mapping[str, float]) -> None:
+    parts = list(dict.fromkeys(info.part for info in policy.parts()))
+    for part, share in shares.items():
+        if part not in parts:
+            raise WeightsError(
+                f"interpolation: the policy has no part {part!r}{did_you_mean(part, parts)}; its parts are "
+                f"{', '.join(parts)}"
+            )
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0.0 <= share <= 1.0:
+            raise WeightsError(
+                f"interpolation: the share of {part} must be a number from 0 (the base's weights) to 1 "
+                f"(the fine-tuned ones), not {share!r}"
+            )
+
+
+def _require_same_form(policy: Policy, base: Policy) -> None:
+    names = [family_name(p) for p in (policy, base)]
+    if names[0] != names[1]:
+        raise WeightsError(f"interpolation: this policy is a {names[0]}, the base a {names[1]}")
+    ours, theirs = (asdict(p.config) for p in (policy, base))
+    # Sizes of tensors are compared tensor by tensor; heads, say, show in no tensor.
+    odd = [key for key in ours if key not in FREE and not _same(ours[key], theirs[key], _UNSEEN)]
+    if odd:
+        raise WeightsError(
+            f"interpolation: {odd[0]} is {theirs[odd[0]]} in the base, {ours[odd[0]]} in this policy"
+        )
+
+
+_UNSEEN = ("heads", "kv_heads", "head_dim", "self_every", "shuffle", "patch")
+
+
+def _same(one: Any, other: Any, keys: tuple[str, ...]) -> bool:
+    if isinstance(one, dict):
+        return all(one.get(key) == other.get(key) for key in keys)
+    return one == other
+
+
+def _said_by_recipe(source: Path) -> str:
+    path = source / native.RECIPE
+    if not path.is_file():
+        return ""
+    try:
+        return str(tomllib.loads(path.read_text(encoding="utf-8"))["policy"]["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _find(said: str, source: Path) -> Path:
+    path = Path(said).expanduser()
+    if path.exists():
+        return path
+    try:
+        return shipped.find("checkpoint", said)
+    except ConfigError as error:
+        raise WeightsError(f"{source}: its base {said!r} is not there; say where it is: --base") from error
