@@ -238,9 +238,9 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
 
 
 def known_config(tree: Tree) -> dict[str, object]:
-    """Return what the tree's shapes tell and those of our parameters do not: heads have an axis here."""
+    """Return what shapes of our parameters do not tell: heads, which have an axis here, and JAX's rounding."""
     vision, queries = tree.leaves.get(f"{_MHA}query/kernel"), tree.leaves.get(f"{_LLM}layers/attn/q_einsum/w")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"time_angles": "float32"}
     if vision is not None:
         found["vision"] = {"heads": vision.shape[2]}
     if queries is not None:
