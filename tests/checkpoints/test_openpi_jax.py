@@ -123,7 +123,8 @@ def test_merged_lora_gives_the_velocity_that_openpi_recorded():
 def test_alpha_scales_the_attentions_factors_and_not_those_of_the_mlp():
     def weights(alpha: float | None) -> dict[str, torch.Tensor]:
         lora: dict[str, object] = {} if alpha is None else {"language_alpha": alpha}
-        return dict(openpi_jax.open_tree(JAX / "ckpt_lora_pure" / "params", lora).contents())
+        tree = openpi_jax.open_tree(JAX / "ckpt_lora_pure" / "params", lora)
+        return {name: tensor.clone() for name, tensor in tree.contents()}
 
     none, plain, double = weights(0.0), weights(None), weights(8.0)
     changed = {name for name in plain if not torch.equal(plain[name], double[name])}
