@@ -12,13 +12,12 @@ from vlafit.checkpoints.fit import fit
 from vlafit.checkpoints.names import back, translate
 from vlafit.checkpoints.transformers import LIVE
 from vlafit.nn.batch import Batch, unit_images
-from vlafit.policies import pi0
 from vlafit.policies.pi0 import SIZES, Pi0, build
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers", minversion="5.23")  # the names are those of this version
 
-CONFIG = SIZES["pi0-tiny"]
+CONFIG = replace(SIZES["pi0-tiny"], time_angles="float32")  # as transformers rounds them
 IMAGE = CONFIG.language.vocab - 1  # id of transformers' image token
 
 
@@ -95,26 +94,13 @@ def their_inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 def test_velocity_and_loss_equal_those_of_transformers(theirs: torch.nn.Module, ours: Pi0, batch: Batch):
     noise, time = random_draws(CONFIG, draws=1)
-    time = time * 0.2  # transformers rounds the time embedding's angles, up to 1571 t, to float32: see below
     with torch.no_grad():
         out = theirs(**their_inputs(batch), noise=noise[0], timestep=time[0], actions=batch.actions)
         velocity = ours.velocity(batch, noise[0], time[0])
         loss = ours.loss(batch, noise[0], time[0])["loss"]
     assert out.logits.std() > 0.3
-    assert (velocity - out.logits).abs().max() < 1e-4
-    assert abs(loss - out.loss) < 1e-4
-
-
-def test_with_transformers_own_rounding_of_time_nothing_else_differs(
-    theirs: torch.nn.Module, ours: Pi0, batch: Batch, monkeypatch: pytest.MonkeyPatch
-):
-    embed = theirs.embed_action_time.sinusoid_embeds
-    monkeypatch.setattr(pi0, "time_embedding", lambda t, width: embed(t.flatten()).unflatten(0, t.shape))
-    noise, time = random_draws(CONFIG, draws=1)
-    with torch.no_grad():
-        out = theirs(**their_inputs(batch), noise=noise[0], timestep=time[0])
-        velocity = ours.velocity(replace(batch, actions=noise[0]), noise[0], time[0])
-    assert (velocity - out.logits).abs().max() < 1e-5
+    assert (velocity - out.logits).abs().max() < 2e-5
+    assert abs(loss - out.loss) < 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 10])

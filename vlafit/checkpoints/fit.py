@@ -82,6 +82,7 @@ def fit(
             common = tuple(slice(min(n, m)) for n, m in zip(shape, tensor.shape, strict=True))
             value[common] = tensor[common].to(value)
         replace_parameter(policy, name, value)
+        del tensor  # the next one is read before the loop would let go of this one
     complain(where, {**wrong, "not finite": broken, "without contents": sorted(fits)})
 
 
@@ -140,11 +141,11 @@ def replace_parameter(policy: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # A sum is finite only if all its terms are; in float64 no sum of 2^22 narrower numbers overflows.
-    return all(
-        bool(torch.isfinite(part.sum(dtype=torch.float64)))
-        for part in tensor.reshape(-1).split(CHECKED_AT_ONCE)
-    )
+    # A sum is finite only if all its terms are; in float64 no sum of narrower numbers overflows.
+    # Rows of the tensor as it lies: flattened, a transposed one would be copied.
+    rows = tensor if tensor.ndim else tensor[None]
+    several = max(1, CHECKED_AT_ONCE * len(rows) // max(rows.numel(), 1))
+    return all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(several))
 
 
 def _listed(names: Sequence[str]) -> str:

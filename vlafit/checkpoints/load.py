@@ -1,8 +1,8 @@
 """One call for a checkpoint of any form, told from its contents alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vlafit.checkpoints import (
     adapted,
+    codecs,
     lerobot,
-    lerobot_processors,
     native,
     openpi,
     openpi_assets,
@@ -20,7 +20,6 @@ from vlafit.checkpoints import (
     strangers,
     transformers,
 )
-from vlafit.checkpoints.adapted import Base
 from vlafit.checkpoints.fit import (
     DTYPES,
     Dtype,
@@ -31,13 +30,13 @@ from vlafit.checkpoints.fit import (
     replace_parameter,
     stored_as,
 )
+from vlafit.checkpoints.found import Found
 from vlafit.checkpoints.names import Translated, translate
 from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.shapes import infer_config
 from vlafit.checkpoints.sources import weight_files
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, family_of, merge, override
@@ -108,7 +107,7 @@ def load(
         contents=found.contents() if found.contents else None,
         resized=found.resized,
     )
-    codec, why, notes = _codec(found, policy, config, tokenizer, assets)
+    codec, why, notes = codecs.choose(found, policy, config, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
     if found.plan is not None and found.plan.adapted:
         adapted.restore(Path(path), policy, found.plan, found.below)
@@ -148,36 +147,6 @@ def load_policy(
     return load(path, config, dtype=dtype, device=device).policy
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A checkpoint whose headers are read: the policy's config, and tensors under our names.
-
-    `contents` reads the tensors where `translated` only has them on the meta device. `resized` are the shapes
-    in the file of those that the policy has in another one.
-    """
-
-    path: str
-    form: str
-    family: str
-    config: Any
-    translated: Translated
-    codec: Codec | None = None
-    plan: Plan | None = None
-    contents: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-    chunk: object = None
-    """Actions at once that the checkpoint itself says; None where it does not."""
-    assets: Mapping[str, Path] | None = None
-    """openpi's statistics; None in forms that have nothing to do with them."""
-    processors: Path | None = None
-    """The folder of LeRobot's processors; None in other forms."""
-    options: Mapping[str, object] | None = None
-    notes: tuple[str, ...] = ()
-    resized: Mapping[str, torch.Size] | None = None
-    adapted: tuple[str, ...] = ()
-    below: Base | None = None
-    """The checkpoint that native adapters sit on."""
-
-
 def _find(
     path: Path,
     config: Mapping[str, object] | None,
@@ -186,7 +155,7 @@ def _find(
     resize: str,
     fresh: Sequence[str],
     hash_weights: bool = True,
-) -> _Found:
+) -> Found:
     if dtype not in DTYPES:
         raise WeightsError(
             f"dtype {dtype!r} is not one that policies are loaded in{did_you_mean(dtype, DTYPES)}"
@@ -206,11 +175,11 @@ def _find(
     return _resize(found, widths, given, resize, fresh)
 
 
-def _native(path: Path, config: Mapping[str, object], base: str | Path | None, hash_weights: bool) -> _Found:
+def _native(path: Path, config: Mapping[str, object], base: str | Path | None, hash_weights: bool) -> Found:
     opened = native.open_folder(path, hash_weights)
     made = override(opened.config, config, f"{path}: config") if config else opened.config
     own = open_tensors([opened.weights])
-    found = _Found(
+    found = Found(
         str(path), "native", opened.family, made, Translated(own, (), ()), opened.codec, opened.plan
     )
     found = replace(found, chunk=opened.config.chunk, below=opened.base)
@@ -236,16 +205,19 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
     )
 
 
-def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
+def _foreign(path: Path, config: Mapping[str, object]) -> Found:
     params = openpi_jax.recognise(path)
     if params is not None:
         return _jax(params, config)
     folder = path if path.is_dir() else path.parent
     tensors = open_tensors(weight_files(path))
+    stranger = strangers.name_family(tensors)
+    if stranger:
+        raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
     if lerobot.recognise(tensors, folder):
         made, translated = lerobot.open_weights(tensors, folder, config, str(path))
         name = family_of(made)
-        return _Found(str(path), lerobot.FORM, name, made, translated, chunk=made.chunk, processors=folder)
+        return Found(str(path), lerobot.FORM, name, made, translated, chunk=made.chunk, processors=folder)
     for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
         if not module.recognise(tensors):
             continue
@@ -254,14 +226,11 @@ def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
         options = _table(rest, "codec") if module is openpi else None
         translated = translate(tensors, names, str(path))
         made = infer_config(translated.weights, known, rest, str(path))
-        found = _Found(str(path), names.form, "pi0", made, translated, chunk=known.get("chunk"))
+        found = Found(str(path), names.form, "pi0", made, translated, chunk=known.get("chunk"))
         if module is not openpi:
             return found
         complain(str(path), {"misshapen": openpi.misfits(tensors)})
         return replace(found, assets=openpi_assets.find_assets(folder), options=options)
-    stranger = strangers.name_family(tensors)
-    if stranger:
-        raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
     raise WeightsError(
         f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
         " a native checkpoint, nor of LeRobot's or openpi's pi0 or pi0.5, nor of SmolVLA, nor of "
@@ -269,13 +238,13 @@ def _foreign(path: Path, config: Mapping[str, object]) -> _Found:
     )
 
 
-def _jax(params: Path, config: Mapping[str, object]) -> _Found:
+def _jax(params: Path, config: Mapping[str, object]) -> Found:
     rest = dict(config)
     lora, options = _table(rest, "lora"), _table(rest, "codec")
     tree = openpi_jax.open_tree(params, lora)
     complain(str(params), {"surplus": [n for n in tree.weights if n.startswith("jax:")]})
     made = infer_config(tree.weights, openpi_jax.known_config(tree), rest, str(params))
-    return _Found(
+    return Found(
         str(params),
         openpi_jax.FORM,
         "pi0",
@@ -297,12 +266,12 @@ def _table(config: dict[str, Any], key: str) -> Mapping[str, object]:
 
 
 def _resize(
-    found: _Found,
+    found: Found,
     widths: Mapping[str, object],
     given: Mapping[str, object],
     resize: str,
     fresh: Sequence[str],
-) -> _Found:
+) -> Found:
     """Give the policy the widths that the user wants, and say what that does to its projections."""
     where = f"{found.path}: config"
     wanted = override(found.config, widths, where) if widths else found.config
@@ -334,7 +303,7 @@ def _resize(
     return replace(found, config=wanted, resized=resized, adapted=tuple(adapted))
 
 
-def _on_meta(found: _Found, fresh: Sequence[str], resize: str) -> tuple[Policy, list[str]]:
+def _on_meta(found: Found, fresh: Sequence[str], resize: str) -> tuple[Policy, list[str]]:
     """Build the policy without storage; return it and the names of its fresh parameters."""
     policy = family(found.family).build(found.config, "meta")
     chosen = [*fresh, *(found.resized or () if resize == "fresh" else ())]
@@ -342,7 +311,7 @@ def _on_meta(found: _Found, fresh: Sequence[str], resize: str) -> tuple[Policy, 
 
 
 def _report(
-    found: _Found, policy: Policy, dtype: str, fresh: Sequence[str], why: str, notes: tuple[str, ...]
+    found: Found, policy: Policy, dtype: str, fresh: Sequence[str], why: str, notes: tuple[str, ...]
 ) -> LoadReport:
     parts: dict[str, int] = {}
     size = 0
@@ -369,73 +338,3 @@ def _report(
         notes=found.notes + notes,
         codec=why,
     )
-
-
-def _codec(
-    found: _Found,
-    policy: Policy,
-    config: Mapping[str, object] | None,
-    tokenizer: str | Path | Tokenizer | None,
-    assets: str | Path | None,
-) -> tuple[Codec | None, str, tuple[str, ...]]:
-    """Return the codec, why there is none, and notes."""
-    words = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    if found.processors is not None:
-        if assets is not None:
-            raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no assets")
-        codec, why = lerobot_processors.read(found.processors, policy.needs(), words)
-        if codec is not None:
-            _require_vocabulary(codec, policy, found.path)
-        return codec, why, ()
-    if found.codec is not None:
-        for name, value in (("tokenizer", tokenizer), ("assets", assets)):
-            if value is not None:
-                raise WeightsError(f"{found.path}: has a codec of its own; it takes no {name}")
-        return _suit(found.codec, policy, config, found.path), "", ()
-    if found.assets is None:
-        if assets is not None:
-            raise WeightsError(f"{found.path}: a {found.form} checkpoint takes no assets")
-        return (
-            None,
-            "fine-tuning fits one" if found.form == "native" else "no statistics in the checkpoint",
-            (),
-        )
-    if tokenizer is None and assets is None:
-        listed = ", ".join(found.assets) or "none"
-        return None, f"no tokenizer in the checkpoint: give one (statistics in it: {listed})", ()
-    asset = openpi_assets.choose(found.assets, assets, found.path)
-    if asset is None:
-        return None, f"no assets/*/{openpi_assets.FILE} beside the weights: give assets", ()
-    if words is None:
-        return None, f"no tokenizer in the checkpoint: give one (statistics: {asset[1]})", ()
-    needs, options = policy.needs(), found.options or {}
-    made, notes = openpi_assets.make_codec(asset, needs, words, policy.config.pi05, options)
-    _require_vocabulary(made, policy, found.path)
-    return made, "", notes
-
-
-def _require_vocabulary(codec: Codec, policy: Policy, where: str) -> None:
-    have, room = codec.tokenizer.vocab_size, policy.needs().vocabulary
-    if have > room:
-        raise WeightsError(f"{where}: the tokenizer has {have} tokens, the policy knows {room}")
-
-
-def _suit(codec: Codec, policy: Policy, config: Mapping[str, object] | None, where: str) -> Codec:
-    """Return the codec in the sizes of the policy, which only a `config` of the user may have changed."""
-    needs = policy.needs()
-    wanted = replace(
-        codec.config,
-        image_size=needs.image_size,
-        state_dim=needs.state_dim,
-        action_dim=needs.action_dim,
-        chunk=needs.chunk,
-        max_tokens=needs.max_tokens,
-    )
-    if (needs.prompt == "pi05") != (wanted.prompt == "pi05"):
-        wanted = replace(wanted, prompt=needs.prompt)  # the state moves into the prompt, or out of it
-    _require_vocabulary(codec, policy, where)
-    if wanted == codec.config:
-        return codec
-    if not config:
-        raise WeightsError(f"{where}: codec.json does not fit policy.json: {codec.config} against {wanted}")
-    return Codec(wanted, codec.embodiment, codec.statistics, codec.tokenizer)

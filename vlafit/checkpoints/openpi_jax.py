@@ -182,8 +182,15 @@ class Tree:
         return tuple(found)
 
     def contents(self) -> Iterator[tuple[str, Tensor]]:
-        """Read and yield every parameter, the largest leaves first: they need most room beside."""
-        for name in sorted(self.leaves, key=lambda n: -math.prod(self.leaves[n].shape)):
+        """Read and yield every parameter, to be copied before the next; first what needs most room beside.
+
+        A leaf below layers is unpacked once and copied from; any other is there twice for a moment.
+        """
+
+        def room(name: str) -> int:
+            return math.prod(self.leaves[name].shape) * (1 if RULES[name].layered else 2)
+
+        for name in sorted(self.leaves, key=room, reverse=True):
             leaf, rule, factors = self.leaves[name], RULES[name], self.lora.get(name)
             if not rule.layered:
                 yield from zip(rule.ours, rule.turn(leaf.read()), strict=True)
@@ -238,9 +245,9 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
 
 
 def known_config(tree: Tree) -> dict[str, object]:
-    """Return what the tree's shapes tell and those of our parameters do not: heads have an axis here."""
+    """Return what our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
     vision, queries = tree.leaves.get(f"{_MHA}query/kernel"), tree.leaves.get(f"{_LLM}layers/attn/q_einsum/w")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"time_angles": "float32"}
     if vision is not None:
         found["vision"] = {"heads": vision.shape[2]}
     if queries is not None:

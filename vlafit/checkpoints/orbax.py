@@ -3,7 +3,9 @@
 What the arrays mean is not told here; see `vlafit.checkpoints.openpi_jax`.
 """
 
+import ctypes
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
 SIGNS = (METADATA, OCDBT)
 INDEX_BYTES = 1 << 24  # room in the cache beside an array: for OCDBT's own tree
+LARGE = 1 << 24  # bytes of an array after which the heap is asked to return what is free
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,10 +40,11 @@ class Leaf:
         return torch.empty(self.shape, dtype=DTYPES.get(self.dtype, torch.int64), device="meta")
 
     def slices(self) -> Iterator[Tensor]:
-        """Read the array, one index of its first axis at a time.
+        """Read the array, one index of its first axis at a time, all into one buffer: copy what is to stay.
 
         The stored pieces may span several indices. They are then kept until the last one is read, so that
-        each is unpacked once; a copy of the whole array is never made beside them.
+        each is unpacked once; a copy of the whole array is never made beside them. The buffer is one, because
+        the heap would keep the holes that many leave between the parameters made of them.
         """
         import tensorstore
 
@@ -49,8 +53,13 @@ class Leaf:
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": size}})
         try:
             store = tensorstore.open(self.spec, context=context, read=True, open=True).result()
+            buffer = np.empty(self.shape[1:], store.dtype.numpy_dtype)
+            target = tensorstore.array(buffer)
             for i in range(self.shape[0]):
-                yield _tensor(store[i].read().result())
+                target.write(store[i]).result()
+                yield _tensor(buffer)
+            del store, context
+            self._give_back()
         except (ValueError, OSError) as error:
             raise self._unreadable(error) from error
 
@@ -59,9 +68,18 @@ class Leaf:
         import tensorstore
 
         try:
-            return _tensor(tensorstore.open(self.spec, read=True, open=True).result().read().result())
+            whole = tensorstore.open(self.spec, read=True, open=True).result().read().result()
+            self._give_back()
+            return _tensor(whole)
         except (ValueError, OSError) as error:
             raise self._unreadable(error) from error
+
+    def _give_back(self) -> None:
+        """Have the heap return what a large array took to be unpacked, in many pieces that it would keep."""
+        if np.prod(self.shape) * 4 >= LARGE and sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+            if trim is not None:
+                trim(0)
 
     def _unreadable(self, error: BaseException) -> WeightsError:
         return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")

@@ -3,16 +3,18 @@
 from collections.abc import Iterable
 
 # family, and patterns of which each must be in some tensor's name. The first family that fits is named.
+# Each is an attribute in the family's own code, which the comment names.
 KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("GR00T", ("action_head.", "backbone.eagle")),
-    ("OpenVLA", ("vision_backbone.featurizer.", "language_model.model.layers.")),
-    ("OpenVLA-OFT's action head", ("action_head.model.mlp_resnet",)),
-    ("LeRobot's ACT", ("model.vae_encoder",)),
-    ("LeRobot's ACT", ("model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.")),
-    ("LeRobot's diffusion policy", ("diffusion.unet.",)),
-    ("LeRobot's VQ-BeT", ("vqbet.",)),
-    ("LeRobot's TD-MPC", ("_dynamics", "_Qs.")),
-    ("LeRobot's X-VLA", ("soft_prompt", "florence")),
+    ("GR00T", ("action_head.", "backbone.eagle_model.")),  # gr00t/model: gr00t_n1.py, eagle_backbone.py
+    ("OpenVLA", ("vision_backbone.featurizer.", "language_model.model.layers.")),  # modeling_prismatic.py
+    ("OpenVLA-OFT's action head", ("mlp_resnet_blocks.",)),  # action_heads.py: a file of its own
+    ("ACT", ("model.vae_encoder.",)),  # LeRobot's modeling_act.py
+    ("ACT", ("model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.")),  # without its VAE
+    ("LeRobot's diffusion policy", ("diffusion.unet.",)),  # modeling_diffusion.py
+    ("VQ-BeT", ("vqbet.",)),  # LeRobot's modeling_vqbet.py
+    ("TD-MPC", ("_dynamics.", "_Qs.")),  # LeRobot's modeling_tdmpc.py, and the original's TOLD
+    ("X-VLA", ("transformer.soft_prompt_hub.",)),  # modeling_xvla.py, soft_transformer.py
+    ("LeRobot's first pi0-FAST", ("model.pi0_paligemma.",)),  # modeling_pi0fast.py
 )
 
 

@@ -62,6 +62,7 @@ def known_config(folder: Path) -> dict[str, object]:
         vlm = values["vlm_config"]
         return {
             "chunk": values["chunk_size"],
+            "time_angles": "float32",  # as in transformers' PI0TimestepEmbeddings
             "vision": {"heads": vlm["vision_config"]["num_attention_heads"]},
             "language": {"head_dim": values["dit_config"]["head_dim"]},
         }

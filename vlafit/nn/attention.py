@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlafit.nn.precision import precise
+
 ROPE_BASE = 10_000.0  # Gemma: rotary base frequency
 
 Rope = tuple[Tensor, Tensor]
@@ -18,14 +20,16 @@ Rope = tuple[Tensor, Tensor]
 def rope_tables(positions: Tensor, head_dim: int) -> Rope:
     """Return float32 cosines and sines of `positions` (int64 [b, l]) for heads of `head_dim` dimensions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * ROPE_BASE**-exponents  # [b, l, d/2]
+    # Divided, not multiplied by the inverse: at position 800 float32 rounds the two 1e-5 apart, and openpi's
+    # JAX code, which the published weights come from, and LeRobot's SmolVLA divide.
+    angles = positions[..., None].float() / ROPE_BASE**exponents  # [b, l, d/2]
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Apply rotary positions to `x` [b, l, h, d], the halves of d forming the pairs; computed in float32."""
+    """Apply rotary positions to `x` [b, l, h, d], the halves of d forming the pairs; float32 at least."""
     cos, sin = rope
-    one, two = x.float().chunk(2, -1)
+    one, two = precise(x).chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)
 
 

@@ -6,9 +6,12 @@ actions; the network learns the velocity u = noise - actions; sampling is Euler 
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Rounding = Literal["float64", "float32"]
 
 BETA_A = 1.5  # time ~ Beta(1.5, 1), whose distribution function is t^1.5: reference implementation
 TIME_SCALE, TIME_OFFSET = 0.999, 0.001
@@ -20,12 +23,29 @@ def time_from_uniform(uniform: Tensor) -> Tensor:
     return (uniform ** (1 / BETA_A) * TIME_SCALE + TIME_OFFSET).float()
 
 
-def time_embedding(time: Tensor, width: int) -> Tensor:
-    """Return sines, then cosines, [..., width] of `time` [...]; float32, from float64 angles up to 1571."""
+def time_embedding(time: Tensor, width: int, rounding: Rounding = "float64") -> Tensor:
+    """Return sines, then cosines, [..., width] of `time` [...]; float32, from angles up to 1571.
+
+    `rounding` is the precision of the angles, and not a detail: the sines of the two are up to 4e-4 apart.
+    openpi's PyTorch code and LeRobot use float64; openpi's JAX code rounds every step to float32, as here.
+    """
+    if rounding == "float32":
+        angles = time.float()[..., None] * _float32_frequencies(width // 2).to(time.device)
+        return torch.cat((angles.sin(), angles.cos()), -1)
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angles = time[..., None].double() * (2 * math.pi / period)
     return torch.cat((angles.sin(), angles.cos()), -1).float()
+
+
+def _float32_frequencies(count: int) -> Tensor:
+    """Return 2 pi / period as `jax.numpy` rounds it; on the CPU, so that every device has the same."""
+    with torch.device("cpu"):
+        step = torch.ones((), dtype=torch.float32) / max(count - 1, 1)
+        fraction = torch.arange(count, dtype=torch.float32) * step  # jnp.linspace, whose last value is exact
+        fraction[1:][-1:] = 1.0
+        power = ((MAX_PERIOD / MIN_PERIOD) ** fraction.double()).float()
+        return 1.0 / (MIN_PERIOD * power) * 2 * math.pi
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:

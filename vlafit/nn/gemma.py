@@ -2,7 +2,7 @@
 
 Norms are plain RMSNorm, or adaptive: scaled, shifted and gated by a condition (pi0.5's time). Parameter
 names are those of the reference implementations. Norms, rotary positions and the adaptive norms' dense
-layers compute in float32, whatever the precision around them.
+layers compute in float32 at least, whatever the precision around them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
-from vlafit.nn.precision import in_own_precision
+from vlafit.nn.precision import in_own_precision, precise
 
 EPS = 1e-6  # Gemma: RMSNorm epsilon
 
@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 def _normalise(x: Tensor) -> Tensor:
-    x = x.float()
+    x = precise(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
 
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the normalised `x` [b, s, w], and no gate; `cond` is not used."""
-        return (_normalise(x) * (1.0 + self.weight.float())).to(x.dtype), None
+        return (_normalise(x) * (1.0 + precise(self.weight))).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -47,9 +47,8 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the normalised `x` [b, k*t, w] and its gate [b, k, 1, w], for `cond` [b, k, c]."""
         assert cond is not None
-        scale, shift, gate = (
-            in_own_precision(self.dense, cond)[:, :, None].float().chunk(3, -1)
-        )  # [b, k, 1, w]
+        modulation = precise(in_own_precision(self.dense, cond)[:, :, None])
+        scale, shift, gate = modulation.chunk(3, -1)  # [b, k, 1, w]
         y = _normalise(x).unflatten(1, (cond.shape[1], -1))
         return torch.addcmul(shift, y, 1.0 + scale).flatten(1, 2).to(x.dtype), gate.to(x.dtype)
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
 from vlafit.nn.gemma import Attention, KeysValues
+from vlafit.nn.precision import precise
 
 EPS = 1e-5  # SmolLM2: RMSNorm epsilon
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight; computes in float32."""
+    """Root-mean-square norm with a weight; computes in float32 at least."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,9 +29,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised `x` [b, s, w]."""
-        y = x.float()
+        y = precise(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
-        return (y * self.weight.float()).to(x.dtype)
+        return (y * precise(self.weight)).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -15,6 +15,11 @@ def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
+def precise(x: Tensor) -> Tensor:
+    """Return `x` in float32, or in float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def matrix_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype of the first matrix in `module`, which is that of its base weights.
 

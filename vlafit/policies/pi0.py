@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, unit_images
-from vlafit.nn.flow import time_embedding
+from vlafit.nn.flow import Rounding, time_embedding
 from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.policy import Needs, ParameterInfo, Policy
 from vlafit.nn.precision import in_own_precision, matrix_dtype
@@ -85,6 +85,8 @@ class Pi0Config:
     """Actions predicted at once."""
     max_tokens: int
     """Longest prompt, in tokens."""
+    time_angles: Rounding = "float64"
+    """In which precision the code that the weights come from computes time's angles; see `time_embedding`."""
 
     def __post_init__(self) -> None:
         v, lang = self.vision, self.language
@@ -232,7 +234,7 @@ class Pi0(Policy):
         _, k, t, _ = noisy.shape
         width = self.config.expert.width
         tokens = in_own_precision(self.action_in_proj, noisy)  # [b, k, t, d]
-        embedded = time_embedding(time, width).to(tokens.dtype)  # [b, k, d]
+        embedded = time_embedding(time, width, self.config.time_angles).to(tokens.dtype)  # [b, k, d]
         cond = None
         if self.config.pi05:
             cond = F.silu(

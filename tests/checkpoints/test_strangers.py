@@ -1,0 +1,72 @@
+"""Other families are refused by name, whatever lies beside their weights, and ours are not taken for one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlafit
+from vlafit.checkpoints import openpi
+from vlafit.checkpoints.lerobot import SMOLVLA
+from vlafit.checkpoints.names import back
+from vlafit.checkpoints.strangers import name_family
+from vlafit.checkpoints.transformers import SAVED
+from vlafit.errors import WeightsError
+from vlafit.policies import smolvla
+from vlafit.policies.pi0 import SIZES, build
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TOWER = "paligemma.model.vision_tower.vision_model.encoder.layers.0.layer_norm1.weight"
+DECODER = "paligemma.model.language_model.layers.0.mlp.up_proj.weight"
+
+# A few tensors of each family, named as its own code names them (see strangers.py).
+OTHERS = {
+    "GR00T": [
+        "backbone.eagle_model.language_model.model.layers.0.mlp.up_proj.weight",
+        "action_head.model.transformer_blocks.0.attn1.to_q.weight",
+    ],
+    "GR00T (LeRobot)": [
+        "_groot_model.backbone.eagle_model.mlp1.0.weight",
+        "_groot_model.action_head.state_encoder.layer1.W",
+    ],
+    "OpenVLA": [
+        "vision_backbone.featurizer.blocks.0.attn.qkv.weight",
+        "vision_backbone.fused_featurizer.blocks.0.attn.qkv.weight",
+        "projector.fc1.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight",
+    ],
+    "OpenVLA-OFT's action head": ["module.model.mlp_resnet_blocks.0.ffn.0.weight", "module.model.fc1.weight"],
+    "ACT": ["model.vae_encoder.layers.0.linear1.weight", "model.encoder.layers.0.linear1.weight"],
+    "ACT (no VAE)": ["model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.weight"],
+    "LeRobot's diffusion policy": ["diffusion.unet.down_modules.0.0.conv1.block.0.weight"],
+    "VQ-BeT": ["vqbet.policy.transformer.wte.weight", "vqbet.action_head.vqvae_model.encoder.net.0.weight"],
+    "TD-MPC": ["model._dynamics.0.weight", "model._Qs.0.0.weight", "model._pi.0.weight"],
+    "X-VLA": ["model.transformer.soft_prompt_hub.weight", "model.vlm.language_model.shared.weight"],
+    "LeRobot's first pi0-FAST": ["model.pi0_paligemma.language_model.model.norm.weight"],
+    "pi0-FAST": [f"model.paligemma_with_expert.{TOWER}", f"model.paligemma_with_expert.{DECODER}"],
+    "pi0-FAST (openpi's names)": [f"paligemma_with_expert.{TOWER}", f"paligemma_with_expert.{DECODER}"],
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_family_is_refused_by_its_name(family: str, tmp_path: Path):
+    save_file({name: torch.zeros(2, 2) for name in OTHERS[family]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"type": "pi0", "chunk_size": 4, "input_features": {}}))
+    with pytest.raises(
+        WeightsError, match=f"these are the weights of {family.split(' (')[0]}.*no such family"
+    ):
+        vlafit.load_policy(tmp_path)
+
+
+def test_none_of_ours_is_taken_for_another():
+    stored = [FIXTURES / "openpi_pi0", FIXTURES / "lerobot_smolvla"]
+    names = [set(load_file(folder / "model.safetensors")) for folder in stored]
+    for size in ("pi0", "pi05"):
+        meta = {n: p.detach() for n, p in build(SIZES[size], "meta").named_parameters()}
+        names += [{*meta}, {*back(meta, openpi.NAMES)}, {*back(meta, SAVED)}]
+    small = smolvla.build(smolvla.SIZES["smolvla"], "meta")
+    meta = {n: p.detach() for n, p in small.named_parameters()}
+    names += [{*meta}, {*back(meta, SMOLVLA)}]
+    assert [name_family(one) for one in names] == [""] * len(names)
