@@ -54,12 +54,12 @@ clean:
 
 .venv/ready: .venv/made $(SET_UP)
 	@echo "Installing vlafit and Meta-World into .venv (once; some minutes, mostly torch) ..."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,sweep]'
 	@touch $@
 
 # gym-pusht asks for the OpenCV that needs X libraries; this way it gets the headless one (see pyproject.toml).
 .venv/ready-dev: .venv/ready
 	@echo "Installing PushT and the tools for the tests into .venv (once) ..."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,quantise,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps gym-pusht
 	@touch $@
