@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "save_file", fail)
+    monkeypatch.setattr(import_module("vlafit.checkpoints.save"), "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(policy, copy)
     assert checkpoints.digest(copy) == checkpoints.digest(saved)
