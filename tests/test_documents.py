@@ -53,10 +53,11 @@ def test_the_commands_in_the_readme_name_what_ships():
     for line in commands:
         _, verb, *words = shlex.split(line, comments=True)
         assert verb in VERBS
-        for option, kind in (("--protocol", "protocol"), ("--strategy", "strategy")):
+        for option, kind in (("--protocol", "protocol"), ("--strategy", "strategy"), ("--study", "study")):
             if option in words:
                 assert words[words.index(option) + 1] in shipped.names(kind)
-        kind = {"train": "recipe", "record": "card", "inspect": "checkpoint"}.get(verb)
+        kinds = {"record": "card", "inspect": "checkpoint"}
+        kind = kinds.get(verb) or ("recipe" if verb in ("train", "compare", "sweep") else None)
         if kind and shipped.names(kind):  # a checkpoint ships once a run has made a good one
             assert words[0] in shipped.names(kind), line
 

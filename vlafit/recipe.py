@@ -47,6 +47,8 @@ class DataRecipe:
     """Augmentation: each training image is moved by up to so many pixels, edges repeated."""
     workers: int = 0
     """Loader processes. 0: load in the training process."""
+    validation_sets: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """More to validate on, never to train on: name = data card or cards; logged as validation/NAME/loss."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class TrainRecipe:
 
     steps: int = 1000
     """Optimiser steps."""
+    max_seconds: float = 0.0
+    """End after so many seconds of training, if `steps` take longer; the schedule follows. 0: no limit."""
     batch_size: int = 32
     """Samples in one optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1

@@ -1,4 +1,4 @@
-"""Where shipped files are found by name: recipes, strategies, launcher files, cards, protocols, checkpoints.
+"""Where shipped files are found by name: recipes, strategies, cards, protocols, checkpoints and others.
 
 A path that exists comes first, then the checkout that this package runs from, then the copy inside the wheel
 (`vlafit/_shipped/`). Nothing here reads the files.
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from vlafit.errors import ConfigError, did_you_mean
 
-Kind = Literal["recipe", "strategy", "launcher", "card", "protocol", "checkpoint", "tokenizer"]
+Kind = Literal["recipe", "strategy", "study", "launcher", "card", "protocol", "checkpoint", "tokenizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PACKAGE = Path(__file__).resolve().parent
@@ -27,8 +27,9 @@ class _Shelf:
 
 
 _SHELVES: dict[str, _Shelf] = {
-    "recipe": _Shelf("configs", skip=("strategies", "accelerate")),
+    "recipe": _Shelf("configs", skip=("strategies", "studies", "accelerate")),
     "strategy": _Shelf("configs/strategies"),
+    "study": _Shelf("configs/studies"),
     "launcher": _Shelf("configs/accelerate", ".yaml"),
     "card": _Shelf("data", skip=("pretrained", "recorded", "sample", "tokenizers")),
     "protocol": _Shelf("eval", skip=("results",)),

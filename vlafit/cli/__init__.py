@@ -13,6 +13,8 @@ from vlafit.errors import ConfigError, VlafitError, did_you_mean
 
 VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "train": "fine-tune a policy as a recipe says, evaluate it before and after, write the report",
+    "compare": "compare tuning strategies: same data, noise and budget, several seeds, one report",
+    "sweep": "search learning rate, rank or any other field with Optuna",
     "eval": "roll a checkpoint out under a protocol",
     "record": "record demonstrations of scripted experts",
     "report": "write the report page of a run again",

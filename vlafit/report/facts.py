@@ -117,7 +117,7 @@ class Facts:
         say("the same run again", "train", recipe, "--out", "runs/again", before=launcher)
         if not self.finished:
             say("go on with it", "train", recipe, "--out", self.folder, "--resume", before=launcher)
-        last = self.folder / "checkpoints" / f"step_{self.recipe.train.steps:06d}"
+        last = self.folder / "checkpoints" / f"step_{self.steps:06d}"
         if self.recipe.eval.protocol and last.is_dir():
             say("its evaluation again", "eval", last, "--protocol", self.recipe.eval.protocol)
         say("this page again", "report", self.folder)

@@ -32,13 +32,12 @@ FOOTER = (
 
 def page(facts: Facts) -> str:
     """Return the whole page."""
-    style = resources.files("vlafit.report").joinpath("page.css").read_text(encoding="utf-8")
     body = join(
         [
             _header(facts),
             _headline(facts),
-            _notices("Before you believe these numbers", facts.caveats),
-            _notices("Missing from this page", facts.missing),
+            notices("Before you believe these numbers", facts.caveats),
+            notices("Missing from this page", facts.missing),
             tasks(facts),
             probe(facts),
             episodes(facts),
@@ -49,6 +48,12 @@ def page(facts: Facts) -> str:
             tag("footer", f"Written by vlafit from {facts.folder}. {FOOTER}"),
         ]
     )
+    return document(facts.recipe.name, body)
+
+
+def document(title: str, body: Raw, style: str = "") -> str:
+    """Return a whole page: `body` in vlafit's style, to which `style` adds."""
+    shared = resources.files("vlafit.report").joinpath("page.css").read_text(encoding="utf-8")
     return "\n".join(
         [
             "<!doctype html>",
@@ -56,8 +61,8 @@ def page(facts: Facts) -> str:
             "<head>",
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(facts.recipe.name)} · vlafit</title>",
-            f"<style>\n{style}</style>",
+            f"<title>{escape(title)} · vlafit</title>",
+            f"<style>\n{shared}{style}</style>",
             "</head>",
             f"<body>\n<main>\n{body.html}\n</main>\n</body>",
             "</html>\n",
@@ -138,7 +143,8 @@ def _headline(facts: Facts) -> Raw:
     )
 
 
-def _notices(heading: str, lines: tuple[str, ...]) -> Raw:
+def notices(heading: str, lines: tuple[str, ...]) -> Raw:
+    """Return a box of sentences that must be read first; nothing where there are none."""
     if not lines:
         return Raw("")
     return tag("div", tag("b", heading), tag("ul", *(tag("li", line) for line in lines)), class_="notice")

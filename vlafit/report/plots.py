@@ -6,7 +6,7 @@ drawing (namespaces, metadata) is taken out, so that nothing in the page points 
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,15 +57,13 @@ def curves(name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False) 
             )
     lowest = min(float(y.min()) for _, _, y in drawn)
     if log and lowest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes)
     elif lowest >= 0:
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
     if len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
@@ -80,10 +78,10 @@ def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
     )
     axes.set_ylim(-3, 103)
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
-def _tick(value: float, _: int | None = None) -> str:
+def tick(value: float, _: int | None = None) -> str:
     """Write a tick so that it stays short: 0.25, 2.5e-4, 12,000."""
     if 0 < abs(value) < 1e-3:
         return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
@@ -107,7 +105,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _figure(axis: Axis) -> tuple[Figure, Axes]:
+def frame(xlabel: str) -> tuple[Figure, Axes]:
+    """Return an empty chart in the page's manner; draw with the marker colours, then call `svg`."""
     figure = Figure(figsize=SIZE)
     axes = figure.add_axes(MARGINS)  # fixed: a layout engine would draw everything twice
     for side in ("top", "right", "left"):
@@ -116,13 +115,28 @@ def _figure(axis: Axis) -> tuple[Figure, Axes]:
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, labelsize=9, labelcolor=INK)
-    axes.set_xlabel("optimiser step" if axis == "step" else "training time, minutes", fontsize=9, color=INK)
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+    return figure, axes
+
+
+def _figure(axis: Axis) -> tuple[Figure, Axes]:
+    figure, axes = frame("optimiser step" if axis == "step" else "training time, minutes")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis == "step"))
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """Return the figure as an <svg> element inside a page; `name` keeps its ids apart from others'."""
+def log_scale(axes: Axes) -> None:
+    """Make the values' axis logarithmic, with few and short ticks."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def svg(figure: Figure, name: str, variables: Mapping[str, str] = VARIABLES) -> str:
+    """Return the figure as an <svg> element inside a page; `name` keeps its ids apart from others'.
+
+    `variables` maps marker colours to the CSS variables that take their place.
+    """
     buffer = io.StringIO()
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
@@ -137,6 +151,6 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
-    for marker, variable in VARIABLES.items():
+    for marker, variable in variables.items():
         text = text.replace(marker, f"var(--{variable})")
     return re.sub(r"\n\s*", "\n", text).strip()

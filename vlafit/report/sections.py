@@ -184,7 +184,7 @@ def _success_curve(facts: Facts) -> Raw:
     between = [(one.step, one.overall) for one in facts.evaluations.values() if one.step is not None]
     if not between:
         return Raw("")
-    ends = [(0, BEFORE), (facts.recipe.train.steps, AFTER)]
+    ends = [(0, BEFORE), (facts.steps, AFTER)]
     points = [*between, *((step, facts.evaluations[n].overall) for step, n in ends if n in facts.evaluations)]
     svg = plots.success_curve("success", sorted(points, key=lambda point: point[0]))
     return figure("Success while training", "95 % intervals", svg)

@@ -14,7 +14,7 @@ AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.dr
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
 NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
-                "optim.weight_decay", "optim.clip_norm", "eval.every", "eval.workers",
+                "optim.weight_decay", "optim.clip_norm", "train.max_seconds", "eval.every", "eval.workers",
                 "eval.videos")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
 THREADS_PER_CORE = 4  # more makes a process slower, and far more of them end it
@@ -59,6 +59,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{name} must be above 0, is {value(name)}"
     if not 0 <= recipe.optim.final_lr <= 1:
         yield f"optim.final_lr is a share of the peak, from 0 to 1, is {recipe.optim.final_lr}"
+    for name in recipe.data.validation_sets:
+        if not name or "/" in name:
+            yield f"data.validation_sets: {name!r} cannot be part of a metric's name; take a word"
     if recipe.train.seed >= 2**63:
         yield f"train.seed must be below 2^63, is {recipe.train.seed}"
     most = THREADS_PER_CORE * (os.cpu_count() or 1)

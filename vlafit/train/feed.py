@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
-from vlafit.datasets import ChunkDataset, SampleOrder, shift_images
+from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
 from vlafit.nn.batch import Batch, stack
 from vlafit.train.checks import rows_per_process
 from vlafit.train.loop import Keys
@@ -98,10 +98,29 @@ def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list
 
     The same samples whatever the number of processes, and equally many batches on each.
     """
-    recipe, data = experiment.recipe, experiment.data
-    if not any(data.validation):
-        return []
-    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.validation)
+    data = experiment.data
+    return _spread(experiment, data.stores, data.validation, rank, world) if any(data.validation) else []
+
+
+def named_validation_batches(
+    experiment: Experiment, *, rank: int, world: int
+) -> dict[str, list[tuple[Keys, Batch]]]:
+    """Return the same for each named validation set, over all of its episodes."""
+    return {
+        name: _spread(experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world)
+        for name, stores in experiment.validation_sets.items()
+    }
+
+
+def _spread(
+    experiment: Experiment,
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    rank: int,
+    world: int,
+) -> list[tuple[Keys, Batch]]:
+    recipe = experiment.recipe
+    chunks = ChunkDataset(stores, experiment.codec.config.chunk, episodes)
     samples = EncodedSamples(chunks, experiment.codec, 0, 0)
     size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
     wanted = min(len(chunks), recipe.train.validation_batches * recipe.train.batch_size)

@@ -12,7 +12,8 @@ from vlafit.recipe import Recipe
 
 # Fields that may differ between a run and its resumption: none of them changes a weight.
 HARMLESS = ("name", "purpose", "eval", "train.log_every", "train.keep", "train.keep_best", "train.save_every",
-            "train.validate_every", "train.validation_batches", "train.trackers", "data.workers")  # fmt: skip
+            "train.validate_every", "train.validation_batches", "train.trackers", "data.workers",
+            "data.validation_sets")  # fmt: skip
 
 
 def look(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -64,6 +65,7 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
             before = json.loads(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
+            now["memory"] = before.get("memory")  # a session that trains nothing more measures none
             seconds = before.get("seconds")  # None: that session was killed, and nobody knows
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{path}: damaged ({error!r}); remove the file to go on") from error

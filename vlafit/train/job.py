@@ -17,6 +17,7 @@ from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
 from vlafit.train import feed, state
 from vlafit.train.loop import NotFinite, StepResult, train
+from vlafit.train.memory import MemoryMeter
 from vlafit.train.metrics import Metrics
 from vlafit.train.observer import Observer
 from vlafit.train.optim import Ema, build_optimizer
@@ -32,7 +33,13 @@ class Job:
     """The experiment, its checkpoints and its metrics. Every process has one; the main process writes."""
 
     def __init__(
-        self, experiment: Experiment, out: Path, accelerator: Accelerator, shelf: Shelf, observer: Observer
+        self,
+        experiment: Experiment,
+        out: Path,
+        accelerator: Accelerator,
+        shelf: Shelf,
+        observer: Observer,
+        meter: MemoryMeter,
     ) -> None:
         self.experiment, self.recipe, self.out = experiment, experiment.recipe, out
         self.accelerator, self.shelf, self.observer = accelerator, shelf, observer
@@ -40,6 +47,8 @@ class Job:
         self.metrics = Metrics(out, accelerator)
         self.progress = state.Progress()
         self.success: dict[str, float] = {}
+        self.meter = meter
+        self.memory: dict[str, object] | None = None  # None: nothing was trained
 
     # ------------------------------------------------------------------------------------------- rollouts
 
@@ -100,13 +109,15 @@ class Job:
         return bool(every) and step % every == 0 and 0 < step < self.recipe.train.steps
 
     def _evaluate_step(self, step: int) -> None:
+        self.meter.pause()
         self.evaluate(f"step_{step:06d}", step, trials=self.recipe.eval.every_trials)
+        self.meter.start()
         self.observer.phase("training")
 
     # ------------------------------------------------------------------------------------------- training
 
     def train(self, resumed: Path | None) -> bool:
-        """Train to the recipe's last step; return False when a signal stopped it before.
+        """Train to the recipe's last step or second; return False when a signal stopped it before.
 
         Raises NotFinite, saying which checkpoint is the last good one.
         """
@@ -121,10 +132,12 @@ class Job:
             self.progress = state.restore(resumed, policy, self.optimizer, self.ema, data)
             self._point_best()  # the killed run may not have come so far
         first = self.progress.step
-        if first >= recipe.steps:
+        if self._ended(first, self._spent()):
             return True
+        self.meter.start()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.validation = feed.validation_batches(experiment, rank=rank, world=world)
+        self.validation = {"": feed.validation_batches(experiment, rank=rank, world=world)}
+        self.validation |= feed.named_validation_batches(experiment, rank=rank, world=world)
         if first == 0:
             self._validate(0)
         elif self._evaluate_now(first):
@@ -143,11 +156,24 @@ class Job:
                     device=self.device,
                     world=world,
                     wants_stop=wants_stop,
+                    spent=self._spent,
                     after_step=self._after_step,
                 )
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._way_out()}") from error
-        return self.progress.step == recipe.steps
+        self.meter.pause()
+        self.memory = self.meter.facts(policy, self.optimizer, self.ema)
+        return self.over
+
+    def _spent(self) -> float:
+        """Return the share of `train.max_seconds` that is gone after one more step; 0 without a limit."""
+        limit, now = self.recipe.train.max_seconds, self.progress
+        return now.seconds * (1 + 1 / now.step) / limit if limit and now.step else 0.0
+
+    def _ended(self, step: int, spent: float) -> bool:
+        """Whether training is over after `step`, before which so much of its time was gone."""
+        self.over = step >= self.recipe.train.steps or spent >= 1
+        return self.over
 
     def _way_out(self) -> str:
         last = self.shelf.resumable()
@@ -161,18 +187,19 @@ class Job:
     def _after_step(self, result: StepResult) -> None:
         recipe, step = self.recipe.train, result.step
         self.progress = replace(self.progress, step=step, seconds=time.perf_counter() - self.clock)
-        last = step == recipe.steps or result.stop
+        over = self._ended(step, result.spent)
+        last = over or result.stop
         values: dict[str, float] = {}
         if step % recipe.log_every == 0 or last:
             values = self._log(result)
-        if step == recipe.steps or (recipe.validate_every and step % recipe.validate_every == 0):
+        if over or (recipe.validate_every and step % recipe.validate_every == 0):
             values |= self._validate(step)
         best_now = recipe.keep_best and self.progress.best_step == step
         save_now = bool(recipe.save_every) and step % recipe.save_every == 0
         if last or best_now or save_now or self._evaluate_now(step):
             self._save(step)
         self.observer.step(result, recipe.steps, values)
-        if self._evaluate_now(step) and not result.stop:
+        if self._evaluate_now(step) and not last:
             began = time.perf_counter()
             self._evaluate_step(step)
             self.clock += time.perf_counter() - began  # training time is without rollouts
@@ -194,14 +221,19 @@ class Job:
 
     def _validate(self, step: int) -> dict[str, float]:
         """Validate what is evaluated and exported: the moving average where there is one."""
-        if not self.validation:
-            return {}
+        began = time.perf_counter()
+        values: dict[str, float] = {}
         with nullcontext() if self.ema is None else self.ema.applied():
-            values = validate(self.experiment.policy, self.validation, self.recipe.train, self.device)
-        loss = values["validation/loss"]
-        if step and (self.progress.best_loss is None or loss < self.progress.best_loss):
+            for name, batches in self.validation.items():
+                if batches:
+                    values |= validate(self.experiment.policy, batches, self.recipe.train, self.device, name)
+        loss = values.get("validation/loss")
+        if step and loss is not None and (self.progress.best_loss is None or loss < self.progress.best_loss):
             self.progress = replace(self.progress, best_loss=loss, best_step=step)
-        self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
+        if values:
+            self.metrics.log(step, {"time_s": round(self.progress.seconds, 3), **values})
+        if step:
+            self.clock += time.perf_counter() - began  # training time is without validation
         return values
 
     # --------------------------------------------------------------------------------------- checkpoints

@@ -37,6 +37,8 @@ class StepResult:
     seconds: float
     data_seconds: float
     stop: bool
+    spent: float = 0.0
+    """Share of the time budget that was gone before the step; a step that begins at 1 is the last."""
 
 
 def train(
@@ -51,13 +53,14 @@ def train(
     device: torch.device,
     world: int,
     wants_stop: Callable[[], bool],
+    spent: Callable[[], float],
     after_step: Callable[[StepResult], None],
 ) -> None:
     """Run optimiser steps `first_step` .. `recipe.steps`; `batches` yields this process's micro-batches.
 
     The loss of a step is sum(mask * error^2) / sum(mask) over all its micro-batches and processes. A loss or
     gradient that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process
-    stops all of them after the step.
+    stops all of them after the step, and so does `spent`, the share of a time budget, on average of them.
     """
     model.train()
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
@@ -65,12 +68,12 @@ def train(
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        total, stop = _agree(micro_batches, recipe.draws, wants_stop(), device)
+        total, stop, gone = _agree(micro_batches, recipe.draws, wants_stop(), spent() / world, device)
         if total == 0:
             raise TrainingError(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
-        set_lr(optimizer, schedule(step, recipe.steps, optim))
+        set_lr(optimizer, schedule(step, recipe.steps, optim, gone))
         error_sum = torch.zeros((), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
             with last_backward_only(model, number == len(micro_batches) - 1):
@@ -92,23 +95,23 @@ def train(
             ema.update()
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
-        after_step(StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop))
+        after_step(StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone))
         model.train()
-        if stop:
+        if stop or gone >= 1:
             return
 
 
 def _agree(
-    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, device: torch.device
-) -> tuple[float, bool]:
-    """Return the sum of the step's action masks over all processes, and whether any of them wants to stop."""
+    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, spent: float, device: torch.device
+) -> tuple[float, bool, float]:
+    """Return sums over all processes: the step's action masks, whether any wants to stop, and `spent`."""
     total = 0
     for _, batch in micro_batches:
         assert batch.action_mask is not None  # the codec of a training sample always gives one
         total += int(batch.action_mask.sum()) * draws  # on the CPU: no waiting
-    sums = torch.tensor([total, stop], dtype=torch.float64, device=device)
-    total, stops = sum_over_processes(sums).tolist()
-    return total, stops > 0
+    sums = torch.tensor([total, stop, spent], dtype=torch.float64, device=device)
+    total, stops, gone = sum_over_processes(sums).tolist()
+    return total, stops > 0, gone
 
 
 def _loss(

@@ -19,14 +19,15 @@ def build_optimizer(policy: nn.Module, plan: Plan, recipe: OptimRecipe) -> torch
     )
 
 
-def schedule(step: int, steps: int, recipe: OptimRecipe) -> float:
+def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> float:
     """Return the share of the peak learning rate at optimiser step `step` of `steps`.
 
-    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`.
+    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`. Where
+    training may also end by time, `spent` is the share that is gone; the cosine follows what ends first.
     """
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    done = max(spent, (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps))
     return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

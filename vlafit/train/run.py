@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.recipe import Recipe
-from vlafit.train import folder, setup
+from vlafit.train import folder, memory, setup
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -70,6 +70,7 @@ def run(
     barrier()
 
     observer.phase("loading")
+    meter = memory.MemoryMeter(accelerator.device)
     resumed = shelf.resumable()
     experiment = setup.build(recipe, accelerator.device, resumed)
     if main:
@@ -77,16 +78,16 @@ def run(
         record = _begin(experiment, out, accelerator, command, resumed)
     observer.setup(experiment)
 
-    job = Job(experiment, out, accelerator, shelf, observer)
+    job = Job(experiment, out, accelerator, shelf, observer, meter)
     job.metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
     if recipe.eval.before:
         job.save_start(resumed is not None)
         job.evaluate("before", 0)
     finished = job.train(resumed)
     if finished and recipe.eval.protocol and recipe.eval.after:
-        job.evaluate("after", recipe.train.steps)
+        job.evaluate("after", job.progress.step)
     if finished and recipe.eval.wrong_instruction:
-        job.evaluate("wrong_instruction", recipe.train.steps, wrong_instruction=True)
+        job.evaluate("wrong_instruction", job.progress.step, wrong_instruction=True)
     page = None
     if main:
         _end(record, out, job, finished, time.perf_counter() - began)
@@ -134,12 +135,13 @@ def _begin(
 
 def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds: float) -> None:
     """Write how the run ended."""
-    before = record.pop("seconds_before", 0.0)
+    before, before_it = record.pop("seconds_before", 0.0), record.pop("memory", None)
     facts: dict[str, object] = {
         "ended": _now(),
         "finished": finished,
         "train_seconds": round(job.progress.seconds, 1),
         "steps": job.progress.step,
+        "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
     }
     if isinstance(before, int | float):
         facts["seconds"] = round(before + seconds, 1)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_e
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import DataRecipe, Recipe
-from vlafit.train import start
+from vlafit.train import sets, start
+from vlafit.train.fingerprint import episodes_hash
 from vlafit.tuning import Plan, apply, enter, load_strategy
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
@@ -60,7 +62,7 @@ class Data:
         return tuple(
             checkpoints.Learned(
                 card=store.card.name,
-                sha256=_hash(store, training, validation),
+                sha256=episodes_hash(store, training, validation),
                 episodes=len(training),
                 frames=sum(store.episodes[store.index(i)].length for i in training),
             )
@@ -73,20 +75,6 @@ class Data:
         return hashlib.sha256(
             json.dumps([[one.card, one.sha256] for one in self.learned]).encode()
         ).hexdigest()
-
-
-def _hash(store: EpisodeStore, training: tuple[str, ...], validation: tuple[str, ...]) -> str:
-    found = hashlib.sha256()
-    for split in (training, validation):
-        found.update(f"{len(split)} episodes".encode())
-        for identity in split:
-            number = store.index(identity)
-            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
-            told = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
-            found.update(json.dumps(told).encode())
-            found.update(np.ascontiguousarray(state).data)
-            found.update(np.ascontiguousarray(actions).data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,6 +94,8 @@ class Experiment:
     """The checkpoint that the run began from, where adapters can be saved on top of it."""
     anew: frozenset[str] = frozenset()
     """Weights that were not taken from `base` as they are."""
+    validation_sets: sets.Sets = field(default_factory=dict)
+    """Named datasets to validate on besides the held-out episodes."""
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in the stage of `plan`, and which weights differ from it.
@@ -157,6 +147,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     `resumed` is the checkpoint of the same run to go on from: policy and codec are then those it holds.
     """
     data = open_data(recipe.data, recipe.train.seed)
+    more = sets.open_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
     began = start.resume(resumed) if resumed is not None else start.begin(recipe, data)
     policy, codec = began.policy, began.codec
@@ -164,7 +155,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     learned = began.learned or codec.embodiment
     notice = renderer_notice("the checkpoint was trained on", learned, "the dataset shows", data.embodiment)
     codec = _of_these_pictures(codec, data.embodiment)
-    _require_room_for_prompts(data, codec)
+    _require_room_for_prompts([*data.stores, *(store for stores in more.values() for store in stores)], codec)
     policy.to(device)
     strategy = load_strategy(recipe.strategy)
     if began.plan is None:
@@ -178,9 +169,9 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
                 "file back, or start anew with --out"
             )
         enter(policy, plan)
-    notices = (*began.notices, *((notice,) if notice else ()))
+    notices = (*began.notices, *((notice,) if notice else ()), *sets.notices(more, data.embodiment))
     return Experiment(
-        recipe, policy, codec, plan, data, began.report, began.history, notices, began.base, began.anew
+        recipe, policy, codec, plan, data, began.report, began.history, notices, began.base, began.anew, more
     )
 
 
@@ -212,11 +203,11 @@ def _of_these_pictures(codec: Codec, data: Embodiment) -> Codec:
     return Codec(codec.config, robot, codec.statistics, codec.tokenizer)
 
 
-def _require_room_for_prompts(data: Data, codec: Codec) -> None:
+def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> None:
     """Encode each instruction once, so that one that is too long is refused now and not days later."""
-    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in data.embodiment.cameras}
+    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in stores[0].embodiment.cameras}
     told: set[str] = set()
-    for store in data.stores:
+    for store in stores:
         for number, episode in enumerate(store.episodes):
             if episode.instruction not in told:
                 told.add(episode.instruction)

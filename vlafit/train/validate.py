@@ -17,9 +17,15 @@ from vlafit.train.parallel import sum_over_processes
 
 @torch.no_grad()
 def validate(
-    policy: Policy, batches: Sequence[tuple[Keys, Batch]], recipe: TrainRecipe, device: torch.device
+    policy: Policy,
+    batches: Sequence[tuple[Keys, Batch]],
+    recipe: TrainRecipe,
+    device: torch.device,
+    name: str = "",
 ) -> dict[str, float]:
     """Return `validation/loss` and `validation/action_error` over all processes' batches.
+
+    Of a named validation set these are `validation/NAME/loss` and `validation/NAME/action_error`.
 
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
     between the demonstrated chunk and the one sampled from fixed noise.
@@ -47,4 +53,5 @@ def validate(
     sums = sum_over_processes(sums).tolist()
     if sums[1] == 0:
         return {}
-    return {"validation/loss": sums[0] / sums[1], "validation/action_error": sums[2] / sums[3]}
+    prefix = f"validation/{name}/" if name else "validation/"
+    return {f"{prefix}loss": sums[0] / sums[1], f"{prefix}action_error": sums[2] / sums[3]}

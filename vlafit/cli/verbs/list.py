@@ -11,6 +11,7 @@ TITLES = {
     "card": "data cards (in a recipe: data.cards; vlafit record NAME)",
     "protocol": "protocols (vlafit eval CHECKPOINT --protocol NAME)",
     "strategy": "tuning strategies (in a recipe: strategy)",
+    "study": "studies (vlafit sweep RECIPE --study NAME)",
     "checkpoint": "checkpoints (in a recipe: policy.checkpoint; vlafit eval NAME ...)",
     "tokenizer": "tokenizers (in a recipe: policy.tokenizer)",
     "launcher": "launcher files (accelerate launch --config_file PATH -m vlafit train NAME)",

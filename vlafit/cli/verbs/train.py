@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlafit import config, shipped
 from vlafit.cli import launcher
-from vlafit.cli.parser import Parser, add_fields, overrides, split_tables
-from vlafit.errors import ConfigError
+from vlafit.cli.parser import Parser
+from vlafit.cli.recipes import read_recipe
 from vlafit.recipe import Recipe
 
 ABOUT = """\
@@ -31,28 +30,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def read(arguments: Sequence[str]) -> tuple[Recipe, Any]:
     """Return the recipe with the command line's overrides in it, and the other options (`out`, `resume`)."""
-    words = list(arguments)
-    named = next((word for word in words if not word.startswith("-")), "")
-    wants_help = "-h" in words or "--help" in words
-    values: dict[str, Any] = {}
-    path: Path | None = None
-    if named and words[0] == named:
-        path = shipped.find("recipe", named)
-        values = config.load_toml(path, "recipe")
-    elif words and not wants_help:
-        raise ConfigError("the recipe comes first: vlafit train RECIPE [options]")
-    elif not wants_help:
-        names = ", ".join(shipped.names("recipe"))
-        raise ConfigError(f"which recipe? vlafit train RECIPE, a TOML file or one that ships: {names}")
-    original = config.build(Recipe, values, str(path))
+    return read_recipe("train", ABOUT, "[--out DIR] [--resume]", arguments, _options)
 
-    parser = Parser("vlafit train", ABOUT, "vlafit train RECIPE [--out DIR] [--resume] [--FIELD VALUE ...]")
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a recipe that ships")
+
+def _options(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the run [runs/NAME]")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped or killed")
-    add_fields(parser, Recipe, original)
-    rest, given = split_tables(Recipe, original, words)
-    options = parser.read(rest)
-    given = config.merge(given, overrides(Recipe, original, options))
-    config.build(Recipe, given, "command line")  # so that its errors name the command line, not the file
-    return config.build(Recipe, config.merge(values, given), str(path)), options

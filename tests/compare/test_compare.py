@@ -1,0 +1,314 @@
+"""A comparison for real on a toy robot: what it runs, keeps, refuses and reports."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.test_report import Strict
+from vlafit import compare, config
+from vlafit.cli.verbs.compare import describe, read
+from vlafit.compare import arms, record, summary
+from vlafit.compare.arms import Options, with_budget
+from vlafit.compare.page import page
+from vlafit.compare.process import Processes, exclusive
+from vlafit.compare.record import HELD_OUT, Record
+from vlafit.errors import ConfigError, VlafitError
+from vlafit.recipe import Recipe
+from vlafit.shipped import find
+
+BROKEN = '[[rule]]\nselect = { pattern = "nothing.*" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n'
+GRID = (1e-3, 1e-2)
+LOW, HIGH = "expert-lr0.001-seed3", "expert-lr0.01-seed3"
+
+
+class Seen(compare.Observer):
+    """Notes which arms were run, and which had ended before."""
+
+    def __init__(self) -> None:
+        self.fresh: list[str] = []
+        self.kept: list[str] = []
+
+    def arm(self, name: str, record: Record, fresh: bool) -> None:
+        (self.fresh if fresh else self.kept).append(name)
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A strategy's file that works, and one that matches nothing of the policy."""
+    folder = tmp_path_factory.mktemp("strategies")
+    shutil.copy(find("strategy", "expert"), folder / "expert.toml")
+    (folder / "broken.toml").write_text(BROKEN)
+    return str(folder / "expert.toml"), str(folder / "broken.toml")
+
+
+@pytest.fixture(scope="module")
+def options(strategies: tuple[str, str]) -> Options:
+    return Options(strategies, seeds=(3,), lr_grid=GRID, jobs=2)
+
+
+@pytest.fixture(scope="module")
+def done(recipe: Recipe, options: Options, tmp_path_factory: pytest.TempPathFactory) -> compare.Comparison:
+    """A whole comparison, one of whose strategies breaks; tests only read it."""
+    found = compare.run(
+        recipe, options, tmp_path_factory.mktemp("compare") / "out", command="vlafit compare x"
+    )
+    compare.write(found)
+    return found
+
+
+@pytest.fixture
+def out(done: compare.Comparison, tmp_path: Path) -> Path:
+    """A copy of its folder for tests that go on with it."""
+    return Path(shutil.copytree(done.folder, tmp_path / "out"))
+
+
+def arm(done: compare.Comparison, name: str) -> Record:
+    return next(record for record in done.records if record.name == name)
+
+
+# ---------------------------------------------------------------------------------------------- what it runs
+
+
+def test_an_arm_is_an_ordinary_run_whose_figures_are_kept(done: compare.Comparison) -> None:
+    run = done.folder / "arms" / HIGH
+    assert {"recipe.toml", "metrics.jsonl", "report.html", "arm.json"} <= {p.name for p in run.iterdir()}
+    kept = record.read(run / "arm.json")
+    assert kept is not None and kept == arm(done, HIGH)
+    figures = arm(done, LOW).figures
+    assert figures is not None and figures.steps == 4 and figures.samples == 16
+    assert [p.step for p in figures.validation[HELD_OUT]] == [0, 2, 4]
+    assert list(figures.validation) == [HELD_OUT, "old"]
+    assert 0 < figures.trainable < figures.parameters and figures.checkpoint_bytes > 4 * figures.parameters
+    assert figures.memory is not None and figures.memory.parts["optimiser"] >= 2 * 4 * figures.trainable
+    assert figures.forgotten("old") is not None and figures.merge_error is None
+
+
+def test_every_arm_begins_at_the_same_loss(done: compare.Comparison) -> None:
+    first = {r.figures.validation[HELD_OUT][0].loss for r in done.records if r.figures}
+    assert len(first) == 1
+
+
+def test_only_the_chosen_learning_rate_is_rolled_out(done: compare.Comparison) -> None:
+    (standing, _) = done.standings
+    assert standing.choice is not None and standing.lr in GRID
+    chosen, other = (HIGH, LOW) if standing.lr == GRID[1] else (LOW, HIGH)
+    won, lost = arm(done, chosen).figures, arm(done, other).figures
+    assert won is not None and lost is not None
+    assert set(won.success) == {"after", "wrong_instruction"} and lost.success == {}
+    assert arm(done, chosen).judged and not arm(done, other).judged
+    assert won.last() is not None and lost.last() is not None and (won.last() or 9) <= (lost.last() or 0)
+    assert won.memory is not None, "what was measured while it trained outlives the rollouts"
+
+
+def test_an_arm_that_breaks_is_recorded_and_ends_nothing(done: compare.Comparison) -> None:
+    broken = [r for r in done.records if r.strategy == "broken"]
+    assert len(broken) == 2 and all(r.figures is None for r in broken)
+    assert all("matches nothing" in (r.error or "") for r in broken)
+    assert done.standings[1].lr is None and not done.missing
+    assert any("broken-lr0.01-seed3 broke" in line for line in summary.caveats(done))
+
+
+def test_a_finished_arm_is_never_run_again(
+    done: compare.Comparison, out: Path, recipe: Recipe, options: Options
+) -> None:
+    seen = Seen()
+    again = compare.run(recipe, replace(options, strategies=options.strategies[:1]), out, observer=seen)
+    assert seen.fresh == [] and set(seen.kept) == {LOW, HIGH}
+    assert again.standings[0].records == done.standings[0].records
+
+
+def test_an_arm_that_broke_is_tried_again_and_a_changed_strategy_is_refused(
+    out: Path, recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    mended = tmp_path / "broken.toml"
+    mended.write_text('[[rule]]\nmode = "full"\n')
+    with pytest.raises(ConfigError, match="another content of strategy 'broken'.*hash"):
+        compare.run(recipe, replace(options, strategies=(str(mended),)), out)
+    seen = Seen()
+    compare.run(
+        recipe, replace(options, strategies=options.strategies[1:], lr_grid=GRID[:1]), out, observer=seen
+    )
+    assert seen.fresh == ["broken-lr0.001-seed3"]
+
+
+# ------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        ("train", {"steps": 5}, r"train\.steps was 4, is 5"),
+        ("optim", {"weight_decay": 0.5}, r"optim\.weight_decay was 0\.01, is 0\.5"),
+        ("data", {"episodes_per_task": 1}, r"data was [0-9a-f]{12}, is"),
+        ("data", {"validation_sets": {}}, r"validation_sets was"),
+        ("eval", {"protocol": "CHANGED"}, r"protocol was [0-9a-f]{12}, is"),
+    ],
+)
+def test_another_recipe_data_or_protocol_is_refused_with_its_hash(
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    tmp_path: Path,
+    section: str,
+    changes: dict[str, Any],
+    says: str,
+) -> None:
+    if "protocol" in changes:
+        changed = tmp_path / "toy.toml"
+        changed.write_text(Path(recipe.eval.protocol).read_text().replace("trials = 2", "trials = 3"))
+        changes = {"protocol": str(changed)}
+    other = replace(recipe, **{section: replace(getattr(recipe, section), **changes)})
+    with pytest.raises(ConfigError, match=rf"holds another comparison \(its hash is [0-9a-f]{{12}}.*{says}"):
+        compare.run(other, options, out)
+
+
+def test_what_changes_no_result_may_change(out: Path, recipe: Recipe, options: Options) -> None:
+    quiet = replace(
+        recipe,
+        train=replace(recipe.train, log_every=7, keep=5),
+        eval=replace(recipe.eval, workers=2, videos=1),
+    )
+    seen = Seen()
+    compare.run(quiet, replace(options, strategies=options.strategies[:1], jobs=1), out, observer=seen)
+    assert seen.fresh == []
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe: Recipe, options: Options, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no comparison"):
+        compare.run(recipe, options, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"strategies": ()}, "--strategies is empty"),
+        ({"strategies": ("full", "full")}, "'full' is named twice"),
+        ({"strategies": ("ful",)}, "did you mean 'full'"),
+        ({"seeds": ()}, "--seeds is empty"),
+        ({"lr_grid": (0.0,)}, "a learning rate is above 0"),
+        ({"jobs": 0}, "--jobs is at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_written(
+    recipe: Recipe, options: Options, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(VlafitError, match=says):
+        compare.run(recipe, replace(options, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_commands_never_work_in_one_folder(tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path, "vlafit compare"),
+        pytest.raises(VlafitError, match="another vlafit compare"),
+        exclusive(tmp_path, "vlafit compare"),
+    ):
+        pass
+
+
+# ---------------------------------------------------------------------------------------- budgets, processes
+
+
+def test_budgets_become_steps_or_seconds(recipe: Recipe) -> None:
+    assert with_budget(recipe) == recipe
+    assert with_budget(recipe, steps=7).train.steps == 7
+    assert with_budget(recipe, samples=9).train.steps == 3  # batches of 4
+    timed = with_budget(recipe, seconds=1.5).train
+    assert timed.max_seconds == 1.5 and timed.steps == arms.ENDLESS
+    with pytest.raises(ConfigError, match="give one budget"):
+        with_budget(recipe, steps=1, seconds=1.0)
+    with pytest.raises(ConfigError, match="must be above 0"):
+        with_budget(recipe, samples=0)
+
+
+def test_how_a_process_ended_is_told(tmp_path: Path) -> None:
+    processes = Processes(1)
+    words = "import os, signal; print('so far', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    killed = processes.run([sys.executable, "-c", words], tmp_path / "log")
+    assert "SIGKILL (the system does that when memory is short)" in killed.error and "so far" in killed.error
+    failed = processes.run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log")
+    assert failed.error == "exit status 1; its last words:\nno such thing"
+    processes.stop()
+    assert processes.run([sys.executable, "-c", ""], tmp_path / "log").status == 130
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def test_the_page_is_one_file_that_points_nowhere(done: compare.Comparison) -> None:
+    text = (done.folder / "compare.html").read_text()
+    parser = Strict()
+    parser.feed(text)
+    assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
+    assert all(link.startswith("#") for link in parser.links)
+    assert "http" not in text and "<script" not in text and str(done.folder) not in text
+    for part in (
+        "At a glance",
+        "Success against memory",
+        "Validation loss, old",
+        "Memory",
+        "Learning rates tried",
+    ):
+        assert part in text
+
+
+def test_the_json_holds_every_number(done: compare.Comparison) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    facts = json.loads((done.folder / "compare.json").read_text(), parse_constant=refuse)
+    assert set(facts) == {
+        "format", "name", "purpose", "identity", "recipe", "seeds", "lr_grid", "verdict", "strategies",
+        "loss_against_success", "notes", "caveats", "missing", "command", "arms",
+    }  # fmt: skip
+    (one, broken) = facts["strategies"]
+    assert one["strategy"] == "expert" and [t["lr"] for t in one["lr_tried"]] == list(GRID)
+    after = one["success"]["after"]
+    assert after["overall"]["episodes"] == 4 and set(after["tasks"]) == {"left", "right"}
+    assert set(after["seeds"]) == {"3"} and {"low", "high"} <= set(after["overall"])
+    assert set(one["validation"]) == {HELD_OUT, "old"} and set(one["forgetting"]) == {"old"}
+    curve = one["validation"]["old"]["seeds"]["3"]["curve"]
+    assert [(p["step"], p["samples"]) for p in curve] == [(0, 0), (2, 8), (4, 16)]
+    assert one["memory"]["peak_mb"] >= one["memory"]["parts_mb"]["weights"] > 0
+    assert one["merge_error"] is None and broken["success"] == {} and broken["lr"] is None
+    assert len(facts["arms"]) == 4
+
+
+def test_the_edge_of_the_grid_and_a_single_learning_rate_are_said(done: compare.Comparison) -> None:
+    edge = next(note for note in summary.notes(done) if "grid" in note)
+    assert edge.startswith("expert: its best learning rate") and "widen --lr-grid" in edge
+    single = replace(done, options=replace(done.options, lr_grid=()))
+    assert any("That is no fair ranking" in note for note in summary.notes(single))
+
+
+def test_an_unfinished_comparison_has_a_page_that_says_so(done: compare.Comparison) -> None:
+    stopped = replace(done, standings=(), records=(), missing=(HIGH,))
+    assert f"{HIGH} has not ended; the same command goes on with it." in page(stopped)
+
+
+def test_the_command_line_prints_table_verdict_and_place(done: compare.Comparison) -> None:
+    text = describe(done)
+    assert "expert" in text and "Only expert has results" in text and "compare.html" in text
+
+
+def test_the_command_line_reads_seeds_grid_budget_and_fields(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(config.dump(recipe))
+    words = [str(path), "--strategies", "full,expert", "--seeds", "2", "--lr-grid", "1e-4,3e-4", "--out", "x"]
+    made, options, out = read([*words, "--budget-samples", "40", "--optim.ema", "0", "--train.seed", "5"])
+    assert options == Options(("full", "expert"), (5, 6), (1e-4, 3e-4)) and out == Path("x")
+    assert made.train.steps == 10 and made.optim.ema == 0
+    for more, says in (
+        (["--strategy", "full"], "give --strategies"),
+        (["--lr-grid", "fast"], "write numbers with commas"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            read([*words, *more])

@@ -1,0 +1,183 @@
+"""What recorded figures allow to say: pure functions over made-up arms."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from vlafit.compare.judge import (
+    Standing,
+    cheapest,
+    choose_lr,
+    dispersion,
+    episodes_needed,
+    interval,
+    judge,
+    lower,
+    rank_correlation,
+)
+from vlafit.compare.record import HELD_OUT, Figures, Memory, Record, ValidationPoint
+from vlafit.score import Score, wilson
+
+
+def figures(
+    success: tuple[int, int] | None = None, *, loss: float = 1.0, mb: float = 100.0, speed: float = 10.0
+) -> Figures:
+    points = (ValidationPoint(0, 0, 0.0, 2.0), ValidationPoint(5, 20, 1.0, loss))
+    return Figures(
+        steps=5,
+        samples=20,
+        train_seconds=2.0,
+        samples_per_s=speed,
+        parameters=100,
+        trainable=10,
+        checkpoint_bytes=400,
+        validation={HELD_OUT: points},
+        success={} if success is None else {"after": {"task": Score(*success)}},
+        memory=Memory(int(mb * 1e6), {"weights": 1}),
+    )
+
+
+def record(name: str, made: Figures | None, *, lr: float = 1e-3, seed: int = 0) -> Record:
+    error = None if made else "it broke"
+    return Record(f"{name}-{seed}", name, name, "0" * 64, lr, seed, "1" * 64, True, made, error)
+
+
+def standing(name: str, seeds: Sequence[tuple[int, int] | None], **more: float) -> Standing:
+    made = tuple(record(name, figures(one, **more), seed=i) for i, one in enumerate(seeds))
+    return Standing(name, 1e-3, made)
+
+
+# ------------------------------------------------------------------------------------------- ranking
+
+
+def test_overlapping_intervals_are_not_ranked() -> None:
+    verdict = judge([standing("full", [(18, 25), (20, 25)]), standing("expert", [(16, 25), (17, 25)])])
+    assert not verdict.ranked and verdict.better == ()
+    assert verdict.sentence.startswith("No ranking") and verdict.leaders == ("full", "expert")
+
+
+def test_intervals_that_part_are_ranked_and_the_others_are_named() -> None:
+    verdict = judge(
+        [
+            standing("projections", [(1, 25), (2, 25)]),
+            standing("full", [(24, 25), (23, 25)]),
+            standing("expert", [(22, 25), (23, 25)]),
+        ]
+    )
+    assert verdict.better == (("full", "projections"), ("expert", "projections"))
+    assert verdict.leaders == ("full", "expert")
+    assert "full is better than projections" in verdict.sentence
+    assert "Not told apart, and so not ranked: full and expert" in verdict.sentence
+
+
+def test_of_those_that_may_be_the_best_the_cheapest_is_recommended_with_its_reason() -> None:
+    verdict = judge(
+        [
+            standing("full", [(24, 25)], mb=400.0),
+            standing("expert", [(22, 25)], mb=150.0),
+            standing("none", [(0, 25)]),
+        ]
+    )
+    assert verdict.recommended == "expert"
+    assert "of the 2 that cannot be told apart from the best it is the cheapest" in verdict.reason
+    assert "150 MB" in verdict.reason and "full 400 MB" in verdict.reason
+    assert "full has the higher rate" in verdict.notes[0]
+
+
+def test_the_best_alone_is_recommended_whatever_it_costs() -> None:
+    verdict = judge([standing("full", [(25, 25)], mb=900.0), standing("expert", [(2, 25)], mb=1.0)])
+    assert verdict.recommended == "full" and "no other strategy's interval reaches" in verdict.reason
+
+
+def test_where_nothing_succeeds_nothing_is_recommended() -> None:
+    verdict = judge([standing("full", [(0, 25)]), standing("expert", [(0, 25)])])
+    assert not verdict.recommended and "No strategy succeeded" in verdict.sentence
+
+
+def test_nothing_finished_is_said_and_not_ranked() -> None:
+    broken = Standing("full", 1e-3, (record("full", None),))
+    assert "nothing to judge" in judge([broken]).sentence
+
+
+def test_one_strategy_alone_is_neither_ranked_nor_recommended() -> None:
+    for seeds in ([(20, 25)], [None, None]):
+        verdict = judge([standing("full", seeds)])
+        assert not verdict.ranked and not verdict.recommended and "Only full has results" in verdict.sentence
+
+
+def test_costs_within_5_per_cent_count_as_equal_and_speed_decides() -> None:
+    slow, quick = standing("slow", [(1, 2)], mb=100.0), standing("quick", [(1, 2)], mb=104.0, speed=20.0)
+    assert cheapest([slow, quick]).strategy == "quick"
+    assert cheapest([slow, standing("large", [(1, 2)], mb=106.0, speed=20.0)]).strategy == "slow"
+
+
+def test_seeds_that_differ_by_more_than_chance_widen_the_interval() -> None:
+    alike, apart = [Score(15, 25), Score(14, 25)], [Score(25, 25), Score(4, 25)]
+    assert dispersion(alike) == 1.0 and interval(alike) == wilson(29, 50)
+    assert dispersion(apart) > 10
+    low, high = interval(apart)
+    assert low < wilson(29, 50)[0] and high > wilson(29, 50)[1]
+
+
+def test_without_rollouts_the_loss_decides_only_where_seeds_agree() -> None:
+    def by_loss(name: str, losses: Sequence[float]) -> Standing:
+        made = tuple(record(name, figures(loss=loss), seed=i) for i, loss in enumerate(losses))
+        return Standing(name, 1e-3, made)
+
+    verdict = judge([by_loss("full", [0.50, 0.61, 0.40]), by_loss("expert", [0.60, 0.70, 0.51])])
+    assert verdict.by == "loss" and verdict.better == (("full", "expert"),)
+    assert "loss alone, which is not success" in verdict.reason
+    assert not judge([by_loss("full", [0.5, 0.6, 0.4]), by_loss("expert", [0.6, 0.5, 0.5])]).ranked
+    assert not lower({0: 0.1}, {0: 0.9}), "one seed shows nothing"
+    assert not lower({0: 0.1, 1: 0.1}, {2: 0.9, 3: 0.9}), "only shared seeds are compared"
+
+
+def test_the_episodes_that_a_difference_needs() -> None:
+    n = episodes_needed(0.9, 0.8)
+    assert wilson(round(0.9 * 2 * n), 2 * n)[0] > wilson(round(0.8 * 2 * n), 2 * n)[1]
+    assert wilson(round(0.9 * n / 2), n // 2)[0] < wilson(round(0.8 * n / 2), n // 2)[1]
+
+
+# ------------------------------------------------------------------------------------ learning rates
+
+
+def tried(losses: dict[float, Sequence[float | None]]) -> dict[float, list[Record]]:
+    return {
+        lr: [record("a", None if x is None else figures(loss=x), lr=lr, seed=i) for i, x in enumerate(found)]
+        for lr, found in losses.items()
+    }
+
+
+def test_the_lowest_last_loss_over_all_seeds_that_tried_is_taken() -> None:
+    choice = choose_lr(tried({1e-4: [0.5, 0.7], 3e-4: [0.4, 0.6], 1e-3: [0.3, 0.9]}))
+    assert choice is not None and choice.lr == 3e-4 and choice.edge == ""
+    assert choice.losses == pytest.approx({1e-4: 0.6, 3e-4: 0.5, 1e-3: 0.6})
+
+
+@pytest.mark.parametrize(("best", "edge"), [(1e-4, "lowest"), (3e-4, ""), (1e-3, "highest")])
+def test_the_best_on_the_edge_of_the_grid_is_said(best: float, edge: str) -> None:
+    choice = choose_lr(tried({lr: [0.1 if lr == best else 0.5] for lr in (1e-3, 1e-4, 3e-4)}))
+    assert choice is not None and (choice.lr, choice.edge) == (best, edge)
+
+
+def test_one_learning_rate_has_no_edge() -> None:
+    choice = choose_lr(tried({1e-3: [0.5]}))
+    assert choice is not None and choice.edge == ""
+
+
+def test_a_learning_rate_that_broke_a_seed_is_not_taken() -> None:
+    choice = choose_lr(tried({1e-3: [0.5, 0.5], 1e-2: [0.1, None]}))
+    assert choice is not None and choice.lr == 1e-3 and choice.losses[1e-2] is None
+    assert choose_lr(tried({1e-3: [None]})) is None
+
+
+# --------------------------------------------------------------------------------------- correlation
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation([(1.0, 0.9), (2.0, 0.5), (3.0, 0.1)]) == pytest.approx(-1)
+    assert rank_correlation([(1.0, 0.1), (2.0, 0.5), (30.0, 0.6)]) == pytest.approx(1)
+    # scipy.stats.spearmanr([1, 2, 2, 4], [3, 1, 4, 2]).statistic
+    assert rank_correlation([(1, 3), (2, 1), (2, 4), (4, 2)]) == pytest.approx(-0.316227766016838)
+    assert rank_correlation([(1.0, 0.5), (2.0, 0.5), (3.0, 0.5)]) is None
+    assert rank_correlation([(1.0, 0.5), (2.0, 0.6)]) is None

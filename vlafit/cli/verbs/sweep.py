@@ -1,0 +1,101 @@
+"""`vlafit sweep RECIPE --study FILE`: search fields of a recipe, or of its strategy's rules, with Optuna."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlafit import shipped
+from vlafit.cli.console import table
+from vlafit.cli.parser import Parser
+from vlafit.cli.recipes import read_recipe
+from vlafit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlafit.recipe import Recipe
+    from vlafit.sweep import Found, Study
+
+ABOUT = """\
+Search for the values of a recipe's fields, or of a strategy's rules, that give the lowest validation loss. A
+study is a TOML file:
+
+    trials = 20
+    [search]
+    "optim.lr" = { low = 1e-5, high = 1e-3, log = true }
+    "rule.rank" = { choices = [4, 8, 16] }
+
+Trials are ordinary runs below DIR/trials, ended early when they fall behind. The same command goes on with a
+sweep that was stopped, and --trials asks for more. Several commands, or --workers, share DIR; the trial of a
+worker that dies is tried again. Every field of the recipe is an option, too."""
+USAGE = "--study FILE [--trials N] [--workers N] --out DIR"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out or go on with a sweep, and say what is best; 130 when a signal stopped it."""
+    recipe, study, options = read(arguments)
+    command = shlex.join(["vlafit", "sweep", *arguments])
+    from vlafit import sweep
+    from vlafit.compare.process import vlafit
+
+    asked = sweep.Sweep(recipe, study, Path(options.out))
+    finished = sweep.run(
+        asked,
+        str(shipped.find("study", options.study)),
+        workers=options.workers,
+        worker_command=lambda: vlafit("sweep", *arguments, "--workers", "1"),
+        tell=lambda line: print(line, flush=True),
+    )
+    found = sweep.read(asked, command)
+    page = sweep.write(found)
+    print(describe(found))
+    print(f"report: {page}")
+    return 0 if finished else 130
+
+
+def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
+    """Return the recipe, the study with the command line's numbers in it, and the other options."""
+    recipe, options = read_recipe("sweep", ABOUT, USAGE, arguments, _options)
+    if options.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, is {options.workers}")
+    from vlafit.sweep import load_study
+
+    study = load_study(options.study)
+    changes = {
+        name: getattr(options, name) for name in ("trials", "seed") if getattr(options, name) is not None
+    }
+    return recipe, dataclasses.replace(study, **changes), options
+
+
+def _options(parser: Parser) -> None:
+    names = ", ".join(shipped.names("study"))
+    parser.add_argument(
+        "--study", metavar="FILE", required=True, help=f"a TOML file, or one that ships: {names}"
+    )
+    parser.add_argument(
+        "--trials", metavar="N", type=int, help="trials in all, earlier ones too [the study's]"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, help="decides what is tried [the study's]")
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes that run trials [1]")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the sweep")
+
+
+def describe(found: "Found") -> str:
+    """Return the trials, the best first, and how to train that again."""
+    from vlafit.sweep.report import written
+
+    names = list(found.sweep.study.search)
+    order = sorted(
+        found.trials, key=lambda t: (t.state != "whole", float("inf") if t.loss is None else t.loss)
+    )
+    rows = [
+        (
+            t.number,
+            *(written(t.values[n]) if n in t.values else "" for n in names),
+            "" if t.loss is None else written(t.loss),
+            t.state,
+        )
+        for t in order
+    ]
+    lines = [table(("trial", *names, "last loss", "state"), rows), *found.notes()]
+    return "\n".join([*lines, *([f"train the best again: {found.train_again()}"] if found.best else [])])

@@ -1,0 +1,99 @@
+"""The plots of a comparison: loss against steps, samples and time; success against memory. Inline SVG."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from vlafit.compare.judge import Standing
+from vlafit.report import plots
+
+Axis = Literal["step", "samples", "time"]
+LABELS: dict[Axis, str] = {
+    "step": "optimiser step",
+    "samples": "training samples",
+    "time": "training time, minutes",
+}
+# One colour a strategy, on light and on dark paper; beyond the last they begin again, dashed.
+COLOURS = (
+    ("#0b7285", "#4fb3c6"), ("#b35900", "#e89a4a"), ("#6741d9", "#a58bff"), ("#2b8a3e", "#69c07a"),
+    ("#c2255c", "#f783ac"), ("#1864ab", "#74b0f0"), ("#846a00", "#d4b73a"), ("#862e9c", "#d08ae0"),
+    ("#495057", "#adb5bd"), ("#d9480f", "#ff922b"),
+)  # fmt: skip
+MARKERS = {f"#0a0b{i:02x}": f"s{i}" for i in range(len(COLOURS))}
+VARIABLES = {**plots.VARIABLES, **MARKERS}
+
+
+def style() -> str:
+    """Return the CSS that gives each strategy its colour."""
+    light = " ".join(f"--s{i}: {one[0]};" for i, one in enumerate(COLOURS))
+    dark = " ".join(f"--s{i}: {one[1]};" for i, one in enumerate(COLOURS))
+    chips = "\n".join(f".tone-s{i} {{ --tone: var(--s{i}); }}" for i in range(len(COLOURS)))
+    return (
+        f"\n:root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{chips}\n"
+        ".legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0; font-size: 14px; }\n"
+        ".legend span::before { content: ''; display: inline-block; width: 14px; height: 4px;\n"
+        "  margin-right: 7px;"
+        "  vertical-align: middle; background: var(--tone); border-radius: 2px; }\n"
+    )
+
+
+def tone(index: int) -> str:
+    """Return the CSS colour name of the strategy at a position."""
+    return f"s{index % len(COLOURS)}"
+
+
+def losses(standings: Sequence[Standing], name: str, axis: Axis) -> str:
+    """Return the validation loss on a set against steps, samples or minutes: a line for each seed."""
+    figure, axes = plots.frame(LABELS[axis])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis != "time"))
+    lowest: float | None = None
+    for index, one in enumerate(standings):
+        colour, dashes = list(MARKERS)[index % len(COLOURS)], ("-", "--")[index // len(COLOURS) % 2]
+        for found in one.figures:
+            points = found.validation.get(name, ())
+            x = [{"step": p.step, "samples": p.samples, "time": p.seconds / 60}[axis] for p in points]
+            y = [p.loss for p in points]
+            lowest = min([*y, *([] if lowest is None else [lowest])]) if y else lowest
+            axes.plot(x, y, dashes, color=colour, linewidth=1.4, marker="o", markersize=2.5)
+    if lowest is None:
+        return ""
+    if lowest > 0:
+        plots.log_scale(axes)
+    axes.yaxis.set_major_formatter(FuncFormatter(plots.tick))
+    return plots.svg(figure, f"loss-{_identity(name)}-{axis}", VARIABLES)
+
+
+def success_against_memory(standings: Sequence[Standing]) -> str:
+    """Return success with its 95 % interval against peak memory, one point a strategy; empty without both."""
+    drawn = [
+        (i, one, one.peak, pooled.rate)
+        for i, one in enumerate(standings)
+        if one.peak is not None and (pooled := one.pooled()) is not None and pooled.rate is not None
+    ]
+    if not drawn:
+        return ""
+    figure, axes = plots.frame("peak memory, MB")
+    for index, one, peak, rate in drawn:
+        low, high = one.interval
+        spread = [[100 * max(0.0, rate - low)], [100 * max(0.0, high - rate)]]
+        colour = list(MARKERS)[index % len(COLOURS)]
+        axes.errorbar(
+            [peak / 1e6], [100 * rate], spread, color=colour, elinewidth=1.6, marker="o", markersize=5
+        )
+        _label(axes, one.strategy, peak / 1e6, 100 * rate)
+    axes.set_ylim(-3, 103)
+    axes.margins(x=0.18)
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(plots.tick))
+    axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
+    return plots.svg(figure, "success-memory", VARIABLES)
+
+
+def _label(axes: Axes, text: str, x: float, y: float) -> None:
+    axes.annotate(text, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=plots.INK)
+
+
+def _identity(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)

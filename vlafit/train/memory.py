@@ -1,0 +1,120 @@
+"""How much memory training took at its highest, and what that consisted of. Of the main process alone.
+
+On CUDA the peak is the allocator's; on a CPU it is the process's resident set, of which the program itself
+(interpreter, torch, open data) is a large part and is therefore told apart.
+"""
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vlafit.train.optim import Ema
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # proc(5): resets the process's peak resident set
+PARTS = ("weights", "gradients", "optimiser", "average")
+
+
+class MemoryMeter:
+    """Measures peak memory while it runs; rollouts, which load a second policy, are left out by pausing.
+
+    Where the system does not let a process forget its peak (anything but Linux), the peak is that of the
+    process's whole life, and `exact` is False.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.program = resident()
+        self._peaks: dict[str, int] = {}
+        self._exact = True
+        self._running = False
+
+    def start(self) -> None:
+        """Forget earlier peaks, and measure from here on."""
+        self._running = True
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            CLEAR.write_text(RESET_PEAK)
+        except OSError:
+            self._exact = False
+
+    def pause(self) -> None:
+        """Keep the peak so far; what follows is not measured until `start`."""
+        if not self._running:
+            return
+        self._running = False
+        now = {"rss": peak_resident()}
+        if self.device.type == "cuda":
+            now["allocated"] = torch.cuda.max_memory_allocated(self.device)
+            now["reserved"] = torch.cuda.max_memory_reserved(self.device)
+        self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in now.items()}
+
+    def facts(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+    ) -> dict[str, object]:
+        """Return the peaks and their parts in bytes, for `run.json`; call it after training.
+
+        `peak` is what is allocated on CUDA, and the resident set on a CPU. `rest` is what the parts do not
+        explain: activations, buffers and, on a CPU, fragmentation. `program` is the resident set before the
+        policy was made, and counts on a CPU alone.
+        """
+        parts = parts_of(policy, optimizer, ema)
+        cuda = self.device.type == "cuda"
+        peak = self._peaks.get("allocated" if cuda else "rss", 0)
+        known = sum(parts.values())
+        parts["program"] = 0 if cuda else min(self.program, max(0, peak - known))  # it may have shrunk since
+        parts["rest"] = max(0, peak - sum(parts.values()))
+        return {"peak": peak, "exact": self._exact, **self._peaks, "parts": parts}
+
+
+def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, int]:
+    """Return the bytes of weights, gradients (of all that trains), optimiser states and moving average."""
+    tensors = [*policy.parameters(), *policy.buffers()]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    averages = list(ema.average.values()) if ema is not None else []
+    sizes = (sum(map(_bytes, of)) for of in (tensors, trained, states, averages))
+    return dict(zip(PARTS, sizes, strict=True))
+
+
+def _bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def resident() -> int:
+    """Return this process's resident set in bytes; its peak where only that is known."""
+    return _status("VmRSS") or peak_resident()
+
+
+def peak_resident() -> int:
+    """Return the peak of this process's resident set in bytes, since it was last reset."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: getrusage(2) of the two systems
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def larger(
+    one: Mapping[str, object] | None, other: Mapping[str, object] | None
+) -> Mapping[str, object] | None:
+    """Return whichever facts have the higher peak: a run that was resumed has several."""
+
+    def peak(facts: Mapping[str, object]) -> float:
+        value = facts.get("peak")
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    found = [facts for facts in (one, other) if facts]
+    return max(found, key=peak, default=None)
