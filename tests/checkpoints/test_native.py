@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "save_file", fail)
+    monkeypatch.setattr(sys.modules[checkpoints.save.__module__], "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(policy, copy)
     assert checkpoints.digest(copy) == checkpoints.digest(saved)
