@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vlafit
 from tests.policies.tiny import random_policy
-from vlafit import files
+from tests.tuning.world import rules
+from vlafit import cli, files
 from vlafit.checkpoints import native
 from vlafit.checkpoints.names import back
 from vlafit.checkpoints.openpi import NAMES
-from vlafit.errors import VlafitError
+from vlafit.errors import VlafitError, WeightsError
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES, Pi0
 
@@ -25,7 +26,8 @@ Tensors = dict[str, Tensor]
 DEAD_HEAD = NAMES.unused[0]
 EXCUSED = {DEAD_HEAD}  # knowingly unused: its numbers may be anything, and it may be absent
 TOLD = {"chunk": 4, "vision.heads": 2, "language.head_dim": 8}
-TRIALS = 80  # of each of the forms below
+TRIALS = 60  # of each of the forms below
+ADAPTED = 20  # with all weights beside the adapters, and on their base
 WIDTHS = {"state_dim": 5, "action_dim": 5}
 
 
@@ -94,12 +96,19 @@ def _truncate(path: Path, rng: random.Random) -> None:
     path.write_bytes(whole[: rng.randrange(len(whole))])
 
 
-def _caught(folder: Path, config: dict | None) -> bool:
+def _caught(folder: Path, config: dict | None, named: str = "") -> bool:
+    """Whether the folder is refused, by one error of weights, which names the tensor `named`."""
     try:
         vlafit.load_policy(folder, config=config)
-    except VlafitError as error:
-        return bool(str(error))
+    except WeightsError as error:
+        assert named in str(error), f"{named} is not named: {error}"
+        return True
     return False
+
+
+def _ours(theirs: str) -> str:
+    tied = {name: ours for ours, name in NAMES.ties.items()}
+    return tied.get(theirs, NAMES.ours(theirs)).removeprefix("openpi:")
 
 
 @pytest.mark.parametrize("family", ["pi0", "pi05"])
@@ -119,7 +128,16 @@ def test_every_damage_to_an_openpi_file_is_caught(family: str, tmp_path: Path):
         else:
             name = damage(tensors, rng, other)
             save_file(tensors, path)
-        assert _caught(tmp_path, TOLD) != (name in EXCUSED), (trial, damage, name)
+        named = _ours(name) if damage in (_drop, _spoil) and name not in EXCUSED else ""
+        assert _caught(tmp_path, TOLD, named) != (name in EXCUSED), (trial, damage, name)
+
+
+def _agree(folder: Path) -> None:
+    """Write the manifest anew, as a careless program would: what is damaged has the right hash."""
+    path = folder / native.MANIFEST
+    content = json.loads(path.read_text())
+    content["files"] = {name: files.sha256(folder / name) for name in content["files"]}
+    path.write_text(json.dumps(content))
 
 
 def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(tmp_path: Path):
@@ -134,24 +152,95 @@ def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(t
         folder = Path(shutil.copytree(saved, tmp_path / f"{trial}"))
         tensors = {name: t.clone() for name, t in whole.items()}
         damage = rng.choice([*DAMAGES, _truncate])
+        name = ""
         if damage is _truncate:
             _truncate(rng.choice(sorted(p for p in folder.iterdir() if p.is_file())), rng)
         else:
-            damage(tensors, rng, other)
+            name = damage(tensors, rng, other)
             save_file(tensors, folder / native.WEIGHTS)
-            path = folder / native.MANIFEST
-            content = json.loads(path.read_text())
-            content["files"][native.WEIGHTS] = files.sha256(folder / native.WEIGHTS)
-            path.write_text(json.dumps(content))
-        assert _caught(folder, None), (trial, damage)
+            _agree(folder)
+        assert _caught(folder, None, name), (trial, damage)
         shutil.rmtree(folder)
+
+
+def _adapted(folder: Path, base: Path | None) -> None:
+    """Save a policy whose matrices have adapters and whose projections learned."""
+    policy = vlafit.load_policy(folder.parent / "base")
+    plan = vlafit.apply_strategy(policy, rules("lora"))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    vlafit.save_checkpoint(policy, folder, plan=plan, base=base)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "on its base"])
+def test_every_damage_to_adapters_and_what_lies_below_them_is_caught(whole: bool, tmp_path: Path):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    vlafit.save_checkpoint(_policy("pi0"), base)
+    _adapted(saved, None if whole else base)
+    assert not _caught(saved, None)
+    held = [saved / "adapters" / "lora" / "adapter_model.safetensors"]
+    held += [saved / (native.WEIGHTS if whole else "trained.safetensors")]
+    texts = [p for p in sorted(saved.rglob("*")) if p.is_file() and p.suffix == ".json"]
+    other = {name: t.detach().clone() for name, t in _policy("pi05").state_dict().items()}
+    for trial in range(ADAPTED):
+        rng = random.Random(f"adapters {whole} {trial}")
+        folder = Path(shutil.copytree(saved, tmp_path / f"{trial}"))
+        damage, name = rng.choice([*DAMAGES, _truncate]), ""
+        if damage is _truncate:
+            _truncate(folder / rng.choice([*texts, *held]).relative_to(saved), rng)
+        else:
+            path = folder / rng.choice(held).relative_to(saved)
+            tensors = load_file(path)
+            name = damage(tensors, rng, other)
+            save_file(tensors, path)
+            if damage is _drop and path.name == "trained.safetensors":
+                name = path.name  # that a weight is not the base's own is known to the file's hash alone
+            else:
+                _agree(folder)
+        assert _caught(folder, None, name), (trial, damage, name)
+        shutil.rmtree(folder)
+
+
+def test_the_base_below_adapters_must_be_the_one_that_they_were_trained_on(tmp_path: Path):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    vlafit.save_checkpoint(_policy("pi0"), base)
+    _adapted(saved, base)
+    rng = random.Random("base")
+    for name in (native.WEIGHTS, native.POLICY, native.MANIFEST):
+        kept = (base / name).read_bytes()
+        _truncate(base / name, rng)
+        assert _caught(saved, None), name
+        (base / name).write_bytes(kept)
+    assert not _caught(saved, None)
+    shutil.rmtree(base)
+    assert _caught(saved, None, str(base))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, _truncate], ids=lambda d: d.__name__.strip("_"))
+def test_the_command_line_says_what_is_broken_and_fails(
+    damage: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    rng, path = random.Random("cli"), tmp_path / "model.safetensors"
+    tensors = _openpi("pi0")
+    tensors.pop(DEAD_HEAD)
+    if damage is not _truncate:
+        damage(tensors, rng, _openpi("pi05"))
+    save_file(tensors, path)
+    if damage is _truncate:
+        _truncate(path, rng)
+    words = [word for key, value in TOLD.items() for word in ("--config", f"{key}={value}")]
+    assert cli.main(["inspect", str(tmp_path), "--whole", *words]) != 0
+    found = capsys.readouterr()
+    assert not found.out and str(tmp_path) in found.err and "Traceback" not in found.err
 
 
 def test_every_lost_or_cut_file_of_an_orbax_folder_is_caught(tmp_path: Path):
     saved = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_pure_bf16" / "params"
     # What only keeps Orbax's own books, and what one process wrote before all were joined, holds no weights.
     needed = ("_METADATA", "manifest.ocdbt", "ocdbt.process_0/d", "d")
-    for trial in range(40):
+    for trial in range(20):
         rng = random.Random(f"orbax {trial}")
         folder = Path(shutil.copytree(saved, tmp_path / f"{trial}"))
         choices = [p for p in sorted(folder.rglob("*")) if p.is_file()]

@@ -14,9 +14,7 @@ CONFIG = sizes(8)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "limit"), [("safetensors", 1.15), ("orbax", 1.5)])
-def test_a_file_is_loaded_with_hardly_more_than_its_weights_in_memory(
-    form: str, limit: float, tmp_path: Path
-):
+def test_little_more_than_the_weights_is_held_while_a_file_is_loaded(form: str, limit: float, tmp_path: Path):
     found = run(tmp_path / "written", form, "bfloat16", CONFIG)
     assert found["load"]["weights"] > 1e8
     assert 0.9 < found["load"]["ratio"] < limit  # below 0.9 nothing was measured

@@ -172,6 +172,8 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
                 wrong.append(
                     f"misshapen {group.name}: {key} is {list(value.shape)}, not {list(live[name].shape)}"
                 )
+            elif not value.is_floating_point():
+                wrong.append(f"not floating-point {group.name}: {key} is {value.dtype}")
             elif not torch.isfinite(value).all():
                 wrong.append(f"not finite {group.name}: {key}")
             else:

@@ -217,7 +217,9 @@ def _foreign(path: Path, config: Mapping[str, object]) -> Found:
     if lerobot.recognise(tensors, folder):
         made, translated = lerobot.open_weights(tensors, folder, config, str(path))
         name = family_of(made)
-        return Found(str(path), lerobot.FORM, name, made, translated, chunk=made.chunk, processors=folder)
+        said = lerobot.describe(folder)
+        chunk = said.get("chunk_size", int) if said is not None else None
+        return Found(str(path), lerobot.FORM, name, made, translated, chunk=chunk, processors=folder)
     for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
         if not module.recognise(tensors):
             continue

@@ -34,7 +34,8 @@ CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expe
 
 def recognise(tensors: Mapping[str, Any]) -> bool:
     """Whether these tensor names are openpi's."""
-    return any(name.startswith(_VISION) for name in tensors) and "action_in_proj.weight" in tensors
+    expert = any(name.startswith(f"{PREFIX}gemma_expert.") for name in tensors)
+    return expert and any(name.startswith(_VISION) for name in tensors)
 
 
 def known_config(folder: Path) -> dict[str, object]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from vlafit import config as configuration
-from vlafit.errors import WeightsError
-from vlafit.policies import merge
+from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.policies import merge, override
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 KV_HEADS = (
@@ -32,8 +32,9 @@ def infer_config(
     def shape(name: str, dims: int) -> Sequence[int]:
         return shape_of(weights, name, dims, where, "pi0 or pi0.5")
 
+    _require_known(merge({}, given), asdict(SIZES["pi0"]), f"{where}: config")
     told = merge(known, given)
-    pi05 = "time_mlp_in.weight" in weights
+    pi05 = any(name.startswith("time_mlp_") or name.endswith("norm.dense.weight") for name in weights)
     vision_width, _, patch, _ = shape("vision.patch_embedding.weight", 4)
     patches, _ = shape("vision.position_embedding.weight", 2)
     vocab, width = shape("language.embed_tokens.weight", 2)
@@ -88,7 +89,20 @@ def infer_config(
                 f"{where}: neither the tensors nor a config beside them tell {key!r}; give it as config "
                 f"{{{key!r}: ...}}"
             )
-    return configuration.build(Pi0Config, values, f"{where}: config")
+    try:
+        return configuration.build(Pi0Config, values, f"{where}: config")
+    except ConfigError as error:
+        override(public, given, f"{where}: config")  # raises for what is wrong in itself with the user's
+        raise WeightsError(f"{where}: its tensors' shapes do not go together: {error}") from error
+
+
+def _require_known(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a key of the user that no config has, before anything is found missing."""
+    for key, value in given.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, fields)}")
+        if isinstance(value, Mapping) and isinstance(fields[key], Mapping):
+            _require_known(value, fields[key], f"{where}: {key}")
 
 
 def _require_public(public: Pi0Config, read: Mapping, told: Mapping, where: str) -> None:

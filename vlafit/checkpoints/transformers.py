@@ -51,7 +51,7 @@ SAVED = NameMap(
 
 def recognise(tensors: Mapping[str, Any]) -> bool:
     """Whether these tensor names are those of a folder that transformers saved."""
-    return f"{_TOWER}embeddings.patch_embedding.weight" in tensors
+    return any(name.startswith((f"{_TOWER}embeddings.", f"{_TOWER}encoder.")) for name in tensors)
 
 
 def known_config(folder: Path) -> dict[str, object]:
