@@ -81,7 +81,10 @@ def test_merged_for_transformers_it_computes_the_same_and_says_how_nearly(name: 
     made = export(source, "transformers", tmp_path / "out", merge=True)
     assert made.merge_error is not None and made.merge_error < 1e-5
     assert "adapters merged in float32; on a random batch" in made.text()
-    assert (velocity(vlafit.load_policy(tmp_path / "out")) - before).abs().max() < 1e-5
+    again = vlafit.load_policy(
+        tmp_path / "out", config={"time_angles": "float64"}
+    )  # transformers rounds them
+    assert (velocity(again) - before).abs().max() < 1e-5
     assert "adapter_config.json" not in made.files
 
 
