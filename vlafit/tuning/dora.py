@@ -40,7 +40,9 @@ class FactoredDoraLayer(DoraLinearLayer):
             base_result = F.linear(x, weight.to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias  # type: ignore[operator]
-        return (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
+        # Sum first, scale once: backward then keeps one output, and not those of both terms.
+        both = torch.add(base_result, lora_B(lora_A(x)), alpha=scaling)
+        return torch.addcmul(-base_result, scale, both)
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return the norms of the rows of weight [out, in] + scaling * b [out, r] @ a [r, in], float32 [out]."""
     weight, a, b = weight.float(), a.float(), b.float()
     with torch.autocast(weight.device.type, enabled=False):
-        square = weight.square().sum(1)
+        square = torch.linalg.vector_norm(weight, dim=1).square_()
         square += 2 * scaling * (b * (weight @ a.T)).sum(1)
         square += scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
