@@ -65,7 +65,14 @@ def test_a_shipped_checkpoint_tells_its_data_and_its_success_by_task(name: str) 
 # ------------------------------------------------------------------------------------------ the results
 
 
-@pytest.mark.parametrize("folder", ["quickstart", *(f"pretraining/quickstart-seed{i}" for i in range(3))])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "quickstart",
+        *(f"quickstart-seeds/quickstart-seed{i}" for i in (1, 2)),
+        *(f"pretraining/quickstart-seed{i}" for i in range(3)),
+    ],
+)
 def test_the_quickstart_did_what_it_promises(folder: str) -> None:
     success = facts(RESULTS / folder / "report.json")["success"]
     assert success["before"]["rate"] <= 0.2 and success["wrong_instruction"]["rate"] <= 0.2
