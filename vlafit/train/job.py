@@ -4,13 +4,14 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from vlafit import checkpoints, config, rollout
 from vlafit.actor import load_actor
@@ -25,6 +26,7 @@ from vlafit.train.parallel import barrier, from_main, gathered, sum_over_process
 from vlafit.train.setup import Experiment
 from vlafit.train.shelf import Shelf
 from vlafit.train.validate import validate
+from vlafit.tuning import Plan
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +65,7 @@ class Job:
             )
         barrier()  # all have looked
         if self.main:
-            policy, codec, plan = self.experiment.policy, self.experiment.codec, self.experiment.plan
-            base, changed = self.experiment.saved_on(plan)
-            recipe, history = config.dump(self.recipe), self.experiment.history
-            self.shelf.save(
-                0,
-                lambda folder: checkpoints.save(
-                    policy,
-                    folder,
-                    codec,
-                    plan=plan,
-                    recipe=recipe,
-                    history=history,
-                    base=base,
-                    changed=changed,
-                ),
-            )
+            self.shelf.save(0, lambda folder: self._write(folder, self.experiment.plan, None))
         barrier()
 
     def evaluate(
@@ -279,30 +266,17 @@ class Job:
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of `step`; every process takes part in gathering it."""
-        policy, codec, plan = self.experiment.policy, self.experiment.codec, self.learner.plan
+        policy = self.experiment.policy
         average = self.learner.ema.average if self.learner.ema is not None else {}
         tensors = state.collect(self.learner, keep=self.main)
         weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")
-        data, recipe = self.experiment.data.fingerprint, config.dump(self.recipe)
-        history = self.experiment.history
-        base, changed = self.experiment.saved_on(plan)
 
         def fill(folder: Path) -> None:
-            checkpoints.save(
-                policy,
-                folder,
-                codec,
-                plan=plan,
-                recipe=recipe,
-                history=history,
-                weights=weights,
-                base=base,
-                changed=changed,
-            )
-            state.write(folder, tensors, self.progress, data)
+            self._write(folder, self.learner.plan, weights)
+            state.write(folder, tensors, self.progress, self.experiment.data.fingerprint)
 
         if self.main:
             self.shelf.save(step, fill)
@@ -311,6 +285,21 @@ class Job:
             best = self.progress.best_step if self.recipe.train.keep_best else None
             self.shelf.prune(best, always={0} if self.recipe.eval.before else set())
         barrier()
+
+    def _write(self, folder: Path, plan: Plan, weights: Mapping[str, Tensor] | None) -> None:
+        """Write the policy's part of a checkpoint; `weights` replace its own."""
+        base, changed = self.experiment.saved_on(plan)
+        checkpoints.save(
+            self.experiment.policy,
+            folder,
+            self.experiment.codec,
+            plan=plan,
+            recipe=config.dump(self.recipe),
+            history=self.experiment.history,
+            weights=weights,
+            base=base,
+            changed=changed,
+        )
 
     def _point_best(self) -> None:
         step, loss = self.progress.best_step, self.progress.best_loss
