@@ -103,6 +103,7 @@ def write_orbax(folder: Path, config: Pi0Config) -> None:
     full, less = asdict(SIZES["pi0"]), asdict(config)
     folder.mkdir()
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    listed: dict[str, Any] = {}
     for name, shape in json.loads(LAYOUT.read_text())["pi0"]["leaves"].items():
         shape = _shrunk(name, shape, full, less)
         spec = {
@@ -115,6 +116,9 @@ def write_orbax(folder: Path, config: Pi0Config) -> None:
         for start in range(0, values.size, BLOCK):
             values[start : start + BLOCK] = block[: values.size - start]
         tensorstore.open(spec, create=True).result().write(values.reshape(shape)).result()
+        keys = [{"key": piece, "key_type": 2} for piece in ("params", *name.split("/"))]
+        listed[name] = {"key_metadata": keys, "value_metadata": {"value_type": "jax.Array"}}
+    (folder / "_METADATA").write_text(json.dumps({"tree_metadata": listed}))
 
 
 def _shrunk(name: str, shape: list[int], full: dict[str, Any], less: dict[str, Any]) -> list[int]:

@@ -5,7 +5,7 @@ traceback, and exits with status 2; anything that is not a `VlafitError` is a bu
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class VlafitError(Exception):
@@ -30,6 +30,9 @@ class CodecError(VlafitError):
 
 class WeightsError(VlafitError):
     """A checkpoint whose tensors are not exactly those of the model."""
+
+    tensors: Mapping[str, tuple[str, ...]] = {}
+    """The tensors that are wrong, by what is wrong with them, under the names that the file has for them."""
 
 
 class StrategyError(VlafitError):

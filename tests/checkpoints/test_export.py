@@ -25,6 +25,7 @@ from vlafit.policies import pi0, smolvla
 from vlafit.types import Embodiment, Feature, Observation, Sample
 
 GIVEN = {"vision.heads": 2, "language.head_dim": 8}
+TOO_SMALL = {"expert.mlp": 20}  # LeRobot would make it wider, so a file of it is only believed if one says so
 
 
 def robot(side: int = 8) -> Embodiment:
@@ -126,7 +127,7 @@ def test_what_we_fitted_ourselves_means_the_same_in_lerobot(
     codec = codec_for(policy, normalisation, relative=() if "smolvla" in size else (True, False, True))
     assert lerobot_pipelines.codec_refusals(codec, lerobot_export.kind_of(policy)) == []
     lerobot_export.write(tmp_path, policy, codec)
-    again = vlafit.load_checkpoint(tmp_path, config=GIVEN)
+    again = vlafit.load_checkpoint(tmp_path, config=GIVEN | TOO_SMALL if "smolvla" in size else GIVEN)
     assert again.policy.config == policy.config
     assert all(torch.equal(p, again.policy.get_parameter(n)) for n, p in policy.named_parameters())
     assert again.codec is not None

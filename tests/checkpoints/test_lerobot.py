@@ -372,15 +372,15 @@ def test_names_of_compiled_modules_and_old_statistics_among_the_weights_are_unde
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.state_proj.bias"), "missing .1.: state_proj.bias"),
+        (lambda t: t.pop("model.state_proj.bias"), "missing .1.: model.state_proj.bias"),
         (lambda t: t.update({"model.extra": torch.ones(2)}), "surplus .1.: model.extra"),
         (
             lambda t: t["model.action_in_proj.weight"].fill_(torch.nan),
-            "not finite .1.: action_in_proj.weight",
+            "not finite .1.: model.action_in_proj.weight",
         ),
         (
             lambda t: t.pop("model.vlm_with_expert.lm_expert.layers.3.mlp.up_proj.weight"),
-            "missing .1.: expert.layers.3.mlp.up_proj.weight",
+            r"missing .1.: model.vlm_with_expert.lm_expert.layers.3.mlp.up_proj.weight",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from vlafit.checkpoints import inspect, openpi_jax
 from vlafit.checkpoints.names import translate
 from vlafit.checkpoints.openpi import NAMES
 from vlafit.checkpoints.orbax import Leaf
-from vlafit.checkpoints.shapes import infer_config
+from vlafit.checkpoints.shapes import Inferred, infer_config
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.batch import Batch
 from vlafit.nn.flow import interpolate, time_embedding
@@ -36,7 +36,7 @@ ATTENTION = "PaliGemma/llm/layers/attn/"
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
     """openpi's PyTorch weights, under our names."""
-    return translate(load_file(TORCH / "model.safetensors"), NAMES, "here").weights
+    return translate(load_file(TORCH / "model.safetensors"), NAMES).weights
 
 
 @pytest.mark.parity
@@ -171,7 +171,7 @@ def test_the_full_size_tree_maps_one_to_one_onto_the_full_size_policy(
     policy = build(config, "meta")
     shapes = {name: p.shape for name, p in policy.named_parameters()}
     assert {name: t.shape for name, t in tree.weights.items()} == shapes
-    assert infer_config(tree.weights, openpi_jax.known_config(tree), {}, "here") == policy.config
+    assert infer_config(tree.weights, tree.told, {}, "here") == Inferred(policy.config)
     factors = sum(_size(f.a.shape) + _size(f.b.shape) for f in tree.lora.values())
     assert sum(s.numel() for s in shapes.values()) + factors == LAYOUTS[size]["parameters"]
     assert len(tree.lora) == (10 if "lora" in size else 0)
@@ -190,13 +190,15 @@ def test_a_full_size_tree_that_lacks_a_layer_is_not_taken_for_a_shallower_one(
     monkeypatch: pytest.MonkeyPatch,
 ):
     tree = _full_size(monkeypatch, "pi0")
-    weights = {n: t for n, t in tree.weights.items() if not n.startswith("vision.layers.26.")}
-    with pytest.raises(WeightsError, match="vision.depth is 26, not 27: the checkpoint is not whole"):
-        infer_config(weights, openpi_jax.known_config(tree), {}, "here")
+    tree = replace(
+        tree, weights={n: t for n, t in tree.weights.items() if not n.startswith("vision.layers.26.")}
+    )
+    found = infer_config(tree.weights, tree.told, {}, "here")
+    assert found.odd[0].startswith("contradicted: vision.depth is 26 by the tensors, 27 by the public pi0")
 
 
 def _written(folder: Path, leaves: dict[str, torch.Tensor]) -> Path:
-    """Write a tree as Orbax does, the metadata aside."""
+    """Write a tree as Orbax does, with its list of arrays."""
     import tensorstore
 
     folder.mkdir(parents=True)
@@ -208,6 +210,14 @@ def _written(folder: Path, leaves: dict[str, torch.Tensor]) -> Path:
             "metadata": {"shape": list(tensor.shape), "dtype": "<f4"},
         }
         tensorstore.open(spec, create=True).result().write(tensor.numpy()).result()
+    listed = {
+        name: {
+            "key_metadata": [{"key": piece, "key_type": 2} for piece in name.split("/")],
+            "value_metadata": {"value_type": "jax.Array", "write_shape": list(tensor.shape)},
+        }
+        for name, tensor in leaves.items()
+    }
+    (folder / "_METADATA").write_text(json.dumps({"tree_metadata": listed}))
     return folder
 
 
@@ -219,8 +229,8 @@ def _tree(form: str = "ckpt_lora_pure") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop("params/state_proj/bias"), "missing.*state_proj.bias"),
-        (lambda t: t.update({"params/extra/w": torch.ones(3)}), "surplus.*jax:extra/w"),
+        (lambda t: t.pop("params/state_proj/bias"), "missing.*state_proj/bias"),
+        (lambda t: t.update({"params/extra/w": torch.ones(3)}), "surplus.*extra/w"),
         (lambda t: t.pop(f"params/{ATTENTION}q_einsum/lora_a"), "missing.*q_einsum/lora_a"),
         (
             lambda t: [t.pop(f"params/{ATTENTION}q_einsum_1/lora_{f}") for f in "ab"],

@@ -69,7 +69,7 @@ def theirs() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def ours(theirs: torch.nn.Module) -> Pi0:
     policy = build(CONFIG)
-    fit(policy, translate(theirs.state_dict(), LIVE, "transformers").weights, where="transformers")
+    fit(policy, translate(theirs.state_dict(), LIVE).weights, where="transformers")
     return policy
 
 

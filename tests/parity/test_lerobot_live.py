@@ -206,6 +206,10 @@ def test_lerobot_computes_from_our_export_what_we_do_and_we_load_what_it_saves(
     saved = tmp_path / "out" / "saved"
     if kind == "smolvla":
         shutil.copytree(exported / "vlm", saved / "vlm")
+    else:  # the names are those of large sizes, which these tensors contradict
+        path = saved / "config.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"paligemma_variant": "", "action_expert_variant": ""}))
     again = vlafit.load_checkpoint(saved, config=given)
     assert again.policy.config == policy.config
     assert all(torch.equal(p, again.policy.get_parameter(n)) for n, p in policy.named_parameters())

@@ -1,6 +1,6 @@
 """Put weights into a policy exactly, or say everything that is wrong with them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,13 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vlafit.checkpoints.listing import listed
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-SHOWN = 12  # names that one line of an error lists before it counts the rest
 CHECKED_AT_ONCE = 1 << 18  # elements; the check for NaN needs no second copy of a large tensor
 
 
@@ -34,10 +34,21 @@ def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
                         )
                     found[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{path}: not a whole safetensors file ({error}); copy or download it again"
-            ) from error
+            raise _not_whole(path, error) from error
     return found
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names in the header of a safetensors file. Raises WeightsError where it is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
 
 
 def fit(
@@ -50,6 +61,9 @@ def fit(
     device: torch.device | str = "cpu",
     contents: Iterable[tuple[str, Tensor]] | None = None,
     resized: Mapping[str, torch.Size] | None = None,
+    twins: Mapping[str, Tensor] | None = None,
+    theirs: Callable[[str], str] = str,
+    odd: Sequence[str] = (),
 ) -> None:
     """Copy `weights`, named as the policy's parameters, into `policy` exactly.
 
@@ -57,23 +71,26 @@ def fit(
     in `dtype` (those that compute in float32 stay float32, see `stored_as`), one at a time: a policy on the
     meta device never exists twice. `where` begins the message. With `contents` the numbers come from there,
     in its order, and `weights` may be of the meta device. `resized` are parameters whose weights have another
-    shape, given here: what both shapes have is copied, what the policy alone has is zero.
+    shape, given here: what both shapes have is copied, what the policy alone has is zero. `twins` are second
+    copies that the file holds of some weights, and must equal them. `theirs` gives the file's name of a
+    parameter, and `odd` says what else is wrong with the checkpoint: see `complain`.
 
-    Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, and every dtype that is
-    no floating-point number; the policy is then unusable.
+    Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, every one that holds
+    numbers too large for `dtype`, and every dtype that is no floating-point number; the policy is then
+    unusable.
     """
     infos = {info.name: info for info in policy.parts()}
-    wrong = compare(policy, weights, fresh, resized)
-    bad = {name.split(" ")[0] for names in wrong.values() for name in names}
+    found = compare(policy, weights, fresh, resized)
+    bad = {name.split(" ")[0] for names in found.values() for name in names}
     fits = {name for name in infos if name not in bad and name not in set(fresh)}
-    broken = []
+    broken, large, unlike = [], [], []
     for name, tensor in weights.items() if contents is None else contents:
         if name not in fits:
             continue
         fits.remove(name)
-        if not _finite(tensor):
-            broken.append(name)
-            continue
+        twin = (twins or {}).get(name)
+        if twin is not None and not torch.equal(twin, tensor):
+            unlike.append(name)
         shape = policy.get_parameter(name).shape
         if tensor.shape == shape:
             value = torch.empty(shape, dtype=stored_as(infos[name], dtype), device=device).copy_(tensor)
@@ -81,9 +98,23 @@ def fit(
             value = torch.zeros(shape, dtype=stored_as(infos[name], dtype), device=device)
             common = tuple(slice(min(n, m)) for n, m in zip(shape, tensor.shape, strict=True))
             value[common] = tensor[common].to(value)
-        replace_parameter(policy, name, value)
-        del tensor  # the next one is read before the loop would let go of this one
-    complain(where, {**wrong, "not finite": broken, "without contents": sorted(fits)})
+        # Looked at as it is kept: what was finite in the file may be too large for the dtype asked for.
+        if _finite(value):
+            replace_parameter(policy, name, value)
+        elif bool(torch.isfinite(tensor).all()):
+            dtypes = [str(t.dtype).removeprefix("torch.") for t in (tensor, value)]
+            large.append(f"{name} holds {dtypes[0]} numbers beyond {dtypes[1]}")
+        else:
+            broken.append(name)
+        del tensor, value  # the next one is read before the loop would let go of this one
+    numbers = {"tied, but different": unlike, "not finite": broken, "too large": large}
+    complain(
+        where,
+        {**found, **numbers, "without contents": sorted(fits)},
+        theirs,
+        [*infos, *weights],
+        odd,
+    )
 
 
 def compare(
@@ -112,16 +143,39 @@ def compare(
     return wrong
 
 
-def complain(where: str, wrong: Mapping[str, Sequence[str]]) -> None:
-    """Raise WeightsError with one line for each kind of `wrong` tensors, unless there are none."""
-    lines = [f"  {kind} ({len(names)}): {_listed(names)}" for kind, names in wrong.items() if names]
+def complain(
+    where: str,
+    wrong: Mapping[str, Sequence[str]],
+    theirs: Callable[[str], str] = str,
+    every: Iterable[str] = (),
+    odd: Sequence[str] = (),
+) -> None:
+    """Raise WeightsError with one line for each kind of `wrong` tensors, unless there are none.
+
+    An entry begins with our name of a tensor; `theirs` turns it, and those of `every` parameter and tensor,
+    into the file's names: see `listing.listed`. `odd` are lines that say what else is wrong. The error's
+    `tensors` hold each name by itself.
+    """
+    names = [theirs(name) for name in every]
+    lines = [
+        f"  {kind} ({len(entries)}): {listed(entries, theirs, names)}"
+        for kind, entries in wrong.items()
+        if entries
+    ]
+    lines = [f"  {line}" for line in odd] + lines
     if lines:
-        raise WeightsError(
+        error = WeightsError(
             f"{where}: these are not exactly the policy's weights:\n"
             + "\n".join(lines)
             + "\nUse the config that"
             " the checkpoint was made with, name what shall start anew as `fresh`, or get the file again."
         )
+        error.tensors = {
+            kind: tuple(theirs(entry.split(" ")[0]) for entry in entries)
+            for kind, entries in wrong.items()
+            if entries
+        }
+        raise error
 
 
 def stored_as(info: ParameterInfo, dtype: torch.dtype) -> torch.dtype:
@@ -146,8 +200,3 @@ def _finite(tensor: Tensor) -> bool:
     rows = tensor if tensor.ndim else tensor[None]
     several = max(1, CHECKED_AT_ONCE * len(rows) // max(rows.numel(), 1))
     return all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(several))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown}, and {len(names) - SHOWN} more"

@@ -38,6 +38,8 @@ class Found:
     """The folder of LeRobot's processors; None in other forms."""
     options: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+    """What contradicts the tensors that were read, in lines of an error that names all."""
     resized: Mapping[str, torch.Size] | None = None
     adapted: tuple[str, ...] = ()
     below: Base | None = None

@@ -1,5 +1,9 @@
 """The sizes of pi0 and pi0.5 that openpi and LeRobot have names for; they know no others."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from vlafit.checkpoints.dimensions import Stated
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 # width, depth, mlp, heads, kv_heads, head_dim: openpi, models/gemma.py
@@ -7,6 +11,25 @@ VARIANTS: dict[str, tuple[int, int, int, int, int, int]] = {
     "gemma_2b": (2048, 18, 16384, 8, 1, 256),
     "gemma_300m": (1024, 18, 4096, 8, 1, 256),
 }
+
+
+# What config files may say, too: openpi, models/gemma.py. LoRA ("_lora") is beside the weights.
+READ = VARIANTS | {"dummy": (64, 4, 128, 8, 1, 16)}
+
+
+def stated_by_variants(values: Mapping[str, Any], file: str) -> list[Stated]:
+    """Return the sizes that the names of variants in a config file state; a name that is not known, none."""
+    found = []
+    for key, part in (("paligemma_variant", "language"), ("action_expert_variant", "expert")):
+        name = str(values.get(key))
+        if name.removesuffix("_lora") not in READ:
+            continue
+        width, depth, mlp, heads, kv_heads, head_dim = READ[name.removesuffix("_lora")]
+        shared = {"depth": depth, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        sizes = {f"{part}.width": width, f"{part}.mlp": mlp}
+        sizes |= {f"language.{size}": value for size, value in shared.items()}
+        found += [Stated(size, value, f"{file} ({key} {name!r})") for size, value in sizes.items()]
+    return found
 
 
 def variants(config: Pi0Config) -> tuple[str, str]:

@@ -106,6 +106,9 @@ def load(
         device=device,
         contents=found.contents() if found.contents else None,
         resized=found.resized,
+        twins=found.translated.twins,
+        theirs=found.translated.theirs,
+        odd=found.odd,
     )
     codec, why, notes = codecs.choose(found, policy, config, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
@@ -130,7 +133,9 @@ def inspect(
     """
     found = _find(Path(path), config, base, dtype, resize, fresh, hash_weights=False)
     policy, names = _on_meta(found, fresh, resize)
-    complain(found.path, compare(policy, found.translated.weights, names, found.resized))
+    weights, theirs = found.translated.weights, found.translated.theirs
+    every = [info.name for info in policy.parts()] + list(weights)
+    complain(found.path, compare(policy, weights, names, found.resized), theirs, every, found.odd)
     why = "" if found.codec else "none in the checkpoint itself"
     if found.codec is None and found.assets:
         why += f"; its statistics ({', '.join(found.assets)}) make one when it is loaded with a tokenizer"
@@ -169,7 +174,7 @@ def _find(
     if path.is_dir() and native.recognise(path):
         found = _native(path, given, base, hash_weights)
     else:
-        found = _foreign(path, given)
+        found = _foreign(path, given, widths)
     if base is not None and found.below is None:
         raise WeightsError(f"{path}: base={str(base)!r} is for adapters on a checkpoint, and these are none")
     return _resize(found, widths, given, resize, fresh)
@@ -197,41 +202,48 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
         yield from ((n, t) for n, t in below.contents() if n not in own)
         yield from own.items()
 
+    def theirs(name: str) -> str:
+        return name if name in own else below.translated.theirs(name)
+
     return replace(
         found,
-        translated=Translated(weights, below.translated.unused, below.translated.tied),
+        translated=replace(below.translated, weights=weights, theirs=theirs, twins={}),
+        odd=below.odd,
         contents=contents if below.contents else None,
         notes=(f"on {opened.base.checkpoint}, {len(own)} weights of its own",),
     )
 
 
-def _foreign(path: Path, config: Mapping[str, object]) -> Found:
+def _foreign(path: Path, config: Mapping[str, object], widths: Mapping[str, object]) -> Found:
     params = openpi_jax.recognise(path)
     if params is not None:
-        return _jax(params, config)
+        return _jax(params, config, widths)
     folder = path if path.is_dir() else path.parent
     tensors = open_tensors(weight_files(path))
     stranger = strangers.name_family(tensors)
     if stranger:
         raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
+    strangers.refuse_mixed(tensors, str(path))
     if lerobot.recognise(tensors, folder):
-        made, translated = lerobot.open_weights(tensors, folder, config, str(path))
-        name = family_of(made)
+        made, translated = lerobot.open_weights(tensors, folder, config, str(path), widths)
+        name, odd = family_of(made.config), translated.odd + made.odd
         said = lerobot.describe(folder)
         chunk = said.get("chunk_size", int) if said is not None else None
-        return Found(str(path), lerobot.FORM, name, made, translated, chunk=chunk, processors=folder)
+        return Found(
+            str(path), lerobot.FORM, name, made.config, translated, chunk=chunk, processors=folder, odd=odd
+        )
     for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
         if not module.recognise(tensors):
             continue
-        known = module.known_config(folder)
         rest = dict(config)
         options = _table(rest, "codec") if module is openpi else None
-        translated = translate(tensors, names, str(path))
-        made = infer_config(translated.weights, known, rest, str(path))
-        found = Found(str(path), names.form, "pi0", made, translated, chunk=known.get("chunk"))
+        translated = translate(tensors, names)
+        told = module.told_beside(tensors, folder, translated.theirs)
+        made = infer_config(translated.weights, told, rest, str(path), widths)
+        chunk, odd = told.values.get("chunk"), translated.odd + made.odd
+        found = Found(str(path), names.form, "pi0", made.config, translated, chunk=chunk, odd=odd)
         if module is not openpi:
             return found
-        complain(str(path), {"misshapen": openpi.misfits(tensors)})
         return replace(found, assets=openpi_assets.find_assets(folder), options=options)
     raise WeightsError(
         f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
@@ -240,22 +252,22 @@ def _foreign(path: Path, config: Mapping[str, object]) -> Found:
     )
 
 
-def _jax(params: Path, config: Mapping[str, object]) -> Found:
+def _jax(params: Path, config: Mapping[str, object], widths: Mapping[str, object]) -> Found:
     rest = dict(config)
     lora, options = _table(rest, "lora"), _table(rest, "codec")
     tree = openpi_jax.open_tree(params, lora)
-    complain(str(params), {"surplus": [n for n in tree.weights if n.startswith("jax:")]})
-    made = infer_config(tree.weights, openpi_jax.known_config(tree), rest, str(params))
+    made = infer_config(tree.weights, tree.told, rest, str(params), widths)
     return Found(
         str(params),
         openpi_jax.FORM,
         "pi0",
-        made,
-        Translated(tree.weights, (), ()),
+        made.config,
+        Translated(tree.weights, (), (), tree.theirs),
         contents=tree.contents,
         assets=openpi_assets.find_assets(params.parent),
         options=options,
         notes=tree.notes,
+        odd=made.odd,
     )
 
 

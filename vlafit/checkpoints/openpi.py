@@ -5,11 +5,16 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from vlafit.checkpoints.dimensions import Stated, Witness
+from vlafit.checkpoints.gemma_sizes import stated_by_variants
 from vlafit.checkpoints.names import NameMap
+from vlafit.checkpoints.shapes import Told
 
 PREFIX = "paligemma_with_expert."
 _VISION = f"{PREFIX}paligemma.model.vision_tower.vision_model."
@@ -38,37 +43,28 @@ def recognise(tensors: Mapping[str, Any]) -> bool:
     return expert and any(name.startswith(_VISION) for name in tensors)
 
 
-def known_config(folder: Path) -> dict[str, object]:
-    """Return what openpi's own config.json beside the weights says, as fields of `Pi0Config`.
+def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[str], str]) -> Told:
+    """Return what openpi's own config.json beside the weights says, and the dead head, of a row a token.
 
     A file with other keys is not openpi's and is left alone.
     """
-    path = folder / "config.json"
+    head = NAMES.unused[0]
+    shapes = [tuple(tensors[head].shape)] if head in tensors else []
+    witnesses = [Witness(head, shape, "language.vocab expert.width") for shape in shapes]
+    values = _read(folder / "config.json")
+    if values is None:
+        return Told(witnesses=witnesses, theirs=theirs, padded_alike=True)
+    width, source = values["action_dim"], "config.json (action_dim)"
+    stated = [Stated(key, width, source) for key in ("action_dim", "state_dim")]
+    stated += stated_by_variants(values, "config.json")
+    return Told({"chunk": values["action_horizon"]}, stated, witnesses, theirs, padded_alike=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
-        return {}
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return {}
-    if not isinstance(values, dict) or set(values) != CONFIG_KEYS:
-        return {}
-    return {"chunk": values["action_horizon"]}
-
-
-def misfits(tensors: Mapping[str, Any]) -> list[str]:
-    """Name the tensors whose sizes no other tensor of ours confirms, but openpi's own rules do.
-
-    The dead head has a row for each token, and the state is padded as the actions are.
-    """
-    found = []
-    head, tokens = NAMES.unused[0], NAMES.ties["language.embed_tokens.weight"]
-    embedding = tensors.get(tokens, tensors.get(NAMES.theirs("language.embed_tokens.weight")))
-    actions, state = tensors.get("action_in_proj.weight"), tensors.get("state_proj.weight")
-    if head in tensors and embedding is not None and actions is not None:
-        want = (embedding.shape[0], actions.shape[0])
-        if tuple(tensors[head].shape) != want:
-            found.append(f"{head} is {tuple(tensors[head].shape)}, not {want}")
-    if state is not None and actions is not None and state.shape[-1:] != actions.shape[-1:]:
-        found.append(f"state_proj.weight is {tuple(state.shape)}, beside action_in_proj.weight"
-                     f" {tuple(actions.shape)}")  # fmt: skip
-    return found
+        return None
+    return values if isinstance(values, dict) and set(values) == CONFIG_KEYS else None

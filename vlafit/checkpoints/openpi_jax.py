@@ -6,6 +6,7 @@ layer's tensor; on tensors of the meta device the same function tells the shapes
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from einops import rearrange
 from torch import Tensor
 
 from vlafit import config as configuration
-from vlafit.checkpoints.fit import complain
 from vlafit.checkpoints.orbax import Leaf, find_params, open_leaves
+from vlafit.checkpoints.shapes import Told
 from vlafit.errors import WeightsError
+from vlafit.policies import merge
 
 FORM = "openpi JAX"
 _IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
@@ -131,6 +133,22 @@ def _rules() -> dict[str, Rule]:
 
 
 RULES = _rules()
+UNKNOWN = "jax:"  # begins our name of a leaf that we do not know
+_LAYER = re.compile(r"\.layers\.\d+\.")
+_LEAVES = {ours: leaf for leaf, rule in RULES.items() for ours in rule.ours}
+_HEAD_AXES: dict[str, dict[str, int]] = {
+    "vision.heads": {
+        **{f"{_MHA}{leaf}/kernel": 2 for leaf in ("query", "key", "value")},
+        **{f"{_MHA}{leaf}/bias": 1 for leaf in ("query", "key", "value")},
+        f"{_MHA}out/kernel": 1,
+    },
+    "language.head_dim": {
+        f"{_LLM}layers/attn/{leaf}_einsum{s}/w": axis
+        for s in ("", "_1")
+        for leaf, axis in (("q", 3), ("kv", 4), ("attn_vec", 2))
+    },
+}
+"""The axes of leaves that are heads, or as long as one."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,30 @@ class Tree:
     leaves: dict[str, Leaf]
     lora: dict[str, Lora]
     trained: bool
+    odd: tuple[str, ...] = ()
+    """What is wrong with leaves that are not weights: LoRA's factors."""
+
+    def theirs(self, ours: str) -> str:
+        """Return the leaf that holds one of our parameters, or that only the tree has."""
+        leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", ours)) or ours.removeprefix(UNKNOWN)
+        return f"{leaf}/value" if self.trained else leaf
+
+    @property
+    def told(self) -> Told:
+        """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
+        found: dict[str, Any] = {"time_angles": "float32"}
+        axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
+        odd = [f"{key} is {size} by {leaf}" for key, sizes in axes.items() for size, leaf in sizes.items()
+               if len(sizes) > 1]  # fmt: skip
+        for key, sizes in axes.items():
+            if sizes:
+                found = merge(found, {key: next(iter(sizes))})
+        return Told(
+            found,
+            theirs=self.theirs,
+            padded_alike=True,
+            odd=(*self.odd, *(f"contradicted: {line}" for line in odd)),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -211,7 +253,8 @@ def recognise(path: Path) -> Path | None:
 def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
     """Read the tree's metadata. `lora` has the fields of `LoraConfig`.
 
-    Raises WeightsError naming leaves that cannot be what their names say, and families that are not pi0.
+    Leaves that cannot be what their names say are left to be compared. Raises WeightsError for families that
+    are not pi0.
     """
     leaves = {name.removeprefix("params/"): leaf for name, leaf in open_leaves(params).items()}
     if any(name.split("/")[0] in ("opt_state", "ema_params", "step") for name in leaves):
@@ -225,33 +268,39 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
     options = configuration.build(LoraConfig, lora, f"{params}: config: lora")
     factors, used, wrong = _factors(leaves, options)
     weights: dict[str, Tensor] = {}
+    known: dict[str, Leaf] = {}
+    shapeless: list[str] = []
     for name, leaf in leaves.items():
         if name in used:
             continue
         rule = RULES.get(name)
         if rule is None:
-            weights[f"jax:{name}"] = leaf.meta()
+            weights[f"{UNKNOWN}{name}"] = leaf.meta()
         elif len(leaf.shape) != rule.dims + rule.layered or _uneven(rule, leaf):
-            wrong.setdefault("misshapen", []).append(f"{name} is {leaf.shape}")
+            shapeless.append(name)
         elif not rule.layered:
+            known[name] = leaf
             weights |= zip(rule.ours, rule.turn(leaf.meta()), strict=True)
         else:
+            known[name] = leaf
             turned = rule.turn(leaf.meta()[0])
             names = [[ours.format(i) for ours in rule.ours] for i in range(leaf.shape[0])]
             weights |= {ours: t for row in names for ours, t in zip(row, turned, strict=True)}
-    complain(str(params), wrong)
-    known = {name: leaf for name, leaf in leaves.items() if name in RULES}
-    return Tree(params, weights, known, factors, trained)
+    for name in shapeless:  # under our names, with a shape that none of them can have: all are compared
+        stack = name.split("layers/")[0] if "layers/" in name else _BLOCK
+        depth = max((leaf.shape[0] for n, leaf in known.items() if n.startswith(stack)), default=1)
+        layers = range(depth) if RULES[name].layered else (0,)
+        weights |= {ours.format(i): leaves[name].meta() for ours in RULES[name].ours for i in layers}
+    odd = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)
+    return Tree(params, weights, known, factors, trained, odd)
 
 
-def known_config(tree: Tree) -> dict[str, object]:
-    """Return what our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
-    vision, queries = tree.leaves.get(f"{_MHA}query/kernel"), tree.leaves.get(f"{_LLM}layers/attn/q_einsum/w")
-    found: dict[str, Any] = {"time_angles": "float32"}
-    if vision is not None:
-        found["vision"] = {"heads": vision.shape[2]}
-    if queries is not None:
-        found["language"] = {"head_dim": queries.shape[3]}
+def _on_axis(leaves: Mapping[str, Leaf], places: Mapping[str, int]) -> dict[int, str]:
+    """Return the sizes of these axes, with the first leaf that has each."""
+    found: dict[int, str] = {}
+    for leaf, axis in places.items():
+        if leaf in leaves:
+            found.setdefault(leaves[leaf].shape[axis], leaf)
     return found
 
 

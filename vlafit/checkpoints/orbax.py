@@ -113,7 +113,7 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
         raise WeightsError(
             f"{folder}: an Orbax checkpoint is read with tensorstore: pip install tensorstore"
         ) from error
-    listed, filled = _listed(folder)
+    written, filled = _listed(folder)
     # Mapped, the packed bytes of an array are not a second copy of it in memory.
     mapped = {"file_io_mode": {"mode": "memmap"}}
     base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/", **mapped}
@@ -142,26 +142,43 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
         raise WeightsError(
             f"{folder}: not a whole Orbax folder ({_first_line(error)}); copy or download it again"
         ) from error
-    if listed is not None and set(listed) != set(leaves):
-        lost, odd = sorted(set(listed) - set(leaves)), sorted(set(leaves) - set(listed))
+    lost, odd = sorted(set(written) - set(leaves)), sorted(set(leaves) - set(written))
+    # A piece that one process wrote is never larger than the array that it is a piece of.
+    cut = [
+        f"{name} is {leaf.shape}, {METADATA} has {tuple(piece)}"
+        for name, leaf in leaves.items()
+        if (piece := written.get(name)) is not None
+        and (len(piece) != len(leaf.shape) or any(p > n for p, n in zip(piece, leaf.shape, strict=True)))
+    ]
+    if lost or odd or cut:
         raise WeightsError(
             f"{folder}: {METADATA} and the stored arrays differ: missing {lost or 'none'}, not listed"
-            f" {odd or 'none'}; copy or download the folder again"
+            f" {odd or 'none'}, cut {cut or 'none'}; copy or download the folder again"
         )
     return leaves
 
 
-def _listed(folder: Path) -> tuple[list[str] | None, bool]:
-    """Return the names that the folder's metadata lists, and whether every number is stored, zeros too."""
+def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
+    """Return the arrays that the folder's metadata lists, with the shape of the pieces that a process wrote.
+
+    The second is whether every number is stored, zeros too. Raises WeightsError where there is no such list:
+    without it nobody can tell an array or a piece that was lost from one that never was.
+    """
     path = folder / METADATA
     if not path.is_file():
-        return None, False
+        raise WeightsError(
+            f"{folder}: {METADATA}, Orbax's list of arrays, is missing: nothing tells whether all of them are"
+            " there; copy or download the folder again"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["tree_metadata"].values()
         stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
-        names = ["/".join(str(k["key"]) for k in entry["key_metadata"]) for entry in stored]
-        return names, bool(content.get("store_array_data_equal_to_fill_value"))
+        pieces = {
+            "/".join(str(k["key"]) for k in entry["key_metadata"]): entry["value_metadata"].get("write_shape")
+            for entry in stored
+        }
+        return pieces, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+from vlafit.checkpoints.listing import listed
+from vlafit.errors import WeightsError
+
 # family, and patterns of which each must be in some tensor's name. The first family that fits is named.
 # Each is an attribute in the family's own code, which the comment names.
 KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -30,3 +33,28 @@ def name_family(names: Iterable[str]) -> str:
     if tower and language and not expert:
         return "pi0-FAST (or of PaliGemma alone): there is no action expert"
     return ""
+
+
+# What begins the names of our families' tensors, by the program that gives them.
+OURS: dict[str, tuple[str, ...]] = {
+    "LeRobot's SmolVLA": ("model.vlm_with_expert.",),
+    "LeRobot's pi0 or pi0.5": ("model.paligemma_with_expert.",),
+    "pi0 or pi0.5 in openpi's or transformers' names": ("paligemma_with_expert.",),
+    "vlafit's own": ("vision.layers.", "language.layers.", "expert.layers."),
+}
+
+
+def refuse_mixed(names: Iterable[str], where: str) -> None:
+    """Raise WeightsError where tensors of several of our families, or several programs' names, lie together.
+
+    A single one under another program's name is no mix: the form of the others is meant, and it is surplus.
+    """
+    every = list(names)
+    found = {
+        kind: [n for n in every if n.replace("._orig_mod.", ".").startswith(signs)]
+        for kind, signs in OURS.items()
+    }
+    kinds = {kind: members for kind, members in found.items() if len(members) > 1}
+    if len(kinds) > 1:
+        lines = [f"  {kind} ({len(m)}): {listed(m, every=every)}" for kind, m in kinds.items()]
+        raise WeightsError(f"{where}: a mix of several checkpoints' tensors:\n" + "\n".join(lines))

@@ -1,11 +1,15 @@
 """transformers' PI0ForConditionalGeneration: its names in memory and in the files that it saves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from vlafit.checkpoints.dimensions import Stated, Witness
 from vlafit.checkpoints.names import NameMap
+from vlafit.checkpoints.shapes import Told
 from vlafit.errors import WeightsError
 
 _ACTION = "embed_action_time."
@@ -54,19 +58,75 @@ def recognise(tensors: Mapping[str, Any]) -> bool:
     return any(name.startswith((f"{_TOWER}embeddings.", f"{_TOWER}encoder.")) for name in tensors)
 
 
-def known_config(folder: Path) -> dict[str, object]:
-    """Return what transformers' config.json says and shapes do not, as fields of `Pi0Config`."""
+COMPUTED: dict[str, dict[str, object]] = {
+    "text": {"rms_norm_eps": 1e-6, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh"},
+    "vision": {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
+    "": {"min_period": 4e-3, "max_period": 4.0},
+}
+"""What our policy computes, which transformers (5.23) takes, too, where a file is silent."""
+
+_DECODER = {
+    "num_hidden_layers": "language.depth",
+    "num_attention_heads": "language.heads",
+    "num_key_value_heads": "language.kv_heads",
+}
+_SIZES: dict[str, dict[str, str]] = {
+    "vlm_config.text_config": {
+        "hidden_size": "language.width",
+        "intermediate_size": "language.mlp",
+        "vocab_size": "language.vocab",
+        "head_dim": "language.head_dim",
+        **_DECODER,
+    },
+    "vlm_config.vision_config": {
+        "hidden_size": "vision.width",
+        "num_hidden_layers": "vision.depth",
+        "intermediate_size": "vision.mlp",
+        "patch_size": "vision.patch",
+        "image_size": "vision.image_size",
+    },
+    "dit_config": {"hidden_size": "expert.width", "intermediate_size": "expert.mlp", **_DECODER},
+    "": {"max_state_dim": "state_dim", "max_action_dim": "action_dim"},
+}
+
+
+def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[str], str]) -> Told:
+    """Return what transformers' config.json says, and the expert's head where one is stored."""
     path = folder / "config.json"
+    head = SAVED.unused[0]
+    shapes = [tuple(tensors[head].shape)] if head in tensors else []
+    witnesses = [Witness(head, shape, "language.vocab expert.width") for shape in shapes]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        vlm = values["vlm_config"]
-        return {
+        vlm, expert = values["vlm_config"], values["dit_config"]
+        sections = {
+            "vlm_config.text_config": vlm["text_config"],
+            "vlm_config.vision_config": vlm["vision_config"],
+            "dit_config": expert,
+            "": values,
+        }
+        told = {
             "chunk": values["chunk_size"],
             "time_angles": "float32",  # as in transformers' PI0TimestepEmbeddings
             "vision": {"heads": vlm["vision_config"]["num_attention_heads"]},
-            "language": {"head_dim": values["dit_config"]["head_dim"]},
+            "language": {"head_dim": expert["head_dim"]},
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stated = [
+            Stated(ours, sections[name][key], f"config.json ({name}{'.' if name else ''}{key})")
+            for name, keys in _SIZES.items()
+            for key, ours in keys.items()
+            if key in sections[name]
+        ]
+        for name, section in sections.items():
+            kind = "vision" if "vision" in name else "text" if name else ""
+            for key, value in COMPUTED[kind].items():
+                if section.get(key, value) != value:
+                    raise WeightsError(
+                        f"{path}: {name}{'.' if name else ''}{key} is {section[key]!r}; only {value!r} is"
+                        " supported here"
+                    )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{path}: not the config.json that transformers writes for pi0 ({error!r})"
         ) from error
+    return Told(told, stated, witnesses, theirs)

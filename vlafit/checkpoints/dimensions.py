@@ -1,0 +1,135 @@
+"""What the dimensions of a policy are, by all that tell them: its tensors, by vote, and what lies beside.
+
+Every tensor that has a dimension has a vote, so one that is missing or damaged hides nothing: it is compared
+with what the others say, and named. What else states a dimension (a config file, the public size of the same
+width) fills in what no tensor tells, and must agree with what they do.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+_LAYER = re.compile(r"\.layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A dimension that `source` states, by its key in our config."""
+
+    key: str
+    value: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A tensor that feeds nothing and yet has the policy's dimensions. `axes` as in a table of axes."""
+
+    name: str
+    shape: Sequence[int]
+    axes: str
+
+
+@dataclass(frozen=True)
+class Votes:
+    """How many axes tell which size of a dimension; of each size one tensor that does."""
+
+    counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    example: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def most(self, key: str, stated: int | None = None) -> int | None:
+        """Return the size that most tell; of several the stated one, else the first. None: nothing tells."""
+        counts = self.counts.get(key, {})
+        return max(counts, key=lambda size: (counts[size], size == stated), default=None)
+
+    def by(self, key: str, size: int) -> str:
+        """Return a tensor, under our name, whose dimension `key` has this size; empty: there is none."""
+        return self.example.get((key, size), "")
+
+
+def vote(weights: Mapping[str, Tensor], axes: Mapping[str, str], witnesses: Iterable[Witness] = ()) -> Votes:
+    """Let every tensor tell its sizes.
+
+    `axes` has, for each of our names (the layer's number is ``*``), the dimensions of its axes in words:
+    ``2*expert.width expert.width``. A number is no dimension; ``-`` is one that nothing is to be learnt from.
+    """
+    votes = Votes()
+    for name, tensor in weights.items():
+        words = axes.get(_LAYER.sub(".layers.*.", name))
+        if words is not None:
+            _tell(votes, name, words.split(), tensor.shape)
+    for witness in witnesses:
+        _tell(votes, witness.name, witness.axes.split(), witness.shape)
+    return votes
+
+
+def _tell(votes: Votes, name: str, words: Sequence[str], shape: Sequence[int]) -> None:
+    if len(words) != len(shape):
+        return
+    for word, size in zip(words, shape, strict=True):
+        factor, _, key = word.rpartition("*")
+        size, rest = divmod(size, int(factor or 1))
+        if key.isdigit() or key == "-" or rest or size < 1:
+            continue
+        counts = votes.counts.setdefault(key, {})
+        counts[size] = counts.get(size, 0) + 1
+        votes.example.setdefault((key, size), name)
+
+
+def depth_of(weights: Iterable[str], *parts: str) -> int:
+    """Return the number of layers of `parts`, which are equally deep; 1 where there are none."""
+    counts: dict[int, int] = {}
+    for name in weights:
+        found = re.match(rf"(?:{'|'.join(parts)})\.layers\.(\d+)\.", name)
+        if found:
+            counts[int(found[1])] = counts.get(int(found[1]), 0) + 1
+    return 1 + max((layer for layer, count in counts.items() if count > 1), default=0)
+
+
+def value_at(values: Mapping[str, Any], key: str) -> Any:
+    """Return what nested `values` have at a dotted key; None where there is nothing."""
+    for piece in key.split("."):
+        if not isinstance(values, Mapping):
+            return None
+        values = values.get(piece)  # type: ignore[assignment]
+    return values
+
+
+def first_stated(stated: Iterable[Stated], key: str) -> int | None:
+    """Return the first value that is stated for `key`."""
+    return next((one.value for one in stated if one.key == key), None)
+
+
+def contradictions(
+    read: Mapping[str, Any],
+    stated: Iterable[Stated],
+    given: Mapping[str, Any],
+    votes: Votes,
+    witnesses: Sequence[Witness] = (),
+    theirs: Callable[[str], str] = str,
+) -> list[str]:
+    """Say where the sizes `read` from tensors are not those stated elsewhere, unless the user said the same.
+
+    A tensor is named by `theirs`, as the file names it; `witnesses`, one by one, have to agree too.
+    """
+    found = []
+    for one in stated:
+        size = value_at(read, one.key)
+        if size is None or size == one.value or value_at(given, one.key) == size:
+            continue
+        tensor = votes.by(one.key, size)
+        by = theirs(tensor) if tensor else "the tensors"
+        found.append(f"contradicted: {one.key} is {size} by {by}, {one.value} by {one.source}")
+    for witness in witnesses:
+        words = witness.axes.split()
+        want = [value_at(read, word) for word in words]
+        if None not in want and list(witness.shape) != want:
+            by = [theirs(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]
+            found.append(
+                f"contradicted: {witness.name} is {tuple(witness.shape)}, and {' and '.join(words)} are"
+                f" {tuple(want)} by {' and '.join(by)}"
+            )
+    return found
