@@ -13,9 +13,10 @@ from tests.checkpoints.test_export import codec_for
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export
-from vlafit.checkpoints.interpolate import interpolate
+from vlafit.checkpoints.interpolate import codec_notes, interpolate
 from vlafit.checkpoints.lineage import Lineage
 from vlafit.cli import main
+from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.policies import pi0
 
@@ -127,6 +128,25 @@ def test_the_base_is_found_by_the_recipe_and_its_hash(target, pair: tuple[Path, 
         name = info.name
         share = {"language": 0.0, "vision": 0.25}.get(info.part, 1.0)
         torch.testing.assert_close(found[name], torch.lerp(one[name], two[name], share), rtol=0, atol=0)
+
+
+def test_projections_for_numbers_normalised_otherwise_are_mixed_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    policy = random_policy(replace(pi0.SIZES["pi0-tiny"], max_tokens=64))
+    own, same, other = (codec_for(policy), codec_for(policy), codec_for(policy, "quantile"))
+    assert codec_notes(own, same, {"projections": 0.5}) == ()
+    assert codec_notes(own, other, {"language": 0.5}) == codec_notes(own, other, {"projections": 1.0}) == ()
+    assert "nothing tells" in codec_notes(own, None, {"projections": 0.5})[0]
+    wider = dict(own.statistics)
+    wider["action"] = replace(wider["action"], std=wider["action"].std * 2)
+    moved = Codec(own.config, own.embodiment, wider, own.tokenizer)
+    assert codec_notes(own, moved, {"projections": 0.5})[0].startswith("action are normalised otherwise")
+    vlafit.save_checkpoint(policy, tmp_path / "base", other)
+    vlafit.save_checkpoint(policy, tmp_path / "tuned", own)
+    command = ["export", str(tmp_path / "tuned"), "--to", "vlafit", "--base", str(tmp_path / "base")]
+    assert main([*command, "--out", str(tmp_path / "out"), "--interpolate", "projections=0.5"]) == 0
+    assert "note: state and action are normalised otherwise in the base" in capsys.readouterr().out
 
 
 def test_what_comes_out_remembers_what_it_learned_from_and_how_it_was_made(

@@ -7,6 +7,7 @@ import torch
 
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from vlafit.errors import ConfigError
+from vlafit.nn.batch import unit_images
 from vlafit.nn.smolvlm import patch_positions
 from vlafit.policies import override
 from vlafit.policies.smolvla import SIZES, SmolVLA, SmolVLAConfig, build
@@ -46,6 +47,26 @@ def test_what_is_masked_has_no_influence(policy: SmolVLA):
     other.tokens[~other.token_mask] = 7
     noise, time = random_draws(policy.config)
     assert torch.equal(policy.velocity(batch, noise, time), policy.velocity(other, noise, time))
+
+
+def test_what_is_no_number_has_no_influence_where_it_is_masked(policy: SmolVLA):
+    batch = random_batch(policy.config)
+    batch.images = unit_images(batch.images)
+    batch.action_mask = torch.ones_like(batch.actions, dtype=torch.bool)
+    batch.action_mask[:, -1] = False
+    batch.actions[:, -1] = 0.0
+    noise, time = random_draws(policy.config)
+    expected = policy.loss(batch, noise, time)["loss"]
+    acted = policy.act(batch, noise[0], steps=2)
+    batch.images[0, 1] = torch.nan  # row 0 lacks this camera
+    batch.actions[0, -1], batch.actions[1, -1] = torch.nan, torch.inf
+    loss = policy.loss(batch, noise, time)["loss"]
+    assert torch.equal(loss, expected)
+    assert torch.equal(policy.act(batch, noise[0], steps=2), acted)
+    loss.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in policy.parameters())
+    batch.images[0, 0, 0, 0, 0] = torch.nan  # row 0 has this one
+    assert policy.act(batch, noise[0], steps=2)[0].isnan().all()
 
 
 def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy: SmolVLA):

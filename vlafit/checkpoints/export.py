@@ -92,11 +92,12 @@ def export(
     history = read_lineage(source) if is_native else None
     if interpolate:
         found = between.find_base(source, base)
-        below = between.load_base(found.path, loaded.policy)
+        below, codec = between.load_base(found.path, loaded.policy)
         between.interpolate(loaded.policy, below, interpolate)
         loaded = loaded._replace(plan=None)
         history = _interpolated(history, interpolate, found.path)
         notes += (f"{history.made}; of other parts everything", *found.notes)
+        notes += between.codec_notes(loaded.codec, codec, interpolate)
     if target == "vlafit":
         recipe = source / native.RECIPE
         told = recipe.read_text(encoding="utf-8") if is_native and recipe.is_file() else None

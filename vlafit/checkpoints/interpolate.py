@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vlafit import shipped
@@ -19,6 +20,8 @@ from vlafit.checkpoints import adapted, native
 from vlafit.checkpoints.fit import complain
 from vlafit.checkpoints.lineage import read_lineage
 from vlafit.checkpoints.load import load
+from vlafit.codec import Codec
+from vlafit.codec.statistics import Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
@@ -94,16 +97,52 @@ def find_base(source: Path, given: str | Path | None = None) -> Found:
     return Found(place, ())
 
 
-def load_base(place: Path, like: Policy) -> Policy:
+def load_base(place: Path, like: Policy) -> tuple[Policy, Codec | None]:
     """Load the checkpoint at `place`, of any form, with its adapters merged; `like` tells what it does not.
 
-    What its tensors do not tell (heads, say) is taken from the config of the policy `like`.
+    What its tensors do not tell (heads, say) is taken from the config of the policy `like`. Its codec comes
+    with it.
     """
     said: Mapping[str, Any] | None = None
     if not native.recognise(place):
         said = {k: v for k, v in asdict(like.config).items() if k not in SAID_BY_SHAPES}
     loaded = load(place, config=said)
-    return merge(loaded.policy) if loaded.plan is not None and loaded.plan.adapted else loaded.policy
+    adapted_too = loaded.plan is not None and loaded.plan.adapted
+    return (merge(loaded.policy) if adapted_too else loaded.policy), loaded.codec
+
+
+def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, float]) -> tuple[str, ...]:
+    """Say where projections are mixed that were made for numbers of different units.
+
+    They meet states and actions as their own codec normalises them; between two that differ, weights of the
+    one see the numbers of the other.
+    """
+    if shares.get("projections", 1.0) == 1.0:
+        return ()
+    if codec is None or base is None:
+        return ("nothing tells whether both checkpoints' projections are for numbers normalised alike",)
+    odd = [
+        name
+        for name in ("state", "action")
+        if not _alike(_normaliser(codec, name), _normaliser(base, name))
+        or (name == "action" and codec.config.relative != base.config.relative)
+    ]
+    if not odd:
+        return ()
+    return (
+        f"{' and '.join(odd)} are normalised otherwise in the base: its projections are for other numbers"
+        " than the codec gives, and weights between the two may be of use to neither",
+    )
+
+
+def _normaliser(codec: Codec, name: str) -> Normaliser:
+    method = codec.config.normalisation if name == "state" else codec.config.of_actions
+    return Normaliser.fit(codec.statistics[name], method)
+
+
+def _alike(one: Normaliser, other: Normaliser) -> bool:
+    pairs = ((one.offset, other.offset), (one.scale, other.scale))
+    return all(a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in pairs)
 
 
 def _require_shares(policy: Policy, shares: Mapping[str, float]) -> None:

@@ -85,6 +85,16 @@ def unit_images(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype)
 
 
+def seen_images(images: Tensor, mask: Tensor) -> Tensor:
+    """Return images [b, n, 3, h, w] as `unit_images` does, one after the other, [b * n, 3, h, w].
+
+    Those that `mask` [b, n] leaves out are 0: masked attention gives them no weight, but 0 times NaN is NaN.
+    """
+    if images.is_floating_point():
+        images = torch.where(mask[:, :, None, None, None], images, 0.0)
+    return unit_images(images.flatten(0, 1))
+
+
 def stack(encoded: Sequence[Encoded]) -> Batch:
     """Collate what the codec made of single samples.
 

@@ -86,9 +86,8 @@ class Policy(nn.Module, ABC):
     @final
     def forward(self, batch: Batch, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Return the flow-matching loss; see `loss`."""
-        actions = self._actions(batch)
         velocity, noise = self._velocity(batch, noise, time)  # both [b, k, t, a]
-        error = (noise - actions[:, None] - velocity).square()
+        error = (noise - self._actions(batch)[:, None] - velocity).square()
         mask = batch.action_mask
         if mask is None:
             error_sum, mask_sum = error.sum(), error.new_tensor(float(error.numel()))
@@ -142,7 +141,10 @@ class Policy(nn.Module, ABC):
     def _actions(self, batch: Batch) -> Tensor:
         if batch.actions is None:
             raise CodecError("the batch has no actions: loss and velocity need those of the demonstration")
-        return batch.actions
+        if batch.action_mask is None:
+            return batch.actions
+        # What the loss leaves out is still seen by the other actions, but not if it is no number.
+        return torch.where(batch.action_mask | batch.actions.isfinite(), batch.actions, 0.0)
 
     def _check_noise(self, batch: Batch, noise: Tensor, time: Tensor) -> None:
         want = (len(batch), self.config.chunk, self.config.action_dim)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
-from vlafit.nn.batch import Batch, unit_images
+from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow import Rounding, time_embedding
 from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.policy import Needs, ParameterInfo, Policy
@@ -213,7 +213,9 @@ class Pi0(Policy):
         trains = torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters())
         with torch.set_grad_enabled(trains):
             n = batch.images.shape[1]
-            images = self.projector(self.vision(unit_images(batch.images.flatten(0, 1))))  # [b*n, patches, d]
+            images = self.projector(
+                self.vision(seen_images(batch.images, batch.image_mask))
+            )  # [b*n, patches, d]
             patches = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*patches, d]
             words = self.language.embed_tokens(batch.tokens) * math.sqrt(self.config.language.width)

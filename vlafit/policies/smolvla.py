@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
-from vlafit.nn.batch import Batch, unit_images
+from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow import time_embedding
 from vlafit.nn.gemma import KeysValues
 from vlafit.nn.llama import Decoder, View
@@ -215,7 +215,7 @@ class SmolVLA(Policy):
         scale = math.sqrt(self.config.language.width)
         with torch.set_grad_enabled(training and not frozen):
             n = batch.images.shape[1]
-            patches = self.vision(unit_images(batch.images.flatten(0, 1)), self._positions(batch))
+            patches = self.vision(seen_images(batch.images, batch.image_mask), self._positions(batch))
             images = self.projector(patches) * scale  # [b*n, tokens, d]
             tokens = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
