@@ -123,6 +123,11 @@ def contradictions(
         tensor = votes.by(one.key, size)
         by = theirs(tensor) if tensor else "the tensors"
         found.append(f"contradicted: {one.key} is {size} by {by}, {one.value} by {one.source}")
+    for key, counts in votes.counts.items():
+        most = max(counts.values())
+        even = [f"{size} by {theirs(votes.by(key, size))}" for size, n in counts.items() if n == most]
+        if len(even) > 1:
+            found.append(f"contradicted: {key} is {', '.join(even)}")
     for witness in witnesses:
         words = witness.axes.split()
         want = [value_at(read, word) for word in words]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlafit.checkpoints import openpi
 from vlafit.checkpoints.dimensions import Stated, Witness
+from vlafit.checkpoints.fit import complain
 from vlafit.checkpoints.gemma_sizes import stated_by_variants
 from vlafit.checkpoints.lerobot_smolvla import infer_smolvla
 from vlafit.checkpoints.names import NameMap, Translated, translate
@@ -135,6 +136,9 @@ def open_weights(
     weights lie beside it, or a key of `config` must be given.
     """
     stored = {_plain(name): name for name in tensors}
+    twice = sorted(name for name in tensors if stored[_plain(name)] != name)
+    if twice:
+        complain(where, {"surplus": [f"{name} beside {stored[_plain(name)]}" for name in twice]})
     buffers = tuple(name for name in stored if name.startswith(BUFFERS))
     rest = {name: tensors[stored[name]] for name in stored if name not in buffers}
     told = describe(folder)

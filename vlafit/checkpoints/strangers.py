@@ -35,11 +35,20 @@ def name_family(names: Iterable[str]) -> str:
     return ""
 
 
+_PALIGEMMA = "paligemma_with_expert.paligemma.model."
 # What begins the names of our families' tensors, by the program that gives them.
 OURS: dict[str, tuple[str, ...]] = {
     "LeRobot's SmolVLA": ("model.vlm_with_expert.",),
     "LeRobot's pi0 or pi0.5": ("model.paligemma_with_expert.",),
-    "pi0 or pi0.5 in openpi's or transformers' names": ("paligemma_with_expert.",),
+    "openpi's pi0 or pi0.5": (
+        f"{_PALIGEMMA}vision_tower.vision_model.",
+        f"{_PALIGEMMA}language_model.layers.",
+    ),
+    "transformers' pi0": (
+        f"{_PALIGEMMA}vision_tower.encoder.",
+        f"{_PALIGEMMA}vision_tower.embeddings.",
+        f"{_PALIGEMMA}language_model.model.",
+    ),
     "vlafit's own": ("vision.layers.", "language.layers.", "expert.layers."),
 }
 
