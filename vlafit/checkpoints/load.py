@@ -12,6 +12,7 @@ from torch import Tensor
 from vlafit.checkpoints import (
     adapted,
     codecs,
+    hub,
     lerobot,
     native,
     openpi,
@@ -69,8 +70,10 @@ def load(
     resize: Resize = "refuse",
     generator: torch.Generator | None = None,
 ) -> Loaded:
-    """Load the checkpoint in the folder `path` (or one safetensors file) exactly, whatever program wrote it.
+    """Load the checkpoint `path` exactly, whatever program wrote it.
 
+    It is a folder, one safetensors file, or a string that is an id of the Hugging Face Hub (``org/name`` or
+    ``org/name@revision``; see `hub.place`).
     `config` replaces fields of the policy's config (nested, or with dotted keys), or gives those that the
     checkpoint does not tell; its table `lora` (see `openpi_jax.LoraConfig`) and its table `codec` (see
     `openpi_assets.CodecOptions`) say the same of these. `tokenizer`, a folder, and `assets`, which of the
@@ -87,7 +90,8 @@ def load(
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
-    found = _find(Path(path), config, base, dtype, resize, fresh)
+    place = _place(path)
+    found = _noted(_find(place.path, config, base, dtype, resize, fresh), place)
     policy, names = _on_meta(found, fresh, resize)
     for info in policy.parts():
         if info.name in names:
@@ -110,7 +114,7 @@ def load(
     codec, why, notes = codecs.choose(found, policy, config, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
     if found.plan is not None and found.plan.adapted:
-        adapted.restore(Path(path), policy, found.plan, found.below)
+        adapted.restore(place.path, policy, found.plan, found.below)
     return Loaded(policy, codec, found.plan, report)
 
 
@@ -128,7 +132,8 @@ def inspect(
     No number of a weight is read: damage inside the numbers is found by `load` alone. Codecs are read where
     the checkpoint has its own.
     """
-    found = _find(Path(path), config, base, dtype, resize, fresh, hash_weights=False)
+    place = _place(path)
+    found = _noted(_find(place.path, config, base, dtype, resize, fresh, hash_weights=False), place)
     policy, names = _on_meta(found, fresh, resize)
     complain(found.path, compare(policy, found.translated.weights, names, found.resized))
     why = "" if found.codec else "none in the checkpoint itself"
@@ -147,6 +152,17 @@ def load_policy(
     return load(path, config, dtype=dtype, device=device).policy
 
 
+def _place(path: str | Path) -> hub.Place:
+    try:
+        return hub.place(path)
+    except ConfigError as error:
+        raise WeightsError(f"{path}: there is no such checkpoint") from error
+
+
+def _noted(found: Found, place: hub.Place) -> Found:
+    return replace(found, notes=(place.note, *found.notes)) if place.note else found
+
+
 def _find(
     path: Path,
     config: Mapping[str, object] | None,
@@ -162,8 +178,6 @@ def _find(
         )
     if resize not in (options := ("refuse", "keep", "fresh")):
         raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
-    if not path.exists():
-        raise WeightsError(f"{path}: there is no such checkpoint")
     given = merge({}, config or {})
     widths = {key: given.pop(key) for key in WIDTHS if key in given}
     if path.is_dir() and native.recognise(path):
