@@ -1,6 +1,7 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
 from vlafit.checkpoints.adapted import Base, digest, names_on_base, read_base
+from vlafit.checkpoints.codecs import wants_tokenizer
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.hub import Place, place
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
@@ -26,4 +27,5 @@ __all__ = [
     "read_base",
     "read_lineage",
     "save",
+    "wants_tokenizer",
 ]

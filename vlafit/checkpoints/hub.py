@@ -1,9 +1,9 @@
 """Where a checkpoint lies: a path, the name of one that ships, or an id of the Hugging Face Hub.
 
 Every verb asks `place`. An id is ``org/name`` or ``org/name@revision``; only a string that is no path here
-can be one. `huggingface_hub` downloads what is not in its cache (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and logins
-are its own affair), and of a repository only the files that are read here. What is wholly in the cache is
-used without asking the Hub: a branch stays where it was, until ``hf download`` moves it.
+can be one. `huggingface_hub` downloads what is not in its cache (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and
+logins are its own affair), and of a repository only the files that are read here. What is wholly in the cache
+is used without asking the Hub: a branch stays where it was, until ``hf download`` moves it.
 """
 
 import re

@@ -119,6 +119,7 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
     path = place.path
     own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
     foreign = not (path / "policy.json").is_file()
+    own = own and (chosen.assets or checkpoints.wants_tokenizer(path))
     words = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and foreign and own else None
     policy, codec, plan, report = checkpoints.load(
         path,
