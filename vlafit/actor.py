@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlafit import checkpoints, shipped
+from vlafit import checkpoints
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
@@ -119,12 +119,12 @@ class PolicyActor:
 def load_actor(
     path: str | Path, *, steps: int = 10, width: int = 16, seed: int = 0, device: str = ""
 ) -> PolicyActor:
-    """Load a checkpoint (a folder, or the name of one that ships) as an actor.
+    """Load a checkpoint (a folder, the name of one that ships, or an id of the Hub) as an actor.
 
     `device` is torch's name; the GPU if there is one when empty. Raises what `checkpoints.load` raises, and
     ConfigError where the checkpoint has no codec or the device is not there.
     """
-    folder = shipped.find("checkpoint", path)
+    folder = checkpoints.place(path).path
     loaded = checkpoints.load(
         folder, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     )

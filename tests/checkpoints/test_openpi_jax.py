@@ -145,11 +145,6 @@ def test_of_several_steps_one_must_be_named(tmp_path: Path):
         vlafit.load_policy(tmp_path, config=CHUNK)
 
 
-def test_the_chunk_length_is_asked_for_by_its_key():
-    with pytest.raises(WeightsError, match=r"'chunk'; give it as config \{'chunk': ...\}"):
-        vlafit.load_policy(JAX / "ckpt_pure")
-
-
 def test_an_option_that_lora_has_not_is_refused():
     with pytest.raises(ConfigError, match="lora.*alpha"):
         vlafit.load_policy(JAX / "ckpt_lora_pure", config={"lora.alpha": 4, **CHUNK})

@@ -69,3 +69,34 @@ def test_a_batch_for_acting_needs_no_actions():
     b = stack([encoded(actions=False)])
     batch = Batch(b.images, b.image_mask, b.tokens, b.token_mask, b.state)
     assert batch.to("cpu").actions is None
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("action_mask", lambda x: x.float(), "batch.action_mask is of dtype float32; it must be bool"),
+        (
+            "action_mask",
+            lambda x: x[0],
+            r"batch.action_mask has the shape \(5, 2\); it must have 3 axes, \[b t a\]",
+        ),
+        ("token_mask", lambda x: x.long(), "batch.token_mask is of dtype int64; it must be bool"),
+        ("image_mask", lambda x: x.to(torch.uint8), "batch.image_mask is of dtype uint8; it must be bool"),
+        ("images", lambda x: x.long(), "batch.images is of dtype int64; it must be uint8, or floating-point"),
+        ("images", lambda x: x[:, 0], r"batch.images has the shape .*; it must have 5 axes, \[b n 3 h w\]"),
+        ("tokens", lambda x: x.float(), "batch.tokens is of dtype float32; it must be int64 or int32"),
+        ("state", lambda x: x.long(), "batch.state is of dtype int64; it must be floating-point"),
+        ("actions", lambda x: x.numpy(), "batch.actions must be a tensor, floating-point, not ndarray"),
+        ("state", lambda x: None, "batch.state must be a tensor, floating-point, not NoneType"),
+    ],
+)
+def test_a_field_of_another_kind_is_one_error_that_names_it(field: str, change, message: str):
+    batch = stack([encoded()])
+    with pytest.raises(CodecError, match=message):
+        replace(batch, **{field: change(getattr(batch, field))})
+
+
+def test_int32_tokens_and_float_images_are_what_a_batch_may_hold():
+    batch = stack([encoded()])
+    made = replace(batch, tokens=batch.tokens.int(), images=batch.images.half(), actions=None)
+    assert made.tokens.dtype == torch.int32

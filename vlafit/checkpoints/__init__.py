@@ -1,7 +1,9 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
 from vlafit.checkpoints.adapted import Base, digest, names_on_base, read_base
+from vlafit.checkpoints.codecs import wants_tokenizer
 from vlafit.checkpoints.fit import fit, open_tensors
+from vlafit.checkpoints.hub import Place, place
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
 from vlafit.checkpoints.report import LoadReport
@@ -13,6 +15,7 @@ __all__ = [
     "Lineage",
     "LoadReport",
     "Loaded",
+    "Place",
     "digest",
     "fit",
     "inspect",
@@ -20,7 +23,9 @@ __all__ = [
     "load_policy",
     "names_on_base",
     "open_tensors",
+    "place",
     "read_base",
     "read_lineage",
     "save",
+    "wants_tokenizer",
 ]

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlafit import files, shipped, tuning
+from vlafit import files, tuning
+from vlafit.checkpoints import hub
 from vlafit.checkpoints.fit import open_tensors
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
@@ -44,9 +45,9 @@ class Base:
     """The checkpoint that adapters sit on."""
 
     checkpoint: str
-    """A path, or the name of one that ships."""
+    """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`."""
     sha256: str
-    """Of its manifest, or of all its files; see `digest`."""
+    """Of its manifest, or of its files; see `digest`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -77,12 +78,14 @@ def names_on_base(folder: Path) -> list[str]:
 def digest(path: Path) -> str:
     """Return a SHA-256 that stands for the whole checkpoint at `path`.
 
-    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
+    It is the manifest's; where another program wrote the checkpoint, that of its files' names and hashes (see
+    `hub.parts_of`).
     """
     if (path / "manifest.json").is_file():
         return files.sha256(path / "manifest.json")
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
+    names = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    found = {name: names[name] for name in hub.parts_of(names)} if path.is_dir() else {".": path}
+    listed = {name: files.sha256(p) for name, p in found.items()}
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -93,12 +96,14 @@ def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
     """
     said = base.checkpoint if given is None else str(given)
     try:
-        place = shipped.find("checkpoint", said)
+        place = hub.place(said).path
     except ConfigError as error:
         raise WeightsError(
             f"{folder}: its adapters sit on the checkpoint {said!r}, which is not there; say where it is: "
             "base=..."
         ) from error
+    except WeightsError as error:  # of the Hub
+        raise WeightsError(f"{folder}: its adapters sit on a checkpoint of the Hub. {error}") from error
     if digest(place) != base.sha256:
         raise WeightsError(
             f"{folder}: its adapters were trained on another checkpoint than {place}: the SHA-256 is "

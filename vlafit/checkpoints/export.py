@@ -11,6 +11,7 @@ import torch
 from vlafit import files
 from vlafit.checkpoints import (
     adapted,
+    hub,
     lerobot_export,
     native,
     openpi_export,
@@ -66,6 +67,7 @@ def export(
     merge: bool = False,
     interpolate: Mapping[str, float] | None = None,
     base: str | Path | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> Exported:
     """Write the checkpoint `source`, of any form that `load` reads, into the new folder `out`.
 
@@ -73,22 +75,25 @@ def export(
     the weights below them in `base/` (see `peft_export`); `merge` folds them into the weights instead. With
     `interpolate` (part -> share of the fine-tuning that stays) the weights lie between those that training
     began with and the checkpoint's own, adapters merged first. `base` is where the checkpoint lies that
-    adapters sit on, or that training began with, where `source` does not tell or it has moved.
+    adapters sit on, or that training began with, where `source` does not tell or it has moved. `config` says
+    what the checkpoint does not tell of itself, as in `load`.
 
     The folder appears whole or not at all. Raises WeightsError where `out` is there already, or the target
     cannot express the policy, its codec or its adapters: every reason is named.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     _require_free(target, out)
+    place = hub.place(source)
+    source = place.path
     is_native = native.recognise(source)
     sits_on = adapted.read_base(source) if is_native else None
-    loaded = load(source, base=base if sits_on or not interpolate else None)
-    error, notes = None, ()
+    loaded = load(source, config, base=base if sits_on or not interpolate else None)
+    error, notes = None, (f"from {place.note}",) if place.note else ()
     if loaded.plan is not None and loaded.plan.adapted and (merge or interpolate):
         error = merge_measured(loaded.policy)
         loaded = loaded._replace(plan=None)
     elif merge:
-        notes = ("there were no adapters to merge",)
+        notes += ("there were no adapters to merge",)
     history = read_lineage(source) if is_native else None
     if interpolate:
         found = between.find_base(source, base)

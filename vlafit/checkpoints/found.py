@@ -36,7 +36,6 @@ class Found:
     """openpi's statistics; None in forms that have nothing to do with them."""
     processors: Path | None = None
     """The folder of LeRobot's processors; None in other forms."""
-    options: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
     """What contradicts the tensors that were read, in lines of an error that names all."""

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlafit import shipped
-from vlafit.checkpoints import adapted, native
+from vlafit.checkpoints import adapted, hub, native
 from vlafit.checkpoints.fit import complain
 from vlafit.checkpoints.lineage import read_lineage
 from vlafit.checkpoints.load import load
@@ -193,10 +192,7 @@ def _said_by_recipe(source: Path) -> str:
 
 
 def _find(said: str, source: Path) -> Path:
-    path = Path(said).expanduser()
-    if path.exists():
-        return path
     try:
-        return shipped.find("checkpoint", said)
+        return hub.place(said).path
     except ConfigError as error:
         raise WeightsError(f"{source}: its base {said!r} is not there; say where it is: --base") from error

@@ -101,6 +101,13 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
     return Codec(config, embodiment, statistics, words), ""
 
 
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether the processors in `folder` are there, and their tokenizer is not."""
+    if not all((folder / name).is_file() for name in (PRE, POST)):
+        return False
+    return _tokenizer(folder, _one(_steps(folder / PRE), "tokenizer_processor"), None) is None
+
+
 def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
     """Return which action dimensions LeRobot makes relative: those whose name contains none of `exclude`."""
     tokens = [token.lower() for token in exclude if token]
@@ -284,5 +291,7 @@ def _relative(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> t
 def _tokenizer(folder: Path, asking: Step, given: Tokenizer | None) -> Tokenizer | None:
     inside = asking.artifacts.get("tokenizer_name", "")
     if inside and (folder / inside).is_dir():
+        if given is not None:
+            raise WeightsError(f"{folder}: has a tokenizer of its own ({inside}/); it takes no tokenizer")
         return tokenizers.load(folder / inside)
     return given

@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlafit.checkpoints import (
     adapted,
+    assumed,
     codecs,
+    hub,
     lerobot,
     native,
     openpi,
@@ -31,6 +33,7 @@ from vlafit.checkpoints.fit import (
     stored_as,
 )
 from vlafit.checkpoints.found import Found
+from vlafit.checkpoints.given import WIDTHS, Given, dtype_of, take_apart
 from vlafit.checkpoints.names import Translated, translate
 from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.shapes import infer_config
@@ -39,12 +42,11 @@ from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
-from vlafit.policies import family, family_of, merge, override
+from vlafit.policies import family, family_of, override
 from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
 Resize = Literal["refuse", "keep", "fresh"]
-WIDTHS = ("state_dim", "action_dim")  # what `resize` may change of a checkpoint
 
 
 class Loaded(NamedTuple):
@@ -62,15 +64,17 @@ def load(
     base: str | Path | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     assets: str | Path | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     *,
     fresh: Sequence[str] = (),
     resize: Resize = "refuse",
     generator: torch.Generator | None = None,
 ) -> Loaded:
-    """Load the checkpoint in the folder `path` (or one safetensors file) exactly, whatever program wrote it.
+    """Load the checkpoint `path` exactly, whatever program wrote it.
 
+    It is a folder, one safetensors file, or a string that is an id of the Hugging Face Hub (``org/name`` or
+    ``org/name@revision``; see `hub.place`).
     `config` replaces fields of the policy's config (nested, or with dotted keys), or gives those that the
     checkpoint does not tell; its table `lora` (see `openpi_jax.LoraConfig`) and its table `codec` (see
     `openpi_assets.CodecOptions`) say the same of these. `tokenizer`, a folder, and `assets`, which of the
@@ -87,7 +91,8 @@ def load(
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
-    found = _find(Path(path), config, base, dtype, resize, fresh)
+    place, given, dtype = _place(path), take_apart(config), dtype_of(dtype)
+    found = _noted(_find(place.path, given, base, resize, fresh), place)
     policy, names = _on_meta(found, fresh, resize)
     for info in policy.parts():
         if info.name in names:
@@ -110,17 +115,17 @@ def load(
         theirs=found.translated.theirs,
         odd=found.odd,
     )
-    codec, why, notes = codecs.choose(found, policy, config, tokenizer, assets)
+    codec, why, notes = codecs.choose(found, policy, given, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
     if found.plan is not None and found.plan.adapted:
-        adapted.restore(Path(path), policy, found.plan, found.below)
+        adapted.restore(place.path, policy, found.plan, found.below)
     return Loaded(policy, codec, found.plan, report)
 
 
 def inspect(
     path: str | Path,
     config: Mapping[str, object] | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | torch.dtype = "float32",
     *,
     base: str | Path | None = None,
     fresh: Sequence[str] = (),
@@ -131,7 +136,9 @@ def inspect(
     No number of a weight is read: damage inside the numbers is found by `load` alone. Codecs are read where
     the checkpoint has its own.
     """
-    found = _find(Path(path), config, base, dtype, resize, fresh, hash_weights=False)
+    place, given, dtype = _place(path), take_apart(config), dtype_of(dtype)
+    found = _noted(_find(place.path, given, base, resize, fresh, hash_weights=False), place)
+    given.refuse("codec", found.path, "no codec is made where headers alone are read")
     policy, names = _on_meta(found, fresh, resize)
     weights, theirs = found.translated.weights, found.translated.theirs
     every = [info.name for info in policy.parts()] + list(weights)
@@ -145,44 +152,47 @@ def inspect(
 def load_policy(
     path: str | Path,
     config: Mapping[str, object] | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | torch.dtype = "float32",
     device: str | torch.device = "cpu",
 ) -> Policy:
     """Load a checkpoint's policy alone; see `load`."""
     return load(path, config, dtype=dtype, device=device).policy
 
 
+def _place(path: str | Path) -> hub.Place:
+    try:
+        return hub.place(path)
+    except ConfigError as error:
+        raise WeightsError(f"{path}: there is no such checkpoint") from error
+
+
+def _noted(found: Found, place: hub.Place) -> Found:
+    return replace(found, notes=(place.note, *found.notes)) if place.note else found
+
+
 def _find(
     path: Path,
-    config: Mapping[str, object] | None,
+    given: Given,
     base: str | Path | None,
-    dtype: str,
     resize: str,
     fresh: Sequence[str],
     hash_weights: bool = True,
 ) -> Found:
-    if dtype not in DTYPES:
-        raise WeightsError(
-            f"dtype {dtype!r} is not one that policies are loaded in{did_you_mean(dtype, DTYPES)}"
-        )
     if resize not in (options := ("refuse", "keep", "fresh")):
         raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
-    if not path.exists():
-        raise WeightsError(f"{path}: there is no such checkpoint")
-    given = merge({}, config or {})
-    widths = {key: given.pop(key) for key in WIDTHS if key in given}
     if path.is_dir() and native.recognise(path):
         found = _native(path, given, base, hash_weights)
     else:
-        found = _foreign(path, given, widths)
+        found = _foreign(path, given)
     if base is not None and found.below is None:
         raise WeightsError(f"{path}: base={str(base)!r} is for adapters on a checkpoint, and these are none")
-    return _resize(found, widths, given, resize, fresh)
+    return _resize(found, given, resize, fresh)
 
 
-def _native(path: Path, config: Mapping[str, object], base: str | Path | None, hash_weights: bool) -> Found:
+def _native(path: Path, given: Given, base: str | Path | None, hash_weights: bool) -> Found:
+    given.refuse_options("native", str(path))
     opened = native.open_folder(path, hash_weights)
-    made = override(opened.config, config, f"{path}: config") if config else opened.config
+    made = override(opened.config, given.fields, f"{path}: config") if given.fields else opened.config
     own = open_tensors([opened.weights])
     found = Found(
         str(path), "native", opened.family, made, Translated(own, (), ()), opened.codec, opened.plan
@@ -193,7 +203,7 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
     place = adapted.locate(path, opened.base, base)
     said = {k: v for k, v in asdict(opened.config).items() if k not in WIDTHS}
     below = _find(
-        place, None if native.recognise(place) else said, None, "float32", "refuse", (), hash_weights
+        place, take_apart(None if native.recognise(place) else said), None, "refuse", (), hash_weights
     )
     weights = {n: t for n, t in below.translated.weights.items() if n not in own} | own
 
@@ -214,10 +224,10 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
     )
 
 
-def _foreign(path: Path, config: Mapping[str, object], widths: Mapping[str, object]) -> Found:
+def _foreign(path: Path, given: Given) -> Found:
     params = openpi_jax.recognise(path)
     if params is not None:
-        return _jax(params, config, widths)
+        return _jax(params, given)
     folder = path if path.is_dir() else path.parent
     tensors = open_tensors(weight_files(path))
     stranger = strangers.name_family(tensors)
@@ -225,7 +235,8 @@ def _foreign(path: Path, config: Mapping[str, object], widths: Mapping[str, obje
         raise WeightsError(f"{path}: these are the weights of {stranger}; we have no such family")
     strangers.refuse_mixed(tensors, str(path))
     if lerobot.recognise(tensors, folder):
-        made, translated = lerobot.open_weights(tensors, folder, config, str(path), widths)
+        given.refuse_options(lerobot.FORM, str(path))
+        made, translated = lerobot.open_weights(tensors, folder, given.fields, str(path), given.widths)
         name, odd = family_of(made.config), translated.odd + made.odd
         said = lerobot.describe(folder)
         chunk = said.get("chunk_size", int) if said is not None else None
@@ -235,16 +246,19 @@ def _foreign(path: Path, config: Mapping[str, object], widths: Mapping[str, obje
     for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
         if not module.recognise(tensors):
             continue
-        rest = dict(config)
-        options = _table(rest, "codec") if module is openpi else None
+        if module is openpi:
+            given.refuse("lora", str(path), "openpi's PyTorch code has no LoRA")
+        else:
+            given.refuse_options(names.form, str(path))
         translated = translate(tensors, names)
         told = module.told_beside(tensors, folder, translated.theirs)
-        made = infer_config(translated.weights, told, rest, str(path), widths)
+        made = infer_config(translated.weights, told, given.fields, str(path), given.widths)
         chunk, odd = told.values.get("chunk"), translated.odd + made.odd
-        found = Found(str(path), names.form, "pi0", made.config, translated, chunk=chunk, odd=odd)
-        if module is not openpi:
-            return found
-        return replace(found, assets=openpi_assets.find_assets(folder), options=options)
+        notes = assumed.from_public(made.config, {**told.values, **given.fields})
+        found = Found(
+            str(path), names.form, "pi0", made.config, translated, chunk=chunk, notes=notes, odd=odd
+        )
+        return replace(found, assets=openpi_assets.find_assets(folder)) if module is openpi else found
     raise WeightsError(
         f"{path}: its tensors ({len(tensors)}, such as {min(tensors, default='-')!r}) are neither those of"
         " a native checkpoint, nor of LeRobot's or openpi's pi0 or pi0.5, nor of SmolVLA, nor of "
@@ -252,11 +266,12 @@ def _foreign(path: Path, config: Mapping[str, object], widths: Mapping[str, obje
     )
 
 
-def _jax(params: Path, config: Mapping[str, object], widths: Mapping[str, object]) -> Found:
-    rest = dict(config)
-    lora, options = _table(rest, "lora"), _table(rest, "codec")
-    tree = openpi_jax.open_tree(params, lora)
-    made = infer_config(tree.weights, tree.told, rest, str(params), widths)
+def _jax(params: Path, given: Given) -> Found:
+    tree = openpi_jax.open_tree(params, given.lora)
+    assumed.require_factors(params, tree.lora, given)
+    said, chunk, notes = assumed.chunk_of(params, given, "time_mlp_in.weight" in tree.weights)
+    told = replace(tree.told, values={**tree.told.values, **said})
+    made = infer_config(tree.weights, told, given.fields, str(params), given.widths)
     return Found(
         str(params),
         openpi_jax.FORM,
@@ -264,33 +279,24 @@ def _jax(params: Path, config: Mapping[str, object], widths: Mapping[str, object
         made.config,
         Translated(tree.weights, (), (), tree.theirs),
         contents=tree.contents,
+        chunk=chunk,
         assets=openpi_assets.find_assets(params.parent),
-        options=options,
-        notes=tree.notes,
+        notes=tree.notes + notes,
         odd=made.odd,
     )
 
 
-def _table(config: dict[str, Any], key: str) -> Mapping[str, object]:
-    """Take the table `key` out of `config`."""
-    values = config.pop(key, {})
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"config: {key} is a table, as in {{'{key}.name': ...}}, not {values!r}")
-    return values
-
-
 def _resize(
     found: Found,
-    widths: Mapping[str, object],
-    given: Mapping[str, object],
+    given: Given,
     resize: str,
     fresh: Sequence[str],
 ) -> Found:
     """Give the policy the widths that the user wants, and say what that does to its projections."""
-    where = f"{found.path}: config"
+    where, widths = f"{found.path}: config", given.widths
     wanted = override(found.config, widths, where) if widths else found.config
     adapted = []
-    if "chunk" in given and found.chunk not in (None, wanted.chunk):
+    if "chunk" in given.fields and found.chunk not in (None, wanted.chunk):
         adapted.append(f"chunk: {wanted.chunk} actions at once, {found.chunk} in the checkpoint")
     changed = [key for key in widths if getattr(wanted, key) != getattr(found.config, key)]
     if not changed:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit import files, shipped
-from vlafit.checkpoints import adapted
+from vlafit import files
+from vlafit.checkpoints import adapted, hub
 from vlafit.checkpoints.adapted import Base, digest
 from vlafit.checkpoints.lineage import Lineage
 from vlafit.checkpoints.load import load
@@ -61,9 +61,9 @@ def save(
     quantised = {base_name(f"{layer}.weight") for layer in quantised_names(policy)}
     _require_belonging(folder, plan, adapters, own, quantised, base)
     if isinstance(base, str | Path):
-        place = shipped.find("checkpoint", base)
-        recorded = str(base) if not Path(base).exists() else str(Path(base).resolve())
-        base = Base(recorded, digest(place))
+        found = hub.place(base)
+        place = found.path
+        base = Base(found.name, digest(place))
         if changed is None:
             changed = _differing(policy, own, quantised, place, plan)
     if base is not None and changed is not None:

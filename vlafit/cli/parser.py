@@ -162,6 +162,26 @@ def key_value(text: str) -> tuple[str, Any]:
     return key.strip(), _toml_value(value)
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option ``--config KEY=VALUE``, which `settings` reads."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the checkpoint does not tell of itself, such as vision.heads=16; may be given again",
+    )
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any] | None:
+    """Return what the options ``--config KEY=VALUE`` say; None where there is none."""
+    read = [key_value(pair) for pair in pairs]
+    twice = [key for i, (key, _) in enumerate(read) if key in dict(read[:i])]
+    if twice:
+        raise ConfigError(f"--config gives {twice[0]} twice")
+    return dict(read) or None
+
+
 def put(nested: dict[str, Any], dotted: str, value: Any) -> None:
     """Set ``nested["a"]["b"] = value`` for the name ``a.b``."""
     *sections, last = dotted.split(".")

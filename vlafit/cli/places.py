@@ -7,12 +7,13 @@ from vlafit import shipped
 from vlafit.errors import ConfigError
 
 
-def checkpoint_folder(text: str, foreign: bool = False) -> Path:
+def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     """Return the checkpoint's folder for what a user may call it.
 
     That is a checkpoint's folder, a run's folder (its last checkpoint), ``RUN/checkpoints/best`` or ``last``,
     or the name of one that ships; with `foreign` also any folder or file of another program, to be judged by
-    its contents. Raises ConfigError when it is none of these.
+    its contents. What is on the Hub is downloaded, and its id returned with the commit. Raises ConfigError
+    when it is none of these, and WeightsError where the Hub has none.
     """
     path = Path(text)
     if (path / "policy.json").is_file():
@@ -26,7 +27,14 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path:
         raise ConfigError(
             f"{path} holds no policy.json and no checkpoints/: it is neither a checkpoint nor a run"
         )
-    return shipped.find("checkpoint", text)
+    try:
+        return shipped.find("checkpoint", text)
+    except ConfigError:
+        from vlafit.checkpoints import hub  # not before: torch comes with it
+
+        if hub.parse(text) is None:
+            raise
+        return hub.place(text).name
 
 
 def _follow(pointer: Path) -> Path:

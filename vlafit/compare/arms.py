@@ -156,6 +156,6 @@ def identity(recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
             name: [episodes_hash(store, [], [e.id for e in store.episodes]) for store in stores]
             for name, stores in sets.items()
         },
-        "base": checkpoints.digest(shipped.find("checkpoint", base)) if base else "",
+        "base": checkpoints.digest(checkpoints.place(base).path) if base else "",
         "protocol": load_protocol(recipe.eval.protocol).sha256() if recipe.eval.protocol else "",
     }

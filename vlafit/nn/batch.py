@@ -16,12 +16,30 @@ if TYPE_CHECKING:
     from vlafit.codec import Encoded
 
 
+FIELDS = {  # axes and kind of each field
+    "images": ("b n 3 h w", "images"),
+    "image_mask": ("b n", "mask"),
+    "tokens": ("b l", "tokens"),
+    "token_mask": ("b l", "mask"),
+    "state": ("b s", "float"),
+    "actions": ("b t a", "float"),
+    "action_mask": ("b t a", "mask"),
+}
+OPTIONAL = ("actions", "action_mask")
+KINDS = {
+    "images": "uint8, or floating-point in [-1, 1]",
+    "mask": "bool",
+    "tokens": "int64 or int32",
+    "float": "floating-point",
+}
+
+
 @dataclass
 class Batch:
     """One batch of b samples.
 
     `images` [b, n, 3, h, w], uint8, or float in [-1, 1]; `image_mask` bool [b, n], False where a camera is
-    missing; `tokens` int64 [b, l]; `token_mask` bool [b, l], False on padding; `state` float [b, s],
+    missing; `tokens` int64 or int32 [b, l]; `token_mask` bool [b, l], False on padding; `state` float [b, s],
     normalised and padded; `actions` float [b, t, a], normalised and padded, or None when acting;
     `action_mask` bool [b, t, a], False where the loss does not look (None: it looks everywhere).
     """
@@ -33,6 +51,23 @@ class Batch:
     state: Tensor
     actions: Tensor | None = None
     action_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise CodecError naming the first field that is of another kind or has another number of axes."""
+        for name, (axes, kind) in FIELDS.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if not isinstance(value, Tensor):
+                raise CodecError(f"batch.{name} must be a tensor, {KINDS[kind]}, not {type(value).__name__}")
+            dtype = str(value.dtype).removeprefix("torch.")
+            if value.ndim != len(axes.split()):
+                raise CodecError(
+                    f"batch.{name} has the shape {tuple(value.shape)}; it must have {len(axes.split())} axes,"
+                    f" [{axes}]"
+                )
+            if not _is_kind(value, kind):
+                raise CodecError(f"batch.{name} is of dtype {dtype}; it must be {KINDS[kind]}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -76,6 +111,14 @@ class Batch:
             tokens=self.tokens[:, :length],
             token_mask=self.token_mask[:, :length],
         )
+
+
+def _is_kind(value: Tensor, kind: str) -> bool:
+    if kind == "mask":
+        return value.dtype == torch.bool
+    if kind == "tokens":
+        return value.dtype in (torch.int64, torch.int32)
+    return value.is_floating_point() or (kind == "images" and value.dtype == torch.uint8)
 
 
 def unit_images(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

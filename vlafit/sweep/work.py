@@ -62,7 +62,7 @@ def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
         "search": flat(searched, ()),
         "strategy": digest(strategy),
         "data": open_data(recipe.data, recipe.train.seed).fingerprint,
-        "base": checkpoints.digest(shipped.find("checkpoint", base)) if base else "",
+        "base": checkpoints.digest(checkpoints.place(base).path) if base else "",
         "seed": sweep.study.seed,
     }
 

@@ -115,9 +115,11 @@ def merge_error(folder: Path, data: "Data", device: torch.device) -> float:
 
 
 def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -> Start:
-    path, chosen = shipped.find("checkpoint", recipe.policy.checkpoint), recipe.policy
+    place, chosen = checkpoints.place(recipe.policy.checkpoint), recipe.policy
+    path = place.path
     own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
     foreign = not (path / "policy.json").is_file()
+    own = own and (chosen.assets or checkpoints.wants_tokenizer(path))
     words = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and foreign and own else None
     policy, codec, plan, report = checkpoints.load(
         path,
@@ -129,7 +131,7 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    base: checkpoints.Base | None = checkpoints.Base(_named(recipe.policy.checkpoint, path), digest)
+    base: checkpoints.Base | None = checkpoints.Base(place.name, digest)
     notices: tuple[str, ...] = ()
     if plan is not None and plan.adapted:
         merge(policy)
@@ -147,7 +149,7 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
     return Start(
         policy,
         codec,
-        "\n".join([report.text(), *_slots(before, codec)]),
+        "\n".join([report.text(), *([f"note: {place.note}"] if place.note else []), *_slots(before, codec)]),
         checkpoints.read_lineage(path).followed_by(digest, data.learned, data.seeds()),
         f"checkpoint {path}",
         learned=learned,
@@ -155,11 +157,6 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
         anew=frozenset((*report.fresh, *report.resized)),
         notices=notices,
     )
-
-
-def _named(said: str, path: Path) -> str:
-    """Return a shipped checkpoint's name, or an absolute path: what finds it from any folder."""
-    return str(path.resolve()) if Path(said).exists() else said
 
 
 def _require_meaning(recipe: Recipe, codec: Codec, base: Path) -> None:

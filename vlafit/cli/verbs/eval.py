@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = checkpoint_folder(options.checkpoint)
     protocol = shipped.find("protocol", options.protocol)
-    out = Path(options.out) if options.out else default_out(folder, protocol, options.wrong_instruction)
+    out = Path(options.out) if options.out else default_out(Path(folder), protocol, options.wrong_instruction)
     from vlafit import rollout
     from vlafit.actor import load_actor
 

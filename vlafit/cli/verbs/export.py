@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import Parser, key_value
+from vlafit.cli.parser import Parser, add_config, key_value, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -37,14 +37,24 @@ def run(arguments: Sequence[str]) -> int:
         metavar="CHECKPOINT",
         help="the one that adapters sit on, or that training began with, where CHECKPOINT does not tell",
     )
+    add_config(parser)
     options = parser.read(arguments)
 
+    config = settings(options.config)
     shares = _shares(options.interpolate)
     source = checkpoint_folder(options.checkpoint, foreign=True)
     base = checkpoint_folder(options.base, foreign=True) if options.base else None
     from vlafit.checkpoints.export import export
 
-    made = export(source, options.to, Path(options.out), merge=options.merge, interpolate=shares, base=base)
+    made = export(
+        source,
+        options.to,
+        Path(options.out),
+        merge=options.merge,
+        interpolate=shares,
+        base=base,
+        config=config,
+    )
     print(made.text())
     return 0
 

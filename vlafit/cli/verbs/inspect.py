@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import plan_table, size, table
-from vlafit.cli.parser import Parser, key_value
+from vlafit.cli.parser import Parser, add_config, settings
 from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -25,24 +25,18 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="what the checkpoint does not tell of itself, such as vision.heads=16; may be given again",
-    )
+    add_config(parser)
     parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
     parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.read(arguments)
 
     folder = checkpoint_folder(options.checkpoint, foreign=True)
-    config = dict(key_value(pair) for pair in options.config)
+    config = settings(options.config)
     from vlafit import checkpoints, tuning
 
     look = checkpoints.load if options.whole else checkpoints.inspect
-    loaded = look(folder, config=config or None, dtype=options.dtype)
+    loaded = look(folder, config=config, dtype=options.dtype)
     facts = describe(loaded)
     if options.strategy:
         plan = tuning.preview(loaded.policy, tuning.load_strategy(options.strategy))

@@ -1,0 +1,74 @@
+"""What nothing in another program's checkpoint tells: what is assumed of it, and what must be asked for.
+
+Whatever is assumed is a note in the load report.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlafit.checkpoints.given import Given
+from vlafit.checkpoints.openpi import CONFIG_KEYS
+from vlafit.errors import ConfigError, WeightsError
+from vlafit.policies.pi0 import SIZES, Pi0Config
+
+CHUNK = SIZES["pi0"].chunk  # openpi's action_horizon of pi0, unless a training changed it
+
+
+def from_public(made: Pi0Config, told: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say what of `made` comes from the public size of the same widths, for nothing in `told` says it."""
+    found = [] if "chunk" in told else [f"chunk is {made.chunk}"]
+    found += [] if "heads" in told.get("vision", {}) else [f"vision.heads is {made.vision.heads}"]
+    note = f"{' and '.join(found)}: assumed, as in the public model of these widths; config says otherwise"
+    return (note,) if found else ()
+
+
+def chunk_of(params: Path, given: Given, pi05: bool) -> tuple[dict[str, object], object, tuple[str, ...]]:
+    """Return what to add to the config of the Orbax checkpoint `params`, the chunk that it says, and notes.
+
+    Orbax holds no config. openpi's config.json counts where a converter left it, beside `params` or one
+    folder up. Else the chunk is openpi's constant for pi0; pi0.5 has none: its released checkpoints have
+    several, so it is asked for. Raises WeightsError then.
+    """
+    for folder in params.parents[:2]:
+        chunk = _horizon(folder / "config.json")
+        if chunk is not None:
+            note = f"chunk is {chunk}, the action_horizon in {folder / 'config.json'}"
+            return {"chunk": chunk}, chunk, () if "chunk" in given.fields else (note,)
+    if "chunk" in given.fields:
+        return {}, None, ()
+    if pi05:
+        raise WeightsError(
+            f"{params}: nothing beside the tensors tells 'chunk', and pi0.5 has been released with several;"
+            " give it as config {'chunk': ...}"
+        )
+    note = (
+        f"chunk is {CHUNK}: assumed, as it is openpi's constant for pi0 and nothing beside the tensors tells"
+        " it; config {'chunk': ...} says otherwise"
+    )
+    return {"chunk": CHUNK}, None, (note,)
+
+
+def _horizon(path: Path) -> object:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values["action_horizon"] if isinstance(values, dict) and set(values) == CONFIG_KEYS else None
+
+
+def require_factors(params: Path, weights: Collection[str], given: Given) -> None:
+    """Raise ConfigError for what is said of LoRA factors that are not there; `weights` are those that have."""
+    where = str(params)
+    if not weights:
+        given.refuse("lora", where, "the checkpoint has no LoRA factors")
+    scaled = {"expert" if "_1/" in name else "language" for name in weights if "/attn/" in name}
+    for part in ("language", "expert"):
+        if f"{part}_alpha" in given.lora and part not in scaled:
+            raise ConfigError(
+                f"{where}: config: lora.{part}_alpha would have no effect: the attention of the {part} has no"
+                " LoRA factors (those of its MLP are not scaled)"
+            )
+    if not scaled:
+        given.refuse("lora", where, "factors of the MLPs alone are not scaled")
