@@ -1,7 +1,8 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
-from vlafit.checkpoints.adapted import Base, digest, names_on_base, read_base
+from vlafit.checkpoints.adapted import Base, names_on_base, read_base
 from vlafit.checkpoints.fit import fit, open_tensors
+from vlafit.checkpoints.identity import digest
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
 from vlafit.checkpoints.report import LoadReport

@@ -6,7 +6,6 @@ them, too (model.safetensors); or it names the checkpoint they come from with it
 only what differs from it (trained.safetensors).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlafit import files, shipped, tuning
+from vlafit import shipped, tuning
 from vlafit.checkpoints.fit import open_tensors
+from vlafit.checkpoints.identity import digest
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
@@ -46,7 +46,7 @@ class Base:
     checkpoint: str
     """A path, or the name of one that ships."""
     sha256: str
-    """Of its manifest, or of all its files; see `digest`."""
+    """Of its manifest, or of all its files; see `identity.digest`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -72,18 +72,6 @@ def read_base(folder: Path) -> Base | None:
 def names_on_base(folder: Path) -> list[str]:
     """Return the names of the weights that the checkpoint `folder` does not take from its base."""
     return list(open_tensors([folder / TRAINED]))
-
-
-def digest(path: Path) -> str:
-    """Return a SHA-256 that stands for the whole checkpoint at `path`.
-
-    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
-    """
-    if (path / "manifest.json").is_file():
-        return files.sha256(path / "manifest.json")
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def locate(folder: Path, base: Base, given: str | Path | None) -> Path:

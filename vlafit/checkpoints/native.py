@@ -15,6 +15,7 @@ from typing import Any
 from vlafit import config as configuration
 from vlafit import files
 from vlafit.checkpoints.adapted import ADAPTERS, BASE, TRAINED, Base, read_base
+from vlafit.checkpoints.identity import MANIFEST
 from vlafit.checkpoints.lineage import FILE as HISTORY
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
@@ -22,7 +23,7 @@ from vlafit.policies import family
 from vlafit.tuning import Plan
 
 FORMAT = 1  # of policy.json and manifest.json
-POLICY, WEIGHTS, MANIFEST = "policy.json", "model.safetensors", "manifest.json"
+POLICY, WEIGHTS = "policy.json", "model.safetensors"
 CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vlafit import files, shipped
 from vlafit.checkpoints import adapted
-from vlafit.checkpoints.adapted import Base, digest
+from vlafit.checkpoints.adapted import Base
+from vlafit.checkpoints.identity import MANIFEST, digest
 from vlafit.checkpoints.lineage import Lineage
 from vlafit.checkpoints.load import load
-from vlafit.checkpoints.native import FORMAT, MANIFEST, PLAN, POLICY, RECIPE, WEIGHTS
+from vlafit.checkpoints.native import FORMAT, PLAN, POLICY, RECIPE, WEIGHTS
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy

@@ -1,0 +1,22 @@
+"""What tells one checkpoint from another, whatever program wrote it: a hash that stands for all of it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from vlafit import files
+
+MANIFEST = "manifest.json"
+"""Of our own checkpoints: it holds the SHA-256 of every file, so its own stands for them all."""
+
+
+def digest(path: Path) -> str:
+    """Return a SHA-256 that stands for the whole checkpoint at `path`.
+
+    It is the manifest's; where another program wrote the checkpoint, that of all its files' names and hashes.
+    """
+    if (path / MANIFEST).is_file():
+        return files.sha256(path / MANIFEST)
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    listed = {p.relative_to(path).as_posix(): files.sha256(p) for p in found}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
