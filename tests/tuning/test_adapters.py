@@ -1,5 +1,7 @@
 """Every adapter on a policy of pi0's shape: no effect at first, learns, leaves the rest alone, merges."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -12,6 +14,7 @@ from vlafit.checkpoints import adapted
 from vlafit.errors import StrategyError
 from vlafit.recipe import OptimRecipe
 from vlafit.tuning import apply, apply_strategy, enter, parse, preview
+from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge
@@ -122,10 +125,16 @@ def test_peft_itself_reads_the_names_and_settings_that_we_write(name: str, tmp_p
         if len(make_groups(plan.adapted)) == 1:
             _copy_projections(policy, other)
             torch.testing.assert_close(velocity(model.base_model.model), velocity(policy), atol=1e-6, rtol=0)
-        ours = {adapted.PREFIX + k for k in get_peft_model_state_dict(policy, adapter_name=group.name)}
+        ours = {adapted.PREFIX + k for k in _peft_reads(policy, group.name)}
         assert ours == {
             adapted.PREFIX + k.removeprefix(adapted.PREFIX) for k in get_peft_model_state_dict(model)
         }
+
+
+def _peft_reads(policy, name: str) -> dict[str, torch.Tensor]:
+    """What peft saves of the policy; it looks for its settings on the model itself."""
+    policy.peft_config = attached(policy).configs
+    return get_peft_model_state_dict(policy, adapter_name=name)
 
 
 def _residual(policy):
@@ -302,6 +311,63 @@ def test_a_policy_that_is_adapted_already_takes_no_second_strategy():
     apply_strategy(policy, rules("lora"))
     with pytest.raises(StrategyError, match="carries adapters already"):
         apply_strategy(policy, rules("dora"))
+
+
+def test_a_policy_that_is_quantised_already_takes_no_second_strategy_until_it_is_merged():
+    policy = make_policy()
+    kinds = {"kind": ["attention", "mlp"]}
+    apply_strategy(policy, [{"select": kinds, "mode": "frozen", "quantise": "int8"}, {"mode": "full"}])
+    with pytest.raises(StrategyError, match=r"is quantised already.*load it again, or .*vlafit.merge"):
+        apply_strategy(policy, "full")
+    apply_strategy(vlafit.merge(policy), "full")
+
+
+def test_a_strategy_without_adapters_replaces_the_one_before_it():
+    policy = make_policy()
+    apply_strategy(policy, "expert")
+    plan = apply_strategy(policy, "projections")
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
+    apply_strategy(policy, rules("lora"))  # and adapters may follow
+
+
+def test_merging_a_policy_without_adapters_leaves_it_as_it_is():
+    policy = make_policy()
+    plan = apply_strategy(policy, "expert")
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    assert merge(policy) is policy
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
+
+
+def test_a_merged_policy_carries_nothing_of_its_adapters():
+    policy = make_policy()
+    apply_strategy(policy, rules("pissa"))
+    assert attached(policy).configs.keys() == {"lora"} and attached(policy).initial
+    merge(policy)
+    assert attached(policy) == Attached() and not hasattr(policy, "peft_config")
+
+
+def test_a_strategy_is_a_name_a_path_or_rules_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[[rule]]\nselect = { part = "expert" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n')
+    plans = [apply_strategy(make_policy(), one) for one in (path, str(path))]
+    assert plans[0] == plans[1] and plans[0].strategy.name == "mine"
+    for odd in (None, 3, b"lora", {1, 2}, object()):
+        policy = make_policy()
+        with pytest.raises(StrategyError, match=r"a shipped one's name \(.*lora.*\), the path .*, a list of"):
+            apply_strategy(policy, odd)
+
+
+def test_a_rank_beyond_every_layer_of_a_rule_is_refused_and_beyond_some_is_told(caplog):
+    big = {"select": {"kind": ["attention", "mlp"]}, "rank": 100_000}
+    for mode in ("lora", "dora", "loha", "adalora", "miss"):
+        with pytest.raises(StrategyError, match=r"`rank` 100000 is more than the \d+ that .* has room for"):
+            preview(make_policy(), strategy({**big, "mode": mode}, REST))
+    with pytest.raises(StrategyError, match="`rank` 17 is more than the 16 that vision.* has room for"):
+        preview(make_policy(), strategy({**big, "mode": "miss", "rank": 17}, REST))
+    assert not caplog.records
+    preview(make_policy(), strategy({**big, "mode": "lora", "rank": 20}, REST))
+    assert "`rank` 20 is more than" in caplog.text and "vision.layers.0.self_attn.q_proj" in caplog.text
 
 
 def test_dead_layers_get_no_adapter():

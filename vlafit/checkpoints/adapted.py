@@ -1,5 +1,7 @@
 """Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
 
+A policy of which a part is quantised and the rest trained in full sits on a base, too, without any adapters.
+
 `adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
 layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
 them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
@@ -8,7 +10,7 @@ only what differs from it (trained.safetensors).
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,17 @@ class Base:
     """The checkpoint that adapters sit on."""
 
     checkpoint: str
-    """A path, or the name of one that ships."""
+    """A path, or the name of one that ships. One that begins with a dot goes from the checkpoint's folder."""
     sha256: str
     """Of its manifest, or of all its files; see `identity.digest`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What must be said to read it beside the policy's config, as `load` takes it; see `Source`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         """Write base.json into a checkpoint that is being made."""
-        (folder / BASE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        told = {key: value for key, value in asdict(self).items() if key != "config" or value}
+        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> Base | None:
@@ -80,6 +85,8 @@ def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
     Raises WeightsError when there is none, or another one.
     """
     said = base.checkpoint if given is None else str(given)
+    if given is None and said.startswith("."):
+        said = str(folder.resolve() / said)
     try:
         place = shipped.find("checkpoint", said)
     except ConfigError as error:

@@ -31,6 +31,7 @@ from vlafit.checkpoints.fit import (
     stored_as,
 )
 from vlafit.checkpoints.found import Found
+from vlafit.checkpoints.identity import digest
 from vlafit.checkpoints.names import Translated, translate
 from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.shapes import infer_config
@@ -38,7 +39,7 @@ from vlafit.checkpoints.sources import weight_files
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import Policy, Source
 from vlafit.policies import family, family_of, merge, override
 from vlafit.policies._common import select
 from vlafit.tuning import Plan
@@ -109,9 +110,18 @@ def load(
     )
     codec, why, notes = codecs.choose(found, policy, config, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
-    if found.plan is not None and found.plan.adapted:
+    if found.plan is not None and (found.plan.adapted or found.plan.quantised):
         adapted.restore(Path(path), policy, found.plan, found.below)
+    policy.source = found.source or _source(Path(path), found, config)
     return Loaded(policy, codec, found.plan, report)
+
+
+def _source(path: Path, found: Found, config: Mapping[str, object] | None) -> Source | None:
+    """Return where the weights of the checkpoint lie; None where they are not whole without its adapters."""
+    if found.plan is not None and found.plan.adapted:
+        return None
+    place = path.resolve()
+    return Source(str(place), digest(place) if native.recognise(place) else "", dict(config or {}))
 
 
 def inspect(
@@ -187,6 +197,7 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
         return found
     place = adapted.locate(path, opened.base, base)
     said = {k: v for k, v in asdict(opened.config).items() if k not in WIDTHS}
+    said = merge(said, opened.base.config)
     below = _find(
         place, None if native.recognise(place) else said, None, "float32", "refuse", (), hash_weights
     )
@@ -201,6 +212,7 @@ def _native(path: Path, config: Mapping[str, object], base: str | Path | None, h
         found,
         translated=Translated(weights, below.translated.unused, below.translated.tied),
         contents=contents if below.contents else None,
+        source=Source(str(place.resolve()), opened.base.sha256, opened.base.config),
         notes=(f"on {opened.base.checkpoint}, {len(own)} weights of its own",),
     )
 
