@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_policy, rules, train, velocity
 from vlafit import checkpoints, files
+from vlafit.checkpoints.export import export
 from vlafit.errors import WeightsError
 from vlafit.tuning import apply_strategy
 from vlafit.tuning.inject import adapter_tensors
@@ -81,6 +82,9 @@ def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str,
     loaded = vlafit.load_policy(tmp_path / "c")
     assert torch.equal(velocity(loaded), velocity(policy))
     before = velocity(loaded)
+    told = export(tmp_path / "c", "transformers", tmp_path / "out").notes[0]
+    assert told == "quantised weights are written as the floats they stand for"
+    assert (velocity(vlafit.load_policy(tmp_path / "out")) - before).abs().max() < 1e-4
     assert (velocity(vlafit.merge(loaded)) - before).abs().max() < 1e-4
 
 

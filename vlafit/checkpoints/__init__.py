@@ -4,11 +4,12 @@ from vlafit.checkpoints.adapted import Base, names_on_base, read_base
 from vlafit.checkpoints.fit import fit, open_tensors
 from vlafit.checkpoints.identity import digest
 from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
+from vlafit.checkpoints.load import WIDTHS, Loaded, inspect, load, load_policy
 from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.save import save
 
 __all__ = [
+    "WIDTHS",
     "Base",
     "Learned",
     "Lineage",

@@ -102,8 +102,7 @@ def load_base(place: Path, like: Policy) -> Policy:
     said: Mapping[str, Any] | None = None
     if not native.recognise(place):
         said = {k: v for k, v in asdict(like.config).items() if k not in SAID_BY_SHAPES}
-    loaded = load(place, config=said)
-    return merge(loaded.policy) if loaded.plan is not None and loaded.plan.adapted else loaded.policy
+    return merge(load(place, config=said).policy)
 
 
 def _require_shares(policy: Policy, shares: Mapping[str, float]) -> None:

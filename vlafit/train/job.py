@@ -27,6 +27,7 @@ from vlafit.train.setup import Experiment
 from vlafit.train.shelf import Shelf
 from vlafit.train.validate import validate
 from vlafit.tuning import Plan
+from vlafit.tuning.quantise import quantised_names
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +270,9 @@ class Job:
         policy = self.experiment.policy
         average = self.learner.ema.average if self.learner.ema is not None else {}
         tensors = state.collect(self.learner, keep=self.main)
-        weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
+        rounded = {f"{layer}.weight" for layer in quantised_names(policy)}  # frozen, and never written
+        live = {name: p for name, p in policy.named_parameters() if name not in rounded}
+        weights = gathered({**live, **average}, keep=self.main)
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")

@@ -1,6 +1,6 @@
 """What a run begins with: a checkpoint, fresh weights, or the last step of the run itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,14 +129,17 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    base: checkpoints.Base | None = checkpoints.Base(_named(recipe.policy.checkpoint, path), digest)
+    base: checkpoints.Base | None = checkpoints.Base(
+        _named(recipe.policy.checkpoint, path),
+        digest,
+        _to_read_again(chosen.config) if foreign else {},
+    )
     notices: tuple[str, ...] = ()
-    if plan is not None and plan.adapted:
+    if plan is not None and (plan.adapted or plan.quantised):
         merge(policy)
         base = None  # what training begins with lies nowhere as a file
-        notices = (
-            f"the adapters of {recipe.policy.checkpoint} were merged into its weights before training",
-        )
+        what = "adapters" if plan.adapted else "quantised layers"
+        notices = (f"the {what} of {recipe.policy.checkpoint} were merged into its weights before training",)
     if codec is not None and not foreign:
         _require_meaning(recipe, codec, path)
     learned, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
@@ -155,6 +158,11 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
         anew=frozenset((*report.fresh, *report.resized)),
         notices=notices,
     )
+
+
+def _to_read_again(config: Mapping[str, object]) -> dict[str, object]:
+    """Return what of a recipe's `policy.config` it takes to read another program's checkpoint once more."""
+    return {key: value for key, value in config.items() if key not in checkpoints.WIDTHS}
 
 
 def _named(said: str, path: Path) -> str:
