@@ -1,24 +1,26 @@
 """Every adapter on a policy of pi0's shape: no effect at first, learns, leaves the rest alone, merges."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.functional import get_peft_model_state_dict
+from peft.tuners.adalora.layer import RankAllocator
 from peft.tuners.lora.dora import DoraLinearLayer
 
 import vlafit
-from tests.tuning.world import METHODS, QUANTISED, make_policy, probe, rules, train, velocity
+from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, probe, rules, train, velocity
 from vlafit.checkpoints import adapted
-from vlafit.errors import StrategyError
+from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import OptimRecipe
 from vlafit.tuning import apply, apply_strategy, enter, parse, preview
 from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge
-from vlafit.tuning.ranks import rank_schedule
+from vlafit.tuning.ranks import Clock, rank_schedule
 
 REST = {"mode": "frozen"}
 
@@ -181,35 +183,71 @@ def enter_only_adapters(policy) -> None:
 
 
 def test_adalora_lowers_the_ranks_to_the_target_and_keeps_its_scores_through_an_interruption():
-    def run(steps: int, stop: int | None = None):
-        policy = make_policy()
-        plan = apply_strategy(policy, rules("adalora"))
-        schedule = rank_schedule(policy, plan, steps=steps)
-        assert schedule is not None
-        return policy, plan, schedule
-
-    from tests.tuning.world import make_batch
-
-    policy, _, schedule = run(20)
-    layers = len(schedule.ranks()) or 1
-    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-    batch, noise, time = make_batch()
-    for step in range(1, 21):
-        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.after_step(step)
-        if step == 10:
-            kept = {k: v.clone() for k, v in schedule.state().items()}
-            weights = {k: v.detach().clone() for k, v in policy.state_dict().items()}
+    policy, schedule = with_ranks(20)
+    adalora_steps(policy, schedule, range(1, 11))
+    kept = {k: v.clone() for k, v in schedule.state().items()}
+    weights = {k: v.detach().clone() for k, v in policy.state_dict().items()}
+    adalora_steps(policy, schedule, range(11, 21))
     ranks = schedule.ranks()
-    assert sum(ranks.values()) <= 2 * layers and max(ranks.values()) <= 4
-    again, _, other = run(20)
+    assert sum(ranks.values()) == 2 * len(ranks) and max(ranks.values()) <= 4
+    live = dict(policy.named_parameters())
+    assert ranks == {layer: int((live[f"{layer}.lora_E.adalora"] != 0).sum()) for layer in ranks}
+    again, other = with_ranks(20)
     again.load_state_dict(weights)
     other.load(kept)
     assert other.state().keys() == kept.keys()
     assert all(torch.equal(other.state()[k], v) for k, v in kept.items())
+    with pytest.raises(TrainingError, match="scores are not those of this policy"):
+        other.load({k: v for k, v in kept.items() if not k.startswith("kept")})
+
+
+def test_the_scores_of_adalora_are_pefts():
+    policy, schedule = with_ranks(10)
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=3, deltaT=1)
+    theirs = RankAllocator(policy, config, "adalora")
+
+    def look(step: int) -> None:
+        if step < 10 - 3:
+            theirs.update_ipt(policy)
+
+    adalora_steps(policy, schedule, range(1, 7), look)
+    for layer in schedule.ranks():
+        for key in "ABE":
+            ours = schedule.state()[f"sensitivity.{key}/{layer}"]
+            torch.testing.assert_close(ours, theirs.exp_avg_ipt[f"{layer}.lora_{key}.adalora"])
+            ours = schedule.state()[f"uncertainty.{key}/{layer}"]
+            torch.testing.assert_close(ours, theirs.exp_avg_unc[f"{layer}.lora_{key}.adalora"])
+
+
+def test_the_clock_of_adalora_goes_by_whichever_of_steps_and_time_is_further():
+    clock = Clock(began=10, began_spent=0.2, ends=20, ends_spent=1.0)
+    assert clock.done(15, 0.2) == 0.5 and clock.done(15, 0.8) == pytest.approx(0.75)
+    assert Clock(10, 0.2, 20, math.inf).done(15, 0.9) == 0.5
+    policy, schedule = with_ranks(10**6)
+    spent = [n / 20 for n in range(20)] + [1.0]
+    adalora_steps(policy, schedule, range(1, 22), spent=spent)  # a budget of time: the steps would never end
+    assert sum(schedule.ranks().values()) == 2 * len(schedule.ranks())
+
+
+def with_ranks(steps: int):
+    policy = make_policy()
+    plan = apply_strategy(policy, rules("adalora"))
+    schedule = rank_schedule(policy, plan)
+    assert schedule is not None
+    schedule.enter(plan, steps=steps, step=0)
+    return policy, schedule
+
+
+def adalora_steps(policy, schedule, steps, look=lambda step: None, spent=None) -> None:
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    batch, noise, time = make_batch()
+    for number, step in enumerate(steps):
+        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        look(step)
+        schedule.after_step(step, spent[number] if spent else 0.0)
 
 
 def test_lora_plus_gives_b_a_learning_rate_of_its_own_and_nothing_else():

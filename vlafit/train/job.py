@@ -180,7 +180,7 @@ class Job:
         for passed in range(before + 1, number):
             name = stages.title(self.learner.plan.at(passed))
             log.warning("step %d: %s is passed over, for the next one begins now", step, name)
-        self.progress = replace(self.progress, stage=stages.Place(number, began=step))
+        self.progress = replace(self.progress, stage=stages.Place(number, began=step, spent=self.gone))
         self.learner.change(self.progress.stage)
         self._tell_stage()
 
@@ -238,6 +238,9 @@ class Job:
             "train/samples_per_s": batch_size / result.seconds,
             "train/data_share": result.data_seconds / result.seconds,
         }
+        if self.learner.ranks is not None and (ranks := self.learner.ranks.ranks().values()):
+            values |= {"train/rank/mean": sum(ranks) / len(ranks)}
+            values |= {"train/rank/min": min(ranks), "train/rank/max": max(ranks)}
         if self.device.type == "cuda":
             values["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.metrics.log(result.step, values)
