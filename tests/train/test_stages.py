@@ -541,7 +541,9 @@ def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_
     for part in ("expert", "language"):
         assert sum(left[20][part].values()) == len(left[20][part])  # exported is the average: pruned, too
     facts = read_facts(out)
-    assert "ranks of AdaLoRA" in page(facts).replace("Ranks", "ranks")
+    told = {f"{layer}.lora_E.adalora": rank for layer, rank in facts.run["ranks"].items()}
+    assert told == left[20]["expert"] | left[20]["language"]
+    assert "Ranks of AdaLoRA" in page(facts) and "Rank that AdaLoRA left to each layer" in page(facts)
 
 
 @pytest.mark.parametrize("step", [7, 10, 19])

@@ -229,6 +229,10 @@ def tuning(facts: Facts) -> Raw:
                 told += f"; began after step {began.step}" if began else "; has not begun"
             parts.append(tag("h3", ": ".join(words), " ", muted(told)))
         parts.append(_rules(plan))
+    ranks = facts.run.get("ranks")
+    if isinstance(ranks, dict) and ranks:
+        rows = table(("layer", "rank"), list(ranks.items()), ("", "number"))
+        parts.append(folded("Rank that AdaLoRA left to each layer", rows))
     return section("What was tuned", *parts)
 
 

@@ -155,6 +155,8 @@ def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds
         "steps": job.progress.step,
         "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
     }
+    if job.learner.ranks is not None:
+        facts["ranks"] = job.learner.ranks.ranks()
     if finished and job.learner.plan.adapted:
         last = job.shelf.path(job.progress.step)
         facts["merge_error"] = start.merge_error(last, job.experiment.data, job.device)
