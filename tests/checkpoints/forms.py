@@ -135,7 +135,7 @@ def save(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
-    """Return the tensors with a dimension one step shorter wherever it is, but for what is knowingly unused."""
+    """Return the tensors with a dimension one step shorter everywhere but in what is knowingly unused."""
     if what in ("depth", "vision.depth"):
         parts = ("vision",) if what == "vision.depth" else ("language", "expert")
         begin = rf"({'|'.join(parts)})\.layers\.(\d+)\."

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_policy, rules, train, velocity
 from vlafit import checkpoints, files
+from vlafit.checkpoints.export import export
 from vlafit.errors import WeightsError
 from vlafit.tuning import apply_strategy
 from vlafit.tuning.inject import adapter_tensors
@@ -48,15 +49,111 @@ def test_an_adapted_policy_comes_back_bit_for_bit_and_merges_alike(
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_a_quantised_policy_is_saved_on_its_base_alone(name: str, base: Path, tmp_path: Path):
+def test_a_quantised_policy_is_saved_on_what_it_was_loaded_from_unless_another_is_named(
+    name: str, base: Path, tmp_path: Path
+):
     policy = vlafit.load_policy(base)
     plan = apply_strategy(policy, rules(name))
     train(policy)
-    with pytest.raises(WeightsError, match=r"quantised, and would be lost; name the checkpoint .* as `base`"):
-        vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
-    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=base)
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    said = json.loads((tmp_path / "c" / "base.json").read_text())
+    assert said == {"checkpoint": str(base.resolve()), "sha256": checkpoints.digest(base), "format": 1}
     loaded = vlafit.load_policy(tmp_path / "c")
     assert torch.equal(velocity(loaded), velocity(policy))
+    vlafit.save_checkpoint(loaded, tmp_path / "again", plan=plan)  # on the same base, not on the adapters
+    assert (tmp_path / "again" / "base.json").read_text() == (tmp_path / "c" / "base.json").read_text()
+    shutil.copytree(base, tmp_path / "copy")
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=tmp_path / "copy")
+    assert json.loads((tmp_path / "c" / "base.json").read_text())["checkpoint"] == str(tmp_path / "copy")
+    assert torch.equal(velocity(vlafit.load_policy(tmp_path / "c")), velocity(policy))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str, base: Path, tmp_path: Path):
+    policy = vlafit.load_policy(base)
+    rest = {"select": {"kind": ["attention", "mlp"], "part": ["vision", "language"]}, "mode": "frozen"}
+    plan = apply_strategy(
+        policy, [{"select": {"part": ["expert", "projections"]}, "mode": "full"}, rest | {"quantise": name},
+                 {"mode": "frozen"}]
+    )  # fmt: skip
+    train(policy)
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    assert set(load_file(tmp_path / "c" / "trained.safetensors")) == set(plan.trainable)
+    loaded = vlafit.load_policy(tmp_path / "c")
+    assert torch.equal(velocity(loaded), velocity(policy))
+    before = velocity(loaded)
+    told = export(tmp_path / "c", "transformers", tmp_path / "out").notes[0]
+    assert told == "quantised weights are written as the floats they stand for"
+    assert (velocity(vlafit.load_policy(tmp_path / "out")) - before).abs().max() < 1e-4
+    assert (velocity(vlafit.merge(loaded)) - before).abs().max() < 1e-4
+
+
+def test_quantised_weights_that_lie_in_no_checkpoint_are_not_saved(base: Path, tmp_path: Path):
+    built = make_policy()
+    plan = apply_strategy(built, rules("nf4"))
+    with pytest.raises(WeightsError, match=r"quantised, and would be lost.*built or merged, not loaded"):
+        vlafit.save_checkpoint(built, tmp_path / "c", plan=plan)
+
+    merged = vlafit.load_policy(base)
+    apply_strategy(merged, rules("lora"))
+    train(merged)
+    plan = apply_strategy(vlafit.merge(merged), rules("nf4"))
+    with pytest.raises(WeightsError, match=r"built or merged, not loaded"):
+        vlafit.save_checkpoint(merged, tmp_path / "c", plan=plan)
+    with pytest.raises(WeightsError, match=r"not those of this checkpoint, rounded.*save the policy before"):
+        vlafit.save_checkpoint(merged, tmp_path / "c", plan=plan, base=base)
+
+    trained = vlafit.load_policy(base)
+    train(trained)
+    plan = apply_strategy(trained, rules("int8"))
+    with pytest.raises(WeightsError, match=r"not those of this checkpoint, rounded.*save the policy before"):
+        vlafit.save_checkpoint(trained, tmp_path / "c", plan=plan)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_never_takes_the_place_of_its_own_base(tmp_path: Path):
+    vlafit.save_checkpoint(make_policy(), tmp_path / "base")
+    policy = vlafit.load_policy(tmp_path / "base")
+    plan = apply_strategy(policy, rules("int8"))
+    with pytest.raises(WeightsError, match="is the checkpoint that the policy sits on"):
+        vlafit.save_checkpoint(policy, tmp_path / "base", plan=plan)
+    vlafit.load_policy(tmp_path / "base")
+
+
+def test_a_source_that_changed_since_it_was_loaded_is_no_base(tmp_path: Path):
+    vlafit.save_checkpoint(make_policy(), tmp_path / "base")
+    policy = vlafit.load_policy(tmp_path / "base")
+    plan = apply_strategy(policy, rules("int8"))
+    (tmp_path / "base" / "manifest.json").write_text((tmp_path / "base" / "manifest.json").read_text() + "\n")
+    with pytest.raises(WeightsError, match="is not the checkpoint any more that the policy was loaded from"):
+        vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+
+
+def test_a_base_of_another_program_is_read_again_as_it_was_read_first(tmp_path: Path):
+    openpi = Path(__file__).parents[1] / "fixtures" / "openpi_pi0"
+    policy = vlafit.load_policy(openpi, config={"vision.heads": 2, "chunk": 6})
+    plan = apply_strategy(policy, rules("int8"))
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    said = json.loads((tmp_path / "c" / "base.json").read_text())
+    assert said["config"] == {"vision.heads": 2, "chunk": 6}
+    ours, theirs = (
+        dict(policy.named_parameters()),
+        dict(vlafit.load_policy(tmp_path / "c").named_parameters()),
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(_held(ours[n]), _held(theirs[n])) for n in ours)
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.qdata if hasattr(tensor, "qdata") else tensor.data  # torchao's subclass compares nothing
+
+
+def test_widths_that_changed_when_it_was_loaded_are_kept_with_the_adapters(base: Path, tmp_path: Path):
+    policy = vlafit.load_checkpoint(base, {"action_dim": 5}, resize="keep").policy
+    plan = apply_strategy(policy, rules("int8"))
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    loaded = dict(vlafit.load_policy(tmp_path / "c").named_parameters())
+    assert all(torch.equal(_held(p), _held(loaded[n])) for n, p in policy.named_parameters())
 
 
 def test_on_its_base_a_checkpoint_holds_only_what_learned(base: Path, tmp_path: Path):
@@ -158,6 +255,6 @@ def test_pieces_that_do_not_belong_together_are_not_saved(base: Path, tmp_path: 
         vlafit.save_checkpoint(policy, tmp_path / "c")
     with pytest.raises(WeightsError, match="the plan is not of this policy"):
         vlafit.save_checkpoint(vlafit.merge(policy), tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match="this one has none"):
+    with pytest.raises(WeightsError, match="with adapters or quantised weights; this one has none"):
         vlafit.save_checkpoint(policy, tmp_path / "c", base=base)
     assert not (tmp_path / "c").exists()

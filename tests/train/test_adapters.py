@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import vlafit
 from tests.train.test_interruptions import Interrupted, Until, crash
 from tests.train.world import assert_same, losses, tiny
 from vlafit import checkpoints, report
 from vlafit.errors import StrategyError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import run
+from vlafit.tuning.quantise import is_rounded_from
 
 RULES = """
 [[rule]]
@@ -34,7 +36,20 @@ ADAPTERS = {
     "dora": 'mode = "dora"\nrank = 4',
     "adalora": 'mode = "adalora"\nrank = 4\ntarget_rank = 2',
     "qlora": 'mode = "lora"\nrank = 4\nquantise = "nf4"',
+    "int8": 'mode = "lora"\nrank = 4\nquantise = "int8"',
 }
+QUANTISED = ("qlora", "int8")
+
+
+UNADAPTED = """
+[[rule]]
+select = {{ part = ["vision", "language"], kind = ["attention", "mlp"] }}
+mode = "frozen"
+quantise = "{how}"
+
+[[rule]]
+mode = "full"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +131,46 @@ def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Pat
     }
     policy, was = checkpoints.load_policy(folder), checkpoints.load_policy(base)
     assert not torch.equal(policy.projector.weight, was.projector.weight)
+
+
+@pytest.mark.parametrize("adapter", QUANTISED)
+@pytest.mark.parametrize("begins", ["fresh", "merged", "fresh part", "unadapted"])
+def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
+    adapter: str, begins: str, base: Path, card: Path, tmp_path: Path
+):
+    recipe = recipe_on(base, card, adapter, train={"steps": 3, "save_every": 1})
+    if begins == "fresh":
+        recipe = replace(recipe, policy=tiny(card).policy)
+    elif begins == "fresh part":
+        recipe = replace(recipe, policy=replace(recipe.policy, fresh=("expert",)))
+    elif begins == "merged":
+        run(recipe_on(base, card, "lora", train={"steps": 1}), tmp_path / "first")
+        last = tmp_path / "first" / "checkpoints" / "step_000001"
+        recipe = replace(recipe, policy=PolicyRecipe(checkpoint=str(last)))
+    else:  # a frozen quantised part, no adapter, and the rest trained in full; from a checkpoint
+        rules = UNADAPTED.format(how="nf4" if adapter == "qlora" else adapter)
+        (tmp_path / "rules.toml").write_text(rules)
+        recipe = replace(recipe, strategy=str(tmp_path / "rules.toml"))
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "pieces", observer=Until(2, crash))
+    run(recipe, tmp_path / "pieces", resume=True)
+    assert_same(everything(tmp_path / "pieces", 3), everything(tmp_path / "whole", 3))
+
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    folder = tmp_path / "moved" / "checkpoints" / "step_000003"
+    loaded = checkpoints.load(folder)
+    own = tmp_path / "moved" / "base"
+    assert own.is_dir() == (begins != "unadapted") and not (folder / "model.safetensors").exists()
+    facts = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert any("is kept in base/" in notice for notice in facts["notices"]) == own.is_dir()
+    if own.is_dir():
+        start, said = checkpoints.load_policy(own), json.loads((folder / "base.json").read_text())
+        assert said["checkpoint"] == "../../base"
+        held = loaded.policy.get_submodule("expert.layers.0.mlp.up_proj").get_base_layer()
+        assert is_rounded_from(held, start.expert.layers[0].mlp.up_proj.weight)
+        assert 0 <= facts["merge_error"] < 1e-3
+    assert all(torch.isfinite(p).all() for p in vlafit.merge(loaded.policy).parameters())
 
 
 def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, tmp_path: Path):

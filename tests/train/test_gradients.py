@@ -1,5 +1,6 @@
 """The run looks at its own gradients: what is to learn but cannot ends the run at once, by name."""
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +84,25 @@ def test_lora_learns_in_pi0_and_not_behind_the_closed_norms_of_a_fresh_pi05() ->
     policy, plan = taught("pi0-tiny", "lora")
     steps(policy, plan, lambda _: batch(policy.config))
     policy, plan = taught("pi05-tiny", "lora")
-    with pytest.raises(TrainingError, match="what lies behind them is open"):
+    with pytest.raises(TrainingError, match="frozen matrices are zero, such as expert.*norm") as told:
         steps(policy, plan, lambda _: batch(policy.config))
+    (missing,) = tomllib.loads(str(told.value).split("where there are stages):")[1].split("Failing")[0])[
+        "rule"
+    ]
+    policy = pi0.build(pi0.SIZES["pi05-tiny"], "cpu")
+    rules = [missing, *RULES["lora"]]
+    plan = tuning.apply(policy, tuning.parse(rules, name="rules", where="here"))
+    steps(policy, plan, lambda _: batch(policy.config))
+
+
+@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny"])
+@pytest.mark.parametrize("preset", ["progressive", "progressive-lora"])
+def test_the_progressive_presets_train_a_fresh_expert_through_all_their_stages(
+    preset: str, size: str, card: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(card, strategy=preset, train={"steps": 20, "validate_every": 0, "save_every": 0})
+    recipe = replace(recipe, policy=replace(recipe.policy, size=size, config={"max_tokens": 32}))
+    assert run(recipe, tmp_path / "run").finished
 
 
 def test_what_the_loss_does_not_reach_is_named_after_the_first_backward_pass() -> None:

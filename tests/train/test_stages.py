@@ -16,7 +16,7 @@ import torch
 from tests.train.test_interruptions import Interrupted, Until, crash, without_times
 from tests.train.test_training import split
 from tests.train.world import REPOSITORY, assert_same, learned, metrics, tiny
-from vlafit import config
+from vlafit import checkpoints, config
 from vlafit.cli.train_view import TrainView
 from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import Recipe, TrainRecipe
@@ -26,7 +26,7 @@ from vlafit.train import feed, run, setup, state
 from vlafit.train.learner import Learner
 from vlafit.train.loop import StepResult, train
 from vlafit.train.optim import Ema, rewarm
-from vlafit.train.stages import Place, due, length, require_reachable
+from vlafit.train.stages import Place, due, require_reachable
 from vlafit.tuning import Plan, Stage, parse
 
 CPU = torch.device("cpu")
@@ -229,7 +229,7 @@ def test_a_crash_in_a_stage_or_at_its_edge_costs_nothing_but_steps(
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from vlafit import config
+from vlafit import checkpoints, config
 from vlafit.cli.train_view import TrainView
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -344,7 +344,6 @@ def test_the_stage_of_a_step_is_the_latest_whose_moment_has_come() -> None:
     assert [due(stages, 10, step, Place()) for step in range(8)] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert due(stages, 10, 2, Place(1)) == 1  # never back
     assert due(stages, 1000, 2, Place(), spent=0.4) == 0 and due(stages, 1000, 2, Place(), spent=0.5) == 2
-    assert length(stages, 10, Place(0)) == 3 and length(stages, 10, Place(2, 5)) == 5
     stages = begins("{ plateau = 2 }", "{ step = 6 }")
     stalled = Place(0, 0, 1.0, 2)
     assert due(stages, 10, 4, stalled) == 1
@@ -445,9 +444,8 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     recipe = staged(card, tmp_path, ADALORA)
     experiment = setup.build(recipe, CPU)
     learner = Learner(experiment.policy, experiment.plan, recipe, CPU, Place())
-    assert learner.ranks is None
+    assert learner.ranks is not None and not learner.ranks.ranks()
     learner.change(Place(1, 2))
-    assert learner.ranks is not None
     batches = feed.training_batches(experiment, first_step=2, rank=0, world=1)
     done: list[int] = []
 
@@ -473,3 +471,90 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     train(fresh, again, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
           wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip
     assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
+
+
+GROWING = """
+[[stage]]
+[[stage.rule]]
+select = { part = "expert", kind = ["attention", "mlp"] }
+mode = "adalora"
+rank = 4
+target_rank = 1
+[[stage.rule]]
+select = { part = "projections" }
+mode = "full"
+[[stage.rule]]
+mode = "frozen"
+
+[[stage]]
+begin = { fraction = 0.5 }
+[[stage.rule]]
+select = { part = ["expert", "language"], kind = ["attention", "mlp"] }
+mode = "adalora"
+rank = 4
+target_rank = 1
+[[stage.rule]]
+mode = "frozen"
+
+[[stage]]
+begin = { fraction = 0.9 }
+[[stage.rule]]
+select = { part = "language", kind = ["attention", "mlp"] }
+mode = "adalora"
+rank = 4
+target_rank = 1
+[[stage.rule]]
+mode = "frozen"
+"""
+
+
+@pytest.fixture(scope="module")
+def growing(card: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """AdaLoRA on the expert, then on the language model too, then on that alone; and its run of 20 steps."""
+    folder = tmp_path_factory.mktemp("growing")
+    recipe = staged(card, folder, GROWING, steps=20, validate_every=0, save_every=1)
+    assert run(recipe, folder / "run").finished
+    return recipe, folder / "run"
+
+
+def values_left(out: Path, step: int) -> dict[str, dict[str, int]]:
+    """How many singular values are not zero in what is exported after a step: part -> layer -> how many."""
+    found: dict[str, dict[str, int]] = {"expert": {}, "language": {}}
+    for name, tensor in checkpoints.load_policy(out / "checkpoints" / f"step_{step:06d}").named_parameters():
+        if ".lora_E." in name:
+            found[name.split(".")[0]][name] = int((tensor != 0).sum())
+    return found
+
+
+def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_stage(
+    growing: tuple[Recipe, Path],
+) -> None:
+    _, out = growing
+    logged = {e["step"]: e for e in metrics(out) if "train/rank/mean" in e}
+    means = [logged[step]["train/rank/mean"] for step in range(1, 11)]
+    assert means[0] == 4 and means == sorted(means, reverse=True) and means[-1] < 4  # the expert alone
+    assert logged[11]["train/rank/mean"] == pytest.approx((means[-1] + 4) / 2, abs=0.5)  # the others begin
+    assert logged[20]["train/rank/mean"] == pytest.approx(1, abs=0.01)
+    assert logged[20]["train/rank/max"] <= 4 and logged[20]["train/rank/min"] >= 0
+    left = {step: values_left(out, step) for step in (18, 19, 20)}
+    assert left[19]["expert"] == left[20]["expert"] == left[18]["expert"]  # frozen: as it was pruned
+    for part in ("expert", "language"):
+        assert sum(left[20][part].values()) == len(left[20][part])  # exported is the average: pruned, too
+    facts = read_facts(out)
+    told = {f"{layer}.lora_E.adalora": rank for layer, rank in facts.run["ranks"].items()}
+    assert told == left[20]["expert"] | left[20]["language"]
+    assert "Ranks of AdaLoRA" in page(facts) and "Rank that AdaLoRA left to each layer" in page(facts)
+
+
+@pytest.mark.parametrize("step", [7, 10, 19])
+def test_ranks_of_a_resumed_run_are_those_of_an_uninterrupted_one(
+    growing: tuple[Recipe, Path], tmp_path: Path, step: int
+) -> None:
+    recipe, whole = growing
+    shutil.copytree(whole, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    run(recipe, tmp_path / "run", resume=True)
+    assert_same(learned(tmp_path / "run", 20), learned(whole, 20))
+    assert without_times(tmp_path / "run") == without_times(whole)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.world import REPOSITORY, learned, losses, metrics, tiny
-from vlafit import config
+from vlafit import config, shipped
 from vlafit.recipe import Recipe
 from vlafit.train import run
 
@@ -69,16 +69,21 @@ HOW = {  # what each recipe of the tests changes
     "frozen-sharded": {"strategy": "expert", "train": {"sharding": "full", "accumulate": 2}},
     "lora": {"strategy": "lora"},
     "dora-sharded": {"strategy": "dora", "train": {"sharding": "full"}},
+    "nf4": {"strategy": "qlora"},
+    "int8": {"strategy": "int8.toml"},
 }
 
 
 @pytest.fixture(scope="module")
-def recipes(card: Path) -> dict[str, Recipe]:
+def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
+    int8 = tmp_path_factory.mktemp("strategy") / "int8.toml"
+    int8.write_text(shipped.find("strategy", "qlora").read_text().replace('"nf4"', '"int8"'))
     base = tiny(card, train={"steps": STEPS, "batch_size": 8, "save_every": 10, "validate_every": 0})
     made = {}
     for name, changes in HOW.items():
         train = replace(base.train, **changes.get("train", {}))
-        made[name] = replace(base, strategy=changes.get("strategy", "full"), train=train)
+        strategy = changes.get("strategy", "full").replace("int8.toml", str(int8))
+        made[name] = replace(base, strategy=strategy, train=train)
     return made
 
 

@@ -126,7 +126,10 @@ def losses(out: Path) -> dict[int, float]:
 def learned(out: Path, step: int) -> dict[str, Tensor]:
     """Everything that training changed: exported weights, raw weights, moving average, AdamW's states."""
     folder = out / "checkpoints" / f"step_{step:06d}"
-    exported = {f"exported/{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file():  # it sits on a base
+        files = [folder / "trained.safetensors", *folder.glob("adapters/*/adapter_model.safetensors")]
+    exported = {f"exported/{k}": v for file in files for k, v in load_file(file).items()}
     return exported | load_file(folder / "training" / "state.safetensors")
 
 

@@ -1,21 +1,26 @@
 """Every adapter on a policy of pi0's shape: no effect at first, learns, leaves the rest alone, merges."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.functional import get_peft_model_state_dict
+from peft.tuners.adalora.layer import RankAllocator
 from peft.tuners.lora.dora import DoraLinearLayer
 
 import vlafit
-from tests.tuning.world import METHODS, QUANTISED, make_policy, probe, rules, train, velocity
+from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, probe, rules, train, velocity
 from vlafit.checkpoints import adapted
-from vlafit.errors import StrategyError
+from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import OptimRecipe
 from vlafit.tuning import apply, apply_strategy, enter, parse, preview
+from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge
-from vlafit.tuning.ranks import rank_schedule
+from vlafit.tuning.ranks import Clock, rank_schedule
 
 REST = {"mode": "frozen"}
 
@@ -122,10 +127,16 @@ def test_peft_itself_reads_the_names_and_settings_that_we_write(name: str, tmp_p
         if len(make_groups(plan.adapted)) == 1:
             _copy_projections(policy, other)
             torch.testing.assert_close(velocity(model.base_model.model), velocity(policy), atol=1e-6, rtol=0)
-        ours = {adapted.PREFIX + k for k in get_peft_model_state_dict(policy, adapter_name=group.name)}
+        ours = {adapted.PREFIX + k for k in _peft_reads(policy, group.name)}
         assert ours == {
             adapted.PREFIX + k.removeprefix(adapted.PREFIX) for k in get_peft_model_state_dict(model)
         }
+
+
+def _peft_reads(policy, name: str) -> dict[str, torch.Tensor]:
+    """What peft saves of the policy; it looks for its settings on the model itself."""
+    policy.peft_config = attached(policy).configs
+    return get_peft_model_state_dict(policy, adapter_name=name)
 
 
 def _residual(policy):
@@ -172,35 +183,71 @@ def enter_only_adapters(policy) -> None:
 
 
 def test_adalora_lowers_the_ranks_to_the_target_and_keeps_its_scores_through_an_interruption():
-    def run(steps: int, stop: int | None = None):
-        policy = make_policy()
-        plan = apply_strategy(policy, rules("adalora"))
-        schedule = rank_schedule(policy, plan, steps=steps)
-        assert schedule is not None
-        return policy, plan, schedule
-
-    from tests.tuning.world import make_batch
-
-    policy, _, schedule = run(20)
-    layers = len(schedule.ranks()) or 1
-    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-    batch, noise, time = make_batch()
-    for step in range(1, 21):
-        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.after_step(step)
-        if step == 10:
-            kept = {k: v.clone() for k, v in schedule.state().items()}
-            weights = {k: v.detach().clone() for k, v in policy.state_dict().items()}
+    policy, schedule = with_ranks(20)
+    adalora_steps(policy, schedule, range(1, 11))
+    kept = {k: v.clone() for k, v in schedule.state().items()}
+    weights = {k: v.detach().clone() for k, v in policy.state_dict().items()}
+    adalora_steps(policy, schedule, range(11, 21))
     ranks = schedule.ranks()
-    assert sum(ranks.values()) <= 2 * layers and max(ranks.values()) <= 4
-    again, _, other = run(20)
+    assert sum(ranks.values()) == 2 * len(ranks) and max(ranks.values()) <= 4
+    live = dict(policy.named_parameters())
+    assert ranks == {layer: int((live[f"{layer}.lora_E.adalora"] != 0).sum()) for layer in ranks}
+    again, other = with_ranks(20)
     again.load_state_dict(weights)
     other.load(kept)
     assert other.state().keys() == kept.keys()
     assert all(torch.equal(other.state()[k], v) for k, v in kept.items())
+    with pytest.raises(TrainingError, match="scores are not those of this policy"):
+        other.load({k: v for k, v in kept.items() if not k.startswith("kept")})
+
+
+def test_the_scores_of_adalora_are_pefts():
+    policy, schedule = with_ranks(10)
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=3, deltaT=1)
+    theirs = RankAllocator(policy, config, "adalora")
+
+    def look(step: int) -> None:
+        if step < 10 - 3:
+            theirs.update_ipt(policy)
+
+    adalora_steps(policy, schedule, range(1, 7), look)
+    for layer in schedule.ranks():
+        for key in "ABE":
+            ours = schedule.state()[f"sensitivity.{key}/{layer}"]
+            torch.testing.assert_close(ours, theirs.exp_avg_ipt[f"{layer}.lora_{key}.adalora"])
+            ours = schedule.state()[f"uncertainty.{key}/{layer}"]
+            torch.testing.assert_close(ours, theirs.exp_avg_unc[f"{layer}.lora_{key}.adalora"])
+
+
+def test_the_clock_of_adalora_goes_by_whichever_of_steps_and_time_is_further():
+    clock = Clock(began=10, began_spent=0.2, ends=20, ends_spent=1.0)
+    assert clock.done(15, 0.2) == 0.5 and clock.done(15, 0.8) == pytest.approx(0.75)
+    assert Clock(10, 0.2, 20, math.inf).done(15, 0.9) == 0.5
+    policy, schedule = with_ranks(10**6)
+    spent = [n / 20 for n in range(20)] + [1.0]
+    adalora_steps(policy, schedule, range(1, 22), spent=spent)  # a budget of time: the steps would never end
+    assert sum(schedule.ranks().values()) == 2 * len(schedule.ranks())
+
+
+def with_ranks(steps: int):
+    policy = make_policy()
+    plan = apply_strategy(policy, rules("adalora"))
+    schedule = rank_schedule(policy, plan)
+    assert schedule is not None
+    schedule.enter(plan, steps=steps, step=0)
+    return policy, schedule
+
+
+def adalora_steps(policy, schedule, steps, look=lambda step: None, spent=None) -> None:
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    batch, noise, time = make_batch()
+    for number, step in enumerate(steps):
+        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        look(step)
+        schedule.after_step(step, spent[number] if spent else 0.0)
 
 
 def test_lora_plus_gives_b_a_learning_rate_of_its_own_and_nothing_else():
@@ -302,6 +349,63 @@ def test_a_policy_that_is_adapted_already_takes_no_second_strategy():
     apply_strategy(policy, rules("lora"))
     with pytest.raises(StrategyError, match="carries adapters already"):
         apply_strategy(policy, rules("dora"))
+
+
+def test_a_policy_that_is_quantised_already_takes_no_second_strategy_until_it_is_merged():
+    policy = make_policy()
+    kinds = {"kind": ["attention", "mlp"]}
+    apply_strategy(policy, [{"select": kinds, "mode": "frozen", "quantise": "int8"}, {"mode": "full"}])
+    with pytest.raises(StrategyError, match=r"is quantised already.*load it again, or .*vlafit.merge"):
+        apply_strategy(policy, "full")
+    apply_strategy(vlafit.merge(policy), "full")
+
+
+def test_a_strategy_without_adapters_replaces_the_one_before_it():
+    policy = make_policy()
+    apply_strategy(policy, "expert")
+    plan = apply_strategy(policy, "projections")
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
+    apply_strategy(policy, rules("lora"))  # and adapters may follow
+
+
+def test_merging_a_policy_without_adapters_leaves_it_as_it_is():
+    policy = make_policy()
+    plan = apply_strategy(policy, "expert")
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    assert merge(policy) is policy
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
+
+
+def test_a_merged_policy_carries_nothing_of_its_adapters():
+    policy = make_policy()
+    apply_strategy(policy, rules("pissa"))
+    assert attached(policy).configs.keys() == {"lora"} and attached(policy).initial
+    merge(policy)
+    assert attached(policy) == Attached() and not hasattr(policy, "peft_config")
+
+
+def test_a_strategy_is_a_name_a_path_or_rules_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[[rule]]\nselect = { part = "expert" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n')
+    plans = [apply_strategy(make_policy(), one) for one in (path, str(path))]
+    assert plans[0] == plans[1] and plans[0].strategy.name == "mine"
+    for odd in (None, 3, b"lora", {1, 2}, object()):
+        policy = make_policy()
+        with pytest.raises(StrategyError, match=r"a shipped one's name \(.*lora.*\), the path .*, a list of"):
+            apply_strategy(policy, odd)
+
+
+def test_a_rank_beyond_every_layer_of_a_rule_is_refused_and_beyond_some_is_told(caplog):
+    big = {"select": {"kind": ["attention", "mlp"]}, "rank": 100_000}
+    for mode in ("lora", "dora", "loha", "adalora", "miss"):
+        with pytest.raises(StrategyError, match=r"`rank` 100000 is more than the \d+ that .* has room for"):
+            preview(make_policy(), strategy({**big, "mode": mode}, REST))
+    with pytest.raises(StrategyError, match="`rank` 17 is more than the 16 that vision.* has room for"):
+        preview(make_policy(), strategy({**big, "mode": "miss", "rank": 17}, REST))
+    assert not caplog.records
+    preview(make_policy(), strategy({**big, "mode": "lora", "rank": 20}, REST))
+    assert "`rank` 20 is more than" in caplog.text and "vision.layers.0.self_attn.q_proj" in caplog.text
 
 
 def test_dead_layers_get_no_adapter():

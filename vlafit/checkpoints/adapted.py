@@ -1,15 +1,16 @@
 """Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
 
+A policy of which a part is quantised and the rest trained in full sits on a base, too, without any adapters.
+
 `adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
 layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
 them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
 only what differs from it (trained.safetensors).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlafit import files, tuning
+from vlafit import tuning
 from vlafit.checkpoints import hub
 from vlafit.checkpoints.fit import open_tensors
+from vlafit.checkpoints.identity import digest
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
@@ -45,14 +47,18 @@ class Base:
     """The checkpoint that adapters sit on."""
 
     checkpoint: str
-    """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`."""
+    """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`. A path that
+    begins with a dot goes from the checkpoint's folder."""
     sha256: str
-    """Of its manifest, or of its files; see `digest`."""
+    """Of its manifest, or of its files; see `identity.digest`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What must be said to read it beside the policy's config, as `load` takes it; see `Source`."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         """Write base.json into a checkpoint that is being made."""
-        (folder / BASE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        told = {key: value for key, value in asdict(self).items() if key != "config" or value}
+        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> Base | None:
@@ -75,26 +81,14 @@ def names_on_base(folder: Path) -> list[str]:
     return list(open_tensors([folder / TRAINED]))
 
 
-def digest(path: Path) -> str:
-    """Return a SHA-256 that stands for the whole checkpoint at `path`.
-
-    It is the manifest's; where another program wrote the checkpoint, that of its files' names and hashes (see
-    `hub.parts_of`).
-    """
-    if (path / "manifest.json").is_file():
-        return files.sha256(path / "manifest.json")
-    names = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    found = {name: names[name] for name in hub.parts_of(names)} if path.is_dir() else {".": path}
-    listed = {name: files.sha256(p) for name, p in found.items()}
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
 def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
     """Return where the checkpoint below the adapters in `folder` lies; `given` is where the user says.
 
     Raises WeightsError when there is none, or another one.
     """
     said = base.checkpoint if given is None else str(given)
+    if given is None and said.startswith("."):
+        said = str(folder.resolve() / said)
     try:
         place = hub.place(said).path
     except ConfigError as error:

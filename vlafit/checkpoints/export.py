@@ -89,7 +89,8 @@ def export(
     sits_on = adapted.read_base(source) if is_native else None
     loaded = load(source, config, base=base if sits_on or not interpolate else None)
     error, notes = None, (f"from {place.note}",) if place.note else ()
-    if loaded.plan is not None and loaded.plan.adapted and (merge or interpolate):
+    tuned = loaded.plan is not None and (loaded.plan.adapted or loaded.plan.quantised)
+    if tuned and (merge or interpolate):
         error = merge_measured(loaded.policy)
         loaded = loaded._replace(plan=None)
     elif merge:
@@ -133,7 +134,10 @@ def write(policy: Policy, codec: Codec | None, target: Target, out: str | Path, 
 def _write(loaded: Loaded, target: Target, out: Path, where: str) -> Exported:
     policy, codec, plan, _ = loaded
     if plan is None or not plan.adapted:
-        return write(policy, codec, target, out, where)
+        rounded = ("quantised weights are written as the floats they stand for",)
+        notes = rounded if plan is not None and plan.quantised else ()
+        made = write(merge_adapters(policy), codec, target, out, where)
+        return replace(made, notes=notes + made.notes)
     _require_expressible(policy, codec, target, where, peft_export.refusals(policy, plan, target))
     taken = peft_export.take(policy, plan, target)
     remove(policy)

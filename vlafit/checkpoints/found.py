@@ -11,6 +11,7 @@ from torch import Tensor
 from vlafit.checkpoints.adapted import Base
 from vlafit.checkpoints.names import Translated
 from vlafit.codec import Codec
+from vlafit.nn.policy import Source
 from vlafit.tuning import Plan
 
 
@@ -43,3 +44,5 @@ class Found:
     adapted: tuple[str, ...] = ()
     below: Base | None = None
     """The checkpoint that native adapters sit on."""
+    source: Source | None = None
+    """Where the weights lie, those below adapters where there are any."""

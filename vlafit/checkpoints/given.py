@@ -29,6 +29,10 @@ class Given:
     lora: Mapping[str, Any]
     """See `openpi_jax.LoraConfig`."""
 
+    def to_read_again(self) -> dict[str, Any]:
+        """Return what it takes to read the same weights once more, as `load` takes it."""
+        return {**self.fields, **({"lora": self.lora} if self.lora else {})}
+
     def refuse(self, table: str, where: str, why: str) -> None:
         """Raise ConfigError if something was given for `table` ("codec" or "lora"), which has no effect."""
         if getattr(self, table):

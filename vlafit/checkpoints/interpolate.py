@@ -106,8 +106,7 @@ def load_base(place: Path, like: Policy) -> tuple[Policy, Codec | None]:
     if not native.recognise(place):
         said = {k: v for k, v in asdict(like.config).items() if k not in SAID_BY_SHAPES}
     loaded = load(place, config=said)
-    adapted_too = loaded.plan is not None and loaded.plan.adapted
-    return (merge(loaded.policy) if adapted_too else loaded.policy), loaded.codec
+    return merge(loaded.policy), loaded.codec
 
 
 def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, float]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from vlafit.checkpoints.fit import (
 )
 from vlafit.checkpoints.found import Found
 from vlafit.checkpoints.given import WIDTHS, Given, dtype_of, take_apart
+from vlafit.checkpoints.identity import digest
 from vlafit.checkpoints.names import Translated, translate
 from vlafit.checkpoints.report import LoadReport
 from vlafit.checkpoints.shapes import infer_config
@@ -41,8 +42,8 @@ from vlafit.checkpoints.sources import weight_files
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
-from vlafit.nn.policy import Policy
-from vlafit.policies import family, family_of, override
+from vlafit.nn.policy import Policy, Source
+from vlafit.policies import family, family_of, merge, override
 from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
@@ -117,9 +118,18 @@ def load(
     )
     codec, why, notes = codecs.choose(found, policy, given, tokenizer, assets)
     report = _report(found, policy, dtype, names, why, notes)
-    if found.plan is not None and found.plan.adapted:
+    if found.plan is not None and (found.plan.adapted or found.plan.quantised):
         adapted.restore(place.path, policy, found.plan, found.below)
+    policy.source = found.source or _source(place, found, given)
     return Loaded(policy, codec, found.plan, report)
+
+
+def _source(place: hub.Place, found: Found, given: Given) -> Source | None:
+    """Return where the weights of the checkpoint lie; None where they are not whole without its adapters."""
+    if found.plan is not None and found.plan.adapted:
+        return None
+    known = digest(place.path) if native.recognise(place.path) else ""
+    return Source(place.name, known, given.to_read_again())
 
 
 def inspect(
@@ -202,6 +212,7 @@ def _native(path: Path, given: Given, base: str | Path | None, hash_weights: boo
         return found
     place = adapted.locate(path, opened.base, base)
     said = {k: v for k, v in asdict(opened.config).items() if k not in WIDTHS}
+    said = merge(said, opened.base.config)
     below = _find(
         place, take_apart(None if native.recognise(place) else said), None, "refuse", (), hash_weights
     )
@@ -220,6 +231,7 @@ def _native(path: Path, given: Given, base: str | Path | None, hash_weights: boo
         translated=replace(below.translated, weights=weights, theirs=theirs, twins={}),
         odd=below.odd,
         contents=contents if below.contents else None,
+        source=Source(str(place.resolve()), opened.base.sha256, opened.base.config),
         notes=(f"on {opened.base.checkpoint}, {len(own)} weights of its own",),
     )
 

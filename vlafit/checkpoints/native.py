@@ -15,6 +15,7 @@ from typing import Any
 from vlafit import config as configuration
 from vlafit import files
 from vlafit.checkpoints.adapted import ADAPTERS, BASE, TRAINED, Base, read_base
+from vlafit.checkpoints.identity import MANIFEST
 from vlafit.checkpoints.lineage import FILE as HISTORY
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
@@ -22,7 +23,7 @@ from vlafit.policies import family
 from vlafit.tuning import Plan
 
 FORMAT = 1  # of policy.json and manifest.json
-POLICY, WEIGHTS, MANIFEST = "policy.json", "model.safetensors", "manifest.json"
+POLICY, WEIGHTS = "policy.json", "model.safetensors"
 CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
 
 
@@ -58,7 +59,8 @@ def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
     codec = Codec.load(folder) if (folder / CODEC).is_file() else None
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
     base = read_base(folder)
-    if (base is not None or (folder / ADAPTERS).is_dir()) and (plan is None or not plan.adapted):
+    tuned = plan is not None and (plan.adapted or plan.quantised)
+    if (base is not None or (folder / ADAPTERS).is_dir()) and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
     weights = folder / (WEIGHTS if base is None else TRAINED)
     return Opened(str(described["family"]), config, weights, codec, plan, base)

@@ -10,18 +10,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
-from vlafit.checkpoints import adapted, hub
-from vlafit.checkpoints.adapted import Base, digest
+from vlafit.checkpoints import adapted, hub, native
+from vlafit.checkpoints.adapted import Base
+from vlafit.checkpoints.given import WIDTHS
+from vlafit.checkpoints.identity import MANIFEST, digest
 from vlafit.checkpoints.lineage import Lineage
 from vlafit.checkpoints.load import load
-from vlafit.checkpoints.native import FORMAT, MANIFEST, PLAN, POLICY, RECIPE, WEIGHTS
+from vlafit.checkpoints.native import FORMAT, PLAN, POLICY, RECIPE, WEIGHTS
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
-from vlafit.policies import family_name
+from vlafit.policies import family_name, merge
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import adapter_tensors, base_name
-from vlafit.tuning.quantise import quantised_names
+from vlafit.tuning.quantise import is_rounded_from, quantised_names
 
 
 def save(
@@ -40,32 +42,44 @@ def save(
 
     `plan` says what learned, and where adapters sit; a policy with adapters needs it. `recipe` is the
     resolved recipe's TOML, `history` what the weights learned from. `weights` replace the policy's own (a
-    moving average, or what sharded processes gathered) and must have exactly its names and shapes.
+    moving average, or what sharded processes gathered) and must have exactly its names and shapes; quantised
+    ones, which are never written, may be left out.
 
-    With adapters, `base` names the checkpoint that they sit on (a path, or one that ships), and then only the
-    adapters are written and those weights below them that differ from it: those named in `changed`, or found
-    by comparison. Without `base` everything is written.
+    With adapters or quantised weights, `base` names the checkpoint that they sit on (a path, or one that
+    ships), and then only the adapters are written and those weights below them that differ from it: those
+    named in `changed`, or found by comparison. A quantised policy sits on the checkpoint that it was loaded
+    from where no other is named. An adapted one without `base` is written whole.
 
-    Raises WeightsError when the pieces do not belong together, or a quantised policy has no `base`.
+    Raises WeightsError when the pieces do not belong together, when quantised weights are not those of the
+    base, rounded (they would be lost), or when a quantised policy has no base.
     """
     folder = Path(folder)
     live = dict(policy.named_parameters())
-    given = live if weights is None else weights
-    if {name: t.shape for name, t in given.items()} != {name: p.shape for name, p in live.items()}:
+    rounded = {f"{layer}.weight" for layer in quantised_names(policy)}
+    given = live if weights is None else {**{n: live[n] for n in rounded}, **weights}
+    if {n: t.shape for n, t in given.items() if n not in rounded} != {
+        n: p.shape for n, p in live.items() if n not in rounded
+    }:
         odd = sorted(
             n for n in {*given, *live} if n not in given or n not in live or given[n].shape != live[n].shape
         )
         raise WeightsError(f"{folder}: the weights to save are not the policy's; they differ in {odd[:5]}")
     adapters = adapter_tensors(policy)
     own = {base_name(name): tensor for name, tensor in given.items() if name not in adapters}
-    quantised = {base_name(f"{layer}.weight") for layer in quantised_names(policy)}
+    quantised = {base_name(name) for name in rounded}
     _require_belonging(folder, plan, adapters, own, quantised, base)
+    if base is None and quantised:
+        base = policy.source.checkpoint if policy.source else None
+        if base is None:
+            raise WeightsError(_NOWHERE.format(folder=folder, count=len(quantised)))
     if isinstance(base, str | Path):
         found = hub.place(base)
-        place = found.path
-        base = Base(found.name, digest(place))
-        if changed is None:
-            changed = _differing(policy, own, quantised, place, plan)
+        if found.path.resolve() == folder.resolve():
+            raise WeightsError(
+                f"{folder}: is the checkpoint that the policy sits on; save it beside that, not over it"
+            )
+        base, differing = _base(policy, own, found, plan)
+        changed = differing if changed is None else changed
     if base is not None and changed is not None:
         own = {name: tensor for name, tensor in own.items() if name in changed and name not in quantised}
     described = {"format": FORMAT, "family": family_name(policy), "config": asdict(policy.config)}
@@ -112,28 +126,60 @@ def _require_belonging(
                 f"{folder}: the plan is not of this policy; they differ in {odd[:3]}. A policy whose "
                 "adapters were merged is saved without a plan"
             )
-    if base is not None and not adapters:
-        raise WeightsError(f"{folder}: base is for a policy with adapters; this one has none")
-    if quantised and base is None:
+    if base is not None and not (adapters or quantised):
         raise WeightsError(
-            f"{folder}: {len(quantised)} weights are quantised, and would be lost; name the checkpoint that "
-            "they come from as `base`, or merge first (vlafit.merge), which keeps their rounded values"
+            f"{folder}: base is for a policy with adapters or quantised weights; this one has none"
         )
 
 
-def _differing(
-    policy: Policy, own: Mapping[str, Tensor], quantised: Collection[str], place: Path, plan: Plan | None
-) -> set[str]:
-    """Return the names of the weights that are not those of the checkpoint at `place`, bit for bit."""
-    theirs = dict(load(place).policy.named_parameters())
-    if {n: t.shape for n, t in theirs.items() if n not in quantised} != {
-        n: t.shape for n, t in own.items() if n not in quantised
-    }:
+_NOWHERE = (
+    "{folder}: {count} weights of the policy are quantised, and would be lost: what they were lies in no "
+    "checkpoint, for the policy was built or merged, not loaded. Save it before a strategy rounds it, load "
+    "that checkpoint and apply the strategy to it; or name the checkpoint that it is as `base`; or merge "
+    "(vlafit.merge), which keeps the rounded values"
+)
+
+
+def _base(
+    policy: Policy, own: Mapping[str, Tensor], said: hub.Place, plan: Plan | None
+) -> tuple[Base, set[str]]:
+    """Return the checkpoint `said` as a base, and the names of the weights that are not its, bit for bit.
+
+    What it takes to read it is remembered from when the policy was loaded. Raises WeightsError where it is
+    the base of another policy.
+    """
+    place, source = said.path, policy.source
+    config = {} if source is None or native.recognise(place) else source.config
+    base = Base(said.name, digest(place), config)
+    if source is not None and said.name == source.checkpoint and source.sha256 not in ("", base.sha256):
+        raise WeightsError(
+            f"{place}: is not the checkpoint any more that the policy was loaded from: its SHA-256 was "
+            f"{source.sha256}; bring it back, or say where it is now: base=..."
+        )
+    told = None
+    if not native.recognise(place):
+        told = merge({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
+    theirs = load(place, told).policy
+    below = dict(theirs.named_parameters())
+    layers = {base_name(f"{n}.weight"): policy.get_submodule(n) for n in quantised_names(policy)}
+    apart = {n for n in own.keys() & below.keys() if n not in layers and own[n].shape != below[n].shape}
+    widths = any(getattr(theirs.config, key) != getattr(policy.config, key) for key in WIDTHS)
+    if own.keys() != below.keys() or (apart and not widths):
         raise WeightsError(f"{place}: is not the base of this policy: names or shapes differ")
-    pissa = {f"{layer}.weight" for layer, a in (plan.adapted if plan else {}).items() if a.init == "pissa"}
-    kept = {*quantised, *pissa}  # the first cannot learn; from the second PiSSA took its initial factors
-    return {
+    lost = [name for name, layer in layers.items() if not is_rounded_from(layer, below[name])]
+    if lost:
+        raise WeightsError(
+            f"{place}: {len(lost)} quantised weights of the policy, such as {lost[0]}, are not those of this "
+            "checkpoint, rounded: what they were would be lost. They changed before the strategy rounded "
+            "them: save the policy before it, load that checkpoint and apply the strategy to it"
+        )
+    # From what PiSSA adapts it took its initial factors, which are saved, too.
+    kept = {f"{layer}.weight" for layer, a in (plan.adapted if plan else {}).items() if a.init == "pissa"}
+    differing = {
         name
         for name, tensor in own.items()
-        if name not in kept and not torch.equal(tensor.detach().cpu(), theirs[name].to(tensor.dtype))
+        if name not in kept
+        and name not in layers
+        and (name in apart or not torch.equal(tensor.detach().cpu(), below[name].to(tensor.dtype)))
     }
+    return base, differing

@@ -6,8 +6,9 @@ the sampler are written here once. `loss` is the module's `forward`, since DDP a
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from vlafit.codec.prompts import Prompt
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import Batch
+
+if TYPE_CHECKING:
+    from vlafit.tuning.attached import Attached
 
 Part = Literal["vision", "projector", "language", "expert", "projections"]
 Kind = Literal["attention", "mlp", "norm", "embedding", "conv", "linear"]
@@ -53,11 +57,29 @@ class Needs:
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a policy's weights, or those below its adapters, were read from."""
+
+    checkpoint: str
+    """A path, or a name that finds it."""
+    sha256: str = ""
+    """See `vlafit.checkpoints.digest`. Empty: not known, for hashing another program's files takes long."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """What had to be said to read it, as `load` takes it."""
+    revision: str = ""
+    """Which version of it, where it comes from a place that keeps several."""
+
+
 class Policy(nn.Module, ABC):
     """A flow-matching policy of two passes. `Prefix` below is whatever the family's prefix pass yields."""
 
     config: Any
     """Frozen dataclass of the family; has at least state_dim, action_dim and chunk."""
+    source: Source | None = None
+    """Where its weights lie; None where they lie nowhere, as those of a policy that was built or merged."""
+    attached: "Attached | None" = None
+    """What came with its adapters; see `vlafit.tuning.attached`."""
 
     @abstractmethod
     def parts(self) -> list[ParameterInfo]:

@@ -151,7 +151,9 @@ def curves(facts: Facts) -> Raw:
     others = [
         n
         for n in facts.metrics
-        if n not in CHARTS and n != STAGE and not n.startswith(("eval/", "train/loss", "validation/loss"))
+        if n not in CHARTS
+        and n != STAGE
+        and not n.startswith(("eval/", "train/loss", "validation/loss", "train/rank/"))
     ]
     for axis in axes:
         lines = [
@@ -162,6 +164,7 @@ def curves(facts: Facts) -> Raw:
         ]
         svg = plots.curves(f"loss-{axis}", lines, axis, log=True, marks=_marks(facts))
         drawn.append(figure("Loss", "flow matching", svg, f"by-{axis}") if svg else Raw(""))
+        drawn.append(_ranks(facts, axis))
         for metric in (*CHARTS, *others):
             name, unit, noisy = CHARTS.get(metric, (metric, "", False))
             line = plots.Curve(metric, facts.metrics.get(metric, ()), noisy=noisy)
@@ -178,6 +181,17 @@ def curves(facts: Facts) -> Raw:
         tag("label", "by time", class_="tab", for_="by-time"),
         tag("div", *drawn, class_="charts"),
     )
+
+
+def _ranks(facts: Facts, axis: plots.Axis) -> Raw:
+    """The ranks of AdaLoRA, where it learned."""
+    names = {"most": "max", "mean": "mean", "least": "min"}
+    lines = [
+        plots.Curve(label, facts.metrics.get(f"train/rank/{name}", ()), second=name == "mean")
+        for label, name in names.items()
+    ]
+    svg = plots.curves(f"ranks-{axis}", lines, axis, marks=_marks(facts))
+    return figure("Ranks of AdaLoRA", "kept by each layer", svg, f"by-{axis}") if svg else Raw("")
 
 
 def _success_curve(facts: Facts) -> Raw:
@@ -215,6 +229,10 @@ def tuning(facts: Facts) -> Raw:
                 told += f"; began after step {began.step}" if began else "; has not begun"
             parts.append(tag("h3", ": ".join(words), " ", muted(told)))
         parts.append(_rules(plan))
+    ranks = facts.run.get("ranks")
+    if isinstance(ranks, dict) and ranks:
+        rows = table(("layer", "rank"), list(ranks.items()), ("", "number"))
+        parts.append(folded("Rank that AdaLoRA left to each layer", rows))
     return section("What was tuned", *parts)
 
 

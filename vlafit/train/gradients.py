@@ -15,6 +15,7 @@ from vlafit.errors import TrainingError
 from vlafit.train.parallel import sum_over_processes
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import base_name
+from vlafit.tuning.quantise import quantised_names
 
 STEPS = 3
 """LoRA's A has no gradient in the first step, for B is zero; where what reads the adapted layer begins
@@ -35,6 +36,14 @@ class GradientCheck:
         self._learns = {name: tensors[name] for name in plan.trainable}
         self._still = set(new)
         self._from_the_first = False
+        rounded = {base_name(f"{layer}.weight") for layer in quantised_names(policy)}
+        self._frozen = {
+            entry.name: tensors[entry.name]
+            for entry in plan.entries
+            if not (entry.trainable or entry.dead or entry.adapts or entry.name in rounded)
+            and len(entry.shape) >= 2
+        }
+        self._places = {e.name: (e.part, e.kind) for e in plan.entries}
         self._kinds = {e.name: f"{e.part}, {e.kind}{', adapter' if e.adapts else ''}" for e in plan.entries}
 
     def look(self, step: int) -> None:
@@ -64,12 +73,29 @@ class GradientCheck:
             still = [name for name in self._learns if name in self._still]
             raise TrainingError(
                 f"{len(still)} of the {len(self._learns)} tensors that are to learn had a gradient of "
-                f"exactly zero in the first {STEPS} steps:\n{self._listed(still)}\n"
+                f"exactly zero in the first {STEPS} steps:\n{self._listed(still)}\n{self._closed()}"
                 "They would stay as they are. Look whether the data feed them (a camera that is missing in "
                 "every sample? a state that never changes?), and whether what lies behind them is open (a "
                 "part that starts from zero must learn too); or freeze them by a rule "
                 '(mode = "frozen").'
             )
+
+    def _closed(self) -> str:
+        """Say which frozen matrices are all zeros, so that nothing behind them learns, and the way out."""
+        looks = [_holds(tensor) for tensor in self._frozen.values()]
+        held = sum_over_processes(torch.stack(looks)).tolist() if looks else []
+        closed = [name for name, some in zip(self._frozen, held, strict=True) if not some]
+        if not closed:
+            return ""
+        rules = "".join(
+            f'\n  [[rule]]\n  select = {{ part = "{part}", kind = "{kind}" }}\n  mode = "full"\n'
+            for part, kind in dict.fromkeys(self._places[name] for name in closed)
+        )
+        return (
+            f"{len(closed)} frozen matrices are zero, such as {closed[0]}: nothing passes them, forwards or "
+            "back (the adaptive norms of a fresh expert begin so). Let them learn, by a rule before the "
+            f"others (in every stage, where there are stages):\n{rules}\nFailing that: "
+        )
 
     def _listed(self, names: list[str]) -> str:
         kinds: dict[str, list[str]] = {}
@@ -79,6 +105,11 @@ class GradientCheck:
             f"  {kind}: {len(some)} tensors, {', '.join(some[:SHOWN])}{', ...' if len(some) > SHOWN else ''}"
             for kind, some in kinds.items()
         )
+
+
+def _holds(tensor: Tensor) -> Tensor:
+    """Return, a float32 scalar, whether this process's share holds anything but zeros."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).any().float()
 
 
 def _look(parameter: Tensor) -> Tensor:

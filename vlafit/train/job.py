@@ -27,6 +27,7 @@ from vlafit.train.setup import Experiment
 from vlafit.train.shelf import Shelf
 from vlafit.train.validate import validate
 from vlafit.tuning import Plan
+from vlafit.tuning.quantise import quantised_names
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Job:
         for passed in range(before + 1, number):
             name = stages.title(self.learner.plan.at(passed))
             log.warning("step %d: %s is passed over, for the next one begins now", step, name)
-        self.progress = replace(self.progress, stage=stages.Place(number, began=step))
+        self.progress = replace(self.progress, stage=stages.Place(number, began=step, spent=self.gone))
         self.learner.change(self.progress.stage)
         self._tell_stage()
 
@@ -237,6 +238,9 @@ class Job:
             "train/samples_per_s": batch_size / result.seconds,
             "train/data_share": result.data_seconds / result.seconds,
         }
+        if self.learner.ranks is not None and (ranks := self.learner.ranks.ranks().values()):
+            values |= {"train/rank/mean": sum(ranks) / len(ranks)}
+            values |= {"train/rank/min": min(ranks), "train/rank/max": max(ranks)}
         if self.device.type == "cuda":
             values["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.metrics.log(result.step, values)
@@ -269,7 +273,9 @@ class Job:
         policy = self.experiment.policy
         average = self.learner.ema.average if self.learner.ema is not None else {}
         tensors = state.collect(self.learner, keep=self.main)
-        weights = gathered({**dict(policy.named_parameters()), **average}, keep=self.main)
+        rounded = {f"{layer}.weight" for layer in quantised_names(policy)}  # frozen, and never written
+        live = {name: p for name, p in policy.named_parameters() if name not in rounded}
+        weights = gathered({**live, **average}, keep=self.main)
         odd = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(odd)), device=self.device)) > 0:
             raise NotFinite(f"step {step}: the weights or the optimiser's states are not finite: {odd[:3]}")

@@ -19,7 +19,6 @@ from torch import nn
 from vlafit import tuning
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import stages
 from vlafit.train.gradients import GradientCheck
 from vlafit.train.optim import Ema, build_optimizer
 from vlafit.train.parallel import wrap
@@ -44,6 +43,7 @@ class Learner:
         self.model: nn.Module = wrap(policy, recipe.train.sharding, device)
         self.optimizer = build_optimizer(policy, self.plan, recipe.optim)
         self.ema = Ema(policy, recipe.optim.ema) if recipe.optim.ema else None
+        self.ranks = rank_schedule(policy, plan)
         self._begin(before)
 
     @property
@@ -68,11 +68,11 @@ class Learner:
         self._begin(before)
 
     def _begin(self, before: Sequence[str]) -> None:
-        train, strategy = self.recipe.train, self.plan.strategy
         new = set(self.plan.trainable) - set(before)
         self.check = GradientCheck(self.policy, self.plan, new)
-        steps = stages.length(strategy.stages, train.steps, self.place)
-        self.ranks = rank_schedule(self.policy, self.plan, steps=steps)
+        if self.ranks is not None:  # last: what is frozen has its average by now
+            place, steps = self.place, self.recipe.train.steps
+            self.ranks.enter(self.plan, steps=steps, step=place.began, spent=place.spent)
 
     def _wrap_anew(self) -> None:
         """Let the processes agree anew on what they synchronise: DDP knows only what learned when it began.

@@ -97,10 +97,12 @@ def train(
         learner.check.look(step - began_at + 1)
         optimizer.step()
         if ranks is not None:
-            ranks.after_step(step - began_at + 1)
+            ranks.after_step(step + 1, gone)
         optimizer.zero_grad(set_to_none=True)
         if learner.ema is not None:
             learner.ema.update()
+            if ranks is not None:
+                ranks.prune(learner.ema.average)
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
         result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone)

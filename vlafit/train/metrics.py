@@ -4,6 +4,8 @@ Every event has `step`, and `time_s` (training time, without rollouts) where it 
 
     train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
         every train.log_every steps
+    train/rank/mean, train/rank/min, train/rank/max
+        with them, while AdaLoRA learns: of the ranks that its layers kept at their last pruning
     train/stage
         when a stage of the strategy begins, counted from 1, where there are several; `step` are the steps
         that were done before

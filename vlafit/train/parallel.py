@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlafit.nn.policy import Policy
+from vlafit.tuning.quantise import quantised_names
 
 
 def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> nn.Module:
@@ -28,6 +29,9 @@ def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> 
         return policy
     if how == "full":
         return _shard(policy, device)
+    # Quantised weights are frozen, each process rounded the same ones, and not all kinds can be sent.
+    rounded = [f"{layer}.weight" for layer in quantised_names(policy)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, rounded)
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True)
 

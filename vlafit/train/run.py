@@ -5,7 +5,7 @@ Everything a run writes lies in its folder; a run that was stopped, or killed, g
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.recipe import Recipe
-from vlafit.train import folder, memory, setup, stages, start
+from vlafit.train import folder, memory, own_base, setup, stages, start
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -77,6 +77,7 @@ def run(
     if main:
         _try_protocol(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)
+    experiment = _with_own_base(experiment, out, main)
     observer.setup(experiment)
 
     job = Job(experiment, out, accelerator, shelf, observer, meter)
@@ -134,6 +135,16 @@ def _begin(
     return folder.begin_record(out, facts, resumed.name if resumed else None)
 
 
+def _with_own_base(experiment: setup.Experiment, out: Path, main: bool) -> setup.Experiment:
+    """Write the start of a quantised run that lies in no file, and return the experiment on top of it."""
+    if not experiment.unrounded:
+        return experiment
+    if main:
+        own_base.write(out, experiment.policy, experiment.codec, experiment.history, experiment.unrounded)
+    barrier()
+    return replace(experiment, base=own_base.at(out), anew=frozenset(), unrounded={})
+
+
 def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds: float) -> None:
     """Write how the run ended."""
     before, before_it = record.pop("seconds_before", 0.0), record.pop("memory", None)
@@ -144,6 +155,8 @@ def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds
         "steps": job.progress.step,
         "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
     }
+    if job.learner.ranks is not None:
+        facts["ranks"] = job.learner.ranks.ranks()
     if finished and job.learner.plan.adapted:
         last = job.shelf.path(job.progress.step)
         facts["merge_error"] = start.merge_error(last, job.experiment.data, job.device)

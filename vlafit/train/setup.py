@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlafit import checkpoints
 from vlafit.codec import Codec
@@ -16,7 +17,7 @@ from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_e
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import DataRecipe, Recipe
-from vlafit.train import sets, start
+from vlafit.train import own_base, sets, start
 from vlafit.train.fingerprint import episodes_hash
 from vlafit.tuning import Plan, apply, enter, load_strategy
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
@@ -96,13 +97,15 @@ class Experiment:
     """Weights that were not taken from `base` as they are."""
     validation_sets: sets.Sets = field(default_factory=dict)
     """Named datasets to validate on besides the held-out episodes."""
+    unrounded: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights as they were before the strategy rounded them, where they lie in no file; see `own_base`."""
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in the stage of `plan`, and which weights differ from it.
 
-        Only runs with adapters are saved on a base; others hold every weight.
+        Only runs with adapters or quantised weights are saved on a base; others hold every weight.
         """
-        if self.base is None or not plan.adapted:
+        if self.base is None or not (plan.adapted or plan.quantised):
             return None, None
         stages = [plan.at(stage) for stage in range(plan.stage + 1)]
         learned = {e.name for one in stages for e in one.entries if e.trainable and not e.adapts}
@@ -157,8 +160,10 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     codec = _of_these_pictures(codec, data.embodiment)
     _require_room_for_prompts([*data.stores, *(store for stores in more.values() for store in stores)], codec)
     policy.to(device)
-    strategy = load_strategy(recipe.strategy)
+    strategy, notices, kept = load_strategy(recipe.strategy), began.notices, {}
     if began.plan is None:
+        kept = own_base.weights_to_keep(policy, strategy, began.base, began.anew)
+        notices += (own_base.NOTICE,) if kept else ()
         probe = start.probe(policy, codec, data, device)
         plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe)
     else:
@@ -169,9 +174,20 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
                 "file back, or start anew with --out"
             )
         enter(policy, plan)
-    notices = (*began.notices, *((notice,) if notice else ()), *sets.notices(more, data.embodiment))
+    notices = (*notices, *((notice,) if notice else ()), *sets.notices(more, data.embodiment))
     return Experiment(
-        recipe, policy, codec, plan, data, began.report, began.history, notices, began.base, began.anew, more
+        recipe,
+        policy,
+        codec,
+        plan,
+        data,
+        began.report,
+        began.history,
+        notices,
+        began.base,
+        began.anew,
+        more,
+        kept,
     )
 
 

@@ -27,6 +27,8 @@ class Place:
     """The lowest validation loss since then."""
     stalled: int = 0
     """Validations in a row, up to now, that were not lower than it."""
+    spent: float = 0.0
+    """Share of a time budget that was gone when it began."""
 
     def validated(self, loss: float) -> "Place":
         """Return the place after one more validation. The first of a stage sets the mark."""
@@ -54,12 +56,6 @@ def due(stages: Sequence[Stage], steps: int, step: int, place: Place, spent: flo
         elif step >= at or spent >= (begin.fraction or math.inf):
             found = number
     return found
-
-
-def length(stages: Sequence[Stage], steps: int, place: Place) -> int:
-    """Return for how many steps the stage of `place` can last, a plateau not coming before."""
-    moments = [stage.begin.at_step(steps) for stage in stages[place.number + 1 :] if stage.begin]
-    return min([steps, *(at for at in moments if at is not None)]) - place.began
 
 
 def depends_on_validation(stages: Sequence[Stage]) -> bool:

@@ -131,14 +131,14 @@ def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    base: checkpoints.Base | None = checkpoints.Base(place.name, digest)
+    again = checkpoints.take_apart(chosen.config).to_read_again() if foreign else {}
+    base: checkpoints.Base | None = checkpoints.Base(place.name, digest, again)
     notices: tuple[str, ...] = ()
-    if plan is not None and plan.adapted:
+    if plan is not None and (plan.adapted or plan.quantised):
         merge(policy)
         base = None  # what training begins with lies nowhere as a file
-        notices = (
-            f"the adapters of {recipe.policy.checkpoint} were merged into its weights before training",
-        )
+        what = "adapters" if plan.adapted else "quantised layers"
+        notices = (f"the {what} of {recipe.policy.checkpoint} were merged into its weights before training",)
     if codec is not None and not foreign:
         _require_meaning(recipe, codec, path)
     learned, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec

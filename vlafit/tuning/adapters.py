@@ -7,6 +7,7 @@ training. This file holds values; `inject.py` puts adapters into a policy.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Literal, cast, get_args
 
 from vlafit.errors import StrategyError, did_you_mean
@@ -120,6 +121,17 @@ def plain(adapter: Adapter) -> dict[str, object]:
     default = Adapter(adapter.method)
     values = {key: getattr(adapter, key) for key in OPTIONS[adapter.method]}
     return {key: value for key, value in values.items() if value != getattr(default, key)}
+
+
+def largest_rank(method: Method, shape: tuple[int, ...]) -> int | None:
+    """Return the rank beyond which a method cannot use more for a weight [out, in, ...]; None: there is none.
+
+    A larger one is no richer than a full matrix. LoKr's is no rank in this sense: its factors are whole then.
+    """
+    if method not in ("lora", "dora", "loha", "adalora", "miss"):
+        return None
+    inputs = prod(shape[1:])
+    return inputs if method == "miss" else min(shape[0], inputs)
 
 
 def require_works(adapter: Adapter, layer: Layer | None, name: str, where: str) -> None:

@@ -4,12 +4,15 @@ The adapters of all stages are put in at the beginning: they change nothing unti
 the policy for several processes sees one structure throughout. A later stage is `enter(policy, plan.at(1))`.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlafit import shipped
 from vlafit.errors import StrategyError
-from vlafit.tuning.adapters import require_works
+from vlafit.tuning.adapters import largest_rank, require_works
 from vlafit.tuning.plan import Entry, Plan, told, wanted
 from vlafit.tuning.rules import resolve
 from vlafit.tuning.strategy import Strategy, load_strategy, parse
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlafit.nn.policy import Policy
+
+log = logging.getLogger(__name__)
 
 UNCHANGED = 1e-5  # of the output's largest value: float32 rounding of an adapter that adds nothing
 
@@ -49,6 +54,7 @@ def preview(policy: "Policy", strategy: Strategy) -> Plan:
             "options"
         )
     _require_fitting(policy, strategy, base)
+    _require_ranks(policy, strategy, base)
     described = {e.name: e for e in base}
     added = [
         replace(described[weight], name=name, shape=shape, adapts=weight)
@@ -87,6 +93,39 @@ def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]
                     f"{where} takes {entry.name} ({entry.kind}); only the linear layers of attention and mlp "
                     'can be quantised: narrow the rule by kind = ["attention", "mlp"]'
                 )
+
+
+def _require_ranks(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) -> None:
+    """Raise StrategyError where a rule's rank is beyond every layer that it takes; log where beyond some."""
+    from vlafit.tuning.inject import layer_kind
+
+    for number, stage in enumerate(strategy.stages):
+        taken: dict[int, list[tuple[str, int]]] = {}
+        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
+            adapter = stage.rules[index].adapter
+            if adapter and not entry.dead and layer_kind(policy, entry.name) is not None:
+                most = largest_rank(adapter.method, entry.shape)
+                if most is not None:
+                    taken.setdefault(index, []).append((entry.name, most))
+        for index, layers in taken.items():
+            rule = stage.rules[index]
+            assert rule.adapter is not None
+            rank, (roomy, most) = rule.adapter.rank, max(layers, key=lambda one: one[1])
+            beyond = [name for name, its in layers if its < rank]
+            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
+            if len(beyond) == len(layers) or (beyond and rule.adapter.method == "miss"):
+                small, least = min(layers, key=lambda one: one[1])
+                name, its = (small, least) if rule.adapter.method == "miss" else (roomy, most)
+                raise StrategyError(
+                    f"{where}: `rank` {rank} is more than the {its} that {name} has room for; make it "
+                    f'smaller, or train those layers in full: mode = "full"'
+                )
+            if beyond:
+                log.warning(
+                    "%s: `rank` %d is more than %d of the %d layers have room for, such as %s; what is "
+                    "beyond costs memory and learns nothing",
+                    where, rank, len(beyond), len(layers), beyond[0],
+                )  # fmt: skip
 
 
 def _is_bias(policy: "Policy", name: str) -> bool:
@@ -184,7 +223,10 @@ def enter(policy: "nn.Module", plan: Plan) -> None:
 
 
 def apply_strategy(
-    policy: "Policy", strategy: str | Sequence[Mapping[str, object]] | Mapping[str, object], *, seed: int = 0
+    policy: "Policy",
+    strategy: str | Path | Sequence[Mapping[str, object]] | Mapping[str, object],
+    *,
+    seed: int = 0,
 ) -> Plan:
     """Apply a strategy: a shipped one by name, a TOML file by path, or a list of rule tables.
 
@@ -192,9 +234,19 @@ def apply_strategy(
         rules = [{"select": {"part": "expert"}, "mode": "full"}, {"mode": "frozen"}]
         plan = vlafit.apply_strategy(policy, rules)
 
-    A strategy of full and frozen rules replaces an earlier one; adapters are put in once. Raises ConfigError
-    when the file cannot be found or read, StrategyError when it does not fit the policy.
+    A strategy of full and frozen rules replaces an earlier one; adapters are put in once, and weights are
+    quantised once: merge, or load the policy again, before the next such strategy. Raises ConfigError when
+    the file cannot be found or read, StrategyError when it does not fit the policy.
     """
-    if isinstance(strategy, str):
-        return apply(policy, load_strategy(strategy), seed=seed)
-    return apply(policy, parse(strategy, name="rules", where="the list of rules"), seed=seed)
+    match strategy:
+        case str() | Path():
+            return apply(policy, load_strategy(str(strategy)), seed=seed)
+        case bytes() | bytearray():
+            pass
+        case Mapping() | Sequence():
+            return apply(policy, parse(strategy, name="rules", where="the list of rules"), seed=seed)
+    raise StrategyError(
+        f"a strategy is a shipped one's name ({', '.join(shipped.names('strategy'))}), the path of a TOML "
+        'file, a list of rule tables such as [{"mode": "full"}], or what such a file says as a table; not '
+        f"{type(strategy).__name__}: {strategy!r}"
+    )

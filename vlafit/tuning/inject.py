@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vlafit.errors import StrategyError
 from vlafit.tuning.adapters import Adapter, Layer, Quantise
-from vlafit.tuning.quantise import quantise_layer
+from vlafit.tuning.attached import Attached, attach, attached
+from vlafit.tuning.quantise import quantise_layer, quantised_names
 
 PER_MODULE = ("lora", "dora")  # peft takes rank and alpha of these by module
 
@@ -97,32 +98,29 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
     """Put the adapters of `groups` into the policy, from `seed`.
 
     The policy's class and its base weights stay (PiSSA moves part of a weight into its adapter, and remembers
-    the factors). Adapters are float32. Raises StrategyError where the policy carries adapters already.
+    the factors). Adapters are float32. The policy carries none yet.
     """
-    require_bare(policy)
     if not groups:
         return
     from peft.functional import inject_adapter_in_model
 
-    configs = {}
+    configs: dict[str, Any] = {}
     before = {name: p.requires_grad for name, p in policy.named_parameters()}
     devices = {p.device for p in policy.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed)
         for group in groups:
-            config = peft_config(group)
-            if hasattr(policy, "peft_config"):  # of the group before; peft would warn of a second adapter
-                del policy.peft_config
+            config = configs[group.name] = peft_config(group)
             inject_adapter_in_model(config, policy, adapter_name=group.name)
-            configs[group.name] = config
+            del policy.peft_config  # peft's mark: with the next group it would warn of a second adapter
             took = {name for name, module in adapted_layers(policy) if group.name in _names(module)}
             if took != set(group.layers):
                 odd = sorted(took ^ set(group.layers))
                 raise StrategyError(
                     f"adapter {group.name!r}: peft took other layers than the rules: {odd[:5]}"
                 )
-    policy.peft_config = configs  # type: ignore[assignment]  # peft keeps only the last one there
-    for _, layer in adapted_layers(policy):  # and switches all layers to the last one's name
+    attach(policy, Attached(configs))
+    for _, layer in adapted_layers(policy):  # peft switched all of them to the last one's name
         layer.set_adapter(list(_names(layer)))
     for name, parameter in policy.named_parameters():  # peft froze the whole policy: the plan decides
         parameter.requires_grad_(before.get(base_name(name), True))
@@ -143,12 +141,18 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
 
 
 def require_bare(policy: nn.Module) -> None:
-    """Raise StrategyError when the policy carries adapters already."""
+    """Raise StrategyError when the policy carries adapters already, or quantised weights without any."""
     first = next(adapted_layers(policy), None)
     if first is not None:
         raise StrategyError(
             f"the policy carries adapters already, at {first[0]}: merge them (vlafit.merge) or load the "
             "policy again, then apply a strategy"
+        )
+    rounded = quantised_names(policy)
+    if rounded:
+        raise StrategyError(
+            f"the policy is quantised already, {min(rounded)} and {len(rounded) - 1} layers more: load it "
+            "again, or make plain layers of the rounded values (vlafit.merge), then apply a strategy"
         )
 
 
@@ -234,13 +238,14 @@ def group_of(name: str) -> str:
 
 
 def _remember(policy: nn.Module, factors: Mapping[str, Tensor]) -> None:
-    kept = getattr(policy, "initial_factors", {})
-    policy.initial_factors = kept | {n: t.detach().clone() for n, t in factors.items()}  # type: ignore[assignment]
+    had = attached(policy)
+    new = {name: tensor.detach().clone() for name, tensor in factors.items()}
+    attach(policy, replace(had, initial={**had.initial, **new}))
 
 
 def initial_factors(policy: nn.Module, group: Group) -> dict[str, Tensor]:
     """Return the factors that PiSSA took out of the weights below `group` when it began, by live name."""
-    kept: Mapping[str, Tensor] = getattr(policy, "initial_factors", {})
+    kept = attached(policy).initial
     return {name: tensor for name, tensor in kept.items() if group_of(name) == group.name}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vlafit.nn.policy import Policy
+from vlafit.tuning.attached import attach
 from vlafit.tuning.inject import adapted_layers
 from vlafit.tuning.quantise import dequantised, quantised_names
 
@@ -15,28 +16,32 @@ def merge(policy: Policy) -> Policy:
     """Fold every adapter into its layer, in place, and return the policy, which then carries none.
 
     The sum is made in float32 and cast once to the layer's own dtype. A quantised layer becomes a plain one
-    of its rounded values, so the outputs stay those that were trained. Without adapters nothing changes.
+    of its rounded values, so the outputs stay those that were trained. A policy with neither stays as it is,
+    `requires_grad` too. What is merged lies in no file any more: the policy forgets its `source`.
     """
-    for name, layer in list(adapted_layers(policy)):
+    for name, layer in (adapted := list(adapted_layers(policy))):
         policy.set_submodule(name, _merged(layer))
-    return _bare(policy)
+    return _bare(policy, bool(adapted))
 
 
 def remove(policy: Policy) -> Policy:
     """Take every adapter off, in place, and return the policy as it is below them.
 
-    A quantised layer becomes a plain one of its rounded values. Without adapters nothing changes.
+    A quantised layer becomes a plain one of its rounded values. A policy with neither stays as it is.
     """
-    for name, layer in list(adapted_layers(policy)):
+    for name, layer in (adapted := list(adapted_layers(policy))):
         policy.set_submodule(name, layer.get_base_layer())
-    return _bare(policy)
+    return _bare(policy, bool(adapted))
 
 
-def _bare(policy: Policy) -> Policy:
-    for name in quantised_names(policy):
+def _bare(policy: Policy, changed: bool) -> Policy:
+    rounded = quantised_names(policy)
+    if not (rounded or changed):
+        return policy
+    for name in rounded:
         policy.set_submodule(name, _plain(policy.get_submodule(name)))
-    if hasattr(policy, "peft_config"):  # peft's mark; without adapters it would claim some
-        del policy.peft_config
+    attach(policy, None)
+    policy.source = None
     for parameter in policy.parameters():
         parameter.requires_grad_(True)
     return policy

@@ -27,17 +27,39 @@ def quantise_layer(policy: nn.Module, name: str, how: Quantise) -> None:
         _int8(layer)
 
 
+def quantisation(layer: nn.Module) -> Quantise:
+    """Return how the weight of a linear layer is rounded; "" where it is not."""
+    weight: Any = layer.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return "nf4"
+    return "int8" if type(weight).__module__.startswith("torchao") else ""
+
+
 def dequantised(layer: nn.Module) -> Tensor | None:
     """Return the weight of a quantised layer as its floats [out, in]; None when it is not quantised."""
     weight: Any = layer.weight
-    state: Any = getattr(weight, "quant_state", None)
-    if state is not None:
-        import bitsandbytes.functional as bnb
+    match quantisation(layer):
+        case "nf4":
+            import bitsandbytes.functional as bnb
 
-        return bnb.dequantize_4bit(weight.data, state)
-    if type(weight.data).__module__.startswith("torchao") or type(weight).__module__.startswith("torchao"):
-        return weight.dequantize()
+            return bnb.dequantize_4bit(weight.data, weight.quant_state)
+        case "int8":
+            return weight.dequantize()
     return None
+
+
+def is_rounded_from(layer: Any, weight: Tensor) -> bool:
+    """Tell whether the quantised `layer` holds exactly what rounding `weight` [out, in] gives."""
+    held = dequantised(layer)
+    assert held is not None
+    if weight.shape != held.shape:
+        return False
+    again = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    again.weight = nn.Parameter(weight.detach().to(held.device, held.dtype))
+    holder = nn.ModuleDict({"layer": again})
+    quantise_layer(holder, "layer", quantisation(layer))
+    made = dequantised(holder["layer"])
+    return made is not None and torch.equal(made, held)
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
@@ -79,9 +101,8 @@ def _int8(layer: nn.Linear) -> None:
 
 def quantised_names(policy: nn.Module) -> set[str]:
     """Return the names of the quantised layers, below `base_layer` where they are adapted."""
-    with torch.no_grad():
-        return {
-            name
-            for name, module in policy.named_modules()
-            if isinstance(module, nn.Linear) and dequantised(module) is not None
-        }
+    return {
+        name
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Linear) and quantisation(module)
+    }

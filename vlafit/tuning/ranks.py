@@ -1,11 +1,21 @@
 """AdaLoRA's rank schedule (arXiv 2303.10512): which singular values each layer keeps, as training goes on.
 
-peft scores every triplet of singular vectors by weight times gradient, and zeroes the least important ones
-until the budget is met; it must be driven by the loop. Its model class adds the orthogonality penalty only to
-outputs of transformers' form, so that is written here.
+Every triplet of singular vectors is scored by weight times gradient, smoothed; from time to time the least
+important ones of all layers together are zeroed, until the mean rank is the target. Between two prunings a
+zeroed value may grow again; in the last stretch it may not. peft has this, too, for models that train in one
+piece and count their steps; here layers may begin to learn, and stop, in any stage of a strategy:
+
+- A layer's clock begins when it first learns and ends when it learns no more: at the run's end, or with the
+  stage that freezes it (if that waits for a plateau, it may come sooner). Layers of one clock share a budget.
+- The clock goes by the share of the run that is done: by steps, or by time where that is the limit and is
+  further. By steps, an interrupted run goes on bit for bit. By time it goes on from the same share, but at a
+  pace of its own, as its learning rate does.
+- A layer that is frozen keeps the rank that it had come to.
 """
 
-from typing import Any
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,105 +25,230 @@ from vlafit.tuning.adapters import Adapter
 from vlafit.tuning.inject import make_groups
 from vlafit.tuning.plan import Plan
 
-WARM, SETTLE = 0.1, 0.3  # shares of the steps before the budget falls, and after it has fallen
-PRUNINGS = 50  # of the schedule, evenly spread
+WARM, SETTLE = 0.1, 0.3  # shares of a layer's time before the budget falls, and after it has fallen
+PRUNINGS = 50  # at most, evenly spread between the two
+SMOOTHING = 0.85  # of sensitivity and of its uncertainty: beta1 and beta2, section 4.1 of the paper
 
 
-def rank_schedule(policy: nn.Module, plan: Plan, *, steps: int) -> "RankSchedule | None":
-    """Return the schedule of the plan's AdaLoRA adapters over `steps`; None where none learns."""
-    learning = {e.adapts.removesuffix(".weight") for e in plan.entries if e.adapts and e.trainable}
+@dataclass(frozen=True)
+class Clock:
+    """When a layer's share of a run begins and ends, in optimiser steps and in shares of a time budget."""
+
+    began: int
+    began_spent: float
+    ends: int
+    ends_spent: float
+    """Infinite where the end is a step, whatever the time."""
+
+    def done(self, step: int, spent: float) -> float:
+        """Return the share that is over after `step` steps, or with `spent` of the time gone, if more."""
+        by_steps = (step - self.began) / max(1, self.ends - self.began)
+        by_time = (spent - self.began_spent) / max(1e-9, self.ends_spent - self.began_spent)
+        return max(by_steps, by_time)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer: its factors, how much each of their values mattered, and which ranks it keeps."""
+
+    tensors: Mapping[str, Tensor]  # A [r, in], B [out, r], E [r, 1]
+    sensitivity: Mapping[str, Tensor]  # of the same shapes
+    uncertainty: Mapping[str, Tensor]
+    kept: Tensor  # bool [r]: at the last pruning
+    clock: Clock
+    prunings: int = 0
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Take in what the last step did, while its gradients are still there."""
+        for key, tensor in self.tensors.items():
+            assert tensor.grad is not None
+            now = (tensor * tensor.grad).abs()
+            mean = self.sensitivity[key].lerp_(now, 1 - SMOOTHING)
+            self.uncertainty[key].lerp_((now - mean).abs(), 1 - SMOOTHING)
+
+    def importance(self) -> Tensor:
+        """Return the score of each triplet [r]: that of its value and the means of its vectors'."""
+        a, b, e = (self.sensitivity[key] * self.uncertainty[key] for key in "ABE")
+        return e[:, 0] + a.mean(1) + b.mean(0)
+
+
+def rank_schedule(policy: nn.Module, plan: Plan) -> "RankSchedule | None":
+    """Return the schedule of the plan's AdaLoRA adapters, in whatever stage they learn; None: it has none."""
     groups = [g for g in make_groups(plan.adapted) if g.adapter.method == "adalora"]
-    groups = [g for g in groups if learning & g.layers.keys()]
-    if not groups:
-        return None
-    return RankSchedule(policy, [(g.name, g.adapter) for g in groups], steps)
+    return RankSchedule(policy, groups[0].name, groups[0].adapter) if groups else None
 
 
 class RankSchedule:
-    """Lowers the ranks of the AdaLoRA adapters `named` in `policy` while it trains for `steps`."""
+    """Lowers the ranks of the AdaLoRA adapters called `name` in `policy`, stage after stage."""
 
-    def __init__(self, policy: nn.Module, named: list[tuple[str, Adapter]], steps: int) -> None:
-        self.policy = policy
-        self._named = named
-        self._allocators = {name: _allocator(policy, name, adapter, steps) for name, adapter in named}
+    def __init__(self, policy: nn.Module, name: str, adapter: Adapter) -> None:
+        self.adapter = adapter
+        tensors, end = dict(policy.named_parameters()), f".lora_E.{name}"
+        layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+        self._names = {x: {key: f"{x}.lora_{key}.{name}" for key in "ABE"} for x in layers}
+        self._tensors = {x: {key: tensors[n] for key, n in names.items()} for x, names in self._names.items()}
+        self._device = next(policy.parameters()).device
+        self._begun: dict[str, Layer] = {}  # layers that learn, or have learned
+        self._learning: list[str] = []
+        self._pruned: set[str] = set()  # by the last step
+
+    def enter(self, plan: Plan, *, steps: int, step: int, spent: float = 0.0) -> None:
+        """Enter the plan's stage in a run of `steps`, after `step` of them and `spent` of its time.
+
+        What learned and does so no more keeps its present ranks from here on.
+        """
+        ends = _ends(plan, steps)
+        for name in self._learning:
+            if name not in ends:
+                _prune(self._begun[name].tensors["E"], self._begun[name].kept)
+        for name, (last, last_spent) in ends.items():
+            layer = self._begun.get(name) or self._new(name, step, spent)
+            clock = replace(layer.clock, ends=last, ends_spent=last_spent)
+            self._begun[name] = replace(layer, clock=clock)
+        self._learning, self._pruned = list(ends), set()
+
+    def _new(self, name: str, step: int, spent: float) -> Layer:
+        tensors = self._tensors[name]
+        zeros = [{key: torch.zeros_like(t, requires_grad=False) for key, t in tensors.items()} for _ in "su"]
+        kept = torch.ones(len(tensors["E"]), dtype=torch.bool, device=tensors["E"].device)
+        return Layer(tensors, zeros[0], zeros[1], kept, Clock(step, spent, step, spent))
 
     def penalty(self) -> Tensor:
         """Return the mean distance of singular vectors from orthogonality, times its weight: a scalar."""
-        total = torch.zeros((), device=next(self.policy.parameters()).device)
-        for name, adapter in self._named:
-            distances = []
-            for key, p in self.policy.named_parameters():
-                if key.endswith(f".lora_A.{name}"):
-                    distances.append(_from_orthogonal(p @ p.T))
-                elif key.endswith(f".lora_B.{name}"):
-                    distances.append(_from_orthogonal(p.T @ p))
-            total = total + adapter.orthogonal * torch.stack(distances).mean()
-        return total
+        grams = [g for name in self._learning for g in _grams(self._begun[name].tensors)]
+        if not grams:
+            return torch.zeros((), device=self._device)
+        return self.adapter.orthogonal * torch.stack([_from_orthogonal(gram) for gram in grams]).mean()
 
-    def after_step(self, step: int) -> None:
-        """Score what the last step did, and prune when it is time; `step` counts from 1.
+    def after_step(self, step: int, spent: float = 0.0) -> None:
+        """Score what the run's last step did, and prune when it is time; it was step number `step`, from 1.
 
-        To be called after the optimiser's step, while the gradients are still there. Raises TrainingError
-        where a singular vector has none.
+        `spent` is the share of a time budget that is gone. To be called after the optimiser's step, while the
+        gradients are still there. Raises TrainingError where what learns has none.
         """
-        for name, allocator in self._allocators.items():
-            bare = [
-                key
-                for key, p in self.policy.named_parameters()
-                if p.grad is None and any(key.endswith(f".lora_{x}.{name}") for x in "ABE")
-            ]
-            if bare:
-                raise TrainingError(
-                    f"AdaLoRA: {len(bare)} of its tensors have no gradient, such as {bare[0]}; freeze them "
-                    'by a rule before the one with mode = "adalora"'
-                )
-            allocator.update_and_allocate(self.policy, step)
+        self._pruned = set()
+        self._require_gradients()
+        pools: dict[Clock, list[str]] = {}
+        for name in self._learning:
+            pools.setdefault(self._begun[name].clock, []).append(name)
+        for clock, names in pools.items():
+            done, layers = clock.done(step, spent), [self._begun[name] for name in names]
+            fallen = (done - WARM) / (1 - WARM - SETTLE)
+            if fallen < 1 or not any(layer.prunings for layer in layers):
+                for layer in layers:
+                    layer.score()
+            number = math.floor(min(1.0, fallen) * PRUNINGS)
+            if number > min(layer.prunings for layer in layers) or fallen >= 1:
+                self._allocate(names, min(1.0, fallen), number)
+
+    def _allocate(self, names: list[str], fallen: float, number: int) -> None:
+        """Keep the most important triplets of the layers `names` together, and zero the others."""
+        layers, ranks = [self._begun[name] for name in names], self.adapter
+        mean = ranks.target_rank + (ranks.rank - ranks.target_rank) * (1 - fallen) ** 3  # equation 12
+        scores = torch.cat([layer.importance() for layer in layers])
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[scores.argsort(descending=True, stable=True)[: int(mean * len(layers))]] = True
+        for name, layer, mine in zip(names, layers, kept.split([len(x.kept) for x in layers]), strict=True):
+            self._begun[name] = replace(layer, kept=mine.clone(), prunings=number)
+            _prune(layer.tensors["E"], mine)
+        self._pruned = self._pruned | set(names)
+
+    def prune(self, average: Mapping[str, Tensor]) -> None:
+        """Zero in a moving average, by live name, what the last step pruned; else it would only fade."""
+        for name in self._pruned:
+            _prune(average[self._names[name]["E"]], self._begun[name].kept)
+
+    def _require_gradients(self) -> None:
+        bare = [
+            self._names[name][key]
+            for name in self._learning
+            for key, tensor in self._tensors[name].items()
+            if tensor.grad is None
+        ]
+        if bare:
+            raise TrainingError(
+                f"AdaLoRA: {len(bare)} of its tensors have no gradient, such as {bare[0]}; freeze them "
+                'by a rule before the one with mode = "adalora"'
+            )
 
     def ranks(self) -> dict[str, int]:
-        """Return how many singular values each adapted layer has left."""
-        found = {}
-        for key, p in self.policy.named_parameters():
-            layer, _, leaf = key.rpartition(".lora_E.")
-            if leaf in self._allocators:
-                found[layer] = int((p != 0).sum())
-        return found
+        """Return how many singular values each layer that has learned kept at its last pruning."""
+        if not self._begun:
+            return {}
+        counts = torch.stack([layer.kept.sum() for layer in self._begun.values()]).tolist()
+        return dict(zip(self._begun, counts, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Return the running scores, by name."""
-        return {
-            f"{name}/{what}/{key}": value
-            for name, allocator in self._allocators.items()
-            for what in ("exp_avg_ipt", "exp_avg_unc")
-            for key, value in getattr(allocator, what).items()
-        }
+        """Return all that a run needs to go on, by name."""
+        found: dict[str, Tensor] = {}
+        for name, layer in self._begun.items():
+            clock = layer.clock
+            facts = [float(clock.began), clock.began_spent, float(layer.prunings)]
+            found[f"clock/{name}"] = torch.tensor(facts, dtype=torch.float64)
+            found[f"kept/{name}"] = layer.kept
+            for key in "ABE":
+                found[f"sensitivity.{key}/{name}"] = layer.sensitivity[key]
+                found[f"uncertainty.{key}/{name}"] = layer.uncertainty[key]
+        return found
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned."""
-        tensors = dict(self.policy.named_parameters())
-        for allocator in self._allocators.values():
-            allocator.reset_ipt()
-        for key, value in state.items():
-            name, what, tensor = key.split("/", 2)
-            if name not in self._allocators or tensor not in tensors:
-                raise TrainingError(f"the stored AdaLoRA scores {key!r} are not of this policy")
-            value = value.to(tensors[tensor].device)
-            getattr(self._allocators[name], what)[tensor] = value
-            self._allocators[name].ipt.setdefault(tensor, torch.zeros_like(value))
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` returned in the same stage. Raises TrainingError where it is another's."""
+        names = [key.partition("/")[2] for key in state if key.startswith("clock/")]
+        self._require_mine(names, state)
+        for name in names:
+            began, spent, prunings = state[f"clock/{name}"].tolist()
+            layer = self._begun.get(name) or self._new(name, int(began), spent)
+            for key in "ABE":
+                layer.sensitivity[key].copy_(state[f"sensitivity.{key}/{name}"])
+                layer.uncertainty[key].copy_(state[f"uncertainty.{key}/{name}"])
+            layer.kept.copy_(state[f"kept/{name}"])
+            clock = replace(layer.clock, began=int(began), began_spent=spent)
+            self._begun[name] = replace(layer, clock=clock, prunings=int(prunings))
+
+    def _require_mine(self, names: Collection[str], state: Mapping[str, Tensor]) -> None:
+        whole = {f"{what}/{name}" for what in _STORED for name in names}
+        odd = sorted({*whole} ^ {*state}) + [x for x in names if x not in self._tensors]
+        odd += [name for name in self._learning if name not in names]
+        if odd:
+            raise TrainingError(
+                f"the stored AdaLoRA scores are not those of this policy and version: {odd[:3]}; start anew "
+                "with --out"
+            )
 
 
-def _allocator(policy: nn.Module, name: str, adapter: Adapter, steps: int) -> Any:
-    from peft import AdaLoraConfig
-    from peft.tuners.adalora.layer import RankAllocator
+_STORED = ("clock", "kept", *(f"{what}.{key}" for what in ("sensitivity", "uncertainty") for key in "ABE"))
 
-    config = AdaLoraConfig(
-        init_r=adapter.rank,
-        target_r=adapter.target_rank,
-        total_step=steps,
-        tinit=round(WARM * steps),
-        tfinal=round(SETTLE * steps),
-        deltaT=max(1, round((1 - WARM - SETTLE) * steps / PRUNINGS)),
-    )
-    return RankAllocator(policy, config, name)
+
+def _ends(plan: Plan, steps: int) -> dict[str, tuple[int, float]]:
+    """Return the AdaLoRA layers that learn in the stage, and the step and share of time of their end."""
+    ends: dict[str, tuple[int, float]] = dict.fromkeys(_learning(plan), (steps, 1.0))
+    going = set(ends)
+    for number, stage in enumerate(plan.strategy.stages[plan.stage + 1 :], plan.stage + 1):
+        begin = stage.begin
+        stays = going & set(_learning(plan.at(number)))
+        at = begin.at_step(steps) if begin is not None else None
+        for name in going - stays:
+            if begin is not None and at is not None:
+                ends[name] = (at, math.inf if begin.fraction is None else begin.fraction)
+        going = stays
+    return ends
+
+
+def _learning(plan: Plan) -> Iterable[str]:
+    """Return the AdaLoRA layers that learn in the plan's stage, in the policy's order."""
+    mine = {layer for layer, adapter in plan.adapted.items() if adapter.method == "adalora"}
+    found = dict.fromkeys(e.adapts.removesuffix(".weight") for e in plan.entries if e.adapts and e.trainable)
+    return [layer for layer in found if layer in mine]
+
+
+@torch.no_grad()
+def _prune(values: Tensor, kept: Tensor) -> None:
+    values.masked_fill_(~kept[:, None], 0.0)
+
+
+def _grams(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors["A"] @ tensors["A"].T, tensors["B"].T @ tensors["B"]
 
 
 def _from_orthogonal(gram: Tensor) -> Tensor:
