@@ -149,6 +149,11 @@ def size(count: int) -> str:
     return str(count)
 
 
+def rate(low: float, high: float) -> str:
+    """Return a learning rate's multiplier, or the range of those that a rule gives: ``0.32..1``."""
+    return f"{high:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+
+
 def plan_table(rows: list[dict]) -> str:
     """Return the tuning table as text; the last row is the total."""
     header = ("rule", "mode", "tensors", "parameters", "adapters", "trainable", "lr x", "optimiser bytes")
@@ -160,7 +165,7 @@ def plan_table(rows: list[dict]) -> str:
             size(row["parameters"]),
             size(row["adapter"]) if row["adapter"] else "",
             size(row["trainable"]),
-            f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
+            rate(row["lr_lowest"], row["lr"]) if row["trainable"] and row["rule"] else "",
             size(row["optimiser_bytes"]),
         )
         for row in rows
