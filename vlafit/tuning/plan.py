@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
-from vlafit.tuning import strategy as writing
+from vlafit.tuning import writing
 from vlafit.tuning.adapters import Adapter, Quantise
 from vlafit.tuning.rules import Rule, decide
 from vlafit.tuning.strategy import Stage, Strategy, parse

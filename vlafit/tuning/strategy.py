@@ -40,7 +40,7 @@ A stage with `layer_by_layer = 2` and `every = { fraction = 0.1 }` is repeated w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -147,7 +147,7 @@ def _repeated(stage: Stage, infos: Sequence[Described], where: str) -> list[Stag
 
 
 def _reaching(rule: Rule, reached: int, depths: Mapping[str, int]) -> Iterator[Rule]:
-    """Yield the rule with its "top" written out: once for all parts, or once for each depth that they have."""
+    """Yield the rule with its "top" written out: for all parts, or for each depth that they have."""
     if rule.select.layers != TOP:
         yield rule
         return
@@ -205,8 +205,8 @@ def parse(
         for number, rule in enumerate(rules, 1):
             if rule.select.layers == TOP:
                 raise StrategyError(
-                    f'{where}: rule {number}: `layers = "top"` is for stages with `layer_by_layer`; in a rule of '
-                    f"the whole run {RANGES}"
+                    f'{where}: rule {number}: `layers = "top"` is for stages with `layer_by_layer`; in a '
+                    f"rule of the whole run {RANGES}"
                 )
         return Strategy(name, (Stage(rules),), purpose)
     if "rule" in values:
@@ -383,39 +383,3 @@ def _layers(value: object, where: str) -> str:
     if not match or (match["high"] and int(match["high"]) < int(match["low"])):
         raise StrategyError(f"{where}: `layers` = {value!r} is no range; {RANGES}")
     return match.string
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def plain(strategy: Strategy) -> dict[str, object]:
-    """Return the strategy as the tables that `parse` reads, its name beside them."""
-    said: dict[str, object] = {"name": strategy.name, "purpose": strategy.purpose}
-    if len(strategy.stages) == 1 and strategy.stages[0] == Stage(strategy.rules):
-        return said | {"rule": [dict(_plain_rule(r)) for r in strategy.rules]}
-    return said | {"stage": [dict(_plain_stage(s)) for s in strategy.stages]}
-
-
-def _plain_stage(stage: Stage) -> Iterator[tuple[str, object]]:
-    default = Stage(())
-    for key in ("name", "lr", "warmup_steps", "layer_by_layer"):
-        if getattr(stage, key) != getattr(default, key):
-            yield key, getattr(stage, key)
-    for key in ("begin", "every"):
-        moment = getattr(stage, key)
-        if moment is not None:
-            yield key, {k: v for k, v in asdict(moment).items() if v is not None}
-    yield "rule", [dict(_plain_rule(r)) for r in stage.rules]
-
-
-def _plain_rule(rule: Rule) -> Iterator[tuple[str, object]]:
-    select = {key: value for key, value in asdict(rule.select).items() if value}
-    if select:
-        yield "select", {k: v if isinstance(v, str) else list(v) for k, v in select.items()}
-    yield "mode", rule.mode
-    if rule.adapter is not None:
-        yield from adapters.plain(rule.adapter).items()
-    default = Rule()
-    for key in ("lr", "layer_decay", "weight_decay", "quantise", "optional"):
-        if getattr(rule, key) != getattr(default, key):
-            yield key, getattr(rule, key)
