@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 QUIET_EVERY_S = 15.0  # where stdout is no terminal, a line so often
-# What peft's import makes others log (it imports torchao and bitsandbytes where they are installed): kernels for
-# other Pythons and GPUs than this one, which nothing here uses, and an outdated call of torchao's to torch.
+# What peft's import makes others log (it imports torchao and bitsandbytes where they are installed): kernels
+# for other Pythons and GPUs than this one, which nothing here uses, and an outdated call of torch.
 IMPORT_NOISE = {  # logger -> how its message begins, or what it holds
     "torchao": "Failed to load ",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
