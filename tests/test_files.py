@@ -1,5 +1,11 @@
 """Writing that an interruption cannot spoil."""
 
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import pytest
 
 from vlafit import files
@@ -97,3 +103,31 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path, write):
 def test_a_writable_folder_is_made_and_left_empty(tmp_path):
     assert files.require_writable(tmp_path / "a/b") == tmp_path / "a/b"
     assert list((tmp_path / "a/b").iterdir()) == []
+
+
+def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
+    with files.exclusive(tmp_path, "vlafit compare"):
+        files.require_writable(tmp_path)
+        for attempt in (files.exclusive, files.require_unlocked):
+            says = rf"{tmp_path}: another vlafit compare \(process {os.getpid()}\), .* is at work here"
+            with pytest.raises(VlafitError, match=says), attempt(tmp_path, "vlafit compare") or nullcontext():
+                pass
+        assert files.is_empty(tmp_path), "a lock is no content"
+    assert list(tmp_path.iterdir()) == []
+    files.require_unlocked(tmp_path, "vlafit compare")
+    with files.exclusive(tmp_path, "vlafit compare"):
+        pass
+
+
+def test_the_lock_of_a_process_that_is_killed_is_free(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from vlafit import files\n"
+        f"with files.exclusive(Path({str(tmp_path)!r}), 'x'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    files.require_unlocked(tmp_path, "x")
+
+
+def test_looking_for_a_lock_makes_nothing(tmp_path):
+    files.require_unlocked(tmp_path / "no", "x")
+    assert list(tmp_path.iterdir()) == []

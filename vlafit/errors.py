@@ -47,10 +47,14 @@ class SimulationError(VlafitError):
     """A simulation that cannot be made, rendered or stepped."""
 
 
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest option, or list the options when none is near."""
+def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest option, or list the options when none is near.
+
+    It ends a sentence: write nothing behind it. Not `listed`: nothing is returned where none is near, for the
+    message names the options already.
+    """
     options = sorted(options)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; it can be one of: {', '.join(options)}" if options else ""
+    return f"; it can be one of: {', '.join(options)}" if options and listed else ""

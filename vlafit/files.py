@@ -1,17 +1,24 @@
-"""Writing that an interruption cannot spoil: whole files, whole folders, whole lines.
+"""Writing that an interruption cannot spoil: whole files, folders and lines, by one process at a time.
 
 Whatever cannot be written is a VlafitError that says where and why.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from vlafit.errors import VlafitError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in a folder that is worked in; it holds the process's number. One that is killed leaves it.
 
 
 def _cannot(what: str, path: Path, error: OSError) -> VlafitError:
@@ -152,3 +159,61 @@ def require_writable(folder: Path) -> Path:
     except OSError as error:
         raise _cannot("write to folder", folder, error) from error
     return folder
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a folder holds nothing, or only the lock that a killed process left."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def require_unlocked(folder: Path, what: str) -> None:
+    """Raise VlafitError where another process holds the folder's lock. Writes nothing."""
+    if (folder / LOCK).is_file():
+        with _held(folder, what):
+            pass
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[int]:
+    """Hold the folder's lock, and yield its file descriptor; processes that inherit it hold it, too.
+
+    The system lets go of it when the last of them ends, however it ends. Raises VlafitError, naming the
+    folder and the process, where another command holds it; `what` says which kind of command that is.
+    """
+    require_writable(folder)
+    with _held(folder, what) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
+        try:
+            yield file.fileno()
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # still held: who opened it meanwhile looks again
+
+
+@contextmanager
+def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
+    path = folder / LOCK
+    while True:
+        with open(path, "ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                number = file.read().strip().decode(errors="replace")
+                who = f"another {what} (process {number})" if number.isdigit() else f"another {what}"
+                raise VlafitError(
+                    f"{folder}: {who}, or a run that it began, is at work here; wait for it, or stop it"
+                ) from error
+            except OSError as error:  # of a file system that knows no locks
+                log.warning("cannot lock %s (%s): let no other command work there meanwhile", folder, error)
+            if _is_at(file, path):  # else its holder has just removed it
+                yield file
+                return
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -57,3 +57,12 @@ def test_warnings_of_the_library_go_to_stderr_on_the_main_process_alone(capsys):
             logging.getLogger("vlafit.somewhere").warning("careful %d", 3)
             logging.getLogger("vlafit.somewhere").info("fine")
         assert capsys.readouterr().err == shown
+
+
+def test_what_imports_of_peft_make_others_say_is_kept_back_and_nothing_else(caplog):
+    with console.logging_to_stderr(True), console.logging_to_stderr(True):
+        for name, noise in console.IMPORT_NOISE.items():
+            assert len([f for f in logging.getLogger(name).filters if getattr(f, "noise", "") == noise]) == 1
+            logging.getLogger(name).warning("%s and more", noise)
+            logging.getLogger(name).warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"] * 3

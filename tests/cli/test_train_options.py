@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlafit import cli, config
+from vlafit.cli.recipes import without
 from vlafit.cli.verbs.train import read
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -142,3 +143,32 @@ def test_a_mistake_in_the_file_names_the_file(path):
     path.write_text(RECIPE + "beta3 = 1\n")
     with pytest.raises(ConfigError, match=r"small\.toml: unknown key 'beta3' in \[optim\]; did you mean"):
         train(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "full", "--strategy", "expert"],
+        ["--out", "a", "--out=b"],
+        ["--optim.warmup-steps", "1", "--optim.warmup_steps", "2"],
+        ["--policy.config.chunk", "2", "--policy.config.chunk", "2"],
+        ["--train.trackers", "--train.trackers", "tensorboard"],
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused(path, words):
+    name = words[0].replace("-steps", "_steps")
+    with pytest.raises(ConfigError, match=f"^{name} is given 2 times; give it once$"):
+        train(path, *words)
+
+
+def test_a_value_that_reads_like_another_and_an_option_that_collects_are_given_as_often_as_wanted(
+    path, capsys
+):
+    assert train(path, "--purpose", "strategy", "--strategy", "strategy").strategy == "strategy"
+    words = ["inspect", "no-such", "--config", "a=1", "--config", "b=2"]
+    assert cli.main(words) == 2 and "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_command_line_without_an_option_is_the_rest():
+    words = ["x", "--workers", "2", "--out", "a", "--workers=3"]
+    assert without(words, "--workers") == ["x", "--out", "a"]

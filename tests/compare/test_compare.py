@@ -11,17 +11,19 @@ import pytest
 
 from tests.report.test_report import Strict
 from vlafit import compare, config
+from vlafit.cli.verbs import compare as verb
 from vlafit.cli.verbs.compare import describe, read
 from vlafit.compare import arms, record, summary
 from vlafit.compare.arms import Options, with_budget
 from vlafit.compare.page import page
-from vlafit.compare.process import Processes, exclusive
+from vlafit.compare.process import Processes, reason
 from vlafit.compare.record import HELD_OUT, Record
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.shipped import find
 
-BROKEN = '[[rule]]\nselect = { pattern = "nothing.*" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n'
+BROKEN = '[[rule]]\nmode = "full"\nlr = 1e38\n'  # the loss is no number after a step
+MISFIT = '[[rule]]\nselect = { pattern = "nothing.*" }\nmode = "full"\n\n[[rule]]\nmode = "frozen"\n'
 GRID = (1e-3, 1e-2)
 LOW, HIGH = "expert-lr0.001-seed3", "expert-lr0.01-seed3"
 
@@ -39,7 +41,7 @@ class Seen(compare.Observer):
 
 @pytest.fixture(scope="module")
 def strategies(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A strategy's file that works, and one that matches nothing of the policy."""
+    """A strategy's file that works, and one under which training breaks."""
     folder = tmp_path_factory.mktemp("strategies")
     shutil.copy(find("strategy", "expert"), folder / "expert.toml")
     (folder / "broken.toml").write_text(BROKEN)
@@ -108,9 +110,47 @@ def test_only_the_chosen_learning_rate_is_rolled_out(done: compare.Comparison) -
 def test_an_arm_that_breaks_is_recorded_and_ends_nothing(done: compare.Comparison) -> None:
     broken = [r for r in done.records if r.strategy == "broken"]
     assert len(broken) == 2 and all(r.figures is None for r in broken)
-    assert all("matches nothing" in (r.error or "") for r in broken)
+    assert all("\nvlafit: step " in (r.error or "") for r in broken), "the whole message, and no more"
+    assert all(r.reason.startswith("step ") and "not finite" in r.reason for r in broken)
     assert done.standings[1].lr is None and not done.missing
-    assert any("broken-lr0.01-seed3 broke" in line for line in summary.caveats(done))
+    assert set(done.broken) == set(broken) and all(done.log(r.name).is_file() for r in broken)
+    caveat = next(line for line in summary.caveats(done) if "broken-lr0.01-seed3 broke" in line)
+    assert "not finite" in caveat and "(log: logs/broken-lr0.01-seed3.log)" in caveat
+
+
+def test_a_strategy_that_did_not_finish_is_shown_so_and_never_with_zeros(done: compare.Comparison) -> None:
+    row = next(line for line in describe(done).splitlines() if line.startswith("broken "))
+    assert row.split() == ["broken", "did", "not", "finish"]
+    assert "broken did not finish: step " in describe(done)
+    facts = json.loads((done.folder / "compare.json").read_text())
+    one = facts["strategies"][1]
+    assert one["did_not_finish"].startswith("step ") and facts["strategies"][0]["did_not_finish"] is None
+    assert {one[key] for key in ("samples_per_s", "trainable", "memory", "train_seconds")} == {None}
+    assert any(
+        "Left out of the ranking: broken, which did not finish: step" in n for n in facts["verdict"]["notes"]
+    )
+    assert "did not finish: step" in (done.folder / "compare.html").read_text()
+
+
+def test_the_command_line_shows_the_whole_message_of_what_broke_and_fails(
+    done: compare.Comparison, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    def run(*_: object, observer: compare.Observer, **__: object) -> compare.Comparison:
+        for one in done.records:
+            observer.arm(one.name, one, True)
+        return done
+
+    monkeypatch.setattr(compare, "run", run)
+    path = tmp_path / "tiny.toml"
+    path.write_text(config.dump(done.recipe))
+    words = [str(path), "--strategies", "expert", "--out", str(done.folder)]
+    assert verb.run(words) == 1
+    said = capsys.readouterr()
+    for one in done.broken:
+        assert f"{one.name}: BROKE: {one.error}" in said.out and f"log: {done.log(one.name)}" in said.out
+    assert "did not finish: broken-lr0.001-seed3, broken-lr0.01-seed3" in said.err
+    monkeypatch.setattr(compare, "run", lambda *_, **__: replace(done, records=done.records[:2]))
+    assert verb.run(words) == 0
 
 
 def test_a_finished_arm_is_never_run_again(
@@ -193,6 +233,7 @@ def test_a_folder_of_something_else_is_left_alone(recipe: Recipe, options: Optio
         ({"strategies": ("ful",)}, "did you mean 'full'"),
         ({"seeds": ()}, "--seeds is empty"),
         ({"lr_grid": (0.0,)}, "a learning rate is above 0"),
+        ({"lr_grid": (1e-3, 1e-3)}, "names a learning rate twice"),
         ({"jobs": 0}, "--jobs is at least 1"),
     ],
 )
@@ -204,13 +245,24 @@ def test_options_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_commands_never_work_in_one_folder(tmp_path: Path) -> None:
-    with (
-        exclusive(tmp_path, "vlafit compare"),
-        pytest.raises(VlafitError, match="another vlafit compare"),
-        exclusive(tmp_path, "vlafit compare"),
-    ):
-        pass
+def test_every_fault_of_every_arm_is_named_before_the_first_one_trains(
+    recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    full = '[[stage.rule]]\nmode = "full"\n'
+    late = f"[[stage]]\n{full}[[stage]]\nbegin = {{ step = 9 }}\n{full}"
+    for name, text in (("misfit", MISFIT), ("late", late)):
+        (tmp_path / f"{name}.toml").write_text(text)
+    given = ("expert", str(tmp_path / "misfit.toml"), str(tmp_path / "late.toml"))
+    protocol = tmp_path / "toy.toml"
+    protocol.write_text(Path(recipe.eval.protocol).read_text().replace("size = 16", "size = 8"))
+    asked = replace(recipe, eval=replace(recipe.eval, protocol=str(protocol)))
+    with pytest.raises(ConfigError) as error:
+        compare.run(asked, replace(options, strategies=given), tmp_path / "out")
+    said = str(error.value)
+    assert "- --strategies misfit: strategy 'misfit': rule 1 (named nothing.*; full) matches nothing" in said
+    assert "- --strategies late: strategy 'late': stage 2 begins at step 9; the run has 4" in said
+    assert said.count("\n- ") == 3 and "protocol 'toy'" in said and "--strategies expert" not in said
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------- budgets, processes
@@ -235,6 +287,11 @@ def test_how_a_process_ended_is_told(tmp_path: Path) -> None:
     assert "SIGKILL (the system does that when memory is short)" in killed.error and "so far" in killed.error
     failed = processes.run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log")
     assert failed.error == "exit status 1; its last words:\nno such thing"
+    assert reason(failed.error) == "no such thing"
+    assert reason(killed.error) == "ended by SIGKILL (the system does that when memory is short)"
+    words = "raise SystemExit('much ado\\n' * 50 + 'vlafit: this\\n' + 'and that\\n' * 20)"
+    ours = processes.run([sys.executable, "-c", words], tmp_path / "log")
+    assert ours.words == "vlafit: this" + "\nand that" * 20 and reason(ours.error).startswith("this and that")
     processes.stop()
     assert processes.run([sys.executable, "-c", ""], tmp_path / "log").status == 130
 

@@ -13,6 +13,7 @@ import pytest
 from tests.report.test_report import Strict
 from tests.train.world import REPOSITORY, tiny, write_dots
 from vlafit import config, shipped, sweep
+from vlafit.cli.verbs import sweep as verb
 from vlafit.cli.verbs.sweep import describe, read
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
@@ -188,6 +189,14 @@ def test_two_workers_share_the_trials(recipe: Recipe, tmp_path: Path) -> None:
             {"strategy": Dimension(choices=("full", "expert")), "rule.lr": Dimension(choices=(1.0,))},
             r"'full'",
         ),
+        ({"optim.lr": Dimension(low=-1.0, high=1.0)}, r"- optim\.lr = -1\.0: optim\.lr must be above 0"),
+        ({"optim.lr": Dimension(low=0, high=1)}, r"optim\.lr = 0: optim\.lr must be above 0"),
+        ({"strategy": Dimension(choices=("full", "loar"))}, r"strategy = 'loar': .*did you mean 'lora'"),
+        ({"rule.mode": Dimension(choices=("full", "lroa"))}, r"mode 'lroa'; did you mean 'lora'"),
+        ({"rule.select.kind": Dimension(choices=("norm", "conv"))}, r"kind = 'conv': .*matches nothing"),
+        ({"rule.alpha": Dimension(low=1.0, high=2.0)}, r"no rule of strategy .* has the key 'alpha'"),
+        ({"policy.size": Dimension(choices=("pi0-tiny", "pi0-tinny"))}, r"did you mean 'pi0-tiny'"),
+        ({"train.batch_size": Dimension(choices=(4, 0))}, r"train\.batch_size must be at least 1"),
     ],
 )
 def test_a_name_or_value_that_cannot_be_is_refused(
@@ -196,6 +205,75 @@ def test_a_name_or_value_that_cannot_be_is_refused(
     with pytest.raises(ConfigError, match=says):
         sweep.run(sweep.Sweep(recipe, Study(search), tmp_path / "out"), "study.toml")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("search", "says"),
+    [
+        (
+            {"rule.rank": Dimension(low=4.5, high=8.5)},
+            r"rule\.rank = 4\.5: .*`rank` is a whole number .*4\.5",
+        ),
+        (
+            {"rule.rank": Dimension(low=0, high=8)},
+            r"rule\.rank = 0: .*`rank` is a whole number from 1 on, not 0",
+        ),
+        ({"rule.dropout": Dimension(low=0.0, high=1.5)}, r"rule\.dropout = 1\.5: .*below 1, not 1\.5"),
+        (
+            {"rule.alhpa": Dimension(low=1.0, high=2.0)},
+            r"rule\.alhpa = 1\.0: .*key 'alhpa'; did you mean 'alpha'",
+        ),
+    ],
+)
+def test_a_value_that_an_adapter_cannot_have_is_refused(
+    recipe: Recipe, tmp_path: Path, search: dict[str, Dimension], says: str
+) -> None:
+    asked = sweep.Sweep(replace(recipe, strategy="lora"), Study(search), tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match=rf"study\.toml: \[search\] asks for what no trial could be:\n- {says}"
+    ):
+        sweep.run(asked, "study.toml")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_that_no_trial_could_be_is_named_at_once(recipe: Recipe, tmp_path: Path) -> None:
+    search = {"optim.lr": Dimension(low=-1.0, high=1.0), "rule.rank": Dimension(choices=(0, 4))}
+    asked = sweep.Sweep(replace(recipe, strategy="lora"), Study(search), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"- optim\.lr = -1\.0: (.|\n)*- rule\.rank = 0: "):
+        sweep.run(asked, "study.toml")
+
+
+def test_values_that_are_possible_with_some_of_the_others_are_searched(recipe: Recipe) -> None:
+    search = {"rule.rank": Dimension(choices=(8, 24)), "rule.target_rank": Dimension(choices=(4, 12))}
+    check(Study(search), replace(recipe, strategy="adalora"), "here")
+    with pytest.raises(ConfigError, match=r"target_rank = 24: .*a mean of `target_rank` 24"):
+        search["rule.target_rank"] = Dimension(choices=(4, 24))
+        check(Study(search), replace(recipe, strategy="adalora"), "here")
+
+
+def test_an_option_that_a_strategy_leaves_at_its_default_is_searched_where_an_adapter_has_it(
+    tmp_path: Path,
+) -> None:
+    text = strategy_with("lora", {"rule.alpha": 8.0, "rule.rank": 4}, "here")
+    assert text is not None
+    (tmp_path / "made.toml").write_text(text)
+    first, *others = load_strategy(str(tmp_path / "made.toml")).rules
+    assert first.adapter is not None and (first.adapter.alpha, first.adapter.rank) == (8.0, 4)
+    assert [rule.adapter for rule in others] == [None, None]
+
+
+def test_a_sweep_of_which_every_trial_broke_fails_with_the_reasons(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "tiny.toml").write_text(config.dump(replace(recipe, strategy="full")))
+    (tmp_path / "study.toml").write_text('[search]\n"optim.lr" = { low = 1e30, high = 1e31 }\n')
+    words = [str(tmp_path / "tiny.toml"), "--study", str(tmp_path / "study.toml"), "--trials", "1"]
+    assert verb.run([*words, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "trial 0 broke: NotFinite: step " in said.out and "no trial came to its end" in said.err
+    assert "train the best again" not in said.out
+    notes = json.loads((tmp_path / "out" / "sweep.json").read_text())["notes"]
+    assert notes == ["No trial came to its end: 1 broke, so there is no best."]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -233,5 +234,67 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(VlafitError, match="step_000008"):
+    with pytest.raises(VlafitError) as error:
         run(recipe, out, resume=True)
+    assert "step_000008" in str(error.value)
+    assert "step_000006; the same command with --resume-from 6 instead of --resume" in str(error.value)
+    assert run(recipe, out, resume_from=6).finished
+    assert_same(learned(out, 8), learned(whole, 8))
+    assert without_times(out) == without_times(whole)
+    assert json.loads((out / "checkpoints" / "last.json").read_text())["step"] == 8
+
+
+def test_a_state_to_resume_from_must_be_there_and_whole_before_anything_is_removed(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    with pytest.raises(TrainingError, match="no training state of step 5, but those of steps 6, 8"):
+        run(recipe, out, resume_from=5)
+    (out / "checkpoints" / "step_000006" / "training" / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(TrainingError, match="no training state before it, so start anew"):
+        run(recipe, out, resume_from=6)
+    assert (out / "checkpoints" / "step_000008").is_dir()
+
+
+# ------------------------------------------------------------------------------- two at once, lost processes
+
+
+def test_a_second_process_in_the_folder_is_refused_resumed_or_fresh(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    refused: list[str] = []
+
+    def again() -> None:
+        for resume in (True, False):
+            with pytest.raises(VlafitError, match="is at work here") as error:
+                run(recipe, out, resume=resume)
+            refused.append(str(error.value))
+        second = start(recipe, out, "--resume")
+        refused.append(second.communicate()[1])
+        assert second.returncode == 2
+
+    assert run(recipe, out, observer=Until(2, again)).finished
+    assert all(f"{out}: another vlafit train (process {os.getpid()})" in said for said in refused)
+    assert sorted(losses(out)) == list(range(1, 9)), "the first went on undisturbed"
+
+
+def test_a_loader_process_that_is_killed_is_one_message_and_the_run_can_go_on(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    loading = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, workers=1),
+        train=dataclasses.replace(recipe.train, validate_every=1),
+    )
+
+    def kill() -> None:
+        (worker,) = [p for p in multiprocessing.active_children() if p.pid]
+        os.kill(worker.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(TrainingError) as error:
+        run(loading, tmp_path / "run", observer=Until(3, kill))
+    said = str(error.value)
+    assert said.startswith("loader process ") and "was ended by SIGKILL" in said
+    assert "Lower data.workers, now 1" in said and "--resume goes on from the last checkpoint" in said
+    assert run(dataclasses.replace(recipe, train=loading.train), tmp_path / "run", resume=True).finished
+    assert_same(learned(tmp_path / "run", 8), learned(whole, 8))

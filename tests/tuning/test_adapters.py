@@ -469,7 +469,7 @@ def test_layer_by_layer_stages_are_written_out_from_the_top():
 
 
 def parse_again(written):
-    from vlafit.tuning.strategy import plain
+    from vlafit.tuning.writing import plain
 
     told = plain(written)
     return parse(told, name=str(told.pop("name")), where="again")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tests.tuning.toy import ToyPolicy, step
+from vlafit.cli.console import plan_table
 from vlafit.errors import StrategyError
 from vlafit.nn.policy import ParameterInfo
 from vlafit.recipe import OptimRecipe
-from vlafit.tuning import Plan, apply_strategy
+from vlafit.tuning import Plan, apply_strategy, parse, preview
 
 EXPERT = [{"select": {"part": ["expert", "projections"]}, "mode": "full"}, {"mode": "frozen"}]
 OPTIM = OptimRecipe(lr=0.01, weight_decay=0.1)
@@ -102,6 +103,30 @@ def test_the_table_counts_every_parameter_once_and_ends_with_the_total(policy: T
     assert total["trainable"] == sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert rows[0]["select"] == "expert+projections" and rows[1]["select"] == "everything else"
     json.dumps(plan.rows())
+
+
+def test_the_table_shows_the_range_of_learning_rates_that_a_rule_gives(policy: ToyPolicy):
+    rules = [
+        {"select": {"part": "expert"}, "mode": "full", "lr": 2.0, "layer_decay": 0.5},
+        {"select": {"part": "vision"}, "mode": "full", "lr": 0.3},
+        {"mode": "frozen"},
+    ]
+    plan = apply_strategy(policy, rules)
+    assert [(row.lr_lowest, row.lr) for row in plan.table] == [(0.25, 2.0), (0.3, 0.3), (0.0, 0.0)]
+    assert " 0.25..2 " in plan_table(plan.rows()) and " 0.3 " in plan_table(plan.rows())
+    staged = {"stage": [{"lr": 0.1, "rule": rules}]}
+    assert preview(ToyPolicy(), parse(staged, name="mine", where="test")).table[0].lr == pytest.approx(0.2)
+
+
+def test_a_plan_that_was_saved_before_its_table_had_ranges_is_read(policy: ToyPolicy):
+    plan = apply_strategy(policy, EXPERT)
+    values = json.loads(plan.to_json())
+    for row in values["table"]:
+        row.pop("lr_lowest")
+    assert Plan.from_json(json.dumps(values)) == plan
+    values["table"][0]["trainable"] += 1
+    with pytest.raises(StrategyError, match="contradicts itself"):
+        Plan.from_json(json.dumps(values))
 
 
 def test_a_plan_survives_json(policy: ToyPolicy):

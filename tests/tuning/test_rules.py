@@ -1,5 +1,6 @@
 """The rules of a tuning strategy: what a rule takes, in which order, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -8,7 +9,7 @@ import pytest
 from tests.tuning.toy import ToyPolicy
 from vlafit.errors import ConfigError, StrategyError, VlafitError
 from vlafit.nn.policy import Kind, Part
-from vlafit.tuning import load_strategy, parse, preview
+from vlafit.tuning import Plan, load_strategy, parse, preview
 from vlafit.tuning.rules import KINDS, PARTS, resolve
 
 REST = {"mode": "frozen"}
@@ -43,9 +44,8 @@ def test_the_first_rule_that_matches_decides(policy: ToyPolicy):
 
 def test_part_kind_layers_and_pattern_must_all_hold(policy: ToyPolicy):
     assert taken(policy, {"part": "vision"}) == {"vision.weight", "vision.bias"}
-    assert taken(policy, {"part": ["vision", "projector"], "kind": "linear"}) == {
-        "projector.weight",
-        "projector.bias",
+    assert taken(policy, {"part": ["language", "expert"], "kind": "mlp", "layers": "0"}) == {
+        f"{part}.0.mlp.{name}" for part in ("language", "expert") for name in ("weight", "bias")
     }
     assert taken(policy, {"kind": "embedding"}) == {"embed.weight"}
     assert taken(policy, {"part": "expert", "kind": "mlp", "layers": "1", "pattern": "*.weight"}) == {
@@ -115,7 +115,7 @@ def test_a_rule_that_matches_nothing_is_an_error_that_says_what_there_is(policy:
             policy,
             strategy({"select": {"part": "expert", "layers": "7-9"}, "mode": "full"}, {"mode": "full"}),
         )
-    with pytest.raises(StrategyError, match=r"Did you mean 'actions\.weight'"):
+    with pytest.raises(StrategyError, match=r"The nearest names are 'actions\.weight'"):
         preview(policy, strategy({"select": {"pattern": "action.weight"}, "mode": "full"}, {"mode": "full"}))
 
 
@@ -127,6 +127,76 @@ def test_a_wholly_shadowed_rule_is_an_error_that_names_what_shadows_it(policy: T
     )
     with pytest.raises(StrategyError, match=r"rule 2 .* is never reached: rule 1 \(expert\)"):
         preview(policy, strategy(*rules))
+
+
+@pytest.mark.parametrize(
+    ("select", "says"),
+    [
+        (
+            {"part": ["vision", "expert"], "kind": "attention"},
+            ["part 'vision' matches nothing", "there: conv"],
+        ),
+        (
+            {"part": "expert", "kind": ["mlp", "conv"]},
+            ["kind 'conv' matches nothing", "attention, mlp, norm"],
+        ),
+        (
+            {"pattern": ["expert.*", "langauge.*.mlp.wieght"]},
+            ["pattern 'langauge.*.mlp.wieght' matches nothing", "names are 'language.2.mlp.weight'"],
+        ),
+        ({"pattern": ["expert.*", "xyz?"]}, ["pattern 'xyz?'", "No parameter's name is near"]),
+        (
+            {"part": ["expert", "projections"], "layers": "last 2"},
+            ["part 'projections'", "Layers there: none"],
+        ),
+        ({"part": ["expert", "language"], "layers": "last 4"}, ["past the 3 layers that 'language' has"]),
+        ({"layers": "2-4"}, ["past the 4 layers that there are"]),
+    ],
+)
+def test_a_word_that_matches_nothing_beside_others_that_do_is_an_error(
+    policy: ToyPolicy, select: dict, says: list[str]
+):
+    with pytest.raises(StrategyError) as error:
+        preview(policy, strategy({"select": select, "mode": "full"}, REST))
+    assert all(said in str(error.value) for said in ["strategy 'mine': rule 1", *says])
+    preview(policy, strategy({"select": select, "mode": "full", "optional": True}, REST))
+
+
+def test_all_rules_that_say_what_is_not_are_named_at_once(policy: ToyPolicy):
+    rules = (
+        {"select": {"part": ["vision", "expert"], "kind": ["attention", "embedding"]}, "mode": "full"},
+        {"select": {"part": "projector", "kind": "mlp"}, "mode": "full"},
+        REST,
+    )
+    with pytest.raises(StrategyError) as error:
+        preview(policy, strategy(*rules))
+    assert "part 'vision'" in str(error.value) and "kind 'embedding'" in str(error.value)
+    assert "rule 2 (projector, mlp; full) matches nothing" in str(error.value)
+
+
+def test_a_plan_that_was_saved_with_an_empty_word_is_still_read(policy: ToyPolicy):
+    select = {"part": ["vision", "expert"], "kind": "attention"}
+    plan = preview(policy, strategy({"select": select, "mode": "full", "optional": True}, REST))
+    text = plan.to_json().replace('"optional": true', '"optional": false')
+    assert Plan.from_json(json.dumps(_without_false(json.loads(text)))).trainable == plan.trainable
+
+
+def _without_false(values: dict) -> dict:
+    values["strategy"]["rule"][0].pop("optional")
+    return values
+
+
+def test_top_layers_belong_to_stages_and_name_parts_that_have_layers(policy: ToyPolicy):
+    with pytest.raises(StrategyError, match=r'rule 1: `layers = "top"` is for stages .* write "first 3"'):
+        strategy({"select": {"part": "expert", "layers": "top"}, "mode": "full"}, REST)
+    top = [{"select": {"part": ["language", "expert"], "layers": "top"}, "mode": "full"}, REST]
+    staged = {"stage": [{"layer_by_layer": 2, "every": {"step": 5}, "rule": top}]}
+    plan = preview(policy, parse(staged, name="mine", where="test"))
+    assert [len(stage.rules) for stage in plan.strategy.stages] == [2, 3]
+    assert [rule.select.layers for rule in plan.strategy.stages[1].rules] == ["last 3", "last 4", ""]
+    top[0]["select"]["part"] = ["expert", "projections"]
+    with pytest.raises(StrategyError, match="`layer_by_layer` finds no layers in projections"):
+        preview(policy, parse(staged, name="mine", where="test"))
 
 
 def test_optional_permits_a_rule_that_matches_nothing_and_one_that_is_shadowed(policy: ToyPolicy):

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,3 +79,14 @@ def test_a_strategy_is_applied_by_name_from_the_top_of_the_package():
     policy = on_meta("pi0", "pi0-tiny")
     plan = vlafit.apply_strategy(policy, "expert")
     assert {n for n, p in policy.named_parameters() if p.requires_grad} == set(plan.trainable)
+
+
+def test_a_strategy_without_adapters_imports_none_of_their_libraries():
+    code = (
+        "import sys, torch; from vlafit import checkpoints, tuning; from vlafit.policies import pi0\n"
+        "with torch.device('meta'): policy = pi0.build(pi0.SIZES['pi0-tiny'])\n"
+        "tuning.apply(policy, tuning.load_strategy('full'))\n"
+        "print(*{'peft', 'torchao', 'bitsandbytes'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

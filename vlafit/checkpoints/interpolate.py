@@ -148,8 +148,8 @@ def _require_shares(policy: Policy, shares: Mapping[str, float]) -> None:
     for part, share in shares.items():
         if part not in parts:
             raise WeightsError(
-                f"interpolation: the policy has no part {part!r}{did_you_mean(part, parts)}; its parts are "
-                f"{', '.join(parts)}"
+                f"interpolation: the policy has no part {part!r}; its parts are {', '.join(parts)}"
+                f"{did_you_mean(part, parts, listed=False)}"
             )
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0.0 <= share <= 1.0:
             raise WeightsError(

@@ -1,6 +1,7 @@
 """The command line: parse, call one verb of the library, print. Nothing here knows how a verb works.
 
-Exit status: 0 done, 2 the user can mend it (one message on stderr), 130 interrupted.
+Exit status: 0 done, 1 a part broke (an arm of a comparison, all trials of a sweep) and the rest is kept, 2
+the user can mend it (one message on stderr), 130 interrupted.
 """
 
 import importlib

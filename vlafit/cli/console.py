@@ -6,14 +6,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 QUIET_EVERY_S = 15.0  # where stdout is no terminal, a line so often
+# What peft's import makes others log (it imports torchao and bitsandbytes where they are installed): kernels
+# for other Pythons and GPUs than this one, which nothing here uses, and an outdated call of torch.
+IMPORT_NOISE = {  # logger -> how its message begins, or what it holds
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
 
 
 @contextmanager
 def logging_to_stderr(main_process: bool) -> Iterator[None]:
-    """Show the library's warnings on stderr while a verb runs."""
+    """Show the library's warnings on stderr while a verb runs, and keep `IMPORT_NOISE` from it."""
+    for name, noise in IMPORT_NOISE.items():
+        logging.getLogger(name).addFilter(_Without(noise))  # it stays: these are imported once a process
     logger = logging.getLogger("vlafit")
     handler: logging.Handler = _Notices() if main_process else logging.NullHandler()
     old_level, old_propagate = logger.level, logger.propagate
@@ -26,6 +36,17 @@ def logging_to_stderr(main_process: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(old_level)
         logger.propagate = old_propagate
+
+
+@dataclass(frozen=True)
+class _Without:
+    """Lets all records of a logger pass but those that hold a text; equal ones count once in a logger."""
+
+    noise: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether the record may pass."""
+        return self.noise not in record.getMessage()
 
 
 class _Notices(logging.Handler):
@@ -149,6 +170,11 @@ def size(count: int) -> str:
     return str(count)
 
 
+def rate(low: float, high: float) -> str:
+    """Return a learning rate's multiplier, or the range of those that a rule gives: ``0.32..1``."""
+    return f"{high:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+
+
 def plan_table(rows: list[dict]) -> str:
     """Return the tuning table as text; the last row is the total."""
     header = ("rule", "mode", "tensors", "parameters", "adapters", "trainable", "lr x", "optimiser bytes")
@@ -160,7 +186,7 @@ def plan_table(rows: list[dict]) -> str:
             size(row["parameters"]),
             size(row["adapter"]) if row["adapter"] else "",
             size(row["trainable"]),
-            f"{row['lr']:g}" if row["trainable"] and row["rule"] else "",
+            rate(row["lr_lowest"], row["lr"]) if row["trainable"] and row["rule"] else "",
             size(row["optimiser_bytes"]),
         )
         for row in rows

@@ -5,7 +5,8 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -30,7 +31,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {self.prog} --help shows how")
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse all of `arguments`."""
+        """Parse all of `arguments`. An option with a value is given once, unless it collects several."""
+        once = {
+            word
+            for action in self._actions
+            if action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+            for word in action.option_strings
+        }
+        require_once(word.partition("=")[0] for word in arguments if word.partition("=")[0] in once)
         found, unknown = self.parse_known_args(list(arguments))
         for word in unknown:
             if word.startswith("-"):
@@ -38,6 +46,13 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"there is no option {word!r}{_near(word.split('=')[0], known)}")
             raise ConfigError(f"{word!r} is one argument too many; {self.prog} --help shows how")
         return found
+
+
+def require_once(options: Iterable[str]) -> None:
+    """Raise ConfigError for an option that is given twice: which of its values is meant, nobody can tell."""
+    for option, times in Counter(options).items():
+        if times > 1:
+            raise ConfigError(f"{option} is given {times} times; give it once")
 
 
 def _near(word: str, known: Sequence[str]) -> str:
@@ -130,6 +145,7 @@ def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list
     tables = [f"--{f.name}." for f in fields(cls, values) if f.is_table]
     rest: list[str] = []
     nested: dict[str, Any] = {}
+    given: list[str] = []
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
@@ -142,7 +158,9 @@ def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"option {name!r} needs a value")
+        given.append(name)
         put(nested, name[2:], _toml_value(value))
+    require_once(given)
     return rest, nested
 
 

@@ -56,3 +56,14 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
 def given(arguments: Sequence[str], option: str) -> bool:
     """Whether an option stands on the command line."""
     return any(word == option or word.startswith(option + "=") for word in arguments)
+
+
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """Return a command line without an option and its value."""
+    words, left = iter(arguments), []
+    for word in words:
+        if word == option:
+            next(words, None)
+        elif not word.startswith(f"{option}="):
+            left.append(word)
+    return left

@@ -16,11 +16,13 @@ from vlafit.train.stages import title
 from vlafit.tuning import Plan
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool, command: str) -> int:
+def train(recipe: Recipe, out: Path, *, resume: bool, resume_from: int | None = None, command: str) -> int:
     """Carry out a recipe, showing it on the main process; 130 when a signal stopped it."""
     view = TrainView(out) if rank() == 0 else None
     try:
-        summary = run_recipe(recipe, out, resume=resume, command=command, observer=view)
+        summary = run_recipe(
+            recipe, out, resume=resume, resume_from=resume_from, command=command, observer=view
+        )
     finally:
         if view is not None:
             view.close()

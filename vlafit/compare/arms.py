@@ -9,14 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vlafit import checkpoints, config, shipped
+from vlafit import checkpoints, config, rollout, shipped
 from vlafit.compare.identity import digest, flat
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
+from vlafit.train.checks import check
 from vlafit.train.fingerprint import episodes_hash
+from vlafit.train.outline import outline, plan_of
 from vlafit.train.sets import open_sets
-from vlafit.train.setup import open_data
+from vlafit.train.setup import Data
 from vlafit.tuning import load_strategy
 
 FORMAT = 1
@@ -136,15 +138,59 @@ def asks_for_rollouts(recipe: Recipe) -> bool:
     return bool(recipe.eval.protocol) and (recipe.eval.after or recipe.eval.wrong_instruction)
 
 
+def require_possible(
+    recipe: Recipe, found: Sequence[Candidate], learning_rates: Sequence[float], data: Data, *, play: bool
+) -> None:
+    """Raise ConfigError, naming all faults, where an arm could not train, or (with `play`) not be judged.
+
+    Every strategy is resolved against the policy on the meta device: no weight is read.
+    """
+    faults = []
+    for lr in learning_rates:
+        try:
+            check(replace(recipe, optim=replace(recipe.optim, lr=lr)), 1)
+        except VlafitError as error:
+            faults.append(str(error))
+    try:
+        policy = outline(recipe, data)
+    except VlafitError as error:
+        faults.append(str(error))
+    else:
+        for one in found:
+            try:
+                plan_of(recipe, load_strategy(one.given), policy, held_out=any(data.validation))
+            except VlafitError as error:
+                faults.append(f"--strategies {one.label}: {error}")
+    if play and asks_for_rollouts(recipe):
+        try:
+            _try_protocol(recipe, data)
+        except VlafitError as error:
+            faults.append(str(error))
+    if faults:
+        listed = "\n".join(f"- {fault}".replace("\n", "\n  ") for fault in dict.fromkeys(faults))
+        raise ConfigError(f"nothing was begun, for this cannot be:\n{listed}")
+
+
+def _try_protocol(recipe: Recipe, data: Data) -> None:
+    base = recipe.policy.checkpoint
+    past = checkpoints.read_lineage(shipped.find("checkpoint", base)) if base else checkpoints.Lineage()
+    rollout.preflight(
+        recipe.eval.protocol,
+        data.embodiment,
+        wrong_instruction=recipe.eval.wrong_instruction,
+        seeds=past.followed_by("", data.learned, data.seeds()).seeds,
+    )
+
+
 # ------------------------------------------------------------------------------------------ identity
 
 
-def identity(recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+def identity(recipe: Recipe, seeds: Sequence[int], data: Data) -> dict[str, Any]:
     """Return everything that arms share and that decides their results, as plain values.
 
-    Opens the data, so a card that leads nowhere is found now. The data's hash is of the first seed's split.
+    `data` is the recipe's, split by the first seed. Opens the validation sets, so that a card that leads
+    nowhere is found now.
     """
-    data = open_data(recipe.data, seeds[0])
     sets = open_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     base = recipe.policy.checkpoint
     return {

@@ -71,6 +71,6 @@ def settle(path: Path, what: str, now: Mapping[str, Any]) -> None:
             raise VlafitError(f"{path}: damaged ({error}); choose another --out") from error
         require_same(folder, what, before, now)
         return
-    if folder.is_dir() and any(one.name != ".lock" for one in folder.iterdir()):
+    if folder.is_dir() and not files.is_empty(folder):
         raise ConfigError(f"{folder} is not empty and holds no {what}; choose another folder with --out")
     files.write_atomic(path, json.dumps(now, indent=2) + "\n")

@@ -68,7 +68,8 @@ def _header(comparison: Comparison, facts: dict[str, Any]) -> Raw:
         ("seeds", " ".join(map(str, options.seeds))),
         ("budget of each arm", f"{budget}, batches of {train.batch_size}"),
         ("learning rates", " ".join(f"{lr:g}" for lr in options.lr_grid) or f"{recipe.optim.lr:g} for all"),
-        ("arms that ended", f"{len(comparison.records)}"),
+        ("arms that finished", str(len(comparison.records) - len(comparison.broken))),
+        *([("arms that broke", str(len(comparison.broken)))] if comparison.broken else []),
         ("protocol", recipe.eval.protocol or "none"),
         ("hash", facts["identity"]["sha256"][:12]),
     ]
@@ -114,7 +115,7 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
                 join(
                     [
                         standing.strategy,
-                        *([Raw("<br>"), muted("unfinished")] if not one["seeds_finished"] else []),
+                        *([Raw("<br>"), muted(_state(one))] if not one["seeds_finished"] else []),
                     ]
                 ),
                 _known(one["lr"], lambda lr: f"{lr:g}"),
@@ -138,6 +139,11 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
     return section(
         "At a glance", table(heads, rows, ("", *("number" for _ in heads[1:]))), tag("p", muted(said))
     )
+
+
+def _state(strategy: dict[str, Any]) -> str:
+    why = strategy["did_not_finish"]
+    return f"did not finish: {why}" if why else "unfinished"
 
 
 def _success(standings: Sequence[Standing]) -> Raw:

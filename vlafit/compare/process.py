@@ -1,9 +1,8 @@
 """Training runs as processes of their own: peak memory is theirs alone, and a crash of one ends no other.
 
-A run that is killed or told to stop can be gone on with; two commands never work in one folder.
+A run that is killed or told to stop can be gone on with.
 """
 
-import fcntl
 import os
 import queue
 import signal
@@ -15,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlafit import files
-from vlafit.errors import VlafitError
+LAST_WORDS = 12  # lines of a log that are kept of a run that broke,
+LONGEST_WORDS = 100  # and of a message or traceback at its end
 
-LAST_WORDS = 12  # lines of a log that are kept of a run that broke
+LONGEST_REASON = 400  # characters
+WORDS = "; its last words:\n"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,18 @@ class Ended:
         if self.status < 0:
             name = signal.Signals(-self.status).name
             hint = " (the system does that when memory is short)" if name == "SIGKILL" else ""
-            return f"ended by {name}{hint}; its last words:\n{self.words}"
-        return f"exit status {self.status}; its last words:\n{self.words}"
+            return f"ended by {name}{hint}{WORDS}{self.words}"
+        return f"exit status {self.status}{WORDS}{self.words}"
+
+
+def reason(error: str) -> str:
+    """Return what `Ended.error` says in one line: our message, the exception, or the signal."""
+    head, _, words = error.partition(WORDS)
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    if head.startswith("ended by ") or not lines:
+        return head.strip()
+    said = " ".join(lines).removeprefix("vlafit: ") if lines[0].startswith("vlafit: ") else lines[-1]
+    return said if len(said) <= LONGEST_REASON else f"{said[: LONGEST_REASON - 3]}..."
 
 
 class Processes:
@@ -115,27 +125,15 @@ def vlafit(*words: str) -> list[str]:
 
 
 def _last_words(log: Path, began: int) -> str:
+    """Return our own message whole, or a traceback, if it ended with one; else the last lines."""
     with open(log, "rb") as file:
         file.seek(began)
         lines = file.read().decode(errors="replace").strip().splitlines()
+    for word in ("vlafit: ", "Traceback (most recent call last)"):
+        begins = [i for i, line in enumerate(lines) if line.startswith(word)]
+        if begins:
+            return "\n".join(lines[begins[-1] :][:LONGEST_WORDS])
     return "\n".join(lines[-LAST_WORDS:])
-
-
-@contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[int]:
-    """Hold the folder's lock, and yield its file descriptor; processes that inherit it hold it, too.
-
-    Raises VlafitError where another command holds it.
-    """
-    files.require_writable(folder)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise VlafitError(
-                f"{folder}: another {what}, or a run that it began, is at work here; wait for it, or stop it"
-            ) from error
-        yield file.fileno()
 
 
 @contextmanager

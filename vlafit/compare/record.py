@@ -8,6 +8,7 @@ from typing import Any
 
 from vlafit import config, files, report
 from vlafit.compare.arms import Arm
+from vlafit.compare.process import reason
 from vlafit.errors import VlafitError
 from vlafit.report.facts import Facts
 from vlafit.score import Score, overall
@@ -113,6 +114,11 @@ class Record:
     def finished(self) -> bool:
         """Whether there are figures."""
         return self.figures is not None
+
+    @property
+    def reason(self) -> str:
+        """Why there are none, in one line."""
+        return reason(self.error or "")
 
 
 def record_of(arm: Arm, identity: str, *, judged: bool, **outcome: Any) -> Record:

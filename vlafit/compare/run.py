@@ -14,11 +14,12 @@ from vlafit.compare import arms, record
 from vlafit.compare.arms import Arm, Candidate, Options
 from vlafit.compare.identity import digest, settle
 from vlafit.compare.judge import Choice, Standing, choose_lr
-from vlafit.compare.process import Ended, Processes, exclusive, stopping, vlafit
+from vlafit.compare.process import Ended, Processes, stopping, vlafit
 from vlafit.compare.record import Record
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train.checks import check
+from vlafit.train.setup import open_data
 
 IDENTITY = "identity.json"
 
@@ -48,14 +49,23 @@ class Comparison:
     """Arms that were asked for and have not ended."""
     command: str = ""
 
+    @property
+    def broken(self) -> tuple[Record, ...]:
+        """Arms that ended without figures."""
+        return tuple(record for record in self.records if not record.finished)
+
+    def log(self, arm: str) -> Path:
+        """Return the file of what an arm's processes printed."""
+        return log_of(self.folder, arm)
+
 
 def run(
     recipe: Recipe, options: Options, out: Path, *, command: str = "", observer: Observer | None = None
 ) -> Comparison:
     """Carry out a comparison in the folder `out`, or go on with it; a signal stops it after saving.
 
-    Raises ConfigError where `out` holds another comparison, and whatever strategies, data or protocol raise;
-    then nothing was written.
+    Raises ConfigError where `out` holds another comparison, where an arm could not train (naming the faults
+    of all), and whatever data or protocol raise; then nothing was written.
     """
     for name, values in (("--seeds", options.seeds), ("--strategies", options.strategies)):
         if not values:
@@ -65,17 +75,27 @@ def run(
     for lr in options.lr_grid:
         if not 0 < lr < float("inf"):
             raise ConfigError(f"--lr-grid: a learning rate is above 0, not {lr}")
+    if len(set(options.lr_grid)) < len(options.lr_grid):
+        raise ConfigError("--lr-grid names a learning rate twice; name each once")
     check(recipe, 1)
     found = arms.candidates(options.strategies)
-    now = arms.identity(recipe, options.seeds)
+    data = open_data(recipe.data, options.seeds[0])
+    now = arms.identity(recipe, options.seeds, data)
+    rates = options.lr_grid or (recipe.optim.lr,)
+    arms.require_possible(recipe, found, rates, data, play=not (out / IDENTITY).is_file())
     settle(out / IDENTITY, "comparison", now)
-    with exclusive(out, "vlafit compare") as lock:
+    with files.exclusive(out, "vlafit compare") as lock:
         work = _Work(recipe, options, out, digest(now), lock, observer or Observer())
         with stopping(work.processes.stop):
             standings = work.carry_out(found)
         return Comparison(
             out, recipe, options, now, standings, tuple(work.records.values()), tuple(work.missing), command
         )
+
+
+def log_of(folder: Path, arm: str) -> Path:
+    """Return the file of what an arm's processes printed, in the comparison's folder."""
+    return folder / "logs" / f"{arm}.log"
 
 
 class _Work:
@@ -159,7 +179,7 @@ class _Work:
         if not (run / "recipe.toml").is_file():
             path.unlink(missing_ok=True)  # a run begins in a folder that holds nothing
         words = vlafit("train", str(written), "--out", str(run), "--resume")
-        ended = self.processes.run(words, self.out / "logs" / f"{arm.name}.log")
+        ended = self.processes.run(words, log_of(self.out, arm.name))
         if self.processes.stopped and ended.status != 0:
             return None
         found = self._outcome(arm, run, ended, judged)

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from vlafit.compare import arms
@@ -28,7 +29,8 @@ FORMAT = 1
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Return compare.json: every number of the page, every arm whole."""
-    verdict = judge(comparison.standings)
+    verdict = verdict_of(comparison)
+    why = did_not_finish(comparison)
     pairs = loss_and_success(comparison.records)
     return {
         "format": FORMAT,
@@ -39,7 +41,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "seeds": list(comparison.options.seeds),
         "lr_grid": list(comparison.options.lr_grid),
         "verdict": asdict(verdict),
-        "strategies": [strategy_json(one) for one in comparison.standings],
+        "strategies": [
+            {**strategy_json(one), "did_not_finish": why.get(one.strategy)} for one in comparison.standings
+        ],
         "loss_against_success": {
             "spearman": rank_correlation(pairs),
             "arms": len(pairs),
@@ -159,7 +163,7 @@ def caveats(comparison: Comparison) -> Iterator[str]:
     records = comparison.records
     for record in records:
         if record.error:
-            yield f"{record.name} broke and is left out: {record.error.strip().splitlines()[-1]}"
+            yield f"{record.name} broke and is left out: {record.reason} (log: {_log(comparison, record)})"
     for one in comparison.standings:
         seeds = {record.seed for record in one.records if record.finished}
         if one.records and seeds != set(comparison.options.seeds):
@@ -202,5 +206,27 @@ def missing(comparison: Comparison) -> Iterator[str]:
 
 
 def verdict_of(comparison: Comparison) -> Verdict:
-    """Return the verdict of a comparison."""
-    return judge(comparison.standings)
+    """Return the verdict of a comparison, whose notes say which strategies are not in it."""
+    verdict, why = judge(comparison.standings), did_not_finish(comparison)
+    if not verdict.by:
+        return verdict
+    left_out = []
+    for one in comparison.standings:
+        if one.pooled() is None if verdict.by == "success" else not one.losses():
+            said = f"did not finish: {why[one.strategy]}" if one.strategy in why else "has no results yet"
+            left_out.append(f"Left out of the ranking: {one.strategy}, which {said}")
+    return replace(verdict, notes=(*verdict.notes, *left_out))
+
+
+def did_not_finish(comparison: Comparison) -> dict[str, str]:
+    """Return why, for each strategy of which no arm at its learning rate finished and one broke."""
+    found: dict[str, str] = {}
+    for one in comparison.standings:
+        broken = [r for r in comparison.broken if r.strategy == one.strategy]
+        if broken and not one.figures:
+            found[one.strategy] = broken[0].reason
+    return found
+
+
+def _log(comparison: Comparison, record: Record) -> Path:
+    return comparison.log(record.name).relative_to(comparison.folder)

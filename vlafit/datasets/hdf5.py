@@ -192,7 +192,7 @@ def _scan(card: Card, file: h5py.File, path: Path, name: str, number: int):
     data = file.get("data")
     if not isinstance(data, h5py.Group):
         raise DataError(
-            f"{path}: no group 'data'{did_you_mean('data', file.keys())}; is layout {card.layout!r} right?"
+            f"{path}: no group 'data', which layout {card.layout!r} has{did_you_mean('data', file.keys())}"
         )
     demos = sorted((str(key) for key in data if isinstance(data[key], h5py.Group)), key=natural)
     if card.mask:

@@ -87,8 +87,9 @@ def build_family(
     size: str = "",
     config: Mapping[str, object] | None = None,
     generator: "torch.Generator | None" = None,
+    device: str = "cpu",
 ) -> "Policy":
-    """Build a policy with fresh weights on the CPU.
+    """Build a policy with fresh weights on the CPU, or without any on the "meta" device.
 
     Starts from the family's named `size` and replaces the fields in `config`; without a size, `config` must
     be complete. Raises ConfigError for unknown names, keys and sizes.
@@ -101,4 +102,4 @@ def build_family(
         raise ConfigError(f"{where} has no size {size!r}{did_you_mean(size, module.SIZES)}")
     else:
         made = override(module.SIZES[size], config or {}, f"{where}, size {size!r}")
-    return module.build(made, "cpu", generator)
+    return module.build(made, device, generator)

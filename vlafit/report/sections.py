@@ -243,7 +243,9 @@ def _rules(plan: Plan) -> Raw:
     for row in plan.rows():
         decay = "recipe’s" if row["weight_decay"] is None else f"{row['weight_decay']:g}"
         numbers = [f"{row[column]:,}" for column in columns]
-        rate = [f"× {row['lr']:g}", decay] if row["lr"] else ["", ""]
+        low, high = row["lr_lowest"], row["lr"]
+        times = f"{high:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        rate = [f"× {times}", decay] if high else ["", ""]
         size = f"{row['optimiser_bytes'] / 1e6:,.1f} MB"
         cells.append([row["rule"] or "", row["select"], row["mode"], *numbers, *rate, size])
     heads = ("rule", "selects", "mode", *columns, "learning rate", "weight decay", "optimiser state")

@@ -59,6 +59,11 @@ class Found:
         whole = [t for t in self.trials if t.state == "whole" and t.loss is not None]
         return min(whole, key=lambda t: t.loss or 0.0, default=None)
 
+    @property
+    def broken(self) -> dict[int, str]:
+        """Why trials broke, by their numbers."""
+        return {t.number: t.error for t in self.trials if t.state == "broke"}
+
     def train_again(self) -> str:
         """Return the command that trains the best trial again, with the rollouts that the recipe asks for."""
         folder, name = self.sweep.folder, f"{self.sweep.recipe.name}-best"
@@ -73,6 +78,9 @@ class Found:
         )
         if ended < wanted:
             said.append(f"{ended} of {wanted} trials have ended; the same command goes on.")
+        if self.broken and self.best is None:
+            said.append(f"No trial came to its end: {len(self.broken)} broke, so there is no best.")
+            return said
         if self.best is not None:
             for name, one in self.sweep.study.search.items():
                 if one.at_edge(self.best.values.get(name)):
@@ -176,7 +184,7 @@ def _table(found: Found) -> Raw:
             t.number,
             *(written(t.values[name]) if name in t.values else "" for name in names),
             "" if t.loss is None else f"{t.loss:.4g}",
-            join([t.state, *([Raw("<br>"), muted(t.error[:200])] if t.error else [])]),
+            join([t.state, *([Raw("<br>"), muted(t.error)] if t.error else [])]),
             t.folder,
         )
         for t in order

@@ -7,20 +7,22 @@
     "rule.rank" = { choices = [4, 8, 16] }
     "rule.select.kind" = { choices = ["attention", ["attention", "mlp"]] }
 
-A name is any field of a recipe, or `rule.KEY`: that key of every rule of the strategy that has it. This file
-knows values, not Optuna.
+A name is any field of a recipe, or `rule.KEY`: that key of every rule of the strategy that has it, or whose
+adapter has it and is left at its default. This file knows values, not Optuna.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlafit import config, files, shipped
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit.errors import ConfigError, VlafitError, did_you_mean
 from vlafit.recipe import Recipe
-from vlafit.tuning import load_strategy
+from vlafit.tuning import Strategy, load_strategy, parse
+from vlafit.tuning.adapters import METHODS, OPTIONS
 
 RULE = "rule."
 
@@ -100,16 +102,32 @@ def load_study(name_or_path: str | Path) -> Study:
     return config.read(Study, shipped.find("study", name_or_path), "study")
 
 
-def check(study: Study, recipe: Recipe, where: str) -> None:
-    """Raise ConfigError for a name or a value that the recipe or its strategy cannot have."""
-    base = {name: dimension.ends()[0] for name, dimension in study.search.items()}
+def check(
+    study: Study, recipe: Recipe, where: str, could_train: Callable[[Recipe, Strategy], None] | None = None
+) -> None:
+    """Raise ConfigError, naming all of them, for names and values of which no trial could be made.
+
+    The ends of each range, and every choice, must be possible with all others at their lowest, or with all
+    at their highest. `could_train` raises a VlafitError for a recipe, and its strategy, that cannot train.
+    """
+    corners = [{name: one.ends()[end] for name, one in study.search.items()} for end in (0, -1)]
+    faults: dict[str, str] = {}
     for name, dimension in study.search.items():
         for value in dimension.ends():
-            recipe_with(recipe, {**base, name: value}, f"{where}: [search] {name}")
-            if name.startswith(RULE):
-                strategies = study.search.get("strategy", Dimension(choices=(recipe.strategy,))).ends()
-                for strategy in strategies:
-                    strategy_with(str(strategy), {name: value}, f"{where}: [search] {name}")
+            found = []
+            for corner in corners:
+                try:
+                    made, strategy = trial(recipe, {**corner, name: value})
+                    if could_train is not None:
+                        could_train(made, strategy)
+                except VlafitError as error:
+                    found.append(str(error))
+            if len(found) == len(corners):
+                # An end's own fault is the one that it has with all others at their opposite ends.
+                faults.setdefault(found[-1 if value == dimension.ends()[0] else 0], f"{name} = {value!r}")
+    if faults:
+        listed = "\n".join(f"- {at}: {fault}".replace("\n", "\n  ") for fault, at in faults.items())
+        raise ConfigError(f"{where}: [search] asks for what no trial could be:\n{listed}")
 
 
 # ------------------------------------------------------------------------------------------- what a trial is
@@ -135,14 +153,18 @@ def strategy_with(given: str, values: Mapping[str, object], where: str) -> str |
     Raises ConfigError for a key that no rule of the strategy has.
     """
     wanted = {name.removeprefix(RULE): value for name, value in values.items() if name.startswith(RULE)}
+    wanted = dict(sorted(wanted.items(), key=lambda item: item[0] != "mode"))  # it decides which others are
     if not wanted:
         return None
     content = config.load_toml(shipped.find("strategy", given), "strategy")
     for key, value in wanted.items():
         *sections, last = key.split(".")
-        rules = [inside for rule in _rules(content) if (inside := _inside(rule, sections)) and last in inside]
+        rules = [rule for rule in _rules(content) if not sections and last in _options(rule)]
+        rules += [
+            inside for rule in _rules(content) if (inside := _inside(rule, sections)) and last in inside
+        ]
         if not rules:
-            known = dict.fromkeys(name for rule in _rules(content) for name in _keys(rule))
+            known = dict.fromkeys(n for rule in _rules(content) for n in (*_keys(rule), *_options(rule)))
             raise ConfigError(
                 f"{where}: no rule of strategy {given!r} has the key {key!r}{did_you_mean(key, known)}"
             )
@@ -162,6 +184,11 @@ def _rules(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield from _rules(one)
 
 
+def _options(rule: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options of a rule's adapter, those that the rule leaves at their defaults among them."""
+    return OPTIONS[rule["mode"]] if rule.get("mode") in METHODS else ()
+
+
 def _inside(rule: dict[str, Any], sections: list[str]) -> dict[str, Any] | None:
     inside: Any = rule
     for section in sections:
@@ -175,6 +202,19 @@ def _keys(rule: Mapping[str, Any], at: str = "") -> Iterator[str]:
             yield from _keys(value, f"{at}{name}.")
         else:
             yield f"{at}{name}"
+
+
+def trial(recipe: Recipe, values: Mapping[str, object]) -> tuple[Recipe, Strategy]:
+    """Return the recipe and the strategy of a trial of these values, without writing them.
+
+    Raises ConfigError or StrategyError for a name or a value that cannot be.
+    """
+    made = recipe_with(recipe, values, "recipe")
+    where = f"strategy {made.strategy!r}"
+    text = strategy_with(made.strategy, values, where)
+    if text is None:
+        return made, load_strategy(made.strategy)
+    return made, parse(tomllib.loads(text), name=Path(made.strategy).stem, where=where)
 
 
 def prepare(recipe: Recipe, values: Mapping[str, object], folder: Path) -> Recipe:

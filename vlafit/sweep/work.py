@@ -10,6 +10,7 @@ from typing import Any
 from vlafit import checkpoints, config, files, shipped
 from vlafit.compare.identity import digest, flat
 from vlafit.errors import ConfigError, VlafitError
+from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.sweep.storage import Storage, Taken
 from vlafit.sweep.study import Study, check, prepare
@@ -17,7 +18,9 @@ from vlafit.train import run as train
 from vlafit.train.checks import check as check_recipe
 from vlafit.train.loop import StepResult
 from vlafit.train.observer import Observer
-from vlafit.train.setup import open_data
+from vlafit.train.outline import outline, plan_of
+from vlafit.train.setup import Data, open_data
+from vlafit.tuning import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
         raise ConfigError(
             "data.validation is 0: a sweep goes by the loss on held-out episodes; hold some out"
         )
-    check(sweep.study, recipe, where)
+    data = open_data(recipe.data, recipe.train.seed)
+    check(sweep.study, recipe, where, _Trials(data))
     base = recipe.policy.checkpoint
     searched = {name: asdict(one) for name, one in sweep.study.search.items()}
     strategy = config.load_toml(shipped.find("strategy", recipe.strategy), "strategy")
@@ -61,10 +65,26 @@ def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
         "recipe": flat(asdict(recipe), (*NOT_SHARED, *searched)),
         "search": flat(searched, ()),
         "strategy": digest(strategy),
-        "data": open_data(recipe.data, recipe.train.seed).fingerprint,
+        "data": data.fingerprint,
         "base": checkpoints.digest(checkpoints.place(base).path) if base else "",
         "seed": sweep.study.seed,
     }
+
+
+class _Trials:
+    """Tells whether a trial's recipe and strategy could train, on the meta device."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self._policies: dict[str, Policy] = {}
+
+    def __call__(self, recipe: Recipe, strategy: Strategy) -> None:
+        """Raise a VlafitError for what could not."""
+        check_recipe(recipe, 1)
+        key = config.dump(recipe.policy)
+        if key not in self._policies:
+            self._policies[key] = outline(recipe, self._data)
+        plan_of(recipe, strategy, self._policies[key], held_out=any(self._data.validation))
 
 
 def work(sweep: Sweep, tell: Callable[[str], None]) -> bool:

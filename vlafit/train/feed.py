@@ -1,17 +1,25 @@
 """Batches for training and validation: which samples, in which order, on which process."""
 
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
 from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
+from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch, stack
 from vlafit.train.checks import rows_per_process
 from vlafit.train.loop import Keys
 from vlafit.train.setup import Experiment
+
+GRACE_S = 2.0  # for a process to end whose connection broke
 
 
 class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
@@ -70,9 +78,9 @@ def training_batches(
     )
 
     def steps() -> Iterator[list[tuple[Keys, Batch]]]:
-        stream = iter(loader)
+        workers = _Workers(loader)
         for _ in range(first_step, train.steps):
-            yield [next(stream) for _ in range(train.accumulate)]
+            yield [workers.next() for _ in range(train.accumulate)]
 
     return steps()
 
@@ -81,6 +89,44 @@ def _start_worker(_: int) -> None:
     """Leave Ctrl-C, which a terminal sends to all, to the training process: it wants its last batch yet."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+class _Workers:
+    """The loader's processes: that one of them died is told where its batch is waited for, and nowhere else.
+
+    torch's handler of SIGCHLD would raise in whatever the training process does just then, saving for one.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        self.stream = iter(loader)
+        self._processes = [one for one in multiprocessing.active_children() if one not in before]
+        if self._processes and threading.current_thread() is threading.main_thread():
+            own = not callable(handler) or not handler.__module__.startswith("torch.")
+            signal.signal(signal.SIGCHLD, handler if own else signal.SIG_DFL)
+
+    def next(self) -> tuple[Keys, Batch]:
+        """Return the next micro-batch. Raises TrainingError where the process that was to load it died."""
+        try:
+            return next(self.stream)
+        except (RuntimeError, OSError, EOFError) as error:
+            sentinels = {one.sentinel: one for one in self._processes}
+            ended = wait(list(sentinels), timeout=GRACE_S) if sentinels else []
+            if not ended:
+                raise
+            raise TrainingError(_death(sentinels[ended[0]], len(sentinels))) from error  # type: ignore[index]
+
+
+def _death(process: BaseProcess, workers: int) -> str:
+    process.join(GRACE_S)
+    code = process.exitcode or 0
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    hint = ", which the system does when memory is short" if code == -signal.SIGKILL else ""
+    return (
+        f"loader process {process.pid} {how}{hint}. Lower data.workers, now {workers}: each holds the "
+        "program and batches of its own (0: the training process loads). The same command with --resume goes "
+        "on from the last checkpoint"
+    )
 
 
 class _Rows:

@@ -38,7 +38,7 @@ def look(recipe: Recipe, out: Path, resume: bool) -> None:
                 f"{out}: cannot resume with another recipe; changed: {'; '.join(changed)}. Give the "
                 "values it began with, or start anew with --out"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and not files.is_empty(out):
         raise TrainingError(f"{out} is not empty and holds no run; choose another folder with --out")
 
 

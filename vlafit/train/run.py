@@ -3,8 +3,10 @@
 Everything a run writes lies in its folder; a run that was stopped, or killed, goes on with `resume=True`.
 """
 
+import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
+from vlafit.errors import CodecError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import folder, memory, own_base, setup, stages, start
+from vlafit.train import folder, memory, notices, own_base, setup, stages, start, state
 from vlafit.train.checks import check
 from vlafit.train.job import Job
 from vlafit.train.observer import Observer
@@ -25,6 +28,9 @@ from vlafit.train.shelf import Shelf
 
 __all__ = ["Observer", "RunSummary", "run"]
 
+log = logging.getLogger(__name__)
+
+WHAT = "vlafit train"  # in messages about a folder that is in use
 ONE_DAY = timedelta(days=1)  # other processes wait this long while the main one evaluates
 
 
@@ -40,18 +46,35 @@ class RunSummary:
 
 
 def run(
-    recipe: Recipe, out: Path, *, resume: bool = False, command: str = "", observer: Observer | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    command: str = "",
+    observer: Observer | None = None,
 ) -> RunSummary:
     """Carry out `recipe` in the folder `out`. Every process of an `accelerate launch` calls this.
 
     With `resume`, a run that `out` holds goes on where its newest checkpoint was written, and does not repeat
-    rollouts that ended; where there is no run yet, one begins. Raises a VlafitError for whatever the user can
-    mend: before anything is written if it can be known then; later, the run stays resumable.
+    rollouts that ended; where there is no run yet, one begins. With `resume_from`, it goes on from the state
+    of that step instead, and what was saved after it is removed. Raises a VlafitError for whatever the user
+    can mend, another process at work in `out` for one: before anything is written if it can be known then;
+    later, the run stays resumable.
     """
-    observer = observer or Observer()
+    check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    first = os.environ.get("RANK", "0") == "0"  # the one that writes, and holds the lock for all
+    if first:
+        files.require_unlocked(out, WHAT)
+    folder.look(recipe, out, resume or resume_from is not None)
+    with files.exclusive(out, WHAT) if first else nullcontext():
+        return _carry_out(recipe, out, resume_from, command, observer or Observer())
+
+
+def _carry_out(
+    recipe: Recipe, out: Path, resume_from: int | None, command: str, observer: Observer
+) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    check(recipe, launched)
-    folder.look(recipe, out, resume)
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate leaves CPU processes unjoined
         log_with=list(recipe.train.trackers) or None,
@@ -71,10 +94,15 @@ def run(
 
     observer.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
-    resumed = shelf.resumable()
-    experiment = setup.build(recipe, accelerator.device, resumed)
+    resumed = shelf.resumable(resume_from)
+    experiment = _build(recipe, accelerator, resumed)
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
+    if resumed is not None and resume_from is not None:
+        state.read(resumed, experiment.data.fingerprint)  # before anything is given up for it
+        barrier()
     if main:
+        if resume_from is not None:
+            shelf.drop_after(resume_from)
         _try_protocol(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)
     experiment = _with_own_base(experiment, out, main)
@@ -86,6 +114,11 @@ def run(
         job.save_start(resumed is not None)
         job.evaluate("before", 0)
     finished = job.train(resumed)
+    if finished:
+        late = notices.never_began(job.learner.plan, job.progress.stage.number, job.progress.step)
+        if late and main:
+            log.warning("%s", late)
+            record["notices"] = [*dict.fromkeys([*_texts(record["notices"]), late])]
     if finished and recipe.eval.protocol and recipe.eval.after:
         job.evaluate("after", job.progress.step)
     if finished and recipe.eval.wrong_instruction:
@@ -97,6 +130,22 @@ def run(
         page = report.build(out)
     accelerator.end_training()
     return RunSummary(out, job.progress.step, finished, job.success, page)
+
+
+def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> setup.Experiment:
+    """Make what the recipe asks for, with its notices. A checkpoint that is damaged is told with a way on."""
+    try:
+        made = setup.build(recipe, accelerator.device, resumed)
+    except (WeightsError, CodecError) as error:
+        if resumed is None:
+            raise
+        raise type(error)(f"{error}\nIf {resumed} is damaged: {state.way_on(resumed)}") from error
+    said = notices.notices(recipe, made.plan, made.data, accelerator.num_processes)
+    return replace(made, notices=(*made.notices, *said))
+
+
+def _texts(values: object) -> list[str]:
+    return [str(one) for one in values] if isinstance(values, list) else []
 
 
 def _try_protocol(experiment: setup.Experiment) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from vlafit import files
 from vlafit.errors import TrainingError
-from vlafit.train.state import FACTS
+from vlafit.train.state import found, resumable
 
 
 class Shelf:
@@ -29,12 +29,31 @@ class Shelf:
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step_*") if p.name[5:].isdigit())
+        return sorted(found(self.folder))
 
-    def resumable(self) -> Path | None:
-        """Return the newest checkpoint that holds a training state."""
-        found = [path for path in map(self.path, self.steps()) if (path / FACTS).is_file()]
-        return found[-1] if found else None
+    def resumable(self, step: int | None = None) -> Path | None:
+        """Return the newest checkpoint that holds a training state, or that of `step`.
+
+        Raises TrainingError, naming those that there are, where there is none of `step`.
+        """
+        saved = resumable(self.folder)
+        if step is None:
+            return saved[max(saved)] if saved else None
+        if step not in saved:
+            there = f"those of steps {', '.join(map(str, sorted(saved)))}" if saved else "none"
+            raise TrainingError(f"{self.folder} holds no training state of step {step}, but {there}")
+        return saved[step]
+
+    def drop_after(self, step: int) -> None:
+        """Remove what was saved after `step`."""
+        for later in self.steps():
+            if later > step:
+                self._remove(later)
+        for pointer in ("best", "last"):
+            path = self.folder / f"{pointer}.json"
+            if path.is_file() and not (self.folder / json.loads(path.read_text("utf-8"))["path"]).is_dir():
+                path.unlink()
+        self._point("last", step)
 
     def tidy(self) -> None:
         """Clear away what a killed process left: half-written and half-removed checkpoints."""
@@ -73,11 +92,12 @@ class Shelf:
         last = max(self.steps(), default=None)
         others = [step for step in steps if step != last]
         for step in others[: max(0, len(others) - self.keep)]:
-            doomed = (
-                self.folder / f".{self.path(step).name}.removed"
-            )  # one that is half there looks like none
-            os.rename(self.path(step), doomed)
-            shutil.rmtree(doomed)
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        doomed = self.folder / f".{self.path(step).name}.removed"  # one that is half there looks like none
+        os.rename(self.path(step), doomed)
+        shutil.rmtree(doomed)
 
     def _point(self, name: str, step: int, more: Mapping[str, float] | None = None) -> None:
         facts = {"step": step, "path": self.path(step).name, **(more or {})}

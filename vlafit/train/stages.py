@@ -58,6 +58,12 @@ def due(stages: Sequence[Stage], steps: int, step: int, place: Place, spent: flo
     return found
 
 
+def length(stages: Sequence[Stage], steps: int, place: Place) -> int:
+    """Return for how many steps the stage of `place` can last, a plateau not coming before."""
+    moments = [stage.begin.at_step(steps) for stage in stages[place.number + 1 :] if stage.begin]
+    return min([steps, *(at for at in moments if at is not None)]) - place.began
+
+
 def depends_on_validation(stages: Sequence[Stage]) -> bool:
     """Tell whether validation decides when a stage begins."""
     return any(stage.begin is not None and stage.begin.plateau is not None for stage in stages)

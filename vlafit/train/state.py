@@ -46,6 +46,29 @@ class Saved:
     tensors: dict[str, Tensor]
 
 
+def found(shelf: Path) -> dict[int, Path]:
+    """Return the complete checkpoints in a run's folder of them, by step."""
+    return {int(p.name[5:]): p for p in shelf.glob("step_*") if p.name[5:].isdigit()}
+
+
+def resumable(shelf: Path) -> dict[int, Path]:
+    """Return those that hold a training state, by step."""
+    return {step: path for step, path in found(shelf).items() if (path / FACTS).is_file()}
+
+
+def way_on(folder: Path) -> str:
+    """Return how to go on where the checkpoint `folder` cannot be gone on from."""
+    number = int(folder.name.removeprefix("step_"))
+    earlier = [step for step in resumable(folder.parent) if step < number]
+    if not earlier:
+        return "there is no training state before it, so start anew with --out"
+    step = max(earlier)
+    return (
+        f"the training state before it is {folder.parent / f'step_{step:06d}'}; the same command with "
+        f"--resume-from {step} instead of --resume goes on from there, and removes what was saved later"
+    )
+
+
 def collect(learner: Learner, keep: bool) -> dict[str, Tensor]:
     """Return the whole training state by name, on the CPU. Every process must call it; see `gathered`."""
     names = {parameter: name for name, parameter in learner.policy.named_parameters()}
@@ -97,8 +120,7 @@ def read(folder: Path, data: str) -> Saved:
         raise
     except Exception as error:  # of the file system, JSON or safetensors: the way out is the same
         raise TrainingError(
-            f"{folder / 'training'}: cannot read the training state ({error!r}); remove the folder {folder} "
-            "to resume from the checkpoint before it"
+            f"{folder / 'training'}: cannot read the training state ({error!r}): {way_on(folder)}"
         ) from error
     if found_data != data:
         raise TrainingError(

@@ -6,6 +6,7 @@ undoes that, so that a tensor has one name in plans and checkpoints, adapted or 
 """
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,8 @@ def base_name(name: str) -> str:
 
 def adapted_layers(policy: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield name and module of every layer that carries an adapter."""
+    if "peft" not in sys.modules:  # nobody made such a layer; to import peft takes seconds, and half of CUDA
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in policy.named_modules():

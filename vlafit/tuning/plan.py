@@ -13,9 +13,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
-from vlafit.tuning import strategy as writing
+from vlafit.tuning import writing
 from vlafit.tuning.adapters import Adapter, Quantise
-from vlafit.tuning.rules import Rule, resolve
+from vlafit.tuning.rules import Rule, decide
 from vlafit.tuning.strategy import Stage, Strategy, parse
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class Row:
     dead: int
     """Parameters that the loss never reaches; never trained, whatever the rule says."""
     lr: float
+    """The highest learning rate of what learns, times the recipe's."""
+    lr_lowest: float
+    """The lowest: another one where layers decay, or LoRA+ gives B its own."""
     weight_decay: float | None
     """None: the recipe's."""
     optimiser_bytes: int
@@ -146,7 +149,7 @@ class Plan:
         rules = self.strategy.stages[stage].rules
         base = [e for e in self.entries if not e.adapts]
         chosen = dict(
-            zip((e.name for e in base), resolve(base, rules, told(self.strategy, stage)), strict=True)
+            zip((e.name for e in base), decide(base, rules, told(self.strategy, stage)), strict=True)
         )
         entries = tuple(
             _entry(e, rules[i := chosen[e.adapts or e.name]], i, self.strategy.stages[stage])
@@ -214,7 +217,7 @@ class Plan:
             strategy = parse(told, name=told.pop("name"), where="plan.json")
             entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in values["tensors"])
             plan = cls(strategy, entries, values["stage"])
-            same = json.loads(plan.to_json()) == values and plan.at(plan.stage) == plan
+            same = _told_alike(json.loads(plan.to_json()), values) and plan.at(plan.stage) == plan
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StrategyError(
                 f"plan.json is damaged ({type(error).__name__}: {error}); take it from the run again"
@@ -225,6 +228,16 @@ class Plan:
                 "take it from the run again"
             )
         return plan
+
+
+def _told_alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Tell whether two plan.json say the same. An older one has no range of learning rates in its table."""
+    tables = [[dict(row) for row in one["table"]] for one in (now, before)]
+    if not any("lr_lowest" in row for row in tables[1]):
+        for row in (row for table in tables for row in table):
+            row.pop("lr", None)
+            row.pop("lr_lowest", None)
+    return {**now, "table": tables[0]} == {**before, "table": tables[1]}
 
 
 def _from_format_1(values: dict[str, Any]) -> Plan:
@@ -250,6 +263,7 @@ def _from_format_1(values: dict[str, Any]) -> Plan:
 
 def _row(number: int, select: str, rule: Rule | None, entries: Sequence[Entry]) -> Row:
     trainable = sum(e.parameters for e in entries if e.trainable)
+    rates = [e.lr for e in entries if e.trainable and rule] or [0.0]
     base = [e for e in entries if not e.adapts]
     mode = rule.mode if rule else ""
     return Row(
@@ -261,7 +275,8 @@ def _row(number: int, select: str, rule: Rule | None, entries: Sequence[Entry]) 
         adapter=sum(e.parameters for e in entries if e.adapts),
         trainable=trainable,
         dead=sum(e.parameters for e in base if e.dead),
-        lr=rule.lr if rule and rule.mode != "frozen" else 0.0,
+        lr=max(rates),
+        lr_lowest=min(rates),
         weight_decay=rule.weight_decay if rule else None,
         optimiser_bytes=trainable * ADAM_BYTES,
     )
@@ -293,7 +308,7 @@ def wanted(strategy: Strategy, base: Sequence[Entry]) -> tuple[dict[str, Adapter
     quantised: dict[str, Quantise] = {}
     trained: dict[str, int] = {}
     for number, stage in enumerate(strategy.stages):
-        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
+        for entry, index in zip(base, decide(base, stage.rules, told(strategy, number)), strict=True):
             rule, layer = stage.rules[index], entry.name.removesuffix(".weight")
             if entry.dead or not entry.name.endswith(".weight"):
                 continue

@@ -1,21 +1,22 @@
 """The rules of a tuning strategy: which parameters a rule takes, and what it says of them.
 
 The first rule that selects a parameter decides about it. A parameter that no rule selects, a rule that
-selects nothing, and a rule to which earlier rules leave nothing are errors; `optional = true` permits such an
-idle rule, so that one file serves every family of policies.
+selects nothing, one to which earlier rules leave nothing, and a part, kind, pattern or layer of a rule that
+does not exist are errors; `optional = true` permits all but the first, so that one file serves every family.
 
 This file knows names, parts, kinds and layers, not tensors. How rules are written in TOML is `strategy.py`;
 what happens to a policy is `plan.py`.
 """
 
+import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from vlafit.errors import StrategyError, did_you_mean
+from vlafit.errors import StrategyError
 from vlafit.tuning.adapters import METHODS, Adapter, Quantise
 
 PARTS = ("vision", "projector", "language", "expert", "projections")
@@ -25,6 +26,8 @@ MODES = ("full", "frozen", *METHODS)
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<low>\d+)(?:-(?P<high>\d+))?")
 TOP = "top"
 """As a layer range: the layers that a stage with `layer_by_layer` has reached, from the top."""
+WILDCARDS = re.compile(r"[*?]|\[[^\]]*\]")
+NEAR_NAMES = 3  # that a message shows for a pattern
 
 
 class Described(Protocol):
@@ -126,10 +129,11 @@ def _reach(layers: str) -> int:
     return int(match["count"] or 0) or int(match["high"] or match["low"]) + 1
 
 
-def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
+def decide(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
     """Return, for each parameter, the index of the rule that decides about it; `name` is the strategy's.
 
-    Raises StrategyError for a parameter without a rule, and for an idle rule that is not optional.
+    Raises StrategyError for a parameter without a rule. Whether each rule says what it means is `resolve`'s
+    to ask: a plan that was accepted once is not asked again.
     """
     chosen = [next((i for i, r in enumerate(rules) if r.select.takes(info)), -1) for info in infos]
     bare = [info for info, index in zip(infos, chosen, strict=True) if index < 0]
@@ -144,42 +148,86 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
             f"  {listed}\n"
             'Add a rule for them; a last [[rule]] with mode = "frozen" and no `select` covers what is left.'
         )
-    used = set(chosen)
-    for index, rule in enumerate(rules):
-        depth = max((i.layers for i, at in zip(infos, chosen, strict=True) if at == index), default=0)
-        if rule.select.layers and depth and _reach(rule.select.layers) > depth and not rule.optional:
-            raise StrategyError(
-                f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode}) reaches past the {depth} "
-                "layers that there are; write the range that you mean (`optional = true` permits it)"
-            )
-        if index not in used and not rule.optional:
-            raise StrategyError(_idle(infos, chosen, rules, name, index))
     return chosen
 
 
-def _idle(
-    infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rule], name: str, index: int
-) -> str:
+def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
+    """Return what `decide` does, once every rule that is not optional is known to say what it means.
+
+    Raises StrategyError for a parameter without a rule, and one that names all of: rules that take nothing;
+    parts, kinds, layers and patterns of a rule that match nothing beside others that do.
+    """
+    chosen = decide(infos, rules, name)
+    problems = []
+    for index, rule in enumerate(rules):
+        here = f"rule {index + 1} ({rule.select}; {rule.mode})"
+        if rule.optional:
+            continue
+        if index in chosen:
+            problems += [f"{here}: {said}" for said in _empty_words(infos, rule.select)]
+        else:
+            problems.append(f"{here} {_idle(infos, chosen, rules, index)}")
+    if problems:
+        raise StrategyError("\n".join(f"strategy {name!r}: {said}" for said in problems))
+    return chosen
+
+
+def _empty_words(infos: Sequence[Described], select: Select) -> Iterator[str]:
+    """Say of each part, kind, layer range and pattern that matches nothing beside others, what there is."""
+    remedy = ". Mend it or take it out (`optional = true` permits it)."
+    for part in select.part if len(select.part) > 1 or select.layers else ():
+        one = replace(select, part=(part,))
+        depth = max((i.layers for i in infos if replace(one, layers="").takes(i)), default=0)
+        if select.layers and depth and _reach(select.layers) > depth:
+            yield f"it reaches past the {depth} layers that {part!r} has{remedy}"
+        elif not any(map(one.takes, infos)):
+            yield f"part {part!r} matches nothing. {_what_there_is(infos, one)}{remedy}"
+    if select.layers and not select.part:
+        depth = max((i.layers for i in infos if select.takes(i)), default=0)
+        if _reach(select.layers) > depth:
+            yield f"it reaches past the {depth} layers that there are{remedy}"
+    for kind in select.kind if len(select.kind) > 1 else ():
+        if not any(map(replace(select, kind=(kind,)).takes, infos)):
+            there = replace(select, kind=())
+            yield f"kind {kind!r} matches nothing. {_what_there_is(infos, there)}{remedy}"
+    for pattern in select.pattern if len(select.pattern) > 1 else ():
+        if not any(map(replace(select, pattern=(pattern,)).takes, infos)):
+            yield f"pattern {pattern!r} matches nothing. {_near_names(infos, pattern)}{remedy}"
+
+
+def _idle(infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rule], index: int) -> str:
     """Explain why a rule takes nothing: earlier rules took it all, or there is nothing of the kind."""
-    rule = rules[index]
-    here = f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode})"
-    takers = sorted({i for info, i in zip(infos, chosen, strict=True) if rule.select.takes(info)})
+    select = rules[index].select
+    takers = sorted({i for info, i in zip(infos, chosen, strict=True) if select.takes(info)})
     if takers:
         named = ", ".join(f"rule {i + 1} ({rules[i].select})" for i in takers)
         return (
-            f"{here} is never reached: {named} before it took everything that it selects.\n"
+            f"is never reached: {named} before it took everything that it selects.\n"
             "Move it up, narrow the earlier rule, or remove it (`optional = true` permits an idle rule)."
         )
+    said = [_what_there_is(infos, select), *(_near_names(infos, pattern) for pattern in select.pattern)]
+    return "matches nothing.\n" + ". ".join([*said, "`optional = true` permits an idle rule."])
+
+
+def _what_there_is(infos: Sequence[Described], select: Select) -> str:
+    """Return the parts of a policy, and the kinds and layers that the selected ones have."""
     parts = Counter(info.part for info in infos)
-    hints = [f"This policy has the parts: {', '.join(f'{p} ({n} tensors)' for p, n in parts.items())}."]
-    in_part = [i for i in infos if not rule.select.part or i.part in rule.select.part]
-    if in_part and rule.select.kind:
-        hints.append(f"Kinds there: {', '.join(sorted({i.kind for i in in_part}))}.")
-    if in_part and rule.select.layers:
-        depths = {i.part: i.layers for i in in_part if i.layer is not None}
-        hints.append(f"Layers there: {', '.join(f'{p} {n}' for p, n in depths.items()) or 'none'}.")
-    for pattern in rule.select.pattern:
-        near = did_you_mean(pattern, (i.name for i in infos)) if len(infos) else ""
-        if near.startswith("; did"):
-            hints.append(near.removeprefix("; ").capitalize())
-    return f"{here} matches nothing.\n" + " ".join(hints) + " `optional = true` permits an idle rule."
+    hints = [f"This policy has the parts: {', '.join(f'{p} ({n} tensors)' for p, n in parts.items())}"]
+    inside = [i for i in infos if not select.part or i.part in select.part]
+    if inside and (select.kind or select.part):
+        hints.append(f"Kinds there: {', '.join(sorted({i.kind for i in inside}))}")
+    if inside and select.layers:
+        depths = {i.part: i.layers for i in inside if i.layer is not None}
+        hints.append(f"Layers there: {', '.join(f'{p} {n}' for p, n in depths.items()) or 'none'}")
+    return ". ".join(hints)
+
+
+def _near_names(infos: Sequence[Described], pattern: str) -> str:
+    """Return the names of parameters that are nearest to a pattern's text, its wildcards left out."""
+    names = [info.name for info in infos]
+    near = difflib.get_close_matches(WILDCARDS.sub("", pattern), names, n=NEAR_NAMES, cutoff=0.5)
+    if not near:
+        return (
+            f"No parameter's name is near; the first is {names[0]!r}" if names else "There are no parameters"
+        )
+    return f"The nearest names are {', '.join(map(repr, near))}"

@@ -10,7 +10,7 @@ A strategy is a TOML file (the shipped ones are in configs/strategies/):
     rank = 16
 
     [[rule]]
-    select = { part = ["expert", "projections"], layers = "last 6" }
+    select = { part = "expert", layers = "last 6" }
     mode = "full"
     lr = 0.5                # times the recipe's learning rate
 
@@ -40,7 +40,7 @@ A stage with `layer_by_layer = 2` and `every = { fraction = 0.1 }` is repeated w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -50,6 +50,7 @@ from vlafit.tuning import adapters
 from vlafit.tuning.rules import KINDS, LAYERS, MODES, PARTS, TOP, Described, Rule, Select
 
 COMMON = ("select", "mode", "lr", "layer_decay", "weight_decay", "quantise", "optional")
+RANGES = 'write "first 3", "last 2", "4" or "4-7" (counted from 0)'
 STAGE_KEYS = ("name", "begin", "lr", "warmup_steps", "layer_by_layer", "every", "rule")
 
 
@@ -113,7 +114,7 @@ class Strategy:
     def expand(self, infos: Sequence[Described]) -> "Strategy":
         """Return the strategy with each layer-by-layer stage written out for a policy of these parameters.
 
-        Raises StrategyError when such a stage's rules take parts that have no layers.
+        Raises StrategyError when such a stage's rules name no part, or one that has no layers.
         """
         if not any(stage.layer_by_layer for stage in self.stages):
             return self
@@ -127,25 +128,33 @@ def _repeated(stage: Stage, infos: Sequence[Described], where: str) -> list[Stag
     if not stage.layer_by_layer:
         return [stage]
     parts = {p for rule in stage.rules if rule.select.layers == TOP for p in rule.select.part}
-    depth = max((i.layers for i in infos if i.part in parts), default=0)
-    if not depth:
+    depths = {part: max((i.layers for i in infos if i.part == part), default=0) for part in sorted(parts)}
+    flat = [part for part, depth in depths.items() if not depth]
+    if flat or not depths:
         raise StrategyError(
-            f"{where}: `layer_by_layer` finds no layers in {', '.join(sorted(parts)) or 'no part'}; give "
+            f"{where}: `layer_by_layer` finds no layers in {', '.join(flat) or 'no part'}; give "
             'the rules with `layers = "top"` a `part` that has layers'
         )
+    depth = max(depths.values())
     made = []
     for reached in range(stage.layer_by_layer, depth + stage.layer_by_layer, stage.layer_by_layer):
         reached = min(reached, depth)
-        rules = tuple(
-            replace(rule, select=replace(rule.select, layers=f"last {reached}"))
-            if rule.select.layers == TOP
-            else rule
-            for rule in stage.rules
-        )
+        rules = tuple(one for rule in stage.rules for one in _reaching(rule, reached, depths))
         name = f"{stage.name or 'layers'}, top {reached}"
         begin = stage.begin if not made else _after(made[-1].begin, stage.every, where)
         made.append(replace(stage, rules=rules, name=name, begin=begin, layer_by_layer=0, every=None))
     return made
+
+
+def _reaching(rule: Rule, reached: int, depths: Mapping[str, int]) -> Iterator[Rule]:
+    """Yield the rule with its "top" written out: for all parts, or for each depth that they have."""
+    if rule.select.layers != TOP:
+        yield rule
+        return
+    counts = {part: min(reached, depths[part]) for part in rule.select.part}
+    for count in dict.fromkeys(counts.values()):
+        parts = tuple(part for part in rule.select.part if counts[part] == count)
+        yield replace(rule, select=replace(rule.select, part=parts, layers=f"last {count}"))
 
 
 def _after(begin: Moment | None, every: Moment | None, where: str) -> Moment:
@@ -192,7 +201,14 @@ def parse(
     if not isinstance(purpose, str):
         raise StrategyError(f"{where}: `purpose` is one sentence of text, not {purpose!r}")
     if "stage" not in values:
-        return Strategy(name, (Stage(_rules(values.get("rule", []), where)),), purpose)
+        rules = _rules(values.get("rule", []), where)
+        for number, rule in enumerate(rules, 1):
+            if rule.select.layers == TOP:
+                raise StrategyError(
+                    f'{where}: rule {number}: `layers = "top"` is for stages with `layer_by_layer`; in a '
+                    f"rule of the whole run {RANGES}"
+                )
+        return Strategy(name, (Stage(rules),), purpose)
     if "rule" in values:
         raise StrategyError(f"{where}: write rules as [[stage.rule]] when there are stages, not as [[rule]]")
     tables = values["stage"]
@@ -365,44 +381,5 @@ def _layers(value: object, where: str) -> str:
         return str(value)
     match = LAYERS.fullmatch(value) if isinstance(value, str) else None
     if not match or (match["high"] and int(match["high"]) < int(match["low"])):
-        raise StrategyError(
-            f"{where}: `layers` = {value!r} is no range; "
-            'write "first 3", "last 2", "4" or "4-7" (counted from 0)'
-        )
+        raise StrategyError(f"{where}: `layers` = {value!r} is no range; {RANGES}")
     return match.string
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def plain(strategy: Strategy) -> dict[str, object]:
-    """Return the strategy as the tables that `parse` reads, its name beside them."""
-    said: dict[str, object] = {"name": strategy.name, "purpose": strategy.purpose}
-    if len(strategy.stages) == 1 and strategy.stages[0] == Stage(strategy.rules):
-        return said | {"rule": [dict(_plain_rule(r)) for r in strategy.rules]}
-    return said | {"stage": [dict(_plain_stage(s)) for s in strategy.stages]}
-
-
-def _plain_stage(stage: Stage) -> Iterator[tuple[str, object]]:
-    default = Stage(())
-    for key in ("name", "lr", "warmup_steps", "layer_by_layer"):
-        if getattr(stage, key) != getattr(default, key):
-            yield key, getattr(stage, key)
-    for key in ("begin", "every"):
-        moment = getattr(stage, key)
-        if moment is not None:
-            yield key, {k: v for k, v in asdict(moment).items() if v is not None}
-    yield "rule", [dict(_plain_rule(r)) for r in stage.rules]
-
-
-def _plain_rule(rule: Rule) -> Iterator[tuple[str, object]]:
-    select = {key: value for key, value in asdict(rule.select).items() if value}
-    if select:
-        yield "select", {k: v if isinstance(v, str) else list(v) for k, v in select.items()}
-    yield "mode", rule.mode
-    if rule.adapter is not None:
-        yield from adapters.plain(rule.adapter).items()
-    default = Rule()
-    for key in ("lr", "layer_decay", "weight_decay", "quantise", "optional"):
-        if getattr(rule, key) != getattr(default, key):
-            yield key, getattr(rule, key)

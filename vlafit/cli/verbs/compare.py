@@ -1,6 +1,7 @@
 """`vlafit compare RECIPE --strategies A,B,...`: which way of tuning to choose, with the evidence for it."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,18 +25,25 @@ USAGE = "--strategies A,B,... [--seeds N] [--lr-grid X,Y,...] [--budget-... N] [
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out or go on with a comparison, and say what came out; 130 when a signal stopped it."""
+    """Carry out or go on with a comparison, and say what came out.
+
+    Returns 130 when a signal stopped it, 1 where an arm broke.
+    """
     recipe, options, out = read(arguments)
     command = shlex.join(["vlafit", "compare", *arguments])
     from vlafit import compare
 
     with Line("arms", 1) as line:
-        found = compare.run(recipe, options, out, command=command, observer=_view(line))
+        found = compare.run(recipe, options, out, command=command, observer=_view(line, out))
     compare.write(found)
     print(describe(found))
     if found.missing:
         print(f"stopped with {len(found.missing)} arms to go; the same command goes on")
         return 130
+    if found.broken:
+        names = ", ".join(record.name for record in found.broken)
+        print(f"did not finish: {names}; the same command tries them again", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -88,9 +96,10 @@ def _options(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison")
 
 
-def _view(line: Line) -> Any:
+def _view(line: Line, out: Path) -> Any:
     from vlafit.compare import Observer
     from vlafit.compare.record import AFTER, Record
+    from vlafit.compare.run import log_of
 
     class View(Observer):
         """Moves the line, and leaves one behind for each arm that ended now."""
@@ -104,7 +113,7 @@ def _view(line: Line) -> Any:
                 return
             found = record.figures
             if found is None:
-                line.say(f"{name}: BROKE: {(record.error or '').strip().splitlines()[-1]}")
+                line.say(f"{name}: BROKE: {(record.error or '').strip()}\nlog: {log_of(out, name)}")
                 return
             score, loss = found.score(AFTER), found.last()
             parts = [f"validation {number(loss)}" if loss is not None else "", str(score) if score else ""]
@@ -118,7 +127,7 @@ def describe(found: "Comparison") -> str:
     from vlafit.compare import summary
     from vlafit.compare.judge import AFTER
 
-    verdict = summary.verdict_of(found)
+    verdict, why = summary.verdict_of(found), summary.did_not_finish(found)
     rows = []
     for one in found.standings:
         score, loss = one.pooled(AFTER), list(one.losses().values())
@@ -126,15 +135,16 @@ def describe(found: "Comparison") -> str:
             (
                 one.strategy,
                 "" if one.lr is None else f"{one.lr:g}",
-                size(max((f.trainable for f in one.figures), default=0)),
+                size(max(f.trainable for f in one.figures)) if one.figures else "",
                 "" if one.peak is None else f"{one.peak / 1e6:.0f} MB",
-                number(one.samples_per_s),
+                number(one.samples_per_s) if one.figures else "",
                 number(sum(loss) / len(loss)) if loss else "",
-                "" if score is None else str(score),
+                str(score or ("" if one.figures else "did not finish" if one.strategy in why else "")),
             )
         )
     heads = ("strategy", "lr", "trained", "peak memory", "samples/s", "last loss", "success")
-    lines = [table(heads, rows), verdict.sentence]
+    lines = [table(heads, rows), *(f"{name} did not finish: {said}" for name, said in why.items())]
+    lines.append(verdict.sentence)
     if verdict.recommended:
         lines.append(f"recommended: {verdict.recommended}: {verdict.reason}")
     lines += [*verdict.notes, *summary.notes(found), *summary.caveats(found)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlafit import shipped
 from vlafit.cli.console import table
 from vlafit.cli.parser import Parser
-from vlafit.cli.recipes import read_recipe
+from vlafit.cli.recipes import read_recipe, without
 from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ USAGE = "--study FILE [--trials N] [--workers N] --out DIR"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out or go on with a sweep, and say what is best; 130 when a signal stopped it."""
+    """Carry out or go on with a sweep, and say what is best.
+
+    Returns 130 when a signal stopped it, 1 where trials broke and none was whole.
+    """
     recipe, study, options = read(arguments)
     command = shlex.join(["vlafit", "sweep", *arguments])
     from vlafit import sweep
@@ -43,14 +47,19 @@ def run(arguments: Sequence[str]) -> int:
         asked,
         str(shipped.find("study", options.study)),
         workers=options.workers,
-        worker_command=lambda: vlafit("sweep", *arguments, "--workers", "1"),
+        worker_command=lambda: vlafit("sweep", *without(arguments, "--workers"), "--workers", "1"),
         tell=lambda line: print(line, flush=True),
     )
     found = sweep.read(asked, command)
     page = sweep.write(found)
     print(describe(found))
     print(f"report: {page}")
-    return 0 if finished else 130
+    if not finished:
+        return 130
+    if found.broken and found.best is None:
+        print("no trial came to its end; mend what broke them, and choose another --out", file=sys.stderr)
+        return 1
+    return 0
 
 
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
@@ -97,5 +106,7 @@ def describe(found: "Found") -> str:
         )
         for t in order
     ]
-    lines = [table(("trial", *names, "last loss", "state"), rows), *found.notes()]
+    lines = [table(("trial", *names, "last loss", "state"), rows)]
+    lines += [f"trial {number} broke: {said}" for number, said in found.broken.items()]
+    lines += found.notes()
     return "\n".join([*lines, *([f"train the best again: {found.train_again()}"] if found.best else [])])

@@ -25,14 +25,20 @@ def run(arguments: Sequence[str]) -> int:
     command = shlex.join([*launcher.words(), "vlafit", "train", *arguments])
     from vlafit.cli.train_view import train
 
-    return train(recipe, out, resume=options.resume, command=command)
+    return train(recipe, out, resume=options.resume, resume_from=options.resume_from, command=command)
 
 
 def read(arguments: Sequence[str]) -> tuple[Recipe, Any]:
-    """Return the recipe with the command line's overrides in it, and the other options (`out`, `resume`)."""
+    """Return the recipe with the command line's overrides in it, and the verb's own options."""
     return read_recipe("train", ABOUT, "[--out DIR] [--resume]", arguments, _options)
 
 
 def _options(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the run [runs/NAME]")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped or killed")
+    parser.add_argument(
+        "--resume-from",
+        metavar="STEP",
+        type=int,
+        help="go on from the state of an earlier step instead, and remove what was saved after it",
+    )

@@ -1,0 +1,88 @@
+"""What a recipe asks for in vain is said at the start, in the run's record and on its page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vlafit import config
+from vlafit.recipe import Recipe
+from vlafit.train import run, setup
+from vlafit.train.notices import never_began, notices
+from vlafit.tuning import Plan, parse, preview
+
+REST = {"mode": "frozen"}
+EXPERT = {"select": {"part": "expert"}, "mode": "full"}
+
+
+def staged(*moments: dict, warmup: int = 0) -> dict:
+    later = [{"begin": moment, "warmup_steps": warmup, "rule": [{"mode": "full"}]} for moment in moments]
+    return {"stage": [{"name": "first", "rule": [EXPERT, REST]}, *later]}
+
+
+@pytest.fixture(scope="module")
+def made(recipe: Recipe) -> setup.Experiment:
+    import torch
+
+    return setup.build(recipe, torch.device("cpu"))
+
+
+def plan_of(made: setup.Experiment, strategy: dict) -> Plan:
+    for parameter in made.policy.parameters():
+        parameter.requires_grad_(True)
+    return preview(made.policy, parse(strategy, name="mine", where="test"))
+
+
+def test_a_recipe_that_means_all_it_says_has_no_notices(recipe: Recipe, made: setup.Experiment) -> None:
+    assert notices(recipe, made.plan, made.data, 1) == ()
+    assert (
+        notices(replace(recipe, train=replace(recipe.train, sharding="full")), made.plan, made.data, 2) == ()
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        ("data", {"episodes_per_task": 9}, "'dots' has fewer training episodes of 2 of its 2 tasks (left 3"),
+        ("optim", {"warmup_steps": 8}, "rises to 0.000889 alone, and never reaches optim.lr 0.001"),
+        ("train", {"sharding": "full"}, "train.sharding = 'full' has no effect on one process"),
+    ],
+)
+def test_what_has_less_effect_than_it_says_is_told(
+    recipe: Recipe, made: setup.Experiment, section: str, changes: dict, says: str
+) -> None:
+    asked = replace(recipe, **{section: replace(getattr(recipe, section), **changes)})
+    (said,) = notices(asked, made.plan, made.data, 1)
+    assert says in said
+
+
+def test_a_warm_up_as_long_as_its_stage_is_told(recipe: Recipe, made: setup.Experiment) -> None:
+    plan = plan_of(made, staged({"step": 4}, {"step": 6}, warmup=2))
+    first, second = notices(recipe, plan, made.data, 1)
+    assert "stage 2 of 3 takes 2 steps, but the stage lasts 2" in first and "stage 3 of 3" in second
+
+
+def test_stages_that_a_run_did_not_come_to_are_told(recipe: Recipe, made: setup.Experiment) -> None:
+    plan = plan_of(made, staged({"plateau": 2}))
+    assert never_began(plan, 1, 8) == ""
+    assert "after step 8 in stage 1 of 2, first, so that stage 2 of 2 never began" in never_began(plan, 0, 8)
+
+
+def test_notices_stand_in_the_run_and_its_report(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.toml").write_text(config.dump(staged({"plateau": 2})))
+    short = replace(
+        recipe,
+        strategy=str(tmp_path / "mine.toml"),
+        optim=replace(recipe.optim, warmup_steps=4),
+        train=replace(recipe.train, steps=4, validate_every=1),
+    )
+    assert run(short, tmp_path / "run").finished
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    told = [said.split(":")[0].split(" is")[0] for said in record["notices"]]
+    assert told == ["optim.warmup_steps 4", "strategy 'mine'"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "never reaches optim.lr" in page and "stage 2 of 2 never began" in page
+    assert "never began" in caplog.text
