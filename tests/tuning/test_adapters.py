@@ -20,6 +20,7 @@ from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge
+from vlafit.tuning.quantise import stored_bytes
 from vlafit.tuning.ranks import Clock, rank_schedule
 
 REST = {"mode": "frozen"}
@@ -68,6 +69,17 @@ def test_a_quantised_base_is_near_the_policy_and_what_sits_on_it_learns(name: st
     tensors = dict(policy.named_parameters())
     assert all(torch.equal(_stored(tensors[n]), _stored(p)) for n, p in base.items())
     assert plan.parameters == preview(make_policy(), strategy({"mode": "full"})).parameters
+
+
+def test_the_bytes_of_a_quantised_weight_are_those_it_takes():
+    plain, policy = make_policy(), make_policy()
+    apply_strategy(policy, rules("int8"))
+    layer = "language.layers.0.mlp.up_proj"
+    whole = plain.get_parameter(f"{layer}.weight")
+    rounded = policy.get_parameter(f"{layer}.base_layer.weight")
+    assert stored_bytes(whole) == 4 * whole.numel()
+    scales = 5 * len(whole)  # of each row a float32 scale and an int8 zero point
+    assert stored_bytes(rounded) == whole.numel() + scales
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
