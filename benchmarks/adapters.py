@@ -85,7 +85,7 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
     if strategy == PEFTS_DORA:
         from vlafit.tuning import dora
 
-        dora.factor_norms = lambda policy, name: None
+        dora.begin = lambda policy, name: None
         strategy = "dora"
     torch.set_num_threads(1)
     torch.manual_seed(0)

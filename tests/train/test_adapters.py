@@ -38,7 +38,6 @@ ADAPTERS = {
     "qlora": 'mode = "lora"\nrank = 4\nquantise = "nf4"',
     "int8": 'mode = "lora"\nrank = 4\nquantise = "int8"',
 }
-QUANTISED = ("qlora", "int8")
 
 
 UNADAPTED = """
@@ -133,8 +132,16 @@ def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Pat
     assert not torch.equal(policy.projector.weight, was.projector.weight)
 
 
-@pytest.mark.parametrize("adapter", QUANTISED)
-@pytest.mark.parametrize("begins", ["fresh", "merged", "fresh part", "unadapted"])
+@pytest.mark.parametrize(
+    ("adapter", "begins"),
+    [
+        ("int8", "fresh"),
+        ("qlora", "merged"),
+        ("qlora", "fresh part"),
+        ("int8", "unadapted"),
+        ("qlora", "unadapted"),
+    ],
+)
 def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
     adapter: str, begins: str, base: Path, card: Path, tmp_path: Path
 ):
@@ -171,6 +178,19 @@ def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
         assert is_rounded_from(held, start.expert.layers[0].mlp.up_proj.weight)
         assert 0 <= facts["merge_error"] < 1e-3
     assert all(torch.isfinite(p).all() for p in vlafit.merge(loaded.policy).parameters())
+
+
+def test_the_ranks_of_adalora_fall_by_the_time_where_that_ends_the_run(
+    base: Path, card: Path, tmp_path: Path
+):
+    limit = {"steps": 1_000_000, "max_seconds": 1.0, "validate_every": 0, "save_every": 0}
+    summary = run(recipe_on(base, card, "adalora", train=limit), tmp_path / "run")
+    assert summary.finished and summary.steps < 1_000_000
+    ranks = json.loads((tmp_path / "run" / "run.json").read_text())["ranks"]
+    assert sum(ranks.values()) == 2 * len(ranks)
+    policy = checkpoints.load_policy(tmp_path / "run" / "checkpoints" / f"step_{summary.steps:06d}")
+    left = [int((p != 0).sum()) for n, p in policy.named_parameters() if ".lora_E." in n]
+    assert sum(left) == 2 * len(left)  # of the average, which is exported
 
 
 def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_stages import BEGAN, BEGAN_BY_PLATEAU, PLATEAU, STAGED, STEPS, staged
+from tests.train.test_stages import BEGAN, BEGAN_BY_PLATEAU, GROWING, PLATEAU, STAGED, STEPS, staged
 from tests.train.test_two_processes import assert_close, run_in_two
 from tests.train.world import learned, metrics
 from vlafit.recipe import Recipe
@@ -16,7 +16,10 @@ HOW = {  # what each recipe of the tests changes
     "copies": {"accumulate": 2},
     "sharded": {"sharding": "full"},
     "plateau": {"validate_every": 1, "steps": 8},
+    "ranks": {"validate_every": 0},
 }
+TEXTS = {"plateau": PLATEAU, "ranks": GROWING}
+BEGINS = {"plateau": BEGAN_BY_PLATEAU, "ranks": {1: 0, 2: 6, 3: 11}}
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +27,9 @@ def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
     made = {}
     for name, changes in HOW.items():
         folder = tmp_path_factory.mktemp(name)
-        text = PLATEAU if name == "plateau" else STAGED
-        made[name] = staged(card, folder, text, **{"batch_size": 8, "save_every": 5, **changes})
+        made[name] = staged(
+            card, folder, TEXTS.get(name, STAGED), **{"batch_size": 8, "save_every": 5, **changes}
+        )
     return made
 
 
@@ -50,7 +54,9 @@ def test_two_processes_have_the_losses_and_the_stages_of_one(runs: Path, name: s
     for key in ("train/loss", "train/grad_norm", "validation/loss", "validation/action_error"):
         assert_close(one, two, key)
     assert stages(one) == stages(two)
-    assert stages(two) == (BEGAN_BY_PLATEAU if name == "plateau" else BEGAN)
+    if name == "ranks":
+        assert_close(one, two, "train/rank/mean")
+    assert stages(two) == BEGINS.get(name, BEGAN)
     assert json.loads((two / "run.json").read_text())["processes"] == 2
 
 

@@ -20,6 +20,7 @@ from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge
+from vlafit.tuning.quantise import stored_bytes
 from vlafit.tuning.ranks import Clock, rank_schedule
 
 REST = {"mode": "frozen"}
@@ -68,6 +69,17 @@ def test_a_quantised_base_is_near_the_policy_and_what_sits_on_it_learns(name: st
     tensors = dict(policy.named_parameters())
     assert all(torch.equal(_stored(tensors[n]), _stored(p)) for n, p in base.items())
     assert plan.parameters == preview(make_policy(), strategy({"mode": "full"})).parameters
+
+
+def test_the_bytes_of_a_quantised_weight_are_those_it_takes():
+    plain, policy = make_policy(), make_policy()
+    apply_strategy(policy, rules("int8"))
+    layer = "language.layers.0.mlp.up_proj"
+    whole = plain.get_parameter(f"{layer}.weight")
+    rounded = policy.get_parameter(f"{layer}.base_layer.weight")
+    assert stored_bytes(whole) == 4 * whole.numel()
+    scales = 5 * len(whole)  # of each row a float32 scale and an int8 zero point
+    assert stored_bytes(rounded) == whole.numel() + scales
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -491,3 +503,31 @@ def test_over_a_bfloat16_policy_adapters_are_float32_and_merge_with_one_rounding
     merged = merge(half)
     assert merged.expert.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert (velocity(merged) - before).abs().max() < 2 * rounding
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_over_a_bfloat16_policy_an_adapter_is_an_exact_no_op_and_pissa_says_by_how_much_it_is_not(
+    name: str, bfloat16: Path, caplog
+):
+    policy = vlafit.load_policy(bfloat16, dtype="bfloat16")
+    before, weights = velocity(policy), {n: p.detach().clone() for n, p in policy.named_parameters()}
+    plan = apply_strategy(policy, rules(name))
+    if name != "pissa":
+        assert torch.equal(velocity(policy), before) and not caplog.records
+        return
+    (told,) = [r for r in caplog.records if "PiSSA is no exact no-op" in r.message]
+    off = 0.0
+    for layer in plan.adapted:
+        module, weight = policy.get_submodule(layer), weights[f"{layer}.weight"].float()
+        sum_ = module.get_base_layer().weight.float() + module.get_delta_weight("lora")
+        off = max(off, float((sum_ - weight).abs().max() / weight.abs().max()))
+    assert 0 < off < 2**-7 and f"up to {off:.1e}" in told.message  # a unit in bfloat16's last place
+    assert (velocity(policy) - before).abs().max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to be loaded in bfloat16."""
+    folder = tmp_path_factory.mktemp("bfloat16") / "c"
+    vlafit.save_checkpoint(make_policy(), folder)
+    return folder

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlafit.train.optim import Ema
+from vlafit.tuning.quantise import stored_bytes
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): resets the process's peak resident set
@@ -84,8 +85,7 @@ def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | Non
 
 
 def _bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+    return stored_bytes(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def resident() -> int:

@@ -50,7 +50,8 @@ class Adapter:
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     init: Init = "default"
-    """How A begins: "default" (Kaiming), "gaussian", or "pissa" (from the weight's own singular vectors)."""
+    """How A begins: "default" (Kaiming), "gaussian", or "pissa" (from the weight's own singular vectors; what
+    is left of the weight is rounded to its dtype, so PiSSA is a no-op to 1e-6 over float32 alone)."""
     lr_b: float = 1.0
     """LoRA+ (arXiv 2402.12354): learning rate of B, times that of A."""
     target_rank: int = 8

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -56,12 +56,28 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
-def factor_norms(policy: nn.Module, name: str) -> None:
-    """Exchange the DoRA layers of adapter `name` at linear layers for factored ones, their values kept."""
+@torch.no_grad()
+def begin(policy: nn.Module, name: str) -> None:
+    """Make the DoRA layers of adapter `name`, which are new, factored ones where they are linear.
+
+    The magnitudes become the norms as they are computed in training, in float32; then each is exactly a no-op
+    at the start, over bfloat16 weights too, in whose precision peft rounds them.
+    """
     for module in policy.modules():
+        layer: Any = module
         held: Any = getattr(module, "lora_magnitude_vector", None)
-        if held is None or name not in held or type(held[name]) is not DoraLinearLayer:
+        if held is None or name not in held:
             continue
-        layer = FactoredDoraLayer(held[name].fan_in_fan_out)
-        layer.weight = held[name].weight
-        held[name] = layer
+        theirs, scaling = held[name], layer.scaling[name]
+        weight = dequantize_module_weight(layer.get_base_layer())
+        if type(theirs) is DoraLinearLayer:
+            held[name] = made = FactoredDoraLayer(theirs.fan_in_fan_out)
+            made.weight = theirs.weight
+            if not weight.is_meta:
+                made.weight.copy_(
+                    _row_norms(weight, layer.lora_A[name].weight, layer.lora_B[name].weight, scaling)
+                )
+        elif type(theirs) is DoraEmbeddingLayer:
+            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]  # [r, in], [out, r]
+            update = theirs.get_lora_weight(a.T, b.T)
+            theirs.weight.copy_(theirs.get_weight_norm(weight, update, scaling))

@@ -6,6 +6,7 @@ undoes that, so that a tensor has one name in plans and checkpoints, adapted or 
 """
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from vlafit.errors import StrategyError
 from vlafit.tuning.adapters import Adapter, Layer, Quantise
 from vlafit.tuning.attached import Attached, attach, attached
 from vlafit.tuning.quantise import quantise_layer, quantised_names
+
+log = logging.getLogger(__name__)
 
 PER_MODULE = ("lora", "dora")  # peft takes rank and alpha of these by module
 
@@ -102,6 +105,9 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
 
     The policy's class and its base weights stay (PiSSA moves part of a weight into its adapter, and remembers
     the factors). Adapters are float32. The policy carries none yet.
+
+    All are exact no-ops at the start but PiSSA, whose residual is rounded to the weight's dtype: to 1e-6 over
+    float32, and over bfloat16 to what is then measured and logged.
     """
     if not groups:
         return
@@ -109,6 +115,7 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
 
     configs: dict[str, Any] = {}
     before = {name: p.requires_grad for name, p in policy.named_parameters()}
+    exact = _imprecise_weights(policy, groups)
     devices = {p.device for p in policy.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed)
@@ -137,10 +144,36 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
         if group.adapter.init == "pissa":
             mine = [n for n in adapter_tensors(policy) if group_of(n) == group.name]
             _remember(policy, {n: tensors[n] for n in mine})
+            _tell_deviation(policy, group, exact)
         if group.adapter.method == "dora":
-            from vlafit.tuning.dora import factor_norms
+            from vlafit.tuning import dora
 
-            factor_norms(policy, group.name)
+            dora.begin(policy, group.name)
+
+
+def _imprecise_weights(policy: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return the weights that PiSSA is about to split and that are kept in less than float32, by layer."""
+    layers = [layer for group in groups if group.adapter.init == "pissa" for layer in group.layers]
+    weights = {layer: policy.get_parameter(f"{layer}.weight") for layer in layers}
+    return {n: w.detach().clone() for n, w in weights.items() if w.dtype != torch.float32}
+
+
+@torch.no_grad()
+def _tell_deviation(policy: nn.Module, group: Group, exact: Mapping[str, Tensor]) -> None:
+    """Log how far PiSSA's residual and factors together are from the weights that they were: rounding."""
+    worst = 0.0
+    for name, layer in adapted_layers(policy):
+        if name in group.layers and name in exact:
+            a, b = layer.lora_A[group.name].weight, layer.lora_B[group.name].weight
+            weight = exact[name].float()
+            off = layer.get_base_layer().weight.float() + layer.scaling[group.name] * b @ a - weight
+            worst = max(worst, float(off.abs().max() / weight.abs().max()))
+    if worst:
+        log.warning(
+            "adapter %s: PiSSA is no exact no-op over %s weights: residual and factors together are off by "
+            "up to %.1e of a layer's largest weight, which is rounding; over float32 weights they are not",
+            group.name, str(next(iter(exact.values())).dtype).removeprefix("torch."), worst,
+        )  # fmt: skip
 
 
 def require_bare(policy: nn.Module) -> None:

@@ -48,6 +48,14 @@ def dequantised(layer: nn.Module) -> Tensor | None:
     return None
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes; torchao's says of its rounded ones the size of the floats."""
+    held: Any = tensor
+    if type(tensor).__module__.startswith("torchao"):
+        return sum(stored_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
 def is_rounded_from(layer: Any, weight: Tensor) -> bool:
     """Tell whether the quantised `layer` holds exactly what rounding `weight` [out, in] gives."""
     held = dequantised(layer)
