@@ -43,6 +43,8 @@ class RunSummary:
     finished: bool  # False when a signal stopped it
     success: dict[str, float]  # share of successes by evaluation name
     report: Path | None
+    asked_to_stop: bool = False
+    """A signal asked for it, be it in the last step: whoever began the run is to begin no other."""
 
 
 def run(
@@ -128,7 +130,7 @@ def _carry_out(
         observer.phase("report")
         page = report.build(out)
     accelerator.end_training()
-    return RunSummary(out, job.progress.step, finished, job.success, page)
+    return RunSummary(out, job.progress.step, finished, job.success, page, job.asked_to_stop)
 
 
 def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> setup.Experiment:
