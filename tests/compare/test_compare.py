@@ -141,6 +141,7 @@ def test_the_command_line_shows_the_whole_message_of_what_broke_and_fails(
         return done
 
     monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare, "write", lambda _: None)  # the folder is that of all tests
     path = tmp_path / "tiny.toml"
     path.write_text(config.dump(done.recipe))
     words = [str(path), "--strategies", "expert", "--out", str(done.folder)]
@@ -362,10 +363,12 @@ def test_the_command_line_reads_seeds_grid_budget_and_fields(recipe: Recipe, tmp
     made, options, out = read([*words, "--budget-samples", "40", "--optim.ema", "0", "--train.seed", "5"])
     assert options == Options(("full", "expert"), (5, 6), (1e-4, 3e-4)) and out == Path("x")
     assert made.train.steps == 10 and made.optim.ema == 0
+    words = [str(path), "--strategies", "full,expert", "--out", "x"]
     for more, says in (
         (["--strategy", "full"], "give --strategies"),
         (["--lr-grid", "fast"], "write numbers with commas"),
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--strategies", "lora"], "--strategies is given 2 times"),
     ):
         with pytest.raises(ConfigError, match=says):
             read([*words, *more])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,8 @@ from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.sweep.storage import RETRY_OF, Storage, begun
 from vlafit.sweep.study import Dimension, Study, check, recipe_with, strategy_with
-from vlafit.sweep.work import work
+from vlafit.sweep.work import _Watcher, work
+from vlafit.train.loop import StepResult
 from vlafit.tuning import load_strategy
 
 TWO_RULES = """
@@ -153,6 +155,35 @@ def test_a_trial_that_kills_every_worker_is_given_up(recipe: Recipe, tmp_path: P
         taken.lock.close()
         deaths += 1
     assert deaths == 3 and [t.state.name for t in begun(storage.trials())] == ["FAIL"]
+
+
+def test_a_signal_in_the_last_step_of_a_trial_begins_no_other(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sweep.Sweep(recipe, Study(SEARCH, trials=2, startup=2), tmp_path)
+    step = _Watcher.step
+
+    def last(self: _Watcher, result: StepResult, total: int, values: dict[str, float]) -> None:
+        step(self, result, total, values)
+        if result.step == total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_Watcher, "step", last)
+    assert not work(one, lambda _: None)
+    assert states(one) == ["whole"]
+
+
+def test_a_worker_that_is_told_to_stop_while_it_loads_has_not_died(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sweep.Sweep(recipe, Study(SEARCH, trials=1, startup=1), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules[_Watcher.__module__], "prepare", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        for _ in range(4):
+            assert not work(one, lambda _: None)
+    assert work(one, lambda _: None) and states(one) == ["whole"]
 
 
 def test_two_workers_share_the_trials(recipe: Recipe, tmp_path: Path) -> None:

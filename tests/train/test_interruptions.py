@@ -86,6 +86,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     assert again.finished and again.steps == 8
     assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
     assert without_times(tmp_path / "run") == without_times(whole)
+    assert "Interrupted" in (tmp_path / "run" / "traceback.txt").read_text()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["resumed_from"] == (None if step == 1 else "step_000004") and record["finished"] is True
 
@@ -294,6 +295,7 @@ def test_a_loader_process_that_is_killed_is_one_message_and_the_run_can_go_on(
     with pytest.raises(TrainingError) as error:
         run(loading, tmp_path / "run", observer=Until(3, kill))
     said = str(error.value)
+    assert not (tmp_path / "run" / "traceback.txt").exists()
     assert said.startswith("loader process ") and "was ended by SIGKILL" in said
     assert "Lower data.workers, now 1" in said and "--resume goes on from the last checkpoint" in said
     assert run(dataclasses.replace(recipe, train=loading.train), tmp_path / "run", resume=True).finished

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlafit import checkpoints, config, files, shipped
 from vlafit.compare.identity import digest, flat
+from vlafit.compare.process import stopping
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
@@ -93,11 +94,16 @@ def work(sweep: Sweep, tell: Callable[[str], None]) -> bool:
     `tell` is given a line for each trial that ended. Whatever breaks a trial is recorded with it.
     """
     storage = Storage(sweep.folder, sweep.study, sweep.recipe.train.steps)
-    while (taken := storage.take(sweep.study.trials)) is not None:
-        if not _carry_out(sweep, storage, taken, tell):
-            return False
-        gc.collect()
+    with stopping(_interrupt):  # SIGTERM, too: a trial that is told to stop has not died
+        while (taken := storage.take(sweep.study.trials)) is not None:
+            if not _carry_out(sweep, storage, taken, tell):
+                return False
+            gc.collect()
     return True
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str], None]) -> bool:
@@ -106,7 +112,7 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
     try:
         recipe = prepare(sweep.trial_recipe(), taken.values, taken.folder)
         watcher = _Watcher(storage, taken, out)
-        finished = train(recipe, out, resume=True, command="", observer=watcher).finished
+        summary = train(recipe, out, resume=True, command="", observer=watcher)
     except storage.optuna.TrialPruned as pruned:
         storage.pruned(taken)
         tell(f"{name}: pruned, {pruned}: {shown(taken.values)}")
@@ -118,7 +124,7 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
         storage.failed(taken, f"{type(error).__name__}: {error}")
         tell(f"{name}: BROKE: {error}: {shown(taken.values)}")
         return True
-    if not finished:
+    if not summary.finished:
         storage.interrupted(taken)
         return False
     loss = last_loss(out)
@@ -128,7 +134,7 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
         return True
     storage.done(taken, loss)
     tell(f"{name}: validation {loss:.4g}: {shown(taken.values)}")
-    return True
+    return not summary.asked_to_stop
 
 
 class _Watcher(Observer):

@@ -50,6 +50,7 @@ class Job:
         self.metrics = Metrics(out, accelerator)
         self.progress = state.Progress()
         self.success: dict[str, float] = {}
+        self.asked_to_stop = False
         self.meter = meter
         self.memory: dict[str, object] | None = None  # None: nothing was trained
 
@@ -151,6 +152,7 @@ class Job:
                         spent=self._spent,
                         after_step=self._after_step,
                     )
+                self.asked_to_stop = wants_stop()  # too late for this run, perhaps, but not for what follows
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._way_out()}") from error
         self.meter.pause()

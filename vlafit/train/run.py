@@ -6,6 +6,7 @@ Everything a run writes lies in its folder; a run that was stopped, or killed, g
 import logging
 import os
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
-from vlafit.errors import CodecError, WeightsError
+from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train import folder, memory, notices, own_base, setup, stages, start, state
 from vlafit.train.checks import check
@@ -31,6 +32,7 @@ __all__ = ["Observer", "RunSummary", "run"]
 log = logging.getLogger(__name__)
 
 WHAT = "vlafit train"  # in messages about a folder that is in use
+TRACEBACK = "traceback.txt"  # of an error that nobody foresaw, in the run's folder
 ONE_DAY = timedelta(days=1)  # other processes wait this long while the main one evaluates
 
 
@@ -43,6 +45,8 @@ class RunSummary:
     finished: bool  # False when a signal stopped it
     success: dict[str, float]  # share of successes by evaluation name
     report: Path | None
+    asked_to_stop: bool = False
+    """A signal asked for it, be it in the last step: whoever began the run is to begin no other."""
 
 
 def run(
@@ -60,7 +64,7 @@ def run(
     rollouts that ended; where there is no run yet, one begins. With `resume_from`, it goes on from the state
     of that step instead, and what was saved after it is removed. Raises a VlafitError for whatever the user
     can mend, another process at work in `out` for one: before anything is written if it can be known then;
-    later, the run stays resumable.
+    later, the run stays resumable. The traceback of any other error is kept in traceback.txt, too.
     """
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     first = os.environ.get("RANK", "0") == "0"  # the one that writes, and holds the lock for all
@@ -68,7 +72,16 @@ def run(
         files.require_unlocked(out, WHAT)
     folder.look(recipe, out, resume or resume_from is not None)
     with files.exclusive(out, WHAT) if first else nullcontext():
-        return _carry_out(recipe, out, resume_from, command, observer or Observer())
+        try:
+            return _carry_out(recipe, out, resume_from, command, observer or Observer())
+        except VlafitError:
+            raise
+        except Exception:
+            if (
+                first and (out / "recipe.toml").is_file()
+            ):  # else the folder holds no run, and is to stay empty
+                files.write_atomic(out / TRACEBACK, traceback.format_exc())
+            raise
 
 
 def _carry_out(
@@ -129,7 +142,7 @@ def _carry_out(
         observer.phase("report")
         page = report.build(out)
     accelerator.end_training()
-    return RunSummary(out, job.progress.step, finished, job.success, page)
+    return RunSummary(out, job.progress.step, finished, job.success, page, job.asked_to_stop)
 
 
 def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> setup.Experiment:
