@@ -131,11 +131,11 @@ FORMS = [replace(form, unused=form.names.unused) for form in FORMS]
 
 
 def save(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors")
 
 
 def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
-    """Return the tensors with a dimension one step shorter wherever it is, but for what is knowingly unused."""
+    """Return the tensors with a dimension shorter wherever it is, but for what is knowingly unused."""
     if what in ("depth", "vision.depth"):
         parts = ("vision",) if what == "vision.depth" else ("language", "expert")
         begin = rf"({'|'.join(parts)})\.layers\.(\d+)\."

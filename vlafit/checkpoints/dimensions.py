@@ -45,6 +45,13 @@ class Votes:
         counts = self.counts.get(key, {})
         return max(counts, key=lambda size: (counts[size], size == stated), default=None)
 
+    def made(self, key: str, size: int, of: str) -> int:
+        """Return `size`, remembering that the dimension `key` was worked out of what most tell of `of`."""
+        most = self.most(of)
+        if most is not None:
+            self.example[key, size] = self.by(of, most)
+        return size
+
     def by(self, key: str, size: int) -> str:
         """Return a tensor, under our name, whose dimension `key` has this size; empty: there is none."""
         return self.example.get((key, size), "")

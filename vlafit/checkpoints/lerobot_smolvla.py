@@ -108,7 +108,9 @@ def infer_smolvla(
         sizes = {"image_size": public.image_size, "chunk": public.chunk, "max_tokens": public.max_tokens}
     if head_dim is not None:
         require_head_dim(head_dim, where)
-        language |= {"heads": q // head_dim, "kv_heads": k // head_dim, "head_dim": head_dim}
+        language["head_dim"] = head_dim
+        language["heads"] = votes.made("language.heads", q // head_dim, "q")
+        language["kv_heads"] = votes.made("language.kv_heads", k // head_dim, "k")
     odd = contradictions(read, stated, merge(given, widths or {}), votes, told.witnesses, told.theirs)
     odd += untold(guessed)
     known = merge(merge(sizes, read), said)

@@ -151,7 +151,8 @@ def infer_config(
     require_known(merge({}, given), asdict(SIZES["pi0"]), f"{where}: config")
     said = merge(told.values, given)
     votes = vote(weights, AXES, told.witnesses)
-    pi05 = is_pi05(weights)
+    of_pi0, of_pi05 = of_each(weights)
+    pi05 = len(of_pi05) > len(of_pi0)
     public = SIZES["pi05" if pi05 else "pi0"]
     read, guessed = read_sizes(votes, told.stated, given, ("vision", "language", "expert"))
     read["vision"]["depth"] = depth_of(weights, "vision")
@@ -160,7 +161,9 @@ def infer_config(
     head_dim = value_at(said, "language.head_dim")
     head_dim = k // KV_HEADS if head_dim is None else head_dim
     require_head_dim(head_dim, where)
-    read["language"] |= {"heads": q // head_dim, "kv_heads": k // head_dim, "head_dim": head_dim}
+    read["language"]["head_dim"] = head_dim
+    read["language"]["heads"] = votes.made("language.heads", q // head_dim, "q")
+    read["language"]["kv_heads"] = votes.made("language.kv_heads", k // head_dim, "k")
     if pi05:  # no state token; its codec needs the padded width alone, which is that of the actions
         read["state_dim"] = value_at(said, "state_dim") or read["action_dim"]
         guessed = [key for key in guessed if key != "state_dim"]
@@ -209,7 +212,7 @@ def read_sizes(
     patches, said = votes.most("patches"), first_stated(stated, "vision.image_size")
     patch = read["vision"]["patch"]
     if patches is not None:
-        read["vision"]["image_size"] = math.isqrt(patches) * patch
+        read["vision"]["image_size"] = votes.made("vision.image_size", math.isqrt(patches) * patch, "patches")
     else:
         read["vision"]["image_size"] = said or patch
         guessed += [] if said else ["vision.image_size"]
@@ -278,21 +281,18 @@ def require_known(given: Mapping[str, Any], fields: Mapping[str, Any], where: st
             require_known(value, fields[key], f"{where}: {key}")
 
 
-def is_pi05(weights: Iterable[str]) -> bool:
-    """Whether more of our names are those of pi0.5 alone than of pi0 alone."""
-    of_pi0, of_pi05 = _of_each(weights)
-    return len(of_pi05) > len(of_pi0)
-
-
 def _mixed(weights: Iterable[str], theirs: Callable[[str], str]) -> list[str]:
     """Return a line where there are tensors of pi0 alone and of pi0.5 alone."""
-    both = [listed(names, theirs) for names in _of_each(weights)]
+    every = list(weights)
+    names = [theirs(name) for name in every]
+    both = [listed(alone, theirs, names) for alone in of_each(every)]
     if not all(both):
         return []
     return [f"a mix of two families: of pi0 alone {both[0]}; of pi0.5 alone {both[1]}"]
 
 
-def _of_each(weights: Iterable[str]) -> tuple[list[str], list[str]]:
+def of_each(weights: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the tensors that pi0 alone has, and those that pi0.5 alone has."""
     every = list(weights)
     of_pi0 = [name for name in every if name in _PI0 or _LAYER.sub(".layers.*.", name) in _PI0]
     return of_pi0, [name for name in every if name in _PI05 or _LAYER.sub(".layers.*.", name) in _PI05]
