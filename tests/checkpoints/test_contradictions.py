@@ -196,12 +196,21 @@ def test_patches_of_14_make_images_of_224_in_openpi(rows: int, said: str, tmp_pa
         vlafit.load_policy(tmp_path, config={"vision.heads": 2, "chunk": 6})
 
 
-def test_another_config_json_of_transformers_is_refused_where_we_would_compute_otherwise(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rms_norm_eps", 1e-5, "dit_config.rms_norm_eps is 1e-05; only 1e-06 is supported"),
+        ("rope_parameters", {"rope_theta": 1e6}, "dit_config.rope_theta is not 10000"),
+    ],
+)
+def test_another_config_json_of_transformers_is_refused_where_we_would_compute_otherwise(
+    key: str, value: object, message: str, tmp_path: Path
+):
     form = next(f for f in FORMS if f.name == "transformers")
     save(form.write(tmp_path), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    edit(tmp_path / "config.json", dit_config=values["dit_config"] | {"rms_norm_eps": 1e-5})
-    with pytest.raises(WeightsError, match="dit_config.rms_norm_eps is 1e-05; only 1e-06 is supported"):
+    edit(tmp_path / "config.json", dit_config=values["dit_config"] | {key: value})
+    with pytest.raises(WeightsError, match=message):
         vlafit.load_policy(tmp_path)
 
 
@@ -221,6 +230,18 @@ def test_a_size_that_only_lost_tensors_tell_hides_no_other_damage(tmp_path: Path
     assert set(found["missing"]) == {form.names.stored(form.names.ours(name)) for name in lost}
     assert (found["surplus"], found["misshapen"]) == (("model.extra",), ("model.state_proj.weight",))
     assert "no tensor tells vision.patch, state_dim, action_dim" in str(caught.value)
+
+
+def test_projections_that_are_lost_may_be_fresh_where_their_width_is_said(tmp_path: Path):
+    form = next(f for f in FORMS if f.name == "openpi pi05")
+    tensors = form.write(tmp_path)
+    (tmp_path / "config.json").unlink()
+    save({n: t for n, t in tensors.items() if not n.startswith("action_")}, tmp_path)
+    given = {**form.told, "chunk": 4, "language.head_dim": 16}
+    loaded = vlafit.load_checkpoint(tmp_path, config={**given, "action_dim": 3}, fresh=["action_*"])
+    assert loaded.policy.config.action_dim == 3 and len(loaded.report.fresh) == 4
+    with pytest.raises(WeightsError, match="no tensor tells action_dim"):
+        vlafit.load_checkpoint(tmp_path, config=given, fresh=["action_*"])
 
 
 # ---------------------------------------------------------------------------------------------- numbers

@@ -137,7 +137,8 @@ def contradictions(
             found.append(f"contradicted: {key} is {', '.join(even)}")
     for witness in witnesses:
         words = witness.axes.split()
-        want = [value_at(read, word) for word in words]
+        sizes = zip(words, witness.shape, strict=False)
+        want = [size if word == "-" else value_at(read, word) for word, size in sizes]
         if None not in want and list(witness.shape) != want:
             by = [theirs(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]
             found.append(

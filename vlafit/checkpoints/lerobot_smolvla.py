@@ -91,8 +91,9 @@ def infer_smolvla(
     depth = depth_of(weights, "language", "expert")
     values, stated = _told_by(described, folder, depth)
     said = merge(values, given)
+    wanted = merge(given, widths or {})
     votes = vote(weights, AXES, told.witnesses)
-    read, guessed = read_sizes(votes, stated, given, ("vision", "language", "expert"))
+    read, guessed = read_sizes(votes, stated, wanted, ("vision", "language", "expert"))
     vision, language, expert = (read[part] for part in ("vision", "language", "expert"))
     folded = votes.most("folded")
     vision |= {"depth": depth_of(weights, "vision"), "heads": TOWER_HEADS.get(vision["width"])}
@@ -111,7 +112,7 @@ def infer_smolvla(
         language["head_dim"] = head_dim
         language["heads"] = votes.made("language.heads", q // head_dim, "q")
         language["kv_heads"] = votes.made("language.kv_heads", k // head_dim, "k")
-    odd = contradictions(read, stated, merge(given, widths or {}), votes, told.witnesses, told.theirs)
+    odd = contradictions(read, stated, wanted, votes, told.witnesses, told.theirs)
     odd += untold(guessed)
     known = merge(merge(sizes, read), said)
     stand_in = {

@@ -150,11 +150,12 @@ def infer_config(
     """
     require_known(merge({}, given), asdict(SIZES["pi0"]), f"{where}: config")
     said = merge(told.values, given)
+    wanted = merge(given, widths or {})
     votes = vote(weights, AXES, told.witnesses)
     of_pi0, of_pi05 = of_each(weights)
     pi05 = len(of_pi05) > len(of_pi0)
     public = SIZES["pi05" if pi05 else "pi0"]
-    read, guessed = read_sizes(votes, told.stated, given, ("vision", "language", "expert"))
+    read, guessed = read_sizes(votes, told.stated, wanted, ("vision", "language", "expert"))
     read["vision"]["depth"] = depth_of(weights, "vision")
     read["language"]["depth"] = depth_of(weights, "language", "expert")
     k, q = (votes.most(key) or GUESS for key in ("k", "q"))
@@ -173,7 +174,7 @@ def infer_config(
         *_public(read, public, {one.key for one in told.stated}, said),
     ]
     odd = [*_mixed(weights, told.theirs), *told.odd, *untold(guessed)]
-    odd += contradictions(read, stated, merge(given, widths or {}), votes, told.witnesses, told.theirs)
+    odd += contradictions(read, stated, wanted, votes, told.witnesses, told.theirs)
     values: dict[str, Any] = {
         "pi05": pi05,
         "state_input": "prompt" if pi05 else "continuous",
