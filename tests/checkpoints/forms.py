@@ -114,7 +114,15 @@ def _write_smolvla(folder: Path) -> Tensors:
     return load_file(SMOLVLA / "model.safetensors")
 
 
-PI0_CUT = ("language.width", "language.mlp", "expert.width", "expert.mlp", "q", "depth", "language.vocab")
+PI0_CUT = (
+    "language.width",
+    "language.mlp",
+    "expert.width",
+    "expert.mlp",
+    "queries",
+    "depth",
+    "language.vocab",
+)
 WIDTHS = ("action_dim", "state_dim")
 HEADS = {"vision.heads": 2}
 ALL = ("vision.mlp", "vision.depth", "patches", *PI0_CUT, *WIDTHS)
@@ -150,7 +158,7 @@ def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
         for axis, word in enumerate(words.split() if words and name not in form.unused else ()):
             factor, _, key = word.rpartition("*")
             if key == what:
-                less = int(factor or 1) * {"q": 16, "patches": tensor.shape[axis] - 1}.get(what, 2)
+                less = int(factor or 1) * {"queries": 16, "patches": tensor.shape[axis] - 1}.get(what, 2)
                 tensor = tensor.narrow(axis, 0, tensor.shape[axis] - less)
         out[name] = tensor
     return out

@@ -265,3 +265,27 @@ def test_a_number_that_the_dtype_asked_for_does_not_hold_is_named(
         vlafit.load_policy(tmp_path, config=made.told, dtype=dtype)  # type: ignore[arg-type]
     if wide == torch.float32:
         vlafit.load_policy(tmp_path, config=made.told)
+
+
+def test_shapes_that_make_no_policy_are_all_named(tmp_path: Path):
+    form = next(f for f in FORMS if f.name == "openpi pi0")
+    tensors = form.write(tmp_path)
+    keys = [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight")) and "vision" not in n]
+    one = "action_out_proj.weight"
+    short = {n: t[:-1] for n, t in tensors.items() if n in keys or n == one}
+    save({n: t for n, t in (tensors | short).items() if n != "state_proj.bias"}, tmp_path)
+    with pytest.raises(WeightsError, match="do not go together: .*head_dim 15 is odd") as caught:
+        vlafit.load_policy(tmp_path, config=form.told)
+    assert (caught.value.tensors["missing"], caught.value.tensors["misshapen"]) == (
+        ("state_proj.bias",),
+        (one,),
+    )
+
+
+def test_layers_that_are_lost_at_the_end_are_named_where_something_says_how_many_there_were(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    lost = [n for n in tensors if re.search(r"(text_model|lm_expert).layers.[23]\.|vision_model", n)]
+    save_file({n: t for n, t in tensors.items() if n not in lost}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="language.depth is 2 by the tensors, 4 by config.json") as caught:
+        vlafit.load_policy(folder)
+    assert set(caught.value.tensors["missing"]) == set(lost)

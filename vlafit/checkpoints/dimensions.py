@@ -86,6 +86,26 @@ def _tell(votes: Votes, name: str, words: Sequence[str], shape: Sequence[int]) -
         votes.example.setdefault((key, size), name)
 
 
+def misfits(weights: Mapping[str, Tensor], axes: Mapping[str, str], votes: Votes) -> list[str]:
+    """Name the tensors that have not the sizes that most others tell."""
+    found = []
+    for name, tensor in weights.items():
+        words = axes.get(_LAYER.sub(".layers.*.", name))
+        if words is None:
+            continue
+        want = [_size(word, votes) for word in words.split()]
+        have = tuple(tensor.shape)
+        if len(have) != len(want) or any(w not in (None, n) for w, n in zip(want, have, strict=True)):
+            found.append(f"{name} is {have}, not ({', '.join('-' if w is None else str(w) for w in want)})")
+    return found
+
+
+def _size(word: str, votes: Votes) -> int | None:
+    factor, _, key = word.rpartition("*")
+    size = int(key) if key.isdigit() else votes.most(key)
+    return None if size is None else int(factor or 1) * size
+
+
 def depth_of(weights: Iterable[str], *parts: str) -> int:
     """Return the number of layers of `parts`, which are equally deep; 1 where there are none."""
     counts: dict[int, int] = {}

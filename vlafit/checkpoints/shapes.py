@@ -16,6 +16,7 @@ from vlafit.checkpoints.dimensions import (
     contradictions,
     depth_of,
     first_stated,
+    misfits,
     value_at,
     vote,
 )
@@ -31,6 +32,7 @@ KV_HEADS = (
 HEADS = 8  # of openpi and LeRobot, both of which write the number into their code: reference implementation
 IMAGE_SIZE, PATCH = 224, 14  # openpi and LeRobot know patches of 14 in images of 224 alone
 PROMPT_TOKENS = {False: 48, True: 200}  # pi0, pi0.5: reference implementation
+DEEPEST = 256  # layers that a file may state beyond those that are there; nobody has more
 GUESS = 2  # stands for a size that nothing tells, until the missing tensors are named
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
@@ -57,14 +59,14 @@ def tower_axes() -> dict[str, str]:
 
 
 def decoder_axes(part: str) -> dict[str, str]:
-    """Return the axes of the decoder `part` but for adaptive norms: `q` and `k` are rows of all heads."""
+    """Return the axes of the decoder `part` but for adaptive norms; `queries`, `keys`: rows of all heads."""
     w, mlp = f"{part}.width", f"{part}.mlp"
     attention, layers = f"{part}.layers.*.self_attn", f"{part}.layers.*"
     return {
-        f"{attention}.q_proj.weight": f"q {w}",
-        f"{attention}.k_proj.weight": f"k {w}",
-        f"{attention}.v_proj.weight": f"k {w}",
-        f"{attention}.o_proj.weight": f"{w} q",
+        f"{attention}.q_proj.weight": f"queries {w}",
+        f"{attention}.k_proj.weight": f"keys {w}",
+        f"{attention}.v_proj.weight": f"keys {w}",
+        f"{attention}.o_proj.weight": f"{w} queries",
         f"{layers}.mlp.gate_proj.weight": f"{mlp} {w}",
         f"{layers}.mlp.up_proj.weight": f"{mlp} {w}",
         f"{layers}.mlp.down_proj.weight": f"{w} {mlp}",
@@ -158,13 +160,11 @@ def infer_config(
     read, guessed = read_sizes(votes, told.stated, wanted, ("vision", "language", "expert"))
     read["vision"]["depth"] = depth_of(weights, "vision")
     read["language"]["depth"] = depth_of(weights, "language", "expert")
-    k, q = (votes.most(key) or GUESS for key in ("k", "q"))
     head_dim = value_at(said, "language.head_dim")
-    head_dim = k // KV_HEADS if head_dim is None else head_dim
+    if head_dim is None:
+        head_dim = (votes.most("keys") or GUESS) // KV_HEADS
     require_head_dim(head_dim, where)
-    read["language"]["head_dim"] = head_dim
-    read["language"]["heads"] = votes.made("language.heads", q // head_dim, "q")
-    read["language"]["kv_heads"] = votes.made("language.kv_heads", k // head_dim, "k")
+    read["language"] |= read_heads(votes, told.stated, head_dim)
     if pi05:  # no state token; its codec needs the padded width alone, which is that of the actions
         read["state_dim"] = value_at(said, "state_dim") or read["action_dim"]
         guessed = [key for key in guessed if key != "state_dim"]
@@ -185,10 +185,11 @@ def infer_config(
         value_at(read, f"{p}.width") == getattr(public, p).width for p in ("vision", "language", "expert")
     ):
         values = merge({"chunk": public.chunk, "vision": {"heads": public.vision.heads}}, values)
-    values = merge(values, said)
+    values = merge(merge(values, deeper(read, stated)), said)
     asked = {key: 1 for key in ("vision.heads", "chunk") if value_at(values, key) is None}
     models = public, SIZES["pi05-tiny" if pi05 else "pi0-tiny"]
-    return judge(weights, values, asked, given, models, odd, told.theirs, where)
+    shapeless = misfits(weights, AXES, votes)
+    return judge(weights, values, asked, given, models, (odd, shapeless), told.theirs, where)
 
 
 def read_sizes(
@@ -220,6 +221,26 @@ def read_sizes(
     return read, guessed
 
 
+def read_heads(votes: Votes, stated: Sequence[Stated], head_dim: int) -> dict[str, int]:
+    """Return numbers of heads by the rows that tensors have, else as stated."""
+    found = {"head_dim": head_dim}
+    for key, rows in (("heads", "queries"), ("kv_heads", "keys")):
+        size = votes.most(rows)
+        known = first_stated(stated, f"language.{key}") or 1 if size is None else size // head_dim
+        found[key] = votes.made(f"language.{key}", known, rows)
+    return found
+
+
+def deeper(read: Mapping[str, Any], stated: Sequence[Stated]) -> dict[str, Any]:
+    """Return the depths that are stated beyond those of the tensors: the layers between are missing."""
+    found: dict[str, Any] = {}
+    for part in ("vision", "language"):
+        said = first_stated(stated, f"{part}.depth")
+        if said is not None and read[part]["depth"] < said <= DEEPEST:
+            found[part] = {"depth": said}
+    return found
+
+
 def untold(keys: Sequence[str]) -> list[str]:
     """Say which sizes nothing tells."""
     return [f"no tensor tells {', '.join(keys)}"] if keys else []
@@ -231,7 +252,7 @@ def judge(
     asked: Mapping[str, int],
     given: Mapping[str, object],
     models: tuple[Any, Any],
-    odd: Sequence[str],
+    wrong: tuple[Sequence[str], Sequence[str]],
     theirs: Callable[[str], str],
     where: str,
 ) -> Inferred:
@@ -239,8 +260,10 @@ def judge(
 
     `asked` are keys that nothing tells, and what may stand for them while the tensors are compared: they are
     asked for, unless something else is wrong. `models` are
-    configs of the family: the public one, and one that is quickly built, to name the parameters.
+    configs of the family: the public one, and one that is quickly built, to name the parameters. `wrong` are
+    lines that say what else is wrong, and tensors that have not the sizes that most others have.
     """
+    odd, shapeless = wrong
     public, tiny = models
     module = family(family_of(public))
     try:
@@ -249,9 +272,9 @@ def judge(
         override(public, given, f"{where}: config")  # raises for what is wrong in itself with the user's
         depths = {f"{part}.depth": values[part]["depth"] for part in ("vision", "language")}
         policy = module.build(override(tiny, depths, where), "meta")
-        wrong = {kind: e for kind, e in compare(policy, weights).items() if kind in ("missing", "surplus")}
+        found = compare(policy, weights) | {"misshapen": shapeless, "not floating-point": []}
         every = [info.name for info in policy.parts()] + list(weights)
-        complain(where, wrong, theirs, every, [f"its tensors' shapes do not go together: {error}", *odd])
+        complain(where, found, theirs, every, [f"its tensors' shapes do not go together: {error}", *odd])
         raise AssertionError from error  # one line is always there
     if asked:
         policy = module.build(config, "meta")
