@@ -105,7 +105,8 @@ def _write_transformers(folder: Path) -> Tensors:
     }
     (folder / "config.json").write_text(json.dumps(values))
     state = {n: t.detach().clone() for n, t in random_policy(config).state_dict().items()}
-    return back(state, transformers.SAVED)
+    # The expert's own embedding has as many rows as its own config says, which nobody reads.
+    return back(state, transformers.SAVED) | {transformers.SAVED.unused[0]: torch.ones(7, expert.width)}
 
 
 def _write_smolvla(folder: Path) -> Tensors:
@@ -113,7 +114,15 @@ def _write_smolvla(folder: Path) -> Tensors:
     return load_file(SMOLVLA / "model.safetensors")
 
 
-PI0_CUT = ("language.width", "language.mlp", "expert.width", "expert.mlp", "q", "depth", "language.vocab")
+PI0_CUT = (
+    "language.width",
+    "language.mlp",
+    "expert.width",
+    "expert.mlp",
+    "queries",
+    "depth",
+    "language.vocab",
+)
 WIDTHS = ("action_dim", "state_dim")
 HEADS = {"vision.heads": 2}
 ALL = ("vision.mlp", "vision.depth", "patches", *PI0_CUT, *WIDTHS)
@@ -131,11 +140,11 @@ FORMS = [replace(form, unused=form.names.unused) for form in FORMS]
 
 
 def save(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors")
 
 
 def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
-    """Return the tensors with a dimension one step shorter everywhere but in what is knowingly unused."""
+    """Return the tensors with a dimension shorter wherever it is, but for what is knowingly unused."""
     if what in ("depth", "vision.depth"):
         parts = ("vision",) if what == "vision.depth" else ("language", "expert")
         begin = rf"({'|'.join(parts)})\.layers\.(\d+)\."
@@ -149,7 +158,7 @@ def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
         for axis, word in enumerate(words.split() if words and name not in form.unused else ()):
             factor, _, key = word.rpartition("*")
             if key == what:
-                less = int(factor or 1) * {"q": 16, "patches": tensor.shape[axis] - 1}.get(what, 2)
+                less = int(factor or 1) * {"queries": 16, "patches": tensor.shape[axis] - 1}.get(what, 2)
                 tensor = tensor.narrow(axis, 0, tensor.shape[axis] - less)
         out[name] = tensor
     return out

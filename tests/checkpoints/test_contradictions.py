@@ -121,10 +121,10 @@ def test_what_the_user_says_wins_over_the_file_and_never_over_the_tensors(folder
             "vision_config",
             "image_size",
             32,
-            r"vision.image_size is 64 by the tensors, 32 by tiny_vlm/config.json",
+            r"vision.image_size is 64 by \S*position_embedding.weight, 32 by tiny_vlm/",
         ),
         ("vision_config", "hidden_size", 32, r"vision.width is 48 .*, 32 by"),
-        ("text_config", "num_key_value_heads", 4, r"language.kv_heads is 2 by the tensors, 4 by"),
+        ("text_config", "num_key_value_heads", 4, r"language.kv_heads is 2 by \S*k_proj.weight, 4 by"),
         ("text_config", "rms_norm_eps", 1e-6, r"rms_norm_eps is 1e-06; only 1e-05 is supported"),
         ("text_config", "hidden_act", "gelu", r"text_config.hidden_act is 'gelu'; only 'silu'"),
         ("vision_config", "hidden_act", "relu", r"vision_config.hidden_act is 'relu'"),
@@ -196,12 +196,21 @@ def test_patches_of_14_make_images_of_224_in_openpi(rows: int, said: str, tmp_pa
         vlafit.load_policy(tmp_path, config={"vision.heads": 2, "chunk": 6})
 
 
-def test_another_config_json_of_transformers_is_refused_where_we_would_compute_otherwise(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rms_norm_eps", 1e-5, "dit_config.rms_norm_eps is 1e-05; only 1e-06 is supported"),
+        ("rope_parameters", {"rope_theta": 1e6}, "dit_config.rope_theta is not 10000"),
+    ],
+)
+def test_another_config_json_of_transformers_is_refused_where_we_would_compute_otherwise(
+    key: str, value: object, message: str, tmp_path: Path
+):
     form = next(f for f in FORMS if f.name == "transformers")
     save(form.write(tmp_path), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    edit(tmp_path / "config.json", dit_config=values["dit_config"] | {"rms_norm_eps": 1e-5})
-    with pytest.raises(WeightsError, match="dit_config.rms_norm_eps is 1e-05; only 1e-06 is supported"):
+    edit(tmp_path / "config.json", dit_config=values["dit_config"] | {key: value})
+    with pytest.raises(WeightsError, match=message):
         vlafit.load_policy(tmp_path)
 
 
@@ -221,6 +230,18 @@ def test_a_size_that_only_lost_tensors_tell_hides_no_other_damage(tmp_path: Path
     assert set(found["missing"]) == {form.names.stored(form.names.ours(name)) for name in lost}
     assert (found["surplus"], found["misshapen"]) == (("model.extra",), ("model.state_proj.weight",))
     assert "no tensor tells vision.patch, state_dim, action_dim" in str(caught.value)
+
+
+def test_projections_that_are_lost_may_be_fresh_where_their_width_is_said(tmp_path: Path):
+    form = next(f for f in FORMS if f.name == "openpi pi05")
+    tensors = form.write(tmp_path)
+    (tmp_path / "config.json").unlink()
+    save({n: t for n, t in tensors.items() if not n.startswith("action_")}, tmp_path)
+    given = {**form.told, "chunk": 4, "language.head_dim": 16}
+    loaded = vlafit.load_checkpoint(tmp_path, config={**given, "action_dim": 3}, fresh=["action_*"])
+    assert loaded.policy.config.action_dim == 3 and len(loaded.report.fresh) == 4
+    with pytest.raises(WeightsError, match="no tensor tells action_dim"):
+        vlafit.load_checkpoint(tmp_path, config=given, fresh=["action_*"])
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -244,3 +265,27 @@ def test_a_number_that_the_dtype_asked_for_does_not_hold_is_named(
         vlafit.load_policy(tmp_path, config=made.told, dtype=dtype)  # type: ignore[arg-type]
     if wide == torch.float32:
         vlafit.load_policy(tmp_path, config=made.told)
+
+
+def test_shapes_that_make_no_policy_are_all_named(tmp_path: Path):
+    form = next(f for f in FORMS if f.name == "openpi pi0")
+    tensors = form.write(tmp_path)
+    keys = [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight")) and "vision" not in n]
+    one = "action_out_proj.weight"
+    short = {n: t[:-1] for n, t in tensors.items() if n in keys or n == one}
+    save({n: t for n, t in (tensors | short).items() if n != "state_proj.bias"}, tmp_path)
+    with pytest.raises(WeightsError, match="do not go together: .*head_dim 15 is odd") as caught:
+        vlafit.load_policy(tmp_path, config=form.told)
+    assert (caught.value.tensors["missing"], caught.value.tensors["misshapen"]) == (
+        ("state_proj.bias",),
+        (one,),
+    )
+
+
+def test_layers_that_are_lost_at_the_end_are_named_where_something_says_how_many_there_were(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    lost = [n for n in tensors if re.search(r"(text_model|lm_expert).layers.[23]\.|vision_model", n)]
+    save_file({n: t for n, t in tensors.items() if n not in lost}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="language.depth is 2 by the tensors, 4 by config.json") as caught:
+        vlafit.load_policy(folder)
+    assert set(caught.value.tensors["missing"]) == set(lost)

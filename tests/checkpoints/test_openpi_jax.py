@@ -298,3 +298,60 @@ def test_no_jax_is_imported():
         [sys.executable, "-c", program, str(JAX / "ckpt_pure")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_without_orbax_list_of_arrays_nothing_is_believed(tmp_path: Path):
+    folder = Path(shutil.copytree(JAX / "ckpt_pure", tmp_path / "copy"))
+    (folder / "params" / "_METADATA").unlink()
+    with pytest.raises(WeightsError, match="_METADATA, Orbax's list of arrays, is missing"):
+        vlafit.load_policy(folder, config=CHUNK)
+
+
+def test_an_array_smaller_than_the_piece_that_a_process_wrote_is_refused(tmp_path: Path):
+    folder = _written(tmp_path / "params", _tree("ckpt_pure"))
+    content = json.loads((folder / "_METADATA").read_text())
+    content["tree_metadata"]["params/state_proj/kernel"]["value_metadata"]["write_shape"] = [33, 48]
+    (folder / "_METADATA").write_text(json.dumps(content))
+    with pytest.raises(
+        WeightsError, match=r"cut .*state_proj/kernel is \(32, 48\), _METADATA has \(33, 48\)"
+    ):
+        vlafit.load_policy(folder, config=CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"img/pos_embedding": (1, 225)}, "vision.image_size is 210 by PaliGemma/img/pos_embedding, 224 by"),
+        ({"state_proj/kernel": (0, 16)}, "state_dim is 16 by state_proj/kernel, 32 by the actions"),
+        (
+            {"MultiHeadDotProductAttention_0/query/kernel": "heads"},
+            "vision.heads is 1 by .*query/kernel, 2 by .*key/kernel",
+        ),
+    ],
+)
+def test_a_tree_cut_so_that_it_agrees_with_itself_is_refused(cut: dict, message: str, tmp_path: Path):
+    tree = _tree("ckpt_pure")
+    for end, how in cut.items():
+        name = next(n for n in tree if n.endswith(end))
+        if how == "heads":
+            d, w, n, h = tree[name].shape
+            tree[name] = tree[name].reshape(d, w, 1, n * h)
+        else:
+            tree[name] = tree[name].narrow(how[0], 0, how[1]).contiguous()
+    with pytest.raises(WeightsError, match=message):
+        vlafit.load_policy(_written(tmp_path / "params", tree), config=CHUNK)
+
+
+def test_one_error_names_every_damaged_leaf_by_its_path(tmp_path: Path):
+    tree = _tree("ckpt_pure")
+    del tree["params/action_in_proj/kernel"], tree["params/PaliGemma/llm/layers/mlp_1/linear"]
+    tree["params/extra"] = torch.ones(2)
+    tree[f"params/{ATTENTION}kv_einsum/w"] = torch.ones(3, 3, 1, 64, 16)
+    tree["params/state_proj/bias"][3] = torch.nan
+    with pytest.raises(WeightsError) as caught:
+        vlafit.load_policy(_written(tmp_path / "params", tree), config=CHUNK)
+    found = caught.value.tensors
+    assert set(found["missing"]) == {"action_in_proj/kernel", "PaliGemma/llm/layers/mlp_1/linear"}
+    assert (found["surplus"], found["not finite"]) == (("extra",), ("state_proj/bias",))
+    assert set(found["misshapen"]) == {f"{ATTENTION}kv_einsum/w"}
+    assert "PaliGemma/llm/layers/mlp_1/linear [expert.layers.{0-2}.mlp.down_proj.weight]" in str(caught.value)

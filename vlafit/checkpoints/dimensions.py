@@ -45,6 +45,13 @@ class Votes:
         counts = self.counts.get(key, {})
         return max(counts, key=lambda size: (counts[size], size == stated), default=None)
 
+    def made(self, key: str, size: int, of: str) -> int:
+        """Return `size`, remembering that the dimension `key` was worked out of what most tell of `of`."""
+        most = self.most(of)
+        if most is not None:
+            self.example[key, size] = self.by(of, most)
+        return size
+
     def by(self, key: str, size: int) -> str:
         """Return a tensor, under our name, whose dimension `key` has this size; empty: there is none."""
         return self.example.get((key, size), "")
@@ -77,6 +84,26 @@ def _tell(votes: Votes, name: str, words: Sequence[str], shape: Sequence[int]) -
         counts = votes.counts.setdefault(key, {})
         counts[size] = counts.get(size, 0) + 1
         votes.example.setdefault((key, size), name)
+
+
+def misfits(weights: Mapping[str, Tensor], axes: Mapping[str, str], votes: Votes) -> list[str]:
+    """Name the tensors that have not the sizes that most others tell."""
+    found = []
+    for name, tensor in weights.items():
+        words = axes.get(_LAYER.sub(".layers.*.", name))
+        if words is None:
+            continue
+        want = [_size(word, votes) for word in words.split()]
+        have = tuple(tensor.shape)
+        if len(have) != len(want) or any(w not in (None, n) for w, n in zip(want, have, strict=True)):
+            found.append(f"{name} is {have}, not ({', '.join('-' if w is None else str(w) for w in want)})")
+    return found
+
+
+def _size(word: str, votes: Votes) -> int | None:
+    factor, _, key = word.rpartition("*")
+    size = int(key) if key.isdigit() else votes.most(key)
+    return None if size is None else int(factor or 1) * size
 
 
 def depth_of(weights: Iterable[str], *parts: str) -> int:
@@ -130,7 +157,8 @@ def contradictions(
             found.append(f"contradicted: {key} is {', '.join(even)}")
     for witness in witnesses:
         words = witness.axes.split()
-        want = [value_at(read, word) for word in words]
+        sizes = zip(words, witness.shape, strict=False)
+        want = [size if word == "-" else value_at(read, word) for word, size in sizes]
         if None not in want and list(witness.shape) != want:
             by = [theirs(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]
             found.append(

@@ -20,7 +20,7 @@ from vlafit.checkpoints.fit import complain
 from vlafit.checkpoints.gemma_sizes import stated_by_variants
 from vlafit.checkpoints.lerobot_smolvla import infer_smolvla
 from vlafit.checkpoints.names import NameMap, Translated, translate
-from vlafit.checkpoints.shapes import Inferred, Told, infer_config, is_pi05
+from vlafit.checkpoints.shapes import Inferred, Told, infer_config, of_each
 from vlafit.errors import WeightsError
 
 _WITH_EXPERT = "model.vlm_with_expert."
@@ -146,8 +146,10 @@ def open_weights(
     is_smolvla = count[_WITH_EXPERT] > count[_IN_MODEL] + count[openpi.PREFIX]
     in_model = count[_IN_MODEL] > count[openpi.PREFIX]
     names = SMOLVLA if is_smolvla else PI0 if in_model else replace(openpi.NAMES, form=FORM)
-    kind = "smolvla" if is_smolvla else "pi05" if is_pi05(map(names.ours, rest)) else "pi0"
-    if told is not None and told.values["type"] != kind:
+    of_pi0, of_pi05 = of_each(map(names.ours, rest))
+    kind = "smolvla" if is_smolvla else "pi05" if len(of_pi05) > len(of_pi0) else "pi0"
+    mixed = not is_smolvla and of_pi0 and of_pi05  # which is said when all are compared
+    if told is not None and told.values["type"] != kind and not mixed:
         raise WeightsError(
             f"{where}: config.json says type {told.values['type']!r}, the tensors are those of {kind}: "
             "config.json "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vlafit.checkpoints import lerobot
 from vlafit.checkpoints.gemma_sizes import gemma_refusals, variants
 from vlafit.checkpoints.lerobot_processors import ACTION, EMPTY, IMAGES, MODES, STATE, mask_of
+from vlafit.checkpoints.lerobot_smolvla import PUBLIC_VLM, expert_mlp
 from vlafit.codec import Codec
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
@@ -19,7 +20,6 @@ from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 
 Kind = Literal["pi0", "pi05", "smolvla"]
-SMOLVLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"  # LeRobot's default for SmolVLA
 LOCAL_VLM = "vlm"  # folder of the vision-language model's config, where no public model has the size
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
@@ -45,7 +45,7 @@ def size_refusals(policy: Policy) -> list[str]:
     ) or config.language.depth > 32:
         found.append(
             "LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of "
-            f"{SMOLVLM}"
+            f"{PUBLIC_VLM}"
         )
     width, mlp = _expert_of(config)
     if (width, mlp) != (config.expert.width, config.expert.mlp):
@@ -95,7 +95,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
             "freeze_vision_encoder": True,
             "train_expert_only": True,
             "train_state_proj": True,
-            "vlm_model_name": SMOLVLM if not size_refusals(policy) else LOCAL_VLM,
+            "vlm_model_name": PUBLIC_VLM if not size_refusals(policy) else LOCAL_VLM,
             "load_vlm_weights": False,
             "add_image_special_tokens": False,
             "attention_mode": "cross_attn",
@@ -168,8 +168,7 @@ def _multiplier(config: SmolVLAConfig) -> float:
 def _expert_of(config: SmolVLAConfig) -> tuple[int, int]:
     """Return the width and MLP of the expert that LeRobot makes (its get_intermediate_size)."""
     width = int(config.language.width * _multiplier(config))
-    mlp = int(4 * int(2 * width / 3))
-    return width, 256 * ((mlp + 255) // 256)
+    return width, expert_mlp(width)
 
 
 def vlm_config(config: SmolVLAConfig) -> dict[str, Any]:

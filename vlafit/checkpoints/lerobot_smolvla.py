@@ -13,15 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlafit.checkpoints.dimensions import Stated, contradictions, depth_of, value_at, vote
+from vlafit.checkpoints.dimensions import (
+    Stated,
+    contradictions,
+    depth_of,
+    first_stated,
+    misfits,
+    value_at,
+    vote,
+)
 from vlafit.checkpoints.shapes import (
     EMBEDDING,
-    GUESS,
     Inferred,
     Told,
     action_axes,
     decoder_axes,
+    deeper,
     judge,
+    read_heads,
     read_sizes,
     require_head_dim,
     require_known,
@@ -65,8 +74,8 @@ AXES: dict[str, str] = {
     **decoder_axes("language"),
     **decoder_axes("expert"),
     # Cross layers make their keys of the prefix's keys, self layers of the expert's tokens.
-    "expert.layers.*.self_attn.k_proj.weight": "k -",
-    "expert.layers.*.self_attn.v_proj.weight": "k -",
+    "expert.layers.*.self_attn.k_proj.weight": "keys -",
+    "expert.layers.*.self_attn.v_proj.weight": "keys -",
     **action_axes("language.width"),
 }
 
@@ -91,27 +100,28 @@ def infer_smolvla(
     depth = depth_of(weights, "language", "expert")
     values, stated = _told_by(described, folder, depth)
     said = merge(values, given)
+    wanted = merge(given, widths or {})
     votes = vote(weights, AXES, told.witnesses)
-    read, guessed = read_sizes(votes, stated, given, ("vision", "language", "expert"))
+    read, guessed = read_sizes(votes, stated, wanted, ("vision", "language", "expert"))
     vision, language, expert = (read[part] for part in ("vision", "language", "expert"))
     folded = votes.most("folded")
     vision |= {"depth": depth_of(weights, "vision"), "heads": TOWER_HEADS.get(vision["width"])}
-    vision["shuffle"] = max(1, math.isqrt((folded or GUESS) // vision["width"]))
+    said_fold = first_stated(stated, "vision.shuffle") or 1
+    vision["shuffle"] = said_fold if folded is None else max(1, math.isqrt(folded // vision["width"]))
     language |= {"depth": depth, "head_dim": HEAD_DIM.get(language["width"])}
     head_dim = value_at(said, "language.head_dim") or language["head_dim"]
-    k, q = (votes.most(key) or GUESS for key in ("k", "q"))
     every = [one.value for one in stated if one.key == "expert.self_every"]
-    expert["self_every"] = _self_every(weights, depth, expert["width"], k, every)
+    expert["self_every"] = _self_every(weights, depth, expert["width"], votes.most("keys"), every)
     sizes: dict[str, Any] = {}
     if language["width"] == public.language.width:
         stated += _public(stated, said)
         sizes = {"image_size": public.image_size, "chunk": public.chunk, "max_tokens": public.max_tokens}
     if head_dim is not None:
         require_head_dim(head_dim, where)
-        language |= {"heads": q // head_dim, "kv_heads": k // head_dim, "head_dim": head_dim}
-    odd = contradictions(read, stated, merge(given, widths or {}), votes, told.witnesses, told.theirs)
+        language |= read_heads(votes, stated, head_dim)
+    odd = contradictions(read, stated, wanted, votes, told.witnesses, told.theirs)
     odd += untold(guessed)
-    known = merge(merge(sizes, read), said)
+    known = merge(merge(merge(sizes, read), deeper(read, stated)), said)
     stand_in = {
         "vision.heads": 1,
         "language.head_dim": 2,
@@ -122,12 +132,13 @@ def infer_smolvla(
     }
     asked = {key: value for key, value in stand_in.items() if value_at(known, key) is None}
     if head_dim is None:
-        known = merge({"language": {"heads": q // 2, "kv_heads": k // 2}}, known)
-    return judge(weights, known, asked, given, (public, SIZES["smolvla-tiny"]), odd, told.theirs, where)
+        known = merge({"language": read_heads(votes, stated, stand_in["language.head_dim"])}, known)
+    models, shapeless = (public, SIZES["smolvla-tiny"]), misfits(weights, AXES, votes)
+    return judge(weights, known, asked, given, models, (odd, shapeless), told.theirs, where)
 
 
 def _self_every(
-    weights: Mapping[str, Tensor], depth: int, width: int, k: int, stated: Sequence[int]
+    weights: Mapping[str, Tensor], depth: int, width: int, keys: int | None, stated: Sequence[int]
 ) -> int | None:
     """Tell self from cross layers by what their keys are made of: the expert's tokens, or prefix keys.
 
@@ -140,7 +151,7 @@ def _self_every(
         if (tensor := weights.get(f"expert.layers.{layer}.self_attn.{leaf}.weight")) is not None
         and tensor.ndim == 2
     }
-    if width == k:
+    if width == keys:
         return stated[0] if stated else None
 
     def agreeing(every: int) -> tuple[int, bool]:

@@ -200,8 +200,11 @@ class Tree:
         """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
         found: dict[str, Any] = {"time_angles": "float32"}
         axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
-        odd = [f"{key} is {size} by {leaf}" for key, sizes in axes.items() for size, leaf in sizes.items()
-               if len(sizes) > 1]  # fmt: skip
+        odd = [
+            f"contradicted: {key} is {', '.join(f'{size} by {leaf}' for size, leaf in sizes.items())}"
+            for key, sizes in axes.items()
+            if len(sizes) > 1
+        ]
         for key, sizes in axes.items():
             if sizes:
                 found = merge(found, {key: next(iter(sizes))})
@@ -209,7 +212,7 @@ class Tree:
             found,
             theirs=self.theirs,
             padded_alike=True,
-            odd=(*self.odd, *(f"contradicted: {line}" for line in odd)),
+            odd=(*self.odd, *odd),
         )
 
     @property
@@ -288,7 +291,10 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
             weights |= {ours: t for row in names for ours, t in zip(row, turned, strict=True)}
     for name in shapeless:  # under our names, with a shape that none of them can have: all are compared
         stack = name.split("layers/")[0] if "layers/" in name else _BLOCK
-        depth = max((leaf.shape[0] for n, leaf in known.items() if n.startswith(stack)), default=1)
+        depth = max(
+            (leaf.shape[0] for n, leaf in known.items() if n.startswith(stack) and RULES[n].layered),
+            default=1,
+        )
         layers = range(depth) if RULES[name].layered else (0,)
         weights |= {ours.format(i): leaves[name].meta() for ours in RULES[name].ours for i in layers}
     odd = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)

@@ -16,6 +16,7 @@ from vlafit.checkpoints.dimensions import (
     contradictions,
     depth_of,
     first_stated,
+    misfits,
     value_at,
     vote,
 )
@@ -31,6 +32,7 @@ KV_HEADS = (
 HEADS = 8  # of openpi and LeRobot, both of which write the number into their code: reference implementation
 IMAGE_SIZE, PATCH = 224, 14  # openpi and LeRobot know patches of 14 in images of 224 alone
 PROMPT_TOKENS = {False: 48, True: 200}  # pi0, pi0.5: reference implementation
+DEEPEST = 256  # layers that a file may state beyond those that are there; nobody has more
 GUESS = 2  # stands for a size that nothing tells, until the missing tensors are named
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
@@ -57,14 +59,14 @@ def tower_axes() -> dict[str, str]:
 
 
 def decoder_axes(part: str) -> dict[str, str]:
-    """Return the axes of the decoder `part` but for adaptive norms: `q` and `k` are rows of all heads."""
+    """Return the axes of the decoder `part` but for adaptive norms; `queries`, `keys`: rows of all heads."""
     w, mlp = f"{part}.width", f"{part}.mlp"
     attention, layers = f"{part}.layers.*.self_attn", f"{part}.layers.*"
     return {
-        f"{attention}.q_proj.weight": f"q {w}",
-        f"{attention}.k_proj.weight": f"k {w}",
-        f"{attention}.v_proj.weight": f"k {w}",
-        f"{attention}.o_proj.weight": f"{w} q",
+        f"{attention}.q_proj.weight": f"queries {w}",
+        f"{attention}.k_proj.weight": f"keys {w}",
+        f"{attention}.v_proj.weight": f"keys {w}",
+        f"{attention}.o_proj.weight": f"{w} queries",
         f"{layers}.mlp.gate_proj.weight": f"{mlp} {w}",
         f"{layers}.mlp.up_proj.weight": f"{mlp} {w}",
         f"{layers}.mlp.down_proj.weight": f"{w} {mlp}",
@@ -150,17 +152,19 @@ def infer_config(
     """
     require_known(merge({}, given), asdict(SIZES["pi0"]), f"{where}: config")
     said = merge(told.values, given)
+    wanted = merge(given, widths or {})
     votes = vote(weights, AXES, told.witnesses)
-    pi05 = is_pi05(weights)
+    of_pi0, of_pi05 = of_each(weights)
+    pi05 = len(of_pi05) > len(of_pi0)
     public = SIZES["pi05" if pi05 else "pi0"]
-    read, guessed = read_sizes(votes, told.stated, given, ("vision", "language", "expert"))
+    read, guessed = read_sizes(votes, told.stated, wanted, ("vision", "language", "expert"))
     read["vision"]["depth"] = depth_of(weights, "vision")
     read["language"]["depth"] = depth_of(weights, "language", "expert")
-    k, q = (votes.most(key) or GUESS for key in ("k", "q"))
     head_dim = value_at(said, "language.head_dim")
-    head_dim = k // KV_HEADS if head_dim is None else head_dim
+    if head_dim is None:
+        head_dim = (votes.most("keys") or GUESS) // KV_HEADS
     require_head_dim(head_dim, where)
-    read["language"] |= {"heads": q // head_dim, "kv_heads": k // head_dim, "head_dim": head_dim}
+    read["language"] |= read_heads(votes, told.stated, head_dim)
     if pi05:  # no state token; its codec needs the padded width alone, which is that of the actions
         read["state_dim"] = value_at(said, "state_dim") or read["action_dim"]
         guessed = [key for key in guessed if key != "state_dim"]
@@ -170,7 +174,7 @@ def infer_config(
         *_public(read, public, {one.key for one in told.stated}, said),
     ]
     odd = [*_mixed(weights, told.theirs), *told.odd, *untold(guessed)]
-    odd += contradictions(read, stated, merge(given, widths or {}), votes, told.witnesses, told.theirs)
+    odd += contradictions(read, stated, wanted, votes, told.witnesses, told.theirs)
     values: dict[str, Any] = {
         "pi05": pi05,
         "state_input": "prompt" if pi05 else "continuous",
@@ -181,10 +185,11 @@ def infer_config(
         value_at(read, f"{p}.width") == getattr(public, p).width for p in ("vision", "language", "expert")
     ):
         values = merge({"chunk": public.chunk, "vision": {"heads": public.vision.heads}}, values)
-    values = merge(values, said)
+    values = merge(merge(values, deeper(read, stated)), said)
     asked = {key: 1 for key in ("vision.heads", "chunk") if value_at(values, key) is None}
     models = public, SIZES["pi05-tiny" if pi05 else "pi0-tiny"]
-    return judge(weights, values, asked, given, models, odd, told.theirs, where)
+    shapeless = misfits(weights, AXES, votes)
+    return judge(weights, values, asked, given, models, (odd, shapeless), told.theirs, where)
 
 
 def read_sizes(
@@ -209,11 +214,31 @@ def read_sizes(
     patches, said = votes.most("patches"), first_stated(stated, "vision.image_size")
     patch = read["vision"]["patch"]
     if patches is not None:
-        read["vision"]["image_size"] = math.isqrt(patches) * patch
+        read["vision"]["image_size"] = votes.made("vision.image_size", math.isqrt(patches) * patch, "patches")
     else:
         read["vision"]["image_size"] = said or patch
         guessed += [] if said else ["vision.image_size"]
     return read, guessed
+
+
+def read_heads(votes: Votes, stated: Sequence[Stated], head_dim: int) -> dict[str, int]:
+    """Return numbers of heads by the rows that tensors have, else as stated."""
+    found = {"head_dim": head_dim}
+    for key, rows in (("heads", "queries"), ("kv_heads", "keys")):
+        size = votes.most(rows)
+        known = first_stated(stated, f"language.{key}") or 1 if size is None else size // head_dim
+        found[key] = votes.made(f"language.{key}", known, rows)
+    return found
+
+
+def deeper(read: Mapping[str, Any], stated: Sequence[Stated]) -> dict[str, Any]:
+    """Return the depths that are stated beyond those of the tensors: the layers between are missing."""
+    found: dict[str, Any] = {}
+    for part in ("vision", "language"):
+        said = first_stated(stated, f"{part}.depth")
+        if said is not None and read[part]["depth"] < said <= DEEPEST:
+            found[part] = {"depth": said}
+    return found
 
 
 def untold(keys: Sequence[str]) -> list[str]:
@@ -227,7 +252,7 @@ def judge(
     asked: Mapping[str, int],
     given: Mapping[str, object],
     models: tuple[Any, Any],
-    odd: Sequence[str],
+    wrong: tuple[Sequence[str], Sequence[str]],
     theirs: Callable[[str], str],
     where: str,
 ) -> Inferred:
@@ -235,8 +260,10 @@ def judge(
 
     `asked` are keys that nothing tells, and what may stand for them while the tensors are compared: they are
     asked for, unless something else is wrong. `models` are
-    configs of the family: the public one, and one that is quickly built, to name the parameters.
+    configs of the family: the public one, and one that is quickly built, to name the parameters. `wrong` are
+    lines that say what else is wrong, and tensors that have not the sizes that most others have.
     """
+    odd, shapeless = wrong
     public, tiny = models
     module = family(family_of(public))
     try:
@@ -245,9 +272,9 @@ def judge(
         override(public, given, f"{where}: config")  # raises for what is wrong in itself with the user's
         depths = {f"{part}.depth": values[part]["depth"] for part in ("vision", "language")}
         policy = module.build(override(tiny, depths, where), "meta")
-        wrong = {kind: e for kind, e in compare(policy, weights).items() if kind in ("missing", "surplus")}
+        found = compare(policy, weights) | {"misshapen": shapeless, "not floating-point": []}
         every = [info.name for info in policy.parts()] + list(weights)
-        complain(where, wrong, theirs, every, [f"its tensors' shapes do not go together: {error}", *odd])
+        complain(where, found, theirs, every, [f"its tensors' shapes do not go together: {error}", *odd])
         raise AssertionError from error  # one line is always there
     if asked:
         policy = module.build(config, "meta")
@@ -278,21 +305,18 @@ def require_known(given: Mapping[str, Any], fields: Mapping[str, Any], where: st
             require_known(value, fields[key], f"{where}: {key}")
 
 
-def is_pi05(weights: Iterable[str]) -> bool:
-    """Whether more of our names are those of pi0.5 alone than of pi0 alone."""
-    of_pi0, of_pi05 = _of_each(weights)
-    return len(of_pi05) > len(of_pi0)
-
-
 def _mixed(weights: Iterable[str], theirs: Callable[[str], str]) -> list[str]:
     """Return a line where there are tensors of pi0 alone and of pi0.5 alone."""
-    both = [listed(names, theirs) for names in _of_each(weights)]
+    every = list(weights)
+    names = [theirs(name) for name in every]
+    both = [listed(alone, theirs, names) for alone in of_each(every)]
     if not all(both):
         return []
     return [f"a mix of two families: of pi0 alone {both[0]}; of pi0.5 alone {both[1]}"]
 
 
-def _of_each(weights: Iterable[str]) -> tuple[list[str], list[str]]:
+def of_each(weights: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the tensors that pi0 alone has, and those that pi0.5 alone has."""
     every = list(weights)
     of_pi0 = [name for name in every if name in _PI0 or _LAYER.sub(".layers.*.", name) in _PI0]
     return of_pi0, [name for name in every if name in _PI05 or _LAYER.sub(".layers.*.", name) in _PI05]

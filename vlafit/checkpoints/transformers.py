@@ -65,6 +65,7 @@ COMPUTED: dict[str, dict[str, object]] = {
 }
 """What our policy computes, which transformers (5.23) takes, too, where a file is silent."""
 
+ROPE_BASE = 10000.0  # of the rotation's periods: transformers' GemmaConfig, and what our policy computes
 _DECODER = {
     "num_hidden_layers": "language.depth",
     "num_attention_heads": "language.heads",
@@ -95,7 +96,8 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
     path = folder / "config.json"
     head = SAVED.unused[0]
     shapes = [tuple(tensors[head].shape)] if head in tensors else []
-    witnesses = [Witness(head, shape, "language.vocab expert.width") for shape in shapes]
+    # As many rows as the expert's own vocabulary has, which nobody uses.
+    witnesses = [Witness(head, shape, "- expert.width") for shape in shapes]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         vlm, expert = values["vlm_config"], values["dit_config"]
@@ -125,6 +127,9 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
                         f"{path}: {name}{'.' if name else ''}{key} is {section[key]!r}; only {value!r} is"
                         " supported here"
                     )
+            turns = section.get("rope_parameters") or {}
+            if kind == "text" and turns.get("rope_theta", ROPE_BASE) != ROPE_BASE:
+                raise WeightsError(f"{path}: {name}.rope_theta is not {ROPE_BASE:g}, the only one supported")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{path}: not the config.json that transformers writes for pi0 ({error!r})"
