@@ -135,7 +135,7 @@ def test_a_base_of_another_program_is_read_again_as_it_was_read_first(tmp_path: 
     plan = apply_strategy(policy, rules("int8"))
     vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
     said = json.loads((tmp_path / "c" / "base.json").read_text())
-    assert said["config"] == {"vision.heads": 2, "chunk": 6}
+    assert said["config"] == {"vision": {"heads": 2}, "chunk": 6}
     ours, theirs = (
         dict(policy.named_parameters()),
         dict(vlafit.load_policy(tmp_path / "c").named_parameters()),

@@ -166,28 +166,21 @@ def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: py
 # ----------------------------------------------------------------------------------------------- assumed
 
 
-def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_the_constant_and_noted(tmp_path: Path):
+def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Path):
     folder = Path(shutil.copytree(JAX, tmp_path / "run" / "pi05_base"))  # a folder's name tells nothing
-    policy, _, _, report = vlafit.load_checkpoint(folder, config={"vision.heads": 2})
-    assert policy.config.chunk == 50
-    assert any(note.startswith("chunk is 50: assumed") for note in report.notes)
+    with pytest.raises(WeightsError, match=r"tell 'chunk'; give it as config \{'chunk': ...\}"):
+        vlafit.load_checkpoint(folder, config={"vision.heads": 2})
     for place in (folder / "config.json", folder.parent / "config.json"):
         shutil.copy(OPENPI / "openpi_config.json", place)
-        policy, _, _, report = vlafit.load_checkpoint(folder)
+        policy, _, _, report = vlafit.load_checkpoint(folder, config={"vision.heads": 2})
         assert policy.config.chunk == 6
         assert report.notes[-1] == f"chunk is 6, the action_horizon in {place}"
-        report = vlafit.load_checkpoint(folder / "params", config={"chunk": 4}).report
+        report = vlafit.load_checkpoint(folder / "params", config={"vision.heads": 2, "chunk": 4}).report
         assert report.adapted == ("chunk: 4 actions at once, 6 in the checkpoint",)
         place.write_text(json.dumps({"action_horizon": 9, "of": "another program"}))
-        assert vlafit.load_policy(folder).config.chunk == 50
+        with pytest.raises(WeightsError, match="tell 'chunk'"):
+            vlafit.load_policy(folder, config={"vision.heads": 2})
         place.unlink()
-
-
-def test_for_pi05_the_chunk_is_asked_for():
-    given = take_apart({})
-    with pytest.raises(WeightsError, match=r"released with several; give it as config \{'chunk': ...\}"):
-        assumed.chunk_of(JAX / "params", given, pi05=True)
-    assert assumed.chunk_of(JAX / "params", take_apart({"chunk": 10}), pi05=True) == ({}, None, ())
 
 
 def test_what_comes_from_the_public_size_is_noted():

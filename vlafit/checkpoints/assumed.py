@@ -10,10 +10,8 @@ from typing import Any
 
 from vlafit.checkpoints.given import Given
 from vlafit.checkpoints.openpi import CONFIG_KEYS
-from vlafit.errors import ConfigError, WeightsError
-from vlafit.policies.pi0 import SIZES, Pi0Config
-
-CHUNK = SIZES["pi0"].chunk  # openpi's action_horizon of pi0, unless a training changed it
+from vlafit.errors import ConfigError
+from vlafit.policies.pi0 import Pi0Config
 
 
 def from_public(made: Pi0Config, told: Mapping[str, Any]) -> tuple[str, ...]:
@@ -24,30 +22,18 @@ def from_public(made: Pi0Config, told: Mapping[str, Any]) -> tuple[str, ...]:
     return (note,) if found else ()
 
 
-def chunk_of(params: Path, given: Given, pi05: bool) -> tuple[dict[str, object], object, tuple[str, ...]]:
-    """Return what to add to the config of the Orbax checkpoint `params`, the chunk that it says, and notes.
+def chunk_of(params: Path, given: Given) -> tuple[dict[str, object], tuple[str, ...]]:
+    """Return what a config.json tells of the Orbax checkpoint `params`, and notes.
 
     Orbax holds no config. openpi's config.json counts where a converter left it, beside `params` or one
-    folder up. Else the chunk is openpi's constant for pi0; pi0.5 has none: its released checkpoints have
-    several, so it is asked for. Raises WeightsError then.
+    folder up.
     """
     for folder in params.parents[:2]:
         chunk = _horizon(folder / "config.json")
         if chunk is not None:
             note = f"chunk is {chunk}, the action_horizon in {folder / 'config.json'}"
-            return {"chunk": chunk}, chunk, () if "chunk" in given.fields else (note,)
-    if "chunk" in given.fields:
-        return {}, None, ()
-    if pi05:
-        raise WeightsError(
-            f"{params}: nothing beside the tensors tells 'chunk', and pi0.5 has been released with several;"
-            " give it as config {'chunk': ...}"
-        )
-    note = (
-        f"chunk is {CHUNK}: assumed, as it is openpi's constant for pi0 and nothing beside the tensors tells"
-        " it; config {'chunk': ...} says otherwise"
-    )
-    return {"chunk": CHUNK}, None, (note,)
+            return {"chunk": chunk}, () if "chunk" in given.fields else (note,)
+    return {}, ()
 
 
 def _horizon(path: Path) -> object:

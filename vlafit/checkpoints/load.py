@@ -281,9 +281,10 @@ def _foreign(path: Path, given: Given) -> Found:
 def _jax(params: Path, given: Given) -> Found:
     tree = openpi_jax.open_tree(params, given.lora)
     assumed.require_factors(params, tree.lora, given)
-    said, chunk, notes = assumed.chunk_of(params, given, "time_mlp_in.weight" in tree.weights)
+    said, notes = assumed.chunk_of(params, given)
     told = replace(tree.told, values={**tree.told.values, **said})
     made = infer_config(tree.weights, told, given.fields, str(params), given.widths)
+    notes += assumed.from_public(made.config, {**told.values, **given.fields})
     return Found(
         str(params),
         openpi_jax.FORM,
@@ -291,7 +292,7 @@ def _jax(params: Path, given: Given) -> Found:
         made.config,
         Translated(tree.weights, (), (), tree.theirs),
         contents=tree.contents,
-        chunk=chunk,
+        chunk=said.get("chunk"),
         assets=openpi_assets.find_assets(params.parent),
         notes=tree.notes + notes,
         odd=made.odd,
