@@ -59,7 +59,7 @@ def _horizon(path: Path) -> object:
 
 
 def require_factors(params: Path, weights: Collection[str], given: Given) -> None:
-    """Raise ConfigError for what is said of LoRA factors that are not there; `weights` are those that have."""
+    """Raise ConfigError for what is said of LoRA factors that are not there; `weights` have some."""
     where = str(params)
     if not weights:
         given.refuse("lora", where, "the checkpoint has no LoRA factors")

@@ -146,8 +146,10 @@ def _write(loaded: Loaded, target: Target, out: Path, where: str) -> Exported:
             lerobot_export.repeat_beside_adapters(partial, base)
         written = _listed(partial)
     note = (
-        f"adapters in peft's form; the weights below them are in {peft_export.BASE}/, where"
-        f" adapter_config.json looks for them: {place}"
+        f"adapters in peft's form; the weights below them are in {peft_export.BASE}/, and adapter_config.json"
+        f" names that folder by its absolute path, for LeRobot and peft would look for a relative one in the"
+        f" working directory: {place}. Where the folder moves, change base_model_name_or_path there (vlafit"
+        f" itself looks inside the folder first)"
     )
     return Exported(out, target, written, (note, *notes))
 

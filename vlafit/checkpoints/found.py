@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from vlafit.checkpoints.adapted import Base
 from vlafit.checkpoints.names import Translated
 from vlafit.codec import Codec
 from vlafit.tuning import Plan
+
+if TYPE_CHECKING:
+    from vlafit.checkpoints.peft_import import Adapters
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,5 @@ class Found:
     adapted: tuple[str, ...] = ()
     below: Base | None = None
     """The checkpoint that native adapters sit on."""
+    adapters: "Adapters | None" = None
+    """Those of a PEFT folder, read but not put in."""
