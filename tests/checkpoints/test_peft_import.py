@@ -1,4 +1,4 @@
-"""PEFT folders come in: our own exports compute what they did, foreign ones what peft does, or are refused."""
+"""PEFT folders come in: our own compute what they did, foreign ones what peft does, or are refused."""
 
 import json
 import shutil

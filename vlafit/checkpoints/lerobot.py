@@ -284,8 +284,9 @@ def _known_of_smolvla(told: Described | None, folder: Path, depth: int) -> dict[
                 f"{told.path}: resize_imgs_with_padding is {sides}; only squares are supported here"
             )
         known["image_size"] = sides[0]
-    vlm = folder / str(told.values.get("vlm_model_name")) / "config.json"
-    if vlm.is_file() and folder.resolve() in vlm.resolve().parents:
+    # By its last word: an export names the folder beside it by an absolute path, and may have moved.
+    vlm = folder / Path(str(told.values.get("vlm_model_name"))).name / "config.json"
+    if vlm.is_file():
         known = merge(known, _known_of_vlm(vlm))
     return {key: value for key, value in known.items() if value is not None}
 
