@@ -313,7 +313,7 @@ BAD_PROCESSORS = {
         lambda v: v["input_features"].update(
             {"observation.environment_state": {"type": "ENV", "shape": [3]}}
         ),
-        "observation.env is of type 'ENV', which no policy here takes",
+        "observation.environment_state is of type 'ENV', which no policy here takes",
     ),
     "the environment's state, normalised": (
         "policy_preprocessor.json",
