@@ -255,7 +255,7 @@ def test_sizes_that_a_target_cannot_express_are_refused_with_every_reason(tmp_pa
         with pytest.raises(WeightsError) as caught:
             write(policy, codec_for(policy), target, tmp_path / "out", "here")
         assert all(reason in str(caught.value) for reason in reasons)
-    with pytest.raises(WeightsError, match="published SmolVLM2"):
+    with pytest.raises(WeightsError, match="an MLP of 256, this policy's is 20"):
         write(roomy("smolvla-tiny"), None, "lerobot", tmp_path / "out", "here")
     assert list(tmp_path.iterdir()) == []
 
@@ -320,3 +320,96 @@ def test_the_command_line_exports_and_says_what_it_wrote(tmp_path: Path, capsys:
     assert "for transformers, 2 files: config.json, model.safetensors" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "native"), "--to", "openpi", "--out", str(tmp_path / "no")]) == 2
     assert "cannot go to openpi" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- a model nobody published
+
+
+def unpublished():
+    """A SmolVLA whose expert is as LeRobot makes it, on a vision-language model of a size of its own."""
+    config = smolvla.SIZES["smolvla-tiny"]
+    return random_policy(replace(config, expert=replace(config.expert, mlp=256), max_tokens=64))
+
+
+def test_a_smolvla_of_an_unpublished_size_takes_its_vision_language_model_along(tmp_path: Path):
+    policy = unpublished()
+    made = write(policy, codec_for(policy), "lerobot", tmp_path / "out", "here")
+    vlm = tmp_path / "out" / "vlm"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vlm_model_name"] == str(vlm)
+    assert any(f"by its absolute path: {vlm}" in note for note in made.notes)
+    assert {f"vlm/{name}" for name in ("config.json", "processor_config.json", "tokenizer.json")} <= set(
+        made.files
+    )
+    marks = json.loads((vlm / "tokenizer_config.json").read_text())["extra_special_tokens"]
+    ids = {
+        token["content"]: token["id"]
+        for token in json.loads((vlm / "tokenizer.json").read_text())["added_tokens"]
+    }
+    assert set(marks.values()) <= set(ids) and len(set(ids.values())) == len(ids)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = vlafit.load_checkpoint(tmp_path / "moved")  # its heads are in vlm/config.json
+    assert again.policy.config == policy.config
+    assert all(torch.equal(p, again.policy.get_parameter(n)) for n, p in policy.named_parameters())
+
+
+def test_the_public_smolvla_names_the_public_model():
+    policy = smolvla.build(smolvla.SIZES["smolvla"], "meta")
+    assert lerobot_config.size_refusals(policy) == []
+    assert lerobot_config._has_public_vlm(policy.config) and not lerobot_config._has_public_vlm(
+        unpublished().config
+    )
+
+
+# ------------------------------------------------------------------------------------------------ bfloat16
+
+
+@pytest.mark.parametrize("target", ["lerobot", "openpi", "transformers", "vlafit"])
+def test_bfloat16_weights_are_rounded_once_and_kept_as_the_target_keeps_them(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (lerobot_export, openpi_export):
+        monkeypatch.setattr(module, "refusals", lambda policy, codec: [])  # no tiny size has a name there
+    policy = random_policy(replace(pi0.SIZES["pi0-tiny"], max_tokens=64, state_dim=5))  # as wide as actions
+    vlafit.save_checkpoint(policy, tmp_path / "c", codec_for(policy))
+    made = export(tmp_path / "c", target, tmp_path / "out", dtype="bfloat16")
+    assert made.cast_error is not None and 0 < made.cast_error < 0.1
+    assert "weights rounded once, to bfloat16; on a random batch" in made.text()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    precise = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert {t.dtype for t in stored.values()} <= {torch.float32, torch.bfloat16}
+    kept = {
+        "lerobot": ("vision_tower", "multi_modal", "layernorm", "norm.weight", "action_", "state_"),
+        "openpi": ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm",
+                   "model.norm", "state_proj", "action_"),
+        "transformers": (),
+        "vlafit": ("norm", "patch_embedding", "position_embedding", "state_proj", "action_"),
+    }[target]  # fmt: skip
+    own = ("self_attn", "mlp.")  # matrices of the decoders, which have such words in their names, too
+    wanted = {
+        name
+        for name in stored
+        if any(word in name for word in kept)
+        and (not any(word in name for word in own) or (target == "lerobot" and "vision_tower" in name))
+    }
+    assert precise == wanted
+    if target in ("lerobot", "openpi", "transformers"):
+        told = json.loads((tmp_path / "out" / "config.json").read_text())
+        key = "precision" if target == "openpi" else "dtype"
+        assert told[key] == "bfloat16"
+    again = vlafit.load_checkpoint(
+        tmp_path / "out", config=None if target == "vlafit" else GIVEN | {"max_tokens": 64}
+    )
+    for name, parameter in policy.named_parameters():
+        ours = again.policy.get_parameter(name)
+        assert torch.equal(ours, parameter) or torch.equal(ours, parameter.bfloat16().float())
+
+
+def test_the_command_line_takes_a_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from vlafit.cli import main
+
+    vlafit.save_checkpoint(random_policy("pi0-tiny"), tmp_path / "c")
+    line = ["export", str(tmp_path / "c"), "--to", "transformers", "--out", str(tmp_path / "out"), "--dtype"]
+    assert main([*line, "float16"]) == 2
+    assert "give 'float32' or torch.float32" in capsys.readouterr().err
+    assert main([*line, "bfloat16"]) == 0
+    assert "weights rounded once, to bfloat16" in capsys.readouterr().out

@@ -156,6 +156,21 @@ def test_the_folder_for_lerobot_names_its_modules_and_repeats_its_files(
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["lora", "nf4"])
+def test_in_bfloat16_the_weights_below_are_rounded_and_the_adapters_are_not(name: str, tmp_path: Path):
+    source = trained(name, tmp_path)
+    made = export(source, "transformers", tmp_path / "out", dtype="bfloat16")
+    assert made.cast_error is not None and 0 < made.cast_error < 0.1
+    below, adapters = (
+        load_file(tmp_path / "out" / n) for n in ("base/model.safetensors", "adapter_model.safetensors")
+    )
+    assert {t.dtype for t in below.values()} == {torch.bfloat16}
+    assert {t.dtype for t in adapters.values()} == {torch.float32}
+    assert vlafit.load_checkpoint(tmp_path / "out").plan is not None
+    made = export(source, "vlafit", tmp_path / "native", merge=True, dtype="bfloat16")
+    assert made.merge_error is not None and made.cast_error is not None and made.merge_error < made.cast_error
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 

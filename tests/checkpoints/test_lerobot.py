@@ -271,7 +271,59 @@ BAD_PROCESSORS = {
     "padding on the left": (
         "policy_preprocessor.json",
         lambda v: v["steps"][3]["config"].update(padding_side="left"),
-        "padding_side is not 'right'",
+        "padding_side is 'left', which is not supported",
+    ),
+    "another prompt length": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][3]["config"].update(max_length=32),
+        "max_length is 32, and tokenizer_max_length is 48",
+    ),
+    "no truncation": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][3]["config"].update(truncation=False),
+        "truncation is False",
+    ),
+    "another padding": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][3]["config"].update(padding="do_not_pad"),
+        "padding is 'do_not_pad'",
+    ),
+    "half precision": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][4]["config"].update(float_dtype="float16"),
+        "float_dtype is 'float16'",
+    ),
+    "a setting of the future": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"].update(clip=3.0),
+        "clip is 3.0; it is not known here",
+    ),
+    "a state that stays as it is": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"].update(normalize_observation_keys=["observation.images.cam_high"]),
+        "normalize_observation_keys is",
+    ),
+    "a part of the future": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5].update(version=2),
+        "'version' is not known here",
+    ),
+    "the environment's state": (
+        "config.json",
+        lambda v: v["input_features"].update(
+            {"observation.environment_state": {"type": "ENV", "shape": [3]}}
+        ),
+        "observation.environment_state is of type 'ENV', which no policy here takes",
+    ),
+    "the environment's state, normalised": (
+        "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"]["features"].update(env={"type": "ENV", "shape": [3]}),
+        "env is of type 'ENV', which no policy here takes",
+    ),
+    "aloha's relative joints": (
+        "config.json",
+        lambda v: v.update(use_delta_joint_actions_aloha=True),
+        "use_delta_joint_actions_aloha is true",
     ),
     "no normaliser": (
         "policy_preprocessor.json",
@@ -329,6 +381,23 @@ def test_statistics_that_are_not_there_are_an_error_and_not_a_feature_left_as_it
     with pytest.raises(
         WeightsError, match="observation.state is to be normalised by lerobot_mean_std, and std is not"
     ):
+        vlafit.load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, "std is 0 in dimension 2: nothing"),
+        (-1.0, "std is -1"),
+        (float("nan"), "not finite"),
+    ],
+)
+def test_statistics_by_which_nothing_can_be_divided_are_an_error(folder: Path, value: float, message: str):
+    path = folder / "policy_preprocessor_step_5_normalizer_processor.safetensors"
+    tensors = load_file(path)
+    tensors["observation.state.std"][2] = value
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=message):
         vlafit.load_checkpoint(folder)
 
 

@@ -285,7 +285,7 @@ def test_other_forms_are_refused_by_name(tmp_path: Path):
         vlafit.load_policy(tmp_path)
     for sign, message in (
         ("params/_METADATA", "not Orbax's list of arrays"),
-        ("adapter_config.json", "an adapter, which needs its base"),
+        ("adapter_config.json", "cannot be read as JSON"),
         ("pytorch_model.bin", "a pickle"),
     ):
         folder = tmp_path / sign.replace("/", "_")

@@ -3,31 +3,23 @@
     PYTHON tests/parity/lerobot_side.py EXPORTED INPUTS OUT
 
 loads the policy (with its adapters, where there are any) and both processors in EXPORTED, feeds them INPUTS,
-and writes what comes out, with a checkpoint that LeRobot itself saved, into OUT. Tiny networks are made
-possible by telling LeRobot their sizes, which it otherwise has by name alone; nothing that computes is
-replaced.
+and writes what comes out, with a checkpoint that LeRobot itself saved, into OUT. A tiny pi0 or pi0.5 is made
+possible by telling LeRobot its sizes, which it otherwise has by name alone; nothing that computes is
+replaced. SmolVLA is loaded as anybody would.
 """
 
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
 
 
-def tell_sizes(kind: str, sizes: dict, folder: Path) -> None:
+def tell_sizes(kind: str, sizes: dict) -> None:
     """Make LeRobot build networks of our sizes, without the Hub."""
     if kind == "smolvla":
-        from lerobot.policies.smolvla import smolvlm_with_expert as module
-
-        words = SimpleNamespace(fake_image_token_id=1, global_image_token_id=2)
-        module.AutoProcessor = SimpleNamespace(from_pretrained=lambda name: SimpleNamespace(tokenizer=words))
-        named = module.AutoConfig
-        module.AutoConfig = SimpleNamespace(from_pretrained=lambda name: named.from_pretrained(folder / name))
-        module.get_intermediate_size = lambda hidden: sizes["expert"]["mlp"]
-        return
+        return  # it takes any size, from the vision-language model's folder that we export beside it
     from lerobot.policies.pi0 import modeling_pi0
     from lerobot.policies.pi05 import modeling_pi05
 
@@ -81,7 +73,7 @@ def main(exported: Path, inputs: Path, out: Path) -> None:
     sizes = json.loads((inputs.parent / "sizes.json").read_text())
     words = json.loads((inputs.parent / "tasks.json").read_text())
     config = PreTrainedConfig.from_pretrained(exported)
-    tell_sizes(config.type, sizes, exported)
+    tell_sizes(config.type, sizes)
     policy_class = get_policy_class(config.type)
     if config.use_peft:  # as lerobot.policies.factory.make_policy does it
         from peft import PeftConfig, PeftModel

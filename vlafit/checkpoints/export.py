@@ -19,13 +19,16 @@ from vlafit.checkpoints import (
     transformers_export,
 )
 from vlafit.checkpoints import interpolate as between
+from vlafit.checkpoints.casting import cast, round_weights
+from vlafit.checkpoints.fit import Dtype, stored_as
+from vlafit.checkpoints.given import dtype_of
 from vlafit.checkpoints.lineage import Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, load
 from vlafit.checkpoints.save import save
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError, did_you_mean
 from vlafit.nn.batch import Batch
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.tuning.merge import merge as merge_adapters
 from vlafit.tuning.merge import remove
 
@@ -47,6 +50,8 @@ class Exported:
     notes: tuple[str, ...]
     merge_error: float | None = None
     """Largest change of a velocity on a random batch through merging; see `merge_measured`."""
+    cast_error: float | None = None
+    """The same, through rounding weights to bfloat16; None where they are float32."""
 
     def text(self) -> str:
         """Return what a person wants to know, in a few lines."""
@@ -55,6 +60,11 @@ class Exported:
             lines.append(
                 f"adapters merged in float32; on a random batch that changed velocities by at most "
                 f"{self.merge_error:.1e} of the largest"
+            )
+        if self.cast_error is not None:
+            lines.append(
+                f"weights rounded once, to bfloat16; on a random batch that changed velocities by at most "
+                f"{self.cast_error:.1e} of the largest"
             )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -68,20 +78,22 @@ def export(
     interpolate: Mapping[str, float] | None = None,
     base: str | Path | None = None,
     config: Mapping[str, object] | None = None,
+    dtype: Dtype | torch.dtype = "float32",
 ) -> Exported:
     """Write the checkpoint `source`, of any form that `load` reads, into the new folder `out`.
 
-    Weights are written in float32. Adapters are written as one PEFT folder in the target's module names, with
-    the weights below them in `base/` (see `peft_export`); `merge` folds them into the weights instead. With
-    `interpolate` (part -> share of the fine-tuning that stays) the weights lie between those that training
-    began with and the checkpoint's own, adapters merged first. `base` is where the checkpoint lies that
-    adapters sit on, or that training began with, where `source` does not tell or it has moved. `config` says
-    what the checkpoint does not tell of itself, as in `load`.
+    Weights are written in float32, or rounded once to `dtype` "bfloat16" where the target does not keep them
+    in float32 itself (norms and projections, as a rule). Adapters are written as one PEFT folder in the
+    target's module names, with the weights below them in `base/` (see `peft_export`); `merge` folds them into
+    the weights instead. With `interpolate` (part -> share of the fine-tuning that stays) the weights lie
+    between those that training began with and the checkpoint's own, adapters merged first. `base` is where
+    the checkpoint lies that adapters sit on, or that training began with, where `source` does not tell or it
+    has moved. `config` says what the checkpoint does not tell of itself, as in `load`.
 
     The folder appears whole or not at all. Raises WeightsError where `out` is there already, or the target
     cannot express the policy, its codec or its adapters: every reason is named.
     """
-    out = Path(out)
+    out, dtype = Path(out), dtype_of(dtype)
     _require_free(target, out)
     place = hub.place(source)
     source = place.path
@@ -104,14 +116,17 @@ def export(
         history = _interpolated(history, interpolate, found.path)
         notes += (f"{history.made}; of other parts everything", *found.notes)
         notes += between.codec_notes(loaded.codec, codec, interpolate)
+    lost = round_measured(loaded.policy, target) if dtype == "bfloat16" else None
     if target == "vlafit":
+        if lost is not None:
+            cast_for(loaded.policy, target)
         recipe = source / native.RECIPE
         told = recipe.read_text(encoding="utf-8") if is_native and recipe.is_file() else None
         save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=told, history=history)
         made = Exported(out, target, _listed(out), ())
     else:
-        made = _write(loaded, target, out, str(source))
-    return replace(made, notes=notes + made.notes, merge_error=error)
+        made = _write(loaded, target, out, str(source), dtype)
+    return replace(made, notes=notes + made.notes, merge_error=error, cast_error=lost)
 
 
 def write(policy: Policy, codec: Codec | None, target: Target, out: str | Path, where: str) -> Exported:
@@ -127,32 +142,43 @@ def write(policy: Policy, codec: Codec | None, target: Target, out: str | Path, 
     _require_expressible(policy, codec, target, where, [])
     with files.new_folder(out) as partial:
         notes = WRITERS[target].write(partial, policy, codec)
+        if target == "lerobot":
+            notes += lerobot_export.name_vlm(partial, out.resolve())
         written = _listed(partial)
     return Exported(out, target, written, notes)
 
 
-def _write(loaded: Loaded, target: Target, out: Path, where: str) -> Exported:
+def _write(loaded: Loaded, target: Target, out: Path, where: str, dtype: Dtype) -> Exported:
     policy, codec, plan, _ = loaded
     if plan is None or not plan.adapted:
         rounded = ("quantised weights are written as the floats they stand for",)
         notes = rounded if plan is not None and plan.quantised else ()
-        made = write(merge_adapters(policy), codec, target, out, where)
+        policy = merge_adapters(policy)
+        if dtype == "bfloat16":
+            cast_for(policy, target)
+        made = write(policy, codec, target, out, where)
         return replace(made, notes=notes + made.notes)
     _require_expressible(policy, codec, target, where, peft_export.refusals(policy, plan, target))
     taken = peft_export.take(policy, plan, target)
     remove(policy)
+    if dtype == "bfloat16":
+        cast_for(policy, target)
     with files.new_folder(out) as partial:
         base = partial / peft_export.BASE
         base.mkdir()
         notes = WRITERS[target].write(base, policy, codec)
         place = out.resolve() / peft_export.BASE
+        if target == "lerobot":
+            notes += lerobot_export.name_vlm(base, place)
         peft_export.write(partial, taken, place)
         if target == "lerobot":
             lerobot_export.repeat_beside_adapters(partial, base)
         written = _listed(partial)
     note = (
-        f"adapters in peft's form; the weights below them are in {peft_export.BASE}/, where"
-        f" adapter_config.json looks for them: {place}"
+        f"adapters in peft's form; the weights below them are in {peft_export.BASE}/, and adapter_config.json"
+        f" names that folder by its absolute path, for LeRobot and peft would look for a relative one in the"
+        f" working directory: {place}. Where the folder moves, change base_model_name_or_path there (vlafit"
+        f" itself looks inside the folder first)"
     )
     return Exported(out, target, written, (note, *notes))
 
@@ -167,7 +193,34 @@ def merge_measured(policy: Policy) -> float:
     policy.eval()
     before = policy.velocity(batch, noise, time)
     merge_adapters(policy)
-    after = policy.velocity(batch, noise, time)
+    return _change(before, policy.velocity(batch, noise, time))
+
+
+@torch.no_grad()
+def round_measured(policy: Policy, target: Target) -> float:
+    """Round to bfloat16 what `target` keeps so, in place, and return what that changed, as `merge_measured`.
+
+    The dtypes stay, so that it is the rounding of the weights alone that is measured.
+    """
+    batch, noise, time = _random_batch(policy)
+    policy.eval()
+    before = policy.velocity(batch, noise, time)
+    round_weights(policy, lambda info: _precise(info, policy, target))
+    return _change(before, policy.velocity(batch, noise, time))
+
+
+def cast_for(policy: Policy, target: Target) -> None:
+    """Cast to bfloat16 what `target` keeps so. Adapters are as they were."""
+    cast(policy, lambda info: _precise(info, policy, target))
+
+
+def _precise(info: ParameterInfo, policy: Policy, target: Target) -> bool:
+    if target == "vlafit":
+        return stored_as(info, torch.bfloat16) == torch.float32
+    return WRITERS[target].precise(info, policy)
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from vlafit.checkpoints.names import Translated
 from vlafit.codec import Codec
 from vlafit.nn.policy import Source
 from vlafit.tuning import Plan
+
+if TYPE_CHECKING:
+    from vlafit.checkpoints.peft_import import Adapters
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,5 @@ class Found:
     """The checkpoint that native adapters sit on."""
     source: Source | None = None
     """Where the weights lie, those below adapters where there are any."""
+    adapters: "Adapters | None" = None
+    """Those of a PEFT folder, read but not put in."""

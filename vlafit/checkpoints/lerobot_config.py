@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlafit.checkpoints import lerobot
+from vlafit.checkpoints.casting import dtype_name
 from vlafit.checkpoints.gemma_sizes import gemma_refusals, variants
 from vlafit.checkpoints.lerobot_processors import ACTION, EMPTY, IMAGES, MODES, STATE, mask_of
 from vlafit.checkpoints.lerobot_smolvla import PUBLIC_VLM, expert_mlp
@@ -20,7 +21,7 @@ from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 
 Kind = Literal["pi0", "pi05", "smolvla"]
-LOCAL_VLM = "vlm"  # folder of the vision-language model's config, where no public model has the size
+LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see lerobot_vlm.py
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
     "quantile": "QUANTILES",
@@ -37,16 +38,7 @@ def size_refusals(policy: Policy) -> list[str]:
             found.append("LeRobot's pi0.5 always writes the state into the prompt, this policy does not")
         return found
     assert isinstance(config, SmolVLAConfig)
-    public = SIZES["smolvla"]
     found = []
-    if (config.vision, {**vars(config.language), "depth": 0}) != (
-        public.vision,
-        {**vars(public.language), "depth": 0},
-    ) or config.language.depth > 32:
-        found.append(
-            "LeRobot builds SmolVLA from a published SmolVLM2, and this policy has not the sizes of "
-            f"{PUBLIC_VLM}"
-        )
     width, mlp = _expert_of(config)
     if (width, mlp) != (config.expert.width, config.expert.mlp):
         found.append(
@@ -54,6 +46,12 @@ def size_refusals(policy: Policy) -> list[str]:
             f"{config.expert.mlp}"
         )
     return found
+
+
+def _has_public_vlm(config: SmolVLAConfig) -> bool:
+    """Whether the published SmolVLM2 is the model below the policy, but for text layers that it cut off."""
+    ours, public = ((c.vision, {**vars(c.language), "depth": 0}) for c in (config, SIZES["smolvla"]))
+    return ours == public and config.language.depth <= 32
 
 
 def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
             "freeze_vision_encoder": True,
             "train_expert_only": True,
             "train_state_proj": True,
-            "vlm_model_name": PUBLIC_VLM if not size_refusals(policy) else LOCAL_VLM,
+            "vlm_model_name": PUBLIC_VLM if _has_public_vlm(config) else LOCAL_VLM,
             "load_vlm_weights": False,
             "add_image_special_tokens": False,
             "attention_mode": "cross_attn",
@@ -111,7 +109,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
     return common | {
         "paligemma_variant": language,
         "action_expert_variant": expert,
-        "dtype": "float32",
+        "dtype": dtype_name(policy),
         "num_inference_steps": 10,
         "image_resolution": [c.image_size, c.image_size],
         "use_relative_actions": any(c.relative),
@@ -169,35 +167,6 @@ def _expert_of(config: SmolVLAConfig) -> tuple[int, int]:
     """Return the width and MLP of the expert that LeRobot makes (its get_intermediate_size)."""
     width = int(config.language.width * _multiplier(config))
     return width, expert_mlp(width)
-
-
-def vlm_config(config: SmolVLAConfig) -> dict[str, Any]:
-    """Return the config.json of a vision-language model of sizes that nobody published."""
-    v, lang = config.vision, config.language
-    return {
-        "model_type": "smolvlm",
-        "scale_factor": v.shuffle,
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": lang.width,
-            "intermediate_size": lang.mlp,
-            "num_hidden_layers": lang.depth,
-            "num_attention_heads": lang.heads,
-            "num_key_value_heads": lang.kv_heads,
-            "head_dim": lang.head_dim,
-            "vocab_size": lang.vocab,
-            "rms_norm_eps": 1e-5,
-        },
-        "vision_config": {
-            "model_type": "smolvlm_vision",
-            "hidden_size": v.width,
-            "intermediate_size": v.mlp,
-            "num_hidden_layers": v.depth,
-            "num_attention_heads": v.heads,
-            "patch_size": v.patch,
-            "image_size": v.image_size,
-        },
-    }
 
 
 def write_json(path: Path, values: object) -> None:

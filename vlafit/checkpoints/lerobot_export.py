@@ -1,6 +1,7 @@
 """Write a policy and its codec as LeRobot saves them: config.json, weights, both pipelines, the tokenizer.
 
-LeRobot builds a network from names of sizes, so only those it can name are written (`refusals`). Two tensors
+LeRobot builds pi0 from names of sizes, so only those it can name are written (`refusals`), and SmolVLA from a
+vision-language model, which lies beside it where nobody published one of its sizes. Two tensors
 that feed nothing are part of its state: the language head, written as a copy of the embedding, and the head
 of pi0's expert, written as zeros.
 """
@@ -13,18 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit.checkpoints import lerobot
-from vlafit.checkpoints.lerobot_config import (
-    LOCAL_VLM,
-    Kind,
-    describe,
-    size_refusals,
-    vlm_config,
-    write_json,
-)
+from vlafit.checkpoints import lerobot, lerobot_vlm
+from vlafit.checkpoints.fit import stored_as
+from vlafit.checkpoints.lerobot_config import LOCAL_VLM, Kind, describe, size_refusals, write_json
 from vlafit.checkpoints.lerobot_pipelines import codec_refusals, tokenizer_for, write_processors
 from vlafit.codec import Codec
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0
 from vlafit.policies.smolvla import SmolVLA
 
@@ -62,8 +57,7 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
     if config.get("vlm_model_name") == LOCAL_VLM:
-        (folder / LOCAL_VLM).mkdir()
-        write_json(folder / LOCAL_VLM / "config.json", vlm_config(policy.config))
+        lerobot_vlm.write(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
     write_processors(folder, codec, kind, config)
     tokenizer_for(codec).save(folder / "tokenizer")
     notes = [
@@ -78,6 +72,29 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     if codec.config.prompt == "pi0":
         notes.append("LeRobot does not strip instructions, nor turn newlines inside them into blanks")
     return tuple(notes)
+
+
+def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
+    """Name the vision-language model that was written into `folder` by where it will lie; say so.
+
+    LeRobot looks for a relative path in the working directory.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("vlm_model_name") != LOCAL_VLM:
+        return ()
+    write_json(path, config | {"vlm_model_name": str(place / LOCAL_VLM)})
+    return (
+        f"config.json names the vision-language model, of a size that nobody published, by its absolute path:"
+        f" {place / LOCAL_VLM}. Where the folder moves, change vlm_model_name there",
+    )
+
+
+def precise(info: ParameterInfo, policy: Policy) -> bool:
+    """Whether LeRobot keeps a parameter in float32 when the policy is bfloat16."""
+    if isinstance(policy, SmolVLA):  # which has no such setting there; as ours
+        return stored_as(info, torch.bfloat16) == torch.float32
+    return info.part in ("vision", "projector", "projections") or info.kind == "norm"
 
 
 def repeat_beside_adapters(folder: Path, base: Path) -> None:

@@ -5,17 +5,15 @@ beside them, and newer checkpoints also hold the tokenizer. A step that we do no
 out would feed the policy something it was not trained on.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.checkpoints.fit import open_tensors
 from vlafit.checkpoints.lerobot import Described, describe
+from vlafit.checkpoints.lerobot_steps import Step, read_steps, require_kinds, require_repeated
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
@@ -40,17 +38,6 @@ NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
 FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla"}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a pipeline, and the file that it is in."""
-
-    where: str
-    name: str
-    config: Mapping[str, Any]
-    state_file: Path | None
-    artifacts: Mapping[str, str]
-
-
 def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tuple[Codec | None, str]:
     """Return the codec that config.json and the processors in `folder` amount to, or None and why there is
     none.
@@ -62,10 +49,11 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
     lacking = [name for name in (PRE, POST) if not (folder / name).is_file()]
     if told is None or lacking:
         return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (told is None) + lacking)}"
-    pre, post = _steps(folder / PRE), _steps(folder / POST)
+    pre, post = read_steps(folder / PRE), read_steps(folder / POST)
     _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
                          "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
     _require_known(post, {"unnormalizer_processor", "absolute_actions_processor", *NEUTRAL})
+    require_repeated([*pre, *post], told)
     inner, outer = _one(pre, "normalizer_processor"), _one(post, "unnormalizer_processor")
     asking = _one(pre, "tokenizer_processor")
     prompt = _prompt(pre, asking)
@@ -105,7 +93,7 @@ def lacks_tokenizer(folder: Path) -> bool:
     """Whether the processors in `folder` are there, and their tokenizer is not."""
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
-    return _tokenizer(folder, _one(_steps(folder / PRE), "tokenizer_processor"), None) is None
+    return _tokenizer(folder, _one(read_steps(folder / PRE), "tokenizer_processor"), None) is None
 
 
 def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
@@ -115,23 +103,6 @@ def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int
         return (True,) * dimensions
     mask = [not any(token in name.lower() for token in tokens) for name in names[:dimensions]]
     return tuple(mask + [True] * (dimensions - len(mask)))
-
-
-def _steps(path: Path) -> list[Step]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["steps"]
-        return [
-            Step(
-                where=f"{path}: step {i} ({one['registry_name']})",
-                name=one["registry_name"],
-                config=dict(one["config"]),
-                state_file=path.parent / one["state_file"] if "state_file" in one else None,
-                artifacts=dict(one.get("artifacts", {})),
-            )
-            for i, one in enumerate(listed)
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({error!r})") from error
 
 
 def _require_known(steps: Sequence[Step], known: set[str]) -> None:
@@ -152,10 +123,6 @@ def _one(steps: Sequence[Step], name: str) -> Step:
 
 def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
     names = [step.name for step in steps]
-    if asking.config.get("padding_side", "right") != "right":
-        raise WeightsError(
-            f"{asking.where}: padding_side is not 'right', which no policy here was trained with"
-        )
     if STATE_PROMPT in names:
         if names.index(STATE_PROMPT) < names.index("normalizer_processor"):
             raise WeightsError(f"{asking.where}: the state enters the prompt before it is normalised")
@@ -173,6 +140,7 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
     }
     slots: list[str] = []
     cameras: list[Feature] = []
+    require_kinds(told.values.get("input_features"), f"{told.path}: input_features")
     for key, (kind, shape) in _features(told, "input_features").items():
         if kind != "VISUAL":
             continue
@@ -259,10 +227,27 @@ def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) 
                 f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has "
                 f"{dimensions} dimensions"
             )
+    _require_usable(found, kind, f"{step.where}: {feature}")
     if kind == "identity":  # which reads none, whatever there is
         found.setdefault("mean", np.zeros(dimensions))
         found.setdefault("std", np.ones(dimensions))
     return Statistics(count, **found)
+
+
+def _require_usable(found: Mapping[str, NDArray[np.float64]], kind: Normalisation, where: str) -> None:
+    """Raise WeightsError for statistics that no data has, or by which nothing can be normalised."""
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if low in found and high in found and (found[low] > found[high]).any():
+            raise WeightsError(f"{where}.{low} is above its {high}")
+    std = found.get("std")
+    if std is None:
+        return
+    bad = np.flatnonzero(std <= 0 if kind == "lerobot_mean_std" else std < 0)
+    if bad.size:
+        raise WeightsError(
+            f"{where}.std is {std[bad[0]]:g} in dimension {bad[0]}: nothing can be divided by it; take"
+            " statistics from data in which that dimension moves, or leave it out of the feature"
+        )
 
 
 def _require_same_output(outer: Step, kind: Normalisation, pre: Statistics, dimensions: int) -> None:

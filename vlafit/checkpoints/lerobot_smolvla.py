@@ -192,7 +192,8 @@ def _told_by(described: "Described | None", folder: Path, depth: int) -> tuple[d
         "image_size": _side(described),
     }
     name = str(described.values.get("vlm_model_name"))
-    vlm = folder / name / "config.json"
+    # By its last word: an export names the folder beside it by an absolute path, and may have moved.
+    vlm = folder / Path(name).name / "config.json"
     if vlm.is_file() and folder.resolve() in vlm.resolve().parents:
         more, sizes = _told_by_vlm(vlm, layers)
         values, stated = merge(values, more), stated + sizes

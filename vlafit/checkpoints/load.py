@@ -19,6 +19,7 @@ from vlafit.checkpoints import (
     openpi,
     openpi_assets,
     openpi_jax,
+    peft_import,
     strangers,
     transformers,
 )
@@ -117,8 +118,12 @@ def load(
         odd=found.odd,
     )
     codec, why, notes = codecs.choose(found, policy, given, tokenizer, assets)
+    if found.adapters is not None:
+        found = replace(found, plan=peft_import.plan_of(policy, found.adapters))
     report = _report(found, policy, dtype, names, why, notes)
-    if found.plan is not None and (found.plan.adapted or found.plan.quantised):
+    if found.adapters is not None:
+        peft_import.attach(policy, found.adapters)
+    elif found.plan is not None and (found.plan.adapted or found.plan.quantised):
         adapted.restore(place.path, policy, found.plan, found.below)
     policy.source = found.source or _source(place, found, given)
     return Loaded(policy, codec, found.plan, report)
@@ -153,6 +158,8 @@ def inspect(
     weights, theirs = found.translated.weights, found.translated.theirs
     every = [info.name for info in policy.parts()] + list(weights)
     complain(found.path, compare(policy, weights, names, found.resized), theirs, every, found.odd)
+    if found.adapters is not None:
+        found = replace(found, plan=peft_import.plan_of(policy, found.adapters))
     why = "" if found.codec else "none in the checkpoint itself"
     if found.codec is None and found.assets:
         why += f"; its statistics ({', '.join(found.assets)}) make one when it is loaded with a tokenizer"
@@ -192,9 +199,12 @@ def _find(
         raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
     if path.is_dir() and native.recognise(path):
         found = _native(path, given, base, hash_weights)
+    elif peft_import.recognise(path):
+        adapters = peft_import.open_folder(path, base)
+        found = peft_import.put_on(_foreign(adapters.base, given), adapters)
     else:
         found = _foreign(path, given)
-    if base is not None and found.below is None:
+    if base is not None and found.below is None and found.adapters is None:
         raise WeightsError(f"{path}: base={str(base)!r} is for adapters on a checkpoint, and these are none")
     return _resize(found, given, resize, fresh)
 

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from vlafit.checkpoints import openpi
+from vlafit.checkpoints.casting import dtype_name
 from vlafit.checkpoints.gemma_sizes import gemma_refusals, variants
 from vlafit.checkpoints.names import back
 from vlafit.checkpoints.openpi_assets import FILE
 from vlafit.codec import Codec
 from vlafit.codec.statistics import EPSILON, Normaliser
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0
 
 ASSET = "vlafit"  # the asset's name, where the robot has none that can be a folder's
@@ -36,6 +37,13 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
             f"{config.action_dim}"
         )
     return found + (codec_refusals(codec, config.pi05) if codec is not None else [])
+
+
+def precise(info: ParameterInfo, policy: Policy) -> bool:
+    """Whether openpi keeps a parameter in float32 when the policy is bfloat16."""
+    if info.part == "vision":
+        return info.kind in ("conv", "embedding")
+    return info.kind == "norm" or info.part == "projections"
 
 
 def codec_refusals(codec: Codec, pi05: bool) -> list[str]:
@@ -69,7 +77,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
         "action_horizon": config.chunk,
         "paligemma_variant": language,
         "action_expert_variant": expert,
-        "precision": "float32",
+        "precision": dtype_name(policy),
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     notes = ["openpi's config must say pi05=True" if config.pi05 else "openpi's config must say pi05=False"]

@@ -36,8 +36,6 @@ def weight_files(path: Path) -> list[Path]:
         return [path / name for name in listed]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    if (path / "adapter_config.json").exists():
-        raise WeightsError(f"{path}: an adapter, which needs its base; this version does not open that form")
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0])

@@ -8,7 +8,7 @@ from vlafit.checkpoints.names import back
 from vlafit.checkpoints.transformers import LIVE
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config
 
 SINCE = "5.23"  # the version whose names we know
@@ -19,6 +19,11 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     if not isinstance(policy, Pi0) or policy.config.pi05:
         return ["transformers holds pi0 alone"]
     return []
+
+
+def precise(info: ParameterInfo, policy: Policy) -> bool:
+    """Whether transformers keeps a parameter in float32 when the policy is bfloat16: none of pi0's."""
+    return False
 
 
 def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:

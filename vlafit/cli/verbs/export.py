@@ -37,6 +37,7 @@ def run(arguments: Sequence[str]) -> int:
         metavar="CHECKPOINT",
         help="the one that adapters sit on, or that training began with, where CHECKPOINT does not tell",
     )
+    parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 [float32]")
     add_config(parser)
     options = parser.read(arguments)
 
@@ -54,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         interpolate=shares,
         base=base,
         config=config,
+        dtype=options.dtype,
     )
     print(made.text())
     return 0

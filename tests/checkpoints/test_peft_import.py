@@ -1,0 +1,225 @@
+"""PEFT folders come in: our own compute what they did, foreign ones what peft does, or are refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlafit
+from tests.checkpoints.test_export import GIVEN, codec_for
+from tests.checkpoints.test_export_adapters import trained, velocity_of_theirs
+from tests.policies.tiny import random_batch, random_draws, random_policy
+from tests.tuning.world import METHODS, QUANTISED, make_policy, velocity
+from vlafit import checkpoints
+from vlafit.checkpoints import lerobot_export
+from vlafit.checkpoints.export import export, write
+from vlafit.errors import WeightsError
+from vlafit.policies import pi0, smolvla
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+EXACT = {"time_angles": "float64"}  # transformers rounds them, so its form is read so
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def answer(policy) -> torch.Tensor:
+    """The velocity with nothing to learn: what may learn takes another path through torch's kernels."""
+    return velocity(policy.requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA on transformers' pi0, with the weights below it in base/."""
+    folder = tmp_path_factory.mktemp("exported")
+    export(trained("lora", folder), "transformers", folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+# ------------------------------------------------------------------------------------------------ our own
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in (*METHODS, *QUANTISED) if n not in ("lora dropout", "gaussian", "int8")]
+)
+def test_what_we_exported_computes_the_same_again_bit_for_bit(name: str, tmp_path: Path):
+    source = trained(name, tmp_path)
+    before = vlafit.load_checkpoint(source)
+    export(source, "transformers", tmp_path / "out")
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "out").rename(moved)  # its own base/ is found wherever the folder is
+    policy, _, plan, report = vlafit.load_checkpoint(moved, config=EXACT)
+    assert plan is not None and before.plan is not None and plan.adapted.keys() == before.plan.adapted.keys()
+    difference = (answer(policy) - answer(before.policy)).abs().max()
+    # PiSSA and quantisation leave a base that is rounded anew.
+    assert difference == 0 if name not in ("pissa", *QUANTISED) else difference < 1e-5
+    stored = load_file(moved / TENSORS)
+    assert any(note.startswith(f"adapters of peft ({len(stored)} tensors)") for note in report.notes)
+    looked = checkpoints.inspect(moved, config=EXACT)
+    assert looked.plan == plan and looked.report.notes == report.notes
+    vlafit.save_checkpoint(policy, tmp_path / "native", plan=plan)
+    assert torch.equal(answer(vlafit.load_policy(tmp_path / "native")), answer(policy))
+
+
+@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny", "smolvla-tiny"])
+def test_the_folder_for_lerobot_loads_with_its_codec(size: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(lerobot_export, "refusals", lambda policy, codec: [])  # no tiny size has a name there
+    policy = random_policy(replace({**pi0.SIZES, **smolvla.SIZES}[size], max_tokens=64))
+    codec = codec_for(policy, "quantile" if "pi05" in size else "mean_std")
+    select = {"kind": ["attention", "mlp"]}
+    expert = {"select": {"part": "expert", **select}, "mode": "lora", "rank": 3, "alpha": 6}
+    rest = {"select": select, "mode": "lora", "rank": 2}
+    plan = vlafit.apply_strategy(policy, [expert, rest, {"mode": "frozen"}])
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(5))
+    vlafit.save_checkpoint(policy, tmp_path / "c", codec=codec, plan=plan)
+    export(tmp_path / "c", "lerobot", tmp_path / "out")
+    again = vlafit.load_checkpoint(tmp_path / "out", config=GIVEN)
+    batch, (noise, time) = random_batch(policy.config), random_draws(policy.config, draws=1)
+    with torch.no_grad():
+        both = (p.eval().requires_grad_(False) for p in (policy, again.policy))
+        one, two = (p.velocity(batch, noise[0], time[0]) for p in both)
+    assert torch.equal(one, two)
+    assert again.codec is not None and again.plan is not None
+    assert {n: (a.rank, a.scale) for n, a in again.plan.adapted.items()} == {
+        n: (a.rank, a.scale) for n, a in plan.adapted.items()
+    }
+    edit(tmp_path / "out" / "config.json", chunk_size=99)
+    with pytest.raises(WeightsError, match="chunk_size is 99, and .* the adapters are not of this base"):
+        vlafit.load_policy(tmp_path / "out", config=GIVEN)
+
+
+# ------------------------------------------------------------------------------------------------ foreign
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("target", [["q_proj", "v_proj"], r".*dit.*\.(q_proj|down_proj)"])
+def test_what_peft_itself_saved_computes_what_peft_computes(target, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import PI0ForConditionalGeneration
+
+    write(make_policy(), None, "transformers", tmp_path / "base", "here")
+    theirs = PI0ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    saved = ["state_proj"]
+    patterns = {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 7},
+    }
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=target, modules_to_save=saved, **patterns)
+    model = get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(tmp_path / "adapters")
+    edit(tmp_path / "adapters" / CONFIG, base_model_name_or_path=str(tmp_path / "base"))
+    policy, _, plan, _ = vlafit.load_checkpoint(tmp_path / "adapters")
+    assert (velocity(policy) - velocity_of_theirs(model)).abs().max() < 5e-5
+    assert plan is not None and {a.rank for a in plan.adapted.values()} == {2, 3}
+
+
+def test_the_base_is_inside_or_where_the_folder_says_or_where_the_user_does(copy: Path):
+    base = copy.parent / "moved"
+    with pytest.raises(WeightsError, match="holds what its adapters sit on .base/.; it takes no base"):
+        vlafit.load_checkpoint(copy, base=base)
+    before = velocity(vlafit.load_policy(copy))
+    (copy / "base").rename(base)
+    edit(copy / CONFIG, base_model_name_or_path=str(copy / "base"))
+    with pytest.raises(WeightsError, match="which cannot be opened .*; say where it is: base=..."):
+        vlafit.load_policy(copy)
+    assert torch.equal(velocity(vlafit.load_checkpoint(copy, base=base).policy), before)
+    edit(copy / CONFIG, base_model_name_or_path=str(base))
+    assert torch.equal(velocity(vlafit.load_policy(copy)), before)
+    edit(copy / CONFIG, base_model_name_or_path=None)
+    with pytest.raises(WeightsError, match="names no base; say where it is"):
+        vlafit.load_policy(copy)
+    vlafit.save_checkpoint(make_policy(), copy.parent / "ours")
+    with pytest.raises(
+        WeightsError, match="adapters on one of ours are saved, and loaded, as a checkpoint of"
+    ):
+        vlafit.load_checkpoint(copy, base=copy.parent / "ours")
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def stored(copy: Path, change) -> None:
+    tensors = load_file(copy / TENSORS)
+    change(tensors, min(tensors))
+    save_file(tensors, copy / TENSORS)
+
+
+DAMAGE = {
+    "missing": (lambda t, n: t.pop(n), r"missing \(1\)"),
+    "surplus": (
+        lambda t, n: t.update({"base_model.model.nowhere.lora_A.weight": t[n] + 1}),
+        r"surplus \(1\)",
+    ),
+    "reshaped": (lambda t, n: t.update({n: t[n][:, :-1].contiguous()}), r"misshapen \(1\)"),
+    "whole numbers": (lambda t, n: t.update({n: t[n].int()}), r"not floating-point \(1\)"),
+    "NaN": (lambda t, n: t[n].fill_(float("nan")), "are not finite"),
+    "other names": (lambda t, n: t.update({n.removeprefix("base_model."): t.pop(n)}), "not peft's names"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_adapters_are_refused_by_name(copy: Path, case: str):
+    change, message = DAMAGE[case]
+    stored(copy, change)
+    with pytest.raises(WeightsError, match=message):
+        vlafit.load_policy(copy)
+    if case != "NaN":
+        with pytest.raises(WeightsError, match=message):
+            checkpoints.inspect(copy)
+
+
+SETTINGS = {
+    "no such module": (
+        {"target_modules": ["q_proj", "qqq_proj"]},
+        "target_modules that the base has not.*qqq_proj",
+    ),
+    "no match": ({"target_modules": "nothing.*"}, "no module of the base matches target_modules 'nothing"),
+    "no target": ({"target_modules": []}, "target_modules must be a list of modules or a pattern"),
+    "a bias": ({"bias": "all"}, "settings that are not supported here: bias is 'all'"),
+    "pissa": (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights is 'pissa', which changes the weights below",
+    ),
+    "another method": ({"peft_type": "VERA"}, "adapters of the kind VERA are not known here; merge them"),
+    "a key of the future": ({"use_magic": True}, "use_magic is True"),
+    "another rank": ({"r": 3}, r"misshapen \(\d+\)"),
+    "chosen layers": ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
+    "saved modules of another": ({"modules_to_save": ["lm_head"], "peft_type": ""}, "adapters of the kind"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_we_do_not_repeat_are_refused_by_name(copy: Path, case: str):
+    values, message = SETTINGS[case]
+    edit(copy / CONFIG, **values)
+    with pytest.raises(WeightsError, match=message):
+        vlafit.load_policy(copy)
+
+
+def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, tmp_path: Path):
+    source = trained("lora", tmp_path / "here")
+    with pytest.raises(WeightsError, match="the adapters of the checkpoint .*, and not all of it: load that"):
+        vlafit.load_policy(source / "adapters" / "lora")
+    (copy / TENSORS).unlink()
+    with pytest.raises(WeightsError, match="vlafit convert-pickle"):
+        vlafit.load_policy(copy)
+    (copy / CONFIG).write_text("[]")
+    with pytest.raises(WeightsError, match="it has no peft_type"):
+        vlafit.load_policy(copy)
