@@ -408,7 +408,7 @@ def test_a_strategy_is_a_name_a_path_or_rules_and_nothing_else(tmp_path: Path):
             apply_strategy(policy, odd)
 
 
-def test_a_rank_beyond_every_layer_of_a_rule_is_refused_and_beyond_some_is_told(caplog):
+def test_a_rank_that_cannot_be_meant_or_made_is_refused_and_one_beyond_layers_is_told(caplog):
     big = {"select": {"kind": ["attention", "mlp"]}, "rank": 100_000}
     for mode in ("lora", "dora", "loha", "adalora", "miss"):
         with pytest.raises(StrategyError, match=r"`rank` 100000 is more than the \d+ that .* has room for"):

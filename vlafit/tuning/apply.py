@@ -95,8 +95,15 @@ def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]
                 )
 
 
+ABSURD = 8  # times what the roomiest layer of a rule has room for: a slip, not a choice
+
+
 def _require_ranks(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) -> None:
-    """Raise StrategyError where a rule's rank is beyond every layer that it takes; log where beyond some."""
+    """Raise StrategyError where a rule's rank cannot be meant or made; log where layers have no room for it.
+
+    A rank beyond a layer's smaller side works and gains nothing: a preset for real sizes still runs on a tiny
+    policy. MiSS cannot be put in at all then.
+    """
     from vlafit.tuning.inject import layer_kind
 
     for number, stage in enumerate(strategy.stages):
@@ -113,9 +120,9 @@ def _require_ranks(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) 
             rank, (roomy, most) = rule.adapter.rank, max(layers, key=lambda one: one[1])
             beyond = [name for name, its in layers if its < rank]
             where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
-            if len(beyond) == len(layers) or (beyond and rule.adapter.method == "miss"):
-                small, least = min(layers, key=lambda one: one[1])
-                name, its = (small, least) if rule.adapter.method == "miss" else (roomy, most)
+            cut = rule.adapter.method == "miss"  # its shards are cut from the layer's own sides
+            if rank > ABSURD * most or (beyond and cut):
+                name, its = min(layers, key=lambda one: one[1]) if cut else (roomy, most)
                 raise StrategyError(
                     f"{where}: `rank` {rank} is more than the {its} that {name} has room for; make it "
                     f'smaller, or train those layers in full: mode = "full"'
