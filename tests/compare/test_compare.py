@@ -341,7 +341,7 @@ def test_the_json_holds_every_number(done: compare.Comparison) -> None:
 
 def test_the_edge_of_the_grid_and_a_single_learning_rate_are_said(done: compare.Comparison) -> None:
     edge = next(note for note in summary.notes(done) if "grid" in note)
-    assert edge.startswith("expert: its best learning rate") and "widen --lr-grid" in edge
+    assert edge.startswith("expert: the best learning rate") and "widen --lr-grid" in edge
     single = replace(done, options=replace(done.options, lr_grid=()))
     assert any("That is no fair ranking" in note for note in summary.notes(single))
 

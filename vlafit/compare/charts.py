@@ -21,6 +21,7 @@ COLOURS = (
     ("#c2255c", "#f783ac"), ("#1864ab", "#74b0f0"), ("#846a00", "#d4b73a"), ("#862e9c", "#d08ae0"),
     ("#495057", "#adb5bd"), ("#d9480f", "#ff922b"),
 )  # fmt: skip
+LABEL_ROWS = (3, 11, 19, 27)  # percent
 MARKERS = {f"#0a0b{i:02x}": f"s{i}" for i in range(len(COLOURS))}
 VARIABLES = {**plots.VARIABLES, **MARKERS}
 
@@ -82,17 +83,23 @@ def success_against_memory(standings: Sequence[Standing]) -> str:
         axes.errorbar(
             [peak / 1e6], [100 * rate], spread, color=colour, elinewidth=1.6, marker="o", markersize=5
         )
-        _label(axes, one.strategy, peak / 1e6, 100 * rate)
     axes.set_ylim(-3, 103)
     axes.margins(x=0.18)
+    high_up = sum(rate for *_, rate in drawn) > len(drawn) / 2
+    tones = {one.strategy: list(MARKERS)[index % len(COLOURS)] for index, one, *_ in drawn}
+    for row, (_, one, peak, _) in enumerate(sorted(drawn, key=lambda point: point[2])):
+        # Points lie close together where strategies are alike: names stand apart, in the emptier half.
+        height = LABEL_ROWS[row % len(LABEL_ROWS)]
+        _label(axes, one.strategy, peak / 1e6, height if high_up else 100 - height, tones[one.strategy])
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     axes.xaxis.set_major_formatter(FuncFormatter(plots.tick))
     axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
     return plots.svg(figure, "success-memory", VARIABLES)
 
 
-def _label(axes: Axes, text: str, x: float, y: float) -> None:
-    axes.annotate(text, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=plots.INK)
+def _label(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
+    """Write a strategy's name at a height, in percent, above or below its point."""
+    axes.annotate(text, (x, y), ha="center", va="center", fontsize=8, color=colour)
 
 
 def _identity(name: str) -> str:

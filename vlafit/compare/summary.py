@@ -142,12 +142,16 @@ def notes(comparison: Comparison) -> Iterator[str]:
             "Every strategy was trained at one and the same learning rate. That is no fair ranking: what "
             "suits full fine-tuning is mostly several times too low for low-rank adapters. Give --lr-grid."
         )
+    edges: dict[tuple[float, str], list[str]] = {}
     for one in comparison.standings:
         if one.choice and one.choice.edge:
-            yield (
-                f"{one.strategy}: its best learning rate, {one.lr:g}, is the {one.choice.edge} of the grid; "
-                "a better one may lie beyond, so widen --lr-grid before believing its place."
-            )
+            edges.setdefault((one.choice.lr, one.choice.edge), []).append(one.strategy)
+    for (lr, edge), names in edges.items():
+        places = "their places" if len(names) > 1 else "its place"
+        yield (
+            f"{', '.join(names)}: the best learning rate, {lr:g}, is the {edge} of the grid; a better one "
+            f"may lie beyond, so widen --lr-grid before believing {places}."
+        )
     pairs = loss_and_success(comparison.records)
     correlation = rank_correlation(pairs)
     if correlation is not None:
