@@ -23,6 +23,8 @@ from vlafit import checkpoints, cli, config
 from vlafit.checkpoints import hub
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.recipe import PolicyRecipe
+from vlafit.train.outline import outline
+from vlafit.train.setup import open_data
 
 OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_pi0"
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -155,6 +157,11 @@ def test_a_run_that_begins_on_the_hub_records_the_commit(cache: Path, capsys: py
     said = json.loads(Path("run/checkpoints/step_000001/base.json").read_text())
     assert said["checkpoint"] == f"acme/tiny@{COMMIT}"
     assert vlafit.load_policy("run/checkpoints/step_000001") is not None
+    # A comparison and a sweep look at the same start from its headers, before anything is trained.
+    codec_too = replace(start, config={**start.config, "codec.prompt": "pi0"})
+    recipe = replace(recipe, policy=codec_too)
+    policy = outline(recipe, open_data(recipe.data, 0))
+    assert policy.config.action_dim == 32 and next(policy.parameters()).is_meta
 
 
 # ------------------------------------------------------------------------------------------ from a server

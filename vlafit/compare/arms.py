@@ -173,7 +173,7 @@ def require_possible(
 
 def _try_protocol(recipe: Recipe, data: Data) -> None:
     base = recipe.policy.checkpoint
-    past = checkpoints.read_lineage(shipped.find("checkpoint", base)) if base else checkpoints.Lineage()
+    past = checkpoints.read_lineage(checkpoints.place(base).path) if base else checkpoints.Lineage()
     rollout.preflight(
         recipe.eval.protocol,
         data.embodiment,

@@ -6,7 +6,7 @@ when a run begins.
 
 from importlib.util import find_spec
 
-from vlafit import checkpoints, shipped
+from vlafit import checkpoints
 from vlafit.errors import ConfigError, StrategyError
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family
@@ -30,8 +30,10 @@ def outline(recipe: Recipe, data: Data) -> Policy:
         if not spec.family:
             raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
         return build_family(spec.family, spec.size, spec.config, device="meta")
-    path = shipped.find("checkpoint", spec.checkpoint)
-    found = checkpoints.inspect(path, spec.config or None, fresh=spec.fresh, resize=spec.resize)
+    path = checkpoints.place(spec.checkpoint).path
+    # Headers make no codec, so what is said of one is not for them.
+    said = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
+    found = checkpoints.inspect(path, said or None, fresh=spec.fresh, resize=spec.resize)
     if found.codec is not None and found.codec.embodiment.hz and recipe.data.statistics == "checkpoint":
         name = data.cards[0].name
         require_same(data.embodiment, f"card {name!r}", found.codec.embodiment, f"checkpoint {path}")
