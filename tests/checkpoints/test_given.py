@@ -190,3 +190,40 @@ def test_what_comes_from_the_public_size_is_noted():
     (note,) = assumed.from_public(made, {"vision": {}})
     assert note.startswith("chunk is 50 and vision.heads is 16: assumed, as in the public model")
     assert assumed.from_public(made, {"chunk": 50, "vision": {"heads": 16}}) == ()
+
+
+# -------------------------------------------------------------------------------------- found by outsiders
+
+
+@pytest.mark.parametrize("text", ['{"type": "pi05", "chunk_si', "", "null", "[1, 2]"])
+@pytest.mark.parametrize("form", [OPENPI, SMOLVLA, JAX], ids=["openpi", "LeRobot", "JAX"])
+def test_a_config_json_that_cannot_be_read_is_never_passed_over(form: Path, text: str, tmp_path: Path):
+    folder = Path(shutil.copytree(form, tmp_path / "c"))
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config.json: (cannot be read as JSON|no JSON object)"):
+        vlafit.load_policy(folder, config=TOLD)
+
+
+def test_the_folder_that_one_is_in_can_be_inspected_and_pi05_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    policy = random_policy("pi05-tiny")
+    vlafit.save_checkpoint(policy, tmp_path / "native")
+    folder = Path(shutil.copytree(OPENPI, tmp_path / "openpi"))
+    for place, words, model in (
+        (folder, ("vision.heads=2", "chunk=6"), "pi0"),
+        (tmp_path / "native", (), "pi05"),
+    ):
+        monkeypatch.chdir(place)
+        config = [word for pair in words for word in ("--config", pair)]
+        assert cli.main(["inspect", ".", *config, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["family"] == facts["report"]["family"] == model
+    assert cli.main(["inspect", ""]) == 2
+    assert cli.main(["inspect", "/dev/null"]) == 2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "foo", "meta"])
+def test_a_device_that_holds_no_numbers_here_is_one_error(device: str):
+    with pytest.raises(WeightsError, match="device"):
+        vlafit.load_policy(OPENPI, config=TOLD, device=device)

@@ -202,7 +202,7 @@ def _written(folder: Path, leaves: dict[str, torch.Tensor]) -> Path:
         spec = {
             "driver": "zarr",
             "kvstore": {**base, "path": f"{name.replace('/', '.')}/"},
-            "metadata": {"shape": list(tensor.shape), "dtype": "<f4"},
+            "metadata": {"shape": list(tensor.shape), "dtype": tensor.numpy().dtype.str},
         }
         tensorstore.open(spec, create=True).result().write(tensor.numpy()).result()
     listed = {
@@ -355,3 +355,15 @@ def test_one_error_names_every_damaged_leaf_by_its_path(tmp_path: Path):
     assert (found["surplus"], found["not finite"]) == (("extra",), ("state_proj/bias",))
     assert set(found["misshapen"]) == {f"{ATTENTION}kv_einsum/w"}
     assert "PaliGemma/llm/layers/mlp_1/linear [expert.layers.{0-2}.mlp.down_proj.weight]" in str(caught.value)
+
+
+def test_factors_that_are_no_floating_point_numbers_are_refused_and_float64_is_read(tmp_path: Path):
+    tree, name = _tree(), "params/PaliGemma/llm/layers/attn/q_einsum/lora_b"
+    tree = {n if n.startswith("params/") else f"params/{n}": t for n, t in tree.items()}
+    whole = _written(tmp_path / "double" / "params", tree | {name: tree[name].double()})
+    expected = vlafit.load_policy(JAX / "ckpt_lora_pure", config=CHUNK)
+    found = vlafit.load_policy(whole, config=CHUNK)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    broken = _written(tmp_path / "int" / "params", tree | {name: tree[name].int()})
+    with pytest.raises(WeightsError, match=r"not floating-point \(1\): .*q_einsum/lora_b is int32"):
+        vlafit.load_policy(broken, config=CHUNK)

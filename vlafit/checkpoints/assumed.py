@@ -3,13 +3,13 @@
 Whatever is assumed is a note in the load report.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from vlafit.checkpoints.given import Given
 from vlafit.checkpoints.openpi import CONFIG_KEYS
+from vlafit.checkpoints.sources import read_object
 from vlafit.errors import ConfigError
 from vlafit.policies.pi0 import Pi0Config
 
@@ -37,11 +37,8 @@ def chunk_of(params: Path, given: Given) -> tuple[dict[str, object], tuple[str, 
 
 
 def _horizon(path: Path) -> object:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values["action_horizon"] if isinstance(values, dict) and set(values) == CONFIG_KEYS else None
+    values = read_object(path)
+    return values["action_horizon"] if values is not None and set(values) == CONFIG_KEYS else None
 
 
 def require_factors(params: Path, weights: Collection[str], given: Given) -> None:

@@ -5,7 +5,6 @@ both of the tied pair are there), or as on the Hub (openpi's names, which only c
 openpi's).
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from vlafit.checkpoints.gemma_sizes import stated_by_variants
 from vlafit.checkpoints.lerobot_smolvla import infer_smolvla
 from vlafit.checkpoints.names import NameMap, Translated, translate
 from vlafit.checkpoints.shapes import Inferred, Told, infer_config, of_each
+from vlafit.checkpoints.sources import read_object
 from vlafit.errors import WeightsError
 
 _WITH_EXPERT = "model.vlm_with_expert."
@@ -98,13 +98,13 @@ class Described:
 
 
 def describe(folder: Path) -> Described | None:
-    """Return config.json in `folder` if it is one that LeRobot wrote, whatever the policy."""
+    """Return config.json in `folder` if it is one that LeRobot wrote, whatever the policy.
+
+    Raises WeightsError where it cannot be read: what it says would be missed without a word.
+    """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if isinstance(values, dict) and "type" in values and {"input_features", "chunk_size"} & set(values):
+    values = read_object(path)
+    if values is not None and "type" in values and {"input_features", "chunk_size"} & set(values):
         return Described(path, values)
     return None
 

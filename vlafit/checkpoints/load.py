@@ -44,7 +44,7 @@ from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy, Source
-from vlafit.policies import family, family_of, merge, override
+from vlafit.policies import family, family_of, merge, model_of, override
 from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
@@ -93,7 +93,9 @@ def load(
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
-    place, given, dtype = _place(path), take_apart(config), dtype_of(dtype)
+    given, dtype = take_apart(config), dtype_of(dtype)
+    _require_device(device)
+    place = _place(path)
     found = _noted(_find(place.path, given, base, resize, fresh), place)
     policy, names = _on_meta(found, fresh, resize)
     for info in policy.parts():
@@ -183,6 +185,16 @@ def _place(path: str | Path) -> hub.Place:
         raise WeightsError(f"{path}: there is no such checkpoint") from error
 
 
+def _require_device(device: str | torch.device) -> None:
+    try:
+        usable = torch.empty(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no one kind for it
+        reason = str(error).split("\n")[0]
+        raise WeightsError(f"device {device!r} cannot be used here: {reason}") from error
+    if not usable:
+        raise WeightsError("device 'meta' holds no numbers; to look at headers alone: checkpoints.inspect")
+
+
 def _noted(found: Found, place: hub.Place) -> Found:
     return replace(found, notes=(place.note, *found.notes)) if place.note else found
 
@@ -197,6 +209,8 @@ def _find(
 ) -> Found:
     if resize not in (options := ("refuse", "keep", "fresh")):
         raise WeightsError(f"resize {resize!r} is not known{did_you_mean(resize, options)}")
+    if isinstance(fresh, str):
+        raise ConfigError(f"fresh is a list of parts and patterns: [{fresh!r}], not {fresh!r}")
     if path.is_dir() and native.recognise(path):
         found = _native(path, given, base, hash_weights)
     elif peft_import.recognise(path):
@@ -262,8 +276,19 @@ def _foreign(path: Path, given: Given) -> Found:
         name, odd = family_of(made.config), translated.odd + made.odd
         said = lerobot.describe(folder)
         chunk = said.get("chunk_size", int) if said is not None else None
+        notes = ()
+        if chunk is None and "chunk" not in given.fields:
+            notes = (f"chunk is {made.config.chunk}: assumed, for no config.json of LeRobot tells it",)
         return Found(
-            str(path), lerobot.FORM, name, made.config, translated, chunk=chunk, processors=folder, odd=odd
+            str(path),
+            lerobot.FORM,
+            name,
+            made.config,
+            translated,
+            chunk=chunk,
+            processors=folder,
+            notes=notes,
+            odd=odd,
         )
     for module, names in ((transformers, transformers.SAVED), (openpi, openpi.NAMES)):
         if not module.recognise(tensors):
@@ -367,7 +392,7 @@ def _report(
     return LoadReport(
         path=found.path,
         form=found.form,
-        family=found.family,
+        family=model_of(found.config),
         dtype=dtype,
         parts=parts,
         bytes=size,

@@ -4,7 +4,6 @@
 `lm_head` is random and feeds nothing.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from vlafit.checkpoints.dimensions import Stated, Witness
 from vlafit.checkpoints.gemma_sizes import stated_by_variants
 from vlafit.checkpoints.names import NameMap
 from vlafit.checkpoints.shapes import Told
+from vlafit.checkpoints.sources import read_object
 
 PREFIX = "paligemma_with_expert."
 _VISION = f"{PREFIX}paligemma.model.vision_tower.vision_model."
@@ -61,10 +61,5 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and set(values) == CONFIG_KEYS else None
+    values = read_object(path)
+    return values if values is not None and set(values) == CONFIG_KEYS else None

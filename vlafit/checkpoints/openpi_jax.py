@@ -347,6 +347,10 @@ def _factors(
         if lost:
             wrong.setdefault("missing", []).extend(lost)
             continue
+        whole = [f"{n} is {leaves[n].dtype}" for n in pair if not leaves[n].meta().is_floating_point()]
+        if whole:
+            wrong.setdefault("not floating-point", []).extend(whole)
+            continue
         base, a, b = leaves[weight].shape, leaves[pair[0]].shape, leaves[pair[1]].shape
         rank = b[-2] if len(b) > 1 else 0
         if rank < 1 or a != (*base[:-1], rank) or b != (*base[:-2], rank, base[-1]):

@@ -22,7 +22,13 @@ OCDBT = "manifest.ocdbt"
 SIGNS = (METADATA, OCDBT)
 INDEX_BYTES = 1 << 24  # room in the cache beside an array: for OCDBT's own tree
 LARGE = 1 << 24  # bytes of an array after which the heap is asked to return what is free
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "bool": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Leaf:
     spec: dict[str, Any]
 
     def meta(self) -> Tensor:
-        """Return a tensor of this shape without storage; integers stay integers, to be refused."""
+        """Return a tensor of this shape and dtype without storage; one that torch lacks is an integer's."""
         return torch.empty(self.shape, dtype=DTYPES.get(self.dtype, torch.int64), device="meta")
 
     def slices(self) -> Iterator[Tensor]:

@@ -173,6 +173,7 @@ def infer_config(
         *_stated_by_format(read, said, told),
         *_public(read, public, {one.key for one in told.stated}, said),
     ]
+    stated = [one for one in stated if one.key not in guessed]  # a stand-in contradicts nothing
     odd = [*_mixed(weights, told.theirs), *told.odd, *untold(guessed)]
     odd += contradictions(read, stated, wanted, votes, told.witnesses, told.theirs)
     values: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlafit.checkpoints.fit import tensor_names
 from vlafit.checkpoints.native import MANIFEST
@@ -23,6 +24,8 @@ def weight_files(path: Path) -> list[Path]:
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path}: not a safetensors file, and no other kind of file is opened")
         return [path]
+    if not path.is_dir():
+        raise WeightsError(f"{path}: neither a file nor a folder")
     index = path / INDEX
     if index.is_file():
         try:
@@ -40,6 +43,25 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         raise _pickled(pickles[0])
     raise WeightsError(f"{path}: no checkpoint: neither {MANIFEST} nor model.safetensors is there")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return what a JSON file beside the weights says, whatever program wrote it; None where there is none.
+
+    Raises WeightsError where it is no whole JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: cannot be read as JSON ({error}), and what it says would be missed; copy or "
+            "download it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: no JSON object; copy or download it again, or take it away")
+    return values
 
 
 def _map(index: Path) -> dict[str, str]:

@@ -16,9 +16,11 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     when it is none of these, and WeightsError where the Hub has none.
     """
     path = Path(text)
+    if not text:
+        raise ConfigError("the checkpoint's name is empty")
     if (path / "policy.json").is_file():
         return path
-    for pointer in (path / "checkpoints" / "last.json", path.with_name(f"{path.name}.json")):
+    for pointer in (path / "checkpoints" / "last.json", path.parent / f"{path.name}.json"):
         if pointer.is_file() and pointer.parent.name == "checkpoints":
             return _follow(pointer)
     if foreign and path.exists():

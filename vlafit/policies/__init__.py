@@ -58,6 +58,13 @@ def family_of(thing: object) -> str:
     return type(thing).__module__.removeprefix(f"{__name__}.")
 
 
+def model_of(config: object) -> str:
+    """Return the name of the model that a policy of this config is; one family holds pi0 and pi0.5 (pi05)."""
+    from vlafit.policies.pi0 import Pi0Config
+
+    return "pi05" if isinstance(config, Pi0Config) and config.pi05 else family_of(config)
+
+
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:
     """Return `config` with some fields replaced.
 

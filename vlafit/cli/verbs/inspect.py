@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def describe(loaded: "Loaded") -> dict[str, Any]:
     """Return what `vlafit inspect` shows, as plain values."""
-    from vlafit.policies import family_name
+    from vlafit.policies import model_of
 
     policy, codec = loaded.policy, loaded.codec
     tensors = dict(policy.named_parameters())
@@ -66,7 +66,7 @@ def describe(loaded: "Loaded") -> dict[str, Any]:
         row["parameters"] += tensors[info.name].numel()
         row["layers"] = max(row["layers"], info.layers)
     return {
-        "family": family_name(policy),
+        "family": model_of(policy.config),
         "load": loaded.report.text(),
         "report": loaded.report.facts(),
         "parameters": sum(t.numel() for t in tensors.values()),
