@@ -25,6 +25,7 @@ PEFTS_DORA = "dora (peft)"
 STRATEGIES = [
     "full", "frozen-vision", "mlp", "attention", "expert", "projections", "lora", "lora-all", "rslora",
     "dora", PEFTS_DORA, "loha", "lokr", "adalora", "oft", "ia3", "miss", "openpi-lora", "qlora",
+    "progressive", "progressive-lora",
 ]  # fmt: skip
 
 
@@ -41,10 +42,11 @@ def main() -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.size, options.batch, options.steps)))
         return 0
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.strategies}
+    names = [row for name in options.strategies for row in rows_of(name, options.size)]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for number in range(options.rounds):
-        for name in options.strategies:
+        for name in names:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
             done = subprocess.run(
                 command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -72,6 +74,21 @@ def main() -> int:
     return 1 if failed else 0
 
 
+STAGE = ", stage "
+
+
+def rows_of(strategy: str, size: str) -> list[str]:
+    """Return the rows of a strategy: itself, or one for each of its stages."""
+    from vlafit import tuning
+    from vlafit.policies import pi0
+
+    if strategy == PEFTS_DORA:
+        return [strategy]
+    infos = pi0.build(_config(size), "meta").parts()
+    count = len(tuning.load_strategy(strategy).expand(infos).stages)
+    return [strategy] if count == 1 else [f"{strategy}{STAGE}{number + 1}" for number in range(count)]
+
+
 def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]:
     """Return one run's figures: `trainable`, `step_s`, `kept_mb`, `peak_mb`."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -92,9 +109,12 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
     import peft  # noqa: F401 - its own memory is not the strategy's
 
     before = _resident_mb()
-    config = pi0.SIZES[size] if size in pi0.SIZES else _fifty_million()
-    policy = pi0.build(config, "cpu", torch.Generator().manual_seed(0))
+    strategy, _, stage = strategy.partition(STAGE)
+    policy = pi0.build(_config(size), "cpu", torch.Generator().manual_seed(0))
     plan = tuning.apply(policy, tuning.load_strategy(strategy))
+    if stage:
+        plan = plan.at(int(stage) - 1)
+        tuning.enter(policy, plan)
     optimizer = torch.optim.AdamW(plan.groups(policy, OptimRecipe()), fused=True)
     batch, noise, when = random_inputs(policy, rows, torch.device("cpu"))
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -124,6 +144,12 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
         "kept_mb": sum(kept.values()) / 1e6,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before,
     }
+
+
+def _config(size: str):
+    from vlafit.policies import pi0
+
+    return pi0.SIZES[size] if size in pi0.SIZES else _fifty_million()
 
 
 def _fifty_million():
