@@ -163,18 +163,58 @@ def test_a_finished_arm_is_never_run_again(
     assert again.standings[0].records == done.standings[0].records
 
 
-def test_an_arm_that_broke_is_tried_again_and_a_changed_strategy_is_refused(
-    out: Path, recipe: Recipe, options: Options, tmp_path: Path
-) -> None:
-    mended = tmp_path / "broken.toml"
-    mended.write_text('[[rule]]\nmode = "full"\n')
-    with pytest.raises(ConfigError, match="another content of strategy 'broken'.*hash"):
-        compare.run(recipe, replace(options, strategies=(str(mended),)), out)
+def test_an_arm_that_broke_is_tried_again(out: Path, recipe: Recipe, options: Options) -> None:
     seen = Seen()
     compare.run(
         recipe, replace(options, strategies=options.strategies[1:], lr_grid=GRID[:1]), out, observer=seen
     )
     assert seen.fresh == ["broken-lr0.001-seed3"]
+
+
+def test_a_strategy_that_changed_is_refused_where_an_arm_of_it_has_finished(
+    out: Path, recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    changed = tmp_path / "expert.toml"
+    changed.write_text('[[rule]]\nmode = "full"\n')
+    before = (out / "arms" / LOW / record.FILE).read_text()
+    with pytest.raises(ConfigError, match="another content of strategy 'expert'.*hash"):
+        compare.run(recipe, replace(options, strategies=(str(changed),)), out)
+    assert (out / "arms" / LOW / record.FILE).read_text() == before
+
+
+def test_arms_without_figures_begin_anew_with_a_strategy_that_was_mended(
+    done: compare.Comparison, out: Path, recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    """One had broken, the other was killed after its first checkpoint and has no record."""
+    mended = tmp_path / "broken.toml"
+    mended.write_text('[[rule]]\nmode = "full"\n')
+    broke, killed = (f"broken-lr{lr:g}-seed3" for lr in GRID)
+    shutil.rmtree(out / "arms" / killed)
+    shutil.copytree(out / "arms" / LOW, out / "arms" / killed)  # a run of something else that got far
+    (out / "arms" / killed / record.FILE).unlink()
+    before = arm(done, broke).strategy_sha256
+    assert (out / "recipes" / f"{killed}.sha256").read_text().strip() == before
+    seen = Seen()
+    found = compare.run(recipe, replace(options, strategies=(str(mended),)), out, observer=seen)
+    assert {broke, killed} <= set(seen.fresh) and found.broken == () and len(found.records) == 2
+    assert {r.strategy_sha256 for r in found.records} == {arms.candidates([str(mended)])[0].sha256}
+    assert before not in {r.strategy_sha256 for r in found.records}
+
+
+def test_a_run_of_which_nothing_tells_the_strategy_is_never_recorded_with_a_hash(
+    out: Path, recipe: Recipe, options: Options
+) -> None:
+    """The folder of a comparison that was begun before hashes were kept at an arm's beginning."""
+    name = "broken-lr0.001-seed3"
+    shutil.rmtree(out / "arms" / name)
+    shutil.copytree(out / "arms" / LOW, out / "arms" / name)
+    (out / "arms" / name / record.FILE).unlink()
+    (out / "recipes" / f"{name}.sha256").unlink()
+    asked = replace(options, strategies=options.strategies[1:], lr_grid=GRID[:1])
+    found = compare.run(recipe, asked, out)
+    assert [(r.strategy_sha256, r.finished) for r in found.records] == [("", False)]
+    found = compare.run(recipe, asked, out)  # so that the next one begins it anew
+    assert [r.strategy_sha256 for r in found.records] == [arms.candidates(asked.strategies)[0].sha256]
 
 
 # ------------------------------------------------------------------------------------------- what it refuses
