@@ -386,6 +386,34 @@ def test_the_edge_of_the_grid_and_a_single_learning_rate_are_said(done: compare.
     assert any("That is no fair ranking" in note for note in summary.notes(single))
 
 
+def test_pooled_seeds_play_the_same_starts_and_that_is_said(done: compare.Comparison) -> None:
+    assert summary.SAME_STARTS not in summary.caveats(done), "one seed is no pool"
+    one = done.standings[0]
+    twice = replace(one, records=(*one.records, replace(one.records[0], seed=4)))
+    pooled = replace(done, standings=(twice,))
+    assert list(summary.caveats(pooled)).count(summary.SAME_STARTS) == 1
+    assert "more seeds add no new ones" in page(pooled) and summary.SAME_STARTS in describe(pooled)
+    assert summary.SAME_STARTS in summary.to_json(pooled)["caveats"]
+
+
+def test_a_merge_error_that_was_not_recorded_is_listed_as_missing(done: compare.Comparison) -> None:
+    """As of arms that trained before merging was measured."""
+    assert [one.adapts for one in arms.candidates(["lora", "expert"])] == [True, False]
+    said = "merge error was not recorded for expert (seed 3)."
+    assert said not in summary.missing(done), "there is nothing to merge"
+    adapted = replace(done, standings=(replace(done.standings[0], adapts=True),))
+    assert said in page(adapted) and said in summary.to_json(adapted)["missing"]
+
+
+def test_learning_rates_that_agree_to_six_digits_are_two_arms() -> None:
+    (one,) = arms.candidates(["expert"])
+    given = (0.00123456, 0.001234561, 0.0012345612, 0.001, 1e-05, 1.0, 0.1 + 0.2, 0.3)
+    names = [arms.Arm(one, lr, 0).name for lr in given]
+    assert len(set(names)) == len(given)
+    assert names[3:6] == ["expert-lr0.001-seed0", "expert-lr1e-05-seed0", "expert-lr1-seed0"]
+    assert [float(arms.rate(lr)) for lr in given] == list(given)
+
+
 def test_an_unfinished_comparison_has_a_page_that_says_so(done: compare.Comparison) -> None:
     stopped = replace(done, standings=(), records=(), missing=(HIGH,))
     assert f"{HIGH} has not ended; the same command goes on with it." in page(stopped)

@@ -154,6 +154,7 @@ class _Work:
                 wanted[one.label][0].lr if wanted[one.label] else None,
                 tuple(self.records[a.name] for a in wanted[one.label] if a.name in self.records),
                 choices.get(one.label),
+                one.adapts,
             )
             for one in found
         )
