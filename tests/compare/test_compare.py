@@ -163,18 +163,58 @@ def test_a_finished_arm_is_never_run_again(
     assert again.standings[0].records == done.standings[0].records
 
 
-def test_an_arm_that_broke_is_tried_again_and_a_changed_strategy_is_refused(
-    out: Path, recipe: Recipe, options: Options, tmp_path: Path
-) -> None:
-    mended = tmp_path / "broken.toml"
-    mended.write_text('[[rule]]\nmode = "full"\n')
-    with pytest.raises(ConfigError, match="another content of strategy 'broken'.*hash"):
-        compare.run(recipe, replace(options, strategies=(str(mended),)), out)
+def test_an_arm_that_broke_is_tried_again(out: Path, recipe: Recipe, options: Options) -> None:
     seen = Seen()
     compare.run(
         recipe, replace(options, strategies=options.strategies[1:], lr_grid=GRID[:1]), out, observer=seen
     )
     assert seen.fresh == ["broken-lr0.001-seed3"]
+
+
+def test_a_strategy_that_changed_is_refused_where_an_arm_of_it_has_finished(
+    out: Path, recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    changed = tmp_path / "expert.toml"
+    changed.write_text('[[rule]]\nmode = "full"\n')
+    before = (out / "arms" / LOW / record.FILE).read_text()
+    with pytest.raises(ConfigError, match="another content of strategy 'expert'.*hash"):
+        compare.run(recipe, replace(options, strategies=(str(changed),)), out)
+    assert (out / "arms" / LOW / record.FILE).read_text() == before
+
+
+def test_arms_without_figures_begin_anew_with_a_strategy_that_was_mended(
+    done: compare.Comparison, out: Path, recipe: Recipe, options: Options, tmp_path: Path
+) -> None:
+    """One had broken, the other was killed after its first checkpoint and has no record."""
+    mended = tmp_path / "broken.toml"
+    mended.write_text('[[rule]]\nmode = "full"\n')
+    broke, killed = (f"broken-lr{lr:g}-seed3" for lr in GRID)
+    shutil.rmtree(out / "arms" / killed)
+    shutil.copytree(out / "arms" / LOW, out / "arms" / killed)  # a run of something else that got far
+    (out / "arms" / killed / record.FILE).unlink()
+    before = arm(done, broke).strategy_sha256
+    assert (out / "recipes" / f"{killed}.sha256").read_text().strip() == before
+    seen = Seen()
+    found = compare.run(recipe, replace(options, strategies=(str(mended),)), out, observer=seen)
+    assert {broke, killed} <= set(seen.fresh) and found.broken == () and len(found.records) == 2
+    assert {r.strategy_sha256 for r in found.records} == {arms.candidates([str(mended)])[0].sha256}
+    assert before not in {r.strategy_sha256 for r in found.records}
+
+
+def test_a_run_of_which_nothing_tells_the_strategy_is_never_recorded_with_a_hash(
+    out: Path, recipe: Recipe, options: Options
+) -> None:
+    """The folder of a comparison that was begun before hashes were kept at an arm's beginning."""
+    name = "broken-lr0.001-seed3"
+    shutil.rmtree(out / "arms" / name)
+    shutil.copytree(out / "arms" / LOW, out / "arms" / name)
+    (out / "arms" / name / record.FILE).unlink()
+    (out / "recipes" / f"{name}.sha256").unlink()
+    asked = replace(options, strategies=options.strategies[1:], lr_grid=GRID[:1])
+    found = compare.run(recipe, asked, out)
+    assert [(r.strategy_sha256, r.finished) for r in found.records] == [("", False)]
+    found = compare.run(recipe, asked, out)  # so that the next one begins it anew
+    assert [r.strategy_sha256 for r in found.records] == [arms.candidates(asked.strategies)[0].sha256]
 
 
 # ------------------------------------------------------------------------------------------- what it refuses
@@ -344,6 +384,34 @@ def test_the_edge_of_the_grid_and_a_single_learning_rate_are_said(done: compare.
     assert edge.startswith("expert: the best learning rate") and "widen --lr-grid" in edge
     single = replace(done, options=replace(done.options, lr_grid=()))
     assert any("That is no fair ranking" in note for note in summary.notes(single))
+
+
+def test_pooled_seeds_play_the_same_starts_and_that_is_said(done: compare.Comparison) -> None:
+    assert summary.SAME_STARTS not in summary.caveats(done), "one seed is no pool"
+    one = done.standings[0]
+    twice = replace(one, records=(*one.records, replace(one.records[0], seed=4)))
+    pooled = replace(done, standings=(twice,))
+    assert list(summary.caveats(pooled)).count(summary.SAME_STARTS) == 1
+    assert "more seeds add no new ones" in page(pooled) and summary.SAME_STARTS in describe(pooled)
+    assert summary.SAME_STARTS in summary.to_json(pooled)["caveats"]
+
+
+def test_a_merge_error_that_was_not_recorded_is_listed_as_missing(done: compare.Comparison) -> None:
+    """As of arms that trained before merging was measured."""
+    assert [one.adapts for one in arms.candidates(["lora", "expert"])] == [True, False]
+    said = "merge error was not recorded for expert (seed 3)."
+    assert said not in summary.missing(done), "there is nothing to merge"
+    adapted = replace(done, standings=(replace(done.standings[0], adapts=True),))
+    assert said in page(adapted) and said in summary.to_json(adapted)["missing"]
+
+
+def test_learning_rates_that_agree_to_six_digits_are_two_arms() -> None:
+    (one,) = arms.candidates(["expert"])
+    given = (0.00123456, 0.001234561, 0.0012345612, 0.001, 1e-05, 1.0, 0.1 + 0.2, 0.3)
+    names = [arms.Arm(one, lr, 0).name for lr in given]
+    assert len(set(names)) == len(given)
+    assert names[3:6] == ["expert-lr0.001-seed0", "expert-lr1e-05-seed0", "expert-lr1-seed0"]
+    assert [float(arms.rate(lr)) for lr in given] == list(given)
 
 
 def test_an_unfinished_comparison_has_a_page_that_says_so(done: compare.Comparison) -> None:

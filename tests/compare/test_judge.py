@@ -16,6 +16,7 @@ from vlafit.compare.judge import (
     rank_correlation,
 )
 from vlafit.compare.record import HELD_OUT, Figures, Memory, Record, ValidationPoint
+from vlafit.compare.summary import strategy_json
 from vlafit.score import Score, wilson
 
 
@@ -73,20 +74,51 @@ def test_intervals_that_part_are_ranked_and_the_others_are_named() -> None:
 def test_of_those_that_may_be_the_best_the_cheapest_is_recommended_with_its_reason() -> None:
     verdict = judge(
         [
-            standing("full", [(24, 25)], mb=400.0),
-            standing("expert", [(22, 25)], mb=150.0),
-            standing("none", [(0, 25)]),
+            standing("full", [(24, 25)] * 2, mb=400.0),
+            standing("expert", [(22, 25)] * 2, mb=150.0),
+            standing("none", [(0, 25)] * 2),
         ]
     )
     assert verdict.recommended == "expert"
     assert "of the 2 that cannot be told apart from the best it is the cheapest" in verdict.reason
     assert "150 MB" in verdict.reason and "full 400 MB" in verdict.reason
-    assert "full has the higher rate" in verdict.notes[0]
+    (note,) = verdict.notes
+    assert "full has the higher rate" in note and "of new starts (more trials in the protocol)" in note
 
 
 def test_the_best_alone_is_recommended_whatever_it_costs() -> None:
-    verdict = judge([standing("full", [(25, 25)], mb=900.0), standing("expert", [(2, 25)], mb=1.0)])
+    verdict = judge([standing("full", [(25, 25)] * 2, mb=900.0), standing("expert", [(2, 25)] * 2, mb=1.0)])
     assert verdict.recommended == "full" and "no other strategy's interval reaches" in verdict.reason
+
+
+def test_a_strategy_with_one_finished_seed_is_neither_ranked_nor_recommended() -> None:
+    verdict = judge([standing("full", [(25, 25)]), standing("expert", [(2, 25)], mb=1.0)])
+    assert not verdict.ranked and verdict.better == () and verdict.recommended == ""
+    assert "full, expert have one finished seed each" in verdict.sentence
+    assert "the variation between training runs is unknown" in verdict.sentence
+    two = [standing("full", [(24, 25)] * 2), standing("expert", [(3, 25)] * 2)]
+    verdict = judge([standing("lucky", [(25, 25), None], mb=1.0), *two])
+    assert verdict.better == (("full", "expert"),) and verdict.recommended == "full"
+    assert verdict.notes[0].startswith("Neither ranked nor recommended: lucky has one finished seed, and")
+    unplayed = [
+        Standing(name, 1e-3, (record(name, figures(loss=x)),)) for name, x in (("full", 0.1), ("expert", 0.9))
+    ]
+    by_loss = judge(unplayed)
+    assert by_loss.by == "loss" and not by_loss.ranked and by_loss.recommended == ""
+    assert "one finished seed each" in by_loss.sentence
+
+
+def test_the_pooled_figure_has_one_interval_and_it_is_the_widened_one() -> None:
+    one = standing("full", [(25, 25), (4, 25)])
+    pooled, plain = one.pooled(), wilson(29, 50)
+    assert pooled is not None and pooled.interval == one.interval == one.tasks()["task"].interval
+    assert pooled.interval[0] < plain[0] and pooled.interval[1] > plain[1]
+    low, high = (round(100 * end) for end in one.interval)
+    assert str(pooled) == f"29/50 = 58 % (95 %: {low} to {high} %)"
+    made = strategy_json(one)["success"]["after"]
+    assert (made["overall"]["low"], made["overall"]["high"]) == one.interval
+    assert made["overall"]["wilson"] == list(plain)
+    assert made["seeds"]["0"]["low"] == wilson(25, 25)[0], "a seed's own is Wilson's"
 
 
 def test_where_nothing_succeeds_nothing_is_recommended() -> None:

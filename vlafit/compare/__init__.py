@@ -1,8 +1,8 @@
 """Which way of tuning to choose: strategies under one recipe, budget and judge, and what that allows to say.
 
 `run` carries a comparison out and `write` makes its report. Around them: `arms` (what is compared, and what
-all share), `process` (runs as processes of their own), `record` (what is kept of an arm), `judge` (what may
-be concluded), `summary`, `charts` and `page` (the report).
+all share), `process` (runs as processes of their own), `record` (what is kept of an arm), `pool` (seeds
+together, and their interval), `judge` (what may be concluded), `summary`, `charts` and `page` (the report).
 """
 
 import json

@@ -51,6 +51,8 @@ class Candidate:
     label: str
     given: str
     sha256: str
+    adapts: bool = False
+    """Whether one of its rules, in any stage, adds an adapter."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ class Arm:
     @property
     def name(self) -> str:
         """The folder's name below arms/."""
-        return f"{self.candidate.label}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.candidate.label}-lr{rate(self.lr)}-seed{self.seed}"
+
+
+def rate(lr: float) -> str:
+    """Write a learning rate in the fewest digits that tell it from every other."""
+    short = f"{lr:g}"
+    return short if float(short) == lr else repr(float(lr))
 
 
 def candidates(given: Iterable[str]) -> tuple[Candidate, ...]:
@@ -74,12 +82,13 @@ def candidates(given: Iterable[str]) -> tuple[Candidate, ...]:
     """
     found: dict[str, Candidate] = {}
     for text in given:
-        load_strategy(text)
+        strategy = load_strategy(text)
+        adapts = any(rule.adapter is not None for stage in strategy.stages for rule in stage.rules)
         path = shipped.find("strategy", text)
         label = re.sub(r"[^\w.-]", "_", path.stem)
         if label in found:
             raise ConfigError(f"--strategies: {label!r} is named twice; give each file a name of its own")
-        found[label] = Candidate(label, text, digest(config.load_toml(path, "strategy")))
+        found[label] = Candidate(label, text, digest(config.load_toml(path, "strategy")), adapts)
     if not found:
         raise ConfigError("--strategies is empty; name at least one, or two to compare")
     return tuple(found.values())

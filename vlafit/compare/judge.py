@@ -1,8 +1,7 @@
 """What recorded figures allow to say: which learning rate, which order, which recommendation. Pure functions.
 
-A pooled success rate counts every episode once, but episodes of one seed share one training run: where seeds
-differ by more than chance, the interval is widened accordingly (quasi-binomial). Two strategies whose
-intervals overlap are not ranked.
+Two strategies whose intervals overlap are not ranked, nor is one of which fewer than two seeds have finished:
+how much training runs vary is then unknown.
 """
 
 import math
@@ -10,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from vlafit.compare.pool import Pooled, dispersion, interval, pool
 from vlafit.compare.record import AFTER, WRONG, Figures, Record
-from vlafit.score import Z_95, Score, overall, wilson
+from vlafit.score import Z_95, Score
 
 SAME_COST = 1.05  # peaks of memory within 5 % count as equal; our choice, not a measurement
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more, a bit too wide.
@@ -63,6 +63,8 @@ class Standing:
     """None: every learning rate that was tried broke, or the trying was stopped."""
     records: tuple[Record, ...]
     choice: Choice | None = None
+    adapts: bool = False
+    """Whether the strategy has adapters, so that merging them has an error."""
 
     @property
     def figures(self) -> list[Figures]:
@@ -74,19 +76,23 @@ class Standing:
         found = {r.seed: r.figures.score(evaluation) for r in self.records if r.figures}
         return {seed: score for seed, score in found.items() if score is not None}
 
-    def pooled(self, evaluation: str = AFTER) -> Score | None:
+    def pooled(self, evaluation: str = AFTER) -> Pooled | None:
         """Return all episodes of all seeds together; None where nothing was judged."""
-        found = self.scores(evaluation)
-        score = overall({str(seed): one for seed, one in found.items()})
+        score = pool(list(self.scores(evaluation).values()))
         return score if score.episodes else None
 
-    def tasks(self, evaluation: str = AFTER) -> dict[str, Score]:
+    def tasks(self, evaluation: str = AFTER) -> dict[str, Pooled]:
         """Return each task's episodes of all seeds together."""
-        found: dict[str, Score] = {}
+        found: dict[str, list[Score]] = {}
         for one in self.figures:
             for task, score in one.success.get(evaluation, {}).items():
-                found[task] = found.get(task, Score(0, 0)) + score
-        return found
+                found.setdefault(task, []).append(score)
+        return {task: pool(seeds) for task, seeds in found.items()}
+
+    @property
+    def seeds_judged(self) -> int:
+        """Seeds of which an episode was judged."""
+        return sum(score.episodes > 0 for score in self.scores().values())
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -113,40 +119,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def dispersion(scores: Sequence[Score]) -> float:
-    """Return how much more seeds vary than chance would have it: Pearson's chi2 / (seeds - 1), at least 1."""
-    judged = [score for score in scores if score.episodes]
-    total = overall({str(i): score for i, score in enumerate(judged)})
-    rate = total.rate
-    if len(judged) < 2 or rate is None or rate in (0.0, 1.0):
-        return 1.0
-    chi2 = sum(
-        (score.successes - score.episodes * rate) ** 2 / (score.episodes * rate * (1 - rate))
-        for score in judged
-    )
-    return max(1.0, chi2 / (len(judged) - 1))
-
-
-def interval(scores: Sequence[Score]) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of seeds pooled, as if there were `dispersion` times fewer episodes."""
-    total = overall({str(i): score for i, score in enumerate(scores)})
-    if not total.episodes:
-        return 0.0, 1.0
-    phi = dispersion(scores)
-    return (
-        wilson(total.successes, total.episodes) if phi == 1.0 else wilson_share(total, total.episodes / phi)
-    )
-
-
-def wilson_share(score: Score, n: float) -> tuple[float, float]:
-    """Return the Wilson interval of a score's rate with `n` episodes, not necessarily whole."""
-    share = score.successes / score.episodes
-    middle = share + Z_95**2 / (2 * n)
-    half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
-    scale = 1 + Z_95**2 / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 # ------------------------------------------------------------------------------------------------------ order
@@ -184,21 +156,22 @@ def judge(standings: Sequence[Standing]) -> Verdict:
 
 
 def _by_success(standings: Sequence[Standing]) -> Verdict:
-    order = sorted(standings, key=lambda s: -_rate(s))
+    if all(_rate(s) == 0 for s in standings):
+        said = (
+            "No strategy succeeded in a single episode: there is nothing to rank, and nothing to recommend."
+        )
+        return Verdict("success", False, leaders=tuple(s.strategy for s in standings), sentence=said)
+    order = sorted((s for s in standings if s.seeds_judged > 1), key=lambda s: -_rate(s))
+    alone = _too_few_seeds(order, standings)
+    if len(order) < 2:
+        return _nothing_to_compare("success", standings, alone)
     better = tuple(
         (a.strategy, b.strategy) for a, b in combinations(order, 2) if a.interval[0] > b.interval[1]
     )
     best = order[0]
     leaders = [s for s in order if (best.strategy, s.strategy) not in better]
     names = tuple(s.strategy for s in leaders)
-    if _rate(best) == 0:
-        said = (
-            "No strategy succeeded in a single episode: there is nothing to rank, and nothing to recommend."
-        )
-        return Verdict("success", False, better, names, said)
     sentence = _sentence(order, better, "success", "95 % intervals of success")
-    if len(order) == 1:
-        return Verdict("success", False, better, names, sentence)
     chosen = cheapest(leaders)
     reason = f"{_percent(chosen)} of {_pooled(chosen).episodes} episodes succeeded"
     if len(leaders) == 1:
@@ -208,35 +181,59 @@ def _by_success(standings: Sequence[Standing]) -> Verdict:
         than = ", ".join(f"{s.strategy} {_cost(s)}" for s in others)
         reason += f"; of the {len(leaders)} that cannot be told apart from the best it is the cheapest: "
         reason += f"{_cost(chosen)} ({than})"
-    notes = []
+    notes = [alone] if alone else []
     gap = _rate(best) - _rate(chosen)
     if gap > 0:
         needed = episodes_needed(_rate(best), _rate(chosen))
         notes.append(
             f"{best.strategy} has the higher rate ({_percent(best)} against {_percent(chosen)}); if that "
-            f"difference is real, about {needed} episodes of each would show it."
+            f"difference is real, about {needed} episodes of each would show it: of new starts (more trials "
+            "in the protocol), not of more seeds."
         )
     return Verdict(
         "success", bool(better), better, names, sentence, chosen.strategy, reason + ".", tuple(notes)
     )
 
 
+def _nothing_to_compare(by: str, standings: Sequence[Standing], alone: str) -> Verdict:
+    """Return the verdict on strategies of which fewer than two can be ranked."""
+    if len(standings) == 1:
+        alone = f"Only {standings[0].strategy} has results: there is nothing to compare it with."
+    return Verdict(by, False, leaders=tuple(s.strategy for s in standings), sentence=alone)
+
+
+def _too_few_seeds(order: Sequence[Standing], standings: Sequence[Standing]) -> str:
+    """Return why strategies that are not in `order` are not ranked: too few of their seeds have finished."""
+    too_few = [s for s in standings if s not in order]
+    if not too_few:
+        return ""
+    names, one = ", ".join(s.strategy for s in too_few), len(too_few) == 1
+    head = "Neither ranked nor recommended" if len(order) > 1 else "No ranking and no recommendation"
+    return (
+        f"{head}: {names} {'has' if one else 'have'} one finished seed{'' if one else ' each'}, and with one "
+        "seed the variation between training runs is unknown; give --seeds 2 or more."
+    )
+
+
 def _by_loss(standings: Sequence[Standing]) -> Verdict:
-    order = sorted(standings, key=lambda s: mean(list(s.losses().values())) or 0.0)
+    enough = [s for s in standings if len(s.losses()) > 1]
+    order = sorted(enough, key=lambda s: mean(list(s.losses().values())) or 0.0)
+    alone = _too_few_seeds(order, standings)
+    if len(order) < 2:
+        return _nothing_to_compare("loss", standings, alone)
     better = tuple(
         (a.strategy, b.strategy) for a, b in combinations(order, 2) if lower(a.losses(), b.losses())
     )
     leaders = [s for s in order if (order[0].strategy, s.strategy) not in better]
     sentence = _sentence(order, better, "loss", "paired 95 % intervals of the last validation loss")
     names = tuple(s.strategy for s in leaders)
-    if len(order) == 1:
-        return Verdict("loss", False, better, names, sentence)
     chosen = cheapest(leaders)
     reason = (
         f"nothing was rolled out, so this goes by validation loss alone, which is not success; among the "
         f"{len(leaders)} that may be the best it is the cheapest: {_cost(chosen)}."
     )
-    return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason)
+    notes = (alone,) if alone else ()
+    return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason, notes)
 
 
 def lower(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
@@ -252,8 +249,6 @@ def lower(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
 
 
 def _sentence(order: Sequence[Standing], better: Sequence[tuple[str, str]], by: str, what: str) -> str:
-    if len(order) == 1:
-        return f"Only {order[0].strategy} has results: there is nothing to compare it with."
     if not better:
         return f"No ranking: the {what} of all {len(order)} strategies overlap, so they cannot be told apart."
     lines = []
@@ -339,6 +334,7 @@ __all__ = [
     "AFTER",
     "WRONG",
     "Choice",
+    "Pooled",
     "Standing",
     "Verdict",
     "cheapest",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlafit.compare import charts, summary
+from vlafit.compare.arms import rate
 from vlafit.compare.judge import AFTER, WRONG, Standing
 from vlafit.compare.record import HELD_OUT
 from vlafit.compare.run import Comparison
@@ -67,7 +68,7 @@ def _header(comparison: Comparison, facts: dict[str, Any]) -> Raw:
         ("strategies", str(len(comparison.standings))),
         ("seeds", " ".join(map(str, options.seeds))),
         ("budget of each arm", f"{budget}, batches of {train.batch_size}"),
-        ("learning rates", " ".join(f"{lr:g}" for lr in options.lr_grid) or f"{recipe.optim.lr:g} for all"),
+        ("learning rates", " ".join(map(rate, options.lr_grid)) or f"{rate(recipe.optim.lr)} for all"),
         ("arms that finished", str(len(comparison.records) - len(comparison.broken))),
         *([("arms that broke", str(len(comparison.broken)))] if comparison.broken else []),
         ("protocol", recipe.eval.protocol or "none"),
@@ -118,7 +119,7 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
                         *([Raw("<br>"), muted(_state(one))] if not one["seeds_finished"] else []),
                     ]
                 ),
-                _known(one["lr"], lambda lr: f"{lr:g}"),
+                _known(one["lr"], rate),
                 _known(one["trainable"], count),
                 _known(one["parameters"], count),
                 _known(one["checkpoint_mb"], _mb),
@@ -242,7 +243,7 @@ def _rates(comparison: Comparison, strategies: Sequence[dict[str, Any]]) -> Raw:
     rows = [
         (
             one["strategy"],
-            f"{tried['lr']:g}",
+            rate(tried["lr"]),
             "broke" if tried["last_loss"] is None else _three(tried["last_loss"]),
             "taken" + (f", the {one['lr_at_edge']} of the grid" if one["lr_at_edge"] else "")
             if tried["lr"] == one["lr"]

@@ -1,12 +1,15 @@
 """A comparison from options to report: try learning rates, train and judge every arm, write the page.
 
 A finished arm is a JSON file and is never run again, so the same command goes on with a comparison that was
-stopped, over days if need be. An arm that breaks is recorded with its last words, and tried again next time.
+stopped, over days if need be. An arm that breaks is recorded with its last words, and tried again next time:
+it goes on with the strategy that it began with, or begins anew where the strategy's file has changed since.
 """
 
+import logging
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlafit import config, files
@@ -22,6 +25,7 @@ from vlafit.train.checks import check
 from vlafit.train.setup import open_data
 
 IDENTITY = "identity.json"
+log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -98,6 +102,15 @@ def log_of(folder: Path, arm: str) -> Path:
     return folder / "logs" / f"{arm}.log"
 
 
+def _remove(run: Path) -> None:
+    """Remove an arm's folder; one that is killed meanwhile leaves no half of it in its place."""
+    aside = run.with_name(f".{run.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    if run.is_dir():
+        run.rename(aside)
+        shutil.rmtree(aside)
+
+
 class _Work:
     """A comparison under way."""
 
@@ -141,6 +154,7 @@ class _Work:
                 wanted[one.label][0].lr if wanted[one.label] else None,
                 tuple(self.records[a.name] for a in wanted[one.label] if a.name in self.records),
                 choices.get(one.label),
+                one.adapts,
             )
             for one in found
         )
@@ -173,6 +187,7 @@ class _Work:
         if there is not None and there.finished and (there.judged or not judged):
             self.observer.arm(arm.name, there, False)
             return there
+        began = self._begin(arm, run, there)
         recipe = arms.recipe_of(arm, self.recipe, rollouts=judged)
         written = self.out / "recipes" / f"{arm.name}.toml"
         files.write_atomic(written, config.dump(recipe))
@@ -183,9 +198,35 @@ class _Work:
         if self.processes.stopped and ended.status != 0:
             return None
         found = self._outcome(arm, run, ended, judged)
+        if not found.finished:  # one that finished was of this content, or train had refused to go on with it
+            found = replace(found, strategy_sha256=began)
         record.write(path, found)
         self.observer.arm(arm.name, found, True)
         return found
+
+    def _begin(self, arm: Arm, run: Path, there: Record | None) -> str:
+        """Return the hash of the strategy with which the arm's run began, "" where nothing tells.
+
+        A run without figures that began with another content than today's is removed: it begins anew.
+        """
+        now = arm.candidate.sha256
+        if there is not None and there.finished:
+            return there.strategy_sha256
+        kept = self.out / "recipes" / f"{arm.name}.sha256"
+        began = None
+        if kept.is_file():
+            began = kept.read_text(encoding="utf-8").strip()
+        elif there is not None and there.strategy_sha256 != now:
+            began = there.strategy_sha256
+        if began not in (None, now):
+            log.warning(
+                "%s: strategy %r has changed since it began; it begins anew", arm.name, arm.candidate.label
+            )
+            _remove(run)
+        if not (run / "recipe.toml").is_file():
+            files.write_atomic(kept, f"{now}\n")
+            return now
+        return began or ""
 
     def _outcome(self, arm: Arm, run: Path, ended: Ended, judged: bool) -> Record:
         if ended.status != 0:
@@ -201,7 +242,7 @@ class _Work:
         there = record.read(path)
         if there is None:
             return
-        if there.strategy_sha256 != arm.candidate.sha256:
+        if there.finished and there.strategy_sha256 != arm.candidate.sha256:
             raise ConfigError(
                 f"{path}: the arm was run with another content of strategy {arm.candidate.label!r} (hash "
                 f"{there.strategy_sha256[:12]}, now {arm.candidate.sha256[:12]}); bring the file back, give "

@@ -11,6 +11,7 @@ from vlafit.compare.identity import digest
 from vlafit.compare.judge import (
     AFTER,
     WRONG,
+    Pooled,
     Standing,
     Verdict,
     dispersion,
@@ -22,9 +23,13 @@ from vlafit.compare.judge import (
 )
 from vlafit.compare.record import HELD_OUT, Record
 from vlafit.compare.run import Comparison
-from vlafit.score import errors_notice, overall
+from vlafit.score import errors_notice, overall, wilson
 
 FORMAT = 1
+SAME_STARTS = (
+    "All seeds play the same starts, so episodes pooled over seeds are not independent: the intervals hold "
+    "for these starts, and more seeds add no new ones (more trials in the protocol do)."
+)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -71,8 +76,8 @@ def strategy_json(one: Standing) -> dict[str, Any]:
         "seeds_finished": [record.seed for record in one.records if record.finished],
         "success": {
             name: {
-                "overall": score.to_json(),
-                "tasks": {task: found.to_json() for task, found in one.tasks(name).items()},
+                "overall": _pooled_json(score),
+                "tasks": {task: _pooled_json(found) for task, found in one.tasks(name).items()},
                 "seeds": {str(seed): found.to_json() for seed, found in one.scores(name).items()},
                 "dispersion": dispersion(list(one.scores(name).values())),
                 "interval": list(interval(list(one.scores(name).values()))),
@@ -91,6 +96,11 @@ def strategy_json(one: Standing) -> dict[str, Any]:
         "seconds_to_best": mean([best.seconds for f in figures if (best := f.best()) is not None]),
         "merge_error": max((f.merge_error for f in figures if f.merge_error is not None), default=None),
     }
+
+
+def _pooled_json(score: Pooled) -> dict[str, Any]:
+    """Return a score of all seeds; `wilson` is the interval of seeds that differ by chance alone."""
+    return {**score.to_json(), "wilson": list(wilson(score.successes, score.episodes))}
 
 
 def _set_json(one: Standing, name: str) -> dict[str, Any]:
@@ -149,8 +159,8 @@ def notes(comparison: Comparison) -> Iterator[str]:
     for (lr, edge), names in edges.items():
         places = "their places" if len(names) > 1 else "its place"
         yield (
-            f"{', '.join(names)}: the best learning rate, {lr:g}, is the {edge} of the grid; a better one "
-            f"may lie beyond, so widen --lr-grid before believing {places}."
+            f"{', '.join(names)}: the best learning rate, {arms.rate(lr)}, is the {edge} of the grid; a "
+            f"better one may lie beyond, so widen --lr-grid before believing {places}."
         )
     pairs = loss_and_success(comparison.records)
     correlation = rank_correlation(pairs)
@@ -176,6 +186,8 @@ def caveats(comparison: Comparison) -> Iterator[str]:
             notice = errors_notice(overall({str(k): v for k, v in one.scores(name).items()}))
             if notice:
                 yield f"{one.strategy}, {name}: {notice}"
+    if any(len(one.scores(name)) > 1 for one in comparison.standings for name in (AFTER, WRONG)):
+        yield SAME_STARTS
     if comparison.options.jobs > 1:
         yield (
             f"{comparison.options.jobs} arms ran at once on one machine: times and speeds are those of a "
@@ -207,6 +219,11 @@ def missing(comparison: Comparison) -> Iterator[str]:
         yield "The recipe asks for no rollouts, so no success was measured: loss is not success."
     if not comparison.recipe.data.validation_sets:
         yield "data.validation_sets names nothing, so forgetting was not measured."
+    for one in comparison.standings:
+        unknown = [str(r.seed) for r in one.records if r.figures and r.figures.merge_error is None]
+        if one.adapts and unknown:
+            seeds = f"seed{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+            yield f"merge error was not recorded for {one.strategy} ({seeds})."
 
 
 def verdict_of(comparison: Comparison) -> Verdict:

@@ -125,6 +125,7 @@ def _view(line: Line, out: Path) -> Any:
 def describe(found: "Comparison") -> str:
     """Return the table and the verdict as text."""
     from vlafit.compare import summary
+    from vlafit.compare.arms import rate
     from vlafit.compare.judge import AFTER
 
     verdict, why = summary.verdict_of(found), summary.did_not_finish(found)
@@ -134,7 +135,7 @@ def describe(found: "Comparison") -> str:
         rows.append(
             (
                 one.strategy,
-                "" if one.lr is None else f"{one.lr:g}",
+                "" if one.lr is None else rate(one.lr),
                 size(max(f.trainable for f in one.figures)) if one.figures else "",
                 "" if one.peak is None else f"{one.peak / 1e6:.0f} MB",
                 number(one.samples_per_s) if one.figures else "",
