@@ -6,8 +6,8 @@ A pi0 of 51 M parameters (tower 6 x 384, language model 8 x 512, expert 8 x 256)
 thread, batch 4. Each strategy runs in processes of its own, in turns, `--rounds` times; the figure is the
 median. Time is the CPU time of one whole step (forward, backward, AdamW). "kept" is what autograd keeps for
 the backward pass, weights excluded; "peak" the process's peak resident memory above what it had before the
-policy was built. A strategy in stages has a row for each (`progressive, stage 2`), for what it costs changes as
-it unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
+policy was built. A strategy in stages has a row for each (`progressive, stage 2`), for its cost changes as it
+unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
 `--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py.
 """
 

@@ -135,6 +135,14 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         replace_folder(partial, final)
+    except VlafitError:
+        raise
+    except OSError as error:
+        raise _cannot("write into", final, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # not imported for its name alone
+            raise
+        raise VlafitError(f"cannot write into {final}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_policy, rules, train, velocity
-from vlafit import checkpoints, files
+from vlafit import checkpoints, files, tuning
 from vlafit.checkpoints.export import export
 from vlafit.errors import WeightsError
 from vlafit.tuning import apply_strategy
@@ -258,3 +258,27 @@ def test_pieces_that_do_not_belong_together_are_not_saved(base: Path, tmp_path: 
     with pytest.raises(WeightsError, match="with adapters or quantised weights; this one has none"):
         vlafit.save_checkpoint(policy, tmp_path / "c", base=base)
     assert not (tmp_path / "c").exists()
+
+
+def test_what_pissa_adapts_and_a_later_stage_trains_in_full_is_kept(base: Path, tmp_path: Path):
+    select = {"part": "expert", "kind": ["attention", "mlp"]}
+    rest = {"mode": "frozen"}
+    stages = [
+        {"rule": [{"select": select, "mode": "lora", "rank": 4, "init": "pissa"}, rest]},
+        {"begin": {"step": 12}, "rule": [{"select": select, "mode": "full"}, rest]},
+    ]
+    policy = vlafit.load_policy(base)
+    plan = tuning.apply(policy, tuning.parse({"stage": stages}, name="mine", where="mine"))
+    train(policy)
+    tuning.enter(policy, plan.at(1))
+    train(policy)
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan.at(1), base=base)
+    assert torch.equal(velocity(vlafit.load_policy(tmp_path / "c")), velocity(policy))
+
+
+def test_pissa_over_bfloat16_weights_comes_back_bit_for_bit_on_its_base(base: Path, tmp_path: Path):
+    policy = vlafit.load_policy(base, dtype="bfloat16")
+    plan = vlafit.apply_strategy(policy, rules("pissa"))
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=base)
+    again = dict(vlafit.load_policy(tmp_path / "c", dtype="bfloat16").named_parameters())
+    assert all(torch.equal(again[name], tensor) for name, tensor in policy.named_parameters())

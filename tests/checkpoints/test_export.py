@@ -211,7 +211,11 @@ def test_openpis_form_loads_again_with_the_same_statistics(tmp_path: Path, size:
 def test_transformers_loads_what_we_export_and_computes_the_same(tmp_path: Path):
     transformers = pytest.importorskip("transformers", minversion="5.23")
     policy = random_policy("pi0-tiny")
-    write(policy, None, "transformers", tmp_path / "out", "here")
+    codec = codec_for(policy)
+    notes = write(policy, codec, "transformers", tmp_path / "out", "here").notes
+    assert notes == (
+        "transformers reads no codec: normalise states and actions, and tokenise, as codec.json says",
+    )
     theirs, info = transformers.PI0ForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -236,6 +240,7 @@ def test_transformers_loads_what_we_export_and_computes_the_same(tmp_path: Path)
     assert (ours - out.logits).abs().max() < 1e-4
     again = vlafit.load_checkpoint(tmp_path / "out")
     assert again.report.form == "transformers"
+    assert again.codec is not None and again.codec.config == codec.config
     assert all(torch.equal(p, again.policy.get_parameter(n)) for n, p in policy.named_parameters())
 
 

@@ -1,6 +1,8 @@
 """Adapters go out: as a PEFT folder in the target's names, or merged; either way the outputs stay."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,3 +198,26 @@ def test_a_layer_that_transformers_has_in_another_kind_is_refused(monkeypatch: p
     monkeypatch.setattr(peft_export.transformers_export, "skeleton", lambda config: other)
     (reason,) = peft_export.refusals(policy, plan, "transformers")
     assert "transformers has no layer of the kind of vision.patch_embedding" in reason
+
+
+def test_adapters_that_peft_would_lose_in_transformers_are_refused(tmp_path: Path):
+    policy = make_policy()
+    select = {"part": ["projections", "expert"], "kind": ["linear", "attention"]}
+    rule = {"select": select, "mode": "lora", "rank": 2}
+    plan = vlafit.apply_strategy(policy, [rule, {"mode": "frozen"}])
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    with pytest.raises(WeightsError, match="peft does not find the adapters of .*: add --merge"):
+        export(tmp_path / "c", "transformers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path):
+    source = trained("lora", tmp_path)
+    words = ["export", str(source), "--to", "vlafit", "--merge", "--out", str(tmp_path / "out")]
+    call = f"import sys; from vlafit import cli; sys.exit(cli.main({words!r}))"
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f 8; exec "{sys.executable}" -c "$0"', call], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write into" in done.stderr and "Traceback" not in done.stderr
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]

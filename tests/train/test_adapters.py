@@ -197,3 +197,19 @@ def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, t
     with pytest.raises(StrategyError, match="quantised weights cannot be sharded"):
         run(recipe_on(base, card, "qlora", train={"sharding": "full"}), tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+def test_dropout_of_adapters_draws_the_same_again_and_after_an_interruption(
+    base: Path, card: Path, tmp_path: Path
+):
+    path = tmp_path / "dropout.toml"
+    path.write_text(RULES.format(adapter='mode = "lora"\nrank = 4\ndropout = 0.3'))
+    start = PolicyRecipe(checkpoint=str(base))
+    recipe = replace(tiny(card, strategy=str(path), train={"steps": 6, "save_every": 3}), policy=start)
+    for name in ("one", "other"):
+        run(recipe, tmp_path / name)
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "cut", observer=Until(4, crash))
+    run(recipe, tmp_path / "cut", resume=True)
+    for name in ("other", "cut"):
+        assert_same(everything(tmp_path / name, 6), everything(tmp_path / "one", 6))

@@ -531,3 +531,42 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bfloat16") / "c"
     vlafit.save_checkpoint(make_policy(), folder)
     return folder
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_quantised_tower_goes_with_a_projector_in_bfloat16(how: str, tmp_path):
+    vlafit.save_checkpoint(make_policy(), tmp_path / "c")
+    policy = vlafit.load_policy(tmp_path / "c", dtype="bfloat16")
+    select = {"part": "vision", "kind": ["attention", "mlp"]}
+    apply_strategy(policy, [{"select": select, "mode": "lora", "rank": 2, "quantise": how}, REST])
+    assert velocity(policy).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"select": {"part": "language"}, "mode": "oft"}, "oft"),
+        (
+            {"select": {"part": "expert", "kind": "mlp"}, "mode": "oft", "block": 1},
+            "no `block` from 2 to 1 divides",
+        ),
+        ({"select": {"part": []}, "mode": "full"}, "`part` is a text or a list of texts, not"),
+    ],
+)
+def test_rules_that_could_turn_or_take_nothing_are_refused(rule: dict, message: str):
+    with pytest.raises(StrategyError, match=message):
+        preview(make_policy(), strategy(rule, REST))
+
+
+def test_an_absurd_block_is_cut_to_the_layer_at_once():
+    plan = preview(make_policy(), strategy({"select": {"part": "expert", "kind": "mlp"}, "mode": "oft",
+                                            "block": 10**9}, REST))  # fmt: skip
+    assert plan.trainable_parameters
+
+
+def test_layer_by_layer_stages_that_would_begin_after_the_run_are_refused_at_once():
+    top = {"select": {"part": "expert", "layers": "top"}, "mode": "full"}
+    late = {"begin": {"fraction": 0.5}, "layer_by_layer": 1, "every": {"fraction": 0.4}, "rule": [top, REST]}
+    first = {"rule": [{"select": {"part": "projections"}, "mode": "full"}, REST]}
+    with pytest.raises(StrategyError, match="would begin at .*, when the run is over"):
+        preview(make_policy(), parse({"stage": [first, late]}, name="mine", where="mine"))

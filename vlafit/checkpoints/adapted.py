@@ -151,6 +151,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite.
     """
     live = dict(policy.named_parameters())
+    own = names_on_base(folder) if base is not None else []
     wrong: list[str] = []
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
@@ -178,7 +179,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
             else:
                 live[name].copy_(value)
         if group.adapter.init == "pissa" and base is not None:
-            take_residual(policy, group, load_file(place / INITIAL))
+            take_residual(policy, group, load_file(place / INITIAL), own)
     if wrong:
         raise WeightsError(f"{folder}: the adapters are not those of plan.json:\n  " + "\n  ".join(wrong))
 

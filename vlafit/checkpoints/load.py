@@ -299,11 +299,16 @@ def _foreign(path: Path, given: Given) -> Found:
             given.refuse_options(names.form, str(path))
         translated = translate(tensors, names)
         told = module.told_beside(tensors, folder, translated.theirs)
+        # transformers reads no codec, and our export leaves ours beside its files.
+        ours = module is transformers and (folder / native.CODEC).is_file()
+        codec = Codec.load(folder) if ours else None
+        if codec is not None:
+            told = replace(told, values={**told.values, "max_tokens": codec.config.max_tokens})
         made = infer_config(translated.weights, told, given.fields, str(path), given.widths)
         chunk, odd = told.values.get("chunk"), translated.odd + made.odd
         notes = assumed.from_public(made.config, {**told.values, **given.fields})
         found = Found(
-            str(path), names.form, "pi0", made.config, translated, chunk=chunk, notes=notes, odd=odd
+            str(path), names.form, "pi0", made.config, translated, codec, chunk=chunk, notes=notes, odd=odd
         )
         return replace(found, assets=openpi_assets.find_assets(folder)) if module is openpi else found
     raise WeightsError(

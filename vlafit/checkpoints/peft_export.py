@@ -55,6 +55,12 @@ def refusals(policy: Policy, plan: Plan, target: str) -> list[str]:
         ours = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not _is_alike(ours, theirs.get(names(layer))):
             odd.append(layer)
+    lost = [layer for layer in groups[0].layers if names(layer).startswith("embed_action_time.")]
+    if lost:
+        return [
+            f"peft does not find the adapters of {', '.join(lost)} again when it loads them (names that "
+            "begin with embed_action_time are renamed twice there): add --merge"
+        ]
     if odd:
         return [f"transformers has no layer of the kind of {odd[0]} ({len(odd)} such): add --merge"]
     return []

@@ -22,7 +22,7 @@ from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name, merge
 from vlafit.tuning import Plan
-from vlafit.tuning.inject import adapter_tensors, base_name
+from vlafit.tuning.inject import adapter_tensors, base_name, is_residual
 from vlafit.tuning.quantise import is_rounded_from, quantised_names
 
 
@@ -173,8 +173,12 @@ def _base(
             "checkpoint, rounded: what they were would be lost. They changed before the strategy rounded "
             "them: save the policy before it, load that checkpoint and apply the strategy to it"
         )
-    # From what PiSSA adapts it took its initial factors, which are saved, too.
-    kept = {f"{layer}.weight" for layer, a in (plan.adapted if plan else {}).items() if a.init == "pissa"}
+    # From what PiSSA adapts it took its initial factors, which are saved, too; unless it was trained since.
+    kept = {
+        f"{layer}.weight"
+        for layer, a in (plan.adapted if plan else {}).items()
+        if a.init == "pissa" and is_residual(policy, layer, below[f"{layer}.weight"])
+    }
     differing = {
         name
         for name, tensor in own.items()

@@ -44,7 +44,10 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
         )
     model.load_state_dict(tensors, assign=True)
     model.save_pretrained(folder)
-    return ("transformers holds no codec: normalise states and actions, and tokenise, as codec.json says",)
+    if codec is None:
+        return ("there is no codec: states and actions are in the units that the policy takes",)
+    codec.save(folder)
+    return ("transformers reads no codec: normalise states and actions, and tokenise, as codec.json says",)
 
 
 def skeleton(config: Pi0Config):

@@ -213,9 +213,9 @@ class Pi0(Policy):
         trains = torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters())
         with torch.set_grad_enabled(trains):
             n = batch.images.shape[1]
-            images = self.projector(
-                self.vision(seen_images(batch.images, batch.image_mask))
-            )  # [b*n, patches, d]
+            seen = self.vision(seen_images(batch.images, batch.image_mask))
+            # A quantised tower computes in its adapters' precision, the projector in its own.
+            images = self.projector(seen.to(self.projector.weight.dtype))  # [b*n, patches, d]
             patches = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*patches, d]
             words = self.language.embed_tokens(batch.tokens) * math.sqrt(self.config.language.width)

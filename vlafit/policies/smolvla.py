@@ -216,7 +216,8 @@ class SmolVLA(Policy):
         with torch.set_grad_enabled(training and not frozen):
             n = batch.images.shape[1]
             patches = self.vision(seen_images(batch.images, batch.image_mask), self._positions(batch))
-            images = self.projector(patches) * scale  # [b*n, tokens, d]
+            # A quantised tower computes in its adapters' precision, the projector in its own.
+            images = self.projector(patches.to(self.projector.proj.weight.dtype)) * scale  # [b*n, tokens, d]
             tokens = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
             words = self.language.embed_tokens(batch.tokens) * scale

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from vlafit.nn.flow import time_from_uniform
 
-TRAINING, VALIDATION = 0, 1  # streams that never share a draw
+TRAINING, VALIDATION, DROPOUT = 0, 1, 2  # streams that never share a draw
+
+
+def dropout_seed(keys: Sequence[tuple[int, int]], *, seed: int, step: int) -> int:
+    """Return what to seed torch's generator with before a micro-batch, from which dropout draws.
+
+    A pure function of the step and of the micro-batch's first sample: a run that was interrupted draws the
+    same again, and so does the same run once more. Several processes draw each for their own samples.
+    """
+    epoch, index = keys[0]
+    philox = np.random.Philox(key=[seed, index], counter=[step, 0, epoch, DROPOUT])
+    return int(np.random.Generator(philox).integers(2**63))
 
 
 def noise_and_time(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.recipe import OptimRecipe, TrainRecipe
-from vlafit.train.draws import noise_and_time
+from vlafit.train.draws import dropout_seed, noise_and_time
 from vlafit.train.learner import Learner
 from vlafit.train.optim import rewarm, schedule, set_lr
 from vlafit.train.parallel import last_backward_only, sum_over_processes
@@ -78,6 +78,7 @@ def train(
         error_sum = torch.zeros((), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
+            torch.manual_seed(dropout_seed(keys, seed=recipe.seed, step=step))
             with last_backward_only(model, last):
                 out = _loss(model, batch, keys, recipe, device)
                 # DDP and FSDP average gradients over processes; `world` undoes that.

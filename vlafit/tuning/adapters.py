@@ -70,9 +70,10 @@ class Adapter:
 
     def fit_to(self, shape: tuple[int, ...]) -> "Adapter":
         """Return the adapter for a weight of this shape [out, in, ...]."""
-        if self.method != "oft":
+        if self.method != "oft" or len(shape) < 2:
             return self
-        return replace(self, block=next(b for b in range(self.block, 0, -1) if shape[1] % b == 0))
+        most = min(self.block, shape[1])
+        return replace(self, block=next(b for b in range(most, 0, -1) if shape[1] % b == 0))
 
 
 OPTIONS: dict[Method, tuple[str, ...]] = {

@@ -78,6 +78,12 @@ def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]
             kind = layer_kind(policy, entry.name)
             if rule.adapter is not None and not entry.dead and not _is_bias(policy, entry.name):
                 require_works(rule.adapter, kind, entry.name, where)
+                if rule.adapter.method == "oft" and rule.adapter.fit_to(entry.shape).block < 2:
+                    raise StrategyError(
+                        f"{where} takes {entry.name} {list(entry.shape)}, whose {entry.shape[1]} inputs no "
+                        f"`block` from 2 to {rule.adapter.block} divides, so that nothing would turn; give "
+                        "another `block`, or leave that layer to another rule"
+                    )
                 if rule.adapter.init == "pissa" and rule.adapter.rank > min(entry.shape):
                     raise StrategyError(
                         f"{where} takes {entry.name} {list(entry.shape)}, which has only {min(entry.shape)} "

@@ -8,7 +8,7 @@ undoes that, so that a tensor has one name in plans and checkpoints, adapted or 
 import copy
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -286,18 +286,34 @@ def initial_factors(policy: nn.Module, group: Group) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def take_residual(policy: nn.Module, group: Group, factors: Mapping[str, Tensor]) -> None:
+def take_residual(
+    policy: nn.Module, group: Group, factors: Mapping[str, Tensor], stored: Collection[str] = ()
+) -> None:
     """Take the initial `factors` of PiSSA out of the weights below `group`, as it did when it began.
 
-    The same sum in the same order as peft's: on one machine the residual has the same bits.
+    The same sum in the same order as peft's: on one machine the residual of float32 weights has the same
+    bits. Weights named in `stored` are residuals, or what was trained of them, already.
     """
     for name, layer in adapted_layers(policy):
-        if name in group.layers:
-            a, b = (factors[f"{name}.lora_{x}.{group.name}.weight"] for x in "AB")
+        if name in group.layers and f"{name}.weight" not in stored:
             base = layer.get_base_layer()
-            weight = base.weight.data.float() - layer.scaling[group.name] * b @ a
-            base.weight.data = weight.to(base.weight.dtype)
+            base.weight.data = _residual(layer, name, group.name, factors, base.weight.data)
     _remember(policy, factors)
+
+
+@torch.no_grad()
+def is_residual(policy: nn.Module, layer: str, weight: Tensor) -> bool:
+    """Whether what lies below a PiSSA adapter is `weight` without the initial factors, bit for bit."""
+    module: Any = policy.get_submodule(layer)
+    (group,) = module.scaling
+    mine = module.get_base_layer().weight
+    there = weight.to(mine.device, mine.dtype)
+    return torch.equal(mine, _residual(module, layer, group, attached(policy).initial, there))
+
+
+def _residual(layer: Any, name: str, group: str, factors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    a, b = (factors[f"{name}.lora_{x}.{group}.weight"].to(weight.device) for x in "AB")
+    return (weight.float() - layer.scaling[group] * b @ a).to(weight.dtype)
 
 
 def _names(module: Any) -> set[str]:

@@ -121,6 +121,7 @@ class Strategy:
         written: list[Stage] = []
         for number, stage in enumerate(self.stages, 1):
             written += _repeated(stage, infos, f"strategy {self.name!r}: stage {number}")
+        _require_order(written, f"strategy {self.name!r}")
         return replace(self, stages=tuple(written))
 
 
@@ -215,6 +216,12 @@ def parse(
     if not isinstance(tables, list) or not tables:
         raise StrategyError(f"{where}: write each stage as [[stage]], with double brackets")
     stages = tuple(_stage(table, i, f"{where}: stage {i + 1}") for i, table in enumerate(tables))
+    _require_order(stages, where)
+    return Strategy(name, stages, purpose)
+
+
+def _require_order(stages: Sequence[Stage], where: str) -> None:
+    """Raise StrategyError where a stage does not begin after the one before it, or only after the run."""
     last: Moment | None = None
     for i, stage in enumerate(stages[1:], 2):
         begin = stage.begin
@@ -223,8 +230,12 @@ def parse(
             now, before = getattr(begin, kind), getattr(last, kind) if last else 0
             if now is not None and before is not None and now <= before:
                 raise StrategyError(f"{where}: stage {i} begins at {begin}, not after the stage before it")
+        if begin.fraction is not None and begin.fraction >= 1:
+            raise StrategyError(
+                f"{where}: stage {i} ({stage.name or 'without a name'}) would begin at {begin}, when the run "
+                "is over; let its layers come in larger groups, or sooner (`layer_by_layer`, `every`)"
+            )
         last = begin
-    return Strategy(name, stages, purpose)
 
 
 def _stage(values: object, index: int, where: str) -> Stage:
@@ -368,7 +379,11 @@ def _above(value: object, key: str, where: str) -> float:
 
 def _words(value: object, key: str, known: Sequence[str], where: str) -> tuple[str, ...]:
     words = (value,) if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
+    if (
+        not isinstance(words, list | tuple)
+        or words == []  # which would take everything
+        or not all(isinstance(w, str) and w for w in words)
+    ):
         raise StrategyError(f"{where}: `{key}` is a text or a list of texts, not {value!r}")
     for word in words:
         if known and word not in known:

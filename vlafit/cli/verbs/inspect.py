@@ -12,6 +12,7 @@ from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
     from vlafit.checkpoints import Loaded
+    from vlafit.nn.policy import Policy
 
 ABOUT = """\
 Show what a checkpoint of any program holds: its form and family, what becomes of every tensor, its parts, its
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     loaded = look(folder, config=config, dtype=options.dtype)
     facts = describe(loaded)
     if options.strategy:
-        plan = tuning.preview(loaded.policy, tuning.load_strategy(options.strategy))
+        plan = tuning.preview(bare(loaded.policy), tuning.load_strategy(options.strategy))
         facts["strategy"] = {"name": plan.strategy.name, "table": plan.rows()}
         if len(plan.strategy.stages) > 1:
             facts["strategy"]["stages"] = [
@@ -53,11 +54,18 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bare(policy: "Policy") -> "Policy":
+    """Return the policy on the meta device, without adapters and not quantised, however it was loaded."""
+    from vlafit.policies import family, family_name
+
+    return family(family_name(policy)).build(policy.config, "meta")
+
+
 def describe(loaded: "Loaded") -> dict[str, Any]:
     """Return what `vlafit inspect` shows, as plain values."""
     from vlafit.policies import model_of
 
-    policy, codec = loaded.policy, loaded.codec
+    policy, codec = bare(loaded.policy), loaded.codec
     tensors = dict(policy.named_parameters())
     parts: dict[str, dict[str, int]] = {}
     for info in policy.parts():
