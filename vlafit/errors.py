@@ -28,6 +28,10 @@ class CodecError(VlafitError):
     """A value that cannot pass between robot units and tensors."""
 
 
+class StorageError(VlafitError):
+    """Something cannot be written: a full disk, missing rights."""
+
+
 class WeightsError(VlafitError):
     """A checkpoint whose tensors are not exactly those of the model."""
 

@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vlafit.errors import VlafitError
+from vlafit.errors import StorageError, VlafitError
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # in a folder that is worked in; it holds the process's number. One that is killed leaves it.
 
 
-def _cannot(what: str, path: Path, error: OSError) -> VlafitError:
+def _cannot(what: str, path: Path, error: OSError) -> StorageError:
     blocking = next((p for p in path.parents if p.is_file()), None)
     reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
-    return VlafitError(
+    return StorageError(
         f"cannot {what} {path}: {reason}; choose another place, or mend its rights or free space"
     )
 
@@ -142,7 +142,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # not imported for its name alone
             raise
-        raise VlafitError(f"cannot write into {final}: {error}") from error
+        raise StorageError(f"cannot write into {final}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -276,6 +276,23 @@ def test_what_pissa_adapts_and_a_later_stage_trains_in_full_is_kept(base: Path, 
     assert torch.equal(velocity(vlafit.load_policy(tmp_path / "c")), velocity(policy))
 
 
+def test_an_adapter_too_large_for_float32_is_refused(base: Path, tmp_path: Path):
+    policy = vlafit.load_policy(base)
+    plan = vlafit.apply_strategy(policy, rules("lora"))
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=base)
+    path = next((tmp_path / "c" / "adapters").rglob("adapter_model.safetensors"))
+    tensors = load_file(path)
+    first = min(tensors)
+    tensors[first] = torch.full_like(tensors[first], 1e300, dtype=torch.float64)
+    save_file(tensors, path)
+    manifest = tmp_path / "c" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][path.relative_to(tmp_path / "c").as_posix()] = files.sha256(path)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="not finite lora"):
+        vlafit.load_policy(tmp_path / "c")
+
+
 def test_pissa_over_bfloat16_weights_comes_back_bit_for_bit_on_its_base(base: Path, tmp_path: Path):
     policy = vlafit.load_policy(base, dtype="bfloat16")
     plan = vlafit.apply_strategy(policy, rules("pissa"))

@@ -31,6 +31,7 @@ CHUNK = {"chunk": 6}  # the heads of the image tower have an axis here
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 LAYOUTS = json.loads((JAX / "full_layouts.json").read_text())
 ATTENTION = "PaliGemma/llm/layers/attn/"
+MLP = "PaliGemma/llm/layers/mlp/"
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +368,10 @@ def test_factors_that_are_no_floating_point_numbers_are_refused_and_float64_is_r
     broken = _written(tmp_path / "int" / "params", tree | {name: tree[name].int()})
     with pytest.raises(WeightsError, match=r"not floating-point \(1\): .*q_einsum/lora_b is int32"):
         vlafit.load_policy(broken, config=CHUNK)
+
+
+def test_of_two_leaves_that_tell_two_sizes_both_are_named(tmp_path: Path):
+    tree, name = _tree("ckpt_pure"), f"params/{MLP}gating_einsum"
+    folder = _written(tmp_path / "params", tree | {name: tree[name][..., :-1].contiguous()})
+    with pytest.raises(WeightsError, match=r"contradicted: language.mlp is .*gating_einsum.*mlp/linear"):
+        vlafit.load_policy(folder, config=CHUNK)

@@ -174,7 +174,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
                 )
             elif not value.is_floating_point():
                 wrong.append(f"not floating-point {group.name}: {key} is {value.dtype}")
-            elif not torch.isfinite(value).all():
+            elif not torch.isfinite(value.to(live[name].dtype)).all():  # too large for it counts, too
                 wrong.append(f"not finite {group.name}: {key}")
             else:
                 live[name].copy_(value)

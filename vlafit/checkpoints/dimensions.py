@@ -57,30 +57,47 @@ class Votes:
         return self.example.get((key, size), "")
 
 
-def vote(weights: Mapping[str, Tensor], axes: Mapping[str, str], witnesses: Iterable[Witness] = ()) -> Votes:
-    """Let every tensor tell its sizes.
+def vote(
+    weights: Mapping[str, Tensor],
+    axes: Mapping[str, str],
+    witnesses: Iterable[Witness] = (),
+    theirs: Callable[[str], str] = str,
+) -> Votes:
+    """Let every tensor of the file (see `theirs`) tell its sizes, once each though it holds many of ours.
 
     `axes` has, for each of our names (the layer's number is ``*``), the dimensions of its axes in words:
     ``2*expert.width expert.width``. A number is no dimension; ``-`` is one that nothing is to be learnt from.
     """
     votes = Votes()
+    heard: set[tuple[str, int, int]] = set()
     for name, tensor in weights.items():
         words = axes.get(_LAYER.sub(".layers.*.", name))
         if words is not None:
-            _tell(votes, name, words.split(), tensor.shape)
+            _tell(votes, name, words.split(), tensor.shape, heard, theirs(name))
     for witness in witnesses:
-        _tell(votes, witness.name, witness.axes.split(), witness.shape)
+        _tell(votes, witness.name, witness.axes.split(), witness.shape, heard, witness.name)
     return votes
 
 
-def _tell(votes: Votes, name: str, words: Sequence[str], shape: Sequence[int]) -> None:
+def _tell(
+    votes: Votes,
+    name: str,
+    words: Sequence[str],
+    shape: Sequence[int],
+    heard: set[tuple[str, int, int]],
+    stored: str,
+) -> None:
+    """Count what the tensor `name` tells, unless the one that it is `stored` in has told it already."""
     if len(words) != len(shape):
         return
-    for word, size in zip(words, shape, strict=True):
+    for axis, (word, size) in enumerate(zip(words, shape, strict=True)):
         factor, _, key = word.rpartition("*")
         size, rest = divmod(size, int(factor or 1))
         if key.isdigit() or key == "-" or rest or size < 1:
             continue
+        if (stored, axis, size) in heard:
+            continue
+        heard.add((stored, axis, size))
         counts = votes.counts.setdefault(key, {})
         counts[size] = counts.get(size, 0) + 1
         votes.example.setdefault((key, size), name)

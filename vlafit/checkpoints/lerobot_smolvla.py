@@ -101,7 +101,7 @@ def infer_smolvla(
     values, stated = _told_by(described, folder, depth)
     said = merge(values, given)
     wanted = merge(given, widths or {})
-    votes = vote(weights, AXES, told.witnesses)
+    votes = vote(weights, AXES, told.witnesses, told.theirs)
     read, guessed = read_sizes(votes, stated, wanted, ("vision", "language", "expert"))
     vision, language, expert = (read[part] for part in ("vision", "language", "expert"))
     folded = votes.most("folded")

@@ -153,7 +153,7 @@ def infer_config(
     require_known(merge({}, given), asdict(SIZES["pi0"]), f"{where}: config")
     said = merge(told.values, given)
     wanted = merge(given, widths or {})
-    votes = vote(weights, AXES, told.witnesses)
+    votes = vote(weights, AXES, told.witnesses, told.theirs)
     of_pi0, of_pi05 = of_each(weights)
     pi05 = len(of_pi05) > len(of_pi0)
     public = SIZES["pi05" if pi05 else "pi0"]

@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from vlafit import files
-from vlafit.errors import TrainingError
+from vlafit.errors import StorageError, TrainingError
 from vlafit.train.state import found, resumable
 
 
@@ -73,7 +71,7 @@ class Shelf:
         try:
             with files.new_folder(final) as folder:
                 fill(folder)
-        except (OSError, SafetensorError) as error:
+        except StorageError as error:
             raise TrainingError(
                 f"{final}: cannot write the checkpoint ({error}); mend that, and --resume goes on from the "
                 "one before it"
