@@ -14,7 +14,7 @@ import vlafit
 from tests.checkpoints.forms import FORMS, SMOLVLA, Form, cut, save
 from tests.checkpoints.test_damage import BEYOND
 from vlafit.checkpoints import inspect, lerobot_smolvla, shapes
-from vlafit.checkpoints.dimensions import vote
+from vlafit.checkpoints.dimensions import Witness, contradictions, vote
 from vlafit.errors import WeightsError
 from vlafit.policies import smolvla
 from vlafit.policies.pi0 import SIZES, build
@@ -289,3 +289,12 @@ def test_layers_that_are_lost_at_the_end_are_named_where_something_says_how_many
     with pytest.raises(WeightsError, match="language.depth is 2 by the tensors, 4 by config.json") as caught:
         vlafit.load_policy(folder)
     assert set(caught.value.tensors["missing"]) == set(lost)
+
+
+@pytest.mark.parametrize("rows", [512, 511])
+def test_a_head_that_feeds_nothing_and_lost_an_axis_is_contradicted(rows: int):
+    votes = vote({"language.embed_tokens.weight": torch.empty(512, 64)}, shapes.AXES)
+    read = {"language": {"vocab": 512, "width": 64}}
+    head = Witness("lm_head", (rows,), "language.vocab language.width")
+    (said,) = contradictions(read, (), {}, votes, [head])
+    assert said == f"contradicted: lm_head is ({rows},), and has 2 axes elsewhere"

@@ -174,7 +174,12 @@ def contradictions(
             found.append(f"contradicted: {key} is {', '.join(even)}")
     for witness in witnesses:
         words = witness.axes.split()
-        sizes = zip(words, witness.shape, strict=False)
+        if len(words) != len(witness.shape):
+            found.append(
+                f"contradicted: {witness.name} is {tuple(witness.shape)}, and has {len(words)} axes elsewhere"
+            )
+            continue
+        sizes = zip(words, witness.shape, strict=True)
         want = [size if word == "-" else value_at(read, word) for word, size in sizes]
         if None not in want and list(witness.shape) != want:
             by = [theirs(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]

@@ -77,9 +77,8 @@ def run(
         except VlafitError:
             raise
         except Exception:
-            if (
-                first and (out / "recipe.toml").is_file()
-            ):  # else the folder holds no run, and is to stay empty
+            # Without a recipe the folder holds no run, and is to stay empty.
+            if first and (out / "recipe.toml").is_file():
                 files.write_atomic(out / TRACEBACK, traceback.format_exc())
             raise
 
