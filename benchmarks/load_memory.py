@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlafit.checkpoints.names import back
-from vlafit.checkpoints.openpi import NAMES
+from vlafit.checkpoints.formats.openpi.names import NAMES
+from vlafit.checkpoints.name_map import back
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES, Pi0Config, build
 

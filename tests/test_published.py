@@ -11,7 +11,7 @@ from vlafit import checkpoints, config, files, shipped
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
 from vlafit.rollout.protocol import require_unseen
-from vlafit.train.checks import check
+from vlafit.train.preflight import check
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"

@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.policies.tiny import random_policy
-from vlafit.checkpoints import lerobot, lerobot_smolvla, openpi, shapes, transformers
-from vlafit.checkpoints.names import NameMap, back
+from vlafit.checkpoints.formats.hf_transformers import names as transformers
+from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import smolvla_names as lerobot_smolvla
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.infer import pi0 as shapes
+from vlafit.checkpoints.name_map import NameMap, back
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 Tensors = dict[str, Tensor]

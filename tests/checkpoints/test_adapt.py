@@ -11,7 +11,8 @@ import torch
 import vlafit
 from tests.codec import robots
 from tests.policies.tiny import random_batch, random_draws, random_policy
-from vlafit.checkpoints import inspect, openpi_assets
+from vlafit.checkpoints import inspect
+from vlafit.checkpoints.formats.openpi import norm_stats as openpi_assets
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import train_word_tokenizer
 from vlafit.errors import CodecError, ConfigError, WeightsError

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.checkpoints.forms import FORMS, SMOLVLA, Form, cut, save
 from tests.checkpoints.test_damage import BEYOND
-from vlafit.checkpoints import inspect, lerobot_smolvla, shapes
-from vlafit.checkpoints.dimensions import Witness, contradictions, vote
+from vlafit.checkpoints import inspect
+from vlafit.checkpoints.formats.lerobot import smolvla_names as lerobot_smolvla
+from vlafit.checkpoints.infer import pi0 as shapes
+from vlafit.checkpoints.infer.voting import Witness, contradictions, vote
 from vlafit.errors import WeightsError
 from vlafit.policies import smolvla
 from vlafit.policies.pi0 import SIZES, build

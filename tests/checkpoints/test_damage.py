@@ -15,9 +15,9 @@ import vlafit
 from tests.policies.tiny import random_policy
 from tests.tuning.world import rules
 from vlafit import cli, files
-from vlafit.checkpoints import native
-from vlafit.checkpoints.names import back
-from vlafit.checkpoints.openpi import NAMES
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.openpi.names import NAMES
+from vlafit.checkpoints.name_map import back
 from vlafit.errors import VlafitError, WeightsError
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES, Pi0

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 import vlafit
 from tests.checkpoints.test_lerobot import FIXTURE, RAW, TASKS, robot_view
 from tests.policies.tiny import random_batch, random_draws, random_policy
-from vlafit.checkpoints import lerobot_config, lerobot_export, lerobot_pipelines, openpi_export
 from vlafit.checkpoints.export import export, write
-from vlafit.checkpoints.lerobot_processors import read as read_codec
+from vlafit.checkpoints.formats.lerobot import write as lerobot_export
+from vlafit.checkpoints.formats.lerobot import write_config as lerobot_config
+from vlafit.checkpoints.formats.lerobot import write_processors as lerobot_pipelines
+from vlafit.checkpoints.formats.lerobot.read_processors import read as read_codec
+from vlafit.checkpoints.formats.openpi import write as openpi_export
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
 from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation, Normaliser

@@ -15,8 +15,9 @@ from tests.checkpoints.test_export import codec_for
 from tests.policies.tiny import random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, rules, train, velocity
 from vlafit.checkpoints import export as exporting
-from vlafit.checkpoints import lerobot_export, peft_export
 from vlafit.checkpoints.export import export
+from vlafit.checkpoints.formats.lerobot import write as lerobot_export
+from vlafit.checkpoints.formats.peft import write as peft_export
 from vlafit.errors import WeightsError
 from vlafit.policies import pi0, smolvla
 

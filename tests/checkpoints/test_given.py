@@ -11,9 +11,9 @@ import vlafit
 from tests.checkpoints.test_adapt import TOKENIZER
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints, cli
-from vlafit.checkpoints import assumed
 from vlafit.checkpoints.export import export
-from vlafit.checkpoints.given import take_apart
+from vlafit.checkpoints.formats.openpi import defaults as assumed
+from vlafit.checkpoints.options import take_apart
 from vlafit.errors import ConfigError, WeightsError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

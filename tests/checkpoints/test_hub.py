@@ -20,11 +20,11 @@ import vlafit
 from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules, train, velocity
 from vlafit import checkpoints, cli, config
-from vlafit.checkpoints import hub
+from vlafit.checkpoints import locate as hub
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.recipe import PolicyRecipe
-from vlafit.train.outline import outline
-from vlafit.train.setup import open_data
+from vlafit.train.experiment import open_data
+from vlafit.train.meta_preview import outline
 
 OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_pi0"
 COMMIT, OLDER = "a" * 40, "b" * 40

@@ -13,8 +13,8 @@ from tests.checkpoints.test_export import codec_for
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export
+from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.interpolate import codec_notes, interpolate
-from vlafit.checkpoints.lineage import Lineage
 from vlafit.cli import main
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.policies.tiny import random_batch, random_draws, random_policy
-from vlafit.checkpoints import lerobot, lerobot_processors, openpi
-from vlafit.checkpoints.names import back
+from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.name_map import back
 from vlafit.codec import Codec
 from vlafit.codec.images import bilinear, fit_image
 from vlafit.errors import CodecError, WeightsError

@@ -16,7 +16,7 @@ import vlafit
 from tests.codec import robots
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from vlafit import checkpoints, files
-from vlafit.checkpoints import native
+from vlafit.checkpoints.formats.native import read as native
 from vlafit.codec import Codec
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlafit
-from vlafit.checkpoints.lerobot import PI0 as lerobot_names
-from vlafit.checkpoints.names import back, translate
-from vlafit.checkpoints.openpi import NAMES
-from vlafit.checkpoints.shapes import Inferred, Told, infer_config
+from vlafit.checkpoints.formats.lerobot.names import PI0 as lerobot_names
+from vlafit.checkpoints.formats.openpi.names import NAMES
+from vlafit.checkpoints.infer.pi0 import Inferred, Told, infer_config
+from vlafit.checkpoints.name_map import back, translate
 from vlafit.errors import WeightsError
 from vlafit.nn.batch import Batch
 from vlafit.policies.pi0 import SIZES, Pi0, build

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import vlafit
-from vlafit.checkpoints import inspect, openpi_jax
-from vlafit.checkpoints.names import translate
-from vlafit.checkpoints.openpi import NAMES
-from vlafit.checkpoints.orbax import Leaf
-from vlafit.checkpoints.shapes import Inferred, infer_config
+from vlafit.checkpoints import inspect
+from vlafit.checkpoints.formats.openpi import jax as openpi_jax
+from vlafit.checkpoints.formats.openpi.names import NAMES
+from vlafit.checkpoints.formats.openpi.orbax import Leaf
+from vlafit.checkpoints.infer.pi0 import Inferred, infer_config
+from vlafit.checkpoints.name_map import translate
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.batch import Batch
 from vlafit.nn.flow import interpolate, time_embedding

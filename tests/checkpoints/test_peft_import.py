@@ -15,8 +15,8 @@ from tests.checkpoints.test_export_adapters import trained, velocity_of_theirs
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_policy, velocity
 from vlafit import checkpoints
-from vlafit.checkpoints import lerobot_export
 from vlafit.checkpoints.export import export, write
+from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.errors import WeightsError
 from vlafit.policies import pi0, smolvla
 

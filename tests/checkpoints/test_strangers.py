@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlafit
-from vlafit.checkpoints import openpi
-from vlafit.checkpoints.lerobot import SMOLVLA
-from vlafit.checkpoints.names import back
-from vlafit.checkpoints.strangers import name_family
-from vlafit.checkpoints.transformers import SAVED
+from vlafit.checkpoints.formats.hf_transformers.names import SAVED
+from vlafit.checkpoints.formats.lerobot.names import SMOLVLA
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.formats.unsupported import name_family
+from vlafit.checkpoints.name_map import back
 from vlafit.errors import WeightsError
 from vlafit.policies import smolvla
 from vlafit.policies.pi0 import SIZES, build

@@ -8,9 +8,9 @@ import torch
 
 import vlafit
 from tests.policies.tiny import random_batch, random_draws
-from vlafit.checkpoints.fit import fit
-from vlafit.checkpoints.names import back, translate
-from vlafit.checkpoints.transformers import LIVE
+from vlafit.checkpoints.assign import fit
+from vlafit.checkpoints.formats.hf_transformers.names import LIVE
+from vlafit.checkpoints.name_map import back, translate
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.policies.pi0 import SIZES, Pi0, build
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.checkpoints.forms import FORMS, Form, save
 from vlafit import cli
-from vlafit.checkpoints import inspect, openpi
-from vlafit.checkpoints.listing import listed
-from vlafit.checkpoints.names import back
-from vlafit.checkpoints.sources import INDEX
+from vlafit.checkpoints import inspect
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.name_map import back
+from vlafit.checkpoints.tensor_files import INDEX
+from vlafit.checkpoints.tensor_lists import listed
 from vlafit.errors import WeightsError
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES, build

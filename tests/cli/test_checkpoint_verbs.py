@@ -13,7 +13,7 @@ import vlafit
 from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules
 from vlafit import checkpoints, cli, config
-from vlafit.checkpoints import orbax
+from vlafit.checkpoints.formats.openpi import orbax
 from vlafit.recipe import PolicyRecipe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -20,7 +20,7 @@ from tests.datasets.layouts import (
 )
 from vlafit.datasets import Card, ChunkDataset, EpisodeStore, open_dataset
 from vlafit.datasets.card import InstructionCard
-from vlafit.datasets.hdf5 import Hdf5Store, instruction_from_filename
+from vlafit.datasets.layouts.hdf5 import Hdf5Store, instruction_from_filename
 from vlafit.errors import DataError
 
 FILENAME = InstructionCard("filename")

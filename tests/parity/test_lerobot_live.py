@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.policies.tiny import random_policy
-from vlafit.checkpoints import lerobot_export
 from vlafit.checkpoints.export import export, write
+from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
 from vlafit.nn.batch import Batch, stack, unit_images
 from vlafit.nn.policy import Policy

@@ -15,7 +15,7 @@ from tests.train.world import start, tiny
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.checks import check
+from vlafit.train.preflight import check
 
 NAN = float("nan")
 

@@ -16,7 +16,8 @@ from vlafit.actor import load_actor
 from vlafit.errors import ConfigError, TrainingError, WeightsError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.rollout import evaluate
-from vlafit.train import run, setup
+from vlafit.train import experiment as setup
+from vlafit.train import run
 
 CPU = torch.device("cpu")
 

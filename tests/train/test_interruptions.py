@@ -19,8 +19,8 @@ from vlafit.errors import TrainingError, VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.callbacks import Observer
 from vlafit.train.loop import StepResult
-from vlafit.train.observer import Observer
 
 
 class Interrupted(Exception):

@@ -8,8 +8,9 @@ import pytest
 
 from vlafit import config
 from vlafit.recipe import Recipe
-from vlafit.train import run, setup
-from vlafit.train.notices import never_began, notices
+from vlafit.train import experiment as setup
+from vlafit.train import run
+from vlafit.train.warnings import never_began, notices
 from vlafit.tuning import Plan, parse, preview
 
 REST = {"mode": "frozen"}

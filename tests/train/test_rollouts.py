@@ -11,7 +11,7 @@ from tests.train.world import assert_same, learned, metrics, tiny
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.observer import Observer
+from vlafit.train.callbacks import Observer
 
 EVERYTHING = {"before": True, "after": True, "wrong_instruction": True, "every": 3, "every_trials": 1}
 NAMES = ["after", "before", "step_000003", "step_000006", "wrong_instruction"]

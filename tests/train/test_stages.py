@@ -22,11 +22,14 @@ from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.report import read_facts
 from vlafit.report.page import page
-from vlafit.train import feed, run, setup, state
-from vlafit.train.learner import Learner
+from vlafit.train import checkpointer as state
+from vlafit.train import dataloader as feed
+from vlafit.train import experiment as setup
+from vlafit.train import run
 from vlafit.train.loop import StepResult, train
 from vlafit.train.optim import Ema, rewarm
 from vlafit.train.stages import Place, due, require_reachable
+from vlafit.train.train_state import Learner
 from vlafit.tuning import Plan, Stage, parse
 
 CPU = torch.device("cpu")
@@ -233,7 +236,7 @@ from vlafit import checkpoints, config
 from vlafit.cli.train_view import TrainView
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.observer import Observer
+from vlafit.train.callbacks import Observer
 
 class Kill(Observer):
     def stage(self, plan, began):

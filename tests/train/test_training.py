@@ -12,9 +12,11 @@ import torch
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit import checkpoints
 from vlafit.recipe import OptimRecipe, Recipe
-from vlafit.train import feed, run, setup
-from vlafit.train.draws import VALIDATION, noise_and_time
+from vlafit.train import dataloader as feed
+from vlafit.train import experiment as setup
+from vlafit.train import run
 from vlafit.train.loop import NotFinite
+from vlafit.train.noise import VALIDATION, noise_and_time
 from vlafit.train.optim import Ema, build_optimizer, schedule
 
 CPU = torch.device("cpu")

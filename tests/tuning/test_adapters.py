@@ -12,11 +12,11 @@ from peft.tuners.lora.dora import DoraLinearLayer
 
 import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, probe, rules, train, velocity
-from vlafit.checkpoints import adapted
+from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.errors import StrategyError, TrainingError
+from vlafit.nn.attached import Attached, attached
 from vlafit.recipe import OptimRecipe
 from vlafit.tuning import apply, apply_strategy, enter, parse, preview
-from vlafit.tuning.attached import Attached, attached
 from vlafit.tuning.dora import FactoredDoraLayer
 from vlafit.tuning.inject import adapter_tensors, base_name, make_groups, peft_config
 from vlafit.tuning.merge import merge

@@ -1,14 +1,14 @@
 """Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
 
-from vlafit.checkpoints.adapted import Base, names_on_base, read_base
+from vlafit.checkpoints.assign import fit, open_tensors
 from vlafit.checkpoints.codecs import wants_tokenizer
-from vlafit.checkpoints.fit import fit, open_tensors
-from vlafit.checkpoints.given import take_apart
-from vlafit.checkpoints.hub import Place, place
-from vlafit.checkpoints.identity import digest
-from vlafit.checkpoints.lineage import Learned, Lineage, read_lineage
+from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
+from vlafit.checkpoints.hashing import digest
+from vlafit.checkpoints.history import Learned, Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
-from vlafit.checkpoints.report import LoadReport
+from vlafit.checkpoints.load_report import LoadReport
+from vlafit.checkpoints.locate import Place, place
+from vlafit.checkpoints.options import take_apart
 from vlafit.checkpoints.save import save
 
 __all__ = [

@@ -3,9 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from vlafit.checkpoints import lerobot, lerobot_processors, native, openpi_assets, openpi_jax
-from vlafit.checkpoints.found import Found
-from vlafit.checkpoints.given import Given
+from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.openpi import jax as openpi_jax
+from vlafit.checkpoints.formats.openpi import norm_stats as openpi_assets
+from vlafit.checkpoints.opened import Found
+from vlafit.checkpoints.options import Given
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer

@@ -9,21 +9,19 @@ from typing import Literal, get_args
 import torch
 
 from vlafit import files
-from vlafit.checkpoints import (
-    adapted,
-    hub,
-    lerobot_export,
-    native,
-    openpi_export,
-    peft_export,
-    transformers_export,
-)
 from vlafit.checkpoints import interpolate as between
-from vlafit.checkpoints.casting import cast, round_weights
-from vlafit.checkpoints.fit import Dtype, stored_as
-from vlafit.checkpoints.given import dtype_of
-from vlafit.checkpoints.lineage import Lineage, read_lineage
+from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints.assign import Dtype, stored_as
+from vlafit.checkpoints.formats.hf_transformers import write as transformers_export
+from vlafit.checkpoints.formats.lerobot import write as lerobot_export
+from vlafit.checkpoints.formats.native import adapters as adapted
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.openpi import write as openpi_export
+from vlafit.checkpoints.formats.peft import write as peft_export
+from vlafit.checkpoints.history import Lineage, read_lineage
 from vlafit.checkpoints.load import Loaded, load
+from vlafit.checkpoints.options import dtype_of
+from vlafit.checkpoints.precision import cast, round_weights
 from vlafit.checkpoints.save import save
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError, did_you_mean

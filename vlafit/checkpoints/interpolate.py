@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlafit.checkpoints import adapted, hub, native
-from vlafit.checkpoints.fit import complain
-from vlafit.checkpoints.lineage import read_lineage
+from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints.assign import complain
+from vlafit.checkpoints.formats.native import adapters as adapted
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.history import read_lineage
 from vlafit.checkpoints.load import load
 from vlafit.codec import Codec
 from vlafit.codec.statistics import Normaliser

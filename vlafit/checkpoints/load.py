@@ -9,21 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlafit.checkpoints import (
-    adapted,
-    assumed,
-    codecs,
-    hub,
-    lerobot,
-    native,
-    openpi,
-    openpi_assets,
-    openpi_jax,
-    peft_import,
-    strangers,
-    transformers,
-)
-from vlafit.checkpoints.fit import (
+from vlafit.checkpoints import codecs
+from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints.assign import (
     DTYPES,
     Dtype,
     compare,
@@ -33,13 +21,23 @@ from vlafit.checkpoints.fit import (
     replace_parameter,
     stored_as,
 )
-from vlafit.checkpoints.found import Found
-from vlafit.checkpoints.given import WIDTHS, Given, dtype_of, take_apart
-from vlafit.checkpoints.identity import digest
-from vlafit.checkpoints.names import Translated, translate
-from vlafit.checkpoints.report import LoadReport
-from vlafit.checkpoints.shapes import infer_config
-from vlafit.checkpoints.sources import weight_files
+from vlafit.checkpoints.formats import unsupported as strangers
+from vlafit.checkpoints.formats.hf_transformers import names as transformers
+from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.native import adapters as adapted
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.openpi import defaults as assumed
+from vlafit.checkpoints.formats.openpi import jax as openpi_jax
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.formats.openpi import norm_stats as openpi_assets
+from vlafit.checkpoints.formats.peft import read as peft_import
+from vlafit.checkpoints.hashing import digest
+from vlafit.checkpoints.infer.pi0 import infer_config
+from vlafit.checkpoints.load_report import LoadReport
+from vlafit.checkpoints.name_map import Translated, translate
+from vlafit.checkpoints.opened import Found
+from vlafit.checkpoints.options import WIDTHS, Given, dtype_of, take_apart
+from vlafit.checkpoints.tensor_files import weight_files
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError, did_you_mean

@@ -10,13 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
-from vlafit.checkpoints import adapted, hub, native
-from vlafit.checkpoints.adapted import Base
-from vlafit.checkpoints.given import WIDTHS
-from vlafit.checkpoints.identity import MANIFEST, digest
-from vlafit.checkpoints.lineage import Lineage
+from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints.formats.native import adapters as adapted
+from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.native.adapters import Base
+from vlafit.checkpoints.formats.native.read import FORMAT, PLAN, POLICY, RECIPE, WEIGHTS
+from vlafit.checkpoints.hashing import MANIFEST, digest
+from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.load import load
-from vlafit.checkpoints.native import FORMAT, PLAN, POLICY, RECIPE, WEIGHTS
+from vlafit.checkpoints.options import WIDTHS
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy

@@ -32,7 +32,7 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     try:
         return shipped.find("checkpoint", text)
     except ConfigError:
-        from vlafit.checkpoints import hub  # not before: torch comes with it
+        from vlafit.checkpoints import locate as hub
 
         if hub.parse(text) is None:
             raise

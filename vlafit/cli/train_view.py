@@ -9,9 +9,9 @@ from vlafit.recipe import Recipe
 from vlafit.rollout import Record
 from vlafit.train import RunSummary
 from vlafit.train import run as run_recipe
+from vlafit.train.callbacks import Observer
+from vlafit.train.experiment import Experiment
 from vlafit.train.loop import StepResult
-from vlafit.train.observer import Observer
-from vlafit.train.setup import Experiment
 from vlafit.train.stages import title
 from vlafit.tuning import Plan
 

@@ -14,11 +14,11 @@ from vlafit.compare.identity import digest, flat
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
-from vlafit.train.checks import check
+from vlafit.train.experiment import Data
 from vlafit.train.fingerprint import episodes_hash
-from vlafit.train.outline import outline, plan_of
-from vlafit.train.sets import open_sets
-from vlafit.train.setup import Data
+from vlafit.train.meta_preview import outline, plan_of
+from vlafit.train.preflight import check
+from vlafit.train.validation_sets import open_sets
 from vlafit.tuning import load_strategy
 
 FORMAT = 1

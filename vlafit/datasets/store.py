@@ -64,6 +64,6 @@ def open_dataset(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
     match card.layout:
         case "libero" | "robomimic":
-            from vlafit.datasets.hdf5 import Hdf5Store
+            from vlafit.datasets.layouts.hdf5 import Hdf5Store
 
             return Hdf5Store(card)

@@ -20,7 +20,7 @@ from vlafit.nn import flow
 from vlafit.nn.batch import Batch
 
 if TYPE_CHECKING:
-    from vlafit.tuning.attached import Attached
+    from vlafit.nn.attached import Attached
 
 Part = Literal["vision", "projector", "language", "expert", "projections"]
 Kind = Literal["attention", "mlp", "norm", "embedding", "conv", "linear"]
@@ -79,7 +79,7 @@ class Policy(nn.Module, ABC):
     source: Source | None = None
     """Where its weights lie; None where they lie nowhere, as those of a policy that was built or merged."""
     attached: "Attached | None" = None
-    """What came with its adapters; see `vlafit.tuning.attached`."""
+    """What came with its adapters; see `vlafit.nn.attached`."""
 
     @abstractmethod
     def parts(self) -> list[ParameterInfo]:

@@ -16,11 +16,11 @@ from vlafit.recipe import Recipe
 from vlafit.sweep.storage import Storage, Taken
 from vlafit.sweep.study import Study, check, prepare
 from vlafit.train import run as train
-from vlafit.train.checks import check as check_recipe
+from vlafit.train.callbacks import Observer
+from vlafit.train.experiment import Data, open_data
 from vlafit.train.loop import StepResult
-from vlafit.train.observer import Observer
-from vlafit.train.outline import outline, plan_of
-from vlafit.train.setup import Data, open_data
+from vlafit.train.meta_preview import outline, plan_of
+from vlafit.train.preflight import check as check_recipe
 from vlafit.tuning import Strategy
 
 log = logging.getLogger(__name__)

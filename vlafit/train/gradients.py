@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlafit.errors import TrainingError
-from vlafit.train.parallel import sum_over_processes
+from vlafit.train.distributed import sum_over_processes
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import base_name
 from vlafit.tuning.quantise import quantised_names

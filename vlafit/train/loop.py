@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.recipe import OptimRecipe, TrainRecipe
-from vlafit.train.draws import dropout_seed, noise_and_time
-from vlafit.train.learner import Learner
+from vlafit.train.distributed import last_backward_only, sum_over_processes
+from vlafit.train.noise import dropout_seed, noise_and_time
 from vlafit.train.optim import rewarm, schedule, set_lr
-from vlafit.train.parallel import last_backward_only, sum_over_processes
+from vlafit.train.train_state import Learner
 
 Keys = Sequence[tuple[int, int]]  # (epoch, sample index) of each row
 

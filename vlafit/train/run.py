@@ -19,13 +19,19 @@ from accelerate.utils import InitProcessGroupKwargs
 from vlafit import config, files, report, rollout
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import folder, memory, notices, own_base, setup, stages, start, state
-from vlafit.train.checks import check
-from vlafit.train.job import Job
-from vlafit.train.observer import Observer
-from vlafit.train.parallel import barrier
+from vlafit.train import checkpointer as state
+from vlafit.train import experiment as setup
+from vlafit.train import initial_policy as start
+from vlafit.train import memory, stages
+from vlafit.train import quantised_base as own_base
+from vlafit.train import run_folder as folder
+from vlafit.train import warnings as notices
+from vlafit.train.callbacks import Observer
+from vlafit.train.checkpoint_folders import Shelf
+from vlafit.train.distributed import barrier
+from vlafit.train.preflight import check
 from vlafit.train.provenance import describe_machine
-from vlafit.train.shelf import Shelf
+from vlafit.train.trainer import Job
 
 __all__ = ["Observer", "RunSummary", "run"]
 

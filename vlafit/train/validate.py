@@ -10,9 +10,9 @@ import torch
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy
 from vlafit.recipe import TrainRecipe
-from vlafit.train.draws import VALIDATION, noise_and_time
+from vlafit.train.distributed import sum_over_processes
 from vlafit.train.loop import Keys
-from vlafit.train.parallel import sum_over_processes
+from vlafit.train.noise import VALIDATION, noise_and_time
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.errors import StrategyError
+from vlafit.nn.attached import Attached, attach, attached
 from vlafit.tuning.adapters import Adapter, Layer, Quantise
-from vlafit.tuning.attached import Attached, attach, attached
 from vlafit.tuning.quantise import quantise_layer, quantised_names
 
 log = logging.getLogger(__name__)

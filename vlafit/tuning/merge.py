@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlafit.nn.attached import attach
 from vlafit.nn.policy import Policy
-from vlafit.tuning.attached import attach
 from vlafit.tuning.inject import adapted_layers
 from vlafit.tuning.quantise import dequantised, quantised_names
 

@@ -1,0 +1,135 @@
+"""Steps of LeRobot's processor pipelines: which settings we repeat. Any other is an error that names it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit.checkpoints.formats.lerobot.names import Described
+from vlafit.errors import WeightsError
+
+PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
+NEVER = {  # keys of config.json: what they do inside the policy, when true
+    "adapt_to_pi_aloha": "it converts Aloha's joints inside the policy",
+    "use_delta_joint_actions_aloha": "it makes Aloha's joints relative inside the policy",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline, and the file that it is in."""
+
+    where: str
+    name: str
+    config: Mapping[str, Any]
+    state_file: Path | None
+    artifacts: Mapping[str, str]
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _only(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_NORMAL: dict[str, Callable[[Any], bool]] = {
+    "eps": _any,  # compared where the mode is read
+    "features": _is_table,  # their kinds are looked at below
+    "norm_map": _is_table,
+    "normalize_observation_keys": lambda value: value is None or "observation.state" in value,
+}
+REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "rename_observations_processor": {"rename_map": _is_table},
+    "to_batch_processor": {},
+    "device_processor": {
+        "device": _any,  # where it runs, not what it computes
+        "float_dtype": _only(None, "float32"),
+    },
+    "pi0_new_line_processor": {},
+    "smolvla_new_line_processor": {},
+    "pi05_prepare_state_tokenizer_processor_step": {
+        "max_state_dim": _any,  # the state is padded after it was written into the prompt
+        "task_key": _any,  # where LeRobot finds the instruction; an observation has it
+    },
+    "tokenizer_processor": {
+        "max_length": _any,  # compared with config.json below
+        "task_key": _any,  # as above
+        "padding_side": _only("right"),
+        "padding": _only("max_length", "longest"),  # padding is masked, however long
+        "truncation": _only(True),
+        "tokenizer_name": _any,  # looked for in the folder
+    },
+    "normalizer_processor": _NORMAL,
+    "unnormalizer_processor": _NORMAL,
+    "relative_actions_processor": {
+        "enabled": _only(True, False),
+        "exclude_joints": _any,  # read
+        "action_names": _any,  # read
+    },
+    "absolute_actions_processor": {"enabled": _only(True, False)},
+}
+"""Settings of each step, and which of their values we repeat; a comment says why any will do."""
+
+
+def read_steps(path: Path) -> list[Step]:
+    """Read a pipeline. Raises WeightsError where it is none, or has parts that LeRobot does not write."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        listed = content["steps"]
+        odd = sorted({*content} - {"name", "steps"})
+        odd += sorted(
+            {key for one in listed for key in one} - {"registry_name", "config", "state_file", "artifacts"}
+        )
+        if odd:
+            raise WeightsError(f"{path}: {odd[0]!r} is not known here, and leaving it out would be a guess")
+        return [
+            Step(
+                where=f"{path}: step {i} ({one['registry_name']})",
+                name=one["registry_name"],
+                config=dict(one["config"]),
+                state_file=path.parent / one["state_file"] if "state_file" in one else None,
+                artifacts=dict(one.get("artifacts", {})),
+            )
+            for i, one in enumerate(listed)
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({error!r})") from error
+
+
+def require_repeated(steps: Sequence[Step], told: Described) -> None:
+    """Raise WeightsError naming the first setting of a step, or of config.json, that we do not repeat."""
+    for key, why in NEVER.items():
+        if told.get(key, bool):
+            raise WeightsError(f"{told.path}: {key} is true: {why}, which is not supported here")
+    for step in steps:
+        known = REPEATED.get(step.name, {})
+        for key, value in step.config.items():
+            if key not in known:
+                raise WeightsError(
+                    f"{step.where}: {key} is {value!r}; it is not known here, so that to ignore it is a guess"
+                )
+            if not known[key](value):
+                raise WeightsError(f"{step.where}: {key} is {value!r}, which is not supported here")
+        length, stated = step.config.get("max_length"), told.values.get("tokenizer_max_length")
+        if length is not None and stated is not None and length != stated:
+            raise WeightsError(
+                f"{step.where}: max_length is {length}, and tokenizer_max_length is {stated} in {told.path}"
+            )
+        features = step.config.get("features")
+        if features is not None:
+            require_kinds(features, f"{step.where}: features")
+
+
+def require_kinds(features: Any, where: str) -> None:
+    """Raise WeightsError for a feature of a kind that no policy here takes, such as environment_state."""
+    for name, feature in dict(features or {}).items():
+        kind = feature.get("type") if isinstance(feature, Mapping) else None
+        if kind not in ("VISUAL", "STATE", "ACTION"):
+            raise WeightsError(f"{where}: {name} is of type {kind!r}, which no policy here takes")

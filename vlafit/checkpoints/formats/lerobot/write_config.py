@@ -1,0 +1,178 @@
+"""config.json as LeRobot writes it, and which sizes it has no words for.
+
+LeRobot builds a network from names of sizes, so only those it can name go there (`size_refusals`).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, EMPTY, IMAGES, MODES, STATE, mask_of
+from vlafit.checkpoints.formats.lerobot.smolvla_names import PUBLIC_VLM, expert_mlp
+from vlafit.checkpoints.infer.gemma_variants import gemma_refusals, variants
+from vlafit.checkpoints.precision import dtype_name
+from vlafit.codec import Codec
+from vlafit.codec.statistics import Normalisation
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import Policy
+from vlafit.policies.pi0 import Pi0Config
+from vlafit.policies.smolvla import SIZES, SmolVLAConfig
+
+Kind = Literal["pi0", "pi05", "smolvla"]
+LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see lerobot_vlm.py
+WRITTEN: dict[Normalisation, str] = {
+    "mean_std": "MEAN_STD",
+    "quantile": "QUANTILES",
+    **{ours: theirs for theirs, ours in MODES.items()},
+}
+
+
+def size_refusals(policy: Policy) -> list[str]:
+    """Say which sizes LeRobot cannot name."""
+    config = policy.config
+    if isinstance(config, Pi0Config):
+        found = gemma_refusals(config, "LeRobot")
+        if config.pi05 and config.state_input != "prompt":
+            found.append("LeRobot's pi0.5 always writes the state into the prompt, this policy does not")
+        return found
+    assert isinstance(config, SmolVLAConfig)
+    found = []
+    width, mlp = _expert_of(config)
+    if (width, mlp) != (config.expert.width, config.expert.mlp):
+        found.append(
+            f"LeRobot gives an expert of width {config.expert.width} an MLP of {mlp}, this policy's is "
+            f"{config.expert.mlp}"
+        )
+    return found
+
+
+def _has_public_vlm(config: SmolVLAConfig) -> bool:
+    """Whether the published SmolVLM2 is the model below the policy, but for text layers that it cut off."""
+    ours, public = ((c.vision, {**vars(c.language), "depth": 0}) for c in (config, SIZES["smolvla"]))
+    return ours == public and config.language.depth <= 32
+
+
+def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
+    """Return what config.json says of the policy and its codec."""
+    config, c = policy.config, codec.config
+    modes = modes_of(codec)
+    common = {
+        "type": kind,
+        "n_obs_steps": 1,
+        "input_features": _inputs(codec),
+        "output_features": {ACTION: {"type": "ACTION", "shape": list(codec.embodiment.action.shape)}},
+        "device": "cpu",
+        "use_amp": False,
+        "use_peft": False,
+        "push_to_hub": False,
+        "repo_id": None,
+        "private": None,
+        "tags": None,
+        "license": None,
+        "pretrained_path": None,
+        "chunk_size": config.chunk,
+        "n_action_steps": config.chunk,
+        "normalization_mapping": modes,
+        "max_state_dim": config.state_dim,
+        "max_action_dim": config.action_dim,
+        "empty_cameras": sum(not name for name in c.cameras),
+        "tokenizer_max_length": c.max_tokens,
+        "min_period": lerobot.ALWAYS["min_period"],
+        "max_period": lerobot.ALWAYS["max_period"],
+    }
+    if isinstance(config, SmolVLAConfig):
+        every = config.expert.self_every
+        return common | {
+            "resize_imgs_with_padding": [config.image_size, config.image_size],
+            "adapt_to_pi_aloha": False,
+            "use_delta_joint_actions_aloha": False,
+            "num_steps": 10,
+            "use_cache": True,
+            "freeze_vision_encoder": True,
+            "train_expert_only": True,
+            "train_state_proj": True,
+            "vlm_model_name": PUBLIC_VLM if _has_public_vlm(config) else LOCAL_VLM,
+            "load_vlm_weights": False,
+            "add_image_special_tokens": False,
+            "attention_mode": "cross_attn",
+            "prefix_length": -1,
+            "pad_language_to": "longest",
+            "num_expert_layers": -1,
+            "num_vlm_layers": config.language.depth,
+            "self_attn_every_n_layers": every if every else -1,
+            "expert_width_multiplier": _multiplier(config),
+        }
+    names, exclude = _relative_names(codec)
+    language, expert = variants(config)
+    return common | {
+        "paligemma_variant": language,
+        "action_expert_variant": expert,
+        "dtype": dtype_name(policy),
+        "num_inference_steps": 10,
+        "image_resolution": [c.image_size, c.image_size],
+        "use_relative_actions": any(c.relative),
+        "relative_exclude_joints": exclude,
+        "action_feature_names": names,
+    }
+
+
+def _inputs(codec: Codec) -> dict[str, Any]:
+    features: dict[str, Any] = {}
+    empty = 0
+    for name in codec.config.cameras:
+        if name:
+            height, width, _ = codec.embodiment.camera(name).shape
+            features[_key(name)] = {"type": "VISUAL", "shape": [3, height, width]}
+    for name in codec.config.cameras:
+        if not name:  # LeRobot puts missing cameras last; where they stand makes no difference
+            side = codec.config.image_size
+            features[f"{EMPTY}{empty}"] = {"type": "VISUAL", "shape": [3, side, side]}
+            empty += 1
+    return features | {STATE: {"type": "STATE", "shape": list(codec.embodiment.state.shape)}}
+
+
+def _key(camera: str) -> str:
+    return camera if camera.startswith("observation.") else IMAGES + camera
+
+
+def modes_of(codec: Codec) -> dict[str, str]:
+    """Return LeRobot's names for how each kind of feature is normalised."""
+    return {
+        "VISUAL": "IDENTITY",
+        "STATE": WRITTEN[codec.config.normalisation],
+        "ACTION": WRITTEN[codec.config.of_actions],
+    }
+
+
+def _relative_names(codec: Codec) -> tuple[list[str] | None, list[str]]:
+    """Return names of the action's dimensions, and which stay absolute, so that LeRobot finds our mask."""
+    mask, labels = codec.config.relative, list(codec.embodiment.action.labels)
+    # Either may be empty: a robot without labels, a codec without relative actions.
+    absolute = [label for label, on in zip(labels, mask, strict=False) if not on]
+    if not any(mask) or (labels and mask_of(labels, absolute, len(mask)) == mask):
+        return labels or None, absolute
+    made = [f"{'relative' if on else 'absolute'}_{i}" for i, on in enumerate(mask)]
+    return made, ["absolute"] if not all(mask) else []
+
+
+def _multiplier(config: SmolVLAConfig) -> float:
+    """Return the factor by which LeRobot finds the expert's width; it cuts the product to a whole number."""
+    width = config.language.width
+    factor = config.expert.width / width
+    return factor if int(width * factor) == config.expert.width else math.nextafter(factor, math.inf)
+
+
+def _expert_of(config: SmolVLAConfig) -> tuple[int, int]:
+    """Return the width and MLP of the expert that LeRobot makes (its get_intermediate_size)."""
+    width = int(config.language.width * _multiplier(config))
+    return width, expert_mlp(width)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write `values`; raises WeightsError where that cannot be done."""
+    try:
+        path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,184 @@
+"""LeRobot's processors, written: both pipelines with their statistics, and the tokenizer.
+
+Their formulas have no floors and their pipelines fewer forms than our codec; what they cannot repeat is
+refused (`codec_refusals`).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE, STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
+from vlafit.codec import Codec, Tokenizer
+from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, Normalisation, Normaliser, Statistics
+
+NEWLINE: dict[Kind, str] = {"pi0": "pi0_new_line_processor", "smolvla": "smolvla_new_line_processor"}
+PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups on the shelf!")
+
+
+def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
+    """Say what of the codec LeRobot's pipelines cannot do."""
+    config, found = codec.config, []
+    wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",)}[kind]
+    if config.prompt not in wanted:
+        found.append(
+            f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
+        )
+    if kind == "smolvla" and any(config.relative):
+        found.append("LeRobot's SmolVLA has no relative actions")
+    framing = "smolvla" if kind == "smolvla" else "lerobot"
+    scaled = [c for c in codec.embodiment.cameras if c.shape[:2] != (config.image_size,) * 2]
+    if scaled and (config.framing == "smolvla") != (framing == "smolvla"):
+        found.append(
+            f"LeRobot pads images of {kind} elsewhere than this codec ({config.framing}), and camera "
+            f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} "
+            "squared"
+        )
+    methods: dict[str, Normalisation] = {"state": config.normalisation, "action": config.of_actions}
+    for name, method in methods.items():
+        lost = _lost(codec.statistics[name], method)
+        if lost:
+            found.append(
+                f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} "
+                "beside its offset is lost"
+            )
+    if config.prompt == "pi0" and not _in_one_piece(codec.tokenizer):
+        found.append(
+            "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the "
+            "pieces"
+        )
+    return found
+
+
+def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str, Any]) -> None:
+    """Write both pipelines; `config` is what config.json says."""
+    modes = modes_of(codec)
+    output = dict(config["output_features"])
+    everything = dict(config["input_features"]) | output
+    normaliser = {"eps": LEROBOT_EPSILON, "features": everything, "norm_map": modes}
+    step = {name: _step(name, values) for name, values in {
+        "rename_observations_processor": {"rename_map": {}},
+        "to_batch_processor": {},
+        "device_processor": {"device": "cpu", "float_dtype": None},
+        "normalizer_processor": normaliser,
+        STATE_PROMPT: {},
+    }.items()}  # fmt: skip
+    asking = _step("tokenizer_processor", {
+        "max_length": codec.config.max_tokens,
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "longest" if kind == "smolvla" else "max_length",
+        "truncation": True,
+        "tokenizer_name": "tokenizer",
+    })  # fmt: skip
+    asking["artifacts"] = {"tokenizer_name": "tokenizer"}
+    relative = _step("relative_actions_processor", {
+        "enabled": any(codec.config.relative),
+        "exclude_joints": config.get("relative_exclude_joints"),
+        "action_names": config.get("action_feature_names"),
+    })  # fmt: skip
+    opening = [step["rename_observations_processor"], step["to_batch_processor"]]
+    device, normal = step["device_processor"], step["normalizer_processor"]
+    pre: list[dict[str, Any]]
+    match kind:
+        case "smolvla":
+            pre = [*opening, _step(NEWLINE[kind], {}), asking, device, normal]
+        case "pi0":
+            pre = [*opening, _step(NEWLINE[kind], {}), asking, device, relative, normal]
+        case "pi05":
+            pre = [*opening, relative, normal, step[STATE_PROMPT], asking, device]
+    undo = _step("unnormalizer_processor", {"eps": LEROBOT_EPSILON, "features": output, "norm_map": modes})
+    post = [undo]
+    if kind != "smolvla":
+        post.append(_step("absolute_actions_processor", {"enabled": any(codec.config.relative)}))
+    post.append(dict(device))
+    statistics = _statistics(codec)
+    for name, steps in ((PRE, pre), (POST, post)):
+        for i, one in enumerate(steps):
+            if one["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
+                stem = name.removesuffix(".json")
+                one["state_file"] = f"{stem}_step_{i}_{one['registry_name']}.safetensors"
+                save_file(statistics, folder / one["state_file"])
+        write_json(folder / name, {"name": name.removesuffix(".json"), "steps": steps})
+
+
+def _step(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"registry_name": name, "config": dict(config)}
+
+
+def _statistics(codec: Codec) -> dict[str, Tensor]:
+    """Return statistics with which LeRobot's formulas, which have no floors, do what ours do."""
+    found: dict[str, Tensor] = {}
+    columns: tuple[tuple[str, str, Normalisation], ...] = (
+        (STATE, "state", codec.config.normalisation),
+        (ACTION, "action", codec.config.of_actions),
+    )
+    for feature, name, method in columns:
+        statistics = codec.statistics[name]
+        arrays = {n: a for n in ARRAYS if (a := getattr(statistics, n)) is not None}
+        arrays |= _effective(statistics, method)
+        found |= {
+            f"{feature}.{n}": torch.from_numpy(np.asarray(a, dtype=np.float32)) for n, a in arrays.items()
+        }
+        found[f"{feature}.count"] = torch.tensor([float(statistics.count)])
+    return found
+
+
+def _lost(statistics: Statistics, method: Normalisation) -> list[int]:
+    """Return the dimensions whose divisor changes by more than 1 in 1000 when statistics become float32."""
+    if method != "quantile":
+        return []
+    low, high = (
+        array.astype(np.float32).astype(np.float64) for array in _effective(statistics, method).values()
+    )
+    scale = Normaliser.fit(statistics, method).scale
+    return np.flatnonzero(np.abs(high - low - scale) > 1e-3 * scale).tolist()
+
+
+def _effective(statistics: Statistics, method: Normalisation) -> dict[str, NDArray[np.float64]]:
+    normal = Normaliser.fit(statistics, method)
+    match method:
+        case "mean_std":
+            return {"mean": normal.offset, "std": normal.scale - LEROBOT_EPSILON}
+        case "quantile":
+            return {"q01": normal.offset, "q99": normal.offset + normal.scale}
+        case _:
+            return {}
+
+
+def tokenizer_for(codec: Codec) -> Tokenizer:
+    """Return a tokenizer that, asked as LeRobot asks, gives the tokens that the codec gives."""
+    words = codec.tokenizer
+    if codec.config.special_tokens == "tokenizer":
+        return words
+    content = json.loads(words.backend.to_str())
+    if codec.config.prompt == "line":
+        content["post_processor"] = None
+    else:
+        assert words.bos is not None
+        bos = words.backend.id_to_token(words.bos)
+        begin = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": begin,
+            "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [words.bos], "tokens": [bos]}},
+        }
+    if codec.config.prompt == "pi0":  # whose underscores are blanks, which no step of LeRobot's does for pi0
+        blanks = {"type": "Replace", "pattern": {"String": "_"}, "content": " "}
+        rest = content["normalizer"]
+        content["normalizer"] = {"type": "Sequence", "normalizers": [blanks, *([rest] if rest else [])]}
+    backend = type(words.backend).from_str(json.dumps(content))
+    return Tokenizer(backend, words.pad, words.bos, words.eos)
+
+
+def _in_one_piece(words: Tokenizer) -> bool:
+    return all(words.encode(text) + words.encode("\n") == words.encode(f"{text}\n") for text in PROBES)

@@ -1,0 +1,227 @@
+"""Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
+
+A policy of which a part is quantised and the rest trained in full sits on a base, too, without any adapters.
+
+`adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
+layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
+them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
+only what differs from it (trained.safetensors).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlafit import tuning
+from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints.assign import open_tensors
+from vlafit.checkpoints.hashing import digest
+from vlafit.errors import ConfigError, WeightsError
+from vlafit.nn.policy import Policy
+from vlafit.tuning import Plan
+from vlafit.tuning.inject import (
+    Group,
+    adapter_tensors,
+    as_new,
+    group_of,
+    initial_factors,
+    make_groups,
+    peft_config,
+    take_residual,
+)
+
+ADAPTERS, BASE, TRAINED = "adapters", "base.json", "trained.safetensors"
+CONFIG, TENSORS, INITIAL = "adapter_config.json", "adapter_model.safetensors", "initial.safetensors"
+PREFIX = "base_model.model."  # which peft's own model class puts before every name
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that adapters sit on."""
+
+    checkpoint: str
+    """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`. A path that
+    begins with a dot goes from the checkpoint's folder."""
+    sha256: str
+    """Of its manifest, or of its files; see `identity.digest`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What must be said to read it beside the policy's config, as `load` takes it; see `Source`."""
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write base.json into a checkpoint that is being made."""
+        told = {key: value for key, value in asdict(self).items() if key != "config" or value}
+        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def read_base(folder: Path) -> Base | None:
+    """Read base.json; None where the checkpoint holds its own weights."""
+    path = folder / BASE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        base = Base(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from error
+    if base.format != FORMAT:
+        raise WeightsError(f"{path}: format {base.format}; this version reads format {FORMAT}")
+    return base
+
+
+def names_on_base(folder: Path) -> list[str]:
+    """Return the names of the weights that the checkpoint `folder` does not take from its base."""
+    return list(open_tensors([folder / TRAINED]))
+
+
+def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
+    """Return where the checkpoint below the adapters in `folder` lies; `given` is where the user says.
+
+    Raises WeightsError when there is none, or another one.
+    """
+    said = base.checkpoint if given is None else str(given)
+    if given is None and said.startswith("."):
+        said = str(folder.resolve() / said)
+    try:
+        place = hub.place(said).path
+    except ConfigError as error:
+        raise WeightsError(
+            f"{folder}: its adapters sit on the checkpoint {said!r}, which is not there; say where it is: "
+            "base=..."
+        ) from error
+    except WeightsError as error:  # of the Hub
+        raise WeightsError(f"{folder}: its adapters sit on a checkpoint of the Hub. {error}") from error
+    if digest(place) != base.sha256:
+        raise WeightsError(
+            f"{folder}: its adapters were trained on another checkpoint than {place}: the SHA-256 is "
+            f"{digest(place)}, not {base.sha256}; say where the right one is: base=..."
+        )
+    return place
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return what a reader of the load report must know of adapters and quantised weights."""
+    notes = [
+        f"adapter {group.name}: {group.adapter.method} on {len(group.layers)} layers"
+        for group in make_groups(plan.adapted)
+    ]
+    if plan.quantised:
+        ways = ", ".join(sorted(set(plan.quantised.values())))
+        notes.append(f"{len(plan.quantised)} layers are held in {ways}")
+    return notes
+
+
+def restore(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
+    """Put the adapters of a checkpoint into the bare policy, exactly; raises as `fill` does."""
+    tuning.restore(policy, plan)
+    fill(folder, policy, plan, base)
+
+
+def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor], base: Base | None) -> None:
+    """Write the adapters of `policy` into a checkpoint that is being made, from `tensors` by live name."""
+    mine = adapter_tensors(policy)
+    for group in make_groups(plan.adapted):
+        place = folder / ADAPTERS / group.name
+        place.mkdir(parents=True)
+        # Over its own residual PiSSA is plain LoRA; peft would decompose the residual again.
+        config = peft_config(group if base is not None else as_new(group))
+        config.inference_mode = True
+        config.base_model_name_or_path = base.checkpoint if base else None
+        config.revision = f"sha256:{base.sha256}" if base else None
+        config.save_pretrained(place)
+        held = {n: t for n, t in tensors.items() if n in mine and group_of(n) == group.name}
+        own = {PREFIX + peft_name(n, group.name): _plain(t) for n, t in held.items() if is_stored(n)}
+        save_file(own, place / TENSORS, metadata={"format": "pt"})
+        if group.adapter.init == "pissa" and base is not None:
+            factors = initial_factors(policy, group)
+            save_file({k: _plain(v) for k, v in factors.items()}, place / INITIAL)
+
+
+@torch.no_grad()
+def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
+    """Fill the adapters of `policy`, which are there but as new, from the checkpoint `folder`, exactly.
+
+    Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite.
+    """
+    live = dict(policy.named_parameters())
+    own = names_on_base(folder) if base is not None else []
+    wrong: list[str] = []
+    for group in make_groups(plan.adapted):
+        place = folder / ADAPTERS / group.name
+        _require_same_config(place, group)
+        names = {
+            PREFIX + peft_name(n, group.name): n
+            for n in adapter_tensors(policy)
+            if group_of(n) == group.name and is_stored(n)
+        }
+        stored = open_tensors([place / TENSORS])
+        wrong += [f"missing {group.name}: {n}" for n in names if n not in stored]
+        wrong += [f"surplus {group.name}: {n}" for n in stored if n not in names]
+        for key, name in names.items():
+            if key not in stored:
+                continue
+            value = stored[key]
+            if value.shape != live[name].shape:
+                wrong.append(
+                    f"misshapen {group.name}: {key} is {list(value.shape)}, not {list(live[name].shape)}"
+                )
+            elif not value.is_floating_point():
+                wrong.append(f"not floating-point {group.name}: {key} is {value.dtype}")
+            elif not torch.isfinite(value.to(live[name].dtype)).all():  # too large for it counts, too
+                wrong.append(f"not finite {group.name}: {key}")
+            else:
+                live[name].copy_(value)
+        if group.adapter.init == "pissa" and base is not None:
+            take_residual(policy, group, load_file(place / INITIAL), own)
+    if wrong:
+        raise WeightsError(f"{folder}: the adapters are not those of plan.json:\n  " + "\n  ".join(wrong))
+
+
+def _require_same_config(place: Path, group: Group) -> None:
+    """Raise WeightsError when adapter_config.json is not what plan.json says."""
+    path = place / CONFIG
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
+    want: dict[str, Any] = peft_config(group).to_dict()
+    for key in (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "alpha",
+        "init_r",
+        "use_dora",
+        "use_rslora",
+        "oft_block_size",
+    ):
+        if key in want and said.get(key) != getattr(want[key], "value", want[key]):
+            raise WeightsError(f"{path}: {key} is {said.get(key)!r}, plan.json says {want[key]!r}")
+    if set(said.get("target_modules") or ()) != set(want["target_modules"]):
+        raise WeightsError(f"{path}: target_modules are not the layers that plan.json adapts")
+
+
+def is_stored(name: str) -> bool:
+    """Whether files hold the adapter's tensor with this live name."""
+    return ".ranknum." not in name  # AdaLoRA's count, which is the rank it began with
+
+
+def peft_name(name: str, group: str) -> str:
+    """Return peft's name in files for an adapter's tensor: its live name without the adapter's own."""
+    name = name.replace(f".lora_magnitude_vector.{group}.weight", ".lora_magnitude_vector")
+    words = name.split(".")
+    at = -2 if words[-1] in ("weight", "bias") else -1
+    if words[at] == group:
+        del words[at]
+    return ".".join(words)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()

@@ -1,0 +1,106 @@
+"""Our own checkpoint: a folder that a person can read, written whole or not at all, verified when opened.
+
+policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
+history.json (what it learned from), and manifest.json with the SHA-256 of each. Adapters have folders of
+their own (adapters/), and may sit on another checkpoint (base.json, trained.safetensors): see `adapted.py`.
+What others put beside them (a run's training/) is left alone. This file reads; `save.py` writes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit import config as configuration
+from vlafit import files
+from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
+from vlafit.checkpoints.hashing import MANIFEST
+from vlafit.checkpoints.history import FILE as HISTORY
+from vlafit.codec import Codec
+from vlafit.errors import WeightsError
+from vlafit.policies import family
+from vlafit.tuning import Plan
+
+FORMAT = 1  # of policy.json and manifest.json
+POLICY, WEIGHTS = "policy.json", "model.safetensors"
+CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a native checkpoint says, before its weights are read."""
+
+    family: str
+    config: Any
+    weights: Path
+    """The file of all weights; of those that differ from `base` where there is one."""
+    codec: Codec | None
+    plan: Plan | None
+    base: Base | None = None
+
+
+def recognise(folder: Path) -> bool:
+    """Whether `folder` is a native checkpoint, whole or damaged."""
+    return (folder / MANIFEST).is_file() or (folder / POLICY).is_file()
+
+
+def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
+    """Verify every file's hash and read all but the weights.
+
+    Without `hash_weights` the weights' file must be there, and is not read. Raises WeightsError naming files
+    that are missing, changed or not in the manifest.
+    """
+    _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
+    path = folder / POLICY
+    described = _read(path, {"format", "family", "config"})
+    module = family(str(described["family"]))
+    config = configuration.build(module.Config, described["config"], f"{path}: config")
+    codec = Codec.load(folder) if (folder / CODEC).is_file() else None
+    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
+    base = read_base(folder)
+    tuned = plan is not None and (plan.adapted or plan.quantised)
+    if (base is not None or (folder / ADAPTERS).is_dir()) and not tuned:
+        raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
+    weights = folder / (WEIGHTS if base is None else TRAINED)
+    return Opened(str(described["family"]), config, weights, codec, plan, base)
+
+
+def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise WeightsError(f"{folder}: {MANIFEST} is missing; the checkpoint was not written to its end")
+    listed = _read(path, {"format", "files"})["files"]
+    if not isinstance(listed, dict) or not (
+        {POLICY, WEIGHTS} <= set(listed) or {POLICY, BASE} <= set(listed)
+    ):
+        raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
+    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED)]
+    ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
+    present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
+    lost = [name for name in listed if not (folder / name).is_file()]
+    read = {n: h for n, h in listed.items() if n not in lost and n not in unread}
+    wrong = {
+        "missing": lost,
+        "changed": [name for name, digest in read.items() if files.sha256(folder / name) != digest],
+        "not in the manifest": sorted(present - set(listed)),
+    }
+    lines = [f"  {kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    if lines:
+        raise WeightsError(
+            f"{folder}: the checkpoint's files are not those that were saved:\n" + "\n".join(lines) + "\n"
+            "Copy the checkpoint again; to change it, load it and save it anew."
+        )
+
+
+def _read(path: Path, keys: set[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or set(values) != keys:
+        have = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise WeightsError(f"{path}: must have exactly the keys {sorted(keys)}, there are {have}")
+    if values["format"] != FORMAT:
+        raise WeightsError(f"{path}: format {values['format']!r}; this version reads format {FORMAT}")
+    return values

@@ -1,0 +1,386 @@
+"""openpi's JAX checkpoints of pi0 and pi0.5: their tree, turned into our parameters one layer at a time.
+
+A leaf below a stack of layers has the layers as its first axis. LoRA factors, of which both are random at
+the start, are merged into the weight beside them. What a leaf becomes is told once, as a function on one
+layer's tensor; on tensors of the meta device the same function tells the shapes.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from vlafit import config as configuration
+from vlafit.checkpoints.formats.openpi.orbax import Leaf, find_params, open_leaves
+from vlafit.checkpoints.infer.pi0 import Told
+from vlafit.errors import WeightsError
+from vlafit.policies import merge
+
+FORM = "openpi JAX"
+_IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
+_BLOCK = f"{_IMG}Transformer/encoderblock/"
+_MHA = f"{_BLOCK}MultiHeadDotProductAttention_0/"
+
+Turn = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _same(x: Tensor) -> tuple[Tensor, ...]:
+    return (x,)
+
+
+def _transposed(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.T,)
+
+
+def _patches(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "h w c d -> d c h w"),)
+
+
+def _positions(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "1 l d -> l d"),)
+
+
+def _into_heads(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "d n h -> (n h) d"),)
+
+
+def _heads(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "n h -> (n h)"),)
+
+
+def _out_of_heads(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "n h d -> d (n h)"),)
+
+
+def _query(x: Tensor) -> tuple[Tensor, ...]:
+    return (rearrange(x, "n d h -> (n h) d"),)
+
+
+def _key_value(x: Tensor) -> tuple[Tensor, ...]:
+    key, value = (rearrange(half, "k d h -> (k h) d") for half in x)
+    return key, value
+
+
+def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
+    gate, up = (half.T for half in x)
+    return gate, up
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one leaf becomes. `dims` are those of one layer; `ours` has a place for the layer if `layered`."""
+
+    ours: tuple[str, ...]
+    turn: Turn
+    dims: int
+    layered: bool
+
+
+def _rules() -> dict[str, Rule]:
+    rules: dict[str, Rule] = {}
+
+    def add(leaf: str, ours: str, turn: Turn, dims: int) -> None:
+        names = tuple(ours.split(" "))
+        rules[leaf] = Rule(names, turn, dims, "{}" in ours)
+
+    def norm(leaf: str, ours: str) -> None:
+        add(f"{leaf}/scale", f"{ours}.weight", _same, 1)
+        add(f"{leaf}/Dense_0/kernel", f"{ours}.dense.weight", _transposed, 2)
+        add(f"{leaf}/Dense_0/bias", f"{ours}.dense.bias", _same, 1)
+
+    def linear(leaf: str, ours: str) -> None:
+        add(f"{leaf}/kernel", f"{ours}.weight", _transposed, 2)
+        add(f"{leaf}/bias", f"{ours}.bias", _same, 1)
+
+    add(f"{_IMG}embedding/kernel", "vision.patch_embedding.weight", _patches, 4)
+    add(f"{_IMG}embedding/bias", "vision.patch_embedding.bias", _same, 1)
+    add(f"{_IMG}pos_embedding", "vision.position_embedding.weight", _positions, 3)
+    for i in (0, 1):
+        for leaf, ours in (("scale", "weight"), ("bias", "bias")):
+            add(f"{_BLOCK}LayerNorm_{i}/{leaf}", f"vision.layers.{{}}.layer_norm{i + 1}.{ours}", _same, 1)
+        linear(f"{_BLOCK}MlpBlock_0/Dense_{i}", f"vision.layers.{{}}.mlp.fc{i + 1}")
+    for leaf, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        add(f"{_MHA}{leaf}/kernel", f"vision.layers.{{}}.self_attn.{ours}.weight", _into_heads, 3)
+        add(f"{_MHA}{leaf}/bias", f"vision.layers.{{}}.self_attn.{ours}.bias", _heads, 2)
+    add(f"{_MHA}out/kernel", "vision.layers.{}.self_attn.out_proj.weight", _out_of_heads, 3)
+    add(f"{_MHA}out/bias", "vision.layers.{}.self_attn.out_proj.bias", _same, 1)
+    for leaf, ours in (("scale", "weight"), ("bias", "bias")):
+        add(f"{_IMG}Transformer/encoder_norm/{leaf}", f"vision.post_layernorm.{ours}", _same, 1)
+    linear(f"{_IMG}head", "projector")
+    add(f"{_LLM}embedder/input_embedding", "language.embed_tokens.weight", _same, 2)
+    for part, s in (("language", ""), ("expert", "_1")):
+        attention, mlp = f"{part}.layers.{{}}.self_attn.", f"{part}.layers.{{}}.mlp."
+        add(f"{_LLM}layers/attn/q_einsum{s}/w", f"{attention}q_proj.weight", _query, 3)
+        both = f"{attention}k_proj.weight {attention}v_proj.weight"
+        add(f"{_LLM}layers/attn/kv_einsum{s}/w", both, _key_value, 4)
+        add(f"{_LLM}layers/attn/attn_vec_einsum{s}/w", f"{attention}o_proj.weight", _out_of_heads, 3)
+        both = f"{mlp}gate_proj.weight {mlp}up_proj.weight"
+        add(f"{_LLM}layers/mlp{s}/gating_einsum", both, _gate_up, 3)
+        add(f"{_LLM}layers/mlp{s}/linear", f"{mlp}down_proj.weight", _transposed, 2)
+        norm(f"{_LLM}layers/pre_attention_norm{s}", f"{part}.layers.{{}}.input_layernorm")
+        norm(f"{_LLM}layers/pre_ffw_norm{s}", f"{part}.layers.{{}}.post_attention_layernorm")
+        norm(f"{_LLM}final_norm{s}", f"{part}.norm")
+    for name in ("action_in_proj", "action_out_proj", "state_proj", "action_time_mlp_in"):
+        linear(name, name)
+    for name in ("action_time_mlp_out", "time_mlp_in", "time_mlp_out"):
+        linear(name, name)
+    return rules
+
+
+RULES = _rules()
+UNKNOWN = "jax:"  # begins our name of a leaf that we do not know
+_LAYER = re.compile(r"\.layers\.\d+\.")
+_LEAVES = {ours: leaf for leaf, rule in RULES.items() for ours in rule.ours}
+_HEAD_AXES: dict[str, dict[str, int]] = {
+    "vision.heads": {
+        **{f"{_MHA}{leaf}/kernel": 2 for leaf in ("query", "key", "value")},
+        **{f"{_MHA}{leaf}/bias": 1 for leaf in ("query", "key", "value")},
+        f"{_MHA}out/kernel": 1,
+    },
+    "language.head_dim": {
+        f"{_LLM}layers/attn/{leaf}_einsum{s}/w": axis
+        for s in ("", "_1")
+        for leaf, axis in (("q", 3), ("kv", 4), ("attn_vec", 2))
+    },
+}
+"""The axes of leaves that are heads, or as long as one."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How LoRA factors were scaled, which no tensor tells. None: alpha is the rank, as openpi has it."""
+
+    language_alpha: float | None = None
+    expert_alpha: float | None = None
+    rslora: bool = False
+    """Whether alpha is divided by the square root of the rank, instead of the rank."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Two factors beside a weight. `scale` multiplies their product; `across_heads`: attn_vec's odd form."""
+
+    a: Leaf
+    b: Leaf
+    scale: float
+    across_heads: bool
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return what is added to one layer's weight, in float32."""
+        a, b = a.float(), b.float()
+        if self.across_heads:  # openpi contracts the heads of either factor on its own: a sum over b's
+            b = b.sum(0, keepdim=True)
+        return (a @ b) * self.scale
+
+
+@dataclass(frozen=True)
+class Tree:
+    """An openpi JAX checkpoint, not read yet. `weights` has our names and shapes, on the meta device."""
+
+    params: Path
+    weights: dict[str, Tensor]
+    leaves: dict[str, Leaf]
+    lora: dict[str, Lora]
+    trained: bool
+    odd: tuple[str, ...] = ()
+    """What is wrong with leaves that are not weights: LoRA's factors."""
+
+    def theirs(self, ours: str) -> str:
+        """Return the leaf that holds one of our parameters, or that only the tree has."""
+        leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", ours)) or ours.removeprefix(UNKNOWN)
+        return f"{leaf}/value" if self.trained else leaf
+
+    @property
+    def told(self) -> Told:
+        """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
+        found: dict[str, Any] = {"time_angles": "float32"}
+        axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
+        odd = [
+            f"contradicted: {key} is {', '.join(f'{size} by {leaf}' for size, leaf in sizes.items())}"
+            for key, sizes in axes.items()
+            if len(sizes) > 1
+        ]
+        for key, sizes in axes.items():
+            if sizes:
+                found = merge(found, {key: next(iter(sizes))})
+        return Told(
+            found,
+            theirs=self.theirs,
+            padded_alike=True,
+            odd=(*self.odd, *odd),
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the checkpoint beside its tensors."""
+        found = []
+        if self.trained:
+            found.append("params of a training checkpoint: the moving average where its run kept one")
+        for part, s in (("language", ""), ("expert", "_1")):
+            scales = {(f.b.shape[-2], f.scale) for n, f in self.lora.items() if (_stream(n) == s)}
+            found += [f"LoRA of the {part} merged: rank {r}, scale {scale:g}" for r, scale in sorted(scales)]
+        return tuple(found)
+
+    def contents(self) -> Iterator[tuple[str, Tensor]]:
+        """Read and yield every parameter, to be copied before the next; first what needs most room beside.
+
+        A leaf below layers is unpacked once and copied from; any other is there twice for a moment.
+        """
+
+        def room(name: str) -> int:
+            return math.prod(self.leaves[name].shape) * (1 if RULES[name].layered else 2)
+
+        for name in sorted(self.leaves, key=room, reverse=True):
+            leaf, rule, factors = self.leaves[name], RULES[name], self.lora.get(name)
+            if not rule.layered:
+                yield from zip(rule.ours, rule.turn(leaf.read()), strict=True)
+                continue
+            pairs = zip(factors.a.slices(), factors.b.slices(), strict=True) if factors else None
+            for i, tensor in enumerate(leaf.slices()):
+                if factors and pairs:
+                    tensor = tensor.float() + factors.delta(*next(pairs))
+                for ours, turned in zip(rule.ours, rule.turn(tensor), strict=True):
+                    yield ours.format(i), turned
+
+
+def recognise(path: Path) -> Path | None:
+    """Return the folder of the weights if `path` holds an Orbax checkpoint."""
+    return find_params(path)
+
+
+def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
+    """Read the tree's metadata. `lora` has the fields of `LoraConfig`.
+
+    Leaves that cannot be what their names say are left to be compared. Raises WeightsError for families that
+    are not pi0.
+    """
+    leaves = {name.removeprefix("params/"): leaf for name, leaf in open_leaves(params).items()}
+    if any(name.split("/")[0] in ("opt_state", "ema_params", "step") for name in leaves):
+        raise WeightsError(
+            f"{params}: the state of a trainer; its weights, averaged, are in the folder params beside it"
+        )
+    trained = bool(leaves) and all(name.endswith("/value") for name in leaves)
+    if trained:
+        leaves = {name.removesuffix("/value"): leaf for name, leaf in leaves.items()}
+    _refuse_others(leaves, params)
+    options = configuration.build(LoraConfig, lora, f"{params}: config: lora")
+    factors, used, wrong = _factors(leaves, options)
+    weights: dict[str, Tensor] = {}
+    known: dict[str, Leaf] = {}
+    shapeless: list[str] = []
+    for name, leaf in leaves.items():
+        if name in used:
+            continue
+        rule = RULES.get(name)
+        if rule is None:
+            weights[f"{UNKNOWN}{name}"] = leaf.meta()
+        elif len(leaf.shape) != rule.dims + rule.layered or _uneven(rule, leaf):
+            shapeless.append(name)
+        elif not rule.layered:
+            known[name] = leaf
+            weights |= zip(rule.ours, rule.turn(leaf.meta()), strict=True)
+        else:
+            known[name] = leaf
+            turned = rule.turn(leaf.meta()[0])
+            names = [[ours.format(i) for ours in rule.ours] for i in range(leaf.shape[0])]
+            weights |= {ours: t for row in names for ours, t in zip(row, turned, strict=True)}
+    for name in shapeless:  # under our names, with a shape that none of them can have: all are compared
+        stack = name.split("layers/")[0] if "layers/" in name else _BLOCK
+        depth = max(
+            (leaf.shape[0] for n, leaf in known.items() if n.startswith(stack) and RULES[n].layered),
+            default=1,
+        )
+        layers = range(depth) if RULES[name].layered else (0,)
+        weights |= {ours.format(i): leaves[name].meta() for ours in RULES[name].ours for i in layers}
+    odd = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)
+    return Tree(params, weights, known, factors, trained, odd)
+
+
+def _on_axis(leaves: Mapping[str, Leaf], places: Mapping[str, int]) -> dict[int, str]:
+    """Return the sizes of these axes, with the first leaf that has each."""
+    found: dict[int, str] = {}
+    for leaf, axis in places.items():
+        if leaf in leaves:
+            found.setdefault(leaves[leaf].shape[axis], leaf)
+    return found
+
+
+def _refuse_others(leaves: Mapping[str, Leaf], where: Path) -> None:
+    if any(name.startswith("octo_transformer/") for name in leaves):
+        raise WeightsError(f"{where}: these are the weights of Octo, which is not among our families")
+    tower = any(name.startswith(_IMG) for name in leaves)
+    language = any(name.startswith(f"{_LLM}layers/") for name in leaves)
+    expert = any(_stream(name) == "_1" for name in leaves)
+    heads = any(name.split("/")[0] in ("action_in_proj", "action_out_proj") for name in leaves)
+    if tower and language and not expert and not heads:
+        raise WeightsError(
+            f"{where}: these are the weights of pi0-FAST (or of PaliGemma alone): there is no action expert."
+            " pi0-FAST predicts action tokens and is not among our families; take pi0 or pi0.5"
+        )
+    if not tower and not language and not heads:
+        first = min(leaves, default="-")
+        raise WeightsError(f"{where}: not openpi's tree: {len(leaves)} arrays, such as {first!r}")
+
+
+def _factors(
+    leaves: Mapping[str, Leaf], options: LoraConfig
+) -> tuple[dict[str, Lora], set[str], dict[str, list[str]]]:
+    """Pair LoRA's factors. Returns them by the weight they change, their names, and what is wrong."""
+    found: dict[str, Lora] = {}
+    used: set[str] = set()
+    wrong: dict[str, list[str]] = {}
+    stems = {n.removesuffix(end) for n in leaves for end in ("lora_a", "lora_b") if n.endswith(end)}
+    for stem in sorted(stems):
+        attention = stem.endswith("/")
+        weight = f"{stem}w" if attention else stem.removesuffix("_")
+        pair = f"{stem}lora_a", f"{stem}lora_b"
+        used |= set(pair)
+        if weight not in RULES:
+            wrong.setdefault("surplus", []).extend(n for n in pair if n in leaves)
+            continue
+        lost = [n for n in (*pair, weight) if n not in leaves]
+        if lost:
+            wrong.setdefault("missing", []).extend(lost)
+            continue
+        whole = [f"{n} is {leaves[n].dtype}" for n in pair if not leaves[n].meta().is_floating_point()]
+        if whole:
+            wrong.setdefault("not floating-point", []).extend(whole)
+            continue
+        base, a, b = leaves[weight].shape, leaves[pair[0]].shape, leaves[pair[1]].shape
+        rank = b[-2] if len(b) > 1 else 0
+        if rank < 1 or a != (*base[:-1], rank) or b != (*base[:-2], rank, base[-1]):
+            # A feed-forward output has no heads: the axes before the last two are the layers alone.
+            wrong.setdefault("misshapen", []).append(
+                f"{pair[0]} {a} and {pair[1]} {b} beside {weight} {base}"
+            )
+            continue
+        alpha = options.expert_alpha if _stream(weight) == "_1" else options.language_alpha
+        alpha = float(rank) if alpha is None else alpha
+        scale = alpha / (math.sqrt(rank) if options.rslora else rank) if attention else 1.0
+        found[weight] = Lora(leaves[pair[0]], leaves[pair[1]], scale, "attn_vec_einsum" in weight)
+    for s in ("", "_1"):  # openpi adapts all of a stream's attention or none, and all of its MLP or none
+        for group in (
+            [f"{_LLM}layers/attn/{n}_einsum{s}/" for n in ("q", "kv", "attn_vec")],
+            [f"{_LLM}layers/mlp{s}/{n}_" for n in ("gating_einsum", "linear")],
+        ):
+            if stems & set(group):
+                lost = [f"{stem}lora_a and lora_b" for stem in group if stem not in stems]
+                wrong.setdefault("missing", []).extend(lost)
+    return found, used, wrong
+
+
+def _stream(name: str) -> str:
+    """Return ``_1`` for a leaf of the action expert, else nothing."""
+    return "_1" if any(piece.endswith("_1") for piece in name.split("/")[2:]) and _LLM in name else ""
+
+
+def _uneven(rule: Rule, leaf: Leaf) -> bool:
+    """Whether an axis that holds a pair (keys and values, gate and up), or one image, does not."""
+    shape = leaf.shape[1:] if rule.layered else leaf.shape
+    paired = rule.turn in (_key_value, _gate_up)
+    return (paired and shape[0] != 2) or (rule.turn is _positions and shape[0] != 1)

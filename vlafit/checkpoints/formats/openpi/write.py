@@ -1,0 +1,114 @@
+"""Write pi0 or pi0.5 as openpi's PyTorch code saves it: weights, its config.json, and norm_stats.json."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.formats.openpi.norm_stats import FILE
+from vlafit.checkpoints.infer.gemma_variants import gemma_refusals, variants
+from vlafit.checkpoints.name_map import back
+from vlafit.checkpoints.precision import dtype_name
+from vlafit.codec import Codec
+from vlafit.codec.statistics import EPSILON, Normaliser
+from vlafit.nn.policy import ParameterInfo, Policy
+from vlafit.policies.pi0 import Pi0
+
+ASSET = "vlafit"  # the asset's name, where the robot has none that can be a folder's
+IMAGE_SIZE = 224  # openpi, models/model.py: IMAGE_RESOLUTION
+
+
+def refusals(policy: Policy, codec: Codec | None) -> list[str]:
+    """Say why openpi cannot hold this policy or codec; empty where it can."""
+    if not isinstance(policy, Pi0):
+        return ["openpi has no such family: it holds pi0 and pi0.5"]
+    config = policy.config
+    found = gemma_refusals(config, "openpi")
+    if config.vision.image_size != IMAGE_SIZE:
+        found.append(
+            f"openpi's images have {IMAGE_SIZE} pixels a side, this policy's {config.vision.image_size}"
+        )
+    if config.state_dim != config.action_dim:
+        found.append(
+            f"openpi pads states as wide as actions; this policy's are {config.state_dim} and "
+            f"{config.action_dim}"
+        )
+    return found + (codec_refusals(codec, config.pi05) if codec is not None else [])
+
+
+def precise(info: ParameterInfo, policy: Policy) -> bool:
+    """Whether openpi keeps a parameter in float32 when the policy is bfloat16."""
+    if info.part == "vision":
+        return info.kind in ("conv", "embedding")
+    return info.kind == "norm" or info.part == "projections"
+
+
+def codec_refusals(codec: Codec, pi05: bool) -> list[str]:
+    """Say what of the codec openpi cannot do."""
+    # openpi, training/config.py: quantiles for every model but pi0, whatever the user says
+    wanted = "quantile" if pi05 else "mean_std"
+    found = []
+    for what, method in (("states", codec.config.normalisation), ("actions", codec.config.of_actions)):
+        if method not in (wanted, f"lerobot_{wanted}"):
+            found.append(
+                f"openpi normalises {'pi0.5' if pi05 else 'pi0'} by {wanted}, this codec its {what} by "
+                f"{method}"
+            )
+    return found
+
+
+def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
+    """Write everything into the empty `folder`; return what to know about it."""
+    config = policy.config
+    weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
+    embedding = weights["language.embed_tokens.weight"]
+    dead = torch.zeros(embedding.shape[0], config.expert.width, dtype=embedding.dtype)
+    tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
+    ours, tied = next(iter(openpi.NAMES.ties.items()))
+    save_file(
+        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.theirs(ours): tied}
+    )
+    language, expert = variants(config)
+    described = {
+        "action_dim": config.action_dim,
+        "action_horizon": config.chunk,
+        "paligemma_variant": language,
+        "action_expert_variant": expert,
+        "precision": dtype_name(policy),
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    notes = ["openpi's config must say pi05=True" if config.pi05 else "openpi's config must say pi05=False"]
+    if config.pi05 and config.state_input == "none":
+        notes.append("openpi's config must say discrete_state_input=False")
+    if codec is None:
+        return (*notes, "no norm_stats.json: the checkpoint has no codec")
+    named = codec.embodiment.name
+    asset = named if named and Path(named).name == named else ASSET
+    (folder / "assets" / asset).mkdir(parents=True)
+    content = {"norm_stats": {"state": _statistics(codec, "state"), "actions": _statistics(codec, "action")}}
+    (folder / "assets" / asset / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if any(codec.config.relative):
+        mask = ", ".join(str(on) for on in codec.config.relative)
+        notes.append(f"openpi's data config must make actions relative by DeltaActions(mask=({mask}))")
+    if codec.config.prompt == "line":
+        notes.append(
+            "openpi cleans instructions (underscores and newlines become blanks); this codec did not"
+        )
+    notes.append("openpi always asks with PaliGemma's tokenizer; the codec's must be that")
+    return tuple(notes)
+
+
+def _statistics(codec: Codec, name: str) -> dict[str, list[float]]:
+    """Return statistics with which openpi's formulas, which have no floors, do what ours do."""
+    statistics = codec.statistics[name]
+    method = codec.config.normalisation if name == "state" else codec.config.of_actions
+    normal = Normaliser.fit(statistics, method)
+    arrays = {n: getattr(statistics, n) for n in ("mean", "std", "q01", "q99")}
+    if method.endswith("mean_std"):
+        arrays |= {"mean": normal.offset, "std": np.maximum(normal.scale - EPSILON, 0.0)}
+    else:
+        arrays |= {"q01": normal.offset, "q99": normal.offset + normal.scale - EPSILON}
+    return {n: array.tolist() for n, array in arrays.items() if array is not None}

@@ -1,0 +1,68 @@
+"""The sizes of pi0 and pi0.5 that openpi and LeRobot have names for; they know no others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlafit.checkpoints.infer.voting import Stated
+from vlafit.policies.pi0 import SIZES, Pi0Config
+
+# width, depth, mlp, heads, kv_heads, head_dim: openpi, models/gemma.py
+VARIANTS: dict[str, tuple[int, int, int, int, int, int]] = {
+    "gemma_2b": (2048, 18, 16384, 8, 1, 256),
+    "gemma_300m": (1024, 18, 4096, 8, 1, 256),
+}
+
+
+# What config files may say, too: openpi, models/gemma.py. LoRA ("_lora") is beside the weights.
+READ = VARIANTS | {"dummy": (64, 4, 128, 8, 1, 16)}
+
+
+def stated_by_variants(values: Mapping[str, Any], file: str) -> list[Stated]:
+    """Return the sizes that the names of variants in a config file state; a name that is not known, none."""
+    found = []
+    for key, part in (("paligemma_variant", "language"), ("action_expert_variant", "expert")):
+        name = str(values.get(key))
+        if name.removesuffix("_lora") not in READ:
+            continue
+        width, depth, mlp, heads, kv_heads, head_dim = READ[name.removesuffix("_lora")]
+        shared = {"depth": depth, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        sizes = {f"{part}.width": width, f"{part}.mlp": mlp}
+        sizes |= {f"language.{size}": value for size, value in shared.items()}
+        found += [Stated(size, value, f"{file} ({key} {name!r})") for size, value in sizes.items()]
+    return found
+
+
+def variants(config: Pi0Config) -> tuple[str, str]:
+    """Return the names of the language model's and the expert's size; empty where there is none."""
+    lang, expert = config.language, config.expert
+    shared = (lang.depth, lang.heads, lang.kv_heads, lang.head_dim)
+
+    def name(width: int, mlp: int) -> str:
+        depth, *heads = shared
+        return next((n for n, v in VARIANTS.items() if v == (width, depth, mlp, *heads)), "")
+
+    return name(lang.width, lang.mlp), name(expert.width, expert.mlp)
+
+
+def gemma_refusals(config: Pi0Config, program: str) -> list[str]:
+    """Say which sizes of `config` the program called `program` cannot be told."""
+    found = []
+    public = SIZES["pi0"]
+    names = variants(config)
+    for part, name in zip(("language", "expert"), names, strict=True):
+        if not name:
+            found.append(
+                f"{program} builds the {part} model as {' or '.join(VARIANTS)}, and this one is neither"
+            )
+    v, wanted = config.vision, public.vision
+    if (v.width, v.depth, v.mlp, v.heads, v.patch) != (
+        wanted.width,
+        wanted.depth,
+        wanted.mlp,
+        wanted.heads,
+        wanted.patch,
+    ):
+        found.append(f"{program} has one image tower, SigLIP So400m/14, and this policy another")
+    if config.language.vocab != public.language.vocab:
+        found.append(f"{program} has {public.language.vocab} tokens, this policy {config.language.vocab}")
+    return found

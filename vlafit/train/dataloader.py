@@ -1,0 +1,178 @@
+"""Batches for training and validation: which samples, in which order, on which process."""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlafit.codec import Codec, Encoded
+from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
+from vlafit.errors import TrainingError
+from vlafit.nn.batch import Batch, stack
+from vlafit.train.experiment import Experiment
+from vlafit.train.loop import Keys
+from vlafit.train.preflight import rows_per_process
+
+GRACE_S = 2.0  # for a process to end whose connection broke
+
+
+class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
+    """Samples by (epoch, index): read, augmented, encoded; what a loader's worker does."""
+
+    def __init__(self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int) -> None:
+        self.chunks, self.codec, self.shift_pixels, self.seed = chunks, codec, shift_pixels, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], Encoded]:
+        sample = self.chunks[key[1]]
+        if self.shift_pixels:
+            sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=key[0], index=key[1])
+        return key, self.codec.encode(sample)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def _collate(rows: Sequence[tuple[tuple[int, int], Encoded]]) -> tuple[Keys, Batch]:
+    return [key for key, _ in rows], stack([encoded for _, encoded in rows])
+
+
+def rows_of(
+    batch: Sequence[tuple[int, int]], accumulate: int, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
+    """Return this process's micro-batches of a global batch: every process gets equally many rows."""
+    size = rows_per_process(len(batch), accumulate, world)
+    return [list(batch[(m * world + rank) * size :][:size]) for m in range(accumulate)]
+
+
+def training_batches(
+    experiment: Experiment, *, first_step: int, rank: int, world: int
+) -> Iterator[list[tuple[Keys, Batch]]]:
+    """Yield this process's micro-batches of optimiser step `first_step`, `first_step` + 1, ...
+
+    The order is a function of seed and step alone, so going on after an interruption needs no loader state.
+    """
+    recipe, data = experiment.recipe, experiment.data
+    train = recipe.train
+    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.training)
+    samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed)
+    order = SampleOrder(len(chunks), train.seed)
+    wanted = (
+        rows
+        for step in range(first_step, train.steps)
+        for rows in rows_of(order.batch(step, train.batch_size), train.accumulate, rank, world)
+    )
+    loader = DataLoader(
+        samples,
+        batch_sampler=_Rows(wanted),
+        num_workers=recipe.data.workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="spawn" if recipe.data.workers else None,
+        pin_memory=next(experiment.policy.parameters()).device.type == "cuda",
+    )
+
+    def steps() -> Iterator[list[tuple[Keys, Batch]]]:
+        workers = _Workers(loader)
+        for _ in range(first_step, train.steps):
+            yield [workers.next() for _ in range(train.accumulate)]
+
+    return steps()
+
+
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all, to the training process: it wants its last batch yet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Workers:
+    """The loader's processes: that one of them died is told where its batch is waited for, and nowhere else.
+
+    torch's handler of SIGCHLD would raise in whatever the training process does just then, saving for one.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        self.stream = iter(loader)
+        self._processes = [one for one in multiprocessing.active_children() if one not in before]
+        if self._processes and threading.current_thread() is threading.main_thread():
+            own = not callable(handler) or not handler.__module__.startswith("torch.")
+            signal.signal(signal.SIGCHLD, handler if own else signal.SIG_DFL)
+
+    def next(self) -> tuple[Keys, Batch]:
+        """Return the next micro-batch. Raises TrainingError where the process that was to load it died."""
+        try:
+            return next(self.stream)
+        except (RuntimeError, OSError, EOFError) as error:
+            sentinels = {one.sentinel: one for one in self._processes}
+            ended = wait(list(sentinels), timeout=GRACE_S) if sentinels else []
+            if not ended:
+                raise
+            raise TrainingError(_death(sentinels[ended[0]], len(sentinels))) from error  # type: ignore[index]
+
+
+def _death(process: BaseProcess, workers: int) -> str:
+    process.join(GRACE_S)
+    code = process.exitcode or 0
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    hint = ", which the system does when memory is short" if code == -signal.SIGKILL else ""
+    return (
+        f"loader process {process.pid} {how}{hint}. Lower data.workers, now {workers}: each holds the "
+        "program and batches of its own (0: the training process loads). The same command with --resume goes "
+        "on from the last checkpoint"
+    )
+
+
+class _Rows:
+    """An iterable of batches of keys that a DataLoader takes as its batch sampler."""
+
+    def __init__(self, batches: Iterator[list[tuple[int, int]]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches
+
+
+def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list[tuple[Keys, Batch]]:
+    """Return this process's share of the validation samples, evenly spread over the held-out episodes.
+
+    The same samples whatever the number of processes, and equally many batches on each.
+    """
+    data = experiment.data
+    return _spread(experiment, data.stores, data.validation, rank, world) if any(data.validation) else []
+
+
+def named_validation_batches(
+    experiment: Experiment, *, rank: int, world: int
+) -> dict[str, list[tuple[Keys, Batch]]]:
+    """Return the same for each named validation set, over all of its episodes."""
+    return {
+        name: _spread(experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world)
+        for name, stores in experiment.validation_sets.items()
+    }
+
+
+def _spread(
+    experiment: Experiment,
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    rank: int,
+    world: int,
+) -> list[tuple[Keys, Batch]]:
+    recipe = experiment.recipe
+    chunks = ChunkDataset(stores, experiment.codec.config.chunk, episodes)
+    samples = EncodedSamples(chunks, experiment.codec, 0, 0)
+    size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
+    wanted = min(len(chunks), recipe.train.validation_batches * recipe.train.batch_size)
+    batches = max(1, wanted // (size * world))
+    total = batches * world * size
+    chosen = [(0, i * len(chunks) // total) for i in range(total)]
+    return [
+        _collate([samples[key] for key in chosen[(b * world + rank) * size :][:size]]) for b in range(batches)
+    ]
