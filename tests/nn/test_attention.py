@@ -44,7 +44,7 @@ def test_rotated_products_depend_on_the_distance_alone():
         b = rotate(k[None, :, :1], rope_tables(torch.tensor([[other]]), 16))
         return (a * b).sum()
 
-    # an angle of 110 is rounded by 110 * 2^-24, and the product of vectors of length 4 moves 16 times as far: 1e-4
+    # an angle of 110 is rounded by 110 * 2^-24; a product of vectors of length 4 moves 16 times as far: 1e-4
     torch.testing.assert_close(product(3, 10), product(103, 110), atol=1e-4, rtol=1e-4)
     assert (product(3, 10) - product(3, 11)).abs() > 1e-3
 
