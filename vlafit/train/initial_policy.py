@@ -13,7 +13,7 @@ from vlafit import checkpoints, shipped
 from vlafit.codec import Codec, CodecConfig, prompts
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer
-from vlafit.datasets import arrays_for_statistics
+from vlafit.datasets import blocks_for_statistics
 from vlafit.errors import CodecError, ConfigError, EmbodimentError
 from vlafit.nn.batch import stack
 from vlafit.nn.policy import Needs, Policy
@@ -241,12 +241,7 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: "Data", old: Codec | None) 
         )
         if set(filter(None, old.config.cameras)) == set(config.cameras):
             config = replace(config, cameras=old.config.cameras)  # their slots stay
-    states, windows = [], []
-    for store, ids in zip(data.stores, data.training, strict=True):
-        if ids:
-            columns = arrays_for_statistics(store, ids, config.chunk, config.relative)
-            states.append(columns[0])
-            windows.append(columns[1])
+    states, windows = blocks_for_statistics(data.stores, data.training, config.chunk, config.relative)
     try:
         return Codec.fit(config, data.embodiment, states, windows, tokenizer)
     except CodecError as error:
