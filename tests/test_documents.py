@@ -4,12 +4,15 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 
 from vlafit import cli, shipped
@@ -238,6 +241,26 @@ def test_every_toml_block_is_toml(name: str):
 def test_the_readers_card_recipe_and_strategy_are_valid(readers_folder):
     assert load_card("my-robot-card.toml").name == "my-robot"
     assert load_strategy("my-strategy.toml").rules
+
+
+def test_the_three_steps_of_the_readme_train_a_policy(readers_folder: Path, capsys):
+    rng = np.random.default_rng(0)
+    (readers_folder / "my-robot").mkdir()
+    with h5py.File(readers_folder / "my-robot" / "cup_demo.hdf5", "w") as file:
+        for number in range(4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["obs/front_rgb"] = rng.integers(0, 256, (3, 224, 224, 3), np.uint8)
+            demo["obs/joint_positions"] = rng.normal(size=(3, 7))
+            demo["actions"] = rng.normal(size=(3, 7))
+    base = ROOT / "tests" / "fixtures" / "lerobot_smolvla"  # in the place of lerobot/pi0_base
+    shutil.copytree(base, readers_folder / "base", ignore=shutil.ignore_patterns("policy_*"))
+    shutil.move(readers_folder / "base" / "tokenizer", readers_folder / "paligemma")
+    changed = ["--policy.checkpoint", "base", "--train.steps", "2", "--train.batch_size", "2"]
+    changed += ["--train.validation_batches", "1"]
+    assert cli.main(["train", "my-robot.toml", *changed]) == 0
+    assert (readers_folder / "runs" / "my-robot" / "report.html").is_file()
+    made = cli.main(["export", "runs/my-robot", "--to", "vlafit", "--out", "exported"])
+    assert made == 0 and "exported" in capsys.readouterr().out
 
 
 PYTHON = [
