@@ -1,4 +1,4 @@
-"""Make the checkpoint that ships out of a finished pretraining run, with all that shows how it came about.
+"""Make the checkpoint that ships from a finished pretraining run, with the record of how it was made.
 
     vlafit record metaworld-pretrain
     vlafit train metaworld-pretrain
