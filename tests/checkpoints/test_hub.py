@@ -23,8 +23,8 @@ from vlafit import checkpoints, cli, config
 from vlafit.checkpoints import locate as hub
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.recipe import PolicyRecipe
-from vlafit.train.experiment import open_data
-from vlafit.train.meta_preview import outline
+from vlafit.train.data import open_data
+from vlafit.train.preflight import meta_policy
 
 OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_pi0"
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -160,7 +160,7 @@ def test_a_run_that_begins_on_the_hub_records_the_commit(cache: Path, capsys: py
     # A comparison and a sweep look at the same start from its headers, before anything is trained.
     codec_too = replace(start, config={**start.config, "codec.prompt": "pi0"})
     recipe = replace(recipe, policy=codec_too)
-    policy = outline(recipe, open_data(recipe.data, 0))
+    policy = meta_policy(recipe, open_data(recipe.data, 0))
     assert policy.config.action_dim == 32 and next(policy.parameters()).is_meta
 
 

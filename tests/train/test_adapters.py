@@ -82,7 +82,7 @@ def test_a_run_with_adapters_is_saved_on_its_base_and_goes_on_bit_for_bit(
     recipe = recipe_on(base, card, adapter)
     run(recipe, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "pieces", observer=Until(5, crash))
+        run(recipe, tmp_path / "pieces", callbacks=Until(5, crash))
     run(recipe, tmp_path / "pieces", resume=True)
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
     assert_same(everything(tmp_path / "pieces", 8), everything(tmp_path / "whole", 8))
@@ -160,7 +160,7 @@ def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
         recipe = replace(recipe, strategy=str(tmp_path / "rules.toml"))
     run(recipe, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "pieces", observer=Until(2, crash))
+        run(recipe, tmp_path / "pieces", callbacks=Until(2, crash))
     run(recipe, tmp_path / "pieces", resume=True)
     assert_same(everything(tmp_path / "pieces", 3), everything(tmp_path / "whole", 3))
 
@@ -209,7 +209,7 @@ def test_dropout_of_adapters_draws_the_same_again_and_after_an_interruption(
     for name in ("one", "other"):
         run(recipe, tmp_path / name)
     with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "cut", observer=Until(4, crash))
+        run(recipe, tmp_path / "cut", callbacks=Until(4, crash))
     run(recipe, tmp_path / "cut", resume=True)
     for name in ("other", "cut"):
         assert_same(everything(tmp_path / name, 6), everything(tmp_path / "one", 6))

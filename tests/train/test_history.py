@@ -16,8 +16,9 @@ from vlafit.actor import load_actor
 from vlafit.errors import ConfigError, TrainingError, WeightsError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.rollout import evaluate
-from vlafit.train import experiment as setup
 from vlafit.train import run
+from vlafit.train.data import open_data
+from vlafit.train.experiment import build
 
 CPU = torch.device("cpu")
 
@@ -128,11 +129,11 @@ def _sentence(group: h5py.Group) -> None:
 def test_changed_data_is_other_data(base: Path, seeded: Path, tmp_path: Path, change: Any) -> None:
     card = moved(seeded, tmp_path / "data")
     recipe = tiny(card)
-    before = setup.open_data(recipe.data, 3).fingerprint
-    assert before == setup.open_data(tiny(seeded).data, 3).fingerprint  # wherever it lies
+    before = open_data(recipe.data, 3).fingerprint
+    assert before == open_data(tiny(seeded).data, 3).fingerprint  # wherever it lies
     with h5py.File(card.parent / "dots" / "left_demo.hdf5", "r+") as file:
         change(file["data/demo_1"])
-    assert setup.open_data(recipe.data, 3).fingerprint != before
+    assert open_data(recipe.data, 3).fingerprint != before
 
 
 def test_a_run_does_not_go_on_with_changed_actions(seeded: Path, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_foreign_renderer_is_told_with_fresh_statistics_too_and_not_forgotten_
     card = moved(seeded, tmp_path / "data")
     card.write_text(card.read_text().replace('renderer = "ray"', 'renderer = "egl"'))
     recipe = further(base, card, data={"statistics": statistics})
-    (notice,) = setup.build(recipe, CPU).notices
+    (notice,) = build(recipe, CPU).warnings
     assert "made by 'ray', the dataset shows pictures made by 'egl'" in notice
     run(recipe, tmp_path / "run")
     run(recipe, tmp_path / "run", resume=True)

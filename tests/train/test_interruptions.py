@@ -19,7 +19,7 @@ from vlafit.errors import TrainingError, VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.callbacks import Observer
+from vlafit.train.callbacks import Callbacks
 from vlafit.train.loop import StepResult
 
 
@@ -27,7 +27,7 @@ class Interrupted(Exception):
     """Something that no code of ours expects."""
 
 
-class Until(Observer):
+class Until(Callbacks):
     """Calls `then` after a step."""
 
     def __init__(self, step: int, then: Callable[[], None]) -> None:
@@ -78,7 +78,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     recipe: Recipe, whole: Path, tmp_path: Path, step: int
 ) -> None:
     with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "run", observer=Until(step, crash))
+        run(recipe, tmp_path / "run", callbacks=Until(step, crash))
     again = run(recipe, tmp_path / "run", resume=True)
     assert again.finished and again.steps == 8
     assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
@@ -92,7 +92,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
 def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     recipe: Recipe, whole: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    summary = run(recipe, tmp_path / "run", observer=Until(4, lambda: os.kill(os.getpid(), how)))
+    summary = run(recipe, tmp_path / "run", callbacks=Until(4, lambda: os.kill(os.getpid(), how)))
     assert not summary.finished and summary.steps == 5
     assert (tmp_path / "run" / "checkpoints" / "step_000005" / "training").is_dir()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_ignored_and_cleared_away(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(recipe, out, observer=Until(5, crash))
+        run(recipe, out, callbacks=Until(5, crash))
     shelf = out / "checkpoints"
     half = shelf / ".step_000006.partial"
     shutil.copytree(shelf / "step_000004", half)
@@ -176,7 +176,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, recipe: Recipe, tm
 
 def half(recipe: Recipe, out: Path) -> None:
     with pytest.raises(Interrupted):
-        run(recipe, out, observer=Until(4, crash))
+        run(recipe, out, callbacks=Until(4, crash))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_second_process_in_the_folder_is_refused_resumed_or_fresh(recipe: Reci
         refused.append(second.communicate()[1])
         assert second.returncode == 2
 
-    assert run(recipe, out, observer=Until(2, again)).finished
+    assert run(recipe, out, callbacks=Until(2, again)).finished
     assert all(f"{out}: another vlafit train (process {os.getpid()})" in said for said in refused)
     assert sorted(losses(out)) == list(range(1, 9)), "the first went on undisturbed"
 
@@ -290,7 +290,7 @@ def test_a_loader_process_that_is_killed_is_one_message_and_the_run_can_go_on(
         os.kill(worker.pid or 0, signal.SIGKILL)
 
     with pytest.raises(TrainingError) as error:
-        run(loading, tmp_path / "run", observer=Until(3, kill))
+        run(loading, tmp_path / "run", callbacks=Until(3, kill))
     said = str(error.value)
     assert not (tmp_path / "run" / "traceback.txt").exists()
     assert said.startswith("loader process ") and "was ended by SIGKILL" in said

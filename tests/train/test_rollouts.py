@@ -11,7 +11,7 @@ from tests.train.world import assert_same, learned, metrics, tiny
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.callbacks import Observer
+from vlafit.train.callbacks import Callbacks
 
 EVERYTHING = {"before": True, "after": True, "wrong_instruction": True, "every": 3, "every_trials": 1}
 NAMES = ["after", "before", "step_000003", "step_000006", "wrong_instruction"]
@@ -31,7 +31,7 @@ def finished(judged: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Episodes(Observer):
+class Episodes(Callbacks):
     """Counts episodes, and breaks off the run after `limit` of them."""
 
     def __init__(self, limit: int | None = None) -> None:
@@ -79,15 +79,15 @@ def test_training_is_the_same_with_rollouts_and_without(
 def test_a_resumed_run_repeats_no_episode(judged: Recipe, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(InterruptedError):
-        run(judged, out, observer=Episodes(5))  # 4 before training, 1 of the 2 at step 3
+        run(judged, out, callbacks=Episodes(5))  # 4 before training, 1 of the 2 at step 3
     again = Episodes()
-    assert run(judged, out, resume=True, observer=again).finished
+    assert run(judged, out, resume=True, callbacks=again).finished
     assert again.count == 1 + 2 + 4 + 4
     with pytest.raises(InterruptedError):
         shutil.rmtree(out / "eval" / "wrong_instruction")
-        run(judged, out, resume=True, observer=Episodes(2))
+        run(judged, out, resume=True, callbacks=Episodes(2))
     last = Episodes()
-    run(judged, out, resume=True, observer=last)
+    run(judged, out, resume=True, callbacks=last)
     assert last.count == 2
     assert sorted(evaluations(out)) == sorted(evaluations(finished))
     assert_same(learned(out, 8), learned(finished, 8))

@@ -22,14 +22,12 @@ from vlafit.errors import StrategyError, TrainingError
 from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.report import read_facts
 from vlafit.report.page import page
-from vlafit.train import checkpointer as state
-from vlafit.train import dataloader as feed
-from vlafit.train import experiment as setup
-from vlafit.train import run
+from vlafit.train import checkpointer, dataloader, run
+from vlafit.train.experiment import build
 from vlafit.train.loop import StepResult, train
 from vlafit.train.optim import Ema, rewarm
 from vlafit.train.stages import Place, due, require_reachable
-from vlafit.train.train_state import Learner
+from vlafit.train.train_state import TrainState
 from vlafit.tuning import Plan, Stage, parse
 
 CPU = torch.device("cpu")
@@ -114,7 +112,7 @@ def test_stages_begin_when_the_strategy_says_and_are_logged(whole: Path) -> None
 
 
 def test_optimiser_and_average_hold_exactly_what_the_stage_trains(recipe: Recipe, whole: Path) -> None:
-    plan = setup.build(recipe, CPU).plan
+    plan = build(recipe, CPU).plan
     for step in range(1, STEPS + 1):
         stage = sum(step > began for began in BEGAN.values()) - 1
         kinds = split(learned(whole, step))
@@ -126,7 +124,7 @@ def test_optimiser_and_average_hold_exactly_what_the_stage_trains(recipe: Recipe
 
 
 def test_states_of_what_goes_on_learning_stay_and_all_others_begin_anew(recipe: Recipe, whole: Path) -> None:
-    members = parts(setup.build(recipe, CPU).plan)
+    members = parts(build(recipe, CPU).plan)
     kinds = split(learned(whole, STEPS))
     counts = {part: {kinds["adamw.step"][n].item() for n in names} for part, names in members.items()}
     assert counts["expert"] == {STEPS - 4}  # since the second stage
@@ -139,8 +137,8 @@ def test_states_of_what_goes_on_learning_stay_and_all_others_begin_anew(recipe: 
 def test_what_a_stage_freezes_is_its_average_and_bit_identical_from_there_on(
     recipe: Recipe, whole: Path
 ) -> None:
-    probed = parts(setup.build(recipe, CPU).plan)["projections"]
-    start = dict(setup.build(recipe, CPU).policy.named_parameters())
+    probed = parts(build(recipe, CPU).plan)["projections"]
+    start = dict(build(recipe, CPU).policy.named_parameters())
     exported = {step: split(learned(whole, step))["exported"] for step in (4, 5, 8, 9)}
     for name in probed:
         assert not exported[4][name].equal(start[name])
@@ -151,8 +149,8 @@ def test_what_a_stage_freezes_is_its_average_and_bit_identical_from_there_on(
 
 
 def test_a_change_gives_up_gradients_and_states_and_keeps_the_others_as_they_are(recipe: Recipe) -> None:
-    experiment = setup.build(recipe, CPU)
-    learner = Learner(experiment.policy, experiment.plan, recipe, CPU, Place(1, 4))
+    experiment = build(recipe, CPU)
+    learner = TrainState(experiment.policy, experiment.plan, recipe, CPU, Place(1, 4))
     expert = learner.trainable
     for parameter in expert:
         parameter.grad = torch.ones_like(parameter)
@@ -222,7 +220,7 @@ def test_a_crash_in_a_stage_or_at_its_edge_costs_nothing_but_steps(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        run(recipe, out, observer=Until(step, crash))
+        run(recipe, out, callbacks=Until(step, crash))
     assert run(recipe, out, resume=True).finished
     assert_same(learned(out, STEPS), learned(whole, STEPS))
     assert without_times(out) == without_times(whole)
@@ -236,13 +234,13 @@ from vlafit import checkpoints, config
 from vlafit.cli.train_view import TrainView
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.callbacks import Observer
+from vlafit.train.callbacks import Callbacks
 
-class Kill(Observer):
+class Kill(Callbacks):
     def stage(self, plan, began):
         os.kill(os.getpid(), signal.SIGKILL)
 
-run(config.read(Recipe, Path(sys.argv[1]), "recipe"), Path(sys.argv[2]), observer=Kill())
+run(config.read(Recipe, Path(sys.argv[1]), "recipe"), Path(sys.argv[2]), callbacks=Kill())
 """
 
 
@@ -286,7 +284,7 @@ def test_the_count_of_a_plateau_survives_an_interruption(
     state = json.loads((whole / "checkpoints/step_000002/training/state.json").read_text())["stage"]
     assert (state["number"], state["began"], state["stalled"]) == (0, 0, 1) and state["lowest"] > 0
     with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "run", observer=Until(2, crash))
+        run(recipe, tmp_path / "run", callbacks=Until(2, crash))
     run(recipe, tmp_path / "run", resume=True)
     assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
     assert without_times(tmp_path / "run") == without_times(whole)
@@ -380,7 +378,7 @@ def test_a_stage_that_can_never_begin_is_refused(
     card: Path, tmp_path: Path, moments: tuple[str, ...], changes: dict[str, object], message: str
 ) -> None:
     stages = begins(*moments)
-    plan = setup.build(tiny(card), CPU).plan
+    plan = build(tiny(card), CPU).plan
     plan = Plan(replace(plan.strategy, stages=stages), plan.entries)
     lasts = TrainRecipe(steps=12, validate_every=int(changes.get("validate_every", 4)))  # type: ignore[call-overload]
     with pytest.raises(StrategyError, match=message):
@@ -413,7 +411,7 @@ def test_a_stage_whose_plateau_does_not_come_in_time_is_passed_over_and_told(
 def test_the_command_line_shows_the_table_of_the_stage_that_begins(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    TrainView(tmp_path).stage(setup.build(recipe, CPU).plan.at(1), 4)
+    TrainView(tmp_path).stage(build(recipe, CPU).plan.at(1), 4)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["from step 4 on:", "stage 2 of 3, expert alone"]
     assert any(line.split()[:2] == ["expert", "full"] for line in lines)
@@ -445,11 +443,11 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     card: Path, tmp_path: Path
 ) -> None:
     recipe = staged(card, tmp_path, ADALORA)
-    experiment = setup.build(recipe, CPU)
-    learner = Learner(experiment.policy, experiment.plan, recipe, CPU, Place())
+    experiment = build(recipe, CPU)
+    learner = TrainState(experiment.policy, experiment.plan, recipe, CPU, Place())
     assert learner.ranks is not None and not learner.ranks.ranks()
     learner.change(Place(1, 2))
-    batches = feed.training_batches(experiment, first_step=2, rank=0, world=1)
+    batches = dataloader.training_batches(experiment, first_step=2, rank=0, world=1)
     done: list[int] = []
 
     def after(result: StepResult) -> bool:
@@ -462,18 +460,18 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     ranks = learner.ranks.ranks()
     assert ranks and sum(ranks.values()) == len(ranks)  # a mean of 1, from 4
 
-    tensors = {k: v.clone() for k, v in state.collect(learner, keep=True).items()}
+    tensors = {k: v.clone() for k, v in checkpointer.collect(learner, keep=True).items()}
     assert any(key.startswith("ranks/") for key in tensors)
-    other = setup.build(recipe, CPU)
-    fresh = Learner(other.policy, other.plan, recipe, CPU, Place(1, 2))
-    state.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), dict(tensors)), fresh)
-    assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
+    other = build(recipe, CPU)
+    fresh = TrainState(other.policy, other.plan, recipe, CPU, Place(1, 2))
+    checkpointer.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), dict(tensors)), fresh)
+    assert_same(checkpointer.collect(fresh, keep=True), checkpointer.collect(learner, keep=True))
     train(learner, batches, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
           wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip
-    again = feed.training_batches(other, first_step=11, rank=0, world=1)
+    again = dataloader.training_batches(other, first_step=11, rank=0, world=1)
     train(fresh, again, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
           wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip
-    assert_same(state.collect(fresh, keep=True), state.collect(learner, keep=True))
+    assert_same(checkpointer.collect(fresh, keep=True), checkpointer.collect(learner, keep=True))
 
 
 GROWING = """

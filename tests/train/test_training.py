@@ -12,9 +12,8 @@ import torch
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit import checkpoints
 from vlafit.recipe import OptimRecipe, Recipe
-from vlafit.train import dataloader as feed
-from vlafit.train import experiment as setup
-from vlafit.train import run
+from vlafit.train import dataloader, run
+from vlafit.train.experiment import build
 from vlafit.train.loop import NotFinite
 from vlafit.train.noise import VALIDATION, noise_and_time
 from vlafit.train.optim import Ema, build_optimizer, schedule
@@ -45,10 +44,10 @@ def test_what_the_strategy_freezes_is_bit_identical_and_has_no_optimiser_state(
     card: Path, tmp_path: Path
 ) -> None:
     recipe = tiny(card, strategy="expert", train={"steps": 3, "save_every": 0})
-    start = dict(setup.build(recipe, CPU).policy.named_parameters())
+    start = dict(build(recipe, CPU).policy.named_parameters())
     run(recipe, tmp_path / "run")
     kinds = split(learned(tmp_path / "run", 3))
-    trained = set(setup.build(recipe, CPU).plan.trainable)
+    trained = set(build(recipe, CPU).plan.trainable)
     assert 0 < len(trained) < len(start)
     for kind in ("weight", "ema", "adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq"):
         assert set(kinds[kind]) == trained
@@ -58,7 +57,7 @@ def test_what_the_strategy_freezes_is_bit_identical_and_has_no_optimiser_state(
 
 
 def test_the_optimiser_holds_exactly_the_trainable_parameters(card: Path) -> None:
-    experiment = setup.build(tiny(card, strategy="expert"), CPU)
+    experiment = build(tiny(card, strategy="expert"), CPU)
     optimizer = build_optimizer(experiment.policy, experiment.plan, OptimRecipe())
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in experiment.policy.parameters() if p.requires_grad)
@@ -85,7 +84,7 @@ def test_the_moving_average_is_what_is_validated(recipe: Recipe, whole: Path, tm
     logged = {e["step"]: e["validation/loss"] for e in metrics(whole) if "validation/loss" in e}
     assert sorted(logged) == [0, 4, 8]
     exported = checkpoints.load(whole / "checkpoints" / "step_000008")
-    batches = feed.validation_batches(setup.build(recipe, CPU), rank=0, world=1)
+    batches = dataloader.validation_batches(build(recipe, CPU), rank=0, world=1)
     again = validate(exported.policy, batches, recipe.train, CPU)
     assert again["validation/loss"] == pytest.approx(logged[8], rel=1e-6)
 
@@ -111,7 +110,7 @@ def test_the_gradient_is_clipped(card: Path, tmp_path: Path) -> None:
     moved = {}
     for limit in (0.0, 1e-14):
         recipe = tiny(card, optim={"clip_norm": limit, "ema": 0.0, "weight_decay": 0.0}, train={"steps": 1})
-        begin = dict(setup.build(recipe, CPU).policy.named_parameters())
+        begin = dict(build(recipe, CPU).policy.named_parameters())
         run(recipe, tmp_path / str(limit))
         after = split(learned(tmp_path / str(limit), 1))["weight"]
         moved[limit] = max(float((after[name] - begin[name].detach()).abs().max()) for name in after)
@@ -153,7 +152,7 @@ def test_validation_draws_are_the_same_at_every_step_and_for_every_seed(card: Pa
 
 
 def test_held_out_episodes_are_never_trained_on(recipe: Recipe) -> None:
-    data = setup.build(recipe, CPU).data
+    data = build(recipe, CPU).data
     assert all(len(ids) == 6 for ids in data.training) and all(len(ids) == 2 for ids in data.validation)
     assert not set(data.training[0]) & set(data.validation[0])
 
@@ -247,9 +246,9 @@ def test_fresh_statistics_come_from_the_training_episodes(card: Path, whole: Pat
     base = whole / "checkpoints" / "step_000008"
     policy = {"checkpoint": str(base), "family": "", "size": "", "config": {}}
     data = {"episodes_per_task": 1, "statistics": "data", "normalisation": "quantile"}
-    codec = setup.build(tiny(card, policy=policy, data=data), CPU).codec
+    codec = build(tiny(card, policy=policy, data=data), CPU).codec
     assert codec.config.normalisation == "quantile"
-    like_before = setup.build(tiny(card, policy=policy, data={"statistics": "data"}), CPU).codec
+    like_before = build(tiny(card, policy=policy, data={"statistics": "data"}), CPU).codec
     assert like_before.config.normalisation == "mean_std"
     assert codec.statistics["action"].count < checkpoints.load(base).codec.statistics["action"].count  # type: ignore[union-attr]
 
@@ -276,7 +275,7 @@ def test_pi05_with_relative_actions_and_quantiles_goes_the_whole_way(card: Path,
 def test_parts_can_start_afresh(card: Path, whole: Path) -> None:
     base = whole / "checkpoints" / "step_000008"
     policy = {"checkpoint": str(base), "family": "", "size": "", "config": {}, "fresh": ("expert",)}
-    made, loaded = setup.build(tiny(card, policy=policy), CPU).policy, checkpoints.load(base).policy
+    made, loaded = build(tiny(card, policy=policy), CPU).policy, checkpoints.load(base).policy
     for info in made.parts():
         same = made.get_parameter(info.name).equal(loaded.get_parameter(info.name))
         assert same == (info.part != "expert"), info.name

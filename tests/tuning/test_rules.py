@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from tests.tuning.toy import ToyPolicy
 from vlafit.errors import ConfigError, StrategyError, VlafitError
-from vlafit.nn.policy import Kind, Part
+from vlafit.nn.kinds import KINDS
 from vlafit.tuning import Plan, load_strategy, parse, preview
-from vlafit.tuning.rules import KINDS, PARTS, resolve
+from vlafit.tuning.rules import resolve
 
 REST = {"mode": "frozen"}
 
@@ -76,7 +75,8 @@ def test_a_layer_range_past_the_last_layer_is_an_error_that_says_how_many_there_
     policy: ToyPolicy, layers: str
 ):
     with pytest.raises(
-        StrategyError, match="reaches past the 4 layers|matches nothing.*expert 4|Layers there: expert 4"
+        StrategyError,
+        match=f"layers '{layers}' goes past the 4 layers|matches nothing.*expert 4|Layers there: expert 4",
     ):
         taken(policy, {"part": "expert", "layers": layers})
 
@@ -97,7 +97,7 @@ def test_a_pattern_stands_for_whole_names(policy: ToyPolicy):
 def test_an_uncovered_parameter_is_an_error_that_names_it(policy: ToyPolicy):
     with pytest.raises(StrategyError) as error:
         preview(policy, strategy({"select": {"part": ["expert", "language"]}, "mode": "full"}))
-    assert "says nothing about 6 of" in str(error.value)
+    assert "no rule for 6 of" in str(error.value)
     assert "vision, conv: 2 tensors, such as vision.weight" in str(error.value)
     assert 'mode = "frozen"' in str(error.value)
 
@@ -125,7 +125,7 @@ def test_a_wholly_shadowed_rule_is_an_error_that_names_what_shadows_it(policy: T
         {"select": {"part": "expert", "kind": "mlp"}, "mode": "frozen"},
         REST,
     )
-    with pytest.raises(StrategyError, match=r"rule 2 .* is never reached: rule 1 \(expert\)"):
+    with pytest.raises(StrategyError, match=r"rule 2 \(expert, mlp; frozen\) .* rule 1 \(expert\)"):
         preview(policy, strategy(*rules))
 
 
@@ -144,7 +144,7 @@ def test_a_wholly_shadowed_rule_is_an_error_that_names_what_shadows_it(policy: T
             {"pattern": ["expert.*", "langauge.*.mlp.wieght"]},
             ["pattern 'langauge.*.mlp.wieght' matches nothing", "names are 'language.2.mlp.weight'"],
         ),
-        ({"pattern": ["expert.*", "xyz?"]}, ["pattern 'xyz?'", "No parameter's name is near"]),
+        ({"pattern": ["expert.*", "xyz?"]}, ["pattern 'xyz?'", "the first is 'vision.weight'"]),
         (
             {"part": ["expert", "projections"], "layers": "last 2"},
             ["part 'projections'", "Layers there: none"],
@@ -171,7 +171,7 @@ def test_all_rules_that_say_what_is_not_are_named_at_once(policy: ToyPolicy):
     with pytest.raises(StrategyError) as error:
         preview(policy, strategy(*rules))
     assert "part 'vision'" in str(error.value) and "kind 'embedding'" in str(error.value)
-    assert "rule 2 (projector, mlp; full) matches nothing" in str(error.value)
+    assert "rule 2 (projector, mlp; full): this policy has no part 'projector'" in str(error.value)
 
 
 def test_a_plan_that_was_saved_with_an_empty_word_is_still_read(policy: ToyPolicy):
@@ -187,7 +187,9 @@ def _without_false(values: dict) -> dict:
 
 
 def test_top_layers_belong_to_stages_and_name_parts_that_have_layers(policy: ToyPolicy):
-    with pytest.raises(StrategyError, match=r'rule 1: `layers = "top"` is for stages .* write "first 3"'):
+    with pytest.raises(
+        StrategyError, match=r'rule 1: `layers = "top"` .* `layer_by_layer`; here write "first 3"'
+    ):
         strategy({"select": {"part": "expert", "layers": "top"}, "mode": "full"}, REST)
     top = [{"select": {"part": ["language", "expert"], "layers": "top"}, "mode": "full"}, REST]
     staged = {"stage": [{"layer_by_layer": 2, "every": {"step": 5}, "rule": top}]}
@@ -216,27 +218,49 @@ def test_optional_permits_a_rule_that_matches_nothing_and_one_that_is_shadowed(p
         ({}, "`mode` is missing; it can be one of: full, frozen"),
         ({"mode": "full", "moed": 1}, "unknown key 'moed'; did you mean 'mode'"),
         ({"mode": "full", "select": {"prat": "vision"}}, "unknown key 'prat'; did you mean 'part'"),
-        ({"mode": "full", "select": {"part": "visoin"}}, "there is no part 'visoin'; did you mean 'vision'"),
-        ({"mode": "full", "select": {"kind": "mpl"}}, "there is no kind 'mpl'; did you mean 'mlp'"),
-        ({"mode": "full", "select": {"part": 3}}, "`part` is a text or a list of texts, not 3"),
-        ({"mode": "full", "select": "vision"}, "`select` is a table"),
-        ({"mode": "full", "select": {"layers": "last"}}, "`layers` = 'last' is no range"),
-        ({"mode": "full", "select": {"layers": "7-4"}}, "`layers` = '7-4' is no range"),
-        ({"mode": "full", "select": {"layers": 4}}, "`layers` = 4 is no range"),
-        ({"mode": "full", "lr": "0.1"}, "`lr` is a number from 0 on, not '0.1'"),
-        ({"mode": "full", "lr": 0}, 'to train nothing, mode = "frozen"'),
-        ({"mode": "full", "lr": float("nan")}, "`lr` is a number from 0 on, not nan"),
-        ({"mode": "full", "lr": True}, "`lr` is a number from 0 on, not True"),
-        ({"mode": "full", "weight_decay": -1}, "`weight_decay` is a number from 0 on, not -1"),
-        ({"mode": "frozen", "lr": 0.1}, "`lr` means nothing for frozen parameters"),
-        ({"mode": "full", "optional": "yes"}, "`optional` is true or false"),
-        ("full", "a rule is a table, not 'full'"),
+        ({"mode": "full", "select": {"kind": "mpl"}}, "kind 'mpl'; did you mean 'mlp'"),
+        ({"mode": "full", "select": {"part": 3}}, "`part` string list 3"),
+        ({"mode": "full", "select": "vision"}, "`select` table 'vision'"),
+        ({"mode": "full", "select": {"layers": "last"}}, "`layers` 'last' range"),
+        ({"mode": "full", "select": {"layers": "7-4"}}, "`layers` '7-4' range"),
+        ({"mode": "full", "select": {"layers": 4}}, "`layers` 4 range"),
+        ({"mode": "full", "lr": "0.1"}, "`lr` at least 0 '0.1'"),
+        ({"mode": "full", "lr": 0}, '`lr` above 0 mode = "frozen"'),
+        ({"mode": "full", "lr": float("nan")}, "`lr` at least 0 nan"),
+        ({"mode": "full", "lr": True}, "`lr` at least 0 True"),
+        ({"mode": "full", "weight_decay": -1}, "`weight_decay` at least 0 -1"),
+        ({"mode": "frozen", "lr": 0.1}, "`lr` frozen"),
+        ({"mode": "full", "optional": "yes"}, "`optional` true false 'yes'"),
+        ("full", "rule table 'full'"),
     ],
 )
 def test_a_bad_rule_is_refused_with_what_it_can_be(rule: dict, message: str):
     with pytest.raises(StrategyError) as error:
         strategy(rule)
-    assert message in str(error.value)
+    assert all(fact in str(error.value) for fact in ("test: rule 1", *message.split(" ")))
+
+
+def test_any_part_name_is_read_and_the_policy_says_which_it_has(policy: ToyPolicy):
+    prompts = strategy({"select": {"part": "soft_prompts"}, "mode": "full"}, REST)
+    assert prompts.rules[0].select.part == ("soft_prompts",)
+    with pytest.raises(StrategyError) as error:
+        preview(policy, prompts)
+    parts = ("expert", "language", "projections", "vision")
+    assert all(fact in str(error.value) for fact in ("rule 1", "'soft_prompts'", *parts))
+    with pytest.raises(StrategyError) as error:
+        preview(policy, strategy({"select": {"part": ["expert", "visoin"]}, "mode": "full"}, REST))
+    assert "'visoin'; did you mean 'vision'" in str(error.value)
+
+
+def test_an_optional_rule_may_name_a_part_of_another_family_but_a_likely_typo_is_logged(
+    policy: ToyPolicy, caplog: pytest.LogCaptureFixture
+):
+    def optional(part: str):
+        return strategy({"select": {"part": part}, "mode": "full", "optional": True}, {"mode": "full"})
+
+    assert preview(policy, optional("soft_prompts")).trainable and not caplog.records
+    preview(policy, optional("visoin"))
+    assert all(fact in caplog.text for fact in ("'mine'", "rule 1", "'visoin'", "'vision'"))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +294,6 @@ def test_a_strategy_is_named_after_its_file(tmp_path: Path):
     assert (loaded.name, loaded.purpose, len(loaded.rules)) == ("mine", "Everything.", 1)
 
 
-def test_rules_know_every_part_and_kind_that_a_policy_can_name():
-    assert get_args(Part) == PARTS
-    assert get_args(Kind) == KINDS
+def test_a_rule_can_select_every_kind_that_a_parameter_can_have():
+    rules = strategy(*({"select": {"kind": kind}, "mode": "full"} for kind in KINDS), REST).rules
+    assert [rule.select.kind for rule in rules[:-1]] == [(kind,) for kind in KINDS]

@@ -9,7 +9,7 @@ from vlafit.recipe import Recipe
 from vlafit.rollout import Record
 from vlafit.train import RunSummary
 from vlafit.train import run as run_recipe
-from vlafit.train.callbacks import Observer
+from vlafit.train.callbacks import Callbacks
 from vlafit.train.experiment import Experiment
 from vlafit.train.loop import StepResult
 from vlafit.train.stages import title
@@ -21,7 +21,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool, resume_from: int | None = 
     view = TrainView(out) if rank() == 0 else None
     try:
         summary = run_recipe(
-            recipe, out, resume=resume, resume_from=resume_from, command=command, observer=view
+            recipe, out, resume=resume, resume_from=resume_from, command=command, callbacks=view
         )
     finally:
         if view is not None:
@@ -31,7 +31,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool, resume_from: int | None = 
     return 0 if summary.finished else 130
 
 
-class TrainView(Observer):
+class TrainView(Callbacks):
     """Prints a run as it goes."""
 
     def __init__(self, out: Path) -> None:
@@ -51,8 +51,8 @@ class TrainView(Observer):
             f"{episodes} training episodes, {held_out} held out, of {', '.join(c.name for c in data.cards)}"
         )
         self._table(experiment.plan)
-        for notice in experiment.notices:
-            print(notice, file=sys.stderr)
+        for warning in experiment.warnings:
+            print(warning, file=sys.stderr)
 
     def stage(self, plan: Plan, began: int) -> None:
         """Print what learns from now on."""

@@ -14,11 +14,8 @@ from vlafit.compare.identity import digest, flat
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
-from vlafit.train.experiment import Data
-from vlafit.train.fingerprint import episodes_hash
-from vlafit.train.meta_preview import outline, plan_of
-from vlafit.train.preflight import check
-from vlafit.train.validation_sets import open_sets
+from vlafit.train.data import Data, episodes_hash, open_validation_sets
+from vlafit.train.preflight import check, meta_policy, plan_of
 from vlafit.tuning import load_strategy
 
 FORMAT = 1
@@ -161,7 +158,7 @@ def require_possible(
         except VlafitError as error:
             faults.append(str(error))
     try:
-        policy = outline(recipe, data)
+        policy = meta_policy(recipe, data)
     except VlafitError as error:
         faults.append(str(error))
     else:
@@ -200,7 +197,7 @@ def identity(recipe: Recipe, seeds: Sequence[int], data: Data) -> dict[str, Any]
     `data` is the recipe's, split by the first seed. Opens the validation sets, so that a card that leads
     nowhere is found now.
     """
-    sets = open_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
+    sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     base = recipe.policy.checkpoint
     return {
         "format": FORMAT,

@@ -21,7 +21,7 @@ from vlafit.compare.process import Ended, Processes, stopping, vlafit
 from vlafit.compare.record import Record
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
-from vlafit.train.experiment import open_data
+from vlafit.train.data import open_data
 from vlafit.train.preflight import check
 
 IDENTITY = "identity.json"

@@ -8,7 +8,7 @@ the sampler are written here once. `loss` is the module's `forward`, since DDP a
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from vlafit.codec.prompts import Prompt
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import Batch
+from vlafit.nn.kinds import Kind
 
 if TYPE_CHECKING:
     from vlafit.nn.attached import Attached
 
-Part = Literal["vision", "projector", "language", "expert", "projections"]
-Kind = Literal["attention", "mlp", "norm", "embedding", "conv", "linear"]
+Part = str  # a name that the family declares, such as "vision" or "expert"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from vlafit.recipe import Recipe
 from vlafit.sweep.storage import Storage, Taken
 from vlafit.sweep.study import Study, check, prepare
 from vlafit.train import run as train
-from vlafit.train.callbacks import Observer
-from vlafit.train.experiment import Data, open_data
+from vlafit.train.callbacks import Callbacks
+from vlafit.train.data import Data, open_data
 from vlafit.train.loop import StepResult
-from vlafit.train.meta_preview import outline, plan_of
 from vlafit.train.preflight import check as check_recipe
+from vlafit.train.preflight import meta_policy, plan_of
 from vlafit.tuning import Strategy
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class _Trials:
         check_recipe(recipe, 1)
         key = config.dump(recipe.policy)
         if key not in self._policies:
-            self._policies[key] = outline(recipe, self._data)
+            self._policies[key] = meta_policy(recipe, self._data)
         plan_of(recipe, strategy, self._policies[key], held_out=any(self._data.validation))
 
 
@@ -112,7 +112,7 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
     try:
         recipe = prepare(sweep.trial_recipe(), taken.values, taken.folder)
         watcher = _Watcher(storage, taken, out)
-        summary = train(recipe, out, resume=True, command="", observer=watcher)
+        summary = train(recipe, out, resume=True, command="", callbacks=watcher)
     except storage.optuna.TrialPruned as pruned:
         storage.pruned(taken)
         tell(f"{name}: pruned, {pruned}: {shown(taken.values)}")
@@ -134,10 +134,10 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
         return True
     storage.done(taken, loss)
     tell(f"{name}: validation {loss:.4g}: {shown(taken.values)}")
-    return not summary.asked_to_stop
+    return not summary.signalled
 
 
-class _Watcher(Observer):
+class _Watcher(Callbacks):
     """Reports each validation loss to the study, and ends the run when the pruner says so."""
 
     def __init__(self, storage: Storage, taken: Taken, out: Path) -> None:

@@ -1,10 +1,14 @@
-"""Fine-tuning: from a recipe to a run folder with checkpoints, metrics, rollouts and a report.
+"""Train a policy from a recipe into a run folder with checkpoints, metrics, rollouts and a report.
 
-`run` is the whole job and `loop` the page that trains. Around them: `checks` and `setup` (what a recipe asks
-for), `feed` and `draws` (which samples, with which noise), `job` (what happens between steps), `state` and
-`shelf` (what resumes, and where it lies), `folder` (whose run it is), `parallel` (several processes).
+`run` runs a recipe, `trainer` trains and does what is due between steps, `loop` is the training loop.
+`preflight` checks a recipe, `data`, `initial_policy` and `experiment` build what it asks for, `dataloader`
+and `noise` decide samples and noise, `train_state` holds policy, optimiser and EMA, `checkpointer` saves and
+resumes, `evaluator` rolls out, `run_folder` guards the folder, `distributed` hides the processes, `callbacks`
+report progress.
 """
 
+from vlafit.train.callbacks import Callbacks
 from vlafit.train.run import RunSummary, run
+from vlafit.train.trainer import RunStatus
 
-__all__ = ["RunSummary", "run"]
+__all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]

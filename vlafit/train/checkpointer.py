@@ -1,26 +1,30 @@
-"""What a run needs to go on as if it had never stopped: weights, optimiser, average, step, stage.
+"""Save, find, prune and restore a run's checkpoints, so that a resumed run is bit-identical.
 
-A checkpoint is a native one (what is evaluated and exported: the moving average where there is one) with a
-folder `training/` beside it: the raw trainable weights, AdamW's states and where the run stands, as
-safetensors and JSON. What is frozen, and the codec, come from the native part. Order, noise and time need no
-state: they are functions of the step.
+A checkpoint is a native one (what is evaluated and exported: the EMA, if there is one) with a folder
+`training/` in it: the raw trainable weights, AdamW's states and the run's progress, as safetensors and JSON.
+Frozen weights and the codec come from the native part. Sample order and noise need no state: they are
+functions of the step.
 
-Format 1 had no stages, and one count for all averages; it is read still.
+Format 1 had no stages, and one update count for the whole EMA; it can still be read.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import final
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlafit import files
-from vlafit.errors import TrainingError
+from vlafit.errors import StorageError, TrainingError
 from vlafit.train.distributed import gathered, scatter_like
 from vlafit.train.stages import Place
-from vlafit.train.train_state import Learner
+from vlafit.train.train_state import TrainState
 
 FORMAT = 2
 FACTS, TENSORS = "training/state.json", "training/state.safetensors"
@@ -28,7 +32,7 @@ FACTS, TENSORS = "training/state.json", "training/state.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, seconds of training so far, the best validation loss, the stage."""
+    """Finished steps, seconds, best validation loss and stage; saved with every checkpoint."""
 
     step: int = 0
     seconds: float = 0.0
@@ -39,55 +43,150 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint's `training/` holds."""
+    """The contents of a checkpoint's `training/`."""
 
     folder: Path
     progress: Progress
     tensors: dict[str, Tensor]
 
 
-def found(shelf: Path) -> dict[int, Path]:
-    """Return the complete checkpoints in a run's folder of them, by step."""
-    return {int(p.name[5:]): p for p in shelf.glob("step_*") if p.name[5:].isdigit()}
+# ------------------------------------------------------------------------------ the checkpoints of a run
 
 
-def resumable(shelf: Path) -> dict[int, Path]:
+def complete(folder: Path) -> dict[int, Path]:
+    """Return the complete checkpoints in a run's checkpoint folder, by step."""
+    return {int(p.name[5:]): p for p in folder.glob("step_*") if p.name[5:].isdigit()}
+
+
+def resumable(folder: Path) -> dict[int, Path]:
     """Return those that hold a training state, by step."""
-    return {step: path for step, path in found(shelf).items() if (path / FACTS).is_file()}
+    return {step: path for step, path in complete(folder).items() if (path / FACTS).is_file()}
 
 
-def way_on(folder: Path) -> str:
-    """Return how to go on where the checkpoint `folder` cannot be gone on from."""
-    number = int(folder.name.removeprefix("step_"))
-    earlier = [step for step in resumable(folder.parent) if step < number]
+def how_to_resume(checkpoint: Path) -> str:
+    """Return how to continue a run whose checkpoint `checkpoint` cannot be resumed."""
+    number = int(checkpoint.name.removeprefix("step_"))
+    earlier = [step for step in resumable(checkpoint.parent) if step < number]
     if not earlier:
-        return "there is no training state before it, so start anew with --out"
+        return "there is no earlier training state, so start a new run with --out"
     step = max(earlier)
     return (
-        f"the training state before it is {folder.parent / f'step_{step:06d}'}; the same command with "
-        f"--resume-from {step} instead of --resume goes on from there, and removes what was saved later"
+        f"the previous training state is {checkpoint.parent / f'step_{step:06d}'}; to resume from it, run "
+        f"the same command with --resume-from {step} instead of --resume (later checkpoints are removed)"
     )
 
 
-def collect(learner: Learner, keep: bool) -> dict[str, Tensor]:
-    """Return the whole training state by name, on the CPU. Every process must call it; see `gathered`."""
-    names = {parameter: name for name, parameter in learner.policy.named_parameters()}
+@final
+class CheckpointManager:
+    """The checkpoint folder of one run. Writes are atomic; the last, the best and `keep` others are kept."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.folder = run / "checkpoints"
+        self.keep = keep
+
+    def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
+        return self.folder / f"step_{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Return the steps of all complete checkpoints, oldest first."""
+        return sorted(complete(self.folder))
+
+    def resumable(self, step: int | None = None) -> Path | None:
+        """Return the newest checkpoint that holds a training state, or that of `step`.
+
+        Raises TrainingError naming the steps that can be resumed, if `step` cannot.
+        """
+        saved = resumable(self.folder)
+        if step is None:
+            return saved[max(saved)] if saved else None
+        if step not in saved:
+            available = f"available: {', '.join(map(str, sorted(saved)))}" if saved else "there are none"
+            raise TrainingError(f"{self.folder} has no training state of step {step}; {available}")
+        return saved[step]
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints after `step`."""
+        for later in self.steps():
+            if later > step:
+                self._remove(later)
+        for pointer in ("best", "last"):
+            path = self.folder / f"{pointer}.json"
+            if path.is_file() and not (self.folder / json.loads(path.read_text("utf-8"))["path"]).is_dir():
+                path.unlink()
+        self._point("last", step)
+
+    def tidy(self) -> None:
+        """Remove half-written and half-removed checkpoints of a killed process."""
+        for path in self.folder.glob(".*step_*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+        newest = self.resumable()
+        if newest is not None:
+            self._point("last", int(newest.name[5:]))
+
+    def save(self, step: int, fill: Callable[[Path], None]) -> Path:
+        """Let `fill` write a checkpoint into a temporary folder, and rename it when it is complete.
+
+        Raises TrainingError if the disk is full, for example; older checkpoints are kept.
+        """
+        final = self.path(step)
+        try:
+            with files.new_folder(final) as folder:
+                fill(folder)
+        except StorageError as error:
+            raise TrainingError(
+                f"{final}: cannot write the checkpoint ({error}); fix that, then --resume continues from the "
+                "previous one"
+            ) from error
+        self._point("last", step)
+        return final
+
+    def mark_best(self, step: int, loss: float) -> None:
+        """Record that the checkpoint of `step`, if it exists, has the lowest validation loss."""
+        if self.path(step).is_dir():
+            self._point("best", step, {"validation/loss": loss})
+
+    def prune(self, best: int | None, always: set[int]) -> None:
+        """Remove all but the last checkpoint, `keep` before it, the `best`, and the steps in `always`."""
+        steps = [step for step in self.steps() if step != best and step not in always]
+        last = max(self.steps(), default=None)
+        others = [step for step in steps if step != last]
+        for step in others[: max(0, len(others) - self.keep)]:
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        removed = self.folder / f".{self.path(step).name}.removed"  # a half-removed folder is never listed
+        os.rename(self.path(step), removed)
+        shutil.rmtree(removed)
+
+    def _point(self, name: str, step: int, more: Mapping[str, float] | None = None) -> None:
+        facts = {"step": step, "path": self.path(step).name, **(more or {})}
+        files.write_atomic(self.folder / f"{name}.json", json.dumps(facts) + "\n")
+
+
+# -------------------------------------------------------------------------------------- training state
+
+
+def collect(state: TrainState, keep: bool) -> dict[str, Tensor]:
+    """Return all training tensors by name, on the CPU. Every process must call it; see `gathered`."""
+    names = {parameter: name for name, parameter in state.policy.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    for parameter in learner.trainable:
+    for parameter in state.trainable:
         name = names[parameter]
         tensors[f"weight/{name}"] = parameter
-        for key, value in learner.optimizer.state[parameter].items():
+        for key, value in state.optimizer.state[parameter].items():
             tensors[f"adamw.{key}/{name}"] = value
-    if learner.ema is not None:
-        tensors |= {f"ema/{name}": value for name, value in learner.ema.average.items()}
-        tensors |= {f"ema.updates/{name}": torch.tensor(float(n)) for name, n in learner.ema.updates.items()}
-    if learner.ranks is not None:
-        tensors |= {f"ranks/{name}": value for name, value in learner.ranks.state().items()}
+    if state.ema is not None:
+        tensors |= {f"ema/{name}": value for name, value in state.ema.average.items()}
+        tensors |= {f"ema.updates/{name}": torch.tensor(float(n)) for name, n in state.ema.updates.items()}
+    if state.ranks is not None:
+        tensors |= {f"ranks/{name}": value for name, value in state.ranks.state().items()}
     return gathered(tensors, keep)
 
 
 def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, data: str) -> None:
-    """Write `training/` into a checkpoint that is still being made; `data` is the dataset's fingerprint."""
+    """Write `training/` into an unfinished checkpoint; `data` is the dataset's fingerprint."""
     (folder / "training").mkdir()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS)
     facts = {"format": FORMAT, "sha256": files.sha256(folder / TENSORS), "data": data, **asdict(progress)}
@@ -95,78 +194,80 @@ def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, data: st
 
 
 def read(folder: Path, data: str) -> Saved:
-    """Read and verify a checkpoint's `training/`; `data` is the dataset's fingerprint now.
+    """Read and verify a checkpoint's `training/`; `data` is the dataset's current fingerprint.
 
-    Raises TrainingError where it is damaged, of another version, or of other data.
+    Raises TrainingError if it is damaged, of another version, or of other data.
     """
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         if facts["format"] not in (1, FORMAT):
             raise TrainingError(
-                f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT} and 1: go on "
-                "with the version that began the run, or start anew with --out"
+                f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT} and 1: resume "
+                "with the version that began the run, or start a new run with --out"
             )
         tensors = load_file(folder / TENSORS)
         if files.sha256(folder / TENSORS) != facts["sha256"]:
-            raise ValueError("state.safetensors is not the file that was saved")
+            raise ValueError("the hash of state.safetensors differs from state.json")
         if facts["format"] == 1:
             count = torch.tensor(float(facts["ema_updates"] or 0))
             tensors |= {f"ema.updates/{k[4:]}": count for k in [*tensors] if k.startswith("ema/")}
             facts["stage"] = asdict(Place())
-        found_data = facts["data"]
-        told = {field.name: facts[field.name] for field in fields(Progress)}
-        progress = Progress(**{**told, "stage": Place(**told["stage"])})
+        saved_data = facts["data"]
+        values = {field.name: facts[field.name] for field in fields(Progress)}
+        progress = Progress(**{**values, "stage": Place(**values["stage"])})
     except TrainingError:
         raise
-    except Exception as error:  # of the file system, JSON or safetensors: the way out is the same
+    except Exception as error:  # of the file system, JSON or safetensors: the remedy is the same
         raise TrainingError(
-            f"{folder / 'training'}: cannot read the training state ({error!r}): {way_on(folder)}"
+            f"{folder / 'training'}: cannot read the training state ({error!r}): {how_to_resume(folder)}"
         ) from error
-    if found_data != data:
+    if saved_data != data:
         raise TrainingError(
-            f"{folder}: the run began on other data: the episodes, their states, actions, instructions or "
-            "their split are not the same now; bring the dataset back, or start anew with --out"
+            f"{folder}: the data changed since the run began (episodes, states, actions, instructions or "
+            "split); restore the dataset, or start a new run with --out"
         )
     return Saved(folder, progress, tensors)
 
 
-def restore(saved: Saved, learner: Learner) -> None:
-    """Fill trainable weights, optimiser, average and ranks of the stage that was saved, exactly.
+def restore(saved: Saved, state: TrainState) -> None:
+    """Restore trainable weights, optimiser, EMA and ranks of the saved stage, exactly.
 
-    Raises TrainingError naming what is missing or left over.
+    Raises TrainingError naming what is missing or unused.
     """
     stored, where = dict(saved.tensors), saved.folder / TENSORS
 
     def take(key: str, like: Tensor) -> Tensor:
         if key not in stored:
-            raise TrainingError(f"{where}: lacks {key!r}; it belongs to another strategy or policy")
+            raise TrainingError(
+                f"{where}: {key!r} is missing; the file belongs to another strategy or policy"
+            )
         value = stored.pop(key)
         if value.shape != like.shape:
-            shapes = f"{tuple(value.shape)}, the policy's is {tuple(like.shape)}"
-            raise TrainingError(f"{where}: {key!r} is {shapes}")
+            shapes = f"{tuple(value.shape)}, but {tuple(like.shape)} in the policy"
+            raise TrainingError(f"{where}: {key!r} has shape {shapes}")
         return scatter_like(value, like)
 
-    names = {parameter: name for name, parameter in learner.policy.named_parameters()}
+    names = {parameter: name for name, parameter in state.policy.named_parameters()}
     with torch.no_grad():
-        for parameter in learner.trainable:
+        for parameter in state.trainable:
             name = names[parameter]
             parameter.copy_(take(f"weight/{name}", parameter))
-            # A fused optimiser keeps its count beside the weights, whole even where they are sharded.
+            # A fused optimiser keeps its step count on the weights' device, never sharded.
             count = torch.zeros((), device=parameter.device)
-            learner.optimizer.state[parameter] = {
+            state.optimizer.state[parameter] = {
                 "step": take(f"adamw.step/{name}", count),
                 "exp_avg": take(f"adamw.exp_avg/{name}", parameter),
                 "exp_avg_sq": take(f"adamw.exp_avg_sq/{name}", parameter),
             }
-        if learner.ema is not None:
-            for name, value in learner.ema.average.items():
+        if state.ema is not None:
+            for name, value in state.ema.average.items():
                 value.copy_(take(f"ema/{name}", value))
-                learner.ema.updates[name] = int(take(f"ema.updates/{name}", torch.tensor(0.0)))
-    if learner.ranks is not None:
+                state.ema.updates[name] = int(take(f"ema.updates/{name}", torch.tensor(0.0)))
+    if state.ranks is not None:
         scores = [key for key in stored if key.startswith("ranks/")]
-        learner.ranks.load({key.removeprefix("ranks/"): stored.pop(key) for key in scores})
+        state.ranks.load({key.removeprefix("ranks/"): stored.pop(key) for key in scores})
     if stored:
         raise TrainingError(
-            f"{where}: holds more than this run trains: {', '.join(sorted(stored)[:5])}; it "
+            f"{where}: tensors that this run does not train: {', '.join(sorted(stored)[:5])}; the file "
             "belongs to another strategy or policy"
         )

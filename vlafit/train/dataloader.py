@@ -1,4 +1,4 @@
-"""Batches for training and validation: which samples, in which order, on which process."""
+"""Load batches for training and validation: which samples, in which order, on which process."""
 
 import multiprocessing
 import signal
@@ -13,17 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
 from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
-from vlafit.errors import TrainingError
+from vlafit.errors import ConfigError, TrainingError
 from vlafit.nn.batch import Batch, stack
 from vlafit.train.experiment import Experiment
 from vlafit.train.loop import Keys
-from vlafit.train.preflight import rows_per_process
 
-GRACE_S = 2.0  # for a process to end whose connection broke
+GRACE_S = 2.0  # wait for a worker to exit after its connection broke
 
 
 class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
-    """Samples by (epoch, index): read, augmented, encoded; what a loader's worker does."""
+    """Read, augment and encode samples by (epoch, index), in a dataloader worker."""
 
     def __init__(self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int) -> None:
         self.chunks, self.codec, self.shift_pixels, self.seed = chunks, codec, shift_pixels, seed
@@ -42,10 +41,22 @@ def _collate(rows: Sequence[tuple[tuple[int, int], Encoded]]) -> tuple[Keys, Bat
     return [key for key, _ in rows], stack([encoded for _, encoded in rows])
 
 
+def rows_per_process(batch_size: int, accumulate: int, processes: int) -> int:
+    """Return the rows of one micro-batch of one process. Raises ConfigError if they would differ."""
+    size, rest = divmod(batch_size, accumulate * processes)
+    if rest or not size:
+        near = accumulate * processes * max(1, round(batch_size / (accumulate * processes)))
+        raise ConfigError(
+            f"train.batch_size {batch_size} is not a multiple of train.accumulate {accumulate} x processes "
+            f"{processes}; use {near}"
+        )
+    return size
+
+
 def rows_of(
     batch: Sequence[tuple[int, int]], accumulate: int, rank: int, world: int
 ) -> list[list[tuple[int, int]]]:
-    """Return this process's micro-batches of a global batch: every process gets equally many rows."""
+    """Return this process's micro-batches of a global batch; every process gets the same number of rows."""
     size = rows_per_process(len(batch), accumulate, world)
     return [list(batch[(m * world + rank) * size :][:size]) for m in range(accumulate)]
 
@@ -55,7 +66,7 @@ def training_batches(
 ) -> Iterator[list[tuple[Keys, Batch]]]:
     """Yield this process's micro-batches of optimiser step `first_step`, `first_step` + 1, ...
 
-    The order is a function of seed and step alone, so going on after an interruption needs no loader state.
+    The order only depends on seed and step, so resuming needs no dataloader state.
     """
     recipe, data = experiment.recipe, experiment.data
     train = recipe.train
@@ -87,31 +98,31 @@ def training_batches(
 
 
 def _start_worker(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all, to the training process: it wants its last batch yet."""
+    """Ignore SIGINT in workers; the main process still needs the batch in flight."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 class _Workers:
-    """The loader's processes: that one of them died is told where its batch is waited for, and nowhere else.
+    """The dataloader's processes. If one dies, the error is raised where its batch is awaited, nowhere else.
 
-    torch's handler of SIGCHLD would raise in whatever the training process does just then, saving for one.
+    torch's SIGCHLD handler would raise in whatever the training process is doing, such as saving.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         self.stream = iter(loader)
-        self._processes = [one for one in multiprocessing.active_children() if one not in before]
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
         if self._processes and threading.current_thread() is threading.main_thread():
             own = not callable(handler) or not handler.__module__.startswith("torch.")
             signal.signal(signal.SIGCHLD, handler if own else signal.SIG_DFL)
 
     def next(self) -> tuple[Keys, Batch]:
-        """Return the next micro-batch. Raises TrainingError where the process that was to load it died."""
+        """Return the next micro-batch. Raises TrainingError if the worker that loads it died."""
         try:
             return next(self.stream)
         except (RuntimeError, OSError, EOFError) as error:
-            sentinels = {one.sentinel: one for one in self._processes}
+            sentinels = {process.sentinel: process for process in self._processes}
             ended = wait(list(sentinels), timeout=GRACE_S) if sentinels else []
             if not ended:
                 raise
@@ -121,17 +132,17 @@ class _Workers:
 def _death(process: BaseProcess, workers: int) -> str:
     process.join(GRACE_S)
     code = process.exitcode or 0
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    hint = ", which the system does when memory is short" if code == -signal.SIGKILL else ""
+    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    hint = ", which usually means out of memory" if code == -signal.SIGKILL else ""
     return (
-        f"loader process {process.pid} {how}{hint}. Lower data.workers, now {workers}: each holds the "
-        "program and batches of its own (0: the training process loads). The same command with --resume goes "
-        "on from the last checkpoint"
+        f"dataloader worker {process.pid} {cause}{hint}. Lower data.workers (now {workers}; 0 loads in the "
+        "training process): each worker has its own copy of the program and its batches. The same command "
+        "with --resume continues from the last checkpoint"
     )
 
 
 class _Rows:
-    """An iterable of batches of keys that a DataLoader takes as its batch sampler."""
+    """A batch sampler for DataLoader from an iterator of batches of keys."""
 
     def __init__(self, batches: Iterator[list[tuple[int, int]]]) -> None:
         self._batches = batches
@@ -143,7 +154,7 @@ class _Rows:
 def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list[tuple[Keys, Batch]]:
     """Return this process's share of the validation samples, evenly spread over the held-out episodes.
 
-    The same samples whatever the number of processes, and equally many batches on each.
+    The samples do not depend on the number of processes; each process gets the same number of batches.
     """
     data = experiment.data
     return _spread(experiment, data.stores, data.validation, rank, world) if any(data.validation) else []
@@ -152,7 +163,7 @@ def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list
 def named_validation_batches(
     experiment: Experiment, *, rank: int, world: int
 ) -> dict[str, list[tuple[Keys, Batch]]]:
-    """Return the same for each named validation set, over all of its episodes."""
+    """Return this process's share of each named validation set, over all of its episodes."""
     return {
         name: _spread(experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world)
         for name, stores in experiment.validation_sets.items()

@@ -1,8 +1,8 @@
-"""The one place that knows how several processes share a policy.
+"""Distributed training: DDP, FSDP2, and the collectives that the rest of `train` uses.
 
-DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's own
-`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so that what the tests see on two CPU processes is what
-runs on eight GPUs. accelerate starts the processes; its own FSDP exists on accelerators only and is not used.
+DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's
+`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so tests on two CPU processes run the same code as eight
+GPUs. accelerate starts the processes; its own FSDP only supports accelerators and is not used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,18 +20,18 @@ from vlafit.tuning.quantise import quantised_names
 
 
 def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> nn.Module:
-    """Return the module whose call is the loss on several processes: DDP, or the policy sharded in place.
+    """Return the module whose call computes the loss: DDP, the policy sharded in place, or the policy.
 
-    DDP synchronises what learns now; what learns later it never does, and says nothing: wrap anew then.
-    A sharded policy stays as it is (fully_shard asks `requires_grad` whenever it gathers a layer).
+    DDP only synchronises what is trainable when it is created, so the policy must be wrapped again when that
+    changes. A sharded policy need not be (`fully_shard` reads `requires_grad` whenever it gathers a layer).
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return policy
     if how == "full":
         return _shard(policy, device)
-    # Quantised weights are frozen, each process rounded the same ones, and not all kinds can be sent.
-    rounded = [f"{layer}.weight" for layer in quantised_names(policy)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, rounded)
+    # Quantised weights are frozen and equal on all processes, and not all kinds can be broadcast.
+    quantised = [f"{layer}.weight" for layer in quantised_names(policy)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, quantised)
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -43,7 +43,7 @@ def _shard(policy: Policy, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in policy.blocks():
         fully_shard(block, mesh=mesh)
-    # Left to itself the root stays whole after a forward pass without a backward one, as in validation.
+    # By default the root stays gathered after a forward pass without a backward pass, as in validation.
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
     for method in ("velocity", "act"):  # `loss` is the call itself
         register_fsdp_forward_method(policy, method)
@@ -52,19 +52,19 @@ def _shard(policy: Policy, device: torch.device) -> nn.Module:
 
 @contextmanager
 def last_backward_only(model: nn.Module, last: bool) -> Iterator[None]:
-    """Synchronise gradients in the last micro-batch of an optimiser step alone."""
+    """Synchronise gradients only in the last micro-batch of an optimiser step."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
         return
-    sharded = getattr(model, "set_requires_gradient_sync", None)  # fully_shard adds it to the module
-    if sharded is not None:
-        sharded(last)
+    set_sync = getattr(model, "set_requires_gradient_sync", None)  # fully_shard adds it to the module
+    if set_sync is not None:
+        set_sync(last)
     yield
 
 
 def from_main(value: float, device: torch.device) -> float:
-    """Return the main process's `value` on all of them, so that all decide alike; every one must call it."""
+    """Broadcast the main process's `value`, so that all decide alike; every process must call it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
     shared = torch.tensor(value, dtype=torch.float64, device=device)
@@ -73,16 +73,16 @@ def from_main(value: float, device: torch.device) -> float:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of `values` over all processes; the input itself where there is one."""
+    """Return the sum of `values` over all processes, in place; with one process, `values` itself."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Return possibly sharded tensors whole, on the CPU (where they are whole already: themselves).
+    """Return possibly sharded tensors gathered, on the CPU.
 
-    Every process must call it; one that does not `keep` them gets nothing, and needs no memory for them.
+    Every process must call it; those without `keep` get an empty dict and need no memory for the tensors.
     """
     whole = {}
     for name, tensor in tensors.items():
@@ -101,7 +101,7 @@ def barrier() -> None:
 
 
 def scatter_like(whole: Tensor, target: Tensor) -> Tensor:
-    """Return `whole` placed and sharded as `target` is."""
+    """Return `whole` on the device, and with the sharding, of `target`."""
     if isinstance(target, DTensor):
         return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
     return whole.to(target.device)

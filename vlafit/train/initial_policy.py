@@ -1,9 +1,8 @@
-"""What a run begins with: a checkpoint, fresh weights, or the last step of the run itself."""
+"""Make the policy and codec that a run starts with: from a checkpoint, fresh, or from the run itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,57 +18,56 @@ from vlafit.nn.batch import stack
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train.data import Data
 from vlafit.train.noise import VALIDATION, noise_and_time
 from vlafit.tuning import Plan
 from vlafit.tuning.merge import merge
 from vlafit.types import Embodiment, Observation
 
-if TYPE_CHECKING:
-    from vlafit.train.experiment import Data
-
 
 @dataclass(frozen=True)
-class Start:
-    """A policy, and what is known of it."""
+class InitialPolicy:
+    """A policy with its codec, and where they come from."""
 
     policy: Policy
     codec: Codec
     report: str
     history: checkpoints.Lineage
     source: str
-    """What to call it in messages."""
+    """Its name in messages."""
     plan: Plan | None = None
-    """Of a run that goes on, its adapters in place; None: the strategy is still to be applied."""
-    learned: Embodiment | None = None
-    """The robot that the checkpoint knows; None: that of its codec."""
+    """The plan of a resumed run, already in force; None: the strategy still has to be applied."""
+    robot: Embodiment | None = None
+    """The robot that the checkpoint was trained on; None: that of its codec."""
     base: checkpoints.Base | None = None
-    anew: frozenset[str] = frozenset()
-    """Weights that are not the checkpoint's as they are."""
-    notices: tuple[str, ...] = ()
+    """The checkpoint that holds the weights; None if no checkpoint does."""
+    changed: frozenset[str] = frozenset()
+    """Weights that differ from those of `base`."""
+    warnings: tuple[str, ...] = ()
 
 
-def resume(folder: Path) -> Start:
-    """Load the checkpoint of a run that goes on. Raises as `checkpoints.load` does."""
+def resume(folder: Path) -> InitialPolicy:
+    """Load the checkpoint of a run to resume. Raises as `checkpoints.load` does."""
     policy, codec, plan, report = checkpoints.load(folder)
     assert codec is not None and plan is not None  # the trainer saves both
-    below = checkpoints.read_base(folder)
-    anew = frozenset(checkpoints.names_on_base(folder)) if below else frozenset()
-    return Start(
+    base = checkpoints.read_base(folder)
+    changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
+    return InitialPolicy(
         policy,
         codec,
         report.text(),
         checkpoints.read_lineage(folder),
         f"checkpoint {folder}",
         plan,
-        base=below,
-        anew=anew,
+        base=base,
+        changed=changed,
     )
 
 
-def begin(recipe: Recipe, data: "Data") -> Start:
-    """Make what the recipe starts from, its codec fitted where the checkpoint has none that is wanted.
+def initialise(recipe: Recipe, data: Data) -> InitialPolicy:
+    """Load or build the recipe's policy; fit a codec unless the checkpoint's is to be used.
 
-    Raises what `checkpoints.load` raises, and ConfigError for fields that mean nothing together.
+    Raises as `checkpoints.load` does, and ConfigError for fields that exclude each other.
     """
     generator = torch.Generator().manual_seed(recipe.train.seed)
     if recipe.policy.checkpoint:
@@ -77,10 +75,10 @@ def begin(recipe: Recipe, data: "Data") -> Start:
     policy = _from_scratch(recipe.policy, generator)
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
     codec = _fit_codec(recipe, policy, data, None)
-    return Start(policy, codec, "all weights are fresh", history, "the policy")
+    return InitialPolicy(policy, codec, "all weights are fresh", history, "the policy")
 
 
-def probe(policy: Policy, codec: Codec, data: "Data", device: torch.device) -> Callable[[], Tensor]:
+def probe(policy: Policy, codec: Codec, data: Data, device: torch.device) -> Callable[[], Tensor]:
     """Return a function that computes the policy's velocity [1, t, a] for the first training frame."""
     store, ids = next((s, i) for s, i in zip(data.stores, data.training, strict=True) if i)
     number = store.index(ids[0])
@@ -104,7 +102,7 @@ def probe(policy: Policy, codec: Codec, data: "Data", device: torch.device) -> C
     return velocity
 
 
-def merge_error(folder: Path, data: "Data", device: torch.device) -> float:
+def merge_error(folder: Path, data: Data, device: torch.device) -> float:
     """Return the largest change of the velocity that merging makes to the adapted checkpoint `folder`."""
     policy, codec, _, _ = checkpoints.load(folder, device=device)
     assert codec is not None
@@ -114,77 +112,82 @@ def merge_error(folder: Path, data: "Data", device: torch.device) -> float:
     return float((velocity() - before).abs().max())
 
 
-def _from_checkpoint(recipe: Recipe, data: "Data", generator: torch.Generator) -> Start:
+def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> InitialPolicy:
     place, chosen = checkpoints.place(recipe.policy.checkpoint), recipe.policy
     path = place.path
-    own = chosen.assets or recipe.data.statistics == "checkpoint"  # whether its statistics are asked for
     foreign = not (path / "policy.json").is_file()
-    own = own and (chosen.assets or checkpoints.wants_tokenizer(path))
-    words = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and foreign and own else None
+    use_statistics = chosen.assets or recipe.data.statistics == "checkpoint"
+    needs_tokenizer = foreign and use_statistics and (chosen.assets or checkpoints.wants_tokenizer(path))
+    tokenizer = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and needs_tokenizer else None
     policy, codec, plan, report = checkpoints.load(
         path,
         config=chosen.config or None,
-        tokenizer=words,
+        tokenizer=tokenizer,
         assets=chosen.assets or None,
         fresh=chosen.fresh,
         resize=chosen.resize,
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    again = checkpoints.take_apart(chosen.config).to_read_again() if foreign else {}
-    base: checkpoints.Base | None = checkpoints.Base(place.name, digest, again)
-    notices: tuple[str, ...] = ()
+    options = checkpoints.take_apart(chosen.config).to_read_again() if foreign else {}
+    base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
+    warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
         merge(policy)
-        base = None  # what training begins with lies nowhere as a file
-        what = "adapters" if plan.adapted else "quantised layers"
-        notices = (f"the {what} of {recipe.policy.checkpoint} were merged into its weights before training",)
+        base = None  # no file holds the merged weights
+        layers = "adapters" if plan.adapted else "quantised layers"
+        warnings = (
+            f"the {layers} of {recipe.policy.checkpoint} were merged into its weights before training",
+        )
     if codec is not None and not foreign:
-        _require_meaning(recipe, codec, path)
-    learned, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
+        _require_effect(recipe, codec, path)
+    robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
     if codec is not None and not codec.embodiment.hz and recipe.data.statistics == "checkpoint":
         codec = _declare_robot(codec, data)
     elif codec is None or recipe.data.statistics == "data":
         codec = _fit_codec(recipe, policy, data, codec)
-    return Start(
+    return InitialPolicy(
         policy,
         codec,
-        "\n".join([report.text(), *([f"note: {place.note}"] if place.note else []), *_slots(before, codec)]),
+        "\n".join(
+            [report.text(), *([f"note: {place.note}"] if place.note else []), *_camera_slots(before, codec)]
+        ),
         checkpoints.read_lineage(path).followed_by(digest, data.learned, data.seeds()),
         f"checkpoint {path}",
-        learned=learned,
+        robot=robot,
         base=base,
-        anew=frozenset((*report.fresh, *report.resized)),
-        notices=notices,
+        changed=frozenset((*report.fresh, *report.resized)),
+        warnings=warnings,
     )
 
 
-def _require_meaning(recipe: Recipe, codec: Codec, base: Path) -> None:
-    """Refuse fields that the codec of the checkpoint `base` would silently overrule."""
+def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:
+    """Raise ConfigError for fields that the codec of the checkpoint `base` would silently override."""
     if recipe.policy.tokenizer:
         raise ConfigError(
-            f"policy.tokenizer {recipe.policy.tokenizer!r} means nothing beside checkpoint {base}, whose "
-            'weights know their own tokenizer alone; make it ""'
+            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
+            "only "
+            'work with their own tokenizer; set policy.tokenizer = ""'
         )
-    given, used = recipe.data.normalisation, codec.config.normalisation
-    if given not in ("", used) and recipe.data.statistics == "checkpoint":
+    requested, used = recipe.data.normalisation, codec.config.normalisation
+    if requested not in ("", used) and recipe.data.statistics == "checkpoint":
         raise ConfigError(
-            f"data.normalisation {given!r} means nothing with the statistics of checkpoint {base}, which "
-            f'normalises by {used!r}; make it "", or fit statistics anew: data.statistics = "data"'
+            f"data.normalisation {requested!r} has no effect with the statistics of checkpoint {base}, which "
+            f'normalises by {used!r}; set it to "", or fit new statistics: data.statistics = "data"'
         )
 
 
-def _declare_robot(codec: Codec, data: "Data") -> Codec:
-    """Return a codec whose file told no robot as that of the data's, with its own statistics.
+def _declare_robot(codec: Codec, data: Data) -> Codec:
+    """Return the codec, whose file names no robot, with the robot of the data and its own statistics.
 
-    The card's cameras fill the slots in their order, and the card says which actions are relative.
+    The card's cameras fill the camera slots in order, and the card decides which actions are relative.
     """
     slots = len(codec.config.cameras)
     names = [camera.name for camera in data.embodiment.cameras]
     if len(names) > slots:
         raise EmbodimentError(
-            f"the checkpoint has {slots} camera slots, the dataset {len(names)} cameras ({', '.join(names)}):"
-            " declare fewer in the card"
+            f"the checkpoint has {slots} camera slots, but the dataset has {len(names)} cameras "
+            f"({', '.join(names)}); declare fewer cameras in the card"
         )
     cameras = tuple(names + [""] * (slots - len(names)))
     config = replace(codec.config, cameras=cameras, relative=data.cards[0].robot.relative)
@@ -192,13 +195,13 @@ def _declare_robot(codec: Codec, data: "Data") -> Codec:
         return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
     except CodecError as error:
         raise EmbodimentError(
-            f"{error}\nThe checkpoint's statistics are not those of this robot: fit them anew with"
+            f"{error}\nThe checkpoint's statistics do not fit this robot: fit new ones with"
             ' data.statistics = "data".'
         ) from error
 
 
-def _slots(before: Codec | None, after: Codec) -> list[str]:
-    """Say in a load report's words how the cameras changed."""
+def _camera_slots(before: Codec | None, after: Codec) -> list[str]:
+    """Return a line of the load report about changed cameras."""
     own = ", ".join(name or "(none)" for name in after.config.cameras)
     if before is None:
         return [f"adapted: cameras {own}"]
@@ -214,8 +217,8 @@ def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
     return build_family(recipe.family, recipe.size, recipe.config, generator)
 
 
-def _fit_codec(recipe: Recipe, policy: Policy, data: "Data", old: Codec | None) -> Codec:
-    """Fit a codec to the training episodes; the tokenizer is that of the codec `old` if there is one."""
+def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> Codec:
+    """Fit a codec to the training episodes; the codec `old`, if any, provides the tokenizer."""
     needs = policy.needs()
     tokenizer = old.tokenizer if old is not None else _tokenizer(recipe.policy.tokenizer, data, needs)
     config = CodecConfig(
@@ -230,7 +233,7 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: "Data", old: Codec | None) 
         max_tokens=needs.max_tokens,
         framing=needs.framing,
     )
-    if old is not None:  # how the checkpoint was shown images and asked stays, too
+    if old is not None:  # images and prompts keep the checkpoint's form, too
         kept = old.config
         config = replace(
             config,
@@ -240,15 +243,15 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: "Data", old: Codec | None) 
             special_tokens=kept.special_tokens,
         )
         if set(filter(None, old.config.cameras)) == set(config.cameras):
-            config = replace(config, cameras=old.config.cameras)  # their slots stay
+            config = replace(config, cameras=old.config.cameras)  # the same slots
     states, windows = blocks_for_statistics(data.stores, data.training, config.chunk, config.relative)
     try:
         return Codec.fit(config, data.embodiment, states, windows, tokenizer)
     except CodecError as error:
-        raise CodecError(f"card {data.cards[0].name!r} and the policy do not fit: {error}") from error
+        raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
 
 
-def _tokenizer(name: str, data: "Data", needs: Needs) -> Tokenizer:
+def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer:
     if name:
         return load_tokenizer(shipped.find("tokenizer", name))
     words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]

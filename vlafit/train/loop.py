@@ -18,7 +18,7 @@ from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.distributed import last_backward_only, sum_over_processes
 from vlafit.train.noise import dropout_seed, noise_and_time
 from vlafit.train.optim import rewarm, schedule, set_lr
-from vlafit.train.train_state import Learner
+from vlafit.train.train_state import TrainState
 
 Keys = Sequence[tuple[int, int]]  # (epoch, sample index) of each row
 
@@ -43,7 +43,7 @@ class StepResult:
 
 
 def train(
-    learner: Learner,
+    learner: TrainState,
     batches: Iterator[list[tuple[Keys, Batch]]],
     *,
     first_step: int,

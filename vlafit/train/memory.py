@@ -1,7 +1,7 @@
-"""How much memory training took at its highest, and what that consisted of. Of the main process alone.
+"""Peak training memory and its breakdown (main process only).
 
 On CUDA the peak is the allocator's; on a CPU it is the process's resident set, of which the program itself
-(interpreter, torch, open data) is a large part and is therefore told apart.
+(interpreter, torch, open data) is a large part, and therefore reported separately.
 """
 
 import resource
@@ -22,10 +22,10 @@ PARTS = ("weights", "gradients", "optimiser", "average")
 
 
 class MemoryMeter:
-    """Measures peak memory while it runs; rollouts, which load a second policy, are left out by pausing.
+    """Measures peak memory while it runs; it is paused during rollouts, which load a second policy.
 
-    Where the system does not let a process forget its peak (anything but Linux), the peak is that of the
-    process's whole life, and `exact` is False.
+    Where a process cannot reset its peak (anything but Linux), the peak is that of the process's whole life,
+    and `exact` is False.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class MemoryMeter:
         self._running = False
 
     def start(self) -> None:
-        """Forget earlier peaks, and measure from here on."""
+        """Reset the peak and start measuring."""
         self._running = True
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -46,7 +46,7 @@ class MemoryMeter:
             self._exact = False
 
     def pause(self) -> None:
-        """Keep the peak so far; what follows is not measured until `start`."""
+        """Record the peak so far and stop measuring until `start`."""
         if not self._running:
             return
         self._running = False
@@ -59,11 +59,11 @@ class MemoryMeter:
     def facts(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
     ) -> dict[str, object]:
-        """Return the peaks and their parts in bytes, for `run.json`; call it after training.
+        """Return the peaks and their parts in bytes, for run.json; call it after training.
 
-        `peak` is what is allocated on CUDA, and the resident set on a CPU. `rest` is what the parts do not
+        `peak` is the allocated memory on CUDA, and the resident set on a CPU. `rest` is what the parts do not
         explain: activations, buffers and, on a CPU, fragmentation. `program` is the resident set before the
-        policy was made, and counts on a CPU alone.
+        policy was built; it only counts on a CPU.
         """
         parts = parts_of(policy, optimizer, ema)
         cuda = self.device.type == "cuda"
@@ -75,7 +75,7 @@ class MemoryMeter:
 
 
 def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, int]:
-    """Return the bytes of weights, gradients (of all that trains), optimiser states and moving average."""
+    """Return the bytes of weights, gradients of what is trained, optimiser states and EMA."""
     tensors = [*policy.parameters(), *policy.buffers()]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
@@ -89,7 +89,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def resident() -> int:
-    """Return this process's resident set in bytes; its peak where only that is known."""
+    """Return this process's resident set in bytes, or its peak if only that is known."""
     return _status("VmRSS") or peak_resident()
 
 
@@ -108,13 +108,12 @@ def _status(name: str) -> int:
 
 
 def larger(
-    one: Mapping[str, object] | None, other: Mapping[str, object] | None
+    first: Mapping[str, object] | None, second: Mapping[str, object] | None
 ) -> Mapping[str, object] | None:
-    """Return whichever facts have the higher peak: a run that was resumed has several."""
+    """Return the facts with the higher peak; a resumed run has several."""
 
     def peak(facts: Mapping[str, object]) -> float:
         value = facts.get("peak")
         return float(value) if isinstance(value, int | float) else 0.0
 
-    found = [facts for facts in (one, other) if facts]
-    return max(found, key=peak, default=None)
+    return max((facts for facts in (first, second) if facts), key=peak, default=None)

@@ -1,14 +1,14 @@
-"""Metrics of a run: one JSON line an event, always; accelerate's trackers beside it, by choice.
+"""Metrics of a run: one JSON line for each event, and optionally accelerate's trackers.
 
-Every event has `step`, and `time_s` (training time, without rollouts) where it belongs to training:
+Every event has `step`; events of training have `time_s` (training time, without rollouts):
 
     train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
         every train.log_every steps
     train/rank/mean, train/rank/min, train/rank/max
-        with them, while AdaLoRA learns: of the ranks that its layers kept at their last pruning
+        with them, while AdaLoRA is trained: the ranks that its layers kept at their last pruning
     train/stage
-        when a stage of the strategy begins, counted from 1, where there are several; `step` are the steps
-        that were done before
+        when a stage of the strategy begins, counted from 1, if there are several; `step` is the number of
+        steps finished before
     validation/loss, validation/action_error
         every train.validate_every steps
     eval/NAME/success
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Writes `metrics.jsonl` and forwards to trackers, on the main process alone."""
+    """Writes `metrics.jsonl` and forwards to trackers, only on the main process."""
 
     def __init__(self, run: Path, accelerator: Accelerator) -> None:
         self.path = run / "metrics.jsonl"
@@ -37,7 +37,7 @@ class Metrics:
         self._main = accelerator.is_main_process
 
     def rewind(self, step: int | None) -> None:
-        """Drop what was logged after `step` (None: everything): the resumed run will log it again."""
+        """Remove what was logged after `step` (None: everything), because the resumed run logs it again."""
         if not (self._main and self.path.is_file()):
             return
         kept = []
@@ -45,14 +45,16 @@ class Metrics:
             try:
                 at = int(json.loads(line)["step"])
             except (ValueError, KeyError, TypeError):
-                log.warning("%s: dropping a line that is no event, cut off by a crash perhaps", self.path)
+                log.warning(
+                    "%s: removing a line that is not a valid event, perhaps cut off by a crash", self.path
+                )
                 continue
             if step is not None and at <= step:
                 kept.append(line + "\n")
         files.write_atomic(self.path, "".join(kept))
 
     def log_once(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event, unless the run logged these names at this step before it was resumed."""
+        """Write one event, unless the run already logged these names at this step before it was resumed."""
         if not self._main:
             return
         logged = files.read_json_lines(self.path)
@@ -60,7 +62,7 @@ class Metrics:
             self.log(step, values)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event; a value that is not finite is written as null, so that the line stays JSON."""
+        """Write one event; non-finite values become null, so that the line is valid JSON."""
         if not self._main:
             return
         plain = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}

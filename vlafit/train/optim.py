@@ -1,4 +1,4 @@
-"""AdamW over a tuning plan's groups, the learning-rate schedule, and the moving average of what trains."""
+"""AdamW over a tuning plan's parameter groups, the learning-rate schedule, and the EMA."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ from vlafit.tuning import Plan
 def build_optimizer(
     policy: nn.Module, plan: Plan, recipe: OptimRecipe, keep: torch.optim.Optimizer | None = None
 ) -> torch.optim.AdamW:
-    """Return AdamW with fp32 states over the trainable parameters, and over nothing else.
+    """Return AdamW with fp32 states over exactly the trainable parameters.
 
-    Parameters that `keep` trains already go on with its states; all others begin with none.
+    Parameters that `keep` already trains keep its states; all others begin without.
     """
     groups = [dict(group, peak_lr=group["lr"]) for group in plan.groups(policy, recipe)]
     optimizer = torch.optim.AdamW(
@@ -30,10 +30,10 @@ def build_optimizer(
 
 
 def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> float:
-    """Return the share of the peak learning rate at optimiser step `step` of `steps`.
+    """Return the learning rate at optimiser step `step` of `steps`, as a share of the peak.
 
-    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`. Where
-    training may also end by time, `spent` is the share that is gone; the cosine follows what ends first.
+    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`. With a
+    time limit, `spent` is its used share; the cosine follows whichever ends first.
     """
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
@@ -42,12 +42,12 @@ def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> 
 
 
 def rewarm(step: int, warmup_steps: int) -> float:
-    """Return the share of `schedule` at step `step` (from 0) of a stage with a warm-up of its own.
+    """Return the factor on `schedule` at step `step` (from 0) of a stage with its own warm-up.
 
-    It is the same for everything that learns, not for what is new alone: AdamW's first steps on new tensors
-    are as large as the learning rate, whatever their gradients, and the rest should not run after them at
-    full speed meanwhile. (So does fastai, where ULMFiT's gradual unfreezing comes from: each stage is a cycle
-    of its own, for all groups.)
+    It applies to all trained parameters, not only to new ones: AdamW's first steps on new tensors are as
+    large as the learning rate, whatever their gradients, and the others should not follow them at full speed.
+    (fastai, where ULMFiT's gradual unfreezing comes from, does the same: each stage is a cycle for all
+    groups.)
     """
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
@@ -61,39 +61,39 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 class Ema:
     """Exponential moving average of the trainable parameters, in fp32.
 
-    The decay grows as (1 + n) / (10 + n) up to its full value after n updates of a parameter, so that short
-    runs do not average in their first steps (the rule of TensorFlow's ExponentialMovingAverage with
-    `num_updates`), nor later stages what they begin to train.
+    After n updates of a parameter the decay is min(decay, (1 + n) / (10 + n)), so that the first steps of
+    short runs and of later stages have little weight (the rule of TensorFlow's ExponentialMovingAverage with
+    `num_updates`).
     """
 
     def __init__(self, policy: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates: dict[str, int] = {}
-        """Of each parameter, since it began to learn."""
+        """Updates of each parameter since its training began."""
         self.average: dict[str, Tensor] = {}
         self._live: dict[str, nn.Parameter] = {}
         self.follow(policy)
 
     @torch.no_grad()
     def follow(self, policy: nn.Module) -> None:
-        """Average what is trainable now, beginning with its present value where it was not averaged before.
+        """Track the currently trainable parameters; new ones start from their current value.
 
-        A parameter that is trainable no more gets its average for good; see `learner.py` for the reason.
+        A parameter that is no longer trainable is set to its average; `train_state.py` explains why.
         """
-        learns = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         for name, p in self._live.items():
-            if name not in learns:
+            if name not in trainable:
                 p.copy_(self.average[name])
         self.average = {
             name: self.average[name] if name in self.average else p.detach().clone()
-            for name, p in learns.items()
+            for name, p in trainable.items()
         }
-        self.updates = {name: self.updates.get(name, 0) for name in learns}
-        self._live = learns
+        self.updates = {name: self.updates.get(name, 0) for name in trainable}
+        self._live = trainable
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the weights as they are now."""
+        """Move the average towards the current weights."""
         for name, live in self._live.items():
             count = self.updates[name] = self.updates[name] + 1
             decay = min(self.decay, (1 + count) / (10 + count))
@@ -101,13 +101,13 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this block the policy's weights are the average; afterwards they are as before."""
-        kept = {name: p.detach().clone() for name, p in self._live.items()}
+        """Within this block the policy's weights are the average; afterwards they are restored."""
+        live = {name: p.detach().clone() for name, p in self._live.items()}
         self._copy(self.average)
         try:
             yield
         finally:
-            self._copy(kept)
+            self._copy(live)
 
     @torch.no_grad()
     def _copy(self, source: Mapping[str, Tensor]) -> None:

@@ -1,14 +1,30 @@
-"""What a recipe may not say: found before anything is loaded or written."""
+"""Check a recipe before training: invalid values, strategies that do not fit, settings without effect.
+
+`check` needs only the recipe. `meta_policy` and `plan_of` read only the headers of a checkpoint and build the
+policy on the meta device; damage, and the codec, show when the run begins. `run_warnings` describes settings
+that have less effect than they ask for.
+"""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit import checkpoints
+from vlafit.errors import ConfigError, StrategyError, did_you_mean
+from vlafit.nn.policy import Policy
+from vlafit.policies import build_family
 from vlafit.recipe import Recipe
+from vlafit.train import stages
+from vlafit.train.data import Data
+from vlafit.train.dataloader import rows_per_process
+from vlafit.train.stages import Place
+from vlafit.tuning import Plan, Strategy, preview
+from vlafit.types import require_same
 
 AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
@@ -17,27 +33,16 @@ NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train
                 "optim.weight_decay", "optim.clip_norm", "train.max_seconds", "eval.every", "eval.workers",
                 "eval.videos")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
-THREADS_PER_CORE = 4  # more makes a process slower, and far more of them end it
+THREADS_PER_CORE = 4  # more slow a process down, and far more crash it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")
+LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
 def check(recipe: Recipe, processes: int) -> None:
-    """Raise ConfigError for the first field of `recipe` whose value cannot train on so many processes."""
+    """Raise ConfigError for the first field of `recipe` that is invalid for this number of processes."""
     for problem in _problems(recipe):
         raise ConfigError(problem)
     rows_per_process(recipe.train.batch_size, recipe.train.accumulate, processes)
-
-
-def rows_per_process(batch_size: int, accumulate: int, processes: int) -> int:
-    """Return the rows of one micro-batch of one process. Raises ConfigError where they would differ."""
-    size, rest = divmod(batch_size, accumulate * processes)
-    if rest or not size:
-        near = accumulate * processes * max(1, round(batch_size / (accumulate * processes)))
-        raise ConfigError(
-            f"train.batch_size {batch_size} is not a multiple of train.accumulate {accumulate} x processes "
-            f"{processes}; take {near}"
-        )
-    return size
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
@@ -50,43 +55,147 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{name} must be at least 1, is {value(name)}"
     for name in NOT_NEGATIVE:
         if not 0 <= value(name) < float("inf"):
-            yield f"{name} must be 0 or more, is {value(name)}"
+            yield f"{name} must be at least 0, is {value(name)}"
     for name in BELOW_ONE:
         if not 0 <= value(name) < 1:
-            yield f"{name} must be from 0 to below 1, is {value(name)}"
+            yield f"{name} must be at least 0 and below 1, is {value(name)}"
     for name in ("optim.lr", "optim.eps"):
         if not 0 < value(name) < float("inf"):
             yield f"{name} must be above 0, is {value(name)}"
     if not 0 <= recipe.optim.final_lr <= 1:
-        yield f"optim.final_lr is a share of the peak, from 0 to 1, is {recipe.optim.final_lr}"
+        yield f"optim.final_lr is a share of the peak and must be from 0 to 1, is {recipe.optim.final_lr}"
     for name in recipe.data.validation_sets:
         if not name or "/" in name:
-            yield f"data.validation_sets: {name!r} cannot be part of a metric's name; take a word"
+            yield f"data.validation_sets: {name!r} cannot be part of a metric's name; use a word without '/'"
     if recipe.train.seed >= 2**63:
         yield f"train.seed must be below 2^63, is {recipe.train.seed}"
     most = THREADS_PER_CORE * (os.cpu_count() or 1)
     if recipe.train.threads > most:
-        yield f"train.threads {recipe.train.threads} is far above this machine's cores; take at most {most}"
+        yield f"train.threads {recipe.train.threads} is far above the number of CPU cores; use at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
-        yield f"name {recipe.name!r} must be one folder name: the run's folder is runs/NAME"
+        yield f"name {recipe.name!r} must be a single folder name, because the run's folder is runs/NAME"
     policy = recipe.policy
     if policy.checkpoint:
-        both = {"policy.family": policy.family, "policy.size": policy.size}
-        idle = [f"{name} {said!r}" for name, said in both.items() if said]
-        if idle:
+        fields = {"policy.family": policy.family, "policy.size": policy.size}
+        ignored = [f"{name} {value!r}" for name, value in fields.items() if value]
+        if ignored:
             yield (
-                f'{" and ".join(idle)}: a checkpoint knows its own, so this must be "" beside '
-                "policy.checkpoint (policy.config changes single fields)"
+                f'{" and ".join(ignored)}: the checkpoint defines it, so it must be "" with '
+                "policy.checkpoint "
+                "(policy.config changes single fields)"
             )
     elif policy.fresh:
-        yield "policy.fresh names parts of a checkpoint, but policy.checkpoint is empty; leave it out"
+        yield "policy.fresh only applies to a checkpoint, but policy.checkpoint is empty; remove policy.fresh"
     if not recipe.eval.protocol:
         for name in NEED_A_PROTOCOL:
             if value(name):
-                yield f"{name} asks for rollouts, but eval.protocol is empty; name one"
-    known, installed = [str(one) for one in LoggerType.list()], [str(one) for one in get_available_trackers()]
+                yield f"{name} needs rollouts, but eval.protocol is empty; set it"
+    known = [str(tracker) for tracker in LoggerType.list()]
+    installed = [str(tracker) for tracker in get_available_trackers()]
     for name in recipe.train.trackers:
         if name not in known:
             yield f"train.trackers: accelerate has no tracker {name!r}{did_you_mean(name, known)}"
         if name not in installed:
-            yield f"train.trackers: {name} is not installed; install it, or leave the tracker out"
+            yield f"train.trackers: {name} is not installed; install it, or remove the tracker"
+
+
+# ------------------------------------------------------------------------------------- policy and strategy
+
+
+def meta_policy(recipe: Recipe, data: Data) -> Policy:
+    """Return the recipe's policy on the meta device.
+
+    Raises as `checkpoints.inspect` does, EmbodimentError if the checkpoint was trained on another robot than
+    the data's, and ConfigError for fields that exclude each other.
+    """
+    spec = recipe.policy
+    if not spec.checkpoint:
+        if not spec.family:
+            raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
+        return build_family(spec.family, spec.size, spec.config, device="meta")
+    path = checkpoints.place(spec.checkpoint).path
+    # Headers do not contain a codec, so its options do not apply.
+    options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
+    inspected = checkpoints.inspect(path, options or None, fresh=spec.fresh, resize=spec.resize)
+    codec = inspected.codec
+    if codec is not None and codec.embodiment.hz and recipe.data.statistics == "checkpoint":
+        card = f"card {data.cards[0].name!r}"
+        require_same(data.embodiment, card, codec.embodiment, f"checkpoint {path}")
+    return inspected.policy
+
+
+def plan_of(recipe: Recipe, strategy: Strategy, policy: Policy, *, held_out: bool) -> Plan:
+    """Return the plan of a strategy in the recipe's run; `policy` may be on the meta device.
+
+    `held_out` tells whether there is anything to validate on. Raises StrategyError if the strategy does not
+    fit the policy or the run, or a library that it needs is not installed.
+    """
+    plan = preview(policy, strategy)
+    stages.require_reachable(plan, recipe.train, held_out=held_out)
+    for method in dict.fromkeys(plan.quantised.values()):
+        library = LIBRARIES[method]
+        if find_spec(library) is None:
+            raise StrategyError(f'quantise = "{method}" needs {library}: pip install "vlafit[quantise]"')
+    return plan
+
+
+# ----------------------------------------------------------------------------------------------- warnings
+
+
+def run_warnings(recipe: Recipe, plan: Plan, data: Data, processes: int) -> tuple[str, ...]:
+    """Return a sentence for each setting, or stage of the strategy, with less effect than it asks for."""
+    return (*_few_episodes(recipe, data), *_long_warmups(recipe, plan), *_nothing_to_shard(recipe, processes))
+
+
+def never_began(plan: Plan, reached: int, steps: int) -> str:
+    """Return a sentence about the stages after `reached`, which never began; "" if there are none."""
+    names = [stages.title(plan.at(n)) for n in range(reached + 1, len(plan.strategy.stages))]
+    if not names:
+        return ""
+    return (
+        f"strategy {plan.strategy.name!r}: training ended after step {steps} in "
+        f"{stages.title(plan.at(reached))}, so {'; '.join(names)} never began"
+    )
+
+
+def _few_episodes(recipe: Recipe, data: Data) -> Iterator[str]:
+    wanted = recipe.data.episodes_per_task
+    if not wanted:
+        return
+    for store, ids in zip(data.stores, data.training, strict=True):
+        counts = Counter(store.episodes[store.index(i)].task for i in ids)
+        few = [f"{task} {count}" for task, count in counts.items() if count < wanted]
+        if few:
+            more = f" and {len(few) - 3} more tasks" if len(few) > 3 else ""
+            yield (
+                f"data.episodes_per_task is {wanted}, but dataset {store.card.name!r} has fewer training "
+                f"episodes for {len(few)} of its {len(counts)} tasks ({', '.join(few[:3])}{more}): all are "
+                "used"
+            )
+
+
+def _long_warmups(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    steps, warmup = recipe.train.steps, recipe.optim.warmup_steps
+    if warmup >= steps:
+        highest = recipe.optim.lr * steps / (warmup + 1)
+        yield (
+            f"optim.warmup_steps = {warmup} is as long as the run of {steps} steps: the learning rate only "
+            f"reaches {highest:.3g}, never optim.lr = {recipe.optim.lr:g}"
+        )
+    strategy = plan.strategy
+    for number, stage in enumerate(strategy.stages[1:], 1):
+        began = stage.begin.at_step(steps) if stage.begin else 0
+        if began is None:
+            continue
+        length = stages.length(strategy.stages, steps, Place(number, began))
+        if stage.warmup_steps >= length:
+            yield (
+                f"strategy {strategy.name!r}: the warm-up of {stages.title(plan.at(number))} takes "
+                f"{stage.warmup_steps} steps, but the stage only lasts {length}: it never reaches its full "
+                "learning rate"
+            )
+
+
+def _nothing_to_shard(recipe: Recipe, processes: int) -> Iterator[str]:
+    if recipe.train.sharding == "full" and processes == 1:
+        yield "train.sharding = 'full' has no effect with one process: nothing is sharded"

@@ -1,8 +1,8 @@
-"""The base that a quantised run keeps for itself, where what it began from lies in no checkpoint.
+"""Save a quantised run's full-precision starting weights when no checkpoint holds them.
 
-A quantised weight cannot be saved as what it was; so the run's checkpoints sit on the one it began from.
-Fresh weights, and those that adapters were merged into, are in no file: the whole start, not rounded, is then
-written into the run's folder once, before the first step, as a checkpoint like any other.
+A quantised weight cannot be saved in full precision, so the checkpoints of a quantised run refer to a base
+checkpoint. Fresh weights, and weights that adapters were merged into, are in no checkpoint: they are then
+written to the run's folder once, before the first step, as a checkpoint like any other.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,42 +17,42 @@ from vlafit.policies import family, family_name
 from vlafit.tuning import Strategy, preview
 from vlafit.tuning.inject import adapter_tensors, base_name
 
-FOLDER = "base"  # in the run's
-FROM_CHECKPOINT = "../../base"  # as checkpoints/step_000100/base.json says it: the run's folder may move
-NOTICE = (
-    f"what the quantised weights were lies in no checkpoint, so the start is kept in {FOLDER}/, on which the "
-    "run's checkpoints sit"
+FOLDER = "base"  # in the run's folder
+FROM_CHECKPOINT = "../../base"  # relative to checkpoints/step_000100, because the run's folder may be moved
+WARNING = (
+    "no checkpoint holds the full-precision values of the quantised weights, so they are saved in "
+    f"{FOLDER}/, the base of the run's checkpoints"
 )
 
 
 def weights_to_keep(
-    policy: Policy, strategy: Strategy, base: checkpoints.Base | None, anew: Collection[str]
+    policy: Policy, strategy: Strategy, base: checkpoints.Base | None, changed: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the weights that `strategy` will change when it is applied, on the CPU, by name.
+    """Return copies of the weights that applying `strategy` changes, on the CPU, by name.
 
-    None where it rounds nothing, or only what lies in the checkpoint `base` (`anew` are weights that do not).
+    Empty if it quantises nothing, or only weights that `base` holds (it does not hold those in `changed`).
     Raises StrategyError as `preview` does.
     """
     if not any(rule.quantise for stage in strategy.stages for rule in stage.rules):
         return {}
     plan = preview(policy, strategy)
-    rounded = {f"{layer}.weight" for layer in plan.quantised}
-    if base is not None and not rounded & set(anew):
+    quantised = {f"{layer}.weight" for layer in plan.quantised}
+    if base is not None and not quantised & set(changed):
         return {}
-    moved = {f"{layer}.weight" for layer, adapter in plan.adapted.items() if adapter.init == "pissa"}
-    return {name: policy.get_parameter(name).detach().cpu().clone() for name in rounded | moved}
+    split = {f"{layer}.weight" for layer, adapter in plan.adapted.items() if adapter.init == "pissa"}
+    return {name: policy.get_parameter(name).detach().cpu().clone() for name in quantised | split}
 
 
 def write(
     out: Path, policy: Policy, codec: Codec, history: checkpoints.Lineage, kept: Mapping[str, Tensor]
 ) -> None:
-    """Write what the run in `out` began from: the policy's weights, those in `kept` as they were."""
+    """Write the base of the run in `out`: the policy's weights, with those in `kept` in their place."""
     adapters = adapter_tensors(policy)
-    own = {base_name(name): p for name, p in policy.named_parameters() if name not in adapters}
+    weights = {base_name(name): p for name, p in policy.named_parameters() if name not in adapters}
     bare = family(family_name(policy)).build(policy.config, "meta")
-    checkpoints.save(bare, out / FOLDER, codec, history=history, weights={**own, **kept})
+    checkpoints.save(bare, out / FOLDER, codec, history=history, weights={**weights, **kept})
 
 
 def at(out: Path) -> checkpoints.Base:
-    """Return what the checkpoints of the run in `out` sit on."""
+    """Return the base of the checkpoints of the run in `out`."""
     return checkpoints.Base(FROM_CHECKPOINT, checkpoints.digest(out / FOLDER))

@@ -1,6 +1,6 @@
-"""One run, from recipe to report: set up, evaluate before, train, evaluate after, write the page.
+"""Run a recipe: load, evaluate, train, evaluate again, write the report.
 
-Everything a run writes lies in its folder; a run that was stopped, or killed, goes on with `resume=True`.
+A run only writes into its own folder; a run that was stopped or killed continues with `resume=True`.
 """
 
 import logging
@@ -19,40 +19,48 @@ from accelerate.utils import InitProcessGroupKwargs
 from vlafit import config, files, report, rollout
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer as state
-from vlafit.train import experiment as setup
-from vlafit.train import initial_policy as start
-from vlafit.train import memory, stages
-from vlafit.train import quantised_base as own_base
-from vlafit.train import run_folder as folder
-from vlafit.train import warnings as notices
-from vlafit.train.callbacks import Observer
-from vlafit.train.checkpoint_folders import Shelf
+from vlafit.train import checkpointer, memory, quantised_base, stages
+from vlafit.train.callbacks import Callbacks
+from vlafit.train.checkpointer import CheckpointManager
+from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier
-from vlafit.train.preflight import check
-from vlafit.train.provenance import describe_machine
-from vlafit.train.trainer import Job
+from vlafit.train.evaluator import Evaluator
+from vlafit.train.experiment import Experiment, build
+from vlafit.train.initial_policy import merge_error
+from vlafit.train.metrics import Metrics
+from vlafit.train.preflight import check, never_began, run_warnings
+from vlafit.train.run_folder import begin_record, describe_machine, end_record, require_usable
+from vlafit.train.trainer import RunStatus, Trainer
 
-__all__ = ["Observer", "RunSummary", "run"]
+__all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
 
 log = logging.getLogger(__name__)
 
-WHAT = "vlafit train"  # in messages about a folder that is in use
-TRACEBACK = "traceback.txt"  # of an error that nobody foresaw, in the run's folder
-ONE_DAY = timedelta(days=1)  # other processes wait this long while the main one evaluates
+LOCKED_BY = "vlafit train"  # in messages about a folder that is in use
+TRACEBACK = "traceback.txt"  # of an unexpected error, in the run's folder
+ONE_DAY = timedelta(days=1)  # other processes wait this long while the main process evaluates
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to."""
+    """The result of a run."""
 
     folder: Path
     steps: int
-    finished: bool  # False when a signal stopped it
-    success: dict[str, float]  # share of successes by evaluation name
+    status: RunStatus
+    success: dict[str, float]
+    """Share of successes by evaluation name."""
     report: Path | None
-    asked_to_stop: bool = False
-    """A signal asked for it, be it in the last step: whoever began the run is to begin no other."""
+
+    @property
+    def finished(self) -> bool:
+        """False if a signal stopped the run before its last step."""
+        return self.status.finished
+
+    @property
+    def signalled(self) -> bool:
+        """SIGINT/SIGTERM was received; callers should not start another run."""
+        return self.status.signalled
 
 
 def run(
@@ -62,39 +70,39 @@ def run(
     resume: bool = False,
     resume_from: int | None = None,
     command: str = "",
-    observer: Observer | None = None,
+    callbacks: Callbacks | None = None,
 ) -> RunSummary:
-    """Carry out `recipe` in the folder `out`. Every process of an `accelerate launch` calls this.
+    """Run `recipe` in the folder `out`. Every process of an `accelerate launch` calls this.
 
-    With `resume`, a run that `out` holds goes on where its newest checkpoint was written, and does not repeat
-    rollouts that ended; where there is no run yet, one begins. With `resume_from`, it goes on from the state
-    of that step instead, and what was saved after it is removed. Raises a VlafitError for whatever the user
-    can mend, another process at work in `out` for one: before anything is written if it can be known then;
-    later, the run stays resumable. The traceback of any other error is kept in traceback.txt, too.
+    With `resume`, the run in `out` continues from its newest checkpoint, without repeating finished rollouts;
+    if there is no run yet, one begins. With `resume_from`, it continues from that step, and later checkpoints
+    are removed. Raises a VlafitError for whatever the user can fix, such as another process using `out`:
+    before anything is written if possible; otherwise the run can be resumed. The traceback of any other error
+    is also written to traceback.txt.
     """
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    first = os.environ.get("RANK", "0") == "0"  # the one that writes, and holds the lock for all
+    first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
-        files.require_unlocked(out, WHAT)
-    folder.look(recipe, out, resume or resume_from is not None)
-    with files.exclusive(out, WHAT) if first else nullcontext():
+        files.require_unlocked(out, LOCKED_BY)
+    require_usable(recipe, out, resume or resume_from is not None)
+    with files.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
-            return _carry_out(recipe, out, resume_from, command, observer or Observer())
+            return _run(recipe, out, resume_from, command, callbacks or Callbacks())
         except VlafitError:
             raise
         except Exception:
-            # Without a recipe the folder holds no run, and is to stay empty.
+            # Without recipe.toml no run has begun, and the folder must stay empty.
             if first and (out / "recipe.toml").is_file():
                 files.write_atomic(out / TRACEBACK, traceback.format_exc())
             raise
 
 
-def _carry_out(
-    recipe: Recipe, out: Path, resume_from: int | None, command: str, observer: Observer
+def _run(
+    recipe: Recipe, out: Path, resume_from: int | None, command: str, callbacks: Callbacks
 ) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate leaves CPU processes unjoined
+        cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate does not connect CPU processes
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(out),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
@@ -103,71 +111,78 @@ def _carry_out(
         torch.set_num_threads(recipe.train.threads)
     main = accelerator.is_main_process
     began = time.perf_counter()
-    shelf = Shelf(out, recipe.train.keep)
-    barrier()  # all have looked before the main process writes
+    manager = CheckpointManager(out, recipe.train.keep)
+    barrier()  # every process has checked the folder before the main process writes
     if main:
         files.require_writable(out)
-        shelf.tidy()
+        manager.tidy()
     barrier()
 
-    observer.phase("loading")
+    callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
-    resumed = shelf.resumable(resume_from)
+    resumed = manager.resumable(resume_from)
     experiment = _build(recipe, accelerator, resumed)
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if resumed is not None and resume_from is not None:
-        state.read(resumed, experiment.data.fingerprint)  # before anything is given up for it
+        checkpointer.read(resumed, experiment.data.fingerprint)  # before later checkpoints are removed
         barrier()
+    record: dict[str, object] = {}
     if main:
         if resume_from is not None:
-            shelf.drop_after(resume_from)
-        _try_protocol(experiment)
+            manager.drop_after(resume_from)
+        _require_protocol_fits(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)
-    experiment = _with_own_base(experiment, out, main)
-    observer.setup(experiment)
+    experiment = _with_quantised_base(experiment, out, main)
+    callbacks.setup(experiment)
 
-    job = Job(experiment, out, accelerator, shelf, observer, meter)
-    job.metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
+    metrics = Metrics(out, accelerator)
+    metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
+    context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
+    evaluator = Evaluator(context)
     if recipe.eval.before:
-        job.save_start(resumed is not None)
-        job.evaluate("before", 0)
-    finished = job.train(resumed)
-    if finished:
-        late = notices.never_began(job.learner.plan, job.progress.stage.number, job.progress.step)
-        if late and main:
-            log.warning("%s", late)
-            record["notices"] = [*dict.fromkeys([*_texts(record["notices"]), late])]
-    if finished and recipe.eval.protocol and recipe.eval.after:
-        job.evaluate("after", job.progress.step)
-    if finished and recipe.eval.wrong_instruction:
-        job.evaluate("wrong_instruction", job.progress.step, wrong_instruction=True)
+        evaluator.before_training(resumed is not None)
+    trainer = Trainer(context, evaluator, resumed)
+    status = trainer.train()
+    if status.finished:
+        if main:
+            _warn_of_skipped_stages(record, trainer)
+        evaluator.after_training(trainer.state.progress.step)
     page = None
     if main:
-        _end(record, out, job, finished, time.perf_counter() - began)
-        observer.phase("report")
+        _end(record, trainer, time.perf_counter() - began)
+        callbacks.phase("report")
         page = report.build(out)
     accelerator.end_training()
-    return RunSummary(out, job.progress.step, finished, job.success, page, job.asked_to_stop)
+    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
 
 
-def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> setup.Experiment:
-    """Make what the recipe asks for, with its notices. A checkpoint that is damaged is told with a way on."""
+def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None:
+    progress = trainer.state.progress
+    warning = never_began(trainer.train_state.plan, progress.stage.number, progress.step)
+    if warning:
+        log.warning("%s", warning)
+        record["notices"] = [*dict.fromkeys([*_texts(record["notices"]), warning])]
+
+
+def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> Experiment:
+    """Build the experiment with its warnings. Errors about damaged checkpoints say how to recover."""
     try:
-        made = setup.build(recipe, accelerator.device, resumed)
+        experiment = build(recipe, accelerator.device, resumed)
     except (WeightsError, CodecError) as error:
         if resumed is None:
             raise
-        raise type(error)(f"{error}\nIf {resumed} is damaged: {state.way_on(resumed)}") from error
-    said = notices.notices(recipe, made.plan, made.data, accelerator.num_processes)
-    return replace(made, notices=(*made.notices, *said))
+        remedy = checkpointer.how_to_resume(resumed)
+        raise type(error)(f"{error}\nIf {resumed} is damaged: {remedy}") from error
+    warnings = run_warnings(recipe, experiment.plan, experiment.data, accelerator.num_processes)
+    return replace(experiment, warnings=(*experiment.warnings, *warnings))
 
 
 def _texts(values: object) -> list[str]:
-    return [str(one) for one in values] if isinstance(values, list) else []
+    return [str(value) for value in values] if isinstance(values, list) else []
 
 
-def _try_protocol(experiment: setup.Experiment) -> None:
-    """Find out now, not after days of training, whether the protocol can judge this policy."""
+def _require_protocol_fits(experiment: Experiment) -> None:
+    """Check before training that the evaluation protocol fits this policy."""
     spec = experiment.recipe.eval
     if spec.protocol:
         rollout.preflight(
@@ -180,9 +195,9 @@ def _try_protocol(experiment: setup.Experiment) -> None:
 
 
 def _begin(
-    experiment: setup.Experiment, out: Path, accelerator: Accelerator, command: str, resumed: Path | None
+    experiment: Experiment, out: Path, accelerator: Accelerator, command: str, resumed: Path | None
 ) -> dict[str, object]:
-    """Write what the run is, and return what run.json says."""
+    """Write recipe.toml, plan.json and run.json, and return the contents of run.json."""
     toml = config.dump(experiment.recipe)
     files.write_atomic(out / "recipe.toml", toml)
     files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
@@ -192,44 +207,47 @@ def _begin(
         "started": _now(),
         "resumed_from": None,
         "load_report": experiment.load_report,
-        "notices": list(experiment.notices),
+        "notices": list(experiment.warnings),
         "base_sha256": experiment.history.base,
         "seeds_known": experiment.data.seeds_known,
-        "datasets": [asdict(one) for one in experiment.history.datasets],
+        "datasets": [asdict(dataset) for dataset in experiment.history.datasets],
         "processes": accelerator.num_processes,
         **describe_machine(accelerator.device),
     }
-    return folder.begin_record(out, facts, resumed.name if resumed else None)
+    return begin_record(out, facts, resumed.name if resumed else None)
 
 
-def _with_own_base(experiment: setup.Experiment, out: Path, main: bool) -> setup.Experiment:
-    """Write the start of a quantised run that lies in no file, and return the experiment on top of it."""
-    if not experiment.unrounded:
+def _with_quantised_base(experiment: Experiment, out: Path, main: bool) -> Experiment:
+    """Save the full-precision weights of a quantised run, if no checkpoint holds them, as its base."""
+    if not experiment.unquantised:
         return experiment
     if main:
-        own_base.write(out, experiment.policy, experiment.codec, experiment.history, experiment.unrounded)
+        quantised_base.write(
+            out, experiment.policy, experiment.codec, experiment.history, experiment.unquantised
+        )
     barrier()
-    return replace(experiment, base=own_base.at(out), anew=frozenset(), unrounded={})
+    return replace(experiment, base=quantised_base.at(out), changed=frozenset(), unquantised={})
 
 
-def _end(record: dict[str, object], out: Path, job: Job, finished: bool, seconds: float) -> None:
-    """Write how the run ended."""
-    before, before_it = record.pop("seconds_before", 0.0), record.pop("memory", None)
+def _end(record: dict[str, object], trainer: Trainer, seconds: float) -> None:
+    """Write the end of the run to run.json; `seconds` is the time of this session."""
+    context, state, train_state = trainer.context, trainer.state, trainer.train_state
+    seconds_before, memory_before = record.pop("seconds_before", 0.0), record.pop("memory", None)
     facts: dict[str, object] = {
         "ended": _now(),
-        "finished": finished,
-        "train_seconds": round(job.progress.seconds, 1),
-        "steps": job.progress.step,
-        "memory": memory.larger(before_it if isinstance(before_it, dict) else None, job.memory),
+        "finished": state.status.finished,
+        "train_seconds": round(state.progress.seconds, 1),
+        "steps": state.progress.step,
+        "memory": memory.larger(memory_before if isinstance(memory_before, dict) else None, state.memory),
     }
-    if job.learner.ranks is not None:
-        facts["ranks"] = job.learner.ranks.ranks()
-    if finished and job.learner.plan.adapted:
-        last = job.shelf.path(job.progress.step)
-        facts["merge_error"] = start.merge_error(last, job.experiment.data, job.device)
-    if isinstance(before, int | float):
-        facts["seconds"] = round(before + seconds, 1)
-    folder.end_record(out, record, facts)
+    if train_state.ranks is not None:
+        facts["ranks"] = train_state.ranks.ranks()
+    if state.status.finished and train_state.plan.adapted:
+        last = context.manager.path(state.progress.step)
+        facts["merge_error"] = merge_error(last, context.experiment.data, context.device)
+    if isinstance(seconds_before, int | float):
+        facts["seconds"] = round(seconds_before + seconds, 1)
+    end_record(context.out, record, facts)
 
 
 def _now() -> str:

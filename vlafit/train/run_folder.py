@@ -1,10 +1,16 @@
-"""A run's folder: a new one, or the same run's; and what may differ when a run goes on."""
+"""A run's folder: check that it is free or holds the same run, and record how and where the run was made."""
 
 import dataclasses
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
@@ -12,46 +18,61 @@ from vlafit.recipe import Recipe
 from vlafit.train import stages
 from vlafit.tuning import load_strategy
 
-# Fields that may differ between a run and its resumption: none of them changes a weight.
+# Fields that may differ when a run is resumed: none of them changes a weight.
 HARMLESS = ("name", "purpose", "eval", "train.log_every", "train.keep", "train.keep_best", "train.save_every",
             "train.validate_every", "train.validation_batches", "train.trackers", "data.workers",
             "data.validation_sets")  # fmt: skip
-VALIDATION = ("train.validate_every", "train.validation_batches")  # not where it decides when stages begin
+VALIDATION = (
+    "train.validate_every",
+    "train.validation_batches",
+)  # except where they decide when stages begin
+
+PACKAGES = (
+    "vlafit",
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "h5py",
+    "gymnasium",
+    "metaworld",
+    "mujoco",
+)
 
 
-def look(recipe: Recipe, out: Path, resume: bool) -> None:
+def require_usable(recipe: Recipe, out: Path, resume: bool) -> None:
     """Raise TrainingError unless `out` is free for a new run or, with `resume`, holds this very run.
 
-    A folder with no run in it yet is one where a run can begin, with `resume` or without. Writes nothing.
+    A run can begin in a folder without one, with `resume` or without. Writes nothing.
     """
-    kept = out / "recipe.toml"
+    saved = out / "recipe.toml"
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; choose a folder with --out")
-    if kept.is_file():
+    if saved.is_file():
         if not resume:
             raise TrainingError(
-                f"{out} holds a run already; --resume goes on with it, --out chooses another folder"
+                f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
             )
-        changed = changes(config.read(Recipe, kept, "recipe"), recipe)
+        changed = changes(config.read(Recipe, saved, "recipe"), recipe)
         if changed:
             raise TrainingError(
-                f"{out}: cannot resume with another recipe; changed: {'; '.join(changed)}. Give the "
-                "values it began with, or start anew with --out"
+                f"{out}: cannot resume with another recipe; changed: {'; '.join(changed)}. Restore the "
+                "original values, or start a new run with --out"
             )
     elif out.exists() and not files.is_empty(out):
-        raise TrainingError(f"{out} is not empty and holds no run; choose another folder with --out")
+        raise TrainingError(f"{out} is not empty and does not hold a run; choose another folder with --out")
 
 
 def changes(before: Recipe, now: Recipe) -> list[str]:
-    """Name the fields of two recipes that differ and would change the weights."""
+    """List the fields of two recipes that differ and would change the weights."""
     pairs = zip(_flat(before), _flat(now), strict=True)
-    odd = [(name, a, b) for (name, a), (_, b) in pairs if a != b]
-    decides = any(name in VALIDATION for name, _, _ in odd) and stages.depends_on_validation(
+    differing = [(name, a, b) for (name, a), (_, b) in pairs if a != b]
+    decides = any(name in VALIDATION for name, _, _ in differing) and stages.depends_on_validation(
         load_strategy(now.strategy).stages
     )
     return [
-        f"{name} was {a!r}, is {b!r}"
-        for name, a, b in odd
+        f"{name} was {a!r}, is now {b!r}"
+        for name, a, b in differing
         if not _is_harmless(name) or (decides and name in VALIDATION)
     ]
 
@@ -69,22 +90,61 @@ def _is_harmless(name: str) -> bool:
 
 
 def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) -> dict[str, object]:
-    """Write run.json and return it. A resumed run keeps its notices, and how and when it began."""
+    """Write run.json and return it. A resumed run keeps its warnings (`notices`), command and start time."""
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
-            now["memory"] = before.get("memory")  # a session that trains nothing more measures none
-            seconds = before.get("seconds")  # None: that session was killed, and nobody knows
+            now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured
+            seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
         except (ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{path}: damaged ({error!r}); remove the file to go on") from error
+            raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
     files.write_atomic(path, json.dumps(now, indent=2) + "\n")
     return now
 
 
 def end_record(out: Path, record: Mapping[str, object], facts: Mapping[str, object]) -> None:
-    """Write run.json again, with how the run ended."""
+    """Add `facts` about the end of the run to run.json."""
     files.write_atomic(out / "run.json", json.dumps({**record, **facts}, indent=2) + "\n")
+
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """Return versions, device and commit as plain values for run.json."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "versions": versions,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, with `+changes` if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

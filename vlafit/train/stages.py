@@ -1,9 +1,8 @@
-"""When the stages of a strategy begin in a run, and which of them never could.
+"""Decide when the stages of a strategy begin in a run, and refuse stages that never could.
 
-Everything here is a function of the run's length, the steps done and where the run stands (`Place`), so that
-every process, and a run that goes on after an interruption, comes to the same answer. A change belongs before
-the step that follows it: the checkpoint of the step before is still of the old stage. How a stage begins is
-said in `learner.py`.
+Everything here is a function of the run's length, the finished steps and the current stage (`Place`), so
+every process, and a resumed run, gets the same answer. A stage changes before the first step of the new one:
+the checkpoint of the step before still belongs to the old stage. `train_state.py` changes the stage.
 """
 
 import math
@@ -17,21 +16,21 @@ from vlafit.tuning import Moment, Plan, Stage
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands among its stages; it is saved with every checkpoint."""
+    """The current stage of a run; saved with every checkpoint."""
 
     number: int = 0
-    """The stage that the run is in, counted from 0."""
+    """The stage, counted from 0."""
     began: int = 0
-    """Optimiser steps that were done when it began."""
+    """Optimiser steps that were finished when it began."""
     lowest: float | None = None
-    """The lowest validation loss since then."""
+    """Lowest validation loss since then."""
     stalled: int = 0
-    """Validations in a row, up to now, that were not lower than it."""
+    """Consecutive validations, up to now, that were not lower."""
     spent: float = 0.0
-    """Share of a time budget that was gone when it began."""
+    """Share of the time limit that was used when it began."""
 
     def validated(self, loss: float) -> "Place":
-        """Return the place after one more validation. The first of a stage sets the mark."""
+        """Return the place after one more validation. The first of a stage sets `lowest`."""
         if math.isfinite(loss) and (self.lowest is None or loss < self.lowest):
             return replace(self, lowest=loss, stalled=0)
         return replace(self, stalled=self.stalled + 1)
@@ -40,11 +39,11 @@ class Place:
 def due(stages: Sequence[Stage], steps: int, step: int, place: Place, spent: float = 0.0) -> int:
     """Return the number of the stage that a run of `steps` is in after `step` of them.
 
-    `spent` is the share of a time budget that is gone: a fraction counts whichever of steps and time is
-    further. The stage is never an earlier one than `place` says. Where several moments have come, the latest
-    stage wins: the ones between are passed over.
+    `spent` is the used share of a time limit: a fraction counts steps or time, whichever is further. The
+    stage is never earlier than that of `place`. If several stages are due, the latest wins and the others are
+    skipped.
     """
-    found = place.number
+    latest = place.number
     for number in range(place.number + 1, len(stages)):
         begin = stages[number].begin
         assert begin is not None
@@ -52,14 +51,14 @@ def due(stages: Sequence[Stage], steps: int, step: int, place: Place, spent: flo
         if at is None:
             assert begin.plateau is not None
             if number == place.number + 1 and place.stalled >= begin.plateau:
-                found = number
+                latest = number
         elif step >= at or spent >= (begin.fraction or math.inf):
-            found = number
-    return found
+            latest = number
+    return latest
 
 
 def length(stages: Sequence[Stage], steps: int, place: Place) -> int:
-    """Return for how many steps the stage of `place` can last, a plateau not coming before."""
+    """Return how many steps the stage of `place` can last, unless a plateau ends it earlier."""
     moments = [stage.begin.at_step(steps) for stage in stages[place.number + 1 :] if stage.begin]
     return min([steps, *(at for at in moments if at is not None)]) - place.began
 
@@ -70,15 +69,16 @@ def depends_on_validation(stages: Sequence[Stage]) -> bool:
 
 
 def title(plan: Plan) -> str:
-    """Return what a reader calls the plan's stage: its number, counted from 1, and its name."""
+    """Return the plan's stage for messages: its number, counted from 1, and its name."""
     name = plan.strategy.stages[plan.stage].name
     return f"stage {plan.stage + 1} of {len(plan.strategy.stages)}{f', {name}' if name else ''}"
 
 
 def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None:
-    """Raise StrategyError where a stage of the plan's strategy can never begin in such a run.
+    """Raise StrategyError if a stage of the plan's strategy can never begin in such a run.
 
-    `held_out` tells whether there is anything to validate on. AdaLoRA on sharded weights is refused, too.
+    `held_out` tells whether there is anything to validate on. AdaLoRA and quantisation with sharded weights
+    are refused, too.
     """
     stages, steps, every = plan.strategy.stages, train.steps, train.validate_every
     before, before_at = "", 0
@@ -87,11 +87,11 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
         where += f" ({stage.name})" if stage.name else ""
         if train.sharding == "full" and any(r.adapter and r.adapter.method == "adalora" for r in stage.rules):
             raise StrategyError(
-                f"{where}: AdaLoRA reads its scores from whole gradients, which train.sharding = 'full' "
-                "takes apart; take train.sharding = 'none', or another adapter"
+                f"{where}: AdaLoRA needs whole gradients, but train.sharding = 'full' shards them; use "
+                "train.sharding = 'none', or another adapter"
             )
         if train.sharding == "full" and any(r.quantise for r in stage.rules):
-            raise StrategyError(f"{where}: quantised weights cannot be sharded; take train.sharding = 'none'")
+            raise StrategyError(f"{where}: quantised weights cannot be sharded; use train.sharding = 'none'")
         if stage.begin is None:
             before = where
             continue
@@ -99,29 +99,29 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
         if at is None:
             _require_validation(where, stage.begin, every, held_out)
             at = (before_at // every + 1 + (stage.begin.plateau or 0)) * every
-            says = f"step {at} at the earliest ({stage.begin}, train.validate_every = {every})"
+            moment = f"step {at} at the earliest ({stage.begin}, train.validate_every = {every})"
         else:
-            says = f"step {at}" if stage.begin.step is not None else f"step {at} ({stage.begin})"
+            moment = f"step {at}" if stage.begin.step is not None else f"step {at} ({stage.begin})"
         if at >= steps:
             raise StrategyError(
-                f"{where} begins at {says}; the run has {steps}, so that it would never train; let it begin "
-                "earlier, or train for more steps"
+                f"{where} begins at {moment}, but the run only has {steps} steps; let it begin earlier, or "
+                "train for more steps"
             )
         if at <= before_at:
             raise StrategyError(
-                f"{where} begins at {says}, but {before} at step {before_at}, so that this one would never "
-                "train; move the moments apart, or train for more steps"
+                f"{where} begins at {moment}, which is not after {before} at step {before_at}; move them "
+                "apart, or train for more steps"
             )
         before, before_at = where, at
 
 
 def _require_validation(where: str, begin: Moment, every: int, held_out: bool) -> None:
-    lacks = ""
+    problem = ""
     if not every:
-        lacks = "train.validate_every is 0; set it"
+        problem = "train.validate_every is 0; set it"
     elif not held_out:
-        lacks = "no episodes are held out; raise data.validation"
-    if lacks:
+        problem = "no episodes are held out; raise data.validation"
+    if problem:
         raise StrategyError(
-            f"{where} begins after {begin}, but {lacks}, or let it begin at a step or a fraction"
+            f"{where} begins after {begin}, but {problem}, or let it begin at a step or a fraction"
         )

@@ -1,17 +1,17 @@
-"""What learns in the stage that a run is in: the wrapped policy, its optimiser, its moving average.
+"""The state of training in the current stage: the wrapped policy, its optimiser, its EMA.
 
-A change of stage keeps all that was learned about what goes on learning: AdamW's moments and counts and the
-moving average stay. What is new begins with a fresh state, and so does what learns again after a stage in
-which it was frozen. Of what is frozen, gradients and states are given up, and its moving average becomes its
-weight: so there is one policy, the one that is validated, exported and that the rest goes on learning with,
-and the tensor stays bit for bit as it is from there on. (Were the raw weight kept beside the average, the
-rest would learn to work with another policy than the one that is exported.)
+A change of stage keeps AdamW's moments and counts and the EMA of every parameter that is still trained.
+Parameters that are new, or trained again after a stage in which they were frozen, begin with fresh states. A
+parameter that is frozen loses its gradient and states, and its EMA becomes its weight, which is bit-identical
+from then on. So there is one policy: the one that is validated, exported and trained further. (If the raw
+weight were kept beside the EMA, the rest would be trained with another policy than the one that is exported.)
 """
 
 import gc
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import nn
@@ -29,13 +29,14 @@ from vlafit.tuning.ranks import rank_schedule
 log = logging.getLogger(__name__)
 
 
-class Learner:
-    """The policy and everything that makes it learn, in one stage after another."""
+@final
+class TrainState:
+    """The policy with its optimiser, EMA and rank schedule, in one stage after another."""
 
     def __init__(
         self, policy: Policy, plan: Plan, recipe: Recipe, device: torch.device, place: Place
     ) -> None:
-        """Enter the stage of `place`, with fresh states, in the policy to which `plan` was applied."""
+        """Enter the stage of `place`, with fresh states, of the policy to which `plan` was applied."""
         self.policy, self.recipe, self.device = policy, recipe, device
         self.plan, self.place = plan.at(place.number), place
         tuning.enter(policy, self.plan)
@@ -44,45 +45,46 @@ class Learner:
         self.optimizer = build_optimizer(policy, self.plan, recipe.optim)
         self.ema = Ema(policy, recipe.optim.ema) if recipe.optim.ema else None
         self.ranks = rank_schedule(policy, plan)
-        self._begin(before)
+        self.check = self._begin(before)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
+        """The parameters that the optimiser trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up at the beginning of the stage, beside the recipe's."""
+        """Steps of warm-up at the beginning of the stage, in addition to the recipe's."""
         return self.plan.strategy.stages[self.plan.stage].warmup_steps
 
     def change(self, place: Place) -> None:
-        """Enter the stage of `place`, keeping what was learned so far."""
+        """Enter the stage of `place`, keeping the states of what is still trained."""
         before = self.plan.trainable
         self.plan, self.place = self.plan.at(place.number), place
         tuning.enter(self.policy, self.plan)
         if self.ema is not None:
             self.ema.follow(self.policy)
         self.optimizer = build_optimizer(self.policy, self.plan, self.recipe.optim, keep=self.optimizer)
-        self._wrap_anew()
-        self._begin(before)
+        self._rewrap()
+        self.check = self._begin(before)
 
-    def _begin(self, before: Sequence[str]) -> None:
-        new = set(self.plan.trainable) - set(before)
-        self.check = GradientCheck(self.policy, self.plan, new)
-        if self.ranks is not None:  # last: what is frozen has its average by now
+    def _begin(self, before: Sequence[str]) -> GradientCheck:
+        """Enter the stage in the rank schedule and return the gradient check of what it newly trains."""
+        check = GradientCheck(self.policy, self.plan, set(self.plan.trainable) - set(before))
+        if self.ranks is not None:  # last: the EMA is already the weight of what is frozen
             place, steps = self.place, self.recipe.train.steps
             self.ranks.enter(self.plan, steps=steps, step=place.began, spent=place.spent)
+        return check
 
-    def _wrap_anew(self) -> None:
-        """Let the processes agree anew on what they synchronise: DDP knows only what learned when it began.
+    def _rewrap(self) -> None:
+        """Wrap the policy in DDP again: DDP only synchronises what was trainable when it was created.
 
-        The old wrapper must be gone before: its buffers are as large as all gradients.
+        The old wrapper is freed first, because its buffers are as large as all gradients.
         """
-        if self.model is self.policy:  # alone, or sharded, which looks at requires_grad in every step
+        if self.model is self.policy:  # one process, or FSDP, which reads requires_grad in every step
             return
         old, self.model = weakref.ref(self.model), self.policy
-        gc.collect()  # the wrapper refers to itself
+        gc.collect()  # the wrapper is in a reference cycle
         if old() is not None:
-            log.warning("the wrapper of the stage before is still in use; its memory is not freed")
+            log.warning("the DDP wrapper of the previous stage is still in use; its memory is not freed")
         self.model = wrap(self.policy, self.recipe.train.sharding, self.device)

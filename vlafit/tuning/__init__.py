@@ -1,15 +1,16 @@
-"""Which parts of a policy learn, how fast and when: strategies, and their resolution into plans.
+"""Tuning strategies: which parts of a policy are trained, how fast and when.
 
-adapters.py and rules.py say what a rule may ask for, strategy.py how that is written and in which stages,
-plan.py what it comes to for one policy, apply.py puts that into force; inject.py puts adapters in, merge.py
-takes them out again.
+`rules.py` and `adapters.py` define rules, `strategy.py` their stages, `strategy_toml.py` the TOML.
+`resolution.py` matches rules to the tensors of a policy, `plan.py` holds the result, `apply.py` puts it into
+force; `inject.py` adds adapters, `merge.py` folds them into the weights.
 """
 
 from vlafit.tuning.adapters import Adapter
 from vlafit.tuning.apply import apply, apply_strategy, enter, preview, restore
 from vlafit.tuning.plan import Entry, Plan, Row
 from vlafit.tuning.rules import Rule, Select
-from vlafit.tuning.strategy import Moment, Stage, Strategy, load_strategy, parse
+from vlafit.tuning.strategy import Moment, Stage, Strategy
+from vlafit.tuning.strategy_toml import load_strategy, parse
 
 __all__ = [
     "Adapter",

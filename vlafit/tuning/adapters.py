@@ -1,8 +1,8 @@
-"""The adapters that a rule may ask for: their names, their options, and on which layers each of them works.
+"""Adapter methods, their options, and the kinds of layers that each supports.
 
-What works where was measured (peft 0.21, a policy of pi0's shape): `WORKS`. OFT on a convolution, for
-example, is not the identity at the start, and PiSSA knows linear layers alone; such pairs are refused before
-training. This file holds values; `inject.py` puts adapters into a policy.
+`WORKS` was measured (peft 0.21, a policy of pi0's shape). OFT on a convolution, for example, is not the
+identity at the start, and PiSSA only supports linear layers; such pairs are refused before training. This
+file holds values; `inject.py` adds adapters to a policy.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ WORKS: dict[Method, tuple[Layer, ...]] = {
     "ia3": ("linear", "conv"),
     "miss": ("linear",),
 }
-"""Layers on which a method leaves the output unchanged at first, trains, saves, reloads and merges."""
+"""Layers on which a method is the identity at first, trains, saves, reloads and merges."""
 
 Init = Literal["default", "gaussian", "pissa"]
 INITS: tuple[Init, ...] = get_args(Init)
@@ -38,34 +38,34 @@ QUANTISE: tuple[Quantise, ...] = get_args(Quantise)
 
 @dataclass(frozen=True)
 class Adapter:
-    """One method with its options; those that mean nothing for the method keep their defaults."""
+    """One method with its options; options that the method does not use keep their defaults."""
 
     method: Method
     rank: int = 16
-    """Inner dimension. For AdaLoRA, the one it begins with."""
+    """Inner dimension. For AdaLoRA: the initial rank."""
     alpha: float = 0.0
-    """The update is scaled by alpha / rank, or alpha / sqrt(rank) with `rslora`. 0: the rank."""
+    """Scales the update by alpha / rank, or alpha / sqrt(rank) with `rslora`. 0: equal to the rank."""
     dropout: float = 0.0
     """Share of the adapter's inputs that are zeroed in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     init: Init = "default"
-    """How A begins: "default" (Kaiming), "gaussian", or "pissa" (from the weight's own singular vectors; what
-    is left of the weight is rounded to its dtype, so PiSSA is a no-op to 1e-6 over float32 alone)."""
+    """Initial A: "default" (Kaiming), "gaussian", or "pissa" (the weight's singular vectors; the residual is
+    rounded to the weight's dtype, so PiSSA is the identity, to 1e-6, only over float32)."""
     lr_b: float = 1.0
-    """LoRA+ (arXiv 2402.12354): learning rate of B, times that of A."""
+    """LoRA+ (arXiv 2402.12354): learning rate of B relative to A."""
     target_rank: int = 8
     """AdaLoRA: mean rank at the end."""
     orthogonal: float = 0.5
     """AdaLoRA: weight of the penalty that keeps singular vectors orthogonal."""
     factor: int = -1
-    """LoKr: size of the smaller Kronecker factor. -1: as square as it gets."""
+    """LoKr: size of the smaller Kronecker factor. -1: as square as possible."""
     block: int = 32
-    """OFT: size of the rotated blocks of a layer's inputs, or the next smaller one that divides them."""
+    """OFT: size of the rotated blocks of a layer's inputs, or the next smaller divisor of them."""
 
     @property
     def scale(self) -> float:
-        """Alpha, the rank where none is given."""
+        """Alpha, or the rank if alpha is 0."""
         return self.alpha or float(self.rank)
 
     def fit_to(self, shape: tuple[int, ...]) -> "Adapter":
@@ -90,31 +90,31 @@ KEYS = tuple(f.name for f in fields(Adapter) if f.name != "method")
 
 
 def build(method: str, values: Mapping[str, object], where: str) -> Adapter:
-    """Make an adapter from a rule's keys; `where` begins every message.
+    """Build an adapter from a rule's keys; `where` prefixes every message.
 
-    Raises StrategyError for a key that the method does not have, or a value that it cannot mean.
+    Raises StrategyError for a key that the method does not have, or an invalid value.
     """
     assert method in METHODS, method
     method = cast(Method, method)
     known = OPTIONS[method]
     for key in values:
         if key not in known:
-            has = f"it has {', '.join(known)}" if known else "it has no options"
-            raise StrategyError(f"{where}: `{key}` means nothing for {method}; {has}")
-    made: dict[str, object] = {}
-    for key, value in values.items():
-        made[key] = _CHECKS[key](value, key, where)
-    adapter = Adapter(method, **made)  # type: ignore[arg-type]  # each value was checked for its key
+            options = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise StrategyError(f"{where}: `{key}` is not an option of {method}; {options}")
+    checked = {key: _CHECKS[key](value, key, where) for key, value in values.items()}
+    adapter = Adapter(method, **checked)  # type: ignore[arg-type]  # each value was checked for its key
     if method == "adalora" and adapter.target_rank >= adapter.rank:
         if "target_rank" not in values:
-            adapter = Adapter(method, **{**made, "target_rank": max(1, adapter.rank // 2)})  # type: ignore[arg-type]
+            adapter = Adapter(method, **{**checked, "target_rank": max(1, adapter.rank // 2)})  # type: ignore[arg-type]
         if adapter.target_rank >= adapter.rank:
             raise StrategyError(
-                f"{where}: AdaLoRA goes from `rank` {adapter.rank} down to a mean of `target_rank` "
-                f"{adapter.target_rank}; make it smaller than `rank`"
+                f"{where}: AdaLoRA lowers `rank` {adapter.rank} to a mean of `target_rank` "
+                f"{adapter.target_rank}; make `target_rank` smaller than `rank`"
             )
     if method == "dora" and adapter.init == "pissa":
-        raise StrategyError(f"{where}: DoRA begins with a default or gaussian A here; PiSSA is for lora")
+        raise StrategyError(
+            f"{where}: init = 'pissa' only works with mode 'lora'; with dora use 'default' or 'gaussian'"
+        )
     return adapter
 
 
@@ -126,9 +126,9 @@ def plain(adapter: Adapter) -> dict[str, object]:
 
 
 def largest_rank(method: Method, shape: tuple[int, ...]) -> int | None:
-    """Return the rank beyond which a method cannot use more for a weight [out, in, ...]; None: there is none.
+    """Return the largest useful rank of a method for a weight [out, in, ...]; None if there is no limit.
 
-    A larger one is no richer than a full matrix. LoKr's is no rank in this sense: its factors are whole then.
+    A larger rank is no richer than a full matrix. LoKr has no limit: its factors become full matrices.
     """
     if method not in ("lora", "dora", "loha", "adalora", "miss"):
         return None
@@ -137,47 +137,53 @@ def largest_rank(method: Method, shape: tuple[int, ...]) -> int | None:
 
 
 def require_works(adapter: Adapter, layer: Layer | None, name: str, where: str) -> None:
-    """Raise StrategyError, saying what works, where a method does not fit the layer of the tensor `name`."""
+    """Raise StrategyError, naming the methods that work, if a method does not support the layer of `name`."""
     works = PISSA_WORKS if adapter.init == "pissa" else WORKS[adapter.method]
     if layer in works:
         return
     method = f"{adapter.method} with init = 'pissa'" if adapter.init == "pissa" else adapter.method
     if layer is None:
         raise StrategyError(
-            f"{where} takes {name}, which is no weight of a linear layer, a convolution or an embedding, so "
-            f"no adapter fits it; narrow the rule by `kind`, and give such tensors a rule of their own "
+            f"{where} selects {name}, which is not the weight of a linear layer, convolution or embedding, "
+            "so it cannot carry an adapter; narrow the rule by `kind`, and give such tensors a rule of their "
+            "own "
             '(mode = "full" or "frozen")'
         )
     others = [m for m in METHODS if layer in WORKS[m]]
     raise StrategyError(
-        f"{where} takes {name}, of a layer of kind {layer}; {method} works on: {', '.join(works)}. "
-        f"On {layer} these work: {', '.join(others)}"
+        f"{where} selects {name}, the weight of a layer of type {layer}; {method} only works on: "
+        f"{', '.join(works)}. Methods that work on {layer}: {', '.join(others)}"
     )
 
 
 def _whole(value: object, key: str, where: str) -> int:
     least = -1 if key == "factor" else 1
     if type(value) is not int or value < least or value == 0:
-        raise StrategyError(f"{where}: `{key}` is a whole number from 1 on, not {value!r}")
+        raise StrategyError(f"{where}: `{key}` must be a whole number of at least 1, not {value!r}")
     return value
 
 
 def _share(value: object, key: str, where: str) -> float:
     if type(value) not in (int, float) or not 0 <= cast(float, value) < 1:
-        raise StrategyError(f"{where}: `{key}` is a number from 0 to below 1, not {value!r}")
+        raise StrategyError(f"{where}: `{key}` must be at least 0 and below 1, not {value!r}")
     return float(cast(float, value))
 
 
 def _positive(value: object, key: str, where: str) -> float:
-    low_ok = key == "orthogonal"
-    if type(value) not in (int, float) or not 0 <= cast(float, value) < float("inf") or not (value or low_ok):
-        raise StrategyError(f"{where}: `{key}` is a number {'from' if low_ok else 'above'} 0, not {value!r}")
+    zero_ok = key == "orthogonal"
+    if (
+        type(value) not in (int, float)
+        or not 0 <= cast(float, value) < float("inf")
+        or not (value or zero_ok)
+    ):
+        lowest = "at least 0" if zero_ok else "above 0"
+        raise StrategyError(f"{where}: `{key}` must be a number {lowest}, not {value!r}")
     return float(cast(float, value))
 
 
 def _flag(value: object, key: str, where: str) -> bool:
     if not isinstance(value, bool):
-        raise StrategyError(f"{where}: `{key}` is true or false, not {value!r}")
+        raise StrategyError(f"{where}: `{key}` must be true or false, not {value!r}")
     return value
 
 

@@ -1,7 +1,7 @@
-"""From a strategy to a policy that is ready to learn: resolve, check, put adapters in, set `requires_grad`.
+"""Apply a strategy to a policy: resolve and check its rules, inject adapters, set `requires_grad`.
 
-The adapters of all stages are put in at the beginning: they change nothing until they learn, and what wraps
-the policy for several processes sees one structure throughout. A later stage is `enter(policy, plan.at(1))`.
+The adapters of all stages are injected at the start: they change nothing until they are trained, and DDP or
+FSDP sees one structure throughout. `enter(policy, plan.at(1))` starts a later stage.
 """
 
 import logging
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from vlafit import shipped
 from vlafit.errors import StrategyError
-from vlafit.tuning.adapters import largest_rank, require_works
-from vlafit.tuning.plan import Entry, Plan, told, wanted
-from vlafit.tuning.rules import resolve
-from vlafit.tuning.strategy import Strategy, load_strategy, parse
+from vlafit.tuning.adapters import Adapter, largest_rank, require_works
+from vlafit.tuning.plan import Entry, Plan
+from vlafit.tuning.resolution import Resolution, resolve_strategy
+from vlafit.tuning.strategy import Strategy
+from vlafit.tuning.strategy_toml import load_strategy, parse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNCHANGED = 1e-5  # of the output's largest value: float32 rounding of an adapter that adds nothing
+UNCHANGED = 1e-5  # relative to the largest output: float32 rounding of an adapter that adds nothing
 
 
 def preview(policy: "Policy", strategy: Strategy) -> Plan:
@@ -39,110 +40,114 @@ def preview(policy: "Policy", strategy: Strategy) -> Plan:
     infos = policy.parts()
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.named_parameters()}
     if {i.name for i in infos} != set(shapes) or len(infos) != len(shapes):
-        odd = sorted({i.name for i in infos} ^ set(shapes)) or [i.name for i in infos]
+        wrong = sorted({i.name for i in infos} ^ set(shapes)) or [i.name for i in infos]
         raise StrategyError(
             f"{type(policy).__name__}.parts() does not name every parameter exactly once, for example "
-            f"{odd[0]}; mend parts() in the policy's file"
+            f"{wrong[0]}; correct parts() in the policy's file"
         )
-    strategy = strategy.expand(infos)
     base = [Entry(i.name, i.part, i.kind, i.layer, i.layers, shapes[i.name], 0, False, i.dead) for i in infos]
-    adapted, _ = wanted(strategy, base)
-    groups = make_groups(adapted)
+    rules = resolve_strategy(strategy.expand(infos), base, strict=True)
+    groups = make_groups(rules.adapted)
     if sum(group.adapter.method == "adalora" for group in groups) > 1:
         raise StrategyError(
             f"strategy {strategy.name!r}: AdaLoRA shares one budget of ranks, so all its rules need the same "
             "options"
         )
-    _require_fitting(policy, strategy, base)
-    _require_ranks(policy, strategy, base)
+    _require_fitting(policy, rules, base)
+    _require_ranks(policy, rules, base)
     described = {e.name: e for e in base}
     added = [
         replace(described[weight], name=name, shape=shape, adapts=weight)
         for name, (weight, shape) in adapter_shapes(policy, groups).items()
     ]
-    bare = Plan(strategy, (*base, *added))
-    plans = [bare.at(stage) for stage in range(len(strategy.stages))]
+    unset = Plan(rules, (*base, *added))
+    plans = [unset.at(stage) for stage in range(len(rules.strategy.stages))]
     for plan in plans:
         _require_use(plan, type(policy).__name__)
     return plans[0]
 
 
-def _require_fitting(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) -> None:
-    """Raise StrategyError where a rule's adapter, or its quantisation, does not fit a tensor it takes."""
+def _require_fitting(policy: "Policy", rules: Resolution, base: Sequence[Entry]) -> None:
+    """Raise StrategyError where a rule's adapter, or its quantisation, does not fit one of its tensors."""
     from vlafit.tuning.inject import layer_kind
 
-    for number, stage in enumerate(strategy.stages):
-        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
-            rule = stage.rules[index]
-            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
+    for stage, chosen in enumerate(rules.chosen):
+        for entry in base:
+            if entry.dead or _is_bias(policy, entry.name):
+                continue
+            rule, where = rules.rule(stage, entry.name), rules.where(stage, chosen[entry.name])
             kind = layer_kind(policy, entry.name)
-            if rule.adapter is not None and not entry.dead and not _is_bias(policy, entry.name):
+            if rule.adapter is not None:
                 require_works(rule.adapter, kind, entry.name, where)
-                if rule.adapter.method == "oft" and rule.adapter.fit_to(entry.shape).block < 2:
-                    raise StrategyError(
-                        f"{where} takes {entry.name} {list(entry.shape)}, whose {entry.shape[1]} inputs no "
-                        f"`block` from 2 to {rule.adapter.block} divides, so that nothing would turn; give "
-                        "another `block`, or leave that layer to another rule"
-                    )
-                if rule.adapter.init == "pissa" and rule.adapter.rank > min(entry.shape):
-                    raise StrategyError(
-                        f"{where} takes {entry.name} {list(entry.shape)}, which has only {min(entry.shape)} "
-                        f"singular vectors, not `rank` {rule.adapter.rank}"
-                    )
-            if (
-                rule.quantise
-                and not entry.dead
-                and not _is_bias(policy, entry.name)
-                and (kind != "linear" or entry.kind not in ("attention", "mlp"))
-            ):
+                _require_fitting_options(rule.adapter, entry, where)
+            if rule.quantise and (kind != "linear" or entry.kind not in ("attention", "mlp")):
                 raise StrategyError(
-                    f"{where} takes {entry.name} ({entry.kind}); only the linear layers of attention and mlp "
+                    f"{where} selects {entry.name} ({entry.kind}); only the linear layers of attention and "
+                    "mlp "
                     'can be quantised: narrow the rule by kind = ["attention", "mlp"]'
                 )
 
 
-ABSURD = 8  # times what the roomiest layer of a rule has room for: a slip, not a choice
+def _require_fitting_options(adapter: Adapter, entry: Entry, where: str) -> None:
+    if adapter.method == "oft" and adapter.fit_to(entry.shape).block < 2:
+        raise StrategyError(
+            f"{where} selects {entry.name} {list(entry.shape)}, whose {entry.shape[1]} inputs are not "
+            f"divisible by any `block` from 2 to {adapter.block}, so there is nothing to rotate; use another "
+            "`block`, or leave that layer to another rule"
+        )
+    if adapter.init == "pissa" and adapter.rank > min(entry.shape):
+        raise StrategyError(
+            f"{where} selects {entry.name} {list(entry.shape)}, which has only {min(entry.shape)} "
+            f"singular vectors; `rank` {adapter.rank} is too large for init = 'pissa'"
+        )
 
 
-def _require_ranks(policy: "Policy", strategy: Strategy, base: Sequence[Entry]) -> None:
-    """Raise StrategyError where a rule's rank cannot be meant or made; log where layers have no room for it.
+MAX_RANK_RATIO = 8  # a rank this many times the largest useful one is a typo
 
-    A rank beyond a layer's smaller side works and gains nothing: a preset for real sizes still runs on a tiny
-    policy. MiSS cannot be put in at all then.
+
+def _require_ranks(policy: "Policy", rules: Resolution, base: Sequence[Entry]) -> None:
+    """Raise StrategyError where a rule's rank is absurd or impossible; warn where layers cannot use it.
+
+    A rank beyond a layer's smaller side works but adds nothing, so a preset for real sizes still runs on a
+    tiny policy. MiSS cannot be injected at all then.
     """
     from vlafit.tuning.inject import layer_kind
 
-    for number, stage in enumerate(strategy.stages):
-        taken: dict[int, list[tuple[str, int]]] = {}
-        for entry, index in zip(base, resolve(base, stage.rules, told(strategy, number)), strict=True):
-            adapter = stage.rules[index].adapter
+    for stage, chosen in enumerate(rules.chosen):
+        limits: dict[int, list[tuple[str, int]]] = {}
+        for entry in base:
+            adapter = rules.rule(stage, entry.name).adapter
             if adapter and not entry.dead and layer_kind(policy, entry.name) is not None:
-                most = largest_rank(adapter.method, entry.shape)
-                if most is not None:
-                    taken.setdefault(index, []).append((entry.name, most))
-        for index, layers in taken.items():
-            rule = stage.rules[index]
-            assert rule.adapter is not None
-            rank, (roomy, most) = rule.adapter.rank, max(layers, key=lambda one: one[1])
-            beyond = [name for name, its in layers if its < rank]
-            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
-            cut = rule.adapter.method == "miss"  # its shards are cut from the layer's own sides
-            if rank > ABSURD * most or (beyond and cut):
-                name, its = min(layers, key=lambda one: one[1]) if cut else (roomy, most)
-                raise StrategyError(
-                    f"{where}: `rank` {rank} is more than the {its} that {name} has room for; make it "
-                    f'smaller, or train those layers in full: mode = "full"'
-                )
-            if beyond:
-                log.warning(
-                    "%s: `rank` %d is more than %d of the %d layers have room for, such as %s; what is "
-                    "beyond costs memory and learns nothing",
-                    where, rank, len(beyond), len(layers), beyond[0],
-                )  # fmt: skip
+                largest = largest_rank(adapter.method, entry.shape)
+                if largest is not None:
+                    limits.setdefault(chosen[entry.name], []).append((entry.name, largest))
+        for index, layers in limits.items():
+            adapter = rules.strategy.stages[stage].rules[index].adapter
+            assert adapter is not None
+            _require_rank(adapter, layers, rules.where(stage, index))
+
+
+def _require_rank(adapter: Adapter, layers: Sequence[tuple[str, int]], where: str) -> None:
+    """Check one rank against the largest useful one of each layer: (name, rank)."""
+    widest, narrowest = (choose(layers, key=lambda layer: layer[1]) for choose in (max, min))
+    beyond = [name for name, largest in layers if largest < adapter.rank]
+    cut = adapter.method == "miss"  # its shards are cut from the layer's own sides
+    if adapter.rank > MAX_RANK_RATIO * widest[1] or (beyond and cut):
+        name, largest = narrowest if cut else widest
+        raise StrategyError(
+            f"{where}: `rank` {adapter.rank} is too large: {name} can use at most {largest}; lower it, or "
+            'train those layers in full: mode = "full"'
+        )
+    if beyond:
+        log.warning(
+            "%s: `rank` %d is larger than %d of the %d layers can use, such as %s; the excess costs memory "
+            "and learns nothing",
+            where, adapter.rank, len(beyond), len(layers), beyond[0],
+        )  # fmt: skip
 
 
 def _is_bias(policy: "Policy", name: str) -> bool:
-    """Tell whether it is the bias of a layer whose weight could be adapted; such a bias stays frozen."""
+    """Tell whether `name` is the bias of a layer whose weight could be adapted; such a bias stays frozen."""
     from vlafit.tuning.inject import layer_kind
 
     owner, _, leaf = name.rpartition(".")
@@ -151,35 +156,35 @@ def _is_bias(policy: "Policy", name: str) -> bool:
 
 def _require_use(plan: Plan, policy: str) -> None:
     """Raise StrategyError when a stage trains nothing, or a rule's weight decay decays nothing."""
-    name = told(plan.strategy, plan.stage)
+    name = plan.strategy.title(plan.stage)
     if not plan.trainable:
         raise StrategyError(
             f"strategy {name!r} trains nothing in this {policy}: every tensor is "
-            f"frozen{' or out of reach of the loss' if any(e.dead for e in plan.entries) else ''}; "
-            'give at least one rule that matches something mode = "full"'
+            f"frozen{' or unused by the loss' if any(e.dead for e in plan.entries) else ''}; "
+            'set mode = "full" in at least one rule that matches something'
         )
     for index, rule in enumerate(plan.rules):
-        mine = [e for e in plan.entries if e.rule == index]
-        if rule.adapter and mine and not any(e.trainable for e in mine) and not rule.optional:
+        selected = [e for e in plan.entries if e.rule == index]
+        if rule.adapter and selected and not any(e.trainable for e in selected) and not rule.optional:
             raise StrategyError(
-                f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode}) takes nothing that an "
-                "adapter could sit on; remove it, or widen its `select`"
+                f"strategy {name!r}: rule {index + 1} ({rule.select}; {rule.mode}) selects no layer that can "
+                "carry an adapter; remove it, or widen its `select`"
             )
-        if rule.weight_decay and not any(e.decays for e in mine) and not rule.optional:
+        if rule.weight_decay and not any(e.decays for e in selected) and not rule.optional:
             raise StrategyError(
-                f"strategy {name!r}: rule {index + 1} ({rule.select}) sets weight_decay, but takes "
-                "nothing that decays: norms, biases and embeddings never do; remove weight_decay"
+                f"strategy {name!r}: rule {index + 1} ({rule.select}) sets weight_decay, but all it selects "
+                "is exempt from decay (norms, biases, embeddings); remove weight_decay"
             )
 
 
 def apply(
     policy: "Policy", strategy: Strategy, *, seed: int = 0, probe: "Callable[[], Tensor] | None" = None
 ) -> Plan:
-    """Resolve `strategy` against `policy`, put its adapters in, and enter its first stage.
+    """Resolve `strategy` against `policy`, inject its adapters, and enter its first stage.
 
-    Adapters begin from `seed`. `probe` computes an output of the policy; it must be the same before and after
-    the adapters are put in. Raises StrategyError as `preview` does, and then leaves the policy as it was; or
-    when the probe's output changes, and then the policy is not to be used.
+    Adapters are initialised from `seed`. `probe` computes an output of the policy, which injection must not
+    change. Raises StrategyError as `preview` does, leaving the policy unchanged; or when the output of
+    `probe` changes, after which the policy must not be used.
     """
     from vlafit.tuning.inject import inject, make_groups, quantise
 
@@ -198,14 +203,14 @@ def _require_unchanged(before: "Tensor", after: "Tensor", name: str) -> None:
     change = float((after - before).abs().max()) / scale
     if not change <= UNCHANGED:
         raise StrategyError(
-            f"strategy {name!r}: putting the adapters in changed the policy's output by {change:.1e} "
-            f"(relative; at most {UNCHANGED:.0e} is rounding), though they have learned nothing yet; use "
-            "another method or `init`, and report this"
+            f"strategy {name!r}: injecting the adapters changed the policy's output by {change:.1e} "
+            f"(relative; rounding is at most {UNCHANGED:.0e}), although they are untrained; use another "
+            "method or `init`, and report this"
         )
 
 
 def restore(policy: "Policy", plan: Plan) -> None:
-    """Put adapters into the bare policy as new ones, to be filled from a checkpoint, and enter the stage."""
+    """Inject untrained adapters, to be filled from a checkpoint, and enter the plan's stage."""
     from vlafit.tuning.inject import as_new, inject, make_groups, quantise
 
     quantise(policy, plan.quantised)
@@ -214,24 +219,25 @@ def restore(policy: "Policy", plan: Plan) -> None:
 
 
 def enter(policy: "nn.Module", plan: Plan) -> None:
-    """Set `requires_grad` of every parameter as the plan's stage says.
+    """Set `requires_grad` of every parameter for the plan's stage.
 
-    What does not learn loses any gradient that it still holds. Raises StrategyError, and leaves the policy as
-    it was, when the plan is of another policy.
+    Frozen parameters drop any gradient that they still hold. Raises StrategyError, leaving the policy
+    unchanged, when the plan was made for another policy.
     """
     from vlafit.tuning.inject import base_name
 
-    learns = {e.name: e.trainable for e in plan.entries}
+    trainable = {e.name: e.trainable for e in plan.entries}
     tensors = {base_name(name): p for name, p in policy.named_parameters()}
-    if tensors.keys() != learns.keys():
-        odd = sorted(tensors.keys() ^ learns.keys())
+    if tensors.keys() != trainable.keys():
+        differing = sorted(tensors.keys() ^ trainable.keys())
         raise StrategyError(
-            f"the plan of strategy {plan.strategy.name!r} is not of this policy: they differ in {odd[:3]}"
+            f"the plan of strategy {plan.strategy.name!r} was made for another policy: they differ in "
+            f"{differing[:3]}"
         )
     for name, tensor in tensors.items():
-        if tensor.requires_grad != learns[name]:
-            tensor.requires_grad_(learns[name])
-        if not learns[name]:
+        if tensor.requires_grad != trainable[name]:
+            tensor.requires_grad_(trainable[name])
+        if not trainable[name]:
             tensor.grad = None
 
 
@@ -247,7 +253,7 @@ def apply_strategy(
         rules = [{"select": {"part": "expert"}, "mode": "full"}, {"mode": "frozen"}]
         plan = vlafit.apply_strategy(policy, rules)
 
-    A strategy of full and frozen rules replaces an earlier one; adapters are put in once, and weights are
+    A strategy of full and frozen rules replaces an earlier one; adapters are injected once, and weights are
     quantised once: merge, or load the policy again, before the next such strategy. Raises ConfigError when
     the file cannot be found or read, StrategyError when it does not fit the policy.
     """
@@ -259,7 +265,9 @@ def apply_strategy(
         case Mapping() | Sequence():
             return apply(policy, parse(strategy, name="rules", where="the list of rules"), seed=seed)
     raise StrategyError(
-        f"a strategy is a shipped one's name ({', '.join(shipped.names('strategy'))}), the path of a TOML "
-        'file, a list of rule tables such as [{"mode": "full"}], or what such a file says as a table; not '
+        f"a strategy is the name of a shipped one ({', '.join(shipped.names('strategy'))}), the path of a "
+        "TOML "
+        'file, a list of rule tables such as [{"mode": "full"}], or the contents of such a file as a table; '
+        "not "
         f"{type(strategy).__name__}: {strategy!r}"
     )

@@ -6,7 +6,8 @@ LoRA's time, and more memory than full fine-tuning at small batches (measured). 
     ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T        (w, b: a row of W and of B)
 
 which costs as much as a rank's worth of tokens. The norm is a constant in backward, as in the paper (section
-4.3 of arXiv 2402.09353). Linear layers alone: convolutions and embeddings are few, and keep peft's layer.
+4.3 of arXiv 2402.09353). Only linear layers are replaced: convolutions and embeddings are few, and keep
+peft's.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 
 class FactoredDoraLayer(DoraLinearLayer):
-    """peft's magnitude vector of a linear layer, its norm computed from the factors."""
+    """peft's magnitude vector for a linear layer, with the norm computed from the factors."""
 
     def forward(
         self,
@@ -32,15 +33,15 @@ class FactoredDoraLayer(DoraLinearLayer):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """Return what is added to the base layer's output, for `x` [..., in]; see peft's DoraLinearLayer."""
+        """Return the update of the base layer's output for `x` [..., in]; see peft's DoraLinearLayer."""
         weight = dequantize_module_weight(base_layer)
         norm = _row_norms(weight, lora_A.weight, lora_B.weight, scaling)  # type: ignore[arg-type]
         scale = (self.weight / norm).to(x.dtype)  # [out]
-        if base_result is None:  # with dropout the adapter sees another x than the base layer did
+        if base_result is None:  # dropout: the adapter's x is not the base layer's
             base_result = F.linear(x, weight.to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias  # type: ignore[operator]
-        # Sum first, scale once: backward then keeps one output, and not those of both terms.
+        # Sum first, scale once: backward then keeps one output instead of two.
         both = torch.add(base_result, lora_B(lora_A(x)), alpha=scaling)
         return torch.addcmul(-base_result, scale, both)
 
@@ -58,26 +59,26 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 @torch.no_grad()
 def begin(policy: nn.Module, name: str) -> None:
-    """Make the DoRA layers of adapter `name`, which are new, factored ones where they are linear.
+    """Replace the untrained DoRA linear layers of adapter `name` by factored ones.
 
-    The magnitudes become the norms as they are computed in training, in float32; then each is exactly a no-op
-    at the start, over bfloat16 weights too, in whose precision peft rounds them.
+    Magnitudes are set to the norms computed in float32, as in training, so that each layer is exactly the
+    identity at the start, over bfloat16 weights too (peft rounds the norms to the weights' precision).
     """
     for module in policy.modules():
         layer: Any = module
-        held: Any = getattr(module, "lora_magnitude_vector", None)
-        if held is None or name not in held:
+        vectors: Any = getattr(module, "lora_magnitude_vector", None)
+        if vectors is None or name not in vectors:
             continue
-        theirs, scaling = held[name], layer.scaling[name]
+        original, scaling = vectors[name], layer.scaling[name]
         weight = dequantize_module_weight(layer.get_base_layer())
-        if type(theirs) is DoraLinearLayer:
-            held[name] = made = FactoredDoraLayer(theirs.fan_in_fan_out)
-            made.weight = theirs.weight
+        if type(original) is DoraLinearLayer:
+            vectors[name] = factored = FactoredDoraLayer(original.fan_in_fan_out)
+            factored.weight = original.weight
             if not weight.is_meta:
-                made.weight.copy_(
+                factored.weight.copy_(
                     _row_norms(weight, layer.lora_A[name].weight, layer.lora_B[name].weight, scaling)
                 )
-        elif type(theirs) is DoraEmbeddingLayer:
+        elif type(original) is DoraEmbeddingLayer:
             a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]  # [r, in], [out, r]
-            update = theirs.get_lora_weight(a.T, b.T)
-            theirs.weight.copy_(theirs.get_weight_norm(weight, update, scaling))
+            update = original.get_lora_weight(a.T, b.T)
+            original.weight.copy_(original.get_weight_norm(weight, update, scaling))

@@ -1,8 +1,8 @@
-"""Adapters put into a policy by peft, in place, and named: one adapter name for each group of equal settings.
+"""Inject peft adapters into a policy in place, one adapter name for each group of equal settings.
 
-peft gives the layers and their mathematics; which layers, in which order and what learns is ours (`plan.py`).
-An adapted layer becomes a peft layer around it: its own tensors then lie below `base_layer`. `base_name`
-undoes that, so that a tensor has one name in plans and checkpoints, adapted or not.
+peft implements the layers; `plan.py` decides which layers are adapted and what is trained. peft wraps an
+adapted layer, whose own tensors are then below `base_layer`. `base_name` undoes that, so that a tensor has
+the same name in plans and checkpoints with or without an adapter.
 """
 
 import copy
@@ -22,7 +22,7 @@ from vlafit.tuning.quantise import quantise_layer, quantised_names
 
 log = logging.getLogger(__name__)
 
-PER_MODULE = ("lora", "dora")  # peft takes rank and alpha of these by module
+PER_MODULE = ("lora", "dora")  # peft sets rank and alpha of these by module
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Group:
 
     name: str
     adapter: Adapter
-    """Settings of all; rank and alpha of LoRA and DoRA may differ by layer."""
+    """Shared settings; rank and alpha of LoRA and DoRA may differ by layer."""
     layers: Mapping[str, Adapter]
-    """Name of the layer -> its own settings."""
+    """Layer name -> its own settings."""
 
 
 def make_groups(adapted: Mapping[str, Adapter]) -> list[Group]:
@@ -52,7 +52,7 @@ def make_groups(adapted: Mapping[str, Adapter]) -> list[Group]:
 
 
 def layer_kind(policy: nn.Module, name: str) -> Layer | None:
-    """Return which kind of layer the tensor `name` is the weight of, or None when it is no such weight."""
+    """Return the type of the layer whose weight is `name`; None if it is not the weight of such a layer."""
     owner, _, leaf = name.rpartition(".")
     if leaf != "weight":
         return None
@@ -71,7 +71,7 @@ def base_name(name: str) -> str:
 
 def adapted_layers(policy: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield name and module of every layer that carries an adapter."""
-    if "peft" not in sys.modules:  # nobody made such a layer; to import peft takes seconds, and half of CUDA
+    if "peft" not in sys.modules:  # no such layer exists; importing peft takes seconds
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -81,19 +81,19 @@ def adapted_layers(policy: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_tensors(policy: nn.Module) -> dict[str, str]:
-    """Return, for every tensor of an adapter, the name of the weight that it adapts."""
-    found = {}
+    """Return adapter tensor name -> name of the weight that it adapts."""
+    adapts = {}
     for layer, module in adapted_layers(policy):
         for name, _ in module.named_parameters():
             if not name.startswith("base_layer."):
-                found[f"{layer}.{name}"] = f"{layer}.weight"
-    return found
+                adapts[f"{layer}.{name}"] = f"{layer}.weight"
+    return adapts
 
 
 def quantise(policy: nn.Module, quantised: Mapping[str, Quantise]) -> None:
-    """Round the weights of the layers in `quantised`.
+    """Quantise the weights of the layers in `quantised`.
 
-    Raises StrategyError where adapters are there already.
+    Raises StrategyError if the policy has adapters already.
     """
     require_bare(policy)
     for layer, how in quantised.items():
@@ -101,13 +101,13 @@ def quantise(policy: nn.Module, quantised: Mapping[str, Quantise]) -> None:
 
 
 def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
-    """Put the adapters of `groups` into the policy, from `seed`.
+    """Add the adapters of `groups`, initialised from `seed`, to a policy that has none.
 
-    The policy's class and its base weights stay (PiSSA moves part of a weight into its adapter, and remembers
-    the factors). Adapters are float32. The policy carries none yet.
+    The policy's class and base weights are unchanged (PiSSA moves part of a weight into its adapter, and the
+    policy keeps those factors). Adapters are float32.
 
-    All are exact no-ops at the start but PiSSA, whose residual is rounded to the weight's dtype: to 1e-6 over
-    float32, and over bfloat16 to what is then measured and logged.
+    All are exactly the identity at the start except PiSSA, whose residual is rounded to the weight's dtype:
+    1e-6 over float32; over bfloat16 the error is measured and logged.
     """
     if not groups:
         return
@@ -122,15 +122,16 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
         for group in groups:
             config = configs[group.name] = peft_config(group)
             inject_adapter_in_model(config, policy, adapter_name=group.name)
-            del policy.peft_config  # peft's mark: with the next group it would warn of a second adapter
-            took = {name for name, module in adapted_layers(policy) if group.name in _names(module)}
-            if took != set(group.layers):
-                odd = sorted(took ^ set(group.layers))
+            del policy.peft_config  # else peft warns of a second adapter with the next group
+            adapted = {name for name, module in adapted_layers(policy) if group.name in _names(module)}
+            if adapted != set(group.layers):
+                differing = sorted(adapted ^ set(group.layers))
                 raise StrategyError(
-                    f"adapter {group.name!r}: peft took other layers than the rules: {odd[:5]}"
+                    f"adapter {group.name!r}: peft adapted other layers than the rules select: "
+                    f"{differing[:5]}"
                 )
     attach(policy, Attached(configs))
-    for _, layer in adapted_layers(policy):  # peft switched all of them to the last one's name
+    for _, layer in adapted_layers(policy):  # peft left only the last group active
         layer.set_adapter(list(_names(layer)))
     for name, parameter in policy.named_parameters():  # peft froze the whole policy: the plan decides
         parameter.requires_grad_(before.get(base_name(name), True))
@@ -142,9 +143,9 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
             tensors[name].data = tensors[name].data.float()
     for group in groups:
         if group.adapter.init == "pissa":
-            mine = [n for n in adapter_tensors(policy) if group_of(n) == group.name]
-            _remember(policy, {n: tensors[n] for n in mine})
-            _tell_deviation(policy, group, exact)
+            factors = {n: tensors[n] for n in adapter_tensors(policy) if group_of(n) == group.name}
+            _keep_initial(policy, factors)
+            _log_rounding(policy, group, exact)
         if group.adapter.method == "dora":
             from vlafit.tuning import dora
 
@@ -152,48 +153,48 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
 
 
 def _imprecise_weights(policy: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Return the weights that PiSSA is about to split and that are kept in less than float32, by layer."""
+    """Return the weights, by layer, that PiSSA is about to split and whose dtype is not float32."""
     layers = [layer for group in groups if group.adapter.init == "pissa" for layer in group.layers]
     weights = {layer: policy.get_parameter(f"{layer}.weight") for layer in layers}
     return {n: w.detach().clone() for n, w in weights.items() if w.dtype != torch.float32}
 
 
 @torch.no_grad()
-def _tell_deviation(policy: nn.Module, group: Group, exact: Mapping[str, Tensor]) -> None:
-    """Log how far PiSSA's residual and factors together are from the weights that they were: rounding."""
+def _log_rounding(policy: nn.Module, group: Group, exact: Mapping[str, Tensor]) -> None:
+    """Log how far residual + factors of PiSSA are from the original weights, which is rounding."""
     worst = 0.0
     for name, layer in adapted_layers(policy):
         if name in group.layers and name in exact:
             a, b = layer.lora_A[group.name].weight, layer.lora_B[group.name].weight
             weight = exact[name].float()
-            off = layer.get_base_layer().weight.float() + layer.scaling[group.name] * b @ a - weight
-            worst = max(worst, float(off.abs().max() / weight.abs().max()))
+            error = layer.get_base_layer().weight.float() + layer.scaling[group.name] * b @ a - weight
+            worst = max(worst, float(error.abs().max() / weight.abs().max()))
     if worst:
         log.warning(
-            "adapter %s: PiSSA is no exact no-op over %s weights: residual and factors together are off by "
-            "up to %.1e of a layer's largest weight, which is rounding; over float32 weights they are not",
+            "adapter %s: PiSSA is not exactly the identity over %s weights: rounding changes a layer by up "
+            "to %.1e of its largest weight; load the base in float32 to avoid that",
             group.name, str(next(iter(exact.values())).dtype).removeprefix("torch."), worst,
         )  # fmt: skip
 
 
 def require_bare(policy: nn.Module) -> None:
-    """Raise StrategyError when the policy carries adapters already, or quantised weights without any."""
+    """Raise StrategyError if the policy already has adapters or quantised weights."""
     first = next(adapted_layers(policy), None)
     if first is not None:
         raise StrategyError(
-            f"the policy carries adapters already, at {first[0]}: merge them (vlafit.merge) or load the "
-            "policy again, then apply a strategy"
+            f"the policy already has adapters, for example on {first[0]}: merge them (vlafit.merge) or load "
+            "the policy again before applying a strategy"
         )
     rounded = quantised_names(policy)
     if rounded:
         raise StrategyError(
-            f"the policy is quantised already, {min(rounded)} and {len(rounded) - 1} layers more: load it "
-            "again, or make plain layers of the rounded values (vlafit.merge), then apply a strategy"
+            f"the policy is already quantised ({min(rounded)} and {len(rounded) - 1} more layers): load it "
+            "again, or dequantise it (vlafit.merge), before applying a strategy"
         )
 
 
 def peft_config(group: Group) -> Any:
-    """Return peft's config of a group, for exactly its layers."""
+    """Return peft's config for exactly the layers of a group."""
     import peft
 
     a, layers = group.adapter, sorted(group.layers)
@@ -226,7 +227,7 @@ def peft_config(group: Group) -> Any:
                 lora_alpha=a.scale,  # type: ignore[arg-type]
                 lora_dropout=a.dropout,
                 orth_reg_weight=a.orthogonal,
-                total_step=1,  # the run's own number is known to `ranks.py` alone
+                total_step=1,  # only `ranks.py` knows the length of the run
                 target_modules=layers,
             )
         case "oft":
@@ -242,7 +243,7 @@ def peft_config(group: Group) -> Any:
 
 
 def skeleton(policy: nn.Module) -> nn.Module:
-    """Return a copy of the policy without storage, on the meta device."""
+    """Return a copy of the policy on the meta device, without storage."""
     stand_ins = {
         id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=t.requires_grad)
         for t in policy.parameters()
@@ -252,63 +253,63 @@ def skeleton(policy: nn.Module) -> nn.Module:
 
 
 def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what `inject` would add: tensor name -> the weight that it adapts, and its shape."""
+    """Return what `inject` would add: tensor name -> (name of the weight that it adapts, shape)."""
     if not groups:
         return {}
     bare = skeleton(policy)
-    inject(bare, [as_new(g) for g in groups])  # PiSSA would decompose weights that are not there
+    inject(bare, [as_new(g) for g in groups])  # meta weights have no values for PiSSA to split
     tensors: Mapping[str, Tensor] = dict(bare.named_parameters())
     return {name: (base, tuple(tensors[name].shape)) for name, base in adapter_tensors(bare).items()}
 
 
 def as_new(group: Group) -> Group:
-    """Return the group with adapters that begin as no-ops and leave the weights below them alone."""
+    """Return the group with the default init, which leaves the base weights unchanged."""
     layers = {name: replace(adapter, init="default") for name, adapter in group.layers.items()}
     return replace(group, adapter=replace(group.adapter, init="default"), layers=layers)
 
 
 def group_of(name: str) -> str:
-    """Return the adapter name in the live name of an adapter's tensor."""
+    """Return the adapter name in the name of an adapter's tensor."""
     words = name.split(".")
     return words[-2] if words[-1] in ("weight", "bias") else words[-1]
 
 
-def _remember(policy: nn.Module, factors: Mapping[str, Tensor]) -> None:
-    had = attached(policy)
+def _keep_initial(policy: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    current = attached(policy)
     new = {name: tensor.detach().clone() for name, tensor in factors.items()}
-    attach(policy, replace(had, initial={**had.initial, **new}))
+    attach(policy, replace(current, initial={**current.initial, **new}))
 
 
 def initial_factors(policy: nn.Module, group: Group) -> dict[str, Tensor]:
-    """Return the factors that PiSSA took out of the weights below `group` when it began, by live name."""
-    kept = attached(policy).initial
-    return {name: tensor for name, tensor in kept.items() if group_of(name) == group.name}
+    """Return the factors that PiSSA first subtracted from the weights of `group`, by tensor name."""
+    factors = attached(policy).initial
+    return {name: tensor for name, tensor in factors.items() if group_of(name) == group.name}
 
 
 @torch.no_grad()
 def take_residual(
     policy: nn.Module, group: Group, factors: Mapping[str, Tensor], stored: Collection[str] = ()
 ) -> None:
-    """Take the initial `factors` of PiSSA out of the weights below `group`, as it did when it began.
+    """Subtract the initial `factors` of PiSSA from the weights of `group`, as at injection.
 
-    The same sum in the same order as peft's: on one machine the residual of float32 weights has the same
-    bits. Weights named in `stored` are residuals, or what was trained of them, already.
+    The sum has the same order as peft's: on one machine the residual of float32 weights is bit-identical.
+    Weights named in `stored` already are residuals, or residuals that were trained.
     """
     for name, layer in adapted_layers(policy):
         if name in group.layers and f"{name}.weight" not in stored:
             base = layer.get_base_layer()
             base.weight.data = _residual(layer, name, group.name, factors, base.weight.data)
-    _remember(policy, factors)
+    _keep_initial(policy, factors)
 
 
 @torch.no_grad()
 def is_residual(policy: nn.Module, layer: str, weight: Tensor) -> bool:
-    """Whether what lies below a PiSSA adapter is `weight` without the initial factors, bit for bit."""
+    """Tell whether the weight below a PiSSA adapter is `weight` minus the initial factors, bit for bit."""
     module: Any = policy.get_submodule(layer)
     (group,) = module.scaling
-    mine = module.get_base_layer().weight
-    there = weight.to(mine.device, mine.dtype)
-    return torch.equal(mine, _residual(module, layer, group, attached(policy).initial, there))
+    base = module.get_base_layer().weight
+    original = weight.to(base.device, base.dtype)
+    return torch.equal(base, _residual(module, layer, group, attached(policy).initial, original))
 
 
 def _residual(layer: Any, name: str, group: str, factors: Mapping[str, Tensor], weight: Tensor) -> Tensor:

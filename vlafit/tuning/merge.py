@@ -1,4 +1,4 @@
-"""Adapters folded into the weights that they adapt: what is left is a plain policy with the same outputs."""
+"""Merge adapters into the weights that they adapt: the result is a plain policy with the same outputs."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from vlafit.tuning.quantise import dequantised, quantised_names
 
 @torch.no_grad()
 def merge(policy: Policy) -> Policy:
-    """Fold every adapter into its layer, in place, and return the policy, which then carries none.
+    """Merge every adapter into its layer, in place, and return the policy.
 
-    The sum is made in float32 and cast once to the layer's own dtype. A quantised layer becomes a plain one
-    of its rounded values, so the outputs stay those that were trained. A policy with neither stays as it is,
-    `requires_grad` too. What is merged lies in no file any more: the policy forgets its `source`.
+    The sum is computed in float32 and cast once to the layer's dtype. A quantised layer becomes a plain one
+    with its dequantised weight, so the outputs are those that were trained. A policy with neither is
+    unchanged, `requires_grad` included. Merged weights are in no file: `source` becomes None.
     """
     for name, layer in (adapted := list(adapted_layers(policy))):
         policy.set_submodule(name, _merged(layer))
@@ -25,9 +25,9 @@ def merge(policy: Policy) -> Policy:
 
 
 def remove(policy: Policy) -> Policy:
-    """Take every adapter off, in place, and return the policy as it is below them.
+    """Remove every adapter, in place, and return the policy with its base weights.
 
-    A quantised layer becomes a plain one of its rounded values. A policy with neither stays as it is.
+    A quantised layer becomes a plain one with its dequantised weight. A policy with neither is unchanged.
     """
     for name, layer in (adapted := list(adapted_layers(policy))):
         policy.set_submodule(name, layer.get_base_layer())
@@ -62,13 +62,13 @@ def _merged(layer: Any) -> nn.Module:
 
 
 def _plain(layer: Any) -> Any:
-    """Return a linear layer of a quantised layer's rounded weight; any other layer itself."""
+    """Return a plain linear layer for a quantised one; any other layer is returned itself."""
     weight = dequantised(layer)
     if weight is None:
         return layer
     dtype = getattr(layer, "compute_dtype", None) or weight.dtype
-    made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().to(dtype))
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach().to(dtype))
     if layer.bias is not None:
-        made.bias = layer.bias
-    return made
+        plain.bias = layer.bias
+    return plain

@@ -1,22 +1,23 @@
 """A tuning plan: a strategy resolved against one policy, tensor by tensor, in one of its stages.
 
-It gives the table that is printed before training, the optimiser's parameter groups, and the plan.json of a
-checkpoint. `plan.at(stage)` is the plan of another stage. How a plan comes into force is said in `apply.py`.
+It holds the table that is printed before training, the optimiser's parameter groups, and the plan.json of a
+checkpoint. `plan.at(stage)` is the plan of another stage. `apply.py` puts a plan into force.
 
-Tensors have the names of the policy without adapters; an adapter's own tensors, those that peft gives them.
+Base tensors have the names they have without adapters; adapter tensors have the names that peft gives them.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
-from vlafit.tuning import writing
 from vlafit.tuning.adapters import Adapter, Quantise
-from vlafit.tuning.rules import Rule, decide
-from vlafit.tuning.strategy import Stage, Strategy, parse
+from vlafit.tuning.resolution import Resolution, resolve_strategy
+from vlafit.tuning.rules import Rule
+from vlafit.tuning.strategy import Stage, Strategy
+from vlafit.tuning.strategy_toml import parse, to_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,7 @@ UNDECAYED_ADAPTERS = ("ia3_l", "lora_magnitude_vector", "lora_E")  # scales: to 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the plan says about one tensor."""
+    """The plan for one tensor."""
 
     name: str
     part: str
@@ -45,9 +46,9 @@ class Entry:
     dead: bool
     """The loss never reaches it, so it is never trainable."""
     lr: float = 0.0
-    """Learning rate, times the recipe's; 0 when it does not learn."""
+    """Learning rate, times the recipe's; 0 when the tensor is not trained."""
     adapts: str = ""
-    """Of an adapter's tensor: the name of the weight that it adapts."""
+    """For an adapter's tensor: the name of the weight that it adapts."""
 
     @property
     def parameters(self) -> int:
@@ -74,18 +75,18 @@ class Row:
     mode: str
     tensors: int
     parameters: int
-    """Of the policy; an adapter's own are not in it."""
+    """Parameters of the policy, without those of adapters."""
     adapter: int
     """Parameters of its adapters."""
     trainable: int
     dead: int
-    """Parameters that the loss never reaches; never trained, whatever the rule says."""
+    """Parameters that the loss never reaches; they are never trained, whatever the rule's mode."""
     lr: float
-    """The highest learning rate of what learns, times the recipe's."""
+    """Highest learning rate of the trainable tensors, times the recipe's."""
     lr_lowest: float
-    """The lowest: another one where layers decay, or LoRA+ gives B its own."""
+    """Lowest learning rate; it differs with `layer_decay` and with LoRA+ (`lr_b`)."""
     weight_decay: float | None
-    """None: the recipe's."""
+    """None: the recipe's weight decay."""
     optimiser_bytes: int
 
 
@@ -93,9 +94,14 @@ class Row:
 class Plan:
     """A resolved strategy: one entry for each tensor of the policy, in its order, then those of adapters."""
 
-    strategy: Strategy
+    resolution: Resolution = field(repr=False)
     entries: tuple[Entry, ...] = field(repr=False)
     stage: int = 0
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that was resolved, its layer-by-layer stages written out."""
+        return self.resolution.strategy
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -104,22 +110,22 @@ class Plan:
 
     @property
     def trainable(self) -> list[str]:
-        """Names of the tensors that learn."""
+        """Names of the trainable tensors."""
         return [e.name for e in self.entries if e.trainable]
 
     @property
     def parameters(self) -> int:
-        """All parameters of the policy; those of adapters are not in it."""
+        """Number of parameters of the policy, without those of adapters."""
         return sum(e.parameters for e in self.entries if not e.adapts)
 
     @property
     def adapter_parameters(self) -> int:
-        """All parameters of adapters."""
+        """Number of parameters of all adapters."""
         return sum(e.parameters for e in self.entries if e.adapts)
 
     @property
     def trainable_parameters(self) -> int:
-        """Parameters that learn."""
+        """Number of trainable parameters."""
         return sum(e.parameters for e in self.entries if e.trainable)
 
     @property
@@ -135,30 +141,28 @@ class Plan:
         return [asdict(row) for row in (*self.table, _row(0, "total", None, self.entries))]
 
     @property
-    def adapted(self) -> dict[str, Adapter]:
-        """Layer -> the adapter on it, whether it learns in this stage or not."""
-        return wanted(self.strategy, [e for e in self.entries if not e.adapts])[0]
+    def adapted(self) -> Mapping[str, Adapter]:
+        """Layer -> the adapter on it, whether this stage trains it or not."""
+        return self.resolution.adapted
 
     @property
-    def quantised(self) -> dict[str, Quantise]:
+    def quantised(self) -> Mapping[str, Quantise]:
         """Layer -> how its weight is rounded."""
-        return wanted(self.strategy, [e for e in self.entries if not e.adapts])[1]
+        return self.resolution.quantised
 
     def at(self, stage: int) -> "Plan":
         """Return the plan of another stage of the same strategy for the same policy."""
-        rules = self.strategy.stages[stage].rules
-        base = [e for e in self.entries if not e.adapts]
-        chosen = dict(
-            zip((e.name for e in base), decide(base, rules, told(self.strategy, stage)), strict=True)
-        )
+        rules, chosen = self.strategy.stages[stage].rules, self.resolution.chosen[stage]
         entries = tuple(
-            _entry(e, rules[i := chosen[e.adapts or e.name]], i, self.strategy.stages[stage])
-            for e in self.entries
+            _entry(
+                entry, rules[index := chosen[entry.adapts or entry.name]], index, self.strategy.stages[stage]
+            )
+            for entry in self.entries
         )
-        return Plan(self.strategy, entries, stage)
+        return Plan(self.resolution, entries, stage)
 
     def groups(self, policy: "nn.Module", optim: "OptimRecipe") -> list[dict[str, Any]]:
-        """Return AdamW parameter groups: one for each learning rate and weight decay that occurs.
+        """Return AdamW parameter groups: one for each pair of learning rate and weight decay.
 
         A group holds `params`, their `names` in the same order, `lr` (the recipe's times the rule's) and
         `weight_decay` (0 for norms, biases and embeddings). Raises StrategyError when the policy does not
@@ -170,9 +174,9 @@ class Plan:
         missing = [name for name in self.trainable if name not in tensors]
         if missing:
             raise StrategyError(
-                f"the plan of strategy {self.strategy.name!r} is not of this policy, which lacks "
+                f"the plan of strategy {self.strategy.name!r} was made for another policy: this one lacks "
                 f"{len(missing)} of its trainable tensors, such as {missing[0]}; apply the strategy to the "
-                "policy that trains"
+                "policy that is trained"
             )
         members: dict[tuple[float, float], list[str]] = {}
         for entry in self.entries:
@@ -194,7 +198,7 @@ class Plan:
         return json.dumps(
             {
                 "format": FORMAT,
-                "strategy": writing.plain(self.strategy),
+                "strategy": to_tables(self.strategy),
                 "stage": self.stage,
                 "table": self.rows(),
                 "tensors": [asdict(e) for e in self.entries],
@@ -213,26 +217,30 @@ class Plan:
                 )
             if values["format"] == 1:  # one stage, no adapters
                 return _from_format_1(values)
-            told = dict(values["strategy"])
-            strategy = parse(told, name=told.pop("name"), where="plan.json")
+            strategy = _read_strategy(values)
             entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in values["tensors"])
-            plan = cls(strategy, entries, values["stage"])
-            same = _told_alike(json.loads(plan.to_json()), values) and plan.at(plan.stage) == plan
+            base = [entry for entry in entries if not entry.adapts]
+            plan = cls(resolve_strategy(strategy, base, strict=False), entries, values["stage"])
+            same = _equal_json(json.loads(plan.to_json()), values) and plan.at(plan.stage) == plan
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StrategyError(
-                f"plan.json is damaged ({type(error).__name__}: {error}); take it from the run again"
+                f"plan.json is damaged ({type(error).__name__}: {error}); copy it from the run again"
             ) from error
         if not same:
             raise StrategyError(
-                "plan.json contradicts itself: its table is not that of its tensors; "
-                "take it from the run again"
+                "plan.json is inconsistent: its table does not match its tensors; copy it from the run again"
             )
         return plan
 
 
-def _told_alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Tell whether two plan.json say the same. An older one has no range of learning rates in its table."""
-    tables = [[dict(row) for row in one["table"]] for one in (now, before)]
+def _read_strategy(values: dict[str, Any]) -> Strategy:
+    table = dict(values["strategy"])
+    return parse(table, name=table.pop("name"), where="plan.json")
+
+
+def _equal_json(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Tell whether two plan.json are equal. An older one has no range of learning rates in its table."""
+    tables = [[dict(row) for row in plan["table"]] for plan in (now, before)]
     if not any("lr_lowest" in row for row in tables[1]):
         for row in (row for table in tables for row in table):
             row.pop("lr", None)
@@ -241,22 +249,21 @@ def _told_alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def _from_format_1(values: dict[str, Any]) -> Plan:
-    told = dict(values["strategy"])
-    strategy = parse(told, name=told.pop("name"), where="plan.json")
+    strategy = _read_strategy(values)
     depths: dict[str, int] = {}
     for e in values["tensors"]:
         depths[e["part"]] = max(depths.get(e["part"], 0), (e["layer"] if e["layer"] is not None else -1) + 1)
     entries = tuple(
         Entry(**{**e, "shape": tuple(e["shape"]), "layers": depths[e["part"]]}) for e in values["tensors"]
     )
-    plan = Plan(strategy, entries)
-    said = {(row["rule"], row["tensors"], row["parameters"], row["trainable"]) for row in values["table"]}
-    if said != {
+    plan = Plan(resolve_strategy(strategy, entries, strict=False), entries)
+    stored = {(row["rule"], row["tensors"], row["parameters"], row["trainable"]) for row in values["table"]}
+    if stored != {
         (row.rule, row.tensors, row.parameters, row.trainable)
         for row in (*plan.table, _row(0, "total", None, entries))
     }:
         raise StrategyError(
-            "plan.json contradicts itself: its table is not that of its tensors; take it from the run again"
+            "plan.json is inconsistent: its table does not match its tensors; copy it from the run again"
         )
     return plan
 
@@ -283,49 +290,10 @@ def _row(number: int, select: str, rule: Rule | None, entries: Sequence[Entry]) 
 
 
 def _entry(like: Entry, rule: Rule, index: int, stage: Stage) -> Entry:
-    """Return what `rule`, number `index` of `stage`, says about a tensor."""
-    learns = not like.dead and (rule.adapter is not None if like.adapts else rule.mode == "full")
-    learns = learns and ".ranknum." not in like.name  # a count that AdaLoRA keeps
-    lr = rule.lr_at(like) * stage.lr if learns else 0.0
-    if learns and rule.adapter and (".lora_B." in like.name or ".lora_embedding_B." in like.name):
+    """Return the entry of a tensor under `rule`, number `index` of `stage`."""
+    trainable = not like.dead and (rule.adapter is not None if like.adapts else rule.mode == "full")
+    trainable = trainable and ".ranknum." not in like.name  # a count that AdaLoRA keeps
+    lr = rule.lr_at(like) * stage.lr if trainable else 0.0
+    if trainable and rule.adapter and (".lora_B." in like.name or ".lora_embedding_B." in like.name):
         lr *= rule.adapter.lr_b
-    return replace(like, rule=index, trainable=learns, lr=lr)
-
-
-def told(strategy: Strategy, stage: int) -> str:
-    """Return the strategy's name, with the stage where there are several."""
-    if len(strategy.stages) == 1:
-        return strategy.name
-    return f"{strategy.name}, stage {stage + 1} ({strategy.stages[stage].name or 'no name'})"
-
-
-def wanted(strategy: Strategy, base: Sequence[Entry]) -> tuple[dict[str, Adapter], dict[str, Quantise]]:
-    """Return the adapters and the quantisation of all stages together, by layer.
-
-    Raises StrategyError where two stages want different ones for the same layer.
-    """
-    adapted: dict[str, Adapter] = {}
-    quantised: dict[str, Quantise] = {}
-    trained: dict[str, int] = {}
-    for number, stage in enumerate(strategy.stages):
-        for entry, index in zip(base, decide(base, stage.rules, told(strategy, number)), strict=True):
-            rule, layer = stage.rules[index], entry.name.removesuffix(".weight")
-            if entry.dead or not entry.name.endswith(".weight"):
-                continue
-            where = f"strategy {told(strategy, number)!r}: rule {index + 1} ({rule.select}; {rule.mode})"
-            fitting = rule.adapter.fit_to(entry.shape) if rule.adapter else None
-            if fitting is not None and adapted.setdefault(layer, fitting) != fitting:
-                raise StrategyError(
-                    f"{where} adapts {entry.name} in another way than an earlier stage; an adapter that is "
-                    "there stays as it is: give both rules the same method and options"
-                )
-            if rule.quantise and quantised.setdefault(layer, rule.quantise) != rule.quantise:
-                raise StrategyError(f"{where} rounds {entry.name} in another way than an earlier stage")
-            if rule.mode == "full":
-                trained.setdefault(layer, number)
-    for layer in sorted(trained.keys() & quantised.keys()):
-        raise StrategyError(
-            f"strategy {told(strategy, trained[layer])!r}: {layer}.weight is to learn, but another stage "
-            "holds it quantised; a quantised weight cannot learn"
-        )
-    return adapted, quantised
+    return replace(like, rule=index, trainable=trainable, lr=lr)

@@ -1,8 +1,8 @@
-"""Frozen base weights in 4 or 8 bits, to be adapted on top (QLoRA, arXiv 2305.14314).
+"""Quantise frozen base weights to 4 or 8 bits, with adapters on top (QLoRA, arXiv 2305.14314).
 
 "nf4" is bitsandbytes' 4-bit NormalFloat with double quantisation, "int8" torchao's weight-only int8. Both run
-on CPU and GPU. Only the decoders' and tower's own linear layers are quantised: projections, norms, embeddings
-and the patch convolution stay as they are, for they are small and compute in their own precision.
+on CPU and GPU. Only linear layers of attention and mlp are quantised: projections, norms, embeddings and the
+patch convolution are small and compute in their own precision.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from vlafit.tuning.adapters import Quantise
 
 
 def quantise_layer(policy: nn.Module, name: str, how: Quantise) -> None:
-    """Exchange the linear layer `name` for a quantised one that holds the same weight, rounded.
+    """Replace the linear layer `name` by a quantised one.
 
     Raises StrategyError when the library for it is not installed.
     """
@@ -28,7 +28,7 @@ def quantise_layer(policy: nn.Module, name: str, how: Quantise) -> None:
 
 
 def quantisation(layer: nn.Module) -> Quantise:
-    """Return how the weight of a linear layer is rounded; "" where it is not."""
+    """Return how the weight of a linear layer is quantised; "" if it is not."""
     weight: Any = layer.weight
     if getattr(weight, "quant_state", None) is not None:
         return "nf4"
@@ -36,7 +36,7 @@ def quantisation(layer: nn.Module) -> Quantise:
 
 
 def dequantised(layer: nn.Module) -> Tensor | None:
-    """Return the weight of a quantised layer as its floats [out, in]; None when it is not quantised."""
+    """Return the dequantised weight [out, in] of a layer; None if it is not quantised."""
     weight: Any = layer.weight
     match quantisation(layer):
         case "nf4":
@@ -49,25 +49,25 @@ def dequantised(layer: nn.Module) -> Tensor | None:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor takes; torchao's says of its rounded ones the size of the floats."""
-    held: Any = tensor
+    """Return the bytes that a tensor takes. torchao's quantised tensors report the size of the floats."""
+    quantised: Any = tensor
     if type(tensor).__module__.startswith("torchao"):
-        return sum(stored_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+        return sum(stored_bytes(getattr(quantised, name)) for name in quantised.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 def is_rounded_from(layer: Any, weight: Tensor) -> bool:
-    """Tell whether the quantised `layer` holds exactly what rounding `weight` [out, in] gives."""
-    held = dequantised(layer)
-    assert held is not None
-    if weight.shape != held.shape:
+    """Tell whether quantising `weight` [out, in] gives exactly the weight of the quantised `layer`."""
+    current = dequantised(layer)
+    assert current is not None
+    if weight.shape != current.shape:
         return False
-    again = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    again.weight = nn.Parameter(weight.detach().to(held.device, held.dtype))
-    holder = nn.ModuleDict({"layer": again})
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.detach().to(current.device, current.dtype))
+    holder = nn.ModuleDict({"layer": plain})
     quantise_layer(holder, "layer", quantisation(layer))
-    made = dequantised(holder["layer"])
-    return made is not None and torch.equal(made, held)
+    expected = dequantised(holder["layer"])
+    return expected is not None and torch.equal(expected, current)
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
@@ -77,7 +77,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
         raise StrategyError(
             f'quantise = "nf4" needs bitsandbytes: pip install "vlafit[quantise]" ({error})'
         ) from error
-    made = Linear4bit(
+    quantised = Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -86,12 +86,12 @@ def _nf4(layer: nn.Linear) -> nn.Module:
         device="meta",
     )
     weight: Any = layer.weight.detach().clone()
-    made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)  # type: ignore[call-arg]
+    quantised.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantised)  # type: ignore[call-arg]
     if layer.bias is not None:
-        made.bias = layer.bias
-    # On some CPUs evaluation would repack the weight and compute in bfloat16: other numbers than in training.
-    made.support_avx512bf16_for_cpu = False
-    return made.to(layer.weight.device)  # where it is quantised
+        quantised.bias = layer.bias
+    # On some CPUs evaluation would repack the weight and compute in bfloat16, unlike training.
+    quantised.support_avx512bf16_for_cpu = False
+    return quantised.to(layer.weight.device)  # the move quantises it
 
 
 def _int8(layer: nn.Linear) -> None:
@@ -108,7 +108,7 @@ def _int8(layer: nn.Linear) -> None:
 
 
 def quantised_names(policy: nn.Module) -> set[str]:
-    """Return the names of the quantised layers, below `base_layer` where they are adapted."""
+    """Return the names of the quantised layers; adapted ones are below `base_layer`."""
     return {
         name
         for name, module in policy.named_modules()

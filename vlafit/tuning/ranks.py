@@ -1,16 +1,17 @@
-"""AdaLoRA's rank schedule (arXiv 2303.10512): which singular values each layer keeps, as training goes on.
+"""AdaLoRA's rank schedule (arXiv 2303.10512): which singular values each layer keeps during training.
 
-Every triplet of singular vectors is scored by weight times gradient, smoothed; from time to time the least
-important ones of all layers together are zeroed, until the mean rank is the target. Between two prunings a
-zeroed value may grow again; in the last stretch it may not. peft has this, too, for models that train in one
-piece and count their steps; here layers may begin to learn, and stop, in any stage of a strategy:
+Each triplet of singular vectors is scored by smoothed |weight x gradient|; periodically the least important
+triplets of all layers together are zeroed, until the mean rank is the target. Between prunings a zeroed value
+may grow again, except in the final phase. peft has this schedule for models that train in one stage; here
+layers may start and stop training in any stage of a strategy:
 
-- A layer's clock begins when it first learns and ends when it learns no more: at the run's end, or with the
-  stage that freezes it (if that waits for a plateau, it may come sooner). Layers of one clock share a budget.
-- The clock goes by the share of the run that is done: by steps, or by time where that is the limit and is
-  further. By steps, an interrupted run goes on bit for bit. By time it goes on from the same share, but at a
-  pace of its own, as its learning rate does.
-- A layer that is frozen keeps the rank that it had come to.
+- A layer's clock starts when it is first trained and ends with the run, or with the stage that freezes it
+(which
+  may come sooner if it waits for a plateau). Layers with equal clocks share one budget.
+- The clock is the finished share of the run: by steps, or by time if there is a time limit and it is further.
+  By steps, a resumed run is bit-identical. By time it resumes at the same share, but at its own pace, as the
+  learning rate does.
+- A frozen layer keeps its current rank.
 """
 
 import math
@@ -25,23 +26,23 @@ from vlafit.tuning.adapters import Adapter
 from vlafit.tuning.inject import make_groups
 from vlafit.tuning.plan import Plan
 
-WARM, SETTLE = 0.1, 0.3  # shares of a layer's time before the budget falls, and after it has fallen
+WARM, SETTLE = 0.1, 0.3  # shares of a layer's time before and after the budget falls
 PRUNINGS = 50  # at most, evenly spread between the two
 SMOOTHING = 0.85  # of sensitivity and of its uncertainty: beta1 and beta2, section 4.1 of the paper
 
 
 @dataclass(frozen=True)
 class Clock:
-    """When a layer's share of a run begins and ends, in optimiser steps and in shares of a time budget."""
+    """When a layer's training starts and ends, in optimiser steps and in shares of a time budget."""
 
     began: int
     began_spent: float
     ends: int
     ends_spent: float
-    """Infinite where the end is a step, whatever the time."""
+    """Infinite if a step ends it, whatever the time."""
 
     def done(self, step: int, spent: float) -> float:
-        """Return the share that is over after `step` steps, or with `spent` of the time gone, if more."""
+        """Return the finished share after `step` steps or `spent` of the time, whichever is larger."""
         by_steps = (step - self.began) / max(1, self.ends - self.began)
         by_time = (spent - self.began_spent) / max(1e-9, self.ends_spent - self.began_spent)
         return max(by_steps, by_time)
@@ -49,7 +50,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer: its factors, how much each of their values mattered, and which ranks it keeps."""
+    """One adapted layer: its factors, their importance, and the ranks it keeps."""
 
     tensors: Mapping[str, Tensor]  # A [r, in], B [out, r], E [r, 1]
     sensitivity: Mapping[str, Tensor]  # of the same shapes
@@ -60,7 +61,7 @@ class Layer:
 
     @torch.no_grad()
     def score(self) -> None:
-        """Take in what the last step did, while its gradients are still there."""
+        """Update the scores from the gradients of the last step."""
         for key, tensor in self.tensors.items():
             assert tensor.grad is not None
             now = (tensor * tensor.grad).abs()
@@ -68,13 +69,13 @@ class Layer:
             self.uncertainty[key].lerp_((now - mean).abs(), 1 - SMOOTHING)
 
     def importance(self) -> Tensor:
-        """Return the score of each triplet [r]: that of its value and the means of its vectors'."""
+        """Return the score of each triplet [r]: its value's, plus the means of its vectors' scores."""
         a, b, e = (self.sensitivity[key] * self.uncertainty[key] for key in "ABE")
         return e[:, 0] + a.mean(1) + b.mean(0)
 
 
 def rank_schedule(policy: nn.Module, plan: Plan) -> "RankSchedule | None":
-    """Return the schedule of the plan's AdaLoRA adapters, in whatever stage they learn; None: it has none."""
+    """Return the schedule of the plan's AdaLoRA adapters, of any stage; None if there are none."""
     groups = [g for g in make_groups(plan.adapted) if g.adapter.method == "adalora"]
     return RankSchedule(policy, groups[0].name, groups[0].adapter) if groups else None
 
@@ -89,14 +90,14 @@ class RankSchedule:
         self._names = {x: {key: f"{x}.lora_{key}.{name}" for key in "ABE"} for x in layers}
         self._tensors = {x: {key: tensors[n] for key, n in names.items()} for x, names in self._names.items()}
         self._device = next(policy.parameters()).device
-        self._begun: dict[str, Layer] = {}  # layers that learn, or have learned
+        self._begun: dict[str, Layer] = {}  # layers that are trained, or were
         self._learning: list[str] = []
         self._pruned: set[str] = set()  # by the last step
 
     def enter(self, plan: Plan, *, steps: int, step: int, spent: float = 0.0) -> None:
         """Enter the plan's stage in a run of `steps`, after `step` of them and `spent` of its time.
 
-        What learned and does so no more keeps its present ranks from here on.
+        Layers that the stage freezes keep their current ranks.
         """
         ends = _ends(plan, steps)
         for name in self._learning:
@@ -122,10 +123,10 @@ class RankSchedule:
         return self.adapter.orthogonal * torch.stack([_from_orthogonal(gram) for gram in grams]).mean()
 
     def after_step(self, step: int, spent: float = 0.0) -> None:
-        """Score what the run's last step did, and prune when it is time; it was step number `step`, from 1.
+        """Update scores after optimiser step number `step` (from 1), and prune when it is due.
 
-        `spent` is the share of a time budget that is gone. To be called after the optimiser's step, while the
-        gradients are still there. Raises TrainingError where what learns has none.
+        `spent` is the used share of a time budget. Call it after the optimiser's step, before the gradients
+        are cleared. Raises TrainingError if a trained tensor has no gradient.
         """
         self._pruned = set()
         self._require_gradients()
@@ -143,7 +144,7 @@ class RankSchedule:
                 self._allocate(names, min(1.0, fallen), number)
 
     def _allocate(self, names: list[str], fallen: float, number: int) -> None:
-        """Keep the most important triplets of the layers `names` together, and zero the others."""
+        """Keep the most important triplets of all layers in `names` together, and zero the others."""
         layers, ranks = [self._begun[name] for name in names], self.adapter
         mean = ranks.target_rank + (ranks.rank - ranks.target_rank) * (1 - fallen) ** 3  # equation 12
         scores = torch.cat([layer.importance() for layer in layers])
@@ -155,47 +156,47 @@ class RankSchedule:
         self._pruned = self._pruned | set(names)
 
     def prune(self, average: Mapping[str, Tensor]) -> None:
-        """Zero in a moving average, by live name, what the last step pruned; else it would only fade."""
+        """Zero in an EMA, by tensor name, what the last step pruned; otherwise it would only fade."""
         for name in self._pruned:
             _prune(average[self._names[name]["E"]], self._begun[name].kept)
 
     def _require_gradients(self) -> None:
-        bare = [
+        missing = [
             self._names[name][key]
             for name in self._learning
             for key, tensor in self._tensors[name].items()
             if tensor.grad is None
         ]
-        if bare:
+        if missing:
             raise TrainingError(
-                f"AdaLoRA: {len(bare)} of its tensors have no gradient, such as {bare[0]}; freeze them "
+                f"AdaLoRA: {len(missing)} of its tensors have no gradient, such as {missing[0]}; freeze them "
                 'by a rule before the one with mode = "adalora"'
             )
 
     def ranks(self) -> dict[str, int]:
-        """Return how many singular values each layer that has learned kept at its last pruning."""
+        """Return how many singular values each layer that was trained kept at its last pruning."""
         if not self._begun:
             return {}
         counts = torch.stack([layer.kept.sum() for layer in self._begun.values()]).tolist()
         return dict(zip(self._begun, counts, strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a run needs to go on, by name."""
-        found: dict[str, Tensor] = {}
+        """Return the tensors that resuming needs, by name."""
+        state: dict[str, Tensor] = {}
         for name, layer in self._begun.items():
             clock = layer.clock
             facts = [float(clock.began), clock.began_spent, float(layer.prunings)]
-            found[f"clock/{name}"] = torch.tensor(facts, dtype=torch.float64)
-            found[f"kept/{name}"] = layer.kept
+            state[f"clock/{name}"] = torch.tensor(facts, dtype=torch.float64)
+            state[f"kept/{name}"] = layer.kept
             for key in "ABE":
-                found[f"sensitivity.{key}/{name}"] = layer.sensitivity[key]
-                found[f"uncertainty.{key}/{name}"] = layer.uncertainty[key]
-        return found
+                state[f"sensitivity.{key}/{name}"] = layer.sensitivity[key]
+                state[f"uncertainty.{key}/{name}"] = layer.uncertainty[key]
+        return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned in the same stage. Raises TrainingError where it is another's."""
+        """Restore the result of `state` in the same stage. Raises TrainingError if it does not match."""
         names = [key.partition("/")[2] for key in state if key.startswith("clock/")]
-        self._require_mine(names, state)
+        self._require_matching(names, state)
         for name in names:
             began, spent, prunings = state[f"clock/{name}"].tolist()
             layer = self._begun.get(name) or self._new(name, int(began), spent)
@@ -206,14 +207,14 @@ class RankSchedule:
             clock = replace(layer.clock, began=int(began), began_spent=spent)
             self._begun[name] = replace(layer, clock=clock, prunings=int(prunings))
 
-    def _require_mine(self, names: Collection[str], state: Mapping[str, Tensor]) -> None:
-        whole = {f"{what}/{name}" for what in _STORED for name in names}
-        odd = sorted({*whole} ^ {*state}) + [x for x in names if x not in self._tensors]
-        odd += [name for name in self._learning if name not in names]
-        if odd:
+    def _require_matching(self, names: Collection[str], state: Mapping[str, Tensor]) -> None:
+        expected = {f"{key}/{name}" for key in _STORED for name in names}
+        wrong = sorted(expected ^ {*state}) + [name for name in names if name not in self._tensors]
+        wrong += [name for name in self._learning if name not in names]
+        if wrong:
             raise TrainingError(
-                f"the stored AdaLoRA scores are not those of this policy and version: {odd[:3]}; start anew "
-                "with --out"
+                f"the stored AdaLoRA scores do not match this policy and version: {wrong[:3]}; start a new "
+                "run with --out"
             )
 
 
@@ -221,7 +222,7 @@ _STORED = ("clock", "kept", *(f"{what}.{key}" for what in ("sensitivity", "uncer
 
 
 def _ends(plan: Plan, steps: int) -> dict[str, tuple[int, float]]:
-    """Return the AdaLoRA layers that learn in the stage, and the step and share of time of their end."""
+    """Return the AdaLoRA layers trained in the stage, with the step and share of time at which they stop."""
     ends: dict[str, tuple[int, float]] = dict.fromkeys(_learning(plan), (steps, 1.0))
     going = set(ends)
     for number, stage in enumerate(plan.strategy.stages[plan.stage + 1 :], plan.stage + 1):
@@ -236,10 +237,12 @@ def _ends(plan: Plan, steps: int) -> dict[str, tuple[int, float]]:
 
 
 def _learning(plan: Plan) -> Iterable[str]:
-    """Return the AdaLoRA layers that learn in the plan's stage, in the policy's order."""
-    mine = {layer for layer, adapter in plan.adapted.items() if adapter.method == "adalora"}
-    found = dict.fromkeys(e.adapts.removesuffix(".weight") for e in plan.entries if e.adapts and e.trainable)
-    return [layer for layer in found if layer in mine]
+    """Return the AdaLoRA layers trained in the plan's stage, in the policy's order."""
+    adalora = {layer for layer, adapter in plan.adapted.items() if adapter.method == "adalora"}
+    trained = dict.fromkeys(
+        e.adapts.removesuffix(".weight") for e in plan.entries if e.adapts and e.trainable
+    )
+    return [layer for layer in trained if layer in adalora]
 
 
 @torch.no_grad()

@@ -1,26 +1,27 @@
-"""The rules of a tuning strategy: which parameters a rule takes, and what it says of them.
+"""The rules of a tuning strategy: match parameters to rules, first match wins.
 
-The first rule that selects a parameter decides about it. A parameter that no rule selects, a rule that
-selects nothing, one to which earlier rules leave nothing, and a part, kind, pattern or layer of a rule that
-does not exist are errors; `optional = true` permits all but the first, so that one file serves every family.
+These are errors: a parameter that no rule selects, a rule that selects nothing or only what earlier rules
+took, and a part, kind, pattern or layer that the policy does not have. `optional = true` permits all but the
+first, so that one file serves every family. Part names are those that the policy declares.
 
-This file knows names, parts, kinds and layers, not tensors. How rules are written in TOML is `strategy.py`;
-what happens to a policy is `plan.py`.
+This file knows names, parts, kinds and layers, not tensors. `strategy_toml.py` reads rules from TOML,
+`plan.py` turns them into a plan for one policy.
 """
 
 import difflib
 import fnmatch
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from vlafit.errors import StrategyError
+from vlafit.errors import StrategyError, did_you_mean
 from vlafit.tuning.adapters import METHODS, Adapter, Quantise
 
-PARTS = ("vision", "projector", "language", "expert", "projections")
-KINDS = ("attention", "mlp", "norm", "embedding", "conv", "linear")
+log = logging.getLogger(__name__)
+
 MODES = ("full", "frozen", *METHODS)
 
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<low>\d+)(?:-(?P<high>\d+))?")
@@ -31,7 +32,7 @@ NEAR_NAMES = 3  # that a message shows for a pattern
 
 
 class Described(Protocol):
-    """Where a parameter sits, as `vlafit.nn.policy.ParameterInfo` says it."""
+    """Where a parameter sits; `vlafit.nn.policy.ParameterInfo` is one."""
 
     @property
     def name(self) -> str: ...
@@ -47,16 +48,16 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Select:
-    """Which parameters a rule is about. Every condition that is given must hold; none given selects all."""
+    """Which parameters a rule selects. All conditions that are set must hold; without any it selects all."""
 
     part: tuple[str, ...] = ()
-    """Parts of the policy: vision, projector, language, expert, projections."""
+    """Parts of the policy, by the names that its family declares; pi0's are vision, language, expert, ..."""
     kind: tuple[str, ...] = ()
     """Kinds inside a part: attention, mlp, norm, embedding, conv, linear."""
     layers: str = ""
     """Layers of each part, counted from 0: "4", "4-7" (both included), "first 3" or "last 2"."""
     pattern: tuple[str, ...] = ()
-    """Whole parameter names, `*` standing for any text, as in "expert.layers.*.mlp.*". The last resort."""
+    """Whole parameter names with wildcards, as in "expert.layers.*.mlp.*". Prefer part and kind."""
 
     def takes(self, info: Described) -> bool:
         """Tell whether every condition holds for the parameter."""
@@ -77,30 +78,30 @@ class Select:
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to the parameters that `select` takes and no earlier rule has taken."""
+    """How to tune the parameters that `select` matches and no earlier rule matched."""
 
     select: Select = Select()
     """Which parameters."""
     mode: str = "full"
-    """"full": they learn. "frozen": they stay bit for bit what they are. Else the adapter that learns."""
+    """"full": trained. "frozen": unchanged, bit for bit. Otherwise the method of a trained adapter."""
     adapter: Adapter | None = None
-    """The adapter and its options, where `mode` names one."""
+    """The adapter and its options, if `mode` names a method."""
     lr: float = 1.0
     """Learning rate, times the recipe's."""
     layer_decay: float = 1.0
-    """Learning rate of each layer, times that of the layer above it."""
+    """Learning rate of each layer relative to the layer above it."""
     weight_decay: float | None = None
-    """Weight decay of this rule's matrices instead of the recipe's."""
+    """Weight decay of this rule's matrices. None: the recipe's."""
     quantise: Quantise = ""
-    """Hold the weights in 4 bits ("nf4") or 8 ("int8"); they are frozen, below an adapter or without one."""
+    """Store the frozen weights in 4 bits ("nf4") or 8 bits ("int8"), with or without an adapter on them."""
     optional: bool = False
-    """Permit that the rule takes nothing."""
+    """Allow the rule to select nothing."""
 
     def lr_at(self, info: Described) -> float:
         """Return the learning rate of a parameter, times the recipe's.
 
-        What comes before the first layer (an embedding) counts as one layer below it, what comes after the
-        last one (a final norm) as the last.
+        Tensors before the first layer (an embedding) count as one layer below it, those after the last layer
+        (a final norm) as part of the last.
         """
         if info.layer is None:
             below = info.layers if info.kind in ("embedding", "conv") else 0
@@ -110,7 +111,7 @@ class Rule:
 
 
 def _in_layers(layers: str, layer: int | None, count: int) -> bool:
-    """Tell whether `layer`, of a part with `count`, lies in the range; what is in no layer never does."""
+    """Tell whether `layer`, of a part with `count`, is in the range; None never is."""
     match = LAYERS.fullmatch(layers)
     assert match, layers
     if layer is None:
@@ -123,7 +124,7 @@ def _in_layers(layers: str, layer: int | None, count: int) -> bool:
 
 
 def _reach(layers: str) -> int:
-    """Return how many layers a part needs to have for the range to lie within it."""
+    """Return how many layers a part needs for the range to fit in it."""
     match = LAYERS.fullmatch(layers)
     assert match, layers
     return int(match["count"] or 0) or int(match["high"] or match["low"]) + 1
@@ -132,85 +133,99 @@ def _reach(layers: str) -> int:
 def decide(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
     """Return, for each parameter, the index of the rule that decides about it; `name` is the strategy's.
 
-    Raises StrategyError for a parameter without a rule. Whether each rule says what it means is `resolve`'s
-    to ask: a plan that was accepted once is not asked again.
+    Raises StrategyError for a parameter without a rule. `resolve` also checks the rules themselves; a plan
+    that was accepted once is not checked again.
     """
     chosen = [next((i for i, r in enumerate(rules) if r.select.takes(info)), -1) for info in infos]
-    bare = [info for info, index in zip(infos, chosen, strict=True) if index < 0]
-    if bare:
-        groups = Counter(f"{info.part}, {info.kind}" for info in bare)
+    uncovered = [info for info, index in zip(infos, chosen, strict=True) if index < 0]
+    if uncovered:
+        groups: dict[str, list[str]] = {}
+        for info in uncovered:
+            groups.setdefault(f"{info.part}, {info.kind}", []).append(info.name)
         listed = "\n  ".join(
-            f"{what}: {count} tensors, such as {next(i.name for i in bare if f'{i.part}, {i.kind}' == what)}"
-            for what, count in groups.items()
+            f"{group}: {len(names)} tensors, such as {names[0]}" for group, names in groups.items()
         )
         raise StrategyError(
-            f"strategy {name!r} says nothing about {len(bare)} of {len(infos)} tensors:\n"
+            f"strategy {name!r} has no rule for {len(uncovered)} of {len(infos)} tensors:\n"
             f"  {listed}\n"
-            'Add a rule for them; a last [[rule]] with mode = "frozen" and no `select` covers what is left.'
+            'Add a rule for them; a last [[rule]] with mode = "frozen" and no `select` covers the rest.'
         )
     return chosen
 
 
 def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> list[int]:
-    """Return what `decide` does, once every rule that is not optional is known to say what it means.
+    """Return the same as `decide`, after checking every rule that is not optional.
 
-    Raises StrategyError for a parameter without a rule, and one that names all of: rules that take nothing;
-    parts, kinds, layers and patterns of a rule that match nothing beside others that do.
+    Raises StrategyError for a parameter without a rule, and one that lists all of: parts that the policy does
+    not have; rules that select nothing; parts, kinds, layers and patterns that match nothing while others in
+    the same rule do.
     """
     chosen = decide(infos, rules, name)
-    problems = []
+    problems: list[str] = []
     for index, rule in enumerate(rules):
         here = f"rule {index + 1} ({rule.select}; {rule.mode})"
+        unknown = [f"{here}: {problem}" for problem in _unknown_parts(infos, rule)]
         if rule.optional:
-            continue
-        if index in chosen:
-            problems += [f"{here}: {said}" for said in _empty_words(infos, rule.select)]
+            for warning in unknown:
+                log.warning("strategy %r: %s", name, warning)
+        elif unknown:
+            problems += unknown
+        elif index in chosen:
+            problems += [f"{here}: {problem}" for problem in _unmatched(infos, rule.select)]
         else:
             problems.append(f"{here} {_idle(infos, chosen, rules, index)}")
     if problems:
-        raise StrategyError("\n".join(f"strategy {name!r}: {said}" for said in problems))
+        raise StrategyError("\n".join(f"strategy {name!r}: {problem}" for problem in problems))
     return chosen
 
 
-def _empty_words(infos: Sequence[Described], select: Select) -> Iterator[str]:
-    """Say of each part, kind, layer range and pattern that matches nothing beside others, what there is."""
-    remedy = ". Mend it or take it out (`optional = true` permits it)."
+def _unknown_parts(infos: Sequence[Described], rule: Rule) -> Iterator[str]:
+    """Describe each part that the policy does not have; for an optional rule, only likely typos."""
+    parts = {info.part for info in infos}
+    for part in rule.select.part:
+        near = did_you_mean(part, parts, listed=not rule.optional)
+        if part not in parts and (near or not rule.optional):
+            yield f"this policy has no part {part!r}{near}"
+
+
+def _unmatched(infos: Sequence[Described], select: Select) -> Iterator[str]:
+    """Describe each part, kind, layer range and pattern that matches nothing while others in the rule do."""
+    remedy = ". Correct or remove it (`optional = true` permits it)."
     for part in select.part if len(select.part) > 1 or select.layers else ():
-        one = replace(select, part=(part,))
-        depth = max((i.layers for i in infos if replace(one, layers="").takes(i)), default=0)
+        only = replace(select, part=(part,))
+        depth = max((i.layers for i in infos if replace(only, layers="").takes(i)), default=0)
         if select.layers and depth and _reach(select.layers) > depth:
-            yield f"it reaches past the {depth} layers that {part!r} has{remedy}"
-        elif not any(map(one.takes, infos)):
-            yield f"part {part!r} matches nothing. {_what_there_is(infos, one)}{remedy}"
+            yield f"layers {select.layers!r} goes past the {depth} layers that {part!r} has{remedy}"
+        elif not any(map(only.takes, infos)):
+            yield f"part {part!r} matches nothing. {_available(infos, only)}{remedy}"
     if select.layers and not select.part:
         depth = max((i.layers for i in infos if select.takes(i)), default=0)
         if _reach(select.layers) > depth:
-            yield f"it reaches past the {depth} layers that there are{remedy}"
+            yield f"layers {select.layers!r} goes past the {depth} layers of this policy{remedy}"
     for kind in select.kind if len(select.kind) > 1 else ():
         if not any(map(replace(select, kind=(kind,)).takes, infos)):
-            there = replace(select, kind=())
-            yield f"kind {kind!r} matches nothing. {_what_there_is(infos, there)}{remedy}"
+            yield f"kind {kind!r} matches nothing. {_available(infos, replace(select, kind=()))}{remedy}"
     for pattern in select.pattern if len(select.pattern) > 1 else ():
         if not any(map(replace(select, pattern=(pattern,)).takes, infos)):
             yield f"pattern {pattern!r} matches nothing. {_near_names(infos, pattern)}{remedy}"
 
 
 def _idle(infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rule], index: int) -> str:
-    """Explain why a rule takes nothing: earlier rules took it all, or there is nothing of the kind."""
+    """Explain why a rule selects nothing: earlier rules matched it all, or the policy has no such tensor."""
     select = rules[index].select
-    takers = sorted({i for info, i in zip(infos, chosen, strict=True) if select.takes(info)})
-    if takers:
-        named = ", ".join(f"rule {i + 1} ({rules[i].select})" for i in takers)
+    earlier = sorted({i for info, i in zip(infos, chosen, strict=True) if select.takes(info)})
+    if earlier:
+        listed = ", ".join(f"rule {i + 1} ({rules[i].select})" for i in earlier)
         return (
-            f"is never reached: {named} before it took everything that it selects.\n"
-            "Move it up, narrow the earlier rule, or remove it (`optional = true` permits an idle rule)."
+            f"is never used: everything it selects is already matched by {listed}.\n"
+            "Move it up, narrow the earlier rule, or remove it (`optional = true` permits an unused rule)."
         )
-    said = [_what_there_is(infos, select), *(_near_names(infos, pattern) for pattern in select.pattern)]
-    return "matches nothing.\n" + ". ".join([*said, "`optional = true` permits an idle rule."])
+    hints = [_available(infos, select), *(_near_names(infos, pattern) for pattern in select.pattern)]
+    return "matches nothing.\n" + ". ".join([*hints, "`optional = true` permits an unused rule."])
 
 
-def _what_there_is(infos: Sequence[Described], select: Select) -> str:
-    """Return the parts of a policy, and the kinds and layers that the selected ones have."""
+def _available(infos: Sequence[Described], select: Select) -> str:
+    """Describe the parts of a policy, and the kinds and layers of the selected parts."""
     parts = Counter(info.part for info in infos)
     hints = [f"This policy has the parts: {', '.join(f'{p} ({n} tensors)' for p, n in parts.items())}"]
     inside = [i for i in infos if not select.part or i.part in select.part]
@@ -223,11 +238,13 @@ def _what_there_is(infos: Sequence[Described], select: Select) -> str:
 
 
 def _near_names(infos: Sequence[Described], pattern: str) -> str:
-    """Return the names of parameters that are nearest to a pattern's text, its wildcards left out."""
+    """Describe the parameter names nearest to a pattern, ignoring its wildcards."""
     names = [info.name for info in infos]
     near = difflib.get_close_matches(WILDCARDS.sub("", pattern), names, n=NEAR_NAMES, cutoff=0.5)
     if not near:
         return (
-            f"No parameter's name is near; the first is {names[0]!r}" if names else "There are no parameters"
+            f"No parameter has a similar name; the first is {names[0]!r}"
+            if names
+            else "There are no parameters"
         )
     return f"The nearest names are {', '.join(map(repr, near))}"

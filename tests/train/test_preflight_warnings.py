@@ -8,9 +8,9 @@ import pytest
 
 from vlafit import config
 from vlafit.recipe import Recipe
-from vlafit.train import experiment as setup
 from vlafit.train import run
-from vlafit.train.warnings import never_began, notices
+from vlafit.train.experiment import Experiment, build
+from vlafit.train.preflight import never_began, run_warnings
 from vlafit.tuning import Plan, parse, preview
 
 REST = {"mode": "frozen"}
@@ -23,22 +23,23 @@ def staged(*moments: dict, warmup: int = 0) -> dict:
 
 
 @pytest.fixture(scope="module")
-def made(recipe: Recipe) -> setup.Experiment:
+def made(recipe: Recipe) -> Experiment:
     import torch
 
-    return setup.build(recipe, torch.device("cpu"))
+    return build(recipe, torch.device("cpu"))
 
 
-def plan_of(made: setup.Experiment, strategy: dict) -> Plan:
+def plan_of(made: Experiment, strategy: dict) -> Plan:
     for parameter in made.policy.parameters():
         parameter.requires_grad_(True)
     return preview(made.policy, parse(strategy, name="mine", where="test"))
 
 
-def test_a_recipe_that_means_all_it_says_has_no_notices(recipe: Recipe, made: setup.Experiment) -> None:
-    assert notices(recipe, made.plan, made.data, 1) == ()
+def test_a_recipe_that_means_all_it_says_has_no_notices(recipe: Recipe, made: Experiment) -> None:
+    assert run_warnings(recipe, made.plan, made.data, 1) == ()
     assert (
-        notices(replace(recipe, train=replace(recipe.train, sharding="full")), made.plan, made.data, 2) == ()
+        run_warnings(replace(recipe, train=replace(recipe.train, sharding="full")), made.plan, made.data, 2)
+        == ()
     )
 
 
@@ -51,20 +52,20 @@ def test_a_recipe_that_means_all_it_says_has_no_notices(recipe: Recipe, made: se
     ],
 )
 def test_what_has_less_effect_than_it_says_is_told(
-    recipe: Recipe, made: setup.Experiment, section: str, changes: dict, says: str
+    recipe: Recipe, made: Experiment, section: str, changes: dict, says: str
 ) -> None:
     asked = replace(recipe, **{section: replace(getattr(recipe, section), **changes)})
-    (said,) = notices(asked, made.plan, made.data, 1)
+    (said,) = run_warnings(asked, made.plan, made.data, 1)
     assert says in said
 
 
-def test_a_warm_up_as_long_as_its_stage_is_told(recipe: Recipe, made: setup.Experiment) -> None:
+def test_a_warm_up_as_long_as_its_stage_is_told(recipe: Recipe, made: Experiment) -> None:
     plan = plan_of(made, staged({"step": 4}, {"step": 6}, warmup=2))
-    first, second = notices(recipe, plan, made.data, 1)
+    first, second = run_warnings(recipe, plan, made.data, 1)
     assert "stage 2 of 3 takes 2 steps, but the stage lasts 2" in first and "stage 3 of 3" in second
 
 
-def test_stages_that_a_run_did_not_come_to_are_told(recipe: Recipe, made: setup.Experiment) -> None:
+def test_stages_that_a_run_did_not_come_to_are_told(recipe: Recipe, made: Experiment) -> None:
     plan = plan_of(made, staged({"plateau": 2}))
     assert never_began(plan, 1, 8) == ""
     assert "after step 8 in stage 1 of 2, first, so that stage 2 of 2 never began" in never_began(plan, 0, 8)

@@ -1,0 +1,9 @@
+"""Kinds of parameters inside a part: a closed list, because weight decay and quantisation depend on them.
+
+Part names are open: each family declares its own in `parts()`.
+"""
+
+from typing import Literal, get_args
+
+Kind = Literal["attention", "mlp", "norm", "embedding", "conv", "linear"]
+KINDS: tuple[Kind, ...] = get_args(Kind)

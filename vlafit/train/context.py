@@ -1,0 +1,59 @@
+"""What trainer and evaluator of one run share: the experiment, its folder, its checkpoints and metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vlafit import checkpoints, config
+from vlafit.recipe import Recipe
+from vlafit.train.callbacks import Callbacks
+from vlafit.train.checkpointer import CheckpointManager
+from vlafit.train.experiment import Experiment
+from vlafit.train.memory import MemoryMeter
+from vlafit.train.metrics import Metrics
+from vlafit.tuning import Plan
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Every process of a run has one; only the main process writes."""
+
+    experiment: Experiment
+    out: Path
+    accelerator: Accelerator
+    manager: CheckpointManager
+    metrics: Metrics
+    callbacks: Callbacks
+    meter: MemoryMeter
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.experiment.recipe
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the main process."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def write_policy(self, folder: Path, plan: Plan, weights: Mapping[str, Tensor] | None) -> None:
+        """Write the native part of a checkpoint into `folder`; `weights` replace the policy's own."""
+        base, changed = self.experiment.saved_on(plan)
+        checkpoints.save(
+            self.experiment.policy,
+            folder,
+            self.experiment.codec,
+            plan=plan,
+            recipe=config.dump(self.recipe),
+            history=self.experiment.history,
+            weights=weights,
+            base=base,
+            changed=changed,
+        )

@@ -1,0 +1,172 @@
+"""Open a recipe's datasets: training and held-out episodes, and named validation sets.
+
+The held-out episodes measure how well the new task is learned; a validation set (`data.validation_sets`), for
+example a sample of what the checkpoint was pretrained on, measures what is forgotten meanwhile. Validation
+sets are whole datasets that are never trained on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vlafit import checkpoints
+from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_episodes
+from vlafit.errors import ConfigError, DataError, EmbodimentError
+from vlafit.recipe import DataRecipe
+from vlafit.types import Embodiment, renderer_notice, require_same
+
+ValidationSets = Mapping[str, tuple[EpisodeStore, ...]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The demonstrations of a run, opened and split by episode."""
+
+    cards: tuple[Card, ...]
+    stores: tuple[EpisodeStore, ...]
+    training: tuple[tuple[str, ...], ...]  # episode ids of each store
+    validation: tuple[tuple[str, ...], ...]
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.stores[0].embodiment
+
+    def instructions(self) -> list[str]:
+        """Return each instruction once, in order."""
+        return list(dict.fromkeys(e.instruction for store in self.stores for e in store.episodes))
+
+    def seeds(self) -> dict[str, set[int]]:
+        """Return the recorded seeds of each task, which no evaluation may start from."""
+        seeds: dict[str, set[int]] = {}
+        for episode in (e for store in self.stores for e in store.episodes if e.seed is not None):
+            assert episode.seed is not None
+            seeds.setdefault(episode.task, set()).add(episode.seed)
+        return seeds
+
+    @property
+    def seeds_known(self) -> bool:
+        """Whether every episode records its seed, so that evaluations can avoid it."""
+        return all(e.seed is not None for store in self.stores for e in store.episodes)
+
+    @cached_property
+    def learned(self) -> tuple[checkpoints.Learned, ...]:
+        """Name, hash and size of each dataset that is trained on; see `episodes_hash`."""
+        return tuple(
+            checkpoints.Learned(
+                card=store.card.name,
+                sha256=episodes_hash(store, training, validation),
+                episodes=len(training),
+                frames=sum(store.episodes[store.index(i)].length for i in training),
+            )
+            for store, training, validation in zip(self.stores, self.training, self.validation, strict=True)
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all datasets together."""
+        datasets = [[dataset.card, dataset.sha256] for dataset in self.learned]
+        return hashlib.sha256(json.dumps(datasets).encode()).hexdigest()
+
+
+def open_data(recipe: DataRecipe, seed: int) -> Data:
+    """Open the recipe's datasets and split each by episode.
+
+    Raises DataError, ConfigError or EmbodimentError where a dataset does not match its card, or the cards
+    describe different robots.
+    """
+    if not recipe.cards:
+        raise ConfigError(
+            "data.cards is empty; name at least one data card (`vlafit list` shows the shipped ones)"
+        )
+    cards = tuple(load_card(name) for name in recipe.cards)
+    names = [card.name for card in cards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.cards: {names.count(name)} cards are called {name!r}, so their samples cannot be told "
+                "apart; list each dataset once, or rename one card"
+            )
+    stores = tuple(open_dataset(card) for card in cards)
+    for card, store in zip(cards[1:], stores[1:], strict=True):
+        require_same(store.embodiment, f"card {card.name!r}", stores[0].embodiment, f"card {cards[0].name!r}")
+        if card.robot.relative != cards[0].robot.relative:
+            raise ConfigError(
+                f"card {card.name!r}: robot.relative differs from card {cards[0].name!r}; one policy cannot "
+                "learn both"
+            )
+    splits = [split_episodes(store, recipe.validation, seed, recipe.episodes_per_task) for store in stores]
+    if not any(training for training, _ in splits):
+        raise DataError(f"no training episodes are left in {', '.join(recipe.cards)}; lower data.validation")
+    return Data(cards, stores, tuple(s[0] for s in splits), tuple(s[1] for s in splits))
+
+
+def episodes_hash(store: EpisodeStore, training: Sequence[str], validation: Sequence[str]) -> str:
+    """Return a hash of the split and of the states, actions and instructions of its episodes.
+
+    Images are left out, because they would have to be read completely.
+    """
+    digest = hashlib.sha256()
+    for split in (training, validation):
+        digest.update(f"{len(split)} episodes".encode())
+        for identity in split:
+            number = store.index(identity)
+            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
+            header = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
+            digest.update(json.dumps(header).encode())
+            digest.update(np.ascontiguousarray(state).data)
+            digest.update(np.ascontiguousarray(actions).data)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- validation sets
+
+
+def cards_of(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the cards of one entry of `data.validation_sets`, which may be a single name."""
+    return (value,) if isinstance(value, str) else value
+
+
+def open_validation_sets(recipe: DataRecipe, robot: Embodiment, relative: Sequence[bool]) -> ValidationSets:
+    """Open every named validation set and compare its robot with `robot`, that of the training data.
+
+    `relative` marks the action dimensions that the training cards make relative. Raises ConfigError,
+    DataError or EmbodimentError naming the set.
+    """
+    return {
+        name: tuple(_open_set(f"data.validation_sets.{name}", cards_of(cards), robot, relative))
+        for name, cards in recipe.validation_sets.items()
+    }
+
+
+def _open_set(
+    where: str, cards: tuple[str, ...], robot: Embodiment, relative: Sequence[bool]
+) -> Iterator[EpisodeStore]:
+    if not cards:
+        raise ConfigError(f"{where} names no data card; name at least one, or remove the set")
+    for name in cards:
+        card = load_card(name)
+        store = open_dataset(card)
+        try:
+            require_same(store.embodiment, f"card {card.name!r}", robot, "the training data")
+        except EmbodimentError as error:
+            raise EmbodimentError(f"{where}: {error}") from error
+        if tuple(card.robot.relative) != tuple(relative):
+            raise ConfigError(
+                f"{where}: card {card.name!r}: robot.relative differs from the training data, so its loss "
+                "would be measured on different actions"
+            )
+        yield store
+
+
+def renderer_warnings(sets: ValidationSets, robot: Embodiment) -> tuple[str, ...]:
+    """Return a sentence for each validation set whose renderer differs from the training data's."""
+    warnings = [
+        renderer_notice("the policy is trained on", robot, f"validation set {name!r} shows", store.embodiment)
+        for name, stores in sets.items()
+        for store in stores
+    ]
+    return tuple(dict.fromkeys(filter(None, warnings)))
