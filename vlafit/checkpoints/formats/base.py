@@ -76,10 +76,8 @@ class AdapterSupport(ABC):
         """Say why the program cannot load adapters on these layers (our names)."""
         return []
 
-    def require_same_policy(self, folder: Path, base: Path) -> None:  # noqa: B027 - most programs have nothing to compare
-        """Raise WeightsError where the files beside the adapters in `folder` are of another policy than
-        `base`.
-        """
+    def require_same_policy(self, folder: Path, base: Path) -> None:  # noqa: B027 - most have nothing to compare
+        """Raise WeightsError where the files beside the adapters are not of the policy in `base`."""
 
     def codec_folder(self, folder: Path, base: Path) -> Path:
         """Return the folder of the codec's files: that of the adapters, or that of their base."""
