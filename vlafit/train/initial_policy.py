@@ -129,7 +129,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    options = checkpoints.take_apart(chosen.config).to_read_again() if foreign else {}
+    options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
