@@ -1,4 +1,4 @@
-"""Resolution: each rule is matched against a policy's tensors once for each stage, whatever asks for it later."""
+"""Rules are matched against the tensors of a policy once for each stage, whatever is asked later."""
 
 import pytest
 
