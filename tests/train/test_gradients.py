@@ -113,7 +113,7 @@ def test_what_the_loss_does_not_reach_is_named_after_the_first_backward_pass() -
     with pytest.raises(TrainingError) as error:
         GradientCheck(policy, plan, ()).look(1)
     message = str(error.value)
-    assert "does not reach 2 of the" in message and 'mode = "frozen"' in message
+    assert "depend on 2 of the" in message and 'mode = "frozen"' in message
     assert "  language, mlp: 2 tensors, language.2.mlp.weight, language.2.mlp.bias" in message
 
 
