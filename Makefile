@@ -1,18 +1,23 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
 # make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
-# make test         lint, types, import contracts, tests
+# make test         lint, types, import contracts, the tests (what .ci/run calls; 10 minutes on two cores)
+# make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
+# make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
+# make docs         the site, with the API reference, in build/site; a warning is an error
 #
 # Each needs Python 3.11 to 3.13, and makes .venv when there is none. Another Python: make PYTHON=python3.12 test.
 # On a Linux machine without a GPU, torch for CPUs alone is a much smaller download:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
 
 PYTHON ?= python3
+PEER_PYTHON ?= python3.12
 BIN := .venv/bin
 SET_UP := pyproject.toml constraints.txt
+LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation test lint types imports unit clean
+.PHONY: help quickstart ablation test test-all tested lint types imports unit peers docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -36,10 +41,33 @@ imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
 unit: .venv/ready-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
+
+# A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
+# test, makes every stamp old. Files that fail do not stop the others.
+test-all: lint types imports
+	$(MAKE) --no-print-directory --keep-going --jobs 2 tested
+
+TEST_FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/parity/*'))
+TESTED := $(sort $(shell find vlafit configs tests data/*.toml eval/*.toml $(SET_UP) -type f -not -name '*.pyc'))
+
+tested: $(TEST_FILES:%.py=.venv/passed/%)
+
+.venv/passed/%: %.py $(TESTED) .venv/ready-dev
+	@mkdir -p $(@D)
+	$(BIN)/pytest -q -p no:cacheprovider $<
+	@touch $@
+
+.venv/passed/tests/test_documents .venv/passed/tests/test_links: $(wildcard *.md */*.md)
+
+peers: .venv/ready-dev .venv-lerobot/ready
+	VLAFIT_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(BIN)/pytest -s tests/parity
+
+docs: .venv/ready-docs
+	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-lerobot build dist
 
 # ------------------------------------------------------------------------------------------------- set-up
 
@@ -62,4 +90,17 @@ clean:
 	@echo "Installing PushT and the tools for the tests into .venv (once) ..."
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps gym-pusht
+	@touch $@
+
+.venv/ready-docs: .venv/ready
+	@echo "Installing mkdocs into .venv (once) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Other versions than constraints.txt has, and another Python. Name it: make PEER_PYTHON=/path/to/python3.12 peers.
+.venv-lerobot/ready:
+	@$(PEER_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "LeRobot needs Python 3.12 or newer")'
+	@echo "Installing $(LEROBOT) into .venv-lerobot (once; several GB) ..."
+	$(PEER_PYTHON) -m venv .venv-lerobot
+	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check '$(LEROBOT)'
 	@touch $@

@@ -1,10 +1,10 @@
-"""What a training step and an action cost on a GPU: full-size pi0 and pi0.5, random weights, bf16.
+"""Measure a training step and an action on a GPU: full-size pi0 and pi0.5, random weights, bf16.
 
     python benchmarks/gpu.py [--sizes pi0 pi05] [--strategies full expert ...] [--batch 8] [--out gpu.json]
 
-For each size and strategy, in a process of its own so that memory is counted afresh: samples/s of training
-steps (fp32 master weights, bf16 compute, fused AdamW) and the peak memory they need; and the latency of one
-action chunk (10 Euler steps, batch 1). `--sizes pi0-tiny --device cpu` checks the script itself.
+For each size and strategy, in a process of its own so that memory is counted from zero: samples/s of training
+steps (fp32 master weights, bf16 compute, fused AdamW), their peak memory, and the latency of one action chunk
+(10 Euler steps, batch 1). `--sizes pi0-tiny --device cpu` checks the script itself.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def in_own_process(size: str, strategy: str) -> dict[str, object]:
-    """Measure one row in a new process; its failure, out of memory say, is a row that says so."""
+    """Measure one row in a new process; a failure, such as out of memory, becomes a row with its message."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", size, strategy]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,10 +1,10 @@
-"""Peak of anonymous memory while a pi0 checkpoint is opened, from a file that is filled at random.
+"""Measure peak anonymous memory while a pi0 checkpoint with random weights is opened.
 
     python benchmarks/load_memory.py FOLDER [--divide 1] [--form safetensors|orbax] [--dtype bfloat16]
 
-writes openpi's form of pi0, every width divided by `--divide`, into FOLDER (which must not exist), inspects
-and loads it in a new process, prints one line of JSON, and removes FOLDER. `ratio` is the peak above what the
-process held before, over the size of the weights in the dtype asked for. Full size (1) takes 7 GB of disk and
+Writes pi0 in openpi's format, every width divided by `--divide`, into FOLDER (which must not exist), inspects
+and loads it in a new process, prints one line of JSON, and removes FOLDER. `ratio` is the peak above the
+process's memory before, divided by the size of the weights in the requested dtype. Full size (1) takes 7 GB of disk and
 memory for safetensors in bfloat16, and 2 GB of disk and 8 GB of memory for Orbax.
 """
 

@@ -1,4 +1,4 @@
-"""Make the checkpoint that ships out of a finished pretraining run, with all that shows how it came about.
+"""Make the checkpoint that ships from a finished pretraining run, with the record of how it was made.
 
     vlafit record metaworld-pretrain
     vlafit train metaworld-pretrain
@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vlafit import checkpoints, config, files
-from vlafit.datasets import load_card
+from vlafit.datasets import load_card, open_dataset
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 
@@ -59,7 +59,7 @@ def publish(run: Path, out: Path) -> None:
             {
                 "card": card.name,
                 "record": card.record and asdict(card.record),
-                "sha256": {path.name: files.sha256(path) for path in card.files()},
+                "sha256": {path.name: files.sha256(path) for path in open_dataset(card).files()},
             }
             for card in map(load_card, recipe.data.cards)
         ]

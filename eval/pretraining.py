@@ -1,9 +1,9 @@
-"""What the pretrained weights buy: the quickstart's fine-tuning from three starts, three seeds each.
+"""Run the ablation of the pretrained weights: the quickstart from three starting points, three seeds each.
 
     python eval/pretraining.py [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--results DIR]
 
 Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an
-ordinary `vlafit train`; a finished one is not run again, so an interrupted comparison can be called again.
+ordinary `vlafit train`; a finished one is not run again, so the same command continues after an interruption.
 Writes every run's report.json and episodes, results.json and figure.png into the results folder.
 """
 
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def train(recipe: str, seed: int, run: Path, cores: int) -> None:
-    """Carry out one run on some of the cores, or go on with it; nothing if it is finished."""
+    """Carry out or continue one run on some of the cores; do nothing if it is finished."""
     facts = run / "run.json"
     if facts.is_file() and json.loads(facts.read_text()).get("finished"):
         return

@@ -1,77 +1,342 @@
-"""What the documents name is there: links, files, verbs, recipes, strategies."""
+"""What the documents say is true of this commit: links, paths, commands, options, TOML, Python, numbers."""
 
+import dataclasses
+import json
 import re
 import shlex
+import shutil
+import tomllib
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 
-from vlafit import shipped
-from vlafit.cli import VERBS
+from vlafit import cli, shipped
+from vlafit.checkpoints.locate import parse
+from vlafit.cli.parser import Parser
+from vlafit.datasets import load_card
+from vlafit.errors import VlafitError
+from vlafit.recipe import Recipe
+from vlafit.tuning import load_strategy
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"]
-
-
-PUBLISHED = ROOT / "eval" / "results"  # made by runs: checked as soon as there is a picture
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "eval/README.md", *PAGES]
+GUIDES = ["README.md", *PAGES]  # what users copy commands from
+RESULTS = ROOT / "eval" / "results"
+PUBLIC = {"lerobot/pi0_base", "lerobot/pi05_base", "lerobot/smolvla_base"}  # ids of the Hugging Face Hub
+THEIR_OWN = {"openpi_pi0_base", "pytorch_model.bin"}  # files that a reader has, or downloads
+LAUNCH = "-m vlafit "
 
 
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(name: str) -> list[str]:
+    """Every `vlafit VERB ...` of a document: lines of its shell blocks, and whole commands in its text."""
+    lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
+    quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    whole = re.compile(
+        rf"vlafit ({'|'.join(cli.VERBS)}) (?!-)"
+    )  # not `vlafit export --merge`, an option's name
+    return [line for line in lines if line.startswith("vlafit ") or LAUNCH in line] + [
+        code for code in quoted if whole.match(code)
+    ]
+
+
+EVERY_COMMAND = [(name, line) for name in [*GUIDES, "eval/README.md"] for line in commands(name)]
+
+
+@pytest.fixture
+def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the TOML files that the guides spell out, as a reader has it after copying them."""
+    for name in GUIDES:
+        for block in blocks(name, "toml"):
+            first = block.splitlines()[0].removeprefix("# ")
+            if first.endswith(".toml"):
+                (tmp_path / first).write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Parsed(Exception):
+    """Ends a verb once its options are read."""
+
+
+def options_of(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Recipe | None, dict[str, Any]]:
+    """Return verb, recipe and options of a command, read by the verb's own parser. Raises its errors."""
+    words = shlex.split(
+        line.split(LAUNCH)[-1] if LAUNCH in line else line.removeprefix("vlafit "), comments=True
+    )
+    verb, *arguments = words
+    assert verb in cli.VERBS, line
+    module = import_module(f"vlafit.cli.verbs.{verb.replace('-', '_')}")
+    if hasattr(module, "read"):  # train, compare, sweep: a recipe with every field as an option
+        recipe, *others = module.read(arguments)
+        strategies = [",".join(o.strategies) for o in others if hasattr(o, "strategies")]
+        return verb, recipe, {"strategies": "".join(strategies)}
+    real = Parser.read
+
+    def read_only(self: Parser, arguments: Sequence[str]) -> None:
+        raise Parsed(real(self, arguments))
+
+    monkeypatch.setattr(Parser, "read", read_only)
+    with pytest.raises(Parsed) as caught:
+        module.run(arguments)
+    return verb, None, vars(caught.value.args[0])
+
+
+def require_checkpoint(name: str) -> None:
+    """A checkpoint is one that ships, a public one, a run, or a file that the reader has."""
+    if name in THEIR_OWN or name.startswith("runs/"):
+        return
+    hub = parse(name)
+    if hub is not None and "/" in name:
+        assert hub[0] in PUBLIC
+        return
+    shipped.find("checkpoint", name)
+
+
+def require_names(recipe: Recipe | None, options: dict[str, Any]) -> None:
+    """Every name of a command is that of a shipped file, or of a file that the reader has."""
+    for kind in ("protocol", "study", "card"):
+        if options.get(kind):
+            shipped.find(kind, options[kind])
+    for name in [options.get("strategy"), *(options.get("strategies") or "").split(",")]:
+        if name:
+            load_strategy(name)
+    if options.get("checkpoint"):
+        require_checkpoint(options["checkpoint"])
+    if recipe is None:
+        return
+    load_strategy(recipe.strategy)
+    for card in recipe.data.cards:
+        load_card(card)
+    if recipe.policy.checkpoint:
+        require_checkpoint(recipe.policy.checkpoint)
+    if recipe.eval.protocol:
+        shipped.find("protocol", recipe.eval.protocol)
+
+
+# ------------------------------------------------------------------------------------- links and paths
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_link_leads_to_a_file(name: str):
-    links = [ROOT / link for link in re.findall(r"\]\(([^)#]+)\)", text_of(name)) if "://" not in link]
-    if not any(PUBLISHED.rglob("*.png")):
-        links = [link for link in links if not link.is_relative_to(PUBLISHED)]
-    assert [link for link in links if not link.exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text_of(name)) if "://" not in link]
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_of_the_site_link_only_to_each_other(name: str):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text_of(name)) if "://" not in link]
+    assert [link for link in links if f"docs/{link}" not in PAGES] == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_path_in_code_type_is_there(name: str):
-    paths = re.findall(r"`((?:vlafit|configs|data|eval|tests)/[\w./-]+)`", text_of(name))
-    assert [path for path in paths if "foo" not in path and not (ROOT / path).exists()] == []
+def test_every_path_in_code_type_exists(name: str):
+    paths = re.findall(r"`((?:vlafit|configs|data|eval|tests|benchmarks|docs)/[\w./-]+)`", text_of(name))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_the_tree_in_the_readme_is_that_of_the_package():
-    tree = text_of("README.md").split("vlafit/              the verbs")[1].split("tests/ ")[0]
+def test_the_index_and_the_readme_link_every_page():
+    for page in (name.removeprefix("docs/") for name in PAGES):
+        assert f"(docs/{page})" in text_of("README.md") or page == "index.md"
+        assert f"({page})" in text_of("docs/index.md") or page == "index.md"
+
+
+def test_the_tree_in_contributing_is_that_of_the_package():
+    tree = text_of("CONTRIBUTING.md").split("vlafit/              the verbs")[1].split("tests/ ")[0]
     named = {
         word.rstrip("/")
         for line in tree.splitlines()[1:]
         for word in re.findall(r"[\w]+(?:/|\.py)", line[:20])
     }
     named |= set(re.findall(r"\w+\.py", tree))
-    there = {p.name for p in (ROOT / "vlafit").iterdir() if not p.name.startswith("_")}
-    assert named == there
+    assert named == {path.name for path in (ROOT / "vlafit").iterdir() if not path.name.startswith("_")}
 
 
-def test_the_commands_in_the_readme_name_what_ships():
-    blocks = re.findall(r"```sh\n(.*?)```", text_of("README.md"), flags=re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines() if line.startswith("vlafit ")]
-    assert len(commands) >= 6
-    for line in commands:
-        _, verb, *words = shlex.split(line, comments=True)
-        assert verb in VERBS
-        for option, kind in (("--protocol", "protocol"), ("--strategy", "strategy"), ("--study", "study")):
-            if option in words:
-                assert words[words.index(option) + 1] in shipped.names(kind)
-        kinds = {"record": "card", "inspect": "checkpoint"}
-        kind = kinds.get(verb) or ("recipe" if verb in ("train", "compare", "sweep") else None)
-        if kind and shipped.names(kind):  # a checkpoint ships once a run has made a good one
-            assert words[0] in shipped.names(kind), line
+# --------------------------------------------------------------------------------------------- commands
+
+
+def test_the_guides_show_every_verb():
+    shown = {line.split(LAUNCH)[-1].removeprefix("vlafit ").split()[0] for _, line in EVERY_COMMAND}
+    assert shown == set(cli.VERBS)
+
+
+@pytest.mark.parametrize(("name", "line"), EVERY_COMMAND)
+def test_a_command_has_options_and_names_that_exist(name, line, readers_folder, monkeypatch):
+    _, recipe, options = options_of(line, monkeypatch)
+    require_names(recipe, options)
+    for file in re.findall(r"--config_file (\S+)", line):
+        assert (ROOT / file).is_file()
+
+
+CHEAP = sorted(
+    {line for _, line in EVERY_COMMAND if re.match(r"vlafit (list|(inspect|export) metaworld-base)\b", line)}
+)
+
+
+@pytest.mark.parametrize("line", CHEAP)
+def test_a_command_that_needs_no_data_runs(line, readers_folder, capsys):
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_wrong_option_or_name_in_a_document_would_be_noticed(readers_folder, monkeypatch):
+    for line in (
+        "vlafit train quickstart --optim.rate 1e-4",
+        "vlafit eval metaworld-base --protocol metaworld-fauce",
+        "vlafit inspect metaworld-base --strategy lorra",
+        "vlafit inspect lerobot/pi0_bas",
+    ):
+        with pytest.raises((VlafitError, AssertionError)), monkeypatch.context() as patch:
+            _, recipe, options = options_of(line, patch)
+            require_names(recipe, options)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_target_of_make_exists(name: str):
+    lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
+    code = [*lines, *re.findall(r"`(make [^`]+)`", text_of(name))]
+    asked = {word for line in code for word in re.findall(r"\bmake (?:[A-Z]+=\S+ )*([a-z][\w-]*)", line)}
+    assert asked - set(re.findall(r"^([a-z][\w-]*):", text_of("Makefile"), flags=re.MULTILINE)) == set()
+
+
+# ----------------------------------------------------------------------------------- TOML, fields, Python
+
+
+def fields(cls: type, prefix: str = "") -> set[str]:
+    names: set[str] = set()
+    for field in dataclasses.fields(cls):
+        names.add(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            names |= fields(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+    return names
+
+
+@pytest.mark.parametrize("name", [*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "eval/README.md"])
+def test_every_field_of_a_recipe_that_is_named_exists(name: str):
+    asked = re.findall(r"`(?:--)?((?:policy|data|optim|train|eval)\.[a-z_]+)", text_of(name))
+    files = re.compile(r"\.(toml|json|jsonl|py|md)$")
+    assert {field for field in asked if not files.search(field)} - fields(Recipe) == set()
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_toml_block_is_toml(name: str):
+    for block in blocks(name, "toml"):
+        tomllib.loads(block)
+
+
+def test_the_readers_card_recipe_and_strategy_are_valid(readers_folder):
+    assert load_card("my-robot-card.toml").name == "my-robot"
+    assert load_strategy("my-strategy.toml").rules
+
+
+def test_the_three_steps_of_the_readme_train_a_policy(readers_folder: Path, capsys):
+    rng = np.random.default_rng(0)
+    (readers_folder / "my-robot").mkdir()
+    with h5py.File(readers_folder / "my-robot" / "cup_demo.hdf5", "w") as file:
+        for number in range(4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["obs/front_rgb"] = rng.integers(0, 256, (3, 224, 224, 3), np.uint8)
+            demo["obs/joint_positions"] = rng.normal(size=(3, 7))
+            demo["actions"] = rng.normal(size=(3, 7))
+    base = ROOT / "tests" / "fixtures" / "lerobot_smolvla"  # in the place of lerobot/pi0_base
+    shutil.copytree(base, readers_folder / "base", ignore=shutil.ignore_patterns("policy_*"))
+    shutil.move(readers_folder / "base" / "tokenizer", readers_folder / "paligemma")
+    changed = ["--policy.checkpoint", "base", "--train.steps", "2", "--train.batch_size", "2"]
+    changed += ["--train.validation_batches", "1"]
+    assert cli.main(["train", "my-robot.toml", *changed]) == 0
+    assert (readers_folder / "runs" / "my-robot" / "report.html").is_file()
+    made = cli.main(["export", "runs/my-robot", "--to", "vlafit", "--out", "exported"])
+    assert made == 0 and "exported" in capsys.readouterr().out
+
+
+PYTHON = [
+    (name, number)
+    for name in GUIDES
+    if name != "docs/extending.md"  # its blocks are files of a package, which tests/outside runs
+    for number in range(len(blocks(name, "python")))
+]
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_python_in_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("name", "number"), PYTHON)
+def test_python_in_the_guides_runs(name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("metaworld")
-    blocks = re.findall(r"```python\n(.*?)```", text_of("README.md"), flags=re.DOTALL)
-    assert len(blocks) == 2
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks[number], f"README.md, block {number}", "exec"), {})
+    exec(compile(blocks(name, "python")[number], f"{name}, block {number}", "exec"), {})
 
 
-def test_every_shipped_strategy_is_in_the_changelog():
-    assert [name for name in shipped.names("strategy") if f"`{name}`" not in text_of("CHANGELOG.md")] == []
+# ------------------------------------------------------------------------------------- size and numbers
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").split()) < 900
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/extending.md"])
+def test_a_page_is_short(name: str):
+    assert len(text_of(name).split()) <= 650
+
+
+def test_every_shipped_strategy_is_in_the_changelog_and_every_protocol_on_its_page():
+    assert [n for n in shipped.names("strategy") if f"`{n}`" not in text_of("CHANGELOG.md")] == []
+    assert [n for n in shipped.names("protocol") if f"`{n}`" not in text_of("docs/evaluation.md")] == []
+
+
+def facts(*parts: str) -> dict[str, Any]:
+    return json.loads(RESULTS.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def test_the_published_quickstart_is_what_its_reports_say():
+    text = text_of("eval/README.md")
+    for seed, folder in enumerate(
+        ("quickstart", "quickstart-seeds/quickstart-seed1", "quickstart-seeds/quickstart-seed2")
+    ):
+        success = facts(folder, "report.json")["success"]
+        cells = " | ".join(
+            f"{success[when]['successes']} of {success[when]['episodes']}"
+            for when in ("before", "after", "wrong_instruction")
+        )
+        assert f"| {seed} | {cells} |" in text
+
+
+def test_the_published_comparison_is_what_its_record_says():
+    text = text_of("eval/README.md")
+    for row in facts("compare", "compare.json")["strategies"]:
+        seeds = row["success"]["after"]["seeds"].values()
+        total = f"{sum(s['successes'] for s in seeds)} of {sum(s['episodes'] for s in seeds)}"
+        assert f"| {row['strategy']} | {total} |" in text
+
+
+def test_the_memory_table_is_what_the_shipped_strategies_amount_to():
+    from vlafit import tuning
+    from vlafit.policies import build_family
+
+    text = text_of("docs/hardware.md")
+    (head,) = re.findall(r"^\| GB \|(.*)\|$", text, flags=re.MULTILINE)
+    strategies = [cell.strip() for cell in head.split("|")]
+    for size, family in (("pi0", "pi0"), ("pi05", "pi0"), ("smolvla", "smolvla")):
+        cells = []
+        for strategy in strategies:
+            policy = build_family(family, size, device="meta")
+            weights = sum(tensor.numel() for tensor in policy.parameters())
+            plan = tuning.preview(policy, load_strategy(strategy))
+            held = 4 * (weights + plan.adapter_parameters) + 12 * plan.trainable_parameters
+            cells.append(
+                f"{held / 1e9:.1f}"
+            )  # fp32: weights, and of what is trained a gradient and two moments
+        assert f"| {size} | {' | '.join(cells)} |" in text

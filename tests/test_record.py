@@ -4,14 +4,15 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
+from tests.waiting import alive, wait_until
 from vlafit import cli
 from vlafit.datasets import Card, RecordSpec, load_card, open_dataset
 from vlafit.envs import EnvSpec, make
@@ -145,9 +146,9 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
         [sys.executable, "-m", "vlafit", *words, str(workers)],
         cwd=Path(__file__).parents[1], preexec_fn=heed_ctrl_c, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (parts := list(out.glob(".episodes-*/*/*.npz"))):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: any(out.glob(".episodes-*/*/*.npz")), process)
+    parts = list(out.glob(".episodes-*/*/*.npz"))
+    its_workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(how)
     _, said = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -how), said
@@ -156,7 +157,7 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     assert all(part.exists() for part in parts)  # what was finished is there
     with pytest.raises(DataError, match=r"holds a recording already.*--resume"):
         record(card, out)
-    time.sleep(1.5)  # the killed process's workers notice and leave
+    wait_until(lambda: not any(map(alive, its_workers)))  # the killed process's workers notice and end
     capsys.readouterr()
     assert cli.main([*words, "1", "--resume"]) == 0
     assert f"{TASKS[1]}" in (shown := capsys.readouterr().out) and "4 episodes, " in shown

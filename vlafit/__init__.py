@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from vlafit.checkpoints import load as load_checkpoint  # noqa: F401
     from vlafit.checkpoints import load_policy as load_policy
     from vlafit.checkpoints import save as save_checkpoint  # noqa: F401
+    from vlafit.datasets import open_dataset as open_dataset
     from vlafit.nn.batch import Batch as Batch
     from vlafit.tuning import apply_strategy as apply_strategy
     from vlafit.tuning.merge import merge as merge
@@ -18,6 +19,7 @@ _HOMES = {
     "load_checkpoint": ("vlafit.checkpoints", "load"),
     "load_policy": ("vlafit.checkpoints", "load_policy"),
     "merge": ("vlafit.tuning.merge", "merge"),
+    "open_dataset": ("vlafit.datasets", "open_dataset"),
     "save_checkpoint": ("vlafit.checkpoints", "save"),
 }
 

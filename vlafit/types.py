@@ -118,12 +118,15 @@ class Observation:
 
     `images` maps a camera's name to uint8 [h, w, 3] RGB; a camera that is missing at this moment is absent.
     `state` is float32 [s]. `privileged` holds simulator state for scripted experts; the codec never reads it.
+    `past` holds earlier observations of the same episode, oldest first, for policies with a history; it is
+    shorter at the episode's start, and theirs is empty.
     """
 
     images: Mapping[str, NDArray[np.uint8]]
     state: NDArray[np.float32]
     instruction: str
     privileged: Mapping[str, NDArray] = field(default_factory=lambda: NOTHING)
+    past: tuple["Observation", ...] = ()
 
 
 @dataclass(frozen=True)

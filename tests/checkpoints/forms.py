@@ -14,10 +14,9 @@ from torch import Tensor
 from tests.policies.tiny import random_policy
 from vlafit.checkpoints.formats.hf_transformers import names as transformers
 from vlafit.checkpoints.formats.lerobot import names as lerobot
-from vlafit.checkpoints.formats.lerobot import smolvla_names as lerobot_smolvla
 from vlafit.checkpoints.formats.openpi import names as openpi
-from vlafit.checkpoints.infer import pi0 as shapes
 from vlafit.checkpoints.name_map import NameMap, back
+from vlafit.policies import pi0, smolvla
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 Tensors = dict[str, Tensor]
@@ -131,14 +130,23 @@ WIDTHS = ("action_dim", "state_dim")
 HEADS = {"vision.heads": 2}
 ALL = ("vision.mlp", "vision.depth", "patches", *PI0_CUT, *WIDTHS)
 FORMS = [
-    Form("openpi pi0", openpi.NAMES, shapes.AXES, _write_openpi("pi0"), HEADS, (*PI0_CUT, *WIDTHS)),
-    Form("openpi pi05", openpi.NAMES, shapes.AXES, _write_openpi("pi05"), HEADS, (*PI0_CUT, "action_dim")),
+    Form("openpi pi0", openpi.NAMES, pi0.SHAPES.axes, _write_openpi("pi0"), HEADS, (*PI0_CUT, *WIDTHS)),
     Form(
-        "LeRobot pi0", lerobot.PI0, shapes.AXES, _write_lerobot("pi0"), HEADS, (*PI0_CUT, *WIDTHS, "patches")
+        "openpi pi05", openpi.NAMES, pi0.SHAPES.axes, _write_openpi("pi05"), HEADS, (*PI0_CUT, "action_dim")
     ),
-    Form("LeRobot pi05", lerobot.PI0, shapes.AXES, _write_lerobot("pi05"), HEADS, (*PI0_CUT, "action_dim")),
-    Form("transformers", transformers.SAVED, shapes.AXES, _write_transformers, {}, ALL),
-    Form("SmolVLA", lerobot.SMOLVLA, lerobot_smolvla.AXES, _write_smolvla, {}, ALL),
+    Form(
+        "LeRobot pi0",
+        lerobot.PI0,
+        pi0.SHAPES.axes,
+        _write_lerobot("pi0"),
+        HEADS,
+        (*PI0_CUT, *WIDTHS, "patches"),
+    ),
+    Form(
+        "LeRobot pi05", lerobot.PI0, pi0.SHAPES.axes, _write_lerobot("pi05"), HEADS, (*PI0_CUT, "action_dim")
+    ),
+    Form("transformers", transformers.SAVED, pi0.SHAPES.axes, _write_transformers, {}, ALL),
+    Form("SmolVLA", lerobot.SMOLVLA, smolvla.SHAPES.axes, _write_smolvla, {}, ALL),
 ]
 FORMS = [replace(form, unused=form.names.unused) for form in FORMS]
 

@@ -14,11 +14,11 @@ import vlafit
 from tests.checkpoints.forms import FORMS, SMOLVLA, Form, cut, save
 from tests.checkpoints.test_damage import BEYOND
 from vlafit.checkpoints import inspect
-from vlafit.checkpoints.formats.lerobot import smolvla_names as lerobot_smolvla
-from vlafit.checkpoints.infer import pi0 as shapes
-from vlafit.checkpoints.infer.voting import Witness, contradictions, vote
+from vlafit.checkpoints.formats.lerobot import smolvla_config
+from vlafit.checkpoints.infer import ConfigEvidence, infer_config
+from vlafit.checkpoints.voting import Witness, contradictions, vote
 from vlafit.errors import WeightsError
-from vlafit.policies import smolvla
+from vlafit.policies import pi0, smolvla
 from vlafit.policies.pi0 import SIZES, build
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -65,7 +65,7 @@ def test_every_damage_is_named_as_the_file_names_it(form: Form, tmp_path: Path):
 
 @pytest.mark.parametrize("family", ["pi0", "pi05", "smolvla"])
 def test_every_axis_of_every_parameter_has_its_word(family: str):
-    axes = lerobot_smolvla.AXES if family == "smolvla" else shapes.AXES
+    axes = (smolvla if family == "smolvla" else pi0).SHAPES.axes
     made = (
         smolvla.build(smolvla.SIZES["smolvla"], "meta")
         if family == "smolvla"
@@ -163,7 +163,7 @@ def test_the_unused_head_has_the_rows_and_columns_of_the_embedding(folder: Path)
 
 
 def test_a_public_model_that_config_json_names_has_its_public_size(folder: Path):
-    edit(folder / "config.json", vlm_model_name=lerobot_smolvla.PUBLIC_VLM)
+    edit(folder / "config.json", vlm_model_name=smolvla_config.PUBLIC_VLM)
     with pytest.raises(
         WeightsError, match=r"language.vocab is 512 by .*, 49280 by config.json \(vlm_model_name"
     ):
@@ -172,15 +172,15 @@ def test_a_public_model_that_config_json_names_has_its_public_size(folder: Path)
 
 def test_as_wide_as_the_public_smolvla_and_less_deep_must_be_meant_so():
     weights = {n: p.detach() for n, p in smolvla.build(smolvla.SIZES["smolvla"], "meta").named_parameters()}
-    found = lerobot_smolvla.infer_smolvla(weights, None, Path("here"), shapes.Told(), {}, "here")
-    assert found == shapes.Inferred(smolvla.SIZES["smolvla"])
+    inferred = infer_config("smolvla", weights, ConfigEvidence(), {}, "here")
+    assert (inferred.config, inferred.conflicts) == (smolvla.SIZES["smolvla"], ())
     less = {n: t for n, t in weights.items() if ".layers.15." not in n}
-    found = lerobot_smolvla.infer_smolvla(less, None, Path("here"), shapes.Told(), {}, "here")
-    assert found.odd[0].startswith(
+    inferred = infer_config("smolvla", less, ConfigEvidence(), {}, "here")
+    assert inferred.conflicts[0].startswith(
         "contradicted: language.depth is 15 by the tensors, 16 by the public SmolVLA"
     )
     given = {"language.depth": 15}
-    assert not lerobot_smolvla.infer_smolvla(less, None, Path("here"), shapes.Told(), given, "here").odd
+    assert not infer_config("smolvla", less, ConfigEvidence(), given, "here").conflicts
 
 
 # ------------------------------------------------------------------------------------------ pi0 and pi0.5
@@ -295,7 +295,7 @@ def test_layers_that_are_lost_at_the_end_are_named_where_something_says_how_many
 
 @pytest.mark.parametrize("rows", [512, 511])
 def test_a_head_that_feeds_nothing_and_lost_an_axis_is_contradicted(rows: int):
-    votes = vote({"language.embed_tokens.weight": torch.empty(512, 64)}, shapes.AXES)
+    votes = vote({"language.embed_tokens.weight": torch.empty(512, 64)}, pi0.SHAPES.axes)
     read = {"language": {"vocab": 512, "width": 64}}
     head = Witness("lm_head", (rows,), "language.vocab language.width")
     (said,) = contradictions(read, (), {}, votes, [head])

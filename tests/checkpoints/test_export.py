@@ -300,7 +300,7 @@ def test_codecs_that_lerobot_cannot_repeat_are_refused():
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
     shutil.copytree(FIXTURE, tmp_path / "out")
-    with pytest.raises(WeightsError, match="is there already"):
+    with pytest.raises(WeightsError, match="out exists already"):
         export(FIXTURE, "lerobot", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -327,7 +327,7 @@ def test_the_command_line_exports_and_says_what_it_wrote(tmp_path: Path, capsys:
     )
     assert "for transformers, 2 files: config.json, model.safetensors" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "native"), "--to", "openpi", "--out", str(tmp_path / "no")]) == 2
-    assert "cannot go to openpi" in capsys.readouterr().err
+    assert "cannot be written for openpi" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- a model nobody published

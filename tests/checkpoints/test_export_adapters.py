@@ -16,6 +16,8 @@ from tests.policies.tiny import random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, rules, train, velocity
 from vlafit.checkpoints import export as exporting
 from vlafit.checkpoints.export import export
+from vlafit.checkpoints.formats.hf_transformers import write as transformers_write
+from vlafit.checkpoints.formats.hf_transformers.format import FORMAT as TRANSFORMERS
 from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.checkpoints.formats.peft import write as peft_export
 from vlafit.errors import WeightsError
@@ -196,8 +198,8 @@ def test_a_layer_that_transformers_has_in_another_kind_is_refused(monkeypatch: p
     policy = make_policy()
     plan = vlafit.apply_strategy(policy, rules("lora"))
     other = pi0.build(replace(pi0.SIZES["pi0-tiny"], action_dim=9), "meta")
-    monkeypatch.setattr(peft_export.transformers_export, "skeleton", lambda config: other)
-    (reason,) = peft_export.refusals(policy, plan, "transformers")
+    monkeypatch.setattr(transformers_write, "skeleton", lambda config: other)
+    (reason,) = peft_export.refusals(policy, plan, TRANSFORMERS.adapters, "transformers")
     assert "transformers has no layer of the kind of vision.patch_embedding" in reason
 
 

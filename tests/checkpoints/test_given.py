@@ -11,9 +11,10 @@ import vlafit
 from tests.checkpoints.test_adapt import TOKENIZER
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints, cli
+from vlafit.checkpoints import parse_config
 from vlafit.checkpoints.export import export
-from vlafit.checkpoints.formats.openpi import defaults as assumed
-from vlafit.checkpoints.options import take_apart
+from vlafit.checkpoints.formats.openpi.format import require_factors
+from vlafit.checkpoints.infer import ConfigEvidence, infer_config
 from vlafit.errors import ConfigError, WeightsError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -60,8 +61,8 @@ def test_a_config_that_cannot_be_meant_is_one_error_for_every_form(native: Path,
 
 
 def test_the_same_config_may_be_written_in_tables_or_with_dots():
-    nested = take_apart({"vision": {"heads": 2}, "language": {"head_dim": 8}, "chunk": 6, "action_dim": 3})
-    dotted = take_apart({"language.head_dim": 8, "vision.heads": 2, "chunk": 6, "action_dim": 3})
+    nested = parse_config({"vision": {"heads": 2}, "language": {"head_dim": 8}, "chunk": 6, "action_dim": 3})
+    dotted = parse_config({"language.head_dim": 8, "vision.heads": 2, "chunk": 6, "action_dim": 3})
     assert nested == dotted and dotted.widths == {"action_dim": 3} and "action_dim" not in dotted.fields
 
 
@@ -84,7 +85,11 @@ def test_the_command_line_says_so_without_a_traceback(capsys: pytest.CaptureFixt
             "codec.relative would have no effect: this is a LeRobot checkpoint",
         ),
         (SMOLVLA, {"lora.rslora": True}, "lora.* is for openpi's JAX checkpoints with LoRA"),
-        (OPENPI, {**TOLD, "lora.rslora": True}, "openpi's PyTorch code has no LoRA"),
+        (
+            OPENPI,
+            {**TOLD, "lora.rslora": True},
+            "this is a openpi checkpoint, and lora.* is for openpi's JAX checkpoints",
+        ),
         (OPENPI, {**TOLD, "codec.relative": [True]}, "no tokenizer in the checkpoint: give one"),
         (JAX, {**TOLD, "lora.language_alpha": 2.0}, "the checkpoint has no LoRA factors"),
         (JAX, {**TOLD, "codec.action_dims": 3}, "codec.action_dims would have no effect"),
@@ -104,13 +109,13 @@ def test_our_own_checkpoint_takes_no_options_and_headers_make_no_codec(native: P
 
 def test_alpha_is_for_a_part_whose_attention_has_factors():
     tree = {"PaliGemma/llm/layers/attn/q_einsum_1/w": 1, "PaliGemma/llm/layers/mlp/linear": 1}
-    assumed.require_factors(LORA, tree, take_apart({"lora.expert_alpha": 2.0}))
+    require_factors(LORA, tree, parse_config({"lora.expert_alpha": 2.0}))
     with pytest.raises(
         ConfigError, match="lora.language_alpha would have no effect: the attention of the lang"
     ):
-        assumed.require_factors(LORA, tree, take_apart({"lora.language_alpha": 2.0}))
-    with pytest.raises(ConfigError, match="factors of the MLPs alone are not scaled"):
-        assumed.require_factors(LORA, {"llm/layers/mlp/linear": 1}, take_apart({"lora.rslora": True}))
+        require_factors(LORA, tree, parse_config({"lora.language_alpha": 2.0}))
+    with pytest.raises(ConfigError, match="lora.rslora would have no effect: factors of MLPs"):
+        require_factors(LORA, {"llm/layers/mlp/linear": 1}, parse_config({"lora.rslora": True}))
 
 
 def test_a_tokenizer_or_assets_without_effect_are_refused(native: Path, tmp_path: Path):
@@ -184,12 +189,16 @@ def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Pat
 
 
 def test_what_comes_from_the_public_size_is_noted():
-    from vlafit.policies.pi0 import SIZES
+    from vlafit.policies.pi0 import SIZES, build
 
-    made = SIZES["pi0"]
-    (note,) = assumed.from_public(made, {"vision": {}})
-    assert note.startswith("chunk is 50 and vision.heads is 16: assumed, as in the public model")
-    assert assumed.from_public(made, {"chunk": 50, "vision": {"heads": 16}}) == ()
+    weights = {name: p.detach() for name, p in build(SIZES["pi0"], "meta").named_parameters()}
+    (note,) = infer_config("pi0", weights, ConfigEvidence(), {}, "here").notes
+    assert "chunk is 50 and vision.heads is 16" in note
+    for evidence, config in (
+        (ConfigEvidence({"chunk": 50, "vision": {"heads": 16}}), {}),
+        (ConfigEvidence(fixed=("vision.heads",)), {"chunk": 50}),
+    ):
+        assert infer_config("pi0", weights, evidence, config, "here").notes == ()
 
 
 # -------------------------------------------------------------------------------------- found by outsiders

@@ -20,7 +20,7 @@ import vlafit
 from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules, train, velocity
 from vlafit import checkpoints, cli, config
-from vlafit.checkpoints import locate as hub
+from vlafit.checkpoints import hub, locate
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.recipe import PolicyRecipe
 from vlafit.train.data import open_data
@@ -70,16 +70,16 @@ def test_an_id_is_loaded_from_the_cache_and_the_report_tells_the_commit(cache: P
     assert report.notes[0] == f"acme/tiny of the Hugging Face Hub, main at commit {COMMIT}"
     put_in_cache(cache, OPENPI, commit=OLDER)
     (cache / "models--acme--tiny" / "refs" / "main").write_text(COMMIT)
-    found = hub.place(f"acme/tiny@{OLDER}")
+    found = locate.place(f"acme/tiny@{OLDER}")
     assert (found.path.name, found.name) == (OLDER, f"acme/tiny@{OLDER}")
-    assert hub.place(hub.place("acme/tiny").name).path == hub.place("acme/tiny").path
+    assert locate.place(locate.place("acme/tiny").name).path == locate.place("acme/tiny").path
 
 
 def test_a_path_that_exists_is_never_looked_for_on_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch):
     put_in_cache(cache, OPENPI)
     shutil.copytree(OPENPI, "acme/tiny")
-    monkeypatch.setattr(hub, "_on_hub", lambda said: pytest.fail("the Hub was asked"))
-    assert hub.place("acme/tiny").path == Path("acme/tiny")
+    monkeypatch.setattr(hub, "_on_hub", lambda reference, patterns: pytest.fail("the Hub was asked"))
+    assert locate.place("acme/tiny").path == Path("acme/tiny")
     assert vlafit.load_checkpoint("acme/tiny", config=TOLD).report.notes == ()
     with pytest.raises(WeightsError, match="there is no such checkpoint"):
         vlafit.load_policy(Path("acme/other"))
@@ -91,7 +91,7 @@ def test_a_path_that_exists_is_never_looked_for_on_the_hub(cache: Path, monkeypa
 def test_what_is_no_id_is_not_taken_for_one(cache: Path, said: str):
     assert hub.parse(said) is None
     with pytest.raises(ConfigError):
-        hub.place(said)
+        locate.place(said)
 
 
 def test_adapters_remember_the_commit_of_their_base_and_are_verified(cache: Path):

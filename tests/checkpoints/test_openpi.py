@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from vlafit.checkpoints.formats.lerobot.names import PI0 as lerobot_names
 from vlafit.checkpoints.formats.openpi.names import NAMES
-from vlafit.checkpoints.infer.pi0 import Inferred, Told, infer_config
+from vlafit.checkpoints.infer import ConfigEvidence, infer_config
 from vlafit.checkpoints.name_map import back, translate
 from vlafit.errors import WeightsError
 from vlafit.nn.batch import Batch
@@ -183,5 +183,6 @@ def test_the_full_size_names_and_shapes_map_one_to_one(size: str):
 def test_the_full_size_config_follows_from_the_full_size_shapes():
     for size in ("pi0", "pi05"):
         meta = {n: p.detach() for n, p in build(SIZES[size], "meta").named_parameters()}
-        found = infer_config(translate(back(meta, NAMES), NAMES).weights, Told(), {}, "here")
-        assert found == Inferred(SIZES[size])
+        weights = translate(back(meta, NAMES), NAMES).weights
+        inferred = infer_config("pi0", weights, ConfigEvidence(), {}, "here")
+        assert (inferred.config, inferred.conflicts) == (SIZES[size], ())

@@ -17,7 +17,7 @@ from vlafit.checkpoints import inspect
 from vlafit.checkpoints.formats.openpi import jax as openpi_jax
 from vlafit.checkpoints.formats.openpi.names import NAMES
 from vlafit.checkpoints.formats.openpi.orbax import Leaf
-from vlafit.checkpoints.infer.pi0 import Inferred, infer_config
+from vlafit.checkpoints.infer import infer_config
 from vlafit.checkpoints.name_map import translate
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.batch import Batch
@@ -168,7 +168,8 @@ def test_the_full_size_tree_maps_one_to_one_onto_the_full_size_policy(
     policy = build(config, "meta")
     shapes = {name: p.shape for name, p in policy.named_parameters()}
     assert {name: t.shape for name, t in tree.weights.items()} == shapes
-    assert infer_config(tree.weights, tree.told, {}, "here") == Inferred(policy.config)
+    inferred = infer_config("pi0", tree.weights, tree.evidence, {}, "here")
+    assert (inferred.config, inferred.conflicts) == (policy.config, ())
     factors = sum(_size(f.a.shape) + _size(f.b.shape) for f in tree.lora.values())
     assert sum(s.numel() for s in shapes.values()) + factors == LAYOUTS[size]["parameters"]
     assert len(tree.lora) == (10 if "lora" in size else 0)
@@ -190,8 +191,10 @@ def test_a_full_size_tree_that_lacks_a_layer_is_not_taken_for_a_shallower_one(
     tree = replace(
         tree, weights={n: t for n, t in tree.weights.items() if not n.startswith("vision.layers.26.")}
     )
-    found = infer_config(tree.weights, tree.told, {}, "here")
-    assert found.odd[0].startswith("contradicted: vision.depth is 26 by the tensors, 27 by the public pi0")
+    inferred = infer_config("pi0", tree.weights, tree.evidence, {}, "here")
+    assert inferred.conflicts[0].startswith(
+        "contradicted: vision.depth is 26 by the tensors, 27 by the public pi0"
+    )
 
 
 def _written(folder: Path, leaves: dict[str, torch.Tensor]) -> Path:

@@ -16,7 +16,7 @@ from vlafit.checkpoints import inspect
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.name_map import back
 from vlafit.checkpoints.tensor_files import INDEX
-from vlafit.checkpoints.tensor_lists import listed
+from vlafit.checkpoints.tensor_lists import list_tensors
 from vlafit.errors import WeightsError
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES, build
@@ -204,7 +204,7 @@ def test_an_error_names_all_tensors_and_whole_layers_at_once(
 
 
 def test_lists_keep_what_differs_between_layers_apart():
-    found = listed(
+    found = list_tensors(
         ["a.layers.0.x is (1,), not (2,)", "a.layers.1.x is (3,), not (2,)", "b"], str.upper, ["B"]
     )
     assert found == "A.LAYERS.0.X [a.layers.0.x] is (1,), not (2,), A.LAYERS.1.X [a.layers.1.x] is (3,)," \

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.codec.robots import ROBOT, SENTENCES, codec, config, observation, sample, tokenizer
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.errors import CodecError, ConfigError, VlafitError
-from vlafit.types import Feature
+from vlafit.types import Feature, Observation
 
 
 @pytest.fixture
@@ -310,3 +310,57 @@ def test_config_fields_all_have_help():
     from vlafit.config import field_help
 
     assert set(field_help(CodecConfig)) == set(CodecConfig.__dataclass_fields__)
+
+
+# ------------------------------------------------------------------------------------------------- history
+
+
+def _episode(rng: np.random.Generator, steps: int) -> Observation:
+    """The newest of `steps` observations, with the earlier ones in its past."""
+    *earlier, newest = [observation(rng) for _ in range(steps)]
+    return replace(newest, past=tuple(earlier))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_history_is_the_newest_steps_padded_at_the_start_by_the_first_one(
+    rng: np.random.Generator, steps: int
+):
+    seen = _episode(rng, steps)
+    made, single = codec(np.random.default_rng(0), history=3), codec(np.random.default_rng(0))
+    encoded = made.encode(seen)
+    everything = [*seen.past, replace(seen, past=())]
+    expected = ([everything[0]] * 2 + everything)[-3:] if steps < 3 else everything[-3:]
+    each = [single.encode(one) for one in expected]
+    np.testing.assert_array_equal(encoded.images, np.stack([e.images for e in each]))
+    np.testing.assert_array_equal(encoded.image_mask, np.stack([e.image_mask for e in each]))
+    np.testing.assert_array_equal(encoded.state, np.stack([e.state for e in each]))
+    assert encoded.history_mask is not None
+    assert encoded.history_mask.tolist() == [i >= 3 - steps for i in range(3)]
+    np.testing.assert_array_equal(encoded.tokens, single.encode(replace(seen, past=())).tokens)
+
+
+def test_without_a_history_the_past_changes_nothing_and_no_axis_is_added(rng: np.random.Generator):
+    seen, made = _episode(rng, 3), codec(np.random.default_rng(0))
+    with_past, without = made.encode(seen), made.encode(replace(seen, past=()))
+    assert with_past.history_mask is None and with_past.images.ndim == 4 and with_past.state.ndim == 1
+    for name in ("images", "image_mask", "state", "tokens"):
+        np.testing.assert_array_equal(getattr(with_past, name), getattr(without, name))
+
+
+def test_a_codec_saved_before_there_were_histories_loads_with_one_step(
+    rng: np.random.Generator, tmp_path: Path
+):
+    codec(rng).save(tmp_path)
+    content = json.loads((tmp_path / "codec.json").read_text())
+    assert content["config"].pop("history") == 1
+    (tmp_path / "codec.json").write_text(json.dumps(content))
+    assert Codec.load(tmp_path).config.history == 1
+
+
+def test_a_relative_action_is_relative_to_the_newest_state_of_a_history(rng: np.random.Generator):
+    one = sample(rng)
+    earlier = observation(rng)
+    longer = replace(one, observation=replace(one.observation, past=(earlier,)))
+    made = codec(np.random.default_rng(0), relative=(True, True), history=2)
+    single = codec(np.random.default_rng(0), relative=(True, True))
+    np.testing.assert_array_equal(made.encode(longer).actions, single.encode(one).actions)

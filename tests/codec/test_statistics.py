@@ -118,3 +118,36 @@ def test_a_constant_dimension_encodes_to_zero_and_an_unforeseen_value_stays_smal
     np.testing.assert_allclose(normaliser.encode(np.array([[0.04]])), 0, atol=1e-12)
     assert np.abs(normaliser.encode(np.array([[0.3]]))).max() <= FURTHEST
     np.testing.assert_allclose(normaliser.decode(np.array([[0.0]])), 0.04, rtol=1e-12)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    width=st.integers(1, 30),
+    at_once=st.integers(1, 5000),
+)
+def test_statistics_of_blocks_are_those_of_one_array_bit_for_bit(
+    seed: int, lengths: list[int], width: int, at_once: int
+):
+    rng = np.random.default_rng(seed)
+    blocks = [rng.normal(size=(n, width)).astype(np.float32) * 10.0 ** rng.integers(-3, 4) for n in lengths]
+    whole = np.concatenate(blocks).astype(np.float64)
+    expected = {
+        "mean": whole.mean(axis=0),
+        "std": whole.std(axis=0),
+        "q01": np.quantile(whole, 0.01, axis=0),
+        "q99": np.quantile(whole, 0.99, axis=0),
+        "min": whole.min(axis=0),
+        "max": whole.max(axis=0),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlafit.codec.statistics.QUANTILE_VALUES", at_once)
+        made = Statistics.of_blocks(blocks)
+    assert made.count == len(whole)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(made.array(name), value)
+
+
+def test_blocks_of_different_widths_are_refused_by_name():
+    with pytest.raises(CodecError, match="state.*3 and 4"):
+        Statistics.of_blocks([np.zeros((2, 3)), np.zeros((2, 4))], "state")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets import Card
 from vlafit.datasets.card import CameraCard, ColumnCard, InstructionCard, RobotCard
+from vlafit.datasets.layouts import robomimic
 
 TASKS = ("turn_on_the_stove", "open_the_drawer")
 SIZE = (6, 5)  # height, width: not square, so that a mix-up shows
@@ -70,7 +71,7 @@ def card(path: Path, **changes: object) -> Card:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def robomimic_card(path: Path, **changes: object) -> Card:
+def robomimic_card(path: Path, mask: str = "", **changes: object) -> Card:
     robot = card(path).robot
     robot = replace(
         robot,
@@ -80,8 +81,9 @@ def robomimic_card(path: Path, **changes: object) -> Card:
         ),
         state=ColumnCard(("obs/robot0_eef_pos", "obs/robot0_gripper_qpos"), 5),
     )
-    said = InstructionCard("card", files={task: task.replace("_", " ") for task in TASKS})
-    return card(path, layout="robomimic", robot=robot, instruction=said, **changes)
+    sentences = InstructionCard("card", files={task: task.replace("_", " ") for task in TASKS})
+    section = robomimic.Section(mask=mask)
+    return card(path, layout="robomimic", robot=robot, instruction=sentences, section=section, **changes)
 
 
 def _group(

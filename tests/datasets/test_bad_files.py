@@ -171,7 +171,7 @@ def test_a_list_of_sentences_is_joined_as_libero_does(file: Path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: card(p / "nothing"), "nothing is at '.*nothing'.*mend `path`"),
+        (lambda p: card(p / "nothing"), "nothing is at '.*nothing'.*`path`"),
         (lambda p: card(p), r"holds no \.hdf5 or \.h5 file"),
         (lambda p: card(p / "*.hdf5"), "holds no"),
         (lambda p: card(p / "nothing", source="get it at a.b"), "nothing is at.*; get it at a.b"),

@@ -1,3 +1,6 @@
+"""What a data card may say, and how its layout's options are found in it."""
+
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,9 +8,12 @@ import numpy as np
 import pytest
 
 from vlafit import shipped
-from vlafit.config import build, field_help
+from vlafit.config import field_help
 from vlafit.datasets import Card, load_card
 from vlafit.datasets.card import RecordSpec
+from vlafit.datasets.layouts import robomimic
+from vlafit.datasets.load import build, prepare
+from vlafit.datasets.write import card_text
 from vlafit.errors import ConfigError
 from vlafit.types import Embodiment, Feature
 
@@ -103,19 +109,21 @@ def test_a_folder_gives_its_hdf5_files_sorted_and_a_pattern_those_that_match(pat
     for name in ("b.hdf5", "a.h5", "notes.txt", "c.hdf5.partial", ".d.hdf5.tmp"):
         (folder / name).touch()
     card = load_card(path)
-    assert [p.name for p in card.files()] == ["a.h5", "b.hdf5"]
-    assert [p.name for p in replace(card, path="small/b*").files()] == ["b.hdf5"]
-    assert [p.name for p in replace(card, path="**/*.hdf5").files()] == ["b.hdf5"]
-    assert [p.name for p in replace(card, path=str(folder / "a.h5")).files()] == ["a.h5"]
+    suffixes = (".hdf5", ".h5")
+    assert [p.name for p in card.files(suffixes)] == ["a.h5", "b.hdf5"]
+    assert [p.name for p in card.files()] == ["a.h5", "b.hdf5", "c.hdf5.partial", "notes.txt"]
+    assert [p.name for p in replace(card, path="small/b*").files(suffixes)] == ["b.hdf5"]
+    assert [p.name for p in replace(card, path="**/*.hdf5").files(suffixes)] == ["b.hdf5"]
+    assert [p.name for p in replace(card, path=str(folder / "a.h5")).files(suffixes)] == ["a.h5"]
     assert replace(card, path="small/*.hdf5").location() == folder
 
 
 BAD = [
-    ('layout = "libero"', 'layout = "libreo"', "'libreo' is none of.*did you mean 'libero'"),
+    ('layout = "libero"', 'layout = "libreo"', "layout.*'libreo'.*did you mean 'libero'"),
     ('path = "small"', 'pth = "small"', "unknown key 'pth'; did you mean 'path'"),
     ('path = "small"', "path = 3", "path"),
     ('path = "small"', 'path = "small"\nfile = "x"', "filled in when the card is read"),
-    ('path = "small"', 'path = "small"\nmask = "train"', "only layout robomimic has filter keys"),
+    ('path = "small"', 'path = "small"\nmask = "train"', "'mask'.*'libero'.*layout robomimic"),
     ("hz = 20", "hz = 0", "hz must be above 0"),
     ("height = 6", "height = 0", "camera 'front' is 0x5"),
     ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is none of 0, 180"),
@@ -123,9 +131,9 @@ BAD = [
     ('keys = ["actions"]', "keys = []", "robot.action needs at least one key"),
     ("dimensions = 3", "dimensions = 4", "3 labels for 4 dimensions"),
     ("hz = 20", "hz = 20\nrelative = [true]", "robot.relative has 1 entries"),
-    ('source = "attrs"', 'source = "card"', "give instruction.text or .files"),
+    ('source = "attrs"', 'source = "card"', r"instruction\.text or \.files"),
     ('source = "attrs"', 'source = "attrs"\ntext = "x"', 'need instruction.source = "card"'),
-    ('layout = "libero"', 'layout = "robomimic"', "robomimic files hold no instruction"),
+    ('layout = "libero"', 'layout = "robomimic"', "instruction.source: 'attrs'.*'card'.*'robomimic'"),
     (
         "[instruction]",
         '[record]\nenv = "metaworld"\ntasks = []\nepisodes_per_task = 3\n[instruction]',
@@ -177,11 +185,67 @@ def test_every_field_of_a_card_has_help():
     assert set(field_help(RecordSpec)) == set(RecordSpec.__dataclass_fields__)
 
 
-def test_a_card_survives_being_dumped_and_built_again(path: Path):
-    import tomllib
-
-    from vlafit.config import dump
-
+def test_a_card_survives_being_written_and_read_again(path: Path):
     card = replace(load_card(path), file=None)
-    assert build(Card, tomllib.loads(dump(card)), "here") == card
+    assert prepare(build(tomllib.loads(card_text(card)), "here")) == card
     assert np.isclose(card.robot.hz, 20)
+
+
+@pytest.mark.parametrize("name", shipped.names("card"))
+def test_a_card_that_ships_survives_being_written_and_read_again(name: str):
+    card = replace(load_card(name), file=None)
+    assert prepare(build(tomllib.loads(card_text(card)), "here")) == card
+
+
+def test_a_guess_is_a_comment_above_its_key_and_one_about_no_key_is_refused(path: Path):
+    card = load_card(path)
+    text = card_text(card, {"robot.hz": "read from nowhere", "robot.cameras.0.name": "the key's"})
+    lines = text.splitlines()
+    assert lines[lines.index("hz = 20.0") - 1] == "# GUESS: read from nowhere"
+    assert lines[lines.index('name = "front"') - 1] == "# GUESS: the key's"
+    with pytest.raises(KeyError, match="robot.rate"):
+        card_text(card, {"robot.rate": "x"})
+
+
+# ------------------------------------ a layout's section
+
+ROBOMIMIC = SMALL.replace('layout = "libero"', 'layout = "robomimic"').replace(
+    'source = "attrs"', 'source = "card"\ntext = "lift"'
+)
+
+
+@pytest.mark.parametrize("place", ["top", "table"])
+def test_a_layouts_option_stands_in_its_table_or_as_in_older_cards_at_the_top(tmp_path: Path, place: str):
+    path = tmp_path / "masked.toml"
+    top = 'mask = "train"\n' if place == "top" else ""
+    table = "" if place == "top" else '[robomimic]\nmask = "train"\n'
+    path.write_text(top + ROBOMIMIC + table)
+    assert load_card(path).section == robomimic.Section(mask="train")
+
+
+def test_an_option_in_both_places_or_of_another_layout_is_refused(tmp_path: Path):
+    path = tmp_path / "masked.toml"
+    path.write_text('mask = "train"\n' + ROBOMIMIC + '[robomimic]\nmask = "valid"\n')
+    with pytest.raises(ConfigError, match=r"'mask'.*\[robomimic\]"):
+        load_card(path)
+    path.write_text(ROBOMIMIC + "[libero]\nlinked = []\n")
+    with pytest.raises(ConfigError, match="'libero'.*'robomimic'"):
+        load_card(path)
+    path.write_text(ROBOMIMIC + '[robomimic]\nmsk = "valid"\n')
+    with pytest.raises(ConfigError, match=r"\[robomimic\].*'msk'.*did you mean 'mask'"):
+        load_card(path)
+
+
+def test_a_layout_that_cannot_be_imported_or_lacks_part_of_the_contract_is_refused(tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    for layout, fact in (
+        ("no_such.module", "no_such"),
+        ("tests.datasets.robots", "robots"),
+        ("json", "json"),
+    ):
+        path.write_text(SMALL.replace("libero", layout))
+        with pytest.raises(ConfigError, match=fact):
+            load_card(path)
+    path.write_text(SMALL.replace("libero", "json.decoder"))
+    with pytest.raises(ConfigError, match=r"json\.decoder does not define Section, .*recognise, open"):
+        load_card(path)

@@ -20,7 +20,8 @@ from tests.datasets.layouts import (
 )
 from vlafit.datasets import Card, ChunkDataset, EpisodeStore, open_dataset
 from vlafit.datasets.card import InstructionCard
-from vlafit.datasets.layouts.hdf5 import Hdf5Store, instruction_from_filename
+from vlafit.datasets.hdf5 import Hdf5Store
+from vlafit.datasets.layouts.libero import instruction_from_filename
 from vlafit.errors import DataError
 
 FILENAME = InstructionCard("filename")
@@ -108,8 +109,8 @@ def test_contiguous_frames_are_memory_mapped_and_equal_what_h5py_reads(
 ):
     store = open_dataset(write(tmp_path / "set", demos(2)))
     assert isinstance(store, Hdf5Store)
-    assert all((offset >= 0) is mapped for e in store._episodes for offset in e.offsets)
-    through = [store._dataset(e, slot)[t] for e in range(4) for slot in (1,) for t in range(4)]
+    assert all((frames.offset >= 0) is mapped for e in store._episodes for frames in e.frames)
+    through = [store._dataset(e.frames[1])[t] for e in store._episodes for t in range(4)]
     if mapped:
         monkeypatch.setattr(Hdf5Store, "_dataset", None)  # no way through h5py
     direct = [store.image(e, t, "wrist") for e in range(4) for t in range(4)]

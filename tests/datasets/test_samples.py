@@ -19,7 +19,7 @@ from vlafit.datasets import (
     shift_images,
     split_episodes,
 )
-from vlafit.datasets.layouts.hdf5 import Hdf5Store
+from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.errors import DataError
 
 

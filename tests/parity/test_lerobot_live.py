@@ -1,12 +1,10 @@
 """The newest LeRobot, in an environment of its own, against us: they load what we export, and we what they
 save.
 
-LeRobot needs Python 3.12 or newer, and other versions than we do. Make an environment for it, and name its
-interpreter (-s shows the figures):
+LeRobot needs Python 3.12 or newer, and other versions than we do. `make peers` makes an environment for it in
+.venv-lerobot and runs these tests. With another environment:
 
-    python3.12 -m venv lerobot
-    lerobot/bin/pip install "lerobot[pi,smolvla,peft]"     # what the extra `lerobot` asks for
-    VLAFIT_LEROBOT_PYTHON=$PWD/lerobot/bin/python pytest tests/parity -s
+    VLAFIT_LEROBOT_PYTHON=/path/to/python pytest tests/parity -s     # -s shows the figures
 
 Cameras of the policy's own size show all of a policy: velocity, loss, samples of 1 and 10 steps agree within
 1e-4. Scaled images cannot agree so nearly: our codec rounds them to whole grey levels, since images stay
@@ -40,7 +38,7 @@ from vlafit.types import Embodiment, Feature, Observation, Sample
 PYTHON = os.environ.get("VLAFIT_LEROBOT_PYTHON", "")
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.slow,
+    pytest.mark.peer,
     pytest.mark.skipif(not PYTHON, reason="VLAFIT_LEROBOT_PYTHON names no interpreter that has LeRobot"),
 ]
 

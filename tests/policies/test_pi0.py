@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.policies import reference
-from tests.policies.tiny import random_batch, random_draws, random_policy
+from tests.policies.tiny import CLOSE, random_batch, random_draws, random_policy
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.policies import build_family, families, family, family_name, override
@@ -37,7 +37,7 @@ def test_two_passes_equal_one_joint_attention_written_out_naively(size: str, kv_
     with torch.no_grad():
         got = policy.velocity(batch, noise[0], time[0])
     assert expected.std() > 0.3
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -49,7 +49,7 @@ def test_draws_that_share_a_prefix_equal_separate_calls(size: str, kv_heads: int
     together = policy.velocity(batch, noise, time)
     apart = torch.stack([policy.velocity(batch, n, t) for n, t in zip(noise, time, strict=True)])
     assert together.shape == noise.shape
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, apart, **CLOSE)
 
 
 def test_gradients_of_shared_draws_are_the_mean_of_separate_ones(policy: Pi0):
@@ -121,7 +121,7 @@ def test_rows_of_a_padded_batch_equal_the_same_rows_alone_and_unpadded(policy: P
             None if batch.actions is None else batch.actions[i : i + 1],
         )
         got = policy.velocity(alone, noise[0][i : i + 1], time[0][i : i + 1])
-        torch.testing.assert_close(got[0], together[i], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got[0], together[i], **CLOSE)
 
 
 def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy: Pi0):
@@ -133,7 +133,7 @@ def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy:
         # x_t = t * noise + (1 - t) * actions holds for any x_t when noise and actions both are x_t
         with torch.no_grad():
             x = x - policy.velocity(replace(batch, actions=x), x, t) / 10
-    torch.testing.assert_close(policy.act(batch, noise[0]), x, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(policy.act(batch, noise[0]), x, **CLOSE)
 
 
 def test_acting_needs_no_actions_and_a_row_does_not_depend_on_the_other_rows(policy: Pi0):

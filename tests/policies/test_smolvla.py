@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.policies.tiny import random_batch, random_draws, random_policy
+from tests.policies.tiny import CLOSE, random_batch, random_draws, random_policy
 from vlafit.errors import ConfigError
 from vlafit.nn.batch import unit_images
 from vlafit.nn.smolvlm import patch_positions
@@ -26,7 +26,7 @@ def test_draws_that_share_a_prefix_equal_separate_calls(policy: SmolVLA):
     noise, time = random_draws(policy.config)
     together = policy.velocity(batch, noise, time)
     apart = torch.stack([policy.velocity(batch, n, t) for n, t in zip(noise, time, strict=True)])
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, apart, **CLOSE)
 
 
 def test_missing_cameras_and_padding_may_be_dropped_or_masked_alike(policy: SmolVLA):
@@ -77,7 +77,7 @@ def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy:
         t = torch.full((len(batch),), 1 - step / 5)
         with torch.no_grad():
             x = x - policy.velocity(replace(batch, actions=x), x, t) / 5
-    torch.testing.assert_close(policy.act(batch, start, steps=5), x, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(policy.act(batch, start, steps=5), x, **CLOSE)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.rollout.actors import Obedient
+from tests.waiting import alive, wait_until
 from vlafit.rollout import Protocol, evaluate
 
 SCRIPT = """
@@ -30,21 +30,6 @@ def children(pid: int) -> set[int]:
     return {int(p) for path in Path(f"/proc/{pid}/task").glob("*/children") for p in path.read_text().split()}
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return true()
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_evaluation_that_is_stopped_ends_its_processes_even_hanging_ones(
@@ -59,13 +44,13 @@ def test_an_evaluation_that_is_stopped_ends_its_processes_even_hanging_ones(
     )
     log = out / "episodes.jsonl"
     try:
-        assert wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3)
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, run)
         workers = children(run.pid)
         assert len(workers) == 2
     finally:
         run.send_signal(how)
         run.wait(timeout=60)
-    assert wait_until(lambda: not any(alive(pid) for pid in workers))
+    wait_until(lambda: not any(alive(pid) for pid in workers))
     kept = log.read_text().splitlines()
     resumed = evaluate(Obedient(), protocol("left", "hang", trials=3), out, workers=2, videos=0, timeout_s=5)
     assert resumed.overall.errors == 1 and resumed.overall.episodes == 5

@@ -7,13 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.train.world import assert_same, learned, losses, metrics, start
+from tests.waiting import wait_until
 from vlafit import checkpoints
 from vlafit.errors import TrainingError, VlafitError
 from vlafit.nn.policy import Policy
@@ -43,11 +43,8 @@ def crash() -> None:
 
 
 def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
-    while (
-        not (out / "metrics.jsonl").is_file() or f'"step": {step}' not in (out / "metrics.jsonl").read_text()
-    ):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    log = out / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and f'"step": {step}' in log.read_text(), process)
 
 
 def without_times(out: Path) -> list[dict]:

@@ -1,15 +1,16 @@
-"""Checkpoints: exact, or an error. Every tensor is used or named unused, every parameter filled or fresh."""
+"""Load, inspect, save and export checkpoints: exactly, or with an error that names every tensor that is
+wrong.
+"""
 
-from vlafit.checkpoints.assign import fit, open_tensors
-from vlafit.checkpoints.codecs import wants_tokenizer
+from vlafit.checkpoints.assign import fit
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
-from vlafit.checkpoints.hashing import digest
 from vlafit.checkpoints.history import Learned, Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, inspect, load, load_policy
+from vlafit.checkpoints.hub import Place
+from vlafit.checkpoints.load import Loaded, inspect, load, load_policy, parse_config, wants_tokenizer
 from vlafit.checkpoints.load_report import LoadReport
-from vlafit.checkpoints.locate import Place, place
-from vlafit.checkpoints.options import take_apart
+from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.save import save
+from vlafit.checkpoints.tensor_files import open_tensors
 
 __all__ = [
     "Base",
@@ -25,10 +26,10 @@ __all__ = [
     "load_policy",
     "names_on_base",
     "open_tensors",
+    "parse_config",
     "place",
     "read_base",
     "read_lineage",
     "save",
-    "take_apart",
     "wants_tokenizer",
 ]

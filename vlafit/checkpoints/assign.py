@@ -1,52 +1,17 @@
-"""Put weights into a policy exactly, or say everything that is wrong with them."""
+"""Assign weights to a policy exactly, or raise one error that names everything wrong with them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vlafit.checkpoints.tensor_lists import listed
+from vlafit.checkpoints.tensor_lists import list_tensors
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Map safetensors files into memory; a tensor's bytes are read when they are first touched.
-
-    Raises WeightsError for files that are missing, truncated or damaged, or hold one name twice.
-    """
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a handle, not a dict
-                    if name in found:
-                        raise WeightsError(
-                            f"{path}: tensor {name!r} is in another file of the checkpoint, too"
-                        )
-                    found[name] = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _not_whole(path, error) from error
-    return found
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Return the names in the header of a safetensors file. Raises WeightsError where it is not whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise _not_whole(path, error) from error
-
-
-def _not_whole(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
 
 
 def fit(
@@ -60,8 +25,8 @@ def fit(
     contents: Iterable[tuple[str, Tensor]] | None = None,
     resized: Mapping[str, torch.Size] | None = None,
     twins: Mapping[str, Tensor] | None = None,
-    theirs: Callable[[str], str] = str,
-    odd: Sequence[str] = (),
+    file_name: Callable[[str], str] = str,
+    conflicts: Sequence[str] = (),
 ) -> None:
     """Copy `weights`, named as the policy's parameters, into `policy` exactly.
 
@@ -70,16 +35,16 @@ def fit(
     meta device never exists twice. `where` begins the message. With `contents` the numbers come from there,
     in its order, and `weights` may be of the meta device. `resized` are parameters whose weights have another
     shape, given here: what both shapes have is copied, what the policy alone has is zero. `twins` are second
-    copies that the file holds of some weights, and must equal them. `theirs` gives the file's name of a
-    parameter, and `odd` says what else is wrong with the checkpoint: see `complain`.
+    copies that the file holds of some weights, and must equal them. `file_name` gives the file's name of a
+    parameter, and `conflicts` says what else is wrong with the checkpoint: see `raise_mismatch`.
 
     Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, every one that holds
     numbers too large for `dtype`, and every dtype that is no floating-point number; the policy is then
     unusable.
     """
     infos = {info.name: info for info in policy.parts()}
-    found = compare(policy, weights, fresh, resized)
-    bad = {name.split(" ")[0] for names in found.values() for name in names}
+    differences = compare(policy, weights, fresh, resized)
+    bad = {name.split(" ")[0] for names in differences.values() for name in names}
     fits = {name for name in infos if name not in bad and name not in set(fresh)}
     broken, large, unlike = [], [], []
     for name, tensor in weights.items() if contents is None else contents:
@@ -106,12 +71,12 @@ def fit(
             broken.append(name)
         del tensor, value  # the next one is read before the loop would let go of this one
     numbers = {"tied, but different": unlike, "not finite": broken, "too large": large}
-    complain(
+    raise_mismatch(
         where,
-        {**found, **numbers, "without contents": sorted(fits)},
-        theirs,
+        {**differences, **numbers, "without contents": sorted(fits)},
+        file_name,
         [*infos, *weights],
-        odd,
+        conflicts,
     )
 
 
@@ -141,35 +106,35 @@ def compare(
     return wrong
 
 
-def complain(
+def raise_mismatch(
     where: str,
     wrong: Mapping[str, Sequence[str]],
-    theirs: Callable[[str], str] = str,
+    file_name: Callable[[str], str] = str,
     every: Iterable[str] = (),
-    odd: Sequence[str] = (),
+    conflicts: Sequence[str] = (),
 ) -> None:
     """Raise WeightsError with one line for each kind of `wrong` tensors, unless there are none.
 
-    An entry begins with our name of a tensor; `theirs` turns it, and those of `every` parameter and tensor,
-    into the file's names: see `listing.listed`. `odd` are lines that say what else is wrong. The error's
-    `tensors` hold each name by itself.
+    An entry begins with our name of a tensor; `file_name` turns it, and those of `every` parameter and
+    tensor, into the file's names: see `list_tensors`. `conflicts` are lines that say what else is wrong. The
+    error's `tensors` hold each name by itself.
     """
-    names = [theirs(name) for name in every]
+    names = [file_name(name) for name in every]
     lines = [
-        f"  {kind} ({len(entries)}): {listed(entries, theirs, names)}"
+        f"  {kind} ({len(entries)}): {list_tensors(entries, file_name, names)}"
         for kind, entries in wrong.items()
         if entries
     ]
-    lines = [f"  {line}" for line in odd] + lines
+    lines = [f"  {line}" for line in conflicts] + lines
     if lines:
         error = WeightsError(
-            f"{where}: these are not exactly the policy's weights:\n"
+            f"{where}: the weights are not exactly the policy's:\n"
             + "\n".join(lines)
-            + "\nUse the config that"
-            " the checkpoint was made with, name what shall start anew as `fresh`, or get the file again."
+            + "\nUse the config that the checkpoint was trained with, list parameters to re-initialise in "
+            "`fresh`, or download the file again."
         )
         error.tensors = {
-            kind: tuple(theirs(entry.split(" ")[0]) for entry in entries)
+            kind: tuple(file_name(entry.split(" ")[0]) for entry in entries)
             for kind, entries in wrong.items()
             if entries
         }

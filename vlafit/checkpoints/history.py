@@ -1,4 +1,4 @@
-"""What a checkpoint learned from, as far as anybody wrote it down: its base, its datasets, their seeds.
+"""Record what a checkpoint was trained on: its base, its datasets, their seeds.
 
 The file history.json of a native checkpoint. It travels with the weights, so that an evaluation on another
 machine still knows from which starts the policy has seen demonstrations.
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlafit import config as configuration
+from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.errors import WeightsError
 
 FILE = "history.json"
@@ -66,11 +67,7 @@ def read_lineage(folder: Path) -> Lineage:
     path = folder / FILE
     if not path.is_file():
         return Lineage()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    made = configuration.build(Lineage, values, str(path))
-    if made.format != FORMAT:
-        raise WeightsError(f"{path}: format {made.format}; this version reads format {FORMAT}")
-    return made
+    history = configuration.build(Lineage, read_json_object(path), str(path))
+    if history.format != FORMAT:
+        raise WeightsError(f"{path}: format {history.format}; this version reads format {FORMAT}")
+    return history

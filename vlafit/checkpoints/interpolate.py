@@ -1,4 +1,4 @@
-"""Weights between those that fine-tuning began with and those that it came to, part by part.
+"""Interpolate between the weights that fine-tuning began with and its result, part by part.
 
     weight = base + share * (fine-tuned - base)
 
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlafit.checkpoints import locate as hub
-from vlafit.checkpoints.assign import complain
+from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.history import read_lineage
 from vlafit.checkpoints.load import load
+from vlafit.checkpoints.locate import digest, place
 from vlafit.codec import Codec
 from vlafit.codec.statistics import Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
@@ -28,12 +28,12 @@ from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning.merge import merge
 
-SAID_BY_SHAPES = ("state_dim", "action_dim")  # compared tensor by tensor
-FREE = (*SAID_BY_SHAPES, "chunk", "max_tokens")  # may differ between a checkpoint and its base
+SHOWN_BY_SHAPES = ("state_dim", "action_dim")  # compared tensor by tensor
+FREE = (*SHOWN_BY_SHAPES, "chunk", "max_tokens")  # may differ between a checkpoint and its base
 
 
-class Found(NamedTuple):
-    """The checkpoint that fine-tuning began with, and what to know about how it was found."""
+class BaseCheckpoint(NamedTuple):
+    """The checkpoint that fine-tuning began with, and notes about how it was found."""
 
     path: Path
     notes: tuple[str, ...]
@@ -52,7 +52,7 @@ def interpolate(policy: Policy, base: Policy, shares: Mapping[str, float]) -> Po
     live, below = dict(policy.named_parameters()), dict(base.named_parameters())
     moved = [info for info in policy.parts() if shares.get(info.part, 1.0) != 1.0]
     _require_same_form(policy, base)
-    complain(
+    raise_mismatch(
         "interpolation",
         {
             "missing in the base": [info.name for info in moved if info.name not in below],
@@ -71,7 +71,7 @@ def interpolate(policy: Policy, base: Policy, shares: Mapping[str, float]) -> Po
     return policy
 
 
-def find_base(source: Path, given: str | Path | None = None) -> Found:
+def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
     """Return the checkpoint that the training of the checkpoint `source` began with.
 
     It is the one its adapters sit on, or the one that its recipe names, verified by the hash in its history;
@@ -79,35 +79,39 @@ def find_base(source: Path, given: str | Path | None = None) -> Found:
     """
     below = adapted.read_base(source) if native.recognise(source) else None
     if below is not None:
-        return Found(adapted.locate(source, below, given), ())
+        return BaseCheckpoint(adapted.find_base(source, below, given, place, digest), ())
     recorded = read_lineage(source).base if native.recognise(source) else ""
     if given is not None:
-        place = _find(str(given), source)
-        if recorded and adapted.digest(place) != recorded:
-            return Found(place, (f"{place} is not the checkpoint that training began with, by its hash",))
-        return Found(place, () if recorded else (f"nothing tells whether training began with {place}",))
-    said = _said_by_recipe(source)
-    if not (recorded and said):
-        raise WeightsError(f"{source}: does not tell which checkpoint its training began with: give --base")
-    place = _find(said, source)
-    if adapted.digest(place) != recorded:
-        raise WeightsError(
-            f"{source}: its training began with another checkpoint than what lies at {place} now: the "
-            f"SHA-256 is {adapted.digest(place)}, not {recorded}; say where the right one is: --base"
+        path = _find(str(given), source)
+        if recorded and digest(path) != recorded:
+            return BaseCheckpoint(
+                path, (f"{path} is not the checkpoint that training began with, by its hash",)
+            )
+        return BaseCheckpoint(
+            path, () if recorded else (f"nothing tells whether training began with {path}",)
         )
-    return Found(place, ())
+    reference = _recipe_checkpoint(source)
+    if not (recorded and reference):
+        raise WeightsError(f"{source}: does not record which checkpoint its training began with: give --base")
+    path = _find(reference, source)
+    if digest(path) != recorded:
+        raise WeightsError(
+            f"{source}: its training began with another checkpoint than what lies at {path} now: the "
+            f"SHA-256 is {digest(path)}, not {recorded}; give the right one: --base"
+        )
+    return BaseCheckpoint(path, ())
 
 
-def load_base(place: Path, like: Policy) -> tuple[Policy, Codec | None]:
-    """Load the checkpoint at `place`, of any form, with its adapters merged; `like` tells what it does not.
+def load_base(path: Path, like: Policy) -> tuple[Policy, Codec | None]:
+    """Load the checkpoint at `path`, of any format, with its adapters merged.
 
-    What its tensors do not tell (heads, say) is taken from the config of the policy `like`. Its codec comes
+    What it does not record (heads, say) is taken from the config of the policy `like`. Its codec comes
     with it.
     """
-    said: Mapping[str, Any] | None = None
-    if not native.recognise(place):
-        said = {k: v for k, v in asdict(like.config).items() if k not in SAID_BY_SHAPES}
-    loaded = load(place, config=said)
+    sizes: Mapping[str, Any] | None = None
+    if not native.recognise(path):
+        sizes = {k: v for k, v in asdict(like.config).items() if k not in SHOWN_BY_SHAPES}
+    loaded = load(path, config=sizes)
     return merge(loaded.policy), loaded.codec
 
 
@@ -121,16 +125,17 @@ def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, fl
         return ()
     if codec is None or base is None:
         return ("nothing tells whether both checkpoints' projections are for numbers normalised alike",)
-    odd = [
+    different = [
         name
         for name in ("state", "action")
         if not _alike(_normaliser(codec, name), _normaliser(base, name))
         or (name == "action" and codec.config.relative != base.config.relative)
     ]
-    if not odd:
+    if not different:
         return ()
     return (
-        f"{' and '.join(odd)} are normalised otherwise in the base: its projections are for other numbers"
+        f"{' and '.join(different)} are normalised otherwise in the base: its projections are for other "
+        "numbers"
         " than the codec gives, and weights between the two may be of use to neither",
     )
 
@@ -166,10 +171,11 @@ def _require_same_form(policy: Policy, base: Policy) -> None:
         raise WeightsError(f"interpolation: this policy is a {names[0]}, the base a {names[1]}")
     ours, theirs = (asdict(p.config) for p in (policy, base))
     # Sizes of tensors are compared tensor by tensor; heads, say, show in no tensor.
-    odd = [key for key in ours if key not in FREE and not _same(ours[key], theirs[key], _UNSEEN)]
-    if odd:
+    different = [key for key in ours if key not in FREE and not _same(ours[key], theirs[key], _UNSEEN)]
+    if different:
         raise WeightsError(
-            f"interpolation: {odd[0]} is {theirs[odd[0]]} in the base, {ours[odd[0]]} in this policy"
+            f"interpolation: {different[0]} is {theirs[different[0]]} in the base, {ours[different[0]]} in "
+            "this policy"
         )
 
 
@@ -182,7 +188,7 @@ def _same(one: Any, other: Any, keys: tuple[str, ...]) -> bool:
     return one == other
 
 
-def _said_by_recipe(source: Path) -> str:
+def _recipe_checkpoint(source: Path) -> str:
     path = source / native.RECIPE
     if not path.is_file():
         return ""
@@ -192,8 +198,10 @@ def _said_by_recipe(source: Path) -> str:
         return ""
 
 
-def _find(said: str, source: Path) -> Path:
+def _find(reference: str, source: Path) -> Path:
     try:
-        return hub.place(said).path
+        return place(reference).path
     except ConfigError as error:
-        raise WeightsError(f"{source}: its base {said!r} is not there; say where it is: --base") from error
+        raise WeightsError(
+            f"{source}: its base {reference!r} is not there; give its place: --base"
+        ) from error

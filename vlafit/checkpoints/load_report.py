@@ -1,8 +1,19 @@
-"""What became of every tensor of a checkpoint, and what it takes to run and to train the policy."""
+"""Report what became of every tensor of a checkpoint, and the memory to run and to train the policy."""
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from vlafit.checkpoints.assign import DTYPES, stored_as
+from vlafit.checkpoints.formats.base import OpenedCheckpoint
+from vlafit.nn.policy import Policy
+from vlafit.policies import model_of
+from vlafit.tuning import Plan
+from vlafit.tuning.inject import make_groups
 
 SHOWN = 8  # names of a kind that the text of a report shows; the report itself holds all
 BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two moments
@@ -71,3 +82,53 @@ class LoadReport:
             "parameters": self.parameters,
             "bytes_to_train": self.bytes_to_train,
         }
+
+
+def make_report(
+    opened: OpenedCheckpoint,
+    policy: Policy,
+    dtype: str,
+    fresh: Sequence[str],
+    changes: tuple[str, ...],
+    resized: Mapping[str, torch.Size],
+    plan: Plan | None,
+    notes: tuple[str, ...],
+    no_codec: str,
+) -> LoadReport:
+    """Return the report of a checkpoint whose tensors have been compared with its bare policy."""
+    parts: dict[str, int] = {}
+    size = 0
+    for info in policy.parts():
+        count = policy.get_parameter(info.name).numel()
+        parts[info.part] = parts.get(info.part, 0) + count
+        size += count * stored_as(info, DTYPES[dtype]).itemsize
+    used = {n: t for n, t in opened.tensors.weights.items() if n not in set(fresh)}
+    return LoadReport(
+        path=opened.path,
+        form=opened.format.name,
+        family=model_of(policy.config),
+        dtype=dtype,
+        parts=parts,
+        bytes=size,
+        unused=opened.tensors.unused,
+        tied=opened.tensors.tied,
+        fresh=tuple(fresh),
+        used=len(used),
+        stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
+        adapted=changes,
+        resized=tuple(resized),
+        notes=notes + tuple(_describe_plan(plan) if plan is not None else ()),
+        codec=no_codec,
+    )
+
+
+def _describe_plan(plan: Plan) -> list[str]:
+    """Return notes about adapters and quantised weights."""
+    notes = [
+        f"adapter {group.name}: {group.adapter.method} on {len(group.layers)} layers"
+        for group in make_groups(plan.adapted)
+    ]
+    if plan.quantised:
+        methods = ", ".join(sorted(set(plan.quantised.values())))
+        notes.append(f"{len(plan.quantised)} layers are held in {methods}")
+    return notes

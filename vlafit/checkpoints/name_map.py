@@ -28,7 +28,7 @@ class NameMap:
         return ours
 
     def ours(self, theirs: str) -> str:
-        """Return our name for their parameter. What they alone have keeps its name, which we do not know."""
+        """Return our name for their parameter. An unknown one keeps its name."""
         for mine, other in self.prefixes:
             if theirs.startswith(other):
                 return mine + theirs[len(other) :]
@@ -36,34 +36,33 @@ class NameMap:
         return f"{self.form}:{theirs}" if clash else theirs
 
     def stored(self, ours: str) -> str:
-        """Return the name under which their files hold our parameter, or what they alone have."""
-        alone = ours.removeprefix(f"{self.form}:")
-        return alone if alone != ours else self.ties.get(ours, self.theirs(ours))
+        """Return the name under which their files hold our parameter, or an unknown one."""
+        unknown = ours.removeprefix(f"{self.form}:")
+        return unknown if unknown != ours else self.ties.get(ours, self.theirs(ours))
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A file's tensors under our names, and what became of the others (their names).
-
-    `theirs` gives the file's name of one of ours. `twins` are second copies of tied weights, whose numbers
-    are not compared yet; `odd` says which of them cannot be the same.
-    """
+    """A file's tensors under our names, and what became of the others (by the file's names)."""
 
     weights: dict[str, Tensor]
-    tied: tuple[str, ...]
-    unused: tuple[str, ...]
-    theirs: Callable[[str], str] = str
+    tied: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    file_name: Callable[[str], str] = str
+    """The file's name of one of ours."""
     twins: Mapping[str, Tensor] = field(default_factory=dict)
-    odd: tuple[str, ...] = ()
+    """Second copies of tied weights, whose numbers are not compared yet."""
+    conflicts: tuple[str, ...] = ()
+    """Lines that name the second copies that cannot be equal."""
 
 
 def translate(tensors: Mapping[str, Tensor], names: NameMap) -> Translated:
     """Rename a file's tensors.
 
-    Nothing is dropped silently: a tensor that we do not know keeps a name of its own, which `fit` refuses. No
-    number is read: `fit` compares those of the two copies of a tied tensor.
+    Nothing is dropped silently: an unknown tensor keeps a name of its own, which `fit` refuses. No number is
+    read: `fit` compares those of the two copies of a tied tensor.
     """
-    weights, tied, unused, odd = {}, [], [], []
+    weights, tied, unused, conflicts = {}, [], [], []
     twins: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     alias = {theirs: ours for ours, theirs in names.ties.items()}
@@ -77,19 +76,19 @@ def translate(tensors: Mapping[str, Tensor], names: NameMap) -> Translated:
         if theirs not in tensors:
             continue
         tied.append(theirs)
-        one, other = weights.setdefault(ours, tensors[theirs]), tensors[theirs]
-        if one is other:
+        first, second = weights.setdefault(ours, tensors[theirs]), tensors[theirs]
+        if first is second:
             continue
-        if one.shape == other.shape and one.dtype == other.dtype:
-            twins[ours] = other
+        if first.shape == second.shape and first.dtype == second.dtype:
+            twins[ours] = second
         else:
-            both = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (other, one)]
-            odd.append(f"tied, but different: {theirs} is {both[0]}, {origin[ours]} is {both[1]}")
+            both = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (second, first)]
+            conflicts.append(f"tied, but different: {theirs} is {both[0]}, {origin[ours]} is {both[1]}")
 
-    def named(ours: str) -> str:
+    def file_name(ours: str) -> str:
         return origin.get(ours) or names.stored(ours)
 
-    return Translated(weights, tuple(tied), tuple(unused), named, twins, tuple(odd))
+    return Translated(weights, tuple(tied), tuple(unused), file_name, twins, tuple(conflicts))
 
 
 def back(weights: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:

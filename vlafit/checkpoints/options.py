@@ -1,54 +1,96 @@
-"""What a user says of a checkpoint, judged before the checkpoint is looked at: `config` and `dtype`."""
+"""What the caller of `load` asks for, checked before the checkpoint is looked at."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from vlafit.checkpoints.assign import DTYPES, Dtype
-from vlafit.errors import ConfigError, WeightsError
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.codec.tokenizer import load as load_tokenizer
+from vlafit.errors import ConfigError, WeightsError, did_you_mean
 
 WIDTHS = ("state_dim", "action_dim")  # what `resize` may change of a checkpoint
-SECTIONS = ("vision", "language", "expert")  # tables in the config of every family
-OPTIONS = {  # tables that are not the policy's, and the form of checkpoint that each is for
-    "codec": "openpi's checkpoints (PyTorch or JAX): how their statistics become a codec",
-    "lora": "openpi's JAX checkpoints with LoRA: how their factors are merged",
-}
+
+Resize = Literal["refuse", "keep", "fresh"]
 
 
 @dataclass(frozen=True)
-class Given:
-    """The argument `config`, nested and taken apart."""
+class OptionTable:
+    """A table of `load`'s config that belongs to a format instead of the policy."""
 
-    fields: Mapping[str, Any]
-    """Of the policy's config, the widths left out."""
-    widths: Mapping[str, Any]
-    codec: Mapping[str, Any]
-    """See `openpi_assets.CodecOptions`."""
-    lora: Mapping[str, Any]
-    """See `openpi_jax.LoraConfig`."""
+    name: str
+    purpose: str
+    """Which checkpoints it is for and what it does, for messages."""
+    for_weights: bool = False
+    """Whether the same weights can only be read again with it."""
+
+
+@dataclass(frozen=True)
+class ConfigOverrides:
+    """The argument `config` of `load`, nested and split."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of the policy's config, without the widths."""
+    widths: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Option tables of formats, by name."""
+    for_weights: frozenset[str] = frozenset()
+    """Names of the tables without which the same weights cannot be read again."""
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """Return an option table; empty where the caller gives none."""
+        return self.tables.get(name, {})
 
     def to_read_again(self) -> dict[str, Any]:
-        """Return what it takes to read the same weights once more, as `load` takes it."""
-        return {**self.fields, **({"lora": self.lora} if self.lora else {})}
+        """Return the config with which `load` reads the same weights again."""
+        return {
+            **self.fields,
+            **{name: self.tables[name] for name in sorted(self.for_weights & set(self.tables))},
+        }
 
-    def refuse(self, table: str, where: str, why: str) -> None:
-        """Raise ConfigError if something was given for `table` ("codec" or "lora"), which has no effect."""
-        if getattr(self, table):
-            keys = ", ".join(f"{table}.{key}" for key in getattr(self, table))
-            raise ConfigError(f"{where}: config: {keys} would have no effect: {why}")
-
-    def refuse_options(self, form: str, where: str) -> None:
-        """Raise ConfigError for tables that a checkpoint of `form` has nothing to do with."""
-        for table, use in OPTIONS.items():
-            self.refuse(table, where, f"this is a {form} checkpoint, and {table}.* is for {use}")
+    def refuse(self, table: str, where: str, reason: str) -> None:
+        """Raise ConfigError if the caller gives the option table `table`, which has no effect here."""
+        if self.table(table):
+            keys = ", ".join(f"{table}.{key}" for key in self.table(table))
+            raise ConfigError(f"{where}: config: {keys} would have no effect: {reason}")
 
 
-def take_apart(config: Mapping[str, object] | None) -> Given:
-    """Return what `config`, with nested or dotted keys, says.
+@dataclass(frozen=True)
+class LoadOptions:
+    """Everything that the caller of `load` may ask for, but the device and the generator; see `load`."""
 
-    Raises ConfigError where a table is given as a value, or a key twice, or is no text.
+    config: ConfigOverrides = field(default_factory=ConfigOverrides)
+    base: str | Path | None = None
+    tokenizer: str | Path | Tokenizer | None = None
+    assets: str | Path | None = None
+    dtype: Dtype = "float32"
+    fresh: Sequence[str] = ()
+    resize: Resize = "refuse"
+    hash_weights: bool = True
+    """Whether the hashes of weight files are compared where the format keeps them; every byte is read
+    then.
+    """
+
+    def __post_init__(self) -> None:
+        if self.resize not in (ways := get_args(Resize)):
+            raise WeightsError(f"resize {self.resize!r} is not known{did_you_mean(self.resize, ways)}")
+        if isinstance(self.fresh, str):
+            raise ConfigError(f"fresh is a list of parts and patterns: [{self.fresh!r}], not {self.fresh!r}")
+
+    def open_tokenizer(self) -> Tokenizer | None:
+        """Return the caller's tokenizer, loaded if a folder was given."""
+        words = self.tokenizer
+        return load_tokenizer(words) if isinstance(words, str | Path) else words
+
+
+def split_config(config: Mapping[str, object] | None, tables: Mapping[str, OptionTable]) -> ConfigOverrides:
+    """Split `config`, with nested or dotted keys, into policy fields, widths and the option `tables` of
+    formats.
+
+    Raises ConfigError where an option table is given as a value, or a key twice, or is no text.
     """
     if config is not None and not isinstance(config, Mapping):
         raise ConfigError(f"config is a mapping such as {{'vision.heads': 2}}, not {config!r}")
@@ -57,23 +99,37 @@ def take_apart(config: Mapping[str, object] | None) -> Given:
         if not isinstance(key, str) or not all(key.split(".")):
             raise ConfigError(f"config: {key!r} is no key; keys are text such as 'chunk' or 'vision.heads'")
         _put(nested, key.split("."), value, key)
-    for table in (*SECTIONS, *OPTIONS):
-        if table in nested and not isinstance(nested[table], Mapping):
-            raise ConfigError(
-                f"config: {table} is a table, as in {{'{table}.name': ...}}, not {nested[table]!r}"
-            )
+    for name in tables:
+        if name in nested and not isinstance(nested[name], Mapping):
+            raise _not_a_table("config", name, nested[name])
     widths = {key: nested.pop(key) for key in WIDTHS if key in nested}
-    codec, lora = nested.pop("codec", {}), nested.pop("lora", {})
-    return Given(nested, widths, codec, lora)
+    options = {name: nested.pop(name) for name in tables if name in nested}
+    return ConfigOverrides(nested, widths, options, frozenset(n for n, t in tables.items() if t.for_weights))
+
+
+def require_known_keys(given: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a key that the policy's `config` (as nested values) does not have."""
+    for key, value in given.items():
+        if key not in config:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, config)}")
+        if not isinstance(config[key], Mapping):
+            continue
+        if not isinstance(value, Mapping):
+            raise _not_a_table(where, key, value)
+        require_known_keys(value, config[key], f"{where}: {key}")
+
+
+def _not_a_table(where: str, name: str, value: object) -> ConfigError:
+    return ConfigError(f"{where}: {name} is a table, as in {{'{name}.name': ...}}, not {value!r}")
 
 
 def _put(nested: dict[str, Any], words: list[str], value: object, key: str) -> None:
     head, *rest = words
     if isinstance(value, Mapping) and not rest:
-        for name, one in value.items():
+        for name, inner_value in value.items():
             if not isinstance(name, str):
                 raise ConfigError(f"config: {key}: {name!r} is no key; keys are text")
-            _put(nested, [head, *name.split(".")], one, f"{key}.{name}")
+            _put(nested, [head, *name.split(".")], inner_value, f"{key}.{name}")
         nested.setdefault(head, {})
     elif rest:
         inner = nested.setdefault(head, {})
@@ -86,10 +142,12 @@ def _put(nested: dict[str, Any], words: list[str], value: object, key: str) -> N
         nested[head] = value
 
 
-def dtype_of(said: str | torch.dtype) -> Dtype:
-    """Return the name of a dtype, given so or as torch's. Raises WeightsError where it is none of ours."""
-    name = str(said).removeprefix("torch.") if isinstance(said, torch.dtype) else said
+def parse_dtype(dtype: str | torch.dtype) -> Dtype:
+    """Return the name of a dtype, given by name or as torch's. Raises WeightsError where it is not
+    supported.
+    """
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if not isinstance(name, str) or name not in DTYPES:
-        ways = ", ".join(f"{one!r} or torch.{one}" for one in DTYPES)
-        raise WeightsError(f"dtype {said!r} is not one that policies are loaded or written in: give {ways}")
+        ways = ", ".join(f"{known!r} or torch.{known}" for known in DTYPES)
+        raise WeightsError(f"dtype {dtype!r} is not one that policies are loaded or written in: give {ways}")
     return cast(Dtype, name)

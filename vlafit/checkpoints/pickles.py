@@ -1,4 +1,4 @@
-"""Pickles of tensors turned into safetensors files. No checkpoint is loaded from a pickle."""
+"""Convert pickles of tensors to safetensors files. No checkpoint is loaded from a pickle."""
 
 import pickle
 from collections.abc import Mapping
@@ -22,14 +22,16 @@ def convert(source: Path, target: Path, key: str = "") -> int:
     Raises WeightsError where `source` holds anything but named tensors, or `target` is there already.
     """
     if target.exists():
-        raise WeightsError(f"{target}: is there already; name another file")
+        raise WeightsError(f"{target}: exists already; name another file")
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: the name must end in .safetensors")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).split("\n")[0]
-        raise WeightsError(f"{source}: not a pickle of tensors alone, and not opened: {first}") from error
+        raise WeightsError(
+            f"{source}: not a pickle that holds only tensors, so it is not opened: {first}"
+        ) from error
     if key:
         if not isinstance(content, Mapping) or key not in content:
             have = [str(k) for k in content] if isinstance(content, Mapping) else []
@@ -37,11 +39,11 @@ def convert(source: Path, target: Path, key: str = "") -> int:
         content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{source}: holds no mapping of names to tensors, but {type(content).__name__}")
-    odd = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if odd:
-        nested = [n for n in odd if isinstance(content[n], Mapping)] if set(odd) <= set(content) else []
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        nested = [n for n in others if isinstance(content[n], Mapping)] if set(others) <= set(content) else []
         hint = f"; if the tensors are below one of these, name it: --key {nested[0]}" if nested else ""
-        raise WeightsError(f"{source}: these are not tensors: {odd[:8]}{hint}")
+        raise WeightsError(f"{source}: these are not tensors: {others[:8]}{hint}")
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():

@@ -1,4 +1,4 @@
-"""Weights of a policy rounded to bfloat16 on their way out, as the program they go to keeps them."""
+"""Round a policy's weights to bfloat16 for export, except those that the target keeps in float32."""
 
 from collections.abc import Callable
 

@@ -1,28 +1,25 @@
-"""Write our own checkpoint, whole or not at all; `native.py` and `adapted.py` say what lies in it."""
+"""Save a policy in vlafit's own format, whole or not at all, alone or on a base checkpoint."""
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
-from vlafit.checkpoints import locate as hub
-from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import Base
-from vlafit.checkpoints.formats.native.read import FORMAT, PLAN, POLICY, RECIPE, WEIGHTS
-from vlafit.checkpoints.hashing import MANIFEST, digest
+from vlafit.checkpoints.formats.native.write import write_folder
 from vlafit.checkpoints.history import Lineage
+from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.load import load
+from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import WIDTHS
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
-from vlafit.policies import family_name, merge
+from vlafit.policies import merge
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import adapter_tensors, base_name, is_residual
 from vlafit.tuning.quantise import is_rounded_from, quantised_names
@@ -62,10 +59,12 @@ def save(
     if {n: t.shape for n, t in given.items() if n not in rounded} != {
         n: p.shape for n, p in live.items() if n not in rounded
     }:
-        odd = sorted(
+        different = sorted(
             n for n in {*given, *live} if n not in given or n not in live or given[n].shape != live[n].shape
         )
-        raise WeightsError(f"{folder}: the weights to save are not the policy's; they differ in {odd[:5]}")
+        raise WeightsError(
+            f"{folder}: the weights to save are not the policy's; they differ in {different[:5]}"
+        )
     adapters = adapter_tensors(policy)
     own = {base_name(name): tensor for name, tensor in given.items() if name not in adapters}
     quantised = {base_name(name) for name in rounded}
@@ -75,39 +74,17 @@ def save(
         if base is None:
             raise WeightsError(_NOWHERE.format(folder=folder, count=len(quantised)))
     if isinstance(base, str | Path):
-        found = hub.place(base)
-        if found.path.resolve() == folder.resolve():
+        below = place(base)
+        if below.path.resolve() == folder.resolve():
             raise WeightsError(
                 f"{folder}: is the checkpoint that the policy sits on; save it beside that, not over it"
             )
-        base, differing = _base(policy, own, found, plan)
+        base, differing = _base(policy, own, below, plan)
         changed = differing if changed is None else changed
     if base is not None and changed is not None:
         own = {name: tensor for name, tensor in own.items() if name in changed and name not in quantised}
-    described = {"format": FORMAT, "family": family_name(policy), "config": asdict(policy.config)}
     with files.new_folder(folder) as partial:
-        (partial / POLICY).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
-        save_file(
-            tensors, partial / (WEIGHTS if base is None else adapted.TRAINED), metadata={"format": "pt"}
-        )
-        if base is not None:
-            base.write(partial)
-        if adapters:
-            assert plan is not None
-            adapted.write(partial, policy, plan, given, base)
-        if codec is not None:
-            codec.save(partial)
-        if plan is not None:
-            (partial / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
-        if recipe is not None:
-            (partial / RECIPE).write_text(recipe, encoding="utf-8")
-        if history is not None:
-            history.write(partial)
-        written = sorted(p for p in partial.rglob("*") if p.is_file())
-        hashes = {p.relative_to(partial).as_posix(): files.sha256(p) for p in written}
-        content = {"format": FORMAT, "files": hashes}
-        (partial / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_folder(partial, policy, own, codec, plan, recipe, history, given, base)
 
 
 def _require_belonging(
@@ -119,13 +96,15 @@ def _require_belonging(
     base: str | Path | Base | None,
 ) -> None:
     if adapters and plan is None:
-        raise WeightsError(f"{folder}: its adapters have a plan, which apply_strategy returned: give it")
+        raise WeightsError(
+            f"{folder}: a policy with adapters is saved with the plan that apply_strategy returned"
+        )
     if plan is not None:
         planned = {e.name for e in plan.entries}
         if planned != {*own, *adapters}:
-            odd = sorted(planned ^ {*own, *adapters})
+            different = sorted(planned ^ {*own, *adapters})
             raise WeightsError(
-                f"{folder}: the plan is not of this policy; they differ in {odd[:3]}. A policy whose "
+                f"{folder}: the plan is not of this policy; they differ in {different[:3]}. A policy whose "
                 "adapters were merged is saved without a plan"
             )
     if base is not None and not (adapters or quantised):
@@ -135,43 +114,46 @@ def _require_belonging(
 
 
 _NOWHERE = (
-    "{folder}: {count} weights of the policy are quantised, and would be lost: what they were lies in no "
-    "checkpoint, for the policy was built or merged, not loaded. Save it before a strategy rounds it, load "
-    "that checkpoint and apply the strategy to it; or name the checkpoint that it is as `base`; or merge "
-    "(vlafit.merge), which keeps the rounded values"
+    "{folder}: cannot save: {count} quantised weights have no full-precision source in a checkpoint, "
+    "because the "
+    "policy was built or merged, not loaded. Save the policy before a strategy quantises it, and load that "
+    "checkpoint; or name the checkpoint that holds them as `base`; or merge (vlafit.merge), which keeps the "
+    "rounded values"
 )
 
 
 def _base(
-    policy: Policy, own: Mapping[str, Tensor], said: hub.Place, plan: Plan | None
+    policy: Policy, own: Mapping[str, Tensor], location: Place, plan: Plan | None
 ) -> tuple[Base, set[str]]:
-    """Return the checkpoint `said` as a base, and the names of the weights that are not its, bit for bit.
+    """Return the checkpoint at `location` as a base, and the names of the weights that are not its, bit for
+    bit.
 
-    What it takes to read it is remembered from when the policy was loaded. Raises WeightsError where it is
+    The config to read it is remembered from when the policy was loaded. Raises WeightsError where it is
     the base of another policy.
     """
-    place, source = said.path, policy.source
-    config = {} if source is None or native.recognise(place) else source.config
-    base = Base(said.name, digest(place), config)
-    if source is not None and said.name == source.checkpoint and source.sha256 not in ("", base.sha256):
+    path, source = location.path, policy.source
+    config = {} if source is None or native.recognise(path) else source.config
+    base = Base(location.name, digest(path), config)
+    if source is not None and location.name == source.checkpoint and source.sha256 not in ("", base.sha256):
         raise WeightsError(
-            f"{place}: is not the checkpoint any more that the policy was loaded from: its SHA-256 was "
-            f"{source.sha256}; bring it back, or say where it is now: base=..."
+            f"{path}: is not the checkpoint any more that the policy was loaded from: its SHA-256 was "
+            f"{source.sha256}; bring it back, or give its place now: base=..."
         )
-    told = None
-    if not native.recognise(place):
-        told = merge({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
-    theirs = load(place, told).policy
+    sizes = None
+    if not native.recognise(path):
+        sizes = merge({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
+    theirs = load(path, sizes).policy
     below = dict(theirs.named_parameters())
     layers = {base_name(f"{n}.weight"): policy.get_submodule(n) for n in quantised_names(policy)}
     apart = {n for n in own.keys() & below.keys() if n not in layers and own[n].shape != below[n].shape}
     widths = any(getattr(theirs.config, key) != getattr(policy.config, key) for key in WIDTHS)
     if own.keys() != below.keys() or (apart and not widths):
-        raise WeightsError(f"{place}: is not the base of this policy: names or shapes differ")
-    lost = [name for name, layer in layers.items() if not is_rounded_from(layer, below[name])]
-    if lost:
+        raise WeightsError(f"{path}: is not the base of this policy: names or shapes differ")
+    changed = [name for name, layer in layers.items() if not is_rounded_from(layer, below[name])]
+    if changed:
         raise WeightsError(
-            f"{place}: {len(lost)} quantised weights of the policy, such as {lost[0]}, are not those of this "
+            f"{path}: {len(changed)} quantised weights of the policy, such as {changed[0]}, are not those "
+            "of this "
             "checkpoint, rounded: what they were would be lost. They changed before the strategy rounded "
             "them: save the policy before it, load that checkpoint and apply the strategy to it"
         )

@@ -1,16 +1,60 @@
-"""Which files of a folder hold its weights; pickles are refused, with the command that converts them."""
+"""Find and map the safetensors files of a checkpoint, and read the JSON files beside them.
+
+Pickles are refused, with the command that converts them.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlafit.checkpoints.assign import tensor_names
-from vlafit.checkpoints.formats.native.read import MANIFEST
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from vlafit.errors import WeightsError
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Map safetensors files into memory; a tensor's bytes are read when they are first touched.
+
+    Raises WeightsError for files that are missing, truncated or damaged, or hold one name twice.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a handle, not a dict
+                    if name in tensors:
+                        raise WeightsError(
+                            f"{path}: tensor {name!r} is also in another file of the checkpoint"
+                        )
+                    tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _incomplete(path, error) from error
+    return tensors
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names in the header of a safetensors file. Raises WeightsError where it is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+
+
+def _incomplete(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
+
+
+def has_weight_files(path: Path) -> bool:
+    """Whether `path` is a safetensors file, or a folder that holds the weights in such files."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / INDEX).is_file() or (path / "model.safetensors").is_file()
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -32,9 +76,9 @@ def weight_files(path: Path) -> list[Path]:
             listed = sorted(set(_map(index).values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
-        odd = [name for name in listed if not isinstance(name, str) or Path(name).name != name]
-        if odd:
-            raise WeightsError(f"{index}: names files that do not lie beside it: {odd}")
+        outside = [name for name in listed if not isinstance(name, str) or Path(name).name != name]
+        if outside:
+            raise WeightsError(f"{index}: names files that do not lie beside it: {outside}")
         _require_listed(index, [path / name for name in listed])
         return [path / name for name in listed]
     if (path / "model.safetensors").is_file():
@@ -42,26 +86,27 @@ def weight_files(path: Path) -> list[Path]:
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0])
-    raise WeightsError(f"{path}: no checkpoint: neither {MANIFEST} nor model.safetensors is there")
+    raise WeightsError(f"{path}: no checkpoint: neither manifest.json nor model.safetensors is there")
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Return what a JSON file beside the weights says, whatever program wrote it; None where there is none.
-
-    Raises WeightsError where it is no whole JSON object.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises WeightsError where it is missing, damaged or another
+    value.
     """
-    if not path.exists():
-        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path}: cannot be read as JSON ({error}), and what it says would be missed; copy or "
-            "download it again"
-        ) from error
+        raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(values, dict):
-        raise WeightsError(f"{path}: no JSON object; copy or download it again, or take it away")
+        raise WeightsError(
+            f"{path}: no JSON object but {type(values).__name__}; copy or download it again, or remove it"
+        )
     return values
+
+
+def read_json_if_present(path: Path) -> dict[str, Any] | None:
+    """Return what `read_json_object` does; None where there is no file."""
+    return read_json_object(path) if path.exists() else None
 
 
 def _map(index: Path) -> dict[str, str]:
@@ -69,7 +114,7 @@ def _map(index: Path) -> dict[str, str]:
 
 
 def _require_listed(index: Path, files: Sequence[Path]) -> None:
-    """Raise WeightsError naming the tensors that do not lie where the index says; headers are read alone."""
+    """Raise WeightsError naming the tensors that do not lie where the index says; only headers are read."""
     places: dict[str, list[str]] = {}
     for file in files:
         for name in tensor_names(file):

@@ -1,4 +1,4 @@
-"""Lists of tensors for people: every one is named, whole layers and equal findings of many layers at once."""
+"""Format tensor names for error messages, collapsing whole modules and repeated layers."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -7,26 +7,28 @@ WHOLE = 6  # tensors below one name, from which on they are named by it if all a
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
-def listed(entries: Sequence[str], theirs: Callable[[str], str] = str, every: Iterable[str] = ()) -> str:
+def list_tensors(
+    entries: Sequence[str], file_name: Callable[[str], str] = str, every: Iterable[str] = ()
+) -> str:
     """Return a list of tensors under the file's names.
 
-    An entry is our name of a tensor, and after a blank what is wrong with it; `theirs` gives the file's name,
-    which ours follows in brackets where it is another. `every` are the file's names among which a part is
-    whole: a layer of which all is listed is named once, with the number of its tensors.
+    An entry is our name of a tensor, and after a blank what is wrong with it; `file_name` gives the file's
+    name, which ours follows in brackets where it is another. `every` are the file's names among which a part
+    is whole: a layer of which all is listed is named once, with the number of its tensors.
     """
     pairs = [entry.partition(" ") for entry in entries]
-    plain = {theirs(name): name for name, _, detail in pairs if not detail}
+    plain = {file_name(name): name for name, _, detail in pairs if not detail}
     tops = _tops(set(plain), {*every, *plain})
     items = [(f"{top}.*", "", f" ({count} tensors)") for top, count in tops.items()]
     for name, _, detail in pairs:
-        shown = theirs(name)
+        shown = file_name(name)
         if detail or not any(shown.startswith(f"{top}.") for top in tops):
             items.append((shown, "" if name == shown else name, f" {detail}" if detail else ""))
     grouped: dict[tuple[str, str, str], list[int]] = {}
     for shown, ours, detail in items:
-        found = _LAYER.search(shown) or _LAYER.search(ours)
+        layer = _LAYER.search(shown) or _LAYER.search(ours)
         key = _LAYER.sub("\0", shown), _LAYER.sub("\0", ours), detail
-        grouped.setdefault(key, []).extend([int(found[0])] if found else [])
+        grouped.setdefault(key, []).extend([int(layer[0])] if layer else [])
     return ", ".join(_one(*key, layers) for key, layers in grouped.items())
 
 

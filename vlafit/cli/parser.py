@@ -191,6 +191,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option ``--format``, which names the checkpoint's format instead of detecting it."""
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="format of CHECKPOINT, if its contents do not show it: a name, or a module (package.module)",
+    )
+
+
 def settings(pairs: Sequence[str]) -> dict[str, Any] | None:
     """Return what the options ``--config KEY=VALUE`` say; None where there is none."""
     read = [key_value(pair) for pair in pairs]

@@ -32,11 +32,11 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     try:
         return shipped.find("checkpoint", text)
     except ConfigError:
-        from vlafit.checkpoints import locate as hub
+        from vlafit.checkpoints import hub, locate
 
         if hub.parse(text) is None:
             raise
-        return hub.place(text).name
+        return locate.place(text).name
 
 
 def _follow(pointer: Path) -> Path:

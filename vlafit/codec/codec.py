@@ -6,7 +6,7 @@ training, evaluation and serving alike. Nothing here imports torch.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,8 @@ class CodecConfig:
     """How images get the policy's size."""
     special_tokens: Literal["prompt", "tokenizer"] = "prompt"
     """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
+    history: int = 1
+    """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
 
     @property
     def of_actions(self) -> Normalisation:
@@ -70,7 +72,10 @@ class CodecConfig:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One sample or observation as a policy takes it; every shape depends on the codec's config alone."""
+    """One sample or observation as a policy takes it; every shape depends on the codec's config only.
+
+    With a history of o > 1 steps, `images`, `image_mask` and `state` begin with an axis o, the newest last.
+    """
 
     images: NDArray[np.uint8]  # [n, 3, h, w]; zeros where the camera is missing
     image_mask: NDArray[np.bool_]  # [n]
@@ -80,6 +85,7 @@ class Encoded:
     actions: NDArray[np.float32] | None  # [t, A] normalised, zero-padded
     action_mask: NDArray[np.bool_] | None  # [t, A] True where the loss counts
     key: Key | None = None
+    history_mask: NDArray[np.bool_] | None = None  # [o] False where a step before the episode is padded
 
 
 class Codec:
@@ -109,21 +115,22 @@ class Codec:
         cls,
         config: CodecConfig,
         embodiment: Embodiment,
-        states: NDArray | Sequence[NDArray],
-        action_windows: NDArray | Sequence[NDArray],
+        states: NDArray | Iterable[NDArray],
+        action_windows: NDArray | Iterable[NDArray],
         tokenizer: Tokenizer,
     ) -> "Codec":
         """Return a codec with the statistics of `states` [N, s] and `action_windows` [M, a].
 
-        Either may be a sequence of arrays, one for each dataset; they count row by row.
-        With chunk-relative dimensions the windows hold the differences already
-        (`vlafit.datasets.arrays_for_statistics` makes both arrays).
+        Either may be an iterable of arrays, which is iterated several times; their rows count alike. With
+        chunk-relative dimensions the windows hold the differences already
+        (`vlafit.datasets.blocks_for_statistics` makes both).
         """
-        found = {
-            "state": Statistics.of(_joined(states, "state"), "state", embodiment.state.labels),
-            "action": Statistics.of(_joined(action_windows, "action"), "action", embodiment.action.labels),
+        robot = embodiment
+        statistics = {
+            "state": Statistics.of_blocks(_blocks(states), "state", robot.state.labels),
+            "action": Statistics.of_blocks(_blocks(action_windows), "action", robot.action.labels),
         }
-        return cls(config, embodiment, found, tokenizer)
+        return cls(config, embodiment, statistics, tokenizer)
 
     def encode(self, item: Sample | Observation) -> Encoded:
         """Encode a sample (actions included) or an observation (actions None).
@@ -135,13 +142,37 @@ class Codec:
         state = self._column("state", observation.state, self.embodiment.state)
         normal = self._state.encode(state)
         tokens, token_mask = self._tokens(observation.instruction, normal)
-        images, image_mask = self._images(observation.images)
+        images, image_mask, padded, history_mask = self._observed(observation)
+        actions, action_mask = (None, None) if sample is None else self._chunk(sample, state)
+        key = None if sample is None else sample.key
+        return Encoded(
+            images, image_mask, tokens, token_mask, padded, actions, action_mask, key, history_mask
+        )
+
+    def _observed(
+        self, observation: Observation
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Return images, image mask, padded state and history mask, with an axis o if there is a history."""
+        length = self.config.history
+        if length == 1:
+            return *self._images(observation.images), self._padded_state(observation), None
+        steps = [*observation.past[-(length - 1) :], observation]
+        missing = length - len(steps)
+        images = [self._images(step.images) for step in steps]
+        states = [self._padded_state(step) for step in steps]
+        rows = np.maximum(np.arange(length) - missing, 0)
+        return (
+            np.stack([image for image, _ in images])[rows],
+            np.stack([mask for _, mask in images])[rows],
+            np.stack(states)[rows],
+            np.arange(length) >= missing,
+        )
+
+    def _padded_state(self, observation: Observation) -> NDArray[np.float32]:
+        normal = self._state.encode(self._column("state", observation.state, self.embodiment.state))
         padded = np.zeros(self.config.state_dim, dtype=np.float32)
         padded[: len(normal)] = normal
-        if sample is None:
-            return Encoded(images, image_mask, tokens, token_mask, padded, None, None)
-        actions, action_mask = self._chunk(sample, state)
-        return Encoded(images, image_mask, tokens, token_mask, padded, actions, action_mask, sample.key)
+        return padded
 
     def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
         """Turn a policy's output [t, A] for `observation` back into actions [t, a] in the robot's units.
@@ -208,7 +239,7 @@ class Codec:
         named = [name for name in config.cameras if name]
         if len(set(named)) != len(named):
             raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
-        for name in ("image_size", "chunk", "max_tokens"):
+        for name in ("image_size", "chunk", "max_tokens", "history"):
             if getattr(config, name) < 1:
                 raise CodecError(f"codec config: {name} must be at least 1, is {getattr(config, name)}")
         if set(self.statistics) != {"state", "action"}:
@@ -332,10 +363,5 @@ class Codec:
         return actions, mask
 
 
-def _joined(values: NDArray | Sequence[NDArray], what: str) -> NDArray:
-    if isinstance(values, np.ndarray):
-        return values
-    widths = {array.shape[1:] for array in values}
-    if len(widths) != 1:
-        raise CodecError(f"{what}s to fit a codec on have shapes {sorted(widths)} a step; they must be alike")
-    return np.concatenate(list(values))
+def _blocks(values: NDArray | Iterable[NDArray]) -> Iterable[NDArray]:
+    return [values] if isinstance(values, np.ndarray) else values

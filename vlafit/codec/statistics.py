@@ -4,7 +4,7 @@ Statistics are fitted once, on training episodes, and saved in the checkpoint; b
 use the same numbers. Everything here is float64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +21,8 @@ Normalisation = Literal[
     "lerobot_min_max",
     "identity",
 ]
-"""How a column is normalised. The first two are openpi's, with floors that keep odd dimensions from
-exploding; the others repeat what LeRobot did when it trained a checkpoint."""
+"""How a column is normalised. The first two are openpi's, with floors that keep nearly constant
+dimensions from exploding; the others repeat what LeRobot did when it trained a checkpoint."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
@@ -38,6 +38,8 @@ EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / 
 FURTHEST = 50.0  # no recorded value is normalised to something further from the centre (see `Normaliser.fit`)
 NEAR_CONSTANT = 1e-4  # a dimension whose whole range is below this, relative to max(1, |mean|), says nothing
 NEAR_CONSTANT_SCALE = 1e-2  # what such a dimension is divided by, relative to max(1, |mean|)
+
+QUANTILE_VALUES = 2**26  # float64 values held at once while quantiles are taken, 0.5 GB
 
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
 OPTIONAL = ARRAYS[2:]  # what other programs may not have recorded
@@ -66,26 +68,42 @@ class Statistics:
     def of(cls, values: ArrayLike, what: str = "values", labels: Sequence[str] = ()) -> "Statistics":
         """Return the statistics of `values` [n, d]; `what` and `labels` name the column in errors.
 
-        Raises DataError where there are no values, or one is NaN or infinite.
+        Raises DataError if there are no values, or one is NaN or infinite.
         """
-        array = np.asarray(values, dtype=np.float64)
-        if array.ndim != 2 or array.shape[1] == 0:
-            raise DataError(f"statistics of {what}: need an array [n, d], got shape {array.shape}")
-        if len(array) == 0:
+        return cls.of_blocks([np.asarray(values)], what, labels)
+
+    @classmethod
+    def of_blocks(
+        cls, blocks: Iterable[NDArray], what: str = "values", labels: Sequence[str] = ()
+    ) -> "Statistics":
+        """Return the statistics of the rows of all `blocks` [n, d], bit for bit those of one array of them.
+
+        `blocks` is iterated several times and never held together, so that a dataset may be larger than the
+        memory: of the values only some dimensions are kept at a time, for the quantiles.
+        """
+        sums = _Sums(what, labels)
+        for block in blocks:
+            sums.add(block)
+        if sums.count == 0:
             raise DataError(f"statistics of {what}: there are no values; choose episodes that have frames")
-        bad = ~np.isfinite(array)
-        if bad.any():
-            row, dimension = (int(i) for i in np.argwhere(bad)[0])
-            label = f" ({labels[dimension]})" if dimension < len(labels) else ""
-            raise DataError(
-                f"statistics of {what}: {int(bad.sum())} values are not finite, the first is "
-                f"{array[row, dimension]} in row {row}, dimension {dimension}{label}; "
-                "mend or leave out the episode it comes from"
-            )
-        q01, q99 = np.quantile(array, [0.01, 0.99], axis=0)
-        return cls(
-            len(array), array.mean(axis=0), array.std(axis=0), q01, q99, array.min(axis=0), array.max(axis=0)
-        )
+        width, count = len(sums.total), sums.count
+        if width == 1:  # one dimension is summed in pairs by numpy, and must be whole
+            whole = np.concatenate([np.asarray(block, dtype=np.float64) for block in blocks])
+            mean, std = whole.mean(axis=0), whole.std(axis=0)
+        else:
+            mean = sums.total / count
+            squares = np.zeros(0)
+            for block in blocks:
+                centred = np.asarray(block, dtype=np.float64) - mean
+                squares = _add_rows(squares, centred * centred)
+            std = np.sqrt(squares / count)
+        q01, q99 = np.empty(width), np.empty(width)
+        at_once = max(1, QUANTILE_VALUES // count)
+        for first in range(0, width, at_once):
+            some = slice(first, first + at_once)
+            columns = np.concatenate([np.asarray(block[:, some], dtype=np.float64) for block in blocks])
+            q01[some], q99[some] = np.quantile(columns, [0.01, 0.99], axis=0)
+        return cls(count, mean, std, q01, q99, sums.least, sums.most)
 
     @property
     def dimensions(self) -> int:
@@ -130,6 +148,47 @@ class Statistics:
         if not isinstance(values["count"], int):
             raise CodecError(f"{where}: count must be an integer, got {values['count']!r}")
         return cls(values["count"], **arrays)
+
+
+class _Sums:
+    """The count, sum and range of rows, and a check of each."""
+
+    def __init__(self, what: str, labels: Sequence[str]) -> None:
+        self.what, self.labels = what, labels
+        self.count = 0
+        self.total = self.least = self.most = np.zeros(0)
+
+    def add(self, block: NDArray) -> None:
+        """Count the rows of `block` [n, d]. Raises DataError if it has another shape, or is not finite."""
+        array = np.asarray(block, dtype=np.float64)
+        if array.ndim != 2 or array.shape[1] == 0:
+            raise DataError(f"statistics of {self.what}: need an array [n, d], got shape {array.shape}")
+        if self.count and array.shape[1] != len(self.total):
+            widths = f"{len(self.total)} and {array.shape[1]}"
+            raise CodecError(
+                f"{self.what}s to take statistics of have {widths} dimensions; they must be alike"
+            )
+        if len(array) == 0:
+            return
+        bad = ~np.isfinite(array)
+        if bad.any():
+            row, dimension = (int(i) for i in np.argwhere(bad)[0])
+            label = f" ({self.labels[dimension]})" if dimension < len(self.labels) else ""
+            raise DataError(
+                f"statistics of {self.what}: {int(bad.sum())} values are not finite, the first is "
+                f"{array[row, dimension]} in row {self.count + row}, dimension {dimension}{label}; "
+                "fix or leave out the episode it comes from"
+            )
+        least, most = array.min(axis=0), array.max(axis=0)
+        self.least = np.minimum(self.least, least) if self.count else least
+        self.most = np.maximum(self.most, most) if self.count else most
+        self.total = _add_rows(self.total, array)
+        self.count += len(array)
+
+
+def _add_rows(total: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `total` [d] (empty at the start) plus all rows [n, d], in the order in which numpy adds them."""
+    return np.add.reduce(np.concatenate([total[None], rows]) if len(total) else rows, axis=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,21 +1,26 @@
 """Recorded demonstrations: data cards, stores of episodes, and the samples drawn from them."""
 
 from vlafit.datasets.augment import draw_shifts, shift_image, shift_images
-from vlafit.datasets.card import Card, RecordSpec, load_card
+from vlafit.datasets.card import Card, Draft, RecordSpec
 from vlafit.datasets.chunks import ChunkDataset
+from vlafit.datasets.load import describe, load_card, open_dataset
 from vlafit.datasets.order import SampleOrder
 from vlafit.datasets.split import split_episodes
-from vlafit.datasets.statistics import arrays_for_statistics
-from vlafit.datasets.store import EpisodeInfo, EpisodeStore, open_dataset
+from vlafit.datasets.statistics import Blocks, arrays_for_statistics, blocks_for_statistics
+from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 
 __all__ = [
+    "Blocks",
     "Card",
     "ChunkDataset",
+    "Draft",
     "EpisodeInfo",
     "EpisodeStore",
     "RecordSpec",
     "SampleOrder",
     "arrays_for_statistics",
+    "blocks_for_statistics",
+    "describe",
     "draw_shifts",
     "load_card",
     "open_dataset",

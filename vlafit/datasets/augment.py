@@ -1,13 +1,14 @@
-"""Augmentation of training samples, before the codec; every draw belongs to (seed, epoch, sample)."""
+"""Augmentation of training samples, before the codec; every draw depends on (seed, epoch, sample) only."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.errors import DataError
-from vlafit.types import Sample
+from vlafit.types import Observation, Sample
 
 STREAM = 0x5348494654  # "SHIFT": keeps these draws apart from others that use the same seed
 
@@ -26,7 +27,7 @@ def _source(length: int, by: int) -> NDArray[np.int64]:
 
 
 def draw_shifts(seed: int, epoch: int, index: int, cameras: int, pixels: int) -> NDArray[np.int64]:
-    """Return (dy, dx) of each camera, int [n, 2] in -pixels..pixels, from (seed, epoch, index) alone."""
+    """Return (dy, dx) of each camera, int [n, 2] in -pixels..pixels, from (seed, epoch, index) only."""
     if pixels < 0:
         raise DataError(f"images shift by 0 or more pixels, not {pixels}")
     generator = np.random.Generator(np.random.Philox(key=[seed, STREAM], counter=[0, 0, epoch, index]))
@@ -34,13 +35,19 @@ def draw_shifts(seed: int, epoch: int, index: int, cameras: int, pixels: int) ->
 
 
 def shift_images(sample: Sample, pixels: int, *, seed: int, epoch: int, index: int) -> Sample:
-    """Return `sample` with each camera's image shifted by a draw of its own, by up to `pixels`.
+    """Return `sample` with each camera's images shifted by one draw of its own, by up to `pixels`.
 
-    `index` is the sample's position in its dataset. Raises DataError for a negative number of pixels.
+    A camera's earlier frames, if there is a history, move with the present one. `index` is the sample's
+    position in its dataset. Raises DataError for a negative number of pixels.
     """
-    images = sample.observation.images
-    shifts = draw_shifts(seed, epoch, index, len(images), pixels).tolist()
-    moved = {
-        name: shift_image(images[name], dy, dx) for name, (dy, dx) in zip(sorted(images), shifts, strict=True)
-    }
-    return replace(sample, observation=replace(sample.observation, images=moved))
+    names = sorted(sample.observation.images)
+    draws = draw_shifts(seed, epoch, index, len(names), pixels).tolist()
+    shifts = dict(zip(names, draws, strict=True))
+    observation = sample.observation
+    past = tuple(_shifted(earlier, shifts) for earlier in observation.past)
+    return replace(sample, observation=replace(_shifted(observation, shifts), past=past))
+
+
+def _shifted(observation: Observation, shifts: Mapping[str, Sequence[int]]) -> Observation:
+    moved = {name: shift_image(image, *shifts[name]) for name, image in observation.images.items()}
+    return replace(observation, images=moved)

@@ -2,21 +2,22 @@
 
 Where the files are, what robot they show (compared with what they hold, never reshaped to fit), where the
 instruction comes from, how many episodes there should be; and, for data that this package records itself,
-how to record it.
+how to record it. What depends on the arrangement of the files is the layout's, in a table of its own.
 """
 
 import glob
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from vlafit import config, shipped
-from vlafit.errors import ConfigError, DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import ConfigError, DataError, did_you_mean
 from vlafit.types import Embodiment, Feature
 
-Layout = Literal["libero", "robomimic"]
-SUFFIXES = (".hdf5", ".h5")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,25 @@ class CameraCard:
     name: str
     """The camera's name from here on; recipes and checkpoints use it."""
     key: str
-    """Its dataset below a demonstration, for example obs/agentview_rgb."""
+    """Where the layout finds its frames: in HDF5 a dataset below a demonstration, for example
+    obs/agentview_rgb; in LeRobot a feature, for example observation.images.front."""
     height: int
     """Pixels."""
     width: int
     """Pixels."""
     rotate: Literal[0, 180] = 0
-    """Degrees by which frames are turned when read, where the file has them upside-down."""
+    """Degrees by which frames are turned when read, if the file has them upside-down."""
+    flip: Literal["", "vertical", "horizontal"] = ""
+    """Mirror frames when read: "vertical" swaps top and bottom, "horizontal" left and right."""
+
+    def upright(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return `frames` [..., h, w, 3] rotated and flipped as the card says; a view, not a copy."""
+        turned = self.rotate == 180
+        if turned != (self.flip == "vertical"):
+            frames = frames[..., ::-1, :, :]
+        if turned != (self.flip == "horizontal"):
+            frames = frames[..., ::-1, :]
+        return frames
 
 
 @dataclass(frozen=True)
@@ -40,13 +53,13 @@ class ColumnCard:
     """A state or action column: floats [T, dimensions]."""
 
     keys: tuple[str, ...]
-    """Datasets below a demonstration, concatenated in this order."""
+    """Where the layout finds the parts of the column (see a camera's key), concatenated in this order."""
     dimensions: int
     """Dimensions after concatenation."""
     labels: tuple[str, ...] = ()
     """A name for each dimension."""
     unit: str = ""
-    """Unit, where all dimensions share one."""
+    """Unit, if all dimensions share one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class RobotCard:
     control: str
     """What an action means, for example delta_position."""
     cameras: tuple[CameraCard, ...]
-    """The cameras to use; others in the files are left alone."""
+    """The cameras to use; others in the files are not read."""
     state: ColumnCard
     """The robot's state."""
     action: ColumnCard
@@ -69,19 +82,28 @@ class RobotCard:
     """For each action dimension: whether to learn it minus the same dimension of the state at the chunk's
     start, as suits absolute targets in the state's own units. Empty: none."""
     renderer: str = ""
-    """What made the pixels: camera, ray, egl or osmesa; empty where unknown."""
+    """What made the pixels: camera, ray, egl or osmesa; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class InstructionCard:
     """Where the sentence of an episode comes from."""
 
-    source: Literal["attrs", "filename", "card"]
-    """attrs: problem_info of /data, as LIBERO; filename: words of the file's name; card: below."""
+    source: str = ""
+    """card: from `text` and `files` below; or a source of the layout (libero: attrs, filename). Empty: the
+    layout's own."""
     text: str = ""
     """With source "card": the sentence for every file that `files` does not name."""
     files: dict[str, str] = field(default_factory=dict)
     """With source "card": the sentence of a file, by its name without suffix."""
+
+    def sentence(self, stem: str, where: str) -> str:
+        """Return the card's sentence for the file named `stem`. Raises DataError if there is none."""
+        text = self.files.get(stem, self.text)
+        if not text.strip():
+            near = did_you_mean(stem, self.files)
+            raise DataError(f"{where}: the card has no sentence for {stem!r} (instruction.files){near}")
+        return text
 
 
 @dataclass(frozen=True)
@@ -124,18 +146,19 @@ class Card:
 
     name: str
     """Name of the dataset; part of every sample's key."""
-    layout: Layout
-    """How its files are laid out."""
+    layout: str
+    """How its files are arranged: a module of vlafit.datasets.layouts, an installed layout's name, or the
+    dotted path of a module elsewhere. The layout's own options are in a table of its name."""
     path: str
-    """A file, a folder of HDF5 files or a glob pattern: beside the card, else below ./data/."""
+    """A file, a folder or a glob pattern: beside the card, else below ./data/."""
     robot: RobotCard
     """The embodiment."""
-    instruction: InstructionCard
+    instruction: InstructionCard = field(default_factory=InstructionCard)
     """Where the sentences come from."""
-    mask: str = ""
-    """With layout robomimic: the filter key (/mask/<key>) whose demonstrations to use. Empty: all."""
+    section: object = None
+    """The layout's own options; filled in when the card is read."""
     expect: ExpectCard = field(default_factory=ExpectCard)
-    """What must be there. Without a number of episodes, a recorded dataset expects what `record` asks for."""
+    """What must be there. Without a number of episodes, a recorded dataset expects what [record] asks for."""
     record: RecordSpec | None = None
     """How to record it."""
     purpose: str = ""
@@ -145,7 +168,7 @@ class Card:
     source: str = ""
     """Where it comes from, and how to get it."""
     quirks: tuple[str, ...] = ()
-    """What a reader of the files should know."""
+    """What a user of the files should know."""
     file: Path | None = None
     """The card's own file; filled in when it is read."""
 
@@ -170,6 +193,14 @@ class Card:
             return self.expect.episodes
         return len(self.record.tasks) * self.record.episodes_per_task
 
+    def options(self, section: type[T]) -> T:
+        """Return the layout's own options, `section()` if the card has none."""
+        if self.section is None:
+            return section()
+        if not isinstance(self.section, section):
+            raise TypeError(f"layout {self.layout!r} takes {section}, the card has {type(self.section)}")
+        return self.section
+
     def location(self) -> Path:
         """Return where the data is, or is to be recorded: beside the card if it exists, else in ./data/.
 
@@ -183,30 +214,46 @@ class Card:
         beside = self.file.parent / fixed if self.file else below
         return beside if beside.exists() else below
 
-    def files(self) -> list[Path]:
-        """Return the dataset's files, sorted. Raises DataError saying where it looked if there is none."""
+    def files(self, suffixes: Collection[str] = ()) -> list[Path]:
+        """Return the dataset's files, sorted: what `path` matches, or a folder's files with these suffixes.
+
+        Without suffixes, all files of the folder count. Hidden files never do. Raises DataError saying where
+        it looked if there is none.
+        """
         root = self.location()
         parts = Path(self.path).expanduser().parts[len(_before_wildcards(Path(self.path).expanduser())) :]
         if parts:
-            found = [Path(p) for p in glob.glob(str(root.joinpath(*parts)), recursive=True)]
+            paths = [Path(p) for p in glob.glob(str(root.joinpath(*parts)), recursive=True)]
         elif root.is_dir():
-            found = [p for p in root.iterdir() if p.suffix in SUFFIXES]
+            paths = [p for p in root.iterdir() if not suffixes or p.suffix in suffixes]
+            paths = [p for p in paths if not p.name.startswith(".")]
         else:
-            found = [root]
-        found = sorted(p for p in found if p.is_file())
-        if not found:
-            raise DataError(f"dataset {self.name!r}: {self._nothing_found(root)}")
-        return found
+            paths = [root]
+        paths = sorted(p for p in paths if p.is_file())
+        if not paths:
+            raise DataError(f"dataset {self.name!r}: {self._no_files(root, suffixes)}")
+        return paths
 
-    def _nothing_found(self, root: Path) -> str:
+    def _no_files(self, root: Path, suffixes: Collection[str]) -> str:
         beside = f"{self.file.parent} and " if self.file and not Path(self.path).is_absolute() else ""
         where = f"{self.path!r} (looked in {beside}{Path('data').resolve()})" if beside else f"{self.path!r}"
         if self.record is not None:
             card = self.file or self.name
             return f"no recordings at {where}; record them with: vlafit record {card}"
-        what = f"{root} holds no {' or '.join(SUFFIXES)} file" if root.is_dir() else f"nothing is at {where}"
-        hint = f"; {self.source}" if self.source else "; put the files there, or mend `path` in the card"
+        what = f"nothing is at {where}"
+        if root.is_dir():
+            what = f"{root} holds no {' or '.join(suffixes) or 'matching'} file"
+        hint = f"; {self.source}" if self.source else "; put the files there, or fix `path` in the card"
         return what + hint
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A card that a layout drafted from files, and what it had to guess."""
+
+    card: Card
+    guesses: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key of the card -> why its value is a guess, and what to check."""
 
 
 def _before_wildcards(path: Path) -> tuple[str, ...]:
@@ -218,18 +265,8 @@ def _before_wildcards(path: Path) -> tuple[str, ...]:
     return tuple(fixed)
 
 
-def load_card(name_or_path: str | Path) -> Card:
-    """Read a card: a path, or the name of one that ships. Raises ConfigError saying what is wrong in it."""
-    path = shipped.find("card", str(name_or_path))
-    values = config.load_toml(path, "card")
-    if "file" in values:
-        raise ConfigError(f"{path}: `file` is filled in when the card is read; leave it out")
-    card = replace(config.build(Card, values, str(path)), file=path)
-    _check(card, str(path))
-    return card
-
-
-def _check(card: Card, where: str) -> None:
+def check(card: Card, where: str) -> None:
+    """Raise ConfigError, beginning with `where`, if a value of the card is invalid in every layout."""
     robot = card.robot
     if not robot.cameras:
         raise ConfigError(f"{where}: robot.cameras is empty; a policy needs at least one camera")
@@ -259,13 +296,9 @@ def _check(card: Card, where: str) -> None:
         raise ConfigError(f"{where}: robot.relative: there is no state for action dimensions {beyond}")
     instruction = card.instruction
     if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
-        raise ConfigError(f'{where}: instruction.source is "card": give instruction.text or .files')
+        raise ConfigError(f'{where}: instruction.source is "card": set instruction.text or .files')
     if instruction.source != "card" and (instruction.text or instruction.files):
         raise ConfigError(f'{where}: instruction.text and .files need instruction.source = "card"')
-    if instruction.source == "attrs" and card.layout == "robomimic":
-        raise ConfigError(f'{where}: robomimic files hold no instruction; use instruction.source = "card"')
-    if card.mask and card.layout != "robomimic":
-        raise ConfigError(f"{where}: only layout robomimic has filter keys (mask = {card.mask!r})")
     record = card.record
     if record is not None:
         if not record.tasks or record.episodes_per_task < 1 or len(set(record.tasks)) != len(record.tasks):

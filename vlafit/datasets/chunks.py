@@ -6,22 +6,27 @@ import numpy as np
 
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
-from vlafit.types import Observation, Sample
+from vlafit.types import Sample
 
 
 class ChunkDataset:
     """Every step of the chosen episodes as a `Sample`; a torch map-style dataset without torch.
 
-    Past an episode's end the last action is repeated, and `is_real` is False. Steps are numbered store by
-    store, episode by episode in the order given, so a position always means the same sample.
+    Steps are numbered store by store, episode by episode in the order of the arguments, so a position always
+    means the same sample. `EpisodeStore.sample` says how chunks and histories are padded.
     """
 
-    def __init__(self, stores: Sequence[EpisodeStore], chunk: int, episodes: Sequence[Sequence[str]]) -> None:
-        """`episodes` gives, for each store, the ids to use. Raises DataError where there are none."""
+    def __init__(
+        self, stores: Sequence[EpisodeStore], chunk: int, episodes: Sequence[Sequence[str]], history: int = 1
+    ) -> None:
+        """`episodes` holds, for each store, the ids to use. Raises DataError if there are none."""
         if chunk < 1:
             raise DataError(f"a chunk needs at least one step, got {chunk}")
+        if history < 1:
+            raise DataError(f"a history needs at least one step (the present one), got {history}")
         self.stores = tuple(stores)
         self.chunk = chunk
+        self.history = history
         self._where: list[tuple[int, int]] = []  # (store, episode) in order
         for number, (store, ids) in enumerate(zip(stores, episodes, strict=True)):
             self._where.extend((number, store.index(i)) for i in ids)
@@ -39,13 +44,5 @@ class ChunkDataset:
         place = int(np.searchsorted(self._ends, position, side="right"))
         number, episode = self._where[place]
         store = self.stores[number]
-        info = store.episodes[episode]
-        step = position - (int(self._ends[place]) - info.length)
-        rows = np.arange(step, step + self.chunk)
-        observation = Observation(
-            images={c.name: store.image(episode, step, c.name) for c in store.embodiment.cameras},
-            state=store.state(episode)[step],
-            instruction=info.instruction,
-        )
-        actions = store.actions(episode)[np.minimum(rows, info.length - 1)]
-        return Sample(observation, actions, rows < info.length, (store.card.name, info.id, step))
+        step = position - (int(self._ends[place]) - store.episodes[episode].length)
+        return store.sample(episode, step, self.chunk, self.history)

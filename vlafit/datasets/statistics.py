@@ -1,6 +1,6 @@
-"""The arrays that normalisation is fitted on: columns alone, never a frame."""
+"""The rows that normalisation is fitted on: states and actions, never a frame."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,33 +9,73 @@ from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 
 
+class Blocks(Iterable[NDArray[np.float32]]):
+    """Arrays [n, d] that are read anew each time they are iterated; nothing is kept between them."""
+
+    def __init__(self, read: Callable[[], Iterator[NDArray[np.float32]]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return self._read()
+
+
+def blocks_for_statistics(
+    stores: Sequence[EpisodeStore],
+    episode_ids: Sequence[Sequence[str]],
+    chunk: int,
+    relative: Sequence[bool] = (),
+) -> tuple[Blocks, Blocks]:
+    """Return (states [n, s], actions [m, a]) of the given (training) episodes, an episode at a time.
+
+    Without chunk-relative dimensions there is an action row a step. With one there is a row for each real
+    step of each chunk, because the difference depends on the chunk's start; steps past an episode's end never
+    count. Raises DataError if there are no episodes, or `relative` does not fit the robot.
+    """
+    if not any(len(ids) for ids in episode_ids):
+        names = ", ".join(repr(store.card.name) for store in stores)
+        raise DataError(f"dataset {names}: no episodes are chosen to take statistics from")
+    dimensions = np.flatnonzero(np.asarray(relative, dtype=np.bool_))
+    for store in stores:
+        _require_relative(relative, dimensions, store)
+
+    def episodes() -> Iterator[tuple[EpisodeStore, int]]:
+        for store, ids in zip(stores, episode_ids, strict=True):
+            for identity in ids:
+                yield store, store.index(identity)
+
+    def states() -> Iterator[NDArray[np.float32]]:
+        return (store.state(episode) for store, episode in episodes())
+
+    def actions() -> Iterator[NDArray[np.float32]]:
+        for store, episode in episodes():
+            rows = store.actions(episode)
+            if not len(dimensions):
+                yield rows
+                continue
+            state = store.state(episode)
+            for ahead in range(min(chunk, len(rows))):
+                window = rows[ahead:].copy()
+                window[:, dimensions] -= state[: len(window), dimensions]
+                yield window
+
+    return Blocks(states), Blocks(actions)
+
+
 def arrays_for_statistics(
     store: EpisodeStore, episode_ids: Sequence[str], chunk: int, relative: Sequence[bool] = ()
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return (states [N, s], actions [M, a]) of the given (training) episodes, without touching images.
+    """Return the blocks of one store as two arrays, (states [N, s], actions [M, a])."""
+    states, actions = blocks_for_statistics([store], [episode_ids], chunk, relative)
+    return np.concatenate(list(states)), np.concatenate(list(actions))
 
-    With no chunk-relative dimension M = N. With one, there is a row for each real step of each chunk, since
-    the difference depends on the chunk's start; steps past an episode's end never count.
-    """
-    if not episode_ids:
-        raise DataError(f"dataset {store.card.name!r}: no episodes are chosen to take statistics from")
-    mask = np.asarray(relative, dtype=np.bool_)
-    states, windows = [], []
-    for episode in map(store.index, episode_ids):
-        state, actions = store.state(episode), store.actions(episode)
-        states.append(state)
-        if not mask.any():
-            windows.append(actions)
-            continue
-        if len(mask) != actions.shape[1]:
-            raise DataError(f"relative has {len(mask)} entries for {actions.shape[1]} action dimensions")
-        dimensions = np.flatnonzero(mask)
-        if dimensions[-1] >= state.shape[1]:
-            raise DataError(
-                f"relative: action dimension {dimensions[-1]} has no state dimension to be relative to"
-            )
-        for ahead in range(min(chunk, len(actions))):
-            window = actions[ahead:].copy()
-            window[:, dimensions] -= state[: len(window), dimensions]
-            windows.append(window)
-    return np.concatenate(states), np.concatenate(windows)
+
+def _require_relative(relative: Sequence[bool], dimensions: NDArray[np.int64], store: EpisodeStore) -> None:
+    robot = store.embodiment
+    if not len(dimensions):
+        return
+    if len(relative) != robot.action.shape[0]:
+        raise DataError(f"relative has {len(relative)} entries for {robot.action.shape[0]} action dimensions")
+    if dimensions[-1] >= robot.state.shape[0]:
+        raise DataError(
+            f"relative: action dimension {dimensions[-1]} has no state dimension to be relative to"
+        )

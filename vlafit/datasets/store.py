@@ -1,69 +1,120 @@
-"""Recorded episodes, whatever their layout: what a store must offer, and how one is opened from its card."""
+"""Recorded episodes, whatever their layout: the interface of a store."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.card import Card
 from vlafit.errors import DataError, did_you_mean
-from vlafit.types import Embodiment
+from vlafit.types import Embodiment, Observation, Sample
 
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """One episode. `id` is unique in its store and stays the same wherever the files are put."""
+    """One episode. `id` is unique in its store and does not depend on where the files are."""
 
     id: str
     task: str
     instruction: str
     length: int
     seed: int | None = None
-    """The simulation seed that the episode started from, where the file tells."""
+    """The simulation seed that the episode started from, if the file records it."""
 
 
 class EpisodeStore(ABC):
     """Random access to the episodes of one dataset.
 
-    Opening checks the files against the card. A store can be pickled; a worker process reopens files when it
-    first reads an image.
+    A subclass sets `card` and `episodes` in its constructor and implements `state`, `actions` and `image`. It
+    checks the files against the card when it opens them. Columns may be read lazily: callers ask for one
+    episode at a time and keep nothing. A store can be pickled; a worker process opens files when it first
+    reads from them.
     """
 
     card: Card
-    embodiment: Embodiment
     episodes: tuple[EpisodeInfo, ...]
-    _indices: dict[str, int]
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """The robot that the episodes show."""
+        return self.card.embodiment
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {info.id: position for position, info in enumerate(self.episodes)}
 
     def index(self, episode_id: str) -> int:
-        """Return the position of an episode by its id. Raises DataError where there is none."""
+        """Return the position of an episode by its id. Raises DataError if there is none."""
         try:
-            return self._indices[episode_id]
+            return self._positions[episode_id]
         except KeyError:
-            near = did_you_mean(episode_id, self._indices) if len(self._indices) < 20 else ""
+            near = did_you_mean(episode_id, self._positions) if len(self._positions) < 20 else ""
             raise DataError(f"dataset {self.card.name!r} has no episode {episode_id!r}{near}") from None
 
     @abstractmethod
     def state(self, episode: int) -> NDArray[np.float32]:
-        """Return the states [T, s] of the episode at a position; not to be written to."""
+        """Return the states [T, s] of the episode at a position, read-only."""
 
     @abstractmethod
     def actions(self, episode: int) -> NDArray[np.float32]:
-        """Return the actions [T, a] of the episode at a position; not to be written to."""
+        """Return the actions [T, a] of the episode at a position, read-only."""
 
     @abstractmethod
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
-        """Return one frame [h, w, 3], upright; not to be written to."""
+        """Return one frame, uint8 RGB [h, w, 3], upright, read-only."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the files; they reopen when needed."""
+    def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+        """Return the frames at `steps`, [n, h, w, 3]. Video layouts override this to decode once."""
+        return np.stack([self.image(episode, step, camera) for step in steps])
 
+    def files(self) -> tuple[Path, ...]:
+        """Return the files that hold the data."""
+        return tuple(self.card.files())
 
-def open_dataset(card: Card) -> EpisodeStore:
-    """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    match card.layout:
-        case "libero" | "robomimic":
-            from vlafit.datasets.layouts.hdf5 import Hdf5Store
+    def close(self) -> None:  # noqa: B027
+        """Close open files; they reopen when needed. The default is for stores that keep none open."""
 
-            return Hdf5Store(card)
+    def sample(self, episode: int, step: int, chunk: int, history: int = 1) -> Sample:
+        """Return the observation at `step` and the `chunk` actions from there on.
+
+        Past the episode's end the last action is repeated, and `is_real` is False. `history` counts observed
+        steps, the present one included; earlier ones are in `observation.past`, fewer at the episode's start.
+        """
+        self.require_step(episode, step)
+        info = self.episodes[episode]
+        cameras = [camera.name for camera in self.embodiment.cameras]
+        states = self.state(episode)
+        past: tuple[Observation, ...] = ()
+        if history > 1 and step > 0:
+            earlier = list(range(max(0, step - history + 1), step))
+            frames = {name: self.images(episode, [*earlier, step], name) for name in cameras}
+            past = tuple(
+                Observation({name: frames[name][i] for name in cameras}, states[row], info.instruction)
+                for i, row in enumerate(earlier)
+            )
+            images = {name: frames[name][-1] for name in cameras}
+        else:
+            images = {name: self.image(episode, step, name) for name in cameras}
+        rows = np.arange(step, step + chunk)
+        actions = self.actions(episode)[np.minimum(rows, info.length - 1)]
+        observation = Observation(images, states[step], info.instruction, past=past)
+        return Sample(observation, actions, rows < info.length, (self.card.name, info.id, step))
+
+    def require_step(self, episode: int, step: int) -> None:
+        """Raise DataError naming the episode if it has no such step."""
+        info = self.episodes[episode]
+        if not 0 <= step < info.length:
+            raise DataError(f"episode {info.id!r} has steps 0 to {info.length - 1}, no step {step}")
+
+    def camera_slot(self, camera: str) -> int:
+        """Return the position of a camera in the card. Raises DataError if there is none."""
+        names = [declared.name for declared in self.card.robot.cameras]
+        if camera not in names:
+            raise DataError(
+                f"dataset {self.card.name!r} has no camera {camera!r}{did_you_mean(camera, names)}"
+            )
+        return names.index(camera)

@@ -21,6 +21,7 @@ from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.policy import Needs, ParameterInfo, Policy
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
+from vlafit.policies import _pi0_shapes
 from vlafit.policies._common import (
     all_true_on_cpu,
     check_batch,
@@ -274,6 +275,7 @@ class Pi0(Policy):
 
 
 Config = Pi0Config
+SHAPES = _pi0_shapes.SHAPES
 
 
 def build(

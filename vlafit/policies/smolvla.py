@@ -25,6 +25,7 @@ from vlafit.nn.policy import Needs, ParameterInfo, Policy
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
 from vlafit.nn.smolvlm import Connector, patch_positions
+from vlafit.policies import _smolvla_shapes
 from vlafit.policies._common import (
     all_true_on_cpu,
     check_batch,
@@ -276,6 +277,7 @@ class SmolVLA(Policy):
 
 
 Config = SmolVLAConfig
+SHAPES = _smolvla_shapes.SHAPES
 
 
 def build(

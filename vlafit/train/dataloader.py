@@ -70,7 +70,8 @@ def training_batches(
     """
     recipe, data = experiment.recipe, experiment.data
     train = recipe.train
-    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.training)
+    config = experiment.codec.config
+    chunks = ChunkDataset(data.stores, config.chunk, data.training, config.history)
     samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed)
     order = SampleOrder(len(chunks), train.seed)
     wanted = (
@@ -177,7 +178,8 @@ def _spread(
     world: int,
 ) -> list[tuple[Keys, Batch]]:
     recipe = experiment.recipe
-    chunks = ChunkDataset(stores, experiment.codec.config.chunk, episodes)
+    config = experiment.codec.config
+    chunks = ChunkDataset(stores, config.chunk, episodes, config.history)
     samples = EncodedSamples(chunks, experiment.codec, 0, 0)
     size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
     wanted = min(len(chunks), recipe.train.validation_batches * recipe.train.batch_size)

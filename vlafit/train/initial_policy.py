@@ -12,7 +12,7 @@ from vlafit import checkpoints, shipped
 from vlafit.codec import Codec, CodecConfig, prompts
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer
-from vlafit.datasets import arrays_for_statistics
+from vlafit.datasets import blocks_for_statistics
 from vlafit.errors import CodecError, ConfigError, EmbodimentError
 from vlafit.nn.batch import stack
 from vlafit.nn.policy import Needs, Policy
@@ -129,7 +129,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         generator=generator,
     )
     digest = checkpoints.digest(path)
-    options = checkpoints.take_apart(chosen.config).to_read_again() if foreign else {}
+    options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
@@ -244,12 +244,7 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) ->
         )
         if set(filter(None, old.config.cameras)) == set(config.cameras):
             config = replace(config, cameras=old.config.cameras)  # the same slots
-    states, windows = [], []
-    for store, ids in zip(data.stores, data.training, strict=True):
-        if ids:
-            columns = arrays_for_statistics(store, ids, config.chunk, config.relative)
-            states.append(columns[0])
-            windows.append(columns[1])
+    states, windows = blocks_for_statistics(data.stores, data.training, config.chunk, config.relative)
     try:
         return Codec.fit(config, data.embodiment, states, windows, tokenizer)
     except CodecError as error:

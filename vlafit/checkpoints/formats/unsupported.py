@@ -1,8 +1,8 @@
-"""Checkpoints of families that are not ours, known by their tensors' names, to refuse them by name."""
+"""Refuse checkpoints of families that vlafit does not have by the family's name, known by tensor names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from vlafit.checkpoints.tensor_lists import listed
+from vlafit.checkpoints.tensor_lists import list_tensors
 from vlafit.errors import WeightsError
 
 # family, and patterns of which each must be in some tensor's name. The first family that fits is named.
@@ -22,7 +22,7 @@ KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def name_family(names: Iterable[str]) -> str:
-    """Return the family whose tensors have these names; empty when it is none that we know."""
+    """Return the family of KNOWN whose tensors have these names; empty where it is none of these."""
     every = list(names)
     for family, signs in KNOWN:
         if all(any(sign in name for name in every) for sign in signs):
@@ -35,35 +35,25 @@ def name_family(names: Iterable[str]) -> str:
     return ""
 
 
-_PALIGEMMA = "paligemma_with_expert.paligemma.model."
-# What begins the names of our families' tensors, by the program that gives them.
-OURS: dict[str, tuple[str, ...]] = {
-    "LeRobot's SmolVLA": ("model.vlm_with_expert.",),
-    "LeRobot's pi0 or pi0.5": ("model.paligemma_with_expert.",),
-    "openpi's pi0 or pi0.5": (
-        f"{_PALIGEMMA}vision_tower.vision_model.",
-        f"{_PALIGEMMA}language_model.layers.",
-    ),
-    "transformers' pi0": (
-        f"{_PALIGEMMA}vision_tower.encoder.",
-        f"{_PALIGEMMA}vision_tower.embeddings.",
-        f"{_PALIGEMMA}language_model.model.",
-    ),
-    "vlafit's own": ("vision.layers.", "language.layers.", "expert.layers."),
-}
+def refuse(names: Iterable[str], where: str) -> None:
+    """Raise WeightsError where tensors with these names are of a family that vlafit does not have."""
+    family = name_family(names)
+    if family:
+        raise WeightsError(f"{where}: these are the weights of {family}; vlafit has no such family")
 
 
-def refuse_mixed(names: Iterable[str], where: str) -> None:
-    """Raise WeightsError where tensors of several of our families, or several programs' names, lie together.
+def refuse_mix(names: Iterable[str], layouts: Mapping[str, tuple[str, ...]], where: str) -> None:
+    """Raise WeightsError where tensors of several of the `layouts` (kind -> how its names begin) lie
+    together.
 
-    A single one under another program's name is no mix: the form of the others is meant, and it is surplus.
+    A single tensor of another layout is no mix: the layout of the others is meant, and it is surplus.
     """
     every = list(names)
-    found = {
-        kind: [n for n in every if n.replace("._orig_mod.", ".").startswith(signs)]
-        for kind, signs in OURS.items()
+    by_kind = {
+        kind: [n for n in every if n.replace("._orig_mod.", ".").startswith(prefixes)]
+        for kind, prefixes in layouts.items()
     }
-    kinds = {kind: members for kind, members in found.items() if len(members) > 1}
+    kinds = {kind: members for kind, members in by_kind.items() if len(members) > 1}
     if len(kinds) > 1:
-        lines = [f"  {kind} ({len(m)}): {listed(m, every=every)}" for kind, m in kinds.items()]
+        lines = [f"  {kind} ({len(m)}): {list_tensors(m, every=every)}" for kind, m in kinds.items()]
         raise WeightsError(f"{where}: a mix of several checkpoints' tensors:\n" + "\n".join(lines))

@@ -1,4 +1,4 @@
-"""`vlafit convert-pickle FILE --out FILE`: the one place where a pickle is opened, without running it."""
+"""`vlafit convert-pickle FILE --out FILE`: convert a pickle of tensors without running code."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from vlafit.cli.parser import Parser
 ABOUT = """\
 Turn a pickle of tensors (.bin, .pt, .pth) into a safetensors file, which checkpoints are loaded from. The
 pickle is opened with torch.load(weights_only=True), which makes tensors and plain containers, and runs no
-program."""
+code."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,28 +1,30 @@
-"""`vlafit export CHECKPOINT --to TARGET --out DIR`: the checkpoint as another program saves it."""
+"""`vlafit export CHECKPOINT --to TARGET --out DIR`: write the checkpoint as another program saves it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import Parser, add_config, key_value, settings
+from vlafit.cli.parser import Parser, add_config, add_format, key_value, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
 ABOUT = """\
-Write a checkpoint as LeRobot, openpi's PyTorch code or transformers saves it, so that it runs there with the
-same outputs: weights, config and, where the target has such, normalisation and tokenizer; or as vlafit's own.
-Adapters become a PEFT folder in the target's module names, with the weights below them in base/, or with
---merge part of the weights. What a target cannot express is refused, with the reason; nothing is left half
-written."""
+Write a checkpoint in another program's format, so that it runs there with the same outputs: weights, config
+and, where the target has such, normalisation and tokenizer; or as vlafit's own. Adapters become a PEFT folder
+in the target's module names, with the weights below them in base/, or with --merge part of the weights. What
+a target cannot hold is refused, with the reason; nothing is left half written."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the folder, and say what is in it and what the target must be told."""
+    """Write the folder, and print what is in it and how the target has to be used."""
     parser = Parser("vlafit export", ABOUT)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     parser.add_argument(
-        "--to", required=True, metavar="TARGET", help="lerobot, openpi, transformers or vlafit"
+        "--to",
+        required=True,
+        metavar="TARGET",
+        help="the format to write, such as lerobot (an unknown name lists them), or a module: package.module",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--merge", action="store_true", help="fold adapters into the weights, in float32")
     parser.add_argument(
         "--interpolate",
@@ -35,10 +37,11 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="the one that adapters sit on, or that training began with, where CHECKPOINT does not tell",
+        help="the one that adapters sit on, or that training began with, where CHECKPOINT does not record it",
     )
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 [float32]")
     add_config(parser)
+    add_format(parser)
     options = parser.read(arguments)
 
     config = settings(options.config)
@@ -56,6 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         base=base,
         config=config,
         dtype=options.dtype,
+        format=options.format,
     )
     print(made.text())
     return 0

@@ -1,4 +1,4 @@
-"""`vlafit inspect CHECKPOINT`: what is in it, whether it is whole, and what a strategy would train of it."""
+"""`vlafit inspect CHECKPOINT`: show its content, whether it is whole, and what a strategy would train."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import plan_table, size, table
-from vlafit.cli.parser import Parser, add_config, settings
+from vlafit.cli.parser import Parser, add_config, add_format, settings
 from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vlafit.nn.policy import Policy
 
 ABOUT = """\
-Show what a checkpoint of any program holds: its form and family, what becomes of every tensor, its parts, its
-robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy would
-train, and what the optimiser would hold. Only headers are read; --whole loads every number, too."""
+Show what a checkpoint of any program holds: its format and family, what becomes of every tensor, its parts,
+its robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy
+would train, and the optimiser state. Only headers are read; --whole loads every number, too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
     add_config(parser)
+    add_format(parser)
     parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
     parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit import checkpoints, tuning
 
     look = checkpoints.load if options.whole else checkpoints.inspect
-    loaded = look(folder, config=config, dtype=options.dtype)
+    loaded = look(folder, config=config, dtype=options.dtype, format=options.format)
     facts = describe(loaded)
     if options.strategy:
         plan = tuning.preview(bare(loaded.policy), tuning.load_strategy(options.strategy))
@@ -62,7 +63,7 @@ def bare(policy: "Policy") -> "Policy":
 
 
 def describe(loaded: "Loaded") -> dict[str, Any]:
-    """Return what `vlafit inspect` shows, as plain values."""
+    """Return the facts that `vlafit inspect` shows, as plain values."""
     from vlafit.policies import model_of
 
     policy, codec = bare(loaded.policy), loaded.codec
@@ -116,6 +117,6 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _column(one: dict[str, Any]) -> str:
-    labels = f" ({', '.join(one['labels'])})" if one["labels"] else ""
-    return f"{one['shape'][0]}{labels}{' in ' + one['unit'] if one['unit'] else ''}"
+def _column(feature: dict[str, Any]) -> str:
+    labels = f" ({', '.join(feature['labels'])})" if feature["labels"] else ""
+    return f"{feature['shape'][0]}{labels}{' in ' + feature['unit'] if feature['unit'] else ''}"

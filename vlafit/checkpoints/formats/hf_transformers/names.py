@@ -1,15 +1,16 @@
-"""transformers' PI0ForConditionalGeneration: its names in memory and in the files that it saves."""
+"""transformers' PI0ForConditionalGeneration: its names in memory and in files, and what its config.json
+says.
+"""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from vlafit.checkpoints.infer.pi0 import Told
-from vlafit.checkpoints.infer.voting import Stated, Witness
+from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap
+from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.voting import Stated, Witness
 from vlafit.errors import WeightsError
 
 _ACTION = "embed_action_time."
@@ -53,9 +54,18 @@ SAVED = NameMap(
 """Names in the files that `save_pretrained` writes."""
 
 
-def recognise(tensors: Mapping[str, Any]) -> bool:
+LAYOUT = {
+    "transformers' pi0": (
+        f"{_TOWER}encoder.",
+        f"{_TOWER}embeddings.",
+        f"{_P}paligemma.model.language_model.model.",
+    ),
+}
+
+
+def recognise(names: Iterable[str]) -> bool:
     """Whether these tensor names are those of a folder that transformers saved."""
-    return any(name.startswith((f"{_TOWER}embeddings.", f"{_TOWER}encoder.")) for name in tensors)
+    return any(name.startswith((f"{_TOWER}embeddings.", f"{_TOWER}encoder.")) for name in names)
 
 
 COMPUTED: dict[str, dict[str, object]] = {
@@ -63,7 +73,7 @@ COMPUTED: dict[str, dict[str, object]] = {
     "vision": {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
     "": {"min_period": 4e-3, "max_period": 4.0},
 }
-"""What our policy computes, which transformers (5.23) takes, too, where a file is silent."""
+"""What our policy computes; transformers (5.23) takes the same where a file is silent."""
 
 ROPE_BASE = 10000.0  # of the rotation's periods: transformers' GemmaConfig, and what our policy computes
 _DECODER = {
@@ -91,7 +101,7 @@ _SIZES: dict[str, dict[str, str]] = {
 }
 
 
-def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[str], str]) -> Told:
+def config_evidence(tensors: Mapping[str, Tensor], folder: Path) -> ConfigEvidence:
     """Return what transformers' config.json says, and the expert's head where one is stored."""
     path = folder / "config.json"
     head = SAVED.unused[0]
@@ -99,7 +109,7 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
     # As many rows as the expert's own vocabulary has, which nobody uses.
     witnesses = [Witness(head, shape, "- expert.width") for shape in shapes]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
         vlm, expert = values["vlm_config"], values["dit_config"]
         sections = {
             "vlm_config.text_config": vlm["text_config"],
@@ -107,7 +117,7 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
             "dit_config": expert,
             "": values,
         }
-        told = {
+        known = {
             "chunk": values["chunk_size"],
             "time_angles": "float32",  # as in transformers' PI0TimestepEmbeddings
             "vision": {"heads": vlm["vision_config"]["num_attention_heads"]},
@@ -127,11 +137,11 @@ def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[s
                         f"{path}: {name}{'.' if name else ''}{key} is {section[key]!r}; only {value!r} is"
                         " supported here"
                     )
-            turns = section.get("rope_parameters") or {}
-            if kind == "text" and turns.get("rope_theta", ROPE_BASE) != ROPE_BASE:
+            rotation = section.get("rope_parameters") or {}
+            if kind == "text" and rotation.get("rope_theta", ROPE_BASE) != ROPE_BASE:
                 raise WeightsError(f"{path}: {name}.rope_theta is not {ROPE_BASE:g}, the only one supported")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{path}: not the config.json that transformers writes for pi0 ({error!r})"
         ) from error
-    return Told(told, stated, witnesses, theirs)
+    return ConfigEvidence(known, stated, witnesses)

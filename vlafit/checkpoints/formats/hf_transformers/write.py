@@ -8,7 +8,7 @@ from vlafit.checkpoints.formats.hf_transformers.names import LIVE
 from vlafit.checkpoints.name_map import back
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
-from vlafit.nn.policy import ParameterInfo, Policy
+from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config
 
 SINCE = "5.23"  # the version whose names we know
@@ -17,13 +17,8 @@ SINCE = "5.23"  # the version whose names we know
 def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     """Say why transformers cannot hold this policy; empty where it can. It knows nothing of codecs."""
     if not isinstance(policy, Pi0) or policy.config.pi05:
-        return ["transformers holds pi0 alone"]
+        return ["transformers only supports pi0"]
     return []
-
-
-def precise(info: ParameterInfo, policy: Policy) -> bool:
-    """Whether transformers keeps a parameter in float32 when the policy is bfloat16: none of pi0's."""
-    return False
 
 
 def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
@@ -37,10 +32,10 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     tensors = back(weights, LIVE) | {LIVE.unused[0]: dead}
     expected = set(model.state_dict())
     if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
+        different = sorted(set(tensors) ^ expected)
         raise WeightsError(
             f"transformers {transformers.__version__} names pi0's tensors otherwise than {SINCE}: "
-            f"{odd[:4]}; install {SINCE}"
+            f"{different[:4]}; install {SINCE}"
         )
     model.load_state_dict(tensors, assign=True)
     model.save_pretrained(folder)

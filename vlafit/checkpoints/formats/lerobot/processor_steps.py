@@ -1,12 +1,12 @@
-"""Steps of LeRobot's processor pipelines: which settings we repeat. Any other is an error that names it."""
+"""Read the steps of LeRobot's processor pipelines; a setting that vlafit does not repeat is an error."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlafit.checkpoints.formats.lerobot.names import Described
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
+from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.errors import WeightsError
 
 PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
@@ -81,14 +81,16 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
 def read_steps(path: Path) -> list[Step]:
     """Read a pipeline. Raises WeightsError where it is none, or has parts that LeRobot does not write."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         listed = content["steps"]
-        odd = sorted({*content} - {"name", "steps"})
-        odd += sorted(
+        unknown = sorted({*content} - {"name", "steps"})
+        unknown += sorted(
             {key for one in listed for key in one} - {"registry_name", "config", "state_file", "artifacts"}
         )
-        if odd:
-            raise WeightsError(f"{path}: {odd[0]!r} is not known here, and leaving it out would be a guess")
+        if unknown:
+            raise WeightsError(
+                f"{path}: {unknown[0]!r} is not known here, and leaving it out would be a guess"
+            )
         return [
             Step(
                 where=f"{path}: step {i} ({one['registry_name']})",
@@ -99,15 +101,15 @@ def read_steps(path: Path) -> list[Step]:
             )
             for i, one in enumerate(listed)
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({error!r})") from error
 
 
-def require_repeated(steps: Sequence[Step], told: Described) -> None:
+def require_repeated(steps: Sequence[Step], lerobot: LeRobotConfig) -> None:
     """Raise WeightsError naming the first setting of a step, or of config.json, that we do not repeat."""
     for key, why in NEVER.items():
-        if told.get(key, bool):
-            raise WeightsError(f"{told.path}: {key} is true: {why}, which is not supported here")
+        if lerobot.get(key, bool):
+            raise WeightsError(f"{lerobot.path}: {key} is true: {why}, which is not supported here")
     for step in steps:
         known = REPEATED.get(step.name, {})
         for key, value in step.config.items():
@@ -117,10 +119,11 @@ def require_repeated(steps: Sequence[Step], told: Described) -> None:
                 )
             if not known[key](value):
                 raise WeightsError(f"{step.where}: {key} is {value!r}, which is not supported here")
-        length, stated = step.config.get("max_length"), told.values.get("tokenizer_max_length")
+        length, stated = step.config.get("max_length"), lerobot.values.get("tokenizer_max_length")
         if length is not None and stated is not None and length != stated:
             raise WeightsError(
-                f"{step.where}: max_length is {length}, and tokenizer_max_length is {stated} in {told.path}"
+                f"{step.where}: max_length is {length}, and tokenizer_max_length is {stated} in "
+                f"{lerobot.path}"
             )
         features = step.config.get("features")
         if features is not None:

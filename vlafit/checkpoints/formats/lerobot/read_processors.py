@@ -1,4 +1,4 @@
-"""LeRobot's processor pipelines and our codec: one read as the other, both ways.
+"""Read LeRobot's processor pipelines as a codec.
 
 `policy_preprocessor.json` and `policy_postprocessor.json` list steps; statistics lie in safetensors files
 beside them, and newer checkpoints also hold the tokenizer. A step that we do not know is an error: leaving it
@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.checkpoints.assign import open_tensors
-from vlafit.checkpoints.formats.lerobot.names import Described, describe
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     Step,
     read_steps,
     require_kinds,
     require_repeated,
 )
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.tensor_files import open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
@@ -50,15 +50,15 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
     `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own. Raises
     WeightsError naming the step or feature that we cannot repeat.
     """
-    told = describe(folder)
+    lerobot = read_config(folder)
     lacking = [name for name in (PRE, POST) if not (folder / name).is_file()]
-    if told is None or lacking:
-        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (told is None) + lacking)}"
+    if lerobot is None or lacking:
+        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + lacking)}"
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
     _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
                          "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
     _require_known(post, {"unnormalizer_processor", "absolute_actions_processor", *NEUTRAL})
-    require_repeated([*pre, *post], told)
+    require_repeated([*pre, *post], lerobot)
     inner, outer = _one(pre, "normalizer_processor"), _one(post, "unnormalizer_processor")
     asking = _one(pre, "tokenizer_processor")
     prompt = _prompt(pre, asking)
@@ -66,7 +66,7 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         raise WeightsError(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )
-    cameras, embodiment = _robot(told, pre)
+    cameras, embodiment = _robot(lerobot, pre)
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     statistics = {
         "state": _statistics(inner, STATE, kinds["state"], embodiment.state.shape[0]),
@@ -84,7 +84,7 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         relative=_relative(pre, post, embodiment),
         prompt=prompt,
         max_tokens=needs.max_tokens,
-        framing=FRAMINGS[told.values["type"]],
+        framing=FRAMINGS[lerobot.values["type"]],
         special_tokens="tokenizer",
     )
     words = _tokenizer(folder, asking, tokenizer)
@@ -135,7 +135,7 @@ def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
     return "line" if set(names) & set(NEWLINES) else "text"
 
 
-def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
+def _robot(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
     """Return the camera slots, and what config.json tells of the robot; no rate and no control mode."""
     renamed = {
         new: old
@@ -145,8 +145,8 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
     }
     slots: list[str] = []
     cameras: list[Feature] = []
-    require_kinds(told.values.get("input_features"), f"{told.path}: input_features")
-    for key, (kind, shape) in _features(told, "input_features").items():
+    require_kinds(lerobot.values.get("input_features"), f"{lerobot.path}: input_features")
+    for key, (kind, shape) in _features(lerobot, "input_features").items():
         if kind != "VISUAL":
             continue
         if key.startswith(EMPTY):
@@ -154,21 +154,21 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
             continue
         if len(shape) != 3:
             raise WeightsError(
-                f"{told.path}: input_features: {key} has shape {shape}, not (3, height, width)"
+                f"{lerobot.path}: input_features: {key} has shape {shape}, not (3, height, width)"
             )
         name = renamed.get(key, key).removeprefix(IMAGES)
         slots.append(name)
         height, width = (shape[0], shape[1]) if shape[2] == 3 and shape[0] != 3 else (shape[1], shape[2])
         cameras.append(Feature(name, (height, width, 3)))
-    state = _features(told, "input_features").get(STATE)
-    action = _features(told, "output_features").get(ACTION)
+    state = _features(lerobot, "input_features").get(STATE)
+    action = _features(lerobot, "output_features").get(ACTION)
     for key, feature in ((STATE, state), (ACTION, action)):
         if feature is None or len(feature[1]) != 1:
             raise WeightsError(
-                f"{told.path}: there is no feature {key!r} of one dimension; it says the robot's width"
+                f"{lerobot.path}: there is no feature {key!r} of one dimension; it says the robot's width"
             )
     assert state is not None and action is not None
-    labels = tuple(told.get("action_feature_names", list) or ())
+    labels = tuple(lerobot.get("action_feature_names", list) or ())
     labels = labels if len(labels) == action[1][0] else ()
     return tuple(slots), Embodiment(
         name="lerobot",
@@ -180,15 +180,15 @@ def _robot(told: Described, steps: Sequence[Step]) -> tuple[tuple[str, ...], Emb
     )
 
 
-def _features(told: Described, key: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _features(lerobot: LeRobotConfig, key: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
-        listed = told.values[key] or {}
+        listed = lerobot.values[key] or {}
         return {
             name: (str(one["type"]), tuple(int(side) for side in one["shape"]))
             for name, one in listed.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{told.path}: {key} is not what LeRobot writes there ({error!r})") from error
+        raise WeightsError(f"{lerobot.path}: {key} is not what LeRobot writes there ({error!r})") from error
 
 
 def _mode(step: Step, kind: str) -> Normalisation:

@@ -6,9 +6,9 @@ that feed nothing are part of its state: the language head, written as a copy of
 of pi0's expert, written as zeros.
 """
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
 from vlafit.checkpoints.formats.lerobot import names as lerobot
-from vlafit.checkpoints.formats.lerobot import write_vlm as lerobot_vlm
 from vlafit.checkpoints.formats.lerobot.write_config import (
     LOCAL_VLM,
     Kind,
@@ -29,16 +28,23 @@ from vlafit.checkpoints.formats.lerobot.write_processors import (
     tokenizer_for,
     write_processors,
 )
-from vlafit.codec import Codec
+from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0
-from vlafit.policies.smolvla import SmolVLA
+from vlafit.policies.smolvla import SmolVLA, SmolVLAConfig
 
 WEIGHTS = "model.safetensors"
+MARKS = {  # special tokens of SmolVLM's processor: its attribute, their text
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "image_token": "<image>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
 
 
 def kind_of(policy: Policy) -> Kind | None:
-    """Return what LeRobot calls the policy's family; None where it has none."""
+    """Return LeRobot's name of the policy's family; None where it has none."""
     if isinstance(policy, SmolVLA):
         return "smolvla"
     if isinstance(policy, Pi0):
@@ -51,13 +57,13 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     kind = kind_of(policy)
     if kind is None:
         return ["LeRobot has no such family"]
-    found = size_refusals(policy)
+    reasons = size_refusals(policy)
     if codec is None:
         return [
-            *found,
+            *reasons,
             "the checkpoint has no codec, and LeRobot needs its processors: normalisation and tokenizer",
         ]
-    return found + codec_refusals(codec, kind)
+    return reasons + codec_refusals(codec, kind)
 
 
 def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
@@ -68,7 +74,7 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
     if config.get("vlm_model_name") == LOCAL_VLM:
-        lerobot_vlm.write(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
+        write_vlm(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
     write_processors(folder, codec, kind, config)
     tokenizer_for(codec).save(folder / "tokenizer")
     notes = [
@@ -91,7 +97,7 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
     LeRobot looks for a relative path in the working directory.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     if config.get("vlm_model_name") != LOCAL_VLM:
         return ()
     write_json(path, config | {"vlm_model_name": str(place / LOCAL_VLM)})
@@ -101,7 +107,7 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
     )
 
 
-def precise(info: ParameterInfo, policy: Policy) -> bool:
+def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     """Whether LeRobot keeps a parameter in float32 when the policy is bfloat16."""
     if isinstance(policy, SmolVLA):  # which has no such setting there; as ours
         return stored_as(info, torch.bfloat16) == torch.float32
@@ -115,7 +121,7 @@ def repeat_beside_adapters(folder: Path, base: Path) -> None:
     """
     for path in sorted(base.iterdir()):
         if path.name == "config.json":
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json_object(path)
             write_json(folder / path.name, config | {"use_peft": True})
         elif path.is_dir():
             shutil.copytree(path, folder / path.name)
@@ -127,9 +133,70 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     embedding = weights["language.embed_tokens.weight"]
     names = lerobot.SMOLVLA if isinstance(policy, SmolVLA) else lerobot.PI0
-    found = {names.theirs(name): tensor for name, tensor in weights.items()}
+    tensors = {names.theirs(name): tensor for name, tensor in weights.items()}
     if isinstance(policy, SmolVLA):
-        return found | {names.unused[0]: embedding.clone()}
+        return tensors | {names.unused[0]: embedding.clone()}
     width = policy.config.expert.width
     dead = torch.zeros(embedding.shape[0], width, dtype=embedding.dtype)
-    return found | {names.ties["language.embed_tokens.weight"]: embedding.clone(), names.unused[0]: dead}
+    return tensors | {names.ties["language.embed_tokens.weight"]: embedding.clone(), names.unused[0]: dead}
+
+
+def write_vlm(folder: Path, config: SmolVLAConfig, words: Tokenizer) -> None:
+    """Write the backbone config folder that LeRobot needs for non-standard SmolVLA sizes.
+
+    LeRobot makes the network from the model that `vlm_model_name` names, of which it reads the config, and
+    the processor for two token ids that it never embeds. The weights are SmolVLA's own. `words` is the
+    policy's tokenizer, after whose ids the marks come.
+    """
+    folder.mkdir()
+    write_json(folder / "config.json", _vlm_config(config))
+    write_json(folder / "processor_config.json", {"processor_class": "SmolVLMProcessor"})
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "SmolVLMImageProcessor"})
+    write_json(folder / "video_preprocessor_config.json", {"video_processor_type": "SmolVLMVideoProcessor"})
+    words.save(folder)
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = read_json_object(path)
+    have = words.backend.get_vocab(with_added_tokens=True)
+    for mark in (mark for mark in MARKS.values() if mark not in have):
+        content["added_tokens"].append(
+            {
+                "id": 1 + max(words.vocab_size - 1, *(token["id"] for token in content["added_tokens"])),
+                "content": mark,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+    write_json(path, content)
+    write_json(settings, read_json_object(settings) | {"extra_special_tokens": MARKS})
+
+
+def _vlm_config(config: SmolVLAConfig) -> dict[str, Any]:
+    """Return the config.json of a SmolVLM of these sizes."""
+    v, lang = config.vision, config.language
+    return {
+        "model_type": "smolvlm",
+        "scale_factor": v.shuffle,
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": lang.width,
+            "intermediate_size": lang.mlp,
+            "num_hidden_layers": lang.depth,
+            "num_attention_heads": lang.heads,
+            "num_key_value_heads": lang.kv_heads,
+            "head_dim": lang.head_dim,
+            "vocab_size": lang.vocab,
+            "rms_norm_eps": 1e-5,
+        },
+        "vision_config": {
+            "model_type": "smolvlm_vision",
+            "hidden_size": v.width,
+            "intermediate_size": v.mlp,
+            "num_hidden_layers": v.depth,
+            "num_attention_heads": v.heads,
+            "patch_size": v.patch,
+            "image_size": v.image_size,
+        },
+    }

@@ -1,4 +1,4 @@
-"""config.json as LeRobot writes it, and which sizes it has no words for.
+"""Write config.json as LeRobot does, and say which sizes it has no names for.
 
 LeRobot builds a network from names of sizes, so only those it can name go there (`size_refusals`).
 """
@@ -8,10 +8,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot.read_config import ALWAYS
 from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, EMPTY, IMAGES, MODES, STATE, mask_of
-from vlafit.checkpoints.formats.lerobot.smolvla_names import PUBLIC_VLM, expert_mlp
-from vlafit.checkpoints.infer.gemma_variants import gemma_refusals, variants
+from vlafit.checkpoints.formats.lerobot.smolvla_config import PUBLIC_VLM, expert_mlp
+from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
 from vlafit.codec.statistics import Normalisation
@@ -21,7 +21,7 @@ from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 
 Kind = Literal["pi0", "pi05", "smolvla"]
-LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see lerobot_vlm.py
+LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see write.py
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
     "quantile": "QUANTILES",
@@ -33,23 +33,25 @@ def size_refusals(policy: Policy) -> list[str]:
     """Say which sizes LeRobot cannot name."""
     config = policy.config
     if isinstance(config, Pi0Config):
-        found = gemma_refusals(config, "LeRobot")
+        reasons = gemma_refusals(config, "LeRobot")
         if config.pi05 and config.state_input != "prompt":
-            found.append("LeRobot's pi0.5 always writes the state into the prompt, this policy does not")
-        return found
+            reasons.append("LeRobot's pi0.5 always writes the state into the prompt, this policy does not")
+        return reasons
     assert isinstance(config, SmolVLAConfig)
-    found = []
+    reasons = []
     width, mlp = _expert_of(config)
     if (width, mlp) != (config.expert.width, config.expert.mlp):
-        found.append(
+        reasons.append(
             f"LeRobot gives an expert of width {config.expert.width} an MLP of {mlp}, this policy's is "
             f"{config.expert.mlp}"
         )
-    return found
+    return reasons
 
 
 def _has_public_vlm(config: SmolVLAConfig) -> bool:
-    """Whether the published SmolVLM2 is the model below the policy, but for text layers that it cut off."""
+    """Whether the published SmolVLM2 is the model below the policy, except for text layers that it cut
+    off.
+    """
     ours, public = ((c.vision, {**vars(c.language), "depth": 0}) for c in (config, SIZES["smolvla"]))
     return ours == public and config.language.depth <= 32
 
@@ -79,8 +81,8 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
         "max_action_dim": config.action_dim,
         "empty_cameras": sum(not name for name in c.cameras),
         "tokenizer_max_length": c.max_tokens,
-        "min_period": lerobot.ALWAYS["min_period"],
-        "max_period": lerobot.ALWAYS["max_period"],
+        "min_period": ALWAYS["min_period"],
+        "max_period": ALWAYS["max_period"],
     }
     if isinstance(config, SmolVLAConfig):
         every = config.expert.self_every

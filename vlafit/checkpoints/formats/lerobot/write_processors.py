@@ -1,4 +1,4 @@
-"""LeRobot's processors, written: both pipelines with their statistics, and the tokenizer.
+"""Write a codec as LeRobot's processors: both pipelines with their statistics, and the tokenizer.
 
 Their formulas have no floors and their pipelines fewer forms than our codec; what they cannot repeat is
 refused (`codec_refusals`).

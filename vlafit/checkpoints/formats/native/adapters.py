@@ -1,15 +1,15 @@
-"""Adapters in a native checkpoint: one PEFT folder for each group of equal settings, and what they sit on.
+"""Read and write the adapters of a native checkpoint, and the base checkpoint that it may sit on.
 
 A policy of which a part is quantised and the rest trained in full sits on a base, too, without any adapters.
 
-`adapters/NAME/` holds adapter_config.json and adapter_model.safetensors in peft's own form and names. Which
-layers they belong to, and how they learned, is plan.json's. Such a checkpoint holds the weights below
-them, too (model.safetensors); or it names the checkpoint they come from with its hash (base.json), and holds
-only what differs from it (trained.safetensors).
+`adapters/NAME/`, one folder for each group of equal settings, holds adapter_config.json and
+adapter_model.safetensors in peft's own form and names. plan.json says which layers they belong to. Such a
+checkpoint holds the weights below them, too (model.safetensors); or it names the checkpoint they come from
+with its hash (base.json), and holds only what differs from it (trained.safetensors).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlafit import tuning
-from vlafit.checkpoints import locate as hub
-from vlafit.checkpoints.assign import open_tensors
-from vlafit.checkpoints.hashing import digest
+from vlafit.checkpoints.formats.base import StoredAdapters
+from vlafit.checkpoints.hub import Place
+from vlafit.checkpoints.tensor_files import open_tensors, read_json_object
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
@@ -39,7 +39,7 @@ from vlafit.tuning.inject import (
 ADAPTERS, BASE, TRAINED = "adapters", "base.json", "trained.safetensors"
 CONFIG, TENSORS, INITIAL = "adapter_config.json", "adapter_model.safetensors", "initial.safetensors"
 PREFIX = "base_model.model."  # which peft's own model class puts before every name
-FORMAT = 1
+VERSION = 1  # of base.json
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Base:
     """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`. A path that
     begins with a dot goes from the checkpoint's folder."""
     sha256: str
-    """Of its manifest, or of its files; see `identity.digest`."""
+    """Of its manifest, or of its files; see `vlafit.checkpoints.digest`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What must be said to read it beside the policy's config, as `load` takes it; see `Source`."""
-    format: int = FORMAT
+    """What `load` must be given to read it, beside the policy's config; see `Source`."""
+    format: int = VERSION
 
     def write(self, folder: Path) -> None:
         """Write base.json into a checkpoint that is being made."""
-        told = {key: value for key, value in asdict(self).items() if key != "config" or value}
-        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        values = {key: value for key, value in asdict(self).items() if key != "config" or value}
+        (folder / BASE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> Base | None:
@@ -67,12 +67,11 @@ def read_base(folder: Path) -> Base | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        base = Base(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from error
-    if base.format != FORMAT:
-        raise WeightsError(f"{path}: format {base.format}; this version reads format {FORMAT}")
+        base = Base(**read_json_object(path))
+    except TypeError as error:
+        raise WeightsError(f"{path}: not the base.json of this version: {error}") from error
+    if base.format != VERSION:
+        raise WeightsError(f"{path}: format {base.format}; this version reads format {VERSION}")
     return base
 
 
@@ -81,52 +80,59 @@ def names_on_base(folder: Path) -> list[str]:
     return list(open_tensors([folder / TRAINED]))
 
 
-def locate(folder: Path, base: Base, given: str | Path | None) -> Path:
-    """Return where the checkpoint below the adapters in `folder` lies; `given` is where the user says.
+def find_base(
+    folder: Path,
+    base: Base,
+    given: str | Path | None,
+    place: Callable[[str | Path], Place],
+    digest: Callable[[Path], str],
+) -> Path:
+    """Return the path of the checkpoint below the adapters in `folder`; `given` is where the caller says.
 
-    Raises WeightsError when there is none, or another one.
+    Raises WeightsError where there is none, or another one.
     """
-    said = base.checkpoint if given is None else str(given)
-    if given is None and said.startswith("."):
-        said = str(folder.resolve() / said)
+    reference = base.checkpoint if given is None else str(given)
+    if given is None and reference.startswith("."):
+        reference = str(folder.resolve() / reference)
     try:
-        place = hub.place(said).path
+        path = place(reference).path
     except ConfigError as error:
         raise WeightsError(
-            f"{folder}: its adapters sit on the checkpoint {said!r}, which is not there; say where it is: "
+            f"{folder}: its adapters sit on the checkpoint {reference!r}, which is not there; give its "
+            "place: "
             "base=..."
         ) from error
     except WeightsError as error:  # of the Hub
         raise WeightsError(f"{folder}: its adapters sit on a checkpoint of the Hub. {error}") from error
-    if digest(place) != base.sha256:
+    if (sha256 := digest(path)) != base.sha256:
         raise WeightsError(
-            f"{folder}: its adapters were trained on another checkpoint than {place}: the SHA-256 is "
-            f"{digest(place)}, not {base.sha256}; say where the right one is: base=..."
+            f"{folder}: its adapters were trained on another checkpoint than {path}: the SHA-256 is "
+            f"{sha256}, not {base.sha256}; give the right one: base=..."
         )
-    return place
+    return path
 
 
-def describe(plan: Plan) -> list[str]:
-    """Return what a reader of the load report must know of adapters and quantised weights."""
-    notes = [
-        f"adapter {group.name}: {group.adapter.method} on {len(group.layers)} layers"
-        for group in make_groups(plan.adapted)
-    ]
-    if plan.quantised:
-        ways = ", ".join(sorted(set(plan.quantised.values())))
-        notes.append(f"{len(plan.quantised)} layers are held in {ways}")
-    return notes
+@dataclass(frozen=True)
+class NativeAdapters(StoredAdapters):
+    """The adapters of a native checkpoint, not read yet."""
 
+    folder: Path
+    stored: Plan
+    base: Base | None
 
-def restore(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
-    """Put the adapters of a checkpoint into the bare policy, exactly; raises as `fill` does."""
-    tuning.restore(policy, plan)
-    fill(folder, policy, plan, base)
+    def plan(self, policy: Policy) -> Plan:
+        """Return the plan that the checkpoint records."""
+        return self.stored
+
+    def attach(self, policy: Policy, plan: Plan) -> None:
+        """Put the adapters into the bare policy, exactly; raises as `fill` does."""
+        tuning.restore(policy, plan)
+        fill(self.folder, policy, plan, self.base)
 
 
 def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor], base: Base | None) -> None:
     """Write the adapters of `policy` into a checkpoint that is being made, from `tensors` by live name."""
-    mine = adapter_tensors(policy)
+    adapters = adapter_tensors(policy)
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
         place.mkdir(parents=True)
@@ -136,7 +142,7 @@ def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor
         config.base_model_name_or_path = base.checkpoint if base else None
         config.revision = f"sha256:{base.sha256}" if base else None
         config.save_pretrained(place)
-        held = {n: t for n, t in tensors.items() if n in mine and group_of(n) == group.name}
+        held = {n: t for n, t in tensors.items() if n in adapters and group_of(n) == group.name}
         own = {PREFIX + peft_name(n, group.name): _plain(t) for n, t in held.items() if is_stored(n)}
         save_file(own, place / TENSORS, metadata={"format": "pt"})
         if group.adapter.init == "pissa" and base is not None:
@@ -151,7 +157,7 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite.
     """
     live = dict(policy.named_parameters())
-    own = names_on_base(folder) if base is not None else []
+    changed = names_on_base(folder) if base is not None else []
     wrong: list[str] = []
     for group in make_groups(plan.adapted):
         place = folder / ADAPTERS / group.name
@@ -179,18 +185,15 @@ def fill(folder: Path, policy: Policy, plan: Plan, base: Base | None) -> None:
             else:
                 live[name].copy_(value)
         if group.adapter.init == "pissa" and base is not None:
-            take_residual(policy, group, load_file(place / INITIAL), own)
+            take_residual(policy, group, load_file(place / INITIAL), changed)
     if wrong:
         raise WeightsError(f"{folder}: the adapters are not those of plan.json:\n  " + "\n  ".join(wrong))
 
 
 def _require_same_config(place: Path, group: Group) -> None:
-    """Raise WeightsError when adapter_config.json is not what plan.json says."""
+    """Raise WeightsError where adapter_config.json does not agree with plan.json."""
     path = place / CONFIG
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
+    stored = read_json_object(path)
     want: dict[str, Any] = peft_config(group).to_dict()
     for key in (
         "peft_type",
@@ -202,9 +205,9 @@ def _require_same_config(place: Path, group: Group) -> None:
         "use_rslora",
         "oft_block_size",
     ):
-        if key in want and said.get(key) != getattr(want[key], "value", want[key]):
-            raise WeightsError(f"{path}: {key} is {said.get(key)!r}, plan.json says {want[key]!r}")
-    if set(said.get("target_modules") or ()) != set(want["target_modules"]):
+        if key in want and stored.get(key) != getattr(want[key], "value", want[key]):
+            raise WeightsError(f"{path}: {key} is {stored.get(key)!r}, plan.json says {want[key]!r}")
+    if set(stored.get("target_modules") or ()) != set(want["target_modules"]):
         raise WeightsError(f"{path}: target_modules are not the layers that plan.json adapts")
 
 

@@ -1,12 +1,11 @@
-"""Our own checkpoint: a folder that a person can read, written whole or not at all, verified when opened.
+"""Read vlafit's own checkpoint: a folder that a person can read, verified when opened.
 
 policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
 history.json (what it learned from), and manifest.json with the SHA-256 of each. Adapters have folders of
-their own (adapters/), and may sit on another checkpoint (base.json, trained.safetensors): see `adapted.py`.
-What others put beside them (a run's training/) is left alone. This file reads; `save.py` writes.
+their own (adapters/), and may sit on another checkpoint (base.json, trained.safetensors): see `adapters.py`.
+What others put beside them (a run's training/) is left alone. `vlafit.checkpoints.save` writes it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,23 @@ from typing import Any
 from vlafit import config as configuration
 from vlafit import files
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
-from vlafit.checkpoints.hashing import MANIFEST
 from vlafit.checkpoints.history import FILE as HISTORY
+from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.policies import family
 from vlafit.tuning import Plan
 
-FORMAT = 1  # of policy.json and manifest.json
+VERSION = 1  # of policy.json and manifest.json
+MANIFEST = "manifest.json"
+"""It holds the SHA-256 of every file, so its own stands for them all."""
 POLICY, WEIGHTS = "policy.json", "model.safetensors"
 CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What a native checkpoint says, before its weights are read."""
+class NativeFolder:
+    """The content of a native checkpoint, without its weights."""
 
     family: str
     config: Any
@@ -45,7 +46,7 @@ def recognise(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / POLICY).is_file()
 
 
-def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
+def open_folder(folder: Path, hash_weights: bool = True) -> NativeFolder:
     """Verify every file's hash and read all but the weights.
 
     Without `hash_weights` the weights' file must be there, and is not read. Raises WeightsError naming files
@@ -63,7 +64,7 @@ def open_folder(folder: Path, hash_weights: bool = True) -> Opened:
     if (base is not None or (folder / ADAPTERS).is_dir()) and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
     weights = folder / (WEIGHTS if base is None else TRAINED)
-    return Opened(str(described["family"]), config, weights, codec, plan, base)
+    return NativeFolder(str(described["family"]), config, weights, codec, plan, base)
 
 
 def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
@@ -78,10 +79,10 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
     ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED)]
     ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
-    lost = [name for name in listed if not (folder / name).is_file()]
-    read = {n: h for n, h in listed.items() if n not in lost and n not in unread}
+    missing = [name for name in listed if not (folder / name).is_file()]
+    read = {n: h for n, h in listed.items() if n not in missing and n not in unread}
     wrong = {
-        "missing": lost,
+        "missing": missing,
         "changed": [name for name, digest in read.items() if files.sha256(folder / name) != digest],
         "not in the manifest": sorted(present - set(listed)),
     }
@@ -94,13 +95,9 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict) or set(values) != keys:
-        have = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise WeightsError(f"{path}: must have exactly the keys {sorted(keys)}, there are {have}")
-    if values["format"] != FORMAT:
-        raise WeightsError(f"{path}: format {values['format']!r}; this version reads format {FORMAT}")
+    values = read_json_object(path)
+    if set(values) != keys:
+        raise WeightsError(f"{path}: must have exactly the keys {sorted(keys)}, there are {sorted(values)}")
+    if values["format"] != VERSION:
+        raise WeightsError(f"{path}: format {values['format']!r}; this version reads format {VERSION}")
     return values

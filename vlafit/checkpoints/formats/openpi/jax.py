@@ -1,8 +1,8 @@
-"""openpi's JAX checkpoints of pi0 and pi0.5: their tree, turned into our parameters one layer at a time.
+"""Read openpi's JAX checkpoints of pi0 and pi0.5: their tree becomes our parameters one layer at a time.
 
 A leaf below a stack of layers has the layers as its first axis. LoRA factors, of which both are random at
-the start, are merged into the weight beside them. What a leaf becomes is told once, as a function on one
-layer's tensor; on tensors of the meta device the same function tells the shapes.
+the start, are merged into the weight beside them. What a leaf becomes is written once, as a function on one
+layer's tensor; on tensors of the meta device the same function gives the shapes.
 """
 
 import math
@@ -16,12 +16,12 @@ from einops import rearrange
 from torch import Tensor
 
 from vlafit import config as configuration
-from vlafit.checkpoints.formats.openpi.orbax import Leaf, find_params, open_leaves
-from vlafit.checkpoints.infer.pi0 import Told
+from vlafit.checkpoints.formats.openpi.names import PADDED
+from vlafit.checkpoints.formats.openpi.orbax import Leaf, open_leaves
+from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.errors import WeightsError
 from vlafit.policies import merge
 
-FORM = "openpi JAX"
 _IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
 _BLOCK = f"{_IMG}Transformer/encoderblock/"
 _MHA = f"{_BLOCK}MultiHeadDotProductAttention_0/"
@@ -187,44 +187,39 @@ class Tree:
     leaves: dict[str, Leaf]
     lora: dict[str, Lora]
     trained: bool
-    odd: tuple[str, ...] = ()
-    """What is wrong with leaves that are not weights: LoRA's factors."""
+    conflicts: tuple[str, ...] = ()
+    """Lines about leaves that are not weights: LoRA's factors."""
 
-    def theirs(self, ours: str) -> str:
-        """Return the leaf that holds one of our parameters, or that only the tree has."""
+    def file_name(self, ours: str) -> str:
+        """Return the leaf that holds one of our parameters, or an unknown leaf."""
         leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", ours)) or ours.removeprefix(UNKNOWN)
         return f"{leaf}/value" if self.trained else leaf
 
     @property
-    def told(self) -> Told:
+    def evidence(self) -> ConfigEvidence:
         """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
-        found: dict[str, Any] = {"time_angles": "float32"}
+        values: dict[str, Any] = {"time_angles": "float32"}
         axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
-        odd = [
+        lines = [
             f"contradicted: {key} is {', '.join(f'{size} by {leaf}' for size, leaf in sizes.items())}"
             for key, sizes in axes.items()
             if len(sizes) > 1
         ]
         for key, sizes in axes.items():
             if sizes:
-                found = merge(found, {key: next(iter(sizes))})
-        return Told(
-            found,
-            theirs=self.theirs,
-            padded_alike=True,
-            odd=(*self.odd, *odd),
-        )
+                values = merge(values, {key: next(iter(sizes))})
+        return ConfigEvidence(values, padded_as=PADDED, conflicts=(*self.conflicts, *lines))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the checkpoint beside its tensors."""
-        found = []
+        lines = []
         if self.trained:
-            found.append("params of a training checkpoint: the moving average where its run kept one")
+            lines.append("params of a training checkpoint: the moving average where its run kept one")
         for part, s in (("language", ""), ("expert", "_1")):
             scales = {(f.b.shape[-2], f.scale) for n, f in self.lora.items() if (_stream(n) == s)}
-            found += [f"LoRA of the {part} merged: rank {r}, scale {scale:g}" for r, scale in sorted(scales)]
-        return tuple(found)
+            lines += [f"LoRA of the {part} merged: rank {r}, scale {scale:g}" for r, scale in sorted(scales)]
+        return tuple(lines)
 
     def contents(self) -> Iterator[tuple[str, Tensor]]:
         """Read and yield every parameter, to be copied before the next; first what needs most room beside.
@@ -246,11 +241,6 @@ class Tree:
                     tensor = tensor.float() + factors.delta(*next(pairs))
                 for ours, turned in zip(rule.ours, rule.turn(tensor), strict=True):
                     yield ours.format(i), turned
-
-
-def recognise(path: Path) -> Path | None:
-    """Return the folder of the weights if `path` holds an Orbax checkpoint."""
-    return find_params(path)
 
 
 def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
@@ -297,22 +287,22 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
         )
         layers = range(depth) if RULES[name].layered else (0,)
         weights |= {ours.format(i): leaves[name].meta() for ours in RULES[name].ours for i in layers}
-    odd = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)
-    return Tree(params, weights, known, factors, trained, odd)
+    conflicts = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)
+    return Tree(params, weights, known, factors, trained, conflicts)
 
 
 def _on_axis(leaves: Mapping[str, Leaf], places: Mapping[str, int]) -> dict[int, str]:
     """Return the sizes of these axes, with the first leaf that has each."""
-    found: dict[int, str] = {}
+    sizes: dict[int, str] = {}
     for leaf, axis in places.items():
         if leaf in leaves:
-            found.setdefault(leaves[leaf].shape[axis], leaf)
-    return found
+            sizes.setdefault(leaves[leaf].shape[axis], leaf)
+    return sizes
 
 
 def _refuse_others(leaves: Mapping[str, Leaf], where: Path) -> None:
     if any(name.startswith("octo_transformer/") for name in leaves):
-        raise WeightsError(f"{where}: these are the weights of Octo, which is not among our families")
+        raise WeightsError(f"{where}: these are the weights of Octo, and vlafit has no such family")
     tower = any(name.startswith(_IMG) for name in leaves)
     language = any(name.startswith(f"{_LLM}layers/") for name in leaves)
     expert = any(_stream(name) == "_1" for name in leaves)
@@ -320,7 +310,7 @@ def _refuse_others(leaves: Mapping[str, Leaf], where: Path) -> None:
     if tower and language and not expert and not heads:
         raise WeightsError(
             f"{where}: these are the weights of pi0-FAST (or of PaliGemma alone): there is no action expert."
-            " pi0-FAST predicts action tokens and is not among our families; take pi0 or pi0.5"
+            " pi0-FAST predicts action tokens, and vlafit has no such family; use pi0 or pi0.5"
         )
     if not tower and not language and not heads:
         first = min(leaves, default="-")
@@ -331,7 +321,7 @@ def _factors(
     leaves: Mapping[str, Leaf], options: LoraConfig
 ) -> tuple[dict[str, Lora], set[str], dict[str, list[str]]]:
     """Pair LoRA's factors. Returns them by the weight they change, their names, and what is wrong."""
-    found: dict[str, Lora] = {}
+    pairs: dict[str, Lora] = {}
     used: set[str] = set()
     wrong: dict[str, list[str]] = {}
     stems = {n.removesuffix(end) for n in leaves for end in ("lora_a", "lora_b") if n.endswith(end)}
@@ -354,7 +344,7 @@ def _factors(
         base, a, b = leaves[weight].shape, leaves[pair[0]].shape, leaves[pair[1]].shape
         rank = b[-2] if len(b) > 1 else 0
         if rank < 1 or a != (*base[:-1], rank) or b != (*base[:-2], rank, base[-1]):
-            # A feed-forward output has no heads: the axes before the last two are the layers alone.
+            # A feed-forward output has no heads: the axes before the last two are only the layers.
             wrong.setdefault("misshapen", []).append(
                 f"{pair[0]} {a} and {pair[1]} {b} beside {weight} {base}"
             )
@@ -362,7 +352,7 @@ def _factors(
         alpha = options.expert_alpha if _stream(weight) == "_1" else options.language_alpha
         alpha = float(rank) if alpha is None else alpha
         scale = alpha / (math.sqrt(rank) if options.rslora else rank) if attention else 1.0
-        found[weight] = Lora(leaves[pair[0]], leaves[pair[1]], scale, "attn_vec_einsum" in weight)
+        pairs[weight] = Lora(leaves[pair[0]], leaves[pair[1]], scale, "attn_vec_einsum" in weight)
     for s in ("", "_1"):  # openpi adapts all of a stream's attention or none, and all of its MLP or none
         for group in (
             [f"{_LLM}layers/attn/{n}_einsum{s}/" for n in ("q", "kv", "attn_vec")],
@@ -371,7 +361,7 @@ def _factors(
             if stems & set(group):
                 lost = [f"{stem}lora_a and lora_b" for stem in group if stem not in stems]
                 wrong.setdefault("missing", []).extend(lost)
-    return found, used, wrong
+    return pairs, used, wrong
 
 
 def _stream(name: str) -> str:

@@ -1,20 +1,20 @@
-"""openpi's PyTorch checkpoints of pi0 and pi0.5: their names, and the config that their shapes imply.
+"""openpi's PyTorch checkpoints of pi0 and pi0.5: their tensor names, and what their config.json says.
 
 `safetensors.torch.save_model` drops `embed_tokens`, which is tied to `paligemma.lm_head`; the expert's own
 `lm_head` is random and feeds nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vlafit.checkpoints.infer.gemma_variants import stated_by_variants
-from vlafit.checkpoints.infer.pi0 import Told
-from vlafit.checkpoints.infer.voting import Stated, Witness
+from vlafit.checkpoints.formats.openpi.variants import stated_by_variants
+from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap
-from vlafit.checkpoints.tensor_files import read_object
+from vlafit.checkpoints.tensor_files import read_json_if_present
+from vlafit.checkpoints.voting import Stated, Witness
 
 PREFIX = "paligemma_with_expert."
 _VISION = f"{PREFIX}paligemma.model.vision_tower.vision_model."
@@ -34,32 +34,44 @@ NAMES = NameMap(
     unused=(f"{PREFIX}gemma_expert.lm_head.weight",),
 )
 
+LAYOUT = {
+    "openpi's pi0 or pi0.5": (
+        _VISION,
+        f"{PREFIX}paligemma.model.language_model.layers.",
+    ),
+}
+
 CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
 
 
-def recognise(tensors: Mapping[str, Any]) -> bool:
+def recognise(names: Iterable[str]) -> bool:
     """Whether these tensor names are openpi's."""
-    expert = any(name.startswith(f"{PREFIX}gemma_expert.") for name in tensors)
-    return expert and any(name.startswith(_VISION) for name in tensors)
+    every = list(names)
+    expert = any(name.startswith(f"{PREFIX}gemma_expert.") for name in every)
+    return expert and any(name.startswith(_VISION) for name in every)
 
 
-def told_beside(tensors: Mapping[str, Tensor], folder: Path, theirs: Callable[[str], str]) -> Told:
-    """Return what openpi's own config.json beside the weights says, and the dead head, of a row a token.
+def config_evidence(tensors: Mapping[str, Tensor], folder: Path) -> ConfigEvidence:
+    """Return what openpi's own config.json beside the weights says, and the unused head, of a row a token.
 
     A file with other keys is not openpi's and is left alone.
     """
     head = NAMES.unused[0]
     shapes = [tuple(tensors[head].shape)] if head in tensors else []
     witnesses = [Witness(head, shape, "language.vocab expert.width") for shape in shapes]
-    values = _read(folder / "config.json")
+    values = read_config(folder)
     if values is None:
-        return Told(witnesses=witnesses, theirs=theirs, padded_alike=True)
+        return ConfigEvidence(witnesses=witnesses, padded_as=PADDED)
     width, source = values["action_dim"], "config.json (action_dim)"
     stated = [Stated(key, width, source) for key in ("action_dim", "state_dim")]
     stated += stated_by_variants(values, "config.json")
-    return Told({"chunk": values["action_horizon"]}, stated, witnesses, theirs, padded_alike=True)
+    return ConfigEvidence({"chunk": values["action_horizon"]}, stated, witnesses, PADDED)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    values = read_object(path)
+PADDED = {"state_dim": "action_dim"}  # openpi pads states as wide as actions
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return openpi's config.json in `folder`; None where there is none, or another program's."""
+    values = read_json_if_present(folder / "config.json")
     return values if values is not None and set(values) == CONFIG_KEYS else None

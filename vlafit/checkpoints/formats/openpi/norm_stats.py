@@ -1,10 +1,9 @@
-"""openpi's norm_stats.json, turned into a codec.
+"""Turn openpi's norm_stats.json into a codec.
 
 openpi's files tell the statistics and nothing of the robot: cameras are the model's three slots, rate and
 control mode are unknown (0 and empty), and actions count as absolute unless the user says otherwise.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlafit import config as configuration
+from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import Normalisation, Statistics
 from vlafit.codec.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi, mod
 
 @dataclass(frozen=True)
 class CodecOptions:
-    """What openpi's files do not tell of a codec: the table `codec` of a checkpoint's `config`."""
+    """What openpi's files do not record of a codec: the table `codec` of `load`'s config."""
 
     normalisation: Normalisation | None = None
     """None: mean_std for pi0 and quantile for pi0.5, as openpi has wired it."""
@@ -43,38 +43,39 @@ def find_assets(folder: Path) -> dict[str, Path]:
     return {p.parent.relative_to(root).as_posix(): p for p in sorted(root.rglob(FILE)) if p.parent != root}
 
 
-def choose(found: Mapping[str, Path], assets: str | Path | None, where: str) -> tuple[str, Path] | None:
-    """Return the name and file of the asset that `assets` names: one of `found`, a file, or a folder.
+def choose(available: Mapping[str, Path], assets: str | Path | None, where: str) -> tuple[str, Path] | None:
+    """Return the name and file of the asset that `assets` names: one of `available`, a file, or a folder.
 
     Without a name, the only one; None when there is none. Raises WeightsError when there are several, or none
     is called so.
     """
     if assets is None:
-        if len(found) > 1:
+        if len(available) > 1:
             raise WeightsError(
-                f"{where}: several assets ({', '.join(found)}); say which: assets={min(found)!r}"
+                f"{where}: several assets ({', '.join(available)}); say which: assets={min(available)!r}"
             )
-        return next(iter(found.items()), None)
-    if str(assets) in found:
-        return str(assets), found[str(assets)]
+        return next(iter(available.items()), None)
+    if str(assets) in available:
+        return str(assets), available[str(assets)]
     path = Path(assets)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise WeightsError(f"{where}: there is no asset {str(assets)!r}{did_you_mean(str(assets), found)}")
+        raise WeightsError(
+            f"{where}: there is no asset {str(assets)!r}{did_you_mean(str(assets), available)}"
+        )
     return path.parent.name, path
 
 
 def read(path: Path) -> dict[str, Statistics]:
     """Return the statistics of "state" and "action" in openpi's file, padding included."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["norm_stats"]
-        found = {ours: values[theirs] for ours, theirs in (("state", "state"), ("action", "actions"))}
+        values = read_json_object(path)["norm_stats"]
         made = {}
-        for name, one in found.items():
-            numbers = {n: one.get(n) for n in ("mean", "std", "q01", "q99")}
+        for name, key in (("state", "state"), ("action", "actions")):
+            numbers = {n: values[key].get(n) for n in ("mean", "std", "q01", "q99")}
             empty = {"count": 0, "min": None, "max": None}
             made[name] = Statistics.from_json(numbers | empty, f"{path}: {name}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (WeightsError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CodecError(f"{path}: not openpi's statistics of state and actions ({error!r})") from error
     for name, statistics in made.items():
         if (statistics.std < 0).any():

@@ -1,6 +1,6 @@
-"""Orbax checkpoints, read with tensorstore alone: what arrays there are, and their contents piece by piece.
+"""Read Orbax checkpoints with tensorstore only: their arrays, and the contents piece by piece.
 
-What the arrays mean is not told here; see `vlafit.checkpoints.formats.openpi.jax`.
+For what the arrays mean see `vlafit.checkpoints.formats.openpi.jax`.
 """
 
 import ctypes

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.formats.openpi.norm_stats import FILE
-from vlafit.checkpoints.infer.gemma_variants import gemma_refusals, variants
+from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.name_map import back
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
@@ -26,20 +26,20 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     if not isinstance(policy, Pi0):
         return ["openpi has no such family: it holds pi0 and pi0.5"]
     config = policy.config
-    found = gemma_refusals(config, "openpi")
+    reasons = gemma_refusals(config, "openpi")
     if config.vision.image_size != IMAGE_SIZE:
-        found.append(
+        reasons.append(
             f"openpi's images have {IMAGE_SIZE} pixels a side, this policy's {config.vision.image_size}"
         )
     if config.state_dim != config.action_dim:
-        found.append(
+        reasons.append(
             f"openpi pads states as wide as actions; this policy's are {config.state_dim} and "
             f"{config.action_dim}"
         )
-    return found + (codec_refusals(codec, config.pi05) if codec is not None else [])
+    return reasons + (codec_refusals(codec, config.pi05) if codec is not None else [])
 
 
-def precise(info: ParameterInfo, policy: Policy) -> bool:
+def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     """Whether openpi keeps a parameter in float32 when the policy is bfloat16."""
     if info.part == "vision":
         return info.kind in ("conv", "embedding")
@@ -50,14 +50,14 @@ def codec_refusals(codec: Codec, pi05: bool) -> list[str]:
     """Say what of the codec openpi cannot do."""
     # openpi, training/config.py: quantiles for every model but pi0, whatever the user says
     wanted = "quantile" if pi05 else "mean_std"
-    found = []
+    reasons = []
     for what, method in (("states", codec.config.normalisation), ("actions", codec.config.of_actions)):
         if method not in (wanted, f"lerobot_{wanted}"):
-            found.append(
+            reasons.append(
                 f"openpi normalises {'pi0.5' if pi05 else 'pi0'} by {wanted}, this codec its {what} by "
                 f"{method}"
             )
-    return found
+    return reasons
 
 
 def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:

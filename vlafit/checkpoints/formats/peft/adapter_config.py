@@ -1,4 +1,4 @@
-"""adapter_config.json: what it says of each module's adapter; what we do not repeat is refused."""
+"""Read each module's adapter settings from adapter_config.json; what vlafit does not repeat is refused."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,38 +28,44 @@ UNREAD = {  # keys of adapter_config.json that change nothing here, and why
 BEGUN = (True, False, "gaussian", "orthogonal")  # ways to begin that leave the weights below alone
 
 
-def reader(said: Mapping[str, Any], path: Path) -> Callable[[str], dict[str, Any]]:
+def reader(config: Mapping[str, Any], path: Path) -> Callable[[str], dict[str, Any]]:
     """Return a function from a module's name to the options of its adapter, as a rule has them."""
     from peft.utils.other import get_pattern_key
 
-    kind = said["peft_type"]
+    kind = config["peft_type"]
 
     def of(key: str, default: Any = None) -> Any:
-        if key not in said and default is None:
+        if key not in config and default is None:
             raise WeightsError(f"{path}: has no {key}")
-        return said.get(key, default)
+        return config.get(key, default)
 
     def by_pattern(patterns: str, key: str, module: str) -> Any:
-        table = said.get(patterns) or {}
+        table = config.get(patterns) or {}
         return table.get(get_pattern_key(list(table), module), of(key))
 
     def sizes(alpha: str, module: str) -> dict[str, Any]:
         rank = by_pattern("rank_pattern", "r", module)
         return {"rank": rank, "alpha": by_pattern("alpha_pattern", alpha, module)}
 
-    def options(module: str) -> dict[str, Any]:
+    def settings(module: str) -> dict[str, Any]:
         match kind:
             case "LORA":
-                found = {"mode": "dora" if said.get("use_dora") else "lora", **sizes("lora_alpha", module)}
-                return found | {"dropout": of("lora_dropout", 0.0), "rslora": bool(said.get("use_rslora"))}
+                options = {
+                    "mode": "dora" if config.get("use_dora") else "lora",
+                    **sizes("lora_alpha", module),
+                }
+                return options | {
+                    "dropout": of("lora_dropout", 0.0),
+                    "rslora": bool(config.get("use_rslora")),
+                }
             case "LOHA":
                 return {"mode": "loha", **sizes("alpha", module)}
             case "LOKR":
                 return {"mode": "lokr", **sizes("alpha", module), "factor": of("decompose_factor", -1)}
             case "ADALORA":
-                found = {"mode": "adalora", "rank": of("init_r"), "alpha": of("lora_alpha")}
-                found |= {"dropout": of("lora_dropout", 0.0), "target_rank": of("target_r")}
-                return found | {"orthogonal": of("orth_reg_weight", 0.5)}
+                options = {"mode": "adalora", "rank": of("init_r"), "alpha": of("lora_alpha")}
+                options |= {"dropout": of("lora_dropout", 0.0), "target_rank": of("target_r")}
+                return options | {"orthogonal": of("orth_reg_weight", 0.5)}
             case "OFT":
                 return {"mode": "oft", "block": of("oft_block_size")}
             case "IA3":
@@ -71,28 +77,32 @@ def reader(said: Mapping[str, Any], path: Path) -> Callable[[str], dict[str, Any
             " (merge_and_unload), and load what that saves"
         )
 
-    return options
+    return settings
 
 
-def require_repeated(group: Group, theirs: Mapping[str, str], said: Mapping[str, Any], path: Path) -> None:
-    """Raise WeightsError for settings of adapter_config.json with which peft computes otherwise than we."""
-    renamed = replace(group, layers={theirs[layer]: a for layer, a in group.layers.items()})
+def require_repeated(group: Group, modules: Mapping[str, str], config: Mapping[str, Any], path: Path) -> None:
+    """Raise WeightsError for settings of adapter_config.json with which peft computes something else than
+    vlafit.
+    """
+    renamed = replace(group, layers={modules[layer]: a for layer, a in group.layers.items()})
     ours = json.loads(json.dumps(peft_config(renamed).to_dict(), default=_plain))
     unread = {
         *UNREAD,
-        *({"r", "lora_alpha", "alpha"} if said["peft_type"] in ("LORA", "LOHA", "LOKR") else ()),
+        *({"r", "lora_alpha", "alpha"} if config["peft_type"] in ("LORA", "LOHA", "LOKR") else ()),
     }
-    odd = []
-    for key, value in said.items():
+    unsupported = []
+    for key, value in config.items():
         same = _ordered(value) == _ordered(ours[key]) if key in ours else not value
         if key not in unread and not same:
-            odd.append(f"{key} is {value!r}")
-    if said.get("init_lora_weights", True) not in BEGUN:
-        odd.append(f"init_lora_weights is {said['init_lora_weights']!r}, which changes the weights below")
-    if said["peft_type"] == "ADALORA" and said.get("rank_pattern"):
-        odd.append("rank_pattern is what AdaLoRA pruned")
-    if odd:
-        raise WeightsError(f"{path}: settings that are not supported here: {'; '.join(odd)}")
+            unsupported.append(f"{key} is {value!r}")
+    if config.get("init_lora_weights", True) not in BEGUN:
+        unsupported.append(
+            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the weights below"
+        )
+    if config["peft_type"] == "ADALORA" and config.get("rank_pattern"):
+        unsupported.append("rank_pattern is what AdaLoRA pruned")
+    if unsupported:
+        raise WeightsError(f"{path}: settings that are not supported here: {'; '.join(unsupported)}")
 
 
 def _plain(value: Any) -> Any:

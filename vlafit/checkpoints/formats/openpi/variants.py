@@ -1,9 +1,9 @@
-"""The sizes of pi0 and pi0.5 that openpi and LeRobot have names for; they know no others."""
+"""Gemma sizes of pi0 and pi0.5 that openpi and LeRobot have names for; they know no others."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from vlafit.checkpoints.infer.voting import Stated
+from vlafit.checkpoints.voting import Stated
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 # width, depth, mlp, heads, kv_heads, head_dim: openpi, models/gemma.py
@@ -19,7 +19,7 @@ READ = VARIANTS | {"dummy": (64, 4, 128, 8, 1, 16)}
 
 def stated_by_variants(values: Mapping[str, Any], file: str) -> list[Stated]:
     """Return the sizes that the names of variants in a config file state; a name that is not known, none."""
-    found = []
+    stated = []
     for key, part in (("paligemma_variant", "language"), ("action_expert_variant", "expert")):
         name = str(values.get(key))
         if name.removesuffix("_lora") not in READ:
@@ -28,8 +28,8 @@ def stated_by_variants(values: Mapping[str, Any], file: str) -> list[Stated]:
         shared = {"depth": depth, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes = {f"{part}.width": width, f"{part}.mlp": mlp}
         sizes |= {f"language.{size}": value for size, value in shared.items()}
-        found += [Stated(size, value, f"{file} ({key} {name!r})") for size, value in sizes.items()]
-    return found
+        stated += [Stated(size, value, f"{file} ({key} {name!r})") for size, value in sizes.items()]
+    return stated
 
 
 def variants(config: Pi0Config) -> tuple[str, str]:
@@ -45,13 +45,13 @@ def variants(config: Pi0Config) -> tuple[str, str]:
 
 
 def gemma_refusals(config: Pi0Config, program: str) -> list[str]:
-    """Say which sizes of `config` the program called `program` cannot be told."""
-    found = []
+    """Say which sizes of `config` cannot be given to `program`."""
+    reasons = []
     public = SIZES["pi0"]
     names = variants(config)
     for part, name in zip(("language", "expert"), names, strict=True):
         if not name:
-            found.append(
+            reasons.append(
                 f"{program} builds the {part} model as {' or '.join(VARIANTS)}, and this one is neither"
             )
     v, wanted = config.vision, public.vision
@@ -62,7 +62,7 @@ def gemma_refusals(config: Pi0Config, program: str) -> list[str]:
         wanted.heads,
         wanted.patch,
     ):
-        found.append(f"{program} has one image tower, SigLIP So400m/14, and this policy another")
+        reasons.append(f"{program} has one image tower, SigLIP So400m/14, and this policy another")
     if config.language.vocab != public.language.vocab:
-        found.append(f"{program} has {public.language.vocab} tokens, this policy {config.language.vocab}")
-    return found
+        reasons.append(f"{program} has {public.language.vocab} tokens, this policy {config.language.vocab}")
+    return reasons

@@ -1,8 +1,7 @@
-"""What the dimensions of a policy are, by all that tell them: its tensors, by vote, and what lies beside.
+"""Infer model sizes from tensor shapes by majority vote, and cross-check them with what config files state.
 
-Every tensor that has a dimension has a vote, so one that is missing or damaged hides nothing: it is compared
-with what the others say, and named. What else states a dimension (a config file, the public size of the same
-width) fills in what no tensor tells, and must agree with what they do.
+Every tensor that has a dimension has a vote, so a missing or damaged one hides nothing: it is compared with
+what the others say, and named.
 """
 
 import re
@@ -17,7 +16,7 @@ _LAYER = re.compile(r"\.layers\.\d+\.")
 
 @dataclass(frozen=True)
 class Stated:
-    """A dimension that `source` states, by its key in our config."""
+    """A size that `source` states, by its key in the policy's config."""
 
     key: str
     value: int
@@ -35,25 +34,25 @@ class Witness:
 
 @dataclass(frozen=True)
 class Votes:
-    """How many axes tell which size of a dimension; of each size one tensor that does."""
+    """How many axes have which size of a dimension, and one tensor that has it."""
 
     counts: dict[str, dict[int, int]] = field(default_factory=dict)
     example: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def most(self, key: str, stated: int | None = None) -> int | None:
-        """Return the size that most tell; of several the stated one, else the first. None: nothing tells."""
+        """Return the most frequent size; of several the stated one, else the first. None: no votes."""
         counts = self.counts.get(key, {})
         return max(counts, key=lambda size: (counts[size], size == stated), default=None)
 
-    def made(self, key: str, size: int, of: str) -> int:
-        """Return `size`, remembering that the dimension `key` was worked out of what most tell of `of`."""
-        most = self.most(of)
+    def derived(self, key: str, size: int, dimension: str) -> int:
+        """Return `size`; record that `key` was derived from `dimension`, for error messages."""
+        most = self.most(dimension)
         if most is not None:
-            self.example[key, size] = self.by(of, most)
+            self.example[key, size] = self.by(dimension, most)
         return size
 
     def by(self, key: str, size: int) -> str:
-        """Return a tensor, under our name, whose dimension `key` has this size; empty: there is none."""
+        """Return a tensor, under our name, whose dimension `key` has this size; empty if there is none."""
         return self.example.get((key, size), "")
 
 
@@ -61,33 +60,33 @@ def vote(
     weights: Mapping[str, Tensor],
     axes: Mapping[str, str],
     witnesses: Iterable[Witness] = (),
-    theirs: Callable[[str], str] = str,
+    file_name: Callable[[str], str] = str,
 ) -> Votes:
-    """Let every tensor of the file (see `theirs`) tell its sizes, once each though it holds many of ours.
+    """Count the sizes of every tensor in the file (see `file_name`) once, though it holds many of ours.
 
-    `axes` has, for each of our names (the layer's number is ``*``), the dimensions of its axes in words:
-    ``2*expert.width expert.width``. A number is no dimension; ``-`` is one that nothing is to be learnt from.
+    `axes` has, for each of our names (a layer's number is ``*``), the dimensions of its axes in words:
+    ``2*expert.width expert.width``. A number is no dimension; ``-`` tells nothing.
     """
     votes = Votes()
-    heard: set[tuple[str, int, int]] = set()
+    counted: set[tuple[str, int, int]] = set()
     for name, tensor in weights.items():
         words = axes.get(_LAYER.sub(".layers.*.", name))
         if words is not None:
-            _tell(votes, name, words.split(), tensor.shape, heard, theirs(name))
+            _count(votes, name, words.split(), tensor.shape, counted, file_name(name))
     for witness in witnesses:
-        _tell(votes, witness.name, witness.axes.split(), witness.shape, heard, witness.name)
+        _count(votes, witness.name, witness.axes.split(), witness.shape, counted, witness.name)
     return votes
 
 
-def _tell(
+def _count(
     votes: Votes,
     name: str,
     words: Sequence[str],
     shape: Sequence[int],
-    heard: set[tuple[str, int, int]],
+    counted: set[tuple[str, int, int]],
     stored: str,
 ) -> None:
-    """Count what the tensor `name` tells, unless the one that it is `stored` in has told it already."""
+    """Count the sizes of the tensor `name`, unless those of the one it is `stored` in are counted already."""
     if len(words) != len(shape):
         return
     for axis, (word, size) in enumerate(zip(words, shape, strict=True)):
@@ -95,17 +94,17 @@ def _tell(
         size, rest = divmod(size, int(factor or 1))
         if key.isdigit() or key == "-" or rest or size < 1:
             continue
-        if (stored, axis, size) in heard:
+        if (stored, axis, size) in counted:
             continue
-        heard.add((stored, axis, size))
+        counted.add((stored, axis, size))
         counts = votes.counts.setdefault(key, {})
         counts[size] = counts.get(size, 0) + 1
         votes.example.setdefault((key, size), name)
 
 
 def misfits(weights: Mapping[str, Tensor], axes: Mapping[str, str], votes: Votes) -> list[str]:
-    """Name the tensors that have not the sizes that most others tell."""
-    found = []
+    """Name the tensors that do not have the sizes of most others."""
+    wrong = []
     for name, tensor in weights.items():
         words = axes.get(_LAYER.sub(".layers.*.", name))
         if words is None:
@@ -113,8 +112,8 @@ def misfits(weights: Mapping[str, Tensor], axes: Mapping[str, str], votes: Votes
         want = [_size(word, votes) for word in words.split()]
         have = tuple(tensor.shape)
         if len(have) != len(want) or any(w not in (None, n) for w, n in zip(want, have, strict=True)):
-            found.append(f"{name} is {have}, not ({', '.join('-' if w is None else str(w) for w in want)})")
-    return found
+            wrong.append(f"{name} is {have}, not ({', '.join('-' if w is None else str(w) for w in want)})")
+    return wrong
 
 
 def _size(word: str, votes: Votes) -> int | None:
@@ -123,28 +122,23 @@ def _size(word: str, votes: Votes) -> int | None:
     return None if size is None else int(factor or 1) * size
 
 
-def depth_of(weights: Iterable[str], *parts: str) -> int:
-    """Return the number of layers of `parts`, which are equally deep; 1 where there are none."""
+def depth_of(weights: Iterable[str], *stacks: str) -> int:
+    """Return the number of layers of `stacks`, which are equally deep; 1 where there are none."""
     counts: dict[int, int] = {}
     for name in weights:
-        found = re.match(rf"(?:{'|'.join(parts)})\.layers\.(\d+)\.", name)
-        if found:
-            counts[int(found[1])] = counts.get(int(found[1]), 0) + 1
+        match = re.match(rf"(?:{'|'.join(stacks)})\.layers\.(\d+)\.", name)
+        if match:
+            counts[int(match[1])] = counts.get(int(match[1]), 0) + 1
     return 1 + max((layer for layer, count in counts.items() if count > 1), default=0)
 
 
 def value_at(values: Mapping[str, Any], key: str) -> Any:
-    """Return what nested `values` have at a dotted key; None where there is nothing."""
+    """Return the value of nested `values` at a dotted key; None where there is none."""
     for piece in key.split("."):
         if not isinstance(values, Mapping):
             return None
         values = values.get(piece)  # type: ignore[assignment]
     return values
-
-
-def first_stated(stated: Iterable[Stated], key: str) -> int | None:
-    """Return the first value that is stated for `key`."""
-    return next((one.value for one in stated if one.key == key), None)
 
 
 def contradictions(
@@ -153,38 +147,38 @@ def contradictions(
     given: Mapping[str, Any],
     votes: Votes,
     witnesses: Sequence[Witness] = (),
-    theirs: Callable[[str], str] = str,
+    file_name: Callable[[str], str] = str,
 ) -> list[str]:
-    """Say where the sizes `read` from tensors are not those stated elsewhere, unless the user said the same.
+    """Say where the sizes `read` from tensors are not those stated elsewhere, unless the user gave the same.
 
-    A tensor is named by `theirs`, as the file names it; `witnesses`, one by one, have to agree too.
+    A tensor is named by `file_name`, as the file names it; each of the `witnesses` must agree, too.
     """
-    found = []
+    lines = []
     for one in stated:
         size = value_at(read, one.key)
         if size is None or size == one.value or value_at(given, one.key) == size:
             continue
         tensor = votes.by(one.key, size)
-        by = theirs(tensor) if tensor else "the tensors"
-        found.append(f"contradicted: {one.key} is {size} by {by}, {one.value} by {one.source}")
+        by = file_name(tensor) if tensor else "the tensors"
+        lines.append(f"contradicted: {one.key} is {size} by {by}, {one.value} by {one.source}")
     for key, counts in votes.counts.items():
         most = max(counts.values())
-        even = [f"{size} by {theirs(votes.by(key, size))}" for size, n in counts.items() if n == most]
+        even = [f"{size} by {file_name(votes.by(key, size))}" for size, n in counts.items() if n == most]
         if len(even) > 1:
-            found.append(f"contradicted: {key} is {', '.join(even)}")
+            lines.append(f"contradicted: {key} is {', '.join(even)}")
     for witness in witnesses:
         words = witness.axes.split()
         if len(words) != len(witness.shape):
-            found.append(
+            lines.append(
                 f"contradicted: {witness.name} is {tuple(witness.shape)}, and has {len(words)} axes elsewhere"
             )
             continue
         sizes = zip(words, witness.shape, strict=True)
         want = [size if word == "-" else value_at(read, word) for word, size in sizes]
         if None not in want and list(witness.shape) != want:
-            by = [theirs(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]
-            found.append(
+            by = [file_name(votes.by(w, s)) or "the tensors" for w, s in zip(words, want, strict=True)]
+            lines.append(
                 f"contradicted: {witness.name} is {tuple(witness.shape)}, and {' and '.join(words)} are"
                 f" {tuple(want)} by {' and '.join(by)}"
             )
-    return found
+    return lines

@@ -1,0 +1,195 @@
+"""The contract of a checkpoint format: detect, open, codec, refusals, write.
+
+A format knows one program's files and nothing else: `load` assigns the tensors, `infer` finds the config, and
+`export` asks for refusals before it calls `write`. docs/extending.md tells how to write one outside the
+package.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlafit.checkpoints.assign import stored_as
+from vlafit.checkpoints.codecs import ChosenCodec, fit_codec, refuse_codec_arguments
+from vlafit.checkpoints.hub import Place
+from vlafit.checkpoints.infer import ConfigEvidence
+from vlafit.checkpoints.name_map import NameMap, Translated
+from vlafit.checkpoints.options import LoadOptions, OptionTable
+from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, weight_files
+from vlafit.codec import Codec
+from vlafit.nn.policy import ParameterInfo, Policy, Source
+from vlafit.tuning import Plan
+
+COMMON_FILES = ("*.safetensors", "*.json", "*.toml", "tokenizer/*")
+"""Patterns of files that any format may read; `*` matches folders, too."""
+
+
+class CheckpointFiles:
+    """The files at a path, of which the tensors are mapped once when a format first asks for them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the safetensors files, by their names there; no number is read before it is used.
+
+        Raises WeightsError where there are no such files, or one is damaged.
+        """
+        return open_tensors(weight_files(self.path))
+
+    @property
+    def tensor_names(self) -> Collection[str]:
+        """Names of the tensors; empty where there are no safetensors files."""
+        return self.tensors.keys() if has_weight_files(self.path) else ()
+
+
+class StoredAdapters(ABC):
+    """Adapters (and quantisation) of a checkpoint that are put into the policy once its weights are
+    filled.
+    """
+
+    @abstractmethod
+    def plan(self, policy: Policy) -> Plan:
+        """Return where they sit. The bare `policy` may be on the meta device."""
+
+    @abstractmethod
+    def attach(self, policy: Policy, plan: Plan) -> None:
+        """Put them into the filled `policy`. Raises WeightsError naming every tensor that is wrong."""
+
+
+class AdapterSupport(ABC):
+    """How a program loads PEFT adapters on a policy of this format."""
+
+    @abstractmethod
+    def names(self, family: str) -> NameMap | None:
+        """Return the program's module names for a family; None where it does not have that family."""
+
+    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
+        """Say why the program cannot load adapters on these layers (our names)."""
+        return []
+
+    def require_same_policy(self, folder: Path, base: Path) -> None:  # noqa: B027 - most have nothing to compare
+        """Raise WeightsError where the files beside the adapters are not of the policy in `base`."""
+
+    def codec_folder(self, folder: Path, base: Path) -> Path:
+        """Return the folder of the codec's files: that of the adapters, or that of their base."""
+        return base
+
+    def write_beside(self, folder: Path, base: Path) -> None:  # noqa: B027 - most programs want nothing
+        """Write into the adapters' `folder` the files that the program wants there, too."""
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose headers are read: tensors under our names, its family, and what tells its config."""
+
+    path: str
+    format: "Format"
+    family: str
+    tensors: Translated
+    evidence: ConfigEvidence = field(default_factory=ConfigEvidence)
+    """What tells the config beside the shapes; not used where `config` is complete."""
+    config: Any = None
+    """The policy's config where the format records it; `load` fills it in elsewhere."""
+    contents: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    """Reads the numbers where `tensors` are on the meta device."""
+    chunk: object = None
+    """Actions at once that the checkpoint itself records; None where it does not."""
+    codec_folder: Path | None = None
+    """Where the files lie that make its codec, for `Format.codec`."""
+    own_codec: Codec | None = None
+    """The codec in our own format that lies in the checkpoint."""
+    codec_hint: str = ""
+    """How to get a codec, for a report that is made without one."""
+    plan: Plan | None = None
+    adapters: StoredAdapters | None = None
+    on_base: bool = False
+    """Whether it sits on another checkpoint, so that the caller may say where that is."""
+    source: Source | None = None
+    """Where the weights below the adapters lie."""
+    sha256: str = ""
+    """A hash that stands for the checkpoint, where it is known without reading all files."""
+    notes: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    """Lines that say what contradicts the tensors; reported together with all that is wrong."""
+
+
+@dataclass(frozen=True)
+class Opener:
+    """What a format uses to open the checkpoint that another one sits on."""
+
+    place: Callable[[str | Path], Place]
+    """Find a checkpoint; see `vlafit.checkpoints.place`."""
+    digest: Callable[[Path], str]
+    """Hash a checkpoint; see `vlafit.checkpoints.digest`."""
+    open: Callable[[Path, LoadOptions], OpenedCheckpoint]
+    """Detect and open one with its config complete."""
+    options: Callable[[Mapping[str, object] | None], LoadOptions]
+    """Make options from a config in the form that `load` takes."""
+
+
+class Format(ABC):
+    """One program's checkpoints. A module of a format has one as `FORMAT`."""
+
+    name: str
+    """In reports and messages, such as "LeRobot"."""
+    target: str = ""
+    """After `vlafit export --to`; empty where vlafit does not write this format."""
+    files: Sequence[str] = ()
+    """Patterns of its files beside COMMON_FILES, for downloads from the Hub."""
+    options: Sequence[OptionTable] = ()
+    """Its own tables in the argument `config` of `load`."""
+    layouts: Mapping[str, tuple[str, ...]] = {}
+    """Kinds of tensor names in its files -> how each begins. Two kinds in one checkpoint are refused as a
+    mix.
+    """
+    adapters: AdapterSupport | None = None
+    """How its program loads PEFT adapters; None where it does not."""
+    no_codec = "no statistics in the checkpoint"
+    """Why a checkpoint without a codec has none."""
+
+    @abstractmethod
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether these files are of this format, whole or damaged, by their contents only."""
+
+    @abstractmethod
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Read the headers. Raises WeightsError for what vlafit cannot repeat exactly."""
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Return the codec of an opened checkpoint for its policy: the one it holds, unless overridden."""
+        if opened.own_codec is None:
+            refuse_codec_arguments(
+                options, opened.path, f"a {self.name} checkpoint takes no {{name}}: {self.no_codec}"
+            )
+            return ChosenCodec(None, self.no_codec)
+        refuse_codec_arguments(options, opened.path, "has a codec of its own; it takes no {name}")
+        resized = bool(options.config.fields or options.config.widths)
+        return ChosenCodec(fit_codec(opened.own_codec, policy, resized, opened.path))
+
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether the checkpoint holds statistics that make a codec once the caller gives a tokenizer."""
+        return False
+
+    def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
+        """Say what of the policy or codec this format cannot hold; empty where it can be written."""
+        return [f"vlafit does not write {self.name} checkpoints"]
+
+    def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
+        """Write everything into the empty `folder`, which will lie at `final`; return notes for the user.
+
+        The policy has no adapters, and `refusals` is empty.
+        """
+        raise NotImplementedError(f"{self.name} checkpoints cannot be written")
+
+    def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:
+        """Whether the program keeps a parameter in float32 when the policy is bfloat16."""
+        return stored_as(info, torch.bfloat16) == torch.float32

@@ -1,0 +1,199 @@
+"""LeRobot's checkpoints of pi0, pi0.5 and SmolVLA.
+
+pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
+both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
+openpi's).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vlafit.checkpoints.assign import raise_mismatch
+from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.formats import unsupported
+from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.lerobot import names, read_processors
+from vlafit.checkpoints.formats.lerobot import write as writing
+from vlafit.checkpoints.formats.lerobot.read_config import (
+    LeRobotConfig,
+    pi0_evidence,
+    read_config,
+    require_supported,
+)
+from vlafit.checkpoints.formats.lerobot.smolvla_config import smolvla_evidence
+from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.infer import ConfigEvidence, shape_table, variant_of, variant_tensors
+from vlafit.checkpoints.name_map import NameMap, Translated, translate
+from vlafit.checkpoints.options import LoadOptions
+from vlafit.checkpoints.voting import Witness, depth_of
+from vlafit.codec import Codec
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import ParameterInfo, Policy
+
+DECIDING = (  # keys of config.json that decide what a policy computes
+    "type",
+    "chunk_size",
+    "tokenizer_max_length",
+    "max_state_dim",
+    "max_action_dim",
+    "paligemma_variant",
+    "action_expert_variant",
+    "image_resolution",
+    "resize_imgs_with_padding",
+    "attention_mode",
+    "self_attn_every_n_layers",
+    "num_vlm_layers",
+    "num_expert_layers",
+    "expert_width_multiplier",
+)
+
+
+class LeRobotAdapters(AdapterSupport):
+    """LeRobot loads a PEFT folder with its own files beside the adapters."""
+
+    def names(self, family: str) -> NameMap | None:
+        """Return the names of the modules in LeRobot's classes."""
+        return names.IN_MEMORY.get(family)
+
+    def require_same_policy(self, folder: Path, base: Path) -> None:
+        """Raise WeightsError where config.json beside adapters is of another policy than the base's."""
+        here, there = read_config(folder), read_config(base)
+        if here is None or there is None:
+            return
+        different = [key for key in DECIDING if here.values.get(key) != there.values.get(key)]
+        if different:
+            key = different[0]
+            raise WeightsError(
+                f"{here.path}: {key} is {here.values.get(key)!r}, and {there.values.get(key)!r} in"
+                f" {there.path}: the adapters are not of this base"
+            )
+
+    def codec_folder(self, folder: Path, base: Path) -> Path:
+        """Return the folder of the processors, which LeRobot writes beside adapters."""
+        return folder if (folder / read_processors.PRE).is_file() else base
+
+    def write_beside(self, folder: Path, base: Path) -> None:
+        """Repeat everything but the weights beside the adapters, where LeRobot looks for it."""
+        writing.repeat_beside_adapters(folder, base)
+
+
+class LeRobot(Format):
+    """What LeRobot's `save_pretrained` writes, and what is on the Hub."""
+
+    name = names.FORM
+    target = "lerobot"
+    layouts = names.LAYOUTS
+    adapters = LeRobotAdapters()
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether the tensor names are LeRobot's, or openpi's with LeRobot's config.json beside them."""
+        if names.has_own_names(files.tensor_names):
+            return True
+        return openpi.recognise(files.tensor_names) and read_config(files.folder) is not None
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Translate the names and read config.json.
+
+        Raises WeightsError where config.json asks for something that vlafit does not compute, or another
+        family's weights lie beside it.
+        """
+        unsupported.refuse(files.tensors, str(files.path))
+        return _open(self, files, read_config(files.folder))
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Read the processors; the caller's tokenizer is used where the checkpoint does not hold its own."""
+        if options.assets is not None:
+            raise WeightsError(f"{opened.path}: a {self.name} checkpoint takes no assets")
+        assert opened.codec_folder is not None
+        words = options.open_tokenizer()
+        codec, reason = read_processors.read(opened.codec_folder, policy.needs(), words)
+        if codec is not None:
+            require_vocabulary(codec, policy, opened.path)
+        elif words is not None:
+            raise WeightsError(f"{opened.path}: tokenizer would have no effect: {reason}")
+        return ChosenCodec(codec, reason)
+
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether the processors are there, and their tokenizer is not."""
+        return read_config(files.folder) is not None and read_processors.lacks_tokenizer(files.folder)
+
+    def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
+        """Say what LeRobot has no names for."""
+        return writing.refusals(policy, codec)
+
+    def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
+        """Write config.json, weights, both pipelines and the tokenizer."""
+        assert codec is not None  # refusals ask for one
+        return writing.write(folder, policy, codec) + writing.name_vlm(folder, final)
+
+    def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:
+        """Return what LeRobot keeps in float32 when its dtype is bfloat16."""
+        return writing.keeps_float32(info, policy)
+
+
+def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None) -> OpenedCheckpoint:
+    tensors, where = files.tensors, str(files.path)
+    stored = {names.plain(name): name for name in tensors}
+    twice = sorted(name for name in tensors if stored[names.plain(name)] != name)
+    if twice:
+        raise_mismatch(where, {"surplus": [f"{name} beside {stored[names.plain(name)]}" for name in twice]})
+    buffers = tuple(name for name in stored if name.startswith(names.BUFFERS))
+    rest = {name: tensors[stored[name]] for name in stored if name not in buffers}
+    layout = names.layout_of(rest)
+    assert layout is not None  # detected by it
+    family, name_map = layout
+    ours = [name_map.ours(name) for name in rest]
+    kind = variant_of(shape_table(family), ours).public
+    mixed = sum(bool(own) for own in variant_tensors(shape_table(family), ours)) > 1
+    if config is not None and config.values["type"] != kind and not mixed:  # a mix is named with all tensors
+        raise WeightsError(
+            f"{where}: config.json says type {config.values['type']!r}, the tensors are those of {kind}: "
+            "one of "
+            "the two belongs to another checkpoint"
+        )
+    translated, witnesses = _translate(rest, name_map, stored, buffers, family)
+    if config is not None:
+        require_supported(config)
+    if family == "smolvla":
+        depth = depth_of(translated.weights, "language", "expert")
+        values, stated = smolvla_evidence(config, files.folder, depth)
+    else:
+        values, stated = pi0_evidence(config, kind)
+    fixed = ("vision.heads", "image_size", "max_tokens")  # LeRobot's code has no other
+    evidence = ConfigEvidence(values, stated, witnesses, fixed=fixed)
+    return OpenedCheckpoint(where, format, family, translated, evidence, codec_folder=files.folder)
+
+
+def _translate(
+    tensors: Mapping[str, Tensor],
+    name_map: NameMap,
+    stored: Mapping[str, str],
+    buffers: tuple[str, ...],
+    family: str,
+) -> tuple[Translated, list[Witness]]:
+    """Return the tensors under our names, and the unused heads as witnesses of the sizes.
+
+    Once LeRobot has trained a policy its head and embedding are two tensors, and the head feeds nothing.
+    """
+    heads = tuple(
+        theirs
+        for ours, theirs in name_map.ties.items()
+        if theirs in tensors and name_map.theirs(ours) in tensors
+    )
+    axes = dict.fromkeys(heads, "language.vocab language.width")
+    width = "language.width" if family == "smolvla" else "expert.width"
+    axes |= dict.fromkeys(name_map.unused, f"language.vocab {width}")
+    witnesses = [Witness(n, tuple(tensors[n].shape), words) for n, words in axes.items() if n in tensors]
+    plain = translate({name: tensor for name, tensor in tensors.items() if name not in heads}, name_map)
+
+    def file_name(ours: str) -> str:
+        name = plain.file_name(ours)
+        return stored.get(name, name)
+
+    return replace(plain, unused=plain.unused + heads + buffers, file_name=file_name), witnesses
+
+
+FORMAT = LeRobot()

@@ -1,0 +1,87 @@
+"""Read LeRobot's config.json, and what it says of pi0 and pi0.5."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit.checkpoints.formats.openpi.variants import stated_by_variants
+from vlafit.checkpoints.tensor_files import read_json_if_present
+from vlafit.checkpoints.voting import Stated
+from vlafit.errors import WeightsError
+
+TYPES = ("pi0", "pi05", "smolvla")
+ALWAYS: dict[str, object] = {
+    "min_period": 4e-3,
+    "max_period": 4.0,
+}  # of the time embedding; no other is written
+
+
+@dataclass(frozen=True)
+class LeRobotConfig:
+    """config.json of a LeRobot checkpoint."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """Return the value of `key`, or None where there is none. Raises WeightsError for another type."""
+        value = self.values.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise WeightsError(f"{self.path}: {key} is {value!r}, which is not what LeRobot writes there")
+        return value
+
+    def state(self, keys: Mapping[str, str]) -> list[Stated]:
+        """Return the sizes that the file states; `keys` are its own, with ours."""
+        values = {key: self.get(key, int) for key in keys}
+        return [
+            Stated(keys[key], value, f"{self.path.name} ({key})")
+            for key, value in values.items()
+            if value is not None
+        ]
+
+
+def read_config(folder: Path) -> LeRobotConfig | None:
+    """Return config.json in `folder` if LeRobot wrote it, whatever the policy.
+
+    Raises WeightsError where it cannot be read: what it says would be missed without a word.
+    """
+    path = folder / "config.json"
+    values = read_json_if_present(path)
+    if values is not None and "type" in values and {"input_features", "chunk_size"} & set(values):
+        return LeRobotConfig(path, values)
+    return None
+
+
+def require_supported(config: LeRobotConfig) -> None:
+    """Raise WeightsError for a type of policy or a time embedding that vlafit does not have."""
+    for key, value in ALWAYS.items():
+        if config.values.get(key, value) != value:
+            raise WeightsError(
+                f"{config.path}: {key} is {config.values[key]!r}; only {value!r} is supported here"
+            )
+    if config.values["type"] not in TYPES:
+        raise WeightsError(
+            f"{config.path}: type {config.values['type']!r} is not one that is supported here "
+            f"({', '.join(TYPES)})"
+        )
+
+
+def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, object], list[Stated]]:
+    """Return the config values that no shape has, and the stated sizes of those that do."""
+    if config is None:
+        return {}, []
+    values: dict[str, object] = {
+        "chunk": config.get("chunk_size", int),
+        "max_tokens": config.get("tokenizer_max_length", int),
+        "state_dim": config.get("max_state_dim", int) if kind == "pi05" else None,
+    }
+    stated = config.state({"max_action_dim": "action_dim"})
+    stated += config.state({"max_state_dim": "state_dim"}) if kind == "pi0" else []
+    sides = config.get("image_resolution", list)
+    if sides is not None:
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise WeightsError(f"{config.path}: image_resolution is {sides}; only squares are supported here")
+        stated.append(Stated("vision.image_size", sides[0], f"{config.path.name} (image_resolution)"))
+    stated += stated_by_variants(config.values, config.path.name)
+    return {key: value for key, value in values.items() if value is not None}, stated

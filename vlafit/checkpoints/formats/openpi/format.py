@@ -1,0 +1,186 @@
+"""openpi's checkpoints of pi0 and pi0.5: PyTorch files, which are also written, and JAX's Orbax folders."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.formats import unsupported
+from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.openpi import jax, names, norm_stats
+from vlafit.checkpoints.formats.openpi import write as writing
+from vlafit.checkpoints.formats.openpi.orbax import find_params
+from vlafit.checkpoints.name_map import NameMap, Translated, translate
+from vlafit.checkpoints.options import ConfigOverrides, LoadOptions, OptionTable
+from vlafit.codec import Codec
+from vlafit.errors import ConfigError, WeightsError
+from vlafit.nn.policy import ParameterInfo, Policy
+
+CODEC = OptionTable("codec", "openpi's checkpoints (PyTorch or JAX): how their statistics become a codec")
+LORA = OptionTable(
+    "lora", "openpi's JAX checkpoints with LoRA: how their factors are merged", for_weights=True
+)
+
+
+class OpenPiAdapters(AdapterSupport):
+    """Adapters that peft put on openpi's modules are read; openpi itself loads none."""
+
+    def names(self, family: str) -> NameMap | None:
+        """Return the names of openpi's modules."""
+        return names.NAMES if family == "pi0" else None
+
+    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
+        """Return that openpi loads no adapters."""
+        return ["openpi's PyTorch code loads no adapters: add --merge"]
+
+
+class OpenPi(Format):
+    """What openpi's PyTorch code saves."""
+
+    name = "openpi"
+    target = "openpi"
+    options = (CODEC,)
+    layouts = names.LAYOUT
+    adapters = OpenPiAdapters()
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether the tensor names are openpi's."""
+        return names.recognise(files.tensor_names)
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Translate the names; openpi's own config.json is believed where it lies beside the weights."""
+        unsupported.refuse(files.tensors, str(files.path))
+        evidence = names.config_evidence(files.tensors, files.folder)
+        translated = translate(files.tensors, names.NAMES)
+        return with_statistics(
+            OpenedCheckpoint(str(files.path), self, "pi0", translated, evidence), files.folder
+        )
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Make a codec of the statistics that the caller chooses, with the caller's tokenizer."""
+        return codec_of_statistics(opened, policy, options)
+
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether there are statistics."""
+        return bool(norm_stats.find_assets(files.folder))
+
+    def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
+        """Say what openpi's PyTorch code cannot hold."""
+        return writing.refusals(policy, codec)
+
+    def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
+        """Write weights, config.json and norm_stats.json."""
+        return writing.write(folder, policy, codec)  # type: ignore[arg-type] # refusals looked at it
+
+    def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:
+        """Return what openpi's `precision` setting leaves in float32."""
+        return writing.keeps_float32(info, policy)
+
+
+class OpenPiJax(Format):
+    """The Orbax folders that openpi publishes and its JAX code saves; vlafit only reads them."""
+
+    name = "openpi JAX"
+    files = ("params/*", "*/params/*")
+    options = (CODEC, LORA)
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether the path, or the folder params in it, holds an Orbax checkpoint."""
+        return find_params(files.path) is not None
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Read the tree's metadata; numbers are read layer by layer when they are assigned."""
+        params = find_params(files.path)
+        assert params is not None
+        tree = jax.open_tree(params, options.config.table("lora"))
+        require_factors(params, tree.lora, options.config)
+        chunk, notes = _chunk_beside(params, options.config)
+        evidence = tree.evidence
+        values = evidence.values if chunk is None else {**evidence.values, "chunk": chunk}
+        opened = OpenedCheckpoint(
+            path=str(params),
+            format=self,
+            family="pi0",
+            tensors=Translated(tree.weights, file_name=tree.file_name),
+            evidence=replace(evidence, values=values),
+            contents=tree.contents,
+            notes=(*tree.notes, *notes),
+        )
+        return with_statistics(opened, params.parent)
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Make a codec of the statistics that the caller chooses, with the caller's tokenizer."""
+        return codec_of_statistics(opened, policy, options)
+
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether there are statistics."""
+        params = find_params(files.path)
+        return params is not None and bool(norm_stats.find_assets(params.parent))
+
+
+def with_statistics(opened: OpenedCheckpoint, folder: Path) -> OpenedCheckpoint:
+    """Return the checkpoint with the folder of its statistics, and how they make a codec."""
+    assets = norm_stats.find_assets(folder)
+    hint = (
+        f"its statistics ({', '.join(assets)}) make one when it is loaded with a tokenizer" if assets else ""
+    )
+    return replace(opened, codec_folder=folder, codec_hint=hint)
+
+
+def codec_of_statistics(opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+    """Make a codec of a checkpoint's norm_stats.json. Raises WeightsError for arguments without effect."""
+    assert opened.codec_folder is not None
+    assets, words = norm_stats.find_assets(opened.codec_folder), options.open_tokenizer()
+    if words is None:
+        available = ", ".join(assets) or "none"
+        reason = f"no tokenizer in the checkpoint: give one (statistics in it: {available})"
+        options.config.refuse("codec", opened.path, reason)
+        if options.assets is not None:
+            raise WeightsError(f"{opened.path}: assets would have no effect: {reason}")
+        return ChosenCodec(None, reason)
+    asset = norm_stats.choose(assets, options.assets, opened.path)
+    if asset is None:
+        raise WeightsError(
+            f"{opened.path}: tokenizer would have no effect: no assets/*/{norm_stats.FILE} beside the "
+            "weights: "
+            "give assets, too"
+        )
+    chosen = options.config.table("codec")
+    codec, notes = norm_stats.make_codec(asset, policy.needs(), words, policy.config.pi05, chosen)
+    require_vocabulary(codec, policy, opened.path)
+    return ChosenCodec(codec, notes=notes)
+
+
+def _chunk_beside(params: Path, config: ConfigOverrides) -> tuple[object, tuple[str, ...]]:
+    """Return the chunk that a config.json says of the Orbax checkpoint `params`, None without; and notes.
+
+    Orbax holds no config. openpi's config.json counts where a converter left it, beside `params` or one
+    folder up.
+    """
+    for folder in params.parents[:2]:
+        values = names.read_config(folder)
+        if values is not None and values["action_horizon"] is not None:
+            chunk = values["action_horizon"]
+            note = f"chunk is {chunk}, the action_horizon in {folder / 'config.json'}"
+            return chunk, () if "chunk" in config.fields else (note,)
+    return None, ()
+
+
+def require_factors(params: Path, weights: Collection[str], config: ConfigOverrides) -> None:
+    """Raise ConfigError for options of LoRA factors that are not there; `weights` have some."""
+    where, lora = str(params), config.table("lora")
+    if not weights:
+        config.refuse("lora", where, "the checkpoint has no LoRA factors")
+    scaled = {"expert" if "_1/" in name else "language" for name in weights if "/attn/" in name}
+    for part in ("language", "expert"):
+        if f"{part}_alpha" in lora and part not in scaled:
+            raise ConfigError(
+                f"{where}: config: lora.{part}_alpha would have no effect: the attention of the {part} has no"
+                " LoRA factors (those of its MLP are not scaled)"
+            )
+    if not scaled:
+        config.refuse("lora", where, "factors of MLPs are not scaled, and there are no others")
+
+
+FORMAT = OpenPi()
+JAX = OpenPiJax()

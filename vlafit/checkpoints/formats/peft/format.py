@@ -1,0 +1,52 @@
+"""PEFT folders of adapters on a checkpoint of another program."""
+
+from dataclasses import replace
+
+from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.peft.read import PeftAdapters, open_folder, recognise, saved_modules
+from vlafit.checkpoints.options import LoadOptions
+from vlafit.errors import WeightsError
+
+
+class Peft(Format):
+    """A folder with adapter_config.json. The opened checkpoint is of the format of its base.
+
+    `vlafit export` writes such a folder for every format that supports adapters.
+    """
+
+    name = "PEFT"
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether adapter_config.json is there."""
+        return recognise(files.path)
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Open the base, with the weights in full that lie beside the adapters.
+
+        Raises WeightsError where they cannot be of this base.
+        """
+        folder = open_folder(files.path, options.base, opener.place)
+        below = opener.open(folder.base, replace(options, base=None))
+        support = below.format.adapters
+        names = support.names(below.family) if support is not None else None
+        if support is None or names is None:
+            raise WeightsError(
+                f"{files.path}: adapters on a checkpoint of {below.format.name} are not supported"
+            )
+        own = saved_modules(folder, names, below.tensors.weights)
+        support.require_same_policy(files.path, folder.base)
+        codec_folder = below.codec_folder
+        if codec_folder is not None:
+            codec_folder = support.codec_folder(files.path, codec_folder)
+        return replace(
+            below,
+            path=str(files.path),
+            tensors=replace(below.tensors, weights={**below.tensors.weights, **own}),
+            codec_folder=codec_folder,
+            adapters=PeftAdapters(folder, names, tuple(own)),
+            on_base=True,
+            notes=(*below.notes, f"adapters of peft ({len(folder.tensors)} tensors) on {folder.base}"),
+        )
+
+
+FORMAT = Peft()

@@ -1,0 +1,142 @@
+"""The checkpoint formats, in the order in which they are tried: ours, then those of installed packages.
+
+A package adds one by an entry point of the group "vlafit.formats" that names a Format; a caller may also name
+a module. Nothing is ever imported because a checkpoint's own files name it.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from vlafit.checkpoints.formats import unsupported
+from vlafit.checkpoints.formats.base import COMMON_FILES, CheckpointFiles, Format
+from vlafit.checkpoints.formats.hf_transformers import format as hf_transformers
+from vlafit.checkpoints.formats.lerobot import format as lerobot
+from vlafit.checkpoints.formats.native import format as native
+from vlafit.checkpoints.formats.openpi import format as openpi
+from vlafit.checkpoints.formats.peft import format as peft
+from vlafit.checkpoints.options import OptionTable
+from vlafit.errors import ConfigError, WeightsError, did_you_mean
+
+GROUP = "vlafit.formats"
+
+BUILT_IN: tuple[Format, ...] = (
+    native.FORMAT,
+    peft.FORMAT,
+    openpi.JAX,
+    lerobot.FORMAT,
+    hf_transformers.FORMAT,
+    openpi.FORMAT,
+)
+
+
+def installed() -> list[Format]:
+    """Load the formats of installed packages. Raises ConfigError naming an entry point that does not work."""
+    return [_from_entry_point(point) for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)]
+
+
+def all_formats() -> Iterator[Format]:
+    """Yield the formats in the order in which they are tried; installed ones are imported last."""
+    yield from BUILT_IN
+    yield from installed()
+
+
+def detect(files: CheckpointFiles) -> Format:
+    """Return the format of a checkpoint. Raises WeightsError where it is none, or a mix of several."""
+    format = next((one for one in all_formats() if one.detect(files)), None)
+    if format is None or format.layouts:
+        unsupported.refuse_mix(files.tensors, layouts(), str(files.path))
+    if format is not None:
+        return format
+    unsupported.refuse(files.tensors, str(files.path))
+    known = ", ".join(dict.fromkeys(one.name for one in all_formats()))
+    first = min(files.tensors, default="-")
+    raise WeightsError(
+        f"{files.path}: its {len(files.tensors)} tensors, such as {first!r}, are of no known format "
+        f"({known}). A "
+        "format can be added by a package, or named with --format package.module"
+    )
+
+
+def named(name: str) -> Format:
+    """Return the format that the caller names: a name or target of ours or an installed one, or a module.
+
+    Raises ConfigError where there is none.
+    """
+    if "." in name:
+        return _from_module(name)
+    by_name: dict[str, Format] = {}
+    for format in all_formats():
+        for key in (format.target, format.name):
+            if key:
+                by_name.setdefault(key, format)
+    if name not in by_name:
+        raise ConfigError(f"there is no checkpoint format {name!r}{did_you_mean(name, by_name)}")
+    return by_name[name]
+
+
+def writable() -> dict[str, Format]:
+    """Return the formats that vlafit writes, by what `vlafit export --to` calls them."""
+    return {one.target: one for one in reversed(list(all_formats())) if one.target}
+
+
+def writer(target: str) -> Format:
+    """Return the format to write for a target or a module. Raises WeightsError where there is none."""
+    if "." in target:
+        return _from_module(target)
+    formats = writable()
+    if target not in formats:
+        raise WeightsError(f"there is no target {target!r}{did_you_mean(target, sorted(formats))}")
+    return formats[target]
+
+
+def option_tables(formats: Sequence[Format] = BUILT_IN) -> dict[str, OptionTable]:
+    """Return the tables of `load`'s config that belong to formats."""
+    return {table.name: table for one in formats for table in one.options}
+
+
+def layouts() -> dict[str, tuple[str, ...]]:
+    """Return how the tensor names of our formats begin, by kind."""
+    return {kind: prefixes for one in BUILT_IN for kind, prefixes in one.layouts.items()} | native.LAYOUT
+
+
+def hash_patterns() -> list[str]:
+    """Return the patterns of files that make up a checkpoint's hash: those of our formats.
+
+    Installed formats do not count, so that a checkpoint's hash is the same on every machine.
+    """
+    return [*COMMON_FILES, *(pattern for one in BUILT_IN for pattern in one.files)]
+
+
+def download_patterns() -> list[str]:
+    """Return the patterns of files that some format reads."""
+    return list(dict.fromkeys([*COMMON_FILES, *(pattern for one in all_formats() for pattern in one.files)]))
+
+
+def _from_entry_point(point: EntryPoint) -> Format:
+    package = point.dist.name if point.dist else "an installed package"
+    where = f"entry point {point.name!r} of {package} (group {GROUP})"
+    try:
+        target = point.load()
+    except Exception as error:  # a package's import may fail in any way; it is named, not passed over
+        raise ConfigError(f"{where}: cannot load {point.value}: {error!r}; fix or uninstall it") from error
+    return _require_format(target, f"{where}: {point.value}")
+
+
+def _from_module(name: str) -> Format:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"checkpoint format {name!r}: cannot be imported: {error}") from error
+    return _require_format(module, f"checkpoint format {name!r}")
+
+
+def _require_format(thing: Any, where: str) -> Format:
+    format = thing if isinstance(thing, Format) else getattr(thing, "FORMAT", None)
+    if not isinstance(format, Format):
+        raise ConfigError(
+            f"{where}: there is no FORMAT, an instance of a class derived from "
+            "vlafit.checkpoints.formats.base.Format"
+        )
+    return format

@@ -1,0 +1,155 @@
+"""Read data cards and open the datasets they describe."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vlafit import config, shipped
+from vlafit.datasets import hub, layouts
+from vlafit.datasets.card import Card, Draft, check
+from vlafit.datasets.store import EpisodeStore
+from vlafit.errors import ConfigError, DataError, did_you_mean
+
+
+def load_card(name_or_path: str | Path) -> Card:
+    """Read a card: a path, the name of one that ships, or a dataset that needs none.
+
+    A folder or file of data (or ``org/name[@revision]`` of the Hugging Face Hub) needs no card if its layout
+    can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
+    """
+    data = _data_at(name_or_path)
+    if data is not None:
+        return prepare(describe(data).card)
+    path = shipped.find("card", str(name_or_path))
+    values = config.load_toml(path, "card")
+    if "file" in values:
+        raise ConfigError(f"{path}: `file` is filled in when the card is read; leave it out")
+    card = replace(build(values, str(path)), file=path)
+    return prepare(card)
+
+
+def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
+    """Open a dataset: a card, the name or path of one, or what `load_card` takes in place of one.
+
+    Raises DataError saying where the files are not what the card says.
+    """
+    source = card_path_or_hub_id
+    card = prepare(source) if isinstance(source, Card) else load_card(source)
+    store = layouts.load(card.layout).open(card)
+    _check_expectations(store)
+    return store
+
+
+def describe(path: Path) -> Draft:
+    """Draft a card from the files at `path`. Raises DataError if their layout is unknown or cannot do it."""
+    name = layouts.recognise(path)
+    module = layouts.load(name)
+    if "describe" not in vars(module):
+        raise DataError(f"{path}: layout {name!r} cannot describe its files; write a card")
+    return module.describe(path)
+
+
+def build(values: Mapping[str, Any], where: str) -> Card:
+    """Make a card of TOML values. Keys of the layout's section may stand in its table or at the top."""
+    values = dict(values)
+    if "section" in values:
+        raise ConfigError(f"{where}: unknown key 'section'; the layout's options are in a table of its name")
+    layout = values.get("layout")
+    if not isinstance(layout, str):
+        return config.build(Card, values, where)  # raises, naming the key
+    try:
+        module = layouts.load(layout)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: layout: {error}") from error
+    table = layouts.section_name(layout)
+    given = values.pop(table, {})
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: {table}: expected a table of the layout's options, got {given!r}")
+    options = dict(given)
+    core = {field.name for field in dataclasses.fields(Card)}
+    own = {field.name for field in dataclasses.fields(module.Section)}
+    for key in [key for key in values if key not in core]:
+        if key not in own:
+            raise ConfigError(f"{where}: unknown key {key!r}{_whose(key, core | own | {table}, layout)}")
+        if key in options:
+            raise ConfigError(f"{where}: {key!r} stands at the top and in [{table}]; keep the second")
+        options[key] = values.pop(key)  # the spelling of older cards
+    section = config.build(module.Section, options, f"{where}: [{table}]")
+    return replace(config.build(Card, values, where), section=section)
+
+
+def _whose(key: str, known: set[str], layout: str) -> str:
+    near = did_you_mean(key, known, listed=False)
+    if near:
+        return near
+    others = [
+        name
+        for name in layouts.names()
+        if key == name or key in {field.name for field in dataclasses.fields(layouts.load(name).Section)}
+    ]
+    if others:
+        return f": layout {layout!r} has none; it belongs to layout {' or '.join(others)}"
+    return did_you_mean(key, known)
+
+
+def prepare(card: Card) -> Card:
+    """Check a card against its layout, and fill in the layout's defaults. Raises ConfigError."""
+    where = str(card.file or f"card {card.name!r}")
+    check(card, where)
+    module = layouts.load(card.layout)
+    sources: tuple[str, ...] = module.INSTRUCTIONS
+    source = card.instruction.source
+    if not source and not sources:
+        raise ConfigError(
+            f'{where}: files of layout {card.layout!r} hold no instruction; set instruction.source = "card"'
+        )
+    if source not in ("", "card", *sources):
+        raise ConfigError(
+            f"{where}: instruction.source: {source!r} is none of "
+            f"{', '.join(map(repr, ['card', *sources]))}, which layout {card.layout!r} has"
+            f"{did_you_mean(source, ['card', *sources], listed=False)}"
+        )
+    _check_section(module, card, where)
+    instruction = card.instruction if source else replace(card.instruction, source=sources[0])
+    return replace(card, section=card.options(module.Section), instruction=instruction)
+
+
+def _check_section(module: ModuleType, card: Card, where: str) -> None:
+    if card.section is not None and not isinstance(card.section, module.Section):
+        raise ConfigError(f"{where}: its options are not those of layout {card.layout!r}")
+
+
+def _data_at(name_or_path: str | Path) -> Path | None:
+    """Return the data that stands in for a card: an existing folder or file that is no TOML, or a hub id."""
+    local = Path(name_or_path).expanduser()
+    if str(name_or_path) and local.exists():
+        return local if local.is_dir() or local.suffix != ".toml" else None
+    if isinstance(name_or_path, str) and hub.is_id(name_or_path):
+        try:
+            shipped.find("card", name_or_path)
+        except ConfigError:
+            return hub.fetch(name_or_path)
+    return None
+
+
+def _check_expectations(store: EpisodeStore) -> None:
+    card, episodes = store.card, store.episodes
+    twice = sorted(i for i, times in Counter(info.id for info in episodes).items() if times > 1)[:5]
+    if twice:
+        raise DataError(f"dataset {card.name!r}: episode ids are not unique: {', '.join(twice)}")
+    expected = card.expected_episodes
+    if expected and len(episodes) != expected:
+        fix = "complete the files, or fix the card"
+        if card.record is not None:
+            fix = f"finish recording with: vlafit record {card.file or card.name}; or set expect.episodes"
+        raise DataError(
+            f"dataset {card.name!r} has {len(episodes)} episodes in {len(store.files())} files, its card "
+            f"expects {expected}; {fix}"
+        )
+    frames = sum(info.length for info in episodes)
+    if card.expect.frames and frames != card.expect.frames:
+        raise DataError(f"dataset {card.name!r} has {frames} frames, its card expects {card.expect.frames}")
