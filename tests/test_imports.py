@@ -11,10 +11,6 @@ from pathlib import Path
 import vlafit
 
 ROOT = Path(vlafit.__file__).parent
-    ),
-    frozenset({"vlafit.checkpoints.formats.peft.read", "vlafit.checkpoints.opened"}),
-    frozenset({"vlafit.datasets.layouts.hdf5", "vlafit.datasets.store"}),
-}
 
 
 def modules(root: Path) -> dict[str, Path]:
