@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Rules are matched against the tensors of a policy once for each stage, whatever is asked later."""
-=======
 """Resolution: each rule is matched against a policy's tensors once for each stage."""
->>>>>>> main
 
 import pytest
 
