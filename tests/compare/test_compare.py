@@ -301,7 +301,7 @@ def test_every_fault_of_every_arm_is_named_before_the_first_one_trains(
         compare.run(asked, replace(options, strategies=given), tmp_path / "out")
     said = str(error.value)
     assert "- --strategies misfit: strategy 'misfit': rule 1 (named nothing.*; full) matches nothing" in said
-    assert "- --strategies late: strategy 'late': stage 2 begins at step 9; the run has 4" in said
+    assert "- --strategies late: strategy 'late': stage 2 begins at step 9, but the run only has 4" in said
     assert said.count("\n- ") == 3 and "protocol 'toy'" in said and "--strategies expert" not in said
     assert not (tmp_path / "out").exists()
 

@@ -243,11 +243,11 @@ def test_a_name_or_value_that_cannot_be_is_refused(
     [
         (
             {"rule.rank": Dimension(low=4.5, high=8.5)},
-            r"rule\.rank = 4\.5: .*`rank` is a whole number .*4\.5",
+            r"rule\.rank = 4\.5: .*`rank` .*whole number .*4\.5",
         ),
         (
             {"rule.rank": Dimension(low=0, high=8)},
-            r"rule\.rank = 0: .*`rank` is a whole number from 1 on, not 0",
+            r"rule\.rank = 0: .*`rank` .*at least 1, not 0",
         ),
         ({"rule.dropout": Dimension(low=0.0, high=1.5)}, r"rule\.dropout = 1\.5: .*below 1, not 1\.5"),
         (

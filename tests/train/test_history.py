@@ -143,7 +143,7 @@ def test_a_run_does_not_go_on_with_changed_actions(seeded: Path, tmp_path: Path)
     shutil.rmtree(out / "checkpoints" / "step_000008")
     with h5py.File(card.parent / "dots" / "left_demo.hdf5", "r+") as file:
         _action(file["data/demo_1"])  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match="began on other data: the episodes, their states, actions"):
+    with pytest.raises(TrainingError, match="data changed since the run began"):
         run(recipe, out, resume=True)
 
 
