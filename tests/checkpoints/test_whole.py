@@ -158,12 +158,12 @@ def test_copies_that_hold_nan_are_not_taken_for_equal(form: Form, tmp_path: Path
         (
             "openpi pi05",
             "openpi pi0",
-            r"a mix of two families: of pi0 alone .*state_proj.*alone .*time_mlp_in",
+            r"a mix of two families: of pi0 only .*state_proj.*of pi0.5 only .*time_mlp_in",
         ),
         (
             "LeRobot pi0",
             "LeRobot pi05",
-            r"a mix of two families: of pi0 alone .*state_proj.*alone .*time_mlp_in",
+            r"a mix of two families: of pi0 only .*state_proj.*of pi0.5 only .*time_mlp_in",
         ),
     ],
 )

@@ -285,12 +285,12 @@ def _mixed_variants(table: ShapeTable, weights: Iterable[str], file_name: Callab
     every = list(weights)
     names = [file_name(name) for name in every]
     own = variant_tensors(table, every)
-    found = [
+    mixed = [
         f"of {variant.label} only {list_tensors(tensors, file_name, names)}"
         for variant, tensors in zip(table.variants, own, strict=True)
         if tensors
     ]
-    return [f"a mix of two families: {'; '.join(found)}"] if len(found) > 1 else []
+    return [f"a mix of two families: {'; '.join(mixed)}"] if len(mixed) > 1 else []
 
 
 def _checked(
