@@ -91,9 +91,7 @@ def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str,
 def test_quantised_weights_that_lie_in_no_checkpoint_are_not_saved(base: Path, tmp_path: Path):
     built = make_policy()
     plan = apply_strategy(built, rules("nf4"))
-    with pytest.raises(
-        WeightsError, match=r"cannot save: \d+ quantised.*built or merged, not loaded"
-    ):
+    with pytest.raises(WeightsError, match=r"cannot save: \d+ quantised.*built or merged, not loaded"):
         vlafit.save_checkpoint(built, tmp_path / "c", plan=plan)
 
     merged = vlafit.load_policy(base)
