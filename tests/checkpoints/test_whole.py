@@ -154,11 +154,7 @@ def test_copies_that_hold_nan_are_not_taken_for_equal(form: Form, tmp_path: Path
             r"(?s)a mix of several.*LeRobot's SmolVLA \(\d+\): .*pi0 or pi0.5 \(\d+\): ",
         ),
         ("SmolVLA", "openpi pi0", r"(?s)a mix of several.*LeRobot's SmolVLA.*openpi's pi0 or pi0.5"),
-            (
-                "openpi pi0",
-                "transformers",
-                r"(?s)a mix of several(?=.*openpi's pi0 or pi0.5)(?=.*transformers' pi0)",
-            ),
+        (
             "openpi pi0",
             "transformers",
             r"(?s)a mix of several(?=.*openpi's pi0 or pi0.5)(?=.*transformers' pi0)",
