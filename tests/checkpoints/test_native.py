@@ -240,7 +240,7 @@ FOLDER_DAMAGE = {
         lambda f: (f / "tokenizer" / "added_tokens.json").write_text("{}"),
         r"not in the manifest: tokenizer/added_tokens.json",
     ),
-    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"exactly the keys"),
+    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json: .*list"),
     "a torn manifest": (lambda f: (f / "manifest.json").write_text('{"for'), r"cannot be read as JSON"),
 }
 
@@ -294,7 +294,7 @@ def test_other_forms_are_refused_by_name(tmp_path: Path):
         with pytest.raises(WeightsError, match=message):
             vlafit.load_policy(folder)
     save_file({"lm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"its tensors \(1, such as 'lm.weight'\) are neither"):
+    with pytest.raises(WeightsError, match=r"1 tensors, such as 'lm.weight'.*native.*openpi"):
         vlafit.load_policy(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"")
     with pytest.raises(

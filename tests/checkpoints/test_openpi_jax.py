@@ -327,7 +327,7 @@ def test_an_array_smaller_than_the_piece_that_a_process_wrote_is_refused(tmp_pat
     ("cut", "message"),
     [
         ({"img/pos_embedding": (1, 225)}, "vision.image_size is 210 by PaliGemma/img/pos_embedding, 224 by"),
-        ({"state_proj/kernel": (0, 16)}, "state_dim is 16 by state_proj/kernel, 32 by the actions"),
+        ({"state_proj/kernel": (0, 16)}, "state_dim is 16 by state_proj/kernel, 32 by action_dim"),
         (
             {"MultiHeadDotProductAttention_0/query/kernel": "heads"},
             "vision.heads is 1 by .*query/kernel, 2 by .*key/kernel",
