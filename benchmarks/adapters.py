@@ -127,7 +127,7 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
         return tensor
 
     def step() -> None:
-        policy(batch, noise, when)["loss"].backward()
+        policy.flow_loss(batch, noise, when)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -110,7 +110,7 @@ def test_in_bfloat16_matrices_are_halved_and_norms_and_projections_stay(saved: P
         exact, near = policy.velocity(batch, noise, time), loaded.velocity(batch, noise, time)
     assert near.dtype == torch.float32
     assert (near - exact).square().mean() < 1e-3 * exact.square().mean()
-    assert torch.isfinite(loaded.act(batch, noise[0])).all()
+    assert torch.isfinite(loaded.sample(batch, noise[0])).all()
 
 
 def test_named_parts_start_anew_and_are_reported(saved: Path, policy: Policy):

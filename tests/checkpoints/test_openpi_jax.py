@@ -81,10 +81,10 @@ def test_velocity_loss_and_samples_equal_what_openpis_jax_code_recorded():
     recorded, i = load_file(JAX / "expected.safetensors"), load_file(TORCH / "inputs.safetensors")
     assert _errors(policy, recorded["v_t"])[0] < 5e-6
     with torch.no_grad():
-        loss = policy.loss(_batch(i), noise=i["noise"], time=i["time"])["loss"]
+        loss = policy.flow_loss(_batch(i), noise=i["noise"], time=i["time"])["loss"]
         assert abs(loss - recorded["loss"].mean()) < 1e-5
         for steps in (1, 10):
-            actions = policy.act(_batch(i), i["noise"], steps)
+            actions = policy.sample(_batch(i), i["noise"], steps)
             assert (actions - recorded[f"sample_actions_{steps}"]).abs().max() < 1e-4
 
 

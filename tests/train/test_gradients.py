@@ -14,6 +14,7 @@ from vlafit import tuning
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import ParameterInfo
+from vlafit.nn.rng import sample_rng
 from vlafit.policies import pi0
 from vlafit.train import run
 from vlafit.train.gradients import GradientCheck
@@ -60,9 +61,8 @@ def steps(
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
     check = GradientCheck(policy, plan, plan.trainable if new else ())
     for step in range(1, count + 1):
-        c = policy.config
-        noise = torch.randn(2, c.chunk, c.action_dim, generator=torch.Generator().manual_seed(step))
-        policy(feed(step).trim(), noise=noise, time=torch.tensor([0.3, 0.7]))["error_sum"].backward()
+        rng = sample_rng([(0, 0), (0, 1)], seed=step)
+        policy.loss(feed(step).trim(), rng)["error"].backward()
         check.look(step)
         optimizer.step()
         optimizer.zero_grad()

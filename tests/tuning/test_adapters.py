@@ -261,7 +261,7 @@ def adalora_steps(policy, schedule, steps, look=lambda step: None, spent=None) -
     optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
     batch, noise, time = make_batch()
     for number, step in enumerate(steps):
-        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
+        loss = policy.flow_loss(batch, noise, time)["loss"] + schedule.penalty()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -32,7 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's sentence"
     )
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="Euler steps of sampling [10]")
+    parser.add_argument(
+        "--steps", metavar="N", type=int, default=0, help="steps of sampling [the policy's, 10]"
+    )
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
     options = parser.read(arguments)
 
