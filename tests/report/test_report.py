@@ -160,7 +160,7 @@ def test_errors_of_the_environment_stand_above_the_result_and_are_no_failures(ru
     shutil.rmtree(run / "eval" / "after")
     write_evaluation(run, "after", (20, 23), 25, errors=3)
     text, said = html_of(run), json_of(run)
-    assert "INCOMPLETE: 3 of 50 episodes ended in an error" in text.split("Success by task")[0]
+    assert "INCOMPLETE: 3 of 50 episodes" in text.split("Success by task")[0]
     assert (said["success"]["after"]["episodes"], said["success"]["after"]["errors"]) == (47, 3)
     assert "3 errors" in text
 
@@ -168,7 +168,7 @@ def test_errors_of_the_environment_stand_above_the_result_and_are_no_failures(ru
 def test_a_renderer_notice_is_a_caveat(run: Path):
     path = run / "eval" / "after" / "result.json"
     values = json.loads(path.read_text())
-    values["notices"] = ["RENDERER: the policy was trained on pictures made by 'ray'"]
+    values["notices"] = ["RENDERER: the policy was trained on images rendered by 'ray'"]
     write_json(path, values)
     assert "Evaluation &#x27;after&#x27;: RENDERER: the policy was trained" in html_of(run)
 
