@@ -124,13 +124,13 @@ class Facts:
             lines.append((purpose, before + shlex.join(["vlafit", *map(str, words)])))
 
         recipe = self.folder / "recipe.toml"
-        add("repeat this run", "train", recipe, "--out", "runs/again", before=launcher)
+        add("the same run again", "train", recipe, "--out", "runs/again", before=launcher)
         if not self.finished:
             add("resume this run", "train", recipe, "--out", self.folder, "--resume", before=launcher)
         last = self.folder / "checkpoints" / f"step_{self.steps:06d}"
         if self.recipe.eval.protocol and last.is_dir():
-            add("repeat its evaluation", "eval", last, "--protocol", self.recipe.eval.protocol)
-        add("write this page again", "report", self.folder)
+            add("its evaluation again", "eval", last, "--protocol", self.recipe.eval.protocol)
+        add("this page again", "report", self.folder)
         return lines
 
     def to_json(self) -> dict[str, Any]:
