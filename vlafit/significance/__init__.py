@@ -1,8 +1,8 @@
 """Significance of differences in success between policies that were evaluated from the same starts.
 
-`paired` (test and interval of one pair, starts as clusters over training seeds), `multiple` (Holm, and the set
-of strategies that no other beats), `planning` (starts needed), `sequential` (stopping early with the error rate
-kept). Everything works on plain outcomes; nothing here imports torch.
+`paired` (test and interval of a pair, with starts as clusters over training seeds), `multiple` (Holm, and the
+set of strategies that no other beats), `planning` (starts needed), `sequential` (stopping early at the same
+error rate). Everything works on plain outcomes; nothing here imports torch.
 """
 
 from vlafit.significance.multiple import best_set, holm

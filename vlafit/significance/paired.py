@@ -4,9 +4,9 @@ A start (task and environment seed) is one cluster: its episodes under several t
 independent, because an easy start is easy for every policy. So all inference here is over starts.
 
 - `sign_flip_p`: exact test. If both strategies are alike, swapping their outcomes at a start changes nothing,
-  so every sign of a start's difference is equally likely. With one training seed this is McNemar's exact test.
-- `paired_interval`: Tango's score interval for a difference of paired proportions (Statistics in Medicine 17,
-  1998), with the sample size divided by the design effect of the clusters (Rao and Scott, Biometrics 48, 1992).
+  so both signs of a start's difference are equally likely. With one seed this is McNemar's exact test.
+- `paired_interval`: Tango's score interval for a difference of paired proportions (Statistics in Medicine
+  17, 1998), with the sample size divided by the clusters' design effect (Rao and Scott, Biometrics 48, 1992).
 - `two_way_interval`: also counts the variation between training runs (crossed random effects with
   Satterthwaite's degrees of freedom). It is wide, because a few training runs tell little about new ones.
 """
@@ -27,7 +27,7 @@ Outcomes = Mapping[str, bool | None]
 class Pairs:
     """Outcomes of two strategies at shared starts.
 
-    `first` and `second` are float [seeds, starts]: 1 success, 0 failure, NaN where either side has no outcome.
+    `first` and `second` are float [seeds, starts]: 1 success, 0 failure, NaN if either side has no outcome.
     """
 
     first: NDArray[np.float64]
@@ -35,7 +35,7 @@ class Pairs:
 
     @classmethod
     def of(cls, first: Sequence[Outcomes], second: Sequence[Outcomes]) -> "Pairs":
-        """Pair the outcomes of two strategies, one mapping for each training seed, in the same order of seeds.
+        """Pair the outcomes of two strategies: one mapping per training seed, both in the same order.
 
         Starts are those with an outcome on both sides under at least one seed, in the first side's order.
         Raises ValueError for different numbers of seeds.
@@ -77,8 +77,8 @@ class Pairs:
 def sign_flip_p(by_start: Sequence[int] | NDArray[np.int64]) -> float:
     """Return the exact two-sided p-value of the differences summed by start.
 
-    The distribution of their sum over all assignments of signs is computed by convolution. If all are -1, 0 or
-    1, this is McNemar's exact test.
+    The distribution of their sum over all assignments of signs is computed by convolution. If all are -1, 0
+    or 1, this is McNemar's exact test.
     """
     sizes = np.abs(np.asarray(by_start, np.int64))
     sizes = sizes[sizes > 0]
@@ -95,7 +95,7 @@ def sign_flip_p(by_start: Sequence[int] | NDArray[np.int64]) -> float:
 
 
 def design_effect(pairs: Pairs) -> float:
-    """Return the variance of the mean difference relative to independent pairs of episodes, from 1 to seeds."""
+    """Return the variance of the mean difference relative to independent pairs, from 1 to the seeds."""
     difference = pairs.difference
     valid = ~np.isnan(difference)
     counts = valid.sum(axis=0)
@@ -109,9 +109,10 @@ def design_effect(pairs: Pairs) -> float:
 
 
 def paired_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the mean difference over new starts, for these training runs; (-1, 1) without pairs.
+    """Return the interval of the mean difference over new starts, for these training runs.
 
     With one training seed it is Tango's interval; with several, the quantile is Student's over the starts.
+    Returns (-1, 1) without pairs.
     """
     difference = pairs.difference
     size = int((~np.isnan(difference)).sum())
@@ -133,7 +134,7 @@ def tango(wins: float, losses: float, size: float, quantile: float) -> tuple[flo
         """Score statistic of the hypothesis that the difference is `delta`."""
         b = -wins - losses + (2 * size - wins + losses) * delta
         c = -losses * delta * (1 - delta)
-        share = (math.sqrt(max(b * b - 8 * size * c, 0.0)) - b) / (4 * size)  # of losses, by maximum likelihood
+        share = (math.sqrt(max(b * b - 8 * size * c, 0.0)) - b) / (4 * size)  # of losses, most likely
         variance = size * (2 * share + delta * (1 - delta))
         return (wins - losses - size * delta) / math.sqrt(variance) if variance > 0 else 0.0
 
@@ -149,7 +150,7 @@ def tango(wins: float, losses: float, size: float, quantile: float) -> tuple[flo
 def two_way_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, float] | None:
     """Return the interval of the mean difference over new starts and new training runs.
 
-    None with fewer than two seeds or starts, or if a pair of episodes is missing (the design must be complete).
+    None with fewer than two seeds or starts, or if the outcome of a pair of episodes is missing.
     """
     d = pairs.difference
     seeds, starts = d.shape

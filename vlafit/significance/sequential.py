@@ -17,9 +17,7 @@ LOG_2 = 0.6931471805599453
 
 def log_evidence(wins: int, losses: int) -> float:
     """Return the logarithm of the mixture's likelihood ratio against probability 1/2."""
-    return float(
-        betaln(wins + PRIOR, losses + PRIOR) - betaln(PRIOR, PRIOR) + (wins + losses) * LOG_2
-    )
+    return float(betaln(wins + PRIOR, losses + PRIOR) - betaln(PRIOR, PRIOR) + (wins + losses) * LOG_2)
 
 
 def anytime_p(by_start: Iterable[int]) -> float:
