@@ -2,14 +2,13 @@
 
     python benchmarks/adapters.py [--strategies full lora dora ...] [--rounds 3] [--out adapters.json]
 
-A pi0 of 51 M parameters (tower 6 x 384, language model 8 x 512, expert 8 x 256), random weights, float32, one
-thread, batch 4. Each strategy runs in a process of its own, in turns, `--rounds` times; the median is reported.
-Time is the CPU time of one whole step (forward, backward, AdamW). "kept" is the memory that autograd keeps for
-the backward pass, without weights; "peak" the process's peak resident memory above its level before the policy
-was built. A strategy in stages has a row for each (`progressive, stage 2`), because its cost changes as it
-unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
-`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py.
-"""
+A pi0 of 51 M parameters (tower 6 x 384, language model 8 x 512, expert 8 x 256), random weights, float32,
+one thread, batch 4. Each strategy runs in a process of its own, in turns, `--rounds` times; the median is
+reported. Time is the CPU time of one whole step (forward, backward, AdamW). "kept" is the memory that
+autograd keeps for the backward pass, without weights; "peak" the process's peak resident memory above its
+level before the policy was built. A strategy in stages has a row for each (`progressive, stage 2`), because
+its cost changes as it unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
+`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py. """
 
 import argparse
 import json

@@ -4,8 +4,8 @@
 
 Writes pi0 in openpi's format, every width divided by `--divide`, into FOLDER (which must not exist), inspects
 and loads it in a new process, prints one line of JSON, and removes FOLDER. `ratio` is the peak above the
-process's memory before, divided by the size of the weights in the requested dtype. Full size (1) takes 7 GB of disk and
-memory for safetensors in bfloat16, and 2 GB of disk and 8 GB of memory for Orbax.
+process's memory before, divided by the size of the weights in the requested dtype. Full size (1) takes 7 GB
+of disk and memory for safetensors in bfloat16, and 2 GB of disk and 8 GB of memory for Orbax.
 """
 
 import argparse

@@ -25,7 +25,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def drift(unit: float, roundings: int, scale: torch.Tensor | float) -> float:
     """Return how far `roundings` independent roundings on one path move a result of magnitude `scale`.
 
-    One rounding is uniform within `unit`: a standard deviation of unit / sqrt(3). Independent ones add up as in
-    a random walk. The largest of some hundred outputs is 3.5 standard deviations out, and 3.5 / sqrt(3) = 2.
+    One rounding is uniform within `unit`: a standard deviation of unit / sqrt(3). Independent ones add up as
+    in a random walk. The largest of some hundred outputs is 3.5 standard deviations out, and
+    3.5 / sqrt(3) = 2.
     """
     return 2 * unit * math.sqrt(roundings) * float(scale)

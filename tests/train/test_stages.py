@@ -464,7 +464,8 @@ def test_the_ranks_of_adalora_fall_in_its_stage_and_its_scores_are_restored(
     assert any(key.startswith("ranks/") for key in tensors)
     other = build(recipe, CPU)
     fresh = TrainState(other.policy, other.plan, recipe, CPU, Place(1, 2))
-    checkpointer.restore(state.Saved(tmp_path, state.Progress(11, stage=Place(1, 2)), dict(tensors)), fresh)
+    progress = checkpointer.Progress(11, stage=Place(1, 2))
+    checkpointer.restore(checkpointer.Saved(tmp_path, progress, dict(tensors)), fresh)
     assert_same(checkpointer.collect(fresh, keep=True), checkpointer.collect(learner, keep=True))
     train(learner, batches, first_step=11, recipe=recipe.train, optim=recipe.optim, world=1,
           wants_stop=lambda: False, spent=lambda: 0.0, after_step=lambda _: True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Resolution: each rule is matched against a policy's tensors once for each stage, whatever asks for it later."""
+"""Resolution: each rule is matched against a policy's tensors once for each stage."""
 
 import pytest
 
