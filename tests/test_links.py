@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md") if p.name[0] != "_")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", *PAGES]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "eval/README.md", *PAGES]
 LINK = re.compile(r"\]\((?!\w+:)([^)\s]*)\)")
 
 
