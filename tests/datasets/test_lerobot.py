@@ -109,7 +109,7 @@ def test_a_dataset_needs_no_card():
     assert (card.expect.episodes, card.expect.frames) == (5, 53)
 
 
-# ------------------------------------------------------------------------------- the formats, images and video
+# ----------------------------------------------------------------------------- the formats, images and video
 
 EVERYTHING = in_file_order(demos(3))
 
