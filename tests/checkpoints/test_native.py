@@ -240,7 +240,7 @@ FOLDER_DAMAGE = {
         lambda f: (f / "tokenizer" / "added_tokens.json").write_text("{}"),
         r"not in the manifest: tokenizer/added_tokens.json",
     ),
-    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json: .*list"),
+    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json.*list"),
     "a torn manifest": (lambda f: (f / "manifest.json").write_text('{"for'), r"cannot be read as JSON"),
 }
 

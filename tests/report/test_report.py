@@ -119,7 +119,7 @@ def test_the_page_shows_the_result_the_tasks_the_films_the_table_the_commands_an
     assert "expert+projections" in text
     assert "vlafit train quickstart" in text
     assert json.loads((whole / "report.json").read_text())["sha256"]["recipe.toml"] in text
-    for title in ("Success while training", "Loss", "Action error", "Learning rate", "Does it follow the instruction?"):
+    for title in ("Success while training", "Loss", "Action error", "Learning rate", "Does it follow"):
         assert title in text
     assert "Before you use these numbers" not in text and "Missing from this page" not in text
 

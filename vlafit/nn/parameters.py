@@ -19,8 +19,8 @@ RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")  # lead back into the resi
 def describe(policy: nn.Module, parts: Mapping[str, str], default: str) -> list[ParameterInfo]:
     """Describe every parameter, in order.
 
-    `parts` maps the first words of names to parts ("vision" or "vision.layers"; the longest that fits counts);
-    other parameters are of the part `default`. A layer is the number after `.layers.`. The kind is that of
+    `parts` maps the first words of names to parts ("vision" or "vision.layers"; the longest match
+    counts); other parameters are of the part `default`. A layer is the number after `.layers.`. The kind is that of
     the module that holds the parameter: convolutions, norms and embeddings by their class; linear layers are
     "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one called `mlp`.
     """
@@ -99,8 +99,8 @@ def build_policy(
 ) -> P:
     """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
 
-    `make` constructs it, `init_weights` fills every parameter. Without a generator, fresh weights are those of
-    seed 0. Buffers must be made by `init_weights` too: storage of the meta device holds nothing.
+    `make` constructs it, `init_weights` fills every parameter. Without a generator, fresh weights are
+    those of seed 0. Buffers must be made by `init_weights` too: storage of the meta device holds nothing.
     """
     with torch.device("meta"):
         policy = make()
