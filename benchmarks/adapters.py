@@ -8,7 +8,7 @@ reported. Time is the CPU time of one whole step (forward, backward, AdamW). "ke
 autograd keeps for the backward pass, without weights; "peak" the process's peak resident memory above its
 level before the policy was built. A strategy in stages has a row for each (`progressive, stage 2`), because
 its cost changes as it unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
-`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py. """
+`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py."""
 
 import argparse
 import json
@@ -127,7 +127,7 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
         return tensor
 
     def step() -> None:
-        policy(batch, noise, when)["loss"].backward()
+        policy.flow_loss(batch, noise, when)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -98,7 +98,7 @@ def training(
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            policy(batch, noise, when)["loss"].backward()
+            policy.flow_loss(batch, noise, when)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -113,7 +113,7 @@ def acting(policy: Policy, steps: int, device: torch.device) -> tuple[float, flo
 
     def act() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            policy.act(batch, noise, steps=10)
+            policy.sample(batch, noise, steps=10)
 
     return timed(act, steps, device)
 

@@ -32,7 +32,7 @@ BAD_RECIPES = {
     "not a number": ("[optim]\nlr = nan", "{path}: optim.lr: expected a number, got nan"),
     "none of the choices": (
         "[train]\nprecision = 'fp23'",
-        "{path}: train.precision: 'fp23' is none of 'fp32', 'bf16'; did you mean 'fp32'?",
+        "{path}: train.precision: 'fp23' is not one of 'fp32', 'bf16'; did you mean 'fp32'?",
     ),
     "text for a list": ("[data]\ncards = 'libero'", "{path}: data.cards: expected a list, got 'libero'"),
     "a number in a list of text": ("[data]\ncards = ['a', 1]", "{path}: data.cards[1]: expected text, got 1"),
@@ -66,7 +66,7 @@ def test_a_bad_recipe_gives_its_message(tmp_path, case):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"gone\.toml: there is no such file"):
+    with pytest.raises(ConfigError, match=r"gone\.toml: no such file"):
         config.read(Recipe, tmp_path / "gone.toml", "recipe")
 
 
@@ -88,7 +88,7 @@ def test_bases_in_a_circle_are_shown(tmp_path):
     with pytest.raises(ConfigError) as error:
         config.read(Recipe, tmp_path / "a.toml", "recipe")
     circle = " -> ".join(str(tmp_path / f"{name}.toml") for name in "abca")
-    assert str(error.value) == f"{tmp_path}/a.toml: base files run in a circle: {circle}"
+    assert str(error.value).startswith(f"{tmp_path}/a.toml: circular base files: {circle}")
 
 
 def test_a_mistake_in_a_base_is_reported(tmp_path):
@@ -101,5 +101,5 @@ def test_a_mistake_in_a_base_is_reported(tmp_path):
 def test_what_toml_cannot_hold_is_refused_when_written():
     from vlafit.recipe import OptimRecipe
 
-    with pytest.raises(ConfigError, match="TOML cannot hold nan"):
+    with pytest.raises(ConfigError, match="nan cannot be written as TOML"):
         config.dump(Recipe(optim=OptimRecipe(lr=float("nan"))))

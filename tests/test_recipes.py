@@ -9,7 +9,7 @@ from vlafit.datasets import load_card
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, override
 from vlafit.recipe import Recipe
-from vlafit.record.players import ATTEMPTS
+from vlafit.record.workers import ATTEMPTS
 from vlafit.rollout import load_protocol
 from vlafit.rollout.protocol import require_unseen
 from vlafit.tuning import load_strategy, preview

@@ -20,8 +20,8 @@ from vlafit.errors import ConfigError, DataError, EmbodimentError, SimulationErr
 from vlafit.files import sha256
 from vlafit.record import RecordProgress, record
 from vlafit.record.episode import is_perturbed, play, pushes
-from vlafit.record.job import job_of
-from vlafit.record.players import _Schedule
+from vlafit.record.plan import plan_recording
+from vlafit.record.workers import _Schedule
 
 pytestmark = pytest.mark.sim
 pytest.importorskip("metaworld")
@@ -155,7 +155,7 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     assert how != signal.SIGINT or "interrupted; the same command with --resume goes on" in said
     assert not (out / f"{TASKS[1]}_demo.hdf5").exists()
     assert all(part.exists() for part in parts)  # what was finished is there
-    with pytest.raises(DataError, match=r"holds a recording already.*--resume"):
+    with pytest.raises(DataError, match=r"stopped already holds a recording.*--resume"):
         record(card, out)
     wait_until(lambda: not any(map(alive, its_workers)))  # the killed process's workers notice and end
     capsys.readouterr()
@@ -273,8 +273,12 @@ def test_the_asked_share_of_episodes_is_perturbed_and_labels_stay_clean() -> Non
     [
         ('layout = "libero"', 'layout = "robomimic"', "layout|robomimic"),
         ('key = "obs/workspace_rgb"', 'key = "obs/image"', "is recorded upright as 'obs/workspace_rgb'"),
-        ("width = 16", "width = 24", "as high as wide"),
-        ('keys = ["actions"]', 'keys = ["action"]', r"robot.action.keys of a recording are \['actions'\]"),
+        ("width = 16", "width = 24", r"square.*\(16, 24\)"),
+        (
+            'keys = ["actions"]',
+            'keys = ["action"]',
+            r"robot.action.keys of a recording must be \['actions'\]",
+        ),
         ("[record]\n", "[record]\nhorizon = 499\n", "end after 500 steps"),
         ('"coffee-button-v3"', '"coffe-button-v3"', "did you mean 'coffee-button-v3'"),
         ("hz = 80", "hz = 20", "rate in Hz"),
@@ -303,7 +307,7 @@ def test_a_card_without_a_record_section_and_a_wrong_number_are_refused(tmp_path
         record(card, tmp_path / "out", episodes_per_task=0)
     with pytest.raises(ConfigError, match="workers must be at least 0, not -1"):
         record(card, tmp_path / "out", workers=-1)
-    assert job_of(card, 7).record.episodes_per_task == 7
+    assert plan_recording(card, 7).record.episodes_per_task == 7
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_played(tmp_path: Path) -> None:

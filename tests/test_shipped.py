@@ -62,10 +62,10 @@ def test_names_lists_each_once_and_one_kind_alone(house):
             "a/b/quik.toml",
             "there is no recipe file or folder 'a/b/quik.toml'; did you mean 'quick'?",
         ),
-        ("recipe", "", "an empty name where a recipe is expected"),
+        ("recipe", "", "name of the recipe is empty"),
         ("card", "x", "there is no card 'x', and none ships with vlafit"),
         ("checkpoint", "bass", "did you mean 'base'?"),
-        ("recipes", "x", "no kind of shipped file called 'recipes'; did you mean 'recipe'?"),
+        ("recipes", "x", "'recipes'; did you mean 'recipe'?"),
     ],
 )
 def test_a_name_that_is_not_there_gets_the_nearest(house, kind, name, message):

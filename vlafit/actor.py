@@ -1,8 +1,8 @@
 """A local policy as an Actor: observations in, chunks in the robot's units out, through the codec both ways.
 
-What it returns for an observation depends on that observation, its key and the seed alone: not on what else
+What it returns for an observation depends only on that observation, its key and the seed: not on what else
 is in the batch, nor on how much. So every batch has one width (a row is repeated to fill it), one set of
-camera slots and one prompt length (the codec's), and each row's noise is drawn from its own key.
+camera slots and one prompt length (the codec's), and each row's random numbers belong to its own key.
 """
 
 import dataclasses
@@ -11,27 +11,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vlafit import checkpoints
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.policy import Policy
+from vlafit.nn.rng import rollout_rng
 from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Observation
 
 
-def noise_for(key: EpisodeKey, seed: int, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Return the standard normal noise [t, a] that belongs to `key`, the same in every process."""
-    task = int.from_bytes(hashlib.sha256(key.task.encode()).digest()[:8], "big")
-    source = np.random.SeedSequence([seed, task, key.seed, key.replan])
-    return np.random.Generator(np.random.Philox(source)).standard_normal(shape, dtype=np.float32)
-
-
 class PolicyActor:
-    """Acts with `policy` through `codec`: `steps` Euler steps, `width` rows a batch, noise from `seed`.
+    """Acts with `policy` through `codec`: `width` rows a batch, random numbers from `seed`.
 
     `identity` names the weights (a checkpoint's hash, say); without it `fingerprint` hashes them. `seeds` are
     the recorded ones, by task, that the policy has learned from.
@@ -42,18 +34,16 @@ class PolicyActor:
         policy: Policy,
         codec: Codec,
         *,
-        steps: int = 10,
         width: int = 16,
         seed: int = 0,
         identity: str = "",
         seeds: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        for name, value, least in (("steps", steps, 1), ("width", width, 1), ("seed", seed, 0)):
+        for name, value, least in (("width", width, 1), ("seed", seed, 0)):
             if value < least:
                 raise ConfigError(f"a policy actor's {name} must be at least {least}, not {value}")
         self.policy = policy
         self.codec = codec
-        self.steps = steps
         self.width = width
         self.seed = seed
         self.seeds = seeds or {}
@@ -68,17 +58,18 @@ class PolicyActor:
         return self.codec.embodiment
 
     def fingerprint(self) -> str:
-        """Return what decides the actions: the weights (or the identity given), sampling and device."""
+        """Return what decides the actions: the weights (or their identity), sampling and device."""
         identity = self._identity
         if not identity:
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             for name, value in sorted(self.policy.state_dict().items()):
-                found.update(name.encode())
-                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            identity = f"sha256:{found.hexdigest()}"
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            identity = f"sha256:{digest.hexdigest()}"
         device = next(self.policy.parameters()).device
         made = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return f"{identity} steps={self.steps} width={self.width} seed={self.seed} device={made}"
+        steps = "" if self.policy.steps is None else f" steps={self.policy.steps}"
+        return f"{identity}{steps} width={self.width} seed={self.seed} device={made}"
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         """Return one chunk [t, a] for each observation, in order.
@@ -97,13 +88,11 @@ class PolicyActor:
     @torch.no_grad()
     def _batch(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         encoded = [self.codec.encode(observation) for observation in observations]
-        shape = (self.codec.config.chunk, self.codec.config.action_dim)
-        noise = [noise_for(key, self.seed, shape) for key in keys]
         missing = self.width - len(keys)
+        rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
         device = next(self.policy.parameters()).device
         batch = self._cut(stack(encoded + encoded[:1] * missing)).to(device)
-        rows = torch.from_numpy(np.stack(noise + noise[:1] * missing)).to(device)  # [width, t, a]
-        actions = self.policy.act(batch, noise=rows, steps=self.steps).float().cpu().numpy()
+        actions = self.policy.act(batch, rng).float().cpu().numpy()  # [width, t, a]
         return [
             self.codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
@@ -112,17 +101,20 @@ class PolicyActor:
     def _cut(self, batch: Batch) -> Batch:
         """Drop the camera slots that are always missing; nothing here looks at what the rows hold."""
         return dataclasses.replace(
-            batch, images=batch.images[:, self._slots], image_mask=batch.image_mask[:, self._slots]
+            batch,
+            images=batch.images[..., self._slots, :, :, :],
+            image_mask=batch.image_mask[..., self._slots],
         )
 
 
 def load_actor(
-    path: str | Path, *, steps: int = 10, width: int = 16, seed: int = 0, device: str = ""
+    path: str | Path, *, steps: int = 0, width: int = 16, seed: int = 0, device: str = ""
 ) -> PolicyActor:
     """Load a checkpoint (a folder, the name of one that ships, or an id of the Hub) as an actor.
 
-    `device` is torch's name; the GPU if there is one when empty. Raises what `checkpoints.load` raises, and
-    ConfigError where the checkpoint has no codec or the device is not there.
+    `steps` is how many steps a policy samples in that samples in steps; 0: its own number. `device` is
+    torch's name; the GPU if there is one when empty. Raises what `checkpoints.load` raises, and ConfigError
+    where the checkpoint has no codec, the policy does not sample in steps, or the device is not there.
     """
     folder = checkpoints.place(path).path
     loaded = checkpoints.load(
@@ -133,10 +125,18 @@ def load_actor(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
             "to a robot; fine-tune it first, and evaluate what that saves"
         )
+    if steps < 0 or (steps and loaded.policy.steps is None):
+        kind = type(loaded.policy).__name__
+        raise ConfigError(
+            f"steps {steps}: must be at least 0"
+            if steps < 0
+            else f"steps {steps}: {kind} does not sample in steps; leave it out"
+        )
+    if steps:
+        loaded.policy.steps = steps
     return PolicyActor(
         loaded.policy,
         loaded.codec,
-        steps=steps,
         width=width,
         seed=seed,
         identity=f"checkpoint sha256:{checkpoints.digest(folder)}",

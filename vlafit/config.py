@@ -1,6 +1,6 @@
-"""From TOML to frozen dataclasses and back, strictly: an unknown key or a wrong type never passes.
+"""Convert TOML to frozen dataclasses and back; an unknown key or a wrong type is an error.
 
-A file may name one `base`, whose values it overrides. What the values mean is not decided here.
+A file may name one `base` file, whose values it overrides. This module checks types, not meanings.
 """
 
 import ast
@@ -30,7 +30,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such file") from error
+        raise ConfigError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
@@ -40,10 +40,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _find_base(base: str, path: Path, kind: str) -> Path:
-    """A file beside `path` wins, then what `shipped` knows: a file may extend a shipped namesake."""
-    for beside in (path.parent / base, path.parent / f"{base}.toml"):
-        if beside.is_file() and beside.resolve() != path.resolve():
-            return beside
+    """Prefer a file next to `path` to a shipped one, so that a file may extend a shipped file of its name."""
+    for neighbour in (path.parent / base, path.parent / f"{base}.toml"):
+        if neighbour.is_file() and neighbour.resolve() != path.resolve():
+            return neighbour
     try:
         return shipped.find(kind, base)
     except ConfigError as error:
@@ -51,21 +51,19 @@ def _find_base(base: str, path: Path, kind: str) -> Path:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables are merged key by key; everything else, lists too, is replaced."""
+    """Return `under` overridden by `over`: tables are merged key by key, all else (lists too) is replaced."""
     merged = dict(under)
     for key, value in over.items():
-        have = merged.get(key)
-        merged[key] = (
-            merge(have, value) if isinstance(have, Mapping) and isinstance(value, Mapping) else value
-        )
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
 def load_toml(path: Path, kind: str) -> dict[str, Any]:
-    """Read a TOML file, its chain of `base` files merged below it; the key `base` itself is gone.
+    """Read a TOML file merged over its chain of `base` files; the key `base` is removed.
 
     A base is a path relative to the file, or a name that `shipped.find(kind, ...)` knows.
-    Raises ConfigError for a missing or malformed file and for bases that run in a circle.
+    Raises ConfigError for a missing or malformed file and for a circular chain of bases.
     """
     path = Path(path)
     chain: list[Path] = []
@@ -73,7 +71,7 @@ def load_toml(path: Path, kind: str) -> dict[str, Any]:
     while True:
         if any(path.resolve() == seen.resolve() for seen in chain):
             circle = " -> ".join(str(p) for p in [*chain, path])
-            raise ConfigError(f"{chain[0]}: base files run in a circle: {circle}")
+            raise ConfigError(f"{chain[0]}: circular base files: {circle}; remove one `base`")
         chain.append(path)
         values = _parse(path)
         layers.append(values)
@@ -90,7 +88,7 @@ def load_toml(path: Path, kind: str) -> dict[str, Any]:
 
 
 def read(cls: type[T], path: Path, kind: str) -> T:
-    """Read a TOML file with its bases as a `cls`."""
+    """Read a TOML file, with its bases, into a `cls`."""
     return build(cls, load_toml(path, kind), str(path))
 
 
@@ -98,10 +96,10 @@ def read(cls: type[T], path: Path, kind: str) -> T:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make the dataclass `cls` out of plain TOML values.
+    """Create the dataclass `cls` from plain TOML values.
 
-    `where` (a file, say) begins every message. Raises ConfigError for an unknown or missing key, or a wrong
-    type.
+    `where` (usually a file) starts every error message. Raises ConfigError for an unknown or missing key or
+    a wrong type.
     """
     return _dataclass(cls, values, where, "")
 
@@ -115,16 +113,16 @@ def _dataclass(cls: type[T], values: Any, where: str, key: str) -> T:
         if name not in fields:
             inside = f" in [{key}]" if key else ""
             raise ConfigError(f"{where}: unknown key {name!r}{inside}{did_you_mean(str(name), fields)}")
-    made: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, field in fields.items():
         at = f"{key}.{name}" if key else name
         if name in values:
-            made[name] = _value(hints[name], values[name], where, at)
+            arguments[name] = _value(hints[name], values[name], where, at)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: missing key {at!r} ({_name(hints[name])})")
     try:
-        return cls(**made)
-    except VlafitError as error:  # from a __post_init__ that knows what it was given, but not where from
+        return cls(**arguments)
+    except VlafitError as error:  # from a __post_init__, which knows the value but not its file
         raise ConfigError(f"{where}: {f'[{key}]: ' if key else ''}{error}") from error
 
 
@@ -139,14 +137,14 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
                 did_you_mean(value, [a for a in args if isinstance(a, str)]) if isinstance(value, str) else ""
             )
             hint = near if "did you mean" in near else ""
-            raise ConfigError(f"{where}: {key}: {value!r} is none of {options}{hint}")
+            raise ConfigError(f"{where}: {key}: {value!r} is not one of {options}{hint}")
         return value
     if origin is tuple:
         return _tuple(args, value, where, key)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong(where, key, "a table", value)
-        return {name: _value(args[1], one, where, f"{key}.{name}") for name, one in value.items()}
+        return {name: _value(args[1], item, where, f"{key}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where, key)  # type: ignore[arg-type]
     if kind in (object, Any):
@@ -195,13 +193,13 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any
 
 
 def _plain(value: Any, where: str, key: str) -> None:
-    """Let through what TOML and `dump` both know: text, numbers, booleans, lists and tables of them."""
+    """Accept only what both TOML and `dump` support: text, numbers, booleans, lists and tables of them."""
     if isinstance(value, Mapping):
-        for name, one in value.items():
-            _plain(one, where, f"{key}.{name}")
+        for name, item in value.items():
+            _plain(item, where, f"{key}.{name}")
     elif isinstance(value, list | tuple):
-        for i, one in enumerate(value):
-            _plain(one, where, f"{key}[{i}]")
+        for i, item in enumerate(value):
+            _plain(item, where, f"{key}[{i}]")
     elif type(value) not in (bool, int, float, str) or (isinstance(value, float) and math.isnan(value)):
         raise _wrong(where, key, "text, a number, a boolean, a list or a table", value)
 
@@ -229,9 +227,9 @@ def _wrong(where: str, key: str, expected: str, value: Any) -> ConfigError:
 
 
 def dump(value: Any) -> str:
-    """Return the TOML text of a dataclass; `build` reads it back equal.
+    """Return a dataclass as TOML text; `build` reads it back as an equal value.
 
-    None is written by leaving the key out. Raises ConfigError for a value that TOML cannot hold.
+    A key whose value is None is left out. Raises ConfigError for a value that TOML cannot represent.
     """
     lines: list[str] = []
     _table(_items(value), "", lines)
@@ -253,17 +251,17 @@ def _is_tables(value: Any) -> bool:
 
 
 def _table(items: Mapping[str, Any], at: str, lines: list[str]) -> None:
-    """Plain values first: a TOML header ends the table above it."""
-    below = []
+    """Write plain values first, because a TOML header ends the table above it."""
+    subtables = []
     for name, value in items.items():
         if _is_table(value) or _is_tables(value):
-            below.append((f"{at}.{_key(name)}" if at else _key(name), value))
+            subtables.append((f"{at}.{_key(name)}" if at else _key(name), value))
         elif value is not None:
             lines.append(f"{_key(name)} = {_inline(value)}")
-    for path, value in below:
-        for one in value if _is_tables(value) else [value]:
+    for path, value in subtables:
+        for table in value if _is_tables(value) else [value]:
             lines += ["", f"[[{path}]]" if _is_tables(value) else f"[{path}]"]
-            _table(_items(one), path, lines)
+            _table(_items(table), path, lines)
 
 
 def _key(name: str) -> str:
@@ -286,7 +284,7 @@ def _inline(value: Any) -> str:
         case _ if _is_table(value):
             pairs = (f"{_key(k)} = {_inline(v)}" for k, v in _items(value).items() if v is not None)
             return "{ " + ", ".join(pairs) + " }"
-    raise ConfigError(f"TOML cannot hold {value!r}")
+    raise ConfigError(f"{value!r} cannot be written as TOML")
 
 
 # ------------------------------------------------------------------------------------------------------ help
@@ -296,9 +294,9 @@ def field_help(cls: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass, by the field's name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body  # type: ignore[attr-defined]
-    found: dict[str, str] = {}
-    for line, after in pairwise(body):
-        match line, after:
+    help_texts: dict[str, str] = {}
+    for statement, following in pairwise(body):
+        match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[name] = inspect.cleandoc(text)
-    return found
+                help_texts[name] = inspect.cleandoc(text)
+    return help_texts

@@ -1,6 +1,6 @@
-"""Every error a user can cause, and the one helper that suggests the name they meant.
+"""Exceptions for errors that users can fix, and `did_you_mean`, which suggests the nearest valid name.
 
-A message says what is wrong, where, and how to mend it. The command line prints it alone, without a
+A message says what is wrong, where, and how to fix it. The command line prints only the message, without a
 traceback, and exits with status 2; anything that is not a `VlafitError` is a bug and keeps its traceback.
 """
 
@@ -9,53 +9,53 @@ from collections.abc import Iterable, Mapping
 
 
 class VlafitError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base class of all errors that the user can fix."""
 
 
 class ConfigError(VlafitError):
-    """A recipe, card, protocol or strategy file, or a command line, that cannot be what was meant."""
+    """An invalid recipe, card, protocol or strategy file, or an invalid command line."""
 
 
 class DataError(VlafitError):
-    """A recorded dataset that is missing, damaged, empty, or not what its card says."""
+    """A dataset that is missing, damaged, empty, or different from its card."""
 
 
 class EmbodimentError(VlafitError):
-    """Two things that must describe the same robot do not."""
+    """Two descriptions of a robot that must agree (dataset, checkpoint, environment) differ."""
 
 
 class CodecError(VlafitError):
-    """A value that cannot pass between robot units and tensors."""
+    """A value that cannot be converted between robot units and tensors."""
 
 
 class StorageError(VlafitError):
-    """Something cannot be written: a full disk, missing rights."""
+    """A file or folder cannot be written: full disk, missing permissions."""
 
 
 class WeightsError(VlafitError):
-    """A checkpoint whose tensors are not exactly those of the model."""
+    """A checkpoint whose tensors do not match the model exactly."""
 
     tensors: Mapping[str, tuple[str, ...]] = {}
-    """The tensors that are wrong, by what is wrong with them, under the names that the file has for them."""
+    """Names of the wrong tensors as the file spells them, by kind of fault."""
 
 
 class StrategyError(VlafitError):
-    """A tuning strategy that does not cover the model, or names what it does not have."""
+    """A tuning strategy that does not cover the model, or names parameters the model does not have."""
 
 
 class TrainingError(VlafitError):
-    """A training run that cannot start, go on, or be resumed."""
+    """A training run that cannot start, continue or be resumed."""
 
 
 class SimulationError(VlafitError):
-    """A simulation that cannot be made, rendered or stepped."""
+    """A simulation that cannot be created, rendered or stepped."""
 
 
 def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest option, or list the options when none is near.
+    """Return ``"; did you mean 'x'?"`` for the nearest option, or a list of the options if none is near.
 
-    It ends a sentence: write nothing behind it. Not `listed`: nothing is returned where none is near, for the
-    message names the options already.
+    Append it at the end of a message. With `listed=False` the options are never listed, for messages that
+    already name them.
     """
     options = sorted(options)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)

@@ -1,6 +1,6 @@
-"""Writing that an interruption cannot spoil: whole files, folders and lines, by one process at a time.
+"""Atomic writes of files and folders, appended lines that survive a crash, and folder locks.
 
-Whatever cannot be written is a VlafitError that says where and why.
+A file that cannot be written is a VlafitError saying where and why.
 """
 
 import fcntl
@@ -18,14 +18,14 @@ from vlafit.errors import StorageError, VlafitError
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # in a folder that is worked in; it holds the process's number. One that is killed leaves it.
+LOCK = ".lock"  # holds the id of the process that works in a folder; a killed process leaves the file behind
 
 
 def _cannot(what: str, path: Path, error: OSError) -> StorageError:
     blocking = next((p for p in path.parents if p.is_file()), None)
     reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
     return StorageError(
-        f"cannot {what} {path}: {reason}; choose another place, or mend its rights or free space"
+        f"cannot {what} {path}: {reason}; choose another path, or fix its permissions or free space"
     )
 
 
@@ -38,9 +38,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file, so that readers and crashes see the old content or the new, never a part.
+    """Write a file atomically: readers, and a restart after a crash, see the old content or the new.
 
-    Missing parent folders are made. Text is written as UTF-8.
+    Missing parent folders are created. Text is written as UTF-8.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -60,9 +60,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line and force it to the disk. A last line that a crash cut off is dropped first."""
+    """Append one line and fsync. A last line that a crash cut off is removed first."""
     if "\n" in text:
-        raise ValueError("a line holds no line break")
+        raise ValueError("a line must not contain a line break")
     try:
         with open(path, "ab+") as file:
             end = file.seek(0, os.SEEK_END)
@@ -79,30 +79,30 @@ def append_line(path: Path, text: str) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """Read a file of one JSON object a line. A last line that a crash cut off is left out.
+    """Read a file of one JSON object per line, without a last line that a crash cut off.
 
-    Raises VlafitError naming the line for anything else that is not an object; a missing file is empty.
+    A missing file gives an empty list. Raises VlafitError naming the line for anything that is not an object.
     """
     path = Path(path)
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was never finished
+    objects = []
+    for number, line in enumerate(lines[:-1], start=1):  # text after the last line break is incomplete
         try:
             value = json.loads(line)
         except ValueError as error:
             raise VlafitError(
-                f"{path}, line {number}: not JSON ({error}); remove the line to go on"
+                f"{path}, line {number}: not JSON ({error}); remove the line to continue"
             ) from error
         if not isinstance(value, dict):
-            raise VlafitError(f"{path}, line {number}: not a JSON object; remove the line to go on")
-        found.append(value)
-    return found
+            raise VlafitError(f"{path}, line {number}: not a JSON object; remove the line to continue")
+        objects.append(value)
+    return objects
 
 
 def replace_folder(tmp: Path, final: Path) -> None:
-    """Rename `tmp` to `final`, which may exist and is then removed. Both lie on one file system."""
+    """Replace the folder `final`, if it exists, by `tmp`. Both must be on one file system."""
     old = final.with_name(f".{final.name}.old")
     try:
         for path in tmp.rglob("*"):
@@ -121,7 +121,7 @@ def replace_folder(tmp: Path, final: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `final` that takes its place on success and vanishes on any error.
+    """Yield an empty folder that replaces `final` on success and is removed on any error.
 
     A killed process leaves at most `.NAME.partial`, which the next attempt removes.
     """
@@ -131,7 +131,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise _cannot("make", final, error) from error
+        raise _cannot("create", final, error) from error
     try:
         yield partial
         replace_folder(partial, final)
@@ -140,7 +140,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot("write into", final, error) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # not imported for its name alone
+        if type(error).__name__ != "SafetensorError":  # by name, to avoid importing safetensors here
             raise
         raise StorageError(f"cannot write into {final}: {error}") from error
     finally:
@@ -157,7 +157,7 @@ def sha256(path: Path) -> str:
 
 
 def require_writable(folder: Path) -> Path:
-    """Make `folder` if need be, prove that files can be written there, and return it."""
+    """Create `folder` if it is missing, check that files can be written there, and return it."""
     folder = Path(folder)
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -170,12 +170,12 @@ def require_writable(folder: Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Tell whether a folder holds nothing, or only the lock that a killed process left."""
+    """Return whether a folder is empty, except for a lock that a killed process left behind."""
     return all(path.name == LOCK for path in folder.iterdir())
 
 
 def require_unlocked(folder: Path, what: str) -> None:
-    """Raise VlafitError where another process holds the folder's lock. Writes nothing."""
+    """Raise VlafitError if another process holds the folder's lock. Writes nothing."""
     if (folder / LOCK).is_file():
         with _held(folder, what):
             pass
@@ -183,10 +183,10 @@ def require_unlocked(folder: Path, what: str) -> None:
 
 @contextmanager
 def exclusive(folder: Path, what: str) -> Iterator[int]:
-    """Hold the folder's lock, and yield its file descriptor; processes that inherit it hold it, too.
+    """Hold the folder's lock and yield its file descriptor; child processes that inherit it hold it too.
 
-    The system lets go of it when the last of them ends, however it ends. Raises VlafitError, naming the
-    folder and the process, where another command holds it; `what` says which kind of command that is.
+    The system releases the lock when the last of them ends, even if it is killed. Raises VlafitError naming
+    the folder and the process if another command holds the lock; `what` is the kind of command.
     """
     require_writable(folder)
     with _held(folder, what) as file:
@@ -196,7 +196,7 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
         try:
             yield file.fileno()
         finally:
-            (folder / LOCK).unlink(missing_ok=True)  # still held: who opened it meanwhile looks again
+            (folder / LOCK).unlink(missing_ok=True)  # while held: see `_is_at` for others who opened it
 
 
 @contextmanager
@@ -208,14 +208,14 @@ def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                number = file.read().strip().decode(errors="replace")
-                who = f"another {what} (process {number})" if number.isdigit() else f"another {what}"
+                pid = file.read().strip().decode(errors="replace")
+                holder = f"another {what} (process {pid})" if pid.isdigit() else f"another {what}"
                 raise VlafitError(
-                    f"{folder}: {who}, or a run that it began, is at work here; wait for it, or stop it"
+                    f"{folder}: {holder}, or a run that it started, is working here; wait for it or stop it"
                 ) from error
-            except OSError as error:  # of a file system that knows no locks
-                log.warning("cannot lock %s (%s): let no other command work there meanwhile", folder, error)
-            if _is_at(file, path):  # else its holder has just removed it
+            except OSError as error:  # the file system has no locks
+                log.warning("cannot lock %s (%s): do not start another command in it", folder, error)
+            if _is_at(file, path):  # otherwise its holder has just removed it
                 yield file
                 return
 

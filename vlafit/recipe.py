@@ -1,6 +1,6 @@
-"""What a recipe file may say: the whole experiment as frozen values.
+"""The schema of a recipe file: one experiment as frozen dataclasses.
 
-A field's docstring is its help text on the command line. How TOML becomes these values is `vlafit.config`.
+A field's docstring is its help text on the command line. `vlafit.config` reads TOML into these classes.
 """
 
 from dataclasses import dataclass, field
@@ -9,24 +9,24 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """The policy to start from: a checkpoint, or an architecture with fresh weights."""
+    """The policy to start from: a checkpoint, or a family with fresh weights."""
 
     checkpoint: str = ""
-    """Checkpoint to fine-tune: a folder, or one that ships by name. Empty: train `family` from scratch."""
+    """Checkpoint to fine-tune: a folder, or the name of a shipped one. Empty: train `family` from scratch."""
     family: str = ""
-    """Module of vlafit.policies (or a dotted path) that builds the policy when there is no checkpoint."""
+    """Module of vlafit.policies (or a dotted path) that builds the policy if there is no checkpoint."""
     size: str = ""
-    """Named size of the family, the start for `config`."""
+    """Named size of the family; `config` changes single fields of it."""
     config: dict[str, object] = field(default_factory=dict)
-    """Fields of the family's config that differ from `size` (or from the checkpoint's)."""
+    """Fields of the family's config that differ from `size` (or from the checkpoint's config)."""
     fresh: tuple[str, ...] = ()
-    """Parts (or name patterns) that start from fresh weights although a checkpoint is given."""
+    """Parts (or name patterns) that get fresh weights instead of the checkpoint's."""
     resize: Literal["refuse", "keep", "fresh"] = "refuse"
-    """What becomes of projections where `config` gives the checkpoint another action_dim or state_dim."""
+    """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""
-    """Which of an openpi checkpoint's statistics to use: an asset's name. Empty: the only one."""
+    """Name of the statistics (asset) to use in an openpi checkpoint. Empty: the only one."""
     tokenizer: str = ""
-    """Tokenizer, where the checkpoint has none: a folder, or one that ships by name. Empty: from the data."""
+    """Tokenizer if the checkpoint has none: a folder, or a shipped one's name. Empty: from the data."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class DataRecipe:
     """The demonstrations."""
 
     cards: tuple[str, ...] = ()
-    """Data cards: paths, or names of cards that ship."""
+    """Data cards: paths, or names of shipped cards."""
     validation: float = 0.1
     """Share of each task's episodes that is held out for validation."""
     episodes_per_task: int = 0
-    """Use only so many training episodes of each task. 0: all."""
+    """Maximum number of training episodes of each task. 0: all."""
     statistics: Literal["checkpoint", "data"] = "checkpoint"
-    """Whose normalisation to use: the checkpoint's, or fresh from the training episodes."""
+    """Normalisation statistics: the checkpoint's, or computed from the training episodes."""
     normalisation: Literal["", "mean_std", "quantile"] = ""
-    """How fresh statistics normalise states and actions. Empty: as the checkpoint does; else mean_std."""
+    """How computed statistics normalise states and actions. Empty: the checkpoint's method, else mean_std."""
     shift_pixels: int = 0
-    """Augmentation: each training image is moved by up to so many pixels, edges repeated."""
+    """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
     workers: int = 0
-    """Loader processes. 0: load in the training process."""
+    """Dataloader workers. 0: load in the training process."""
     validation_sets: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """More to validate on, never to train on: name = data card or cards; logged as validation/NAME/loss."""
+    """Datasets only for validation: name = data card or cards; logged as validation/NAME/loss."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class OptimRecipe:
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient. 0: no clipping."""
+    """Maximum norm of the whole gradient. 0: no clipping."""
     ema: float = 0.0
-    """Decay of the moving average of the trainable weights. 0: none."""
+    """Decay of the EMA of the trainable weights. 0: no EMA."""
 
 
 @dataclass(frozen=True)
@@ -82,43 +82,43 @@ class TrainRecipe:
     steps: int = 1000
     """Optimiser steps."""
     max_seconds: float = 0.0
-    """End after so many seconds of training, if `steps` take longer; the schedule follows. 0: no limit."""
+    """Maximum training time in seconds; the learning-rate schedule adapts. 0: no limit."""
     batch_size: int = 32
     """Samples in one optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Micro-batches that one process runs for one optimiser step."""
+    """Micro-batches of each process in one optimiser step."""
     draws: int = 1
     """(noise, time) draws for each sample; they share one pass over images and prompt."""
     seed: int = 0
-    """Decides initial weights, order, augmentation, noise and time."""
+    """Seed of initial weights, sample order, augmentation and noise."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; master weights stay fp32."""
+    """Compute precision; master weights are fp32."""
     sharding: Literal["none", "full"] = "none"
-    """How several processes hold the weights: each a copy (DDP), or sharded (FSDP2)."""
+    """Weights on several processes: a copy on each (DDP), or sharded (FSDP2)."""
     log_every: int = 10
     """Steps between logged metrics."""
     validate_every: int = 200
-    """Steps between validations. 0: at the end alone."""
+    """Steps between validations. 0: only at the end."""
     validation_batches: int = 8
     """Batches in one validation."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints to keep beside the best and the last."""
+    """Checkpoints to keep in addition to the best and the last."""
     keep_best: bool = True
-    """Keep the checkpoint of the lowest validation loss, too."""
+    """Keep the checkpoint with the lowest validation loss, too."""
     threads: int = 0
-    """CPU threads of each process. 0: torch's own choice."""
+    """CPU threads of each process. 0: torch's default."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate beside metrics.jsonl."""
+    """Trackers of accelerate in addition to metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class EvalRecipe:
-    """Closed-loop evaluation that belongs to the run."""
+    """Closed-loop evaluations that are part of the run."""
 
     protocol: str = ""
-    """Protocol: a path, or the name of one that ships. Empty: no rollouts."""
+    """Protocol: a path, or the name of a shipped one. Empty: no rollouts."""
     before: bool = False
     """Evaluate before training, too."""
     after: bool = True
@@ -128,11 +128,11 @@ class EvalRecipe:
     every_trials: int = 5
     """Episodes of each task in evaluations while training."""
     wrong_instruction: bool = False
-    """After training, evaluate with the protocol's swapped instructions, too."""
+    """After training, also evaluate with the protocol's swapped instructions."""
     workers: int = 0
-    """Environment processes. 0: one for each CPU core."""
+    """Environment processes. 0: one per CPU core."""
     videos: int = 2
-    """Episodes of each task that are filmed."""
+    """Episodes of each task to record as videos."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Recipe:
     policy: PolicyRecipe = field(default_factory=PolicyRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     strategy: str = "full"
-    """Tuning strategy: the name of one that ships, or a path."""
+    """Tuning strategy: the name of a shipped one, or a path."""
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     eval: EvalRecipe = field(default_factory=EvalRecipe)

@@ -1,6 +1,6 @@
-"""Where shipped files are found by name: recipes, strategies, cards, protocols, checkpoints and others.
+"""Find shipped files by name: recipes, strategies, cards, protocols, checkpoints and others.
 
-A path that exists comes first, then the checkout that this package runs from, then the copy inside the wheel
+An existing path comes first, then the checkout that this package runs from, then the copy in the wheel
 (`vlafit/_shipped/`). Nothing here reads the files.
 """
 
@@ -17,77 +17,78 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """A folder of one kind of file. `suffix` is empty where each item is itself a folder, known by `mark`."""
+class _Location:
+    """The folder of one kind of file. With an empty `suffix`, items are folders that contain `mark`."""
 
     folder: str
     suffix: str = ".toml"
     mark: str = ""
-    skip: tuple[str, ...] = ()  # subfolders that hold something else
+    skip: tuple[str, ...] = ()  # subfolders that hold other kinds
 
 
-_SHELVES: dict[str, _Shelf] = {
-    "recipe": _Shelf("configs", skip=("strategies", "studies", "accelerate")),
-    "strategy": _Shelf("configs/strategies"),
-    "study": _Shelf("configs/studies"),
-    "launcher": _Shelf("configs/accelerate", ".yaml"),
-    "card": _Shelf("data", skip=("pretrained", "recorded", "sample", "tokenizers")),
-    "protocol": _Shelf("eval", skip=("results",)),
-    "checkpoint": _Shelf("data/pretrained", suffix="", mark="policy.json"),
-    "tokenizer": _Shelf("data/tokenizers", suffix="", mark="tokenizer.json"),
+_LOCATIONS: dict[str, _Location] = {
+    "recipe": _Location("configs", skip=("strategies", "studies", "accelerate")),
+    "strategy": _Location("configs/strategies"),
+    "study": _Location("configs/studies"),
+    "launcher": _Location("configs/accelerate", ".yaml"),
+    "card": _Location("data", skip=("pretrained", "recorded", "sample", "tokenizers")),
+    "protocol": _Location("eval", skip=("results",)),
+    "checkpoint": _Location("data/pretrained", suffix="", mark="policy.json"),
+    "tokenizer": _Location("data/tokenizers", suffix="", mark="tokenizer.json"),
 }
 
 
-def _shelf(kind: str) -> _Shelf:
-    if kind not in _SHELVES:
-        raise ConfigError(f"there is no kind of shipped file called {kind!r}{did_you_mean(kind, KINDS)}")
-    return _SHELVES[kind]
+def _location(kind: str) -> _Location:
+    if kind not in _LOCATIONS:
+        raise ConfigError(f"unknown kind of shipped file: {kind!r}{did_you_mean(kind, KINDS)}")
+    return _LOCATIONS[kind]
 
 
 def roots() -> list[Path]:
     """Return the folders that hold configs/, data/ and eval/: a checkout, then the wheel's copy."""
     checkout = PACKAGE.parent
-    places = [checkout] if (checkout / "pyproject.toml").is_file() else []
-    return [*places, PACKAGE / "_shipped"]
+    checkouts = [checkout] if (checkout / "pyproject.toml").is_file() else []
+    return [*checkouts, PACKAGE / "_shipped"]
 
 
 def find(kind: str, name_or_path: str | Path) -> Path:
     """Return the file (for a checkpoint: the folder) called `name_or_path`.
 
-    Names go without the suffix: ``find("recipe", "quickstart")``. A path that exists wins over a name.
-    Raises ConfigError with the nearest name when there is nothing.
+    Names have no suffix: ``find("recipe", "quickstart")``. An existing path takes precedence over a name.
+    Raises ConfigError with the nearest name if nothing matches.
     """
-    shelf = _shelf(kind)
+    location = _location(kind)
     text = str(name_or_path)
     if not text:
-        raise ConfigError(f"an empty name where a {kind} is expected{did_you_mean('', names(kind))}")
-    places = [Path(text).expanduser()]
+        raise ConfigError(f"the name of the {kind} is empty{did_you_mean('', names(kind))}")
+    candidates = [Path(text).expanduser()]
     for root in roots():
-        places += [root / shelf.folder / text, root / shelf.folder / (text + shelf.suffix), root / text]
-    for place in places:
-        if place.is_file() if shelf.suffix else place.is_dir():
-            return place
-    looks_like_path = "/" in text or text.endswith(shelf.suffix or "/")
-    what = (
+        folder = root / location.folder
+        candidates += [folder / text, folder / (text + location.suffix), root / text]
+    for candidate in candidates:
+        if candidate.is_file() if location.suffix else candidate.is_dir():
+            return candidate
+    looks_like_path = "/" in text or text.endswith(location.suffix or "/")
+    fault = (
         f"there is no {kind} file or folder {text!r}" if looks_like_path else f"there is no {kind} {text!r}"
     )
     if Path(text).is_dir():
-        what = f"{text!r} is a folder, but a {kind} is a {shelf.suffix} file"
+        fault = f"{text!r} is a folder, but a {kind} is a {location.suffix} file"
     elif Path(text).is_file():
-        what = f"{text!r} is a file, but a {kind} is a folder"
-    near = did_you_mean(Path(text).name.removesuffix(shelf.suffix or ".toml"), names(kind))
-    raise ConfigError(f"{what}{near}" if near else f"{what}, and none ships with vlafit")
+        fault = f"{text!r} is a file, but a {kind} is a folder"
+    near = did_you_mean(Path(text).name.removesuffix(location.suffix or ".toml"), names(kind))
+    raise ConfigError(f"{fault}{near}" if near else f"{fault}, and none ships with vlafit")
 
 
 def names(kind: str) -> list[str]:
     """Return the names that `find` knows for this kind, sorted."""
-    shelf = _shelf(kind)
-    found: set[str] = set()
+    location = _location(kind)
+    unique: set[str] = set()
     for root in roots():
-        folder = root / shelf.folder
-        pattern = f"*{shelf.suffix}" if shelf.suffix else f"*/{shelf.mark}"
-        for path in folder.rglob(pattern) if shelf.suffix else folder.glob(pattern):
-            name = path.relative_to(folder) if shelf.suffix else path.parent.relative_to(folder)
-            if name.parts[0] not in shelf.skip:
-                found.add(name.as_posix().removesuffix(shelf.suffix))
-    return sorted(found)
+        folder = root / location.folder
+        pattern = f"*{location.suffix}" if location.suffix else f"*/{location.mark}"
+        for path in folder.rglob(pattern) if location.suffix else folder.glob(pattern):
+            name = path.relative_to(folder) if location.suffix else path.parent.relative_to(folder)
+            if name.parts[0] not in location.skip:
+                unique.add(name.as_posix().removesuffix(location.suffix))
+    return sorted(unique)

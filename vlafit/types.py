@@ -1,7 +1,7 @@
-"""The robot's side of the house: numpy, physical units, no batch axis, the instruction as text.
+"""Types on the robot's side: numpy arrays in physical units, no batch axis, the instruction as text.
 
-Nothing here imports torch. The model's side (`Batch`) lives in `vlafit.nn.batch`, and `vlafit.codec` is the
-only door between the two.
+Nothing here imports torch. The model's counterpart, `Batch`, is in `vlafit.nn.batch`; only `vlafit.codec`
+converts between the two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vlafit.errors import EmbodimentError
 
-NOTHING: Mapping[str, NDArray] = MappingProxyType({})
+NOTHING: Mapping[str, NDArray] = MappingProxyType({})  # an empty, read-only mapping
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Feature:
 
 @dataclass(frozen=True)
 class Embodiment:
-    """What a dataset, an environment and a checkpoint each declare about the robot.
+    """The robot as declared by a dataset, an environment or a checkpoint.
 
-    `control` says what an action means (for example ``"delta_position"``). `hz` is the control rate. Where a
-    checkpoint's files do not tell, `control` is empty and `hz` is 0.
-    `renderer` says what made the pixels: ``"camera"`` for a real robot, ``"ray"``, ``"egl"`` or ``"osmesa"``
-    for simulations, or empty where a file does not tell.
+    `control` is the meaning of an action (for example ``"delta_position"``), `hz` the control rate. `control`
+    is empty and `hz` is 0 if a checkpoint's files do not record them.
+    `renderer` is the source of the pixels: ``"camera"`` for a real robot, ``"ray"``, ``"egl"`` or
+    ``"osmesa"`` for simulations, empty if unknown.
     """
 
     name: str
@@ -50,73 +50,73 @@ class Embodiment:
     renderer: str = ""
 
     def camera(self, name: str) -> Feature:
-        """Return the camera called `name`, or raise EmbodimentError naming those there are."""
+        """Return the camera called `name`, or raise EmbodimentError listing the cameras."""
         for camera in self.cameras:
             if camera.name == name:
                 return camera
-        have = ", ".join(c.name for c in self.cameras)
-        raise EmbodimentError(f"embodiment {self.name!r} has no camera {name!r}; it has: {have}")
+        listed = ", ".join(c.name for c in self.cameras)
+        raise EmbodimentError(f"embodiment {self.name!r} has no camera {name!r}; it has: {listed}")
 
 
-def differences(one: Embodiment, other: Embodiment) -> list[str]:
-    """Name every field in which two embodiments cannot work together, the renderer aside.
+def differences(first: Embodiment, second: Embodiment) -> list[str]:
+    """Return one line for each field in which two embodiments are incompatible, the renderer excluded.
 
-    Units, labels, control mode and rate count only where both sides give them; the embodiment's name never.
+    Units, labels, control mode and rate are compared only if both sides declare them, names never.
     """
-    found = []
+    lines = []
 
-    def unlike(what: str, a: object, b: object) -> None:
-        if a != b:
-            found.append(f"{what}: {a} here, {b} there")
+    def compare(name: str, here: object, there: object) -> None:
+        if here != there:
+            lines.append(f"{name}: {here} here, {there} there")
 
-    unlike("cameras", sorted(c.name for c in one.cameras), sorted(c.name for c in other.cameras))
-    theirs = {c.name: c for c in other.cameras}
-    for camera in one.cameras:
-        if camera.name in theirs:
-            unlike(f"size of camera {camera.name!r}", camera.shape, theirs[camera.name].shape)
-    for what, a, b in (("state", one.state, other.state), ("action", one.action, other.action)):
-        unlike(f"{what} shape", a.shape, b.shape)
+    compare("cameras", sorted(c.name for c in first.cameras), sorted(c.name for c in second.cameras))
+    second_cameras = {c.name: c for c in second.cameras}
+    for camera in first.cameras:
+        if camera.name in second_cameras:
+            compare(f"size of camera {camera.name!r}", camera.shape, second_cameras[camera.name].shape)
+    for column, a, b in (("state", first.state, second.state), ("action", first.action, second.action)):
+        compare(f"{column} shape", a.shape, b.shape)
         if a.labels and b.labels:
-            unlike(f"{what} labels", a.labels, b.labels)
+            compare(f"{column} labels", a.labels, b.labels)
         if a.unit and b.unit:
-            unlike(f"{what} unit", a.unit, b.unit)
-    if one.control and other.control:
-        unlike("control mode", one.control, other.control)
-    if one.hz and other.hz:
-        unlike("rate in Hz", float(one.hz), float(other.hz))
-    return found
+            compare(f"{column} unit", a.unit, b.unit)
+    if first.control and second.control:
+        compare("control mode", first.control, second.control)
+    if first.hz and second.hz:
+        compare("rate in Hz", float(first.hz), float(second.hz))
+    return lines
 
 
-def require_same(one: Embodiment, one_is: str, other: Embodiment, other_is: str) -> None:
-    """Raise EmbodimentError naming both sides and every difference, unless there is none."""
-    found = differences(one, other)
-    if found:
-        listed = "\n  ".join(found)
+def require_same(first: Embodiment, first_is: str, second: Embodiment, second_is: str) -> None:
+    """Raise EmbodimentError naming both sides and every difference, if there is one."""
+    lines = differences(first, second)
+    if lines:
+        listed = "\n  ".join(lines)
         raise EmbodimentError(
-            f"{one_is} (here: embodiment {one.name!r}) does not fit {other_is} "
-            f"(there: {other.name!r}):\n  {listed}\n"
+            f"{first_is} (here: embodiment {first.name!r}) does not fit {second_is} "
+            f"(there: {second.name!r}):\n  {listed}\n"
             "Declare the same robot on both sides, or choose data, checkpoint and protocol that fit."
         )
 
 
-def renderer_notice(one_is: str, one: Embodiment, other_is: str, other: Embodiment) -> str:
-    """Return a sentence for readers where two embodiments' pixels come from different renderers, else "".
+def renderer_notice(first_is: str, first: Embodiment, second_is: str, second: Embodiment) -> str:
+    """Return a warning if the pixels of two embodiments come from different renderers, else "".
 
-    That is no error (a policy may well survive it), but nobody may believe a number without knowing it.
+    Different renderers are allowed, because a policy may cope with them, but every result must say so.
     """
-    if not one.renderer or not other.renderer or one.renderer == other.renderer:
+    if not first.renderer or not second.renderer or first.renderer == second.renderer:
         return ""
     return (
-        f"RENDERER: {one_is} pictures made by {one.renderer!r}, {other_is} pictures made by "
-        f"{other.renderer!r}; the difference may cost the policy successes."
+        f"RENDERER: {first_is} images rendered by {first.renderer!r}, {second_is} images rendered by "
+        f"{second.renderer!r}; the difference may lower the success rate."
     )
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the robot sees at one moment.
+    """Camera images, state and instruction at one time step.
 
-    `images` maps a camera's name to uint8 [h, w, 3] RGB; a camera that is missing at this moment is absent.
+    `images` maps a camera's name to uint8 [h, w, 3] RGB; a camera without an image at this step is absent.
     `state` is float32 [s]. `privileged` holds simulator state for scripted experts; the codec never reads it.
     `past` holds earlier observations of the same episode, oldest first, for policies with a history; it is
     shorter at the episode's start, and theirs is empty.
@@ -131,7 +131,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """The actions of the next t control steps, float32 [t, a], in the robot's units."""
+    """Actions for the next t control steps, float32 [t, a], in the robot's units."""
 
     actions: NDArray[np.float32]
 
@@ -152,7 +152,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EpisodeKey:
-    """What names one call of a policy in a rollout; its noise is drawn from exactly this."""
+    """Identifies one policy call in a rollout; the call's random noise is seeded from these values only."""
 
     seed: int
     task: str
@@ -161,33 +161,33 @@ class EpisodeKey:
 
 @runtime_checkable
 class Actor(Protocol):
-    """Anything that acts: a local or remote policy, a scripted expert, a replayed recording."""
+    """Anything that chooses actions: a local or remote policy, a scripted expert, a replayed recording."""
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
-        """Return one chunk for each observation, in order."""
+        """Return one action chunk for each observation, in order."""
         ...
 
 
 @runtime_checkable
 class Env(Protocol):
-    """One simulated robot; one instance plays one episode at a time."""
+    """One simulated robot; an instance runs one episode at a time."""
 
     embodiment: Embodiment
-    versions: Mapping[str, str]  # of the simulator and what decides its results
+    versions: Mapping[str, str]  # package -> version, for the simulator and all that decides its results
     tasks: tuple[str, ...]
 
     def instruction(self, task: str) -> str:
-        """Return the sentence that asks for `task`."""
+        """Return the instruction for `task`, one sentence."""
         ...
 
     def reset(self, task: str, seed: int) -> Observation:
-        """Start an episode. The same task and seed always give the same start."""
+        """Start an episode. The same task and seed always give the same initial state."""
         ...
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
-        """Apply one action [a]; return the observation, success so far, and whether the episode is cut off.
+        """Apply one action [a]; return the observation, success so far, and whether the episode is truncated.
 
-        With `render=False` the observation's images are left out: the steps inside a chunk need none.
+        With `render=False` the observation has no images, because steps within a chunk need none.
         """
         ...
 

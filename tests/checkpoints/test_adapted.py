@@ -83,7 +83,7 @@ def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str,
     assert torch.equal(velocity(loaded), velocity(policy))
     before = velocity(loaded)
     told = export(tmp_path / "c", "transformers", tmp_path / "out").notes[0]
-    assert told == "quantised weights are written as the floats they stand for"
+    assert "quantised weights are written as the floats" in told
     assert (velocity(vlafit.load_policy(tmp_path / "out")) - before).abs().max() < 1e-4
     assert (velocity(vlafit.merge(loaded)) - before).abs().max() < 1e-4
 
@@ -91,7 +91,7 @@ def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str,
 def test_quantised_weights_that_lie_in_no_checkpoint_are_not_saved(base: Path, tmp_path: Path):
     built = make_policy()
     plan = apply_strategy(built, rules("nf4"))
-    with pytest.raises(WeightsError, match=r"quantised, and would be lost.*built or merged, not loaded"):
+    with pytest.raises(WeightsError, match=r"cannot save: \d+ quantised.*built or merged, not loaded"):
         vlafit.save_checkpoint(built, tmp_path / "c", plan=plan)
 
     merged = vlafit.load_policy(base)
@@ -175,7 +175,7 @@ def test_a_base_that_moved_is_found_by_its_new_place_and_another_one_is_refused(
     plan = apply_strategy(policy, rules("lora"))
     vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(WeightsError, match="which is not there; say where it is: base="):
+    with pytest.raises(WeightsError, match="base.*is not there.*base="):
         vlafit.load_policy(tmp_path / "c")
     loaded = vlafit.load_checkpoint(tmp_path / "c", base=tmp_path / "moved").policy
     assert torch.equal(velocity(loaded), velocity(policy))
@@ -184,7 +184,7 @@ def test_a_base_that_moved_is_found_by_its_new_place_and_another_one_is_refused(
     vlafit.save_checkpoint(other, tmp_path / "base")
     with pytest.raises(WeightsError, match="trained on another checkpoint"):
         vlafit.load_policy(tmp_path / "c")
-    with pytest.raises(WeightsError, match="is for adapters on a checkpoint, and these are none"):
+    with pytest.raises(WeightsError, match="base=.* only applies to adapter checkpoints"):
         vlafit.load_checkpoint(base, base=base)
 
 
@@ -251,7 +251,7 @@ def test_an_adapter_that_was_changed_or_lost_is_seen_by_its_hash(base: Path, tmp
 def test_pieces_that_do_not_belong_together_are_not_saved(base: Path, tmp_path: Path):
     policy = vlafit.load_policy(base)
     plan = apply_strategy(policy, rules("lora"))
-    with pytest.raises(WeightsError, match="adapters have a plan"):
+    with pytest.raises(WeightsError, match="adapters .*plan that apply_strategy returned"):
         vlafit.save_checkpoint(policy, tmp_path / "c")
     with pytest.raises(WeightsError, match="the plan is not of this policy"):
         vlafit.save_checkpoint(vlafit.merge(policy), tmp_path / "c", plan=plan)

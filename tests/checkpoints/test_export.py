@@ -272,8 +272,8 @@ def test_sizes_that_a_target_cannot_express_are_refused_with_every_reason(tmp_pa
     ("size", "target", "reason"),
     [
         ("smolvla-tiny", "openpi", "openpi has no such family"),
-        ("smolvla-tiny", "transformers", "transformers holds pi0 alone"),
-        ("pi05-tiny", "transformers", "transformers holds pi0 alone"),
+        ("smolvla-tiny", "transformers", "transformers only supports pi0"),
+        ("pi05-tiny", "transformers", "transformers only supports pi0"),
         ("pi0-tiny", "jax", "there is no target 'jax'"),
         ("smolvla-tiny", "lerobot", "has no codec, and LeRobot needs its processors"),
     ],

@@ -67,14 +67,14 @@ def test_velocity_and_losses_equal_the_recorded_ones():
     velocity = policy.velocity(batch, noise=IO["raw.noise"], time=IO["raw.time"])
     errors = (IO["raw.noise"] - IO["core.actions_padded"] - velocity).square()
     torch.testing.assert_close(errors, IO["out.losses_unreduced"], **CLOSE)
-    loss = policy.loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
+    loss = policy.flow_loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
     torch.testing.assert_close(loss, IO["out.loss"], **CLOSE)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_samples_equal_the_recorded_ones(steps: int):
-    actions = vlafit.load_policy(FIXTURE).act(recorded_batch(), noise=IO["raw.noise"], steps=steps)
+    actions = vlafit.load_policy(FIXTURE).sample(recorded_batch(), noise=IO["raw.noise"], steps=steps)
     torch.testing.assert_close(actions, IO[f"out.sample_actions.n{steps}"], **CLOSE)
 
 
@@ -83,7 +83,7 @@ def test_samples_equal_the_recorded_ones(steps: int):
 def test_a_missing_camera_gives_the_recorded_actions(slot: str):
     batch = recorded_batch(("cam_high",)) if slot == "dropped" else recorded_batch()
     batch.image_mask[:, 1:] = False
-    actions = vlafit.load_policy(FIXTURE).act(batch, noise=IO["raw.noise"])
+    actions = vlafit.load_policy(FIXTURE).sample(batch, noise=IO["raw.noise"])
     torch.testing.assert_close(actions[..., :6], IO["missing_wrist.predict_action_chunk"], **CLOSE)
 
 
@@ -92,7 +92,7 @@ def test_a_padded_chunk_has_the_recorded_loss():
     batch = recorded_batch()
     assert batch.action_mask is not None
     batch.action_mask &= ~IO["raw.action_is_pad"][:, :, None]
-    loss = vlafit.load_policy(FIXTURE).loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
+    loss = vlafit.load_policy(FIXTURE).flow_loss(batch, noise=IO["raw.noise"], time=IO["raw.time"])["loss"]
     torch.testing.assert_close(loss, IO["padded.loss"], **CLOSE)
 
 
@@ -103,7 +103,7 @@ def test_gradients_have_the_recorded_norms_and_the_frozen_backbone_has_none():
     trained = {i.name for i in policy.parts() if i.part in ("expert", "projections")}
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in trained)
-    policy.loss(recorded_batch(), noise=IO["raw.noise"], time=IO["raw.time"])["loss"].backward()
+    policy.flow_loss(recorded_batch(), noise=IO["raw.noise"], time=IO["raw.time"])["loss"].backward()
     assert {lerobot.SMOLVLA.theirs(name) for name in trained} == set(norms)
     for name, parameter in policy.named_parameters():
         theirs = lerobot.SMOLVLA.theirs(name)

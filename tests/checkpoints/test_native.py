@@ -110,7 +110,7 @@ def test_in_bfloat16_matrices_are_halved_and_norms_and_projections_stay(saved: P
         exact, near = policy.velocity(batch, noise, time), loaded.velocity(batch, noise, time)
     assert near.dtype == torch.float32
     assert (near - exact).square().mean() < 1e-3 * exact.square().mean()
-    assert torch.isfinite(loaded.act(batch, noise[0])).all()
+    assert torch.isfinite(loaded.sample(batch, noise[0])).all()
 
 
 def test_named_parts_start_anew_and_are_reported(saved: Path, policy: Policy):
@@ -240,7 +240,7 @@ FOLDER_DAMAGE = {
         lambda f: (f / "tokenizer" / "added_tokens.json").write_text("{}"),
         r"not in the manifest: tokenizer/added_tokens.json",
     ),
-    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"exactly the keys"),
+    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json.*list"),
     "a torn manifest": (lambda f: (f / "manifest.json").write_text('{"for'), r"cannot be read as JSON"),
 }
 
@@ -294,7 +294,7 @@ def test_other_forms_are_refused_by_name(tmp_path: Path):
         with pytest.raises(WeightsError, match=message):
             vlafit.load_policy(folder)
     save_file({"lm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"its tensors \(1, such as 'lm.weight'\) are neither"):
+    with pytest.raises(WeightsError, match=r"1 tensors, such as 'lm.weight'.*native.*openpi"):
         vlafit.load_policy(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"")
     with pytest.raises(

@@ -65,7 +65,7 @@ def test_velocity_and_loss_are_those_that_openpi_recorded(policy: Pi0, recorded:
     batch, noise, time = recorded
     with torch.no_grad():
         velocity = policy.velocity(batch, noise=noise, time=time)
-        loss = policy.loss(batch, noise=noise, time=time)["loss"]
+        loss = policy.flow_loss(batch, noise=noise, time=time)["loss"]
     assert (velocity - expected["v_t"]).abs().max() < 1e-4
     assert abs(loss - expected["loss"]) < 1e-4
 
@@ -74,13 +74,13 @@ def test_velocity_and_loss_are_those_that_openpi_recorded(policy: Pi0, recorded:
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_samples_are_those_that_openpi_recorded(policy: Pi0, recorded: tuple, expected: dict, steps: int):
     batch, noise, _ = recorded
-    assert (policy.act(batch, noise, steps) - expected[f"sample_actions_{steps}"]).abs().max() < 1e-4
+    assert (policy.sample(batch, noise, steps) - expected[f"sample_actions_{steps}"]).abs().max() < 1e-4
 
 
 @pytest.mark.parity
 def test_gradients_have_the_norms_that_openpi_recorded(policy: Pi0, recorded: tuple):
     batch, noise, time = recorded
-    policy.loss(batch, noise=noise, time=time)["loss"].backward()
+    policy.flow_loss(batch, noise=noise, time=time)["loss"].backward()
     norms = json.loads((RECORDED / "gradient_norms.json").read_text())
     seen = 0
     for info in policy.parts():

@@ -81,10 +81,10 @@ def test_velocity_loss_and_samples_equal_what_openpis_jax_code_recorded():
     recorded, i = load_file(JAX / "expected.safetensors"), load_file(TORCH / "inputs.safetensors")
     assert _errors(policy, recorded["v_t"])[0] < 5e-6
     with torch.no_grad():
-        loss = policy.loss(_batch(i), noise=i["noise"], time=i["time"])["loss"]
+        loss = policy.flow_loss(_batch(i), noise=i["noise"], time=i["time"])["loss"]
         assert abs(loss - recorded["loss"].mean()) < 1e-5
         for steps in (1, 10):
-            actions = policy.act(_batch(i), i["noise"], steps)
+            actions = policy.sample(_batch(i), i["noise"], steps)
             assert (actions - recorded[f"sample_actions_{steps}"]).abs().max() < 1e-4
 
 
@@ -327,7 +327,7 @@ def test_an_array_smaller_than_the_piece_that_a_process_wrote_is_refused(tmp_pat
     ("cut", "message"),
     [
         ({"img/pos_embedding": (1, 225)}, "vision.image_size is 210 by PaliGemma/img/pos_embedding, 224 by"),
-        ({"state_proj/kernel": (0, 16)}, "state_dim is 16 by state_proj/kernel, 32 by the actions"),
+        ({"state_proj/kernel": (0, 16)}, "state_dim is 16 by state_proj/kernel, 32 by action_dim"),
         (
             {"MultiHeadDotProductAttention_0/query/kernel": "heads"},
             "vision.heads is 1 by .*query/kernel, 2 by .*key/kernel",

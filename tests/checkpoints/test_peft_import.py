@@ -139,13 +139,13 @@ def test_the_base_is_inside_or_where_the_folder_says_or_where_the_user_does(copy
     before = velocity(vlafit.load_policy(copy))
     (copy / "base").rename(base)
     edit(copy / CONFIG, base_model_name_or_path=str(copy / "base"))
-    with pytest.raises(WeightsError, match="which cannot be opened .*; say where it is: base=..."):
+    with pytest.raises(WeightsError, match="cannot be opened .*base=..."):
         vlafit.load_policy(copy)
     assert torch.equal(velocity(vlafit.load_checkpoint(copy, base=base).policy), before)
     edit(copy / CONFIG, base_model_name_or_path=str(base))
     assert torch.equal(velocity(vlafit.load_policy(copy)), before)
     edit(copy / CONFIG, base_model_name_or_path=None)
-    with pytest.raises(WeightsError, match="names no base; say where it is"):
+    with pytest.raises(WeightsError, match="adapter_config.json names no base.*base="):
         vlafit.load_policy(copy)
     vlafit.save_checkpoint(make_policy(), copy.parent / "ours")
     with pytest.raises(
@@ -190,7 +190,7 @@ def test_damaged_adapters_are_refused_by_name(copy: Path, case: str):
 SETTINGS = {
     "no such module": (
         {"target_modules": ["q_proj", "qqq_proj"]},
-        "target_modules that the base has not.*qqq_proj",
+        "target_modules .*qqq_proj",
     ),
     "no match": ({"target_modules": "nothing.*"}, "no module of the base matches target_modules 'nothing"),
     "no target": ({"target_modules": []}, "target_modules must be a list of modules or a pattern"),
@@ -217,7 +217,7 @@ def test_settings_that_we_do_not_repeat_are_refused_by_name(copy: Path, case: st
 
 def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, tmp_path: Path):
     source = trained("lora", tmp_path / "here")
-    with pytest.raises(WeightsError, match="the adapters of the checkpoint .*, and not all of it: load that"):
+    with pytest.raises(WeightsError, match="only the adapters of the checkpoint .*load that"):
         vlafit.load_policy(source / "adapters" / "lora")
     (copy / TENSORS).unlink()
     with pytest.raises(WeightsError, match="vlafit convert-pickle"):

@@ -97,7 +97,7 @@ def test_velocity_and_loss_equal_those_of_transformers(theirs: torch.nn.Module, 
     with torch.no_grad():
         out = theirs(**their_inputs(batch), noise=noise[0], timestep=time[0], actions=batch.actions)
         velocity = ours.velocity(batch, noise[0], time[0])
-        loss = ours.loss(batch, noise[0], time[0])["loss"]
+        loss = ours.flow_loss(batch, noise[0], time[0])["loss"]
     assert out.logits.std() > 0.3
     assert (velocity - out.logits).abs().max() < 2e-5
     assert abs(loss - out.loss) < 1e-5
@@ -107,7 +107,7 @@ def test_velocity_and_loss_equal_those_of_transformers(theirs: torch.nn.Module, 
 def test_samples_equal_those_of_transformers(theirs: torch.nn.Module, ours: Pi0, batch: Batch, steps: int):
     noise, _ = random_draws(CONFIG, draws=1)
     expected = theirs.sample_actions(**their_inputs(batch), noise=noise[0], num_steps=steps)
-    assert (ours.act(batch, noise[0], steps) - expected).abs().max() < 1e-4
+    assert (ours.sample(batch, noise[0], steps) - expected).abs().max() < 1e-4
 
 
 def test_every_name_has_its_counterpart(theirs: torch.nn.Module, ours: Pi0):

@@ -154,16 +154,20 @@ def test_copies_that_hold_nan_are_not_taken_for_equal(form: Form, tmp_path: Path
             r"(?s)a mix of several.*LeRobot's SmolVLA \(\d+\): .*pi0 or pi0.5 \(\d+\): ",
         ),
         ("SmolVLA", "openpi pi0", r"(?s)a mix of several.*LeRobot's SmolVLA.*openpi's pi0 or pi0.5"),
-        ("openpi pi0", "transformers", r"(?s)a mix of several.*openpi's pi0 or pi0.5.*transformers' pi0"),
+        (
+            "openpi pi0",
+            "transformers",
+            r"(?s)a mix of several(?=.*openpi's pi0 or pi0.5)(?=.*transformers' pi0)",
+        ),
         (
             "openpi pi05",
             "openpi pi0",
-            r"a mix of two families: of pi0 alone .*state_proj.*alone .*time_mlp_in",
+            r"a mix of two families: of pi0 only .*state_proj.*of pi0.5 only .*time_mlp_in",
         ),
         (
             "LeRobot pi0",
             "LeRobot pi05",
-            r"a mix of two families: of pi0 alone .*state_proj.*alone .*time_mlp_in",
+            r"a mix of two families: of pi0 only .*state_proj.*of pi0.5 only .*time_mlp_in",
         ),
     ],
 )

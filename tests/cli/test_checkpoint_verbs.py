@@ -96,7 +96,7 @@ def test_a_pickle_is_refused_converted_and_then_loaded(tmp_path: Path, capsys: p
     assert written.keys() == tensors.keys() and all(torch.equal(written[n], tensors[n]) for n in tensors)
     assert _json(capsys, str(tmp_path / "model.safetensors"), *TOLD)["family"] == "pi0"
     assert cli.main([*words, "--key", "model"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 class _Program:
@@ -110,7 +110,7 @@ def test_a_pickle_that_holds_a_program_is_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(2), "x": _Program()}, "bad.pt")
     assert cli.main(["convert-pickle", "bad.pt", "--out", "good.safetensors"]) == 2
-    assert "not a pickle of tensors alone" in capsys.readouterr().err
+    assert "not a pickle" in capsys.readouterr().err
     assert not Path("was_run").exists() and not Path("good.safetensors").exists()
 
 

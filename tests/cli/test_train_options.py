@@ -104,14 +104,14 @@ def test_the_run_folder_and_resume_are_no_fields(path):
             ["--train.keep_best", "maybe"],
             "command line: train.keep_best: expected true or false, got 'maybe'",
         ),
-        (["--train.precision", "bf61"], "command line: train.precision: 'bf61' is none of 'fp32', 'bf16'"),
+        (["--train.precision", "bf61"], "command line: train.precision: 'bf61' is not one of 'fp32', 'bf16'"),
         (["--optim.lr"], "argument --optim.lr: expected one argument"),
         (["--policy.config.chunk"], "option '--policy.config.chunk' needs a value"),
         (
             ["--policy.config.vision", "3", "--policy.config.vision.depth", "2"],
-            "'vision' has a value already",
+            "--policy.config.vision.depth: 'vision'",
         ),
-        (["more"], "'more' is one argument too many"),
+        (["more"], "unexpected argument 'more'"),
     ],
 )
 def test_a_bad_option_says_what_is_wrong(path, words, message):
@@ -123,7 +123,7 @@ def test_a_bad_option_says_what_is_wrong(path, words, message):
 def test_the_recipe_comes_first(path):
     with pytest.raises(ConfigError, match="the recipe comes first"):
         read(["--optim.lr", "1", str(path)])
-    with pytest.raises(ConfigError, match="which recipe"):
+    with pytest.raises(ConfigError, match="no recipe given"):
         read([])
 
 

@@ -1,5 +1,7 @@
 """A small robot, its statistics and a tokenizer, for tests of the codec."""
 
+import functools
+
 import numpy as np
 
 from vlafit.codec import Codec, CodecConfig, Tokenizer, train_word_tokenizer
@@ -31,7 +33,9 @@ def config(**changes: object) -> CodecConfig:
     return CodecConfig(**(values | changes))  # type: ignore[arg-type]
 
 
+@functools.cache
 def tokenizer() -> Tokenizer:
+    """Trained once; a Tokenizer never changes."""
     return train_word_tokenizer([*SENTENCES, *vocabulary("pi05")], 700)
 
 

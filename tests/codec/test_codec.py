@@ -1,3 +1,4 @@
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -64,13 +65,19 @@ def test_padding_is_zero_after_normalisation(rng: np.random.Generator):
     assert not encoded.state[3:].any() and not encoded.actions[:, 2:].any()
 
 
+@functools.cache
+def fitted(normalisation: str, relative: tuple[bool, ...]) -> Codec:
+    """One codec for all examples that hypothesis draws."""
+    return codec(np.random.default_rng(0), normalisation=normalisation, relative=relative)
+
+
 @pytest.mark.parametrize("normalisation", ["mean_std", "quantile"])
 @pytest.mark.parametrize("relative", [(), (True, False), (True, True)])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_decoding_an_encoded_chunk_gives_the_robots_actions_back(
     normalisation: str, relative: tuple[bool, ...], seed: int
 ):
-    made = codec(np.random.default_rng(0), normalisation=normalisation, relative=relative)
+    made = fitted(normalisation, relative)
     given_sample = sample(np.random.default_rng(seed), real=3)
     encoded = made.encode(given_sample)
     assert encoded.actions is not None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from vlafit.compare.arm_record import HELD_OUT, ArmRecord, Figures, Memory, ValidationPoint
 from vlafit.compare.judge import (
     Standing,
     cheapest,
@@ -15,7 +16,6 @@ from vlafit.compare.judge import (
     lower,
     rank_correlation,
 )
-from vlafit.compare.record import HELD_OUT, Figures, Memory, Record, ValidationPoint
 from vlafit.compare.summary import strategy_json
 from vlafit.score import Score, wilson
 
@@ -38,9 +38,9 @@ def figures(
     )
 
 
-def record(name: str, made: Figures | None, *, lr: float = 1e-3, seed: int = 0) -> Record:
+def record(name: str, made: Figures | None, *, lr: float = 1e-3, seed: int = 0) -> ArmRecord:
     error = None if made else "it broke"
-    return Record(f"{name}-{seed}", name, name, "0" * 64, lr, seed, "1" * 64, True, made, error)
+    return ArmRecord(f"{name}-{seed}", name, name, "0" * 64, lr, seed, "1" * 64, True, made, error)
 
 
 def standing(name: str, seeds: Sequence[tuple[int, int] | None], **more: float) -> Standing:
@@ -173,7 +173,7 @@ def test_the_episodes_that_a_difference_needs() -> None:
 # ------------------------------------------------------------------------------------ learning rates
 
 
-def tried(losses: dict[float, Sequence[float | None]]) -> dict[float, list[Record]]:
+def tried(losses: dict[float, Sequence[float | None]]) -> dict[float, list[ArmRecord]]:
     return {
         lr: [record("a", None if x is None else figures(loss=x), lr=lr, seed=i) for i, x in enumerate(found)]
         for lr, found in losses.items()

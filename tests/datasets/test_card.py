@@ -126,7 +126,7 @@ BAD = [
     ('path = "small"', 'path = "small"\nmask = "train"', "'mask'.*'libero'.*layout robomimic"),
     ("hz = 20", "hz = 0", "hz must be above 0"),
     ("height = 6", "height = 0", "camera 'front' is 0x5"),
-    ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is none of 0, 180"),
+    ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is not one of 0, 180"),
     ('name = "front"', 'name = ""', "names of their own"),
     ('keys = ["actions"]', "keys = []", "robot.action needs at least one key"),
     ("dimensions = 3", "dimensions = 4", "3 labels for 4 dimensions"),

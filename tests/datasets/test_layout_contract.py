@@ -175,7 +175,7 @@ def test_what_the_card_does_not_say_about_the_files_is_refused(written: Written)
     wider = replace(robot.cameras[0], width=robot.cameras[0].width + 1)
     changes = [
         replace(robot, cameras=(wider, robot.cameras[1])),
-        replace(robot, state=replace(robot.state, dimensions=robot.state.dimensions + 1)),
+        replace(robot, state=replace(robot.state, dimensions=robot.state.dimensions + 1, labels=())),
         replace(robot, action=replace(robot.action, keys=("nothing",))),
     ]
     if written.name == npz_layout.__name__:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.datasets import npz_layout
+from tests.datasets import lerobot_files, npz_layout
 from tests.datasets.layouts import Demo, card, robomimic_card, write_libero, write_robomimic
 from vlafit.datasets import Card
 
@@ -23,6 +23,7 @@ def outside(folder: Path, everything: list[Demo]) -> Card:
 
 
 WRITERS: dict[str, Writer] = {
+    "lerobot": lerobot_files.write,
     "libero": libero,
     "robomimic": robomimic,
     npz_layout.__name__: outside,

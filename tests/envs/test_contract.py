@@ -154,7 +154,7 @@ def test_a_vector_refuses_what_does_not_fit(env: Env) -> None:
         (EnvSpec("metawrld"), "no environment 'metawrld'; did you mean 'metaworld'"),
         (EnvSpec("metaworld", size=1), "size = 1 is too small"),
         (EnvSpec("metaworld", horizon=-1), "horizon = -1"),
-        (EnvSpec("nowhere.to.be.found"), "no module 'nowhere.to.be.found'"),
+        (EnvSpec("nowhere.to.be.found"), "'nowhere.to.be.found': there is no such module"),
         (EnvSpec("json.decoder"), "no function make"),
         (EnvSpec("raycast"), "no environment 'raycast'"),
     ],

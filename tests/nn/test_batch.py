@@ -67,7 +67,7 @@ def test_a_batch_that_sees_and_reads_nothing_keeps_one_camera():
 
 def test_a_batch_for_acting_needs_no_actions():
     b = stack([encoded(actions=False)])
-    batch = Batch(b.images, b.image_mask, b.tokens, b.token_mask, b.state)
+    batch = Batch(images=b.images, image_mask=b.image_mask, state=b.state)
     assert batch.to("cpu").actions is None
 
 

@@ -157,9 +157,9 @@ def differences(
     with torch.no_grad():
         ours = {
             "velocity": policy.velocity(batch, case.noise, case.time),
-            "loss": policy.loss(batch, case.noise, case.time)["loss"],
-            "once": policy.act(batch, case.noise, steps=1)[..., :3],
-            "actions": policy.act(batch, case.noise)[..., :3],
+            "loss": policy.flow_loss(batch, case.noise, case.time)["loss"],
+            "once": policy.sample(batch, case.noise, steps=1)[..., :3],
+            "actions": policy.sample(batch, case.noise)[..., :3],
         }
     return {name: float((value - theirs[name]).abs().max()) for name, value in ours.items()}
 

@@ -55,11 +55,11 @@ def test_draws_that_share_a_prefix_equal_separate_calls(size: str, kv_heads: int
 def test_gradients_of_shared_draws_are_the_mean_of_separate_ones(policy: Pi0):
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
-    policy.loss(batch, noise, time)["loss"].backward()
+    policy.flow_loss(batch, noise, time)["loss"].backward()
     together = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     for n, t in zip(noise, time, strict=True):
-        (policy.loss(batch, n, t)["loss"] / len(noise)).backward()
+        (policy.flow_loss(batch, n, t)["loss"] / len(noise)).backward()
     for name, parameter in policy.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(together[name], parameter.grad, atol=1e-5, rtol=1e-3)
@@ -93,17 +93,17 @@ def test_what_is_no_number_has_no_influence_where_it_is_masked(policy: Pi0):
     batch.action_mask[:, -1] = False
     batch.actions[:, -1] = 0.0
     noise, time = random_draws(policy.config)
-    expected = policy.loss(batch, noise, time)["loss"]
-    acted = policy.act(batch, noise[0], steps=2)
+    expected = policy.flow_loss(batch, noise, time)["loss"]
+    acted = policy.sample(batch, noise[0], steps=2)
     batch.images[0, 1] = torch.nan  # row 0 lacks this camera
     batch.actions[0, -1], batch.actions[1, -1] = torch.nan, torch.inf
-    loss = policy.loss(batch, noise, time)["loss"]
+    loss = policy.flow_loss(batch, noise, time)["loss"]
     assert torch.equal(loss, expected)
-    assert torch.equal(policy.act(batch, noise[0], steps=2), acted)
+    assert torch.equal(policy.sample(batch, noise[0], steps=2), acted)
     loss.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in policy.parameters())
     batch.images[0, 0, 0, 0, 0] = torch.nan  # row 0 has this one
-    assert policy.act(batch, noise[0], steps=2)[0].isnan().all()
+    assert policy.sample(batch, noise[0], steps=2)[0].isnan().all()
 
 
 def test_rows_of_a_padded_batch_equal_the_same_rows_alone_and_unpadded(policy: Pi0):
@@ -133,20 +133,20 @@ def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy:
         # x_t = t * noise + (1 - t) * actions holds for any x_t when noise and actions both are x_t
         with torch.no_grad():
             x = x - policy.velocity(replace(batch, actions=x), x, t) / 10
-    torch.testing.assert_close(policy.act(batch, noise[0]), x, **CLOSE)
+    torch.testing.assert_close(policy.sample(batch, noise[0]), x, **CLOSE)
 
 
 def test_acting_needs_no_actions_and_a_row_does_not_depend_on_the_other_rows(policy: Pi0):
     batch = random_batch(policy.config, rows=4)
     noise, _ = random_draws(policy.config, rows=4, draws=1)
-    actions = policy.act(replace(batch, actions=None), noise[0], steps=3)
+    actions = policy.sample(replace(batch, actions=None), noise[0], steps=3)
     full = replace(
         batch, actions=None, image_mask=batch.image_mask.clone(), token_mask=batch.token_mask.clone()
     )
     full.image_mask[1:], full.token_mask[1:] = True, True
     full.images = full.images.clone()
     full.images[1:] = 0
-    assert torch.equal(policy.act(full, noise[0], steps=3)[0], actions[0])
+    assert torch.equal(policy.sample(full, noise[0], steps=3)[0], actions[0])
     assert not actions.requires_grad
 
 
@@ -156,7 +156,7 @@ def test_with_an_all_true_mask_the_loss_is_the_plain_mean(policy: Pi0):
     assert batch.actions is not None
     expected = (noise - batch.actions - policy.velocity(batch, noise, time)).square().mean()
     for mask in (None, torch.ones_like(batch.actions, dtype=torch.bool)):
-        got = policy.loss(replace(batch, action_mask=mask), noise, time)
+        got = policy.flow_loss(replace(batch, action_mask=mask), noise, time)
         torch.testing.assert_close(got["loss"], expected, atol=1e-6, rtol=1e-6)
         assert got["mask_sum"] == noise.numel()
         torch.testing.assert_close(got["error_sum"] / got["mask_sum"], got["loss"])
@@ -167,7 +167,7 @@ def test_targets_under_a_false_mask_do_not_influence_the_loss(policy: Pi0):
     assert batch.actions is not None
     mask = torch.rand(batch.actions.shape, generator=torch.Generator().manual_seed(3)) > 0.4
     noise, time = random_draws(policy.config)
-    before = policy.loss(replace(batch, action_mask=mask), noise, time)
+    before = policy.flow_loss(replace(batch, action_mask=mask), noise, time)
     # Move actions and noise such that x_t stays, and with it what the network sees; only targets change.
     t = time[..., None, None]
     moved = noise + torch.where(mask, 0.0, 5.0)
@@ -175,8 +175,8 @@ def test_targets_under_a_false_mask_do_not_influence_the_loss(policy: Pi0):
     for k in range(len(noise)):
         one = replace(batch, action_mask=mask)
         other = replace(batch, actions=actions[k], action_mask=mask)
-        a = policy.loss(one, noise[k], time[k])["error_sum"]
-        b = policy.loss(other, moved[k], time[k])["error_sum"]
+        a = policy.flow_loss(one, noise[k], time[k])["error_sum"]
+        b = policy.flow_loss(other, moved[k], time[k])["error_sum"]
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
     assert before["mask_sum"] == mask.sum() * len(noise)
 
@@ -185,7 +185,7 @@ def test_an_empty_mask_gives_zero_and_not_nan(policy: Pi0):
     batch = random_batch(policy.config)
     assert batch.actions is not None
     noise, time = random_draws(policy.config)
-    out = policy.loss(
+    out = policy.flow_loss(
         replace(batch, action_mask=torch.zeros_like(batch.actions, dtype=torch.bool)), noise, time
     )
     assert float(out["loss"].detach()) == 0.0
@@ -214,7 +214,7 @@ def test_every_parameter_is_described_exactly_once(policy: Pi0):
 def test_dead_parameters_get_no_gradient_and_all_others_do(policy: Pi0):
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
-    policy.loss(batch, noise, time)["loss"].backward()
+    policy.flow_loss(batch, noise, time)["loss"].backward()
     dead = {i.name for i in policy.parts() if i.dead}
     assert dead == {
         "language.norm.weight",
@@ -232,10 +232,10 @@ def test_dead_parameters_get_no_gradient_and_all_others_do(policy: Pi0):
 def test_a_prefix_with_nothing_trainable_keeps_nothing_for_backward_and_changes_nothing(policy: Pi0):
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
-    expected = policy.loss(batch, noise, time)["loss"].detach()
+    expected = policy.flow_loss(batch, noise, time)["loss"].detach()
     for module in (policy.vision, policy.projector, policy.language):
         module.requires_grad_(False)
-    loss = policy.loss(batch, noise, time)["loss"]
+    loss = policy.flow_loss(batch, noise, time)["loss"]
     assert torch.equal(loss.detach(), expected)
     assert not any(k.requires_grad or v.requires_grad for k, v in policy.encode_prefix(batch).layers)
     loss.backward()
@@ -274,7 +274,7 @@ def test_a_fresh_policy_predicts_small_velocities_and_every_live_layer_can_learn
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
     assert policy.velocity(batch, noise, time).abs().mean() < 0.3
-    policy.loss(batch, noise, time)["loss"].backward()
+    policy.flow_loss(batch, noise, time)["loss"].backward()
     assert all(i.dead or policy.get_parameter(i.name).grad.abs().max() > 0 for i in policy.parts())
 
 
@@ -337,7 +337,7 @@ def test_a_batch_that_does_not_fit_is_refused_by_the_field(case: str):
     setattr(batch, field, change(batch))
     noise, time = random_draws(policy.config)
     with pytest.raises(CodecError, match=message):
-        policy.loss(batch, noise, time)
+        policy.flow_loss(batch, noise, time)
 
 
 def test_noise_time_and_steps_that_do_not_fit_are_refused():
@@ -345,11 +345,11 @@ def test_noise_time_and_steps_that_do_not_fit_are_refused():
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
     with pytest.raises(CodecError, match=r"noise has shape \(4, 3, 3, 5\)"):
-        policy.loss(batch, noise[:, :, :3], time)
+        policy.flow_loss(batch, noise[:, :, :3], time)
     with pytest.raises(CodecError, match=r"time has shape \(3,\).*\(4, 3\)"):
-        policy.loss(batch, noise, time[0])
+        policy.flow_loss(batch, noise, time[0])
     with pytest.raises(CodecError, match="at least 1 step"):
-        policy.act(batch, noise[0], steps=0)
+        policy.sample(batch, noise[0], steps=0)
 
 
 BAD_CONFIGS = {

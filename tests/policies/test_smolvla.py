@@ -56,17 +56,17 @@ def test_what_is_no_number_has_no_influence_where_it_is_masked(policy: SmolVLA):
     batch.action_mask[:, -1] = False
     batch.actions[:, -1] = 0.0
     noise, time = random_draws(policy.config)
-    expected = policy.loss(batch, noise, time)["loss"]
-    acted = policy.act(batch, noise[0], steps=2)
+    expected = policy.flow_loss(batch, noise, time)["loss"]
+    acted = policy.sample(batch, noise[0], steps=2)
     batch.images[0, 1] = torch.nan  # row 0 lacks this camera
     batch.actions[0, -1], batch.actions[1, -1] = torch.nan, torch.inf
-    loss = policy.loss(batch, noise, time)["loss"]
+    loss = policy.flow_loss(batch, noise, time)["loss"]
     assert torch.equal(loss, expected)
-    assert torch.equal(policy.act(batch, noise[0], steps=2), acted)
+    assert torch.equal(policy.sample(batch, noise[0], steps=2), acted)
     loss.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in policy.parameters())
     batch.images[0, 0, 0, 0, 0] = torch.nan  # row 0 has this one
-    assert policy.act(batch, noise[0], steps=2)[0].isnan().all()
+    assert policy.sample(batch, noise[0], steps=2)[0].isnan().all()
 
 
 def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy: SmolVLA):
@@ -77,7 +77,7 @@ def test_sampling_with_one_prefix_equals_encoding_it_anew_for_every_step(policy:
         t = torch.full((len(batch),), 1 - step / 5)
         with torch.no_grad():
             x = x - policy.velocity(replace(batch, actions=x), x, t) / 5
-    torch.testing.assert_close(policy.act(batch, start, steps=5), x, **CLOSE)
+    torch.testing.assert_close(policy.sample(batch, start, steps=5), x, **CLOSE)
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -95,7 +95,7 @@ def test_an_action_does_not_see_later_ones(every: int):
 def test_every_live_layer_can_learn_and_the_dead_get_no_gradient():
     policy = build(TINY, "cpu")
     batch = random_batch(policy.config)
-    policy.loss(batch, *random_draws(policy.config))["loss"].backward()
+    policy.flow_loss(batch, *random_draws(policy.config))["loss"].backward()
     for info in policy.parts():
         gradient = policy.get_parameter(info.name).grad
         assert (gradient is None) == info.dead, info.name
@@ -105,12 +105,12 @@ def test_every_live_layer_can_learn_and_the_dead_get_no_gradient():
 def test_a_frozen_backbone_gives_the_projections_of_the_state_the_same_gradient():
     policy = random_policy("smolvla-tiny")
     batch, draws = random_batch(policy.config), random_draws(policy.config)
-    policy.loss(batch, *draws)["loss"].backward()
+    policy.flow_loss(batch, *draws)["loss"].backward()
     expected = policy.state_proj.weight.grad.clone()
     policy.zero_grad()
     for part in (policy.vision, policy.projector, policy.language):
         part.requires_grad_(False)
-    policy.loss(batch, *draws)["loss"].backward()
+    policy.flow_loss(batch, *draws)["loss"].backward()
     torch.testing.assert_close(policy.state_proj.weight.grad, expected, atol=1e-6, rtol=1e-5)
     assert all(p.grad is None for p in policy.language.parameters())
 

@@ -119,9 +119,9 @@ def test_the_page_shows_the_result_the_tasks_the_films_the_table_the_commands_an
     assert "expert+projections" in text
     assert "vlafit train quickstart" in text
     assert json.loads((whole / "report.json").read_text())["sha256"]["recipe.toml"] in text
-    for title in ("Success while training", "Loss", "Action error", "Learning rate", "Does it listen?"):
+    for title in ("Success while training", "Loss", "Action error", "Learning rate", "Does it follow"):
         assert title in text
-    assert "Before you believe" not in text and "Missing from this page" not in text
+    assert "Before you use these numbers" not in text and "Missing from this page" not in text
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(whole: Path):
@@ -160,7 +160,7 @@ def test_errors_of_the_environment_stand_above_the_result_and_are_no_failures(ru
     shutil.rmtree(run / "eval" / "after")
     write_evaluation(run, "after", (20, 23), 25, errors=3)
     text, said = html_of(run), json_of(run)
-    assert "INCOMPLETE: 3 of 50 episodes ended in an error" in text.split("Success by task")[0]
+    assert "INCOMPLETE: 3 of 50 episodes" in text.split("Success by task")[0]
     assert (said["success"]["after"]["episodes"], said["success"]["after"]["errors"]) == (47, 3)
     assert "3 errors" in text
 
@@ -168,7 +168,7 @@ def test_errors_of_the_environment_stand_above_the_result_and_are_no_failures(ru
 def test_a_renderer_notice_is_a_caveat(run: Path):
     path = run / "eval" / "after" / "result.json"
     values = json.loads(path.read_text())
-    values["notices"] = ["RENDERER: the policy was trained on pictures made by 'ray'"]
+    values["notices"] = ["RENDERER: the policy was trained on images rendered by 'ray'"]
     write_json(path, values)
     assert "Evaluation &#x27;after&#x27;: RENDERER: the policy was trained" in html_of(run)
 
@@ -188,7 +188,7 @@ def test_metrics_that_are_not_finite_are_left_out_of_the_curves_and_told(run: Pa
     [
         (Score(0, 25), Score(24, 25), "Success rose"),
         (Score(24, 25), Score(0, 25), "Success fell"),
-        (Score(10, 25), Score(13, 25), "overlap: these episodes alone do not show a difference"),
+        (Score(10, 25), Score(13, 25), "overlap: these episodes do not show a difference"),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_intervals_show(before: Score, after: Score, expected: str):
@@ -301,7 +301,7 @@ def test_films_stop_at_the_budget_and_the_page_says_so(whole: Path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
-    with pytest.raises(VlafitError, match=r"holds no recipe\.toml, so it is no run"):
+    with pytest.raises(VlafitError, match=r"holds no recipe\.toml, so it is not a run"):
         report.build(tmp_path)
     with pytest.raises(VlafitError, match="does not exist"):
         report.build(tmp_path / "nowhere")
@@ -325,7 +325,7 @@ def test_a_json_that_is_no_report_is_refused(tmp_path: Path):
     with pytest.raises(VlafitError, match="cannot read"):
         report.read_scores(tmp_path)
     (tmp_path / "report.json").write_text('{"success": 3}')
-    with pytest.raises(VlafitError, match="is no report"):
+    with pytest.raises(VlafitError, match="is not a report"):
         report.read_scores(tmp_path)
 
 

@@ -170,7 +170,7 @@ def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
     own = tmp_path / "moved" / "base"
     assert own.is_dir() == (begins != "unadapted") and not (folder / "model.safetensors").exists()
     facts = json.loads((tmp_path / "moved" / "run.json").read_text())
-    assert any("is kept in base/" in notice for notice in facts["notices"]) == own.is_dir()
+    assert any("saved in base/" in notice for notice in facts["notices"]) == own.is_dir()
     if own.is_dir():
         start, said = checkpoints.load_policy(own), json.loads((folder / "base.json").read_text())
         assert said["checkpoint"] == "../../base"

@@ -26,22 +26,22 @@ VALUES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"train": {"draws": 0}}, r"train\.draws must be at least 1"),
     ({"train": {"log_every": 0}}, r"train\.log_every must be at least 1"),
     ({"train": {"validation_batches": 0}}, r"train\.validation_batches must be at least 1"),
-    ({"train": {"seed": -1}}, r"train\.seed must be 0 or more, is -1"),
-    ({"train": {"keep": -1}}, r"train\.keep must be 0 or more"),
-    ({"train": {"batch_size": 6, "accumulate": 4}}, r"batch_size 6 is not a multiple of .* 4 x .* 1; take 8"),
+    ({"train": {"seed": -1}}, r"train\.seed must be at least 0, is -1"),
+    ({"train": {"keep": -1}}, r"train\.keep must be at least 0"),
+    ({"train": {"batch_size": 6, "accumulate": 4}}, r"batch_size 6 is not a multiple of .* 4 x .* 1; use 8"),
     ({"train": {"trackers": ("tensorbord",)}}, r"no tracker 'tensorbord'; did you mean 'tensorboard'\?"),
     ({"train": {"trackers": ("swanlab",)}}, r"train\.trackers: swanlab is not installed"),
     ({"optim": {"lr": 0.0}}, r"optim\.lr must be above 0"),
     ({"optim": {"lr": NAN}}, r"optim\.lr must be above 0, is nan"),
-    ({"optim": {"weight_decay": NAN}}, r"optim\.weight_decay must be 0 or more, is nan"),
+    ({"optim": {"weight_decay": NAN}}, r"optim\.weight_decay must be at least 0, is nan"),
     ({"optim": {"final_lr": 1e-5 * -1}}, r"optim\.final_lr is a share of the peak"),
-    ({"optim": {"beta2": 1.0}}, r"optim\.beta2 must be from 0 to below 1, is 1\.0"),
-    ({"optim": {"ema": 1.0}}, r"optim\.ema must be from 0 to below 1"),
-    ({"data": {"validation": 1.0}}, r"data\.validation must be from 0 to below 1, is 1\.0"),
-    ({"data": {"workers": -1}}, r"data\.workers must be 0 or more"),
-    ({"policy": {"fresh": ("expert",)}}, r"policy\.fresh names parts .* but policy\.checkpoint is empty"),
-    ({"eval": {"before": True}}, r"eval\.before asks for rollouts, but eval\.protocol is empty"),
-    ({"eval": {"every": 5}}, r"eval\.every asks for rollouts, but eval\.protocol is empty"),
+    ({"optim": {"beta2": 1.0}}, r"optim\.beta2 must be at least 0 and below 1, is 1\.0"),
+    ({"optim": {"ema": 1.0}}, r"optim\.ema must be at least 0 and below 1"),
+    ({"data": {"validation": 1.0}}, r"data\.validation must be at least 0 and below 1, is 1\.0"),
+    ({"data": {"workers": -1}}, r"data\.workers must be at least 0"),
+    ({"policy": {"fresh": ("expert",)}}, r"policy\.fresh .*policy\.checkpoint is empty"),
+    ({"eval": {"before": True}}, r"eval\.before .* eval\.protocol is empty"),
+    ({"eval": {"every": 5}}, r"eval\.every .* eval\.protocol is empty"),
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_a_value_that_cannot_train_is_refused(
 
 def test_a_batch_must_divide_over_the_processes(recipe: Recipe) -> None:
     check(recipe, 4)
-    with pytest.raises(VlafitError, match=r"batch_size 4 is not a multiple of .* x processes 3; take 3"):
+    with pytest.raises(VlafitError, match=r"batch_size 4 is not a multiple of .* x processes 3; use 3"):
         check(recipe, 3)
 
 
@@ -64,10 +64,10 @@ def test_a_batch_must_divide_over_the_processes(recipe: Recipe) -> None:
 
 
 NAMES: list[tuple[dict[str, Any], str]] = [
-    ({"name": ""}, r"name '' must be one folder name"),
-    ({"name": "../elsewhere"}, r"name '\.\./elsewhere' must be one folder name"),
+    ({"name": ""}, r"name '' must be a single folder name"),
+    ({"name": "../elsewhere"}, r"name '\.\./elsewhere' must be a single folder name"),
     ({"train": {"seed": 2**63}}, r"train\.seed must be below 2\^63"),
-    ({"train": {"threads": 100_000}}, r"train\.threads 100000 is far above this machine's cores"),
+    ({"train": {"threads": 100_000}}, r"train\.threads 100000 .*CPU cores"),
     ({"data": {"cards": ()}}, r"data\.cards is empty; name at least one"),
     ({"data": {"cards": ("no-such-card",)}}, r"no-such-card"),
     ({"strategy": "expret"}, r"expret.*did you mean 'expert'"),
@@ -78,7 +78,7 @@ NAMES: list[tuple[dict[str, Any], str]] = [
     ({"policy": {"config": {"chunk": "four"}}}, r"chunk"),
     ({"policy": {"config": {"action_dim": 1}}}, r"card 'dots' .* 2 action dimensions, the policy takes 1"),
     ({"policy": {"config": {"max_tokens": 2}}}, r"card 'dots', episode .* tokens, the policy takes 2"),
-    ({"data": {"shift_pixels": 16}}, r"data\.shift_pixels 16 would move all of camera 'front', 16x16"),
+    ({"data": {"shift_pixels": 16}}, r"data\.shift_pixels 16 .*camera 'front' .16x16"),
     ({"policy": {"checkpoint": "no-such-checkpoint", "family": "", "size": ""}}, r"no-such-checkpoint"),
     ({"policy": {"tokenizer": "no-such-tokenizer"}}, r"no-such-tokenizer"),
     ({"eval": {"protocol": "no-such-protocol"}}, r"no-such-protocol"),
@@ -182,9 +182,9 @@ def from_checkpoint(card: Path, path: Path, **sections: Any) -> Recipe:
 
 
 BESIDE: list[tuple[dict[str, dict[str, Any]], str]] = [
-    ({"policy": {"family": "pi0"}}, r"policy\.family 'pi0': a checkpoint knows its own"),
-    ({"policy": {"family": "pi0", "size": "a"}}, r"'pi0' and policy\.size 'a': a checkpoint knows its own"),
-    ({"policy": {"tokenizer": "metaworld"}}, r"policy\.tokenizer 'metaworld' means nothing .*step_000008"),
+    ({"policy": {"family": "pi0"}}, r"policy\.family 'pi0': .*policy\.checkpoint"),
+    ({"policy": {"family": "pi0", "size": "a"}}, r"'pi0' and policy\.size 'a': .*policy\.checkpoint"),
+    ({"policy": {"tokenizer": "metaworld"}}, r"policy\.tokenizer 'metaworld' .*step_000008"),
     ({"data": {"normalisation": "quantile"}}, r"data\.normalisation 'quantile' .*000008.* by 'mean_std'"),
 ]  # fmt: skip
 
@@ -260,7 +260,7 @@ def test_a_folder_with_other_things_in_it_is_refused(recipe: Recipe, tmp_path: P
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("do not lose me")
     for resume in (False, True):
-        with pytest.raises(VlafitError, match="is not empty and holds no run"):
+        with pytest.raises(VlafitError, match="not empty and does not hold a run"):
             run(recipe, tmp_path / "run", resume=resume)
 
 

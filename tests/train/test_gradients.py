@@ -14,6 +14,7 @@ from vlafit import tuning
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import ParameterInfo
+from vlafit.nn.rng import sample_rng
 from vlafit.policies import pi0
 from vlafit.train import run
 from vlafit.train.gradients import GradientCheck
@@ -60,9 +61,8 @@ def steps(
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
     check = GradientCheck(policy, plan, plan.trainable if new else ())
     for step in range(1, count + 1):
-        c = policy.config
-        noise = torch.randn(2, c.chunk, c.action_dim, generator=torch.Generator().manual_seed(step))
-        policy(feed(step).trim(), noise=noise, time=torch.tensor([0.3, 0.7]))["error_sum"].backward()
+        rng = sample_rng([(0, 0), (0, 1)], seed=step)
+        policy.loss(feed(step).trim(), rng)["error"].backward()
         check.look(step)
         optimizer.step()
         optimizer.zero_grad()
@@ -84,9 +84,9 @@ def test_lora_learns_in_pi0_and_not_behind_the_closed_norms_of_a_fresh_pi05() ->
     policy, plan = taught("pi0-tiny", "lora")
     steps(policy, plan, lambda _: batch(policy.config))
     policy, plan = taught("pi05-tiny", "lora")
-    with pytest.raises(TrainingError, match="frozen matrices are zero, such as expert.*norm") as told:
+    with pytest.raises(TrainingError, match="frozen matrices are zero, such as expert.*norm") as error:
         steps(policy, plan, lambda _: batch(policy.config))
-    (missing,) = tomllib.loads(str(told.value).split("where there are stages):")[1].split("Failing")[0])[
+    (missing,) = tomllib.loads(str(error.value).split("if there are stages):")[1].split("Otherwise")[0])[
         "rule"
     ]
     policy = pi0.build(pi0.SIZES["pi05-tiny"], "cpu")
@@ -110,10 +110,10 @@ def test_what_the_loss_does_not_reach_is_named_after_the_first_backward_pass() -
     policy = Careless()
     plan = tuning.apply(policy, tuning.parse(RULES["all"], name="rules", where="here"))  # type: ignore[arg-type]
     policy(torch.randn(2, 3, 4, 4), torch.tensor([1, 2])).square().sum().backward()
-    with pytest.raises(TrainingError) as told:
+    with pytest.raises(TrainingError) as error:
         GradientCheck(policy, plan, ()).look(1)
-    message = str(told.value)
-    assert "does not reach 2 of the" in message and 'mode = "frozen"' in message
+    message = str(error.value)
+    assert "depend on 2 of the" in message and 'mode = "frozen"' in message
     assert "  language, mlp: 2 tensors, language.2.mlp.weight, language.2.mlp.bias" in message
 
 
@@ -121,9 +121,9 @@ def test_cameras_may_be_missing_for_two_steps_and_not_for_three() -> None:
     policy, plan = taught("pi0-tiny", "all")
     steps(policy, plan, lambda step: batch(policy.config, cameras=step == 3))
     policy, plan = taught("pi0-tiny", "all")
-    with pytest.raises(TrainingError, match=r"exactly zero in the first 3 steps") as told:
+    with pytest.raises(TrainingError, match=r"exactly zero in the first 3 steps") as error:
         steps(policy, plan, lambda _: batch(policy.config, cameras=False))
-    message = str(told.value)
+    message = str(error.value)
     assert "vision, conv: 2 tensors" in message and "language" not in message and "a camera" in message
     policy, plan = taught("pi0-tiny", "all")
     steps(policy, plan, lambda _: batch(policy.config, cameras=False), new=False)  # they learned before
@@ -138,7 +138,9 @@ def test_a_run_that_began_in_the_midst_of_the_three_steps_is_not_judged() -> Non
 
 def test_a_run_whose_projections_lie_behind_closed_norms_ends_and_says_so(card: Path, tmp_path: Path) -> None:
     fresh = {"family": "pi0", "size": "pi05-tiny", "config": {"max_tokens": 40}}
-    with pytest.raises(TrainingError, match=r"4 of the 8 tensors .*\n  projections, linear: 4 .*time_mlp_in"):
+    with pytest.raises(
+        TrainingError, match=r"4 of the 8 trainable tensors .*\n  projections, linear: 4 .*time_mlp_in"
+    ):
         run(tiny(card, strategy="projections", policy=fresh), tmp_path / "run")
     assert run(
         tiny(card, strategy="progressive", policy=fresh, train={"steps": 10}), tmp_path / "all"

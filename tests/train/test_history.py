@@ -143,7 +143,7 @@ def test_a_run_does_not_go_on_with_changed_actions(seeded: Path, tmp_path: Path)
     shutil.rmtree(out / "checkpoints" / "step_000008")
     with h5py.File(card.parent / "dots" / "left_demo.hdf5", "r+") as file:
         _action(file["data/demo_1"])  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match="began on other data: the episodes, their states, actions"):
+    with pytest.raises(TrainingError, match="data changed since the run began"):
         run(recipe, out, resume=True)
 
 
@@ -155,7 +155,9 @@ def test_pictures_of_another_renderer_are_told_kept_and_reported(
     out = tmp_path / "run"
     process = start(further(base, card), out)
     assert process.wait() == 0
-    told = "the checkpoint was trained on pictures made by 'ray', the dataset shows pictures made by 'egl'"
+    told = (
+        "the checkpoint was trained on images rendered by 'ray', the dataset shows images rendered by 'egl'"
+    )
     assert process.stderr is not None and told in process.stderr.read()
     codec = checkpoints.load(out / "checkpoints" / "step_000001").codec
     assert codec is not None and codec.embodiment.renderer == "egl"
@@ -171,7 +173,7 @@ def test_a_foreign_renderer_is_told_with_fresh_statistics_too_and_not_forgotten_
     card.write_text(card.read_text().replace('renderer = "ray"', 'renderer = "egl"'))
     recipe = further(base, card, data={"statistics": statistics})
     (notice,) = build(recipe, CPU).warnings
-    assert "made by 'ray', the dataset shows pictures made by 'egl'" in notice
+    assert "rendered by 'ray', the dataset shows images rendered by 'egl'" in notice
     run(recipe, tmp_path / "run")
     run(recipe, tmp_path / "run", resume=True)
     assert notice in report.read_facts(tmp_path / "run").caveats

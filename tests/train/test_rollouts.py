@@ -126,5 +126,5 @@ def test_rollouts_before_training_cannot_be_asked_for_afterwards(
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     late = replace(recipe, eval=judged.eval)
-    with pytest.raises(VlafitError, match=r"eval\.before was off when the run began"):
+    with pytest.raises(VlafitError, match=r"eval\.before = false.*step 0"):
         run(late, tmp_path / "run", resume=True)

@@ -296,7 +296,7 @@ def test_validation_may_not_change_on_resume_where_it_decides_about_stages(
     def other(one: Recipe) -> Recipe:
         return replace(one, train=replace(one.train, validate_every=4))
 
-    with pytest.raises(TrainingError, match=r"changed: train\.validate_every was 1, is 4"):
+    with pytest.raises(TrainingError, match=r"changed: train\.validate_every was 1, is now 4"):
         run(other(plateau[0]), plateau[1], resume=True)
     shutil.copytree(whole, tmp_path / "run")
     assert run(other(recipe), tmp_path / "run", resume=True).finished
@@ -364,14 +364,14 @@ def test_a_plateau_counts_validations_without_a_new_lowest_loss() -> None:
 @pytest.mark.parametrize(
     ("moments", "changes", "message"),
     [
-        (("{ step = 12 }",), {}, r"stage 2 begins at step 12; the run has 12, so that it would never train"),
-        (("{ fraction = 0.99 }",), {}, r"stage 2 begins at step 12 \(99% of the steps\); the run has 12"),
-        (("{ fraction = 0.01 }",), {}, r"stage 2 begins at step 0 \(1% of .*\), but .*stage 1 at step 0"),
-        (("{ fraction = 0.5 }", "{ fraction = 0.52 }"), {}, r"stage 3 begins .*, but .*stage 2 at step 6"),
+        (("{ step = 12 }",), {}, r"stage 2 begins at step 12, but the run only has 12"),
+        (("{ fraction = 0.99 }",), {}, r"stage 2 begins at step 12 \(99% of .*the run only has 12"),
+        (("{ fraction = 0.01 }",), {}, r"stage 2 begins at step 0 \(1% of .*\), .*stage 1 at step 0"),
+        (("{ fraction = 0.5 }", "{ fraction = 0.52 }"), {}, r"stage 3 begins .*, .*stage 2 at step 6"),
         (("{ plateau = 1 }",), {"validate_every": 0}, r"train\.validate_every is 0; set it, or let it begin"),
         (("{ plateau = 1 }",), {"held_out": False}, r"no episodes are held out; raise data\.validation"),
         (("{ plateau = 2 }",), {}, r"step 12 at the earliest \(2 validations .*validate_every = 4\)"),
-        (("{ plateau = 1 }", "{ step = 8 }"), {}, r"stage 3 begins at step 8, but .*stage 2 at step 8"),
+        (("{ plateau = 1 }", "{ step = 8 }"), {}, r"stage 3 begins at step 8, .*stage 2 at step 8"),
     ],
 )  # fmt: skip
 def test_a_stage_that_can_never_begin_is_refused(
@@ -395,7 +395,7 @@ def test_an_unreachable_stage_is_refused_before_anything_is_written(card: Path, 
 def test_adalora_is_refused_on_sharded_weights(card: Path, tmp_path: Path) -> None:
     text = '[[rule]]\nselect = { part = "expert", kind = "mlp" }\nmode = "adalora"\n[[rule]]\nmode = "frozen"'
     sharded = staged(card, tmp_path, text, sharding="full")
-    with pytest.raises(StrategyError, match=r"AdaLoRA .* takes apart; take train\.sharding = 'none'"):
+    with pytest.raises(StrategyError, match=r"AdaLoRA .*train\.sharding = 'none'"):
         run(sharded, tmp_path / "run")
 
 
@@ -405,7 +405,7 @@ def test_a_stage_whose_plateau_does_not_come_in_time_is_passed_over_and_told(
     text = STAGED.replace("{ step = 4 }", "{ plateau = 5 }").replace("{ fraction = 0.67 }", "{ step = 7 }")
     run(staged(card, tmp_path, text, steps=8, validate_every=1), tmp_path / "run")
     assert [e["train/stage"] for e in metrics(tmp_path / "run") if "train/stage" in e] == [1, 3]
-    assert "step 7: stage 2 of 3, expert alone is passed over, for the next one begins now" in caplog.text
+    assert "step 7: stage 2 of 3, expert alone is skipped" in caplog.text
 
 
 def test_the_command_line_shows_the_table_of_the_stage_that_begins(

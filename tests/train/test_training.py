@@ -15,7 +15,6 @@ from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.train import dataloader, run
 from vlafit.train.experiment import build
 from vlafit.train.loop import NotFinite
-from vlafit.train.noise import VALIDATION, noise_and_time
 from vlafit.train.optim import Ema, build_optimizer, schedule
 
 CPU = torch.device("cpu")
@@ -129,19 +128,6 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
 
 
 # --------------------------------------------------------------------------------------- randomness, order
-
-
-def test_noise_and_time_belong_to_the_sample(card: Path) -> None:
-    shape = {"draws": 2, "chunk": 4, "action_dim": 3}
-    noise, time = noise_and_time([(0, 5), (1, 2)], seed=1, **shape)  # type: ignore[arg-type]
-    alone, at = noise_and_time([(1, 2)], seed=1, **shape)  # type: ignore[arg-type]
-    assert noise.shape == (2, 2, 4, 3) and time.shape == (2, 2)
-    assert noise[:, 1:].equal(alone) and time[:, 1:].equal(at)
-    others = [
-        noise_and_time([key], seed=seed, stream=stream, **shape)[0]  # type: ignore[arg-type]
-        for key, seed, stream in (((0, 2), 1, 0), ((1, 3), 1, 0), ((1, 2), 2, 0), ((1, 2), 1, VALIDATION))
-    ]
-    assert not any(other.equal(alone) for other in others)
 
 
 def test_validation_draws_are_the_same_at_every_step_and_for_every_seed(card: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_adalora_lowers_the_ranks_to_the_target_and_keeps_its_scores_through_an_
     other.load(kept)
     assert other.state().keys() == kept.keys()
     assert all(torch.equal(other.state()[k], v) for k, v in kept.items())
-    with pytest.raises(TrainingError, match="scores are not those of this policy"):
+    with pytest.raises(TrainingError, match="AdaLoRA.*kept/expert"):
         other.load({k: v for k, v in kept.items() if not k.startswith("kept")})
 
 
@@ -261,7 +261,7 @@ def adalora_steps(policy, schedule, steps, look=lambda step: None, spent=None) -
     optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
     batch, noise, time = make_batch()
     for number, step in enumerate(steps):
-        loss = policy.loss(batch, noise, time)["loss"] + schedule.penalty()
+        loss = policy.flow_loss(batch, noise, time)["loss"] + schedule.penalty()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -297,20 +297,23 @@ def test_scales_and_magnitudes_do_not_decay():
     [
         (
             {"select": {"kind": "conv"}, "mode": "oft"},
-            r"oft works on: linear\. On conv these work: lora, dora",
+            r"rule 1 \(conv; oft\).*patch_embedding.*: linear\..*conv: lora, dora",
         ),
-        ({"select": {"kind": "embedding"}, "mode": "loha"}, r"loha works on: linear, conv.*lora, dora"),
+        (
+            {"select": {"kind": "embedding"}, "mode": "loha"},
+            r"rule 1 .embedding; loha..*position_embedding.*: linear, conv.*embedding: lora, dora",
+        ),
         (
             {"select": {"kind": "conv"}, "mode": "lora", "init": "pissa"},
-            "lora with init = 'pissa' works on: linear",
+            "patch_embedding.*lora with init = 'pissa'.*: linear",
         ),
         (
             {"select": {"part": "expert"}, "mode": "lora"},
-            "no weight of a linear layer.*narrow the rule by `kind`",
+            "expert.layers.0.input_layernorm.weight.*`kind`",
         ),
         (
             {"select": {"part": "vision", "kind": "mlp"}, "mode": "lora", "init": "pissa", "rank": 17},
-            "only 16 singular vectors, not `rank` 17",
+            "fc1.weight .24, 16..*16 singular vectors.*`rank` 17",
         ),
         (
             {"select": {"kind": "conv"}, "mode": "frozen", "quantise": "nf4"},
@@ -319,15 +322,15 @@ def test_scales_and_magnitudes_do_not_decay():
         ({"select": {"kind": "mlp"}, "mode": "lora", "rnak": 4}, "unknown key 'rnak'; did you mean 'rank'"),
         (
             {"select": {"kind": "mlp"}, "mode": "ia3", "rank": 4},
-            "`rank` means nothing for ia3; it has no options",
+            "`rank`.* ia3.*no options",
         ),
-        ({"select": {"kind": "mlp"}, "mode": "full", "rank": 4}, "`rank` is of adapters"),
-        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 0}, "`rank` is a whole number from 1 on, not 0"),
-        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 2.5}, "`rank` is a whole number"),
-        ({"select": {"kind": "mlp"}, "mode": "lora", "alpha": float("nan")}, "`alpha` is a number above 0"),
+        ({"select": {"kind": "mlp"}, "mode": "full", "rank": 4}, "`rank`.*mode 'full'"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 0}, "`rank`.*at least 1, not 0"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "rank": 2.5}, "`rank`.*whole number.*2.5"),
+        ({"select": {"kind": "mlp"}, "mode": "lora", "alpha": float("nan")}, "`alpha`.*above 0.*nan"),
         (
             {"select": {"kind": "mlp"}, "mode": "lora", "dropout": 1},
-            "`dropout` is a number from 0 to below 1",
+            "`dropout`.*below 1, not 1",
         ),
         (
             {"select": {"kind": "mlp"}, "mode": "lora", "init": "pisa"},
@@ -335,16 +338,16 @@ def test_scales_and_magnitudes_do_not_decay():
         ),
         (
             {"select": {"kind": "mlp"}, "mode": "adalora", "rank": 4, "target_rank": 4},
-            "make it smaller than `rank`",
+            "`rank` 4.*`target_rank` 4",
         ),
-        ({"select": {"kind": "mlp"}, "mode": "dora", "quantise": "nf4"}, "goes with mode frozen or lora"),
+        ({"select": {"kind": "mlp"}, "mode": "dora", "quantise": "nf4"}, "`quantise`.*frozen or lora.*dora"),
         (
             {"select": {"kind": "mlp"}, "mode": "lora", "quantise": "nf5"},
             "unknown `quantise` 'nf5'; did you mean 'nf4'",
         ),
         (
             {"select": {"kind": "mlp"}, "mode": "lora", "quantise": "nf4", "init": "pissa"},
-            "PiSSA changes the base weight",
+            "init = 'pissa'.*`quantise`",
         ),
     ],
 )
@@ -366,7 +369,7 @@ def test_two_adaloras_with_other_options_are_refused_for_they_share_one_budget()
 def test_a_policy_that_is_adapted_already_takes_no_second_strategy():
     policy = make_policy()
     apply_strategy(policy, rules("lora"))
-    with pytest.raises(StrategyError, match="carries adapters already"):
+    with pytest.raises(StrategyError, match="already has adapters.*vision.patch_embedding"):
         apply_strategy(policy, rules("dora"))
 
 
@@ -374,7 +377,7 @@ def test_a_policy_that_is_quantised_already_takes_no_second_strategy_until_it_is
     policy = make_policy()
     kinds = {"kind": ["attention", "mlp"]}
     apply_strategy(policy, [{"select": kinds, "mode": "frozen", "quantise": "int8"}, {"mode": "full"}])
-    with pytest.raises(StrategyError, match=r"is quantised already.*load it again, or .*vlafit.merge"):
+    with pytest.raises(StrategyError, match=r"quantised.*down_proj and 48.*vlafit.merge"):
         apply_strategy(policy, "full")
     apply_strategy(vlafit.merge(policy), "full")
 
@@ -411,20 +414,20 @@ def test_a_strategy_is_a_name_a_path_or_rules_and_nothing_else(tmp_path: Path):
     assert plans[0] == plans[1] and plans[0].strategy.name == "mine"
     for odd in (None, 3, b"lora", {1, 2}, object()):
         policy = make_policy()
-        with pytest.raises(StrategyError, match=r"a shipped one's name \(.*lora.*\), the path .*, a list of"):
+        with pytest.raises(StrategyError, match=r"strategy.*\(.*lora.*\).*path.*list of"):
             apply_strategy(policy, odd)
 
 
 def test_a_rank_that_cannot_be_meant_or_made_is_refused_and_one_beyond_layers_is_told(caplog):
     big = {"select": {"kind": ["attention", "mlp"]}, "rank": 100_000}
     for mode in ("lora", "dora", "loha", "adalora", "miss"):
-        with pytest.raises(StrategyError, match=r"`rank` 100000 is more than the \d+ that .* has room for"):
+        with pytest.raises(StrategyError, match=r"`rank` 100000 .*\.weight .* at most \d+"):
             preview(make_policy(), strategy({**big, "mode": mode}, REST))
-    with pytest.raises(StrategyError, match="`rank` 17 is more than the 16 that vision.* has room for"):
+    with pytest.raises(StrategyError, match="`rank` 17 .*vision.* at most 16"):
         preview(make_policy(), strategy({**big, "mode": "miss", "rank": 17}, REST))
     assert not caplog.records
     preview(make_policy(), strategy({**big, "mode": "lora", "rank": 20}, REST))
-    assert "`rank` 20 is more than" in caplog.text and "vision.layers.0.self_attn.q_proj" in caplog.text
+    assert "`rank` 20" in caplog.text and "vision.layers.0.self_attn.q_proj" in caplog.text
 
 
 def test_dead_layers_get_no_adapter():
@@ -488,10 +491,10 @@ def test_layer_by_layer_stages_are_written_out_from_the_top():
 
 
 def parse_again(written):
-    from vlafit.tuning.writing import plain
+    from vlafit.tuning.strategy_toml import to_tables
 
-    told = plain(written)
-    return parse(told, name=str(told.pop("name")), where="again")
+    tables = to_tables(written)
+    return parse(tables, name=str(tables.pop("name")), where="again")
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "oft"])
@@ -569,13 +572,13 @@ def test_over_a_bfloat16_policy_an_adapter_is_an_exact_no_op_and_pissa_says_by_h
     if name != "pissa":
         assert torch.equal(velocity(policy), before) and not caplog.records
         return
-    (told,) = [r for r in caplog.records if "PiSSA is no exact no-op" in r.message]
+    (record,) = [r for r in caplog.records if "PiSSA" in r.message]
     off = 0.0
     for layer in plan.adapted:
         module, weight = policy.get_submodule(layer), weights[f"{layer}.weight"].float()
         sum_ = module.get_base_layer().weight.float() + module.get_delta_weight("lora")
         off = max(off, float((sum_ - weight).abs().max() / weight.abs().max()))
-    assert 0 < off < 2**-7 and f"up to {off:.1e}" in told.message  # a unit in bfloat16's last place
+    assert 0 < off < 2**-7 and f"up to {off:.1e}" in record.message  # a unit in bfloat16's last place
     drifted = (velocity(policy) - before).abs().max()  # the residual's rounding, then that of both ways
     assert drifted < min(
         0.1, drift(unit_roundoff(torch.bfloat16), ROUNDINGS * ADAPTED_PATH, before.abs().max())
@@ -605,9 +608,9 @@ def test_a_quantised_tower_goes_with_a_projector_in_bfloat16(how: str, tmp_path)
         ({"select": {"part": "language"}, "mode": "oft"}, "oft"),
         (
             {"select": {"part": "expert", "kind": "mlp"}, "mode": "oft", "block": 1},
-            "no `block` from 2 to 1 divides",
+            "`block` from 2 to 1",
         ),
-        ({"select": {"part": []}, "mode": "full"}, "`part` is a text or a list of texts, not"),
+        ({"select": {"part": []}, "mode": "full"}, "`part`.*list.*not"),
     ],
 )
 def test_rules_that_could_turn_or_take_nothing_are_refused(rule: dict, message: str):
@@ -625,5 +628,5 @@ def test_layer_by_layer_stages_that_would_begin_after_the_run_are_refused_at_onc
     top = {"select": {"part": "expert", "layers": "top"}, "mode": "full"}
     late = {"begin": {"fraction": 0.5}, "layer_by_layer": 1, "every": {"fraction": 0.4}, "rule": [top, REST]}
     first = {"rule": [{"select": {"part": "projections"}, "mode": "full"}, REST]}
-    with pytest.raises(StrategyError, match="would begin at .*, when the run is over"):
+    with pytest.raises(StrategyError, match="stage 4 .layers, top 3. would begin at 130% of the steps"):
         preview(make_policy(), parse({"stage": [first, late]}, name="mine", where="mine"))

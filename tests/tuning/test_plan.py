@@ -125,7 +125,7 @@ def test_a_plan_that_was_saved_before_its_table_had_ranges_is_read(policy: ToyPo
         row.pop("lr_lowest")
     assert Plan.from_json(json.dumps(values)) == plan
     values["table"][0]["trainable"] += 1
-    with pytest.raises(StrategyError, match="contradicts itself"):
+    with pytest.raises(StrategyError, match="plan.json.*table"):
         Plan.from_json(json.dumps(values))
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_plan_is_refused(policy: ToyPolicy, damage):
 def test_a_strategy_that_trains_nothing_is_an_error_and_leaves_the_policy_alone(policy: ToyPolicy):
     with pytest.raises(StrategyError, match="trains nothing in this ToyPolicy"):
         apply_strategy(policy, [{"mode": "frozen"}])
-    with pytest.raises(StrategyError, match="out of reach of the loss"):
+    with pytest.raises(StrategyError, match="trains nothing in this ToyPolicy.*loss"):
         apply_strategy(
             policy, [{"select": {"pattern": "language.2.mlp.*"}, "mode": "full"}, {"mode": "frozen"}]
         )
@@ -174,9 +174,7 @@ def test_a_strategy_that_trains_nothing_is_an_error_and_leaves_the_policy_alone(
 
 
 def test_weight_decay_for_what_never_decays_is_an_error(policy: ToyPolicy):
-    with pytest.raises(
-        StrategyError, match=r"rule 1 \(norm\) sets weight_decay, but takes nothing that decays"
-    ):
+    with pytest.raises(StrategyError, match=r"rule 1 \(norm\) sets weight_decay.*norms, biases, embeddings"):
         apply_strategy(
             policy, [{"select": {"kind": "norm"}, "mode": "full", "weight_decay": 0.1}, {"mode": "full"}]
         )
@@ -184,7 +182,9 @@ def test_weight_decay_for_what_never_decays_is_an_error(policy: ToyPolicy):
 
 def test_a_plan_of_another_policy_makes_no_groups(policy: ToyPolicy):
     plan = apply_strategy(policy, EXPERT)
-    with pytest.raises(StrategyError, match="is not of this policy"):
+    with pytest.raises(
+        StrategyError, match="strategy 'rules'.*26 of its trainable tensors.*expert.0.norm.weight"
+    ):
         plan.groups(torch.nn.Linear(2, 2), OPTIM)
 
 

@@ -91,7 +91,7 @@ def train(policy: pi0.Pi0, steps: int = 4, lr: float = 1e-2) -> list[float]:
     batch, noise, time = make_batch()
     losses = []
     for _ in range(steps):
-        loss = policy.loss(batch, noise, time)["loss"]
+        loss = policy.flow_loss(batch, noise, time)["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -26,6 +26,8 @@ def refuse_codec_arguments(options: LoadOptions, where: str, reason: str) -> Non
 
 def require_vocabulary(codec: Codec, policy: Policy, where: str) -> None:
     """Raise WeightsError where the tokenizer has more tokens than the policy."""
+    if codec.tokenizer is None:
+        return
     have, room = codec.tokenizer.vocab_size, policy.needs().vocabulary
     if have > room:
         raise WeightsError(f"{where}: the tokenizer has {have} tokens, the policy has only {room}")

@@ -23,8 +23,9 @@ from vlafit.checkpoints.precision import cast, round_weights
 from vlafit.checkpoints.save import save
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
-from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy
+from vlafit.nn.random_batch import random_batch
+from vlafit.nn.rng import sample_rng
 from vlafit.policies import family_name
 from vlafit.tuning.merge import merge as merge_adapters
 from vlafit.tuning.merge import remove
@@ -41,7 +42,7 @@ class Exported:
     files: tuple[str, ...]
     notes: tuple[str, ...]
     merge_error: float | None = None
-    """Largest change of the policy's output through merging; see `merge_measured`."""
+    """Largest change of an action on a random batch through merging; see `merge_measured`."""
     cast_error: float | None = None
     """The same, through rounding weights to bfloat16; None where they are float32."""
 
@@ -50,12 +51,12 @@ class Exported:
         lines = [f"{self.folder}: for {self.target}, {len(self.files)} files: {', '.join(self.files)}"]
         if self.merge_error is not None:
             lines.append(
-                f"adapters merged in float32; on a random batch that changed the output by at most "
+                f"adapters merged in float32; on a random batch that changed actions by at most "
                 f"{self.merge_error:.1e} of the largest"
             )
         if self.cast_error is not None:
             lines.append(
-                f"weights rounded once, to bfloat16; on a random batch that changed the output by at most "
+                f"weights rounded once, to bfloat16; on a random batch that changed actions by at most "
                 f"{self.cast_error:.1e} of the largest"
             )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -180,7 +181,7 @@ def _write(loaded: Loaded, writer: Format, target: str, out: Path, where: str, d
 def merge_measured(policy: Policy) -> float:
     """Merge the adapters of `policy` into its weights, in place, and return what that changed.
 
-    It is the largest change of the output for a random batch, relative to the largest output.
+    It is the largest change of an action for a random batch, relative to the largest action.
     """
     policy.eval()
     before = probe(policy)
@@ -206,21 +207,9 @@ def cast_for(policy: Policy, writer: Format) -> None:
 
 
 def probe(policy: Policy) -> torch.Tensor:
-    """Return the policy's output for a random batch of two samples that fits it, always the same."""
-    needs, rng, rows, cameras = policy.needs(), torch.Generator().manual_seed(0), 2, 2
-    length, side = min(needs.max_tokens, 16), needs.image_size
-    device = next(policy.parameters()).device
-    shape = (rows, needs.chunk, needs.action_dim)
-    batch = Batch(
-        images=torch.rand(rows, cameras, 3, side, side, generator=rng) * 2 - 1,
-        image_mask=torch.ones(rows, cameras, dtype=torch.bool),
-        tokens=torch.randint(0, needs.vocabulary, (rows, length), generator=rng),
-        token_mask=torch.ones(rows, length, dtype=torch.bool),
-        state=torch.randn(rows, needs.state_dim, generator=rng),
-        actions=torch.randn(shape, generator=rng),
-    )
-    noise, time = torch.randn(shape, generator=rng), torch.rand(rows, generator=rng)
-    return policy.velocity(batch.to(device), noise.to(device), time.to(device))
+    """Return the policy's actions for two random samples, always the same."""
+    batch = random_batch(policy.needs(), rows=2).to(next(policy.parameters()).device)
+    return policy.act(batch, sample_rng([(0, 0), (0, 1)], seed=0))
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:

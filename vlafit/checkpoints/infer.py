@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlafit import config as configuration
 from vlafit.checkpoints.assign import compare, raise_mismatch
+from vlafit.checkpoints.options import require_known_keys
 from vlafit.checkpoints.tensor_lists import list_tensors
 from vlafit.checkpoints.voting import (
     Stated,
@@ -24,7 +25,7 @@ from vlafit.checkpoints.voting import (
     value_at,
     vote,
 )
-from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.policies import family, merge, override
 from vlafit.policies._shapes import GUESS, ShapeTable, Sizes, Variant
 
@@ -108,7 +109,7 @@ def infer_config(
     table, sizes = shape_table(family_name), family(family_name).SIZES
     variant = variant_of(table, weights)
     public = sizes[variant.public]
-    _require_known(merge({}, fields), asdict(public), f"{where}: config")
+    require_known_keys(merge({}, fields), asdict(public), f"{where}: config")
     asserted = merge(evidence.values, fields)
     wanted = merge(fields, widths or {})
     votes = vote(weights, table.axes, evidence.witnesses, file_name)
@@ -285,12 +286,12 @@ def _mixed_variants(table: ShapeTable, weights: Iterable[str], file_name: Callab
     every = list(weights)
     names = [file_name(name) for name in every]
     own = variant_tensors(table, every)
-    found = [
+    mixed = [
         f"of {variant.label} only {list_tensors(tensors, file_name, names)}"
         for variant, tensors in zip(table.variants, own, strict=True)
         if tensors
     ]
-    return [f"a mix of two families: {'; '.join(found)}"] if len(found) > 1 else []
+    return [f"a mix of two families: {'; '.join(mixed)}"] if len(mixed) > 1 else []
 
 
 def _checked(
@@ -334,15 +335,6 @@ def _checked(
             f"{{{first!r}: ...}}"
         )
     return config
-
-
-def _require_known(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for a key of the user that no config has, before anything is reported missing."""
-    for key, value in given.items():
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, fields)}")
-        if isinstance(value, Mapping) and isinstance(fields[key], Mapping):
-            _require_known(value, fields[key], f"{where}: {key}")
 
 
 def _stated_for(stated: Sequence[Stated]) -> Callable[[str], list[int]]:

@@ -142,11 +142,11 @@ def _base(
     sizes = None
     if not native.recognise(path):
         sizes = merge({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
-    theirs = load(path, sizes).policy
-    below = dict(theirs.named_parameters())
+    base_policy = load(path, sizes).policy
+    below = dict(base_policy.named_parameters())
     layers = {base_name(f"{n}.weight"): policy.get_submodule(n) for n in quantised_names(policy)}
     apart = {n for n in own.keys() & below.keys() if n not in layers and own[n].shape != below[n].shape}
-    widths = any(getattr(theirs.config, key) != getattr(policy.config, key) for key in WIDTHS)
+    widths = any(getattr(base_policy.config, key) != getattr(policy.config, key) for key in WIDTHS)
     if own.keys() != below.keys() or (apart and not widths):
         raise WeightsError(f"{path}: is not the base of this policy: names or shapes differ")
     changed = [name for name, layer in layers.items() if not is_rounded_from(layer, below[name])]

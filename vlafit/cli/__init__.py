@@ -1,7 +1,7 @@
-"""The command line: parse, call one verb of the library, print. Nothing here knows how a verb works.
+"""The command line: parse arguments, run one verb of the library, print the result.
 
-Exit status: 0 done, 1 a part broke (an arm of a comparison, all trials of a sweep) and the rest is kept, 2
-the user can mend it (one message on stderr), 130 interrupted.
+Exit status: 0 done; 1 a part failed (an arm of a comparison, all trials of a sweep) and the rest is kept; 2
+an error that the user can fix (one message on stderr); 130 interrupted.
 """
 
 import importlib
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from vlafit.errors import ConfigError, VlafitError, did_you_mean
 
 VERBS = {  # module of vlafit.cli.verbs -> its line of help
-    "train": "fine-tune a policy as a recipe says, evaluate it before and after, write the report",
+    "train": "fine-tune a policy from a recipe, evaluate it before and after, write a report",
     "compare": "compare tuning strategies: same data, noise and budget, several seeds, one report",
     "sweep": "search learning rate, rank or any other field with Optuna",
-    "eval": "roll a checkpoint out under a protocol",
+    "eval": "evaluate a checkpoint in simulation under a protocol",
     "record": "record demonstrations of scripted experts",
-    "report": "write the report page of a run again",
-    "inspect": "show what a checkpoint holds, and what a tuning strategy would train of it",
-    "export": "write a checkpoint for LeRobot, openpi or transformers, merged or interpolated if asked",
-    "convert-pickle": "turn a pickle of tensors into safetensors, safely",
-    "list": "list the recipes, cards, protocols, strategies and checkpoints that ship",
+    "report": "write the report page of a run or of a finished comparison again",
+    "inspect": "show what a checkpoint contains, and what a tuning strategy would train",
+    "export": "write a checkpoint for LeRobot, openpi or transformers, optionally merged or interpolated",
+    "convert-pickle": "convert a pickle of tensors to safetensors, safely",
+    "list": "list the shipped recipes, cards, protocols, strategies and checkpoints",
 }
 RESUMABLE = ("train", "eval", "record")
 
@@ -32,14 +32,14 @@ def usage() -> str:
     verbs = "\n".join(f"  {verb:<16}{line}" for verb, line in VERBS.items())
     return (
         "usage: vlafit VERB ...\n\n"
-        "Fine-tune pretrained vision-language-action policies, and show what it bought.\n\n"
+        "Fine-tune pretrained vision-language-action policies, and measure the gain.\n\n"
         f"verbs:\n{verbs}\n\n"
-        "vlafit VERB --help tells more. On several processes: accelerate launch -m vlafit VERB ..."
+        "See vlafit VERB --help. On several processes: accelerate launch -m vlafit VERB ..."
     )
 
 
 def rank() -> int:
-    """Return this process's number in an `accelerate launch`; 0 where there is one process alone."""
+    """Return this process's rank in an `accelerate launch`; 0 for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -49,13 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except VlafitError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return 2
     except KeyboardInterrupt:
         resumable = arguments and arguments[0] in RESUMABLE
-        _complain("interrupted; the same command with --resume goes on" if resumable else "interrupted")
+        _print_error(
+            "interrupted; continue with the same command and --resume" if resumable else "interrupted"
+        )
         return 130
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of a pipe (such as `head`) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -72,8 +74,8 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
     from vlafit.cli import console
 
-    # OpenMP's threads spin while they wait by default; beside any other busy process (environments, say) that
-    # made a training step on 2 cores up to 10 times slower, and it gains nothing when the machine is idle.
+    # By default OpenMP threads spin while they wait. With another busy process, such as environments, that
+    # made a training step on 2 cores up to 10 times slower; on an idle machine it gains nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.logging_to_stderr(main_process=rank() == 0):
         return importlib.import_module(f"vlafit.cli.verbs.{verb.replace('-', '_')}").run(rest)
@@ -88,10 +90,10 @@ def _version() -> str:
         return "(run from its source, not installed)"
 
 
-def _complain(message: str) -> None:
-    """Print one message. Processes of a launch mostly fail alike, so the main one speaks first."""
+def _print_error(message: str) -> None:
+    """Print one error message, first from the main process, because usually all fail with the same error."""
     if rank() == 0:
         print(f"vlafit: {message}", file=sys.stderr)
     else:
-        time.sleep(3)  # by then the launcher has stopped this one, unless it alone failed
+        time.sleep(3)  # by then the launcher has stopped this process, unless only this one failed
         print(f"vlafit (process {rank()}): {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What verbs print with: tables, one progress line, warnings of the library. On the main process alone."""
+"""Console output of the verbs: tables, a progress line, the library's warnings. Main process only."""
 
 import logging
 import os
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-QUIET_EVERY_S = 15.0  # where stdout is no terminal, a line so often
-# What peft's import makes others log (it imports torchao and bitsandbytes where they are installed): kernels
-# for other Pythons and GPUs than this one, which nothing here uses, and an outdated call of torch.
-IMPORT_NOISE = {  # logger -> how its message begins, or what it holds
+QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
+# Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
+# other Pythons and GPUs, which vlafit does not use, and a deprecated call of torch.
+IMPORT_NOISE = {  # logger -> part of its message
     "torchao": "Failed to load ",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
@@ -21,11 +21,11 @@ IMPORT_NOISE = {  # logger -> how its message begins, or what it holds
 
 @contextmanager
 def logging_to_stderr(main_process: bool) -> Iterator[None]:
-    """Show the library's warnings on stderr while a verb runs, and keep `IMPORT_NOISE` from it."""
+    """Show the library's warnings on stderr while a verb runs, without `IMPORT_NOISE`."""
     for name, noise in IMPORT_NOISE.items():
-        logging.getLogger(name).addFilter(_Without(noise))  # it stays: these are imported once a process
+        logging.getLogger(name).addFilter(_Without(noise))  # never removed: a process imports these once
     logger = logging.getLogger("vlafit")
-    handler: logging.Handler = _Notices() if main_process else logging.NullHandler()
+    handler: logging.Handler = _WarningHandler() if main_process else logging.NullHandler()
     old_level, old_propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
@@ -40,17 +40,17 @@ def logging_to_stderr(main_process: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Without:
-    """Lets all records of a logger pass but those that hold a text; equal ones count once in a logger."""
+    """Drops log records that contain a text. Equal filters are added to a logger only once."""
 
     noise: str
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether the record may pass."""
+        """Return whether to keep the record."""
         return self.noise not in record.getMessage()
 
 
-class _Notices(logging.Handler):
-    """Prints above the progress line, if one is shown."""
+class _WarningHandler(logging.Handler):
+    """Prints log records above the progress line, if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -63,25 +63,25 @@ class _Notices(logging.Handler):
 
 
 def duration(seconds: float) -> str:
-    """Return a time span as people read it: ``42 s``, ``3:05``, ``2:03:05``."""
+    """Return a duration as text: ``42 s``, ``3:05``, ``2:03:05``."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     hours, rest = divmod(seconds, 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Line:
-    """One line of progress with the time left: redrawn on a terminal, printed now and then elsewhere."""
+    """A progress line with the remaining time: redrawn on a terminal, printed at intervals elsewhere."""
 
-    shown: "Line | None" = None  # the one on the screen, so that notices can print above it
+    shown: "Line | None" = None  # the line on the screen, so that warnings can print above it
 
     def __init__(self, what: str, total: int, *, start: int = 0) -> None:
         self.what, self.total, self.done, self.text = what, total, start, ""
         self._start = start
-        self._began = time.monotonic()
-        self._printed = self._began
+        self._started = time.monotonic()
+        self._printed = self._started
         self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._progress = None
 
@@ -112,38 +112,38 @@ class Line:
             print(self._plain(), flush=True)
 
     def update(self, done: int, text: str = "") -> None:
-        """Show that `done` of the total are done; `text` says how it goes."""
+        """Show that `done` of the total are done, followed by `text`."""
         self.done, self.text = done, text
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=self._how())
+            self._progress.update(self._task, completed=done, text=self._status())
         elif time.monotonic() - self._printed >= QUIET_EVERY_S and done < self.total:
             self._printed = time.monotonic()
             print(self._plain(), flush=True)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line above the progress line."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
-    def _how(self) -> str:
-        spent = time.monotonic() - self._began
-        fresh = self.done - self._start
+    def _status(self) -> str:
+        elapsed = time.monotonic() - self._started
+        done_now = self.done - self._start
         if self.done >= self.total:
-            time_text = f"in {duration(spent)}"
-        elif fresh > 0:
-            time_text = f"{duration(spent / fresh * (self.total - self.done))} left"
+            time_text = f"in {duration(elapsed)}"
+        elif done_now > 0:
+            time_text = f"{duration(elapsed / done_now * (self.total - self.done))} left"
         else:
             time_text = ""
         return "  ".join(part for part in (self.text, time_text) if part)
 
     def _plain(self) -> str:
-        return f"{self.what} {self.done}/{self.total}  {self._how()}"
+        return f"{self.what} {self.done}/{self.total}  {self._status()}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a plain table; columns of numbers are flush right."""
+    """Return a plain text table; numeric columns are right-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     right = [
@@ -158,12 +158,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number as a metric is read: four significant digits."""
+    """Return a metric's value with four significant digits."""
     return f"{value:.4g}"
 
 
 def size(count: int) -> str:
-    """Return a count of parameters or bytes with its decimal prefix: ``12.3 M``."""
+    """Return a number of parameters or bytes with a decimal prefix: ``12.3 M``."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
@@ -171,12 +171,12 @@ def size(count: int) -> str:
 
 
 def rate(low: float, high: float) -> str:
-    """Return a learning rate's multiplier, or the range of those that a rule gives: ``0.32..1``."""
+    """Return a rule's learning-rate multiplier, or the range of its multipliers: ``0.32..1``."""
     return f"{high:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
 
 
 def plan_table(rows: list[dict]) -> str:
-    """Return the tuning table as text; the last row is the total."""
+    """Return the tuning table as text; its last row is the total."""
     header = ("rule", "mode", "tensors", "parameters", "adapters", "trainable", "lr x", "optimiser bytes")
     cells = [
         (

@@ -1,4 +1,4 @@
-"""argparse, with errors that are ours, and options for every field of a config class."""
+"""An argparse parser that raises ConfigError, and options for every field of a config class."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from vlafit.errors import ConfigError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ConfigError, names the nearest option, and takes no abbreviations."""
+    """An argument parser that raises ConfigError, names the nearest option, and accepts no abbreviations."""
 
     def __init__(self, prog: str, description: str, usage: str | None = None) -> None:
         super().__init__(
@@ -27,11 +27,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse has to say."""
-        raise ConfigError(f"{message}; {self.prog} --help shows how")
+        """Raise argparse's message as a ConfigError."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse all of `arguments`. An option with a value is given once, unless it collects several."""
+        """Parse all of `arguments`. An option with a value may occur once, unless it collects several."""
         once = {
             word
             for action in self._actions
@@ -39,33 +39,33 @@ class Parser(argparse.ArgumentParser):
             for word in action.option_strings
         }
         require_once(word.partition("=")[0] for word in arguments if word.partition("=")[0] in once)
-        found, unknown = self.parse_known_args(list(arguments))
+        options, unknown = self.parse_known_args(list(arguments))
         for word in unknown:
             if word.startswith("-"):
                 known = [s for action in self._actions for s in action.option_strings]
                 raise ConfigError(f"there is no option {word!r}{_near(word.split('=')[0], known)}")
-            raise ConfigError(f"{word!r} is one argument too many; {self.prog} --help shows how")
-        return found
+            raise ConfigError(f"unexpected argument {word!r}; see {self.prog} --help")
+        return options
 
 
 def require_once(options: Iterable[str]) -> None:
-    """Raise ConfigError for an option that is given twice: which of its values is meant, nobody can tell."""
+    """Raise ConfigError for an option that is given twice, because it is unclear which value is meant."""
     for option, times in Counter(options).items():
         if times > 1:
             raise ConfigError(f"{option} is given {times} times; give it once")
 
 
 def _near(word: str, known: Sequence[str]) -> str:
-    within = [k for k in known if k.endswith("." + word.lstrip("-"))]  # --lr for --optim.lr
-    if within:
-        return f"; did you mean {within[0]!r}?"
+    fields_of_name = [k for k in known if k.endswith("." + word.lstrip("-"))]  # --lr for --optim.lr
+    if fields_of_name:
+        return f"; did you mean {fields_of_name[0]!r}?"
     near = did_you_mean(word, known)
     return near if "did you mean" in near else "; --help lists all options"
 
 
 @dataclass(frozen=True)
 class Field:
-    """A leaf of a config class: its dotted name, type and help."""
+    """A leaf field of a config class: its dotted name, type and help."""
 
     name: str
     kind: Any
@@ -95,7 +95,7 @@ def fields(cls: type, values: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def add_fields(parser: Parser, cls: type, values: Any) -> None:
-    """Give `parser` an option for every field of `cls`; the help shows its value in `values`."""
+    """Add an option for every field of `cls` to `parser`; the help shows its value in `values`."""
     groups: dict[str, Any] = {}
     for field in fields(cls, values):
         section = field.name.rpartition(".")[0]
@@ -103,17 +103,17 @@ def add_fields(parser: Parser, cls: type, values: Any) -> None:
             groups[section] = parser.add_argument_group(
                 f"[{section}] in the recipe" if section else "in the recipe"
             )
-        shown = field.default
-        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        shown = str(shown).lower() if isinstance(shown, bool) else shown
-        now = f" [{shown}]" if shown not in ("", {}) else ""
+        default = field.default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        default = str(default).lower() if isinstance(default, bool) else default
+        suffix = f" [{default}]" if default not in ("", {}) else ""
         if field.is_table:
             groups[section].add_argument(
                 f"--{field.name}.KEY",
                 metavar="VALUE",
                 dest=field.name,
                 default=argparse.SUPPRESS,
-                help=field.help + now,
+                help=field.help + suffix,
             )
             continue
         many = get_origin(field.kind) is tuple
@@ -123,7 +123,7 @@ def add_fields(parser: Parser, cls: type, values: Any) -> None:
             default=argparse.SUPPRESS,
             nargs="*" if many else None,
             metavar=_metavar(field.kind),
-            help=(field.help + now).replace("%", "%%"),
+            help=(field.help + suffix).replace("%", "%%"),
         )
 
 
@@ -138,14 +138,14 @@ def _metavar(kind: Any) -> str:
 
 
 def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take the options of table fields (``--policy.config.KEY VALUE``) out of `arguments`.
+    """Split the options of table fields (``--policy.config.KEY VALUE``) from `arguments`.
 
-    Returns the other arguments (dashes in names of fields made underscores), and the tables' values, nested.
+    Returns the other arguments (with underscores for dashes in field names) and the tables' nested values.
     """
     tables = [f"--{f.name}." for f in fields(cls, values) if f.is_table]
     rest: list[str] = []
     nested: dict[str, Any] = {}
-    given: list[str] = []
+    table_options: list[str] = []
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
@@ -158,14 +158,14 @@ def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"option {name!r} needs a value")
-        given.append(name)
+        table_options.append(name)
         put(nested, name[2:], _toml_value(value))
-    require_once(given)
+    require_once(table_options)
     return rest, nested
 
 
 def _toml_value(text: str) -> Any:
-    """Read TOML's numbers, booleans, lists and inline tables; anything else is text."""
+    """Parse a TOML number, boolean, list or inline table; anything else is text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
@@ -173,7 +173,7 @@ def _toml_value(text: str) -> Any:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """Read ``KEY=VALUE``; the value is TOML's, or text."""
+    """Parse ``KEY=VALUE``; the value is TOML or text."""
     key, equals, value = text.partition("=")
     if not (equals and key.strip()):
         raise ConfigError(f"{text!r} is not KEY=VALUE")
@@ -181,13 +181,13 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the option ``--config KEY=VALUE``, which `settings` reads."""
+    """Add the option ``--config KEY=VALUE``, which `settings` reads."""
     parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="what the checkpoint does not tell of itself, such as vision.heads=16; may be given again",
+        help="a config value that the checkpoint does not record, such as vision.heads=16; may be repeated",
     )
 
 
@@ -201,12 +201,12 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any] | None:
-    """Return what the options ``--config KEY=VALUE`` say; None where there is none."""
-    read = [key_value(pair) for pair in pairs]
-    twice = [key for i, (key, _) in enumerate(read) if key in dict(read[:i])]
-    if twice:
-        raise ConfigError(f"--config gives {twice[0]} twice")
-    return dict(read) or None
+    """Return the values of the options ``--config KEY=VALUE``; None without any."""
+    parsed = [key_value(pair) for pair in pairs]
+    duplicates = [key for i, (key, _) in enumerate(parsed) if key in dict(parsed[:i])]
+    if duplicates:
+        raise ConfigError(f"--config sets {duplicates[0]} twice; set it once")
+    return dict(parsed) or None
 
 
 def put(nested: dict[str, Any], dotted: str, value: Any) -> None:
@@ -215,24 +215,24 @@ def put(nested: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         nested = nested.setdefault(section, {})
         if not isinstance(nested, dict):
-            raise ConfigError(f"--{dotted}: {section!r} has a value already and cannot hold keys, too")
+            raise ConfigError(f"--{dotted}: {section!r} already has a value, so it cannot have keys")
     nested[last] = value
 
 
 def overrides(cls: type, values: Any, namespace: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields given on the command line, nested, as values that `config.build` judges."""
-    given = vars(namespace)
+    """Return the fields set on the command line as nested values, for `config.build` to check."""
+    options = vars(namespace)
     nested: dict[str, Any] = {}
     for field in fields(cls, values):
-        if field.name in given and not field.is_table:
-            put(nested, field.name, _typed(field.kind, given[field.name]))
+        if field.name in options and not field.is_table:
+            put(nested, field.name, _typed(field.kind, options[field.name]))
     return nested
 
 
 def _typed(kind: Any, text: Any) -> Any:
-    """Make numbers and booleans of text where the field wants them; else it stays text, for the error."""
+    """Convert text to the field's number or boolean type; keep invalid text for `config.build` to report."""
     if isinstance(text, list):
-        return [_typed(get_args(kind)[0], one) for one in text]
+        return [_typed(get_args(kind)[0], word) for word in text]
     if get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not type(None))
     try:

@@ -1,4 +1,4 @@
-"""Where things are that the command line names: checkpoints, and the runs that hold them."""
+"""Resolve checkpoints named on the command line: folders, runs, shipped names and Hub repositories."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from vlafit.errors import ConfigError
 
 
 def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
-    """Return the checkpoint's folder for what a user may call it.
+    """Return the folder of the checkpoint named by `text`.
 
-    That is a checkpoint's folder, a run's folder (its last checkpoint), ``RUN/checkpoints/best`` or ``last``,
-    or the name of one that ships; with `foreign` also any folder or file of another program, to be judged by
-    its contents. What is on the Hub is downloaded, and its id returned with the commit. Raises ConfigError
-    when it is none of these, and WeightsError where the Hub has none.
+    `text` is a checkpoint's folder, a run's folder (meaning its last checkpoint), ``RUN/checkpoints/best`` or
+    ``last``, or a shipped name; with `foreign` also any file or folder of another program. A Hub repository
+    is downloaded, and its id with the commit is returned. Raises ConfigError for anything else, and
+    WeightsError if the Hub does not have it.
     """
     path = Path(text)
     if not text:
@@ -27,7 +27,7 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
         return path
     if path.is_dir():
         raise ConfigError(
-            f"{path} holds no policy.json and no checkpoints/: it is neither a checkpoint nor a run"
+            f"{path} holds neither policy.json nor checkpoints/, so it is neither a checkpoint nor a run"
         )
     try:
         return shipped.find("checkpoint", text)
@@ -45,5 +45,5 @@ def _follow(pointer: Path) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():
-        raise ConfigError(f"{pointer} points to {folder}, which is no checkpoint; name another one")
+        raise ConfigError(f"{pointer} points to {folder}, which is not a checkpoint; name another one")
     return folder

@@ -1,4 +1,4 @@
-"""What a training run shows: what is trained, a line of progress, each evaluation, where the report lies."""
+"""Show a training run on the console: the tuning table, progress, each evaluation, the report's path."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from vlafit.tuning import Plan
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool, resume_from: int | None = None, command: str) -> int:
-    """Carry out a recipe, showing it on the main process; 130 when a signal stopped it."""
+    """Run a recipe, with output on the main process; return 130 if a signal stopped it."""
     view = TrainView(out) if rank() == 0 else None
     try:
         summary = run_recipe(
@@ -32,7 +32,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool, resume_from: int | None = 
 
 
 class TrainView(Callbacks):
-    """Prints a run as it goes."""
+    """Prints the progress of a run."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -42,20 +42,20 @@ class TrainView(Callbacks):
         self._last: dict[str, float] = {}
 
     def setup(self, experiment: Experiment) -> None:
-        """Print what is trained, and on what."""
+        """Print what is trained and on which data."""
         data = experiment.data
         episodes = sum(len(ids) for ids in data.training)
         held_out = sum(len(ids) for ids in data.validation)
         print(f"{experiment.load_report}")
         print(
-            f"{episodes} training episodes, {held_out} held out, of {', '.join(c.name for c in data.cards)}"
+            f"{episodes} training episodes, {held_out} held out, from {', '.join(c.name for c in data.cards)}"
         )
         self._table(experiment.plan)
         for warning in experiment.warnings:
             print(warning, file=sys.stderr)
 
     def stage(self, plan: Plan, began: int) -> None:
-        """Print what learns from now on."""
+        """Print what is trained in the stage that starts now."""
         self.close()
         print(f"from step {began} on:")
         self._table(plan)
@@ -66,12 +66,12 @@ class TrainView(Callbacks):
         print(plan_table(plan.rows()), flush=True)
 
     def phase(self, name: str) -> None:
-        """Close the line of the phase before."""
+        """Close the progress line of the previous phase."""
         self.close()
         self._phase = name.replace("_", " ")
 
     def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
-        """Move the line of progress."""
+        """Update the progress line."""
         if self._line is None:
             self._line = Line("training", total, start=result.step - 1)
             self._line.__enter__()
@@ -82,7 +82,7 @@ class TrainView(Callbacks):
         self._line.update(result.step, text)
 
     def episode(self, done: int, total: int, record: object) -> None:
-        """Move the line of an evaluation."""
+        """Update the progress line of an evaluation."""
         if self._line is None:
             self._line = Line(self._phase, total, start=done - 1)
             self._line.__enter__()
@@ -91,16 +91,17 @@ class TrainView(Callbacks):
         self._line.update(done, f"{self._successes} successes")
 
     def close(self) -> None:
-        """End the line of progress."""
+        """Close the progress line."""
         if self._line is not None:
             self._line.__exit__(None, None, None)
             self._line = None
 
     def end(self, summary: RunSummary) -> None:
-        """Print what came out and where it lies."""
+        """Print the success rates and the path of the report."""
         if not summary.finished:
             print(
-                f"stopped after step {summary.steps}; the same command with --resume goes on", file=sys.stderr
+                f"stopped after step {summary.steps}; continue with the same command and --resume",
+                file=sys.stderr,
             )
             return
         for name, share in summary.success.items():

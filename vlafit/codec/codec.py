@@ -51,8 +51,8 @@ class CodecConfig:
     """How actions are normalised, where it is not as states are."""
     relative: tuple[bool, ...] = ()
     """For each action dimension: whether it is minus the same dimension of the state at the chunk's start."""
-    prompt: Prompt = "pi0"
-    """The form of the prompt."""
+    prompt: Prompt | None = "pi0"
+    """The form of the prompt; None: the policy reads no instruction."""
     max_tokens: int = 48
     """Tokens of the prompt, l; a longer prompt is refused."""
     mask_padding: bool = True
@@ -79,13 +79,16 @@ class Encoded:
 
     images: NDArray[np.uint8]  # [n, 3, h, w]; zeros where the camera is missing
     image_mask: NDArray[np.bool_]  # [n]
-    tokens: NDArray[np.int64]  # [l]
-    token_mask: NDArray[np.bool_]  # [l]
+    tokens: NDArray[np.int64] | None  # [l]; None without a prompt
+    token_mask: NDArray[np.bool_] | None  # [l]
     state: NDArray[np.float32]  # [S] normalised, zero-padded
     actions: NDArray[np.float32] | None  # [t, A] normalised, zero-padded
     action_mask: NDArray[np.bool_] | None  # [t, A] True where the loss counts
     key: Key | None = None
     history_mask: NDArray[np.bool_] | None = None  # [o] False where a step before the episode is padded
+    target_tokens: NDArray[np.int64] | None = None  # [m], of a policy with a token loss
+    target_mask: NDArray[np.bool_] | None = None  # [m]
+    embodiment_id: NDArray[np.int64] | None = None  # []
 
 
 class Codec:
@@ -96,7 +99,7 @@ class Codec:
         config: CodecConfig,
         embodiment: Embodiment,
         statistics: Mapping[str, Statistics],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
     ) -> None:
         """Raises CodecError or EmbodimentError where the four do not belong together."""
         self.config = config
@@ -110,6 +113,13 @@ class Codec:
         self._relative = np.flatnonzero(config.relative)
         self._prompts: dict[tuple[str, ...], tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
 
+    @property
+    def required_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises CodecError where the policy reads no instruction, so that there is none."""
+        if self.tokenizer is None:
+            raise CodecError("the codec has no tokenizer: its policy reads no instruction")
+        return self.tokenizer
+
     @classmethod
     def fit(
         cls,
@@ -117,7 +127,7 @@ class Codec:
         embodiment: Embodiment,
         states: NDArray | Iterable[NDArray],
         action_windows: NDArray | Iterable[NDArray],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
     ) -> "Codec":
         """Return a codec with the statistics of `states` [N, s] and `action_windows` [M, a].
 
@@ -201,7 +211,8 @@ class Codec:
             "statistics": {self.embodiment.name: statistics},
         }
         write_atomic(folder / "codec.json", json.dumps(content, indent=2) + "\n")
-        self.tokenizer.save(folder / "tokenizer")
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / "tokenizer")
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
@@ -230,7 +241,8 @@ class Codec:
             name: Statistics.from_json(values, f"{path}: statistics.{embodiment.name}.{name}")
             for name, values in every[embodiment.name].items()
         }
-        return cls(config, embodiment, statistics, tokenizers.load(folder / "tokenizer"))
+        words = tokenizers.load(folder / "tokenizer") if config.prompt is not None else None
+        return cls(config, embodiment, statistics, words)
 
     def _check(self) -> None:
         config, robot = self.config, self.embodiment
@@ -239,9 +251,15 @@ class Codec:
         named = [name for name in config.cameras if name]
         if len(set(named)) != len(named):
             raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
-        for name in ("image_size", "chunk", "max_tokens", "history"):
-            if getattr(config, name) < 1:
-                raise CodecError(f"codec config: {name} must be at least 1, is {getattr(config, name)}")
+        least = {"image_size": 1, "chunk": 1, "history": 1, "max_tokens": 0 if config.prompt is None else 1}
+        for name, minimum in least.items():
+            if getattr(config, name) < minimum:
+                raise CodecError(
+                    f"codec config: {name} must be at least {minimum}, is {getattr(config, name)}"
+                )
+        if (config.prompt is None) != (self.tokenizer is None):
+            has = "no tokenizer" if self.tokenizer is None else "a tokenizer"
+            raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")
         if set(self.statistics) != {"state", "action"}:
             raise CodecError(f"statistics must be those of state and action, got {sorted(self.statistics)}")
         for name, feature, room in (
@@ -267,7 +285,7 @@ class Codec:
             raise CodecError(
                 f"relative: action dimensions {beyond} have no state dimension to be relative to"
             )
-        if self._begins_with_bos() and self.tokenizer.bos is None:
+        if self.tokenizer is not None and self._begins_with_bos() and self.tokenizer.bos is None:
             raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
 
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
@@ -279,7 +297,11 @@ class Codec:
             raise CodecError(f"{name} is not finite: {values}")
         return values
 
-    def _tokens(self, instruction: str, state: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _tokens(
+        self, instruction: str, state: NDArray
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_] | None]:
+        if self.config.prompt is None or self.tokenizer is None:
+            return None, None
         if not instruction.strip():
             raise CodecError("the instruction is empty; a policy must be told what to do")
         text = prompts.pieces(self.config.prompt, instruction, state)
@@ -287,27 +309,30 @@ class Codec:
         if cached is None:
             if len(self._prompts) >= CACHED_PROMPTS:
                 self._prompts.clear()
-            cached = self._prompts[text] = self._tokenise(text)
+            cached = self._prompts[text] = self._tokenise(text, self.tokenizer)
         return cached
 
     def _begins_with_bos(self) -> bool:
-        return self.config.special_tokens == "prompt" and prompts.needs_bos(self.config.prompt)
+        prompt = self.config.prompt
+        return self.config.special_tokens == "prompt" and prompt is not None and prompts.needs_bos(prompt)
 
-    def _tokenise(self, text: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        bos = self.tokenizer.bos
+    def _tokenise(
+        self, text: tuple[str, ...], tokenizer: Tokenizer
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        bos = tokenizer.bos
         if self.config.special_tokens == "tokenizer":
-            ids = self.tokenizer.encode("".join(text), special=True)
+            ids = tokenizer.encode("".join(text), special=True)
         else:
             ids = [bos] if bos is not None and self._begins_with_bos() else []
             for piece in text:
-                ids.extend(self.tokenizer.encode(piece))
+                ids.extend(tokenizer.encode(piece))
         room = self.config.max_tokens
         if len(ids) > room:
             raise CodecError(
                 f"the prompt {''.join(text)!r} has {len(ids)} tokens, the policy takes {room}; "
                 "shorten the instruction or raise max_tokens"
             )
-        tokens = np.full(room, self.tokenizer.pad, dtype=np.int64)
+        tokens = np.full(room, tokenizer.pad, dtype=np.int64)
         tokens[: len(ids)] = ids
         mask = np.arange(room) < len(ids)
         tokens.flags.writeable = mask.flags.writeable = False  # shared by every sample with this prompt

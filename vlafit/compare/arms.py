@@ -1,7 +1,7 @@
-"""What a comparison consists of: arms (one strategy, one learning rate, one seed), and what they share.
+"""Arms of a comparison (one strategy, one learning rate, one seed) and the identity they share.
 
-All that arms share (recipe, budget, data, base checkpoint, protocol) is the comparison's identity; a folder
-holds arms of one identity alone.
+The identity is all that arms share: recipe, budget, data, base checkpoint and protocol. A folder holds arms
+of one identity only.
 """
 
 import re
@@ -19,8 +19,8 @@ from vlafit.train.preflight import check, meta_policy, plan_of
 from vlafit.tuning import load_strategy
 
 FORMAT = 1
-ENDLESS = 999_999  # steps of an arm whose budget is time
-# What differs between arms, or changes no result of an arm that has finished.
+UNLIMITED_STEPS = 999_999  # steps of an arm whose budget is time
+# Fields that differ between arms, or do not change the result of a finished arm.
 NOT_SHARED = ("name", "purpose", "strategy", "optim.lr", "train.seed", "train.threads", "train.trackers",
               "train.keep", "train.save_every", "train.log_every", "data.workers", "eval.before",
               "eval.every", "eval.every_trials", "eval.workers", "eval.videos")  # fmt: skip
@@ -28,28 +28,28 @@ NOT_SHARED = ("name", "purpose", "strategy", "optim.lr", "train.seed", "train.th
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare, and how."""
+    """Options of a comparison."""
 
     strategies: tuple[str, ...]
-    """Names of strategies that ship, or paths."""
+    """Names of shipped strategies, or paths."""
     seeds: tuple[int, ...] = (0, 1, 2)
     lr_grid: tuple[float, ...] = ()
-    """Learning rates of which every strategy takes its best. Empty: the recipe's, for all."""
+    """Learning rates from which each strategy takes its best. Empty: the recipe's, for all."""
     grid_seeds: int = 1
-    """So many of the seeds try the learning rates; the others run at the chosen one."""
+    """Number of seeds that try all learning rates; the others run only at the chosen one."""
     jobs: int = 1
     """Arms that run at once; each gets its share of the CPU cores."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy to compare: its label, what `recipe.strategy` takes, and a hash of what its file says."""
+    """A strategy to compare: its label, its name or path, and a hash of its file's content."""
 
     label: str
-    given: str
+    strategy: str
     sha256: str
     adapts: bool = False
-    """Whether one of its rules, in any stage, adds an adapter."""
+    """Whether any rule of any stage adds an adapter."""
 
 
 @dataclass(frozen=True)
@@ -62,48 +62,47 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The folder's name below arms/."""
+        """The name of its folder in arms/."""
         return f"{self.candidate.label}-lr{rate(self.lr)}-seed{self.seed}"
 
 
 def rate(lr: float) -> str:
-    """Write a learning rate in the fewest digits that tell it from every other."""
+    """Return a learning rate as text, in the fewest digits that are exact."""
     short = f"{lr:g}"
     return short if float(short) == lr else repr(float(lr))
 
 
-def candidates(given: Iterable[str]) -> tuple[Candidate, ...]:
-    """Read the strategies, and label each by its file's name.
+def candidates(names: Iterable[str]) -> tuple[Candidate, ...]:
+    """Read the strategies and label each by its file name.
 
-    Raises ConfigError for a label that occurs twice, and whatever reading them raises.
+    Raises ConfigError for two files of the same name, and the errors of reading them.
     """
-    found: dict[str, Candidate] = {}
-    for text in given:
-        strategy = load_strategy(text)
+    by_label: dict[str, Candidate] = {}
+    for name in names:
+        strategy = load_strategy(name)
         adapts = any(rule.adapter is not None for stage in strategy.stages for rule in stage.rules)
-        path = shipped.find("strategy", text)
+        path = shipped.find("strategy", name)
         label = re.sub(r"[^\w.-]", "_", path.stem)
-        if label in found:
-            raise ConfigError(f"--strategies: {label!r} is named twice; give each file a name of its own")
-        found[label] = Candidate(label, text, digest(config.load_toml(path, "strategy")), adapts)
-    if not found:
-        raise ConfigError("--strategies is empty; name at least one, or two to compare")
-    return tuple(found.values())
+        if label in by_label:
+            raise ConfigError(f"--strategies: {label!r} is named twice; give each file its own name")
+        by_label[label] = Candidate(label, name, digest(config.load_toml(path, "strategy")), adapts)
+    if not by_label:
+        raise ConfigError("--strategies is empty; name at least two to compare")
+    return tuple(by_label.values())
 
 
 def with_budget(
     recipe: Recipe, *, steps: int | None = None, samples: int | None = None, seconds: float | None = None
 ) -> Recipe:
-    """Return the recipe with its budget replaced; with none of the three it is the recipe's own steps.
+    """Return the recipe with its budget replaced; without a budget it keeps its own steps.
 
-    Samples become steps, rounded up; with seconds the steps have no end. Raises ConfigError for two budgets.
+    Samples become steps, rounded up; seconds make the steps unlimited. Raises ConfigError for two budgets.
     """
-    given = [
-        name for name, v in (("steps", steps), ("samples", samples), ("seconds", seconds)) if v is not None
-    ]
-    if len(given) > 1:
-        raise ConfigError(f"--budget-{given[0]} and --budget-{given[1]}: give one budget")
-    for name, value in (("steps", steps), ("samples", samples), ("seconds", seconds)):
+    budgets = {"steps": steps, "samples": samples, "seconds": seconds}
+    chosen = [name for name, value in budgets.items() if value is not None]
+    if len(chosen) > 1:
+        raise ConfigError(f"--budget-{chosen[0]} and --budget-{chosen[1]}: give only one budget")
+    for name, value in budgets.items():
         if value is not None and not value > 0:
             raise ConfigError(f"--budget-{name} must be above 0, is {value}")
     train = recipe.train
@@ -112,44 +111,49 @@ def with_budget(
     elif samples is not None:
         train = replace(train, steps=-(-samples // train.batch_size))
     elif seconds is not None:
-        train = replace(train, steps=ENDLESS, max_seconds=seconds)
+        train = replace(train, steps=UNLIMITED_STEPS, max_seconds=seconds)
     return replace(recipe, train=train)
 
 
 def recipe_of(arm: Arm, recipe: Recipe, *, rollouts: bool) -> Recipe:
-    """Return the arm's recipe. `rollouts` says whether it is judged at its end, as the recipe asks.
+    """Return the arm's recipe. With `rollouts` it is evaluated after training, if the recipe asks for that.
 
-    No arm is evaluated before or while it trains: before, they are all the same policy.
+    No arm is evaluated before training, because all arms start from the same policy, nor during training.
     """
     spec = recipe.eval
-    judged = rollouts and bool(spec.protocol)
+    evaluated = rollouts and bool(spec.protocol)
     return replace(
         recipe,
         name=arm.name,
-        strategy=arm.candidate.given,
+        strategy=arm.candidate.strategy,
         optim=replace(recipe.optim, lr=arm.lr),
         train=replace(recipe.train, seed=arm.seed),
         eval=replace(
             spec,
             before=False,
             every=0,
-            after=judged and spec.after,
-            wrong_instruction=judged and spec.wrong_instruction,
+            after=evaluated and spec.after,
+            wrong_instruction=evaluated and spec.wrong_instruction,
         ),
     )
 
 
 def asks_for_rollouts(recipe: Recipe) -> bool:
-    """Whether an arm that is trained is to be rolled out, too."""
+    """Return whether arms are evaluated in closed loop after training."""
     return bool(recipe.eval.protocol) and (recipe.eval.after or recipe.eval.wrong_instruction)
 
 
 def require_possible(
-    recipe: Recipe, found: Sequence[Candidate], learning_rates: Sequence[float], data: Data, *, play: bool
+    recipe: Recipe,
+    strategies: Sequence[Candidate],
+    learning_rates: Sequence[float],
+    data: Data,
+    *,
+    play: bool,
 ) -> None:
-    """Raise ConfigError, naming all faults, where an arm could not train, or (with `play`) not be judged.
+    """Raise ConfigError, naming all faults, if an arm could not train or (with `play`) be evaluated.
 
-    Every strategy is resolved against the policy on the meta device: no weight is read.
+    Every strategy is resolved against the policy on the meta device: no weights are read.
     """
     faults = []
     for lr in learning_rates:
@@ -162,22 +166,22 @@ def require_possible(
     except VlafitError as error:
         faults.append(str(error))
     else:
-        for one in found:
+        for candidate in strategies:
             try:
-                plan_of(recipe, load_strategy(one.given), policy, held_out=any(data.validation))
+                plan_of(recipe, load_strategy(candidate.strategy), policy, held_out=any(data.validation))
             except VlafitError as error:
-                faults.append(f"--strategies {one.label}: {error}")
+                faults.append(f"--strategies {candidate.label}: {error}")
     if play and asks_for_rollouts(recipe):
         try:
-            _try_protocol(recipe, data)
+            _check_protocol(recipe, data)
         except VlafitError as error:
             faults.append(str(error))
     if faults:
         listed = "\n".join(f"- {fault}".replace("\n", "\n  ") for fault in dict.fromkeys(faults))
-        raise ConfigError(f"nothing was begun, for this cannot be:\n{listed}")
+        raise ConfigError(f"comparison not started; fix:\n{listed}")
 
 
-def _try_protocol(recipe: Recipe, data: Data) -> None:
+def _check_protocol(recipe: Recipe, data: Data) -> None:
     base = recipe.policy.checkpoint
     past = checkpoints.read_lineage(checkpoints.place(base).path) if base else checkpoints.Lineage()
     rollout.preflight(
@@ -194,8 +198,8 @@ def _try_protocol(recipe: Recipe, data: Data) -> None:
 def identity(recipe: Recipe, seeds: Sequence[int], data: Data) -> dict[str, Any]:
     """Return everything that arms share and that decides their results, as plain values.
 
-    `data` is the recipe's, split by the first seed. Opens the validation sets, so that a card that leads
-    nowhere is found now.
+    `data` is the recipe's, split by the first seed. The validation sets are opened, so that a card without
+    its dataset fails now.
     """
     sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     base = recipe.policy.checkpoint

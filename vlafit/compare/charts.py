@@ -1,4 +1,4 @@
-"""The plots of a comparison: loss against steps, samples and time; success against memory. Inline SVG."""
+"""Draw a comparison's plots as inline SVG: loss against steps, samples and time; success against memory."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +15,7 @@ LABELS: dict[Axis, str] = {
     "samples": "training samples",
     "time": "training time, minutes",
 }
-# One colour a strategy, on light and on dark paper; beyond the last they begin again, dashed.
+# One colour per strategy, for light and dark pages; after the last colour they repeat with dashed lines.
 COLOURS = (
     ("#0b7285", "#4fb3c6"), ("#b35900", "#e89a4a"), ("#6741d9", "#a58bff"), ("#2b8a3e", "#69c07a"),
     ("#c2255c", "#f783ac"), ("#1864ab", "#74b0f0"), ("#846a00", "#d4b73a"), ("#862e9c", "#d08ae0"),
@@ -28,8 +28,8 @@ VARIABLES = {**plots.VARIABLES, **MARKERS}
 
 def style() -> str:
     """Return the CSS that gives each strategy its colour."""
-    light = " ".join(f"--s{i}: {one[0]};" for i, one in enumerate(COLOURS))
-    dark = " ".join(f"--s{i}: {one[1]};" for i, one in enumerate(COLOURS))
+    light = " ".join(f"--s{i}: {colour};" for i, (colour, _) in enumerate(COLOURS))
+    dark = " ".join(f"--s{i}: {colour};" for i, (_, colour) in enumerate(COLOURS))
     chips = "\n".join(f".tone-s{i} {{ --tone: var(--s{i}); }}" for i in range(len(COLOURS)))
     return (
         f"\n:root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{chips}\n"
@@ -46,14 +46,14 @@ def tone(index: int) -> str:
 
 
 def losses(standings: Sequence[Standing], name: str, axis: Axis) -> str:
-    """Return the validation loss on a set against steps, samples or minutes: a line for each seed."""
+    """Plot the validation loss on a set against steps, samples or minutes, one line per seed."""
     figure, axes = plots.frame(LABELS[axis])
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis != "time"))
     lowest: float | None = None
-    for index, one in enumerate(standings):
+    for index, standing in enumerate(standings):
         colour, dashes = list(MARKERS)[index % len(COLOURS)], ("-", "--")[index // len(COLOURS) % 2]
-        for found in one.figures:
-            points = found.validation.get(name, ())
+        for figures in standing.figures:
+            points = figures.validation.get(name, ())
             x = [{"step": p.step, "samples": p.samples, "time": p.seconds / 60}[axis] for p in points]
             y = [p.loss for p in points]
             lowest = min([*y, *([] if lowest is None else [lowest])]) if y else lowest
@@ -63,21 +63,21 @@ def losses(standings: Sequence[Standing], name: str, axis: Axis) -> str:
     if lowest > 0:
         plots.log_scale(axes)
     axes.yaxis.set_major_formatter(FuncFormatter(plots.tick))
-    return plots.svg(figure, f"loss-{_identity(name)}-{axis}", VARIABLES)
+    return plots.svg(figure, f"loss-{plots.html_id(name)}-{axis}", VARIABLES)
 
 
 def success_against_memory(standings: Sequence[Standing]) -> str:
-    """Return success with its 95 % interval against peak memory, one point a strategy; empty without both."""
+    """Plot success with its 95 % interval against peak memory, one point per strategy; "" without both."""
     drawn = [
-        (i, one, one.peak, pooled.rate)
-        for i, one in enumerate(standings)
-        if one.peak is not None and (pooled := one.pooled()) is not None and pooled.rate is not None
+        (i, standing, standing.peak, pooled.rate)
+        for i, standing in enumerate(standings)
+        if standing.peak is not None and (pooled := standing.pooled()) is not None and pooled.rate is not None
     ]
     if not drawn:
         return ""
     figure, axes = plots.frame("peak memory, MB")
-    for index, one, peak, rate in drawn:
-        low, high = one.interval
+    for index, standing, peak, rate in drawn:
+        low, high = standing.interval
         spread = [[100 * max(0.0, rate - low)], [100 * max(0.0, high - rate)]]
         colour = list(MARKERS)[index % len(COLOURS)]
         axes.errorbar(
@@ -86,11 +86,11 @@ def success_against_memory(standings: Sequence[Standing]) -> str:
     axes.set_ylim(-3, 103)
     axes.margins(x=0.18)
     high_up = sum(rate for *_, rate in drawn) > len(drawn) / 2
-    tones = {one.strategy: list(MARKERS)[index % len(COLOURS)] for index, one, *_ in drawn}
-    for row, (_, one, peak, _) in enumerate(sorted(drawn, key=lambda point: point[2])):
-        # Points lie close together where strategies are alike: names stand apart, in the emptier half.
+    for row, (index, standing, peak, _) in enumerate(sorted(drawn, key=lambda point: point[2])):
+        # Points of similar strategies overlap, so labels are placed apart, in the emptier half of the chart.
         height = LABEL_ROWS[row % len(LABEL_ROWS)]
-        _label(axes, one.strategy, peak / 1e6, height if high_up else 100 - height, tones[one.strategy])
+        height = height if high_up else 100 - height
+        _label(axes, standing.strategy, peak / 1e6, height, list(MARKERS)[index % len(COLOURS)])
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
     axes.xaxis.set_major_formatter(FuncFormatter(plots.tick))
     axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
@@ -98,9 +98,5 @@ def success_against_memory(standings: Sequence[Standing]) -> str:
 
 
 def _label(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
-    """Write a strategy's name at a height, in percent, above or below its point."""
+    """Write a strategy's name at a height in percent, above or below its point."""
     axes.annotate(text, (x, y), ha="center", va="center", fontsize=8, color=colour)
-
-
-def _identity(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

@@ -1,4 +1,4 @@
-"""What makes two comparisons, or two sweeps, the same: plain values, their hash, and how they differ."""
+"""Identify a comparison or sweep by plain values: their hash, and their differences to a folder's."""
 
 import hashlib
 import json
@@ -11,42 +11,42 @@ from vlafit.errors import ConfigError, VlafitError
 
 
 def flat(values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's fields by their dotted names as JSON has them, those that are named left out."""
+    """Return a recipe's fields as JSON values by dotted name, except those in `without`."""
     return dict(_flat(values, without))
 
 
-def _flat(values: Mapping[str, Any], without: Sequence[str], at: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], without: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        dotted = f"{at}{name}"
+        dotted = f"{prefix}{name}"
         if dotted in without:
             continue
-        if isinstance(value, Mapping) and not at:
+        if isinstance(value, Mapping) and not prefix:
             yield from _flat(value, without, f"{dotted}.")
         else:
             yield dotted, json.loads(json.dumps(value))
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Return the hash that names an identity."""
+    """Return the SHA-256 of an identity."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def require_same(folder: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming what differs, unless `folder` holds the comparison (or sweep) asked for."""
+    """Raise ConfigError, naming the differences, unless `folder` holds the requested comparison or sweep."""
     if digest(before) == digest(now):
         return
     changed = [*_differences(before, now), *_differences(before.get("recipe", {}), now.get("recipe", {}))]
     raise ConfigError(
-        f"{folder} holds another {what} (its hash is {digest(before)[:12]}, this one's "
-        f"{digest(now)[:12]}): {'; '.join(changed)}. Go on with what it began with, or choose another --out"
+        f"{folder} holds another {what} (hash {digest(before)[:12]}, requested "
+        f"{digest(now)[:12]}): {'; '.join(changed)}. Use the values it started with, or choose another --out"
     )
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if one != other and key != "recipe":
-            yield f"{key} was {_short(one)}, is {_short(other)}"
+        old, new = before.get(key), now.get(key)
+        if old != new and key != "recipe":
+            yield f"{key} was {_short(old)}, is {_short(new)}"
 
 
 def _short(value: object) -> str:
@@ -56,10 +56,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def settle(path: Path, what: str, now: Mapping[str, Any]) -> None:
-    """Write what a folder is for into `path`, or require that it says the same already.
+def write_or_require_same(path: Path, what: str, now: Mapping[str, Any]) -> None:
+    """Write the identity `now` to the new file `path`, or require that an existing one is the same.
 
-    Raises ConfigError where it is for something else, or holds other files.
+    Raises ConfigError if the folder has another identity or holds other files.
     """
     folder = path.parent
     if path.is_file():
@@ -72,5 +72,5 @@ def settle(path: Path, what: str, now: Mapping[str, Any]) -> None:
         require_same(folder, what, before, now)
         return
     if folder.is_dir() and not files.is_empty(folder):
-        raise ConfigError(f"{folder} is not empty and holds no {what}; choose another folder with --out")
+        raise ConfigError(f"{folder} is not empty and is not a {what}; choose another folder with --out")
     files.write_atomic(path, json.dumps(now, indent=2) + "\n")

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from vlafit.compare.pool import Pooled, dispersion, interval, pool
-from vlafit.compare.record import AFTER, WRONG, Figures, Record
+from vlafit.compare.arm_record import AFTER, WRONG, ArmRecord, Figures
+from vlafit.compare.pooled_score import Pooled, dispersion, interval, pool
 from vlafit.score import Z_95, Score
 
 SAME_COST = 1.05  # peaks of memory within 5 % count as equal; our choice, not a measurement
@@ -32,7 +32,7 @@ class Choice:
     """"lowest" or "highest" where the best is that of the grid: a better one may lie beyond."""
 
 
-def choose_lr(tried: Mapping[float, Sequence[Record]]) -> Choice | None:
+def choose_lr(tried: Mapping[float, Sequence[ArmRecord]]) -> Choice | None:
     """Return the learning rate of the lowest last validation loss; None where every one broke.
 
     The last loss and not the lowest: the last checkpoint is what is rolled out.
@@ -61,7 +61,7 @@ class Standing:
     strategy: str
     lr: float | None
     """None: every learning rate that was tried broke, or the trying was stopped."""
-    records: tuple[Record, ...]
+    records: tuple[ArmRecord, ...]
     choice: Choice | None = None
     adapts: bool = False
     """Whether the strategy has adapters, so that merging them has an error."""
@@ -319,7 +319,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [order.index(v) + (order.count(v) + 1) / 2 for v in values]
 
 
-def loss_and_success(records: Sequence[Record]) -> list[tuple[float, float]]:
+def loss_and_success(records: Sequence[ArmRecord]) -> list[tuple[float, float]]:
     """Return (last validation loss, success rate) of every arm that has both."""
     found = []
     for record in records:

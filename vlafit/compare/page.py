@@ -1,30 +1,15 @@
-"""The page of a comparison: one self-contained HTML text. It shows what `summary` says, judging nothing."""
+"""Write the page of a comparison as one self-contained HTML text, from the values of `summary`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from vlafit.compare import charts, summary
+from vlafit.compare.arm_record import HELD_OUT
 from vlafit.compare.arms import rate
+from vlafit.compare.comparison import Comparison
 from vlafit.compare.judge import AFTER, WRONG, Standing
-from vlafit.compare.record import HELD_OUT
-from vlafit.compare.run import Comparison
-from vlafit.report.markup import (
-    Content,
-    Raw,
-    bar,
-    count,
-    duration,
-    errors,
-    figure,
-    folded,
-    join,
-    muted,
-    percent,
-    section,
-    table,
-    tag,
-)
-from vlafit.report.page import document, notices
+from vlafit.report import markup
+from vlafit.report.markup import Content, Raw, count, duration, join, muted, section, table, tag
 from vlafit.score import Score
 
 FOOTER = (
@@ -39,28 +24,28 @@ TITLES = {AFTER: "success", WRONG: "success with the wrong instruction"}
 
 def page(comparison: Comparison) -> str:
     """Return the whole page."""
-    facts = summary.to_json(comparison)
-    strategies = facts["strategies"]
+    content = summary.to_json(comparison)
+    strategies = content["strategies"]
     body = join(
         [
-            _header(comparison, facts),
-            _verdict(comparison, facts),
-            notices("Before you believe these numbers", tuple(facts["caveats"])),
-            notices("Missing from this page", tuple(facts["missing"])),
+            _header(comparison, content),
+            _verdict(comparison, content),
+            markup.notices(markup.CAVEATS, tuple(content["caveats"])),
+            markup.notices(markup.MISSING, tuple(content["missing"])),
             _overview(comparison.standings, strategies),
             _success(comparison.standings),
             _curves(comparison.standings),
             _validation(strategies),
             _memory(strategies),
             _rates(comparison, strategies),
-            _commands(comparison, facts),
+            _commands(comparison, content),
             tag("footer", FOOTER),
         ]
     )
-    return document(f"{comparison.recipe.name}: strategies compared", body, charts.style())
+    return markup.document(f"{comparison.recipe.name}: strategies compared", body, charts.style())
 
 
-def _header(comparison: Comparison, facts: dict[str, Any]) -> Raw:
+def _header(comparison: Comparison, content: dict[str, Any]) -> Raw:
     recipe, options = comparison.recipe, comparison.options
     train = recipe.train
     budget = f"{duration(train.max_seconds)} of training" if train.max_seconds else f"{train.steps} steps"
@@ -69,38 +54,26 @@ def _header(comparison: Comparison, facts: dict[str, Any]) -> Raw:
         ("seeds", " ".join(map(str, options.seeds))),
         ("budget of each arm", f"{budget}, batches of {train.batch_size}"),
         ("learning rates", " ".join(map(rate, options.lr_grid)) or f"{rate(recipe.optim.lr)} for all"),
-        ("arms that finished", str(len(comparison.records) - len(comparison.broken))),
-        *([("arms that broke", str(len(comparison.broken)))] if comparison.broken else []),
+        ("arms finished", str(len(comparison.records) - len(comparison.broken))),
+        *([("arms failed", str(len(comparison.broken)))] if comparison.broken else []),
         ("protocol", recipe.eval.protocol or "none"),
-        ("hash", facts["identity"]["sha256"][:12]),
+        ("hash", content["identity"]["sha256"][:12]),
     ]
-    return tag(
-        "header",
-        tag("p", "vlafit compare", class_="kind"),
-        tag("h1", recipe.name),
-        tag("p", recipe.purpose, class_="purpose") if recipe.purpose else "",
-        tag("dl", *(tag("div", tag("dt", what), tag("dd", value)) for what, value in items), class_="facts"),
-    )
+    return markup.header("vlafit compare", recipe.name, recipe.purpose, items)
 
 
-def _verdict(comparison: Comparison, facts: dict[str, Any]) -> Raw:
-    verdict = facts["verdict"]
+def _verdict(comparison: Comparison, content: dict[str, Any]) -> Raw:
+    verdict = content["verdict"]
     parts: list[Content] = [tag("p", tag("b", verdict["sentence"]))]
     if verdict["recommended"]:
         parts.append(tag("p", "Recommended: ", tag("b", verdict["recommended"]), ": ", verdict["reason"]))
-    parts += [tag("p", note, class_="muted") for note in (*verdict["notes"], *facts["notes"])]
-    rows = []
-    for index, one in enumerate(comparison.standings):
-        score = one.pooled()
-        if score is not None:
-            low, high = one.interval
-            ends = muted(f"95 %: {100 * low:.0f} to {100 * high:.0f} %{errors(score)}")
-            counts = f"{score.successes} of {score.episodes} "
-            rows += [
-                tag("span", one.strategy),
-                bar(score, charts.tone(index)),
-                tag("span", counts, ends, class_="nowrap"),
-            ]
+    parts += [tag("p", note, class_="muted") for note in (*verdict["notes"], *content["notes"])]
+    rows = [
+        cell
+        for index, standing in enumerate(comparison.standings)
+        if (score := standing.pooled()) is not None
+        for cell in markup.rate_row(standing.strategy, score, charts.tone(index))
+    ]
     return tag("section", *parts, tag("div", *rows, class_="rates") if rows else "", class_="card")
 
 
@@ -108,97 +81,91 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
     heads = ("strategy", "learning rate", "trained", "of", "checkpoint", "peak memory", "samples/s",
              "training", "to best", "last loss", "action error", "forgetting", "merge error")  # fmt: skip
     rows = []
-    for standing, one in zip(standings, strategies, strict=True):
-        held_out = one["validation"].get(HELD_OUT, {})
-        forgot = "; ".join(f"{name} {_signed(value)}" for name, value in one["forgetting"].items())
+    for standing, values in zip(standings, strategies, strict=True):
+        held_out = values["validation"].get(HELD_OUT, {})
+        forgetting = "; ".join(f"{name} {_signed(value)}" for name, value in values["forgetting"].items())
+        state = [] if values["seeds_finished"] else [Raw("<br>"), muted(_state(values))]
         rows.append(
             (
-                join(
-                    [
-                        standing.strategy,
-                        *([Raw("<br>"), muted(_state(one))] if not one["seeds_finished"] else []),
-                    ]
-                ),
-                _known(one["lr"], rate),
-                _known(one["trainable"], count),
-                _known(one["parameters"], count),
-                _known(one["checkpoint_mb"], _mb),
-                _known(one["memory"], lambda m: _mb(m["peak_mb"])),
-                _known(one["samples_per_s"], _three),
-                _known(one["train_seconds"], duration),
-                _known(one["seconds_to_best"], duration),
-                _known(held_out.get("last"), _three),
-                _known(held_out.get("last_action_error"), _three),
-                forgot,
-                _known(one["merge_error"], lambda e: f"{e:.1e}"),
+                join([standing.strategy, *state]),
+                _or_dash(values["lr"], rate),
+                _or_dash(values["trainable"], count),
+                _or_dash(values["parameters"], count),
+                _or_dash(values["checkpoint_mb"], _mb),
+                _or_dash(values["memory"], lambda m: _mb(m["peak_mb"])),
+                _or_dash(values["samples_per_s"], _three_digits),
+                _or_dash(values["train_seconds"], duration),
+                _or_dash(values["seconds_to_best"], duration),
+                _or_dash(held_out.get("last"), _three_digits),
+                _or_dash(held_out.get("last_action_error"), _three_digits),
+                forgetting,
+                _or_dash(values["merge_error"], lambda e: f"{e:.1e}"),
             )
         )
-    said = (
-        "Means over seeds; memory is the highest. Forgetting is the rise of the loss on a named validation "
-        "set from step 0 to the end."
+    legend = (
+        "Means over seeds; memory is the maximum. Forgetting is the increase of the loss on a named "
+        "validation set from step 0 to the end."
     )
     return section(
-        "At a glance", table(heads, rows, ("", *("number" for _ in heads[1:]))), tag("p", muted(said))
+        "At a glance", table(heads, rows, ("", *("number" for _ in heads[1:]))), tag("p", muted(legend))
     )
 
 
 def _state(strategy: dict[str, Any]) -> str:
-    why = strategy["did_not_finish"]
-    return f"did not finish: {why}" if why else "unfinished"
+    reason = strategy["did_not_finish"]
+    return f"did not finish: {reason}" if reason else "unfinished"
 
 
 def _success(standings: Sequence[Standing]) -> Raw:
     parts: list[Content] = []
     for name, title in TITLES.items():
-        shown = [(i, one) for i, one in enumerate(standings) if one.pooled(name) is not None]
+        shown = [(i, standing) for i, standing in enumerate(standings) if standing.pooled(name) is not None]
         if not shown:
             continue
-        tasks = dict.fromkeys(task for _, one in shown for task in one.tasks(name))
-        seeds = sorted({seed for _, one in shown for seed in one.scores(name)})
+        tasks = dict.fromkeys(task for _, standing in shown for task in standing.tasks(name))
+        seeds = sorted({seed for _, standing in shown for seed in standing.scores(name)})
         heads = ["strategy", *tasks, "all tasks", *(f"seed {seed}" for seed in seeds)]
         rows = []
-        for index, one in shown:
-            cells = [one.tasks(name).get(task) for task in tasks]
-            by_seed = [one.scores(name).get(seed) for seed in seeds]
-            tinted = charts.tone(index)
-            rows.append([one.strategy, *(_cell(c, tinted) for c in [*cells, one.pooled(name), *by_seed])])
+        for index, standing in shown:
+            by_task = [standing.tasks(name).get(task) for task in tasks]
+            by_seed = [standing.scores(name).get(seed) for seed in seeds]
+            scores: list[Score | None] = [*by_task, standing.pooled(name), *by_seed]
+            cells = [markup.rate_cell(score, charts.tone(index)) for score in scores]
+            rows.append([standing.strategy, *cells])
         parts += [tag("h3", title.capitalize()), table(heads, rows, ("", *("rate" for _ in heads[1:])))]
         if name == WRONG:
-            said = "Each task once more, told its partner's sentence: a policy that listens fails here."
-            parts.append(tag("p", muted(said)))
+            legend = "Each task with its partner's instruction: a policy that follows it fails here."
+            parts.append(tag("p", muted(legend)))
     svg = charts.success_against_memory(standings)
     if svg:
-        chart = figure("Success against memory", "95 % intervals; up and left is better", svg)
+        chart = markup.figure("Success against memory", "95 % intervals; up and left is better", svg)
         parts.append(tag("div", chart, class_="charts"))
     return section("Success", *parts) if parts else Raw("")
 
 
-def _cell(score: Score | None, tinted: str) -> Raw:
-    if score is None:
-        return Raw("")
-    counts = muted(f"{score.successes}/{score.episodes}{errors(score)}")
-    return join([percent(score), " ", counts, bar(score, tinted)])
-
-
 def _curves(standings: Sequence[Standing]) -> Raw:
-    sets = dict.fromkeys(name for one in standings for f in one.figures for name in f.validation)
+    sets = dict.fromkeys(name for standing in standings for f in standing.figures for name in f.validation)
     drawn = []
     for name in sets:
         for axis in KINDS:
             svg = charts.losses(standings, name, axis)
             if svg:
-                drawn.append(figure(f"Validation loss, {name}", f"against {charts.LABELS[axis]}", svg))
+                chart = markup.figure(f"Validation loss, {name}", f"against {charts.LABELS[axis]}", svg)
+                drawn.append(chart)
     if not drawn:
         return Raw("")
-    legend = [tag("span", one.strategy, class_=f"tone-{charts.tone(i)}") for i, one in enumerate(standings)]
-    said = (
-        "One line a seed, at the chosen learning rate. Samples, noise and time are the same at every step "
-        "and in all arms."
+    colours = [
+        tag("span", standing.strategy, class_=f"tone-{charts.tone(i)}")
+        for i, standing in enumerate(standings)
+    ]
+    legend = (
+        "One line per seed, at the chosen learning rate. Validation samples, noise and flow times are the "
+        "same at every step and in all arms."
     )
     return section(
         "Loss",
-        tag("p", muted(said)),
-        tag("div", *legend, class_="legend"),
+        tag("p", muted(legend)),
+        tag("div", *colours, class_="legend"),
         tag("div", *drawn, class_="charts"),
     )
 
@@ -207,81 +174,84 @@ def _validation(strategies: Sequence[dict[str, Any]]) -> Raw:
     heads = ("strategy", "set", "seed", "at step 0", "best", "at step", "after", "last", "action error")
     rows = [
         (
-            one["strategy"], name, seed, _three(v["first"]), _three(v["best"]), v["best_step"],
-            duration(v["best_seconds"]), _three(v["last"]), _known(v["last_action_error"], _three),
+            strategy["strategy"], name, seed, _three_digits(v["first"]), _three_digits(v["best"]),
+            v["best_step"], duration(v["best_seconds"]), _three_digits(v["last"]),
+            _or_dash(v["last_action_error"], _three_digits),
         )
-        for one in strategies
-        for name, of in one["validation"].items()
-        for seed, v in of["seeds"].items()
+        for strategy in strategies
+        for name, validation in strategy["validation"].items()
+        for seed, v in validation["seeds"].items()
     ]  # fmt: skip
     shown = table(heads, rows, ("", "", *("number" for _ in heads[2:])))
-    return section("Validation", folded("Every seed and set", shown)) if rows else Raw("")
+    return section("Validation", markup.folded("Every seed and set", shown)) if rows else Raw("")
 
 
 def _memory(strategies: Sequence[dict[str, Any]]) -> Raw:
-    found = [one for one in strategies if one["memory"]]
-    if not found:
+    measured = [strategy for strategy in strategies if strategy["memory"]]
+    if not measured:
         return Raw("")
-    names = list(dict.fromkeys(name for one in found for name in one["memory"]["parts_mb"]))
-    on_gpu = any(one["memory"]["allocated_mb"] for one in found)
+    names = list(dict.fromkeys(name for strategy in measured for name in strategy["memory"]["parts_mb"]))
+    on_gpu = any(strategy["memory"]["allocated_mb"] for strategy in measured)
     heads = ["strategy", "peak", *names, *(["reserved", "process"] if on_gpu else [])]
     rows = []
-    for one in found:
-        memory = one["memory"]
-        more = [_mb(memory["reserved_mb"]), _mb(memory["rss_mb"])] if on_gpu else []
+    for strategy in measured:
+        memory = strategy["memory"]
+        gpu_only = [_mb(memory["reserved_mb"]), _mb(memory["rss_mb"])] if on_gpu else []
         parts = [_mb(memory["parts_mb"].get(name, 0.0)) for name in names]
-        rows.append([one["strategy"], _mb(memory["peak_mb"]), *parts, *more])
-    said = (
-        "Of the training process while it trains. Program: what was resident before the policy was made (0 "
-        "on a GPU, where the peak is the allocator's). Rest: activations, and what the parts do not explain."
+        rows.append([strategy["strategy"], _mb(memory["peak_mb"]), *parts, *gpu_only])
+    legend = (
+        "Memory of the training process during training. Program: resident before the policy was created (0 "
+        "on a GPU, where the peak is the allocator's). Rest: activations and other memory."
     )
     shown = table(heads, rows, ("", *("number" for _ in heads[1:])))
-    return section("Memory", shown, tag("p", muted(said)))
+    return section("Memory", shown, tag("p", muted(legend)))
 
 
 def _rates(comparison: Comparison, strategies: Sequence[dict[str, Any]]) -> Raw:
     rows = [
         (
-            one["strategy"],
+            strategy["strategy"],
             rate(tried["lr"]),
-            "broke" if tried["last_loss"] is None else _three(tried["last_loss"]),
-            "taken" + (f", the {one['lr_at_edge']} of the grid" if one["lr_at_edge"] else "")
-            if tried["lr"] == one["lr"]
+            "failed" if tried["last_loss"] is None else _three_digits(tried["last_loss"]),
+            "chosen" + (f", the {strategy['lr_at_edge']} of the grid" if strategy["lr_at_edge"] else "")
+            if tried["lr"] == strategy["lr"]
             else "",
         )
-        for one in strategies
-        for tried in one["lr_tried"]
+        for strategy in strategies
+        for tried in strategy["lr_tried"]
     ]
     if not rows:
         return Raw("")
     n = comparison.options.grid_seeds
-    said = f"Last validation loss over {n} seed{'s' if n > 1 else ''}; the lowest is taken for all seeds."
+    legend = f"Last validation loss over {n} seed{'s' if n > 1 else ''}; the lowest is chosen for all seeds."
     shown = table(("strategy", "learning rate", "loss", ""), rows, ("", "number", "number", ""))
-    return section("Learning rates tried", tag("p", muted(said)), shown)
+    return section("Learning rates tried", tag("p", muted(legend)), shown)
 
 
-def _commands(comparison: Comparison, facts: dict[str, Any]) -> Raw:
-    broken = [
-        folded(f"{record.name} broke", tag("pre", record.error))
+def _commands(comparison: Comparison, content: dict[str, Any]) -> Raw:
+    failed = [
+        markup.folded(f"{record.name} failed", tag("pre", record.error))
         for record in comparison.records
         if record.error
     ]
-    hashes = [(one.strategy, one.records[0].strategy_sha256) for one in comparison.standings if one.records]
-    pinned = [(k, str(v)) for k, v in facts["identity"].items() if k in ("data", "base", "protocol") and v]
+    hashes = [
+        (f"strategy {s.strategy}", s.records[0].strategy_sha256) for s in comparison.standings if s.records
+    ]
+    pinned = [(k, str(v)) for k, v in content["identity"].items() if k in ("data", "base", "protocol") and v]
     return section(
         "Commands and provenance",
         tag("pre", comparison.command) if comparison.command else "",
-        *broken,
+        *failed,
         tag("h3", "SHA-256"),
-        table([], [*pinned, *((f"strategy {name}", value) for name, value in hashes)], ("", "hash")),
+        table([], [*pinned, *hashes], ("", "hash")),
     )
 
 
-def _known(value: Any, write: Any) -> str:
+def _or_dash(value: Any, write: Any) -> str:
     return "–" if value is None else write(value)
 
 
-def _three(value: float) -> str:
+def _three_digits(value: float) -> str:
     return f"{value:.3g}"
 
 

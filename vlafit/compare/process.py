@@ -1,6 +1,6 @@
-"""Training runs as processes of their own: peak memory is theirs alone, and a crash of one ends no other.
+"""Run training as child processes, so that each has its own peak memory and a crash affects only one.
 
-A run that is killed or told to stop can be gone on with.
+A run that is killed or asked to stop can be resumed.
 """
 
 import os
@@ -14,45 +14,46 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-LAST_WORDS = 12  # lines of a log that are kept of a run that broke,
-LONGEST_WORDS = 100  # and of a message or traceback at its end
+LAST_LINES = 12  # lines of the log kept of a failed run
+MAX_LINES = 100  # lines kept if the log ends with an error message or traceback
 
-LONGEST_REASON = 400  # characters
-WORDS = "; its last words:\n"
+MAX_REASON = 400  # characters
+OUTPUT = "; last output:\n"
+OLD_OUTPUT = "; its last words:\n"  # in records written before 2026-11-26
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: status 0, or its last words."""
+    """How a process ended: its status, and its last output unless the status is 0."""
 
     status: int
-    words: str = ""
+    output: str = ""
 
     @property
     def error(self) -> str:
-        """What to say of one that broke."""
+        """The error to record for a failed process."""
         if self.status < 0:
             name = signal.Signals(-self.status).name
-            hint = " (the system does that when memory is short)" if name == "SIGKILL" else ""
-            return f"ended by {name}{hint}{WORDS}{self.words}"
-        return f"exit status {self.status}{WORDS}{self.words}"
+            hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+            return f"ended by {name}{hint}{OUTPUT}{self.output}"
+        return f"exit status {self.status}{OUTPUT}{self.output}"
 
 
 def reason(error: str) -> str:
-    """Return what `Ended.error` says in one line: our message, the exception, or the signal."""
-    head, _, words = error.partition(WORDS)
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    """Return `Ended.error` in one line: vlafit's message, the exception, or the signal."""
+    head, _, output = error.replace(OLD_OUTPUT, OUTPUT).partition(OUTPUT)
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     if head.startswith("ended by ") or not lines:
         return head.strip()
-    said = " ".join(lines).removeprefix("vlafit: ") if lines[0].startswith("vlafit: ") else lines[-1]
-    return said if len(said) <= LONGEST_REASON else f"{said[: LONGEST_REASON - 3]}..."
+    line = " ".join(lines).removeprefix("vlafit: ") if lines[0].startswith("vlafit: ") else lines[-1]
+    return line if len(line) <= MAX_REASON else f"{line[: MAX_REASON - 3]}..."
 
 
 class Processes:
-    """Processes that run at once, each on its share of the machine; `stop` asks all to save and end."""
+    """Up to `jobs` processes at once, each with a share of the machine; `stop` asks all to save and exit."""
 
     def __init__(self, jobs: int, keep_open: Sequence[int] = ()) -> None:
-        """`keep_open` are file descriptors that the processes inherit: locks that must outlive this one."""
+        """`keep_open`: file descriptors that children inherit, for locks that must outlive this process."""
         self.jobs, self.keep_open = jobs, tuple(keep_open)
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -62,7 +63,7 @@ class Processes:
             self._slots.put(slot)
 
     def run(self, command: Sequence[str], log: Path) -> Ended:
-        """Run `command`, its output appended to `log`; called from a thread for each process."""
+        """Run `command`, appending its output to `log`; call it from one thread per process."""
         slot = self._slots.get()
         try:
             return self._run(command, log, slot)
@@ -72,74 +73,74 @@ class Processes:
     def _run(self, command: Sequence[str], log: Path, slot: int) -> Ended:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as out:
-            began = out.tell()
+            start = out.tell()
             with self._guard:
                 if self.stopped:
-                    return Ended(130, "not begun")
+                    return Ended(130, "not started")
                 process = subprocess.Popen(
                     command,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env=self._surroundings(slot),
+                    env=self._environment(slot),
                     pass_fds=self.keep_open,
-                    start_new_session=True,  # Ctrl-C is for this process, which passes it on
+                    start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
                 )
                 self._running.add(process)
             status = process.wait()
             with self._guard:
                 self._running.discard(process)
-        return Ended(status, "" if status == 0 else _last_words(log, began))
+        return Ended(status, "" if status == 0 else _last_output(log, start))
 
     def stop(self) -> None:
-        """Start nothing more, and ask what runs to save and end."""
+        """Start no more processes, and ask the running ones to save and exit."""
         self.stopped = True
         for process in list(self._running):
             process.send_signal(signal.SIGTERM)
 
-    def _surroundings(self, slot: int) -> Mapping[str, str]:
+    def _environment(self, slot: int) -> Mapping[str, str]:
         cores = max(1, cpu_cores() // self.jobs)
-        found = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+        variables = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
         devices = _devices() if self.jobs > 1 else []
         if len(devices) > 1:
-            found["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-        return found
+            variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        return variables
 
 
 def cpu_cores() -> int:
-    """Return the CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices() -> list[str]:
-    """Return the GPUs as CUDA_VISIBLE_DEVICES would name each."""
+    """Return the GPUs as names for CUDA_VISIBLE_DEVICES."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def vlafit(*words: str) -> list[str]:
-    """Return the command line of a verb in a process of its own."""
+    """Return the command line that runs a vlafit verb in a child process."""
     return [sys.executable, "-m", "vlafit", *words]
 
 
-def _last_words(log: Path, began: int) -> str:
-    """Return our own message whole, or a traceback, if it ended with one; else the last lines."""
+def _last_output(log: Path, start: int) -> str:
+    """Return vlafit's error message or the traceback at the end of a log; without either, the last lines."""
     with open(log, "rb") as file:
-        file.seek(began)
+        file.seek(start)
         lines = file.read().decode(errors="replace").strip().splitlines()
-    for word in ("vlafit: ", "Traceback (most recent call last)"):
-        begins = [i for i, line in enumerate(lines) if line.startswith(word)]
-        if begins:
-            return "\n".join(lines[begins[-1] :][:LONGEST_WORDS])
-    return "\n".join(lines[-LAST_WORDS:])
+    for prefix in ("vlafit: ", "Traceback (most recent call last)"):
+        matches = [i for i, line in enumerate(lines) if line.startswith(prefix)]
+        if matches:
+            return "\n".join(lines[matches[-1] :][:MAX_LINES])
+    return "\n".join(lines[-LAST_LINES:])
 
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """Within this block SIGINT and SIGTERM call `stop` instead of ending this process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+    """Within this block SIGINT and SIGTERM call `stop` instead of ending the process."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
         yield
         return
     old = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,6 @@
-"""Simulated robots behind one small protocol, `vlafit.types.Env`: one file each.
+"""Simulated robots with one small interface, `vlafit.types.Env`; one file each.
 
-A name is a module of this folder, or a dotted path to a module elsewhere; either has a function
+A name is a module of this folder or a dotted path to another module; either has a function
 `make(spec: EnvSpec) -> Env`. Importing this package imports no simulator.
 """
 
@@ -23,42 +23,42 @@ HELPERS = (
     "shapes",
     "vector",
     "view",
-)  # no simulations of their own
+)  # modules that are not simulations
 EXTRAS = {
     "metaworld": "metaworld",
     "mujoco": "metaworld",
     "gym_pusht": "pusht",
     "pymunk": "pusht",
-}  # module: extra
+}  # imported module -> extra of vlafit that installs it
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """Which simulation to make, and what its pictures are."""
+    """Which simulation to create, and how it renders images."""
 
     name: str
-    """A module of vlafit.envs, or a dotted path to one elsewhere."""
+    """A module of vlafit.envs, or a dotted path to another module."""
     size: int = 64
-    """Width and height of the pictures in pixels."""
+    """Width and height of the images in pixels."""
     renderer: Renderer = "ray"
-    """What draws them; it is part of the embodiment. "auto": the simulation's usual one."""
+    """Renderer of the images; part of the embodiment. "auto": the simulation's default."""
     cameras: tuple[str, ...] = ()
-    """Which cameras. Empty: the simulation's usual one."""
+    """Names of the cameras. Empty: the simulation's default."""
     horizon: int = 0
-    """Steps after which an episode is cut off. 0: the simulation's own."""
+    """Steps after which an episode is truncated. 0: the simulation's default."""
 
 
 def names() -> list[str]:
     """Return the simulations of this folder."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if name not in HELPERS and not name.startswith("_"))
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if name not in HELPERS and not name.startswith("_"))
 
 
 def make(spec: EnvSpec) -> Env:
-    """Make the simulation that `spec` describes.
+    """Create the simulation that `spec` describes.
 
-    Raises SimulationError when there is no such simulation, its packages are missing, or the spec asks for
-    something that it cannot do.
+    Raises SimulationError if the simulation is unknown, its packages are missing, or it does not support the
+    spec.
     """
     if spec.size < 8:
         raise SimulationError(
@@ -66,13 +66,13 @@ def make(spec: EnvSpec) -> Env:
         )
     if spec.horizon < 0:
         raise SimulationError(
-            f"environment {spec.name!r}: horizon = {spec.horizon}; use 0 for the simulation's own"
+            f"environment {spec.name!r}: horizon = {spec.horizon} is negative; use 0 for the default"
         )
     return _module(spec.name).make(spec)
 
 
 def expert(name: str) -> Actor:
-    """Make the scripted expert of simulation `name`, or raise SimulationError when it has none."""
+    """Create the scripted expert of simulation `name`, or raise SimulationError if it has none."""
     module = _module(name)
     if not callable(getattr(module, "make_expert", None)):
         raise SimulationError(f"environment {name!r} has no scripted expert to record with")
@@ -93,7 +93,7 @@ def _module(name: str) -> Any:
                 f"install it with: pip install 'vlafit[{EXTRAS[missing]}]'"
             ) from error
         if error.name is not None and path.startswith(error.name):
-            raise SimulationError(f"there is no module {name!r} to make an environment from") from error
+            raise SimulationError(f"environment {name!r}: there is no such module") from error
         raise
     if not callable(getattr(module, "make", None)):
         raise SimulationError(f"module {path} has no function make(spec: EnvSpec) -> Env")

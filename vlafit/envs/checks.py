@@ -1,4 +1,4 @@
-"""What every simulation asks of an action."""
+"""Check an action's shape and values before a simulation step."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ from vlafit.errors import SimulationError
 
 
 def check_action(action: NDArray, size: int, where: str) -> NDArray[np.float32]:
-    """Return `action` as float32 [size], or raise SimulationError saying what is wrong with it."""
+    """Return `action` as float32 [size]. Raises SimulationError for a wrong shape or non-finite values."""
     array = np.asarray(action)
     if array.shape != (size,) or array.dtype.kind not in "fiu":
         raise SimulationError(

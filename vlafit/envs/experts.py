@@ -1,4 +1,4 @@
-"""Actors that need no learning: Meta-World's scripted experts."""
+"""Meta-World's scripted experts as actors."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from vlafit.types import ActionChunk, EpisodeKey, Observation
 
 
 class ScriptedExpert:
-    """Meta-World's scripted policies: they read `privileged["full_state"]`, a chunk is one action [1, 4]."""
+    """Meta-World's scripted policies. They read `privileged["full_state"]`; a chunk is one action [1, 4]."""
 
     def __init__(self) -> None:
         self._policies: dict[str, Any] = {}
@@ -28,10 +28,10 @@ class ScriptedExpert:
 
             if key.task not in ENV_POLICY_MAP:
                 raise SimulationError(
-                    f"no scripted expert knows task {key.task!r}{did_you_mean(key.task, ENV_POLICY_MAP)}"
+                    f"no scripted expert for task {key.task!r}{did_you_mean(key.task, ENV_POLICY_MAP)}"
                 )
             self._policies[key.task] = ENV_POLICY_MAP[key.task]()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they warn about gains that the clipping below makes harmless
+            warnings.simplefilter("ignore")  # about large gains, which the clipping below makes harmless
             action = self._policies[key.task].get_action(observation.privileged["full_state"])
         return ActionChunk(np.clip(np.asarray(action), -1, 1).astype(np.float32)[None])

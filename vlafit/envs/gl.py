@@ -1,11 +1,11 @@
-"""Pictures of a MuJoCo scene by OpenGL without a display, through EGL or OSMesa, where the system has them.
+"""Render a MuJoCo scene by OpenGL without a display, through EGL or OSMesa if the system has them.
 
-Textures as the model has them; shadows, reflections and multisampling are off, for on a CPU they cost ten
-times the rest. The context is asked for by name: the environment variable MUJOCO_GL is neither read nor set.
+Textures are those of the model; shadows, reflections and multisampling are off, because on a CPU they cost
+ten times the rest. The backend is chosen by name: the variable MUJOCO_GL is neither read nor set.
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (mujoco is compiled and names nothing to type checkers)
+# (mujoco is a compiled module without type information)
 
 import importlib
 import weakref
@@ -22,11 +22,11 @@ PACKAGES = {
     "egl": "apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri",
     "osmesa": "apt-get install -y --no-install-recommends libosmesa6",
 }
-LARGEST = 1000  # geoms in a scene
+MAX_GEOMS = 1000  # in a scene
 
 
 class GlRenderer:
-    """Renders one model by `backend` "egl" or "osmesa" in pictures of `size` by `size` pixels."""
+    """Renders one model with `backend` "egl" or "osmesa" as images of `size` by `size` pixels."""
 
     def __init__(self, model: mujoco.MjModel, size: int, backend: str, *, sites: bool = True) -> None:
         self.model = model
@@ -39,20 +39,20 @@ class GlRenderer:
             max(offscreen.offwidth, size),
             max(offscreen.offheight, size),
         )
-        self._scene = mujoco.MjvScene(model, LARGEST)
+        self._scene = mujoco.MjvScene(model, MAX_GEOMS)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._option = mujoco.MjvOption()
         if not sites:
             self._option.sitegroup[:] = 0
-        self._painter = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._painter)
+        self._gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gl)
         self._free = weakref.finalize(
-            self, _free, self._context, self._painter
-        )  # also at exit, in good order
+            self, _free, self._context, self._gl
+        )  # also runs at exit, before the libraries are unloaded
 
     def render(self, data: mujoco.MjData, name: str, view: View) -> NDArray[np.uint8]:
-        """Return the picture uint8 [size, size, 3] of `data` from `view`; `name` does not matter here."""
+        """Return the image uint8 [size, size, 3] of `data` from `view`; `name` is not used here."""
         self._context.make_current()
         mujoco.mjv_updateScene(
             self.model, data, self._option, None, mujoco.MjvCamera(), mujoco.mjtCatBit.mjCAT_ALL, self._scene
@@ -63,11 +63,11 @@ class GlRenderer:
             camera.up[:] = view.rotation[:, 1]
             half = camera.frustum_near * np.tan(np.deg2rad(view.fovy) / 2)
             camera.frustum_top, camera.frustum_bottom = half, -half
-            camera.frustum_center = camera.frustum_width = 0  # as wide as the picture
+            camera.frustum_center = camera.frustum_width = 0  # as wide as the image
         frame = mujoco.MjrRect(0, 0, self.size, self.size)
-        mujoco.mjr_render(frame, self._scene, self._painter)
+        mujoco.mjr_render(frame, self._scene, self._gl)
         picture = np.empty((self.size, self.size, 3), np.uint8)
-        mujoco.mjr_readPixels(picture, None, frame, self._painter)
+        mujoco.mjr_readPixels(picture, None, frame, self._gl)
         return np.ascontiguousarray(picture[::-1])
 
     def close(self) -> None:
@@ -75,9 +75,9 @@ class GlRenderer:
         self._free()
 
 
-def _free(context: Any, painter: mujoco.MjrContext) -> None:
+def _free(context: Any, gl: mujoco.MjrContext) -> None:
     context.make_current()
-    painter.free()
+    gl.free()
     context.free()
 
 
@@ -86,7 +86,7 @@ def _context(backend: str, size: int) -> Any:
         raise SimulationError(f"there is no renderer {backend!r}; it can be one of: egl, osmesa, ray")
     try:
         return importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
-    except Exception as error:  # whatever a missing or broken library makes PyOpenGL raise
+    except Exception as error:  # PyOpenGL raises many types for a missing or broken library
         raise SimulationError(
             f'renderer {backend!r} does not work here ({type(error).__name__}: {error}); use "ray", which '
             f"needs no OpenGL, or install the libraries: {PACKAGES[backend]}"

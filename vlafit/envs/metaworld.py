@@ -1,14 +1,14 @@
-"""The 50 tasks of Meta-World v3 (a Sawyer arm over a table), with starts that the seed decides.
+"""The 50 tasks of Meta-World v3 (a Sawyer arm over a table), with initial states decided by the seed.
 
-Meta-World's gymnasium entry ignores the seed of `reset`; here each start is drawn from a generator seeded for
-that episode, the way LeRobot builds its environment, so (task, seed) names one start in every process. The
-package has no instructions: ours are in `sentences`. It has no camera that shows closely all that the hand
-does: `workspace` is ours. Meta-World's markers are drawn only in tasks whose goal is nothing else; elsewhere
-they would tell two tasks of one scene apart, which is the instruction's part.
+Meta-World's gymnasium entry ignores the seed of `reset`. Here each initial state is drawn from a generator
+seeded for the episode, as in LeRobot's environment, so (task, seed) names one initial state in every process.
+Meta-World has no instructions (vlafit adds `sentences`) and no close camera of the whole workspace (vlafit
+adds `workspace`). Its goal markers are drawn only in tasks whose goal nothing else shows; in other tasks they
+would distinguish two tasks of one scene, which only the instruction should do.
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (mujoco is compiled and names nothing to type checkers)
+# (mujoco is a compiled module without type information)
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -29,14 +29,14 @@ from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
 HZ = 80.0  # Meta-World: 5 physics steps of 2.5 ms each
-LONGEST = 500  # steps; Meta-World refuses to go on after these
-UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # half a turn: Meta-World's corner2 hangs upside down
+MAX_STEPS = 500  # Meta-World's own limit
+UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # half a turn: Meta-World's corner2 is upside down
 WORKSPACE_FROM, WORKSPACE_TO = (
     (0.78, 0.07, 0.90),
     (0.08, 0.70, 0.16),
-)  # metres; fills the picture with what the experts touch
+)  # metres; frames all objects that the experts touch
 FIXED = {
-    # LeRobot's corner2: the model's direction, moved nearer, and turned to stand upright for a person
+    # LeRobot's corner2: the model's camera moved nearer and turned upright
     "corner2": View(
         np.array([0.75, 0.075, 0.7]),
         from_quaternion((-0.39503823, 0.26266734, -0.43493704, 0.76536295)) @ UPRIGHT,
@@ -45,7 +45,7 @@ FIXED = {
     ),
     "workspace": View(np.array(WORKSPACE_FROM), look_at(WORKSPACE_FROM, WORKSPACE_TO), 36.0, fixed=True),
 }
-WRIST = {"wrist": "gripperPOV"}  # our name for a camera of the model
+WRIST = {"wrist": "gripperPOV"}  # vlafit's name for a camera of the model
 MODEL_CAMERAS = ("topview", "corner", "corner3", "corner4", "behindGripper", "gripperPOV")
 CAMERAS = (*FIXED, *WRIST, *MODEL_CAMERAS)
 
@@ -64,10 +64,10 @@ class MetaWorld:
             if camera not in CAMERAS:
                 raise SimulationError(f"Meta-World has no camera {camera!r}{did_you_mean(camera, CAMERAS)}")
         if len(set(cameras)) != len(cameras):
-            raise SimulationError(f"a camera is named twice: {', '.join(cameras)}")
-        if spec.horizon > LONGEST:
+            raise SimulationError(f"cameras: a name is listed twice: {', '.join(cameras)}")
+        if spec.horizon > MAX_STEPS:
             raise SimulationError(
-                f"Meta-World's episodes end after {LONGEST} steps; horizon = {spec.horizon} is too long"
+                f"Meta-World's episodes end after {MAX_STEPS} steps; horizon = {spec.horizon} is too long"
             )
         renderer = "ray" if spec.renderer == "auto" else spec.renderer
         self.spec = spec
@@ -84,15 +84,15 @@ class MetaWorld:
             control="delta_position",
             renderer=renderer,
         )
-        self._horizon = spec.horizon or LONGEST
-        self._games: dict[str, Any] = {}  # Meta-World's environments, made when first played
-        self._painters: dict[str, Any] = {}
+        self._horizon = spec.horizon or MAX_STEPS
+        self._simulations: dict[str, Any] = {}  # Meta-World's environments, created on first use
+        self._renderers: dict[str, Any] = {}
         self._task = ""
         self._steps = 0
         self._succeeded = False
 
     def instruction(self, task: str) -> str:
-        """Return our sentence for `task`."""
+        """Return vlafit's instruction for `task`."""
         self._require(task)
         return SENTENCES[task]
 
@@ -101,24 +101,24 @@ class MetaWorld:
         self._require(task)
         if seed < 0:
             raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
-        if task not in self._games:
-            self._games[task] = _make_game(task)
-        game = self._games[task]
-        game.seed(int(seed))
-        full_state, _ = game.reset()
-        _settle(game, full_state)
+        if task not in self._simulations:
+            self._simulations[task] = _make_simulation(task)
+        simulation = self._simulations[task]
+        simulation.seed(int(seed))
+        full_state, _ = simulation.reset()
+        _update_scene(simulation, full_state)
         self._task, self._steps, self._succeeded = task, 0, False
         return self._observe(full_state, render=True)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
-        """Apply one action [4]; return the observation, success so far, whether the episode is cut off."""
+        """Apply one action [4]; return the observation, success so far, whether the episode is truncated."""
         if not self._task:
             raise SimulationError("Meta-World: reset(task, seed) must come before step")
         if self._steps >= self._horizon:
             raise SimulationError(
                 f"task {self._task!r}: the episode ended after {self._horizon} steps; reset it first"
             )
-        full_state, _, _, _, info = self._games[self._task].step(
+        full_state, _, _, _, info = self._simulations[self._task].step(
             check_action(action, 4, f"task {self._task!r}")
         )
         self._steps += 1
@@ -127,10 +127,10 @@ class MetaWorld:
 
     def close(self) -> None:
         """Free the simulations and renderers."""
-        for painter in self._painters.values():
-            painter.close()
-        self._painters.clear()
-        self._games.clear()
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+        self._simulations.clear()
         self._task = ""
 
     def _require(self, task: str) -> None:
@@ -147,14 +147,14 @@ class MetaWorld:
         )
 
     def _render(self) -> dict[str, NDArray[np.uint8]]:
-        game = self._games[self._task]
-        if self._task not in self._painters:
-            self._painters[self._task] = self._make_painter(self._task, game.model)
-        painter = self._painters[self._task]
+        simulation = self._simulations[self._task]
+        if self._task not in self._renderers:
+            self._renderers[self._task] = self._make_renderer(self._task, simulation.model)
+        renderer = self._renderers[self._task]
         names = [camera.name for camera in self.embodiment.cameras]
-        return {name: painter.render(game.data, name, _view(game, name)) for name in names}
+        return {name: renderer.render(simulation.data, name, _view(simulation, name)) for name in names}
 
-    def _make_painter(self, task: str, model: mujoco.MjModel) -> Any:
+    def _make_renderer(self, task: str, model: mujoco.MjModel) -> Any:
         if self.embodiment.renderer == "ray":
             return Raycaster(model, self.spec.size, sites=task in MARKED)
         from vlafit.envs.gl import GlRenderer
@@ -163,49 +163,49 @@ class MetaWorld:
 
 
 def make(spec: EnvSpec) -> MetaWorld:
-    """Make Meta-World as `spec` says."""
+    """Create Meta-World as `spec` describes."""
     return MetaWorld(spec)
 
 
 def make_expert() -> ScriptedExpert:
-    """Make the actor that solves these tasks."""
+    """Create the scripted expert of these tasks."""
     return ScriptedExpert()
 
 
-def _make_game(task: str) -> Any:
-    """Make Meta-World's environment of `task` so that `seed` decides the start and the goal is observed."""
-    game: Any = ALL_V3_ENVIRONMENTS[task]()
-    game.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal
-    game._partially_observable = False
-    game._set_task_called = True
-    game._freeze_rand_vec = False
-    game.seeded_rand_vec = True
-    return game
+def _make_simulation(task: str) -> Any:
+    """Create Meta-World's environment of `task`, with the initial state seeded and the goal observed."""
+    simulation: Any = ALL_V3_ENVIRONMENTS[task]()
+    simulation.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal
+    simulation._partially_observable = False
+    simulation._set_task_called = True
+    simulation._freeze_rand_vec = False
+    simulation.seeded_rand_vec = True
+    return simulation
 
 
-def _settle(game: Any, full_state: NDArray[np.float64]) -> None:
-    """Make a reset's pictures and observation show where things were put; its physics stays as it is.
+def _update_scene(simulation: Any, full_state: NDArray[np.float64]) -> None:
+    """Update images and observation after a reset to the final object positions, without a physics step.
 
-    Several of Meta-World's tasks move an object last and leave its old place to be seen until the first step,
-    and goal markers are placed only by then.
+    Several tasks move an object last in `reset`, but show it at its old position until the first step, which
+    also places the goal markers.
     """
-    mujoco.mj_kinematics(game.model, game.data)
-    mujoco.mj_comPos(game.model, game.data)
-    mujoco.mj_camlight(game.model, game.data)
-    for site, position in game._target_site_config:
-        game._set_pos_site(site, position)
-    now = game._get_curr_obs_combined_no_goal()
-    full_state[:18] = full_state[18:36] = now
-    game._prev_obs = now.copy()
+    mujoco.mj_kinematics(simulation.model, simulation.data)
+    mujoco.mj_comPos(simulation.model, simulation.data)
+    mujoco.mj_camlight(simulation.model, simulation.data)
+    for site, position in simulation._target_site_config:
+        simulation._set_pos_site(site, position)
+    current = simulation._get_curr_obs_combined_no_goal()
+    full_state[:18] = full_state[18:36] = current
+    simulation._prev_obs = current.copy()
 
 
-def _view(game: Any, name: str) -> View:
+def _view(simulation: Any, name: str) -> View:
     if name in FIXED:
         return FIXED[name]
-    camera = mujoco.mj_name2id(game.model, mujoco.mjtObj.mjOBJ_CAMERA, WRIST.get(name, name))
+    camera = mujoco.mj_name2id(simulation.model, mujoco.mjtObj.mjOBJ_CAMERA, WRIST.get(name, name))
     return View(
-        game.data.cam_xpos[camera].copy(),
-        game.data.cam_xmat[camera].reshape(3, 3).copy(),
-        float(game.model.cam_fovy[camera]),
-        fixed=bool(game.model.cam_bodyid[camera] == 0),
+        simulation.data.cam_xpos[camera].copy(),
+        simulation.data.cam_xmat[camera].reshape(3, 3).copy(),
+        float(simulation.model.cam_fovy[camera]),
+        fixed=bool(simulation.model.cam_bodyid[camera] == 0),
     )

@@ -1,4 +1,4 @@
-"""PushT (gym-pusht): a disc pushes a T-shaped block onto its outline. One task, no expert."""
+"""PushT (gym-pusht): a disc pushes a T-shaped block onto its outline. One task, no scripted expert."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,14 +18,14 @@ SENTENCE = "push the T-shaped block onto the green T"
 CAMERA = "top"
 HZ = 10.0  # gym-pusht's control rate
 HORIZON = 300  # gym-pusht's registered limit
-BOARD = 512  # the board's width and height in its own pixels, whatever the picture's size
+BOARD = 512  # width and height of the board in its own pixels, independent of the image size
 
 
 class PushT:
-    """gym-pusht behind `vlafit.types.Env`.
+    """gym-pusht as a `vlafit.types.Env`.
 
-    The state is the disc's position and an action the position it is to go to, both [2] in pixels of the
-    board (0..512). Success is gym-pusht's: 95 % of the outline covered.
+    The state is the disc's position and an action its target position, both [2] in pixels of the board
+    (0..512). Success is gym-pusht's: 95 % of the outline covered.
     """
 
     def __init__(self, spec: EnvSpec) -> None:
@@ -34,7 +34,7 @@ class PushT:
                 raise SimulationError(f"PushT has no camera {camera!r}{did_you_mean(camera, [CAMERA])}")
         if spec.renderer not in ("auto", "ray"):
             raise SimulationError(
-                f'PushT draws its own pictures; leave the renderer at "ray", not {spec.renderer!r}'
+                f'PushT has its own renderer; leave renderer = "ray" instead of {spec.renderer!r}'
             )
         self.tasks = (TASK,)
         self.versions: Mapping[str, str] = {
@@ -50,14 +50,14 @@ class PushT:
             renderer="pygame",
         )
         self._horizon = spec.horizon or HORIZON
-        self._game: Any = PushTEnv(
+        self._simulation: Any = PushTEnv(
             obs_type="state", observation_width=spec.size, observation_height=spec.size
         )
         self._steps = -1  # before the first reset
         self._succeeded = False
 
     def instruction(self, task: str) -> str:
-        """Return the one sentence."""
+        """Return the instruction."""
         _require(task)
         return SENTENCE
 
@@ -66,29 +66,29 @@ class PushT:
         _require(task)
         if seed < 0:
             raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
-        full_state, _ = self._game.reset(seed=int(seed))
+        full_state, _ = self._simulation.reset(seed=int(seed))
         self._steps, self._succeeded = 0, False
         return self._observe(full_state, render=True)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
-        """Apply one action [2]; return the observation, success so far, whether the episode is cut off."""
+        """Apply one action [2]; return the observation, success so far, whether the episode is truncated."""
         if self._steps < 0:
             raise SimulationError("PushT: reset(task, seed) must come before step")
         if self._steps >= self._horizon:
             raise SimulationError(f"PushT: the episode ended after {self._horizon} steps; reset it first")
         target = np.clip(check_action(action, 2, "PushT"), 0, BOARD).astype(np.float64)
-        full_state, _, _, _, info = self._game.step(target)
+        full_state, _, _, _, info = self._simulation.step(target)
         self._steps += 1
         self._succeeded = self._succeeded or bool(info["is_success"])
         return self._observe(full_state, render=render), self._succeeded, self._steps >= self._horizon
 
     def close(self) -> None:
         """Free the simulation."""
-        self._game.close()
+        self._simulation.close()
         self._steps = -1
 
     def _observe(self, full_state: NDArray[np.float64], *, render: bool) -> Observation:
-        images = {CAMERA: np.ascontiguousarray(self._game._render())} if render else NOTHING
+        images = {CAMERA: np.ascontiguousarray(self._simulation._render())} if render else NOTHING
         return Observation(
             images=images,
             state=full_state[:2].astype(np.float32),
@@ -98,7 +98,7 @@ class PushT:
 
 
 def make(spec: EnvSpec) -> PushT:
-    """Make PushT as `spec` says."""
+    """Create PushT as `spec` describes."""
     return PushT(spec)
 
 

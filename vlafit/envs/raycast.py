@@ -1,13 +1,13 @@
-"""Pictures of a MuJoCo scene by casting rays: no OpenGL, no display, nothing but the mujoco wheel.
+"""Render a MuJoCo scene by ray casting: no OpenGL or display needed, only the mujoco wheel.
 
-Each geom has one colour (its material's, times the mean of its texture) under Lambert shading; there are no
-shadows and no texture patterns. Sites are drawn too, because goal markers are sites. What does not move is
-cast once, at twice the resolution, and kept until it moves; what moves is cast in every frame, its edges at
-twice the resolution. The same scene gives the same bytes in every process.
+Each geom has one colour (its material's, times the mean of its texture) with Lambert shading, without shadows
+or texture patterns. Sites are drawn too, because goal markers are sites. Static geoms are cast once, at twice
+the resolution, and cached until they move; moving geoms are cast in every frame, their edges at twice the
+resolution. The same scene gives the same bytes in every process.
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (mujoco is compiled and names nothing to type checkers)
+# (mujoco is a compiled module without type information)
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from vlafit.envs.shapes import FAR, intersect
 from vlafit.envs.view import View
 
-GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # the groups that MuJoCo shows unless told otherwise
+GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # the geom groups that MuJoCo shows by default
 
 
 @dataclass(eq=False)
 class _Still:
-    """The unmoving part of a picture, four samples a pixel, and the poses it was made from.
+    """The static part of an image, four samples per pixel, and the poses it was rendered from.
 
-    `distance` is [n, n, 4] in metres (FAR: nothing there), `colour` [n, n, 4, 3], `mean` [n, n, 3].
+    `distance` is [n, n, 4] in metres (FAR: no hit), `colour` [n, n, 4, 3], `mean` [n, n, 3].
     """
 
     poses: NDArray[np.float64]
@@ -38,7 +38,7 @@ class _Still:
 
 @dataclass(eq=False)
 class _Rays:
-    """Directions of a view: through the pixels' centres [n, n, 3], and four samples a pixel [n, n, 4, 3]."""
+    """Ray directions of a view: pixel centres [n, n, 3], and four samples per pixel [n, n, 4, 3]."""
 
     centre: NDArray[np.float64]
     samples: NDArray[np.float64]
@@ -49,7 +49,7 @@ class _Rays:
 
 
 class Raycaster:
-    """Renders one model. `size` is the picture's width and height in pixels."""
+    """Renders one model. `size` is the image's width and height in pixels."""
 
     def __init__(self, model: mujoco.MjModel, size: int, *, sites: bool = True) -> None:
         self.model = model
@@ -71,9 +71,9 @@ class Raycaster:
         self._rays: dict[str, _Rays] = {}
 
     def render(self, data: mujoco.MjData, name: str, view: View) -> NDArray[np.uint8]:
-        """Return the picture uint8 [size, size, 3] of `data` from `view`.
+        """Return the image uint8 [size, size, 3] of `data` from `view`.
 
-        A fixed view keeps what does not move under `name`, so one name must always mean the same view.
+        A fixed view's static geoms are cached under `name`, so a name must always mean the same view.
         """
         n = self.size
         if view.fixed:
@@ -93,7 +93,7 @@ class Raycaster:
         touched = edge | (geom >= 0)
         for window in windows.values():
             touched[window] = True
-        pixels = np.nonzero(touched)  # only these differ from the still picture: k of them
+        pixels = np.nonzero(touched)  # the k pixels that differ from the static image
         order = np.full((n, n), -1)
         order[pixels] = np.arange(len(pixels[0]))
         far, colour = still.distance[pixels], still.colour[pixels]  # [k, 4], [k, 4, 3]
@@ -108,7 +108,7 @@ class Raycaster:
         return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def close(self) -> None:
-        """Forget the still pictures."""
+        """Clear the cached static images."""
         self._stills.clear()
         self._rays.clear()
 
@@ -118,7 +118,7 @@ class Raycaster:
         return _Still(np.zeros(0), np.full((n, n, 4), FAR), colour, colour[:, :, 0])
 
     def _still(self, data: mujoco.MjData, name: str, view: View) -> _Still:
-        """Return what does not move, cast anew only when something of it was moved (as at a reset)."""
+        """Return the static part, cast again only when one of its geoms was moved (as by a reset)."""
         geoms, n = self._still_geoms, self.size
         poses = np.concatenate([data.geom_xpos[geoms].ravel(), data.geom_xmat[geoms].ravel()])
         kept = self._stills.get(name)
@@ -136,7 +136,7 @@ class Raycaster:
 
     @contextmanager
     def _hidden(self, geoms: NDArray[np.intp]) -> Iterator[None]:
-        """Hide some geoms from rays for a while; nothing else reads a geom's group."""
+        """Hide some geoms from rays within this block; nothing else reads a geom's group."""
         groups = self.model.geom_group[geoms].copy()
         self.model.geom_group[geoms] = 5
         try:
@@ -147,7 +147,7 @@ class Raycaster:
     def _hit(
         self, data: mujoco.MjData, view: View, rays: NDArray[np.float64], *, still: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Return the distance and the geom that each of rays [k, 3] meets; FAR and -1 where it meets none."""
+        """Return the distance and the geom that each of rays [k, 3] hits; FAR and -1 without a hit."""
         count = len(rays)
         geom = np.full(count, -1, np.int32)
         distance = np.full(count, -1.0)
@@ -161,7 +161,7 @@ class Raycaster:
         return np.where(geom >= 0, distance, FAR), geom
 
     def _out_of_sight(self, data: mujoco.MjData, view: View) -> NDArray[np.intp]:
-        """Return the moving geoms whose bounding spheres lie wholly outside the picture."""
+        """Return the moving geoms whose bounding spheres are entirely outside the image."""
         geoms = self._moving_geoms
         seen = (data.geom_xpos[geoms] - view.position) @ view.rotation  # right, up, towards the viewer
         half = np.deg2rad(view.fovy) / 2
@@ -169,19 +169,19 @@ class Raycaster:
         return geoms[np.maximum(beside, seen[:, 2]) > self.model.geom_rbound[geoms]]
 
     def _edges(self, geom: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Return the pixels [n, n] with a neighbour that shows another colour of material."""
+        """Return the pixels [n, n] with a neighbour of another material colour."""
         look = self._looks[geom]
         edge = np.zeros(geom.shape, bool)
-        for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-            unlike = look[one] != look[other]
-            edge[one] |= unlike
-            edge[other] |= unlike
+        for near, next_to in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+            different = look[near] != look[next_to]
+            edge[near] |= different
+            edge[next_to] |= different
         return edge
 
     def _shade(
         self, rays: NDArray[np.float64], distance: NDArray[np.float64], geom: NDArray[np.int32], view: View
     ) -> NDArray[np.float64]:
-        """Return the colours [n, m, 3] of what rays [n, m, 3] meet."""
+        """Return the colours [n, m, 3] at the hits of rays [n, m, 3]."""
         colour = np.empty(rays.shape)
         colour[:] = self._background
         hit = geom >= 0
@@ -203,10 +203,10 @@ class Raycaster:
         far: NDArray[np.float64],
         colour: NDArray[np.float64],
     ) -> None:
-        """Lay what moves over the samples `far` [k, 4], `colour` [k, 4, 3] of the touched pixels, in place.
+        """Draw moving geoms in place over samples `far` [k, 4], `colour` [k, 4, 3] of the touched pixels.
 
-        A pixel's four samples share the ray through its centre; at an edge two of them, on the diagonal, have
-        rays of their own.
+        A pixel's four samples share the ray through its centre; at an edge, the two on the diagonal have
+        their own rays.
         """
         if not len(pixels[0]):
             return
@@ -221,7 +221,7 @@ class Raycaster:
             data, view, rays.samples[rows, columns][:, [0, 3]].reshape(-1, 3), still=not view.fixed
         )
         hit, what = hit.reshape(-1, 2), what.reshape(-1, 2)
-        paint = self._colours[what] * 0.75  # where no pixel beside it shows this geom
+        paint = self._colours[what] * 0.75  # if no neighbouring pixel shows this geom
         last = self.size - 1
         for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0), (0, 0)):
             r, c = np.clip(rows + down, 0, last), np.clip(columns + right, 0, last)
@@ -233,7 +233,7 @@ class Raycaster:
         colour[nearer] = shade[nearer]
 
     def _window(self, data: mujoco.MjData, view: View, site: int) -> tuple[slice, slice] | None:
-        """Return the rows and columns that a site may cover, or None when it is out of the picture."""
+        """Return the rows and columns that a site may cover, or None if it is outside the image."""
         n, size = self.size, self.model.site_size[site]
         kind = int(self.model.site_type[site])
         reach = float(size[0] if kind == mujoco.mjtGeom.mjGEOM_SPHERE else np.linalg.norm(size))
@@ -274,7 +274,7 @@ class Raycaster:
         return far, colour
 
     def _light(self, normals: NDArray[np.float64], view: View) -> NDArray[np.float64]:
-        """Return the light [..., 3] that surfaces send back: the model's lamps, Lambert's law."""
+        """Return the reflected light [..., 3] of surfaces: the model's lights, Lambert's law."""
         model = self.model
         head = model.vis.headlight
         light = (
@@ -289,7 +289,7 @@ class Raycaster:
 
 
 def geom_colours(model: mujoco.MjModel) -> NDArray[np.float64]:
-    """Return one colour a geom, [geoms + 1, 3] in 0..1; the last row stands for no geom."""
+    """Return one colour per geom, [geoms + 1, 3] in 0..1; the last row stands for no geom."""
     materials = model.mat_rgba[:, :3].astype(float)
     for material in range(model.nmat):
         texture = int(model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB])
@@ -317,7 +317,7 @@ def _mean_texture(model: mujoco.MjModel, texture: int) -> NDArray[np.float64]:
 
 
 def _background(model: mujoco.MjModel) -> NDArray[np.float64]:
-    """Return the mean colour of the sky, or black where the model has none."""
+    """Return the mean colour of the sky, or black if the model has none."""
     for texture in range(model.ntex):
         if model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
             return _mean_texture(model, texture)
@@ -349,7 +349,7 @@ def _slope(
     behind = (slice(None), slice(None, -1)) if axis else (slice(None, -1),)
     difference = points[ahead] - points[behind]
     same = (geom[ahead] == geom[behind]) & (geom[ahead] >= 0)
-    for side in (ahead, behind):  # the step onwards wins over the step so far
+    for side in (ahead, behind):  # the step to the next pixel takes precedence
         step[side] = np.where(same[..., None], difference, step[side])
         has[side] |= same
     return step, has

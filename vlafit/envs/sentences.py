@@ -1,4 +1,4 @@
-"""One English instruction for each Meta-World task, and which tasks have a goal that only a marker shows."""
+"""One English instruction for each Meta-World task, and the tasks whose goal only a marker shows."""
 
 SENTENCES: dict[str, str] = {
     "assembly-v3": "pick up the nut and place it onto the peg",
@@ -74,4 +74,4 @@ MARKED = frozenset(
         "sweep-v3",
     }
 )
-"""Tasks whose goal is a place that only a marker shows (a MuJoCo site, drawn in these tasks alone)."""
+"""Tasks whose goal is a position that only a marker shows (a MuJoCo site, drawn in these tasks only)."""

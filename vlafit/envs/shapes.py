@@ -1,24 +1,21 @@
-"""Where rays meet the simple shapes that markers have: ellipsoids, boxes, cylinders; by their equations.
-
-Nothing here knows of scenes, colours or pictures.
-"""
+"""Intersect rays with the simple shapes of markers: ellipsoids, boxes, cylinders."""
 
 # pyright: reportAttributeAccessIssue=false
-# (mujoco is compiled and names nothing to type checkers)
+# (mujoco is a compiled module without type information)
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-FAR = 1e10  # metres: where a ray that meets nothing ends
+FAR = 1e10  # metres: distance of a ray without a hit
 
 
 def intersect(
     kind: int, size: NDArray[np.float64], origin: NDArray[np.float64], rays: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return distances [...] (FAR: missed) and outward normals [..., 3] where rays meet a shape.
+    """Return distances [...] (FAR: no hit) and outward normals [..., 3] at the hits of rays with a shape.
 
-    All in the shape's frame: `origin` [3] is where the rays start. A capsule is taken for a cylinder.
+    All in the shape's frame; rays start at `origin` [3]. A capsule is treated as a cylinder.
     """
     shape = mujoco.mjtGeom
     if kind in (shape.mjGEOM_SPHERE, shape.mjGEOM_ELLIPSOID):
@@ -30,7 +27,7 @@ def intersect(
 
 
 def _first_root(a: NDArray[np.float64], b: NDArray[np.float64], c: float) -> NDArray[np.float64]:
-    """Return the smaller t [...] with a t^2 + 2 b t + c = 0; FAR where there is none."""
+    """Return the smaller t [...] with a t^2 + 2 b t + c = 0; FAR without a solution."""
     inside = b * b - a * c
     return np.where(inside >= 0, (-b - np.sqrt(np.maximum(inside, 0))) / a, FAR)
 

@@ -1,6 +1,6 @@
-"""Simulations as a gymnasium.vector.VectorEnv, for tools that speak gymnasium. Evaluation does not use it.
+"""Offer simulations as a gymnasium.vector.VectorEnv for gymnasium tools. Evaluation does not use it.
 
-There is no autoreset: an environment whose episode ended stays as it is, its reward 0, until it is reset.
+There is no autoreset: after its episode has ended, an environment keeps its state with reward 0 until reset.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from vlafit.errors import SimulationError
 from vlafit.types import Embodiment, Env, Observation
 
-LONGEST_SENTENCE = 512  # characters
+MAX_INSTRUCTION = 512  # characters
 
 
 class GymVector(VectorEnv):
-    """Several `vlafit.types.Env` of one robot, each playing its own task, stepped one after another.
+    """Several `vlafit.types.Env` of one robot, each with its own task, stepped one after another.
 
     An observation is {"images": {camera: uint8 [n, h, w, 3]}, "state": float32 [n, s], "instruction": n
     strings}. The reward is 1 in the step that first succeeds, which also terminates. `info["success"]` is
@@ -34,14 +34,12 @@ class GymVector(VectorEnv):
 
     def __init__(self, envs: Sequence[Env], tasks: Sequence[str]) -> None:
         if not envs or len(envs) != len(tasks):
-            raise SimulationError(f"{len(envs)} environments for {len(tasks)} tasks; give each one its task")
+            raise SimulationError(f"{len(envs)} environments for {len(tasks)} tasks; give one task for each")
         robot = envs[0].embodiment
         if any(env.embodiment != robot for env in envs):
-            raise SimulationError(
-                "the environments show different robots; put each robot in a vector of its own"
-            )
+            raise SimulationError("the environments have different robots; use one GymVector for each robot")
         for env, task in zip(envs, tasks, strict=True):
-            env.instruction(task)  # raises for a task that there is not
+            env.instruction(task)  # raises for an unknown task
         self._envs, self._tasks = tuple(envs), tuple(tasks)
         self.num_envs = len(envs)
         self.single_observation_space, self.single_action_space = spaces(robot)
@@ -54,7 +52,7 @@ class GymVector(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reset all, or those that options["reset_mask"] (bool [n]) names. Seed k means k, k+1, ..."""
+        """Reset all environments, or those in options["reset_mask"] (bool [n]). Seed k means k, k+1, ..."""
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
             mask = np.asarray(options["reset_mask"], bool)
@@ -82,7 +80,7 @@ class GymVector(VectorEnv):
     def step(
         self, actions: NDArray[np.float32]
     ) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Apply actions [n, a] to the environments whose episode goes on."""
+        """Apply actions [n, a] to the environments whose episode has not ended."""
         if not self._last:
             raise SimulationError("reset() must come before step()")
         if len(actions) != self.num_envs:
@@ -96,7 +94,7 @@ class GymVector(VectorEnv):
         return self._stack(), rewards, terminated, truncated, {"success": terminated.copy()}
 
     def render(self) -> tuple[NDArray[np.uint8], ...]:
-        """Return each environment's last picture of its first camera."""
+        """Return the last image of each environment's first camera."""
         return tuple(next(iter(observation.images.values())) for observation in self._last)
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -116,7 +114,7 @@ class GymVector(VectorEnv):
 def spaces(robot: Embodiment) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
     """Return the observation and action space of one environment with this robot.
 
-    Actions that move the robot by a difference lie in [-1, 1]; others have no bounds here.
+    Delta actions are bounded by [-1, 1]; others have no bounds.
     """
     box, bound = gymnasium.spaces.Box, 1.0 if robot.control.startswith("delta") else np.inf
     letters = frozenset(map(chr, range(32, 127)))
@@ -124,7 +122,7 @@ def spaces(robot: Embodiment) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.B
         {
             "images": gymnasium.spaces.Dict({c.name: box(0, 255, c.shape, np.uint8) for c in robot.cameras}),
             "state": box(-np.inf, np.inf, robot.state.shape, np.float32),
-            "instruction": gymnasium.spaces.Text(LONGEST_SENTENCE, charset=letters),
+            "instruction": gymnasium.spaces.Text(MAX_INSTRUCTION, charset=letters),
         }
     )
     return observation, box(-bound, bound, robot.action.shape, np.float32)

@@ -1,4 +1,4 @@
-"""Where a picture is taken from; shared by every renderer."""
+"""Camera poses and pixel rays, shared by all renderers."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A pinhole camera with square pixels, at one moment.
+    """A pinhole camera with square pixels at one time step.
 
-    `position` is float64 [3] in metres in the world. The columns of `rotation` [3, 3] are the picture's
-    right, its up, and the direction *against* the line of sight, in the world (MuJoCo's convention).
-    `fovy` is the vertical field of view in degrees. `fixed` says that the camera never moves in an episode.
+    `position` is float64 [3] in metres in the world. The columns of `rotation` [3, 3] are the image's right,
+    its up, and the direction opposite to the line of sight, in the world (MuJoCo's convention). `fovy` is the
+    vertical field of view in degrees. `fixed`: the camera never moves during an episode.
     """
 
     position: NDArray[np.float64]
@@ -21,7 +21,7 @@ class View:
     fixed: bool
 
     def rays(self, size: int) -> NDArray[np.float64]:
-        """Return the directions [size, size, 3], in the world, of the rays through the pixels' centres."""
+        """Return the world directions [size, size, 3] of the rays through the pixel centres."""
         across = (np.arange(size) + 0.5) / size * 2 - 1
         half = np.tan(np.deg2rad(self.fovy) / 2)
         x, y = np.meshgrid(across * half, -across * half)

@@ -1,4 +1,4 @@
-"""What a policy takes: torch, normalised, padded, masked."""
+"""The input of a policy: torch tensors, normalised, padded, masked."""
 
 from __future__ import annotations
 
@@ -19,48 +19,68 @@ if TYPE_CHECKING:
 FIELDS = {  # axes and kind of each field
     "images": ("b n 3 h w", "images"),
     "image_mask": ("b n", "mask"),
-    "tokens": ("b l", "tokens"),
-    "token_mask": ("b l", "mask"),
     "state": ("b s", "float"),
+    "history_mask": ("b o", "mask"),
+    "tokens": ("b l", "integers"),
+    "token_mask": ("b l", "mask"),
     "actions": ("b t a", "float"),
     "action_mask": ("b t a", "mask"),
+    "target_tokens": ("b m", "integers"),
+    "target_mask": ("b m", "mask"),
+    "embodiment_id": ("b", "integers"),
 }
-OPTIONAL = ("actions", "action_mask")
+REQUIRED = ("images", "image_mask", "state")
+WITH_HISTORY = ("images", "image_mask", "state")  # have an axis `o` after `b` where there is a history
 KINDS = {
     "images": "uint8, or floating-point in [-1, 1]",
     "mask": "bool",
-    "tokens": "int64 or int32",
+    "integers": "int64 or int32",
     "float": "floating-point",
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Batch:
-    """One batch of b samples.
+    """One batch of b samples; a field is None where the samples have no such thing.
 
-    `images` [b, n, 3, h, w], uint8, or float in [-1, 1]; `image_mask` bool [b, n], False where a camera is
-    missing; `tokens` int64 or int32 [b, l]; `token_mask` bool [b, l], False on padding; `state` float [b, s],
-    normalised and padded; `actions` float [b, t, a], normalised and padded, or None when acting;
-    `action_mask` bool [b, t, a], False where the loss does not look (None: it looks everywhere).
+    With a history of o observation steps, `images`, `image_mask` and `state` have the axis o after b, the
+    newest step last; without one (`history_mask` None) they have no such axis.
     """
 
     images: Tensor
+    """[b, n, 3, h, w], uint8, or float in [-1, 1]."""
     image_mask: Tensor
-    tokens: Tensor
-    token_mask: Tensor
+    """bool [b, n], False where a camera is missing."""
     state: Tensor
+    """float [b, s], normalised and padded."""
+    history_mask: Tensor | None = None
+    """bool [b, o], False where the episode had not begun and its first observation is repeated."""
+    tokens: Tensor | None = None
+    """int64 or int32 [b, l], the prompt; None for a policy without language."""
+    token_mask: Tensor | None = None
+    """bool [b, l], False on padding."""
     actions: Tensor | None = None
+    """float [b, t, a], normalised and padded; None when acting."""
     action_mask: Tensor | None = None
+    """bool [b, t, a], False where the loss does not look (None: it looks everywhere)."""
+    target_tokens: Tensor | None = None
+    """int64 or int32 [b, m], the tokens that a policy with a token loss should predict."""
+    target_mask: Tensor | None = None
+    """bool [b, m], False on padding."""
+    embodiment_id: Tensor | None = None
+    """int64 or int32 [b], for a policy that has weights for each robot."""
 
     def __post_init__(self) -> None:
         """Raise CodecError naming the first field that is of another kind or has another number of axes."""
         for name, (axes, kind) in FIELDS.items():
             value = getattr(self, name)
-            if value is None and name in OPTIONAL:
+            if value is None and name not in REQUIRED:
                 continue
             if not isinstance(value, Tensor):
                 raise CodecError(f"batch.{name} must be a tensor, {KINDS[kind]}, not {type(value).__name__}")
             dtype = str(value.dtype).removeprefix("torch.")
+            if self.history_mask is not None and name in WITH_HISTORY:
+                axes = axes.replace("b", "b o", 1)
             if value.ndim != len(axes.split()):
                 raise CodecError(
                     f"batch.{name} has the shape {tuple(value.shape)}; it must have {len(axes.split())} axes,"
@@ -72,51 +92,57 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def present(self) -> dict[str, Tensor]:
+        """Return the fields that are not None, by name."""
+        return {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Return tokens and token mask. Raises CodecError where the batch has none."""
+        if self.tokens is None or self.token_mask is None:
+            raise CodecError("the batch has no prompt (tokens and token_mask), and this policy reads one")
+        return self.tokens, self.token_mask
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Return the batch on `device`, its uint8 images turned there into floats in [-1, 1].
 
         `dtype` (float32 unless given) is that of the images; state and actions stay float32.
         """
-        actions, mask = self.actions, self.action_mask
-        return Batch(
-            images=unit_images(self.images.to(device, non_blocking=True), dtype or torch.float32),
-            image_mask=self.image_mask.to(device, non_blocking=True),
-            tokens=self.tokens.to(device, non_blocking=True),
-            token_mask=self.token_mask.to(device, non_blocking=True),
-            state=self.state.to(device, non_blocking=True),
-            actions=None if actions is None else actions.to(device, non_blocking=True),
-            action_mask=None if mask is None else mask.to(device, non_blocking=True),
-        )
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.present().items()}
+        return replace(self, **(moved | {"images": unit_images(moved["images"], dtype or torch.float32)}))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (a DataLoader calls this by name)."""
-        values = {k: v.pin_memory() for k, v in vars(self).items() if v is not None}
-        return replace(self, **values)
+        return replace(self, **{name: value.pin_memory() for name, value in self.present().items()})
 
     def trim(self, multiple: int = 16) -> Batch:
-        """Drop cameras that are missing in every row, and prompt padding beyond a multiple of `multiple`.
+        """Drop cameras that are missing in every row, and token padding beyond a multiple of `multiple`.
 
         Positions count real tokens only, so the result of a policy does not change. Call it while the batch
         is on the CPU: it looks at the masks. One camera and `multiple` tokens always stay.
         """
-        seen = self.image_mask.any(0)
+        values = self.present()
+        seen = self.image_mask.flatten(0, -2).any(0)
         if not seen.any():
             seen[0] = True
-        used = int((self.token_mask.any(0) * torch.arange(1, self.tokens.shape[1] + 1)).max())
-        length = min(-(-max(used, 1) // multiple) * multiple, self.tokens.shape[1])
-        return replace(
-            self,
-            images=self.images if seen.all() else self.images[:, seen],
-            image_mask=self.image_mask if seen.all() else self.image_mask[:, seen],
-            tokens=self.tokens[:, :length],
-            token_mask=self.token_mask[:, :length],
-        )
+        if not seen.all():
+            values |= {"images": self.images[..., seen, :, :, :], "image_mask": self.image_mask[..., seen]}
+        for tokens, mask in (("tokens", "token_mask"), ("target_tokens", "target_mask")):
+            if mask in values:
+                length = _used_length(values[mask], multiple)
+                values |= {name: values[name][:, :length] for name in (tokens, mask)}
+        return replace(self, **values)
+
+
+def _used_length(mask: Tensor, multiple: int) -> int:
+    """Return the length [l] that holds every True of `mask` [b, l], rounded up to `multiple`."""
+    used = int((mask.any(0) * torch.arange(1, mask.shape[1] + 1)).max())
+    return min(-(-max(used, 1) // multiple) * multiple, mask.shape[1])
 
 
 def _is_kind(value: Tensor, kind: str) -> bool:
     if kind == "mask":
         return value.dtype == torch.bool
-    if kind == "tokens":
+    if kind == "integers":
         return value.dtype in (torch.int64, torch.int32)
     return value.is_floating_point() or (kind == "images" and value.dtype == torch.uint8)
 
@@ -132,36 +158,27 @@ def seen_images(images: Tensor, mask: Tensor) -> Tensor:
     """Return images [b, n, 3, h, w] as `unit_images` does, one after the other, [b * n, 3, h, w].
 
     Those that `mask` [b, n] leaves out are 0: masked attention gives them no weight, but 0 times NaN is NaN.
+    Both may have a history axis after b, which is flattened too.
     """
     if images.is_floating_point():
-        images = torch.where(mask[:, :, None, None, None], images, 0.0)
-    return unit_images(images.flatten(0, 1))
+        images = torch.where(mask[..., None, None, None], images, 0.0)
+    return unit_images(images.flatten(0, -4))
 
 
 def stack(encoded: Sequence[Encoded]) -> Batch:
     """Collate what the codec made of single samples.
 
-    Raises CodecError when there are none, or when some have actions and some have not.
+    Raises CodecError when there are none, or when a field is there in some samples and None in others.
     """
     if not encoded:
         raise CodecError("no samples to stack: a batch needs at least one")
-
-    def join(arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    with_actions = [e.actions for e in encoded if e.actions is not None]
-    masks = [e.action_mask for e in encoded if e.action_mask is not None]
-    for what, have in (("actions", with_actions), ("an action mask", masks)):
-        if len(have) not in (0, len(encoded)):
+    joined: dict[str, Tensor] = {}
+    for name in FIELDS:
+        values = [value for sample in encoded if (value := getattr(sample, name)) is not None]
+        if len(values) not in (0, len(encoded)):
             raise CodecError(
-                f"only {len(have)} of {len(encoded)} samples of a batch have {what}: give all or none"
+                f"only {len(values)} of {len(encoded)} samples of a batch have {name}: give all or none"
             )
-    return Batch(
-        images=join([e.images for e in encoded]),
-        image_mask=join([e.image_mask for e in encoded]),
-        tokens=join([e.tokens for e in encoded]),
-        token_mask=join([e.token_mask for e in encoded]),
-        state=join([e.state for e in encoded]),
-        actions=join(with_actions) if with_actions else None,
-        action_mask=join(masks) if masks else None,
-    )
+        if values:
+            joined[name] = torch.from_numpy(np.stack(values))
+    return Batch(**joined)

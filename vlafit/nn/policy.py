@@ -1,8 +1,8 @@
 """The abstract policy: what training, evaluation and checkpoints know of a model.
 
-A family says how to encode a prefix and how to denoise against it; the flow-matching loss, the velocity and
-the sampler are written here once. `loss` is the module's `forward`, since DDP and FSDP act only through
-`__call__`.
+A family says which parts its parameters belong to, what it needs as input, what its loss is and how it acts;
+docs/extending.md describes the contract. `loss` is the module's `forward`, because DDP and FSDP act only
+through `__call__`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,25 +16,27 @@ from torch import Tensor, nn
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt
 from vlafit.errors import CodecError
-from vlafit.nn import flow
 from vlafit.nn.batch import Batch
 from vlafit.nn.kinds import Kind
+from vlafit.nn.rng import SampleRng
 
 if TYPE_CHECKING:
     from vlafit.nn.attached import Attached
 
-Part = str  # a name that the family declares, such as "vision" or "expert"
+ERROR = "error"  # the name of the only term of a loss that does not name its terms
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
     """Where a parameter sits. `layer` counts from 0 among the part's `layers`, None outside them.
 
-    `dead` parameters are kept for the sake of checkpoints, and feed nothing: they never get a gradient.
+    `part` is a name that the family chooses; strategies select by it. The shipped strategies use "vision",
+    "projector", "language", "expert" and "projections". `dead` parameters are kept for the sake of
+    checkpoints, and feed nothing: they never get a gradient.
     """
 
     name: str
-    part: Part
+    part: str
     kind: Kind
     layer: int | None
     layers: int
@@ -49,12 +51,16 @@ class Needs:
     state_dim: int
     action_dim: int
     chunk: int
-    prompt: Prompt
-    """How it is asked, unless its checkpoint says otherwise."""
-    max_tokens: int
-    vocabulary: int
+    prompt: Prompt | None = None
+    """How it is asked, unless its checkpoint says otherwise. None: it reads no instruction."""
+    max_tokens: int = 0
+    """Tokens of the prompt; 0 without one."""
+    vocabulary: int = 0
+    """Tokens that the policy knows; 0 without a prompt."""
     framing: Framing = "openpi"
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
+    history: int = 1
+    """Observation steps, the newest included."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Source:
     checkpoint: str
     """A path, or a name that finds it."""
     sha256: str = ""
-    """See `vlafit.checkpoints.digest`. Empty: not known, for hashing another program's files takes long."""
+    """See `vlafit.checkpoints.digest`. Empty: not known (hashing foreign files takes long)."""
     config: Mapping[str, object] = field(default_factory=dict)
     """What had to be said to read it, as `load` takes it."""
     revision: str = ""
@@ -72,107 +78,109 @@ class Source:
 
 
 class Policy(nn.Module, ABC):
-    """A flow-matching policy of two passes. `Prefix` below is whatever the family's prefix pass yields."""
+    """A model that learns to act from demonstrations."""
 
     config: Any
-    """Frozen dataclass of the family; has at least state_dim, action_dim and chunk."""
+    """Frozen dataclass of the family."""
     source: Source | None = None
-    """Where its weights lie; None where they lie nowhere, as those of a policy that was built or merged."""
+    """Where its weights were read from; None for a policy that was built or merged."""
     attached: "Attached | None" = None
     """What came with its adapters; see `vlafit.nn.attached`."""
+    steps: int | None = None
+    """Steps in which `act` samples, for the caller to set; None: it does not sample in steps."""
 
     @abstractmethod
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once, in the order of `named_parameters`."""
 
     @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """Return the layers that sharding gathers one at a time; each is only used through its own call."""
-
-    @abstractmethod
     def needs(self) -> Needs:
-        """Say what a codec for this policy must produce."""
+        """Return what a codec for this policy must produce."""
 
     @abstractmethod
-    def encode_prefix(self, batch: Batch, fixed: bool = False) -> Any:
-        """Encode images and prompt once. `fixed` asks for the same computation whatever the masks hold."""
+    def forward(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Return the sum of each term of the loss, a float32 scalar; see `loss`."""
 
     @abstractmethod
-    def denoise(self, prefix: Any, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
+    def act(self, batch: Batch, rng: SampleRng) -> Tensor:
+        """Return actions [b, t, a], float, normalised and padded. Without gradients."""
 
-    @abstractmethod
-    def check(self, batch: Batch) -> None:
-        """Raise CodecError naming the first field of `batch` that does not fit the policy."""
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers that sharding gathers one at a time; each is only used through its own call.
 
-    @final
-    def forward(self, batch: Batch, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
-        """Return the flow-matching loss; see `loss`."""
-        velocity, noise = self._velocity(batch, noise, time)  # both [b, k, t, a]
-        error = (noise - self._actions(batch)[:, None] - velocity).square()
-        mask = batch.action_mask
-        if mask is None:
-            error_sum, mask_sum = error.sum(), error.new_tensor(float(error.numel()))
-        else:
-            error_sum = torch.where(mask[:, None], error, 0.0).sum()
-            mask_sum = mask.sum(dtype=torch.float32) * error.shape[1]
-        return {"loss": error_sum / mask_sum.clamp(min=1.0), "error_sum": error_sum, "mask_sum": mask_sum}
-
-    @final
-    def loss(self, batch: Batch, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
-        """Return the flow-matching loss of `batch`, which must hold actions.
-
-        `noise` [b, t, a] with `time` [b], or [k, b, t, a] with [k, b]: k draws share one prefix pass, and
-        every sum runs over the draws too. Returns float32 scalars: `error_sum`, the sum of mask * error^2;
-        `mask_sum`, that of the mask; and `loss`, their quotient (0 when the mask is empty).
+        Without any, the whole policy is gathered at once.
         """
-        return self(batch, noise, time)
+        return []
+
+    def check(self, batch: Batch) -> None:
+        """Raise CodecError naming the first field of `batch` that does not fit `needs`."""
+        check_batch(batch, self.needs())
+
+    def terms(self) -> Mapping[str, float]:
+        """Return the terms of the loss and the coefficient of each."""
+        return {ERROR: 1.0}
+
+    def counts(self, batch: Batch, draws: int) -> dict[str, float]:
+        """Count what the sum of each term is divided by: here, what the action mask leaves, in every draw.
+
+        Called before the forward pass, on the CPU: the trainer adds the counts of all micro-batches and
+        processes, so that the loss of a step is exact however its samples are spread.
+        """
+        if batch.action_mask is not None:
+            return {ERROR: float(int(batch.action_mask.sum()) * draws)}
+        return {ERROR: float(required_actions(batch).numel() * draws)}
 
     @final
-    def velocity(self, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity at x_t = time * noise + (1 - time) * actions, float32, shaped like `noise`."""
-        velocity, _ = self._velocity(batch, noise, time)
-        return velocity[:, 0] if noise.ndim == 3 else velocity.transpose(0, 1)
+    def loss(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Return the sum of each term of the loss over `batch`, which must hold actions.
 
-    @final
-    @torch.no_grad()
-    def act(self, batch: Batch, noise: Tensor, steps: int = 10) -> Tensor:
-        """Sample actions [b, t, a] (normalised, padded) from `noise` [b, t, a] by `steps` Euler steps."""
-        if steps < 1:
-            raise CodecError(f"sampling needs at least 1 step, not {steps}")
-        self.check(batch)
-        self._check_noise(batch, noise, torch.empty(len(batch)))
-        prefix = self.encode_prefix(batch, fixed=True)
-        time = noise.new_empty(len(batch), 1, dtype=torch.float32)
+        The keys are those of `terms`. The loss itself is the sum of coefficient * sum / count. With
+        `rng.draws` above 1, every sum runs over the draws too.
+        """
+        return self(batch, rng)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return self.denoise(prefix, batch.state, x[:, None], time.fill_(t))[:, 0]
 
-        return flow.euler(velocity, noise.float(), steps)
+def mean_loss(terms: Mapping[str, float], sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
+    """Return the loss: the sum of coefficient * sum / count over the terms that count anything."""
+    return sum(factor * (sums[name] / counts[name]) for name, factor in terms.items() if counts[name])
 
-    def _velocity(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return velocity and noise, both [b, k, t, a]."""
-        self.check(batch)
-        actions = self._actions(batch)
-        self._check_noise(batch, noise, time)
-        noise = noise[:, None] if noise.ndim == 3 else noise.transpose(0, 1)  # [b, k, t, a]
-        time = time[:, None] if time.ndim == 1 else time.transpose(0, 1)  # [b, k]
-        noisy = flow.interpolate(actions[:, None], noise, time)
-        return self.denoise(self.encode_prefix(batch), batch.state, noisy, time), noise
 
-    def _actions(self, batch: Batch) -> Tensor:
-        if batch.actions is None:
-            raise CodecError("the batch has no actions: loss and velocity need those of the demonstration")
-        if batch.action_mask is None:
-            return batch.actions
-        # What the loss leaves out is still seen by the other actions, but not if it is no number.
-        return torch.where(batch.action_mask | batch.actions.isfinite(), batch.actions, 0.0)
+def required_actions(batch: Batch) -> Tensor:
+    """Return the actions [b, t, a], 0 where they are masked and no numbers. Raises CodecError without any."""
+    if batch.actions is None:
+        raise CodecError("the batch has no actions: the loss needs those of the demonstration")
+    if batch.action_mask is None:
+        return batch.actions
+    # What the loss leaves out is still seen by the other actions, but not if it is no number.
+    return torch.where(batch.action_mask | batch.actions.isfinite(), batch.actions, 0.0)
 
-    def _check_noise(self, batch: Batch, noise: Tensor, time: Tensor) -> None:
-        want = (len(batch), self.config.chunk, self.config.action_dim)
-        if tuple(noise.shape[-3:]) != want or noise.ndim not in (3, 4):
-            raise CodecError(f"noise has shape {tuple(noise.shape)}; it must be {want}, or (draws, *{want})")
-        if time.shape != noise.shape[:-2]:
+
+def check_batch(batch: Batch, needs: Needs) -> None:
+    """Raise CodecError naming the first field of `batch` that is not what a policy `needs`."""
+    b = batch.images.shape[0]
+    rows = (b,) if needs.history == 1 else (b, needs.history)
+    if needs.history > 1 and batch.history_mask is None:
+        raise CodecError(f"the batch has no history; this policy takes {needs.history} observation steps")
+    n, size = batch.image_mask.shape[-1], needs.image_size
+    wanted: dict[str, tuple[int, ...]] = {
+        "images": (*rows, n, 3, size, size),
+        "image_mask": (*rows, n),
+        "state": (*rows, needs.state_dim),
+        "history_mask": rows,
+        "actions": (b, needs.chunk, needs.action_dim),
+        "action_mask": (b, needs.chunk, needs.action_dim),
+    }
+    if needs.prompt is not None:
+        length = batch.prompt()[0].shape[-1]
+        wanted |= {"tokens": (b, length), "token_mask": (b, length)}
+    for name, value in batch.present().items():
+        if name in wanted and tuple(value.shape) != wanted[name]:
+            raise CodecError(f"batch.{name} has shape {tuple(value.shape)}; this policy takes {wanted[name]}")
+    if needs.prompt is not None and batch.images.device.type == "cpu":
+        tokens, _ = batch.prompt()
+        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+        if low < 0 or high >= needs.vocabulary:
             raise CodecError(
-                f"time has shape {tuple(time.shape)}; for this noise it must be {tuple(noise.shape[:-2])}"
+                f"batch.tokens reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
+                " use the tokenizer that belongs to it"
             )

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow import Rounding, time_embedding
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import Decoder, KeysValues
-from vlafit.nn.policy import Needs, ParameterInfo, Policy
+from vlafit.nn.parameters import build_policy, draw_weights
+from vlafit.nn.policy import Needs, ParameterInfo
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
 from vlafit.policies import _pi0_shapes
-from vlafit.policies._common import (
-    all_true_on_cpu,
-    check_batch,
-    describe,
-    draw_weights,
-    require,
-    require_positive,
-)
+from vlafit.policies._common import all_true_on_cpu, describe, require, require_positive
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ class Prefix:
     count: Tensor
 
 
-class Pi0(Policy):
+class Pi0(FlowPolicy):
     """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
 
     config: Pi0Config
@@ -197,16 +192,12 @@ class Pi0(Policy):
         return [*self.vision.layers, *self.language.layers, *self.expert.layers]
 
     def needs(self) -> Needs:
-        """Say what a codec for this policy must produce. pi0.5 without state text takes pi0's prompt."""
+        """Return what a codec for this policy must produce. pi0.5 without state text takes pi0's prompt."""
         c = self.config
         prompt = "pi05" if c.state_input == "prompt" else "pi0"
         return Needs(
             c.vision.image_size, c.state_dim, c.action_dim, c.chunk, prompt, c.max_tokens, c.language.vocab
         )
-
-    def check(self, batch: Batch) -> None:
-        """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
-        check_batch(batch, self.needs())
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
@@ -214,14 +205,15 @@ class Pi0(Policy):
         trains = torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters())
         with torch.set_grad_enabled(trains):
             n = batch.images.shape[1]
+            tokens, token_mask = batch.prompt()
             seen = self.vision(seen_images(batch.images, batch.image_mask))
             # A quantised tower computes in its adapters' precision, the projector in its own.
             images = self.projector(seen.to(self.projector.weight.dtype))  # [b*n, patches, d]
             patches = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*patches, d]
-            words = self.language.embed_tokens(batch.tokens) * math.sqrt(self.config.language.width)
+            words = self.language.embed_tokens(tokens) * math.sqrt(self.config.language.width)
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
-            mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), batch.token_mask), 1)
+            mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), token_mask), 1)
             # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
             valid = None if not fixed and all_true_on_cpu(mask) else mask
             count = mask.sum(1, keepdim=True)
@@ -285,16 +277,11 @@ def build(
 
     Without a generator, fresh weights are those of seed 0.
     """
-    with torch.device("meta"):
-        policy = Pi0(config)
-    if torch.device(device).type != "meta":
-        policy.to_empty(device=device)
-        init_weights(policy, generator or torch.Generator().manual_seed(0))
-    return policy
+    return build_policy(lambda: Pi0(config), init_weights, device, generator)
 
 
 def init_weights(policy: Pi0, generator: torch.Generator, names: Sequence[str] | None = None) -> list[str]:
-    """Draw fresh weights for `names` (None: all) and return what was drawn; see `_common.draw_weights`.
+    """Draw fresh weights for `names` (None: all) and return their names; see `nn.parameters.draw_weights`.
 
     Adaptive norms start closed (zero), as in the reference.
     """

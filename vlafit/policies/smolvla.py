@@ -19,21 +19,16 @@ from torch import Tensor, nn
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow import time_embedding
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import KeysValues
 from vlafit.nn.llama import Decoder, View
-from vlafit.nn.policy import Needs, ParameterInfo, Policy
+from vlafit.nn.parameters import build_policy, draw_weights
+from vlafit.nn.policy import Needs, ParameterInfo
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
 from vlafit.nn.smolvlm import Connector, patch_positions
 from vlafit.policies import _smolvla_shapes
-from vlafit.policies._common import (
-    all_true_on_cpu,
-    check_batch,
-    describe,
-    draw_weights,
-    require,
-    require_positive,
-)
+from vlafit.policies._common import all_true_on_cpu, describe, require, require_positive
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Prefix:
     count: Tensor
 
 
-class SmolVLA(Policy):
+class SmolVLA(FlowPolicy):
     """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
 
     config: SmolVLAConfig
@@ -191,7 +186,7 @@ class SmolVLA(Policy):
         return [*self.vision.layers, *self.language.layers, *self.expert.layers]
 
     def needs(self) -> Needs:
-        """Say what a codec for this policy must produce."""
+        """Return what a codec for this policy must produce."""
         c = self.config
         return Needs(
             image_size=c.image_size,
@@ -204,10 +199,6 @@ class SmolVLA(Policy):
             framing="smolvla",
         )
 
-    def check(self, batch: Batch) -> None:
-        """Raise CodecError naming the first field of `batch` that does not fit this policy's config."""
-        check_batch(batch, self.needs())
-
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
         backbone = [p for m in (self.vision, self.projector, self.language) for p in m.parameters()]
@@ -216,14 +207,15 @@ class SmolVLA(Policy):
         scale = math.sqrt(self.config.language.width)
         with torch.set_grad_enabled(training and not frozen):
             n = batch.images.shape[1]
+            prompt, prompt_mask = batch.prompt()
             patches = self.vision(seen_images(batch.images, batch.image_mask), self._positions(batch))
             # A quantised tower computes in its adapters' precision, the projector in its own.
             images = self.projector(patches.to(self.projector.proj.weight.dtype)) * scale  # [b*n, tokens, d]
             tokens = images.shape[1]
             images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
-            words = self.language.embed_tokens(batch.tokens) * scale
+            words = self.language.embed_tokens(prompt) * scale
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
-            mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), batch.token_mask), 1)
+            mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), prompt_mask), 1)
             # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
             valid = None if not fixed and all_true_on_cpu(mask) else mask
             count = mask.sum(1, keepdim=True)
@@ -287,16 +279,11 @@ def build(
 
     Without a generator, fresh weights are those of seed 0.
     """
-    with torch.device("meta"):
-        policy = SmolVLA(config)
-    if torch.device(device).type != "meta":
-        policy.to_empty(device=device)
-        init_weights(policy, generator or torch.Generator().manual_seed(0))
-    return policy
+    return build_policy(lambda: SmolVLA(config), init_weights, device, generator)
 
 
 def init_weights(
     policy: SmolVLA, generator: torch.Generator, names: Sequence[str] | None = None
 ) -> list[str]:
-    """Draw fresh weights for `names` (None: all) and return what was drawn; see `_common.draw_weights`."""
+    """Draw fresh weights for `names` (None: all) and return their names; see `nn.parameters.draw_weights`."""
     return draw_weights(policy, generator, names, unit_norms=("vision", "language", "expert"))

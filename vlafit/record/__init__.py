@@ -1,8 +1,8 @@
-"""Recording demonstrations with a scripted expert, as a data card asks: LIBERO's layout, one file a task.
+"""Record demonstrations of a scripted expert as a data card specifies: LIBERO layout, one file per task.
 
-The episodes of a task are its first so many seeds that the expert solves, so neither the number of workers
-nor an interruption changes a byte. Finished episodes wait in a hidden folder beside the files until their
-task is complete. This package and its workers import no torch.
+A task's episodes are the first seeds that the expert solves, so neither the number of workers nor an
+interruption changes a byte. Finished episodes are kept in a hidden folder next to the files until their task
+is complete. This package and its workers import no torch.
 """
 
 import logging
@@ -14,9 +14,9 @@ from pathlib import Path
 from vlafit import envs
 from vlafit.datasets.card import Card
 from vlafit.errors import ConfigError
-from vlafit.record.folder import Folder, RecordedFile
-from vlafit.record.job import job_of, require_recordable
-from vlafit.record.players import RecordProgress, Tally, play_all, players
+from vlafit.record.plan import plan_recording, require_recordable
+from vlafit.record.recording_folder import RecordedFile, RecordingFolder
+from vlafit.record.workers import RecordProgress, Tally, executor, play_all
 
 __all__ = ["RecordProgress", "RecordReport", "RecordedFile", "record"]
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecordReport:
-    """What a recording made."""
+    """The files of a finished recording."""
 
     files: tuple[RecordedFile, ...]
     seconds: float
@@ -50,34 +50,34 @@ def record(
     resume: bool = False,
     progress: Callable[[RecordProgress], None] = lambda _: None,
 ) -> RecordReport:
-    """Record what `card` asks for into the folder `out`, one file a task.
+    """Record the demonstrations that `card` specifies into the folder `out`, one file per task.
 
-    `episodes_per_task` replaces the card's number. With `resume`, finished files and episodes of an earlier
-    call that asked for the same are kept; without it, `out` must hold no recording. With 0 or 1 `workers`
-    episodes are played in this process. Raises ConfigError for a card that cannot be recorded,
-    EmbodimentError when its robot is not the simulation's, DataError for what is in the way in `out`, and
-    SimulationError when the simulation or the expert fails.
+    `episodes_per_task` replaces the card's number. `resume` keeps finished files and episodes of an earlier
+    call with the same settings; without it, `out` must hold no recording. With 0 or 1 `workers` the episodes
+    run in this process. Raises ConfigError for a card that cannot be recorded, EmbodimentError if its robot
+    is not the simulation's, DataError for other recordings in `out`, and SimulationError if the simulation or
+    the expert fails.
     """
     started = time.monotonic()
     if workers < 0:
         raise ConfigError(f"record: workers must be at least 0, not {workers}")
-    job = job_of(card, episodes_per_task)
-    env = envs.make(job.spec)
+    plan = plan_recording(card, episodes_per_task)
+    env = envs.make(plan.spec)
     try:
-        require_recordable(card, job, env)
-        where = Folder(Path(out), job, env)
+        require_recordable(card, plan, env)
+        folder = RecordingFolder(Path(out), plan, env)
     finally:
         env.close()
-    where.prepare(resume)
-    tally = Tally(job.record, progress, started)
-    for task in job.record.tasks:
-        tally.add(where.finished(task))
-    open_tasks = [task for task in job.record.tasks if task not in tally.complete]
+    folder.prepare(resume)
+    tally = Tally(plan.record, progress, started)
+    for task in plan.record.tasks:
+        tally.add(folder.finished(task))
+    open_tasks = [task for task in plan.record.tasks if task not in tally.complete]
     if open_tasks:
-        with players(job, workers, where) as pool:
-            play_all(open_tasks, job, where, pool, max(1, workers), tally)
-    where.clean()
+        with executor(plan, workers, folder) as pool:
+            play_all(open_tasks, plan, folder, pool, max(1, workers), tally)
+    folder.clean()
     seconds = time.monotonic() - started
-    done = tuple(tally.complete[task] for task in job.record.tasks)
+    done = tuple(tally.complete[task] for task in plan.record.tasks)
     log.info("recorded %d episodes of %s in %.0f s", sum(f.episodes for f in done), card.name, seconds)
     return RecordReport(done, seconds)

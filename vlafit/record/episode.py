@@ -1,4 +1,4 @@
-"""One recorded episode: the expert plays, something may push the hand, and the labels stay clean."""
+"""Record one episode of the expert, optionally with random pushes on the hand; labels stay unperturbed."""
 
 import zlib
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from vlafit import envs
 from vlafit.datasets.card import RecordSpec
 from vlafit.types import Env, EpisodeKey
 
-BURST_CHANCE = 0.06  # a step's chance that a push begins, when none lasts
-BURST_STEPS = (4, 13)  # a push lasts this many steps: from, to below
-PUSH_STREAM = 0x9E3779B9  # sets these draws apart from those of rollouts with the same seed
+BURST_CHANCE = 0.06  # probability that a push starts at a step without one
+BURST_STEPS = (4, 13)  # length of a push in steps: from 4 to 12
+PUSH_STREAM = 0x9E3779B9  # separates these random numbers from those of rollouts with the same seed
 
 
 @dataclass(eq=False)
@@ -26,49 +26,49 @@ class Episode:
 
 
 def is_perturbed(spec: RecordSpec, seed: int) -> bool:
-    """Return whether the episode of `seed` is disturbed: evenly spread, `spec.perturbed` of all."""
-    at = seed - spec.first_seed
-    return int((at + 1) * spec.perturbed + 1e-9) > int(at * spec.perturbed + 1e-9)
+    """Return whether the episode of `seed` is perturbed: a share `spec.perturbed`, evenly spread."""
+    index = seed - spec.first_seed
+    return int((index + 1) * spec.perturbed + 1e-9) > int(index * spec.perturbed + 1e-9)
 
 
 def pushes(spec: RecordSpec, task: str, seed: int, steps: int) -> NDArray[np.float32]:
-    """Return what is added to the x, y, z of the executed actions, [steps, 3]; the labels stay clean.
+    """Return the offsets added to x, y, z of the executed actions, [steps, 3]; labels stay unperturbed.
 
-    A push is one normal draw (std `spec.noise`) that lasts a few steps, so that the hand really leaves the
-    expert's path and the expert is seen to come back. Episodes that are not perturbed have none.
+    A push is one normal draw (std `spec.noise`) held for a few steps, so that the hand leaves the expert's
+    path and the recording shows the expert's recovery. All zeros for episodes that are not perturbed.
     """
-    added = np.zeros((steps, 3), np.float32)
+    offsets = np.zeros((steps, 3), np.float32)
     if not is_perturbed(spec, seed):
-        return added
+        return offsets
     rng = np.random.default_rng([seed, zlib.crc32(task.encode()), PUSH_STREAM])
     step = 0
     while step < steps:
         if rng.random() < BURST_CHANCE:
             until = min(step + int(rng.integers(*BURST_STEPS)), steps)
-            added[step:until] = rng.normal(0, spec.noise, 3)
+            offsets[step:until] = rng.normal(0, spec.noise, 3)
             step = until
         step += 1
-    return added
+    return offsets
 
 
 def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
-    """Let the expert play one episode; None when it does not succeed within `spec.horizon` steps."""
+    """Run one episode of the expert; None if it does not succeed within `spec.horizon` steps."""
     expert = envs.expert(spec.env)
-    most = spec.horizon + spec.hold_steps
-    added = pushes(spec, task, seed, most)
+    max_steps = spec.horizon + spec.hold_steps
+    offsets = pushes(spec, task, seed, max_steps)
     observation = env.reset(task, seed)
     states, actions, successes = [], [], []
     images: dict[str, list[NDArray[np.uint8]]] = {camera.name: [] for camera in env.embodiment.cameras}
-    end = spec.horizon  # steps; success moves it
+    end = spec.horizon  # steps; extended at the first success
     succeeded = False
-    for step in range(most):
+    for step in range(max_steps):
         label = expert.act([observation], [EpisodeKey(seed, task, step)])[0].actions[0]
         states.append(observation.state)
         actions.append(label)
         for name, frames in images.items():
             frames.append(observation.images[name])
         executed = label.copy()
-        executed[:3] = np.clip(executed[:3] + added[step], -1, 1)
+        executed[:3] = np.clip(executed[:3] + offsets[step], -1, 1)
         before = succeeded
         observation, succeeded, _ = env.step(executed, render=not (succeeded and step + 1 >= end))
         successes.append(succeeded)

@@ -1,4 +1,4 @@
-"""The report of a run: one page, one JSON, one picture, all made from the run's folder alone."""
+"""Write the report of a run (one page, one JSON file, one picture) from the run's folder."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ __all__ = ["Arm", "Facts", "ablation_figure", "build", "page", "read_facts", "re
 
 
 def build(run: Path) -> Path:
-    """Write report.html, report.json and, where there were rollouts, result.png into a run folder.
+    """Write report.html, report.json and, if the run was evaluated, result.png into a run folder.
 
-    Returns the page's path. An unfinished run gives a page that says what is missing. Raises VlafitError when
-    `run` is no run folder, or cannot be read or written.
+    Returns the page's path. The page of an unfinished run says what is missing. Raises VlafitError if `run`
+    is not a run folder, or cannot be read or written.
     """
     run = Path(run)
     facts = read_facts(run)

@@ -1,8 +1,7 @@
-"""What a run folder says about itself, read once: the page, the JSON and the pictures tell only this.
+"""Read a run folder into `Facts`, from which the page, the JSON and the pictures are made.
 
-A run may be unfinished or lack evaluations: what is absent is a sentence in `missing`, never a guess. What a
-reader must know before believing a number (errors of environments, a foreign renderer, metrics that were not
-finite) is a sentence in `caveats`.
+A run may be unfinished or lack evaluations: each missing item is a sentence in `missing`. Warnings about the
+numbers (environment errors, another renderer, metrics that were not finite) are in `caveats`.
 """
 
 import json
@@ -17,18 +16,18 @@ from typing import Any
 from vlafit import config, files
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
-from vlafit.rollout.run import Record
+from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, errors_notice
 from vlafit.tuning import Plan
 
 FORMAT = 1  # of report.json
-STAGE = "train/stage"  # the metric that says that a stage begins, counted from 1
+STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One logged value. `time_s` is training time, without evaluations; None where none was logged."""
+    """One logged value. `time_s` is training time without evaluations; None if it was not logged."""
 
     step: int
     time_s: float | None
@@ -37,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One finished evaluation of the run: a folder below eval/."""
+    """One finished evaluation of the run: a folder in eval/."""
 
     name: str
     folder: Path
@@ -45,7 +44,7 @@ class Evaluation:
     protocol_sha256: str
     actor: str
     wrong_instruction: bool
-    instructions: Mapping[str, str]  # task -> the sentence that the policy was told
+    instructions: Mapping[str, str]  # task -> the instruction that the policy was given
     tasks: Mapping[str, Score]
     overall: Score
     notices: tuple[str, ...]
@@ -57,13 +56,13 @@ class Evaluation:
 
     @property
     def step(self) -> int | None:
-        """Optimiser steps before it, where its name tells: step_000500."""
+        """Optimiser steps before it, if its name has them: step_000500."""
         digits = self.name.removeprefix("step_")
         return int(digits) if self.name.startswith("step_") and digits.isdigit() else None
 
     @property
     def filmed(self) -> list[Record]:
-        """Episodes of which the folder holds a film strip."""
+        """Records of the episodes with a film strip in the folder."""
         return [r for r in self.records if r.video and self.strip(r).is_file()]
 
     def strip(self, record: Record) -> Path:
@@ -73,12 +72,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a report tells."""
+    """Everything that a report shows."""
 
     folder: Path
     recipe: Recipe
     recipe_toml: str
-    run: Mapping[str, Any]  # run.json; empty where the run did not come so far
+    run: Mapping[str, Any]  # run.json; empty if the run stopped before writing it
     plan: Plan | None
     metrics: Mapping[str, tuple[Point, ...]]
     evaluations: Mapping[str, Evaluation]
@@ -88,62 +87,62 @@ class Facts:
 
     @property
     def steps(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return max((p.step for points in self.metrics.values() for p in points), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has finished."""
         return self.run.get("finished") is True
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of training, as far as they were logged; evaluations are not among them."""
+        """Logged training time in seconds, without evaluations."""
         times = [p.time_s for points in self.metrics.values() for p in points if p.time_s is not None]
         return max(times, default=None)
 
     @cached_property
     def stages(self) -> list[tuple[Plan, Point | None]]:
-        """The plan of each stage of the strategy, and when it began; None: it did not (yet)."""
+        """The plan of each stage and the point at which it started (None: not yet)."""
         if self.plan is None:
             return []
-        began = {round(p.value) - 1: p for p in self.metrics.get(STAGE, ())}
+        starts = {round(p.value) - 1: p for p in self.metrics.get(STAGE, ())}
         plans = [self.plan.at(number) for number in range(len(self.plan.strategy.stages))]
-        return [(plan, began.get(plan.stage)) for plan in plans]
+        return [(plan, starts.get(plan.stage)) for plan in plans]
 
     def success(self) -> dict[str, Score]:
-        """Return the overall score of each evaluation, by its name."""
-        return {name: one.overall for name, one in self.evaluations.items()}
+        """Return the overall score of each evaluation by name."""
+        return {name: evaluation.overall for name, evaluation in self.evaluations.items()}
 
     def commands(self) -> list[tuple[str, str]]:
-        """Return (what for, command line) pairs that make this run, its evaluations and its report again."""
-        begun = str(self.run.get("command") or "")
-        lines = [("this run", begun)] if begun else []
-        launcher = begun.partition("vlafit train")[0]  # of a run on several processes
+        """Return (purpose, command line) pairs that repeat this run, its evaluation and its report."""
+        original = str(self.run.get("command") or "")
+        lines = [("this run", original)] if original else []
+        launcher = original.partition("vlafit train")[0]  # of a run on several processes
 
-        def say(what: str, *words: str | Path, before: str = "") -> None:
-            lines.append((what, before + shlex.join(["vlafit", *map(str, words)])))
+        def add(purpose: str, *words: str | Path, before: str = "") -> None:
+            lines.append((purpose, before + shlex.join(["vlafit", *map(str, words)])))
 
         recipe = self.folder / "recipe.toml"
-        say("the same run again", "train", recipe, "--out", "runs/again", before=launcher)
+        add("the same run again", "train", recipe, "--out", "runs/again", before=launcher)
         if not self.finished:
-            say("go on with it", "train", recipe, "--out", self.folder, "--resume", before=launcher)
+            add("resume this run", "train", recipe, "--out", self.folder, "--resume", before=launcher)
         last = self.folder / "checkpoints" / f"step_{self.steps:06d}"
         if self.recipe.eval.protocol and last.is_dir():
-            say("its evaluation again", "eval", last, "--protocol", self.recipe.eval.protocol)
-        say("this page again", "report", self.folder)
+            add("its evaluation again", "eval", last, "--protocol", self.recipe.eval.protocol)
+        add("this page again", "report", self.folder)
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Return report.json: the same facts as the page, as plain values."""
+        """Return report.json: the facts of the page as plain values."""
         return {
             "format": FORMAT,
             "name": self.recipe.name,
             "purpose": self.recipe.purpose,
             "finished": self.finished,
-            "success": {name: one.to_json() for name, one in self.success().items()},
+            "success": {name: score.to_json() for name, score in self.success().items()},
             "verdict": verdict(self.success()),
-            "evaluations": {name: _evaluation_json(one) for name, one in self.evaluations.items()},
+            "evaluations": {name: _evaluation_json(e) for name, e in self.evaluations.items()},
             "training": {
                 "steps": self.steps,
                 "steps_wanted": self.recipe.train.steps,
@@ -156,15 +155,15 @@ class Facts:
                 "stages": [
                     {
                         "name": plan.strategy.stages[plan.stage].name,
-                        "began": 0 if not plan.stage else began and began.step,
+                        "began": 0 if not plan.stage else start and start.step,
                         "rows": plan.rows(),
                     }
-                    for plan, began in self.stages
+                    for plan, start in self.stages
                 ],
             },
             "recipe": asdict(self.recipe),
             "run": dict(self.run),
-            "commands": [{"for": what, "command": line} for what, line in self.commands()],
+            "commands": [{"for": purpose, "command": line} for purpose, line in self.commands()],
             "sha256": dict(self.hashes),
             "caveats": list(self.caveats),
             "missing": list(self.missing),
@@ -172,7 +171,7 @@ class Facts:
 
 
 def verdict(success: Mapping[str, Score]) -> str:
-    """Say in one sentence what before and after show together; empty when one of them is missing."""
+    """Compare the success before and after training in one sentence; "" if one of them is missing."""
     if BEFORE not in success or AFTER not in success:
         return ""
     (low_before, high_before), (low_after, high_after) = success[BEFORE].interval, success[AFTER].interval
@@ -180,30 +179,32 @@ def verdict(success: Mapping[str, Score]) -> str:
         return "Success rose, and the two 95 % intervals do not overlap."
     if high_after < low_before:
         return "Success fell, and the two 95 % intervals do not overlap."
-    return "The two 95 % intervals overlap: these episodes alone do not show a difference."
+    return "The two 95 % intervals overlap: these episodes do not show a difference."
 
 
 def read_facts(folder: Path) -> Facts:
-    """Read a run folder. Raises VlafitError when it is none, or when its recipe or metrics cannot be read."""
+    """Read a run folder. Raises VlafitError if it is not one, or its recipe or metrics cannot be read."""
     folder = Path(folder)
-    kept = folder / "recipe.toml"
-    if not kept.is_file():
-        what = "holds no recipe.toml, so it is no run" if folder.is_dir() else "does not exist"
-        raise VlafitError(f"{folder} {what}; name a folder that `vlafit train` made, such as runs/quickstart")
-    recipe = config.read(Recipe, kept, "recipe")
+    recipe_file = folder / "recipe.toml"
+    if not recipe_file.is_file():
+        fault = "holds no recipe.toml, so it is not a run" if folder.is_dir() else "does not exist"
+        raise VlafitError(
+            f"{folder} {fault}; name a folder that `vlafit train` wrote, such as runs/quickstart"
+        )
+    recipe = config.read(Recipe, recipe_file, "recipe")
     missing: list[str] = []
     run = _run(folder, missing)
     plan = _plan(folder, missing)
     metrics, caveats = _metrics(folder, missing)
     evaluations = _evaluations(folder, recipe, missing)
-    for name, one in evaluations.items():
-        notices = one.notices or tuple(n for n in [errors_notice(one.overall)] if n)
+    for name, evaluation in evaluations.items():
+        notices = evaluation.notices or tuple(n for n in [errors_notice(evaluation.overall)] if n)
         caveats += [f"Evaluation {name!r}: {notice}" for notice in notices]
     caveats = [*(str(notice) for notice in run.get("notices", ())), *caveats]
     facts = Facts(
         folder=folder,
         recipe=recipe,
-        recipe_toml=kept.read_text(encoding="utf-8"),
+        recipe_toml=recipe_file.read_text(encoding="utf-8"),
         run=run,
         plan=plan,
         metrics=metrics,
@@ -222,20 +223,20 @@ def _run(folder: Path, missing: list[str]) -> Mapping[str, Any]:
         if not isinstance(run, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
-        missing.append("run.json: the run stopped before it began to train; versions and times are unknown.")
+        missing.append("run.json: the run stopped before training started; versions and times are unknown.")
         return {}
     except ValueError as error:
         missing.append(f"run.json cannot be read ({error}); versions and times are unknown.")
         return {}
     if run.get("finished") is not True:
-        missing.append("The run has not finished: what is shown is what it had come to.")
+        missing.append("The run has not finished: this page shows its state so far.")
     return run
 
 
 def _plan(folder: Path, missing: list[str]) -> Plan | None:
     path = folder / "plan.json"
     if not path.is_file():
-        missing.append("plan.json: the tuning strategy was not applied yet.")
+        missing.append("plan.json: the tuning strategy has not been applied yet.")
         return None
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
@@ -245,33 +246,34 @@ def _plan(folder: Path, missing: list[str]) -> Plan | None:
 
 
 def _metrics(folder: Path, missing: list[str]) -> tuple[dict[str, tuple[Point, ...]], list[str]]:
-    found: dict[str, list[Point]] = {}
-    odd: dict[str, int] = {}
+    by_name: dict[str, list[Point]] = {}
+    not_finite: dict[str, int] = {}
     for event in files.read_json_lines(folder / "metrics.jsonl"):
         step, time_s = event.get("step"), event.get("time_s")
         if not isinstance(step, int):
-            raise VlafitError(f"{folder / 'metrics.jsonl'}: an event has no step: {event}; remove its line")
+            raise VlafitError(f"{folder / 'metrics.jsonl'}: an event has no step: {event}; remove this line")
         for name, value in event.items():
             if name in ("step", "time_s"):
                 continue
-            points = found.setdefault(name, [])
+            points = by_name.setdefault(name, [])
             if isinstance(value, int | float) and math.isfinite(value):
                 points.append(Point(step, time_s if isinstance(time_s, int | float) else None, float(value)))
             else:
-                odd[name] = odd.get(name, 0) + 1
-    if not found:
-        missing.append("metrics.jsonl: nothing was logged yet.")
+                not_finite[name] = not_finite.get(name, 0) + 1
+    if not by_name:
+        missing.append("metrics.jsonl: nothing has been logged yet.")
     caveats = [
-        f"{count} logged values of {name} were not finite and are not drawn." for name, count in odd.items()
+        f"{count} logged values of {name} were not finite and are not drawn."
+        for name, count in not_finite.items()
     ]
-    return {name: tuple(points) for name, points in found.items()}, caveats
+    return {name: tuple(points) for name, points in by_name.items()}, caveats
 
 
 def _evaluations(folder: Path, recipe: Recipe, missing: list[str]) -> dict[str, Evaluation]:
-    asked = {BEFORE: recipe.eval.before, AFTER: recipe.eval.after, WRONG: recipe.eval.wrong_instruction}
-    there = sorted(p.name for p in (folder / "eval").glob("*") if p.is_dir() and not p.name.startswith("."))
-    names = [*(n for n in asked if n in there), *(n for n in there if n not in asked)]
-    found = {}
+    requested = {BEFORE: recipe.eval.before, AFTER: recipe.eval.after, WRONG: recipe.eval.wrong_instruction}
+    present = sorted(p.name for p in (folder / "eval").glob("*") if p.is_dir() and not p.name.startswith("."))
+    names = [*(n for n in requested if n in present), *(n for n in present if n not in requested)]
+    evaluations = {}
     for name in names:
         path = folder / "eval" / name
         records = tuple(
@@ -282,17 +284,17 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str]) -> dict[str, 
             missing.append(f"Evaluation {name!r} stopped after {len(records)} episodes; it is left out.")
             continue
         try:
-            found[name] = _evaluation(name, path, records)
+            evaluations[name] = _evaluation(name, path, records)
         except (ValueError, KeyError, TypeError) as error:
             missing.append(f"Evaluation {name!r} is left out: its result.json cannot be read ({error!r}).")
     if not recipe.eval.protocol:
-        if not found:
-            missing.append("The recipe names no protocol, so nothing was rolled out.")
+        if not evaluations:
+            missing.append("The recipe names no protocol, so the policy was not evaluated.")
     else:
-        for name, wanted in asked.items():
-            if wanted and name not in there:
-                missing.append(f"Evaluation {name!r} was asked for and has not begun.")
-    return found
+        for name, wanted in requested.items():
+            if wanted and name not in present:
+                missing.append(f"Evaluation {name!r} was requested and has not started.")
+    return evaluations
 
 
 def _evaluation(name: str, path: Path, records: tuple[Record, ...]) -> Evaluation:
@@ -304,8 +306,8 @@ def _evaluation(name: str, path: Path, records: tuple[Record, ...]) -> Evaluatio
         protocol_sha256=values["protocol_sha256"],
         actor=values["actor"],
         wrong_instruction=values["wrong_instruction"],
-        instructions={task: one["instruction"] for task, one in values["tasks"].items()},
-        tasks={task: _score(one) for task, one in values["tasks"].items()},
+        instructions={task: result["instruction"] for task, result in values["tasks"].items()},
+        tasks={task: _score(result) for task, result in values["tasks"].items()},
         overall=_score(values["overall"]),
         notices=tuple(values["notices"]),
         versions=values["versions"],
@@ -323,29 +325,29 @@ def _score(values: Mapping[str, Any]) -> Score:
     return score
 
 
-def _evaluation_json(one: Evaluation) -> dict[str, Any]:
+def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     return {
-        "folder": str(one.folder.relative_to(one.folder.parents[1])),
-        "protocol": one.protocol.get("name"),
-        "protocol_sha256": one.protocol_sha256,
-        "actor": one.actor,
-        "renderer": one.renderer,
-        "versions": {**one.versions, **one.software},
-        "seconds": one.seconds,
-        "notices": list(one.notices),
+        "folder": str(evaluation.folder.relative_to(evaluation.folder.parents[1])),
+        "protocol": evaluation.protocol.get("name"),
+        "protocol_sha256": evaluation.protocol_sha256,
+        "actor": evaluation.actor,
+        "renderer": evaluation.renderer,
+        "versions": {**evaluation.versions, **evaluation.software},
+        "seconds": evaluation.seconds,
+        "notices": list(evaluation.notices),
         "tasks": {
-            task: {"instruction": one.instructions[task], **score.to_json()}
-            for task, score in one.tasks.items()
+            task: {"instruction": evaluation.instructions[task], **score.to_json()}
+            for task, score in evaluation.tasks.items()
         },
         "episodes": [
             {"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps, "error": r.error}
-            for r in one.records
+            for r in evaluation.records
         ],
     }
 
 
 def _extremes(points: tuple[Point, ...]) -> dict[str, float | int]:
-    """Return the first, last and lowest value, and where the lowest lies."""
+    """Return the first, last and lowest value, and the step of the lowest."""
     if not points:
         return {}
     best = min(points, key=lambda p: p.value)
@@ -358,12 +360,12 @@ def _extremes(points: tuple[Point, ...]) -> dict[str, float | int]:
 
 
 def _hashes(folder: Path, run: Mapping[str, Any]) -> dict[str, str]:
-    """Hash the small files that pin the rest: a checkpoint's manifest holds the hashes of its files.
+    """Hash the files that pin all others: a checkpoint's manifest holds the hashes of its files.
 
-    What the run began with, base checkpoint and datasets, was hashed when it began.
+    The hashes of base checkpoint and datasets were recorded when the run started.
     """
-    began = {"base checkpoint": str(run.get("base_sha256") or "")}
-    began |= {f"dataset {one['card']}": str(one["sha256"]) for one in run.get("datasets", ())}
+    inputs = {"base checkpoint": str(run.get("base_sha256") or "")}
+    inputs |= {f"dataset {dataset['card']}": str(dataset["sha256"]) for dataset in run.get("datasets", ())}
     paths = [folder / "recipe.toml", *sorted((folder / "checkpoints").glob("step_*/manifest.json"))]
     hashed = {str(path.relative_to(folder)): files.sha256(path) for path in paths if path.is_file()}
-    return {**{what: value for what, value in began.items() if value}, **hashed}
+    return {**{name: value for name, value in inputs.items() if value}, **hashed}

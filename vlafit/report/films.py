@@ -1,4 +1,4 @@
-"""Film strips and videos of episodes as data inside the page, within a budget of bytes."""
+"""Embed film strips and videos of episodes in a page, up to a total size."""
 
 import base64
 import html
@@ -9,15 +9,15 @@ from PIL import Image
 
 from vlafit.report.facts import Evaluation
 from vlafit.report.markup import Raw, muted, tag
-from vlafit.rollout.run import Record
+from vlafit.rollout.evaluation import Record
 from vlafit.rollout.video import BORDER, LABEL, STRIP_FRAMES
 
-BUDGET = 24_000_000  # bytes of pictures and videos in one page: mail and code hosts still take it
+BUDGET = 24_000_000  # bytes of pictures and videos in one page, which mail and code hosts still accept
 GAP = 4  # transparent pixels between the pictures of a strip
 
 
 class Films:
-    """Embeds films until the budget is spent; keeps count of what it left out."""
+    """Embeds films until the budget is used up, and counts those that did not fit."""
 
     def __init__(self, budget: int = BUDGET) -> None:
         self._left = budget
@@ -41,12 +41,10 @@ class Films:
         return tag("figure", video, tag("figcaption", muted(caption)))
 
     def left_out(self) -> str:
-        """Say what did not fit, if anything."""
+        """Return a sentence about films that did not fit; "" if all did."""
         if not self._skipped:
             return ""
-        return (
-            f"{self._skipped} films did not fit into this page; they lie in the run's folders eval/*/videos."
-        )
+        return f"{self._skipped} films did not fit into this page; see the run's folders eval/*/videos."
 
     def _data(self, content: bytes, kind: str) -> str:
         if len(content) > self._left:
@@ -57,7 +55,7 @@ class Films:
 
 
 def separated(path: Path) -> bytes:
-    """Return a film strip as PNG: its pictures a little apart, without label and border."""
+    """Return a film strip as PNG with gaps between its pictures, without label and border."""
     with Image.open(path) as picture:
         strip = picture.convert("RGB").crop(
             (BORDER, LABEL + BORDER, picture.width - BORDER, picture.height - BORDER)

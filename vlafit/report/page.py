@@ -1,32 +1,16 @@
-"""The page of a run: `Facts` in, one self-contained HTML text out. It shows facts and computes none.
+"""Write the page of a run from its `Facts`, as one self-contained HTML text.
 
-No script, no font, no picture from elsewhere: styles, curves, film strips and videos are all inside the text.
+Styles, curves, film strips and videos are all inside the text: no script, font or picture is loaded.
 """
 
-from importlib import resources
-
+from vlafit.report import markup
 from vlafit.report.facts import AFTER, BEFORE, Facts, verdict
-from vlafit.report.markup import (
-    Raw,
-    bar,
-    count,
-    duration,
-    errors,
-    escape,
-    folded,
-    interval,
-    join,
-    muted,
-    percent,
-    section,
-    table,
-    tag,
-)
+from vlafit.report.markup import Raw, count, duration, folded, join, muted, percent, section, table, tag
 from vlafit.report.sections import curves, episodes, probe, shown, tasks, title, tone, tuning
 
 FOOTER = (
-    "report.json beside this page holds the same facts. Intervals are 95 % Wilson intervals; an episode "
-    "whose environment broke counts neither as success nor as failure."
+    "report.json, next to this page, holds the same facts. Intervals are 95 % Wilson intervals; an episode "
+    "with an environment error counts neither as success nor as failure."
 )
 
 
@@ -36,8 +20,8 @@ def page(facts: Facts) -> str:
         [
             _header(facts),
             _headline(facts),
-            notices("Before you believe these numbers", facts.caveats),
-            notices("Missing from this page", facts.missing),
+            markup.notices(markup.CAVEATS, facts.caveats),
+            markup.notices(markup.MISSING, facts.missing),
             tasks(facts),
             probe(facts),
             episodes(facts),
@@ -48,26 +32,7 @@ def page(facts: Facts) -> str:
             tag("footer", f"Written by vlafit from {facts.folder}. {FOOTER}"),
         ]
     )
-    return document(facts.recipe.name, body)
-
-
-def document(title: str, body: Raw, style: str = "") -> str:
-    """Return a whole page: `body` in vlafit's style, to which `style` adds."""
-    shared = resources.files("vlafit.report").joinpath("page.css").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)} · vlafit</title>",
-            f"<style>\n{shared}{style}</style>",
-            "</head>",
-            f"<body>\n<main>\n{body.html}\n</main>\n</body>",
-            "</html>\n",
-        ]
-    )
+    return markup.document(facts.recipe.name, body)
 
 
 def _header(facts: Facts) -> Raw:
@@ -82,8 +47,8 @@ def _header(facts: Facts) -> Raw:
         items.append(("whole run", duration(run["seconds"])))
     items.append(("strategy", facts.recipe.strategy))
     if plan:
-        most = max(stage.trainable_parameters for stage, began in facts.stages if began or not stage.stage)
-        items.append(("trained parameters", f"{count(most)} of {count(plan.parameters)}"))
+        trained = max(stage.trainable_parameters for stage, start in facts.stages if start or not stage.stage)
+        items.append(("trained parameters", f"{count(trained)} of {count(plan.parameters)}"))
     items.append(("started from", policy.checkpoint or f"an untrained {policy.size or policy.family}"))
     if policy.fresh:
         items.append(("fresh weights", ", ".join(policy.fresh)))
@@ -91,20 +56,14 @@ def _header(facts: Facts) -> Raw:
         items.append(("device", str(run["device"])))
     if run.get("processes", 1) != 1:
         items.append(("processes", str(run["processes"])))
-    return tag(
-        "header",
-        tag("p", "vlafit run", class_="kind"),
-        tag("h1", facts.recipe.name),
-        tag("p", facts.recipe.purpose, class_="purpose") if facts.recipe.purpose else "",
-        tag("dl", *(tag("div", tag("dt", what), tag("dd", value)) for what, value in items), class_="facts"),
-    )
+    return markup.header("vlafit run", facts.recipe.name, facts.recipe.purpose, items)
 
 
 def _headline(facts: Facts) -> Raw:
     evaluations = shown(facts)
     if not evaluations:
         return Raw("")
-    by_name = {one.name: one.overall for one in evaluations}
+    by_name = {evaluation.name: evaluation.overall for evaluation in evaluations}
     if BEFORE in by_name and AFTER in by_name:
         big = [
             tag("span", percent(by_name[BEFORE]), class_="before"),
@@ -113,18 +72,17 @@ def _headline(facts: Facts) -> Raw:
             tag("span", "success", class_="unit"),
         ]
     else:
-        one = evaluations[0]
-        said = "success" if one.name == AFTER else f"success, {title(one)}"
-        big = [tag("span", percent(one.overall), class_="after"), tag("span", said, class_="unit")]
-    rows = []
-    for one in evaluations:
-        counts = f"{one.overall.successes} of {one.overall.episodes} "
-        ends = muted(f"95 %: {interval(one.overall)}{errors(one.overall)}")
-        label = title(one).capitalize()
-        rows += [tag("span", label), bar(one.overall, tone(one)), tag("span", counts, ends, class_="nowrap")]
+        first = evaluations[0]
+        unit = "success" if first.name == AFTER else f"success, {title(first)}"
+        big = [tag("span", percent(first.overall), class_="after"), tag("span", unit, class_="unit")]
+    rows = [
+        cell
+        for evaluation in evaluations
+        for cell in markup.rate_row(title(evaluation).capitalize(), evaluation.overall, tone(evaluation))
+    ]
     protocol = str(evaluations[0].protocol.get("name", "?"))
-    pictures = evaluations[0].renderer or "camera"
-    unseen = ", from starts that are in no demonstration" if facts.run.get("seeds_known") else ""
+    renderer = evaluations[0].renderer or "camera"
+    unseen = ", from starts that no demonstration has" if facts.run.get("seeds_known") else ""
     return tag(
         "section",
         tag("div", *big, class_="headline"),
@@ -132,7 +90,7 @@ def _headline(facts: Facts) -> Raw:
             "p",
             "Closed-loop success under protocol ",
             tag("b", protocol),
-            f": episodes in simulation ({pictures} pictures){unseen}. ",
+            f": episodes in simulation (images: {renderer}){unseen}. ",
             verdict(facts.success()),
             class_="muted",
         ),
@@ -142,16 +100,10 @@ def _headline(facts: Facts) -> Raw:
     )
 
 
-def notices(heading: str, lines: tuple[str, ...]) -> Raw:
-    """Return a box of sentences that must be read first; nothing where there are none."""
-    if not lines:
-        return Raw("")
-    return tag("div", tag("b", heading), tag("ul", *(tag("li", line) for line in lines)), class_="notice")
-
-
 def _commands(facts: Facts) -> Raw:
     lines = [
-        join([tag("p", muted(what.capitalize())), tag("pre", command)]) for what, command in facts.commands()
+        join([tag("p", muted(purpose.capitalize())), tag("pre", command)])
+        for purpose, command in facts.commands()
     ]
     load_report = str(facts.run.get("load_report") or "")
     return section(
@@ -164,14 +116,14 @@ def _commands(facts: Facts) -> Raw:
 
 def _provenance(facts: Facts) -> Raw:
     run = facts.run
-    known = ("started", "ended", "resumed_from", "commit", "threads", "cpus")
-    items = [(what.replace("_", " "), str(run[what])) for what in known if run.get(what)]
+    keys = ("started", "ended", "resumed_from", "commit", "threads", "cpus")
+    items = [(key.replace("_", " "), str(run[key])) for key in keys if run.get(key)]
     versions = dict(run["versions"]) if isinstance(run.get("versions"), dict) else {}
     hashes = list(facts.hashes.items())
-    for one in facts.evaluations.values():
-        versions |= one.versions
-        hashes.append((f"eval/{one.name}: protocol", one.protocol_sha256))
-        hashes.append((f"eval/{one.name}: policy", one.actor))
+    for evaluation in facts.evaluations.values():
+        versions |= evaluation.versions
+        hashes.append((f"eval/{evaluation.name}: protocol", evaluation.protocol_sha256))
+        hashes.append((f"eval/{evaluation.name}: policy", evaluation.actor))
     items += sorted((name, str(version)) for name, version in versions.items())
-    about = [tag("h3", "Versions and machine"), table([], items, ("", ""))] if items else []
-    return section("Provenance", *about, tag("h3", "SHA-256"), table([], hashes, ("", "hash")))
+    machine = [tag("h3", "Versions and machine"), table([], items, ("", ""))] if items else []
+    return section("Provenance", *machine, tag("h3", "SHA-256"), table([], hashes, ("", "hash")))

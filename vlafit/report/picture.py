@@ -1,7 +1,4 @@
-"""Pictures of results for documents: PNG on white, readable where no page can be.
-
-`result_figure` shows one run, `ablation_figure` compares kinds of runs over seeds.
-"""
+"""Draw results as PNG pictures: `result_figure` shows one run, `ablation_figure` compares arms over seeds."""
 
 import io
 import json
@@ -17,7 +14,7 @@ from PIL import Image
 from vlafit.errors import VlafitError
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
-from vlafit.rollout.run import Record
+from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, overall
 
 INK, MUTED, GRID = "#1c2024", "#667078", "#e3e6e8"
@@ -35,16 +32,16 @@ class Arm:
 
 
 def read_scores(report: Path) -> dict[str, Score]:
-    """Return the scores by evaluation name from a report.json, or from the one in a run folder.
+    """Return the scores by evaluation name from a report.json or a run folder that holds one.
 
-    Raises VlafitError when there is none, or it holds no such thing.
+    Raises VlafitError if the file is missing or is not a report.
     """
     path = report / "report.json" if report.is_dir() else report
     try:
         success = json.loads(path.read_text(encoding="utf-8"))["success"]
         return {
-            name: Score(int(one["successes"]), int(one["episodes"]), int(one["errors"]))
-            for name, one in success.items()
+            name: Score(int(counts["successes"]), int(counts["episodes"]), int(counts["errors"]))
+            for name, counts in success.items()
         }
     except OSError as error:
         raise VlafitError(
@@ -52,12 +49,12 @@ def read_scores(report: Path) -> dict[str, Score]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VlafitError(
-            f"{path} is no report ({error!r}); write it again with `vlafit report RUN`"
+            f"{path} is not a report ({error!r}); write it again with `vlafit report RUN`"
         ) from error
 
 
 def result_figure(facts: Facts) -> bytes:
-    """Return a PNG of a run: success with intervals, and film strips of one start where there are any."""
+    """Return a PNG of a run: success with intervals, and film strips of one start if it was filmed."""
     shown = [facts.evaluations[n] for n in NAMES if n in facts.evaluations] or list(
         facts.evaluations.values()
     )[-1:]
@@ -156,13 +153,13 @@ def _clean(axes: Axes, grid: str) -> None:
 
 
 def _strips(shown: Sequence[Evaluation]) -> list[tuple[Evaluation, Record]]:
-    """Choose one filmed start for all: if there is such a one, where it failed before and succeeded after."""
+    """Choose one filmed start for all evaluations, preferably one that failed before and succeeded after."""
     wanted = {BEFORE: False, AFTER: True, WRONG: False}
     films = {(r.task, r.seed): 0 for e in shown for r in e.filmed}
     for evaluation in shown:
         for record in evaluation.filmed:
             films[record.task, record.seed] += record.success is wanted.get(evaluation.name, True)
-    start = max(films, key=lambda s: films[s], default=None)  # the first of the best
+    start = max(films, key=lambda s: films[s], default=None)  # the first with the best count
     return [(e, r) for e in shown for r in e.filmed if (r.task, r.seed) == start]
 
 
@@ -172,7 +169,7 @@ def _strip(axes: Axes, evaluation: Evaluation, record: Record) -> None:
     axes.set_axis_off()
     outcome = {True: "success", False: "failure", None: "error"}[record.success]
     name = NAMES.get(evaluation.name, evaluation.name).replace("\n", " ")
-    text = f"{name}: told “{record.instruction}”: {outcome} after {record.steps} steps"
+    text = f"{name}: “{record.instruction}”: {outcome} after {record.steps} steps"
     axes.set_title(text, fontsize=9.5, color=COLOURS.get(evaluation.name, INK), loc="left", pad=4)
 
 

@@ -1,7 +1,7 @@
-"""Curves as inline SVG that follows the page's light or dark colours.
+"""Draw curves as inline SVG that follows the page's light or dark colours.
 
-matplotlib draws with marker colours that are then replaced by CSS variables. What it writes besides the
-drawing (namespaces, metadata) is taken out, so that nothing in the page points anywhere.
+matplotlib draws with marker colours, which are then replaced by CSS variables. Namespaces and metadata are
+removed, so that the page contains no links.
 """
 
 import io
@@ -30,7 +30,7 @@ Axis = Literal["step", "time"]
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. A `noisy` curve is drawn faint, its smoothed form on top of it."""
+    """One line of a chart. A `noisy` curve is drawn faint, with its smoothed values on top."""
 
     label: str
     points: tuple[Point, ...]
@@ -40,7 +40,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment of the run, drawn as a vertical line with its label. Its point's value means nothing."""
+    """A moment of the run, drawn as a labelled vertical line. The value of its point is not used."""
 
     label: str
     point: Point
@@ -49,7 +49,7 @@ class Mark:
 def curves(
     name: str, lines: Sequence[Curve], axis: Axis, *, log: bool = False, marks: Sequence[Mark] = ()
 ) -> str:
-    """Return a chart of `lines` against optimiser steps or training minutes; empty if nothing was logged."""
+    """Plot `lines` against optimiser steps or training minutes; "" if nothing was logged."""
     drawn = [(line, *_xy(line.points, axis)) for line in lines]
     drawn = [(line, x, y) for line, x, y in drawn if len(x)]
     if not drawn:
@@ -84,7 +84,7 @@ def curves(
 
 
 def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
-    """Return success in per cent against optimiser steps, with 95 % intervals; `points` are (step, score)."""
+    """Plot success in per cent against optimiser steps, with 95 % intervals; `points` are (step, score)."""
     figure, axes = _figure("step")
     x = [step for step, _ in points]
     y = np.array([100 * (score.rate or 0.0) for _, score in points])
@@ -99,7 +99,7 @@ def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
 
 
 def tick(value: float, _: int | None = None) -> str:
-    """Write a tick so that it stays short: 0.25, 2.5e-4, 12,000."""
+    """Return a short tick label: 0.25, 2.5e-4, 12,000."""
     if 0 < abs(value) < 1e-3:
         return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -123,7 +123,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def frame(xlabel: str) -> tuple[Figure, Axes]:
-    """Return an empty chart in the page's manner; draw with the marker colours, then call `svg`."""
+    """Return an empty chart in the page's style; draw with the marker colours, then call `svg`."""
     figure = Figure(figsize=SIZE)
     axes = figure.add_axes(MARGINS)  # fixed: a layout engine would draw everything twice
     for side in ("top", "right", "left"):
@@ -143,16 +143,21 @@ def _figure(axis: Axis) -> tuple[Figure, Axes]:
 
 
 def log_scale(axes: Axes) -> None:
-    """Make the values' axis logarithmic, with few and short ticks."""
+    """Make the y axis logarithmic, with few and short tick labels."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def svg(figure: Figure, name: str, variables: Mapping[str, str] = VARIABLES) -> str:
-    """Return the figure as an <svg> element inside a page; `name` keeps its ids apart from others'.
+def html_id(name: str) -> str:
+    """Return a metric's or set's name as part of an HTML id."""
+    return "".join(c if c.isalnum() else "-" for c in name)
 
-    `variables` maps marker colours to the CSS variables that take their place.
+
+def svg(figure: Figure, name: str, variables: Mapping[str, str] = VARIABLES) -> str:
+    """Return the figure as an <svg> element; `name` makes its ids unique in the page.
+
+    `variables` maps marker colours to the CSS variables that replace them.
     """
     buffer = io.StringIO()
 

@@ -1,4 +1,4 @@
-"""The sections of the page that show results: tasks, instruction probe, films, curves, tuning table."""
+"""Sections of a run's page: success by task, instruction probe, films, curves, tuning table."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,6 @@ from vlafit.report.films import Films
 from vlafit.report.markup import (
     Content,
     Raw,
-    bar,
     errors,
     figure,
     folded,
@@ -16,18 +15,18 @@ from vlafit.report.markup import (
     join,
     muted,
     percent,
+    rate_cell,
     section,
     table,
     tag,
 )
-from vlafit.rollout.run import Record
-from vlafit.score import Score
+from vlafit.rollout.evaluation import Record
 from vlafit.tuning import Plan
 
 TITLES = {BEFORE: "before", AFTER: "after", WRONG: "after, wrong instruction"}
 TONES = {BEFORE: "before", AFTER: "after", WRONG: "wrong"}
 OUTCOMES = {True: ("success", "good"), False: ("failure", "bad"), None: ("error", "warn")}
-CHARTS = {  # metric -> title, unit, whether single values are noise around a trend
+CHARTS = {  # metric -> title, unit, whether to smooth it
     "validation/action_error": ("Action error", "mean absolute, normalised units, held-out episodes", False),
     "train/lr": ("Learning rate", "of the first group of parameters", False),
     "train/grad_norm": ("Gradient norm", "before clipping", True),
@@ -38,7 +37,7 @@ CHARTS = {  # metric -> title, unit, whether single values are noise around a tr
 
 
 def title(evaluation: Evaluation) -> str:
-    """Return what a reader calls an evaluation."""
+    """Return the title of an evaluation."""
     return TITLES.get(evaluation.name) or (f"step {evaluation.step}" if evaluation.step else evaluation.name)
 
 
@@ -48,104 +47,99 @@ def tone(evaluation: Evaluation) -> str:
 
 
 def shown(facts: Facts) -> list[Evaluation]:
-    """Return the evaluations to show in full: before, after, wrong instruction; failing those, the newest."""
+    """Return the evaluations to show in full: before, after, wrong instruction; without these the newest."""
     named = [facts.evaluations[name] for name in TITLES if name in facts.evaluations]
     return named or list(facts.evaluations.values())[-1:]
 
 
 def tasks(facts: Facts) -> Raw:
-    """Success by task and evaluation."""
+    """Return the table of success by task and evaluation."""
     evaluations = shown(facts)
     if not evaluations:
         return Raw("")
 
-    def cell(one: Evaluation, score: Score | None) -> Raw:
-        if score is None:
-            return Raw("")
-        counts = muted(f"{score.successes}/{score.episodes}{errors(score)}")
-        return join([percent(score), " ", counts, bar(score, tone(one))])
-
     def name(task: str) -> Raw:
-        told = [
-            one.instructions[task] for one in evaluations if task in one.tasks and not one.wrong_instruction
+        instructions = [
+            e.instructions[task] for e in evaluations if task in e.tasks and not e.wrong_instruction
         ]
-        return join([task, *([Raw("<br>"), muted(f"“{told[0]}”")] if told else [])])
+        return join([task, *([Raw("<br>"), muted(f"“{instructions[0]}”")] if instructions else [])])
 
-    names = dict.fromkeys(task for one in evaluations for task in one.tasks)
+    names = dict.fromkeys(task for evaluation in evaluations for task in evaluation.tasks)
     rows: list[list[Content]] = [
-        [name(task), *(cell(one, one.tasks.get(task)) for one in evaluations)] for task in names
+        [name(task), *(rate_cell(e.tasks.get(task), tone(e)) for e in evaluations)] for task in names
     ]
-    rows.append(["all tasks", *(cell(one, one.overall) for one in evaluations)])
-    heads = ["task", *(title(one) for one in evaluations)]
+    rows.append(["all tasks", *(rate_cell(e.overall, tone(e)) for e in evaluations)])
+    heads = ["task", *(title(evaluation) for evaluation in evaluations)]
     kinds = ["", *("rate" for _ in evaluations)]
     return section("Success by task", table(heads, rows, kinds, total=True))
 
 
 def probe(facts: Facts) -> Raw:
-    """What the wrong-instruction probe is, and what it found."""
-    found = facts.evaluations.get(WRONG)
-    if found is None:
+    """Return the result of the wrong-instruction probe, with an explanation."""
+    evaluation = facts.evaluations.get(WRONG)
+    if evaluation is None:
         return Raw("")
-    total = found.overall
+    total = evaluation.overall
     counts = f" ({total.successes} of {total.episodes}; 95 %: {interval(total)}{errors(total)})."
     text = tag(
         "p",
-        "The wrong-instruction probe plays each task once more, from the same starts and judged as ever, but "
-        "tells the policy the sentence of the partner task, which shares the scene. A policy that listens "
-        "does what it was told, and so ",
+        "This control runs each task again from the same starts, but with the instruction of its partner "
+        "task in the same scene; success is still measured for the task itself. A policy that follows its "
+        "instruction ",
         tag("em", "fails"),
-        " here; one that succeeds goes by the scene alone. Here: ",
+        " here; a policy that succeeds ignores it. Success: ",
         tag("b", percent(total)),
         counts,
     )
     rows = [
-        (task, f"“{sentence}”", percent(found.tasks[task])) for task, sentence in found.instructions.items()
+        (task, f"“{sentence}”", percent(evaluation.tasks[task]))
+        for task, sentence in evaluation.instructions.items()
     ]
-    return section("Does it listen?", text, table(("judged as", "told", "success"), rows, ("", "", "number")))
+    heads = ("scored as", "instruction", "success")
+    return section("Does it follow the instruction?", text, table(heads, rows, ("", "", "number")))
 
 
 def episodes(facts: Facts) -> Raw:
-    """Film strips and videos of the filmed episodes, each start under every evaluation."""
+    """Return film strips and videos of the filmed episodes: each start under every evaluation."""
     evaluations, films = shown(facts), Films()
-    starts = dict.fromkeys((record.task, record.seed) for one in evaluations for record in one.filmed)
+    starts = dict.fromkeys((record.task, record.seed) for e in evaluations for record in e.filmed)
     order = list(dict.fromkeys(task for task, _ in starts))
 
-    def of(task: str, seed: int) -> Iterator[tuple[Evaluation, Record]]:
-        for one in evaluations:
-            for record in one.filmed:
+    def records_of(task: str, seed: int) -> Iterator[tuple[Evaluation, Record]]:
+        for evaluation in evaluations:
+            for record in evaluation.filmed:
                 if (record.task, record.seed) == (task, seed):
-                    yield one, record
+                    yield evaluation, record
 
-    def line(one: Evaluation, record: Record) -> Raw:
+    def strip(evaluation: Evaluation, record: Record) -> Raw:
         word, kind = OUTCOMES[record.success]
-        said = f"after {record.steps} steps; told “{record.instruction}”"
+        details = f"after {record.steps} steps; instruction “{record.instruction}”"
         chips = [
-            tag("b", title(one)),
+            tag("b", title(evaluation)),
             tag("span", word, class_=f"chip {kind}"),
-            tag("span", said, class_="muted"),
+            tag("span", details, class_="muted"),
         ]
-        return join([tag("div", *chips, class_=f"who tone-{tone(one)}"), films.strip(one, record)])
+        heading = tag("div", *chips, class_=f"who tone-{tone(evaluation)}")
+        return join([heading, films.strip(evaluation, record)])
 
     parts = []
     for task, seed in sorted(starts, key=lambda pair: order.index(pair[0])):
-        found = list(of(task, seed))
-        parts += [tag("h3", f"{task}, start {seed}"), *(line(*one) for one in found)]
-        videos = [films.video(one, record, title(one)) for one, record in found]
+        filmed = list(records_of(task, seed))
+        parts += [tag("h3", f"{task}, start {seed}"), *(strip(*pair) for pair in filmed)]
+        videos = [films.video(evaluation, record, title(evaluation)) for evaluation, record in filmed]
         if any(video.html for video in videos):
-            parts.append(folded("Videos of these", tag("div", *videos, class_="videos")))
+            parts.append(folded("Videos", tag("div", *videos, class_="videos")))
     if not parts:
         return Raw("")
-    said = (
-        "The first episodes of each task, not chosen ones, each under every policy. Time runs to the right."
-    )
+    legend = "The first episodes of each task (not selected) under every policy. Time runs to the right."
     left_out = films.left_out()
     return section(
-        "Episodes", tag("p", said, class_="muted"), *parts, tag("p", muted(left_out)) if left_out else ""
+        "Episodes", tag("p", legend, class_="muted"), *parts, tag("p", muted(left_out)) if left_out else ""
     )
 
 
 def curves(facts: Facts) -> Raw:
-    """Everything that was logged, against steps or against training time."""
+    """Return charts of all logged metrics, against steps or training time."""
     drawn = [_success_curve(facts)]
     axes: tuple[plots.Axis, ...] = ("step", "time")
     others = [
@@ -168,10 +162,9 @@ def curves(facts: Facts) -> Raw:
         for metric in (*CHARTS, *others):
             name, unit, noisy = CHARTS.get(metric, (metric, "", False))
             line = plots.Curve(metric, facts.metrics.get(metric, ()), noisy=noisy)
-            identity = "".join(c if c.isalnum() else "-" for c in metric)
-            svg = plots.curves(f"{identity}-{axis}", [line], axis)
+            svg = plots.curves(f"{plots.html_id(metric)}-{axis}", [line], axis)
             drawn.append(figure(name, unit, svg, f"by-{axis}") if svg else Raw(""))
-    if not any(one.html for one in drawn):
+    if not any(chart.html for chart in drawn):
         return Raw("")
     return section(
         "Training",
@@ -184,7 +177,7 @@ def curves(facts: Facts) -> Raw:
 
 
 def _ranks(facts: Facts, axis: plots.Axis) -> Raw:
-    """The ranks of AdaLoRA, where it learned."""
+    """Return the chart of AdaLoRA's ranks, if they were logged."""
     names = {"most": "max", "mean": "mean", "least": "min"}
     lines = [
         plots.Curve(label, facts.metrics.get(f"train/rank/{name}", ()), second=name == "mean")
@@ -195,49 +188,49 @@ def _ranks(facts: Facts, axis: plots.Axis) -> Raw:
 
 
 def _success_curve(facts: Facts) -> Raw:
-    """Success over the steps, where the run was evaluated while it trained."""
-    between = [(one.step, one.overall) for one in facts.evaluations.values() if one.step is not None]
-    if not between:
+    """Return the chart of success over steps, if the run was evaluated during training."""
+    during = [(e.step, e.overall) for e in facts.evaluations.values() if e.step is not None]
+    if not during:
         return Raw("")
     ends = [(0, BEFORE), (facts.steps, AFTER)]
-    points = [*between, *((step, facts.evaluations[n].overall) for step, n in ends if n in facts.evaluations)]
+    points = [*during, *((step, facts.evaluations[n].overall) for step, n in ends if n in facts.evaluations)]
     svg = plots.success_curve("success", sorted(points, key=lambda point: point[0]))
     return figure("Success while training", "95 % intervals", svg)
 
 
 def tuning(facts: Facts) -> Raw:
-    """The tuning table of each stage: which rule took what."""
+    """Return the tuning table of each stage: which rule applies to which parameters."""
     if not facts.plan:
         return Raw("")
     strategy = facts.plan.strategy
-    dead = " Dead parameters belong to the checkpoint, but the loss never reaches them: no rule trains them."
+    dead = " Dead parameters are in the checkpoint but do not affect the loss, so no rule trains them."
     parts = [
         tag(
             "p",
             "Strategy ",
             tag("b", strategy.name),
-            f". {strategy.purpose} The first rule that fits a parameter decides.",
+            f". {strategy.purpose} The first rule that matches a parameter applies.",
             dead if facts.plan.rows()[-1]["dead"] else "",
         )
     ]
-    for plan, began in facts.stages:
+    for plan, start in facts.stages:
         if len(strategy.stages) > 1:
             stage = strategy.stages[plan.stage]
             words = [f"Stage {plan.stage + 1}", *([stage.name] if stage.name else [])]
-            told = "from the first step" if stage.begin is None else f"to begin after {stage.begin}"
+            timing = "from the first step" if stage.begin is None else f"starts after {stage.begin}"
             if stage.begin is not None:
-                told += f"; began after step {began.step}" if began else "; has not begun"
-            parts.append(tag("h3", ": ".join(words), " ", muted(told)))
+                timing += f"; started after step {start.step}" if start else "; has not started"
+            parts.append(tag("h3", ": ".join(words), " ", muted(timing)))
         parts.append(_rules(plan))
     ranks = facts.run.get("ranks")
     if isinstance(ranks, dict) and ranks:
         rows = table(("layer", "rank"), list(ranks.items()), ("", "number"))
-        parts.append(folded("Rank that AdaLoRA left to each layer", rows))
-    return section("What was tuned", *parts)
+        parts.append(folded("Final AdaLoRA rank of each layer", rows))
+    return section("Tuned parameters", *parts)
 
 
 def _rules(plan: Plan) -> Raw:
-    """The tuning table of one stage."""
+    """Return the tuning table of one stage."""
     columns = ("tensors", "parameters", "adapter", "trainable", "dead")
     cells = []
     for row in plan.rows():
@@ -253,9 +246,9 @@ def _rules(plan: Plan) -> Raw:
 
 
 def _marks(facts: Facts) -> list[plots.Mark]:
-    """The moments at which later stages began."""
+    """Return the moments at which later stages started."""
     return [
-        plots.Mark(plan.strategy.stages[plan.stage].name or f"stage {plan.stage + 1}", began)
-        for plan, began in facts.stages
-        if began and plan.stage
+        plots.Mark(plan.strategy.stages[plan.stage].name or f"stage {plan.stage + 1}", start)
+        for plan, start in facts.stages
+        if start and plan.stage
     ]

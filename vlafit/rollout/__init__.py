@@ -1,11 +1,11 @@
-"""Closed-loop evaluation: a protocol, a pool of environment processes, and what came out.
+"""Closed-loop evaluation: a protocol, a pool of environment processes, and the scored result.
 
 Environment processes import this package, so nothing here imports torch.
 """
 
-from vlafit.rollout.folder import Record, Result
+from vlafit.rollout.evaluation import evaluate, preflight
+from vlafit.rollout.evaluation_folder import Record, Result
 from vlafit.rollout.protocol import Protocol, load_protocol
-from vlafit.rollout.run import evaluate, preflight
 
 __all__ = [
     "Protocol",

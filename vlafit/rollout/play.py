@@ -1,6 +1,6 @@
-"""Playing a queue of episodes: who sits where, who waits for an action, what became of each episode.
+"""Run a queue of episodes: assign them to environment slots, batch policy calls, yield the outcomes.
 
-Which episodes are played together depends on timing; what happens in one does not. Nothing here writes files.
+Timing decides which episodes run together, but never the result of one. Nothing here writes files.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.errors import SimulationError
-from vlafit.rollout.pool import Advanced, Broken, Interrupted, Pool, Seat
+from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot, Interrupted
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.worker import Moved, Play, Reset
 from vlafit.types import ActionChunk, Actor, EpisodeKey, Observation
 
 
 @dataclass(frozen=True)
-class Job:
-    """An episode to play. `instruction` is the sentence the actor gets, which need not be the task's own."""
+class EpisodeRequest:
+    """An episode to run. `instruction` is the sentence the actor gets, which may be another task's."""
 
     task: str
     trial: int
@@ -31,9 +31,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode ended. `success` is None if and only if `error` tells how its environment broke."""
+    """How an episode ended. `success` is None if and only if the environment failed, see `error`."""
 
-    job: Job
+    request: EpisodeRequest
     success: bool | None
     steps: int
     replans: int
@@ -44,7 +44,7 @@ class Outcome:
 
 @dataclass
 class _Episode:
-    job: Job
+    request: EpisodeRequest
     started: float
     steps: int = 0
     replans: int = 0
@@ -53,138 +53,135 @@ class _Episode:
 
     def end(self, success: bool | None, error: str | None = None) -> Outcome:
         wall_s = round(time.monotonic() - self.started, 3)
-        return Outcome(self.job, success, self.steps, self.replans, wall_s, error, tuple(self.frames))
+        return Outcome(self.request, success, self.steps, self.replans, wall_s, error, tuple(self.frames))
 
 
 class _Queue:
-    """Jobs by task. A seat keeps to its task while it can: changing tasks means loading another scene."""
+    """Episodes by task. A slot stays with its task if possible, because a new task loads another scene."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs: dict[str, list[Job]] = {}
-        for job in jobs:
-            self._jobs.setdefault(job.task, []).append(job)
-        self._seated: dict[Seat, str] = {}
+    def __init__(self, requests: Sequence[EpisodeRequest]) -> None:
+        self._requests: dict[str, list[EpisodeRequest]] = {}
+        for request in requests:
+            self._requests.setdefault(request.task, []).append(request)
+        self._tasks: dict[EnvSlot, str] = {}
 
-    def take(self, seat: Seat) -> Job | None:
-        task = self._seated.get(seat, "")
-        if not self._jobs.get(task):
-            waiting = [t for t, jobs in self._jobs.items() if jobs]
+    def take(self, slot: EnvSlot) -> EpisodeRequest | None:
+        task = self._tasks.get(slot, "")
+        if not self._requests.get(task):
+            waiting = [name for name, requests in self._requests.items() if requests]
             if not waiting:
                 return None
-            at = list(self._seated.values())
-            task = max(waiting, key=lambda t: len(self._jobs[t]) / (1 + at.count(t)))
-        self._seated[seat] = task
-        return self._jobs[task].pop(0)
+            running = list(self._tasks.values())
+            task = max(waiting, key=lambda name: len(self._requests[name]) / (1 + running.count(name)))
+        self._tasks[slot] = task
+        return self._requests[task].pop(0)
 
-    def put_back(self, job: Job) -> None:
-        self._jobs[job.task].insert(0, job)
+    def put_back(self, request: EpisodeRequest) -> None:
+        self._requests[request.task].insert(0, request)
 
 
 def play(
     actor: Actor,
     protocol: Protocol,
-    jobs: Sequence[Job],
-    pool: Pool,
+    requests: Sequence[EpisodeRequest],
+    pool: EnvPool,
     *,
     action_dim: int,
     width: int,
     images: bool,
 ) -> Iterator[Outcome]:
-    """Play every job once and yield its outcome when it ends.
+    """Run every episode once and yield its outcome when it ends.
 
-    The actor is asked for up to `width` episodes at a time: as soon as so many wait for an action, nothing
-    else can come, or nothing did for a while. An episode whose environment raised, died or hung is yielded as
-    an error and never repeated; those that merely shared its process start again, which cannot change what
-    happens in them.
+    The actor is called with up to `width` episodes: as soon as that many wait for an action, no further one
+    can arrive, or none arrived for a while. An episode whose environment raised, died or hung is yielded as
+    an error and never repeated. Other episodes in the same process start again, with the same result.
     """
-    queue = _Queue(jobs)
-    playing: dict[Seat, _Episode] = {}
+    queue = _Queue(requests)
+    running: dict[EnvSlot, _Episode] = {}
 
-    def begin(seat: Seat) -> None:
-        job = queue.take(seat)
-        if job is not None:
-            playing[seat] = _Episode(job, time.monotonic())
+    def start_next(slot: EnvSlot) -> None:
+        request = queue.take(slot)
+        if request is not None:
+            running[slot] = _Episode(request, time.monotonic())
             pool.send(
-                seat,
+                slot,
                 Reset(
-                    seat.slot,
-                    job.task,
-                    job.seed,
+                    slot.index,
+                    request.task,
+                    request.seed,
                     protocol.settle_steps,
                     protocol.settle_action,
                     images,
-                    job.film,
+                    request.film,
                 ),
             )
 
-    for seat in pool.seats:
-        begin(seat)
-    while playing:
-        waiting = [seat for seat, episode in playing.items() if episode.observation is not None]
-        complete = len(waiting) >= width or not pool.busy
-        events = [] if waiting and complete else pool.wait()
-        if waiting and not events:  # a batch, or whoever waits behind one that is slow
-            asked = {seat: playing[seat] for seat in waiting[:width]}
-            _act(actor, protocol, pool, asked, action_dim, images)
+    for slot in pool.slots:
+        start_next(slot)
+    while running:
+        waiting = [slot for slot, episode in running.items() if episode.observation is not None]
+        batch_ready = len(waiting) >= width or not pool.busy
+        events = [] if waiting and batch_ready else pool.wait()
+        if waiting and not events:  # a full batch, or the episodes that wait behind a slow one
+            _act(actor, protocol, pool, {slot: running[slot] for slot in waiting[:width]}, action_dim, images)
         for event in events:
-            episode = playing.get(event.seat)
+            episode = running.get(event.slot)
             if episode is None:
-                continue  # an empty seat of a process that was replaced
+                continue  # an idle slot of a process that was replaced
             match event:
                 case Advanced(moved=moved):
                     _advance(episode, moved)
                     if moved.success or moved.truncated or episode.steps >= protocol.horizon:
                         yield episode.end(moved.success)
-                        del playing[event.seat]
-                        begin(event.seat)
+                        del running[event.slot]
+                        start_next(event.slot)
                 case Broken(text=text):
                     yield episode.end(None, text)
-                    del playing[event.seat]
-                    begin(event.seat)
+                    del running[event.slot]
+                    start_next(event.slot)
                 case Interrupted():
-                    queue.put_back(episode.job)
-                    del playing[event.seat]
-                    begin(event.seat)
+                    queue.put_back(episode.request)
+                    del running[event.slot]
+                    start_next(event.slot)
 
 
 def _advance(episode: _Episode, moved: Moved) -> None:
     episode.steps += moved.steps
     episode.frames += moved.frames
-    episode.observation = dataclasses.replace(moved.observation, instruction=episode.job.instruction)
+    episode.observation = dataclasses.replace(moved.observation, instruction=episode.request.instruction)
 
 
 def _act(
     actor: Actor,
     protocol: Protocol,
-    pool: Pool,
-    asked: Mapping[Seat, _Episode],
+    pool: EnvPool,
+    episodes: Mapping[EnvSlot, _Episode],
     action_dim: int,
     images: bool,
 ) -> None:
-    observations = [e.observation for e in asked.values() if e.observation is not None]
-    keys = [EpisodeKey(e.job.seed, e.job.task, e.replans) for e in asked.values()]
+    observations = [e.observation for e in episodes.values() if e.observation is not None]
+    keys = [EpisodeKey(e.request.seed, e.request.task, e.replans) for e in episodes.values()]
     chunks = actor.act(observations, keys)
     if len(chunks) != len(keys):
-        raise SimulationError(f"the actor was asked for {len(keys)} chunks and returned {len(chunks)}")
-    for (seat, episode), chunk in zip(asked.items(), chunks, strict=True):
+        raise SimulationError(f"the actor returned {len(chunks)} chunks for {len(keys)} observations")
+    for (slot, episode), chunk in zip(episodes.items(), chunks, strict=True):
         left = protocol.horizon - episode.steps
-        actions = _checked(chunk, episode.job, action_dim)[: min(protocol.replan, left)]
+        actions = _checked(chunk, episode.request, action_dim)[: min(protocol.replan, left)]
         episode.observation = None
         episode.replans += 1
         render = images and len(actions) < left
-        pool.send(seat, Play(seat.slot, actions, render, episode.job.film))
+        pool.send(slot, Play(slot.index, actions, render, episode.request.film))
 
 
-def _checked(chunk: ActionChunk, job: Job, action_dim: int) -> NDArray[np.float32]:
-    """Return the chunk's actions, or raise: a policy that returns nonsense has not failed, it is broken."""
+def _checked(chunk: ActionChunk, request: EpisodeRequest, action_dim: int) -> NDArray[np.float32]:
+    """Return the chunk's actions. Invalid ones raise: they are a broken policy, not a failed episode."""
     actions = np.asarray(chunk.actions, np.float32)
+    episode = f"task {request.task!r}, seed {request.seed}"
     if actions.ndim != 2 or not len(actions) or actions.shape[1] != action_dim:
         raise SimulationError(
-            f"task {job.task!r}, seed {job.seed}: the actor returned actions of shape {actions.shape}; "
+            f"{episode}: the actor returned actions of shape {actions.shape}; "
             f"a chunk is [steps, {action_dim}], with at least one step"
         )
     if not np.isfinite(actions).all():
-        raise SimulationError(
-            f"task {job.task!r}, seed {job.seed}: the actor returned NaN or infinity; the policy has diverged"
-        )
+        raise SimulationError(f"{episode}: the actor returned NaN or infinity; the policy has diverged")
     return actions

@@ -1,6 +1,6 @@
-"""Pictures of episodes: an mp4 and a film strip for each that was filmed, and a sheet of all the strips.
+"""Write an mp4 and a film strip of each filmed episode, and a contact sheet of all strips.
 
-Frames are small, so pixels are repeated, never smoothed: what is shown is what the policy saw.
+Frames are small, so they are enlarged by repeating pixels, never smoothed: they show what the policy saw.
 """
 
 import io
@@ -21,7 +21,7 @@ STRIP_PIXELS = 96  # side of a picture in a strip, at least
 STRIP_FRAMES = 8
 BORDER, LABEL = 4, 16  # pixels
 SUCCESS, FAILURE, ERROR = (46, 160, 67), (207, 34, 46), (191, 135, 0)
-FASTEST_FPS = 25  # robots with a higher rate are shown slowed down
+FASTEST_FPS = 25  # robots with a higher rate are shown in slow motion
 
 
 def enlarge(frame: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
@@ -35,7 +35,7 @@ def write_mp4(path: Path, frames: Frames, hz: float) -> None:
     import av
 
     large = [enlarge(frame, VIDEO_PIXELS) for frame in frames]
-    height, width = (side - side % 2 for side in large[0].shape[:2])  # H.264 wants even sides
+    height, width = (side - side % 2 for side in large[0].shape[:2])  # H.264 needs even sides
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(min(hz, FASTEST_FPS)).limit_denominator(1000)
@@ -79,12 +79,12 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 
 
 def write_sheet(path: Path, strips: Sequence[Path]) -> None:
-    """Write the contact sheet: the strips (PNG files) below one another."""
+    """Write the contact sheet: all strips (PNG files), one below the other."""
     from PIL import Image
 
     pictures = []
-    for one in strips:
-        with Image.open(one) as picture:
+    for strip_file in strips:
+        with Image.open(strip_file) as picture:
             pictures.append(picture.convert("RGB"))
     width, height = max(p.width for p in pictures), sum(p.height + BORDER for p in pictures)
     sheet = Image.new("RGB", (width, height), (255, 255, 255))

@@ -1,8 +1,8 @@
-"""What runs inside one environment process: a few environments, driven by small messages.
+"""Serve one environment process: a few environments, driven by messages over a socket.
 
 The process is a plain child (not a fork, and not multiprocessing's spawn, which would import the caller's
-script again): it loads the simulator and never torch. It plays commands in the order they come and answers
-each with exactly one message, so whoever listens knows which episode it is in, even when it dies.
+script again): it loads the simulator and never torch. It executes commands in order and answers each with
+exactly one message, so the parent knows which episode is affected even when the process dies.
 """
 
 import faulthandler
@@ -25,14 +25,14 @@ from vlafit.types import Embodiment, Env, Observation
 
 @dataclass(frozen=True)
 class Start:
-    """The first command: make an environment and say what it is. Answered by Ready or Failed."""
+    """The first command: create an environment and describe it. Answered by Ready or Failed."""
 
     spec: EnvSpec
 
 
 @dataclass(frozen=True)
 class Reset:
-    """Begin an episode in `slot`: reset, then `settle` steps. Answered by Moved or Failed."""
+    """Start an episode in `slot`: reset, then `settle_steps`. Answered by Moved or Failed."""
 
     slot: int
     task: str
@@ -58,7 +58,7 @@ class Play:
 
 @dataclass(frozen=True)
 class Ready:
-    """The environment as it declares itself."""
+    """The environment's description of itself."""
 
     embodiment: Embodiment
     versions: Mapping[str, str]
@@ -67,7 +67,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Moved:
-    """Where an episode stands after its last command. `frames` are uint8 [h, w, 3], of the first camera."""
+    """State of an episode after its last command. `frames` are uint8 [h, w, 3], of the first camera."""
 
     slot: int
     observation: Observation
@@ -79,7 +79,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Failed:
-    """A command that raised. The environment of that slot is gone; the process goes on."""
+    """A command that raised. Its slot's environment is discarded; the process continues."""
 
     text: str
 
@@ -92,7 +92,7 @@ class _Worker:
     def __init__(self) -> None:
         self.spec: EnvSpec | None = None
         self.envs: dict[int, Env] = {}
-        self.tasks: dict[int, str] = {}  # that each slot's environment has played
+        self.tasks: dict[int, str] = {}  # slot -> the task its environment has loaded
 
     def answer(self, command: Command) -> Reply:
         match command:
@@ -107,12 +107,12 @@ class _Worker:
                 return self._play(command)
 
     def drop(self, slot: int) -> None:
-        """Forget the environment of a slot; after a command raised, its state cannot be trusted."""
+        """Discard a slot's environment, because its state is unknown after a command raised."""
         env = self.envs.pop(slot, None)
         if env is not None:
             try:
                 env.close()
-            except Exception:  # it is broken already, and its first error is the one that counts
+            except Exception:  # the command's own error, which is reported, comes first
                 pass
 
     def _env(self, slot: int) -> Env:
@@ -123,7 +123,7 @@ class _Worker:
 
     def _reset(self, command: Reset) -> Moved:
         if self.tasks.get(command.slot, command.task) != command.task:
-            self.drop(command.slot)  # or it would keep the simulations of all tasks that it ever played
+            self.drop(command.slot)  # otherwise it would keep the simulations of all earlier tasks
         self.tasks[command.slot] = command.task
         env = self._env(command.slot)
         observation = env.reset(command.task, command.seed)
@@ -160,16 +160,16 @@ def _sendable(observation: Observation) -> Observation:
 
 
 def _end_with_parent(connection: Connection) -> None:
-    """End this process when the other side goes away, even in the middle of a step that never returns."""
+    """Exit when the parent closes the socket, even in the middle of a step that never returns."""
     poll = select.poll()
-    poll.register(connection.fileno(), 0)  # hang-ups are always reported
+    poll.register(connection.fileno(), 0)  # hang-ups are reported without a mask
     poll.poll()
     os._exit(1)
 
 
 def main(handle: int) -> None:
-    """Serve the socket `handle` until the other side closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    """Serve the socket `handle` until the parent closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
     faulthandler.enable()
     connection = Connection(handle)
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
@@ -182,12 +182,12 @@ def main(handle: int) -> None:
         try:
             reply = worker.answer(command)
         except Exception as error:
-            mendable = isinstance(command, Start) and isinstance(error, VlafitError)
-            reply = Failed(str(error) if mendable else traceback.format_exc())
+            fixable = isinstance(command, Start) and isinstance(error, VlafitError)
+            reply = Failed(str(error) if fixable else traceback.format_exc())
             if not isinstance(command, Start):
                 worker.drop(command.slot)
         try:
             connection.send(reply)
         except OSError:
             break
-    os._exit(0)  # GL contexts print errors when the interpreter takes them down in its own order
+    os._exit(0)  # skips interpreter shutdown, during which GL contexts print errors

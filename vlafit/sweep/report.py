@@ -1,4 +1,4 @@
-"""The report of a sweep: one self-contained page, one JSON, and the best trial's recipe to train again."""
+"""Write the report of a sweep: one self-contained page, one JSON file, and the best trial's recipe."""
 
 import json
 import math
@@ -10,44 +10,49 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlafit import files
-from vlafit.report import plots
+from vlafit.report import markup, plots
 from vlafit.report.markup import Content, Raw, figure, join, muted, section, table, tag
-from vlafit.report.page import document, notices
-from vlafit.sweep.storage import ERROR, FOLDER, RETRY_OF, Storage, begun, values_of
+from vlafit.sweep.storage import ERROR, FOLDER, RETRY_OF, Storage, started, values_of
 from vlafit.sweep.study import prepare
-from vlafit.sweep.work import Sweep, losses
+from vlafit.sweep.worker import Sweep, losses
 
 FORMAT = 1
-STATES = {
+STATES = {  # Optuna's state -> the state in sweep.json
     "COMPLETE": "whole",
     "PRUNED": "pruned",
     "FAIL": "broke",
     "RUNNING": "running",
     "WAITING": "waiting",
 }
+LABELS = {"whole": "complete", "broke": "failed"}  # state in sweep.json -> what readers see
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, as it is reported."""
+    """One trial as reported."""
 
     number: int
     state: str
     """whole, pruned, broke, running or waiting."""
     values: dict[str, object]
     loss: float | None
-    """Last validation loss: of a whole trial what it is judged by, of a pruned one where it ended."""
+    """Last validation loss of a complete or pruned trial."""
     folder: str
     """The run's folder, relative to the sweep's."""
     error: str
     retry_of: int | None
     curve: tuple[tuple[int, float], ...]
-    """(step, validation loss), from step 0 on."""
+    """(step, validation loss) from step 0 on."""
+
+    @property
+    def label(self) -> str:
+        """The state in the words of the report: complete, pruned, failed, running or waiting."""
+        return LABELS.get(self.state, self.state)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a sweep came to."""
+class SweepResult:
+    """The trials of a sweep so far."""
 
     sweep: Sweep
     trials: tuple[Trial, ...]
@@ -55,160 +60,159 @@ class Found:
 
     @property
     def best(self) -> Trial | None:
-        """The whole trial of the lowest last validation loss."""
-        whole = [t for t in self.trials if t.state == "whole" and t.loss is not None]
-        return min(whole, key=lambda t: t.loss or 0.0, default=None)
+        """The complete trial with the lowest last validation loss."""
+        complete = [t for t in self.trials if t.state == "whole" and t.loss is not None]
+        return min(complete, key=lambda t: t.loss or 0.0, default=None)
+
+    @property
+    def ordered(self) -> list[Trial]:
+        """The trials, complete ones first, each by its loss."""
+        return sorted(self.trials, key=lambda t: (t.state != "whole", math.inf if t.loss is None else t.loss))
 
     @property
     def broken(self) -> dict[int, str]:
-        """Why trials broke, by their numbers."""
+        """The error of each failed trial by its number."""
         return {t.number: t.error for t in self.trials if t.state == "broke"}
 
     def train_again(self) -> str:
-        """Return the command that trains the best trial again, with the rollouts that the recipe asks for."""
+        """Return the command that trains the best trial again, with evaluation; "" without a best trial."""
         folder, name = self.sweep.folder, f"{self.sweep.recipe.name}-best"
         return f"vlafit train {folder / 'best' / 'recipe.toml'} --out runs/{name}" if self.best else ""
 
     def notes(self) -> list[str]:
-        """Return what a reader must know before believing the best."""
-        said = []
-        wanted, ended = (
-            self.sweep.study.trials,
-            sum(t.state in ("whole", "pruned", "broke") for t in self.trials),
-        )
+        """Return the sentences to read before using the best values."""
+        sentences = []
+        wanted = self.sweep.study.trials
+        ended = sum(t.state in ("whole", "pruned", "broke") for t in self.trials)
         if ended < wanted:
-            said.append(f"{ended} of {wanted} trials have ended; the same command goes on.")
+            sentences.append(f"{ended} of {wanted} trials have ended; the same command resumes the sweep.")
         if self.broken and self.best is None:
-            said.append(f"No trial came to its end: {len(self.broken)} broke, so there is no best.")
-            return said
+            sentences.append(f"No trial completed: {len(self.broken)} failed, so there is no best trial.")
+            return sentences
         if self.best is not None:
-            for name, one in self.sweep.study.search.items():
-                if one.at_edge(self.best.values.get(name)):
-                    said.append(
-                        f"The best {name} lies at the edge of what was searched; a better one may lie beyond."
-                    )
-        said.append(
-            "One seed a trial, judged by validation loss: confirm the best by rollouts and more seeds."
+            sentences += [
+                f"The best {name} is at the edge of the search range; a better one may be outside."
+                for name, dimension in self.sweep.study.search.items()
+                if dimension.at_edge(self.best.values.get(name))
+            ]
+        sentences.append(
+            "One seed per trial, ranked by validation loss: confirm the best by rollouts and more seeds."
         )
-        return said
+        return sentences
 
 
-def read(sweep: Sweep, command: str = "") -> Found:
-    """Read what the study's storage and the trials' folders hold."""
+def read(sweep: Sweep, command: str = "") -> SweepResult:
+    """Read the trials from the study's storage and their run folders."""
     trials = []
-    everything = Storage(sweep.folder, sweep.study, sweep.recipe.train.steps).trials()
-    for one in begun(everything):
-        named = str(one.user_attrs.get(FOLDER, ""))
-        run = sweep.folder / "trials" / named / "run"
-        curve = tuple(losses(run)) if named else ()
+    stored_trials = Storage(sweep.folder, sweep.study, sweep.recipe.train.steps).trials()
+    for stored in started(stored_trials):
+        name = str(stored.user_attrs.get(FOLDER, ""))
+        run = sweep.folder / "trials" / name / "run"
+        curve = tuple(losses(run)) if name else ()
+        default_error = "the worker died" if stored.state.name == "FAIL" else ""
         trials.append(
             Trial(
-                number=one.number,
-                state=STATES[one.state.name],
-                values=values_of(one.params, sweep.study),
-                loss=curve[-1][1] if curve and one.state.name in ("COMPLETE", "PRUNED") else None,
-                folder=str(run.relative_to(sweep.folder)) if named else "",
-                error=str(one.user_attrs.get(ERROR, "the worker died" if one.state.name == "FAIL" else "")),
-                retry_of=one.user_attrs.get(RETRY_OF),
+                number=stored.number,
+                state=STATES[stored.state.name],
+                values=values_of(stored.params, sweep.study),
+                loss=curve[-1][1] if curve and stored.state.name in ("COMPLETE", "PRUNED") else None,
+                folder=str(run.relative_to(sweep.folder)) if name else "",
+                error=str(stored.user_attrs.get(ERROR, default_error)),
+                retry_of=stored.user_attrs.get(RETRY_OF),
                 curve=curve,
             )
         )
-    return Found(sweep, tuple(trials), command)
+    return SweepResult(sweep, tuple(trials), command)
 
 
-def write(found: Found) -> Path:
-    """Write sweep.html, sweep.json and, where a trial is whole, best/recipe.toml; return the page's path."""
-    folder, best = found.sweep.folder, found.best
+def write(result: SweepResult) -> Path:
+    """Write sweep.html, sweep.json and, if a trial is complete, best/recipe.toml; return the page's path."""
+    folder, best = result.sweep.folder, result.best
     if best is not None:
-        prepare(found.sweep.recipe, best.values, folder / "best")
-    files.write_atomic(folder / "sweep.json", json.dumps(to_json(found), indent=1, allow_nan=False) + "\n")
-    files.write_atomic(folder / "sweep.html", page(found))
+        prepare(result.sweep.recipe, best.values, folder / "best")
+    files.write_atomic(folder / "sweep.json", json.dumps(to_json(result), indent=1, allow_nan=False) + "\n")
+    files.write_atomic(folder / "sweep.html", page(result))
     return folder / "sweep.html"
 
 
-def to_json(found: Found) -> dict[str, Any]:
-    """Return sweep.json: the page's facts as plain values."""
-    study, best = found.sweep.study, found.best
+def to_json(result: SweepResult) -> dict[str, Any]:
+    """Return sweep.json: the facts of the page as plain values."""
+    study, best = result.sweep.study, result.best
     return {
         "format": FORMAT,
-        "name": found.sweep.recipe.name,
+        "name": result.sweep.recipe.name,
         "study": asdict(study),
         "best": None if best is None else asdict(best),
-        "train_again": found.train_again(),
-        "notes": found.notes(),
-        "command": found.command,
-        "recipe": asdict(found.sweep.recipe),
-        "trials": [asdict(trial) for trial in found.trials],
+        "train_again": result.train_again(),
+        "notes": result.notes(),
+        "command": result.command,
+        "recipe": asdict(result.sweep.recipe),
+        "trials": [asdict(trial) for trial in result.trials],
     }
 
 
 # ------------------------------------------------------------------------------------------------------ page
 
 
-def page(found: Found) -> str:
+def page(result: SweepResult) -> str:
     """Return the page."""
-    study, best = found.sweep.study, found.best
-    counts = {state: sum(t.state == state for t in found.trials) for state in STATES.values()}
-    items = [(state, str(count)) for state, count in counts.items() if count]
-    head = tag(
-        "header",
-        tag("p", "vlafit sweep", class_="kind"),
-        tag("h1", found.sweep.recipe.name),
-        tag("p", study.purpose, class_="purpose") if study.purpose else "",
-        tag("dl", *(tag("div", tag("dt", what), tag("dd", value)) for what, value in items), class_="facts"),
-    )
-    body: list[Content] = [head, notices("Before you believe these numbers", tuple(found.notes()))]
+    recipe, best = result.sweep.recipe, result.best
+    counts = {state: sum(t.state == state for t in result.trials) for state in STATES.values()}
+    items = [(LABELS.get(state, state), str(count)) for state, count in counts.items() if count]
+    body: list[Content] = [
+        markup.header("vlafit sweep", recipe.name, result.sweep.study.purpose, items),
+        markup.notices(markup.CAVEATS, result.notes()),
+    ]
     if best is not None:
-        said = f"Trial {best.number}: last validation loss {best.loss:.4g}."
-        rows = [(name, written(value)) for name, value in best.values.items()]
+        summary = f"Trial {best.number}: last validation loss {best.loss:.4g}."
+        rows = [(name, value_text(value)) for name, value in best.values.items()]
         body.append(
             section(
                 "Best",
-                tag("p", tag("b", said)),
+                tag("p", tag("b", summary)),
                 table([], rows, ("", "number")),
-                tag("pre", found.train_again()),
+                tag("pre", result.train_again()),
             )
         )
-    body += [section("Trials", _table(found)), _charts(found)]
-    if found.command:
-        body.append(section("Command", tag("pre", found.command)))
-    return document(f"{found.sweep.recipe.name}: sweep", join(body))
+    body += [section("Trials", _table(result)), _charts(result)]
+    if result.command:
+        body.append(section("Command", tag("pre", result.command)))
+    return markup.document(f"{recipe.name}: sweep", join(body))
 
 
-def _table(found: Found) -> Raw:
-    names = list(found.sweep.study.search)
+def _table(result: SweepResult) -> Raw:
+    names = list(result.sweep.study.search)
     heads = ("trial", *names, "last loss", "state", "folder")
-    order = sorted(found.trials, key=lambda t: (t.state != "whole", math.inf if t.loss is None else t.loss))
     rows = [
         (
             t.number,
-            *(written(t.values[name]) if name in t.values else "" for name in names),
+            *(value_text(t.values[name]) if name in t.values else "" for name in names),
             "" if t.loss is None else f"{t.loss:.4g}",
-            join([t.state, *([Raw("<br>"), muted(t.error)] if t.error else [])]),
+            join([t.label, *([Raw("<br>"), muted(t.error)] if t.error else [])]),
             t.folder,
         )
-        for t in order
+        for t in result.ordered
     ]
     return table(heads, rows, ("number", *("number" for _ in names), "number", "", ""))
 
 
-def written(value: object) -> str:
-    """Return a value as people read it."""
+def value_text(value: object) -> str:
+    """Return a searched value as text; floats have four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _charts(found: Found) -> Raw:
-    ended = [t for t in found.trials if t.loss is not None]
+def _charts(result: SweepResult) -> Raw:
+    ended = [t for t in result.trials if t.loss is not None]
     if not ended:
         return Raw("")
     drawn = [
         figure("Every trial", "last validation loss; faint: pruned; line: best so far", _history(ended)),
         figure("Validation loss", "against optimiser steps; faint: pruned", _curves(ended)),
     ]
-    for name, one in found.sweep.study.search.items():
+    for name, dimension in result.sweep.study.search.items():
         points = [(t, v) for t in ended if isinstance(v := t.values.get(name), int | float)]
         if len(points) == len(ended):
-            drawn.append(figure(name, "against last validation loss", _scatter(name, points, one.log)))
+            drawn.append(figure(name, "against last validation loss", _scatter(name, points, dimension.log)))
     return section("Plots", tag("div", *drawn, class_="charts"))
 
 
@@ -217,9 +221,9 @@ def _history(trials: Sequence[Trial]) -> str:
     for trial in trials:
         colour = plots.LINE if trial.state == "whole" else plots.FAINT
         axes.plot([trial.number], [trial.loss or 0.0], "o", color=colour, markersize=4)
-    whole = [t for t in trials if t.state == "whole"]
-    best = [min(float(t.loss or 0.0) for t in whole[: i + 1]) for i in range(len(whole))]
-    axes.step([t.number for t in whole], best, where="post", color=plots.SECOND, linewidth=1.4)
+    complete = [t for t in trials if t.state == "whole"]
+    best = [min(float(t.loss or 0.0) for t in complete[: i + 1]) for i in range(len(complete))]
+    axes.step([t.number for t in complete], best, where="post", color=plots.SECOND, linewidth=1.4)
     return _finish(figure, axes, "history", whole_numbers=True)
 
 
@@ -238,8 +242,7 @@ def _scatter(name: str, points: Sequence[tuple[Trial, int | float]], log: bool) 
         axes.plot([value], [trial.loss or 0.0], "o", color=colour, markersize=4)
     if log:
         axes.set_xscale("log")
-        return _finish(figure, axes, _identity(name), whole_numbers=None)
-    return _finish(figure, axes, _identity(name), whole_numbers=False)
+    return _finish(figure, axes, plots.html_id(name), whole_numbers=None if log else False)
 
 
 def _finish(figure: Any, axes: Any, name: str, whole_numbers: bool | None) -> str:
@@ -247,7 +250,3 @@ def _finish(figure: Any, axes: Any, name: str, whole_numbers: bool | None) -> st
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole_numbers))
     axes.yaxis.set_major_formatter(FuncFormatter(plots.tick))
     return plots.svg(figure, f"sweep-{name}")
-
-
-def _identity(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

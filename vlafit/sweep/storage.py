@@ -1,8 +1,7 @@
-"""The study's trials in Optuna's SQLite storage: who takes the next one, and what becomes of a dead worker's.
+"""Store a study's trials in Optuna's SQLite database: hand out the next trial, retry those of dead workers.
 
-A worker holds a lock file while its trial runs; the system lets go of it when the worker dies, however it
-dies. So a running trial whose lock is free is dead: it is marked as failed, and its values are tried again in
-the same folder.
+A worker holds a lock file while its trial runs, and the system releases it when the worker dies. So a running
+trial whose lock is free is dead: it is marked as failed, and its values are tried again in the same folder.
 """
 
 import fcntl
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 NAME = "sweep"
 RETRIES = 2  # of a trial whose worker died
 FOLDER, RETRY_OF, TRIED, ERROR = "folder", "retry_of", "tried", "error"  # user attributes of a trial
-WAIT_S = 60.0  # for SQLite's own lock
+WAIT_S = 60.0  # time-out of SQLite's own lock
 
 
 @dataclass
 class Taken:
-    """A trial that this worker holds."""
+    """A trial that this worker runs."""
 
     trial: "optuna.Trial"
     values: dict[str, object]
@@ -45,7 +44,7 @@ class Storage:
     """The study in its folder, shared by all workers on this machine."""
 
     def __init__(self, folder: Path, study: Study, steps: int) -> None:
-        """Open or make the study. Raises VlafitError where Optuna is not installed."""
+        """Open or create the study. Raises VlafitError if Optuna is not installed."""
         self.folder, self.study = folder, study
         optuna = _optuna()
         self.optuna = optuna
@@ -63,81 +62,81 @@ class Storage:
                 f"sqlite:///{(folder / 'study.db').resolve()}",
                 engine_kwargs={"connect_args": {"timeout": WAIT_S}},
             )
-            self.trials_of = optuna.create_study(
+            self.optuna_study = optuna.create_study(
                 storage=storage, study_name=NAME, direction="minimize", pruner=pruner, load_if_exists=True
             )
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
         """Return all trials, in order."""
-        return self.trials_of.get_trials(deepcopy=False)
+        return self.optuna_study.get_trials(deepcopy=False)
 
     def take(self, wanted: int) -> Taken | None:
-        """Return the next trial, its values drawn; None when `wanted` trials were begun."""
+        """Start the next trial with sampled values; None if `wanted` trials have been started."""
         with self._all_locked():
-            self._bury()
+            self._requeue_dead()
             trials = self.trials()
             waiting = any(t.state == self.optuna.trial.TrialState.WAITING for t in trials)
-            if not waiting and len(begun(trials)) >= wanted:
+            if not waiting and len(started(trials)) >= wanted:
                 return None
             number = len(trials)
-            # Seeded by the trial's number: a study that goes on must not begin its draws again.
-            self.trials_of.sampler = self.optuna.samplers.TPESampler(
+            # Seeded by the trial's number, so that a resumed study does not repeat its random values.
+            self.optuna_study.sampler = self.optuna.samplers.TPESampler(
                 seed=self.study.seed * 1_000_003 + number, n_startup_trials=self.study.startup
             )
-            trial = self.trials_of.ask()
-            values = {name: suggest(trial, name, one) for name, one in self.study.search.items()}
-            named = trial.user_attrs.get(FOLDER) or f"{trial.number:04d}"
-            trial.set_user_attr(FOLDER, named)
-            lock = self._hold(trial.number)
+            trial = self.optuna_study.ask()
+            values = {name: suggest(trial, name, dim) for name, dim in self.study.search.items()}
+            folder_name = trial.user_attrs.get(FOLDER) or f"{trial.number:04d}"
+            trial.set_user_attr(FOLDER, folder_name)
+            lock = self._try_lock(trial.number)
             assert lock is not None, "a new trial's lock is free"
-            return Taken(trial, values, self.folder / "trials" / named, lock)
+            return Taken(trial, values, self.folder / "trials" / folder_name, lock)
 
     def done(self, taken: Taken, value: float) -> None:
-        """Record a whole trial."""
+        """Record a complete trial."""
         self._tell(taken, value, None)
 
     def pruned(self, taken: Taken) -> None:
-        """Record a trial that was ended early."""
+        """Record a trial that was stopped early by the pruner."""
         self._tell(taken, None, self.optuna.trial.TrialState.PRUNED)
 
     def failed(self, taken: Taken, error: str) -> None:
-        """Record a trial that broke; it is not tried again."""
+        """Record a trial that failed; it is not tried again."""
         taken.trial.set_user_attr(ERROR, error)
         self._tell(taken, None, self.optuna.trial.TrialState.FAIL)
 
     def interrupted(self, taken: Taken) -> None:
-        """Record a trial that was stopped, and let the next worker go on with it."""
+        """Record a trial that was interrupted, and queue it to be resumed by the next worker."""
         with self._all_locked():
-            self._again(taken.trial.number, 0)
+            self._requeue(taken.trial.number, deaths=0)
         taken.lock.close()
 
     def _tell(self, taken: Taken, value: float | None, state: Any) -> None:
-        self.trials_of.tell(taken.trial, value, state=state)
+        self.optuna_study.tell(taken.trial, value, state=state)
         taken.lock.close()
 
-    # ------------------------------------------------------------------------------------------ the dead
+    # ---------------------------------------------------------------------------------------- dead workers
 
-    def _bury(self) -> None:
-        """Mark running trials whose worker died as failed, and enqueue their values again."""
+    def _requeue_dead(self) -> None:
+        """Mark running trials whose worker died as failed, and queue their values again."""
         for trial in self.trials():
             if trial.state != self.optuna.trial.TrialState.RUNNING:
                 continue
-            lock = self._hold(trial.number)
+            lock = self._try_lock(trial.number)
             if lock is not None:
                 lock.close()
-                self._again(trial.number, 1)
+                self._requeue(trial.number, deaths=1)
 
-    def _again(self, number: int, deaths: int) -> None:
+    def _requeue(self, number: int, deaths: int) -> None:
         trial = self.trials()[number]
         tried = int(trial.user_attrs.get(TRIED, 0)) + deaths
-        self.trials_of.tell(number, state=self.optuna.trial.TrialState.FAIL)
+        self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
         if tried <= RETRIES and FOLDER in trial.user_attrs:
-            self.trials_of.enqueue_trial(
+            self.optuna_study.enqueue_trial(
                 dict(trial.params),
                 user_attrs={FOLDER: trial.user_attrs[FOLDER], RETRY_OF: number, TRIED: tried},
             )
 
-    def _hold(self, number: int) -> IO[str] | None:
+    def _try_lock(self, number: int) -> IO[str] | None:
         file = open(self.folder / "locks" / str(number), "w", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,14 +152,14 @@ class Storage:
             yield
 
 
-def begun(trials: Sequence["optuna.trial.FrozenTrial"]) -> list["optuna.trial.FrozenTrial"]:
-    """Return the trials that count: neither waiting nor tried again under another number."""
-    again = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-    return [t for t in trials if t.state.name != "WAITING" and t.number not in again]
+def started(trials: Sequence["optuna.trial.FrozenTrial"]) -> list["optuna.trial.FrozenTrial"]:
+    """Return the trials that count: neither waiting nor retried under another number."""
+    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    return [t for t in trials if t.state.name != "WAITING" and t.number not in retried]
 
 
 def suggest(trial: "optuna.Trial", name: str, dimension: Dimension) -> object:
-    """Draw a value. Choices go as JSON texts: Optuna knows no lists."""
+    """Sample a value. Choices are passed as JSON texts, because Optuna does not support lists."""
     low, high = dimension.low, dimension.high
     if low is None or high is None:
         return json.loads(trial.suggest_categorical(name, [json.dumps(v) for v in dimension.choices]))
@@ -170,7 +169,7 @@ def suggest(trial: "optuna.Trial", name: str, dimension: Dimension) -> object:
 
 
 def values_of(params: Mapping[str, Any], study: Study) -> dict[str, object]:
-    """Return a trial's values as they were meant, choices no longer as JSON."""
+    """Return a trial's values with choices decoded from JSON."""
     return {
         name: json.loads(value) if name in study.search and study.search[name].choices else value
         for name, value in params.items()

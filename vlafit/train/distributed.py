@@ -45,8 +45,7 @@ def _shard(policy: Policy, device: torch.device) -> nn.Module:
         fully_shard(block, mesh=mesh)
     # By default the root stays gathered after a forward pass without a backward pass, as in validation.
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
-    for method in ("velocity", "act"):  # `loss` is the call itself
-        register_fsdp_forward_method(policy, method)
+    register_fsdp_forward_method(policy, "act")  # `loss` is the call itself
     return policy
 
 

@@ -16,10 +16,10 @@ from vlafit.datasets import blocks_for_statistics
 from vlafit.errors import CodecError, ConfigError, EmbodimentError
 from vlafit.nn.batch import stack
 from vlafit.nn.policy import Needs, Policy
+from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train.data import Data
-from vlafit.train.noise import VALIDATION, noise_and_time
 from vlafit.tuning import Plan
 from vlafit.tuning.merge import merge
 from vlafit.types import Embodiment, Observation
@@ -79,37 +79,31 @@ def initialise(recipe: Recipe, data: Data) -> InitialPolicy:
 
 
 def probe(policy: Policy, codec: Codec, data: Data, device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that computes the policy's velocity [1, t, a] for the first training frame."""
+    """Return a function that computes the policy's actions [1, t, a] for the first training frame."""
     store, ids = next((s, i) for s, i in zip(data.stores, data.training, strict=True) if i)
     number = store.index(ids[0])
     images = {c.name: np.zeros(c.shape, np.uint8) for c in data.embodiment.cameras}
     seen = Observation(images, store.state(number)[0], store.episodes[number].instruction)
-    batch = stack([codec.encode(seen)])
-    c = policy.config
-    noise, time = noise_and_time(
-        [(0, 0)], seed=0, draws=1, chunk=c.chunk, action_dim=c.action_dim, stream=VALIDATION
-    )
-    actions = torch.zeros(1, c.chunk, c.action_dim)
-    batch = replace(batch, actions=actions, action_mask=torch.ones_like(actions, dtype=torch.bool)).to(device)
+    batch = stack([codec.encode(seen)]).to(device)
 
     @torch.no_grad()
-    def velocity() -> Tensor:
+    def actions() -> Tensor:
         policy.eval()
-        answer = policy.velocity(batch, noise[0].to(device), time[0].to(device))
+        answer = policy.act(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
         policy.train()
         return answer
 
-    return velocity
+    return actions
 
 
 def merge_error(folder: Path, data: Data, device: torch.device) -> float:
-    """Return the largest change of the velocity that merging makes to the adapted checkpoint `folder`."""
+    """Return the largest change of an action that merging makes to the adapted checkpoint `folder`."""
     policy, codec, _, _ = checkpoints.load(folder, device=device)
     assert codec is not None
-    velocity = probe(policy, codec, data, device)
-    before = velocity()
+    actions = probe(policy, codec, data, device)
+    before = actions()
     merge(policy)
-    return float((velocity() - before).abs().max())
+    return float((actions() - before).abs().max())
 
 
 def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> InitialPolicy:
@@ -232,6 +226,11 @@ def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
 def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> Codec:
     """Fit a codec to the training episodes; the codec `old`, if any, provides the tokenizer."""
     needs = policy.needs()
+    if recipe.policy.tokenizer and needs.prompt is None:
+        raise ConfigError(
+            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
+            'make it ""'
+        )
     tokenizer = old.tokenizer if old is not None else _tokenizer(recipe.policy.tokenizer, data, needs)
     config = CodecConfig(
         cameras=tuple(camera.name for camera in data.embodiment.cameras),
@@ -244,6 +243,7 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) ->
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
         framing=needs.framing,
+        history=needs.history,
     )
     if old is not None:  # images and prompts keep the checkpoint's form, too
         kept = old.config
@@ -263,7 +263,9 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) ->
         raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
 
 
-def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer:
+def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer | None:
+    if needs.prompt is None:
+        return None
     if name:
         return load_tokenizer(shipped.find("tokenizer", name))
     words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]

@@ -1,12 +1,13 @@
 """The training loop, on one page: micro-batches, one optimiser step, what happens every N steps.
 
-It knows nothing of files, robots or recipes' names; `run` hands it everything and gives it `events` to call.
+It knows nothing of files, robots or recipes' names: the caller passes everything in and is called back after
+every step.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
+from vlafit.nn.policy import Policy, mean_loss
+from vlafit.nn.rng import Keys, dropout_seed, sample_rng
 from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.distributed import last_backward_only, sum_over_processes
-from vlafit.train.noise import dropout_seed, noise_and_time
 from vlafit.train.optim import rewarm, schedule, set_lr
 from vlafit.train.train_state import TrainState
 
-Keys = Sequence[tuple[int, int]]  # (epoch, sample index) of each row
-
 
 class NotFinite(TrainingError):
-    """Weights, loss or gradient left the numbers; nothing of it was saved."""
+    """Weights, loss or gradient are not finite; nothing of it was saved."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class StepResult:
     stop: bool
     spent: float = 0.0
     """Share of the time budget that was gone before the step; a step that begins at 1 is the last."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each term of the loss; empty where the loss has only one."""
 
 
 def train(
@@ -56,38 +58,40 @@ def train(
 ) -> None:
     """Run optimiser steps from `first_step` on to `recipe.steps`, or until `after_step` returns False.
 
-    `batches` yields this process's micro-batches. The loss of a step is sum(mask * error^2) / sum(mask) over
-    all its micro-batches and processes. A loss or gradient that is not finite raises NotFinite before the
-    weights are touched. `wants_stop` on any process stops all of them after the step, and so does `spent`,
-    the share of a time budget, on average of them.
+    `batches` yields this process's micro-batches. Each term of a step's loss is its sum over all
+    micro-batches and processes, divided by its count over all of them (see `Policy.loss`). A loss or gradient
+    that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process stops all
+    of them after the step, and so does `spent`, the share of a time budget, on average of them.
     """
     model, optimizer, ranks, device = learner.model, learner.optimizer, learner.ranks, learner.device
-    trainable, began_at = learner.trainable, learner.place.began
+    trainable, began_at, terms = learner.trainable, learner.place.began, learner.policy.terms()
     model.train()
     for step in range(first_step, recipe.steps):
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        total, stop, gone = _agree(micro_batches, recipe.draws, wants_stop(), spent() / world, device)
-        if total == 0:
+        counts, stop, gone = _agree(
+            learner.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
+        )
+        if not any(counts.values()):
             raise TrainingError(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
         warm = rewarm(step - began_at, learner.warmup_steps)
         set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
-        error_sum = torch.zeros((), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             torch.manual_seed(dropout_seed(keys, seed=recipe.seed, step=step))
             with last_backward_only(model, last):
                 out = _loss(model, batch, keys, recipe, device)
-                # DDP and FSDP average gradients over processes; `world` undoes that.
-                share_of_loss = out["error_sum"] * (world / total)
+                share_of_loss = _share(terms, out, counts, world)
                 if ranks is not None and last:
                     share_of_loss = share_of_loss + ranks.penalty()  # the same on all processes
                 share_of_loss.backward()
-            error_sum += out["error_sum"].detach()
-        loss = float(sum_over_processes(error_sum)) / total
+            sums += torch.stack([out[name].detach() for name in terms])
+        totals = dict(zip(terms, sum_over_processes(sums).tolist(), strict=True))
+        loss = mean_loss(terms, totals, counts)
         norm = _clip(trainable, optim.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = [key for keys, _ in micro_batches for key in keys]
@@ -106,7 +110,8 @@ def train(
                 ranks.prune(learner.ema.average)
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
-        result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone)
+        means = {name: totals[name] / counts[name] for name in terms if counts[name] and len(terms) > 1}
+        result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone, means)
         goes_on = after_step(result)
         model.train()
         if stop or gone >= 1 or not goes_on:
@@ -114,31 +119,40 @@ def train(
 
 
 def _agree(
-    micro_batches: list[tuple[Keys, Batch]], draws: int, stop: bool, spent: float, device: torch.device
-) -> tuple[float, bool, float]:
-    """Return sums over all processes: the step's action masks, whether any wants to stop, and `spent`."""
-    total = 0
-    for _, batch in micro_batches:
-        assert batch.action_mask is not None  # the codec of a training sample always gives one
-        total += int(batch.action_mask.sum()) * draws  # on the CPU: no waiting
-    sums = torch.tensor([total, stop, spent], dtype=torch.float64, device=device)
-    total, stops, gone = sum_over_processes(sums).tolist()
-    return total, stops > 0, gone
+    policy: Policy,
+    micro_batches: list[tuple[Keys, Batch]],
+    draws: int,
+    stop: bool,
+    spent: float,
+    device: torch.device,
+) -> tuple[dict[str, float], bool, float]:
+    """Return over all processes: the step's count of each term, whether any wants to stop, and `spent`."""
+    names = list(policy.terms())
+    counted = [policy.counts(batch, draws) for _, batch in micro_batches]  # on the CPU: no waiting
+    own = [sum(counts[name] for counts in counted) for name in names]
+    sums = torch.tensor([*own, stop, spent], dtype=torch.float64, device=device)
+    *totals, stops, gone = sum_over_processes(sums).tolist()
+    return dict(zip(names, totals, strict=True)), stops > 0, gone
+
+
+def _share(
+    terms: Mapping[str, float], sums: Mapping[str, Tensor], counts: Mapping[str, float], world: int
+) -> Tensor:
+    """Return a micro-batch's share of the step's loss."""
+    # DDP and FSDP average gradients over processes; `world` undoes that.
+    shares = [
+        sums[name] * (factor * (world / counts[name]) if counts[name] else 0.0)
+        for name, factor in terms.items()
+    ]
+    return sum(shares[1:], shares[0])
 
 
 def _loss(
     model: nn.Module, batch: Batch, keys: Keys, recipe: TrainRecipe, device: torch.device
 ) -> dict[str, Tensor]:
-    assert batch.actions is not None
-    noise, when = noise_and_time(
-        keys,
-        seed=recipe.seed,
-        draws=recipe.draws,
-        chunk=batch.actions.shape[1],
-        action_dim=batch.actions.shape[2],
-    )
+    rng = sample_rng(keys, seed=recipe.seed, draws=recipe.draws)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        return model(batch.trim().to(device), noise=noise.to(device), time=when.to(device))
+        return model(batch.trim().to(device), rng)
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> float:

@@ -230,6 +230,7 @@ class Trainer:
             "train/samples_per_s": self.context.recipe.train.batch_size / result.seconds,
             "train/data_share": result.data_seconds / result.seconds,
         }
+        values |= {f"train/loss_{term}": mean for term, mean in result.terms.items()}
         if self.train_state.ranks is not None and (ranks := self.train_state.ranks.ranks().values()):
             values |= {"train/rank/mean": sum(ranks) / len(ranks)}
             values |= {"train/rank/min": min(ranks), "train/rank/max": max(ranks)}

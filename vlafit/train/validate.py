@@ -1,4 +1,4 @@
-"""Validation on held-out episodes, with noise and time fixed once for the whole run.
+"""Validation on held-out episodes, with random numbers fixed once for the whole run.
 
 The same samples and draws at every step make two validation losses of one run, or of two runs, comparable.
 """
@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from vlafit.nn.batch import Batch
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import Policy, mean_loss
+from vlafit.nn.rng import VALIDATION, Keys, SampleRng, sample_rng
 from vlafit.recipe import TrainRecipe
 from vlafit.train.distributed import sum_over_processes
-from vlafit.train.loop import Keys
-from vlafit.train.noise import VALIDATION, noise_and_time
 
 
 @torch.no_grad()
@@ -25,33 +24,44 @@ def validate(
 ) -> dict[str, float]:
     """Return `validation/loss` and `validation/action_error` over all processes' batches.
 
-    Of a named validation set these are `validation/NAME/loss` and `validation/NAME/action_error`.
+    Those of a named validation set are `validation/NAME/loss` and `validation/NAME/action_error`. A loss of
+    several terms is followed by the mean of each, `validation/loss_TERM`.
 
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
-    between the demonstrated chunk and the one sampled from fixed noise.
+    between the demonstrated chunk and the one that the policy answers with.
     """
     policy.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    terms = policy.terms()
+    sums = torch.zeros(2 * len(terms) + 2, dtype=torch.float64, device=device)
     for keys, batch in batches:
-        assert batch.actions is not None and batch.action_mask is not None
-        noise, when = noise_and_time(
-            keys,
-            seed=0,  # not the recipe's: runs of different seeds are compared
-            draws=1,
-            chunk=batch.actions.shape[1],
-            action_dim=batch.actions.shape[2],
-            stream=VALIDATION,
-        )
-        batch, noise, when = batch.trim().to(device), noise.to(device), when.to(device)
+        counts = policy.counts(batch, draws=1)
+        batch = batch.trim().to(device)
         assert batch.actions is not None and batch.action_mask is not None
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            out = policy(batch, noise=noise, time=when)
-            sampled = policy.act(batch, noise=noise[0], steps=10)
+            out = policy(batch, _rng(keys))
+            sampling = _rng(keys)
+            sampling.uniform()  # so that flow policies sample from the noise of their loss
+            sampled = policy.act(batch, sampling)
         error = ((sampled.float() - batch.actions).abs() * batch.action_mask).sum()
-        sums += torch.stack([out["error_sum"], out["mask_sum"], error, batch.action_mask.sum()]).double()
+        sums[: len(terms)] += torch.stack([out[name] for name in terms])
+        sums[-2:] += torch.stack([error, batch.action_mask.sum()])
+        sums[len(terms) : -2] += torch.tensor(
+            [counts[name] for name in terms], dtype=sums.dtype, device=device
+        )
     policy.train()
-    sums = sum_over_processes(sums).tolist()
-    if sums[1] == 0:
+    *values, error, compared = sum_over_processes(sums).tolist()
+    totals = dict(zip(terms, values, strict=False))
+    counts = dict(zip(terms, values[len(terms) :], strict=True))
+    if compared == 0 or not any(counts.values()):
         return {}
     prefix = f"validation/{name}/" if name else "validation/"
-    return {f"{prefix}loss": sums[0] / sums[1], f"{prefix}action_error": sums[2] / sums[3]}
+    metrics = {f"{prefix}loss": mean_loss(terms, totals, counts), f"{prefix}action_error": error / compared}
+    if len(terms) > 1:
+        metrics |= {f"{prefix}loss_{term}": totals[term] / counts[term] for term in terms if counts[term]}
+    return metrics
+
+
+def _rng(keys: Keys) -> SampleRng:
+    return sample_rng(
+        keys, seed=0, stream=VALIDATION
+    )  # not the recipe's seed: runs of different seeds compare

@@ -1,4 +1,4 @@
-"""`vlafit compare RECIPE --strategies A,B,...`: which way of tuning to choose, with the evidence for it."""
+"""`vlafit compare RECIPE --strategies A,B,...`: compare tuning strategies and recommend one."""
 
 import shlex
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlafit import shipped
 from vlafit.cli.console import Line, number, size, table
 from vlafit.cli.parser import Parser
-from vlafit.cli.recipes import given, numbers, read_recipe
+from vlafit.cli.recipes import has_option, numbers, read_recipe
 from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
     from vlafit.recipe import Recipe
 
 ABOUT = """\
-Train a recipe under several tuning strategies, each with several seeds, and report what that allows to say.
-All arms have the same data order, validation noise and budget; with --lr-grid each strategy takes its own
-best learning rate. Arms are ordinary runs in processes of their own below DIR/arms. A finished one is never
-run again: the same command goes on with a comparison that was stopped. Fields of the recipe are options."""
+Train a recipe under several tuning strategies, each with several seeds, and compare their success. All arms
+have the same data order, validation noise and budget; with --lr-grid each strategy takes its own best
+learning rate. Arms are ordinary runs in child processes, in DIR/arms. A finished arm is never run again: the
+same command resumes a comparison that was stopped. Every field of the recipe is also an option."""
 USAGE = "--strategies A,B,... [--seeds N] [--lr-grid X,Y,...] [--budget-... N] [--jobs N] --out DIR"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out or go on with a comparison, and say what came out.
+    """Run or resume a comparison, and print its result.
 
-    Returns 130 when a signal stopped it, 1 where an arm broke.
+    Returns 130 if a signal stopped it, 1 if an arm failed.
     """
     recipe, options, out = read(arguments)
     command = shlex.join(["vlafit", "compare", *arguments])
     from vlafit import compare
 
     with Line("arms", 1) as line:
-        found = compare.run(recipe, options, out, command=command, observer=_view(line, out))
-    compare.write(found)
-    print(describe(found))
-    if found.missing:
-        print(f"stopped with {len(found.missing)} arms to go; the same command goes on")
+        comparison = compare.run(recipe, options, out, command=command, observer=_view(line, out))
+    compare.write(comparison)
+    print(describe(comparison))
+    if comparison.missing:
+        print(f"stopped with {len(comparison.missing)} arms left; the same command resumes the comparison")
         return 130
-    if found.broken:
-        names = ", ".join(record.name for record in found.broken)
+    if comparison.broken:
+        names = ", ".join(record.name for record in comparison.broken)
         print(f"did not finish: {names}; the same command tries them again", file=sys.stderr)
         return 1
     return 0
 
 
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Options", Path]:
-    """Return the recipe with budget and overrides in it, what to compare, and where."""
+    """Return the recipe with budget and overrides, the options of the comparison, and its folder."""
     recipe, options = read_recipe("compare", ABOUT, USAGE, arguments, _options)
-    if given(arguments, "--strategy"):
-        raise ConfigError("--strategy means nothing to compare; give --strategies")
+    if has_option(arguments, "--strategy"):
+        raise ConfigError("`vlafit compare` ignores --strategy; use --strategies")
     if options.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, is {options.seeds}")
     from vlafit.compare import Options, with_budget
@@ -72,7 +72,9 @@ def read(arguments: Sequence[str]) -> tuple["Recipe", "Options", Path]:
 
 def _options(parser: Parser) -> None:
     names = ", ".join(shipped.names("strategy"))
-    parser.add_argument("--strategies", metavar="A,B,...", required=True, help=f"TOML files, or of: {names}")
+    parser.add_argument(
+        "--strategies", metavar="A,B,...", required=True, help=f"TOML files, or shipped ones: {names}"
+    )
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds, from train.seed on [3]")
     parser.add_argument(
         "--lr-grid",
@@ -83,7 +85,7 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--lr-all-seeds",
         action="store_true",
-        help="try the learning rates with all seeds, not the first alone",
+        help="try the learning rates with all seeds, not only the first",
     )
     parser.add_argument(
         "--budget-steps", metavar="N", type=int, help="optimiser steps of each arm [the recipe's]"
@@ -98,55 +100,57 @@ def _options(parser: Parser) -> None:
 
 def _view(line: Line, out: Path) -> Any:
     from vlafit.compare import Observer
-    from vlafit.compare.record import AFTER, Record
-    from vlafit.compare.run import log_of
+    from vlafit.compare.arm_record import AFTER, ArmRecord
+    from vlafit.compare.comparison import log_of
 
     class View(Observer):
-        """Moves the line, and leaves one behind for each arm that ended now."""
+        """Updates the progress line, and prints a line for each arm that this command ran."""
 
         def phase(self, name: str, arms: int) -> None:
             line.what, line.total, line.done = name, max(1, arms), 0
 
-        def arm(self, name: str, record: Record, fresh: bool) -> None:
+        def arm(self, name: str, record: ArmRecord, fresh: bool) -> None:
             line.update(line.done + 1, name)
             if not fresh:
                 return
-            found = record.figures
-            if found is None:
-                line.say(f"{name}: BROKE: {(record.error or '').strip()}\nlog: {log_of(out, name)}")
+            figures = record.figures
+            if figures is None:
+                line.say(f"{name}: FAILED: {(record.error or '').strip()}\nlog: {log_of(out, name)}")
                 return
-            score, loss = found.score(AFTER), found.last()
+            score, loss = figures.score(AFTER), figures.last()
             parts = [f"validation {number(loss)}" if loss is not None else "", str(score) if score else ""]
             line.say(f"{name}: {', '.join(part for part in parts if part)}")
 
     return View()
 
 
-def describe(found: "Comparison") -> str:
+def describe(comparison: "Comparison") -> str:
     """Return the table and the verdict as text."""
     from vlafit.compare import summary
     from vlafit.compare.arms import rate
     from vlafit.compare.judge import AFTER
 
-    verdict, why = summary.verdict_of(found), summary.did_not_finish(found)
+    verdict, failures = summary.verdict_of(comparison), summary.did_not_finish(comparison)
     rows = []
-    for one in found.standings:
-        score, loss = one.pooled(AFTER), list(one.losses().values())
+    for standing in comparison.standings:
+        score, loss = standing.pooled(AFTER), list(standing.losses().values())
+        figures = standing.figures
+        state = "" if figures else "did not finish" if standing.strategy in failures else ""
         rows.append(
             (
-                one.strategy,
-                "" if one.lr is None else rate(one.lr),
-                size(max(f.trainable for f in one.figures)) if one.figures else "",
-                "" if one.peak is None else f"{one.peak / 1e6:.0f} MB",
-                number(one.samples_per_s) if one.figures else "",
+                standing.strategy,
+                "" if standing.lr is None else rate(standing.lr),
+                size(max(f.trainable for f in figures)) if figures else "",
+                "" if standing.peak is None else f"{standing.peak / 1e6:.0f} MB",
+                number(standing.samples_per_s) if figures else "",
                 number(sum(loss) / len(loss)) if loss else "",
-                str(score or ("" if one.figures else "did not finish" if one.strategy in why else "")),
+                str(score or state),
             )
         )
     heads = ("strategy", "lr", "trained", "peak memory", "samples/s", "last loss", "success")
-    lines = [table(heads, rows), *(f"{name} did not finish: {said}" for name, said in why.items())]
+    lines = [table(heads, rows), *(f"{name} did not finish: {text}" for name, text in failures.items())]
     lines.append(verdict.sentence)
     if verdict.recommended:
         lines.append(f"recommended: {verdict.recommended}: {verdict.reason}")
-    lines += [*verdict.notes, *summary.notes(found), *summary.caveats(found)]
-    return "\n".join([*lines, f"report: {found.folder / 'compare.html'}"])
+    lines += [*verdict.notes, *summary.notes(comparison), *summary.caveats(comparison)]
+    return "\n".join([*lines, f"report: {comparison.folder / 'compare.html'}"])

@@ -1,4 +1,4 @@
-"""`vlafit eval CHECKPOINT --protocol P`: success rates with intervals, every episode on record."""
+"""`vlafit eval CHECKPOINT --protocol P`: evaluate a checkpoint in simulation, with every episode recorded."""
 
 import re
 from collections.abc import Sequence
@@ -10,29 +10,31 @@ from vlafit.cli.parser import Parser
 from vlafit.cli.places import checkpoint_folder
 
 ABOUT = """\
-Roll a checkpoint out under a protocol and score it. The same checkpoint, protocol and machine give the same
-table, whatever the number of workers; an evaluation that was stopped goes on with --resume."""
+Evaluate a checkpoint in simulation under a protocol. The same checkpoint, protocol and machine give the same
+table for any number of workers. Continue an interrupted evaluation with --resume."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate and print the table."""
     protocols = ", ".join(shipped.names("protocol"))
     parser = Parser("vlafit eval", ABOUT)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
-    parser.add_argument("--protocol", required=True, help=f"a TOML file, or one that ships: {protocols}")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a shipped name")
+    parser.add_argument("--protocol", required=True, help=f"a TOML file, or a shipped one: {protocols}")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL]"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the episodes that DIR holds already")
+    parser.add_argument("--resume", action="store_true", help="keep the episodes already in DIR")
     parser.add_argument("--trials", metavar="N", type=int, help="episodes of each task [the protocol's]")
     parser.add_argument(
-        "--workers", metavar="N", type=int, default=0, help="environment processes [one a core]"
+        "--workers", metavar="N", type=int, default=0, help="environment processes [one per core]"
     )
     parser.add_argument("--videos", metavar="N", type=int, default=2, help="filmed episodes of each task [2]")
     parser.add_argument(
-        "--wrong-instruction", action="store_true", help="give each task its partner's sentence"
+        "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="Euler steps of sampling [10]")
+    parser.add_argument(
+        "--steps", metavar="N", type=int, default=0, help="steps of sampling [the policy's, 10]"
+    )
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
     options = parser.read(arguments)
 
@@ -42,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit import rollout
     from vlafit.actor import load_actor
 
-    # The line's total is known with the first episode; until then workers start and weights load.
+    # The line's total is known after the first episode; before that, workers start and weights load.
     with Line("episodes", 1) as line:
         successes = 0
 

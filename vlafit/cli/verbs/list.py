@@ -1,4 +1,4 @@
-"""`vlafit list`: what ships, by name, each with the first line that its file says of itself."""
+"""`vlafit list`: list shipped files by name, each with the first line of its opening comment."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +19,18 @@ TITLES = {
 
 
 def run(arguments: Sequence[str]) -> int:
-    """List every kind, or the one that is named."""
-    parser = Parser("vlafit list", "List what ships with vlafit.")
+    """List every kind of shipped file, or only the named kind."""
+    parser = Parser("vlafit list", "List the files that ship with vlafit.")
     parser.add_argument("kind", nargs="?", choices=shipped.KINDS, help="only this kind")
-    kind = parser.read(arguments).kind
-    for one in [kind] if kind else shipped.KINDS:
-        found = shipped.names(one)
-        if not found:
+    chosen = parser.read(arguments).kind
+    for kind in [chosen] if chosen else shipped.KINDS:
+        names = shipped.names(kind)
+        if not names:
             continue
-        print(TITLES[one])
-        width = max(len(name) for name in found)
-        for name in found:
-            print(f"  {name:<{width}}  {_first_line(shipped.find(one, name))}".rstrip())
+        print(TITLES[kind])
+        width = max(len(name) for name in names)
+        for name in names:
+            print(f"  {name:<{width}}  {_first_line(shipped.find(kind, name))}".rstrip())
         print()
     return 0
 

@@ -1,4 +1,4 @@
-"""`vlafit record CARD`: demonstrations of scripted experts, as the card's [record] section asks."""
+"""`vlafit record CARD`: record demonstrations of scripted experts as the card's [record] section says."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,21 +9,19 @@ from vlafit.cli.parser import Parser
 from vlafit.errors import ConfigError
 
 ABOUT = """\
-Record successful episodes of a scripted expert into the HDF5 layout that the card declares: one file a task.
-A recording that was stopped goes on with --resume."""
+Record successful episodes of a scripted expert in the HDF5 layout that the card declares, one file per task.
+Continue an interrupted recording with --resume."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Record and print what came out."""
+    """Record and print a table of the files."""
     parser = Parser("vlafit record", ABOUT)
     cards = ", ".join(shipped.names("card"))
-    parser.add_argument("card", metavar="CARD", help=f"a data card, or one that ships: {cards}")
-    parser.add_argument("--out", metavar="DIR", help="folder of the data [where the card looks for it]")
-    parser.add_argument("--resume", action="store_true", help="keep the episodes that DIR holds already")
+    parser.add_argument("card", metavar="CARD", help=f"a data card, or a shipped one: {cards}")
+    parser.add_argument("--out", metavar="DIR", help="folder of the data [the card's location]")
+    parser.add_argument("--resume", action="store_true", help="keep the episodes already in DIR")
     parser.add_argument("--episodes", metavar="N", type=int, help="episodes of each task [the card's]")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=1, help="processes that play episodes [1]"
-    )
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes that run episodes [1]")
     options = parser.read(arguments)
 
     from vlafit.datasets import load_card
@@ -33,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out) if options.out else card.location()
     if shipped.PACKAGE in out.resolve().parents:
         raise ConfigError(
-            f"card {card.name!r} finds its data inside the installed package, {out}, which is no place to "
-            "record in; choose a folder with --out"
+            f"card {card.name!r} locates its data inside the installed package, {out}, where nothing should "
+            "be recorded; choose a folder with --out"
         )
     with Line("episodes", 1) as line:
 

@@ -1,4 +1,4 @@
-"""`vlafit report RUN`: the page of a run, written again from the run's own files."""
+"""`vlafit report RUN`: write the page of a run again from the run's files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from vlafit.cli.parser import Parser
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write report.html and report.json, and say where."""
+    """Write report.html and report.json, and print the page's path."""
     parser = Parser("vlafit report", "Write the report of a run (report.html and report.json) again.")
     parser.add_argument("run", metavar="RUN", help="folder of the run, such as runs/quickstart")
     options = parser.read(arguments)

@@ -15,7 +15,7 @@ from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.recipe import Recipe
-    from vlafit.sweep import Found, Study
+    from vlafit.sweep import Study, SweepResult
 
 ABOUT = """\
 Search for the values of a recipe's fields, or of a strategy's rules, that give the lowest validation loss. A
@@ -26,44 +26,44 @@ study is a TOML file:
     "optim.lr" = { low = 1e-5, high = 1e-3, log = true }
     "rule.rank" = { choices = [4, 8, 16] }
 
-Trials are ordinary runs below DIR/trials, ended early when they fall behind. The same command goes on with a
-sweep that was stopped, and --trials asks for more. Several commands, or --workers, share DIR; the trial of a
-worker that dies is tried again. Every field of the recipe is an option, too."""
+Trials are ordinary runs in DIR/trials, stopped early if they fall behind. The same command resumes a sweep
+that was stopped, and --trials asks for more. Several commands, or --workers, share DIR; the trial of a worker
+that dies is tried again. Every field of the recipe is also an option."""
 USAGE = "--study FILE [--trials N] [--workers N] --out DIR"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out or go on with a sweep, and say what is best.
+    """Run or resume a sweep, and print its trials.
 
-    Returns 130 when a signal stopped it, 1 where trials broke and none was whole.
+    Returns 130 if a signal stopped it, 1 if trials failed and none is complete.
     """
     recipe, study, options = read(arguments)
     command = shlex.join(["vlafit", "sweep", *arguments])
     from vlafit import sweep
     from vlafit.compare.process import vlafit
 
-    asked = sweep.Sweep(recipe, study, Path(options.out))
+    requested = sweep.Sweep(recipe, study, Path(options.out))
     finished = sweep.run(
-        asked,
+        requested,
         str(shipped.find("study", options.study)),
         workers=options.workers,
         worker_command=lambda: vlafit("sweep", *without(arguments, "--workers"), "--workers", "1"),
         tell=lambda line: print(line, flush=True),
     )
-    found = sweep.read(asked, command)
-    page = sweep.write(found)
-    print(describe(found))
+    result = sweep.read(requested, command)
+    page = sweep.write(result)
+    print(describe(result))
     print(f"report: {page}")
     if not finished:
         return 130
-    if found.broken and found.best is None:
-        print("no trial came to its end; mend what broke them, and choose another --out", file=sys.stderr)
+    if result.broken and result.best is None:
+        print("no trial completed; fix the errors above, and choose another --out", file=sys.stderr)
         return 1
     return 0
 
 
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
-    """Return the recipe, the study with the command line's numbers in it, and the other options."""
+    """Return the recipe, the study with the command line's values, and the other options."""
     recipe, options = read_recipe("sweep", ABOUT, USAGE, arguments, _options)
     if options.workers < 1:
         raise ConfigError(f"--workers must be at least 1, is {options.workers}")
@@ -79,34 +79,31 @@ def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
 def _options(parser: Parser) -> None:
     names = ", ".join(shipped.names("study"))
     parser.add_argument(
-        "--study", metavar="FILE", required=True, help=f"a TOML file, or one that ships: {names}"
+        "--study", metavar="FILE", required=True, help=f"a TOML file, or a shipped one: {names}"
     )
     parser.add_argument(
-        "--trials", metavar="N", type=int, help="trials in all, earlier ones too [the study's]"
+        "--trials", metavar="N", type=int, help="total number of trials, with earlier ones [the study's]"
     )
-    parser.add_argument("--seed", metavar="N", type=int, help="decides what is tried [the study's]")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of the sampler [the study's]")
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes that run trials [1]")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the sweep")
 
 
-def describe(found: "Found") -> str:
-    """Return the trials, the best first, and how to train that again."""
-    from vlafit.sweep.report import written
+def describe(result: "SweepResult") -> str:
+    """Return the table of trials, the best first, and the command that trains the best again."""
+    from vlafit.sweep.report import value_text
 
-    names = list(found.sweep.study.search)
-    order = sorted(
-        found.trials, key=lambda t: (t.state != "whole", float("inf") if t.loss is None else t.loss)
-    )
+    names = list(result.sweep.study.search)
     rows = [
         (
             t.number,
-            *(written(t.values[n]) if n in t.values else "" for n in names),
-            "" if t.loss is None else written(t.loss),
-            t.state,
+            *(value_text(t.values[n]) if n in t.values else "" for n in names),
+            "" if t.loss is None else value_text(t.loss),
+            t.label,
         )
-        for t in order
+        for t in result.ordered
     ]
     lines = [table(("trial", *names, "last loss", "state"), rows)]
-    lines += [f"trial {number} broke: {said}" for number, said in found.broken.items()]
-    lines += found.notes()
-    return "\n".join([*lines, *([f"train the best again: {found.train_again()}"] if found.best else [])])
+    lines += [f"trial {number} failed: {error}" for number, error in result.broken.items()]
+    lines += result.notes()
+    return "\n".join([*lines, *([f"train the best again: {result.train_again()}"] if result.best else [])])

@@ -1,4 +1,4 @@
-"""`vlafit train RECIPE`: a recipe, with any of its fields overridden, carried out."""
+"""`vlafit train RECIPE`: run a recipe, with any of its fields overridden."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from vlafit.cli.recipes import read_recipe
 from vlafit.recipe import Recipe
 
 ABOUT = """\
-Fine-tune a policy as a recipe says. Every field of the recipe is an option, too: values in brackets are
-those of RECIPE. Fields of the model's config: --policy.config.KEY VALUE.
+Fine-tune a policy from a recipe. Every field of the recipe is also an option; values in brackets are those of
+RECIPE. Fields of the model's config: --policy.config.KEY VALUE.
 
 On several processes: accelerate launch --config_file FILE -m vlafit train RECIPE
 (vlafit list launcher shows files for that)."""
@@ -29,16 +29,16 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read(arguments: Sequence[str]) -> tuple[Recipe, Any]:
-    """Return the recipe with the command line's overrides in it, and the verb's own options."""
+    """Return the recipe with the command line's overrides, and the verb's own options."""
     return read_recipe("train", ABOUT, "[--out DIR] [--resume]", arguments, _options)
 
 
 def _options(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the run [runs/NAME]")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped or killed")
+    parser.add_argument("--resume", action="store_true", help="resume a run that was stopped or killed")
     parser.add_argument(
         "--resume-from",
         metavar="STEP",
         type=int,
-        help="go on from the state of an earlier step instead, and remove what was saved after it",
+        help="resume from the state of an earlier step instead, and remove what was saved after it",
     )

@@ -64,8 +64,8 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
                          "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
     _require_known(post, {"unnormalizer_processor", "absolute_actions_processor", *NEUTRAL})
     require_repeated([*pre, *post], lerobot)
-    inner, outer = _one(pre, "normalizer_processor"), _one(post, "unnormalizer_processor")
-    asking = _one(pre, "tokenizer_processor")
+    inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
+    asking = _only_step(pre, "tokenizer_processor")
     prompt = _prompt(pre, asking)
     if (prompt == "pi05") != (needs.prompt == "pi05"):
         raise WeightsError(
@@ -106,9 +106,9 @@ def lacks_tokenizer(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
-    if not _has_statistics(_one(pre, "normalizer_processor"), _one(post, "unnormalizer_processor")):
+    if not _has_statistics(_only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")):
         return False
-    return _tokenizer(folder, _one(pre, "tokenizer_processor"), None) is None
+    return _tokenizer(folder, _only_step(pre, "tokenizer_processor"), None) is None
 
 
 def _has_statistics(*steps: Step) -> bool:
@@ -134,12 +134,12 @@ def _require_known(steps: Sequence[Step], known: set[str]) -> None:
             )
 
 
-def _one(steps: Sequence[Step], name: str) -> Step:
-    found = [step for step in steps if step.name == name]
-    if len(found) != 1:
+def _only_step(steps: Sequence[Step], name: str) -> Step:
+    matching = [step for step in steps if step.name == name]
+    if len(matching) != 1:
         where = steps[0].where.partition(": step")[0] if steps else "the pipeline"
-        raise WeightsError(f"{where}: {len(found)} steps are {name}; one is needed")
-    return found[0]
+        raise WeightsError(f"{where}: {len(matching)} steps are {name}; one is needed")
+    return matching[0]
 
 
 def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
@@ -224,8 +224,8 @@ def _mode(step: Step, kind: str) -> Normalisation:
 
 
 def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) -> Statistics:
-    """Read what there is of a feature. Raises WeightsError where what `kind` reads is missing or odd."""
-    found: dict[str, NDArray[np.float64]] = {}
+    """Read what there is of a feature. Raises WeightsError where what `kind` reads is missing or unusable."""
+    arrays: dict[str, NDArray[np.float64]] = {}
     count = 0
     if step.state_file is not None:
         for name, tensor in open_tensors([step.state_file]).items():
@@ -233,34 +233,36 @@ def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) 
             if owner == feature and statistic == "count":
                 count = int(tensor.reshape(-1)[0])
             elif owner == feature and statistic in ARRAYS:
-                found[statistic] = tensor.double().numpy()
-    missing = [name for name in {"mean", "std", *NEEDED[kind]} if name not in found] if kind in NEEDED else []
+                arrays[statistic] = tensor.double().numpy()
+    missing = (
+        [name for name in {"mean", "std", *NEEDED[kind]} if name not in arrays] if kind in NEEDED else []
+    )
     if missing:
         # LeRobot would then pass the feature on as it is, without a word.
         raise WeightsError(
             f"{step.where}: {feature} is to be normalised by {kind}, and {', '.join(missing)} is not in its "
             "statistics; take them from the dataset it was trained on"
         )
-    for name, array in found.items():
+    for name, array in arrays.items():
         if array.shape != (dimensions,) or not np.isfinite(array).all():
             raise WeightsError(
                 f"{step.where}: {feature}.{name} has shape {array.shape}"
                 f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has "
                 f"{dimensions} dimensions"
             )
-    _require_usable(found, kind, f"{step.where}: {feature}")
+    _require_usable(arrays, kind, f"{step.where}: {feature}")
     if kind == "identity":  # which reads none, whatever there is
-        found.setdefault("mean", np.zeros(dimensions))
-        found.setdefault("std", np.ones(dimensions))
-    return Statistics(count, **found)
+        arrays.setdefault("mean", np.zeros(dimensions))
+        arrays.setdefault("std", np.ones(dimensions))
+    return Statistics(count, **arrays)
 
 
-def _require_usable(found: Mapping[str, NDArray[np.float64]], kind: Normalisation, where: str) -> None:
+def _require_usable(arrays: Mapping[str, NDArray[np.float64]], kind: Normalisation, where: str) -> None:
     """Raise WeightsError for statistics that no data has, or by which nothing can be normalised."""
     for low, high in (("min", "max"), ("q01", "q99")):
-        if low in found and high in found and (found[low] > found[high]).any():
+        if low in arrays and high in arrays and (arrays[low] > arrays[high]).any():
             raise WeightsError(f"{where}.{low} is above its {high}")
-    std = found.get("std")
+    std = arrays.get("std")
     if std is None:
         return
     bad = np.flatnonzero(std <= 0 if kind == "lerobot_mean_std" else std < 0)

@@ -50,7 +50,7 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
                 f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} "
                 "beside its offset is lost"
             )
-    if config.prompt == "pi0" and not _in_one_piece(codec.tokenizer):
+    if config.prompt == "pi0" and not _in_one_piece(codec.required_tokenizer):
         found.append(
             "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the "
             "pieces"
@@ -156,7 +156,7 @@ def _effective(statistics: Statistics, method: Normalisation) -> dict[str, NDArr
 
 def tokenizer_for(codec: Codec) -> Tokenizer:
     """Return a tokenizer that, asked as LeRobot asks, gives the tokens that the codec gives."""
-    words = codec.tokenizer
+    words = codec.required_tokenizer
     if codec.config.special_tokens == "tokenizer":
         return words
     content = json.loads(words.backend.to_str())

@@ -126,7 +126,7 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
     root = {"driver": "ocdbt", "base": base} if (folder / OCDBT).is_file() else base
     try:
         keys = [key.decode() for key in tensorstore.KvStore.open(root).result().list().result()]
-        found = {}
+        specs = {}
         for key in keys:
             stem, _, file = key.rpartition("/")
             if file in (".zarray", "zarr.json") and stem:
@@ -136,19 +136,19 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
                 spec: dict[str, Any] = {"driver": driver, "kvstore": store, "recheck_cached_data": "open"}
                 if filled:
                     spec["fill_missing_data_reads"] = False
-                found[stem.replace(".", "/")] = spec
-        opened = {name: tensorstore.open(s, read=True, open=True) for name, s in found.items()}
+                specs[stem.replace(".", "/")] = spec
+        opened = {name: tensorstore.open(s, read=True, open=True) for name, s in specs.items()}
         leaves = {}
         for name, future in opened.items():
             store = future.result()
             pieces = store.chunk_layout.read_chunk.shape or store.shape
             chunk = tuple(size or whole for size, whole in zip(pieces, store.shape, strict=True))
-            leaves[name] = Leaf(name, tuple(store.shape), store.dtype.name, chunk, found[name])
+            leaves[name] = Leaf(name, tuple(store.shape), store.dtype.name, chunk, specs[name])
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise WeightsError(
             f"{folder}: not a whole Orbax folder ({_first_line(error)}); copy or download it again"
         ) from error
-    lost, odd = sorted(set(written) - set(leaves)), sorted(set(leaves) - set(written))
+    missing, surplus = sorted(set(written) - set(leaves)), sorted(set(leaves) - set(written))
     # A piece that one process wrote is never larger than the array that it is a piece of.
     cut = [
         f"{name} is {leaf.shape}, {METADATA} has {tuple(piece)}"
@@ -156,10 +156,10 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
         if (piece := written.get(name)) is not None
         and (len(piece) != len(leaf.shape) or any(p > n for p, n in zip(piece, leaf.shape, strict=True)))
     ]
-    if lost or odd or cut:
+    if missing or surplus or cut:
         raise WeightsError(
-            f"{folder}: {METADATA} and the stored arrays differ: missing {lost or 'none'}, not listed"
-            f" {odd or 'none'}, cut {cut or 'none'}; copy or download the folder again"
+            f"{folder}: {METADATA} and the stored arrays differ: missing {missing or 'none'}, not listed"
+            f" {surplus or 'none'}, cut {cut or 'none'}; copy or download the folder again"
         )
     return leaves
 

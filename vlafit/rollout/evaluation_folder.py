@@ -1,9 +1,9 @@
-"""The folder of one evaluation: what it says of itself, what may be added to it, and what it comes to.
+"""Read and write the folder of one evaluation.
 
-evaluation.json  what is evaluated, written first; a folder that says something else is refused
-episodes.jsonl   one record an episode, forced to the disk as each ends; at the end sorted by task and seed
+evaluation.json  what is evaluated; written first, and compared when an evaluation resumes
+episodes.jsonl   one record per episode, fsynced as each ends; sorted by task and seed at the end
 videos/          an mp4 and a film strip of each filmed episode;  sheet.png: all the strips
-result.json      the scores, written last
+result.json      the scores; written last
 """
 
 import dataclasses
@@ -40,20 +40,20 @@ class Record:
     instruction: str
     """The sentence that the policy was given."""
     success: bool | None
-    """None: the environment broke, see `error`."""
+    """None: the environment failed, see `error`."""
     steps: int
     replans: int
     wall_s: float
-    """Seconds from its reset to its end, other episodes being played beside it."""
+    """Seconds from reset to end; other episodes run at the same time."""
     error: str | None = None
-    """The traceback, or the last words, of an environment that broke."""
+    """The traceback, or the last output, of an environment that failed."""
     video: str | None = None
-    """The mp4, relative to the folder; the film strip beside it ends in .png."""
+    """The mp4, relative to the folder; the film strip has the same name with the suffix .png."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation came to. `notices` are sentences that must be shown wherever its numbers are."""
+    """The scores and records of an evaluation. Show `notices` wherever its numbers appear."""
 
     folder: Path
     protocol: str
@@ -65,17 +65,17 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Share of the judged episodes that succeeded. An evaluation that judged none has no Result."""
+        """Success rate over the episodes without error; a Result has at least one such episode."""
         assert self.overall.rate is not None
         return self.overall.rate
 
     def __str__(self) -> str:
-        """The table, and the notices below it."""
+        """The table of scores, followed by the notices."""
         return "\n".join([score.table(self.tasks), *self.notices])
 
 
-class Folder:
-    """The folder of one evaluation, and what is in it."""
+class EvaluationFolder:
+    """The folder of one evaluation and its contents."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
@@ -87,72 +87,77 @@ class Folder:
         return bool(self.described)
 
     def open(self, resume: bool) -> None:
-        """Take the folder, new or of the same evaluation; raise ConfigError for any other."""
+        """Open a new folder, or one of the same evaluation; raise ConfigError for any other."""
         header = self.path / "evaluation.json"
         if not header.is_file():
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise ConfigError(f"{self.path} is not empty and holds no evaluation; choose another folder")
+                raise ConfigError(f"{self.path} is not empty and is not an evaluation; choose another folder")
             files.require_writable(self.path)
             return
         if not resume:
-            raise ConfigError(f"{self.path} holds an evaluation already; resume it, or choose another folder")
+            raise ConfigError(
+                f"{self.path} already holds an evaluation; resume it with --resume, or choose another folder"
+            )
         files.require_writable(self.path)
         try:
-            there = json.loads(header.read_text(encoding="utf-8"))
-            identity, self.described = dict(there["identity"]), dict(there["environment"])
+            written = json.loads(header.read_text(encoding="utf-8"))
+            identity, self.described = dict(written["identity"]), dict(written["environment"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
-        unlike = [
+        different = [
             f"{key}: {_short(identity.get(key))} there, {_short(value)} here"
             for key, value in self.identity.items()
             if key != "protocol" and identity.get(key) != value
         ]
-        if unlike:
-            listed = "\n  ".join(unlike)
+        if different:
+            listed = "\n  ".join(different)
             raise ConfigError(f"{self.path} holds another evaluation; choose another folder:\n  {listed}")
 
     def describe(self, ready: Ready, notice: str) -> None:
-        """Write what is evaluated, or check that the environment is still the one the folder began with."""
-        now = {
+        """Write evaluation.json, or check that the environment has not changed since it was written."""
+        environment = {
             "versions": dict(sorted(ready.versions.items())),
             "software": _versions(),
             "renderer": ready.embodiment.renderer,
             "instructions": {task: ready.instructions[task] for task in self.identity["tasks"]},
             "notices": [notice] if notice else [],
         }
-        for line in now["notices"]:
+        for line in environment["notices"]:
             log.warning("%s", line)
-        if self.described and self.described != now:
-            unlike = [key for key in now if now[key] != self.described.get(key)]
+        if self.described and self.described != environment:
+            changed = [key for key in environment if environment[key] != self.described.get(key)]
             raise ConfigError(
-                f"{self.path}: cannot go on: {', '.join(unlike)} changed since this evaluation began; "
+                f"{self.path}: cannot resume: {', '.join(changed)} changed since this evaluation started; "
                 "choose another folder"
             )
-        self.described = now
-        header = {"identity": self.identity, "environment": now}
+        self.described = environment
+        header = {"identity": self.identity, "environment": environment}
         files.write_atomic(self.path / "evaluation.json", json.dumps(header, indent=2) + "\n")
 
     def records(self) -> list[Record]:
-        """Return the episodes that ended already."""
+        """Return the records of the episodes that have ended."""
         path = self.path / "episodes.jsonl"
         return [build(Record, line, str(path)) for line in files.read_json_lines(path)]
 
     def keep(self, outcome: Outcome, hz: float) -> Record:
-        """Write an episode's film, if it has one, and then its record."""
-        job, film = outcome.job, None
-        if job.film and outcome.frames:
-            name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{job.task}_{job.seed}")
+        """Write an episode's video, if it was filmed, and then its record."""
+        request, film = outcome.request, None
+        if request.film and outcome.frames:
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{request.task}_{request.seed}")
             film = f"videos/{name}.mp4"
             video.write_mp4(self.path / film, outcome.frames, hz)
-            how = {True: "success", False: "failure", None: "ERROR"}[outcome.success]
-            label = f"{job.task}, seed {job.seed}: {how} after {outcome.steps} steps; told: {job.instruction}"
+            result = {True: "success", False: "failure", None: "ERROR"}[outcome.success]
+            label = (
+                f"{request.task}, seed {request.seed}: {result} after {outcome.steps} steps; "
+                f"instruction: {request.instruction}"
+            )
             strip = video.strip(outcome.frames, video.colour_of(outcome.success), label)
             video.write_png((self.path / film).with_suffix(".png"), strip)
         record = Record(
-            job.task,
-            job.trial,
-            job.seed,
-            job.instruction,
+            request.task,
+            request.trial,
+            request.seed,
+            request.instruction,
             outcome.success,
             outcome.steps,
             outcome.replans,
@@ -161,22 +166,20 @@ class Folder:
             film,
         )
         if record.error is not None:
-            log.warning(
-                "task %s, seed %d: the environment broke:\n%s", record.task, record.seed, record.error
-            )
+            log.warning("task %s, seed %d: environment error:\n%s", record.task, record.seed, record.error)
         files.append_line(self.path / "episodes.jsonl", json.dumps(dataclasses.asdict(record)))
         return record
 
     def finish(self, records: list[Record], tasks: tuple[str, ...], seconds: float) -> Result:
-        """Sort the records, and write sheet and result."""
-        written = self.path / "result.json"
-        if written.is_file():  # nothing was left to play
+        """Sort episodes.jsonl; write sheet.png and result.json."""
+        result_file = self.path / "result.json"
+        if result_file.is_file():  # no episode was left to run
             try:
-                seconds = float(json.loads(written.read_text(encoding="utf-8"))["seconds"])
+                seconds = float(json.loads(result_file.read_text(encoding="utf-8"))["seconds"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{written}: damaged ({error!r}); remove this file and evaluate again with --resume: "
-                    "every episode is kept"
+                    f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "
+                    "which keeps every episode"
                 ) from error
         lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
         files.write_atomic(self.path / "episodes.jsonl", lines)
@@ -184,11 +187,11 @@ class Folder:
         total = score.overall(scores)
         if not total.episodes:
             raise SimulationError(
-                f"{self.path}: all {total.errors} episodes ended in an error of the environment, "
-                f"the first:\n{records[0].error}\nMend it, remove the folder {self.path}, and evaluate again."
+                f"{self.path}: all {total.errors} episodes ended in an environment error, "
+                f"the first:\n{records[0].error}\nFix it, remove the folder {self.path}, and evaluate again."
             )
         filmed = [(self.path / record.video).with_suffix(".png") for record in records if record.video]
-        strips = [strip for strip in filmed if strip.is_file()]  # unless somebody removed it
+        strips = [strip for strip in filmed if strip.is_file()]  # a user may have deleted some
         if strips:
             video.write_sheet(self.path / "sheet.png", strips)
         incomplete = score.errors_notice(total)
@@ -199,20 +202,21 @@ class Folder:
             **self.identity,
             "overall": total.to_json(),
             "tasks": {
-                task: {"instruction": self._told(records, task), **one.to_json()}
-                for task, one in scores.items()
+                task: {"instruction": _instruction(records, task), **task_score.to_json()}
+                for task, task_score in scores.items()
             },
             "complete": not incomplete,
             "notices": notices,
             **{key: self.described[key] for key in ("versions", "software", "renderer")},
             "seconds": seconds,
         }
-        files.write_atomic(written, json.dumps(content, indent=2) + "\n")
+        files.write_atomic(result_file, json.dumps(content, indent=2) + "\n")
         name = self.identity["protocol"]["name"]
         return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds)
 
-    def _told(self, records: list[Record], task: str) -> str:
-        return next(record.instruction for record in records if record.task == task)
+
+def _instruction(records: list[Record], task: str) -> str:
+    return next(record.instruction for record in records if record.task == task)
 
 
 def _short(value: object) -> str:
@@ -221,10 +225,10 @@ def _short(value: object) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("vlafit", "numpy", "torch"):
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # the package runs from a checkout, or is not there
+            versions[package] = version(package)
+        except PackageNotFoundError:  # it runs from a checkout, or is not installed
             pass
-    return found
+    return versions

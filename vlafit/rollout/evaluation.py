@@ -1,6 +1,6 @@
-"""One evaluation, from protocol to result: check that everything belongs together, play, score.
+"""Evaluate an actor under a protocol: check that they are compatible, run the episodes, score them.
 
-What is kept of it, and how an interrupted one goes on, is `vlafit.rollout.folder`'s.
+`vlafit.rollout.evaluation_folder` stores the episodes and resumes an interrupted evaluation.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from typing import Protocol as Structure
 from typing import runtime_checkable
 
 from vlafit.errors import ConfigError
-from vlafit.rollout.folder import FORMAT, Folder, Record, Result
-from vlafit.rollout.play import Job, play
-from vlafit.rollout.pool import Pool
+from vlafit.rollout.env_pool import EnvPool
+from vlafit.rollout.evaluation_folder import FORMAT, EvaluationFolder, Record, Result
+from vlafit.rollout.play import EpisodeRequest, play
 from vlafit.rollout.protocol import (
     Protocol,
     load_protocol,
@@ -29,24 +29,24 @@ from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 16  # episodes played side by side for an actor that has no width of its own
+IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
 
 
 @runtime_checkable
 class TrainedActor(Actor, Structure):
-    """An actor that was trained on one robot, and can say on which and from what."""
+    """An actor trained on one robot, which knows the robot and the seeds it was trained on."""
 
     embodiment: Embodiment
     width: int
-    seeds: Mapping[str, Collection[int]]  # task -> recorded seeds that it has learned from
+    seeds: Mapping[str, Collection[int]]  # task -> seeds of the demonstrations it was trained on
 
     def fingerprint(self) -> str:
-        """Return what decides its actions, a checkpoint's hash included."""
+        """Return all that decides its actions, including the checkpoint's hash."""
         ...
 
 
 Progress = Callable[[int, int, Record], None]
-"""Called with (episodes that ended, episodes in all, the record of the last)."""
+"""Called with (episodes that have ended, total episodes, the last record)."""
 
 
 def evaluate(
@@ -63,19 +63,19 @@ def evaluate(
     images: bool = True,
     timeout_s: float = 120.0,
 ) -> Result:
-    """Play every episode of `protocol` with `actor` and score them, in the folder `out`.
+    """Run every episode of `protocol` with `actor` and score them, in the folder `out`.
 
-    `workers` environment processes (0: one a core); `trials` episodes a task instead of the protocol's, of
-    which the first `videos` are filmed. No episode may start from a seed that a trained actor learned from.
-    With `wrong_instruction`, tasks that have a partner in `swapped` are played, and judged, as ever, but the
-    actor is given the partner's sentence. `images=False` is for actors that look at none. An environment that
-    does not answer within `timeout_s` counts as broken.
+    `workers`: environment processes (0: one per core). `trials`: episodes per task instead of the protocol's;
+    the first `videos` of them are filmed. No episode may start from a seed that the actor was trained on.
+    `wrong_instruction`: run the tasks that have a partner in `swapped` with the partner's instruction, scored
+    as the task itself. `images=False`: for actors that need no images. An environment that does not answer
+    within `timeout_s` is an error of its episode.
 
-    What `out` already holds of the same evaluation is kept; anything else there is refused. The result does
+    Finished episodes of the same evaluation in `out` are kept; any other content is an error. The result does
     not depend on workers or interruptions. Raises ConfigError, EmbodimentError or SimulationError before the
-    first episode where actor, protocol and environment do not belong together.
+    first episode if actor, protocol and environment are incompatible.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
     for name, value, least in (("workers", workers, 0), ("videos", videos, 0), ("trials", trials, 1)):
@@ -85,7 +85,7 @@ def evaluate(
     trained = _trained(actor)
     require_unseen(protocol, trials, trained.seeds if trained else {})
     robot = trained.embodiment if trained else None
-    run = Folder(
+    folder = EvaluationFolder(
         Path(out),
         {
             "format": FORMAT,
@@ -97,28 +97,28 @@ def evaluate(
             "wrong_instruction": wrong_instruction,
         },
     )
-    run.open(resume)
-    done = {(record.task, record.seed): record for record in run.records()}
+    folder.open(resume)
+    done = {(record.task, record.seed): record for record in folder.records()}
     wanted = [(task, i, seed) for task in tasks for i, seed in enumerate(protocol.seeds(trials))]
-    todo = [(task, i, seed) for task, i, seed in wanted if (task, seed) not in done]
-    if todo or not run.is_described:
+    remaining = [(task, i, seed) for task, i, seed in wanted if (task, seed) not in done]
+    if remaining or not folder.is_described:
         width = trained.width if trained else IN_FLIGHT
-        processes = max(1, min(workers or _cores(), len(todo), width))
-        slots = max(1, -(-min(width, len(todo)) // processes))
+        processes = max(1, min(workers or _cores(), len(remaining), width))
+        slots = max(1, -(-min(width, len(remaining)) // processes))
         env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
-        with Pool(env, processes, slots, timeout_s) as pool:
+        with EnvPool(env, processes, slots, timeout_s) as pool:
             ready = pool.describe()
             _require_playable(protocol, ready, robot, wrong_instruction)
-            run.describe(ready, _renderer_notice(robot, ready.embodiment))
-            jobs = _jobs(protocol, todo, ready, wrong_instruction, videos)
+            folder.describe(ready, _renderer_notice(robot, ready.embodiment))
+            requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
             dim = ready.embodiment.action.shape[0]
-            for outcome in play(actor, protocol, jobs, pool, action_dim=dim, width=width, images=images):
-                record = run.keep(outcome, ready.embodiment.hz)
+            for outcome in play(actor, protocol, requests, pool, action_dim=dim, width=width, images=images):
+                record = folder.keep(outcome, ready.embodiment.hz)
                 done[record.task, record.seed] = record
                 if progress:
                     progress(len(done), len(wanted), record)
-    return run.finish(
-        [done[task, seed] for task, _, seed in wanted], tasks, round(time.monotonic() - began, 1)
+    return folder.finish(
+        [done[task, seed] for task, _, seed in wanted], tasks, round(time.monotonic() - started, 1)
     )
 
 
@@ -133,18 +133,18 @@ def preflight(
 ) -> None:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
 
-    `seeds` are those that it will have learned from, by task; `trials` are those of a further
-    evaluation, where they are more than the protocol's.
+    `seeds` are the training seeds by task; `trials` the episodes per task of a second evaluation, if more
+    than the protocol's.
 
-    It makes one environment and plays nothing: a training run asks at its beginning whether the evaluation at
-    its end will be possible.
+    Creates one environment and runs no episode: a training run checks at its start that the evaluation at its
+    end is possible.
     """
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
     require_unseen(protocol, max(trials, protocol.trials), seeds or {})
     _tasks(protocol, wrong_instruction)
     env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
-    with Pool(env, 1, 1, timeout_s) as pool:
+    with EnvPool(env, 1, 1, timeout_s) as pool:
         ready = pool.describe()
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
@@ -155,7 +155,7 @@ def preflight(
 def _require_playable(
     protocol: Protocol, ready: Ready, trained: Embodiment | None, wrong_instruction: bool
 ) -> None:
-    """Raise unless protocol, environment and (if it was trained) policy belong together."""
+    """Raise unless protocol, environment and (if it was trained) policy are compatible."""
     require_versions(protocol, ready.versions)
     require_tasks(protocol, ready.instructions)
     require_actions(protocol, ready.embodiment)
@@ -164,25 +164,26 @@ def _require_playable(
     for task, partner in protocol.swapped.items() if wrong_instruction else ():
         if ready.instructions[task] == ready.instructions[partner]:
             raise ConfigError(
-                f"protocol {protocol.name!r}: swapped: {task!r} and {partner!r} have the same sentence, "
-                f"{ready.instructions[task]!r}: it tells nothing apart; choose another partner"
+                f"protocol {protocol.name!r}: swapped: {task!r} and {partner!r} have the same instruction, "
+                f"{ready.instructions[task]!r}; choose another partner"
             )
 
 
 def _trained(actor: Actor) -> TrainedActor | None:
-    """Return the actor if it was trained, None if it never was. One that tells but half of it is refused.
+    """Return the actor if it is a TrainedActor, None if it has none of its attributes.
 
-    Otherwise one that forgot `seeds`, say, would pass for an actor without a robot, and nothing be compared.
+    One with some of the attributes is an error: without `seeds`, for example, it would be taken for an
+    untrained actor, and its robot and starts would not be checked.
     """
     if isinstance(actor, TrainedActor):
         return actor
-    parts = ("embodiment", "width", "seeds", "fingerprint")
-    told = [name for name in parts if name in dir(actor)]
-    if told:
-        lacks = ", ".join(name for name in parts if name not in told)
+    attributes = ("embodiment", "width", "seeds", "fingerprint")
+    present = [name for name in attributes if name in dir(actor)]
+    if present:
+        missing = ", ".join(name for name in attributes if name not in present)
         raise ConfigError(
-            f"actor {type(actor).__name__} has {', '.join(told)} as a trained one has, but lacks {lacks}: "
-            "give it all of vlafit.rollout.run.TrainedActor, or none"
+            f"actor {type(actor).__name__} has {', '.join(present)} but lacks {missing}; "
+            "implement all attributes of vlafit.rollout.evaluation.TrainedActor, or none"
         )
     return None
 
@@ -193,24 +194,24 @@ def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
     tasks = tuple(task for task in protocol.tasks if task in protocol.swapped)
     if not tasks:
         raise ConfigError(
-            f"protocol {protocol.name!r} has no swapped instructions: add a table [swapped] that gives tasks "
-            "a partner of the same scene, or leave the wrong-instruction probe out"
+            f"protocol {protocol.name!r} has no swapped instructions: add a table [swapped] that maps tasks "
+            "to a partner of the same scene, or turn the wrong-instruction probe off"
         )
     return tasks
 
 
-def _jobs(
+def _requests(
     protocol: Protocol,
-    todo: Iterable[tuple[str, int, int]],
+    remaining: Iterable[tuple[str, int, int]],
     ready: Ready,
     wrong_instruction: bool,
     videos: int,
-) -> list[Job]:
-    jobs = []
-    for task, trial, seed in todo:
-        told = protocol.swapped[task] if wrong_instruction else task
-        jobs.append(Job(task, trial, seed, ready.instructions[told], trial < videos))
-    return jobs
+) -> list[EpisodeRequest]:
+    requests = []
+    for task, trial, seed in remaining:
+        instructed = protocol.swapped[task] if wrong_instruction else task
+        requests.append(EpisodeRequest(task, trial, seed, ready.instructions[instructed], trial < videos))
+    return requests
 
 
 def _renderer_notice(trained: Embodiment | None, env: Embodiment) -> str:

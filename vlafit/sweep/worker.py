@@ -1,4 +1,4 @@
-"""One worker of a sweep: take a trial, train it, report its validation losses, tell what came out."""
+"""Run trials of a sweep in one worker: take a trial, train it, report its validation losses."""
 
 import gc
 import logging
@@ -34,20 +34,20 @@ NOT_SHARED = ("name", "purpose", "train.threads", "train.trackers", "train.keep"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: the recipe, what is searched, and its folder."""
+    """A sweep: recipe, study and folder."""
 
     recipe: Recipe
     study: Study
     folder: Path
 
     def trial_recipe(self) -> Recipe:
-        """Return the recipe that trials vary: without rollouts, for they are judged by validation loss."""
-        quiet = replace(self.recipe.eval, protocol="", before=False, every=0, wrong_instruction=False)
-        return replace(self.recipe, eval=quiet)
+        """Return the recipe of a trial: without evaluation, because trials are ranked by validation loss."""
+        no_rollouts = replace(self.recipe.eval, protocol="", before=False, every=0, wrong_instruction=False)
+        return replace(self.recipe, eval=no_rollouts)
 
 
 def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
-    """Return what the sweep is, as plain values; raise for whatever could not be searched.
+    """Return the sweep's identity as plain values; raise for names or values that cannot be searched.
 
     `where` names the study's file in errors.
     """
@@ -55,12 +55,12 @@ def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
     check_recipe(recipe, 1)
     if not recipe.data.validation:
         raise ConfigError(
-            "data.validation is 0: a sweep goes by the loss on held-out episodes; hold some out"
+            "data.validation is 0, but a sweep ranks trials by the loss on held-out episodes; set it above 0"
         )
     data = open_data(recipe.data, recipe.train.seed)
-    check(sweep.study, recipe, where, _Trials(data))
+    check(sweep.study, recipe, where, _TrialCheck(data))
     base = recipe.policy.checkpoint
-    searched = {name: asdict(one) for name, one in sweep.study.search.items()}
+    searched = {name: asdict(dimension) for name, dimension in sweep.study.search.items()}
     strategy = config.load_toml(shipped.find("strategy", recipe.strategy), "strategy")
     return {
         "recipe": flat(asdict(recipe), (*NOT_SHARED, *searched)),
@@ -72,15 +72,15 @@ def require_possible(sweep: Sweep, where: str) -> dict[str, Any]:
     }
 
 
-class _Trials:
-    """Tells whether a trial's recipe and strategy could train, on the meta device."""
+class _TrialCheck:
+    """Checks on the meta device that a trial's recipe and strategy can train."""
 
     def __init__(self, data: Data) -> None:
         self._data = data
         self._policies: dict[str, Policy] = {}
 
     def __call__(self, recipe: Recipe, strategy: Strategy) -> None:
-        """Raise a VlafitError for what could not."""
+        """Raise a VlafitError for a trial that cannot train."""
         check_recipe(recipe, 1)
         key = config.dump(recipe.policy)
         if key not in self._policies:
@@ -88,15 +88,15 @@ class _Trials:
         plan_of(recipe, strategy, self._policies[key], held_out=any(self._data.validation))
 
 
-def work(sweep: Sweep, tell: Callable[[str], None]) -> bool:
-    """Run trials until the study has as many as it wants; False when a signal stopped it before.
+def run_trials(sweep: Sweep, tell: Callable[[str], None]) -> bool:
+    """Run trials until the study has enough; return False if a signal stopped it before.
 
-    `tell` is given a line for each trial that ended. Whatever breaks a trial is recorded with it.
+    `tell` receives one line for each ended trial. The error of a failed trial is recorded with it.
     """
     storage = Storage(sweep.folder, sweep.study, sweep.recipe.train.steps)
-    with stopping(_interrupt):  # SIGTERM, too: a trial that is told to stop has not died
+    with stopping(_interrupt):  # SIGTERM too: a trial that is asked to stop must not count as dead
         while (taken := storage.take(sweep.study.trials)) is not None:
-            if not _carry_out(sweep, storage, taken, tell):
+            if not _run_trial(sweep, storage, taken, tell):
                 return False
             gc.collect()
     return True
@@ -106,7 +106,7 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str], None]) -> bool:
+def _run_trial(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str], None]) -> bool:
     name = f"trial {taken.number}"
     out = taken.folder / "run"
     try:
@@ -120,9 +120,13 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
     except KeyboardInterrupt:
         storage.interrupted(taken)
         return False
-    except (VlafitError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, out of memory for one
+    except (
+        VlafitError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # RuntimeError: torch out of memory, for example
         storage.failed(taken, f"{type(error).__name__}: {error}")
-        tell(f"{name}: BROKE: {error}: {shown(taken.values)}")
+        tell(f"{name}: FAILED: {error}: {shown(taken.values)}")
         return True
     if not summary.finished:
         storage.interrupted(taken)
@@ -130,7 +134,7 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
     loss = last_loss(out)
     if loss is None:
         storage.failed(taken, "the last validation loss is not a number")
-        tell(f"{name}: BROKE: the last validation loss is not a number: {shown(taken.values)}")
+        tell(f"{name}: FAILED: the last validation loss is not a number: {shown(taken.values)}")
         return True
     storage.done(taken, loss)
     tell(f"{name}: validation {loss:.4g}: {shown(taken.values)}")
@@ -138,16 +142,16 @@ def _carry_out(sweep: Sweep, storage: Storage, taken: Taken, tell: Callable[[str
 
 
 class _Watcher(Callbacks):
-    """Reports each validation loss to the study, and ends the run when the pruner says so."""
+    """Reports each validation loss to the study, and stops the run if the pruner decides so."""
 
     def __init__(self, storage: Storage, taken: Taken, out: Path) -> None:
         self._storage, self._trial = storage, taken.trial
         self._reported: set[int] = set()
-        for step, loss in losses(out):  # of the worker that began this run and died
+        for step, loss in losses(out):  # logged by a worker that started this run and died
             self._report(step, loss)
 
     def step(self, result: StepResult, total: int, values: dict[str, float]) -> None:
-        """Report what was validated at this step."""
+        """Report the validation loss of this step, if there is one."""
         if LOSS not in values or result.step == total:
             return
         self._report(result.step, values[LOSS])
@@ -161,7 +165,7 @@ class _Watcher(Callbacks):
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """Return (step, validation loss) of a run folder, in order."""
+    """Return the (step, validation loss) pairs of a run folder in order."""
     return [
         (event["step"], event[LOSS])
         for event in files.read_json_lines(run / "metrics.jsonl")
@@ -170,11 +174,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def last_loss(run: Path) -> float | None:
-    """Return the last validation loss of a run folder; None where it was not a number."""
+    """Return the last validation loss of a run folder; None if it was not a number."""
     events = [e for e in files.read_json_lines(run / "metrics.jsonl") if LOSS in e]
     return events[-1][LOSS] if events else None
 
 
 def shown(values: Mapping[str, object]) -> str:
-    """Return a trial's values for reading."""
+    """Return a trial's values as one line of text."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

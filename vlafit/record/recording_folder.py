@@ -1,4 +1,4 @@
-"""Where a recording goes: one HDF5 file a task in LIBERO's layout; until then a hidden folder of parts."""
+"""Write a recording: finished episodes in a hidden folder, then one HDF5 file per task in LIBERO's layout."""
 
 import hashlib
 import io
@@ -17,17 +17,17 @@ import numpy as np
 from vlafit import files
 from vlafit.errors import DataError
 from vlafit.record.episode import Episode, is_perturbed
-from vlafit.record.job import STATE_KEYS, Job
+from vlafit.record.plan import STATE_KEYS, RecordingPlan
 from vlafit.types import Embodiment, Env
 
 log = logging.getLogger(__name__)
 
-FRAMES_PER_CHUNK = 4  # of a compressed recording: a third smaller than with 1, and still quick to read singly
+FRAMES_PER_CHUNK = 4  # of a compressed recording: a third smaller than with 1, still fast for single frames
 
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """One task's file. `skipped` are the seeds that the expert failed."""
+    """One task's file. `skipped` are the seeds that the expert did not solve."""
 
     path: Path
     task: str
@@ -36,31 +36,31 @@ class RecordedFile:
     skipped: tuple[int, ...]
 
 
-class Folder:
-    """Where a recording goes: one HDF5 file a task, and a hidden folder of finished episodes meanwhile."""
+class RecordingFolder:
+    """A recording's folder: one HDF5 file per task, and a hidden folder of finished episodes until then."""
 
-    def __init__(self, out: Path, job: Job, env: Env) -> None:
-        self.out, self.job = out, job
+    def __init__(self, out: Path, plan: RecordingPlan, env: Env) -> None:
+        self.out, self.plan = out, plan
         self.embodiment: Embodiment = env.embodiment
-        self.instructions = {task: env.instruction(task) for task in job.record.tasks}
+        self.instructions = {task: env.instruction(task) for task in plan.record.tasks}
         self.settings: dict[str, Any] = {
             "type": "vlafit",
-            "env_name": job.spec.name,
+            "env_name": plan.spec.name,
             "renderer": env.embodiment.renderer,
-            "size": job.spec.size,
-            "cameras": list(job.spec.cameras),
+            "size": plan.spec.size,
+            "cameras": list(plan.spec.cameras),
             "hz": env.embodiment.hz,
             "control": env.embodiment.control,
-            "horizon": job.record.horizon,
-            "hold_steps": job.record.hold_steps,
-            "first_seed": job.record.first_seed,
-            "perturbed": job.record.perturbed,
-            "noise": job.record.noise,
+            "horizon": plan.record.horizon,
+            "hold_steps": plan.record.hold_steps,
+            "first_seed": plan.record.first_seed,
+            "perturbed": plan.record.perturbed,
+            "noise": plan.record.noise,
             "versions": dict(env.versions),
         }
         text = json.dumps(self.settings, sort_keys=True)
-        self.print = hashlib.sha256(text.encode()).hexdigest()[:16]  # names the settings
-        self.parts = out / f".episodes-{self.print}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]  # of the settings
+        self.parts = out / f".episodes-{self.fingerprint}"
 
     def file(self, task: str) -> Path:
         return self.out / f"{task}_demo.hdf5"
@@ -69,29 +69,29 @@ class Folder:
         return self.parts / task / f"{seed}.npz"
 
     def prepare(self, resume: bool) -> None:
-        """Make the folder, or raise DataError when something of an earlier recording is in the way."""
+        """Create the folder. Without `resume`, raises DataError if it holds an earlier recording."""
         files.require_writable(self.out)
-        there = [self.file(task) for task in self.job.record.tasks if self.file(task).exists()]
+        finished = [self.file(task) for task in self.plan.record.tasks if self.file(task).exists()]
         others = [path for path in sorted(self.out.glob(".episodes-*")) if path != self.parts]
         if not resume:
-            begun = there + [path for path in (self.parts, *others) if path.exists()]
-            if begun:
+            existing = finished + [path for path in (self.parts, *others) if path.exists()]
+            if existing:
                 raise DataError(
-                    f"{self.out} holds a recording already ({begun[0].name}); go on with --resume, "
-                    "or choose another folder, or delete it"
+                    f"{self.out} already holds a recording ({existing[0].name}); continue with --resume, "
+                    "choose another folder, or delete it"
                 )
         for path in others:
             log.warning(
-                "%s holds episodes of a recording with other settings; delete it if it is not wanted", path
+                "%s holds episodes of a recording with other settings; delete it if you do not need it", path
             )
         self.parts.mkdir(exist_ok=True)
 
     def clean(self) -> None:
-        """Remove the hidden folder; every episode is in its file."""
+        """Remove the hidden folder once every episode is in its file."""
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def finished(self, task: str) -> RecordedFile | None:
-        """Return what the file of `task` holds, or None. DataError when it is another recording's."""
+        """Return the finished file of `task`, or None. Raises DataError for another recording's file."""
         path = self.file(task)
         if not path.exists():
             return None
@@ -99,10 +99,10 @@ class Folder:
             with h5py.File(path, "r") as file:
                 attrs: dict[str, Any] = dict(file["data"].attrs)
                 same = (
-                    attrs.get("recording") == self.print
-                    and attrs["num_demos"] == self.job.record.episodes_per_task
+                    attrs.get("recording") == self.fingerprint
+                    and attrs["num_demos"] == self.plan.record.episodes_per_task
                 )
-                found = RecordedFile(
+                recorded = RecordedFile(
                     path,
                     task,
                     int(attrs["num_demos"]),
@@ -111,17 +111,17 @@ class Folder:
                 )
         except (OSError, KeyError, ValueError) as error:
             raise DataError(
-                f"{path}: is no recording of this card ({error}); move it away, or choose another folder"
+                f"{path}: not a recording of this card ({error}); move it away, or choose another folder"
             ) from error
         if not same:
             raise DataError(
                 f"{path}: was recorded with other settings or another number of episodes; "
                 "move it away, or choose another folder"
             )
-        return found
+        return recorded
 
     def save_part(self, task: str, seed: int, episode: Episode | None) -> bool:
-        """Write an episode, or the mark that the expert failed; return whether it succeeded."""
+        """Write an episode, or an empty file if the expert failed; return whether it succeeded."""
         arrays: dict[str, Any] = {}
         if episode is not None:
             arrays = {"state": episode.state, "actions": episode.actions, "success": episode.success}
@@ -132,30 +132,30 @@ class Folder:
         return episode is not None
 
     def load_part(self, task: str, seed: int) -> Episode | None:
-        """Read what `save_part` wrote."""
+        """Read an episode written by `save_part`; None if the expert failed."""
         path = self.part(task, seed)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if "state" not in arrays:
                     return None
-                images = {name: arrays[f"image_{name}"] for name in self.job.spec.cameras}
+                images = {name: arrays[f"image_{name}"] for name in self.plan.spec.cameras}
                 return Episode(arrays["state"], arrays["actions"], arrays["success"], images)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: cannot be read ({error}); delete it and resume") from error
 
     def played(self, task: str) -> dict[int, bool]:
-        """Return the seeds of `task` played by an earlier call, and whether the expert succeeded."""
+        """Return the seeds of `task` that an earlier call ran, and whether the expert succeeded."""
         outcomes = {}
         for path in sorted((self.parts / task).glob("*.npz")):
             try:
                 with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                     outcomes[int(path.stem)] = "state" in arrays
             except (OSError, ValueError, zipfile.BadZipFile):
-                log.warning("%s cannot be read; the episode is played again", path)
+                log.warning("%s cannot be read; the episode is recorded again", path)
         return outcomes
 
     def write_file(self, task: str, outcomes: dict[int, bool]) -> RecordedFile:
-        """Write the file of `task` from its parts, beside its place and then renamed into it."""
+        """Write the file of `task` from its episodes, atomically."""
         path = self.file(task)
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -188,7 +188,7 @@ class Folder:
             data.attrs["skipped_seeds"] = json.dumps(
                 [s for s, succeeded in sorted(outcomes.items()) if not succeeded]
             )
-            data.attrs["recording"] = self.print
+            data.attrs["recording"] = self.fingerprint
             data.attrs["num_demos"] = len(good)
             data.attrs["total"] = total
         return total
@@ -197,7 +197,7 @@ class Folder:
         steps = len(episode.actions)
         demo.attrs["num_samples"] = steps
         demo.attrs["seed"] = seed
-        demo.attrs["perturbed"] = is_perturbed(self.job.record, seed)
+        demo.attrs["perturbed"] = is_perturbed(self.plan.record, seed)
         demo.attrs["expert"] = "scripted"
         dones = np.zeros(steps, np.uint8)
         dones[-1] = 1
@@ -206,7 +206,7 @@ class Folder:
         demo.create_dataset("dones", data=dones)
         for name, frames in episode.images.items():
             packed: dict[str, Any] = {}
-            if self.job.record.compress:
+            if self.plan.record.compress:
                 chunk = (min(FRAMES_PER_CHUNK, steps), *frames.shape[1:])
                 packed = {"compression": "gzip", "compression_opts": 9, "chunks": chunk}
             demo.create_dataset(f"obs/{name}_rgb", data=frames, **packed)

@@ -1,4 +1,4 @@
-"""Who plays which episode when: this process or several others, and which seeds are still to be played."""
+"""Distribute the episodes of a recording over this process or several workers."""
 
 import multiprocessing
 import os
@@ -16,16 +16,16 @@ from vlafit import envs
 from vlafit.datasets.card import RecordSpec
 from vlafit.errors import SimulationError
 from vlafit.record.episode import play
-from vlafit.record.folder import Folder, RecordedFile
-from vlafit.record.job import Job
+from vlafit.record.plan import RecordingPlan
+from vlafit.record.recording_folder import RecordedFile, RecordingFolder
 from vlafit.types import Env
 
-ATTEMPTS = 3  # times the episodes wanted; more attempts than that and the expert is no expert
+ATTEMPTS = 3  # attempts per wanted episode before the expert is considered unable to solve the task
 
 
 @dataclass(frozen=True)
 class RecordProgress:
-    """How far a recording is: episodes of all tasks, and the time it took and is likely to take."""
+    """Progress of a recording over all tasks, with elapsed and estimated remaining time."""
 
     task: str
     done: int
@@ -36,16 +36,16 @@ class RecordProgress:
 
 
 class Tally:
-    """Counts what is done and tells the caller."""
+    """Counts recorded episodes and reports progress to the caller."""
 
     def __init__(self, spec: RecordSpec, progress: Callable[[RecordProgress], None], started: float) -> None:
         self.complete: dict[str, RecordedFile] = {}
         self._spec, self._progress, self._started = spec, progress, started
         self._done = self._skipped = 0
-        self._kept = 0  # of `_done`, from an earlier call: they say nothing about the pace
+        self._kept = 0  # episodes of an earlier call, which do not count for the speed
 
     def add(self, file: RecordedFile | None) -> None:
-        """Note a file that was there already."""
+        """Count the episodes of a file that was finished earlier."""
         if file is not None:
             self.complete[file.task] = file
             self._done += file.episodes
@@ -53,7 +53,7 @@ class Tally:
             self._skipped += len(file.skipped)
 
     def played(self, task: str, succeeded: bool, *, earlier: bool = False) -> None:
-        """Note an episode."""
+        """Count an episode."""
         self._done += int(succeeded)
         self._skipped += int(not succeeded)
         self._kept += int(succeeded and earlier)
@@ -65,21 +65,21 @@ class Tally:
 
 
 class _Schedule:
-    """Which seeds of which task to play next.
+    """Chooses the next task and seed.
 
-    The first seeds of a task, as many as episodes are wanted, and one more for every failure: so exactly the
-    shortest run of seeds with enough successes is played, in whatever order the episodes end.
+    A task gets as many first seeds as episodes are wanted, and one more for every failure. So it runs exactly
+    the shortest range of seeds with enough successes, in whatever order the episodes end.
     """
 
     def __init__(self, tasks: Iterable[str], spec: RecordSpec) -> None:
         self._spec = spec
         self.outcomes: dict[str, dict[int, bool]] = {task: {} for task in tasks}
-        self._following = dict.fromkeys(self.outcomes, spec.first_seed + spec.episodes_per_task)
+        self._next_seed = dict.fromkeys(self.outcomes, spec.first_seed + spec.episodes_per_task)
         seeds = range(spec.first_seed, spec.first_seed + spec.episodes_per_task)
         self.waiting = deque((task, seed) for task in self.outcomes for seed in seeds)
 
     def ended(self, task: str, seed: int, succeeded: bool) -> bool:
-        """Note how an episode ended; return whether its task has enough of them."""
+        """Note an episode's outcome; return whether its task now has enough successes."""
         spec, outcomes = self._spec, self.outcomes[task]
         outcomes[seed] = succeeded
         good = sum(outcomes.values())
@@ -87,23 +87,30 @@ class _Schedule:
             if len(outcomes) - good > (ATTEMPTS - 1) * spec.episodes_per_task + 10:
                 raise SimulationError(
                     f"task {task!r}: the expert succeeded in only {good} of {len(outcomes)} episodes within "
-                    f"{spec.horizon} steps; leave the task out, or raise the card's record.horizon"
+                    f"{spec.horizon} steps; remove the task, or raise the card's record.horizon"
                 )
-            self.waiting.appendleft((task, self._following[task]))
-            self._following[task] += 1
+            self.waiting.appendleft((task, self._next_seed[task]))
+            self._next_seed[task] += 1
         return good == spec.episodes_per_task
 
 
-def play_all(tasks: list[str], job: Job, where: Folder, pool: Executor, width: int, tally: Tally) -> None:
-    """Play what is missing, `width` episodes at a time; write each task's file once it has enough."""
-    schedule = _Schedule(tasks, job.record)
-    kept = {task: where.played(task) for task in tasks}
+def play_all(
+    tasks: list[str],
+    plan: RecordingPlan,
+    folder: RecordingFolder,
+    pool: Executor,
+    width: int,
+    tally: Tally,
+) -> None:
+    """Run the missing episodes, `width` at a time; write each task's file when it has enough successes."""
+    schedule = _Schedule(tasks, plan.record)
+    kept = {task: folder.played(task) for task in tasks}
     running: dict[Future[bool], tuple[str, int]] = {}
 
     def ended(task: str, seed: int, succeeded: bool, *, earlier: bool) -> None:
         enough = schedule.ended(task, seed, succeeded)
         if enough:
-            tally.complete[task] = where.write_file(task, schedule.outcomes[task])
+            tally.complete[task] = folder.write_file(task, schedule.outcomes[task])
         tally.played(task, succeeded, earlier=earlier)
 
     while schedule.waiting or running:
@@ -118,75 +125,75 @@ def play_all(tasks: list[str], job: Job, where: Folder, pool: Executor, width: i
 
 
 @contextmanager
-def players(job: Job, workers: int, where: Folder) -> Iterator[Executor]:
-    """Yield what plays the episodes: this process, or so many others."""
+def executor(plan: RecordingPlan, workers: int, folder: RecordingFolder) -> Iterator[Executor]:
+    """Yield the executor that runs the episodes: this process, or `workers` others."""
     if workers <= 1:
-        _begin(job, where)
+        _start(plan, folder)
         try:
-            yield _Here()
+            yield _InProcess()
         finally:
-            _end()
+            _stop()
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads this process has
     pool = ProcessPoolExecutor(
-        workers, context, initializer=_begin_worker, initargs=(job, where, os.getpid())
+        workers, context, initializer=_start_worker, initargs=(plan, folder, os.getpid())
     )
     try:
         yield pool
     except BrokenProcessPool as error:
         raise SimulationError(
-            "a recording process died, perhaps for want of memory; finished episodes are kept: "
-            "go on with --resume and fewer --workers"
+            "a recording process died, perhaps because memory ran out; finished episodes are kept: "
+            "continue with --resume and fewer --workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Here(Executor):
-    """Does the work at once, in this process."""
+class _InProcess(Executor):
+    """Runs each task immediately in this process."""
 
     def submit(self, fn, /, *args, **kwargs):
-        """Call `fn` now; an error is raised here."""
+        """Call `fn` now; its errors are raised here."""
         future: Future = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
 
 @dataclass
-class _Player:
-    job: Job
-    where: Folder
+class _Worker:
+    plan: RecordingPlan
+    folder: RecordingFolder
     env: Env
 
 
-_player: _Player | None = None  # of this process; an environment is too costly to make for every episode
+_worker: _Worker | None = None  # of this process; creating an environment for every episode costs too much
 
 
-def _begin(job: Job, where: Folder) -> None:
-    global _player
-    _player = _Player(job, where, envs.make(job.spec))
+def _start(plan: RecordingPlan, folder: RecordingFolder) -> None:
+    global _worker
+    _worker = _Worker(plan, folder, envs.make(plan.spec))
 
 
-def _end() -> None:
-    global _player
-    if _player is not None:
-        _player.env.close()
-    _player = None
+def _stop() -> None:
+    global _worker
+    if _worker is not None:
+        _worker.env.close()
+    _worker = None
 
 
-def _begin_worker(job: Job, where: Folder, parent: int) -> None:
+def _start_worker(plan: RecordingPlan, folder: RecordingFolder, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets episodes end
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _begin(job, where)
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    _start(plan, folder)
 
 
-def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone: a killed parent cannot say so."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent is gone, because a killed parent cannot stop its workers."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _play_and_save(task: str, seed: int) -> bool:
-    assert _player is not None
-    return _player.where.save_part(task, seed, play(_player.env, _player.job.record, task, seed))
+    assert _worker is not None
+    return _worker.folder.save_part(task, seed, play(_worker.env, _worker.plan.record, task, seed))

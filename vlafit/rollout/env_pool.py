@@ -1,7 +1,7 @@
-"""Environment processes: started, listened to, timed, replaced when they die, and ended.
+"""A pool of environment processes: start, communicate, time out, replace dead ones, stop.
 
-Each process holds several environments ("slots"), so that few processes fill a policy's batch. What an
-episode is, and what to do about one that broke, is not known here (see `play`).
+Each process holds several environments ("slots"), so that few processes fill a policy's batch. `play` knows
+what an episode is and what to do when one fails; this module does not.
 """
 
 import os
@@ -22,40 +22,40 @@ from vlafit.errors import SimulationError
 from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start
 
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
-NOT_STARTED = f"its process was not ready within {START_TIMEOUT_S:g} s, and was ended"
-PATIENCE_S = 0.5  # of `wait`
-TAIL_LINES = 30  # of a dead process' output, kept in the error record
+NOT_STARTED = f"its process was not ready within {START_TIMEOUT_S:g} s and was killed"
+WAIT_S = 0.5  # the longest that `wait` blocks
+TAIL_LINES = 30  # lines of a dead process's output kept in the error record
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A slot of a process: where one episode is played at a time."""
+class EnvSlot:
+    """One environment of one process; it runs one episode at a time."""
 
     process: int
-    slot: int
+    index: int
 
 
 @dataclass(frozen=True)
 class Advanced:
-    """The command of a seat was carried out."""
+    """The command of a slot succeeded."""
 
-    seat: Seat
+    slot: EnvSlot
     moved: Moved
 
 
 @dataclass(frozen=True)
 class Broken:
-    """The command of a seat raised, or its process died or hung while carrying it out."""
+    """The command of a slot raised, or its process died or hung during the command."""
 
-    seat: Seat
+    slot: EnvSlot
     text: str
 
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The process of a seat was replaced because of another seat's episode; this one did nothing wrong."""
+    """The process of a slot was replaced because the episode of another slot failed."""
 
-    seat: Seat
+    slot: EnvSlot
 
 
 Event = Advanced | Broken | Interrupted
@@ -63,34 +63,34 @@ Event = Advanced | Broken | Interrupted
 
 @dataclass
 class _Process:
-    """One running child. `pending` holds the slots of the commands that it has not answered, in order.
+    """One child process. `pending` holds the slots of its unanswered commands in order.
 
-    Its first command, Start, belongs to no slot.
+    The first command, Start, belongs to no slot (None).
     """
 
     child: subprocess.Popen[bytes]
     link: mpc.Connection
     output: IO[bytes]
     pending: deque[int | None] = field(default_factory=lambda: deque([None]))
-    since: float = field(default_factory=time.monotonic)  # when it began on the current command
+    since: float = field(default_factory=time.monotonic)  # when the current command started
 
 
-class Pool:
-    """Processes with `slots` environments each. A context manager: leaving it ends every process.
+class EnvPool:
+    """Processes with `slots` environments each; as a context manager it kills every process at exit.
 
-    `timeout_s` is the longest that one command may take: a chunk of steps, or a reset.
+    `timeout_s` is the longest time for one command: a chunk of steps, or a reset.
     """
 
     def __init__(self, spec: EnvSpec, processes: int, slots: int, timeout_s: float) -> None:
         self.spec = spec
         self.timeout_s = timeout_s
-        self.seats = tuple(Seat(p, s) for s in range(slots) for p in range(processes))
+        self.slots = tuple(EnvSlot(p, i) for i in range(slots) for p in range(processes))
         self._processes: list[_Process] = []
         self._count = processes
         self._idle_deaths = 0
         self._described: Ready | None = None
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "EnvPool":
         try:
             for _ in range(self._count):
                 self._processes.append(self._start())
@@ -105,9 +105,9 @@ class Pool:
         self._end_all()
 
     def describe(self) -> Ready:
-        """Wait until every process has made its first environment, and return how that declares itself.
+        """Wait until every process has created its first environment, and return its description.
 
-        Raises SimulationError with the process' own words if it cannot be made.
+        Raises SimulationError with the process's output if it cannot be created.
         """
         for process in self._processes:
             if process.link.poll(START_TIMEOUT_S):
@@ -117,16 +117,16 @@ class Pool:
         assert self._described is not None
         return self._described
 
-    def send(self, seat: Seat, command: Reset | Play) -> None:
-        """Give a seat its next command. Its outcome comes from `wait`."""
-        process = self._processes[seat.process]
+    def send(self, slot: EnvSlot, command: Reset | Play) -> None:
+        """Send a slot its next command; `wait` returns the outcome."""
+        process = self._processes[slot.process]
         if not process.pending:
             process.since = time.monotonic()
-        process.pending.append(seat.slot)
+        process.pending.append(slot.index)
         try:
             process.link.send(command)
         except OSError:
-            pass  # it died: `wait` finds out, and knows what it was doing
+            pass  # the process died; `wait` reports it for the pending slot
 
     @property
     def busy(self) -> bool:
@@ -134,9 +134,9 @@ class Pool:
         return any(p.pending for p in self._processes)
 
     def wait(self) -> list[Event]:
-        """Block until something happened, at most PATIENCE_S, and return it; perhaps nothing."""
-        ready = set(mpc.wait([p.link for p in self._processes], PATIENCE_S))
-        now = time.monotonic()  # what came by now is in `ready`, whatever the handling below takes
+        """Block until events arrive, at most WAIT_S, and return them; the list may be empty."""
+        ready = set(mpc.wait([p.link for p in self._processes], WAIT_S))
+        now = time.monotonic()  # taken once: handling replies below must not count as waiting
         events: list[Event] = []
         for number, process in enumerate(self._processes):
             waited_s = now - process.since if process.pending else 0.0
@@ -148,28 +148,28 @@ class Pool:
             elif process.link in ready:
                 events += self._receive(number, process)
             elif waited_s > self.timeout_s:
-                why = f"the environment did not answer within {self.timeout_s:g} s, and was ended"
+                why = f"the environment did not answer within {self.timeout_s:g} s and was killed"
                 events += self._replace(number, process, why)
         return events
 
     def _receive(self, number: int, process: _Process) -> list[Event]:
         try:
             reply = process.link.recv()
-        except Exception:  # it died, perhaps in the middle of a message
+        except Exception:  # the process died, perhaps in the middle of a message
             return self._replace(number, process, "")
         process.since = time.monotonic()
         slot = process.pending.popleft()
         match reply, slot:
             case Moved(), int():
-                return [Advanced(Seat(number, slot), reply)]
+                return [Advanced(EnvSlot(number, slot), reply)]
             case Failed(text), int():
-                return [Broken(Seat(number, slot), text)]
-        raise RuntimeError(f"an environment process said {reply!r} out of turn")
+                return [Broken(EnvSlot(number, slot), text)]
+        raise RuntimeError(f"unexpected message from an environment process: {reply!r}")
 
     def _receive_ready(self, process: _Process) -> None:
         try:
             reply = process.link.recv()
-        except Exception:  # it died, perhaps in the middle of a message
+        except Exception:  # the process died, perhaps in the middle of a message
             raise self._cannot_start(process, "") from None
         if not isinstance(reply, Ready):
             raise self._cannot_start(process, reply.text)
@@ -178,47 +178,47 @@ class Pool:
         self._described = reply
 
     def _cannot_start(self, process: _Process, why: str) -> SimulationError:
-        text = self._last_words(process, why).strip()
-        return SimulationError(f"environment {self.spec.name!r} cannot be made: {text}")
+        text = self._kill(process, why).strip()
+        return SimulationError(f"environment {self.spec.name!r} cannot be created: {text}")
 
     def _replace(self, number: int, process: _Process, why: str) -> list[Event]:
-        """End a process and start another. The seat it was working for is broken, its others interrupted."""
-        head = process.pending[0] if process.pending else None
-        culprit = None if head is None else Seat(number, head)
-        text = self._last_words(process, why)
-        self._idle_deaths += culprit is None
+        """Kill a process and start another: the slot it was working for is broken, the others interrupted."""
+        index = process.pending[0] if process.pending else None
+        active = None if index is None else EnvSlot(number, index)
+        text = self._kill(process, why)
+        self._idle_deaths += active is None
         if self._idle_deaths > 3:
             raise SimulationError(f"environment {self.spec.name!r}: its processes die while idle: {text}")
         self._processes[number] = self._start()
-        mine = [seat for seat in self.seats if seat.process == number and seat != culprit]
-        broken: list[Event] = [Broken(culprit, text)] if culprit else []
-        return [*broken, *(Interrupted(seat) for seat in mine)]
+        others = [slot for slot in self.slots if slot.process == number and slot != active]
+        broken: list[Event] = [Broken(active, text)] if active else []
+        return [*broken, *(Interrupted(slot) for slot in others)]
 
     def _start(self) -> _Process:
-        ours, theirs = socket.socketpair()
-        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process is ended)
+        parent_end, child_end = socket.socketpair()
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process is killed)
         env = dict(os.environ)
         env["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        code = f"from vlafit.rollout.worker import main; main({theirs.fileno()})"
+        code = f"from vlafit.rollout.worker import main; main({child_end.fileno()})"
         child = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[child_end.fileno()],
             env=env,
         )
-        theirs.close()
-        process = _Process(child, mpc.Connection(ours.detach()), output)
+        child_end.close()
+        process = _Process(child, mpc.Connection(parent_end.detach()), output)
         try:
             process.link.send(Start(self.spec))
         except OSError:
-            pass  # it died at once: `_receive_ready` tells
+            pass  # the process died at once; `_receive_ready` reports it
         return process
 
-    def _last_words(self, process: _Process, why: str) -> str:
-        """End a process for good; return how it ended and the last lines of what it wrote."""
+    def _kill(self, process: _Process, why: str) -> str:
+        """Kill a process (unless it died: `why` is empty); return how it ended and its last output."""
         if why:
             process.child.kill()
         try:
@@ -231,8 +231,8 @@ class Pool:
         lines = process.output.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         process.output.close()
         if not why:
-            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            why = f"the environment process ended {how}"
+            ending = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+            why = f"the environment process ended {ending}"
         return "\n".join([why, *lines])
 
     def _end_all(self) -> None:

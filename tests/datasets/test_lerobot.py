@@ -1,0 +1,468 @@
+"""LeRobot datasets: what LeRobot's own reader returned, and the traps of the three formats."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from tests.datasets.layouts import Demo, demos, in_file_order
+from tests.datasets.lerobot_files import FPS, write
+from vlafit.codec import Statistics
+from vlafit.datasets import EpisodeStore, blocks_for_statistics, load_card, open_dataset
+from vlafit.datasets.layouts import lerobot
+from vlafit.datasets.lerobot import store as reader
+from vlafit.datasets.lerobot import tables
+from vlafit.datasets.video import VideoFile
+from vlafit.errors import DataError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "lerobot_datasets"
+STARTS = (0, 12, 21, 36, 43)  # of the recorded episodes
+
+
+def recorded(name: str) -> tuple[EpisodeStore, dict[str, Any], dict[str, np.ndarray]]:
+    folder = FIXTURES / f"expected_{name}"
+    facts = json.loads((folder / "expected.json").read_text())
+    return open_dataset(FIXTURES / name), facts, load_file(folder / "expected.safetensors")
+
+
+def at(index: int) -> tuple[int, int]:
+    episode = max(n for n, start in enumerate(STARTS) if start <= index)
+    return episode, index - STARTS[episode]
+
+
+# ----------------------------------------------------------------------------- what LeRobot's reader returned
+
+
+@pytest.mark.parametrize("name", ["image", "video_h264"])
+def test_states_actions_chunks_padding_histories_and_tasks_are_those_that_lerobot_read(name: str):
+    store, facts, arrays = recorded(name)
+    assert [info.length for info in store.episodes] == facts["lens"]
+    assert store.embodiment.hz == facts["fps"]
+    for row in facts["rows"]:
+        episode, step = at(row["index"])
+        assert (episode, step) == (row["episode_index"], row["frame_index"])
+        sample = store.sample(episode, step, chunk=8, history=2)
+        np.testing.assert_array_equal(sample.observation.state, np.float32(row["state"]))
+        np.testing.assert_array_equal(store.actions(episode)[step], np.float32(row["action"]))
+        assert sample.observation.instruction == row["task"]
+        key = f"chunk.{row['index']}"
+        np.testing.assert_array_equal(sample.actions, arrays[f"{key}.action"])
+        np.testing.assert_array_equal(~sample.is_real, arrays[f"{key}.action_is_pad"])
+        seen = [*sample.observation.past, sample.observation]
+        padded = [seen[0]] * (2 - len(seen)) + seen
+        np.testing.assert_array_equal([o.state for o in padded], arrays[f"{key}.state"])
+        assert [n < 2 - len(seen) for n in range(2)] == arrays[f"{key}.state_is_pad"].tolist()
+
+
+def test_images_are_those_that_lerobot_read_bit_for_bit():
+    store, facts, _ = recorded("image")
+    for row in facts["rows"]:
+        for camera in ("front", "wrist"):
+            frame = np.ascontiguousarray(store.image(*at(row["index"]), camera))
+            assert hashlib.sha256(frame.tobytes()).hexdigest() == row[camera]["sha256_hwc_u8"]
+
+
+def test_video_frames_are_within_two_grey_levels_of_those_that_lerobot_read():
+    store, facts, arrays = recorded("video_h264")
+    compared = 0
+    for row in facts["rows"]:
+        for camera in ("front", "wrist"):
+            frame = store.image(*at(row["index"]), camera)
+            np.testing.assert_allclose(frame.mean((0, 1)), row[camera]["mean_rgb"], atol=2)
+            expected = arrays.get(f"frame.{row['index']}.{camera}")
+            if expected is not None:
+                compared += 1
+                assert np.abs(frame.astype(int) - expected).max() <= 2
+    assert compared == 6
+
+
+@pytest.mark.parametrize("name", ["image", "video_h264"])
+def test_statistics_of_the_rows_are_those_that_lerobot_wrote(name: str):
+    store, facts, _ = recorded(name)
+    ids = [info.id for info in store.episodes]
+    blocks = blocks_for_statistics([store], [ids], 8)
+    for key, made in zip(("observation.state", "action"), map(Statistics.of_blocks, blocks), strict=True):
+        for statistic in ("mean", "std", "min", "max"):
+            np.testing.assert_allclose(made.array(statistic), facts["stats"][key][statistic], atol=1e-6)
+
+
+def test_a_dataset_needs_no_card():
+    card = load_card(FIXTURES / "image")
+    assert card.layout == "lerobot" and card.name == "image"
+    assert card.embodiment.hz == 10 and card.embodiment.name == "toy"
+    assert [(c.name, c.shape) for c in card.embodiment.cameras] == [
+        ("front", (48, 64, 3)),
+        ("wrist", (48, 64, 3)),
+    ]
+    assert card.embodiment.state.labels[-1] == "gripper" and card.embodiment.action.shape == (6,)
+    assert (card.expect.episodes, card.expect.frames) == (5, 53)
+
+
+# ----------------------------------------------------------------------------- the formats, images and video
+
+EVERYTHING = in_file_order(demos(3))
+
+
+def same(store: EpisodeStore, everything: list[Demo]) -> None:
+    for number, demo in enumerate(everything):
+        np.testing.assert_array_equal(store.state(number), demo.state)
+        np.testing.assert_array_equal(store.actions(number), demo.actions.astype(np.float32))
+        assert store.episodes[number].instruction == demo.instruction
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+def test_every_format_reads_as_it_was_written(version: str, tmp_path: Path):
+    store = open_dataset(write(tmp_path / "set", EVERYTHING, version))
+    same(store, EVERYTHING)
+    for number, demo in enumerate(EVERYTHING):
+        for step in range(len(demo.actions)):
+            np.testing.assert_array_equal(store.image(number, step, "front"), demo.front[step])
+            np.testing.assert_array_equal(store.image(number, step, "wrist"), demo.wrist[step])
+
+
+def coloured(lengths: tuple[int, ...] = (9, 4, 7, 12, 5)) -> list[Demo]:
+    """Demonstrations whose frames tell their episode and step after lossy coding: 64x48, flat grey levels."""
+    made = []
+    for episode, length in enumerate(lengths):
+        levels = (np.arange(length) * 17 + episode * 5) % 200 + 25
+        front = np.broadcast_to(levels[:, None, None, None], (length, 48, 64, 3)).astype(np.uint8)
+        rows = np.random.default_rng(episode).normal(size=(length, 9)).astype(np.float32).astype(np.float64)
+        wrist = 255 - front
+        made.append(Demo("turn_it", rows[:, :3], rows[:, 3:5], rows[:, 5:], front, wrist))
+    return made
+
+
+CODECS = [name for name in ("libx264", "libsvtav1", "libx265") if name in av.codecs_available]
+
+
+def on_video(folder: Path, version: str, codec: str, **changes: Any) -> EpisodeStore:
+    card = write(folder, coloured(), version, codec=codec, **changes)
+    cameras = tuple(replace(c, height=48, width=64) for c in card.robot.cameras)
+    return open_dataset(replace(card, robot=replace(card.robot, cameras=cameras)))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_video_gives_the_frame_of_each_step_in_any_order(version: str, codec: str, tmp_path: Path):
+    store = on_video(tmp_path / "set", version, codec)
+    everything = coloured()
+    places = [(n, step) for n, demo in enumerate(everything) for step in range(len(demo.actions))]
+    np.random.default_rng(0).shuffle(places)
+    for number, step in [*places, *sorted(places)]:
+        for camera, frames in (("front", everything[number].front), ("wrist", everything[number].wrist)):
+            difference = np.abs(store.image(number, step, camera).astype(int) - frames[step])
+            assert difference.max() <= 4, (number, step, camera)  # neighbours differ by 17
+    several = store.images(3, [7, 0, 3, 3], "front")
+    assert np.abs(several.astype(int) - everything[3].front[[7, 0, 3, 3]]).max() <= 4
+
+
+def test_all_three_codecs_can_be_written_here_so_that_they_are_tested():
+    assert len(CODECS) == 3
+
+
+def test_rows_stamped_by_a_jittering_clock_keep_the_order_of_the_frames(tmp_path: Path):
+    def drifting(length: int) -> np.ndarray:
+        return np.arange(length) / FPS * 1.3  # two frames late at step 7
+
+    store = on_video(tmp_path / "set", "v3.0", "libx264", stamps=drifting)
+    for number, demo in enumerate(coloured()):
+        for step in (len(demo.actions) - 1, 0):
+            frame = store.image(number, step, "front").astype(int)
+            assert np.abs(frame - demo.front[step]).max() <= 4
+
+
+def test_a_video_that_is_too_short_is_refused_naming_file_and_episode(tmp_path: Path):
+    store = on_video(tmp_path / "set", "v2.1", "libx264")
+    film = tmp_path / "set" / "videos" / "chunk-000" / "observation.images.front" / "episode_000003.mp4"
+    shutil.copy(film.with_name("episode_000001.mp4"), film)  # 4 frames for an episode of 12
+    store.close()
+    with pytest.raises(DataError, match=r"episode_000003\.mp4.*episode 3"):
+        store.image(3, 11, "front")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_gaps_in_the_episode_numbers_keep_their_numbers(version: str, tmp_path: Path):
+    numbers = [0, 2, 3, 7, 8, 20]
+    store = open_dataset(write(tmp_path / "set", EVERYTHING, version, numbers=numbers))
+    assert [e.id for e in store.episodes] == [f"episode_{n:06d}" for n in numbers]
+    same(store, EVERYTHING)
+    chosen = replace(store.card, section=lerobot.Section(episodes=(2, 7, 20), skip=(7,)))
+    some = open_dataset(chosen)
+    assert [e.id for e in some.episodes] == ["episode_000002", "episode_000020"]
+    np.testing.assert_array_equal(some.state(1), EVERYTHING[5].state)
+    with pytest.raises(DataError, match=r"skip names episodes that are not there: \[1\]"):
+        open_dataset(replace(store.card, section=lerobot.Section(skip=(1,))))
+
+
+# ------------------------------------------------------------------------------------------------ metadata
+
+NAMES: list[tuple[Any, tuple[str, ...]]] = [
+    (None, ()),
+    (["a", "b"], ("a", "b")),
+    ([["a", "b"]], ("a", "b")),
+    ({"axes": ["a", "b"]}, ("a", "b")),
+    ({"motors": ["a", "b"]}, ("a", "b")),
+    ({"left": ["a"], "right": ["b"]}, ("a", "b")),
+    ({"b": 1, "a": 0}, ("a", "b")),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), NAMES)
+def test_names_of_dimensions_are_read_however_they_nest(names: object, expected: tuple[str, ...]):
+    assert lerobot.labels(names) == expected
+
+
+def change_info(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    change(info)
+    path.write_text(json.dumps(info))
+
+
+def test_axes_of_a_camera_are_told_by_their_names(tmp_path: Path):
+    write(tmp_path / "set", EVERYTHING)
+
+    def channels_first(info: dict[str, Any]) -> None:
+        feature = info["features"]["observation.images.front"]
+        feature["shape"], feature["names"] = [3, 6, 5], ["channels", "height", "width"]
+
+    change_info(tmp_path / "set", channels_first)
+    assert open_dataset(tmp_path / "set").image(0, 0, "front").shape == (6, 5, 3)
+
+
+def test_a_depth_map_is_never_read_as_a_camera(tmp_path: Path):
+    card = write(tmp_path / "set", EVERYTHING)
+
+    def depth(info: dict[str, Any]) -> None:
+        info["features"]["observation.images.front"]["info"] = {"video.is_depth_map": True}
+
+    change_info(tmp_path / "set", depth)
+    assert [c.name for c in load_card(tmp_path / "set").robot.cameras] == ["wrist"]
+    with pytest.raises(DataError, match=r"'front'.*depth map"):
+        open_dataset(card)
+
+
+def lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+DATA = "data/chunk-000/file-000.parquet"
+FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no info", lambda f: (f / "meta/info.json").unlink(), "recognises|info.json"),
+    ("info is no JSON", lambda f: (f / "meta/info.json").write_text("{"), r"info\.json.*not JSON"),
+    ("another version", lambda f: change_info(f, lambda i: i.update(codebase_version="v9.0")), "'v9.0'"),
+    ("v2.1 with v3.0's files", lambda f: change_info(f, lambda i: i.update(codebase_version="v2.1")), "v2.1"),
+    ("fps 0", lambda f: change_info(f, lambda i: i.update(fps=0)), "fps is 0"),
+    (
+        "total is wrong",
+        lambda f: change_info(f, lambda i: i.update(total_episodes=7)),
+        "6 episodes.*expects 7",
+    ),
+    ("frames are wrong", lambda f: change_info(f, lambda i: i.update(total_frames=7)), "frames.*expects 7"),
+    ("data file missing", lambda f: (f / DATA).unlink(), r"file-000\.parquet.*missing.*episode 0"),
+    ("data file is a pointer", lambda f: lfs(f / DATA), "Git LFS pointer"),
+    ("data file empty", lambda f: (f / DATA).write_bytes(b""), r"file-000\.parquet.*empty"),
+    ("data file cut", lambda f: (f / DATA).write_bytes((f / DATA).read_bytes()[:-9]), "no whole parquet"),
+    ("no tasks", lambda f: (f / "meta/tasks.parquet").unlink(), r"tasks\.parquet.*missing"),
+    ("names do not fit", lambda f: change_info(f, one_name), "observation.state has 1 names for 5"),
+    ("action is 2-D", lambda f: change_info(f, flat_action), "action has shape"),
+    ("state is missing", lambda f: change_info(f, lambda i: i["features"].pop("observation.state")), "state"),
+]
+
+
+def one_name(info: dict[str, Any]) -> None:
+    info["features"]["observation.state"]["names"] = ["x"]
+
+
+def flat_action(info: dict[str, Any]) -> None:
+    info["features"]["action"]["shape"] = [2, 2]
+
+
+@pytest.mark.parametrize(("damage", "message"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_a_damaged_dataset_is_refused_when_opened_saying_where(
+    damage: Callable[[Path], object], message: str, tmp_path: Path
+):
+    write(tmp_path / "set", EVERYTHING)
+    damage(tmp_path / "set")
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(tmp_path / "set")
+    assert str(tmp_path / "set") in str(caught.value) or "'set'" in str(caught.value)
+
+
+def change_rows(folder: Path, name: str, change: Callable[[list], None]) -> None:
+    table = pq.read_table(folder / DATA)
+    values = table[name].to_pylist()
+    change(values)
+    position = table.column_names.index(name)
+    kind = table.schema.field(name).type
+    import pyarrow as pa
+
+    pq.write_table(table.set_column(position, name, pa.array(values, kind)), folder / DATA)
+
+
+def put(at: int, value: Any) -> Callable[[list], None]:
+    def change(values: list) -> None:
+        values[at] = value
+
+    return change
+
+
+ROWS: list[tuple[str, Any, str]] = [
+    ("episode_index", put(3, 1), "episode 0 has 3 rows, the metadata says 4|not in order"),
+    ("frame_index", put(2, 7), "episode 0: frame_index"),
+    ("task_index", put(1, 1), "episode 0 has 2 tasks"),
+    ("task_index", lambda v: v.__setitem__(slice(0, 4), [9] * 4), "task_index 9 is not among the 2 tasks"),
+    ("timestamp", put(1, float("nan")), "episode 0: a timestamp"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), ROWS)
+def test_rows_that_contradict_the_metadata_are_refused_naming_the_episode(
+    name: str, change: Callable[[list], None], message: str, tmp_path: Path
+):
+    write(tmp_path / "set", EVERYTHING)
+    change_rows(tmp_path / "set", name, change)
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_naming_episode_step_and_dimension(
+    value: float, tmp_path: Path
+):
+    write(tmp_path / "set", EVERYTHING)
+    change_rows(tmp_path / "set", "action", put(2, [0.0, 0.0, value, 0.0]))
+    store = open_dataset(tmp_path / "set")
+    with pytest.raises(DataError, match=r"episode 0: action holds (nan|inf) at step 2, dimension 2"):
+        store.actions(0)
+
+
+def test_rows_of_another_width_are_refused(tmp_path: Path):
+    write(tmp_path / "set", EVERYTHING)
+    change_rows(tmp_path / "set", "action", put(2, [0.0, 0.0]))
+    with pytest.raises(DataError, match=r"action: rows hold \[2, 4\] values, info\.json says 4"):
+        open_dataset(tmp_path / "set").actions(0)
+
+
+def test_an_image_that_is_damaged_grey_or_of_another_size_is_refused_naming_the_step(tmp_path: Path):
+    import io
+
+    from PIL import Image
+
+    def encoded(mode: str, size: tuple[int, int]) -> bytes:
+        buffer = io.BytesIO()
+        Image.new(mode, size).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    cases = [
+        (b"rubbish", "damaged"),
+        (encoded("L", (5, 6)), "a L image"),
+        (encoded("RGB", (9, 9)), "the card says"),
+    ]
+    for number, (data, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        write(folder, EVERYTHING)
+        change_rows(folder, "observation.images.front", put(2, {"bytes": data, "path": "x"}))
+        store = open_dataset(folder)
+        with pytest.raises(DataError, match=f"episode 0, step 2.*{message}"):
+            store.image(0, 2, "front")
+        store.image(0, 1, "front")
+
+
+# ------------------------------------------------------------------------------------------- cost and workers
+
+
+def test_an_action_chunk_decodes_no_image_of_another_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = open_dataset(write(tmp_path / "set", EVERYTHING))
+    decoded: list[str] = []
+    real = reader.decode_image
+    monkeypatch.setattr(reader, "decode_image", lambda d, w: (decoded.append(w), real(d, w))[1])
+    store.sample(0, 0, chunk=50)
+    assert len(decoded) == 2  # one a camera
+
+
+def test_open_videos_and_kept_images_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reader, "OPEN_VIDEOS", 2)
+    store = on_video(tmp_path / "film", "v2.1", "libx264")
+    for number in range(5):
+        store.image(number, 0, "front")
+        store.image(number, 0, "wrist")
+    assert isinstance(store, reader.LeRobotStore)
+    assert len(store._videos) == 2
+    monkeypatch.setattr(reader, "IMAGE_BYTES", 500)
+    images = open_dataset(write(tmp_path / "set", EVERYTHING))
+    assert isinstance(images, reader.LeRobotStore)
+    for number, demo in enumerate(EVERYTHING):
+        for step in range(len(demo.actions)):
+            images.image(number, step, "front")
+    assert len(images._images._groups) <= 2
+
+
+def test_a_store_that_read_from_videos_goes_to_a_spawned_worker(tmp_path: Path):
+    from multiprocessing import get_context
+
+    store = on_video(tmp_path / "set", "v3.0", "libx264")
+    here = store.image(1, 2, "front").copy()
+    with get_context("spawn").Pool(1) as pool:
+        there = pool.apply(_read, (store,))
+    np.testing.assert_array_equal(here, there)
+
+
+def _read(store: EpisodeStore) -> np.ndarray:
+    return store.image(1, 2, "front").copy()
+
+
+def test_reading_a_lerobot_dataset_imports_neither_torch_nor_datasets():
+    code = (
+        "import sys\nfrom vlafit.datasets import open_dataset\n"
+        f"open_dataset({str(FIXTURES / 'video_h264')!r}).image(0, 0, 'front')\n"
+        "print([name for name in ('torch', 'datasets', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_random_corruption_of_a_table_ends_in_an_error_that_names_the_file_if_it_ends_in_one(tmp_path: Path):
+    """Parquet has no checksum of its own: a flip of bits inside a number cannot be noticed."""
+    write(tmp_path / "set", EVERYTHING)
+    whole = (tmp_path / "set" / DATA).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(60):
+        rotten = bytearray(whole)
+        if number % 2:
+            place = int(rng.integers(4, len(whole) - 16))
+            rotten[place : place + 8] = rng.bytes(8)
+        else:
+            rotten = rotten[: int(rng.integers(0, len(whole)))]
+        (tmp_path / "set" / DATA).write_bytes(rotten)
+        try:
+            store = open_dataset(tmp_path / "set")
+            for episode in range(4):
+                store.state(episode), store.actions(episode), store.image(episode, 1, "front")
+        except DataError as error:
+            refused += 1
+            assert "file-000" in str(error)
+    assert refused >= 30  # all that were cut; a flip may hit pixels that PNG's checksum does not cover
+
+
+def test_a_video_tells_the_time_of_every_frame_and_refuses_what_is_no_video(tmp_path: Path):
+    on_video(tmp_path / "set", "v3.0", "libx264")
+    film = next((tmp_path / "set" / "videos").rglob("file-000.mp4"))
+    np.testing.assert_allclose(VideoFile(film).times(), np.arange(32) / FPS, atol=1e-6)
+    with pytest.raises(DataError, match=r"note\.mp4.*video"):
+        (tmp_path / "note.mp4").write_text("hello")
+        VideoFile(tmp_path / "note.mp4")
+    with pytest.raises(DataError, match="missing"):
+        tables.require_file(tmp_path / "none.mp4")

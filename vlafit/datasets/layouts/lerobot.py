@@ -1,0 +1,136 @@
+"""LeRobot datasets of format v2.0, v2.1 and v3.0, with images in parquet or as video. They need no card.
+
+Keys of cameras and columns are features of meta/info.json.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit.datasets.card import (
+    CameraCard,
+    Card,
+    ColumnCard,
+    Draft,
+    ExpectCard,
+    InstructionCard,
+    RobotCard,
+)
+from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
+from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
+from vlafit.datasets.store import EpisodeStore
+from vlafit.errors import DataError
+
+INSTRUCTIONS = ("task",)
+"""task: the text of the rows' task_index."""
+PREFIX = "observation.images."
+
+
+@dataclass(frozen=True)
+class Section:
+    """The table [lerobot] of a card."""
+
+    episodes: tuple[int, ...] = ()
+    """Numbers of the episodes to use, as the whole dataset counts them. Empty: all."""
+    skip: tuple[int, ...] = ()
+    """Numbers of episodes to leave out."""
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a folder with LeRobot's meta/info.json."""
+    return (path / "meta" / "info.json").is_file()
+
+
+def open(card: Card) -> EpisodeStore:
+    """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
+    root = card.location()
+    if not recognise(root):
+        hint = f"; {card.source}" if card.source else ""
+        raise DataError(f"{root}: no meta/info.json there, so no LeRobot dataset{hint}")
+    section = card.options(Section)
+    return LeRobotStore(card, root, lambda meta: _chosen(meta, section))
+
+
+def describe(path: Path) -> Draft:
+    """Draft the card of the dataset at `path` from its info.json."""
+    meta = read_meta(path)
+    guesses = {
+        "robot.control": "info.json does not tell what an action means; write for example joint_position",
+    }
+    state, action = _pick(meta, ("observation.state", "state")), _pick(meta, ("action", "actions"))
+    cameras = tuple(_cameras(meta))
+    if not cameras:
+        raise DataError(f"{path}: info.json has no RGB image or video; a policy needs at least one camera")
+    if meta.info.get("robot_type") in (None, "", "unknown"):
+        guesses["robot.name"] = "info.json names no robot_type"
+    total = len(meta.episodes)
+    card = Card(
+        name=path.resolve().name,
+        layout="lerobot",
+        path=str(path.resolve()),
+        robot=RobotCard(
+            name=str(meta.info.get("robot_type") or "unknown"),
+            hz=meta.fps,
+            control="",
+            cameras=cameras,
+            state=_column(meta, state),
+            action=_column(meta, action),
+        ),
+        instruction=InstructionCard("task"),
+        expect=ExpectCard(
+            int(meta.info.get("total_episodes") or total), int(meta.info.get("total_frames") or 0)
+        ),
+    )
+    return Draft(card, guesses)
+
+
+def labels(names: Any) -> tuple[str, ...]:
+    """Return the names of a feature's dimensions: a list, nested lists, or tables of them; none if null."""
+    if isinstance(names, str):
+        return (names,)
+    if isinstance(names, Mapping):
+        if names and all(isinstance(value, int) for value in names.values()):
+            return tuple(sorted(names, key=lambda name: names[name]))
+        names = list(names.values())
+    if isinstance(names, Sequence):
+        return tuple(label for name in names for label in labels(name))
+    return ()
+
+
+def _chosen(meta: Meta, section: Section) -> list[int]:
+    known = {entry.index for entry in meta.episodes}
+    for name, numbers in (("episodes", section.episodes), ("skip", section.skip)):
+        missing = sorted(set(numbers) - known)
+        if missing:
+            raise DataError(f"{meta.root}: [lerobot] {name} names episodes that are not there: {missing[:5]}")
+    wanted = set(section.episodes) or known
+    return sorted(wanted - set(section.skip))
+
+
+def _pick(meta: Meta, keys: Sequence[str]) -> str:
+    for key in keys:
+        if key in meta.features:
+            return key
+    listed = ", ".join(meta.features)
+    raise DataError(
+        f"{meta.root}: info.json has no feature {keys[0]!r} ({listed}); write a card that names it"
+    )
+
+
+def _cameras(meta: Meta) -> list[CameraCard]:
+    cameras = []
+    for key, feature in meta.features.items():
+        if feature.get("dtype") in ("image", "video") and not is_depth(feature):
+            height, width = size_of(feature, key, meta.root)
+            name = key.removeprefix(PREFIX).removeprefix("observation.")
+            cameras.append(CameraCard(name, key, height, width))
+    return cameras
+
+
+def _column(meta: Meta, key: str) -> ColumnCard:
+    feature = meta.features[key]
+    width, names = width_of(feature, key, meta.root), labels(feature.get("names"))
+    if names and len(names) != width:
+        raise DataError(f"{meta.root}/meta/info.json: {key} has {len(names)} names for {width} dimensions")
+    return ColumnCard((key,), width, names)

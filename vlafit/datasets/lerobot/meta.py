@@ -1,0 +1,182 @@
+"""The metadata of a LeRobot dataset of any format: its features, tasks, and where each episode is."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit.datasets.lerobot.tables import read_table, require_file
+from vlafit.errors import DataError, did_you_mean
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+
+
+@dataclass(frozen=True)
+class Video:
+    """Where the frames of one camera of one episode are."""
+
+    path: Path
+    start_s: float
+    """When the episode begins in the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One episode, as the metadata describes it."""
+
+    index: int
+    """Its number in the whole dataset, which deleted episodes leave gaps in."""
+    length: int
+    data: Path
+    videos: Mapping[str, Video]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The metadata of a dataset."""
+
+    root: Path
+    version: str
+    info: Mapping[str, Any]
+    features: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[int, str]
+    episodes: tuple[Entry, ...]
+
+    @property
+    def fps(self) -> float:
+        return float(self.info["fps"])
+
+    def feature(self, key: str, where: str) -> Mapping[str, Any]:
+        """Return a feature of info.json. Raises DataError naming the nearest if there is none."""
+        if key not in self.features:
+            raise DataError(f"{self.root}: {where}: no feature {key!r}{did_you_mean(key, self.features)}")
+        return self.features[key]
+
+
+def read_meta(root: Path) -> Meta:
+    """Read `root`/meta. Raises DataError naming the file that is missing, damaged or contradicts another."""
+    info = read_json(root / "meta" / "info.json")
+    for key, kind in (
+        ("codebase_version", str),
+        ("fps", int | float),
+        ("features", dict),
+        ("data_path", str),
+    ):
+        if not isinstance(info.get(key), kind):
+            raise DataError(
+                f"{root}/meta/info.json: {key} is {info.get(key)!r}; is this LeRobot's info.json?"
+            )
+    version = info["codebase_version"]
+    if version not in VERSIONS:
+        raise DataError(
+            f"{root}/meta/info.json: codebase_version {version!r} is none of {', '.join(VERSIONS)}"
+        )
+    if not info["fps"] > 0:
+        raise DataError(f"{root}/meta/info.json: fps is {info['fps']!r}, which must be above 0")
+    new = (root / "meta" / "episodes").is_dir()
+    old = (root / "meta" / "episodes.jsonl").is_file()
+    if not (new if version == "v3.0" else old):
+        there = "meta/episodes.jsonl" if old else "meta/episodes/" if new else "neither is there"
+        raise DataError(
+            f"{root}: info.json says {version}, which has meta/"
+            f"{'episodes/' if version == 'v3.0' else 'episodes.jsonl'}, but {there}; fetch the dataset again"
+        )
+    features = info["features"]
+    videos = [key for key, feature in features.items() if feature.get("dtype") == "video"]
+    if videos and not isinstance(info.get("video_path"), str):
+        raise DataError(f"{root}/meta/info.json: video_path is missing, but {videos[0]} is a video")
+    read = _episodes_v3 if version == "v3.0" else _episodes_v2
+    tasks = _tasks_v3(root) if version == "v3.0" else _tasks_v2(root)
+    try:
+        episodes = tuple(sorted(read(root, info, videos), key=lambda entry: entry.index))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"{root}/meta: the episodes cannot be read ({error!r})") from error
+    return Meta(root, version, info, features, tasks, episodes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises DataError if the file is missing or holds something else."""
+    require_file(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    require_file(path)
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); fetch it again") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _tasks_v2(root: Path) -> dict[int, str]:
+    path = root / "meta" / "tasks.jsonl"
+    return _as_tasks([(row.get("task_index"), row.get("task")) for row in _json_lines(path)], path)
+
+
+def _tasks_v3(root: Path) -> dict[int, str]:
+    path = root / "meta" / "tasks.parquet"
+    table = read_table(path, None)
+    names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
+    if "task_index" not in table.column_names or not names:
+        raise DataError(f"{path}: has columns {table.column_names}, needs task_index and task")
+    pairs = zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True)
+    return _as_tasks(list(pairs), path)
+
+
+def _as_tasks(pairs: Sequence[tuple[Any, Any]], path: Path) -> dict[int, str]:
+    tasks: dict[int, str] = {}
+    for number, text in pairs:
+        if not isinstance(number, int) or not isinstance(text, str) or number in tasks:
+            raise DataError(f"{path}: task_index {number!r} with the task {text!r} is invalid or twice there")
+        tasks[number] = text
+    return tasks
+
+
+def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[Entry]:
+    size = int(info.get("chunks_size", 1000))
+    entries = []
+    for row in _json_lines(root / "meta" / "episodes.jsonl"):
+        index = int(row["episode_index"])
+        names = {"episode_chunk": index // size, "episode_index": index}
+        films = {key: Video(root / info["video_path"].format(video_key=key, **names), 0.0) for key in videos}
+        entries.append(Entry(index, int(row["length"]), root / info["data_path"].format(**names), films))
+    return entries
+
+
+def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[Entry]:
+    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
+        raise DataError(f"{root}/meta/episodes: holds no parquet file; fetch the dataset again")
+    entries = []
+    for path in paths:
+        wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+        for key in videos:
+            wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        for row in read_table(path, wanted).to_pylist():
+            missing = [name for name in wanted if row[name] is None]
+            if missing:
+                raise DataError(f"{path}: episode {row['episode_index']} has no {', '.join(missing)}")
+            films = {}
+            for key in videos:
+                at = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+                start = float(row[f"videos/{key}/from_timestamp"])
+                films[key] = Video(root / info["video_path"].format(video_key=key, **at), start)
+            at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+            data = root / info["data_path"].format(**at)
+            entries.append(Entry(row["episode_index"], row["length"], data, films))
+    return entries

@@ -1,0 +1,338 @@
+"""Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.datasets.card import CameraCard, Card, ColumnCard
+from vlafit.datasets.lerobot.meta import Entry, Meta, read_meta
+from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
+from vlafit.datasets.store import EpisodeInfo, EpisodeStore
+from vlafit.datasets.video import VideoFiles
+from vlafit.errors import DataError
+
+COLUMN_BYTES = 2**30  # of states and actions that a process keeps
+IMAGE_BYTES = 2**28  # of encoded images that a process keeps
+OPEN_VIDEOS = 32
+INDEX = ("episode_index", "frame_index", "timestamp", "task_index")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of an episode are, and when its frames were taken."""
+
+    entry: Entry
+    first: int
+    times_s: NDArray[np.float64] | None
+    """The recorded timestamps, if they are not frame_index / fps."""
+
+
+class LeRobotStore(EpisodeStore):
+    """The episodes of a LeRobot dataset of any of the three formats."""
+
+    def __init__(self, card: Card, root: Path, choose: Callable[[Meta], Sequence[int]]) -> None:
+        """`choose` returns the episode numbers to use, of those that the metadata lists."""
+        self.card = card
+        self._meta = meta = read_meta(root)
+        self._require_features()
+        wanted = set(choose(meta))
+        entries = [entry for entry in meta.episodes if entry.index in wanted]
+        self._require_files(entries)
+        self._rows: list[_Rows] = []
+        infos: list[EpisodeInfo] = []
+        indices: dict[Path, _FileIndex] = {}
+        for entry in entries:
+            if entry.data not in indices:
+                indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
+            rows, task = indices[entry.data].episode(entry, meta)
+            sentence = self._sentence(task, entry)
+            self._rows.append(rows)
+            infos.append(EpisodeInfo(f"episode_{entry.index:06d}", task, sentence, entry.length))
+        self.episodes = tuple(infos)
+        self._reset()
+
+    def state(self, episode: int) -> NDArray[np.float32]:
+        return self._column(episode, self.card.robot.state)
+
+    def actions(self, episode: int) -> NDArray[np.float32]:
+        return self._column(episode, self.card.robot.action)
+
+    def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
+        return self.images(episode, [step], camera)[0]
+
+    def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+        declared = self.card.robot.cameras[self.camera_slot(camera)]
+        for step in steps:
+            self.require_step(episode, step)
+        rows = self._rows[episode]
+        read = self._video_frames if declared.key in rows.entry.videos else self._image_rows
+        ordered = sorted(set(steps))
+        frames = dict(zip(ordered, read(rows, ordered, declared), strict=True))
+        shape = (declared.height, declared.width, 3)
+        for step, frame in frames.items():
+            if frame.shape != shape:
+                raise DataError(
+                    f"{self._where(rows)}, step {step}: {declared.key} is {frame.shape}, the card "
+                    f"says {shape}"
+                )
+        stacked = declared.upright(np.stack([frames[step] for step in steps]))
+        stacked.flags.writeable = False
+        return stacked
+
+    def files(self) -> tuple[Path, ...]:
+        paths = {rows.entry.data for rows in self._rows}
+        for camera in self.card.robot.cameras:
+            paths |= {r.entry.videos[camera.key].path for r in self._rows if camera.key in r.entry.videos}
+        return (self._meta.root / "meta" / "info.json", *sorted(paths))
+
+    def close(self) -> None:
+        self._videos.close()
+        self._images.close()
+        self._columns.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_videos": None, "_images": None, "_columns": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._reset()
+
+    def _reset(self) -> None:
+        self._videos = VideoFiles(OPEN_VIDEOS)
+        self._images = ImageColumns(IMAGE_BYTES)
+        self._columns: OrderedDict[tuple[Path, str], NDArray[np.float32]] = OrderedDict()
+        self._times: dict[tuple[int, str], list[float]] = {}  # of irregular episodes
+
+    def _where(self, rows: _Rows) -> str:
+        return f"{rows.entry.data}: episode {rows.entry.index}"
+
+    def _sentence(self, task: str, entry: Entry) -> str:
+        if self.card.instruction.source == "card":
+            return self.card.instruction.sentence(task, f"{entry.data}: episode {entry.index}")
+        if not task.strip():
+            raise DataError(
+                f"{entry.data}: episode {entry.index} has an empty task; write the sentence in a card "
+                '(instruction.source = "card")'
+            )
+        return task
+
+    def _require_features(self) -> None:
+        robot, meta = self.card.robot, self._meta
+        for name, column in (("robot.state", robot.state), ("robot.action", robot.action)):
+            widths = [width_of(meta.feature(key, name), key, meta.root) for key in column.keys]
+            if sum(widths) != column.dimensions:
+                raise DataError(
+                    f"{meta.root}: {name} has {sum(widths)} dimensions ({', '.join(column.keys)}), the card "
+                    f"says {column.dimensions}"
+                )
+        for camera in robot.cameras:
+            feature = meta.feature(camera.key, f"camera {camera.name!r}")
+            if feature.get("dtype") not in ("image", "video") or is_depth(feature):
+                raise DataError(
+                    f"{meta.root}: camera {camera.name!r}: {camera.key} is "
+                    f"{'a depth map' if is_depth(feature) else feature.get('dtype')}, no RGB image or video"
+                )
+            size = size_of(feature, camera.key, meta.root)
+            if size != (camera.height, camera.width):
+                raise DataError(
+                    f"{meta.root}: camera {camera.name!r}: {camera.key} has frames {size}, the card says "
+                    f"{(camera.height, camera.width)}"
+                )
+
+    def _require_files(self, entries: Sequence[Entry]) -> None:
+        keys = [camera.key for camera in self.card.robot.cameras]
+        wanted: dict[Path, str] = {}
+        for entry in entries:
+            wanted.setdefault(entry.data, f"episode {entry.index}")
+            for key in keys:
+                if key in entry.videos:
+                    wanted.setdefault(entry.videos[key].path, f"episode {entry.index}, {key}")
+        faults = []
+        for path, what in wanted.items():
+            try:
+                require_file(path)
+            except DataError as error:
+                faults.append(f"{error} ({what})")
+        if faults:
+            more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise DataError("\n".join(faults[:5]) + more)
+
+    def _column(self, episode: int, column: ColumnCard) -> NDArray[np.float32]:
+        rows = self._rows[episode]
+        some = slice(rows.first, rows.first + rows.entry.length)
+        parts = [self._file_column(rows.entry.data, key)[some] for key in column.keys]
+        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        bad = ~np.isfinite(values)
+        if bad.any():
+            step, dimension = (int(i) for i in np.argwhere(bad)[0])
+            raise DataError(
+                f"{self._where(rows)}: {', '.join(column.keys)} holds {values[step, dimension]} at step "
+                f"{step}, dimension {dimension}; fix the file, or leave the episode out (skip in the card)"
+            )
+        values.flags.writeable = False
+        return values
+
+    def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
+        values = self._columns.get((path, key))
+        if values is None:
+            width = width_of(self._meta.features[key], key, self._meta.root)
+            raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
+            with np.errstate(over="ignore"):
+                values = raw.astype(np.float32)
+            self._columns[path, key] = values
+            while sum(v.nbytes for v in self._columns.values()) > COLUMN_BYTES and len(self._columns) > 2:
+                self._columns.popitem(last=False)
+        else:
+            self._columns.move_to_end((path, key))
+        return values
+
+    def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
+        video = rows.entry.videos[camera.key]
+        fps = self._meta.fps
+        if rows.times_s is None:  # whole frames of the file, so that rounding never adds up
+            wanted = [round((video.start_s + step / fps) * fps) / fps for step in steps]
+        else:
+            times = self._irregular(rows, camera, rows.times_s)
+            wanted = [times[step] for step in steps]
+        try:
+            return self._videos.get(video.path).read(wanted, 0.5 / fps)
+        except DataError as error:
+            raise DataError(
+                f"{error}; episode {rows.entry.index}, {camera.key}, steps {list(steps)}"
+            ) from error
+
+    def _irregular(self, rows: _Rows, camera: CameraCard, stamps: NDArray[np.float64]) -> list[float]:
+        """Return when each frame of an episode is in its video, whose rows are not stamped frame_index / fps.
+
+        Frames are counted from the episode's start in the file. Raises DataError unless their times agree
+        with the rows' timestamps, or with a constant rate, to half a frame.
+        """
+        key = (rows.entry.index, camera.key)
+        times = self._times.get(key)
+        if times is not None:
+            return times
+        video, fps, length = rows.entry.videos[camera.key], self._meta.fps, rows.entry.length
+        every = np.asarray(self._videos.get(video.path).times())
+        first = int(np.abs(every - video.start_s).argmin()) if len(every) else 0
+        window = every[first : first + length]
+        if len(window) < length:
+            raise DataError(
+                f"{video.path}: has {len(window)} frames of episode {rows.entry.index}, not {length}"
+            )
+        passed = window - window[0]
+        clocks = (stamps - stamps[0], np.arange(length) / fps)
+        if all(np.abs(passed - clock).max() > 0.5 / fps for clock in clocks):
+            raise DataError(
+                f"{self._where(rows)}: the timestamps of its rows are neither those of its frames in "
+                f"{video.path} nor {fps:g} a second; fix them, or leave the episode out (skip in the card)"
+            )
+        self._times[key] = window.tolist()
+        return self._times[key]
+
+    def _image_rows(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
+        frames = []
+        for step in steps:
+            data, name = self._images.row(rows.entry.data, camera.key, rows.first + step)
+            where = f"{self._where(rows)}, step {step}, {camera.key}"
+            if data is None:
+                path = self._meta.root / name
+                require_file(path)
+                data = path.read_bytes()
+            frames.append(decode_image(data, where))
+        return frames
+
+
+class _FileIndex:
+    """The bookkeeping columns of one data file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        table = read_table(path, INDEX)
+        self.columns = {name: as_rows(table[name], 1, f"{path}: {name}")[:, 0] for name in INDEX}
+        self.episodes = self.columns["episode_index"]
+        if len(self.episodes) and (np.diff(self.episodes) < 0).any():
+            raise DataError(f"{path}: the rows of its episodes are not in order")
+
+    def episode(self, entry: Entry, meta: Meta) -> tuple[_Rows, str]:
+        """Return the rows of an episode and its task. Raises DataError where rows and metadata disagree."""
+        where = f"{self.path}: episode {entry.index}"
+        first = int(np.searchsorted(self.episodes, entry.index, "left"))
+        count = int(np.searchsorted(self.episodes, entry.index, "right")) - first
+        if count != entry.length:
+            raise DataError(f"{where} has {count} rows, the metadata says {entry.length}; which is right?")
+        if count == 0:
+            raise DataError(f"{where} is empty; leave it out (skip in the card)")
+        some = slice(first, first + count)
+        if (self.columns["frame_index"][some] != np.arange(count)).any():
+            raise DataError(
+                f"{where}: frame_index does not count 0 to {count - 1}; rows are missing or twice there"
+            )
+        numbers = np.unique(self.columns["task_index"][some]).tolist()
+        if len(numbers) > 1:
+            raise DataError(
+                f"{where} has {len(numbers)} tasks, {numbers}; one sentence an episode is read: split it, or "
+                "leave it out (skip in the card)"
+            )
+        if numbers[0] not in meta.tasks:
+            raise DataError(
+                f"{where}: task_index {numbers[0]} is not among the {len(meta.tasks)} tasks in meta/"
+            )
+        times = self.columns["timestamp"][some].astype(np.float64)
+        if not np.isfinite(times).all():
+            raise DataError(f"{where}: a timestamp is not finite")
+        regular = np.abs(times - np.arange(count) / meta.fps).max() < 0.1 / meta.fps
+        return _Rows(entry, first, None if regular else times), meta.tasks[numbers[0]]
+
+
+def width_of(feature: object, key: str, root: Path) -> int:
+    """Return the dimensions of a column. Raises DataError if it is no list of numbers."""
+    shape = feature.get("shape") if isinstance(feature, dict) else None
+    if not isinstance(shape, list) or len(shape) > 1 or not all(isinstance(n, int) for n in shape):
+        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a column has one axis")
+    return shape[0] if shape else 1
+
+
+def size_of(feature: object, key: str, root: Path) -> tuple[int, int]:
+    """Return (height, width) of a camera, whose axes are in the order that `names` says."""
+    shape = feature.get("shape") if isinstance(feature, dict) else None
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a camera has three axes")
+    flat = [str(name).lower().rstrip("s") for name in names] if isinstance(names, list) else []
+    if len(flat) == 3 and {"height", "width"} <= set(flat):
+        return shape[flat.index("height")], shape[flat.index("width")]
+    if (shape[0] == 3) != (shape[2] == 3):
+        return (shape[1], shape[2]) if shape[0] == 3 else (shape[0], shape[1])
+    raise DataError(f"{root}/meta/info.json: {key}: names {json.dumps(names)} do not say which axis is which")
+
+
+def is_depth(feature: object) -> bool:
+    """Whether an image feature is a depth map."""
+    if not isinstance(feature, dict):
+        return False
+    info = feature.get("info") or feature.get("video_info") or {}
+    return bool(
+        feature.get("dtype") == "depth"
+        or feature.get("is_depth_map")
+        or info.get("is_depth_map")
+        or info.get("video.is_depth_map")
+    )
+
+
+def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
+    """Return the RGB frame [h, w, 3] of an encoded image. Raises DataError if it is damaged or not RGB."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode != "RGB":
+                raise DataError(f"{where}: is a {image.mode} image, not RGB")
+            return np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where}: the image is damaged ({error})") from error

@@ -1,0 +1,134 @@
+"""Parquet files by pyarrow: whole columns, or the images of some rows."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vlafit.errors import DataError, did_you_mean
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def require_file(path: Path) -> None:
+    """Raise DataError unless a file is there, is not empty and is no Git LFS pointer."""
+    if not path.is_file():
+        raise DataError(f"{path}: is missing; fetch the dataset again")
+    with open(path, "rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if not head:
+        raise DataError(f"{path}: is empty; fetch it again")
+    if head == LFS_POINTER:
+        raise DataError(f"{path}: was not downloaded, it is a Git LFS pointer; run: git lfs pull")
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file by memory map. Raises DataError if it is missing or damaged."""
+    require_file(path)
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is no whole parquet file ({error}); fetch it again") from error
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """Read columns of a parquet file. Raises DataError naming one that is missing, or the damage."""
+    file = open_parquet(path)
+    present = file.schema_arrow.names
+    for name in columns or ():
+        if name not in present:
+            raise DataError(f"{path}: no column {name!r}{did_you_mean(name, present)}")
+    try:
+        return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is damaged ({error}); fetch it again") from error
+
+
+def as_rows(column: pa.ChunkedArray, width: int, where: str) -> NDArray:
+    """Return a column of numbers, or of lists of `width` numbers, as an array [n, width]."""
+    array = column.combine_chunks()
+    if array.null_count:
+        raise DataError(f"{where}: {array.null_count} rows hold no value")
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        lengths = (
+            {kind.list_size}
+            if pa.types.is_fixed_size_list(kind)
+            else set(np.diff(array.offsets.to_numpy()).tolist())
+        )
+        if lengths - {width}:
+            raise DataError(f"{where}: rows hold {sorted(lengths)} values, info.json says {width}")
+        array = array.flatten()
+        if array.null_count:
+            raise DataError(f"{where}: {array.null_count} values are missing")
+    elif width != 1:
+        raise DataError(f"{where}: rows hold one {kind}, info.json says {width} values")
+    if not (
+        pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)
+    ):
+        raise DataError(f"{where}: holds {array.type}, not numbers")
+    return array.to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+class ImageColumns:
+    """Encoded images of parquet files, a row group at a time, the last few kept up to `most_bytes`."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[Path, str, int], pa.ChunkedArray] = OrderedDict()
+
+    def row(self, path: Path, column: str, row: int) -> tuple[bytes | None, str]:
+        """Return the encoded bytes (None if only a path is stored) and the path of the image in a row."""
+        group, inside = self._locate(path, row)
+        key = (path, column, group)
+        values = self._groups.get(key)
+        if values is None:
+            try:
+                values = self._open(path).read_row_group(group, [column], use_threads=False).column(0)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: {column}, row {row} is damaged ({error})") from error
+            self._groups[key] = values
+            self._bytes += values.nbytes
+            while self._bytes > self.most_bytes and len(self._groups) > 1:
+                self._bytes -= self._groups.popitem(last=False)[1].nbytes
+        else:
+            self._groups.move_to_end(key)
+        value: Any = values[inside].as_py()
+        if isinstance(value, bytes):
+            return value, ""
+        if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
+            raise DataError(f"{path}: {column}, row {row} holds no image")
+        return value.get("bytes"), value.get("path") or ""
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._files.clear()
+        self._groups.clear()
+        self._bytes = 0
+
+    def _locate(self, path: Path, row: int) -> tuple[int, int]:
+        metadata = self._open(path).metadata
+        first = 0
+        for group in range(metadata.num_row_groups):
+            count = metadata.row_group(group).num_rows
+            if row < first + count:
+                return group, row - first
+            first += count
+        raise DataError(f"{path}: has {first} rows, no row {row}")
+
+    def _open(self, path: Path) -> pq.ParquetFile:
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = open_parquet(path)
+            while len(self._files) > 32:
+                self._files.popitem(last=False)
+        else:
+            self._files.move_to_end(path)
+        return file

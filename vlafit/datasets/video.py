@@ -1,0 +1,115 @@
+"""Exact frames of video files by PyAV, on one thread; a few decoders are kept open."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from vlafit.errors import DataError
+
+NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on instead of seeking
+
+
+class VideoFile:
+    """One open video. Times are in seconds from its first frame."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError if the file is no video that can be decoded."""
+        self.path = path
+        try:
+            self._container = av.open(str(path))
+            self._stream = self._container.streams.video[0]
+        except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+            raise DataError(f"{path}: cannot be opened as a video ({error}); fetch it again") from error
+        self._stream.codec_context.thread_count = 1
+        base = self._stream.time_base
+        if base is None:
+            raise DataError(f"{path}: the video has no time base")
+        self._base = float(base)
+        self._first = self._stream.start_time or 0
+        self._reformatter = VideoReformatter()  # one a stream: a new one each frame costs a fifth of the time
+        self._frames: Iterator[av.VideoFrame] | None = None
+        self._at_s = -np.inf  # of the last decoded frame
+
+    def read(self, times_s: Sequence[float], tolerance_s: float) -> list[NDArray[np.uint8]]:
+        """Return the RGB frames [h, w, 3] at ascending times, each within `tolerance_s`.
+
+        Raises DataError naming the time for which there is no frame, or the damage.
+        """
+        frames: list[NDArray[np.uint8]] = []
+        try:
+            for wanted in times_s:
+                frame = self._reach(wanted, tolerance_s)
+                picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+                picture.flags.writeable = False
+                frames.append(picture)
+        except (OSError, ValueError, av.FFmpegError) as error:
+            self._frames = None
+            raise DataError(f"{self.path}: is damaged near {times_s[len(frames)]:.3f} s ({error})") from error
+        return frames
+
+    def times(self) -> list[float]:
+        """Return the presentation time of every frame, ascending, without decoding."""
+        try:
+            with av.open(str(self.path)) as container:
+                stream = container.streams.video[0]
+                stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+        except (OSError, ValueError, av.FFmpegError) as error:
+            raise DataError(f"{self.path}: is damaged ({error})") from error
+        return [(stamp - self._first) * self._base for stamp in stamps]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._frames = None
+        self._container.close()
+
+    def _reach(self, wanted: float, tolerance_s: float) -> av.VideoFrame:
+        if self._frames is None or not self._at_s < wanted - tolerance_s <= self._at_s + NEAR_S:
+            self._container.seek(
+                max(0, int((wanted - tolerance_s) / self._base)) + self._first, stream=self._stream
+            )
+            self._frames = self._container.decode(self._stream)
+        for frame in self._frames:
+            if frame.pts is None:
+                continue
+            self._at_s = (frame.pts - self._first) * self._base
+            if self._at_s >= wanted - tolerance_s:
+                if self._at_s > wanted + tolerance_s:
+                    self._frames = None  # the frame before may be wanted next
+                    break
+                return frame
+        else:
+            self._frames = None
+        raise DataError(f"{self.path}: has no frame at {wanted:.4f} s (within {tolerance_s:.4f} s)")
+
+
+class VideoFiles:
+    """Open videos of a process, the oldest closed beyond `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._open: OrderedDict[Path, VideoFile] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def get(self, path: Path) -> VideoFile:
+        """Return the open video at `path`."""
+        video = self._open.get(path)
+        if video is None:
+            video = self._open[path] = VideoFile(path)
+            while len(self._open) > self.most:
+                self._open.popitem(last=False)[1].close()
+        else:
+            self._open.move_to_end(path)
+        return video
+
+    def close(self) -> None:
+        """Close all."""
+        for video in self._open.values():
+            video.close()
+        self._open.clear()

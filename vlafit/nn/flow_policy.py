@@ -1,0 +1,119 @@
+"""A flow-matching policy of two passes: encode a prefix once, denoise actions against it.
+
+A family writes `encode_prefix` and `denoise`; the loss, the velocity and the sampler are written here once.
+"""
+
+from abc import abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from vlafit.errors import CodecError
+from vlafit.nn import flow
+from vlafit.nn.batch import Batch
+from vlafit.nn.policy import ERROR, Policy, required_actions
+from vlafit.nn.rng import SampleRng
+
+
+class FlowPolicy(Policy):
+    """`Prefix` below is whatever the family's prefix pass returns; its config has chunk and action_dim."""
+
+    steps: int | None = 10
+    """Euler steps of `act`: pi0 paper."""
+
+    @abstractmethod
+    def encode_prefix(self, batch: Batch, fixed: bool = False) -> Any:
+        """Encode images and prompt once. `fixed` asks for the same computation whatever the masks hold."""
+
+    @abstractmethod
+    def denoise(self, prefix: Any, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
+
+    @final
+    def forward(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
+        """Return the sum of mask * error^2 over actions and draws; see `Policy.loss`."""
+        noise, time = self.draw(rng)
+        device = batch.state.device
+        error, _ = self._masked_error(batch, noise.to(device), time.to(device))
+        return {ERROR: error.sum()}
+
+    @final
+    @torch.no_grad()
+    def act(self, batch: Batch, rng: SampleRng) -> Tensor:
+        """Sample actions [b, t, a] (normalised, padded) by `steps` Euler steps."""
+        noise = rng.normal(self.config.chunk, self.config.action_dim).to(batch.state.device)
+        return self.sample(batch, noise, self.steps or 0)
+
+    @final
+    def draw(self, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        """Draw noise [k, b, t, a] and time [k, b], float32 on the CPU, for k = `rng.draws` draws a sample."""
+        uniform = rng.uniform(rng.draws)  # [b, k]; before the noise, as recorded runs have it
+        noise = rng.normal(rng.draws, self.config.chunk, self.config.action_dim)  # [b, k, t, a]
+        # Contiguous, because the order in memory decides the last bits of sums and powers.
+        return noise.transpose(0, 1).contiguous(), flow.time_from_uniform(uniform.t().contiguous())
+
+    @final
+    def flow_loss(self, batch: Batch, noise: Tensor, time: Tensor) -> dict[str, Tensor]:
+        """Return the flow-matching loss of `batch` for noise and time that the caller chooses.
+
+        `noise` [b, t, a] with `time` [b], or [k, b, t, a] with [k, b]: k draws share one prefix pass, and
+        every sum runs over the draws too. Returns float32 scalars: `error_sum`, the sum of mask * error^2;
+        `mask_sum`, that of the mask; and `loss`, their quotient (0 when the mask is empty).
+        """
+        error, draws = self._masked_error(batch, noise, time)
+        error_sum, mask = error.sum(), batch.action_mask
+        if mask is None:
+            mask_sum = error.new_tensor(float(error.numel()))
+        else:
+            mask_sum = mask.sum(dtype=torch.float32) * draws
+        return {"loss": error_sum / mask_sum.clamp(min=1.0), "error_sum": error_sum, "mask_sum": mask_sum}
+
+    @final
+    def velocity(self, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity at x_t = time * noise + (1 - time) * actions, float32, shaped like `noise`."""
+        velocity, _ = self._velocity(batch, noise, time)
+        return velocity[:, 0] if noise.ndim == 3 else velocity.transpose(0, 1)
+
+    @final
+    @torch.no_grad()
+    def sample(self, batch: Batch, noise: Tensor, steps: int = 10) -> Tensor:
+        """Sample actions [b, t, a] (normalised, padded) from `noise` [b, t, a] by `steps` Euler steps."""
+        if steps < 1:
+            raise CodecError(f"sampling needs at least 1 step, not {steps}")
+        self.check(batch)
+        self._check_noise(batch, noise, torch.empty(len(batch)))
+        prefix = self.encode_prefix(batch, fixed=True)
+        time = noise.new_empty(len(batch), 1, dtype=torch.float32)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self.denoise(prefix, batch.state, x[:, None], time.fill_(t))[:, 0]
+
+        return flow.euler(velocity, noise.float(), steps)
+
+    def _masked_error(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, int]:
+        """Return squared errors [b, k, t, a], 0 where masked, and k."""
+        velocity, noise = self._velocity(batch, noise, time)  # both [b, k, t, a]
+        error = (noise - required_actions(batch)[:, None] - velocity).square()
+        if batch.action_mask is not None:
+            error = torch.where(batch.action_mask[:, None], error, 0.0)
+        return error, error.shape[1]
+
+    def _velocity(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return velocity and noise, both [b, k, t, a]."""
+        self.check(batch)
+        actions = required_actions(batch)
+        self._check_noise(batch, noise, time)
+        noise = noise[:, None] if noise.ndim == 3 else noise.transpose(0, 1)  # [b, k, t, a]
+        time = time[:, None] if time.ndim == 1 else time.transpose(0, 1)  # [b, k]
+        noisy = flow.interpolate(actions[:, None], noise, time)
+        return self.denoise(self.encode_prefix(batch), batch.state, noisy, time), noise
+
+    def _check_noise(self, batch: Batch, noise: Tensor, time: Tensor) -> None:
+        want = (len(batch), self.config.chunk, self.config.action_dim)
+        if tuple(noise.shape[-3:]) != want or noise.ndim not in (3, 4):
+            raise CodecError(f"noise has shape {tuple(noise.shape)}; it must be {want}, or (draws, *{want})")
+        if time.shape != noise.shape[:-2]:
+            raise CodecError(
+                f"time has shape {tuple(time.shape)}; for this noise it must be {tuple(noise.shape[:-2])}"
+            )
