@@ -33,6 +33,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "eval/REA
 GUIDES = ["README.md", *PAGES]  # what users copy commands from
 RESULTS = ROOT / "eval" / "results"
 PUBLIC = {"lerobot/pi0_base", "lerobot/pi05_base", "lerobot/smolvla_base"}  # ids of the Hugging Face Hub
+PUBLIC_DATA = {"lerobot/svla_so101_pickplace"}
 THEIR_OWN = {"openpi_pi0_base", "pytorch_model.bin"}  # files that a reader has, or downloads
 LAUNCH = "-m vlafit "
 
@@ -124,7 +125,7 @@ def require_names(recipe: Recipe | None, options: dict[str, Any]) -> None:
     if recipe is None:
         return
     load_strategy(recipe.strategy)
-    for card in recipe.data.cards:
+    for card in set(recipe.data.cards) - PUBLIC_DATA:
         load_card(card)
     if recipe.policy.checkpoint:
         require_checkpoint(recipe.policy.checkpoint)
