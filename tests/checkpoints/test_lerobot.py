@@ -386,6 +386,14 @@ def test_statistics_that_are_not_there_are_an_error_and_not_a_feature_left_as_it
         vlafit.load_checkpoint(folder)
 
 
+def test_a_base_model_whose_statistics_are_of_its_datasets_loads_without_a_codec(folder: Path):
+    for path in folder.glob("policy_*normalizer_processor.safetensors"):
+        save_file({f"so100.buffer.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    loaded = vlafit.load_checkpoint(folder)
+    assert loaded.codec is None
+    assert "observation.state" in loaded.report.text() and "fine-tuning" in loaded.report.text()
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

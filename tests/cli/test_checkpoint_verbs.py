@@ -145,7 +145,9 @@ def test_openpis_checkpoint_learns_another_robot_and_the_report_says_what_was_ad
     (tmp_path / "refused.toml").write_text(refused)
     assert cli.main(["train", str(tmp_path / "refused.toml"), "--out", str(tmp_path / "refused")]) == 2
     assert "Say what becomes of them: resize='keep'" in capsys.readouterr().err
-    policy = PolicyRecipe(checkpoint=str(folder), config=told, resize="keep")
+    policy = PolicyRecipe(
+        checkpoint=str(folder), config=told, resize="keep", tokenizer=str(SMOLVLA / "tokenizer")
+    )
     report = _trained(card, policy, tmp_path, capsys)
     assert report[0] == f"{folder}: openpi checkpoint of pi0, loaded in float32"
     assert [line for line in report if line.startswith("adapted")] == [

@@ -135,6 +135,8 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         )
     if codec is not None and not foreign:
         _require_effect(recipe, codec, path)
+    if codec is None and foreign and policy.needs().vocabulary:
+        _require_tokenizer(chosen)
     robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
     if codec is not None and not codec.embodiment.hz and recipe.data.statistics == "checkpoint":
         codec = _declare_robot(codec, data)
@@ -153,6 +155,16 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         changed=frozenset((*report.fresh, *report.resized)),
         warnings=warnings,
     )
+
+
+def _require_tokenizer(recipe: PolicyRecipe) -> None:
+    """Raise ConfigError if a new tokenizer would be trained for pretrained word embeddings."""
+    if not recipe.tokenizer and "language" not in recipe.fresh:
+        raise ConfigError(
+            f"checkpoint {recipe.checkpoint} comes without a tokenizer, and its word embeddings only fit the "
+            "one that it was trained with: set policy.tokenizer to that tokenizer's folder, or train new "
+            'embeddings with policy.fresh = ["language"]'
+        )
 
 
 def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:

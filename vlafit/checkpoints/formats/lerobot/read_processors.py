@@ -40,6 +40,11 @@ MODES: dict[str, Normalisation] = {
 NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
 STATE_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
+# lerobot/smolvla_base holds those of its datasets (so100.buffer.action.mean), which LeRobot does not apply.
+NO_STATISTICS = (
+    f"its processors hold no statistics of {STATE} and {ACTION}, like those of base models: fine-tuning"
+    " fits them to the data"
+)
 FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla"}
 
 
@@ -68,6 +73,8 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         )
     cameras, embodiment = _robot(lerobot, pre)
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
+    if not _has_statistics(inner, outer) and all(kind in NEEDED for kind in kinds.values()):
+        return None, NO_STATISTICS
     statistics = {
         "state": _statistics(inner, STATE, kinds["state"], embodiment.state.shape[0]),
         "action": _statistics(inner, ACTION, kinds["action"], embodiment.action.shape[0]),
@@ -95,10 +102,19 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
 
 
 def lacks_tokenizer(folder: Path) -> bool:
-    """Whether the processors in `folder` are there, and their tokenizer is not."""
+    """Whether the processors in `folder` are there with statistics, and their tokenizer is not."""
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
-    return _tokenizer(folder, _only_step(read_steps(folder / PRE), "tokenizer_processor"), None) is None
+    pre, post = read_steps(folder / PRE), read_steps(folder / POST)
+    if not _has_statistics(_only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")):
+        return False
+    return _tokenizer(folder, _only_step(pre, "tokenizer_processor"), None) is None
+
+
+def _has_statistics(*steps: Step) -> bool:
+    """Whether any step holds a statistic of the state or the action, as `_statistics` looks for them."""
+    names = [name for step in steps if step.state_file for name in open_tensors([step.state_file])]
+    return any(name.rpartition(".")[0] in (STATE, ACTION) for name in names)
 
 
 def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
