@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vlafit.errors import ConfigError
-from vlafit.nn.policy import Kind, ParameterInfo, Policy
+from vlafit.nn.kinds import Kind
+from vlafit.nn.policy import ParameterInfo, Policy
 
 P = TypeVar("P", bound=Policy)
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -21,8 +22,8 @@ def describe(policy: nn.Module, parts: Mapping[str, str], default: str) -> list[
 
     `parts` maps the first words of names to parts ("vision" or "vision.layers"; the longest match counts);
     other parameters are of the part `default`. A layer is the number after `.layers.`. The kind is that of
-    the module that holds the parameter: convolutions, norms and embeddings by their class; linear layers
-    are "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one called `mlp`.
+    the module that holds the parameter: convolutions, norms and embeddings by their class; linear layers are
+    "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one called `mlp`.
     """
     infos = []
     for name, _ in policy.named_parameters():
@@ -99,8 +100,8 @@ def build_policy(
 ) -> P:
     """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
 
-    `make` constructs it, `init_weights` fills every parameter. Without a generator, fresh weights are
-    those of seed 0. Buffers must be made by `init_weights` too: storage of the meta device holds nothing.
+    `make` constructs it, `init_weights` fills every parameter. Without a generator, fresh weights are those
+    of seed 0. Buffers must be made by `init_weights` too: storage of the meta device holds nothing.
     """
     with torch.device("meta"):
         policy = make()

@@ -70,7 +70,7 @@ class Source:
     checkpoint: str
     """A path, or a name that finds it."""
     sha256: str = ""
-    """See `vlafit.checkpoints.digest`. Empty: not known (hashing foreign files takes long)."""
+    """See `vlafit.checkpoints.digest`. Empty: not known (hashing another program's files takes long)."""
     config: Mapping[str, object] = field(default_factory=dict)
     """What had to be said to read it, as `load` takes it."""
     revision: str = ""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vlafit.errors import ConfigError
+from vlafit.nn.kinds import Kind
 from vlafit.nn.parameters import select
-from vlafit.nn.policy import Kind, ParameterInfo
+from vlafit.nn.policy import ParameterInfo
 
 __all__ = ["all_true_on_cpu", "describe", "require", "require_positive", "select"]
 
