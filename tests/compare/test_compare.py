@@ -12,8 +12,9 @@ import pytest
 from tests.report.test_report import Strict
 from vlafit import compare, config
 from vlafit.cli.verbs import compare as verb
+from vlafit.cli.verbs import report as report_verb
 from vlafit.cli.verbs.compare import describe, read
-from vlafit.compare import arm_record, arms, summary
+from vlafit.compare import arm_record, arms, stored, summary
 from vlafit.compare.arm_record import HELD_OUT, ArmRecord
 from vlafit.compare.arms import Options, with_budget
 from vlafit.compare.page import page
@@ -88,6 +89,11 @@ def test_an_arm_is_an_ordinary_run_whose_figures_are_kept(done: compare.Comparis
     assert 0 < figures.trainable < figures.parameters and figures.checkpoint_bytes > 4 * figures.parameters
     assert figures.memory is not None and figures.memory.parts["optimiser"] >= 2 * 4 * figures.trainable
     assert figures.forgotten("old") is not None and figures.merge_error is None
+    chosen = next(r.figures for r in done.records if r.judged and r.figures)
+    assert set(chosen.outcomes) == set(chosen.success) == {"after", "wrong_instruction"}
+    for name, tasks in chosen.outcomes.items():
+        for task, outcomes in tasks.items():
+            assert len(outcomes) == 2 and sum(outcomes.values()) == chosen.success[name][task].successes
 
 
 def test_every_arm_begins_at_the_same_loss(done: compare.Comparison) -> None:
@@ -395,7 +401,7 @@ def test_pooled_seeds_play_the_same_starts_and_that_is_said(done: compare.Compar
     twice = replace(one, records=(*one.records, replace(one.records[0], seed=4)))
     pooled = replace(done, standings=(twice,))
     assert list(summary.caveats(pooled)).count(summary.SAME_STARTS) == 1
-    assert "more seeds add no new ones" in page(pooled) and summary.SAME_STARTS in describe(pooled)
+    assert "More seeds add no new starts" in page(pooled) and summary.SAME_STARTS in describe(pooled)
     assert summary.SAME_STARTS in summary.to_json(pooled)["caveats"]
 
 
@@ -420,6 +426,50 @@ def test_learning_rates_that_agree_to_six_digits_are_two_arms() -> None:
 def test_an_unfinished_comparison_has_a_page_that_says_so(done: compare.Comparison) -> None:
     stopped = replace(done, standings=(), records=(), missing=(HIGH,))
     assert f"{HIGH} has not ended" in page(stopped)
+
+
+def test_the_report_of_a_comparison_is_written_again_from_its_json(
+    done: compare.Comparison, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    names = ("compare.html", "compare.json")
+    before = [(out / name).read_text() for name in names]
+    for name in names[:1]:
+        (out / name).unlink()
+    assert report_verb.run([str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "compare.html")
+    assert [(out / name).read_text() for name in names] == before
+
+
+def test_a_comparison_of_an_earlier_version_gets_its_outcomes_from_its_episodes(
+    done: compare.Comparison, out: Path
+) -> None:
+    content = json.loads((out / "compare.json").read_text())
+    for values in content["arms"]:
+        if values["figures"]:
+            del values["figures"]["outcomes"]
+    (out / "compare.json").write_text(json.dumps(content))
+    again = stored.read(out)
+    assert again.records == done.records and again.standings == done.standings
+    judged = next(record for record in done.records if record.judged and record.figures)
+    episodes = out / "arms" / judged.name / "eval" / "after" / "episodes.jsonl"
+    text = episodes.read_text()
+    flipped = text.replace('"success": true', '"success": null').replace(
+        '"success": false', '"success": true'
+    )
+    episodes.write_text(flipped)
+    with pytest.raises(VlafitError, match=r"episodes\.jsonl: .* successes of task"):
+        stored.read(out)
+    episodes.unlink()
+    assert not any(standing.outcomes for standing in stored.read(out).standings)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arms": 3}'])
+def test_a_damaged_comparison_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(VlafitError, match=r"compare\.json"):
+        stored.read(tmp_path)
+    with pytest.raises(VlafitError, match="no such file"):
+        stored.read(tmp_path / "elsewhere")
 
 
 def test_the_command_line_prints_table_verdict_and_place(done: compare.Comparison) -> None:

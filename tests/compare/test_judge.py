@@ -1,28 +1,31 @@
-"""What recorded figures allow to say: pure functions over made-up arms."""
+"""Ranking and recommendation: pure functions over arms made for the test."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from vlafit.compare.arm_record import HELD_OUT, ArmRecord, Figures, Memory, ValidationPoint
-from vlafit.compare.judge import (
-    Standing,
-    cheapest,
-    choose_lr,
-    dispersion,
-    episodes_needed,
-    interval,
-    judge,
-    lower,
-    rank_correlation,
-)
+from vlafit.compare.judge import judge, lower, rank_correlation
+from vlafit.compare.pairs import shared
+from vlafit.compare.pooled_score import dispersion, interval
+from vlafit.compare.standing import Standing, cheapest, choose_lr
 from vlafit.compare.summary import strategy_json
 from vlafit.score import Score, wilson
+from vlafit.significance import independent_episodes_needed, starts_needed
 
 
 def figures(
-    success: tuple[int, int] | None = None, *, loss: float = 1.0, mb: float = 100.0, speed: float = 10.0
+    success: tuple[int, int] | None = None,
+    *,
+    loss: float = 1.0,
+    mb: float = 100.0,
+    speed: float = 10.0,
+    by_start: bool = True,
 ) -> Figures:
+    """Return the figures of an arm that succeeded at the first so many of its starts."""
+    outcomes = {} if success is None else {str(60_000 + i): i < success[0] for i in range(success[1])}
     points = (ValidationPoint(0, 0, 0.0, 2.0), ValidationPoint(5, 20, 1.0, loss))
     return Figures(
         steps=5,
@@ -34,6 +37,7 @@ def figures(
         checkpoint_bytes=400,
         validation={HELD_OUT: points},
         success={} if success is None else {"after": {"task": Score(*success)}},
+        outcomes={"after": {"task": outcomes}} if by_start and outcomes else {},
         memory=Memory(int(mb * 1e6), {"weights": 1}),
     )
 
@@ -43,7 +47,7 @@ def record(name: str, made: Figures | None, *, lr: float = 1e-3, seed: int = 0) 
     return ArmRecord(f"{name}-{seed}", name, name, "0" * 64, lr, seed, "1" * 64, True, made, error)
 
 
-def standing(name: str, seeds: Sequence[tuple[int, int] | None], **more: float) -> Standing:
+def standing(name: str, seeds: Sequence[tuple[int, int] | None], **more: Any) -> Standing:
     made = tuple(record(name, figures(one, **more), seed=i) for i, one in enumerate(seeds))
     return Standing(name, 1e-3, made)
 
@@ -51,13 +55,57 @@ def standing(name: str, seeds: Sequence[tuple[int, int] | None], **more: float) 
 # ------------------------------------------------------------------------------------------- ranking
 
 
-def test_overlapping_intervals_are_not_ranked() -> None:
+def test_strategies_that_differ_at_few_starts_are_not_ranked() -> None:
     verdict = judge([standing("full", [(18, 25), (20, 25)]), standing("expert", [(16, 25), (17, 25)])])
     assert not verdict.ranked and verdict.better == ()
     assert verdict.sentence.startswith("No ranking") and verdict.leaders == ("full", "expert")
+    (pair,) = verdict.pairs
+    assert (pair.first, pair.second, pair.seeds, pair.starts) == ("full", "expert", 2, 25)
+    assert (pair.first_only, pair.second_only, pair.difference) == (4, 0, 0.1)
+    assert pair.p == pair.p_holm == 2 / 2**4 and pair.better is None and pair.stopped_after is None
 
 
-def test_intervals_that_part_are_ranked_and_the_others_are_named() -> None:
+def test_a_difference_at_the_same_starts_is_ranked_though_the_intervals_overlap() -> None:
+    """21 and 15 of 25: Wilson's intervals overlap, yet the second fails at six starts and wins at none."""
+    full, expert = standing("full", [(21, 25)] * 2), standing("expert", [(15, 25)] * 2)
+    assert full.interval[0] < expert.interval[1]
+    verdict = judge([expert, full])
+    assert verdict.better == (("full", "expert"),) and verdict.recommended == "full"
+    (pair,) = verdict.pairs
+    assert pair.p == 2 / 2**6 and pair.interval[0] > 0
+
+
+def test_outcomes_are_compared_at_the_same_starts_and_not_only_counted() -> None:
+    """Both succeed at 15 of 25 starts: one at the first, the other at the last ones."""
+    same, other = standing("same", [(15, 25)] * 2), standing("other", [(15, 25)] * 2)
+    reversed_records = tuple(
+        replace(record, figures=replace(record.figures, outcomes={"after": {"task": outcomes}}))
+        for record in other.records
+        if record.figures
+        for outcomes in [{str(60_000 + i): i >= 10 for i in range(25)}]
+    )
+    (pair,) = judge([same, replace(other, records=reversed_records)]).pairs
+    assert (pair.first_only, pair.second_only, pair.difference) == (10, 10, 0.0)
+
+
+def test_a_record_without_outcomes_by_start_is_not_ranked_and_says_what_to_do() -> None:
+    old = [standing(name, [(n, 25)] * 2, by_start=False) for name, n in (("full", 24), ("expert", 3))]
+    verdict = judge(old)
+    assert not verdict.ranked and not verdict.recommended and verdict.pairs == ()
+    assert "full, expert" in verdict.sentence and "vlafit report" in verdict.sentence
+    mixed = judge([old[0], standing("lora", [(22, 25)] * 2), standing("dora", [(1, 25)] * 2)])
+    assert mixed.better == (("lora", "dora"),) and any("Not ranked: full." in note for note in mixed.notes)
+
+
+def test_a_difference_of_few_training_runs_is_said_to_be_one_of_these_runs() -> None:
+    verdict = judge([standing("full", [(25, 25), (14, 25)]), standing("expert", [(12, 25)] * 2)])
+    assert verdict.better == (("full", "expert"),)
+    (pair,) = verdict.pairs
+    assert pair.interval_new_runs is not None and pair.interval_new_runs[0] < 0
+    assert any("for these training runs" in note and "2 seeds" in note for note in verdict.notes)
+
+
+def test_clear_differences_are_ranked_and_the_others_are_named() -> None:
     verdict = judge(
         [
             standing("projections", [(1, 25), (2, 25)]),
@@ -80,26 +128,30 @@ def test_of_those_that_may_be_the_best_the_cheapest_is_recommended_with_its_reas
         ]
     )
     assert verdict.recommended == "expert"
-    assert "of the 2 that cannot be told apart from the best it is the cheapest" in verdict.reason
+    assert "cheapest of the 2 that cannot be told apart" in verdict.reason
     assert "150 MB" in verdict.reason and "full 400 MB" in verdict.reason
     (note,) = verdict.notes
-    assert "full has the higher rate" in note and "of new starts (more trials in the protocol)" in note
+    needed = starts_needed(
+        shared(*(standing(n, [(k, 25)] * 2) for n, k in (("full", 24), ("expert", 22)))), 0.08
+    )
+    assert f"{needed} starts ({2 * needed} episodes" in note and "96 % against 88 %" in note
+    assert f"{independent_episodes_needed(0.96, 0.88):,} episodes" in note
 
 
 def test_the_best_alone_is_recommended_whatever_it_costs() -> None:
     verdict = judge([standing("full", [(25, 25)] * 2, mb=900.0), standing("expert", [(2, 25)] * 2, mb=1.0)])
-    assert verdict.recommended == "full" and "no other strategy's interval reaches" in verdict.reason
+    assert verdict.recommended == "full" and "better than every other" in verdict.reason
 
 
 def test_a_strategy_with_one_finished_seed_is_neither_ranked_nor_recommended() -> None:
     verdict = judge([standing("full", [(25, 25)]), standing("expert", [(2, 25)], mb=1.0)])
     assert not verdict.ranked and verdict.better == () and verdict.recommended == ""
     assert "full, expert have one finished seed each" in verdict.sentence
-    assert "the variation between training runs is unknown" in verdict.sentence
+    assert "variation between training runs is unknown" in verdict.sentence
     two = [standing("full", [(24, 25)] * 2), standing("expert", [(3, 25)] * 2)]
     verdict = judge([standing("lucky", [(25, 25), None], mb=1.0), *two])
     assert verdict.better == (("full", "expert"),) and verdict.recommended == "full"
-    assert verdict.notes[0].startswith("Neither ranked nor recommended: lucky has one finished seed, and")
+    assert verdict.notes[0].startswith("Neither ranked nor recommended: lucky has one finished seed")
     unplayed = [
         Standing(name, 1e-3, (record(name, figures(loss=x)),)) for name, x in (("full", 0.1), ("expert", 0.9))
     ]
@@ -128,7 +180,7 @@ def test_where_nothing_succeeds_nothing_is_recommended() -> None:
 
 def test_nothing_finished_is_said_and_not_ranked() -> None:
     broken = Standing("full", 1e-3, (record("full", None),))
-    assert "nothing to judge" in judge([broken]).sentence
+    assert "No arm has finished" in judge([broken]).sentence
 
 
 def test_one_strategy_alone_is_neither_ranked_nor_recommended() -> None:
@@ -158,16 +210,10 @@ def test_without_rollouts_the_loss_decides_only_where_seeds_agree() -> None:
 
     verdict = judge([by_loss("full", [0.50, 0.61, 0.40]), by_loss("expert", [0.60, 0.70, 0.51])])
     assert verdict.by == "loss" and verdict.better == (("full", "expert"),)
-    assert "loss alone, which is not success" in verdict.reason
+    assert "loss only, which is not success" in verdict.reason
     assert not judge([by_loss("full", [0.5, 0.6, 0.4]), by_loss("expert", [0.6, 0.5, 0.5])]).ranked
     assert not lower({0: 0.1}, {0: 0.9}), "one seed shows nothing"
     assert not lower({0: 0.1, 1: 0.1}, {2: 0.9, 3: 0.9}), "only shared seeds are compared"
-
-
-def test_the_episodes_that_a_difference_needs() -> None:
-    n = episodes_needed(0.9, 0.8)
-    assert wilson(round(0.9 * 2 * n), 2 * n)[0] > wilson(round(0.8 * 2 * n), 2 * n)[1]
-    assert wilson(round(0.9 * n / 2), n // 2)[0] < wilson(round(0.8 * n / 2), n // 2)[1]
 
 
 # ------------------------------------------------------------------------------------ learning rates

@@ -2,7 +2,8 @@
 
 `run` carries a comparison out and `write` makes its report. The modules: `comparison` (run all arms), `arms`
 (what is compared, and what all arms share), `process` (runs as child processes), `arm_record` (arm.json),
-`pooled_score` (seeds pooled, with their interval), `judge` (ranking and recommendation), `identity`,
+`standing` (a strategy's results), `pooled_score` (seeds pooled, with their interval), `pairs` (differences at
+shared starts), `judge` (ranking and recommendation), `identity`, `stored` (read a comparison back),
 `summary`, `charts` and `page` (the report).
 """
 

@@ -1,7 +1,7 @@
 """Read and write arm.json: all results of an arm, so that a report does not need the run folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Figures:
     validation: dict[str, tuple[ValidationPoint, ...]]
     success: dict[str, dict[str, Score]] = field(default_factory=dict)
     """Evaluation (after, wrong_instruction) -> task -> score."""
+    outcomes: dict[str, dict[str, dict[str, bool | None]]] = field(default_factory=dict)
+    """Evaluation -> task -> environment seed -> success (None: error). Empty in earlier records."""
     memory: Memory | None = None
     merge_error: float | None = None
     """Largest difference in outputs caused by merging adapters; None if nothing was merged."""
@@ -180,6 +182,11 @@ def figures(run: Path) -> Figures:
         checkpoint_bytes=_size(last),
         validation=_validation(facts, batch),
         success={name: dict(e.tasks) for name, e in facts.evaluations.items() if name in (AFTER, WRONG)},
+        outcomes={
+            name: outcomes_of((r.task, r.seed, r.success) for r in e.records)
+            for name, e in facts.evaluations.items()
+            if name in (AFTER, WRONG)
+        },
         memory=_memory(facts.run.get("memory"), str(run / "run.json")),
         merge_error=_number(facts.run.get("merge_error")),
         device=str(facts.run.get("device") or ""),
@@ -188,6 +195,14 @@ def figures(run: Path) -> Figures:
         commit=facts.run.get("commit"),
         caveats=facts.caveats,
     )
+
+
+def outcomes_of(episodes: Iterable[tuple[str, int, bool | None]]) -> dict[str, dict[str, bool | None]]:
+    """Return (task, environment seed, success) triples as task -> seed -> success."""
+    by_task: dict[str, dict[str, bool | None]] = {}
+    for task, seed, success in episodes:
+        by_task.setdefault(task, {})[str(seed)] = success
+    return by_task
 
 
 def _validation(facts: Facts, batch: int) -> dict[str, tuple[ValidationPoint, ...]]:

@@ -6,7 +6,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from vlafit.compare.judge import Standing
+from vlafit.compare.standing import Standing
 from vlafit.report import plots
 
 Axis = Literal["step", "samples", "time"]

@@ -17,8 +17,8 @@ from vlafit.compare import arm_record, arms
 from vlafit.compare.arm_record import ArmRecord
 from vlafit.compare.arms import Arm, Candidate, Options
 from vlafit.compare.identity import digest, write_or_require_same
-from vlafit.compare.judge import Choice, Standing, choose_lr
 from vlafit.compare.process import Ended, Processes, stopping, vlafit
+from vlafit.compare.standing import Choice, Standing, choose_lr
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train.data import open_data

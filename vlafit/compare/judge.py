@@ -1,7 +1,8 @@
-"""What recorded figures allow to say: which learning rate, which order, which recommendation. Pure functions.
+"""Rank strategies as far as the results allow, and recommend one. Pure functions.
 
-Two strategies whose intervals overlap are not ranked, nor is one of which fewer than two seeds have finished:
-how much training runs vary is then unknown.
+Success is compared pair by pair at the shared starts (`pairs`). A strategy with fewer than two finished seeds
+is not ranked, because the variation between its training runs is unknown. Without evaluations the last
+validation loss is compared, paired by seed.
 """
 
 import math
@@ -9,237 +10,184 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from vlafit.compare.arm_record import AFTER, WRONG, ArmRecord, Figures
-from vlafit.compare.pooled_score import Pooled, dispersion, interval, pool
-from vlafit.score import Z_95, Score
+from vlafit.compare.arm_record import AFTER, ArmRecord
+from vlafit.compare.pairs import ALPHA, PairResult, compare_pairs, shared
+from vlafit.compare.standing import Standing, cheapest, mean
+from vlafit.significance import best_set, independent_episodes_needed, starts_needed
 
-SAME_COST = 1.05  # peaks of memory within 5 % count as equal; our choice, not a measurement
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more, a bit too wide.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more (slightly wide).
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-# --------------------------------------------------------------------------------------------- learning rate
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which learning rate a strategy takes, of those that were tried."""
-
-    lr: float
-    losses: Mapping[float, float | None]
-    """Mean of the last validation loss over the seeds that tried it; None where one of them broke."""
-    edge: str = ""
-    """"lowest" or "highest" where the best is that of the grid: a better one may lie beyond."""
-
-
-def choose_lr(tried: Mapping[float, Sequence[ArmRecord]]) -> Choice | None:
-    """Return the learning rate of the lowest last validation loss; None where every one broke.
-
-    The last loss and not the lowest: the last checkpoint is what is rolled out.
-    """
-    losses: dict[float, float | None] = {}
-    for lr, records in sorted(tried.items()):
-        found = [record.figures.last() if record.figures else None for record in records]
-        whole = [loss for loss in found if loss is not None]
-        losses[lr] = sum(whole) / len(whole) if found and len(whole) == len(found) else None
-    known = {lr: loss for lr, loss in losses.items() if loss is not None}
-    if not known:
-        return None
-    best = min(known, key=lambda lr: known[lr])
-    ends = (min(losses), max(losses))
-    edge = "" if len(losses) < 2 or best not in ends else ("lowest" if best == ends[0] else "highest")
-    return Choice(best, losses, edge)
-
-
-# ------------------------------------------------------------------------------------------------- standings
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A strategy at its learning rate, over its seeds."""
-
-    strategy: str
-    lr: float | None
-    """None: every learning rate that was tried broke, or the trying was stopped."""
-    records: tuple[ArmRecord, ...]
-    choice: Choice | None = None
-    adapts: bool = False
-    """Whether the strategy has adapters, so that merging them has an error."""
-
-    @property
-    def figures(self) -> list[Figures]:
-        """Figures of the seeds that finished."""
-        return [record.figures for record in self.records if record.figures]
-
-    def scores(self, evaluation: str = AFTER) -> dict[int, Score]:
-        """Return the score of each seed that was judged."""
-        found = {r.seed: r.figures.score(evaluation) for r in self.records if r.figures}
-        return {seed: score for seed, score in found.items() if score is not None}
-
-    def pooled(self, evaluation: str = AFTER) -> Pooled | None:
-        """Return all episodes of all seeds together; None where nothing was judged."""
-        score = pool(list(self.scores(evaluation).values()))
-        return score if score.episodes else None
-
-    def tasks(self, evaluation: str = AFTER) -> dict[str, Pooled]:
-        """Return each task's episodes of all seeds together."""
-        found: dict[str, list[Score]] = {}
-        for one in self.figures:
-            for task, score in one.success.get(evaluation, {}).items():
-                found.setdefault(task, []).append(score)
-        return {task: pool(seeds) for task, seeds in found.items()}
-
-    @property
-    def seeds_judged(self) -> int:
-        """Seeds of which an episode was judged."""
-        return sum(score.episodes > 0 for score in self.scores().values())
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of success by which strategies are ranked."""
-        return interval(list(self.scores().values()))
-
-    def losses(self) -> dict[int, float]:
-        """Return the last validation loss of each seed."""
-        found = {r.seed: r.figures.last() for r in self.records if r.figures}
-        return {seed: loss for seed, loss in found.items() if loss is not None}
-
-    @property
-    def peak(self) -> float | None:
-        """Peak memory in bytes, the highest of its seeds."""
-        return max((one.memory.peak for one in self.figures if one.memory), default=None)
-
-    @property
-    def samples_per_s(self) -> float:
-        """Training speed, the mean of its seeds."""
-        return mean([one.samples_per_s for one in self.figures]) or 0.0
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of what is known; None where nothing is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-# ------------------------------------------------------------------------------------------------------ order
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of all strategies together."""
+    """Ranking and recommendation over all strategies."""
 
     by: str
-    """What they were judged by: "success", "loss", or "" where there is nothing to judge."""
+    """What is compared: "success", "loss", or "" without results."""
     ranked: bool
     """Whether any two can be told apart."""
     better: tuple[tuple[str, str], ...] = ()
     """Pairs of which the first is better than the second."""
     leaders: tuple[str, ...] = ()
-    """The best and whatever cannot be told apart from it, the best first."""
+    """Strategies that no other one beats, the highest rate first."""
     sentence: str = ""
     recommended: str = ""
     reason: str = ""
     notes: tuple[str, ...] = field(default=())
+    pairs: tuple[PairResult, ...] = ()
+    """Differences of success at shared starts, for every pair of ranked strategies."""
 
 
 def judge(standings: Sequence[Standing]) -> Verdict:
-    """Order strategies as far as intervals allow; recommend the cheapest of those that may be the best."""
-    played = [s for s in standings if s.pooled() is not None]
-    if len(played) >= 1:
-        return _by_success(played)
-    lost = [s for s in standings if s.losses()]
-    return (
-        _by_loss(lost)
-        if lost
-        else Verdict("", False, sentence="No arm has finished: there is nothing to judge.")
-    )
+    """Rank strategies as far as the tests allow; recommend the cheapest of those that no other one beats."""
+    evaluated = [s for s in standings if s.pooled() is not None]
+    if evaluated:
+        return _by_success(evaluated)
+    trained = [s for s in standings if s.losses()]
+    if trained:
+        return _by_loss(trained)
+    return Verdict("", False, sentence="No arm has finished: there are no results to compare.")
+
+
+# ---------------------------------------------------------------------------------------------------- success
 
 
 def _by_success(standings: Sequence[Standing]) -> Verdict:
-    if all(_rate(s) == 0 for s in standings):
-        said = (
-            "No strategy succeeded in a single episode: there is nothing to rank, and nothing to recommend."
-        )
-        return Verdict("success", False, leaders=tuple(s.strategy for s in standings), sentence=said)
-    order = sorted((s for s in standings if s.seeds_judged > 1), key=lambda s: -_rate(s))
-    alone = _too_few_seeds(order, standings)
+    if all(s.rate == 0 for s in standings):
+        sentence = "No strategy succeeded in any episode: there is no ranking and no recommendation."
+        return Verdict("success", False, leaders=tuple(s.strategy for s in standings), sentence=sentence)
+    enough = sorted((s for s in standings if s.seeds_judged > 1), key=lambda s: -s.rate)
+    order = [s for s in enough if s.outcomes]
+    notes = [*_too_few_seeds(enough, standings), *_without_outcomes(enough)]
     if len(order) < 2:
-        return _nothing_to_compare("success", standings, alone)
-    better = tuple(
-        (a.strategy, b.strategy) for a, b in combinations(order, 2) if a.interval[0] > b.interval[1]
-    )
-    best = order[0]
-    leaders = [s for s in order if (best.strategy, s.strategy) not in better]
-    names = tuple(s.strategy for s in leaders)
-    sentence = _sentence(order, better, "success", "95 % intervals of success")
+        return _nothing_to_compare("success", standings, notes)
+    pairs = compare_pairs(order)
+    better = tuple(pair.better for pair in pairs if pair.better)
+    names = best_set((s.strategy for s in order), better)
+    leaders = [s for s in order if s.strategy in names]
     chosen = cheapest(leaders)
-    reason = f"{_percent(chosen)} of {_pooled(chosen).episodes} episodes succeeded"
     if len(leaders) == 1:
-        reason += ", and no other strategy's interval reaches its own"
+        reason = f"{_result(chosen)}, and it is better than every other strategy"
     else:
-        others = [s for s in leaders if s is not chosen]
-        than = ", ".join(f"{s.strategy} {_cost(s)}" for s in others)
-        reason += f"; of the {len(leaders)} that cannot be told apart from the best it is the cheapest: "
-        reason += f"{_cost(chosen)} ({than})"
-    notes = [alone] if alone else []
-    gap = _rate(best) - _rate(chosen)
-    if gap > 0:
-        needed = episodes_needed(_rate(best), _rate(chosen))
-        notes.append(
-            f"{best.strategy} has the higher rate ({_percent(best)} against {_percent(chosen)}); if that "
-            f"difference is real, about {needed} episodes of each would show it: of new starts (more trials "
-            "in the protocol), not of more seeds."
+        others = ", ".join(f"{s.strategy} {_cost(s)}" for s in leaders if s is not chosen)
+        reason = (
+            f"{_result(chosen)}; it is the cheapest of the {len(leaders)} that cannot be told apart from the "
+            f"best: {_cost(chosen)} ({others})"
         )
+    notes += [*_only_these_runs(pairs), *_needed(order[0], chosen)]
     return Verdict(
-        "success", bool(better), better, names, sentence, chosen.strategy, reason + ".", tuple(notes)
+        "success",
+        bool(better),
+        better,
+        names,
+        _ranking(order, better, "success", _tests(pairs)),
+        chosen.strategy,
+        f"{reason}.",
+        tuple(notes),
+        pairs,
     )
 
 
-def _nothing_to_compare(by: str, standings: Sequence[Standing], alone: str) -> Verdict:
-    """Return the verdict on strategies of which fewer than two can be ranked."""
-    if len(standings) == 1:
-        alone = f"Only {standings[0].strategy} has results: there is nothing to compare it with."
-    return Verdict(by, False, leaders=tuple(s.strategy for s in standings), sentence=alone)
-
-
-def _too_few_seeds(order: Sequence[Standing], standings: Sequence[Standing]) -> str:
-    """Return why strategies that are not in `order` are not ranked: too few of their seeds have finished."""
-    too_few = [s for s in standings if s not in order]
-    if not too_few:
-        return ""
-    names, one = ", ".join(s.strategy for s in too_few), len(too_few) == 1
-    head = "Neither ranked nor recommended" if len(order) > 1 else "No ranking and no recommendation"
+def _tests(pairs: Sequence[PairResult]) -> str:
+    lowest = min((pair.p_holm for pair in pairs), default=1.0)
     return (
-        f"{head}: {names} {'has' if one else 'have'} one finished seed{'' if one else ' each'}, and with one "
-        "seed the variation between training runs is unknown; give --seeds 2 or more."
+        f"exact paired test by start, Holm's correction over {len(pairs)} pairs, level {100 * ALPHA:g} %, "
+        f"smallest corrected p {lowest:.2g}"
     )
+
+
+def _only_these_runs(pairs: Sequence[PairResult]) -> list[str]:
+    """Return a note for each ranked pair whose difference may be one of these training runs only."""
+    notes = []
+    for pair in pairs:
+        interval = pair.interval_new_runs
+        if pair.better and interval and interval[0] <= 0 <= interval[1]:
+            low, high = (100 * end for end in interval)
+            notes.append(
+                f"{pair.better[0]} is better than {pair.better[1]} for these training runs; {pair.seeds} "
+                f"seeds do not show it for new training runs (95 %: {low:+.0f} to {high:+.0f} points)."
+            )
+    return notes
+
+
+def _needed(best: Standing, chosen: Standing) -> list[str]:
+    """Return a note about the starts that would show that `best` is better than the recommended strategy."""
+    if best.rate <= chosen.rate:
+        return []
+    pairs = shared(best, chosen)
+    if pairs.starts < 2 or pairs.mean <= 0:
+        return []
+    starts, seeds = starts_needed(pairs, pairs.mean), pairs.first.shape[0]
+    independent = independent_episodes_needed(best.rate, chosen.rate)
+    return [
+        f"{best.strategy} has the higher rate ({_percent(best)} against {_percent(chosen)}). If that "
+        f"difference is real, about {starts} starts ({starts * seeds} episodes of each strategy) show it "
+        "with 80 % power in a test of this pair for these training runs; without shared starts it would take "
+        f"about {independent:,} episodes of each. Raise the protocol's trials: more seeds add no new starts."
+    ]
+
+
+def _without_outcomes(standings: Sequence[Standing]) -> list[str]:
+    """Return a note about strategies whose records have no outcomes by start."""
+    names = [s.strategy for s in standings if not s.outcomes]
+    if not names:
+        return []
+    return [
+        f"Not ranked: {', '.join(names)}. The records hold no outcomes by start (an earlier version wrote "
+        "them), so strategies cannot be compared at shared starts; run `vlafit report` on the comparison's "
+        "folder, which reads them from arms/*/eval/after/episodes.jsonl."
+    ]
+
+
+def _nothing_to_compare(by: str, standings: Sequence[Standing], notes: Sequence[str]) -> Verdict:
+    """Return the verdict if fewer than two strategies can be ranked."""
+    if len(standings) == 1:
+        notes = [f"Only {standings[0].strategy} has results: there is nothing to compare it with."]
+    names = tuple(s.strategy for s in standings)
+    return Verdict(by, False, leaders=names, sentence=" ".join(notes))
+
+
+def _too_few_seeds(ranked: Sequence[Standing], standings: Sequence[Standing]) -> list[str]:
+    """Return a note about strategies that are not ranked because they have fewer than two finished seeds."""
+    too_few = [s.strategy for s in standings if s not in ranked]
+    if not too_few:
+        return []
+    head = "Neither ranked nor recommended" if len(ranked) > 1 else "No ranking and no recommendation"
+    seeds = "has one finished seed" if len(too_few) == 1 else "have one finished seed each"
+    return [
+        f"{head}: {', '.join(too_few)} {seeds}, so the variation between training runs is unknown; "
+        "use --seeds 2 or more."
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- loss
 
 
 def _by_loss(standings: Sequence[Standing]) -> Verdict:
     enough = [s for s in standings if len(s.losses()) > 1]
     order = sorted(enough, key=lambda s: mean(list(s.losses().values())) or 0.0)
-    alone = _too_few_seeds(order, standings)
+    notes = _too_few_seeds(order, standings)
     if len(order) < 2:
-        return _nothing_to_compare("loss", standings, alone)
+        return _nothing_to_compare("loss", standings, notes)
     better = tuple(
         (a.strategy, b.strategy) for a, b in combinations(order, 2) if lower(a.losses(), b.losses())
     )
     leaders = [s for s in order if (order[0].strategy, s.strategy) not in better]
-    sentence = _sentence(order, better, "loss", "paired 95 % intervals of the last validation loss")
-    names = tuple(s.strategy for s in leaders)
+    sentence = _ranking(order, better, "loss", "paired 95 % intervals of the last validation loss")
     chosen = cheapest(leaders)
     reason = (
-        f"nothing was rolled out, so this goes by validation loss alone, which is not success; among the "
-        f"{len(leaders)} that may be the best it is the cheapest: {_cost(chosen)}."
+        "the policies were not evaluated, so this is by validation loss only, which is not success; it is "
+        f"the cheapest of the {len(leaders)} that may be the best: {_cost(chosen)}."
     )
-    notes = (alone,) if alone else ()
-    return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason, notes)
+    names = tuple(s.strategy for s in leaders)
+    return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason, tuple(notes))
 
 
-def lower(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
-    """Whether `one` is surely below `other`: the paired 95 % interval over shared seeds excludes zero."""
-    seeds = sorted(set(one) & set(other))
-    differences = [other[seed] - one[seed] for seed in seeds]
+def lower(first: Mapping[int, float], second: Mapping[int, float]) -> bool:
+    """Return whether `first` is below `second`: the paired 95 % interval over shared seeds excludes zero."""
+    seeds = sorted(set(first) & set(second))
+    differences = [second[seed] - first[seed] for seed in seeds]
     n = len(differences)
     if n < 2:
         return False
@@ -248,48 +196,34 @@ def lower(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
     return middle - T_95[min(n - 2, len(T_95) - 1)] * spread / math.sqrt(n) > 0
 
 
-def _sentence(order: Sequence[Standing], better: Sequence[tuple[str, str]], by: str, what: str) -> str:
+# -------------------------------------------------------------------------------------------------- sentences
+
+
+def _ranking(order: Sequence[Standing], better: Sequence[tuple[str, str]], by: str, tests: str) -> str:
     if not better:
-        return f"No ranking: the {what} of all {len(order)} strategies overlap, so they cannot be told apart."
+        return f"No ranking: no two of the {len(order)} strategies can be told apart ({tests})."
     lines = []
-    for one in order:
-        worse = [b for a, b in better if a == one.strategy]
+    for standing in order:
+        worse = [b for a, b in better if a == standing.strategy]
         if worse:
-            lines.append(f"{one.strategy} is better than {', '.join(worse)}")
+            lines.append(f"{standing.strategy} is better than {', '.join(worse)}")
+    known = {frozenset(pair) for pair in better}
     open_pairs = [
         f"{a.strategy} and {b.strategy}"
         for a, b in combinations(order, 2)
-        if (a.strategy, b.strategy) not in better
+        if frozenset((a.strategy, b.strategy)) not in known
     ]
     rest = f" Not told apart, and so not ranked: {'; '.join(open_pairs)}." if open_pairs else ""
-    return f"By {by}: {'; '.join(lines)}.{rest}"
+    return f"By {by}: {'; '.join(lines)} ({tests}).{rest}"
 
 
-def cheapest(standings: Sequence[Standing]) -> Standing:
-    """Return the one of the least peak memory; of those within 5 % of it, the fastest to train."""
-    known = [s for s in standings if s.peak is not None]
-    if not known:
-        return max(standings, key=lambda s: s.samples_per_s)
-    least = min(s.peak or 0 for s in known)
-    return max((s for s in known if (s.peak or 0) <= SAME_COST * least), key=lambda s: s.samples_per_s)
-
-
-def episodes_needed(one: float, other: float) -> int:
-    """Return about how many episodes of each would make the 95 % intervals of two rates part."""
-    sides = math.sqrt(one * (1 - one)) + math.sqrt(other * (1 - other))
-    return max(1, math.ceil((Z_95 * sides / (one - other)) ** 2))
-
-
-def _rate(standing: Standing) -> float:
-    return _pooled(standing).rate or 0.0
-
-
-def _pooled(standing: Standing) -> Score:
-    return standing.pooled() or Score(0, 0)
+def _result(standing: Standing) -> str:
+    pooled = standing.pooled()
+    return f"{_percent(standing)} of {pooled.episodes if pooled else 0} episodes succeeded"
 
 
 def _percent(standing: Standing) -> str:
-    return f"{100 * _rate(standing):.0f} %"
+    return f"{100 * standing.rate:.0f} %"
 
 
 def _cost(standing: Standing) -> str:
@@ -301,9 +235,9 @@ def _cost(standing: Standing) -> str:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return Spearman's rank correlation, ties at their mean rank.
+    """Return Spearman's rank correlation, with mean ranks for ties.
 
-    None below 3 pairs, or where one side is constant.
+    None for fewer than 3 pairs, or if one side is constant.
     """
     if len(pairs) < 3:
         return None
@@ -321,30 +255,10 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 def loss_and_success(records: Sequence[ArmRecord]) -> list[tuple[float, float]]:
     """Return (last validation loss, success rate) of every arm that has both."""
-    found = []
+    points = []
     for record in records:
         score = record.figures.score(AFTER) if record.figures else None
         loss = record.figures.last() if record.figures else None
         if score is not None and score.rate is not None and loss is not None:
-            found.append((loss, score.rate))
-    return found
-
-
-__all__ = [
-    "AFTER",
-    "WRONG",
-    "Choice",
-    "Pooled",
-    "Standing",
-    "Verdict",
-    "cheapest",
-    "choose_lr",
-    "dispersion",
-    "episodes_needed",
-    "interval",
-    "judge",
-    "loss_and_success",
-    "lower",
-    "mean",
-    "rank_correlation",
-]
+            points.append((loss, score.rate))
+    return points

@@ -4,19 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlafit.compare import charts, summary
-from vlafit.compare.arm_record import HELD_OUT
+from vlafit.compare.arm_record import AFTER, HELD_OUT, WRONG
 from vlafit.compare.arms import rate
 from vlafit.compare.comparison import Comparison
-from vlafit.compare.judge import AFTER, WRONG, Standing
+from vlafit.compare.pairs import ALPHA
+from vlafit.compare.standing import Standing
 from vlafit.report import markup
 from vlafit.report.markup import Content, Raw, count, duration, join, muted, section, table, tag
 from vlafit.score import Score
 
 FOOTER = (
-    "compare.json beside this page holds the same facts, and every arm whole. Intervals are 95 % Wilson "
-    "intervals over the episodes of all seeds, widened where seeds differ by more than chance; strategies "
-    "whose intervals overlap are not ranked. An episode whose environment broke counts neither as success "
-    "nor as failure."
+    "compare.json, next to this page, holds the same facts and the full record of every arm. Intervals of "
+    "single rates are 95 % Wilson intervals over the episodes of all seeds, widened if seeds differ by more "
+    "than chance; strategies are ranked by their paired differences only. An episode with an environment "
+    "error counts neither as success nor as failure."
 )
 KINDS: tuple[charts.Axis, ...] = ("step", "samples", "time")
 TITLES = {AFTER: "success", WRONG: "success with the wrong instruction"}
@@ -34,6 +35,7 @@ def page(comparison: Comparison) -> str:
             markup.notices(markup.MISSING, tuple(content["missing"])),
             _overview(comparison.standings, strategies),
             _success(comparison.standings),
+            _differences(content["verdict"]["pairs"]),
             _curves(comparison.standings),
             _validation(strategies),
             _memory(strategies),
@@ -143,6 +145,51 @@ def _success(standings: Sequence[Standing]) -> Raw:
     return section("Success", *parts) if parts else Raw("")
 
 
+def _differences(pairs: Sequence[dict[str, Any]]) -> Raw:
+    heads = (
+        "pair",
+        "difference",
+        "95 %, new starts",
+        "95 %, new training runs too",
+        "first better at",
+        "second better at",
+        "starts",
+        "p",
+        "p, Holm",
+        "anytime p",
+        "told apart",
+    )
+    rows = [
+        (
+            f"{pair['first']} − {pair['second']}",
+            f"{100 * pair['difference']:+.1f}",
+            _points(pair["interval"]),
+            _or_dash(pair["interval_new_runs"], _points),
+            pair["first_only"],
+            pair["second_only"],
+            pair["starts"],
+            _two_digits(pair["p"]),
+            _two_digits(pair["p_holm"]),
+            _two_digits(pair["p_anytime"]),
+            "yes" if pair["p_holm"] <= ALPHA else "no",
+        )
+        for pair in pairs
+    ]
+    legend = (
+        "Differences of success in percentage points at the starts that both strategies played. p: exact "
+        "paired test by start (McNemar's test with one seed). The first interval holds for new starts and "
+        "these training runs; the second also for new training runs, and is wide because there are few "
+        "seeds. The anytime p-value stays valid if trials are added and the comparison is looked at again."
+    )
+    shown = table(heads, rows, ("", *("number" for _ in heads[1:])))
+    return section("Differences at shared starts", shown, tag("p", muted(legend))) if rows else Raw("")
+
+
+def _points(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
 def _curves(standings: Sequence[Standing]) -> Raw:
     sets = dict.fromkeys(name for standing in standings for f in standing.figures for name in f.validation)
     drawn = []
@@ -249,6 +296,10 @@ def _commands(comparison: Comparison, content: dict[str, Any]) -> Raw:
 
 def _or_dash(value: Any, write: Any) -> str:
     return "–" if value is None else write(value)
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}"
 
 
 def _three_digits(value: float) -> str:

@@ -7,28 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.compare import arms
-from vlafit.compare.arm_record import HELD_OUT, ArmRecord
+from vlafit.compare.arm_record import AFTER, HELD_OUT, WRONG, ArmRecord
 from vlafit.compare.comparison import Comparison
 from vlafit.compare.identity import digest
-from vlafit.compare.judge import (
-    AFTER,
-    WRONG,
-    Pooled,
-    Standing,
-    Verdict,
-    dispersion,
-    interval,
-    judge,
-    loss_and_success,
-    mean,
-    rank_correlation,
-)
+from vlafit.compare.judge import Verdict, judge, loss_and_success, rank_correlation
+from vlafit.compare.pooled_score import Pooled, dispersion, interval
+from vlafit.compare.standing import Standing, mean
 from vlafit.score import errors_notice, overall, wilson
 
 FORMAT = 1
 SAME_STARTS = (
-    "All seeds play the same starts, so episodes pooled over seeds are not independent: the intervals hold "
-    "for these starts, and more seeds add no new ones (more trials in the protocol do)."
+    "All strategies and seeds play the same starts, so their episodes are not independent. Strategies are "
+    "therefore compared by their differences at each start; the intervals of single rates pool all episodes "
+    "and say nothing about differences. More seeds add no new starts; more trials in the protocol do."
 )
 
 

@@ -135,8 +135,12 @@ def tango(wins: float, losses: float, size: float, quantile: float) -> tuple[flo
         b = -wins - losses + (2 * size - wins + losses) * delta
         c = -losses * delta * (1 - delta)
         share = (math.sqrt(max(b * b - 8 * size * c, 0.0)) - b) / (4 * size)  # of losses, most likely
+        share = min(max(share, 0.0, -delta), (1 - delta) / 2)
         variance = size * (2 * share + delta * (1 - delta))
-        return (wins - losses - size * delta) / math.sqrt(variance) if variance > 0 else 0.0
+        distance = wins - losses - size * delta
+        if abs(distance) < 1e-12 * size:
+            return 0.0
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
 
     edge = 1e-12
     low, high = -1.0, 1.0

@@ -127,8 +127,8 @@ def _view(line: Line, out: Path) -> Any:
 def describe(comparison: "Comparison") -> str:
     """Return the table and the verdict as text."""
     from vlafit.compare import summary
+    from vlafit.compare.arm_record import AFTER
     from vlafit.compare.arms import rate
-    from vlafit.compare.judge import AFTER
 
     verdict, failures = summary.verdict_of(comparison), summary.did_not_finish(comparison)
     rows = []
