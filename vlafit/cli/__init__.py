@@ -17,6 +17,7 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "compare": "compare tuning strategies: same data, noise and budget, several seeds, one report",
     "sweep": "search learning rate, rank or any other field with Optuna",
     "eval": "roll a checkpoint out under a protocol",
+    "data": "inspect and check a recorded dataset, print its statistics, write its card",
     "record": "record demonstrations of scripted experts",
     "report": "write the report page of a run again",
     "inspect": "show what a checkpoint holds, and what a tuning strategy would train of it",
