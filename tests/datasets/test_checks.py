@@ -1,0 +1,230 @@
+"""`vlafit data check`: no finding on clean recordings, and each kind of damage in the right episode."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.datasets.layouts import demos, in_file_order
+from tests.datasets.lerobot_files import write
+from vlafit.cli import main
+from vlafit.datasets import Card, EpisodeInfo, EpisodeStore
+from vlafit.datasets.card import CameraCard, ColumnCard, RobotCard
+from vlafit.datasets.checks import Finding, check_store
+
+HEIGHT, WIDTH, STEPS, EPISODES = 48, 64, 90, 8
+BAD = 5  # the episode that is damaged
+
+
+@dataclass
+class Episode:
+    state: NDArray[np.float32]  # x, y, gripper
+    actions: NDArray[np.float32]  # commands of all three, one step ahead
+    frames: dict[str, NDArray[np.uint8]]
+
+
+class Recording(EpisodeStore):
+    """Recorded episodes in memory."""
+
+    def __init__(self, recorded: list[Episode], instruction: str = "push the block") -> None:
+        cameras = (CameraCard("front", "front", HEIGHT, WIDTH), CameraCard("wrist", "wrist", HEIGHT, WIDTH))
+        columns = ColumnCard(("x",), 3, ("x", "y", "gripper"))
+        self.card = Card(
+            "recording", "memory", "", RobotCard("arm", 20, "position", cameras, columns, columns)
+        )
+        self.recorded = recorded
+        self.episodes = tuple(
+            EpisodeInfo(f"episode_{n}", "push", instruction, len(e.actions)) for n, e in enumerate(recorded)
+        )
+
+    def state(self, episode: int) -> NDArray[np.float32]:
+        return self.recorded[episode].state
+
+    def actions(self, episode: int) -> NDArray[np.float32]:
+        return self.recorded[episode].actions
+
+    def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
+        return self.recorded[episode].frames[camera][step]
+
+
+def recorded(seed: int = 0) -> list[Episode]:
+    """Episodes of an arm that moves smoothly at changing speed, seen by two cameras of unlike scenes."""
+    return [_episode(np.random.default_rng([seed, n])) for n in range(EPISODES)]
+
+
+def _episode(rng: np.random.Generator) -> Episode:
+    time = np.arange(STEPS + 1) / 20
+    pulses = sum(np.exp(-(((time - c) / 0.25) ** 2)) for c in rng.uniform(0.4, 4.2, 4))
+    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.15, STEPS + 1))
+    velocity = 0.04 * pulses[:, None] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    at = np.clip(np.cumsum(velocity, axis=0), -0.45, 0.45)
+    grasp = rng.integers(20, 70)
+    gripper = 1 / (1 + np.exp(-(np.arange(STEPS + 1) - grasp) / 2))
+    path = np.concatenate([at, gripper[:, None]], axis=1).astype(np.float32)
+    state = path[:-1] + rng.normal(0, 1e-4, (STEPS, 3)).astype(np.float32)
+    return Episode(state, path[1:], {"front": _render(at, rng, 0), "wrist": _render(at, rng, 1)})
+
+
+def _render(at: NDArray, rng: np.random.Generator, scene: int) -> NDArray[np.uint8]:
+    """A background with a colour and a direction of its own, and a bright blob where the arm is."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH] / [[[HEIGHT]], [[WIDTH]]]
+    ground = np.stack(
+        [200 * y, 120 * x + 20, 40 + 0 * x] if scene == 0 else [30 + 0 * x, 180 * x, 190 * (1 - y)], -1
+    )
+    frames = np.repeat(ground[None], STEPS, 0)
+    for step in range(STEPS):
+        blob = np.exp(-((x - 0.5 - at[step, 0]) ** 2 + (y - 0.5 - at[step, 1]) ** 2) / 0.01)
+        frames[step] += 200 * blob[..., None]
+    return np.clip(frames + rng.normal(0, 1, frames.shape), 0, 255).astype(np.uint8)
+
+
+def flipped_gripper(e: Episode) -> Episode:
+    return replace(e, actions=e.actions * np.float32([1, 1, -1]))
+
+
+def lagging(steps: int) -> Callable[[Episode], Episode]:
+    def damage(e: Episode) -> Episode:
+        return replace(e, actions=np.concatenate([e.actions[:1].repeat(steps, 0), e.actions[:-steps]]))
+
+    return damage
+
+
+def present_state(e: Episode) -> Episode:
+    return replace(e, actions=e.state.copy())
+
+
+def swapped(e: Episode) -> Episode:
+    return replace(e, frames={"front": e.frames["wrist"], "wrist": e.frames["front"]})
+
+
+def on_frames(change: Callable[[NDArray], NDArray]) -> Callable[[Episode], Episode]:
+    return lambda e: replace(e, frames=e.frames | {"front": change(e.frames["front"])})
+
+
+def shifted(steps: int) -> Callable[[NDArray], NDArray]:
+    return lambda frames: np.concatenate([frames[:1].repeat(steps, 0), frames[:-steps]])
+
+
+def freeze(steps: int) -> Callable[[Episode], Episode]:
+    def damage(e: Episode) -> Episode:
+        speed = np.abs(np.diff(e.state[:, :2], axis=0)).sum(1)
+        start = int(np.convolve(speed, np.ones(steps), "valid").argmax())
+        frames = e.frames["front"].copy()
+        frames[start : start + steps + 1] = frames[start]
+        return replace(e, frames=e.frames | {"front": frames})
+
+    return damage
+
+
+def spiked(e: Episode) -> Episode:
+    actions = e.actions.copy()
+    actions[7, 1] = 900
+    return replace(e, actions=actions)
+
+
+def blackened(frames: NDArray) -> NDArray:
+    dark = frames.copy()
+    dark[30:40] = 0
+    return dark
+
+
+DAMAGES: list[tuple[str, Callable[[Episode], Episode], str]] = [
+    ("gripper sign flipped", flipped_gripper, "action_sign"),
+    ("action lags 3", lagging(3), "action_lag"),
+    ("action lags 5", lagging(5), "action_lag"),
+    ("action is the state", present_state, "action_equals_state"),
+    ("cameras swapped", swapped, "cameras_swapped"),
+    ("BGR", on_frames(lambda f: f[..., ::-1]), "channel_order"),
+    ("upside-down", on_frames(lambda f: f[:, ::-1, ::-1]), "upside_down"),
+    ("mirrored", on_frames(lambda f: f[:, ::-1]), "flipped_vertically"),
+    ("video late by 4", on_frames(shifted(4)), "video_shift"),
+    ("video late by 6", on_frames(shifted(6)), "video_shift"),
+    ("half a second frozen", freeze(10), "frozen_frames"),
+    ("black frames", on_frames(blackened), "black_frames"),
+    ("a spike", spiked, "spike"),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("damage", "kind"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])
+def test_one_damaged_episode_is_found_by_its_kind_and_no_other_is_blamed(
+    damage: Callable[[Episode], Episode], kind: str, seed: int
+):
+    episodes = recorded(seed)
+    episodes[BAD] = damage(episodes[BAD])
+    findings = check_store(Recording(episodes))
+    assert kind in {f.kind for f in findings}
+    assert {f.episode for f in findings} == {f"episode_{BAD}"}
+    assert all(f.severity == "error" and f.message and f.effect and f.fix for f in findings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_found_in_clean_recordings(seed: int):
+    assert check_store(Recording(recorded(seed))) == []
+
+
+def test_actions_that_come_late_in_every_episode_are_found():
+    findings = check_store(Recording([lagging(4)(e) for e in recorded()]), pixels=False)
+    assert [(f.kind, f.episode) for f in findings] == [("action_lag", "")]
+
+
+def test_a_duplicated_episode_and_a_placeholder_sentence_are_found():
+    episodes = recorded()
+    episodes[6] = episodes[2]
+    findings = check_store(Recording(episodes, "TODO"), pixels=False)
+    assert [(f.kind, f.episode) for f in findings if f.severity == "error"] == [
+        ("duplicate_episode", "episode_6")
+    ]
+    assert sum(f.kind == "placeholder_task" for f in findings) == EPISODES
+
+
+def test_errors_come_first():
+    findings: list[Finding] = check_store(
+        Recording([*recorded()[:7], spiked(recorded()[7])], "todo"), pixels=False
+    )
+    assert findings[0].severity == "error" and findings[-1].severity == "warning"
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_verbs_exit_0_when_clean_1_on_errors_and_2_when_it_cannot_be_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    everything = in_file_order(demos(3))
+    write(tmp_path / "set", everything)
+    assert main(["data", "check", str(tmp_path / "set"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"dataset": "set", "errors": 0, "findings": []}
+    write(tmp_path / "twice", [*everything, everything[0]])
+    assert main(["data", "check", str(tmp_path / "twice"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["errors"] == 1 and found["findings"][0]["episode"] == "episode_000006"
+    (tmp_path / "set" / "meta" / "tasks.parquet").unlink()
+    assert main(["data", "check", str(tmp_path / "set"), "--json"]) == 2
+    assert "tasks.parquet" in capsys.readouterr().err
+
+
+def test_inspect_stats_and_card_say_what_the_dataset_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path / "set", in_file_order(demos(3)))
+    assert main(["data", "inspect", str(tmp_path / "set"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layout"], facts["episodes"], facts["frames"], facts["hz"]) == ("lerobot", 6, 30, 20)
+    assert main(["data", "inspect", str(tmp_path / "set")]) == 0
+    shown = capsys.readouterr().out
+    assert "6 episodes, 30 frames" in shown and "camera front: 6x5" in shown
+    assert len(shown.splitlines()) < 24  # one screen
+    assert main(["data", "stats", str(tmp_path / "set"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"]["count"] == 30
+    assert main(["data", "card", str(tmp_path / "set")]) == 0
+    (tmp_path / "my.toml").write_text(capsys.readouterr().out)
+    assert "# GUESS:" in (tmp_path / "my.toml").read_text()
+    assert main(["data", "inspect", str(tmp_path / "my.toml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(["data", "chekc", str(tmp_path / "set")]) == 2
+    assert "did you mean 'check'" in capsys.readouterr().err

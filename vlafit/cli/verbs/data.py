@@ -1,0 +1,156 @@
+"""`vlafit data VERB PATH`: look at a recorded dataset, write its card, check it before it costs a GPU day."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlafit.cli.console import Line, table
+from vlafit.cli.parser import Parser
+from vlafit.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from vlafit.datasets import EpisodeStore
+    from vlafit.datasets.checks import Finding
+
+ABOUT = {
+    "inspect": "Show a dataset on one screen: layout, robot, cameras, tasks, episodes.",
+    "card": "Write the data card of a dataset to stdout, each guess marked by a comment.",
+    "stats": "Print the statistics of states and actions, taken from the rows.",
+    "check": "Check a dataset. Exit status: 0 clean, 1 findings of severity error, 2 it cannot be opened.",
+}
+PATH = "a card, the name of one that ships, a dataset that needs no card, or its id on the Hugging Face Hub"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one of the verbs of `vlafit data`."""
+    verbs = "\n".join(f"  {verb:<9}{about}" for verb, about in ABOUT.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: vlafit data VERB PATH ...\n\n{verbs}\n\nPATH: {PATH}")
+        raise SystemExit(0 if arguments else 2)
+    verb, *rest = arguments
+    if verb not in ABOUT:
+        raise ConfigError(f"vlafit data has no verb {verb!r}{did_you_mean(verb, ABOUT)}")
+    parser = Parser(f"vlafit data {verb}", ABOUT[verb])
+    parser.add_argument("path", metavar="PATH", help=PATH)
+    if verb != "card":
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    if verb == "check":
+        parser.add_argument("--no-pixels", action="store_true", help="check columns only; decode no frame")
+    options = parser.read(rest)
+    if verb == "card":
+        return _card(options.path)
+    from vlafit.datasets import open_dataset
+
+    store = open_dataset(options.path)
+    if verb == "check":
+        return _check(store, options.json, pixels=not options.no_pixels)
+    facts = _inspect(store) if verb == "inspect" else _stats(store)
+    print(json.dumps(facts, indent=2) if options.json else _text(verb, facts))
+    return 0
+
+
+def _card(path: str) -> int:
+    from pathlib import Path
+
+    from vlafit.datasets import describe, load_card
+    from vlafit.datasets.write import card_text
+
+    local = Path(path).expanduser()
+    if local.exists() and local.suffix != ".toml":
+        draft = describe(local)
+        print(card_text(draft.card, draft.guesses), end="")
+    else:
+        print(card_text(load_card(path)), end="")
+    return 0
+
+
+def _inspect(store: "EpisodeStore") -> dict[str, Any]:
+    robot, lengths = store.embodiment, [info.length for info in store.episodes]
+    tasks: dict[str, int] = {}
+    for info in store.episodes:
+        tasks[info.instruction] = tasks.get(info.instruction, 0) + 1
+    return {
+        "name": store.card.name,
+        "layout": store.card.layout,
+        "files": len(store.files()),
+        "episodes": len(lengths),
+        "frames": sum(lengths),
+        "episode_lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
+        "robot": robot.name,
+        "hz": robot.hz,
+        "control": robot.control,
+        "cameras": {camera.name: list(camera.shape) for camera in robot.cameras},
+        "state": {"dimensions": robot.state.shape[0], "labels": list(robot.state.labels)},
+        "action": {"dimensions": robot.action.shape[0], "labels": list(robot.action.labels)},
+        "tasks": tasks,
+    }
+
+
+def _stats(store: "EpisodeStore") -> dict[str, Any]:
+    from vlafit.codec import Statistics
+    from vlafit.datasets import blocks_for_statistics
+
+    states, actions = blocks_for_statistics([store], [[info.id for info in store.episodes]], 1)
+    robot = store.embodiment
+    return {
+        name: {
+            "labels": list(feature.labels),
+            **Statistics.of_blocks(blocks, name, feature.labels).to_json(),
+        }
+        for name, blocks, feature in (("state", states, robot.state), ("action", actions, robot.action))
+    }
+
+
+def _text(verb: str, facts: dict[str, Any]) -> str:
+    if verb == "stats":
+        heads = ("column", "dimension", "mean", "std", "min", "q01", "q99", "max")
+        rows = []
+        for column, values in facts.items():
+            for d in range(len(values["mean"])):
+                label = values["labels"][d] if values["labels"] else str(d)
+                rows.append((column, label, *(f"{values[name][d]:.4g}" for name in heads[2:])))
+        return table(heads, rows)
+    short, mean, long = facts["episode_lengths"] or (0, 0, 0)
+    lines = [
+        f"{facts['name']}: layout {facts['layout']}, {facts['files']} files",
+        f"{facts['episodes']} episodes, {facts['frames']} frames; {short} to {long} steps, mean {mean:.0f}",
+        f"robot {facts['robot']}, {facts['hz']:g} Hz, control {facts['control'] or 'not told by the files'}",
+    ]
+    lines += [f"camera {name}: {h}x{w}" for name, (h, w, _) in facts["cameras"].items()]
+    for column in ("state", "action"):
+        labels = ", ".join(facts[column]["labels"])
+        lines.append(f"{column}: {facts[column]['dimensions']} dimensions{f' ({labels})' if labels else ''}")
+    tasks = sorted(facts["tasks"].items(), key=lambda item: -item[1])
+    lines += [f"{count:>6} x {text}" for text, count in tasks[:10]]
+    if len(tasks) > 10:
+        lines.append(f"and {len(tasks) - 10} more instructions")
+    return "\n".join(lines)
+
+
+def _check(store: "EpisodeStore", as_json: bool, *, pixels: bool) -> int:
+    from vlafit.datasets.checks import check_store
+
+    if as_json:
+        findings = check_store(store, pixels=pixels)
+    else:
+        with Line("episodes", max(1, len(store.episodes))) as line:
+            findings = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
+    errors = sum(finding.severity == "error" for finding in findings)
+    if as_json:
+        found = [dataclasses.asdict(finding) for finding in findings]
+        json.dump({"dataset": store.card.name, "errors": errors, "findings": found}, sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(map(_line, findings)) or "nothing suspicious was found")
+    return 1 if errors else 0
+
+
+def _line(finding: "Finding") -> str:
+    where = finding.episode or "all episodes"
+    at = "" if finding.step is None else f", step {finding.step}"
+    return (
+        f"{finding.severity}: {finding.kind}: {where}{at}: {finding.message}\n"
+        f"  effect: {finding.effect}\n  fix: {finding.fix}"
+    )

@@ -1,0 +1,24 @@
+"""What a check reports."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One suspicious thing in a dataset."""
+
+    severity: Literal["error", "warning"]
+    """error: training on it teaches something wrong; warning: look at it."""
+    kind: str
+    """A name for its kind, the same in every report."""
+    episode: str
+    """Id of the episode; empty if it concerns the whole dataset."""
+    step: int | None
+    """The first step concerned, if it is at some."""
+    message: str
+    """What was measured."""
+    effect: str
+    """What it does to training."""
+    fix: str
+    """What to do."""
