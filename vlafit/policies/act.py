@@ -71,7 +71,8 @@ SIZES: Mapping[str, ActConfig] = {
     "act": ActConfig(image_size=224, state_dim=14, action_dim=14, chunk=100),
     "act-small": ActConfig(
         image_size=64, state_dim=4, action_dim=4, chunk=8, resnet_width=16, resnet_blocks=(2, 2, 2),
-        resnet_norm="group", width=128, heads=4, mlp=256, encoder_layers=2, vae_layers=2, latent=8, dropout=0.0,
+        resnet_norm="group", width=128, heads=4, mlp=256, encoder_layers=2, vae_layers=2, latent=8,
+        dropout=0.0,
     ),
     "act-tiny": ActConfig(
         image_size=32, state_dim=4, action_dim=4, chunk=4, resnet_width=8, width=16, heads=2, mlp=32,
