@@ -71,8 +71,8 @@ def evaluate(
     the first `videos` of them are filmed. No episode may start from a seed that the actor was trained on.
     `wrong_instruction`: run the tasks that have a partner in `swapped` with the partner's instruction, scored
     as the task itself. `images=False`: for actors that need no images. An environment that does not answer
-    within `timeout_s` is an error of its episode. `execution`: how chunks are executed; without it, open loop,
-    replanned as the protocol says.
+    within `timeout_s` is an error of its episode. `execution`: how chunks are executed; without it, open
+    loop, replanned as the protocol says.
 
     Finished episodes of the same evaluation in `out` are kept; any other content is an error. The result does
     not depend on workers or interruptions. Raises ConfigError, EmbodimentError or SimulationError before the

@@ -84,7 +84,7 @@ class _Queue:
 
 @dataclass(frozen=True)
 class PlayOptions:
-    """How episodes are run: dimensions of an action, episodes in one call of the actor, whether it needs images."""
+    """How episodes are run: dimensions of an action, episodes in one call of the actor, needs of images."""
 
     action_dim: int
     width: int
@@ -101,8 +101,8 @@ def play(
 ) -> Iterator[Outcome]:
     """Run every episode once and yield its outcome when it ends.
 
-    The actor is called with up to `options.width` episodes: as soon as that many wait for an action, no further one
-    can arrive, or none arrived for a while. An episode whose environment raised, died or hung is yielded as
+    The actor is called with up to `options.width` episodes: as soon as that many wait for an action, no further
+    one can arrive, or none arrived for a while. An episode whose environment raised, died or hung is yielded as
     an error and never repeated. Other episodes in the same process start again, with the same result.
     """
     queue = _Queue(requests)
