@@ -58,7 +58,7 @@ def test_temporal_ensembling_is_lerobots(decay: float) -> None:
     np.testing.assert_allclose(got, RECORDED["ensembles"][str(decay)], rtol=0, atol=2e-6)
 
 
-def test_an_ensemble_averages_what_was_said_of_a_step_and_knows_no_chunk_before_it_is_there() -> None:
+def test_an_ensemble_averages_the_chunks_that_are_there() -> None:
     plan = Plan(Execution("ensemble", replan=2, delay=1, decay=0.5))
     plan.extend(chunk(0))
     actions = plan.extend(chunk(2))
@@ -105,7 +105,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict, fact: str) -> None:
         Execution(**changes)
 
 
-# -------------------------------------------------------------------------------------------------------- limits
+# ---------------------------------------------------------------------------------------------------- limits
 
 
 def test_limits_are_those_that_the_robot_declares() -> None:

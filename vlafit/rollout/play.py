@@ -101,9 +101,10 @@ def play(
 ) -> Iterator[Outcome]:
     """Run every episode once and yield its outcome when it ends.
 
-    The actor is called with up to `options.width` episodes: as soon as that many wait for an action, no further
-    one can arrive, or none arrived for a while. An episode whose environment raised, died or hung is yielded as
-    an error and never repeated. Other episodes in the same process start again, with the same result.
+    The actor is called with up to `options.width` episodes: as soon as that many wait for an action, no
+    further one can arrive, or none arrived for a while. An episode whose environment raised, died or hung is
+    yielded as an error and never repeated. Other episodes in the same process start again, with the same
+    result.
     """
     queue = _Queue(requests)
     running: dict[EnvSlot, _Episode] = {}
