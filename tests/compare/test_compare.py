@@ -373,7 +373,8 @@ def test_the_json_holds_every_number(done: compare.Comparison) -> None:
 
     facts = json.loads((done.folder / "compare.json").read_text(), parse_constant=refuse)
     assert set(facts) == {
-        "format", "name", "purpose", "identity", "recipe", "seeds", "lr_grid", "verdict", "strategies",
+        "format", "name", "purpose", "identity", "recipe", "seeds", "lr_grid", "jobs", "verdict",
+        "strategies",
         "loss_against_success", "notes", "caveats", "missing", "command", "arms",
     }  # fmt: skip
     (one, broken) = facts["strategies"]
