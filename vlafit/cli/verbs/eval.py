@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlafit import shipped
 from vlafit.cli.console import Line
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
 
 ABOUT = """\
@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         "--steps", metavar="N", type=int, default=0, help="steps of sampling [the policy's, 10]"
     )
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
+    add_trust(parser)
     options = parser.read(arguments)
 
     folder = checkpoint_folder(options.checkpoint)
@@ -55,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
             line.update(done, f"{successes} successes")
 
         result = rollout.evaluate(
-            load_actor(folder, steps=options.steps, device=options.device),
+            load_actor(folder, steps=options.steps, device=options.device, trust=options.trust),
             protocol,
             out,
             workers=options.workers,
