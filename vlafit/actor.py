@@ -119,8 +119,9 @@ def load_actor(
     """Load a checkpoint (a folder, the name of one that ships, or an id of the Hub) as an actor.
 
     `steps` is for a policy that samples in steps: how many; 0: its own number. `device` is torch's name; the
-    GPU if there is one when empty. `trust`: see `checkpoints.load`. Raises what `checkpoints.load` raises, and ConfigError where the
-    checkpoint has no codec, the policy does not sample in steps, or the device is not there.
+    GPU if there is one when empty. `trust`: see `checkpoints.load`. Raises what `checkpoints.load` raises,
+    and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the device is
+    not there.
     """
     folder = checkpoints.place(path).path
     loaded = checkpoints.load(

@@ -111,8 +111,8 @@ def _require_size(source: Path, sizes: Iterable[int]) -> None:
     total, stored = sum(sizes), os.path.getsize(source)
     if total > max(SMALL, GROWTH * stored):
         raise WeightsError(
-            f"{source}: {stored} bytes that would unfold to {total}; more than {GROWTH} times the file's size "
-            "is refused. Write the tensors out in full (`.contiguous()`), without compression, first"
+            f"{source}: {stored} bytes that would unfold to {total}; more than {GROWTH} times the file's "
+            "size is refused. Write the tensors out in full (`.contiguous()`), without compression, first"
         )
 
 

@@ -47,7 +47,7 @@ class InitialPolicy:
 
 
 def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
-    """Load the checkpoint of a run to resume; the recipe's own family is trusted. Raises as `checkpoints.load` does."""
+    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
     policy, codec, plan, report = checkpoints.load(folder, trust=trust)
     assert codec is not None and plan is not None  # the trainer saves both
     base = checkpoints.read_base(folder)

@@ -99,8 +99,8 @@ def _base_of(
         reference = f"{reference}@{revision}"
     if given is None and not _is_inside(folder, str(reference)):
         raise WeightsError(
-            f"{folder}: {CONFIG} says that its adapters sit on {str(reference)!r}, which is not in this folder; "
-            "a checkpoint may not choose what else is read. If that is the right base, name it: "
+            f"{folder}: {CONFIG} says that its adapters sit on {str(reference)!r}, which is not in this "
+            "folder; a checkpoint may not choose what else is read. If that is the right base, name it: "
             f"base={str(reference)!r} (--base on the command line)"
         )
     try:
