@@ -1,7 +1,9 @@
 """Writing that an interruption cannot spoil."""
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -134,3 +136,81 @@ def test_the_lock_of_a_process_that_is_killed_is_free(tmp_path):
 def test_looking_for_a_lock_makes_nothing(tmp_path):
     files.require_unlocked(tmp_path / "no", "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_no_content_and_is_removed(tmp_path):
+    for name in (".probe.41", ".recipe.toml.41.partial", ".best.json.7.partial"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".step_000004.partial").mkdir()
+    (tmp_path / ".step_000004.partial" / "half").write_text("half")
+    assert files.is_empty(tmp_path)
+    (tmp_path / ".keep").write_text("the user's")
+    (tmp_path / "notes.partial").write_text("the user's")
+    assert not files.is_empty(tmp_path)
+    files.tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keep", "notes.partial"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_whose_replacement_was_interrupted_comes_back(tmp_path, replaced):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "a").write_text("old")
+    if replaced:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("new")
+    files.tidy(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == ("new" if replaced else "old")
+
+
+def test_every_file_and_folder_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    with files.new_folder(tmp_path / "out") as folder:
+        (folder / "sub" / "empty").mkdir(parents=True)
+        (folder / "sub" / "a").write_text("a")
+    synced = set(events[: events.index("rename")])
+    out = tmp_path / "out"
+    assert {
+        path.stat().st_ino for path in (out, out / "sub", out / "sub" / "empty", out / "sub" / "a")
+    } <= synced
+
+
+@pytest.fixture
+def without_flock(monkeypatch):
+    """A file system that has no locks, as some network file systems."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+
+
+def test_without_locks_of_the_file_system_a_folder_is_still_worked_in_by_one_process(tmp_path, without_flock):
+    with files.exclusive(tmp_path, "vlafit train"):
+        for attempt in (files.exclusive, files.require_unlocked):
+            with (
+                pytest.raises(
+                    VlafitError, match=rf"{tmp_path}: another vlafit train \(process {os.getpid()}"
+                ),
+                attempt(tmp_path, "vlafit train") or nullcontext(),
+            ):
+                pass
+        assert files.is_empty(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_the_folder_of_a_dead_process_is_free_and_that_of_another_machine_is_not(
+    tmp_path, without_flock
+):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait(timeout=60)
+    owner = tmp_path / files.OWNER
+    owner.write_text(f"{dead.pid} {socket.gethostname()}\n")
+    with files.exclusive(tmp_path, "x"):
+        pass
+    owner.write_text(f"{dead.pid} another-machine\n")
+    with pytest.raises(VlafitError) as caught, files.exclusive(tmp_path, "x"):
+        pass
+    assert "another-machine" in str(caught.value) and f"delete {owner}" in str(caught.value)

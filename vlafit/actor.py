@@ -170,17 +170,26 @@ class PolicyActor:
 
 
 def load_actor(
-    path: str | Path, *, steps: int = 0, width: int = 16, seed: int = 0, device: str = ""
+    path: str | Path,
+    *,
+    steps: int = 0,
+    width: int = 16,
+    seed: int = 0,
+    device: str = "",
+    trust: Sequence[str] = (),
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
     `steps` is for a policy that samples in steps: how many; 0: its own number. `device` is torch's name; the
-    GPU if there is one when empty. Raises what `checkpoints.load` raises, and ConfigError where the
-    checkpoint has no codec, the policy does not sample in steps, or the device is not there.
+    GPU if there is one when empty. `trust`: see `checkpoints.load`. Raises what `checkpoints.load` raises,
+    and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the device is
+    not there.
     """
     folder = in_run(Path(path)) or checkpoints.place(path).path
     loaded = checkpoints.load(
-        folder, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder,
+        device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        trust=trust,
     )
     if loaded.codec is None:
         raise ConfigError(

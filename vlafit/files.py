@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from vlafit.errors import StorageError, VlafitError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # holds the id of the process that works in a folder; a killed process leaves the file behind
+OWNER = ".lock.owner"  # the same, on file systems without flock: whoever creates it holds the lock
+STRAY = re.compile(r"\.probe\.\d+|\..+\.partial|\..+\.old")  # what a killed process leaves behind
 
 
 def _cannot(what: str, path: Path, error: OSError) -> StorageError:
@@ -50,6 +54,28 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             with open(partial, "wb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot("write", path, error) from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; that file takes its place on success, and is removed otherwise.
+
+    Missing parent folders are created.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
@@ -105,8 +131,10 @@ def replace_folder(tmp: Path, final: Path) -> None:
     """Replace the folder `final`, if it exists, by `tmp`. Both must be on one file system."""
     old = final.with_name(f".{final.name}.old")
     try:
-        for path in tmp.rglob("*"):
-            if path.is_file():
+        for path in [*tmp.rglob("*"), tmp]:  # folders, too: their entries are what a crash loses
+            if path.is_dir():
+                _sync_folder(path)
+            elif path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         shutil.rmtree(old, ignore_errors=True)
@@ -170,8 +198,25 @@ def require_writable(folder: Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether a folder is empty, except for a lock that a killed process left behind."""
-    return all(path.name == LOCK for path in folder.iterdir())
+    """Return whether a folder is empty, except for what a killed process left behind (see `tidy`)."""
+    return all(path.name in (LOCK, OWNER) or STRAY.fullmatch(path.name) for path in folder.iterdir())
+
+
+def tidy(folder: Path) -> None:
+    """Remove half-written files and folders of killed processes from `folder`, but not from its subfolders.
+
+    A folder whose replacement was interrupted comes back. No other process may be writing there.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if not STRAY.fullmatch(path.name):
+            continue
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if path.name.endswith(".old") and path.is_dir() and not final.exists():
+            os.rename(path, final)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def require_unlocked(folder: Path, what: str) -> None:
@@ -213,11 +258,63 @@ def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
                 raise VlafitError(
                     f"{folder}: {holder}, or a run that it started, is working here; wait for it or stop it"
                 ) from error
-            except OSError as error:  # the file system has no locks
-                log.warning("cannot lock %s (%s): do not start another command in it", folder, error)
+            except OSError:  # the file system has no locks
+                with _owned(folder, what):
+                    yield file
+                return
             if _is_at(file, path):  # otherwise its holder has just removed it
                 yield file
                 return
+
+
+@contextmanager
+def _owned(folder: Path, what: str) -> Iterator[None]:
+    """Hold a lock by creating a file. That of a dead process of this machine is removed."""
+    path, own = folder / OWNER, f"{os.getpid()} {socket.gethostname()}\n".encode()
+    while True:
+        try:
+            with open(path, "xb") as file:
+                file.write(own)
+            break
+        except FileExistsError as error:
+            try:
+                holder = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            pid, _, host = holder.decode(errors="replace").strip().partition(" ")
+            if host == socket.gethostname() and pid.isdigit() and not _is_running(int(pid)):
+                _remove_if(path, holder)
+                continue
+            raise VlafitError(
+                f"{folder}: another {what} (process {pid or 'unknown'} on {host or 'an unknown machine'}) is "
+                f"working here; wait for it or stop it. If it is gone, delete {path}"
+            ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_if(path: Path, content: bytes) -> None:
+    """Remove a file unless another process has just replaced it."""
+    aside = path.with_name(f".{path.name.strip('.')}.{os.getpid()}.partial")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if aside.read_bytes() != content:
+        os.link(aside, path)
+    aside.unlink()
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -25,6 +25,8 @@ class PolicyRecipe:
     """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""
     """Name of the statistics (asset) to use in an openpi checkpoint. Empty: the only one."""
+    trust: tuple[str, ...] = ()
+    """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""
     """Tokenizer if the checkpoint has none: a folder, or a shipped one's name. Empty: from the data."""
 

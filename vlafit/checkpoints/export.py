@@ -1,6 +1,6 @@
 """Export a checkpoint to another program's format, or to vlafit's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,6 +73,7 @@ def export(
     config: Mapping[str, object] | None = None,
     dtype: Dtype | torch.dtype = "float32",
     format: str | None = None,
+    trust: Sequence[str] = (),
 ) -> Exported:
     """Write the checkpoint `source`, of any format that `load` reads, into the new folder `out`.
 
@@ -84,7 +85,7 @@ def export(
     of the fine-tuning that stays) the weights lie between those that training began with and the checkpoint's
     own, adapters merged first. `base` is where the checkpoint lies that adapters sit on, or that training
     began with, where `source` does not record it or it has moved. `config` gives what the checkpoint does not
-    record, as in `load`.
+    record, and `trust` names packages of policy families, as in `load`.
 
     The folder appears whole or not at all. Raises WeightsError where `out` exists already, or the target
     cannot hold the policy, its codec or its adapters: every reason is named.
@@ -96,7 +97,7 @@ def export(
     path = location.path
     is_native = native.recognise(path)
     sits_on = read_base(path) if is_native else None
-    loaded = load(path, config, base=base if sits_on or not interpolate else None, format=format)
+    loaded = load(path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust)
     merge_error, notes = None, (f"from {location.note}",) if location.note else ()
     tuned = loaded.plan is not None and (loaded.plan.adapted or loaded.plan.quantised)
     if tuned and (merge or interpolate):

@@ -54,6 +54,7 @@ def load(
     resize: Resize = "refuse",
     generator: torch.Generator | None = None,
     format: str | None = None,
+    trust: Sequence[str] = (),
 ) -> Loaded:
     """Load the checkpoint `path` exactly, whatever program wrote it.
 
@@ -73,11 +74,21 @@ def load(
     widths have, and begin with zeros beyond, or ``"fresh"`` ones. Norms and projections stay float32 when
     `dtype` is ``"bfloat16"``.
 
+    No code of a checkpoint runs. If its policy family is a module of a package that is not installed with an
+    entry point "vlafit.policies", `trust` must name that package.
+
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
     options = LoadOptions(
-        parse_config(config, format), base, tokenizer, assets, parse_dtype(dtype), fresh, resize
+        parse_config(config, format),
+        base,
+        tokenizer,
+        assets,
+        parse_dtype(dtype),
+        fresh,
+        resize,
+        trust=trust,
     )
     _require_device(device)
     where = _located(path)
@@ -122,6 +133,7 @@ def inspect(
     fresh: Sequence[str] = (),
     resize: Resize = "refuse",
     format: str | None = None,
+    trust: Sequence[str] = (),
 ) -> Loaded:
     """Check a checkpoint by its headers only, as `load` would; the policy stays on the meta device.
 
@@ -135,6 +147,7 @@ def inspect(
         fresh=fresh,
         resize=resize,
         hash_weights=False,
+        trust=trust,
     )
     where = _located(path)
     opened = open_checkpoint(where.path, options, format)
@@ -162,9 +175,12 @@ def load_policy(
     config: Mapping[str, object] | None = None,
     dtype: Dtype | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    *,
+    base: str | Path | None = None,
+    trust: Sequence[str] = (),
 ) -> Policy:
     """Load only the policy of a checkpoint; see `load`."""
-    return load(path, config, dtype=dtype, device=device).policy
+    return load(path, config, base, dtype=dtype, device=device, trust=trust).policy
 
 
 def parse_config(config: Mapping[str, object] | None, format: str | None = None) -> ConfigOverrides:
@@ -189,7 +205,12 @@ def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None)
     """
     files = CheckpointFiles(path)
     chosen = registry.detect(files) if format is None else registry.named(format)
-    opener = Opener(place, digest, open_checkpoint, lambda config: LoadOptions(parse_config(config)))
+    opener = Opener(
+        place,
+        digest,
+        open_checkpoint,
+        lambda config: LoadOptions(parse_config(config), trust=options.trust),
+    )
     opened = chosen.open(files, options, opener)
     _refuse_other_tables(opened.format, options.config, opened.path)
     if options.base is not None and not opened.on_base:

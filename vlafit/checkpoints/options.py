@@ -74,7 +74,12 @@ class LoadOptions:
     then.
     """
 
+    trust: Sequence[str] = ()
+    """Packages from which the module of a checkpoint's policy family may be imported."""
+
     def __post_init__(self) -> None:
+        if isinstance(self.trust, str):
+            raise ConfigError(f"trust is a list of packages: [{self.trust!r}], not {self.trust!r}")
         if self.resize not in (ways := get_args(Resize)):
             raise WeightsError(f"resize {self.resize!r} is not known{did_you_mean(self.resize, ways)}")
         if isinstance(self.fresh, str):

@@ -76,17 +76,28 @@ def weight_files(path: Path) -> list[Path]:
             listed = sorted(set(_map(index).values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
-        outside = [name for name in listed if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise WeightsError(f"{index}: names files that do not lie beside it: {outside}")
-        _require_listed(index, [path / name for name in listed])
-        return [path / name for name in listed]
+        shards = [beside(index, name) for name in listed]
+        _require_listed(index, shards)
+        return shards
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0])
     raise WeightsError(f"{path}: no checkpoint: neither manifest.json nor model.safetensors is there")
+
+
+def beside(path: Path, name: object) -> Path:
+    """Return the file that the file `path` names, which must lie in the same folder.
+
+    Raises WeightsError for any other place: a checkpoint reads no file outside its own folder.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        raise WeightsError(
+            f"{path}: names {name!r}, which is not a file beside it; a checkpoint may only read files in its "
+            "own folder: copy the file there and change the name"
+        )
+    return path.parent / name
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -200,6 +200,17 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option ``--trust``, which names packages whose policy families may be imported."""
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="import the checkpoint's policy family from this package, which runs its code; may be repeated",
+    )
+
+
 def settings(pairs: Sequence[str]) -> dict[str, Any] | None:
     """Return the values of the options ``--config KEY=VALUE``; None without any."""
     parsed = [key_value(pair) for pair in pairs]

@@ -93,7 +93,7 @@ def _through_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and others here
         have = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise CodecError(

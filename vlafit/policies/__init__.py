@@ -1,14 +1,17 @@
 """Policy families, one file each.
 
 A family's module offers `Config` (a frozen dataclass), `SIZES` (named configs), `build` and `init_weights`,
-as `vlafit.policies.pi0` does. A family is named by its file here, or by the dotted path of another module.
+as `vlafit.policies.pi0` does. A family is named by its file here, by the entry point of an installed package
+(group "vlafit.policies"), or by the dotted path of another module. A checkpoint's own files never make vlafit
+import a module that is not installed as a family: the caller has to trust its package.
 """
 
 import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +24,54 @@ if TYPE_CHECKING:
     from vlafit.nn.policy import Policy
 
 
+GROUP = "vlafit.policies"
+
+
 def families() -> list[str]:
     """Name the families that ship."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def family(name: str) -> ModuleType:
-    """Import the module of a family. Raises ConfigError when there is none of that name."""
-    path = name if "." in name else f"{__name__}.{name}"
-    if "." not in name and name not in families():
-        raise ConfigError(f"there is no policy family {name!r}{did_you_mean(name, families())}")
+def installed() -> dict[str, str]:
+    """Return the families that other installed packages offer: name -> module."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def family(name: str, trust: Sequence[str] = ()) -> ModuleType:
+    """Import the module of a family.
+
+    A dotted `name` is imported only if an entry point offers it, the program has imported it already, or
+    `trust` names it or a package that it is in: `name` may come from a stranger's checkpoint. Raises
+    ConfigError otherwise, and for a name that is no family.
+    """
+    others = installed()
+    path = f"{__name__}.{name}" if name in families() else others.get(name, name)
+    if "." not in path:
+        raise ConfigError(f"there is no policy family {name!r}{did_you_mean(name, [*families(), *others])}")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(
+            f"policy family {name!r} is neither a family's name nor the dotted path of a module"
+        )
+    if name not in families() and not _is_trusted(path, others, trust):
+        package = path.partition(".")[0]
+        raise ConfigError(
+            f"policy family {name!r} is a module that no installed package offers as a family (entry point "
+            f"group {GROUP}); importing it runs its code. If you trust the package: --trust {package} (in "
+            f"Python trust=[{package!r}], in a recipe policy.trust = [{package!r}])"
+        )
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ConfigError(f"policy family {name!r}: cannot import {path}: {error}") from error
     lacking = [n for n in ("Config", "SIZES", "build", "init_weights") if n not in vars(module)]
     if lacking:
         raise ConfigError(f"policy family {name!r}: module {path} does not define {', '.join(lacking)}")
     return module
+
+
+def _is_trusted(path: str, offered: Mapping[str, str], trust: Sequence[str]) -> bool:
+    packages = [path, *(path[:end] for end, letter in enumerate(path) if letter == ".")]
+    return path in sys.modules or path in offered.values() or any(package in trust for package in packages)
 
 
 def family_name(policy: "Policy") -> str:
@@ -101,7 +134,7 @@ def build_family(
     Starts from the family's named `size` and replaces the fields in `config`; without a size, `config` must
     be complete. Raises ConfigError for unknown names, keys and sizes.
     """
-    module = family(name)
+    module = family(name, trust=(name,))  # the caller names it, not a file
     where = f"policy family {name!r}"
     if not size:
         made = configuration.build(module.Config, merge({}, config or {}), f"{where}, no size given")

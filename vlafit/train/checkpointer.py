@@ -118,9 +118,10 @@ class CheckpointManager:
 
     def tidy(self) -> None:
         """Remove half-written and half-removed checkpoints of a killed process."""
-        for path in self.folder.glob(".*step_*"):
-            if path.is_dir():
-                shutil.rmtree(path)
+        for path in self.folder.glob(".*step_*.removed"):
+            shutil.rmtree(path)
+        for folder in (self.folder.parent, self.folder):
+            files.tidy(folder)
         newest = self.resumable()
         if newest is not None:
             self._point("last", int(newest.name[5:]))

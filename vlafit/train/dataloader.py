@@ -4,6 +4,8 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -103,6 +105,20 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that a Ctrl-C in the terminal cannot end while they still import torch.
+
+    They inherit the blocked signal; here it waits until the block ends.
+    """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Workers:
     """The dataloader's processes. If one dies, the error is raised where its batch is awaited, nowhere else.
 
@@ -111,7 +127,8 @@ class _Workers:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        self.stream = iter(loader)
+        with _sigint_blocked():
+            self.stream = iter(loader)
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
         if self._processes and threading.current_thread() is threading.main_thread():
             own = not callable(handler) or not handler.__module__.startswith("torch.")

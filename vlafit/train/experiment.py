@@ -63,7 +63,9 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
     initial = (
-        initial_policy.resume(resumed) if resumed is not None else initial_policy.initialise(recipe, data)
+        initial_policy.resume(resumed, (recipe.policy.family, *recipe.policy.trust))
+        if resumed is not None
+        else initial_policy.initialise(recipe, data)
     )
     policy, codec = initial.policy, initial.codec
     _require_one_robot(data, codec, initial.source, resumed)

@@ -1,6 +1,6 @@
 """Make the policy and codec that a run starts with: from a checkpoint, fresh, or from the run itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,9 +46,9 @@ class InitialPolicy:
     warnings: tuple[str, ...] = ()
 
 
-def resume(folder: Path) -> InitialPolicy:
-    """Load the checkpoint of a run to resume. Raises as `checkpoints.load` does."""
-    policy, codec, plan, report = checkpoints.load(folder)
+def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
+    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
+    policy, codec, plan, report = checkpoints.load(folder, trust=trust)
     assert codec is not None and plan is not None  # the trainer saves both
     base = checkpoints.read_base(folder)
     changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
@@ -121,6 +121,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         fresh=chosen.fresh,
         resize=chosen.resize,
         generator=generator,
+        trust=chosen.trust,
     )
     digest = checkpoints.digest(path)
     options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}

@@ -116,7 +116,9 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     path = checkpoints.place(spec.checkpoint).path
     # Headers do not contain a codec, so its options do not apply.
     options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
-    inspected = checkpoints.inspect(path, options or None, fresh=spec.fresh, resize=spec.resize)
+    inspected = checkpoints.inspect(
+        path, options or None, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
+    )
     codec = inspected.codec
     if codec is not None and codec.embodiment.hz and recipe.data.statistics == "checkpoint":
         card = f"card {data.cards[0].name!r}"

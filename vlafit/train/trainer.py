@@ -86,6 +86,7 @@ class Trainer:
         if saved is not None:
             checkpointer.restore(saved, self.train_state)
             self._mark_best()  # the killed run may not have done so
+            self._prune()
 
     def train(self) -> RunStatus:
         """Train to the recipe's last step, or to its last second, or until a signal; return the status.
@@ -283,10 +284,14 @@ class Trainer:
         if context.main:
             context.manager.save(step, fill)
         self._mark_best()
-        if context.main:
-            best = progress.best_step if context.recipe.train.keep_best else None
-            context.manager.prune(best, always={0} if context.recipe.eval.before else set())
+        self._prune()
         barrier()
+
+    def _prune(self) -> None:
+        recipe = self.context.recipe
+        if self.context.main:
+            best = self.state.progress.best_step if recipe.train.keep_best else None
+            self.context.manager.prune(best, always={0} if recipe.eval.before else set())
 
     def _mark_best(self) -> None:
         step, loss = self.state.progress.best_step, self.state.progress.best_loss

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from vlafit import shipped
 from vlafit.cli.console import Line
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
@@ -56,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
     parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
+    add_trust(parser)
     options = parser.read(arguments)
     protocol = shipped.find("protocol", options.protocol)
     name, load = _actor(options)
@@ -103,11 +104,16 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
             from vlafit.actor import load_actor
 
             return load_actor(
-                folder, steps=options.steps or 0, width=options.max_batch or 16, device=options.device or ""
+                folder,
+                steps=options.steps or 0,
+                width=options.max_batch or 16,
+                device=options.device or "",
+                trust=options.trust,
             )
 
         return Path(folder), load
     here = [f"--{name}" for name in ("steps", "device", "max_batch") if getattr(options, name) is not None]
+    here += ["--trust"] * bool(options.trust)
     if here:
         listed = ", ".join(here).replace("_", "-")
         raise ConfigError(f"{listed}: is decided where the policy is served; give it to `vlafit serve`")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import Parser, add_config, add_format, key_value, settings
+from vlafit.cli.parser import Parser, add_config, add_format, add_trust, key_value, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 [float32]")
     add_config(parser)
     add_format(parser)
+    add_trust(parser)
     options = parser.read(arguments)
 
     config = settings(options.config)
@@ -60,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
         config=config,
         dtype=options.dtype,
         format=options.format,
+        trust=options.trust,
     )
     print(made.text())
     return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import plan_table, size, table
-from vlafit.cli.parser import Parser, add_config, add_format, settings
+from vlafit.cli.parser import Parser, add_config, add_format, add_trust, settings
 from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
+    parser.add_argument("--base", metavar="CHECKPOINT", help="the one that CHECKPOINT's adapters sit on")
     add_config(parser)
     add_format(parser)
+    add_trust(parser)
     parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
     parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -38,7 +40,14 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit import checkpoints, tuning
 
     look = checkpoints.load if options.whole else checkpoints.inspect
-    loaded = look(folder, config=config, dtype=options.dtype, format=options.format)
+    loaded = look(
+        folder,
+        config=config,
+        base=checkpoint_folder(options.base, foreign=True) if options.base else None,
+        dtype=options.dtype,
+        format=options.format,
+        trust=options.trust,
+    )
     facts = describe(loaded)
     if options.strategy:
         plan = tuning.preview(bare(loaded.policy), tuning.load_strategy(options.strategy))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution, Mode
@@ -58,9 +58,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--replan", metavar="N", type=int, default=0, help="steps until they replan [the whole chunk]"
     )
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="Euler steps of sampling [10]")
+    parser.add_argument(
+        "--steps", metavar="N", type=int, default=0, help="steps of sampling [the policy's, 10]"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling noise [0]")
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
+    add_trust(parser)
     options = parser.read(arguments)
 
     names = _names(options.map)
@@ -88,7 +91,12 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit.serve.server import run as serve
 
     actor = load_actor(
-        folder, steps=options.steps, width=options.max_batch, seed=options.seed, device=options.device
+        folder,
+        steps=options.steps,
+        width=options.max_batch,
+        seed=options.seed,
+        device=options.device,
+        trust=options.trust,
     )
     described = describe(actor)
 

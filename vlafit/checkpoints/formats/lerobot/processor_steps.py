@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
-from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.tensor_files import beside, read_json_object
 from vlafit.errors import WeightsError
 
 PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
@@ -96,7 +96,7 @@ def read_steps(path: Path) -> list[Step]:
                 where=f"{path}: step {i} ({one['registry_name']})",
                 name=one["registry_name"],
                 config=dict(one["config"]),
-                state_file=path.parent / one["state_file"] if "state_file" in one else None,
+                state_file=beside(path, one["state_file"]) if "state_file" in one else None,
                 artifacts=dict(one.get("artifacts", {})),
             )
             for i, one in enumerate(listed)

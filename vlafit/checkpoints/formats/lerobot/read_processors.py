@@ -18,7 +18,7 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
-from vlafit.checkpoints.tensor_files import open_tensors
+from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
@@ -299,7 +299,7 @@ def _relative(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> t
 
 def _tokenizer(folder: Path, asking: Step, given: Tokenizer | None) -> Tokenizer | None:
     inside = asking.artifacts.get("tokenizer_name", "")
-    if inside and (folder / inside).is_dir():
+    if inside and beside(folder / PRE, inside).is_dir():
         if given is not None:
             raise WeightsError(f"{folder}: has a tokenizer of its own ({inside}/); it takes no tokenizer")
         return tokenizers.load(folder / inside)

@@ -36,7 +36,7 @@ class Native(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Verify every hash, and open the weights with those of the base below them."""
         path, fields = files.path, options.config.fields
-        stored = open_folder(path, options.hash_weights)
+        stored = open_folder(path, options.hash_weights, options.trust)
         config = stored.config
         if fields:
             require_known_keys(fields, asdict(config), f"{path}: config")

@@ -8,7 +8,7 @@ What others put beside them (a run's training/) is left alone. `vlafit.checkpoin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlafit import config as configuration
@@ -17,7 +17,7 @@ from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, 
 from vlafit.checkpoints.history import FILE as HISTORY
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec
-from vlafit.errors import WeightsError
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.policies import family
 from vlafit.tuning import Plan
 
@@ -46,16 +46,20 @@ def recognise(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / POLICY).is_file()
 
 
-def open_folder(folder: Path, hash_weights: bool = True) -> NativeFolder:
+def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = ()) -> NativeFolder:
     """Verify every file's hash and read all but the weights.
 
-    Without `hash_weights` the weights' file must be there, and is not read. Raises WeightsError naming files
-    that are missing, changed or not in the manifest.
+    Without `hash_weights` the weights' file must be there, and is not read. `trust` names packages from which
+    the module of its family may be imported. Raises WeightsError naming files that are missing, changed or
+    not in the manifest, or a family that is not trusted.
     """
     _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
     path = folder / POLICY
     described = _read(path, {"format", "family", "config"})
-    module = family(str(described["family"]))
+    try:
+        module = family(str(described["family"]), trust)
+    except ConfigError as error:
+        raise WeightsError(f"{path}: {error}") from error
     config = configuration.build(module.Config, described["config"], f"{path}: config")
     codec = Codec.load(folder) if (folder / CODEC).is_file() else None
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
@@ -79,6 +83,9 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
     ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED)]
     ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
+    outside = [name for name in listed if not _is_below(name)]
+    if outside:
+        raise WeightsError(f"{path}: lists files that are not in the checkpoint's folder: {outside[:3]}")
     missing = [name for name in listed if not (folder / name).is_file()]
     read = {n: h for n, h in listed.items() if n not in missing and n not in unread}
     wrong = {
@@ -92,6 +99,10 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
             f"{folder}: the checkpoint's files are not those that were saved:\n" + "\n".join(lines) + "\n"
             "Copy the checkpoint again; to change it, load it and save it anew."
         )
+
+
+def _is_below(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any]:

@@ -54,8 +54,7 @@ def recognise(path: Path) -> bool:
 
 
 def open_folder(folder: Path, base: str | Path | None, place: Callable[[str | Path], Place]) -> PeftFolder:
-    """Read the headers of a PEFT folder and find its base: inside it, where it says, or where the caller
-    does.
+    """Read the headers of a PEFT folder and find its base: inside it, or where the caller says.
 
     Raises WeightsError where either is missing or damaged.
     """
@@ -98,6 +97,12 @@ def _base_of(
     revision = config.get("revision")
     if given is None and revision and hub.parse(str(reference)) == (str(reference), None):
         reference = f"{reference}@{revision}"
+    if given is None and not _is_inside(folder, str(reference)):
+        raise WeightsError(
+            f"{folder}: {CONFIG} says that its adapters sit on {str(reference)!r}, which is not in this "
+            "folder; a checkpoint may not choose what else is read. If that is the right base, name it: "
+            f"base={str(reference)!r} (--base on the command line)"
+        )
     try:
         path = place(reference).path
     except (ConfigError, WeightsError) as error:
@@ -113,6 +118,11 @@ def _base_of(
             " are saved, and loaded, as a checkpoint of vlafit"
         )
     return path
+
+
+def _is_inside(folder: Path, reference: str) -> bool:
+    path = Path(reference)
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def saved_modules(folder: PeftFolder, names: NameMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

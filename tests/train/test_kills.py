@@ -1,0 +1,73 @@
+"""What a kill or a Ctrl-C leaves behind never stands in the way of the next command."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from vlafit.errors import TrainingError
+from vlafit.recipe import Recipe
+from vlafit.train import run
+from vlafit.train.checkpointer import CheckpointManager
+from vlafit.train.dataloader import _Workers
+from vlafit.train.run_folder import require_usable
+
+
+@pytest.mark.parametrize("stray", [".probe.41", ".recipe.toml.41.partial", ".lock", ".lock.owner"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_kill_in_the_first_moments_leaves_a_folder_in_which_a_run_can_begin(
+    recipe: Recipe, tmp_path: Path, stray: str, resume: bool
+) -> None:
+    (tmp_path / stray).write_text("")
+    require_usable(recipe, tmp_path, resume)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(TrainingError, match="not empty"):
+        require_usable(recipe, tmp_path, resume)
+
+
+def test_partial_files_of_a_killed_process_are_removed_from_the_run(tmp_path: Path) -> None:
+    shelf = tmp_path / "checkpoints"
+    shelf.mkdir()
+    for path in (tmp_path / ".run.json.41.partial", shelf / ".last.json.41.partial", tmp_path / ".probe.41"):
+        path.write_text("")
+    for name in (".step_000004.partial", ".step_000002.removed"):
+        (shelf / name).mkdir()
+    (shelf / "step_000002").mkdir()
+    CheckpointManager(tmp_path, keep=2).tidy()
+    assert [p.name for p in shelf.iterdir()] == ["step_000002"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_pruned_is_pruned_on_resume(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shelf = out / "checkpoints"
+    kept = sorted(p.name for p in shelf.glob("step_*"))
+    for step in (1, 3):
+        shutil.copytree(shelf / kept[-1], shelf / f"step_{step:06d}")
+    assert run(recipe, out, resume=True).finished
+    left = sorted(p.name for p in shelf.glob("step_*"))
+    assert kept[-1] in left and len(left) <= recipe.train.keep + 2
+    assert json.loads((shelf / "last.json").read_text())["path"] == kept[-1]
+
+
+class Masks(Dataset[bool]):
+    """Whether the process that loads a row was started with SIGINT blocked."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_ctrl_c_cannot_end_a_loader_process_that_still_imports_torch() -> None:
+    loader = DataLoader(Masks(), num_workers=1, multiprocessing_context="spawn", batch_size=None)
+    workers = _Workers(loader)
+    assert workers.next() is True
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
