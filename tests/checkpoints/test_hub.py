@@ -149,7 +149,10 @@ def test_a_run_that_begins_on_the_hub_records_the_commit(cache: Path, capsys: py
         optim={"ema": 0.0},
         train={"steps": 1, "batch_size": 2, "draws": 1, "validate_every": 0, "save_every": 1},
     )
-    start = PolicyRecipe(checkpoint="acme/tiny", config={**TOLD, "action_dim": 32}, resize="keep")
+    words = str(OPENPI.parent / "lerobot_smolvla" / "tokenizer")
+    start = PolicyRecipe(
+        checkpoint="acme/tiny", config={**TOLD, "action_dim": 32}, resize="keep", tokenizer=words
+    )
     Path("recipe.toml").write_text(config.dump(replace(recipe, policy=start, strategy="lora")))
     assert cli.main(["train", "recipe.toml", "--out", "run"]) == 0
     told = json.loads(Path("run/run.json").read_text())["load_report"]
