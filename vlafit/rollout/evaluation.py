@@ -136,8 +136,10 @@ def preflight(
     wrong_instruction: bool = False,
     seeds: Mapping[str, Collection[int]] | None = None,
     timeout_s: float = 120.0,
-) -> None:
+) -> Embodiment:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
+
+    Return the robot of the protocol's environment.
 
     `seeds` are the training seeds by task; `trials` the episodes per task of a second evaluation, if more
     than the protocol's.
@@ -156,6 +158,7 @@ def preflight(
     notice = _renderer_notice(embodiment, ready.embodiment)
     if notice:
         log.warning("%s", notice)
+    return ready.embodiment
 
 
 def _require_playable(
