@@ -141,7 +141,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         path,
         config=chosen.config or None,
         tokenizer=opened if passed else None,
-        assets=chosen.assets if passed or not makes_codec else None,
+        assets=chosen.assets or None,
         fresh=chosen.fresh,
         resize=chosen.resize,
         generator=generator,
