@@ -65,7 +65,9 @@ def test_a_mask_of_another_width_is_never_put_on_the_robot():
     theirs = checkpoint((True, True, False))
     agreement = agreed(dataset((True, True), action=narrow), theirs, True, robot=True, actions="checkpoint")
     assert conflicts(agreement) == {"relative actions"}
-    assert agreed(dataset((True, True), action=narrow), theirs, True, robot=True, actions="data").relative == (
+    assert agreed(
+        dataset((True, True), action=narrow), theirs, True, robot=True, actions="data"
+    ).relative == (
         True,
         True,
     )

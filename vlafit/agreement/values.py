@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from vlafit import files
 from vlafit.errors import ConfigError, EmbodimentError
@@ -66,6 +66,9 @@ class Agreement:
     """The dataset's camera for each slot of the policy; "" leaves a slot empty."""
     relative: tuple[bool, ...]
     """For each action dimension: whether actions are relative. Empty: none is."""
+
+    HEADS: ClassVar = ("item", "dataset", "checkpoint", "holds", "why")
+    """Column heads of `rows`."""
 
     @property
     def conflicts(self) -> tuple[Item, ...]:

@@ -213,13 +213,13 @@ class Normaliser:
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
         """Return the normaliser of `method`; nothing is clipped.
 
-        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": the range, likewise)
+        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
         the divisor is never so small that a *recorded* value would land further than 50 from the centre: a
         dimension that hardly ever moves otherwise gives q99 - q01 near 0 and normalised values in the
-        thousands. A dimension that is constant but for noise is divided by 1e-2 * max(1, |mean|), so that an
-        unforeseen value at run time stays small too. All stay invertible. Statistics without a range are
-        another program's: a policy was trained with them as they are, so its formula is used as it is, without
-        floors.
+        thousands. A dimension that is constant but for noise is divided by 1e-2 * max(1, |mean|), so that
+        an unforeseen value at run time stays small too. All stay invertible. Statistics without a range
+        are another program's: a policy was trained with them as they are, so its formula is used as it is,
+        without floors.
 
         Raises CodecError where `method` needs statistics that were not recorded.
         """
