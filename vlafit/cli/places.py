@@ -1,10 +1,10 @@
 """Resolve checkpoints named on the command line: folders, runs, shipped names and Hub repositories."""
 
-import json
 from pathlib import Path
 
 from vlafit import shipped
 from vlafit.errors import ConfigError
+from vlafit.files import parse_json
 
 
 def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
@@ -41,7 +41,7 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
 
 def _follow(pointer: Path) -> Path:
     try:
-        folder = pointer.parent / json.loads(pointer.read_text(encoding="utf-8"))["path"]
+        folder = pointer.parent / parse_json(pointer.read_text(encoding="utf-8"))["path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():

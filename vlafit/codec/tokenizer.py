@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlafit.errors import CodecError
-from vlafit.files import write_atomic
+from vlafit.files import parse_json, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
@@ -71,7 +71,7 @@ def load(folder: Path | str) -> Tokenizer:
         config: dict[str, object] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                config |= json.loads((folder / name).read_text(encoding="utf-8"))
+                config |= parse_json((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
         raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
 

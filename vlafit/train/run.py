@@ -151,9 +151,18 @@ def _run(
     if main:
         _end(record, trainer, time.perf_counter() - began)
         callbacks.phase("report")
-        page = report.build(out)
+        page = _report(out)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
+
+
+def _report(out: Path) -> Path | None:
+    """Write the report. Whatever is wrong with it, the run is finished, so an error is a warning."""
+    try:
+        return report.build(out)
+    except Exception as error:  # of pictures, fonts, files that others damaged
+        log.warning("the report could not be written: %r. Once fixed: vlafit report %s", error, out)
+        return None
 
 
 def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None:

@@ -14,14 +14,15 @@ import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
+from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import stages
 from vlafit.tuning import load_strategy
 
 # Fields that may differ when a run is resumed: none of them changes a weight.
 HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep", "train.keep_best",
-            "train.save_every", "train.validate_every", "train.validation_batches", "train.trackers", "data.workers",
-            "data.validation_sets")  # fmt: skip
+            "train.save_every", "train.validate_every", "train.validation_batches", "train.trackers",
+            "data.workers", "data.validation_sets")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",
@@ -94,7 +95,7 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_json(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured

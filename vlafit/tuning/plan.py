@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
+from vlafit.files import parse_json
 from vlafit.tuning.adapters import Adapter, Quantise
 from vlafit.tuning.resolution import Resolution, resolve_strategy
 from vlafit.tuning.rules import Rule
@@ -210,7 +211,7 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Read what `to_json` wrote. Raises StrategyError when the text is anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             if values["format"] not in (1, FORMAT):
                 raise StrategyError(
                     f"plan.json has format {values['format']!r}; this version reads format {FORMAT}"
