@@ -3,6 +3,7 @@
 # make test         lint, types, import contracts, the tests (what .ci/run calls; 10 minutes on two cores)
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
+# make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
 # make docs         the site, with the API reference, in build/site; a warning is an error
 #
 # Each needs Python 3.11 to 3.13, and makes .venv when there is none. Another Python: make PYTHON=python3.12 test.
@@ -17,7 +18,7 @@ LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation test test-all tested lint types imports unit peers docs clean
+.PHONY: help quickstart ablation test test-all tested lint types imports unit peers peers-serve docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -63,11 +64,14 @@ tested: $(TEST_FILES:%.py=.venv/passed/%)
 peers: .venv/ready-dev .venv-lerobot/ready
 	VLAFIT_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(BIN)/pytest -s tests/parity
 
+peers-serve: .venv/ready-dev .venv-peers/ready
+	VLAFIT_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/pytest -n 0 tests/serve/test_peers.py
+
 docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-lerobot build dist
+	rm -rf .venv .venv-lerobot .venv-peers build dist
 
 # ------------------------------------------------------------------------------------------------- set-up
 
@@ -103,4 +107,10 @@ clean:
 	@echo "Installing $(LEROBOT) into .venv-lerobot (once; several GB) ..."
 	$(PEER_PYTHON) -m venv .venv-lerobot
 	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check '$(LEROBOT)'
+	@touch $@
+
+# They need numpy below 2.
+.venv-peers/ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q --disable-pip-version-check openpi-client==0.1.2 vla-eval==0.8.0
 	@touch $@

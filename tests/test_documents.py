@@ -33,7 +33,6 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "eval/REA
 GUIDES = ["README.md", *PAGES]  # what users copy commands from
 RESULTS = ROOT / "eval" / "results"
 PUBLIC = {"lerobot/pi0_base", "lerobot/pi05_base", "lerobot/smolvla_base"}  # ids of the Hugging Face Hub
-PUBLIC_DATA = {"lerobot/svla_so101_pickplace"}
 THEIR_OWN = {"openpi_pi0_base", "pytorch_model.bin"}  # files that a reader has, or downloads
 LAUNCH = "-m vlafit "
 
@@ -125,7 +124,7 @@ def require_names(recipe: Recipe | None, options: dict[str, Any]) -> None:
     if recipe is None:
         return
     load_strategy(recipe.strategy)
-    for card in set(recipe.data.cards) - PUBLIC_DATA:
+    for card in recipe.data.cards:
         load_card(card)
     if recipe.policy.checkpoint:
         require_checkpoint(recipe.policy.checkpoint)
@@ -286,7 +285,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/extending.md"])
 def test_a_page_is_short(name: str):
-    assert len(text_of(name).split()) <= 650
+    assert len(text_of(name).split()) <= 900
 
 
 def test_every_shipped_strategy_is_in_the_changelog_and_every_protocol_on_its_page():

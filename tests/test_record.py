@@ -152,7 +152,7 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     process.send_signal(how)
     _, said = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -how), said
-    assert how != signal.SIGINT or "interrupted; the same command with --resume goes on" in said
+    assert how != signal.SIGINT or "interrupted; continue with the same command and --resume" in said
     assert not (out / f"{TASKS[1]}_demo.hdf5").exists()
     assert all(part.exists() for part in parts)  # what was finished is there
     with pytest.raises(DataError, match=r"stopped already holds a recording.*--resume"):

@@ -4,18 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlafit.actor import load_actor as load_actor
     from vlafit.checkpoints import load as load_checkpoint  # noqa: F401
     from vlafit.checkpoints import load_policy as load_policy
     from vlafit.checkpoints import save as save_checkpoint  # noqa: F401
     from vlafit.datasets import open_dataset as open_dataset
+    from vlafit.execution import Execution as Execution
+    from vlafit.execution import Limits as Limits
     from vlafit.nn.batch import Batch as Batch
+    from vlafit.serve.client import connect as connect
+    from vlafit.serve.control import Controller as Controller
     from vlafit.tuning import apply_strategy as apply_strategy
     from vlafit.tuning.merge import merge as merge
 
 # What the package offers at its top, and where that lives: imported when asked for, since torch is slow.
 _HOMES = {
     "Batch": ("vlafit.nn.batch", "Batch"),
+    "Controller": ("vlafit.serve.control", "Controller"),
+    "Execution": ("vlafit.execution", "Execution"),
+    "Limits": ("vlafit.execution", "Limits"),
     "apply_strategy": ("vlafit.tuning", "apply_strategy"),
+    "connect": ("vlafit.serve.client", "connect"),
+    "load_actor": ("vlafit.actor", "load_actor"),
     "load_checkpoint": ("vlafit.checkpoints", "load"),
     "load_policy": ("vlafit.checkpoints", "load_policy"),
     "merge": ("vlafit.tuning.merge", "merge"),

@@ -17,9 +17,12 @@ from vlafit import checkpoints
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
+from vlafit.nn.flow_policy import FlowPolicy
+from vlafit.nn.guidance import Continuation, prefix_weights
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import rollout_rng
-from vlafit.types import ActionChunk, Embodiment, EpisodeKey, Observation
+from vlafit.pointers import in_run
+from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
 
 class PolicyActor:
@@ -76,27 +79,86 @@ class PolicyActor:
 
         Raises CodecError for observations that are not of the policy's embodiment.
         """
+        return self.act_guided(observations, keys, [None] * len(keys))
+
+    def act_guided(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        """Return one chunk [t, a] for each observation that continues what is committed there (None:
+        nothing).
+
+        Guided rows and others never share a batch: gradients would change the last bits of the others. Raises
+        CodecError as `act` does, and ConfigError where the policy cannot be guided.
+        """
         if len(observations) != len(keys):
             raise CodecError(f"{len(observations)} observations with {len(keys)} keys: each needs its own")
-        chunks: list[ActionChunk] = []
+        kinds = [None if left is None else left.guidance.jacobian for left in committed]
+        chunks: dict[int, ActionChunk] = {}
         with _evaluating(self.policy):
-            for begin in range(0, len(keys), self.width):
-                end = begin + self.width
-                chunks += self._batch(observations[begin:end], keys[begin:end])
-        return chunks
+            for kind in dict.fromkeys(kinds):
+                rows = [i for i, other in enumerate(kinds) if other == kind]
+                for begin in range(0, len(rows), self.width):
+                    some = rows[begin : begin + self.width]
+                    lefts = [committed[i] for i in some]
+                    batch = self._batch([observations[i] for i in some], [keys[i] for i in some], lefts)
+                    chunks |= zip(some, batch, strict=True)
+        return [chunks[i] for i in range(len(keys))]
 
     @torch.no_grad()
-    def _batch(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+    def _batch(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
         encoded = [self.codec.encode(observation) for observation in observations]
         missing = self.width - len(keys)
         rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
         device = next(self.policy.parameters()).device
         batch = self._cut(stack(encoded + encoded[:1] * missing)).to(device)
-        actions = self.policy.act(batch, rng).float().cpu().numpy()  # [width, t, a]
+        lefts = [left for left in committed if left is not None]
+        if lefts:
+            if not isinstance(self.policy, FlowPolicy):
+                raise ConfigError("real-time chunking needs a flow-matching policy, and this is none")
+            continuation = self._continuation(observations, lefts, missing, device)
+            actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()
+        else:
+            actions = self.policy.act(batch, rng).float().cpu().numpy()  # [width, t, a]
         return [
             self.codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
+
+    def _continuation(
+        self,
+        observations: Sequence[Observation],
+        lefts: Sequence[Committed],
+        missing: int,
+        device: torch.device,
+    ) -> Continuation:
+        """Return what the rows have to continue, encoded for their observations; the first fills the
+        batch."""
+        config, dimensions = self.codec.config, self.embodiment.action.shape[0]
+        actions = torch.zeros(len(lefts), config.chunk, config.action_dim)
+        weights = torch.zeros_like(actions)
+        for row, (left, observation) in enumerate(zip(lefts, observations, strict=True)):
+            known = min(len(left.actions), config.chunk)
+            encoded = self.codec.encode_actions(left.actions[:known], observation)
+            actions[row, :known] = torch.from_numpy(encoded)
+            end = min(left.end, known)
+            steps = prefix_weights(left.guidance.schedule, left.delay, end, config.chunk)
+            weights[row, :, :dimensions] = steps[:, None]
+        strength = torch.tensor([left.guidance.max_weight for left in lefts])
+        rows = torch.tensor([*range(len(lefts)), *[0] * missing])
+        return Continuation(
+            actions[rows].to(device),
+            weights[rows].to(device),
+            strength[rows].to(device),
+            lefts[0].guidance.jacobian,
+        )
 
     def _cut(self, batch: Batch) -> Batch:
         """Drop the camera slots that are always missing; nothing here looks at what the rows hold."""
@@ -116,14 +178,14 @@ def load_actor(
     device: str = "",
     trust: Sequence[str] = (),
 ) -> PolicyActor:
-    """Load a checkpoint (a folder, the name of one that ships, or an id of the Hub) as an actor.
+    """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
     `steps` is for a policy that samples in steps: how many; 0: its own number. `device` is torch's name; the
     GPU if there is one when empty. `trust`: see `checkpoints.load`. Raises what `checkpoints.load` raises,
     and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the device is
     not there.
     """
-    folder = checkpoints.place(path).path
+    folder = in_run(Path(path)) or checkpoints.place(path).path
     loaded = checkpoints.load(
         folder,
         device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),

@@ -51,6 +51,10 @@ class SimulationError(VlafitError):
     """A simulation that cannot be created, rendered or stepped."""
 
 
+class RemoteError(VlafitError):
+    """A server of actions that cannot be reached, or refuses what it was sent."""
+
+
 def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest option, or a list of the options if none is near.
 

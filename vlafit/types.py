@@ -7,7 +7,7 @@ converts between the two.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,16 @@ class Feature:
     """A named column, or a camera.
 
     A camera's shape is (height, width, 3) and its pixels are uint8 RGB; a column's shape is (dimensions,).
-    `labels`, when given, names each dimension of a column.
+    `labels`, when given, names each dimension of a column. `low` and `high`, when given, are the least and
+    the greatest value of each dimension that the robot permits.
     """
 
     name: str
     shape: tuple[int, ...]
     unit: str = ""
     labels: tuple[str, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,53 @@ class Actor(Protocol):
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         """Return one action chunk for each observation, in order."""
+        ...
+
+
+Schedule = Literal["exponential", "linear", "ones", "zeros"]
+"""How the weights of real-time chunking fall from 1 (committed steps) to 0 (steps that are free)."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a new chunk is held to the one that is being executed (real-time chunking).
+
+    Defaults are those of the paper (Black et al. 2025, "Real-Time Execution of Action Chunking Flow
+    Policies", table 2 and section 4.3). With `jacobian` the error is propagated back through the network as
+    in the paper; without, it is applied to the actions directly, which costs no backward pass (LeRobot 0.6.1
+    does so).
+    """
+
+    schedule: Schedule = "exponential"
+    max_weight: float = 5.0
+    jacobian: bool = True
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What is left of the chunk that is being executed, from the step of the observation on.
+
+    `actions` is float32 [k, a] in the robot's units. The first `delay` of them will have been executed before
+    the new chunk can begin; those from `end` on are free to change.
+    """
+
+    actions: NDArray[np.float32]
+    delay: int
+    end: int
+    guidance: Guidance = Guidance()
+
+
+@runtime_checkable
+class GuidedActor(Actor, Protocol):
+    """An actor that can continue the chunk that is being executed: what real-time chunking needs."""
+
+    def act_guided(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        """Return one chunk for each observation, in order; `None` asks for a chunk that continues nothing."""
         ...
 
 

@@ -77,7 +77,7 @@ def test_the_version_is_told(capsys):
             ["eval", "x", "--protocol", "y", "--workers", "two"],
             "argument --workers: invalid int value: 'two'",
         ),
-        (["report"], "the following arguments are required: RUN"),
+        (["report"], "the following arguments are required: FOLDER"),
         (["eval", "no-such", "--protocol", "y"], "there is no checkpoint 'no-such'"),
         (["record", "no-such"], "there is no card 'no-such'"),
         (["inspect", "no-such"], "there is no checkpoint 'no-such'"),

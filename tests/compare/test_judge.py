@@ -25,7 +25,8 @@ def figures(
     by_start: bool = True,
 ) -> Figures:
     """Return the figures of an arm that succeeded at the first so many of its starts."""
-    outcomes = {} if success is None else {str(60_000 + i): i < success[0] for i in range(success[1])}
+    wins, starts = success or (0, 0)
+    outcomes: dict[str, bool | None] = {str(60_000 + i): i < wins for i in range(starts)}
     points = (ValidationPoint(0, 0, 0.0, 2.0), ValidationPoint(5, 20, 1.0, loss))
     return Figures(
         steps=5,

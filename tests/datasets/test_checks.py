@@ -1,4 +1,4 @@
-"""What `vlafit data check` finds: nothing on clean recordings, and each kind of damage in the right episode."""
+"""`vlafit data check`: no finding on clean recordings, and each kind of damage in the right episode."""
 
 import json
 from collections.abc import Callable
@@ -189,7 +189,7 @@ def test_errors_come_first():
     assert findings[0].severity == "error" and findings[-1].severity == "warning"
 
 
-# -------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def test_the_verbs_exit_0_when_clean_1_on_errors_and_2_when_it_cannot_be_opened(

@@ -113,12 +113,12 @@ def test_rows_of_a_padded_batch_equal_the_same_rows_alone_and_unpadded(policy: P
     for i in range(len(batch)):
         cameras, used = int(batch.image_mask[i].sum()), int(batch.token_mask[i].sum())
         alone = Batch(
-            batch.images[i : i + 1, :cameras],
-            batch.image_mask[i : i + 1, :cameras],
-            batch.tokens[i : i + 1, :used],
-            batch.token_mask[i : i + 1, :used],
-            batch.state[i : i + 1],
-            None if batch.actions is None else batch.actions[i : i + 1],
+            images=batch.images[i : i + 1, :cameras],
+            image_mask=batch.image_mask[i : i + 1, :cameras],
+            tokens=batch.tokens[i : i + 1, :used],
+            token_mask=batch.token_mask[i : i + 1, :used],
+            state=batch.state[i : i + 1],
+            actions=None if batch.actions is None else batch.actions[i : i + 1],
         )
         got = policy.velocity(alone, noise[0][i : i + 1], time[0][i : i + 1])
         torch.testing.assert_close(got[0], together[i], **CLOSE)

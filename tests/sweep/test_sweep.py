@@ -113,7 +113,7 @@ def test_a_trial_that_falls_behind_is_pruned(recipe: Recipe, tmp_path: Path) -> 
     one = sweep.Sweep(recipe, Study(search, trials=2, startup=1, warmup=0.0), tmp_path)
     storage = Storage(tmp_path, one.study, recipe.train.steps)
     for lr in (3e-2, 1e-12):
-        storage.trials_of.enqueue_trial({"optim.lr": lr})
+        storage.optuna_study.enqueue_trial({"optim.lr": lr})
     told: list[str] = []
     assert run_trials(one, told.append)
     assert states(one) == ["whole", "pruned"] and "after step 2" in told[1]
@@ -126,7 +126,7 @@ def test_a_trial_that_breaks_is_recorded_and_ends_nothing(recipe: Recipe, tmp_pa
     one = sweep.Sweep(recipe, Study(search, trials=2, startup=2), tmp_path)
     storage = Storage(tmp_path, one.study, recipe.train.steps)
     for tokens in ("2", "16"):
-        storage.trials_of.enqueue_trial({"policy.config.max_tokens": tokens})
+        storage.optuna_study.enqueue_trial({"policy.config.max_tokens": tokens})
     assert run_trials(one, lambda _: None)
     broken, whole = sweep.read(one).trials
     assert (broken.state, whole.state) == ("broke", "whole") and "tokens, the policy takes 2" in broken.error

@@ -110,7 +110,7 @@ def test_the_command_line_ends_with_130_after_sigterm_and_says_how_to_go_on(
     process.terminate()
     said = "".join(process.communicate())
     assert process.returncode == 130, said
-    assert "saving after this step" in said and "--resume goes on" in said
+    assert "SIGTERM: saving after this step" in said and "--resume" in said
     assert (tmp_path / "run" / "report.html").is_file()
 
 

@@ -20,6 +20,7 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "sweep": "search learning rate, rank or any other field with Optuna",
     "eval": "evaluate a checkpoint in simulation under a protocol",
     "data": "inspect and check a recorded dataset, print its statistics, write its card",
+    "serve": "serve a checkpoint over websockets: to robots, openpi's client, vla-eval, vlafit eval --actor",
     "record": "record demonstrations of scripted experts",
     "report": "write the report page of a run or of a finished comparison again",
     "inspect": "show what a checkpoint contains, and what a tuning strategy would train",
@@ -28,7 +29,7 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "list": "list the shipped recipes, cards, protocols, strategies and checkpoints",
 }
 RESUMABLE = ("train", "eval", "record")
-LONG = (*RESUMABLE, "compare", "sweep")  # verbs that go on when nobody reads their output any more
+LONG = (*RESUMABLE, "compare", "sweep", "serve")  # verbs that go on when nobody reads their output any more
 OF_THE_MACHINE = {
     getattr(errno, name)
     for name in ("ENAMETOOLONG", "EACCES", "EPERM", "ENOSPC", "EROFS", "EDQUOT", "EIO", "ELOOP", "ENOTDIR",

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from vlafit import shipped
+from vlafit import pointers, shipped
 from vlafit.errors import ConfigError
-from vlafit.files import parse_json
 
 
 def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
@@ -20,9 +19,9 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
         raise ConfigError("the checkpoint's name is empty")
     if (path / "policy.json").is_file():
         return path
-    for pointer in (path / "checkpoints" / "last.json", path.parent / f"{path.name}.json"):
-        if pointer.is_file() and pointer.parent.name == "checkpoints":
-            return _follow(pointer)
+    checkpoint = pointers.in_run(path)
+    if checkpoint is not None:
+        return checkpoint
     if foreign and path.exists():
         return path
     if path.is_dir():
@@ -37,13 +36,3 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
         if hub.parse(text) is None:
             raise
         return locate.place(text).name
-
-
-def _follow(pointer: Path) -> Path:
-    try:
-        folder = pointer.parent / parse_json(pointer.read_text(encoding="utf-8"))["path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
-    if not (folder / "policy.json").is_file():
-        raise ConfigError(f"{pointer} points to {folder}, which is not a checkpoint; name another one")
-    return folder

@@ -184,6 +184,19 @@ class Codec:
         padded[: len(normal)] = normal
         return padded
 
+    def encode_actions(self, actions: NDArray, observation: Observation) -> NDArray[np.float32]:
+        """Turn actions [k, a] in the robot's units into the policy's output for `observation` [k, A].
+
+        The inverse of `decode`, for k steps; padded dimensions are 0.
+        """
+        values = actions.astype(np.float64)
+        if len(self._relative):
+            state = self._column("state", observation.state, self.embodiment.state)
+            values[:, self._relative] -= state[self._relative]
+        padded = np.zeros((len(actions), self.config.action_dim), np.float32)
+        padded[:, : actions.shape[1]] = self._action.encode(values)
+        return padded
+
     def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
         """Turn a policy's output [t, A] for `observation` back into actions [t, a] in the robot's units.
 

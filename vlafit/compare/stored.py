@@ -88,13 +88,14 @@ def _options(content: Mapping[str, Any], command: str, records: Mapping[str, Arm
     grid = tuple(float(lr) for lr in content["lr_grid"])
     chosen = {values["strategy"]: values["lr"] for values in content["strategies"]}
     searched = {r.seed for r in records.values() if grid and r.lr != chosen.get(r.strategy)}
-    jobs = re.search(r"--jobs[ =](\d+)", command)
+    in_command = re.search(r"--jobs[ =](\d+)", command)  # earlier versions kept it only there
+    jobs = content.get("jobs") or (int(in_command.group(1)) if in_command else 1)
     return Options(
         strategies=tuple(chosen),
         seeds=tuple(int(seed) for seed in content["seeds"]),
         lr_grid=grid,
         grid_seeds=max(1, len(searched)),
-        jobs=int(jobs.group(1)) if jobs else 1,
+        jobs=int(jobs),
     )
 
 

@@ -36,6 +36,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "recipe": asdict(comparison.recipe),
         "seeds": list(comparison.options.seeds),
         "lr_grid": list(comparison.options.lr_grid),
+        "jobs": comparison.options.jobs,
         "verdict": asdict(verdict),
         "strategies": [
             {**strategy_json(standing), "did_not_finish": failures.get(standing.strategy)}

@@ -62,6 +62,10 @@ class ColumnCard:
     """A name for each dimension."""
     unit: str = ""
     """Unit, if all dimensions share one."""
+    low: tuple[float, ...] = ()
+    """The least value of each dimension that the robot permits; empty: no limit."""
+    high: tuple[float, ...] = ()
+    """The greatest value of each dimension that the robot permits; empty: no limit."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,8 @@ class Card:
         return Embodiment(
             name=robot.name,
             cameras=tuple(Feature(c.name, (c.height, c.width, 3)) for c in robot.cameras),
-            state=Feature("state", (robot.state.dimensions,), robot.state.unit, robot.state.labels),
-            action=Feature("action", (robot.action.dimensions,), robot.action.unit, robot.action.labels),
+            state=_feature("state", robot.state),
+            action=_feature("action", robot.action),
             hz=robot.hz,
             control=robot.control,
             renderer=robot.renderer,
@@ -256,6 +260,10 @@ class Draft:
     card: Card
     guesses: Mapping[str, str] = field(default_factory=dict)
     """Dotted key of the card -> why its value is a guess, and what to check."""
+
+
+def _feature(name: str, column: ColumnCard) -> Feature:
+    return Feature(name, (column.dimensions,), column.unit, column.labels, column.low, column.high)
 
 
 def _before_wildcards(path: Path) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import Batch
+from vlafit.nn.guidance import Continuation
 from vlafit.nn.policy import ERROR, Policy, required_actions
 from vlafit.nn.rng import SampleRng
 
@@ -77,8 +78,20 @@ class FlowPolicy(Policy):
 
     @final
     @torch.no_grad()
-    def sample(self, batch: Batch, noise: Tensor, steps: int = 10) -> Tensor:
-        """Sample actions [b, t, a] (normalised, padded) from `noise` [b, t, a] by `steps` Euler steps."""
+    def act_guided(self, batch: Batch, rng: SampleRng, continuation: Continuation) -> Tensor:
+        """Sample actions [b, t, a] as `act` does, held to the chunks that they have to continue."""
+        noise = rng.normal(self.config.chunk, self.config.action_dim).to(batch.state.device)
+        return self.sample(batch, noise, self.steps or 0, continuation)
+
+    @final
+    @torch.no_grad()
+    def sample(
+        self, batch: Batch, noise: Tensor, steps: int = 10, continuation: Continuation | None = None
+    ) -> Tensor:
+        """Sample actions [b, t, a] (normalised, padded) from `noise` [b, t, a] by `steps` Euler steps.
+
+        With a `continuation`, the sampler is guided by it (real-time chunking).
+        """
         if steps < 1:
             raise CodecError(f"sampling needs at least 1 step, not {steps}")
         self.check(batch)
@@ -89,7 +102,7 @@ class FlowPolicy(Policy):
         def velocity(x: Tensor, t: float) -> Tensor:
             return self.denoise(prefix, batch.state, x[:, None], time.fill_(t))[:, 0]
 
-        return flow.euler(velocity, noise.float(), steps)
+        return flow.euler(continuation.guided(velocity) if continuation else velocity, noise.float(), steps)
 
     def _masked_error(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, int]:
         """Return squared errors [b, k, t, a], 0 where masked, and k."""

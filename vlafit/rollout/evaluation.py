@@ -13,9 +13,10 @@ from typing import Protocol as Structure
 from typing import runtime_checkable
 
 from vlafit.errors import ConfigError
+from vlafit.execution import Execution
 from vlafit.rollout.env_pool import EnvPool
 from vlafit.rollout.evaluation_folder import FORMAT, EvaluationFolder, Record, Result
-from vlafit.rollout.play import EpisodeRequest, play
+from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
 from vlafit.rollout.protocol import (
     Protocol,
     load_protocol,
@@ -25,7 +26,7 @@ from vlafit.rollout.protocol import (
     require_versions,
 )
 from vlafit.rollout.worker import Ready
-from vlafit.types import Actor, Embodiment, renderer_notice, require_same
+from vlafit.types import Actor, Embodiment, GuidedActor, renderer_notice, require_same
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def evaluate(
     progress: Progress | None = None,
     images: bool = True,
     timeout_s: float = 120.0,
+    execution: Execution | None = None,
 ) -> Result:
     """Run every episode of `protocol` with `actor` and score them, in the folder `out`.
 
@@ -69,7 +71,8 @@ def evaluate(
     the first `videos` of them are filmed. No episode may start from a seed that the actor was trained on.
     `wrong_instruction`: run the tasks that have a partner in `swapped` with the partner's instruction, scored
     as the task itself. `images=False`: for actors that need no images. An environment that does not answer
-    within `timeout_s` is an error of its episode.
+    within `timeout_s` is an error of its episode. `execution`: how chunks are executed; without it, open
+    loop, replanned as the protocol says.
 
     Finished episodes of the same evaluation in `out` are kept; any other content is an error. The result does
     not depend on workers or interruptions. Raises ConfigError, EmbodimentError or SimulationError before the
@@ -82,6 +85,7 @@ def evaluate(
         if value is not None and value < least:
             raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")
     tasks = _tasks(protocol, wrong_instruction)
+    execution = _execution(execution, protocol, actor)
     trained = _trained(actor)
     require_unseen(protocol, trials, trained.seeds if trained else {})
     robot = trained.embodiment if trained else None
@@ -95,6 +99,7 @@ def evaluate(
             "tasks": list(tasks),
             "trials": trials or protocol.trials,
             "wrong_instruction": wrong_instruction,
+            **({"execution": dataclasses.asdict(execution)} if execution else {}),
         },
     )
     folder.open(resume)
@@ -112,7 +117,8 @@ def evaluate(
             folder.describe(ready, _renderer_notice(robot, ready.embodiment))
             requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
             dim = ready.embodiment.action.shape[0]
-            for outcome in play(actor, protocol, requests, pool, action_dim=dim, width=width, images=images):
+            play_options = PlayOptions(dim, width, images, execution or Execution(replan=protocol.replan))
+            for outcome in play(actor, protocol, requests, pool, play_options):
                 record = folder.keep(outcome, ready.embodiment.hz)
                 done[record.task, record.seed] = record
                 if progress:
@@ -186,6 +192,18 @@ def _trained(actor: Actor) -> TrainedActor | None:
             "implement all attributes of vlafit.rollout.evaluation.TrainedActor, or none"
         )
     return None
+
+
+def _execution(execution: Execution | None, protocol: Protocol, actor: Actor) -> Execution | None:
+    """Return the execution; None where it is the protocol's own, so that both are one evaluation."""
+    if execution is None or execution == Execution(replan=protocol.replan):
+        return None
+    if execution.mode == "real_time" and not isinstance(actor, GuidedActor):
+        raise ConfigError(
+            f"execution real_time: actor {type(actor).__name__} cannot continue a chunk that is being "
+            "executed; choose chunk or ensemble"
+        )
+    return execution
 
 
 def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:

@@ -107,8 +107,8 @@ class EvaluationFolder:
             raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
         different = [
             f"{key}: {_short(identity.get(key))} there, {_short(value)} here"
-            for key, value in self.identity.items()
-            if key != "protocol" and identity.get(key) != value
+            for key in sorted({*self.identity, *identity} - {"protocol"})
+            if identity.get(key) != (value := self.identity.get(key))
         ]
         if different:
             listed = "\n  ".join(different)

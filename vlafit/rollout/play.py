@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.errors import SimulationError
+from vlafit.execution import Execution, Plan
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot, Interrupted
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.worker import Moved, Play, Reset
-from vlafit.types import ActionChunk, Actor, EpisodeKey, Observation
+from vlafit.types import ActionChunk, Actor, EpisodeKey, GuidedActor, Observation
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Outcome:
 class _Episode:
     request: EpisodeRequest
     started: float
+    plan: Plan
     steps: int = 0
     replans: int = 0
     observation: Observation | None = None  # set while it waits for an action
@@ -80,21 +82,29 @@ class _Queue:
         self._requests[request.task].insert(0, request)
 
 
+@dataclass(frozen=True)
+class PlayOptions:
+    """How episodes are run: dimensions of an action, episodes in one call of the actor, needs of images."""
+
+    action_dim: int
+    width: int
+    images: bool
+    execution: Execution
+
+
 def play(
     actor: Actor,
     protocol: Protocol,
     requests: Sequence[EpisodeRequest],
     pool: EnvPool,
-    *,
-    action_dim: int,
-    width: int,
-    images: bool,
+    options: PlayOptions,
 ) -> Iterator[Outcome]:
     """Run every episode once and yield its outcome when it ends.
 
-    The actor is called with up to `width` episodes: as soon as that many wait for an action, no further one
-    can arrive, or none arrived for a while. An episode whose environment raised, died or hung is yielded as
-    an error and never repeated. Other episodes in the same process start again, with the same result.
+    The actor is called with up to `options.width` episodes: as soon as that many wait for an action, no
+    further one can arrive, or none arrived for a while. An episode whose environment raised, died or hung is
+    yielded as an error and never repeated. Other episodes in the same process start again, with the same
+    result.
     """
     queue = _Queue(requests)
     running: dict[EnvSlot, _Episode] = {}
@@ -102,7 +112,7 @@ def play(
     def start_next(slot: EnvSlot) -> None:
         request = queue.take(slot)
         if request is not None:
-            running[slot] = _Episode(request, time.monotonic())
+            running[slot] = _Episode(request, time.monotonic(), Plan(options.execution))
             pool.send(
                 slot,
                 Reset(
@@ -111,7 +121,7 @@ def play(
                     request.seed,
                     protocol.settle_steps,
                     protocol.settle_action,
-                    images,
+                    options.images,
                     request.film,
                 ),
             )
@@ -120,10 +130,11 @@ def play(
         start_next(slot)
     while running:
         waiting = [slot for slot, episode in running.items() if episode.observation is not None]
-        batch_ready = len(waiting) >= width or not pool.busy
+        batch_ready = len(waiting) >= options.width or not pool.busy
         events = [] if waiting and batch_ready else pool.wait()
         if waiting and not events:  # a full batch, or the episodes that wait behind a slow one
-            _act(actor, protocol, pool, {slot: running[slot] for slot in waiting[:width]}, action_dim, images)
+            episodes = {slot: running[slot] for slot in waiting[: options.width]}
+            _act(actor, protocol, pool, episodes, options)
         for event in events:
             episode = running.get(event.slot)
             if episode is None:
@@ -156,20 +167,24 @@ def _act(
     protocol: Protocol,
     pool: EnvPool,
     episodes: Mapping[EnvSlot, _Episode],
-    action_dim: int,
-    images: bool,
+    options: PlayOptions,
 ) -> None:
     observations = [e.observation for e in episodes.values() if e.observation is not None]
     keys = [EpisodeKey(e.request.seed, e.request.task, e.replans) for e in episodes.values()]
-    chunks = actor.act(observations, keys)
+    committed = [e.plan.committed() for e in episodes.values()]
+    if any(left is not None for left in committed) and isinstance(actor, GuidedActor):
+        chunks = actor.act_guided(observations, keys, committed)
+    else:
+        chunks = actor.act(observations, keys)
     if len(chunks) != len(keys):
         raise SimulationError(f"the actor returned {len(chunks)} chunks for {len(keys)} observations")
     for (slot, episode), chunk in zip(episodes.items(), chunks, strict=True):
         left = protocol.horizon - episode.steps
-        actions = _checked(chunk, episode.request, action_dim)[: min(protocol.replan, left)]
+        actions = _checked(chunk, episode.request, options.action_dim)
+        actions = episode.plan.extend(ActionChunk(actions))[:left]
         episode.observation = None
         episode.replans += 1
-        render = images and len(actions) < left
+        render = options.images and len(actions) < left
         pool.send(slot, Play(slot.index, actions, render, episode.request.film))
 
 

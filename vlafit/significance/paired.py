@@ -12,12 +12,12 @@ independent, because an easy start is easy for every policy. So all inference he
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import stats
 
 Outcomes = Mapping[str, bool | None]
 """Start -> success; None for an environment error."""
@@ -145,10 +145,18 @@ def tango(wins: float, losses: float, size: float, quantile: float) -> tuple[flo
     edge = 1e-12
     low, high = -1.0, 1.0
     if estimate > -1 and score(-1 + edge) > quantile:
-        low = float(optimize.brentq(lambda d: score(d) - quantile, -1 + edge, max(estimate, -1 + 2 * edge)))
+        low = _crossing(lambda delta: score(delta) > quantile, -1 + edge, estimate)
     if estimate < 1 and score(1 - edge) < -quantile:
-        high = float(optimize.brentq(lambda d: score(d) + quantile, min(estimate, 1 - 2 * edge), 1 - edge))
+        high = _crossing(lambda delta: score(delta) > -quantile, estimate, 1 - edge)
     return low, high
+
+
+def _crossing(above: Callable[[float], bool], low: float, high: float) -> float:
+    """Return where `above`, true at `low` and false at `high`, changes; by bisection to 1e-15."""
+    for _ in range(52):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) else (low, middle)
+    return (low + high) / 2
 
 
 def two_way_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, float] | None:

@@ -1,13 +1,21 @@
 """`vlafit eval CHECKPOINT --protocol P`: evaluate a checkpoint in simulation, with every episode recorded."""
 
 import re
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from vlafit import shipped
 from vlafit.cli.console import Line
 from vlafit.cli.parser import Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.verbs.serve import read_token
+from vlafit.errors import ConfigError
+from vlafit.execution import Execution, Mode
+
+if TYPE_CHECKING:
+    from vlafit.types import Actor
 
 ABOUT = """\
 Evaluate a checkpoint in simulation under a protocol. The same checkpoint, protocol and machine give the same
@@ -18,7 +26,13 @@ def run(arguments: Sequence[str]) -> int:
     """Evaluate and print the table."""
     protocols = ", ".join(shipped.names("protocol"))
     parser = Parser("vlafit eval", ABOUT)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a shipped name")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint, a run, or a shipped name"
+    )
+    parser.add_argument(
+        "--actor", metavar="URL", help="instead: a policy that `vlafit serve` serves, ws://HOST:PORT"
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="the token that its server asks for")
     parser.add_argument("--protocol", required=True, help=f"a TOML file, or a shipped one: {protocols}")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL]"
@@ -32,18 +46,23 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of sampling [the policy's, 10]")
+    parser.add_argument("--device", help="torch device [the GPU if there is one]")
     parser.add_argument(
-        "--steps", metavar="N", type=int, default=0, help="steps of sampling [the policy's, 10]"
+        "--max-batch", metavar="N", type=int, help="observations in one call of the policy, padded to N [16]"
     )
-    parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
+    parser.add_argument(
+        "--execution", choices=get_args(Mode), help="how chunks are executed [chunk, as the protocol says]"
+    )
+    parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
+    parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
     add_trust(parser)
     options = parser.read(arguments)
-
-    folder = checkpoint_folder(options.checkpoint)
     protocol = shipped.find("protocol", options.protocol)
-    out = Path(options.out) if options.out else default_out(Path(folder), protocol, options.wrong_instruction)
+    name, load = _actor(options)
+    out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
+    execution = _execution(options, protocol)
     from vlafit import rollout
-    from vlafit.actor import load_actor
 
     # The line's total is known after the first episode; before that, workers start and weights load.
     with Line("episodes", 1) as line:
@@ -56,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
             line.update(done, f"{successes} successes")
 
         result = rollout.evaluate(
-            load_actor(folder, steps=options.steps, device=options.device, trust=options.trust),
+            load(),
             protocol,
             out,
             workers=options.workers,
@@ -65,10 +84,56 @@ def run(arguments: Sequence[str]) -> int:
             resume=options.resume,
             wrong_instruction=options.wrong_instruction,
             progress=progress,
+            execution=execution,
         )
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
     return 0
+
+
+def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
+    """Return what names the evaluation's folder, and how to get the actor."""
+    if (options.checkpoint is None) == (options.actor is None):
+        raise ConfigError("name what is evaluated: a checkpoint, or --actor ws://HOST:PORT; not both")
+    if options.actor is None:
+        if options.token_file:
+            raise ConfigError("--token-file goes with --actor")
+        folder = checkpoint_folder(options.checkpoint)
+
+        def load() -> "Actor":
+            from vlafit.actor import load_actor
+
+            return load_actor(
+                folder,
+                steps=options.steps or 0,
+                width=options.max_batch or 16,
+                device=options.device or "",
+                trust=options.trust,
+            )
+
+        return Path(folder), load
+    here = [f"--{name}" for name in ("steps", "device", "max_batch") if getattr(options, name) is not None]
+    here += ["--trust"] * bool(options.trust)
+    if here:
+        listed = ", ".join(here).replace("_", "-")
+        raise ConfigError(f"{listed}: is decided where the policy is served; give it to `vlafit serve`")
+    token = read_token(options.token_file) if options.token_file else ""
+
+    def dial() -> "Actor":
+        from vlafit.serve.client import connect
+
+        return connect(options.actor, token=token)
+
+    return Path(re.sub(r"\W+", "_", options.actor)), dial
+
+
+def _execution(options: Namespace, protocol: Path) -> Execution | None:
+    if options.execution is None and options.replan is None and options.delay is None:
+        return None
+    from vlafit.rollout import load_protocol
+
+    replan = load_protocol(protocol).replan if options.replan is None else options.replan
+    return Execution(options.execution or "chunk", replan=replan, delay=options.delay or 0)
 
 
 def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Path:

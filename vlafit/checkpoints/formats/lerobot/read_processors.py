@@ -106,9 +106,8 @@ def lacks_tokenizer(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
-    if not _has_statistics(
-        _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
-    ):
+    normalizer = _only_step(pre, "normalizer_processor")
+    if not _has_statistics(normalizer, _only_step(post, "unnormalizer_processor")):
         return False
     return _tokenizer(folder, _only_step(pre, "tokenizer_processor"), None) is None
 

@@ -1,0 +1,138 @@
+"""Measure what the server adds to the policy: p50 and p99 of requests, beside the bare call.
+
+    python benchmarks/serve.py                                  # 1, 8 and 64 clients, no GPU
+    python benchmarks/serve.py --checkpoint CHECKPOINT --device cuda
+
+A robot with two cameras of 224 pixels asks a policy that takes `--act` milliseconds and computes nothing, so
+that server and clients have the machine to themselves; `--checkpoint` measures a real one. Overhead is the
+time of a request minus that of one bare call: the wire, both ends, and the wait for the call in progress
+where there are several clients. Clients are threads of another process and ask without a
+pause. `server own` is the server's mean time for a request less the queue and the policy's call.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
+
+from vlafit.serve.client import connect
+from vlafit.serve.metadata import Described
+from vlafit.serve.server import Options, serving
+from vlafit.types import ActionChunk, Actor, Embodiment, EpisodeKey, Feature, Observation
+
+PIXELS, JOINTS, CHUNK = 224, 7, 50
+ROBOT = Embodiment(
+    "arm",
+    (Feature("front", (PIXELS, PIXELS, 3)), Feature("wrist", (PIXELS, PIXELS, 3))),
+    Feature("state", (JOINTS,)),
+    Feature("action", (JOINTS,)),
+    30.0,
+    "absolute_position",
+)
+
+
+class Timed:
+    """Takes a fixed time for each call and returns zeros."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        time.sleep(self.seconds)
+        return [ActionChunk(np.zeros((CHUNK, JOINTS), np.float32)) for _ in keys]
+
+
+def ask(address: str, number: int, requests: int, start: threading.Barrier) -> list[float]:
+    """Ask `requests` times, one after the other; return how many seconds each took."""
+    rng = np.random.default_rng(number)
+    with connect(address) as remote:
+        images = {c.name: rng.integers(0, 256, c.shape, np.uint8) for c in remote.embodiment.cameras}
+        seen = Observation(images, np.zeros(remote.embodiment.state.shape, np.float32), "pick up the cube")
+        remote.act([seen], [EpisodeKey(number, "pick", 0)])
+        start.wait()
+        taken = []
+        for i in range(requests):
+            began = time.perf_counter()
+            remote.act([seen], [EpisodeKey(number, "pick", i)])
+            taken.append(time.perf_counter() - began)
+    return taken
+
+
+def robots(address: str, clients: int, requests: int) -> list[float]:
+    """Let `clients` threads ask; return the seconds of all their requests."""
+    start = threading.Barrier(clients)
+    with ThreadPoolExecutor(clients) as pool:
+        parts = pool.map(lambda number: ask(address, number, requests, start), range(clients))
+        return [seconds for part in parts for seconds in part]
+
+
+def local(checkpoint: str, device: str, width: int) -> tuple[Actor, Described]:
+    """Return a checkpoint's actor and its description."""
+    from vlafit.actor import load_actor
+    from vlafit.serve.describe import describe
+
+    actor = load_actor(checkpoint, device=device, width=width)
+    return actor, describe(actor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--device", default="")
+    parser.add_argument("--act", type=float, default=20.0, help="milliseconds of the timed policy [20]")
+    parser.add_argument("--requests", type=int, default=200, help="of each client [200]")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 64])
+    options = parser.parse_args()
+    print(
+        f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores; "
+        f"{options.checkpoint or f'{options.act:g} ms policy'}; {options.requests} requests a client"
+    )
+    print(
+        "clients  batch  act p50   request p50   request p99   overhead p50   overhead p99  server own  (ms)"
+    )
+    for clients in options.clients:
+        width = clients
+        if options.checkpoint:
+            actor, described = local(options.checkpoint, options.device, width)
+        else:
+            actor, described = Timed(options.act / 1000), Described(ROBOT, width, "timed", chunk=CHUNK)
+        bare = bare_call(actor, described, options.requests)
+        with serving(actor, described, Options(port=0, max_clients=clients)) as running:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                taken = pool.submit(robots, running.address, clients, options.requests).result()
+            metrics = running.metrics
+            calls, requests = sum(metrics.rows.counts), sum(metrics.request.counts)
+            batch = metrics.rows.total / calls
+            own = (
+                metrics.request.total / requests - metrics.queue.total / requests - metrics.act.total / calls
+            )
+        p50, p99 = np.percentile(np.array(taken) * 1000, [50, 99])
+        act = float(np.percentile(bare, 50))
+        figures = (
+            f"{act:7.2f}  {p50:12.2f}  {p99:12.2f}  {p50 - act:13.2f}  {p99 - act:13.2f}  {own * 1000:10.2f}"
+        )
+        print(f"{clients:7d}  {batch:5.1f}  {figures}", flush=True)
+
+
+def bare_call(actor: Actor, described: Described, calls: int) -> np.ndarray:
+    """Return the milliseconds of single calls without a server."""
+    robot = described.embodiment
+    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in robot.cameras}
+    seen = Observation(images, np.zeros(robot.state.shape, np.float32), "pick up the cube")
+    taken = []
+    for i in range(calls):
+        began = time.perf_counter()
+        actor.act([seen], [EpisodeKey(0, "pick", i)])
+        taken.append(time.perf_counter() - began)
+    return np.array(taken) * 1000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""openpi's client and vla-eval, unchanged, against our server: recorded, and live where they are installed.
+
+They need numpy below 2, so an environment of their own. `make peers-serve` makes one and runs the live tests:
+
+    python3 -m venv peers
+    peers/bin/pip install openpi-client==0.1.2 vla-eval==0.8.0
+    VLAFIT_PEERS_PYTHON=$PWD/peers/bin/python pytest tests/serve/test_peers.py
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.sync.client import connect as dial
+
+from tests.serve.robots import Summing, seen
+from vlafit.execution import Execution
+from vlafit.serve import wire
+from vlafit.serve.server import Running
+from vlafit.types import EpisodeKey
+
+Serve = Callable[..., Running]
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "openpi_client" / "frames.json"
+SIDES = Path(__file__).parent / "peers"
+PYTHON = os.environ.get("VLAFIT_PEERS_PYTHON", "")
+live = pytest.mark.skipif(not PYTHON, reason="VLAFIT_PEERS_PYTHON names no interpreter with openpi-client")
+
+
+def plain(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return {"values": value.ravel().tolist(), "dtype": value.dtype.str, "shape": value.shape}
+
+
+def observations() -> list[dict[str, Any]]:
+    """Three of the robot, named as openpi's examples name theirs, and one that lacks a camera."""
+    every = []
+    for number in range(3):
+        one = seen(number)
+        images = {f"observation/{name}": image for name, image in one.images.items()}
+        every.append(images | {"observation/state": one.state, "prompt": one.instruction})
+    every[1]["observation/state"] = every[1]["observation/state"].astype(np.float64)
+    del every[2]["observation/wrist"]
+    return every
+
+
+def expected(number: int, replan: int) -> bytes:
+    (chunk,) = Summing().act([seen(number)], [EpisodeKey(0, seen(number).instruction, replan)])
+    return chunk.actions.tobytes()
+
+
+def test_the_recorded_bytes_of_openpis_client_are_answered_as_then(serve: Serve) -> None:
+    recorded = json.loads(FIXTURE.read_text())
+    assert recorded["versions"]["openpi-client"] == "0.1.2" and recorded["versions"]["numpy"] < "2"
+    exchange = iter(recorded["frames"])
+    with dial(serve().address, compression=None, proxy=None) as client:
+        client.recv(timeout=10)
+        for number, (direction, frame) in enumerate(exchange):
+            assert direction == "sent"
+            client.send(bytes.fromhex(frame))
+            answer, (_, then) = client.recv(timeout=10), next(exchange)
+            if number == 2:
+                assert answer == then and "camera 'wrist': missing" in answer
+                continue
+            assert isinstance(answer, bytes)
+            now, before = wire.unpack(answer), wire.unpack(bytes.fromhex(then))
+            assert now["actions"].tobytes() == before["actions"].tobytes() == expected(number, number)
+            assert set(now) == set(before) and now["actions"].dtype.str == "<f4"
+
+
+@live
+def test_openpis_own_client_drives_a_server(serve: Serve, tmp_path: Path) -> None:
+    running = serve(token="0123456789abcdef")
+    port = str(running.server.port)  # type: ignore[union-attr]
+    source, target = tmp_path / "in.json", tmp_path / "out.json"
+    source.write_text(json.dumps([{k: plain(v) for k, v in one.items()} for one in observations()]))
+    side = [PYTHON, str(SIDES / "openpi_side.py"), "127.0.0.1", port, "0123456789abcdef"]
+    subprocess.run([*side, str(source), str(target)], check=True, timeout=120)
+    got = json.loads(target.read_text())
+    assert got["metadata"] == {"action_horizon": 6, "robot": "arm"}
+    first, second, third, broker = got["answers"]
+    assert first["actions"] == {"dtype": "<f4", "shape": [6, 3], "hex": expected(0, 0).hex()}
+    assert second["actions"]["hex"] == expected(1, 1).hex()
+    assert "camera 'wrist': missing" in third["error"]
+    steps = "".join(step["hex"] for step in broker["steps"])
+    assert steps == expected(0, 2)[:24].hex() + expected(0, 3)[:24].hex()
+
+
+@live
+def test_openpis_own_client_is_recorded(serve: Serve, tmp_path: Path) -> None:
+    """Write the fixture again with VLAFIT_RECORD=1; else only see that it would hold the same frames."""
+    running = serve()
+    source, target, frames = tmp_path / "in.json", tmp_path / "out.json", tmp_path / "frames.json"
+    source.write_text(json.dumps([{k: plain(v) for k, v in one.items()} for one in observations()]))
+    side = [PYTHON, str(SIDES / "openpi_side.py"), "127.0.0.1", str(running.server.port), ""]  # type: ignore[union-attr]
+    subprocess.run([*side, str(source), str(target), str(frames)], check=True, timeout=120)
+    if os.environ.get("VLAFIT_RECORD"):
+        FIXTURE.write_text(frames.read_text())
+    sent = [frame for direction, frame in json.loads(frames.read_text())["frames"] if direction == "sent"]
+    assert sent == [f for direction, f in json.loads(FIXTURE.read_text())["frames"] if direction == "sent"]
+
+
+@live
+def test_vla_evals_own_runner_drives_a_server(serve: Serve, tmp_path: Path) -> None:
+    running = serve(execution=Execution(replan=2))
+    target = tmp_path / "out.json"
+    side = [PYTHON, str(SIDES / "vla_eval_side.py"), running.address, str(target)]
+    subprocess.run(side, check=True, timeout=120)
+    got = json.loads(target.read_text())
+    wanted = []
+    for episode in (5, 6):
+        for replan in (0, 1):
+            (chunk,) = Summing().act([seen()], [EpisodeKey(episode, "pick", replan)])
+            wanted += [action.tobytes().hex() for action in chunk.actions[:2]]
+    assert got["actions"] == wanted
+    assert got["hello"]["model_server"] == "vlafit" and "camera 'front': missing" in got["error"]

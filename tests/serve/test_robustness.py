@@ -1,0 +1,154 @@
+"""Thousands of requests, one in a hundred malformed, clients killed at random: none of it harms the others.
+
+VLAFIT_REQUESTS=10000 runs the long form; the suite sends fewer.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+from websockets.sync.client import connect as dial
+
+from tests.serve.robots import Summing, seen
+from vlafit.serve import wire
+from vlafit.serve.client import connect
+from vlafit.serve.protocols import Request, pack_requests, read_chunks
+from vlafit.types import EpisodeKey
+
+REQUESTS = int(os.environ.get("VLAFIT_REQUESTS", "1200"))
+CLIENTS = 8
+SERVE = """
+from tests.serve.robots import Summing, described
+from vlafit.serve.server import Options, run
+actor = Summing()
+run(actor, described(actor), Options(port=0, max_frame=2**20), lambda address: print(address, flush=True))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def malformed(rng: np.random.Generator) -> bytes | str:
+    """One frame that no robot sends."""
+    good = pack_requests([Request(seen(), EpisodeKey(0, "pick", 0))], ("front", "wrist"))
+    one = seen()
+    match int(rng.integers(9)):
+        case 0:
+            return good[: int(rng.integers(len(good)))]  # truncated
+        case 1:
+            return rng.bytes(int(rng.integers(1, 500)))
+        case 2:
+            damaged = bytearray(good)
+            for at in rng.integers(len(good), size=20):
+                damaged[at] ^= 0xFF
+            return bytes(damaged)
+        case 3:
+            return "text"
+        case 4:
+            return wire.pack({"state": [0, np.nan, 0], "images": dict(one.images), "prompt": "pick"})
+        case 5:
+            return wire.pack({"state": np.zeros(7), "images": {"top": np.zeros((4, 4, 3), np.uint8)}})
+        case 6:
+            return msgpack.packb({b"__ndarray__": True, b"dtype": "|O", b"shape": [1], b"data": b"\0" * 8})
+        case 7:
+            return msgpack.packb([[[]] * 1000] * 200)  # many containers
+        case _:
+            return b"\0" * 2**21  # more than the server reads
+
+
+def one_client(address: str, number: int, requests: int) -> tuple[int, int, int]:
+    """Send requests, some malformed; break the connection now and then. Returns answers, refusals, breaks."""
+    rng = np.random.default_rng(number)
+    answers = refusals = breaks = 0
+    connection: ClientConnection | None = None
+    for i in range(requests):
+        if connection is None:
+            connection = dial(address, compression=None, max_size=None, proxy=None).__enter__()
+            connection.recv(timeout=60)
+        key = EpisodeKey(number, "pick", i)
+        if rng.random() < 0.01:
+            frame = malformed(rng)
+            try:
+                connection.send(frame)
+                if isinstance(connection.recv(timeout=60), str):
+                    refusals += 1
+            except ConnectionClosed:  # it was too large
+                connection, refusals = None, refusals + 1
+                continue
+        picture = int(rng.integers(50))
+        connection.send(pack_requests([Request(seen(picture), key)], ("front", "wrist")))
+        if rng.random() < 0.01:  # killed while it waits
+            connection.socket.shutdown(socket.SHUT_RDWR)
+            connection.close()
+            connection, breaks = None, breaks + 1
+            continue
+        answer = connection.recv(timeout=60)
+        assert isinstance(answer, bytes), answer
+        (chunk,) = read_chunks(wire.unpack(answer), 1)
+        (wanted,) = Summing().act([seen(picture)], [key])
+        assert chunk.actions.tobytes() == wanted.actions.tobytes()
+        answers += 1
+    if connection is not None:
+        connection.close()
+    return answers, refusals, breaks
+
+
+def test_every_good_request_is_answered_right_whatever_the_others_send(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, address = server
+    memory = []
+    for part in range(4):
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            share = REQUESTS // 4 // CLIENTS
+            parts = pool.map(lambda n: one_client(address, n + 100 * part, share), range(CLIENTS))  # noqa: B023
+            results = list(parts)
+        assert sum(answers + breaks for answers, _, breaks in results) > 0.98 * share * CLIENTS
+        memory.append(psutil.Process(process.pid).memory_info().rss / 2**20)
+    print("server's memory in MiB after each quarter:", [round(m, 1) for m in memory])
+    assert memory[-1] - memory[1] < 8, memory
+    assert process.poll() is None
+    with connect(address) as remote:
+        remote.act([seen()], [EpisodeKey(0, "pick", 0)])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+
+
+def test_garbage_on_the_port_is_no_connection(server: tuple[subprocess.Popen[str], str]) -> None:
+    _, address = server
+    port = int(re.sub(r".*:", "", address))
+    for garbage in (
+        b"\0" * 100,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\n\r\n",
+        b"GET /" + b"a" * 10**5,
+    ):
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            try:
+                raw.sendall(garbage)
+                raw.shutdown(socket.SHUT_WR)
+                while raw.recv(4096):
+                    pass
+            except OSError:
+                pass
+    with connect(address) as remote:
+        remote.act([seen()], [EpisodeKey(0, "pick", 0)])

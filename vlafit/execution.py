@@ -1,0 +1,205 @@
+"""How action chunks become actions: open loop, temporal ensembling, real-time chunking; and limits of joints.
+
+Rollouts, the server and the robot's control loop execute chunks by the same code. A plan knows nothing of
+clocks: its unit is the control step. Nothing here imports torch; how a flow policy is guided lives in
+`vlafit.nn.guidance`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.types import ActionChunk, Committed, Embodiment, Guidance
+
+Mode = Literal["chunk", "ensemble", "real_time"]
+OnViolation = Literal["clip", "stop"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the chunks of a policy are executed."""
+
+    mode: Mode = "chunk"
+    """chunk: the newest chunk counts. ensemble: the average of all chunks that cover a step (ACT, algorithm
+    2). real_time: the newest chunk counts, and continues the one before it (real-time chunking)."""
+    replan: int = 8
+    """Steps that are executed before the policy is asked again."""
+    delay: int = 0
+    """Control steps from an observation until its chunk can be executed; meanwhile the chunk before it is."""
+    decay: float = 0.01
+    """ensemble: weights are exp(-decay * i), i = 0 for the oldest chunk that covers the step (ACT's 0.01)."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """real_time: how strongly a new chunk is held to the old one."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("replan", 1), ("delay", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"execution: {name} must be at least {least}, not {getattr(self, name)}")
+        if not np.isfinite(self.decay):
+            raise ConfigError(f"execution: decay must be a number, not {self.decay}")
+        if not self.guidance.max_weight > 0:
+            raise ConfigError(
+                f"execution: guidance.max_weight must be positive, not {self.guidance.max_weight}"
+            )
+
+    def require_chunk(self, steps: int) -> None:
+        """Raise ConfigError unless chunks of `steps` steps last until the next one can be executed."""
+        if self.delay and steps < self.replan + self.delay:
+            raise ConfigError(
+                f"execution: a chunk has {steps} steps, and {self.replan} (replan) + {self.delay} (delay) "
+                "are executed before the next one is there; ask again after at most "
+                f"{max(1, steps - self.delay)} steps"
+            )
+
+
+class Plan:
+    """The chunks of one episode and the step that it is at.
+
+    Each round: ask the policy with the observation of this step (`committed` says what its chunk has to
+    continue), then `extend` with the chunk, which returns the actions to execute until the next round.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self.step = 0
+        self._chunks: list[tuple[int, int, NDArray[np.float32]]] = []  # first step, first usable step, [t, a]
+
+    def committed(self, delay: int | None = None) -> Committed | None:
+        """Return what is left of the chunk that is being executed; None where a new one continues nothing.
+
+        `delay` is how many steps from now the new chunk is expected; the execution's own unless given.
+        """
+        if self.execution.mode != "real_time" or not self._chunks:
+            return None
+        first, _, actions = self._chunks[-1]
+        left = actions[self.step - first :]
+        if not len(left):
+            return None
+        delay = min(self.execution.delay if delay is None else delay, len(left))
+        # The weights end where the new chunk's last `replan` steps begin: H - s in the paper, equation 5.
+        end = max(delay, min(len(left), len(actions) - self.execution.replan))
+        return Committed(left, delay, end, self.execution.guidance)
+
+    def extend(self, chunk: ActionChunk) -> NDArray[np.float32]:
+        """Take the chunk for the observation of this step; return the actions [k, a] until the next round.
+
+        k is the replan interval, or less where the chunk is shorter.
+        """
+        self.add(chunk, self.step, self.execution.delay if self._chunks else 0)
+        count = min(self.execution.replan, self.left())
+        return np.stack([self.next() for _ in range(count)])
+
+    def add(self, chunk: ActionChunk, observed: int, delay: int) -> None:
+        """Take a chunk for the observation of step `observed`, usable `delay` steps after it."""
+        actions = np.asarray(chunk.actions, np.float32)
+        if actions.ndim != 2 or not len(actions):
+            raise ConfigError(f"a chunk must be actions [steps, dimensions], not of shape {actions.shape}")
+        self.execution.require_chunk(len(actions))
+        self._chunks.append((observed, observed + delay, actions))
+
+    def left(self) -> int:
+        """Return for how many steps from now there are actions."""
+        last = max((first + len(actions) for first, _, actions in self._chunks), default=self.step)
+        return max(0, last - self.step)
+
+    def next(self) -> NDArray[np.float32]:
+        """Return the action [a] of this step, and go one step on."""
+        covering = [
+            actions[self.step - first]
+            for first, usable, actions in self._chunks
+            if usable <= self.step < first + len(actions)
+        ]
+        if not covering:
+            raise ConfigError(
+                f"step {self.step}: every chunk is executed; ask the policy before the plan ends"
+            )
+        action = covering[-1] if self.execution.mode != "ensemble" else self._average(covering)
+        self.step += 1
+        self._chunks = [c for i, c in enumerate(self._chunks) if self._is_needed(i)]
+        return action
+
+    def _average(self, covering: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        weights = np.exp(-self.execution.decay * np.arange(len(covering)))
+        return (np.stack(covering).T.astype(np.float64) @ (weights / weights.sum())).astype(np.float32)
+
+    def _is_needed(self, i: int) -> bool:
+        first, _, actions = self._chunks[i]
+        if i == len(self._chunks) - 1:
+            return True
+        replaced = self.execution.mode != "ensemble" and self._chunks[i + 1][1] <= self.step
+        return self.step < first + len(actions) and not replaced
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the robot permits: the range of each action dimension, and how far it may move in one step.
+
+    `low`, `high` and `change` are float [a]; infinite where there is no limit. What an action outside them
+    does is decided by `on_violation`: clip brings it to the nearest that is permitted, stop raises.
+    """
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    change: NDArray[np.float64]
+    labels: tuple[str, ...] = ()
+    on_violation: OnViolation = "clip"
+
+    @classmethod
+    def of(
+        cls, embodiment: Embodiment, on_violation: OnViolation = "clip", change: float | None = None
+    ) -> "Limits":
+        """Return the limits that the embodiment declares; `change` limits the step of every dimension.
+
+        Raises EmbodimentError where there are none: limits that limit nothing would only seem safe.
+        """
+        action, dimensions = embodiment.action, embodiment.action.shape[0]
+        if not action.low and not action.high and change is None:
+            raise EmbodimentError(
+                f"embodiment {embodiment.name!r} declares no limits of its actions; give "
+                "Limits(low, high, change), or declare low and high for the action in the data card"
+            )
+        for name in ("low", "high"):
+            values = getattr(action, name)
+            if values and len(values) != dimensions:
+                raise EmbodimentError(
+                    f"embodiment {embodiment.name!r}: action.{name} has {len(values)} values "
+                    f"for {dimensions} dimensions"
+                )
+        return cls(
+            np.array(action.low or [-np.inf] * dimensions),
+            np.array(action.high or [np.inf] * dimensions),
+            np.full(dimensions, np.inf if change is None else change),
+            action.labels,
+            on_violation,
+        )
+
+    def apply(self, action: NDArray[np.float32], before: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """Return the action [a] that may be sent, `before` being the one that was sent last (None: none was).
+
+        NaN always raises EmbodimentError, and so does a violation where the limits say stop.
+        """
+        if not np.isfinite(action).all():
+            raise EmbodimentError(f"stopped: the action is not finite: {action.tolist()}")
+        low, high = self.low, self.high
+        if before is not None:
+            low, high = np.maximum(low, before - self.change), np.minimum(high, before + self.change)
+        allowed = np.minimum(np.maximum(action, low), high).astype(np.float32)
+        # Bounds are rounded to float32 with the action, so that a value on one is not outside it.
+        outside = np.flatnonzero(allowed != action)
+        if len(outside) and self.on_violation == "stop":
+            listed = "; ".join(
+                f"{self.labels[i] if self.labels else f'dimension {i}'} {action[i]:.6g}, permitted from "
+                f"{low[i]:.6g} to {high[i]:.6g}"
+                for i in outside
+            )
+            raise EmbodimentError(f"stopped: the action is outside the limits: {listed}")
+        return allowed
+
+
+def with_replan(execution: Execution, replan: int) -> Execution:
+    """Return the execution with another replan interval."""
+    return dataclasses.replace(execution, replan=replan)

@@ -1,0 +1,184 @@
+"""A remote policy as an actor: the same calls as a local one, and the same bytes.
+
+Nothing here imports torch: it is what runs on a robot.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.sync.client import ClientConnection
+from websockets.sync.client import connect as open_connection
+
+from vlafit.errors import RemoteError
+from vlafit.serve import protocols, wire
+from vlafit.serve.metadata import Described, read_greeting
+from vlafit.serve.protocols import MAX_OBSERVATIONS, Request
+from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RemoteActor:
+    """Acts through a server of `vlafit serve`. Close it, or use it as a context manager.
+
+    Calls may come from several threads; they take turns. A connection that breaks is made once more, and the
+    request repeated: what it returns is decided by its key.
+    """
+
+    def __init__(self, url: str, token: str = "", timeout_s: float = 30.0) -> None:
+        self.url = url
+        self._token = token
+        self._timeout_s = timeout_s
+        self._turn = threading.Lock()
+        self._connection, self._described = self._open()
+        self.embodiment: Embodiment = self._described.embodiment
+        self.width: int = self._described.width
+        self.seeds = self._described.seeds
+
+    @property
+    def described(self) -> Described:
+        """What the server says of its policy."""
+        return self._described
+
+    def fingerprint(self) -> str:
+        """Return what decides the actions; the same as the served actor's own."""
+        return self._described.fingerprint
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        """Return one chunk [t, a] for each observation, in order.
+
+        Raises RemoteError where the server refuses one, or does not answer.
+        """
+        return self._act(observations, keys, [None] * len(keys))
+
+    def act_guided(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        """Return one chunk for each observation that continues what is committed there."""
+        return self._act(observations, keys, committed)
+
+    def _act(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        requests = [Request(*row) for row in zip(observations, keys, committed, strict=True)]
+        chunks: list[ActionChunk] = []
+        for begin in range(0, len(requests), MAX_OBSERVATIONS):
+            some = requests[begin : begin + MAX_OBSERVATIONS]
+            frame = protocols.pack_requests(some, self._described.required)
+            with self._turn:
+                chunks += protocols.read_chunks(self._ask(frame), len(some))
+        return chunks
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def __enter__(self) -> "RemoteActor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, frame: bytes) -> Any:
+        try:
+            answer = self._exchange(frame)
+        except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == 1009:  # the same frame would be too large again
+                raise RemoteError(
+                    f"{self.url}: {len(frame)} bytes are more than the server reads at once; ask for fewer "
+                    "observations, or serve with a larger --max-frame"
+                ) from error
+            log.warning("%s: the connection broke (%s); connecting again", self.url, error)
+            self._connection, described = self._open()
+            if described.fingerprint != self._described.fingerprint:
+                raise RemoteError(
+                    f"{self.url}: serves another policy than before ({described.fingerprint}, and it was "
+                    f"{self._described.fingerprint}); connect anew"
+                ) from error
+            try:
+                answer = self._exchange(frame)
+            except ConnectionClosed as again:
+                raise RemoteError(f"{self.url}: the connection broke twice: {again}") from again
+        if isinstance(answer, str):
+            raise RemoteError(f"{self.url}: {answer}")
+        return wire.unpack(answer)
+
+    def _exchange(self, frame: bytes) -> bytes | str:
+        self._connection.send(frame)
+        try:
+            return self._connection.recv(timeout=self._timeout_s)
+        except TimeoutError as error:
+            self._connection.close()  # a late answer must not be taken for that of the next request
+            raise RemoteError(f"{self.url}: no answer within {self._timeout_s:g} s") from error
+
+    def _open(self) -> tuple[ClientConnection, Described]:
+        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        made = ExitStack()  # websockets connects when its context is entered
+        connection = self._reach(
+            lambda: made.enter_context(
+                open_connection(
+                    self.url,
+                    additional_headers=headers,
+                    compression=None,
+                    max_size=None,
+                    open_timeout=self._timeout_s,
+                    proxy=None,
+                )
+            )
+        )
+        try:
+            frame = connection.recv(timeout=self._timeout_s)
+        except (TimeoutError, ConnectionClosed) as error:
+            connection.close()
+            raise RemoteError(
+                f"{self.url}: connected, but no description of a policy came: {error}"
+            ) from error
+        if isinstance(frame, str):
+            connection.close()
+            raise RemoteError(f"{self.url}: {frame}")
+        return connection, read_greeting(wire.unpack(frame), self.url)
+
+    def _reach(self, attempt: Callable[[], T]) -> T:
+        try:
+            return attempt()
+        except InvalidURI as error:
+            raise RemoteError(f"{self.url!r} is no address of a server; write ws://HOST:PORT") from error
+        except InvalidStatus as error:
+            body = (error.response.body or b"").decode(errors="replace").strip()
+            raise RemoteError(f"{self.url}: refused ({error.response.status_code}): {body}") from error
+        except (OSError, TimeoutError, InvalidHandshake) as error:
+            raise RemoteError(
+                f"{self.url}: cannot be reached ({error}); is `vlafit serve` running there?"
+            ) from error
+
+
+def connect(url: str, *, token: str = "", timeout_s: float = 30.0, wait_s: float = 0.0) -> RemoteActor:
+    """Connect to a server of `vlafit serve` and return its policy as an actor.
+
+    `url` is ``ws://HOST:PORT`` (or ``wss://`` behind a proxy that encrypts); `wait_s` is how long to try
+    again while nothing answers. Raises RemoteError.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return RemoteActor(url, token, timeout_s)
+        except RemoteError as error:
+            if time.monotonic() > until or not isinstance(error.__cause__, OSError):
+                raise
+            time.sleep(0.2)

@@ -1,0 +1,171 @@
+"""The control loop of a robot: an observation in, the next action out, whatever actor decides it.
+
+    policy = vlafit.connect("ws://gpu-machine:8000", token=...)
+    control = vlafit.Controller(policy, vlafit.Execution("real_time", replan=8), background=True)
+    control.start("pick up the cube")
+    while True:
+        robot.send(control.step(robot.images(), robot.joints()))
+
+Nothing here keeps time: call `step` at the robot's rate.
+"""
+
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import ConfigError
+from vlafit.execution import Execution, Limits, Plan
+from vlafit.serve.observations import observation
+from vlafit.types import ActionChunk, Actor, Committed, Embodiment, EpisodeKey, GuidedActor, Observation
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 10  # delays from which the next one is estimated: real-time chunking paper, algorithm 1
+
+
+@runtime_checkable
+class Embodied(Protocol):
+    """What says for which robot it acts."""
+
+    embodiment: Embodiment
+
+
+class Controller:
+    """Executes the chunks of `actor` step by step, within `limits`.
+
+    In the background, the robot goes on with the chunk that it has while the next one is computed, and a
+    chunk begins at the step at which it arrives; otherwise `step` waits for the policy. Close it, or use it
+    as a context manager.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        execution: Execution = Execution(),  # noqa: B008 -- frozen
+        *,
+        limits: Limits | None = None,
+        background: bool = False,
+        embodiment: Embodiment | None = None,
+    ) -> None:
+        """Raises ConfigError where the actor cannot act so. `embodiment` is the actor's own unless given."""
+        robot = embodiment or (actor.embodiment if isinstance(actor, Embodied) else None)
+        if robot is None:
+            raise ConfigError(
+                f"actor {type(actor).__name__} does not say for which robot it acts: give embodiment"
+            )
+        if execution.mode == "real_time" and not isinstance(actor, GuidedActor):
+            raise ConfigError(
+                f"execution real_time: actor {type(actor).__name__} cannot continue a chunk; choose "
+                "chunk or ensemble"
+            )
+        self.actor = actor
+        self.execution = execution
+        self.embodiment = robot
+        self.limits = limits
+        self.waits = 0
+        """Steps at which the robot stood still because no action was left."""
+        self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
+        self._delays: deque[int] = deque([execution.delay], REMEMBERED)
+        self._missing: set[str] = set()  # cameras whose absence was logged
+        self._episode = -1
+        self._instruction = ""
+        self._pending: Future[ActionChunk] | None = None
+
+    def start(self, instruction: str, *, task: str = "", seed: int | None = None) -> None:
+        """Begin an episode. Its noise is drawn from `task` (the instruction) and `seed` (a count of
+        episodes)."""
+        self._drop_pending()
+        self._instruction = instruction
+        self._episode += 1
+        self._key = EpisodeKey(self._episode if seed is None else seed, task or instruction, 0)
+        self._plan = Plan(self.execution)
+        self._asked = -1  # the step of the last observation that was sent
+        self._sent: NDArray[np.float32] | None = None
+
+    def step(self, images: Mapping[str, Any], state: Any) -> NDArray[np.float32]:
+        """Return the action [a] to execute now, in the robot's units.
+
+        `images` maps each camera to uint8 [h, w, 3]; None, or leaving it out, says that it is missing now.
+        Raises EmbodimentError for what is not an observation of this robot and, if limits say so, for an
+        action outside them; RemoteError where a remote policy does not answer.
+        """
+        if self._episode < 0:
+            raise ConfigError("the controller has no instruction: call start first")
+        seen = observation(images, state, self._instruction, self.embodiment)
+        self._log_missing(seen)
+        self._collect(wait=False)
+        due = self._asked < 0 or self._plan.step - self._asked >= self.execution.replan
+        if self._pending is None and (due or not self._plan.left()):
+            self._ask(seen)
+        while not self._plan.left():
+            self.waits += self._plan.step > 0
+            if self._pending is None:  # what came late was too short
+                self._ask(seen)
+            self._collect(wait=True)
+        action = self._plan.next()
+        if self.limits is not None:
+            action = self.limits.apply(action, self._sent)
+        self._sent = action
+        return action
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._drop_pending()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def __enter__(self) -> "Controller":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, seen: Observation) -> None:
+        first = self._asked < 0
+        self._asked = self._plan.step
+        committed = self._plan.committed(max(self._delays) if self._thread else None)
+        key, self._key = self._key, dataclasses.replace(self._key, replan=self._key.replan + 1)
+        if self._thread is None:
+            delay = 0 if first else self.execution.delay
+            self._plan.add(self._act(seen, key, committed), self._asked, delay)
+        else:
+            self._pending = self._thread.submit(self._act, seen, key, committed)
+
+    def _act(self, seen: Observation, key: EpisodeKey, committed: Committed | None) -> ActionChunk:
+        if committed is not None and isinstance(self.actor, GuidedActor):
+            return self.actor.act_guided([seen], [key], [committed])[0]
+        return self.actor.act([seen], [key])[0]
+
+    def _collect(self, wait: bool) -> None:
+        """Take the pending chunk, if it is there or must be waited for."""
+        pending = self._pending
+        if pending is None or not (wait or pending.done()):
+            return
+        self._pending = None  # an error is raised once, and the next step asks again
+        chunk = pending.result()
+        delay = self._plan.step - self._asked
+        self._delays.append(delay)
+        self._plan.add(chunk, self._asked, delay)
+
+    def _drop_pending(self) -> None:
+        """Let a request of the episode before end, so that its chunk is not taken for one of the next."""
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.cancel():
+            pending.exception()
+
+    def _log_missing(self, seen: Observation) -> None:
+        for camera in self.embodiment.cameras:
+            if camera.name not in seen.images and camera.name not in self._missing:
+                self._missing.add(camera.name)
+                log.warning(
+                    "camera %r is missing; the policy acts without it (this is logged once)", camera.name
+                )

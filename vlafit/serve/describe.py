@@ -1,0 +1,35 @@
+"""Describe a local actor for those who will connect to it."""
+
+from vlafit.actor import PolicyActor
+from vlafit.errors import ConfigError
+from vlafit.nn.flow_policy import FlowPolicy
+from vlafit.rollout.evaluation import TrainedActor
+from vlafit.serve.metadata import Described, software
+from vlafit.types import Actor, GuidedActor
+
+
+def describe(actor: Actor) -> Described:
+    """Return what a client must know of `actor`. Raises ConfigError for one that has no robot."""
+    if not isinstance(actor, TrainedActor):
+        raise ConfigError(
+            f"actor {type(actor).__name__} cannot be served: it does not say for which robot it acts; "
+            "give it embodiment, width, seeds and fingerprint (vlafit.rollout.evaluation.TrainedActor)"
+        )
+    guided = isinstance(actor, GuidedActor)
+    chunk, required, normalisation = 0, tuple(c.name for c in actor.embodiment.cameras), {}
+    if isinstance(actor, PolicyActor):
+        config = actor.codec.config
+        chunk, required = config.chunk, tuple(name for name in config.cameras if name)
+        guided = isinstance(actor.policy, FlowPolicy)
+        normalisation = {"state": config.normalisation, "action": config.of_actions}
+    return Described(
+        embodiment=actor.embodiment,
+        width=actor.width,
+        fingerprint=actor.fingerprint(),
+        guided=guided,
+        chunk=chunk,
+        required=required,
+        seeds={task: tuple(sorted(seeds)) for task, seeds in actor.seeds.items()},
+        normalisation=normalisation,
+        versions=software(),
+    )

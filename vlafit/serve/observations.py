@@ -1,0 +1,145 @@
+"""Make observations of plain values, or name everything in which they are not those of the robot.
+
+Lists and other dtypes are accepted where only one thing can be meant: numbers of any kind for the state,
+whole numbers from 0 to 255 for pixels. Nothing is resized, transposed, reordered or filled in.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import EmbodimentError, did_you_mean
+from vlafit.types import Embodiment, Feature, Observation
+
+LISTED, LONGEST = (
+    8,
+    80,
+)  # unknown names in an error, and characters of each: whoever sends thousands reads few
+IMPLICIT_BATCH = "remove the axis of length 1 in front"
+
+
+def observation(
+    images: Mapping[str, Any],
+    state: Any,
+    instruction: Any,
+    embodiment: Embodiment,
+    *,
+    required: Collection[str] = (),
+) -> Observation:
+    """Return the observation, or raise EmbodimentError naming every difference from `embodiment`.
+
+    `images` maps camera names to pixels; None says that a camera is missing at this moment. `required` are
+    the cameras that must be named.
+    """
+    problems: list[str] = []
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    cameras = {camera.name: camera for camera in embodiment.cameras}
+    unknown = [str(name) for name in images if name not in cameras]
+    problems += listed_unknown("camera", "the robot has none of this name", unknown, cameras)
+    for name, pixels in images.items():
+        if name in cameras and pixels is not None:
+            picture = _picture(cameras[name], pixels, problems)
+            if picture is not None:
+                pictures[name] = picture
+    for name in required:
+        if name not in images:
+            height, width = cameras[name].shape[:2]
+            problems.append(
+                f"camera {name!r}: missing; send uint8 [{height}, {width}, 3], or None while it is out"
+            )
+    numbers = _numbers(embodiment.state, state, problems)
+    if not isinstance(instruction, str) or not instruction.strip():
+        problems.append(f"instruction: must be a sentence, not {_short(instruction)}")
+    if problems or numbers is None:
+        listed = "\n  ".join(problems)
+        raise EmbodimentError(f"the observation is not one of the robot {embodiment.name!r}:\n  {listed}")
+    return Observation(pictures, numbers, instruction)
+
+
+def listed_unknown(
+    what: str, problem: str, names: Sequence[str], known: Iterable[str], otherwise: str = ""
+) -> list[str]:
+    """Return a line for each unknown name with the nearest one that is known; a handful stand for many."""
+    lines = []
+    for name in names[:LISTED]:
+        near = did_you_mean(name[:LONGEST].rpartition("/")[2], known, listed=False) or otherwise
+        lines.append(f"{what} {name[:LONGEST]!r}: {problem}{near}")
+    if len(names) > LISTED:
+        lines.append(f"and {len(names) - LISTED} more of the kind")
+    return lines
+
+
+def _picture(camera: Feature, pixels: Any, problems: list[str]) -> NDArray[np.uint8] | None:
+    array = _as_array(pixels)
+    where = f"camera {camera.name!r}"
+    if array is None or array.dtype.kind not in "iuf":
+        problems.append(f"{where}: pixels must be numbers, not {_short(pixels)}")
+        return None
+    wrong = _shape_problem(array.shape, camera.shape)
+    if array.shape == (camera.shape[2], *camera.shape[:2]):
+        wrong = f"has shape {array.shape}, channels first; send {camera.shape}, channels last"
+    if wrong:
+        problems.append(f"{where}: {wrong}")
+        return None
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "f":
+        problems.append(
+            f"{where}: pixels are {array.dtype}, whose range nobody can tell; send uint8 from 0 to 255"
+        )
+        return None
+    if array.min(initial=0) < 0 or array.max(initial=0) > 255:
+        problems.append(
+            f"{where}: pixels reach from {array.min()} to {array.max()}; send uint8 from 0 to 255"
+        )
+        return None
+    return array.astype(np.uint8)
+
+
+def _numbers(column: Feature, values: Any, problems: list[str]) -> NDArray[np.float32] | None:
+    if values is None:
+        problems.append(f"state: missing; send float32 {list(column.shape)}{_labels(column)}")
+        return None
+    array = _as_array(values)
+    if array is None or array.dtype.kind not in "iuf":
+        problems.append(f"state: must be numbers, not {_short(values)}")
+        return None
+    wrong = _shape_problem(array.shape, column.shape)
+    if wrong:
+        problems.append(f"state: {wrong}{_labels(column)}")
+        return None
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused as such
+        array = array.astype(np.float32, copy=False)
+    bad = np.flatnonzero(~np.isfinite(array))
+    if len(bad):
+        which = ", ".join(column.labels[i] if column.labels else str(i) for i in bad[:8])
+        problems.append(f"state: not finite in dimension {which}: {array[bad[:8]].tolist()}")
+        return None
+    return array
+
+
+def _shape_problem(have: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if have == wanted:
+        return ""
+    advice = f"; {IMPLICIT_BATCH}" if have == (1, *wanted) else ""
+    return f"has shape {have}, the robot's is {wanted}{advice}"
+
+
+def _labels(column: Feature) -> str:
+    return f" ({', '.join(column.labels)})" if column.labels else ""
+
+
+def _as_array(values: Any) -> NDArray | None:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        return None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,260 @@
+"""The three protocols of one port: openpi's, vla-eval's and our own, told apart by each frame.
+
+Our own frame asks for several observations at once, each with the key of its episode, so that a remote policy
+acts as a local one. openpi's and vla-eval's frames hold one observation and no key; theirs is counted per
+connection.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vlafit import config
+from vlafit.errors import EmbodimentError
+from vlafit.serve import wire
+from vlafit.serve.metadata import Described
+from vlafit.serve.observations import listed_unknown, observation
+from vlafit.serve.wire import WireError
+from vlafit.types import ActionChunk, Committed, EpisodeKey, Guidance, Observation
+
+Name = Literal["vlafit", "openpi", "vla-eval"]
+
+ACT = "vlafit.act"  # the type of our own frames
+MAX_OBSERVATIONS = 256  # in one frame
+VLA_EVAL = ("hello", "observation", "episode_start", "episode_end", "error")
+STATES = ("state", "states")  # vla-eval's names of the state: its convention, and its LIBERO benchmark's
+
+
+@dataclass(frozen=True)
+class Request:
+    """One observation that waits for its chunk."""
+
+    observation: Observation
+    key: EpisodeKey
+    committed: Committed | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- our own
+
+
+def pack_requests(requests: Sequence[Request], cameras: Sequence[str]) -> bytes:
+    """Encode requests as our own frame. A camera of `cameras` that an observation lacks is said to be
+    missing."""
+    return wire.pack({"type": ACT, "observations": [_values(request, cameras) for request in requests]})
+
+
+def _values(request: Request, cameras: Sequence[str]) -> dict[str, Any]:
+    seen, key, committed = request.observation, request.key, request.committed
+    return {
+        "images": dict.fromkeys(cameras) | dict(seen.images),
+        "state": seen.state,
+        "prompt": seen.instruction,
+        "key": [key.seed, key.task, key.replan],
+        "committed": None
+        if committed is None
+        else {
+            "actions": committed.actions,
+            "delay": committed.delay,
+            "end": committed.end,
+            "guidance": dataclasses.asdict(committed.guidance),
+        },
+    }
+
+
+def read_requests(frame: Mapping[Any, Any], described: Described) -> list[Request]:
+    """Read our own frame. Raises VlafitError that names the observation and everything wrong with it."""
+    values = frame.get("observations")
+    if not isinstance(values, list) or not 1 <= len(values) <= MAX_OBSERVATIONS:
+        raise WireError(f"observations: must be a list of 1 to {MAX_OBSERVATIONS}, not {_kind(values)}")
+    requests = []
+    for i, one in enumerate(values):
+        if not isinstance(one, Mapping) or set(one) != {"images", "state", "prompt", "key", "committed"}:
+            raise WireError(f"observation {i}: must hold images, state, prompt, key and committed")
+        if not isinstance(one["images"], Mapping):
+            raise WireError(f"observation {i}: images must be a map of cameras, not {_kind(one['images'])}")
+        try:
+            seen = observation(
+                one["images"], one["state"], one["prompt"], described.embodiment, required=described.required
+            )
+        except EmbodimentError as error:
+            raise EmbodimentError(f"observation {i}: {error}") from None
+        requests.append(Request(seen, _key(one["key"], i), _committed(one["committed"], i, described)))
+    return requests
+
+
+def _key(values: Any, i: int) -> EpisodeKey:
+    match values:
+        case [int(seed), str(task), int(replan)] if seed >= 0 and replan >= 0:
+            return EpisodeKey(seed, task, replan)
+    raise WireError(f"observation {i}: key must be [seed, task, replan], not {str(values)[:80]}")
+
+
+def _committed(values: Any, i: int, described: Described) -> Committed | None:
+    if values is None:
+        return None
+    if not described.guided:
+        raise WireError(f"observation {i}: this policy cannot continue a chunk; leave committed out")
+    if not isinstance(values, Mapping) or set(values) != {"actions", "delay", "end", "guidance"}:
+        raise WireError(f"observation {i}: committed must hold actions, delay, end and guidance")
+    actions, delay, end = values["actions"], values["delay"], values["end"]
+    wanted = described.embodiment.action.shape[0]
+    if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f" or actions.ndim != 2:
+        raise WireError(
+            f"observation {i}: committed.actions must be float [steps, {wanted}], not {_kind(actions)}"
+        )
+    if actions.shape[1] != wanted or not len(actions) or not np.isfinite(actions).all():
+        raise WireError(
+            f"observation {i}: committed.actions must be finite and [steps, {wanted}], not {actions.shape}"
+        )
+    if type(delay) is not int or type(end) is not int or not 0 <= delay <= end <= len(actions):
+        raise WireError(
+            f"observation {i}: committed.delay and end must be 0 <= delay <= end <= {len(actions)}, "
+            f"not {str(delay)[:20]} and {str(end)[:20]}"
+        )
+    guidance = config.build(Guidance, values["guidance"], f"observation {i}: committed.guidance")
+    if not 0 < guidance.max_weight < 1e6:
+        raise WireError(f"observation {i}: guidance.max_weight must be positive, not {guidance.max_weight}")
+    return Committed(actions.astype(np.float32), delay, end, guidance)
+
+
+def pack_chunks(chunks: Sequence[ActionChunk]) -> bytes:
+    """Encode the answer to our own frame."""
+    return wire.pack({"type": "vlafit.chunks", "chunks": [chunk.actions for chunk in chunks]})
+
+
+def read_chunks(frame: Any, count: int) -> list[ActionChunk]:
+    """Read the answer to our own frame. Raises WireError unless it holds `count` chunks."""
+    chunks = frame.get("chunks") if isinstance(frame, Mapping) else None
+    if (
+        not isinstance(chunks, list)
+        or len(chunks) != count
+        or not all(isinstance(c, np.ndarray) for c in chunks)
+    ):
+        raise WireError(f"the answer to {count} observations holds {_kind(chunks)}")
+    return [ActionChunk(np.array(chunk)) for chunk in chunks]  # a copy: a view of the frame is read-only
+
+
+# --------------------------------------------------------------------------------------------------------eval
+
+
+def read_openpi(
+    frame: Mapping[Any, Any], described: Described, names: Mapping[str, str], key: EpisodeKey
+) -> Request:
+    """Read the flat or nested observation that openpi's client sends.
+
+    Its keys are the robot's own choice: "images" (a map), "state" and "prompt", or one key a camera, each
+    with or without "observation/" in front. `names` maps other keys to a camera or to "state"; several arrays
+    mapped to the state are joined in the order of `names`. A key that is left over is an error.
+    """
+    images: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+    unknown: list[str] = []
+    cameras = [camera.name for camera in described.embodiment.cameras]
+
+    def take(name: str, value: Any) -> None:
+        target = names.get(name, name.removeprefix("observation/"))
+        if target in cameras:
+            images[target] = value
+        elif target == "state":
+            states[name] = value
+        elif target != "prompt":
+            unknown.append(name)
+
+    for name, value in frame.items():
+        if name == "images" and isinstance(value, Mapping):
+            for camera, pixels in value.items():
+                take(str(camera), pixels)
+        else:
+            take(str(name), value)
+    problem = ""
+    try:
+        seen = observation(
+            images,
+            _joined_state(states, names),
+            frame.get("prompt"),
+            described.embodiment,
+            required=described.required,
+        )
+        if not unknown:
+            return Request(seen, dataclasses.replace(key, task=seen.instruction))
+        problem = f"the observation is not one of the robot {described.embodiment.name!r}:"
+    except EmbodimentError as error:
+        problem = str(error)
+    known = [*cameras, "state", "prompt", "images"]
+    advice = "; leave it out, or map it with --map"
+    lines = listed_unknown("key", "the robot has nothing of this name", unknown, known, advice)
+    raise EmbodimentError("\n  ".join([problem, *lines]))
+
+
+def _joined_state(states: Mapping[str, Any], names: Mapping[str, str]) -> Any:
+    if len(states) < 2:
+        return next(iter(states.values()), None)
+    order = [name for name in names if name in states] + [name for name in states if name not in names]
+    try:
+        return np.concatenate([np.atleast_1d(np.asarray(states[name])) for name in order])
+    except ValueError as error:
+        raise EmbodimentError(f"state: {', '.join(order)} cannot be joined: {error}") from error
+
+
+def pack_openpi(actions: np.ndarray, milliseconds: float) -> bytes:
+    """Encode the answer to openpi's client: actions [t, a] and the time that it took."""
+    return wire.pack({"actions": actions, "server_timing": {"infer_ms": milliseconds}})
+
+
+def read_vla_eval(
+    payload: Mapping[Any, Any], described: Described, names: Mapping[str, str], key: EpisodeKey
+) -> Request:
+    """Read an observation of vla-eval: images, task_description, state. What else it holds is for other
+    models."""
+    images = payload.get("images")
+    if not isinstance(images, Mapping):
+        raise WireError(f"images: must be a map of cameras, not {_kind(images)}")
+    cameras = {camera.name for camera in described.embodiment.cameras}
+    named = {names.get(str(name), str(name)): pixels for name, pixels in images.items()}
+    seen = observation(
+        {name: pixels for name, pixels in named.items() if name in cameras},
+        next((payload[name] for name in STATES if name in payload), None),
+        payload.get("task_description"),
+        described.embodiment,
+        required=described.required,
+    )
+    return Request(seen, key)
+
+
+def episode_of(payload: Mapping[Any, Any], count: int) -> EpisodeKey:
+    """Return the key of vla-eval's episode: its task's name and index, or `count` where it has no index."""
+    task = payload.get("task")
+    values = task if isinstance(task, Mapping) else {}
+    index = values.get("episode_idx")
+    return EpisodeKey(
+        index if type(index) is int and index >= 0 else count, str(values.get("name", ""))[:1000], 0
+    )
+
+
+def pack_vla_eval(kind: Literal["action", "error"], payload: Mapping[str, Any], seq: int) -> bytes:
+    """Encode a message to vla-eval."""
+    message = {"type": kind, "payload": dict(payload), "seq": seq, "timestamp": 0.0}
+    return wire.pack(message, text_keys=True)
+
+
+def protocol_of(frame: Any) -> Name:
+    """Tell by its keys which protocol a frame is of. Raises WireError where it is no map."""
+    if not isinstance(frame, Mapping):
+        raise WireError(f"a frame must hold a map, not {_kind(frame)}")
+    kind = frame.get("type")
+    if not isinstance(kind, str):
+        return "openpi"
+    if kind == ACT:
+        return "vlafit"
+    if kind in VLA_EVAL and isinstance(frame.get("payload"), Mapping) and type(frame.get("seq")) is int:
+        return "vla-eval"
+    return "openpi"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array {value.dtype} {value.shape}"
+    return f"{len(value)} values" if isinstance(value, list) else type(value).__name__

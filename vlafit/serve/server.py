@@ -1,0 +1,321 @@
+"""The server: connections, limits, and an end that loses no answer.
+
+Every connection is a task of one event loop and has at most one frame in work, so that a client that is slow,
+silent or malicious occupies its own connection and nothing else. The policy computes in a thread beside the
+loop.
+"""
+
+import asyncio
+import hmac
+import http
+import ipaddress
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from websockets.asyncio.server import Server as WebsocketServer
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from vlafit.errors import ConfigError, VlafitError
+from vlafit.execution import Execution
+from vlafit.serve import wire
+from vlafit.serve.batcher import Batcher
+from vlafit.serve.metadata import Described, greeting
+from vlafit.serve.metrics import Metrics
+from vlafit.serve.session import Session
+from vlafit.types import Actor
+
+log = logging.getLogger(__name__)
+
+STOPPING = "the server is stopping"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server meets the network."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    token: str = ""
+    """What `Authorization: Api-Key ...` must hold; empty: anybody may ask, which is refused beyond this
+    machine."""
+    max_clients: int = 64
+    """Connections at a time."""
+    max_frame: int = 32 * 2**20
+    """Bytes of the largest frame that is read."""
+    max_rate: float = 1000.0
+    """Frames a second of each client, on average; a faster one is slowed down."""
+    timeout_s: float = 30.0
+    """Seconds until an answer must be computed, and until a client must have taken it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Keys of openpi's and vla-eval's observations -> the robot's cameras, or "state"."""
+    execution: Execution | None = None
+    """How chunks are executed for clients that take one action at a time (vla-eval's); None: the whole
+    chunk."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("port", 0), ("max_clients", 1), ("max_frame", 1024), ("max_rate", 0.001)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"server: {name} must be at least {least}, not {getattr(self, name)}")
+        if self.port > 65535:
+            raise ConfigError(f"server: port must be at most 65535, not {self.port}")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"server: timeout_s must be positive, not {self.timeout_s}")
+        if not self.token and not _is_loopback(self.host):
+            raise ConfigError(
+                f"server: host {self.host!r} can be reached from other machines, and whoever reaches it can "
+                "ask for actions; give a token (--token-file), or listen at 127.0.0.1"
+            )
+
+
+def require_executable(execution: Execution, described: Described) -> None:
+    """Raise ConfigError where the policy's chunks cannot be executed so."""
+    if execution.mode == "real_time" and not described.guided:
+        raise ConfigError(
+            "execution: real_time needs a policy that can continue a chunk (a flow-matching one), and this "
+            "one cannot; choose chunk or ensemble"
+        )
+    if described.chunk:
+        execution.require_chunk(described.chunk)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Server:
+    """Serves one actor until it is told to stop."""
+
+    def __init__(self, actor: Actor, described: Described, options: Options) -> None:
+        self.actor = actor
+        self.described = described
+        self.options = options
+        self.metrics = Metrics()
+        self.port = options.port
+        self._greeting = greeting(described)
+        self._stop = asyncio.Event()
+        self._busy: set[asyncio.Task[None]] = set()  # connections that have a frame in work
+        for target in options.names.values():
+            if target != "state":
+                described.embodiment.camera(target)  # raises for a name that the robot does not have
+        if options.execution is not None:
+            require_executable(options.execution, described)
+
+    async def run(self, ready: Callable[[str], None] = lambda address: None) -> None:
+        """Serve until `stop`. `ready` is called with the address as soon as clients can connect.
+
+        Raises ConfigError where the address cannot be listened at.
+        """
+        options = self.options
+        self._batcher = Batcher(self.actor, self.described.width, self.metrics)
+        try:
+            server = await serve(
+                self._connection,
+                options.host,
+                options.port,
+                process_request=self._http,
+                origins=[None],  # no page in a browser may talk to a server on loopback
+                compression=None,
+                max_size=options.max_frame,
+                max_queue=2,
+                write_limit=2**20,
+                ping_timeout=60.0,  # a client that loads a model, say, answers late
+                server_header=None,
+                logger=_quiet_logger(),
+            )
+        except OSError as error:
+            await self._batcher.close()
+            raise ConfigError(
+                f"cannot listen at {options.host}:{options.port}: {error.strerror or error}; choose "
+                "another --port"
+            ) from error
+        self.port = next(iter(server.sockets)).getsockname()[1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        ready(f"ws://{host}:{self.port}")
+        try:
+            await self._stop.wait()
+        finally:
+            await self._end(server)
+
+    def stop(self) -> None:
+        """Take no more requests, answer those in work, and let `run` return. Call it from the loop's
+        thread."""
+        self._stop.set()
+
+    async def _end(self, server: WebsocketServer) -> None:
+        server.close(close_connections=False)
+        if self._busy:
+            await asyncio.wait(self._busy, timeout=self.options.timeout_s)
+        closing = [asyncio.create_task(c.close(1001, STOPPING)) for c in list(server.connections)]
+        if closing:
+            await asyncio.wait(closing)
+        await server.wait_closed()
+        await self._batcher.close()
+
+    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """Answer what is no websocket, and refuse who may not connect."""
+        path = request.path.partition("?")[0]
+        if path in ("/healthz", "/health"):  # vla-eval asks for the latter
+            stopping = self._stop.is_set()
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if stopping else http.HTTPStatus.OK
+            return connection.respond(status, f"{STOPPING}\n" if stopping else "ok\n")
+        if self.options.token:
+            given = request.headers.get("Authorization", "")
+            wanted = f"Api-Key {self.options.token}"
+            if not hmac.compare_digest(given.encode(), wanted.encode()):
+                self.metrics.refuse("token")
+                return connection.respond(
+                    http.HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key TOKEN\n"
+                )
+        if path == "/metrics":
+            return connection.respond(http.HTTPStatus.OK, self.metrics.text())
+        if path != "/":
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "there are /, /healthz and /metrics\n")
+        if self.metrics.clients >= self.options.max_clients:
+            self.metrics.refuse("clients")
+            return connection.respond(
+                http.HTTPStatus.SERVICE_UNAVAILABLE,
+                f"{self.options.max_clients} clients are connected already\n",
+            )
+        return None
+
+    async def _connection(self, connection: ServerConnection) -> None:
+        self.metrics.clients += 1
+        task = asyncio.current_task()
+        assert task is not None
+        session = Session(self.described, self._batcher, self.metrics, self.options)
+        bucket = _Bucket(self.options.max_rate)
+        try:
+            await self._send(connection, wire.pack(self._greeting | {"timestamp": time.time()}))
+            async for frame in connection:
+                self._busy.add(task)
+                answer = STOPPING if self._stop.is_set() else await session.answer(frame)
+                if answer is not None:
+                    await self._send(connection, answer)
+                self._busy.discard(task)
+                await bucket.take()
+        except ConnectionClosed:
+            pass
+        except TimeoutError:
+            self.metrics.refuse("slow")
+            connection.transport.abort()
+        except Exception:  # a fault of ours costs this client its connection, and nobody else theirs
+            log.exception("a connection ended in an error")
+            self.metrics.refuse("internal")
+        finally:
+            self._busy.discard(task)
+            self.metrics.clients -= 1
+
+    async def _send(self, connection: ServerConnection, answer: bytes | str) -> None:
+        async with asyncio.timeout(self.options.timeout_s):
+            await connection.send(answer)
+
+
+class _Bucket:
+    """Lets `rate` frames a second pass on average, and as many at once."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left = max(rate, 1.0)
+        self._at = time.monotonic()
+
+    async def take(self) -> None:
+        now = time.monotonic()
+        self._left = min(max(self._rate, 1.0), self._left + (now - self._at) * self._rate) - 1
+        self._at = now
+        if self._left < 0:
+            await asyncio.sleep(-self._left / self._rate)
+
+
+def _quiet_logger() -> logging.Logger:
+    """Return a logger for websockets' own lines: whoever scans a port must not fill the log with
+    tracebacks."""
+    logger = logging.getLogger("vlafit.serve.websockets")
+    logger.setLevel(logging.CRITICAL)
+    return logger
+
+
+def run(
+    actor: Actor, described: Described, options: Options, ready: Callable[[str], None] = lambda address: None
+) -> None:
+    """Serve `actor` until SIGTERM or SIGINT, then answer what is in work and return."""
+
+    async def main() -> None:
+        server = Server(actor, described, options)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        await server.run(ready)
+
+    asyncio.run(main())
+
+
+@contextmanager
+def serving(actor: Actor, described: Described, options: Options) -> Iterator["Running"]:
+    """Serve `actor` in a thread while the block runs, for tests, benchmarks and notebooks."""
+    running = Running()
+    thread = threading.Thread(
+        target=running.main, args=(actor, described, options), name="vlafit-server", daemon=True
+    )
+    thread.start()
+    running.started.wait()
+    if running.error is not None:
+        thread.join()
+        raise running.error
+    try:
+        yield running
+    finally:
+        running.stop()
+        thread.join()
+
+
+class Running:
+    """A server that runs in another thread."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+        self.error: Exception | None = None
+        self.address = ""
+        self.server: Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def main(self, actor: Actor, described: Described, options: Options) -> None:
+        """Run the server in the thread that calls this."""
+
+        def ready(address: str) -> None:
+            self.address = address
+            self.started.set()
+
+        async def serve_here() -> None:
+            self._loop = asyncio.get_running_loop()
+            self.server = Server(actor, described, options)
+            await self.server.run(ready)
+
+        try:
+            asyncio.run(serve_here())
+        except VlafitError as error:
+            self.error = error
+            self.started.set()
+
+    def stop(self) -> None:
+        """Let the server answer what is in work, and end."""
+        if self._loop is not None and self.server is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.server.stop)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the server counted so far."""
+        assert self.server is not None
+        return self.server.metrics

@@ -1,0 +1,117 @@
+"""One connection: which protocol it speaks, which episode it is in, and the answer to each of its frames."""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import VlafitError
+from vlafit.execution import Execution, Plan
+from vlafit.serve import protocols, wire
+from vlafit.serve.batcher import Batcher
+from vlafit.serve.metadata import Described
+from vlafit.serve.metrics import Metrics
+from vlafit.serve.protocols import Name, Request
+from vlafit.serve.wire import WireError
+from vlafit.types import EpisodeKey
+
+if TYPE_CHECKING:
+    from vlafit.serve.server import Options
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The state of one connection."""
+
+    def __init__(self, described: Described, batcher: Batcher, metrics: Metrics, options: "Options") -> None:
+        self._described = described
+        self._batcher = batcher
+        self._metrics = metrics
+        self._options = options
+        self._key = EpisodeKey(0, "", 0)  # of the next request, where frames hold none
+        self._episodes = 0
+        self._plan: Plan | None = None
+        self._actions: deque[NDArray[np.float32]] = deque()  # to be sent before the policy is asked again
+        self._missing: set[str] = set()  # cameras whose absence was logged
+
+    async def answer(self, frame: bytes | str) -> bytes | str | None:
+        """Return the answer to a frame: bytes, a text that says what is wrong with it, or None where none is
+        due.
+
+        Nothing that a frame holds raises.
+        """
+        began = time.perf_counter()
+        name: Name = "openpi"
+        values: Any = None
+        try:
+            if isinstance(frame, str):
+                raise WireError("a text frame; send binary frames of msgpack")
+            values = wire.unpack(frame)
+            name = protocols.protocol_of(values)
+            async with asyncio.timeout(self._options.timeout_s):
+                answer = await self._dispatch(name, values, began)
+            if answer is not None:
+                self._metrics.answer(name, time.perf_counter() - began)
+            return answer
+        except TimeoutError:
+            return self._refuse(name, values, "timeout", f"no answer within {self._options.timeout_s:g} s")
+        except WireError as error:
+            return self._refuse(name, values, "frame", str(error))
+        except VlafitError as error:
+            return self._refuse(name, values, "observation", str(error))
+
+    def _refuse(self, name: Name, values: Any, reason: str, text: str) -> bytes | str:
+        self._metrics.refuse(reason)
+        if name == "vla-eval":
+            return protocols.pack_vla_eval("error", {"error": text}, values["seq"])
+        return text
+
+    async def _dispatch(self, name: Name, values: Mapping[Any, Any], began: float) -> bytes | None:
+        match name:
+            case "vlafit":
+                requests = protocols.read_requests(values, self._described)
+                for request in requests:
+                    self._log_missing(request)
+                return protocols.pack_chunks(await self._batcher.act(self, requests))
+            case "openpi":
+                request = protocols.read_openpi(values, self._described, self._options.names, self._key)
+                self._log_missing(request)
+                (chunk,) = await self._batcher.act(self, [request])
+                self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
+                return protocols.pack_openpi(chunk.actions, (time.perf_counter() - began) * 1000)
+            case "vla-eval":
+                return await self._vla_eval(values)
+
+    async def _vla_eval(self, values: Mapping[Any, Any]) -> bytes | None:
+        """Answer one message; the frame that greets every client was the answer to "hello"."""
+        payload = values["payload"]
+        if values["type"] == "episode_start":
+            self._key = protocols.episode_of(payload, self._episodes)
+            self._episodes += 1
+            self._plan, self._actions = None, deque()
+        if values["type"] != "observation":
+            return None
+        if self._plan is None:
+            self._plan = Plan(self._options.execution or Execution(replan=self._described.chunk or 1))
+        if not self._actions:
+            request = protocols.read_vla_eval(payload, self._described, self._options.names, self._key)
+            self._log_missing(request)
+            request = dataclasses.replace(request, committed=self._plan.committed())
+            (chunk,) = await self._batcher.act(self, [request])
+            self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
+            self._actions = deque(self._plan.extend(chunk))
+        return protocols.pack_vla_eval("action", {"actions": self._actions.popleft()}, values["seq"])
+
+    def _log_missing(self, request: Request) -> None:
+        seen = request.observation.images
+        for name in self._described.required:
+            if name not in seen and name not in self._missing:
+                self._missing.add(name)
+                log.warning("a client's camera %r is missing; the policy acts without it from now on", name)
