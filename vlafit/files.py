@@ -246,7 +246,19 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
     The system releases the lock when the last of them ends, even if it is killed. Raises VlafitError naming
     the folder and the process if another command holds the lock; `what` is the kind of command.
     """
+    made = not Path(folder).exists()
     require_writable(folder)
+    try:
+        with _locked(folder, what) as handle:
+            yield handle
+    except BaseException:
+        if made and is_empty(folder):
+            shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
+        raise
+
+
+@contextmanager
+def _locked(folder: Path, what: str) -> Iterator[int]:
     with _held(folder, what) as file:
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())

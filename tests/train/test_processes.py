@@ -81,7 +81,7 @@ def test_a_busy_port_is_one_sentence():
         other.listen()
         port = other.getsockname()[1]
         code = "from vlafit.train import processes\nprocesses.connect()"
-        said = start(code, 2, port)[0].communicate(timeout=500)[0] if False else _first(code, port)
+        said = _first(code, port)
     assert f"127.0.0.1:{port} is in use" in said and "--main_process_port" in said
 
 
@@ -96,7 +96,7 @@ def _first(code: str, port: int) -> str:
 def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not():
     store = dist.HashStore()
     lost: list[str] = []
-    heart = Heartbeat(store, 0, 2, lost.append, beat_s=0.01, silent_s=0.05)
+    heart = Heartbeat(store, 0, 2, lost.append, beat_s=0.05, silent_s=1.0)
     other = Heartbeat(store, 1, 2, lost.append, beat_s=0.002, silent_s=1000)
     other.start()
     heart.start()
@@ -106,8 +106,8 @@ def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not()
     beats = store.add("vlafit/beat/0", 0)
     other.stop()
     heart._thread.join(timeout=60)
+    assert beats >= 20, "lost while both gave signs of life"
     assert lost and "process 1 of 2" in lost[0] and "--resume" in lost[0]
-    assert beats >= 20 or "process 1" in lost[0]
 
 
 @pytest.mark.parametrize(

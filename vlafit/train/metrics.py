@@ -4,6 +4,9 @@ Every event has `step`; events of training have `time_s` (training time, without
 
     train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
         every train.log_every steps
+    train/lr/RULE
+        with them, if the rules of the strategy have different learning rates: that of each, by its number
+        and what it selects (`train/lr` is the first one's)
     train/rank/mean, train/rank/min, train/rank/max
         with them, while AdaLoRA is trained: the ranks that its layers kept at their last pruning
     train/stage

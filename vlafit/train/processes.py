@@ -41,7 +41,7 @@ def require_launched() -> None:
     if asked > 1:
         raise TrainingError(
             f"the launcher was asked for {asked} processes, but started only this one: add --multi_gpu, or a "
-            "configuration file for CPUs (vlafit list launcher), to `accelerate launch`, or ask for one process"
+            "configuration file for CPUs (vlafit list launcher), to `accelerate launch`, or ask for one"
         )
 
 
@@ -142,8 +142,8 @@ def require_equal(items: Mapping[str, object], device: torch.device) -> None:
     ]
     if different:
         raise TrainingError(
-            f"the processes do not agree: {'; '.join(different[:8])}. Start all of them with the same command, "
-            "recipe, data and code"
+            f"the processes do not agree: {'; '.join(different[:8])}. Start all of them with the same "
+            "command, recipe, data and code"
         )
 
 
@@ -162,7 +162,7 @@ def _odd(rows: torch.Tensor) -> str:
     return f"process {', '.join(others)} differs from process 0"
 
 
-# -------------------------------------------------------------------------------------------- loss of a process
+# ------------------------------------------------------------------------------------- loss of a process
 
 
 @contextmanager
@@ -197,7 +197,8 @@ def _client() -> "dist.TCPStore":
 
 
 def _end(message: str) -> None:
-    print(f"vlafit: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"vlafit: {message}\n")
+    sys.stderr.flush()
     os._exit(2)  # the main thread waits in a collective, which nothing can interrupt
 
 
@@ -245,7 +246,7 @@ class Heartbeat:
                 others = ", ".join(str(rank) for rank in lost if rank != self._rank) or "0"
                 self._lose(
                     f"process {others} of {self._world} has given no sign of life for "
-                    f"{self._allowed * self._beat_s:.0f} s (stopped, swapping, or its machine is gone); stop the "
-                    "launch, then continue with the same command and --resume"
+                    f"{self._allowed * self._beat_s:.0f} s (stopped, swapping, or its machine is gone); "
+                    "stop the launch, then continue with the same command and --resume"
                 )
                 return
