@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ class VideoFile:
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
-        except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        except (OSError, ValueError, IndexError, FFmpegError) as error:
             raise DataError(f"{path}: cannot be opened as a video ({error}); fetch it again") from error
         self._stream.codec_context.thread_count = 1
         base = self._stream.time_base
@@ -44,10 +45,10 @@ class VideoFile:
         try:
             for wanted in times_s:
                 frame = self._reach(wanted, tolerance_s)
-                picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+                picture = np.asarray(self._reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
                 picture.flags.writeable = False
                 frames.append(picture)
-        except (OSError, ValueError, av.FFmpegError) as error:
+        except (OSError, ValueError, FFmpegError) as error:
             self._frames = None
             raise DataError(f"{self.path}: is damaged near {times_s[len(frames)]:.3f} s ({error})") from error
         return frames
@@ -58,7 +59,7 @@ class VideoFile:
             with av.open(str(self.path)) as container:
                 stream = container.streams.video[0]
                 stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-        except (OSError, ValueError, av.FFmpegError) as error:
+        except (OSError, ValueError, FFmpegError) as error:
             raise DataError(f"{self.path}: is damaged ({error})") from error
         return [(stamp - self._first) * self._base for stamp in stamps]
 

@@ -85,7 +85,7 @@ def _spikes(store: EpisodeStore, columns: Columns) -> list[Finding]:
                         "spike",
                         episode,
                         step,
-                        f"{name} {label} is {rows[step, d]:.4g}, 99 % of its values are within "
+                        f"{name} {label} is {np.asarray(rows)[step, d]:.4g}, 99 % of its values are within "
                         f"{size[d]:.3g} of {middle[d]:.3g}",
                         "it stretches the normalisation of that dimension, and is learnt as an outlier",
                         "fix the value or leave the episode out",
@@ -167,7 +167,7 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
 
 
 def _is_late(late: list[int]) -> bool:
-    return len(late) > 0 and abs(np.median(late)) >= 2 and (np.abs(late) >= 2).mean() > 0.5
+    return bool(len(late) > 0 and abs(np.median(late)) >= 2 and (np.abs(late) >= 2).mean() > 0.5)
 
 
 def _lag(episode: str, steps: int) -> Finding:
