@@ -100,7 +100,7 @@ class LeRobotStore(EpisodeStore):
         return self.__dict__ | {"_videos": None, "_images": None, "_columns": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._reset()
 
     def _reset(self) -> None:
