@@ -1,4 +1,4 @@
-"""What a policy carries besides its weights since adapters were put in: one object, and how to reach it."""
+"""The data that a policy with adapters carries besides its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What computes in which precision: a policy may hold float32 and bfloat16 weights side by side."""
+"""Compute each module in its own precision: a policy may hold float32 and bfloat16 weights side by side."""
 
 import torch
 from torch import Tensor, nn
