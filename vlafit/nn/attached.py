@@ -1,4 +1,4 @@
-"""Attach the adapters' description to a policy, and read it back."""
+"""The data that a policy with adapters carries besides its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

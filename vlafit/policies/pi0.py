@@ -69,7 +69,7 @@ class Pi0Config:
     pi05: bool
     """False: pi0 (time joins the action tokens). True: pi0.5 (time drives adaptive norms of the expert)."""
     state_input: Literal["continuous", "prompt", "none"]
-    """How the state enters: as a token of the suffix (pi0 alone), as text in the prompt, or not at all."""
+    """How the state enters: as a token of the suffix (only pi0), as text in the prompt, or not at all."""
     vision: VisionConfig
     language: LanguageConfig
     expert: ExpertConfig
@@ -272,6 +272,13 @@ class Pi0(FlowPolicy):
 
 
 Config = Pi0Config
+
+
+def model_name(config: Pi0Config) -> str:
+    """Return "pi05" for a config of pi0.5, which this family holds too."""
+    return "pi05" if config.pi05 else "pi0"
+
+
 SHAPES = _pi0_shapes.SHAPES
 
 
