@@ -54,6 +54,22 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class AdaptRecipe:
+    """Differences between dataset and checkpoint that are intended; every other difference is an error."""
+
+    cameras: dict[str, str] = field(default_factory=dict)
+    """Checkpoint camera = dataset camera that takes its place. Empty text leaves that camera out."""
+    resize: bool = False
+    """Whether frames may have another size or shape than those the checkpoint was trained on."""
+    robot: bool = False
+    """Whether the dataset may show another robot: dimensions, names, units, control mode and rate."""
+    actions: Literal["", "checkpoint", "data"] = ""
+    """Which side says what is relative in an action, where they differ. "data" needs fresh statistics."""
+    outside: tuple[str, ...] = ()
+    """State and action dimensions whose normalised values may be extreme: `state.3`, `action.gripper`."""
+
+
+@dataclass(frozen=True)
 class OptimRecipe:
     """The optimiser and its schedule."""
 
@@ -147,6 +163,7 @@ class Recipe:
     """One sentence for the report."""
     policy: PolicyRecipe = field(default_factory=PolicyRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
+    adapt: AdaptRecipe = field(default_factory=AdaptRecipe)
     strategy: str = "full"
     """Tuning strategy: the name of a shipped one, or a path."""
     optim: OptimRecipe = field(default_factory=OptimRecipe)

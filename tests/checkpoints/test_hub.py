@@ -21,8 +21,9 @@ from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules, train, velocity
 from vlafit import checkpoints, cli, config
 from vlafit.checkpoints import hub, locate
+from vlafit.codec import train_word_tokenizer
 from vlafit.errors import ConfigError, WeightsError
-from vlafit.recipe import PolicyRecipe
+from vlafit.recipe import AdaptRecipe, PolicyRecipe
 from vlafit.train.data import open_data
 from vlafit.train.preflight import meta_policy
 
@@ -149,7 +150,11 @@ def test_a_run_that_begins_on_the_hub_records_the_commit(cache: Path, capsys: py
         optim={"ema": 0.0},
         train={"steps": 1, "batch_size": 2, "draws": 1, "validate_every": 0, "save_every": 1},
     )
-    start = PolicyRecipe(checkpoint="acme/tiny", config={**TOLD, "action_dim": 32}, resize="keep")
+    train_word_tokenizer([f"number {n} and {n * n}" for n in range(400)], 500).save(Path("words"))
+    sizes = {**TOLD, "action_dim": 32}
+    start = PolicyRecipe(checkpoint="acme/tiny", config=sizes, resize="keep", tokenizer="words")
+    slots = {"base_0_rgb": "front", "left_wrist_0_rgb": "", "right_wrist_0_rgb": ""}
+    recipe = replace(recipe, adapt=AdaptRecipe(cameras=slots))
     Path("recipe.toml").write_text(config.dump(replace(recipe, policy=start, strategy="lora")))
     assert cli.main(["train", "recipe.toml", "--out", "run"]) == 0
     told = json.loads(Path("run/run.json").read_text())["load_report"]

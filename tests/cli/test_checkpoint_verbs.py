@@ -14,7 +14,8 @@ from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules
 from vlafit import checkpoints, cli, config
 from vlafit.checkpoints.formats.openpi import orbax
-from vlafit.recipe import PolicyRecipe
+from vlafit.codec import train_word_tokenizer
+from vlafit.recipe import AdaptRecipe, PolicyRecipe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 OPENPI, JAX, SMOLVLA = (FIXTURES / name for name in ("openpi_pi0", "openpi_jax/ckpt_pure", "lerobot_smolvla"))
@@ -119,7 +120,9 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dots(tmp_path_factory.mktemp("data"))
 
 
-def _trained(card: Path, policy: PolicyRecipe, folder: Path, capsys: pytest.CaptureFixture) -> list[str]:
+def _trained(
+    card: Path, policy: PolicyRecipe, folder: Path, capsys: pytest.CaptureFixture, adapt: AdaptRecipe
+) -> list[str]:
     """Train two steps from the checkpoint, and return the lines of the load report that the run keeps."""
     recipe = tiny(
         card,
@@ -127,7 +130,7 @@ def _trained(card: Path, policy: PolicyRecipe, folder: Path, capsys: pytest.Capt
         optim={"ema": 0.0},
         train={"steps": 2, "batch_size": 2, "draws": 1, "validate_every": 0, "save_every": 2},
     )
-    (folder / "recipe.toml").write_text(config.dump(replace(recipe, policy=policy)))
+    (folder / "recipe.toml").write_text(config.dump(replace(recipe, policy=policy, adapt=adapt)))
     assert cli.main(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")]) == 0
     shown = capsys.readouterr().out
     told = json.loads((folder / "run" / "run.json").read_text())["load_report"]
@@ -145,10 +148,12 @@ def test_openpis_checkpoint_learns_another_robot_and_the_report_says_what_was_ad
     (tmp_path / "refused.toml").write_text(refused)
     assert cli.main(["train", str(tmp_path / "refused.toml"), "--out", str(tmp_path / "refused")]) == 2
     assert "Say what becomes of them: resize='keep'" in capsys.readouterr().err
+    train_word_tokenizer([f"number {n} and {n * n}" for n in range(400)], 500).save(tmp_path / "words")
     policy = PolicyRecipe(
-        checkpoint=str(folder), config=told, resize="keep", tokenizer=str(SMOLVLA / "tokenizer")
+        checkpoint=str(folder), config=told, resize="keep", tokenizer=str(tmp_path / "words")
     )
-    report = _trained(card, policy, tmp_path, capsys)
+    slots = {"base_0_rgb": "front", "left_wrist_0_rgb": "", "right_wrist_0_rgb": ""}
+    report = _trained(card, policy, tmp_path, capsys, AdaptRecipe(cameras=slots))
     assert report[0] == f"{folder}: openpi checkpoint of pi0, loaded in float32"
     assert [line for line in report if line.startswith("adapted")] == [
         "adapted: chunk: 4 actions at once, 6 in the checkpoint",
@@ -158,11 +163,11 @@ def test_openpis_checkpoint_learns_another_robot_and_the_report_says_what_was_ad
         "adapted: action_out_proj.weight: padded with zeros, (32, 48) to (34, 48)",
         "adapted: action_out_proj.bias: padded with zeros, (32,) to (34,)",
         "adapted: state_proj.weight: sliced, (48, 32) to (48, 8)",
-        "adapted: cameras front",
+        "adapted: cameras front, (none), (none)",
     ]
     made, codec, _, _ = vlafit.load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000002")
     assert (made.config.action_dim, made.config.state_dim, made.config.chunk) == (34, 8, 4)
-    assert codec is not None and codec.config.cameras == ("front",)
+    assert codec is not None and codec.config.cameras == ("front", "", "")
 
 
 def test_lerobots_checkpoint_learns_another_robot_with_fresh_projections(
@@ -171,7 +176,8 @@ def test_lerobots_checkpoint_learns_another_robot_with_fresh_projections(
     folder = Path(shutil.copytree(SMOLVLA, tmp_path / "pi0_base"))
     told: dict[str, object] = {"action_dim": 8, "chunk": 5}
     policy = PolicyRecipe(checkpoint=str(folder), config=told, resize="fresh")
-    report = _trained(card, policy, tmp_path, capsys)
+    adapt = AdaptRecipe(cameras={"cam_high": "front", "cam_wrist": ""}, resize=True, robot=True)
+    report = _trained(card, policy, tmp_path, capsys, adapt)
     assert report[0] == f"{folder}: LeRobot checkpoint of smolvla, loaded in float32"
     anew = "action_in_proj.weight, action_out_proj.weight, action_out_proj.bias"
     assert f"fresh (3): {anew}" in report
@@ -181,4 +187,7 @@ def test_lerobots_checkpoint_learns_another_robot_with_fresh_projections(
         "action_dim: 8, 32 in the checkpoint",
     ]
     assert all(": fresh, (" in line for line in adapted[2:5])
-    assert adapted[5:] == ["cameras front, in the checkpoint cam_high, cam_wrist"]
+    assert adapted[5:] == [
+        "fitted statistics normalise by mean_std, which has a floor; in the checkpoint lerobot_mean_std",
+        "cameras front, (none), in the checkpoint cam_high, cam_wrist",
+    ]

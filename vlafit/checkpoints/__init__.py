@@ -3,10 +3,19 @@ wrong.
 """
 
 from vlafit.checkpoints.assign import fit
+from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
 from vlafit.checkpoints.history import Learned, Lineage, read_lineage
 from vlafit.checkpoints.hub import Place
-from vlafit.checkpoints.load import Loaded, inspect, load, load_policy, parse_config, wants_tokenizer
+from vlafit.checkpoints.load import (
+    Loaded,
+    declaration,
+    inspect,
+    load,
+    load_policy,
+    parse_config,
+    wants_tokenizer,
+)
 from vlafit.checkpoints.load_report import LoadReport
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.save import save
@@ -14,11 +23,13 @@ from vlafit.checkpoints.tensor_files import open_tensors
 
 __all__ = [
     "Base",
+    "Declaration",
     "Learned",
     "Lineage",
     "LoadReport",
     "Loaded",
     "Place",
+    "declaration",
     "digest",
     "fit",
     "inspect",

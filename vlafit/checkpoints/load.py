@@ -16,6 +16,7 @@ from vlafit.checkpoints.assign import (
     replace_parameter,
     stored_as,
 )
+from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.hub import Place
@@ -195,6 +196,12 @@ def wants_tokenizer(path: Path) -> bool:
     """Whether the checkpoint holds statistics of another program, and no tokenizer beside them."""
     files = CheckpointFiles(path)
     return registry.detect(files).wants_tokenizer(files)
+
+
+def declaration(path: Path) -> Declaration:
+    """Return what a checkpoint's files say of robot, actions and tokenizer, whether it has a codec or not."""
+    files = CheckpointFiles(path)
+    return registry.detect(files).declaration(files)
 
 
 def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None) -> OpenedCheckpoint:

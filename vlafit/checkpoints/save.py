@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlafit import files
+from vlafit.agreement import Agreement
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import Base
 from vlafit.checkpoints.formats.native.write import write_folder
@@ -36,11 +37,13 @@ def save(
     weights: Mapping[str, Tensor] | None = None,
     base: str | Path | Base | None = None,
     changed: Collection[str] | None = None,
+    agreement: Agreement | None = None,
 ) -> None:
     """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
 
     `plan` says what learned, and where adapters sit; a policy with adapters needs it. `recipe` is the
-    resolved recipe's TOML, `history` what the weights learned from. `weights` replace the policy's own (a
+    resolved recipe's TOML, `history` what the weights learned from,
+    `agreement` what data and checkpoint agreed on. `weights` replace the policy's own (a
     moving average, or what sharded processes gathered) and must have exactly its names and shapes; quantised
     ones, which are never written, may be left out.
 
@@ -84,7 +87,7 @@ def save(
     if base is not None and changed is not None:
         own = {name: tensor for name, tensor in own.items() if name in changed and name not in quantised}
     with files.new_folder(folder) as partial:
-        write_folder(partial, policy, own, codec, plan, recipe, history, given, base)
+        write_folder(partial, policy, own, codec, plan, recipe, history, given, base, agreement)
 
 
 def _require_belonging(

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from vlafit.agreement import Agreement
 
 T = TypeVar("T")
-
+WIDEST = 46  # characters of a cell in the agreement's table
 QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
 # Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
 # other Pythons and GPUs, which vlafit does not use, and a deprecated call of torch.
@@ -231,6 +234,16 @@ def size(count: int) -> str:
 def rate(low: float, high: float) -> str:
     """Return a rule's learning-rate multiplier, or the range of its multipliers: ``0.32..1``."""
     return f"{high:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+
+
+def agreement_table(agreement: "Agreement") -> str:
+    """Return what the sides say, what holds and why; long texts are cut, agreement.json holds them whole."""
+    rows = [[_cut(cell) for cell in row] for row in agreement.rows()]
+    return table(agreement.HEADS, rows)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
 def plan_table(rows: list[dict]) -> str:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from vlafit.cli import rank
-from vlafit.cli.console import Line, number, plan_table
+from vlafit.cli.console import Line, agreement_table, number, plan_table
 from vlafit.recipe import Recipe
 from vlafit.rollout import Record
 from vlafit.train import RunSummary
@@ -50,6 +50,8 @@ class TrainView(Callbacks):
         print(
             f"{episodes} training episodes, {held_out} held out, from {', '.join(c.name for c in data.cards)}"
         )
+        if experiment.agreement is not None:
+            print(agreement_table(experiment.agreement))
         self._table(experiment.plan)
         for warning in experiment.warnings:
             print(warning, file=sys.stderr)

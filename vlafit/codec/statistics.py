@@ -16,22 +16,31 @@ from vlafit.errors import CodecError, DataError
 Normalisation = Literal[
     "mean_std",
     "quantile",
+    "min_max",
     "lerobot_mean_std",
     "lerobot_quantile",
     "lerobot_min_max",
     "identity",
 ]
-"""How a column is normalised. The first two are openpi's, with floors that keep nearly constant
-dimensions from exploding; the others repeat what LeRobot did when it trained a checkpoint."""
+"""How a column is normalised. The first three have floors that keep nearly constant dimensions from
+exploding (the first two are openpi's); the others repeat what LeRobot did when it trained a checkpoint."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
     "quantile": ("q01", "q99"),
+    "min_max": ("min", "max"),
     "lerobot_mean_std": ("mean", "std"),
     "lerobot_quantile": ("q01", "q99"),
     "lerobot_min_max": ("min", "max"),
 }
 """The statistics that each way of normalising reads; the first two also look at min and max."""
+
+FLOORED: Mapping[Normalisation, Normalisation] = {
+    "lerobot_mean_std": "mean_std",
+    "lerobot_quantile": "quantile",
+    "lerobot_min_max": "min_max",
+}
+"""Another program's way of normalising -> ours with a floor, which fitted statistics use."""
 
 LEROBOT_EPSILON = 1e-8  # LeRobot, normalize_processor.py: (x - mean) / (std + 1e-8); ranges of 0 become 1e-8
 EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
@@ -204,12 +213,13 @@ class Normaliser:
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
         """Return the normaliser of `method`; nothing is clipped.
 
-        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]) the divisor is never so small
-        that a *recorded* value would land further than 50 from the centre: a dimension that hardly ever moves
-        otherwise gives q99 - q01 near 0 and normalised values in the thousands. A dimension that is constant
-        but for noise is divided by 1e-2 * max(1, |mean|), so that an unforeseen value at run time stays small
-        too. Both stay invertible. Statistics without a range are another program's: a policy was trained with
-        them as they are, so its formula is used as it is, without floors.
+        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
+        the divisor is never so small that a *recorded* value would land further than 50 from the centre: a
+        dimension that hardly ever moves otherwise gives q99 - q01 near 0 and normalised values in the
+        thousands. A dimension that is constant but for noise is divided by 1e-2 * max(1, |mean|), so that
+        an unforeseen value at run time stays small too. All stay invertible. Statistics without a range
+        are another program's: a policy was trained with them as they are, so its formula is used as it is,
+        without floors.
 
         Raises CodecError where `method` needs statistics that were not recorded.
         """
@@ -219,7 +229,7 @@ class Normaliser:
         match method:
             case "mean_std":
                 return cls(statistics.mean, _floored(statistics, statistics.std, 1.0), 1.0, 0.0)
-            case "quantile":
+            case "quantile" | "min_max":
                 scale = _floored(statistics, other - one, 2.0)
                 return cls(np.where(_constant(statistics), statistics.mean - scale / 2, one), scale, 2.0, 1.0)
             case "lerobot_mean_std":

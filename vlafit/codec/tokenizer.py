@@ -16,6 +16,11 @@ from vlafit.errors import CodecError
 from vlafit.files import parse_json, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
+CONVERT = (
+    'convert it where sentencepiece is installed (pip install sentencepiece): python -c "from transformers '
+    "import GemmaTokenizerFast as T; T(vocab_file='{model}').save_pretrained('tokenizer')\", and give "
+    "that folder"
+)
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
 
 
@@ -60,8 +65,18 @@ class Tokenizer:
 
 
 def load(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer in `folder`. Raises CodecError where there is none, or it is damaged."""
+    """Load the tokenizer in `folder`, or in the tokenizer.json that it is.
+
+    A file without a config beside it names its own special tokens, by the names <pad>, <bos> and <eos>.
+    Raises CodecError where there is none, or it is damaged.
+    """
     folder = Path(folder)
+    if folder.suffix == ".model" and folder.is_file():
+        raise CodecError(f"{folder}: SentencePiece's files are not read here; {CONVERT.format(model=folder)}")
+    if folder.is_file():
+        if folder.name != "tokenizer.json":
+            raise CodecError(f"{folder}: is not a tokenizer; give its folder, or its tokenizer.json")
+        folder = folder.parent
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such tokenizer folder")
     if not (folder / "tokenizer.json").is_file():
@@ -69,7 +84,10 @@ def load(folder: Path | str) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         config: dict[str, object] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        listed = ("special_tokens_map.json", "tokenizer_config.json")
+        if not any((folder / name).is_file() for name in listed):
+            config = _named_special_tokens(backend)
+        for name in listed:
             if (folder / name).is_file():
                 config |= parse_json((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
@@ -87,6 +105,12 @@ def load(folder: Path | str) -> Tokenizer:
         return found
 
     return Tokenizer(backend, special("pad_token") or 0, special("bos_token"), special("eos_token"))
+
+
+def _named_special_tokens(backend: tokenizers.Tokenizer) -> dict[str, object]:
+    """Return the special tokens that are called as Gemma's, where no config says which they are."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return {f"{token[1:-1]}_token": token for token in SPECIAL if token in special}
 
 
 def _through_transformers(folder: Path) -> Tokenizer:

@@ -133,6 +133,11 @@ _TINY = (
     LanguageConfig(width=24, depth=3, mlp=32, heads=4, kv_heads=1, head_dim=8, vocab=300),
     ExpertConfig(width=16, mlp=20),
 )
+TOKENIZER = (
+    "google/paligemma-3b-pt-224 (gated on the Hugging Face Hub: accept its terms there, `hf auth login`)"
+)
+"""The tokenizer of the public checkpoints, for messages."""
+
 SIZES: dict[str, Pi0Config] = {
     "pi0": _size(False, *_PUBLIC, (32, 32, 50, 48)),
     "pi05": _size(True, *_PUBLIC, (32, 32, 50, 200)),

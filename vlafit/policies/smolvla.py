@@ -115,6 +115,9 @@ class SmolVLAConfig:
         )
 
 
+TOKENIZER = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+"""The tokenizer of the public checkpoints, for messages."""
+
 SIZES: dict[str, SmolVLAConfig] = {
     "smolvla": SmolVLAConfig(  # SmolVLM2-500M-Video-Instruct, its first 16 text layers: LeRobot's defaults
         VisionConfig(width=768, depth=12, mlp=3072, heads=12, patch=16, image_size=512, shuffle=4),

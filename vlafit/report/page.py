@@ -6,7 +6,7 @@ Styles, curves, film strips and videos are all inside the text: no script, font 
 from vlafit.report import markup
 from vlafit.report.facts import AFTER, BEFORE, Facts, verdict
 from vlafit.report.markup import Raw, count, duration, folded, join, muted, percent, section, table, tag
-from vlafit.report.sections import curves, episodes, probe, shown, tasks, title, tone, tuning
+from vlafit.report.sections import agreement, curves, episodes, probe, shown, tasks, title, tone, tuning
 
 FOOTER = (
     "report.json, next to this page, holds the same facts. Intervals are 95 % Wilson intervals; an episode "
@@ -27,6 +27,7 @@ def page(facts: Facts) -> str:
             episodes(facts),
             curves(facts),
             tuning(facts),
+            agreement(facts),
             _commands(facts),
             _provenance(facts),
             tag("footer", f"Written by vlafit from {facts.folder}. {FOOTER}"),

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from vlafit.agreement.values import read as read_agreement
+from vlafit.errors import ConfigError
 from vlafit.report import plots
 from vlafit.report.facts import AFTER, BEFORE, STAGE, WRONG, Evaluation, Facts
 from vlafit.report.films import Films
@@ -50,6 +52,19 @@ def shown(facts: Facts) -> list[Evaluation]:
     """Return the evaluations to show in full: before, after, wrong instruction; without these the newest."""
     named = [facts.evaluations[name] for name in TITLES if name in facts.evaluations]
     return named or list(facts.evaluations.values())[-1:]
+
+
+def agreement(facts: Facts) -> Raw:
+    """Return what data, checkpoint and recipe agreed on before training; empty for older runs."""
+    title = "What data and checkpoint agreed on"
+    try:
+        agreed = read_agreement(facts.folder)
+    except ConfigError as error:  # it only documents, so a damaged file must not cost the page
+        return section(title, tag("p", muted(str(error))))
+    if agreed is None:
+        return Raw("")
+    rows = [list(row) for row in agreed.rows()]
+    return section(title, table(list(agreed.HEADS), rows, [""] * 5))
 
 
 def tasks(facts: Facts) -> Raw:

@@ -3,7 +3,7 @@
 Environment processes import this package, so nothing here imports torch.
 """
 
-from vlafit.rollout.evaluation import evaluate, preflight
+from vlafit.rollout.evaluation import evaluate, preflight, robot_of
 from vlafit.rollout.evaluation_folder import Record, Result
 from vlafit.rollout.protocol import Protocol, load_protocol
 
@@ -14,4 +14,5 @@ __all__ = [
     "evaluate",
     "load_protocol",
     "preflight",
+    "robot_of",
 ]

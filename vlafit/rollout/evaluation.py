@@ -136,8 +136,10 @@ def preflight(
     wrong_instruction: bool = False,
     seeds: Mapping[str, Collection[int]] | None = None,
     timeout_s: float = 120.0,
-) -> None:
+) -> Embodiment:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
+
+    Return the robot of the protocol's environment.
 
     `seeds` are the training seeds by task; `trials` the episodes per task of a second evaluation, if more
     than the protocol's.
@@ -149,13 +151,25 @@ def preflight(
         protocol = load_protocol(protocol)
     require_unseen(protocol, max(trials, protocol.trials), seeds or {})
     _tasks(protocol, wrong_instruction)
-    env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
-    with EnvPool(env, 1, 1, timeout_s) as pool:
-        ready = pool.describe()
+    ready = _describe(protocol, timeout_s)
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
     if notice:
         log.warning("%s", notice)
+    return ready.embodiment
+
+
+def robot_of(protocol: Protocol | str | Path, timeout_s: float = 120.0) -> Embodiment:
+    """Return the robot of a protocol's environment. Creates one environment and runs no episode."""
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol)
+    return _describe(protocol, timeout_s).embodiment
+
+
+def _describe(protocol: Protocol, timeout_s: float) -> Ready:
+    env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
+    with EnvPool(env, 1, 1, timeout_s) as pool:
+        return pool.describe()
 
 
 def _require_playable(

@@ -56,4 +56,5 @@ class RunContext:
             weights=weights,
             base=base,
             changed=changed,
+            agreement=self.experiment.agreement,
         )

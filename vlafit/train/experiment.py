@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlafit import checkpoints
+from vlafit.agreement import Agreement
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
@@ -41,6 +42,8 @@ class Experiment:
     """Named datasets to validate on besides the held-out episodes."""
     unquantised: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights before quantisation, if no file holds them; see `quantised_base`."""
+    agreement: Agreement | None = None
+    """What dataset and checkpoint agreed on; None for a resumed run that is older than agreements."""
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in a stage, and the weights that differ from it.
@@ -102,6 +105,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         changed=initial.changed,
         validation_sets=sets,
         unquantised=unquantised,
+        agreement=initial.agreement,
     )
 
 
@@ -121,7 +125,7 @@ def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | No
     except EmbodimentError as error:
         if resumed is not None:
             raise
-        remedy = 'To fine-tune the checkpoint on this robot, fit a new codec: data.statistics = "data".'
+        remedy = "vlafit's agreement let this pass, which is a fault in vlafit: please report it."
         raise EmbodimentError(f"{error}\n{remedy}") from error
 
 

@@ -8,21 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlafit import checkpoints, shipped
-from vlafit.codec import Codec, CodecConfig, prompts
-from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
-from vlafit.codec.tokenizer import load as load_tokenizer
+from vlafit import checkpoints
+from vlafit.agreement import Agreement
+from vlafit.agreement.values import read as read_agreement
+from vlafit.codec import Codec, CodecConfig
+from vlafit.codec.statistics import FLOORED
+from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import blocks_for_statistics
-from vlafit.errors import CodecError, ConfigError, EmbodimentError
+from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import stack
-from vlafit.nn.policy import Needs, Policy
+from vlafit.nn.policy import Policy
 from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train import reconcile, value_ranges
+from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.tuning import Plan
 from vlafit.tuning.merge import merge
 from vlafit.types import Embodiment, Observation
+
+LEARNED = "learned from the data's instructions"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class InitialPolicy:
     changed: frozenset[str] = frozenset()
     """Weights that differ from those of `base`."""
     warnings: tuple[str, ...] = ()
+    agreement: Agreement | None = None
+    """What data and checkpoint agreed on; None for a resumed run that is older than agreements."""
 
 
 def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
@@ -61,6 +69,7 @@ def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
         plan,
         base=base,
         changed=changed,
+        agreement=read_agreement(folder),
     )
 
 
@@ -74,8 +83,18 @@ def initialise(recipe: Recipe, data: Data) -> InitialPolicy:
         return _from_checkpoint(recipe, data, generator)
     policy = _from_scratch(recipe.policy, generator)
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
-    codec = _fit_codec(recipe, policy, data, None)
-    return InitialPolicy(policy, codec, "all weights are fresh", history, "the policy")
+    agreement = reconcile.agree_on(recipe, data.cards[0], None, None)
+    agreement.require()
+    name, report = recipe.policy.tokenizer, "all weights are fresh"
+    opened = tokenizers.open_named(name) if name and policy.needs().prompt is not None else None
+    if opened is not None:
+        tokenizers.require_fitting(opened, name, policy, pretrained=False)
+    elif policy.needs().prompt is not None:
+        report += f"\ntokenizer: {LEARNED}"
+    codec = _fit_codec(recipe, policy, data, None, agreement, opened)
+    words = f"policy.tokenizer {name!r}" if opened else LEARNED
+    agreement = _with_codec(agreement, recipe, data, None, codec, words)
+    return InitialPolicy(policy, codec, report, history, "the policy", agreement=agreement)
 
 
 def probe(policy: Policy, codec: Codec, data: Data, device: torch.device) -> Callable[[], Tensor]:
@@ -107,22 +126,42 @@ def merge_error(folder: Path, data: Data, device: torch.device) -> float:
 
 
 def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> InitialPolicy:
-    place, chosen = checkpoints.place(recipe.policy.checkpoint), recipe.policy
+    place, chosen, card = checkpoints.place(recipe.policy.checkpoint), recipe.policy, data.cards[0]
     path = place.path
     foreign = not (path / "policy.json").is_file()
-    use_statistics = chosen.assets or recipe.data.statistics == "checkpoint"
-    needs_tokenizer = foreign and use_statistics and (chosen.assets or checkpoints.wants_tokenizer(path))
-    tokenizer = shipped.find("tokenizer", chosen.tokenizer) if chosen.tokenizer and needs_tokenizer else None
+    declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
+    fitted = recipe.data.statistics == "data"
+    makes_codec = foreign and checkpoints.wants_tokenizer(path)
+    # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
+    passed = (
+        bool(chosen.tokenizer) and makes_codec and bool(declared.tokenizer or chosen.assets or not fitted)
+    )
+    opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
     policy, codec, plan, report = checkpoints.load(
         path,
         config=chosen.config or None,
-        tokenizer=tokenizer,
+        tokenizer=opened if passed else None,
         assets=chosen.assets or None,
         fresh=chosen.fresh,
         resize=chosen.resize,
         generator=generator,
         trust=chosen.trust,
     )
+    pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
+    if codec is not None and not passed:
+        _require_effect(recipe, codec, path)
+    if policy.needs().prompt is not None:
+        if opened is None and codec is None and pretrained:
+            tokenizers.require_given(policy, str(path), declared.tokenizer)
+        if opened is not None:
+            tokenizers.require_fitting(opened, chosen.tokenizer, policy, pretrained)
+    if codec is None and not fitted:
+        raise ConfigError(
+            f'{path}: data.statistics = "checkpoint", and the checkpoint gives none: {report.codec}. To '
+            'fit them to the dataset: data.statistics = "data"'
+        )
+    agreement = reconcile.agree_on(recipe, card, codec, declared)
+    agreement.require(reconcile.sides(card, recipe.policy.checkpoint))
     digest = checkpoints.digest(path)
     options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
@@ -134,38 +173,44 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         warnings = (
             f"the {layers} of {recipe.policy.checkpoint} were merged into its weights before training",
         )
-    if codec is not None and not foreign:
-        _require_effect(recipe, codec, path)
-    if codec is None and foreign and policy.needs().vocabulary:
-        _require_tokenizer(chosen)
     robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
-    if codec is not None and not codec.embodiment.hz and recipe.data.statistics == "checkpoint":
-        codec = _declare_robot(codec, data)
-    elif codec is None or recipe.data.statistics == "data":
-        codec = _fit_codec(recipe, policy, data, codec)
+    tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if opened is not None else "the checkpoint's"
+    notes = [f"note: {place.note}"] if place.note else []
+    if fitted or codec is None:
+        if opened is None and codec is None and policy.needs().prompt is not None:
+            tokenizer = LEARNED
+            notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
+        codec = _fit_codec(recipe, policy, data, before, agreement, opened)
+        notes += _floors(recipe, before, codec)
+    else:
+        codec = _adopt(codec, data, agreement)
     return InitialPolicy(
         policy,
         codec,
-        "\n".join(
-            [report.text(), *([f"note: {place.note}"] if place.note else []), *_camera_slots(before, codec)]
-        ),
+        "\n".join([report.text(), *notes, *_camera_slots(before, codec)]),
         checkpoints.read_lineage(path).followed_by(digest, data.learned, data.seeds()),
         f"checkpoint {path}",
         robot=robot,
         base=base,
         changed=frozenset((*report.fresh, *report.resized)),
         warnings=warnings,
+        agreement=_with_codec(agreement, recipe, data, before, codec, tokenizer),
     )
 
 
-def _require_tokenizer(recipe: PolicyRecipe) -> None:
-    """Raise ConfigError if a new tokenizer would be trained for pretrained word embeddings."""
-    if not recipe.tokenizer and "language" not in recipe.fresh:
-        raise ConfigError(
-            f"checkpoint {recipe.checkpoint} comes without a tokenizer, and its word embeddings only fit the "
-            "one that it was trained with: set policy.tokenizer to that tokenizer's folder, or train new "
-            'embeddings with policy.fresh = ["language"]'
-        )
+def _with_codec(
+    agreement: Agreement, recipe: Recipe, data: Data, before: Codec | None, codec: Codec, tokenizer: str
+) -> Agreement:
+    """Return the agreement with the codec's items, and how far the data goes under its statistics."""
+    fitted = recipe.data.statistics == "data" or not recipe.policy.checkpoint
+    whole = agreement.with_items(
+        [
+            *reconcile.codec_items(recipe, data, before, codec, tokenizer),
+            *value_ranges.items(data, codec, recipe.adapt.outside, fitted),
+        ]
+    )
+    whole.require("the dataset and the statistics in use")
+    return whole
 
 
 def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:
@@ -173,8 +218,7 @@ def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:
     if recipe.policy.tokenizer:
         raise ConfigError(
             f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
-            "only "
-            'work with their own tokenizer; set policy.tokenizer = ""'
+            'only work with their own tokenizer; set policy.tokenizer = ""'
         )
     requested, used = recipe.data.normalisation, codec.config.normalisation
     if requested not in ("", used) and recipe.data.statistics == "checkpoint":
@@ -184,27 +228,16 @@ def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:
         )
 
 
-def _declare_robot(codec: Codec, data: Data) -> Codec:
-    """Return the codec, whose file names no robot, with the robot of the data and its own statistics.
-
-    The card's cameras fill the camera slots in order, and the card decides which actions are relative.
-    """
-    slots = len(codec.config.cameras)
-    names = [camera.name for camera in data.embodiment.cameras]
-    if len(names) > slots:
-        raise EmbodimentError(
-            f"the checkpoint has {slots} camera slots, but the dataset has {len(names)} cameras "
-            f"({', '.join(names)}); declare fewer cameras in the card"
-        )
-    cameras = tuple(names + [""] * (slots - len(names)))
-    config = replace(codec.config, cameras=cameras, relative=data.cards[0].robot.relative)
-    try:
-        return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
-    except CodecError as error:
-        raise EmbodimentError(
-            f"{error}\nThe checkpoint's statistics do not fit this robot: fit new ones with"
-            ' data.statistics = "data".'
-        ) from error
+def _adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
+    """Return the checkpoint's codec with its statistics, for the robot and cameras that were agreed on."""
+    same_mask = codec.config.relative == agreement.relative or not (
+        any(codec.config.relative) or any(agreement.relative)
+    )
+    if codec.embodiment.hz and not agreement.chosen and same_mask:
+        return codec
+    relative = codec.config.relative if same_mask else agreement.relative
+    config = replace(codec.config, cameras=agreement.cameras, relative=relative)
+    return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
 
 
 def _camera_slots(before: Codec | None, after: Codec) -> list[str]:
@@ -218,29 +251,51 @@ def _camera_slots(before: Codec | None, after: Codec) -> list[str]:
     return [f"adapted: cameras {own}, in the checkpoint {old}"]
 
 
+def _floors(recipe: Recipe, before: Codec | None, codec: Codec) -> list[str]:
+    """Return a line of the load report about a normalisation that fitted statistics do not repeat."""
+    old, new = before and before.config.normalisation, codec.config.normalisation
+    if not old or old == new or recipe.data.normalisation:
+        return []
+    return [f"adapted: fitted statistics normalise by {new}, which has a floor; in the checkpoint {old}"]
+
+
 def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
     if not recipe.family:
         raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
     return build_family(recipe.family, recipe.size, recipe.config, generator)
 
 
-def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) -> Codec:
-    """Fit a codec to the training episodes; the codec `old`, if any, provides the tokenizer."""
+def _fit_codec(
+    recipe: Recipe,
+    policy: Policy,
+    data: Data,
+    old: Codec | None,
+    agreement: Agreement,
+    tokenizer: Tokenizer | None,
+) -> Codec:
+    """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
+
+    Without it and without a `tokenizer`, one is learned from the data.
+    """
     needs = policy.needs()
     if recipe.policy.tokenizer and needs.prompt is None:
         raise ConfigError(
             f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
             'make it ""'
         )
-    tokenizer = old.tokenizer if old is not None else _tokenizer(recipe.policy.tokenizer, data, needs)
+    if old is not None:
+        tokenizer = old.tokenizer
+    elif tokenizer is None and needs.prompt is not None:
+        tokenizer = tokenizers.learn(data, needs)
+    chosen = recipe.data.normalisation
     config = CodecConfig(
-        cameras=tuple(camera.name for camera in data.embodiment.cameras),
+        cameras=agreement.cameras,
         image_size=needs.image_size,
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        normalisation=recipe.data.normalisation or (old.config.normalisation if old else "mean_std"),
-        relative=data.cards[0].robot.relative,
+        normalisation=chosen or "mean_std",
+        relative=agreement.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
         framing=needs.framing,
@@ -255,19 +310,13 @@ def _fit_codec(recipe: Recipe, policy: Policy, data: Data, old: Codec | None) ->
             framing=kept.framing,
             special_tokens=kept.special_tokens,
         )
-        if set(filter(None, old.config.cameras)) == set(config.cameras):
-            config = replace(config, cameras=old.config.cameras)  # the same slots
+        if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
+            states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))
+            config = replace(
+                config, normalisation=states, action_normalisation=actions if actions != states else None
+            )
     states, windows = blocks_for_statistics(data.stores, data.training, config.chunk, config.relative)
     try:
         return Codec.fit(config, data.embodiment, states, windows, tokenizer)
     except CodecError as error:
         raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
-
-
-def _tokenizer(name: str, data: Data, needs: Needs) -> Tokenizer | None:
-    if needs.prompt is None:
-        return None
-    if name:
-        return load_tokenizer(shipped.find("tokenizer", name))
-    words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]
-    return train_word_tokenizer(words, needs.vocabulary)

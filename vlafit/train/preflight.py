@@ -19,12 +19,11 @@ from vlafit.errors import ConfigError, StrategyError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family
 from vlafit.recipe import Recipe
-from vlafit.train import stages
+from vlafit.train import reconcile, stages
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan, Strategy, preview
-from vlafit.types import require_same
 
 AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
@@ -119,10 +118,10 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     inspected = checkpoints.inspect(
         path, options or None, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
     )
-    codec = inspected.codec
-    if codec is not None and codec.embodiment.hz and recipe.data.statistics == "checkpoint":
-        card = f"card {data.cards[0].name!r}"
-        require_same(data.embodiment, card, codec.embodiment, f"checkpoint {path}")
+    foreign = not (path / "policy.json").is_file()
+    declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
+    agreement = reconcile.agree_on(recipe, data.cards[0], inspected.codec, declared)
+    agreement.require(reconcile.sides(data.cards[0], spec.checkpoint))
     return inspected.policy
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
+from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train import checkpointer, memory, processes, quantised_base, stages
@@ -146,7 +147,7 @@ def _train(
     if main:
         if resume_from is not None:
             manager.drop_after(resume_from)
-        _require_protocol_fits(experiment)
+        experiment = _with_protocol(experiment)
         record = _begin(experiment, out, accelerator, command, resumed)
     experiment = _with_quantised_base(experiment, out, main)
     callbacks.setup(experiment)
@@ -218,17 +219,22 @@ def _texts(values: object) -> list[str]:
     return [str(value) for value in values] if isinstance(values, list) else []
 
 
-def _require_protocol_fits(experiment: Experiment) -> None:
-    """Check before training that the evaluation protocol fits this policy."""
-    spec = experiment.recipe.eval
-    if spec.protocol:
-        rollout.preflight(
-            spec.protocol,
-            experiment.codec.embodiment,
-            trials=spec.every_trials if spec.every else 0,
-            wrong_instruction=spec.wrong_instruction,
-            seeds=experiment.history.seeds,
-        )
+def _with_protocol(experiment: Experiment) -> Experiment:
+    """Check before training that the evaluation protocol fits this policy, and add it to the agreement."""
+    spec, agreement = experiment.recipe.eval, experiment.agreement
+    if not spec.protocol:
+        return experiment
+    robot = rollout.preflight(
+        spec.protocol,
+        experiment.codec.embodiment,
+        trials=spec.every_trials if spec.every else 0,
+        wrong_instruction=spec.wrong_instruction,
+        seeds=experiment.history.seeds,
+    )
+    if agreement is None or any(item.name.startswith(EVALUATION) for item in agreement.items):
+        return experiment
+    items = protocol_items(experiment.codec.embodiment, robot, spec.protocol)
+    return replace(experiment, agreement=agreement.with_items(items))
 
 
 def _begin(
@@ -238,6 +244,8 @@ def _begin(
     toml = config.dump(experiment.recipe)
     files.write_atomic(out / "recipe.toml", toml)
     files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
+    if experiment.agreement is not None:
+        experiment.agreement.write(out)
     accelerator.init_trackers("tensorboard", config={"recipe": toml})
     facts = {
         "command": command,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
 from vlafit.checkpoints.codecs import ChosenCodec, fit_codec, refuse_codec_arguments
+from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap, Translated
@@ -178,6 +179,10 @@ class Format(ABC):
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
         """Whether the checkpoint holds statistics that make a codec once the caller gives a tokenizer."""
         return False
+
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return what the files say of robot, actions and tokenizer."""
+        return Declaration()
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what of the policy or codec this format cannot hold; empty where it can be written."""

@@ -2,22 +2,27 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
-from vlafit.cli.console import plan_table, size, table
+from vlafit.cli.console import agreement_table, plan_table, size, table
 from vlafit.cli.parser import Parser, add_config, add_format, add_trust, settings
 from vlafit.cli.places import checkpoint_folder
+from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vlafit.agreement import Agreement
     from vlafit.checkpoints import Loaded
     from vlafit.nn.policy import Policy
 
 ABOUT = """\
 Show what a checkpoint of any program holds: its format and family, what becomes of every tensor, its parts,
 its robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy
-would train, and the optimiser state. Only headers are read; --whole loads every number, too."""
+would train, and the optimiser state; with --data, what a data
+card and the checkpoint agree on. Only headers are read; --whole loads every number, too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,7 +38,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
     parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--data", metavar="CARD", help="compare it with a data card; exit status 1 if they conflict"
+    )
+    parser.add_argument("--protocol", metavar="P", help="with --data: compare the robot of a protocol, too")
     options = parser.read(arguments)
+    if options.protocol and not options.data:
+        raise ConfigError("--protocol is compared with a data card: give --data CARD, too")
 
     folder = checkpoint_folder(options.checkpoint, foreign=True)
     config = settings(options.config)
@@ -57,11 +68,42 @@ def run(arguments: Sequence[str]) -> int:
                 {"name": stage.name, "begins": str(stage.begin or "step 0"), "table": plan.at(number).rows()}
                 for number, stage in enumerate(plan.strategy.stages)
             ]
+    agreement = None
+    if options.data:
+        agreement = _agree(loaded, folder, options.data, options.protocol, config)
+        facts["agreement"] = json.loads(agreement.to_json())
     if options.json:
         print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
     else:
         print(as_text(facts))
-    return 0
+        if agreement is not None:
+            print(f"\n{agreement_table(agreement)}")
+    if agreement is None or not agreement.conflicts:
+        return 0
+    for item in agreement.conflicts:
+        print(f"conflict: {item.name}: {item.fix}", file=sys.stderr)
+    return 1
+
+
+def _agree(
+    loaded: "Loaded", folder: Path | str, data: str, protocol: str | None, config: dict[str, Any] | None
+) -> "Agreement":
+    """Return what the checkpoint and a data card agree on, as a recipe without [adapt] would find it."""
+    from vlafit import checkpoints, rollout
+    from vlafit.agreement import protocol_items
+    from vlafit.datasets import load_card
+    from vlafit.recipe import PolicyRecipe, Recipe
+    from vlafit.train import reconcile
+
+    path, card = checkpoints.place(folder).path, load_card(data)
+    declared = checkpoints.declaration(path)
+    recipe = Recipe(policy=PolicyRecipe(checkpoint=str(folder), config=dict(config or {})))
+    agreement = reconcile.agree_on(recipe, card, loaded.codec, declared)
+    if protocol:
+        agreement = agreement.with_items(
+            protocol_items(card.embodiment, rollout.robot_of(protocol), protocol)
+        )
+    return agreement
 
 
 def bare(policy: "Policy") -> "Policy":

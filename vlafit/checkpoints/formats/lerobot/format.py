@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
-from vlafit.checkpoints.formats.lerobot import names, read_processors
+from vlafit.checkpoints.formats.lerobot import declared, names, read_processors
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
     LeRobotConfig,
@@ -119,6 +120,10 @@ class LeRobot(Format):
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
         """Whether the processors are there, and their tokenizer is not."""
         return read_config(files.folder) is not None and read_processors.lacks_tokenizer(files.folder)
+
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return what config.json and the processors say."""
+        return declared.read(files.folder)
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what LeRobot has no names for."""

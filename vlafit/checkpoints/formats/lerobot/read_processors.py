@@ -71,7 +71,7 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         raise WeightsError(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )
-    cameras, embodiment = _robot(lerobot, pre)
+    cameras, embodiment = robot_of(lerobot, pre)
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     if not _has_statistics(inner, outer) and all(kind in NEEDED for kind in kinds.values()):
         return None, NO_STATISTICS
@@ -88,7 +88,7 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         chunk=needs.chunk,
         normalisation=kinds["state"],
         action_normalisation=kinds["action"],
-        relative=_relative(pre, post, embodiment),
+        relative=relative_of(pre, post, embodiment),
         prompt=prompt,
         max_tokens=needs.max_tokens,
         framing=FRAMINGS[lerobot.values["type"]],
@@ -152,7 +152,7 @@ def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
     return "line" if set(names) & set(NEWLINES) else "text"
 
 
-def _robot(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
+def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
     """Return the camera slots, and what config.json tells of the robot; no rate and no control mode."""
     renamed = {
         new: old
@@ -285,7 +285,8 @@ def _require_same_output(outer: Step, kind: Normalisation, pre: Statistics, dime
     )
 
 
-def _relative(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> tuple[bool, ...]:
+def relative_of(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> tuple[bool, ...]:
+    """Return which action dimensions the pipelines make relative; empty where they make none."""
     on = [step for step in pre if step.name == "relative_actions_processor" and step.config.get("enabled")]
     off = [step for step in post if step.name == "absolute_actions_processor" and step.config.get("enabled")]
     if len(on) != len(off) or len(on) > 1:

@@ -1,8 +1,9 @@
 """Read vlafit's own checkpoint: a folder that a person can read, verified when opened.
 
 policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
-history.json (what it learned from), and manifest.json with the SHA-256 of each. Adapters have folders of
-their own (adapters/), and may sit on another checkpoint (base.json, trained.safetensors): see `adapters.py`.
+history.json (what it learned from), agreement.json (what its data and its base agreed on), and manifest.json
+with the SHA-256 of each. Adapters have folders of their own (adapters/), and may sit on another checkpoint
+(base.json, trained.safetensors): see `adapters.py`.
 What others put beside them (a run's training/) is left alone. `vlafit.checkpoints.save` writes it.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlafit import files
+from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
 from vlafit.checkpoints.tensor_files import read_json_object
@@ -79,7 +81,7 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
         {POLICY, WEIGHTS} <= set(listed) or {POLICY, BASE} <= set(listed)
     ):
         raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
-    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED)]
+    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED, AGREEMENT)]
     ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
     present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
     outside = [name for name in listed if not _is_below(name)]

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
+from vlafit.agreement import Agreement
 from vlafit.checkpoints.formats.native import adapters
 from vlafit.checkpoints.formats.native.adapters import Base
 from vlafit.checkpoints.formats.native.read import MANIFEST, PLAN, POLICY, RECIPE, VERSION, WEIGHTS
@@ -30,6 +31,7 @@ def write_folder(
     history: Lineage | None = None,
     live: Mapping[str, Tensor] | None = None,
     base: Base | None = None,
+    agreement: Agreement | None = None,
 ) -> None:
     """Write everything, the manifest last. `weights` are those below adapters, by our names.
 
@@ -53,6 +55,8 @@ def write_folder(
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
     if history is not None:
         history.write(folder)
+    if agreement is not None:
+        agreement.write(folder)
     written = sorted(p for p in folder.rglob("*") if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): files.sha256(p) for p in written}
     content = {"format": VERSION, "files": hashes}

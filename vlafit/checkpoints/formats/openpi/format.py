@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.openpi import jax, names, norm_stats
@@ -64,6 +65,10 @@ class OpenPi(Format):
         """Whether there are statistics."""
         return bool(norm_stats.find_assets(files.folder))
 
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return openpi's three camera slots, and whether there are statistics."""
+        return _declaration(files.folder)
+
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what openpi's PyTorch code cannot hold."""
         return writing.refusals(policy, codec)
@@ -116,6 +121,20 @@ class OpenPiJax(Format):
         """Whether there are statistics."""
         params = find_params(files.path)
         return params is not None and bool(norm_stats.find_assets(params.parent))
+
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return openpi's three camera slots, and whether there are statistics."""
+        params = find_params(files.path)
+        return _declaration(files.folder if params is None else params.parent)
+
+
+def _declaration(folder: Path) -> Declaration:
+    return Declaration(
+        slots=norm_stats.CAMERAS,
+        says_relative=False,
+        says_frame_sizes=False,
+        has_statistics=bool(norm_stats.find_assets(folder)),
+    )
 
 
 def with_statistics(opened: OpenedCheckpoint, folder: Path) -> OpenedCheckpoint:

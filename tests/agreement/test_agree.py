@@ -1,0 +1,228 @@
+"""Dataset, checkpoint and recipe agree, or the error names both sides and the remedy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.agreement.world import ROBOT, cameras, checkpoint, dataset
+from vlafit.agreement import Agreement, Party, agree, protocol_items
+from vlafit.agreement.values import FILE, read
+from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.recipe import AdaptRecipe
+from vlafit.types import Feature
+
+THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+OPENPI = Party("checkpoint", "pi0_base", None, None, THREE, frame_sizes_known=False)
+
+
+def agreed(mine: Party, theirs: Party | None, fresh: bool = False, **adapt) -> Agreement:
+    return agree(mine, theirs, AdaptRecipe(**adapt), fresh_statistics=fresh)
+
+
+def conflicts(agreement: Agreement) -> set[str]:
+    return {item.name for item in agreement.conflicts}
+
+
+def chosen(agreement: Agreement) -> set[str]:
+    return {item.name for item in agreement.chosen}
+
+
+def test_the_same_robot_agrees_on_every_point():
+    agreement = agreed(dataset(), checkpoint())
+    agreement.require()
+    assert {item.status for item in agreement.items} == {"same"}
+    assert (agreement.cameras, agreement.relative) == (("front", "wrist"), ())
+
+
+# --------------------------------------------------------------------------------------------- relative
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [((True, True, False), ()), ((), (True, True, False))])
+def test_relative_on_one_side_only_is_an_error_that_names_both_sides(mine, theirs):
+    with pytest.raises(EmbodimentError) as error:
+        agreed(dataset(mine), checkpoint(theirs)).require()
+    text = str(error.value)
+    assert "relative in dimensions 0, 1" in text and "absolute" in text and "actions = " in text
+
+
+def test_the_checkpoints_actions_may_be_chosen_with_either_statistics():
+    for fresh in (False, True):
+        agreement = agreed(dataset(), checkpoint((True, True, False)), fresh, actions="checkpoint")
+        assert agreement.relative == (True, True, False) and chosen(agreement) == {"relative actions"}
+
+
+def test_the_cards_actions_may_be_chosen_only_with_fresh_statistics():
+    mine, theirs = dataset((True, True, False)), checkpoint(())
+    assert agreed(mine, theirs, True, actions="data").relative == (True, True, False)
+    refused = agreed(mine, theirs, False, actions="data")
+    assert conflicts(refused) == {"relative actions"}
+    assert 'data.statistics = "data"' in refused.conflicts[0].fix
+
+
+def test_a_mask_of_another_width_is_never_put_on_the_robot():
+    narrow = replace(ROBOT.action, shape=(2,), labels=("shoulder", "elbow"))
+    theirs = checkpoint((True, True, False))
+    agreement = agreed(dataset((True, True), action=narrow), theirs, True, robot=True, actions="checkpoint")
+    assert conflicts(agreement) == {"relative actions"}
+    assert agreed(
+        dataset((True, True), action=narrow), theirs, True, robot=True, actions="data"
+    ).relative == (
+        True,
+        True,
+    )
+
+
+def test_where_the_checkpoint_does_not_say_the_card_holds_and_a_choice_is_refused():
+    agreement = agreed(dataset((True, True, True)), checkpoint(None))
+    item = next(item for item in agreement.items if item.name == "relative actions")
+    assert (agreement.relative, item.status) == ((True, True, True), "assumed")
+    with pytest.raises(ConfigError, match="adapt.actions = 'data'.*does not say"):
+        agreed(dataset(), checkpoint(None), True, actions="data")
+
+
+def test_a_conversion_inside_the_policy_is_refused_unless_robot_and_statistics_are_new():
+    theirs = replace(checkpoint(), conversions=("adapt_to_pi_aloha is true: it converts joints",))
+    for fresh, robot in ((False, False), (False, True), (True, False)):
+        assert conflicts(agreed(dataset(), theirs, fresh, robot=robot)) == {"conversion"}
+    assert chosen(agreed(dataset(), theirs, True, robot=True)) == {"conversion"}
+
+
+# ---------------------------------------------------------------------------------------------- cameras
+
+
+def test_cameras_are_matched_by_name_whatever_their_order():
+    agreement = agreed(dataset(cameras=cameras("wrist", "front")), checkpoint())
+    agreement.require()
+    assert agreement.cameras == ("front", "wrist") and not agreement.chosen
+
+
+def test_only_one_of_two_cameras_is_an_error_until_the_other_slot_is_said_to_be_empty():
+    mine = dataset(cameras=cameras("wrist"))
+    refused = agreed(mine, checkpoint())
+    assert conflicts(refused) == {"camera slot 0"}
+    assert 'front = "", wrist = "wrist"' in refused.conflicts[0].fix
+    agreement = agreed(mine, checkpoint(), cameras={"front": ""})
+    agreement.require()
+    assert agreement.cameras == ("", "wrist")
+
+
+def test_a_camera_without_a_slot_is_an_error_until_the_used_ones_are_named():
+    mine = dataset(cameras=cameras("front", "wrist", "side"))
+    assert conflicts(agreed(mine, checkpoint())) == {"camera side"}
+    agreement = agreed(mine, checkpoint(), cameras={"front": "side"})
+    agreement.require()
+    assert agreement.cameras == ("side", "wrist") and "camera front" in chosen(agreement)
+
+
+def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
+    mine = dataset(cameras=cameras("top", "wrist_left", "wrist_right"))
+    refused = agreed(mine, OPENPI)
+    assert conflicts(refused) >= {"camera slot 0", "camera slot 1", "camera slot 2"}
+    pairs = dict(zip(THREE, ("top", "wrist_left", "wrist_right"), strict=True))
+    assert all(f'{slot} = "{name}"' in refused.conflicts[0].fix for slot, name in pairs.items())
+    agreement = agreed(mine, OPENPI, cameras=pairs)
+    agreement.require()
+    assert agreement.cameras == ("top", "wrist_left", "wrist_right")
+
+
+@pytest.mark.parametrize("other", ["wrist_right", "RightWrist", "right_cam", "rightwrist"])
+def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
+    mine = dataset(cameras=cameras("base_0_rgb", other))
+    wrong = {"left_wrist_0_rgb": other, "right_wrist_0_rgb": ""}
+    agreement = agreed(mine, OPENPI, cameras=wrong)
+    assert conflicts(agreement) == {"camera slot 1"}
+    assert other in agreement.conflicts[0].fix and "left" in agreement.conflicts[0].fix
+
+
+def test_upright_is_no_hand():
+    mine = dataset(cameras=cameras("base_0_rgb", "upright"))
+    maps = {"left_wrist_0_rgb": "upright", "right_wrist_0_rgb": ""}
+    agreed(mine, OPENPI, cameras=maps).require()
+
+
+def test_another_frame_size_is_an_error_unless_resize_is_said():
+    mine = dataset(cameras=cameras("front", "wrist", size=(480, 640)))
+    refused = agreed(mine, checkpoint())
+    assert conflicts(refused) == {"camera slot 0", "camera slot 1"}
+    assert "480x640" in str(refused.conflicts[0].sides) and "48x64" in str(refused.conflicts[0].sides)
+    assert chosen(agreed(mine, checkpoint(), resize=True)) == {"camera slot 0", "camera slot 1"}
+
+
+@pytest.mark.parametrize(
+    ("maps", "words"),
+    [
+        ({"frnt": "front"}, "no camera 'frnt'.*did you mean 'front'"),
+        ({"front": "wrst"}, "no camera 'wrst'.*did you mean 'wrist'"),
+        ({"front": "wrist", "wrist": "wrist"}, "'wrist' is mapped to more than one"),
+        ({"front": "", "wrist": ""}, "leaves every camera"),
+    ],
+)
+def test_a_map_of_cameras_that_cannot_be_is_refused(maps: dict[str, str], words: str):
+    with pytest.raises(ConfigError, match=words):
+        agreed(dataset(), checkpoint(), cameras=maps)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_map():
+    assert agreed(dataset(), None, True).cameras == ("front", "wrist")
+    with pytest.raises(ConfigError, match="adapt.cameras"):
+        agreed(dataset(), None, True, cameras={"front": "wrist"})
+
+
+# ---------------------------------------------------------------------------------------- robot and control
+
+
+@pytest.mark.parametrize(
+    ("changes", "item"),
+    [
+        ({"state": Feature("state", (4,), "rad")}, "state dimensions"),
+        ({"action": Feature("action", (2,), "rad")}, "action dimensions"),
+        ({"state": Feature("state", (3,), "deg")}, "state unit"),
+        ({"action": Feature("action", (3,), "rad", ("elbow", "shoulder", "gripper"))}, "action names"),
+        ({"control": "joint_velocity"}, "control mode"),
+    ],
+)
+def test_another_robot_needs_adapt_robot_and_statistics_of_its_own(changes: dict, item: str):
+    mine = dataset(**changes)
+    for fresh, robot in ((False, False), (False, True), (True, False)):
+        assert conflicts(agreed(mine, checkpoint(), fresh, robot=robot)) == {item}
+    agreement = agreed(mine, checkpoint(), True, robot=True)
+    agreement.require()
+    assert chosen(agreement) == {item}
+
+
+def test_another_rate_is_an_error_unless_it_is_said():
+    assert conflicts(agreed(dataset(hz=15.0), checkpoint())) == {"control rate"}
+    assert chosen(agreed(dataset(hz=15.0), checkpoint(), robot=True)) == {"control rate"}
+
+
+def test_what_a_side_does_not_say_is_assumed_and_shown():
+    agreement = agreed(dataset(), checkpoint(hz=0.0, control=""))
+    assumed = {item.name for item in agreement.items if item.status == "assumed"}
+    assert assumed == {"control mode", "control rate"} and not agreement.conflicts
+
+
+def test_a_protocol_of_another_robot_names_the_point():
+    items = protocol_items(ROBOT, replace(ROBOT, hz=10.0, renderer="ray"), "toy")
+    assert {item.name: item.status for item in items} == {
+        "evaluation rate in Hz": "conflict",
+        "evaluation renderer": "differs",
+    }
+    assert dict(items[0].sides) == {"dataset": "30.0", "protocol": "10.0"}
+
+
+# ------------------------------------------------------------------------------------------------- file
+
+
+def test_an_agreement_is_kept_and_read_back(tmp_path: Path):
+    agreement = agreed(dataset((True, True, True)), checkpoint(), True, actions="data", cameras={"front": ""})
+    agreement.write(tmp_path)
+    assert read(tmp_path) == agreement
+    assert read(tmp_path / "older") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "items": [{"a": 1}]}'])
+def test_a_damaged_agreement_is_one_error_with_its_path(content: str, tmp_path: Path):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ConfigError, match=FILE):
+        read(tmp_path)

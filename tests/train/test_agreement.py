@@ -1,0 +1,389 @@
+"""Before training: data and checkpoint agree, no tokenizer is made up, and no value is extreme.
+
+The first table is a check made by hand: for each pair of card and checkpoint, the error that must come, or
+the numbers that the policy must be given for the first sample (state (0.5, 0), action (1.5, 2)).
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.train.agreement_world import EPISODES, STEPS, recipe_of, states, write_card, write_checkpoint
+from vlafit import agreement, checkpoints, cli
+from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
+from vlafit.codec.statistics import FLOORED
+from vlafit.errors import CodecError, ConfigError, EmbodimentError, VlafitError
+from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train import run
+from vlafit.train.data import open_data
+from vlafit.train.initial_policy import InitialPolicy, initialise
+from vlafit.types import Observation, Sample
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SMOLVLA, OPENPI = FIXTURES / "lerobot_smolvla", FIXTURES / "openpi_pi0"
+OPENPI_SAYS = {"vision.heads": 2, "chunk": 6}
+
+
+def start(recipe: Recipe) -> InitialPolicy:
+    return initialise(recipe, open_data(recipe.data, recipe.train.seed))
+
+
+def numbers(initial: InitialPolicy, camera: str, size: int = 16, scale: float = 1.0):
+    """Return normalised state and first action of the first sample, and the image mask."""
+    chunk = initial.codec.config.chunk
+    images = {camera: np.full((size, size, 3), 7, np.uint8)}
+    seen = Observation(images, states()[0] * np.float32(scale), "reach out")
+    actions = ((states() + np.float32([1, 2])) * np.float32(scale))[:chunk]
+    encoded = initial.codec.encode(Sample(seen, actions, np.ones(chunk, bool), ("joints", "demo_0", 0)))
+    assert encoded.actions is not None
+    return encoded.state[:2].tolist(), encoded.actions[0, :2].tolist(), encoded.image_mask.tolist()
+
+
+# By hand. With the checkpoint's statistics: state (x - 0) / 1; action absolute (1.5 - 0.5) / 2 = 0.5 and
+# (2 - 0.5) / 2 = 0.75; relative in the first dimension (1.5 - 0.5 - 0.5) / 2 = 0.25.
+# Fitted to the data: state 0.5 + 0.1 t for t = 0..5 has mean 0.75 and std 0.1 sqrt(35 / 12) = 0.170783, so
+# that the first is -0.25 / 0.170783 = -1.46385; -0.1 t has mean -0.25, and 0 gives 1.46385. Actions likewise:
+# absolute (-1.46385, 1.46385). Relative in both: chunk rows of 4 steps differ from the start by 0.1 k, with
+# 6, 5, 4, 3 rows for k = 0..3: mean of k = 22 / 18, of k^2 = 48 / 18, std of k = sqrt(48/18 - (22/18)^2)
+# = 1.083048, so that k = 0 gives -(22 / 18) / 1.083048 = -1.12850 and, as the other falls, 1.12850.
+CHECKPOINT = ([0.5, 0.0], [0.5, 0.75])
+FITTED = ([-1.46385, 1.46385], [-1.46385, 1.46385])
+FITTED_RELATIVE = ([-1.46385, 1.46385], [-1.12850, 1.12850])
+FIRST, BOTH = "[true, false]", "[true, true]"
+
+RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, Any, list[bool]]] = {
+    # name: card, checkpoint, adapt, statistics, (state, action), image mask
+    "the same": ({}, {}, {}, "checkpoint", CHECKPOINT, [True]),
+    "fitted": ({}, {}, {}, "data", FITTED, [True]),
+    "both relative in one": (
+        {"relative": FIRST}, {"relative": (True, False)}, {}, "checkpoint",
+        ([0.5, 0.0], [0.25, 0.75]), [True],
+    ),
+    "the checkpoint's relative actions": (
+        {}, {"relative": (True, False)}, {"actions": "checkpoint"}, "checkpoint",
+        ([0.5, 0.0], [0.25, 0.75]), [True],
+    ),
+    "the checkpoint's absolute actions": (
+        {"relative": BOTH}, {}, {"actions": "checkpoint"}, "checkpoint", CHECKPOINT, [True],
+    ),
+    "the card's relative actions, fitted": (
+        {"relative": BOTH}, {}, {"actions": "data"}, "data", FITTED_RELATIVE, [True],
+    ),
+    "the card's absolute actions, fitted": (
+        {}, {"relative": (True, True)}, {"actions": "data"}, "data", FITTED, [True],
+    ),
+    "the checkpoint's relative actions, fitted": (
+        {}, {"relative": (True, True)}, {"actions": "checkpoint"}, "data", FITTED_RELATIVE, [True],
+    ),
+    "a camera by map": (
+        {"cameras": ("top",)}, {}, {"cameras": {"front": "top"}}, "checkpoint", CHECKPOINT, [True],
+    ),
+    "a second slot left empty": (
+        {}, {"cameras": ("wrist", "front")}, {"cameras": {"wrist": ""}}, "checkpoint",
+        CHECKPOINT, [False, True],
+    ),
+    "larger frames": ({"size": 32}, {}, {"resize": True}, "checkpoint", CHECKPOINT, [True]),
+    "another rate": ({"hz": 20.0}, {}, {"robot": True}, "checkpoint", CHECKPOINT, [True]),
+    "another unit, fitted": ({"unit": "deg"}, {}, {"robot": True}, "data", FITTED, [True]),
+    "a robot with fewer joints, fitted": ({}, {"dimensions": 3}, {"robot": True}, "data", FITTED, [True]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_pair_that_fits_or_is_adapted_gives_the_numbers_computed_by_hand(name: str, tmp_path: Path):
+    card, base, adapt, statistics, (state, action), mask = RIGHT[name]
+    recipe = recipe_of(
+        write_card(tmp_path / "data", **card),
+        write_checkpoint(tmp_path / "base", **base),
+        adapt,
+        statistics=statistics,
+    )
+    initial = start(recipe)
+    camera = card.get("cameras", ("front",))[0]
+    got_state, got_action, got_mask = numbers(initial, camera, card.get("size", 16))
+    assert got_state == pytest.approx(state, abs=2e-4)
+    assert got_action == pytest.approx(action, abs=2e-4)
+    assert got_mask == mask
+    assert initial.agreement is not None
+    shown = {item.reason.split(" ")[0].split(",")[0] for item in initial.agreement.chosen}
+    assert all(any(f"adapt.{key}" in one.reason for one in initial.agreement.chosen) for key in adapt), shown
+
+
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tuple[str, ...]]] = {
+    # name: card, checkpoint, adapt, statistics, what the error must name
+    "card relative": ({"relative": BOTH}, {}, {}, "checkpoint", ("all relative", "absolute", "actions = ")),
+    "checkpoint relative": ({}, {"relative": (True, False)}, {}, "checkpoint", ("dimensions 0", "absolute")),
+    "card relative, fitted": ({"relative": BOTH}, {}, {}, "data", ("all relative", "[adapt] actions")),
+    "card's actions on old statistics": (
+        {"relative": BOTH}, {}, {"actions": "data"}, "checkpoint", ('data.statistics = "data"',),
+    ),
+    "another camera": ({"cameras": ("top",)}, {}, {}, "checkpoint", ("top", 'front = "top"')),
+    "another camera, fitted": ({"cameras": ("top",)}, {}, {}, "data", ("top", 'front = "top"')),
+    "one of two cameras": ({}, {"cameras": ("front", "wrist")}, {}, "checkpoint", ("wrist", 'wrist = ""')),
+    "one of two cameras, fitted": ({}, {"cameras": ("front", "wrist")}, {}, "data", ("wrist", 'wrist = ""')),
+    "another size": ({"size": 32}, {}, {}, "checkpoint", ("32x32", "16x16", "[adapt] resize = true")),
+    "wrong hand": (
+        {"cameras": ("left_wrist",)}, {"cameras": ("right_wrist",)},
+        {"cameras": {"right_wrist": "left_wrist"}}, "data", ("left_wrist", "right_wrist", "correct"),
+    ),
+    "more dimensions": ({}, {"dimensions": 3}, {}, "data", ("2", "3", "[adapt] robot = true")),
+    "more dimensions, old statistics": ({}, {"dimensions": 3}, {"robot": True}, "checkpoint", ('"data"',)),
+    "another unit": ({"unit": "deg"}, {}, {}, "checkpoint", ("deg", "rad")),
+    "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "reorder")),
+    "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
+    "degrees that the card calls radians": ({"scale": 57.29578}, {}, {}, "checkpoint",
+                                            ("action.b", "units", "adapt")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pair_that_does_not_fit_is_an_error_that_names_both_sides_and_the_remedy(name: str, tmp_path: Path):
+    card, base, adapt, statistics, words = WRONG[name]
+    recipe = recipe_of(
+        write_card(tmp_path / "data", **card),
+        write_checkpoint(tmp_path / "base", **base),
+        adapt,
+        statistics=statistics,
+    )
+    with pytest.raises(EmbodimentError) as error:
+        start(recipe)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_checkpoint_of_another_prompt_keeps_it(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base", prompt="line")
+    for statistics in ("checkpoint", "data"):
+        card = write_card(tmp_path / statistics)
+        initial = start(recipe_of(card, base, {}, statistics=statistics))
+        assert initial.codec.config.prompt == "line"
+
+
+# -------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_pretrained_language_weights_without_a_tokenizer_are_refused_by_name(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base", codec=False)
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data")
+    with pytest.raises(ConfigError) as error:
+        start(recipe)
+    for word in (
+        str(base),
+        "policy.tokenizer",
+        "google/paligemma-3b-pt-224",
+        "gated",
+        'fresh = ["language"]',
+    ):
+        assert word in str(error.value)
+    fresh = start(replace(recipe, policy=replace(recipe.policy, fresh=("language",))))
+    assert "tokenizer: learned from the data's instructions" in fresh.report
+
+
+def test_a_given_tokenizer_must_fit_the_embedding(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base", codec=False)
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data")
+    sentences = [f"number {n} and {n * n}" for n in range(400)]
+    for size, fits in ((280, True), (900, False)):
+        folder = tmp_path / str(size)
+        train_word_tokenizer(sentences, size).save(folder)
+        given = replace(recipe, policy=replace(recipe.policy, tokenizer=str(folder / "tokenizer.json")))
+        if fits:
+            initial = start(given)
+            assert initial.codec.required_tokenizer.vocab_size == 280
+            assert initial.agreement is not None
+            held = {item.name: item.value for item in initial.agreement.items}
+            assert "policy.tokenizer" in held["tokenizer"]
+        else:
+            with pytest.raises(CodecError, match="900 tokens.*only 300 rows"):
+                start(given)
+
+
+def test_a_tokenizer_of_a_much_smaller_model_is_not_taken_for_that_of_the_weights(tmp_path: Path):
+    train_word_tokenizer(["reach out"], 265).save(tmp_path / "words")
+    card = write_card(tmp_path / "data", cameras=("cam_high",))
+    policy = PolicyRecipe(checkpoint=str(OPENPI), config=dict(OPENPI_SAYS), tokenizer=str(tmp_path / "words"))
+    maps = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "", "right_wrist_0_rgb": ""}
+    recipe = replace(recipe_of(card, None, {"cameras": maps}, statistics="data"), policy=policy)
+    rows = checkpoints.inspect(OPENPI, config=OPENPI_SAYS).policy.needs().vocabulary
+    with pytest.raises(CodecError, match=f"tokens, the .*embedding .*{rows} rows"):
+        start(recipe)
+
+
+def test_openpis_checkpoint_is_refused_without_the_tokenizer_of_its_family(tmp_path: Path):
+    card = write_card(tmp_path / "data")
+    policy = PolicyRecipe(checkpoint=str(OPENPI), config=dict(OPENPI_SAYS))
+    for statistics in ("checkpoint", "data"):
+        recipe = replace(recipe_of(card, None, {}, statistics=statistics), policy=policy)
+        with pytest.raises(ConfigError, match="google/paligemma-3b-pt-224"):
+            start(recipe)
+
+
+def lerobot(folder: Path, *, tokenizer: str = "", processors: bool = True, **config: Any) -> Path:
+    """Copy LeRobot's tiny SmolVLA; its processors may name a tokenizer of the Hub, or lack altogether."""
+    shutil.copytree(SMOLVLA, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if not processors:
+        for file in folder.glob("policy_p*"):
+            file.unlink()
+    elif tokenizer:
+        shutil.rmtree(folder / "tokenizer")
+        path = folder / "policy_preprocessor.json"
+        values = json.loads(path.read_text())
+        for step in values["steps"]:
+            if step["registry_name"] == "tokenizer_processor":
+                step["config"]["tokenizer_name"] = tokenizer
+                step.pop("artifacts")
+        path.write_text(json.dumps(values))
+    return folder
+
+
+def test_lerobots_checkpoint_that_names_a_tokenizer_of_the_hub_is_refused_without_it(tmp_path: Path):
+    name = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    base = lerobot(tmp_path / "base", tokenizer=name)
+    with pytest.raises(ConfigError, match=f"it holds no tokenizer .*{name}.*policy.tokenizer"):
+        start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
+
+
+def test_missing_statistics_are_never_fitted_in_silence(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base", codec=False)
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {})
+    recipe = replace(recipe, policy=replace(recipe.policy, fresh=("language",)))
+    with pytest.raises(ConfigError, match='the checkpoint gives none.*data.statistics = "data"'):
+        start(recipe)
+
+
+# --------------------------------------------------------------------------------------------- LeRobot
+
+MAPS = {"cam_high": "front", "cam_wrist": ""}
+
+
+@pytest.mark.parametrize(
+    "flag", ["adapt_to_pi_aloha", "use_delta_joint_actions_aloha", "use_relative_actions"]
+)
+def test_flags_of_a_lerobot_config_without_processors_are_errors(flag: str, tmp_path: Path):
+    base = lerobot(tmp_path / "base", processors=False, **{flag: True})
+    recipe = recipe_of(
+        write_card(tmp_path / "data"), base, {"cameras": MAPS, "resize": True}, statistics="data"
+    )
+    recipe = replace(recipe, policy=replace(recipe.policy, fresh=("language",)))
+    words = flag if flag != "use_relative_actions" else "relative actions: dataset: absolute; checkpoint: all"
+    with pytest.raises(VlafitError, match=words):
+        start(recipe)
+
+
+def test_lerobots_cameras_are_matched_by_name_whatever_their_order():
+    declared = checkpoints.declaration(SMOLVLA)
+    assert declared.slots == ("cam_high", "cam_wrist") and declared.says_frame_sizes
+    assert checkpoints.declaration(OPENPI).slots[0] == "base_0_rgb"
+
+
+def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_card(tmp_path: Path):
+    base = lerobot(tmp_path / "base")
+    for name, step in (
+        ("policy_preprocessor.json", {"registry_name": "relative_actions_processor"}),
+        ("policy_postprocessor.json", {"registry_name": "absolute_actions_processor"}),
+    ):
+        path = base / name
+        values = json.loads(path.read_text())
+        values["steps"].append(step | {"config": {"enabled": True}})
+        path.write_text(json.dumps(values))
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {})
+    with pytest.raises(
+        EmbodimentError, match="relative actions: dataset: absolute; checkpoint: all relative"
+    ):
+        start(recipe)
+
+
+# ------------------------------------------------------------------------------------- values and floors
+
+
+def test_a_dimension_may_be_extreme_only_where_the_recipe_lists_it(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base")
+    card = write_card(tmp_path / "data", scale=57.29578)
+    every = ("state.a", "state.b", "action.0", "action.b")
+    initial = start(recipe_of(card, base, {"outside": every}))
+    assert initial.agreement is not None
+    assert {item.name for item in initial.agreement.chosen} >= {"normalised state.a", "normalised action.b"}
+    with pytest.raises(ConfigError, match="no dimension 'action.c'"):
+        start(recipe_of(card, base, {"outside": ("action.c",)}))
+
+
+def test_an_agreement_shows_how_far_each_dimension_goes(tmp_path: Path):
+    initial = start(recipe_of(write_card(tmp_path / "data"), write_checkpoint(tmp_path / "base"), {}))
+    assert initial.agreement is not None
+    (item,) = [item for item in initial.agreement.items if item.name == "normalised action"]
+    # 2.0 is the largest of the first (2 - 0.5) / 2 = 0.75; the second begins at (2 - 0.5) / 2 and falls
+    assert item.sides["dataset"] == "joints: a 0.75, b 0.75"
+
+
+@pytest.mark.parametrize("method", ["lerobot_quantile", "lerobot_min_max", "lerobot_mean_std"])
+def test_a_gripper_that_moves_in_one_of_180_frames_stays_within_fifty(method: Any):
+    gripper = np.zeros((180, 1))
+    gripper[90] = 1.0
+    statistics = Statistics.of(gripper)
+    largest = float(np.abs(Normaliser.fit(statistics, FLOORED[method]).encode(gripper)).max())
+    assert largest == pytest.approx({"lerobot_quantile": 49, "lerobot_min_max": 1}.get(method, 13.4), abs=0.1)
+
+
+def test_fitted_statistics_never_repeat_another_programs_formula_without_a_floor(tmp_path: Path):
+    extra = {"q01": -np.ones(2), "q99": np.ones(2)}
+    base = write_checkpoint(tmp_path / "base", normalisation="lerobot_quantile", **extra)
+    card = write_card(tmp_path / "data")
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        for number in range(EPISODES):
+            actions = file[f"data/demo_{number}/actions"]
+            actions[:, 1] = np.zeros(STEPS)  # type: ignore[index]
+        file["data/demo_0/actions"][3, 1] = 1.0  # type: ignore[index]
+    initial = start(recipe_of(card, base, {"outside": ("action.b",)}, statistics="data"))
+    assert initial.codec.config.normalisation == "quantile"
+    assert (
+        "fitted statistics normalise by quantile, which has a floor; in the checkpoint lerobot_quantile"
+        in (initial.report)
+    )
+
+
+# ------------------------------------------------------------------------------------------- kept and shown
+
+
+def test_runs_and_checkpoints_keep_the_agreement_and_print_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from vlafit import config
+
+    base = write_checkpoint(tmp_path / "base", cameras=("wrist", "front"))
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {"cameras": {"wrist": ""}})
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    out = tmp_path / "run"
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "adapt.cameras leaves it empty" in shown and "camera slot 0" in shown
+    last = out / "checkpoints" / "step_000001"
+    kept = agreement.values.read(out)
+    assert kept is not None and kept == agreement.values.read(last)
+    assert "What data and checkpoint agreed on" in (out / "report.html").read_text()
+    (last / "agreement.json").unlink()
+    with pytest.raises(VlafitError, match="missing: agreement.json"):
+        checkpoints.inspect(last)
+
+
+def test_inspect_compares_a_checkpoint_with_a_card(tmp_path: Path, capsys: pytest.CaptureFixture):
+    base = write_checkpoint(tmp_path / "base")
+    fits, other = write_card(tmp_path / "fits"), write_card(tmp_path / "other", relative=BOTH)
+    assert cli.main(["inspect", str(base), "--data", str(fits)]) == 0
+    assert "relative actions" in capsys.readouterr().out
+    assert cli.main(["inspect", str(base), "--data", str(other)]) == 1
+    assert "conflict: relative actions" in capsys.readouterr().err
+    assert cli.main(["inspect", str(base), "--protocol", "toy"]) == 2
+
+
+def test_a_resumed_run_keeps_its_agreement(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base")
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {})
+    run(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "agreement.json").read_text()
+    run(recipe, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "agreement.json").read_text() == before

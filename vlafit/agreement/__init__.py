@@ -1,0 +1,11 @@
+"""Compare what dataset, checkpoint, recipe and protocol say about the robot, and decide which side holds.
+
+Each item of an `Agreement` names what every side declares, the value that holds and the reason. A difference
+that changes what the policy sees is a conflict, and a conflict is an error that names both sides, unless the
+recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a policy.
+"""
+
+from vlafit.agreement.compare import EVALUATION, agree, protocol_items
+from vlafit.agreement.values import Agreement, Item, Party, Status
+
+__all__ = ["EVALUATION", "Agreement", "Item", "Party", "Status", "agree", "protocol_items"]

@@ -1,0 +1,158 @@
+"""Decide which camera of the dataset fills which slot of the policy: by name, or by `adapt.cameras`."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from vlafit.agreement.values import Item, Party
+from vlafit.errors import ConfigError, did_you_mean
+from vlafit.recipe import AdaptRecipe
+from vlafit.types import Feature
+
+HANDS = (("left", "right"), ("right", "left"))
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_LIMBS = ("wrist", "hand", "arm", "gripper", "cam")
+
+
+def decide(
+    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe
+) -> tuple[tuple[str, ...], list[Item]]:
+    """Return the dataset's camera for each slot ("" leaves it empty), and an item for each slot and camera.
+
+    A checkpoint that names no slots takes the dataset's cameras in order. Raises ConfigError for an
+    `adapt.cameras` that names cameras which do not exist.
+    """
+    assert dataset.embodiment is not None
+    recorded = {camera.name: camera for camera in dataset.embodiment.cameras}
+    if checkpoint is None or not checkpoint.slots:
+        if adapt.cameras:
+            owner = checkpoint.title if checkpoint else "this recipe has no checkpoint, so it"
+            raise ConfigError(
+                f"adapt.cameras maps a checkpoint's cameras, and {owner} names none; remove adapt.cameras"
+            )
+        names = tuple(recorded)
+        reason = (
+            "no checkpoint" if checkpoint is None else "the checkpoint names no cameras: the card's order"
+        )
+        status = "same" if checkpoint is None else "assumed"
+        items = [
+            Item(f"camera slot {i}", {"dataset": f"{n} {_frame(recorded[n])}"}, n, status, reason)
+            for i, n in enumerate(names)
+        ]
+        return names, items
+    slots, chosen = checkpoint.slots, dict(adapt.cameras)
+    _require_known(chosen, slots, recorded, checkpoint, dataset)
+    trained = {c.name: c for c in checkpoint.embodiment.cameras} if checkpoint.embodiment else {}
+    proposal = _proposal(slots, recorded)
+    filled: list[str] = []
+    items = []
+    for number, slot in enumerate(slots):
+        source = chosen.get(slot, slot if slot in recorded and slot not in chosen.values() else "")
+        filled.append(source)
+        size = trained[slot] if slot in trained and checkpoint.frame_sizes_known else None
+        items.append(_slot(number, slot, recorded.get(source), size, recorded, adapt, proposal))
+    for name in [name for name in recorded if name not in filled]:
+        sides = {"dataset": f"{name} {_frame(recorded[name])}", "checkpoint": "no slot of this name"}
+        if chosen:
+            items.append(Item(f"camera {name}", sides, "not used", "chosen", "adapt.cameras leaves it out"))
+            continue
+        fix = f"name the cameras to use, [adapt] cameras = {proposal}, or remove it from the card"
+        items.append(Item(f"camera {name}", sides, "", "conflict", fix=fix))
+    return tuple(filled), items
+
+
+def _require_known(
+    chosen: Mapping[str, str],
+    slots: Sequence[str],
+    recorded: Mapping[str, Feature],
+    checkpoint: Party,
+    dataset: Party,
+) -> None:
+    for slot, source in chosen.items():
+        if not slot or slot not in slots:
+            listed = ", ".join(filter(None, slots)) or "none"
+            raise ConfigError(
+                f"adapt.cameras: {checkpoint.title} has no camera {slot!r}{did_you_mean(slot, slots)}; "
+                f"it has: {listed}"
+            )
+        if source and source not in recorded:
+            raise ConfigError(
+                f"adapt.cameras: {dataset.title} has no camera {source!r}{did_you_mean(source, recorded)}; "
+                f"it has: {', '.join(recorded)}"
+            )
+    sources = [source for source in chosen.values() if source]
+    for source in sources:
+        if sources.count(source) > 1:
+            raise ConfigError(f"adapt.cameras: {source!r} is mapped to more than one camera; use each once")
+    if chosen and not any(sources) and not (set(slots) - set(chosen)) & set(recorded):
+        raise ConfigError("adapt.cameras leaves every camera of the checkpoint empty; map at least one")
+
+
+def _slot(
+    number: int,
+    slot: str,
+    source: Feature | None,
+    trained: Feature | None,
+    recorded: Mapping[str, Feature],
+    adapt: AdaptRecipe,
+    proposal: str,
+) -> Item:
+    name = f"camera slot {number}"
+    if not slot:
+        return Item(name, {"checkpoint": "always empty"}, "empty", "same", "the checkpoint never used it")
+    sides = {"checkpoint": f"{slot} {_frame(trained) if trained else '(any size)'}"}
+    if source is None:
+        if slot in adapt.cameras:
+            return Item(name, sides, "empty", "chosen", "adapt.cameras leaves it empty")
+        sides["dataset"] = f"no camera of this name (has: {', '.join(recorded)})"
+        return Item(name, sides, "", "conflict", fix=f'[adapt] cameras = {proposal} ("" leaves a slot empty)')
+    sides["dataset"] = f"{source.name} {_frame(source)}"
+    for here, there in HANDS:
+        if _hands(slot) == {here} and _hands(source.name) == {there}:
+            fix = (
+                f"the {there} camera {source.name!r} would take the place of the {here} camera {slot!r}: "
+                "correct adapt.cameras, or the camera's name in the card"
+            )
+            return Item(name, sides, "", "conflict", fix=fix)
+    differs = trained is not None and trained.shape != source.shape
+    if differs and not adapt.resize:
+        fix = "[adapt] resize = true, if frames of another size or shape are meant; else correct the card"
+        return Item(name, sides, "", "conflict", fix=fix)
+    explicit = slot in adapt.cameras
+    reason = ", ".join(["adapt.cameras" if explicit else "same name", *["adapt.resize"] * differs])
+    status = "chosen" if differs or source.name != slot else "same"
+    return Item(name, sides, source.name, status, reason)
+
+
+def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> str:
+    """Return a complete `adapt.cameras`: the same names, then the right hands, then what is left."""
+    named = [slot for slot in slots if slot]
+    chosen = {slot: slot for slot in named if slot in recorded}
+    for slot in named:
+        free = [name for name in recorded if name not in chosen.values()]
+        if slot not in chosen and _hands(slot):
+            of_this_hand = [name for name in free if _hands(name) == _hands(slot)]
+            chosen.update({slot: of_this_hand[0]} if of_this_hand else {})
+    for slot in named:
+        free = [n for n in recorded if n not in chosen.values() and (not _hands(n) or not _hands(slot))]
+        if slot not in chosen:
+            chosen[slot] = free[0] if free else ""
+    return "{ " + ", ".join(f'{_key(slot)} = "{chosen[slot]}"' for slot in named) + " }"
+
+
+def _key(name: str) -> str:
+    return name if name.isascii() and name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
+
+
+def _hands(name: str) -> set[str]:
+    """Return the hands that a camera's name mentions, as words: "upright" mentions none."""
+    hands = set()
+    for word in _WORD.findall(name):
+        plain = word.lower()
+        for hand in ("left", "right"):
+            if plain == hand or (plain.startswith(hand) and plain.removeprefix(hand).startswith(_LIMBS)):
+                hands.add(hand)
+    return hands
+
+
+def _frame(camera: Feature) -> str:
+    return f"{camera.shape[0]}x{camera.shape[1]}"

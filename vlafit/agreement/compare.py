@@ -1,0 +1,195 @@
+"""Compare the sides item by item."""
+
+from collections.abc import Iterator
+
+from vlafit.agreement import cameras as camera_slots
+from vlafit.agreement.values import Agreement, Item, Party, Status
+from vlafit.errors import ConfigError
+from vlafit.recipe import AdaptRecipe
+from vlafit.types import Embodiment, Feature, differences
+
+ROBOT = (
+    'if this is another robot: [adapt] robot = true and data.statistics = "data" (where it has more '
+    "dimensions than the policy takes, also policy.config = { state_dim = N, action_dim = N } and "
+    'policy.resize = "keep" or "fresh"); else correct the card'
+)
+
+EVALUATION = "evaluation "
+"""How names of a protocol's items begin."""
+
+
+def agree(
+    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe, *, fresh_statistics: bool
+) -> Agreement:
+    """Compare the sides; conflicts are items of the result, see `Agreement.require`.
+
+    `checkpoint` is None where training starts from fresh weights, or the checkpoint says nothing about the
+    robot. `fresh_statistics` says whether normalisation statistics are fitted to the dataset.
+    Raises ConfigError for an `adapt` section that names cameras that do not exist, or chooses between sides
+    of which one does not say.
+    """
+    assert dataset.embodiment is not None
+    cameras, items = camera_slots.decide(dataset, checkpoint, adapt)
+    if checkpoint is not None and checkpoint.embodiment is not None:
+        items += _columns(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics)
+    relative, relative_item = _relative(dataset, checkpoint, adapt, fresh_statistics)
+    items.append(relative_item)
+    if checkpoint is not None:
+        items += _conversions(checkpoint, adapt.robot and fresh_statistics)
+        if checkpoint.embodiment is not None:
+            items += _control(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics)
+            items.append(_renderer(dataset.embodiment, checkpoint.embodiment))
+    return Agreement(tuple(items), cameras, relative)
+
+
+# ------------------------------------------------------------------------------------------------- columns
+
+
+def _columns(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: bool) -> Iterator[Item]:
+    permitted = adapt.robot and fresh
+    for name, mine, other in (("state", here.state, there.state), ("action", here.action, there.action)):
+        sides = {"dataset": str(mine.shape[0]), "checkpoint": str(other.shape[0])}
+        item = f"{name} dimensions"
+        if mine.shape == other.shape:
+            yield Item(item, sides, sides["dataset"], "same")
+        elif permitted:
+            yield Item(item, sides, sides["dataset"], "chosen", "adapt.robot")
+        else:
+            yield Item(item, sides, "", "conflict", fix=ROBOT)
+        yield _labels(name, mine, other, permitted)
+        if mine.unit or other.unit:
+            yield _stated(f"{name} unit", mine.unit, other.unit, permitted, ROBOT)
+
+
+def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
+    item = f"{name} names"
+    sides = {
+        role: ", ".join(feature.labels)
+        for role, feature in (("dataset", here), ("checkpoint", there))
+        if feature.labels
+    }
+    if not sides:
+        return Item(item, sides, "", "assumed", "neither side names them: same order")
+    if len(sides) == 1:
+        silent = "dataset" if not here.labels else "checkpoint"
+        value = ", ".join(here.labels or there.labels)
+        return Item(item, sides, value, "assumed", f"the {silent} does not name them: same order")
+    if here.labels == there.labels:
+        return Item(item, sides, sides["dataset"], "same")
+    if permitted:
+        return Item(item, sides, sides["dataset"], "chosen", "adapt.robot")
+    fix = ROBOT
+    if sorted(here.labels) == sorted(there.labels):
+        fix = f"the same dimensions in another order: reorder the columns in the card; {fix}"
+    return Item(item, sides, "", "conflict", fix=fix)
+
+
+def _stated(name: str, here: str, there: str, permitted: bool, fix: str) -> Item:
+    sides = {role: text for role, text in (("dataset", here), ("checkpoint", there)) if text}
+    if not here or not there:
+        silent = "dataset" if not here else "checkpoint"
+        return Item(name, sides, here or there, "assumed", f"the {silent} does not say")
+    if here == there:
+        return Item(name, sides, here, "same")
+    if permitted:
+        return Item(name, sides, here, "chosen", "adapt.robot")
+    return Item(name, sides, "", "conflict", fix=fix)
+
+
+# --------------------------------------------------------------------------------------- actions and control
+
+
+def _relative(
+    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe, fresh: bool
+) -> tuple[tuple[bool, ...], Item]:
+    assert dataset.embodiment is not None and dataset.relative is not None
+    name, here = "relative actions", dataset.relative
+    there = checkpoint.relative if checkpoint is not None else None
+    sides = {
+        role: _mask(mask) for role, mask in (("dataset", here), ("checkpoint", there)) if mask is not None
+    }
+    if there is None:
+        if adapt.actions:
+            owner = checkpoint.title if checkpoint else "there is no checkpoint, which"
+            raise ConfigError(
+                f"adapt.actions = {adapt.actions!r} chooses between two sides, and {owner} does not say "
+                "whether actions are relative; remove it"
+            )
+        if checkpoint is None:
+            return here, Item(name, sides, _mask(here), "same", "no checkpoint")
+        return here, Item(name, sides, _mask(here), "assumed", "the checkpoint does not say")
+    if here == there or not (any(here) or any(there)):
+        return here, Item(name, sides, _mask(here), "same")
+    if adapt.actions == "checkpoint" and len(there or here) == len(here or there):
+        return there, Item(name, sides, _mask(there), "chosen", 'adapt.actions = "checkpoint"')
+    if adapt.actions == "data" and fresh:
+        return here, Item(name, sides, _mask(here), "chosen", 'adapt.actions = "data"')
+    fix = (
+        '[adapt] actions = "checkpoint" keeps the meaning that the weights have learned; actions = "data" '
+        'with data.statistics = "data" teaches them the card\'s'
+    )
+    if adapt.actions == "checkpoint" or (here and there and len(here) != len(there)):
+        fix = 'the checkpoint has other dimensions: [adapt] actions = "data" with data.statistics = "data"'
+    elif adapt.actions == "data":
+        fix = 'the checkpoint\'s statistics are of its own actions: set data.statistics = "data", too'
+    return here, Item(name, sides, "", "conflict", fix=fix)
+
+
+def _mask(mask: tuple[bool, ...]) -> str:
+    if not any(mask):
+        return "absolute"
+    if all(mask):
+        return "all relative"
+    chosen = [str(number) for number, on in enumerate(mask) if on]
+    return f"relative in dimensions {', '.join(chosen)}"
+
+
+def _conversions(checkpoint: Party, permitted: bool) -> Iterator[Item]:
+    for text in checkpoint.conversions:
+        sides = {"dataset": "states and actions as recorded", "checkpoint": text}
+        if permitted:
+            yield Item("conversion", sides, "as recorded", "chosen", "adapt.robot")
+        else:
+            fix = (
+                "vlafit does not repeat this conversion: convert the dataset's states and actions, then "
+                '[adapt] robot = true and data.statistics = "data"'
+            )
+            yield Item("conversion", sides, "", "conflict", fix=fix)
+
+
+def _control(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: bool) -> Iterator[Item]:
+    yield _stated("control mode", here.control, there.control, adapt.robot and fresh, ROBOT)
+    fix = "[adapt] robot = true, if the policy is to learn this rate; else correct the card"
+
+    def rate(hz: float) -> str:
+        return f"{hz:g} Hz" if hz else ""
+
+    yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot, fix)
+
+
+def _renderer(here: Embodiment, there: Embodiment) -> Item:
+    sides = {r: text for r, text in (("dataset", here.renderer), ("checkpoint", there.renderer)) if text}
+    if len(sides) < 2:
+        return Item("renderer", sides, here.renderer or there.renderer, "assumed", "not stated by every side")
+    if here.renderer == there.renderer:
+        return Item("renderer", sides, here.renderer, "same")
+    reason = "the policy learns the dataset's pictures; the difference may cost successes"
+    return Item("renderer", sides, here.renderer, "differs", reason)
+
+
+def protocol_items(policy: Embodiment, protocol: Embodiment, name: str) -> list[Item]:
+    """Return what differs between the policy's robot (the dataset's) and that of a protocol's environment."""
+    fix = "choose a protocol of the same robot, or correct its [env]"
+    items = []
+    for text in differences(policy, protocol):
+        point, _, sides = text.partition(": ")
+        here, _, there = sides.removesuffix(" there").partition(" here, ")
+        status: Status = "conflict"
+        items.append(Item(f"{EVALUATION}{point}", {"dataset": here, "protocol": there}, "", status, fix=fix))
+    if not items:
+        items.append(Item(f"{EVALUATION}robot", {"protocol": f"{name}: {protocol.name}"}, "the same", "same"))
+    if policy.renderer and protocol.renderer and policy.renderer != protocol.renderer:
+        sides = {"dataset": policy.renderer, "protocol": protocol.renderer}
+        reason = "the policy sees other pictures than it learned from; the difference may cost successes"
+        items.append(Item(f"{EVALUATION}renderer", sides, protocol.renderer, "differs", reason))
+    return items

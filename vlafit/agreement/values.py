@@ -1,0 +1,152 @@
+"""One side's statement about the robot, one compared item, and the agreement as a whole."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from vlafit import files
+from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.types import Embodiment
+
+Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
+Role = Literal["dataset", "checkpoint", "protocol"]
+FILE = "agreement.json"
+"""Name of the agreement's file in a run's folder and in a checkpoint."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Party:
+    """One side's statement about the robot."""
+
+    role: Role
+    name: str
+    embodiment: Embodiment | None
+    """None where the side says nothing about dimensions and control."""
+    relative: tuple[bool, ...] | None = None
+    """For each action dimension: whether actions are relative to the state at the chunk's start. Empty: none
+    is. None: it does not say."""
+    slots: tuple[str, ...] = ()
+    """Camera slots of a checkpoint, in order; "" is a slot that was always empty."""
+    frame_sizes_known: bool = True
+    """Whether the cameras' shapes are those of the recorded frames, and not of the policy's own images."""
+    conversions: tuple[str, ...] = ()
+    """What a checkpoint's program did to states or actions inside the policy; vlafit does not repeat it."""
+
+    @property
+    def title(self) -> str:
+        """The side's role and name, for messages."""
+        return f"{self.role} {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One point that the sides must agree on."""
+
+    name: str
+    sides: Mapping[str, str]
+    """Role -> that side's statement; a side that says nothing is left out."""
+    value: str
+    """The value that holds; empty in a conflict."""
+    status: Status
+    reason: str = ""
+    """Why this value holds."""
+    fix: str = ""
+    """How to solve a conflict."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Every item, and the decisions that a codec is built from."""
+
+    items: tuple[Item, ...]
+    cameras: tuple[str, ...]
+    """The dataset's camera for each slot of the policy; "" leaves a slot empty."""
+    relative: tuple[bool, ...]
+    """For each action dimension: whether actions are relative. Empty: none is."""
+
+    HEADS: ClassVar = ("item", "dataset", "checkpoint", "holds", "why")
+    """Column heads of `rows`."""
+
+    @property
+    def conflicts(self) -> tuple[Item, ...]:
+        """Items on which the sides contradict one another."""
+        return tuple(item for item in self.items if item.status == "conflict")
+
+    @property
+    def chosen(self) -> tuple[Item, ...]:
+        """Items on which the recipe chooses a side."""
+        return tuple(item for item in self.items if item.status == "chosen")
+
+    def require(self, title: str = "dataset and checkpoint") -> None:
+        """Raise EmbodimentError naming every conflict, both sides of it and its remedy."""
+        if not self.conflicts:
+            return
+        lines = []
+        for item in self.conflicts:
+            sides = "; ".join(f"{role}: {text}" for role, text in item.sides.items())
+            lines.append(f"  {item.name}: {sides}" + (f"\n    fix: {item.fix}" if item.fix else ""))
+        points = f"{len(lines)} point{'s' * (len(lines) > 1)}"
+        raise EmbodimentError(f"{title} disagree on {points}:\n" + "\n".join(lines))
+
+    def with_items(self, items: Sequence[Item]) -> "Agreement":
+        """Return the agreement with further items."""
+        return Agreement((*self.items, *items), self.cameras, self.relative)
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Return (item, dataset, checkpoint, value, why) for tables; a protocol stands with the dataset."""
+        rows = []
+        for item in self.items:
+            dataset, checkpoint = item.sides.get("dataset", ""), item.sides.get("checkpoint", "")
+            protocol = item.sides.get("protocol", "")
+            why = item.reason or item.fix
+            status = item.status if item.status != "same" else ""
+            rows.append(
+                (
+                    item.name,
+                    dataset,
+                    checkpoint or (f"protocol: {protocol}" if protocol else ""),
+                    item.value,
+                    ": ".join(filter(None, (status, why))),
+                )
+            )
+        return rows
+
+    def to_json(self) -> str:
+        """Return the content of agreement.json."""
+        content = {
+            "format": FORMAT,
+            "items": [asdict(item) | {"sides": dict(item.sides)} for item in self.items],
+            "cameras": list(self.cameras),
+            "relative": list(self.relative),
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write agreement.json into `folder`."""
+        files.write_atomic(folder / FILE, self.to_json())
+
+
+def read(folder: Path) -> Agreement | None:
+    """Return the agreement that lies in `folder`; None where a run or checkpoint is older than agreements.
+
+    Raises ConfigError for a damaged file.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
+        items = tuple(Item(**item) for item in content["items"])
+        unknown = {item.status for item in items} - set(get_args(Status))
+        if unknown:
+            raise ValueError(f"status {sorted(unknown)[0]!r}")
+        return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: not an agreement as vlafit writes it ({error!r}); delete the file, it only documents"
+        ) from error

@@ -1,0 +1,27 @@
+"""What a foreign checkpoint's files say of robot, actions and tokenizer, with or without a codec."""
+
+from dataclasses import dataclass
+
+from vlafit.types import Embodiment
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Statements that a run compares with its data before anything trains; the defaults say nothing."""
+
+    embodiment: Embodiment | None = None
+    """The robot as far as the files describe it; None where they do not."""
+    relative: tuple[bool, ...] | None = None
+    """For each action dimension: whether it is relative to the state. Empty: none is. None: not stated."""
+    slots: tuple[str, ...] = ()
+    """Names of the camera slots, "" for one that is always empty."""
+    says_relative: bool = True
+    """Whether this program's files, or a codec made of them, tell if actions are relative."""
+    says_frame_sizes: bool = True
+    """Whether the cameras' shapes are those of recorded frames."""
+    conversions: tuple[str, ...] = ()
+    """What the program did to states or actions inside the policy, which vlafit does not repeat."""
+    tokenizer: str = ""
+    """Name of the tokenizer that the files ask for and do not hold."""
+    has_statistics: bool = True
+    """Whether the files hold statistics from which a codec can be made."""

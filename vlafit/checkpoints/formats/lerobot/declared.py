@@ -1,0 +1,65 @@
+"""Read what LeRobot's config.json and processors say of the robot, also where they make no codec."""
+
+from pathlib import Path
+
+from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.formats.lerobot import read_processors
+from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.errors import WeightsError
+from vlafit.types import Embodiment
+
+RELATIVE = ("use_relative_actions", "use_delta_actions", "use_delta_joint_actions")
+"""Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
+
+
+def read(folder: Path) -> Declaration:
+    """Return the declaration of the LeRobot checkpoint in `folder`; nothing without its config.json.
+
+    Raises WeightsError for a config.json or a pipeline that cannot be read.
+    """
+    lerobot = read_config(folder)
+    if lerobot is None:
+        return Declaration()
+    pre, post = (
+        read_steps(folder / name) if (folder / name).is_file() else []
+        for name in (read_processors.PRE, read_processors.POST)
+    )
+    try:
+        slots, robot = read_processors.robot_of(lerobot, pre)
+    except WeightsError:  # without features it says nothing of the robot; `load` needs none
+        slots, robot = (), None
+    relative = _relative(lerobot, pre, post, robot)
+    conversions = tuple(f"{key} is true: {why}" for key, why in NEVER.items() if lerobot.get(key, bool))
+    return Declaration(
+        embodiment=robot,
+        relative=relative,
+        slots=slots,
+        conversions=conversions,
+        tokenizer=_missing_tokenizer(folder, pre),
+        has_statistics=bool(pre and post),
+    )
+
+
+def _relative(
+    lerobot: LeRobotConfig, pre: list[Step], post: list[Step], robot: Embodiment | None
+) -> tuple[bool, ...] | None:
+    """Return the mask of the processors, else of config.json; LeRobot's actions are absolute otherwise."""
+    if robot is None:
+        return None
+    if pre and post:
+        return read_processors.relative_of(pre, post, robot)
+    keys = [key for key in RELATIVE if lerobot.get(key, bool)]
+    if not keys:
+        return ()
+    names = lerobot.get("action_feature_names", list)
+    exclude = lerobot.get("relative_exclude_joints", list) or ()
+    return read_processors.mask_of(names, exclude, robot.action.shape[0])
+
+
+def _missing_tokenizer(folder: Path, pre: list[Step]) -> str:
+    for step in pre:
+        if step.name == "tokenizer_processor":
+            inside = step.artifacts.get("tokenizer_name", "")
+            return "" if inside and (folder / inside).is_dir() else str(step.config.get("tokenizer_name", ""))
+    return ""

@@ -1,0 +1,101 @@
+"""Collect what data, checkpoint and recipe say about the robot, and agree on what the codec is built from."""
+
+from collections.abc import Iterator
+
+from vlafit import checkpoints
+from vlafit.agreement import Agreement, Item, Party, agree
+from vlafit.codec import Codec
+from vlafit.datasets import Card
+from vlafit.recipe import Recipe
+from vlafit.train.data import Data
+
+
+def dataset_party(card: Card) -> Party:
+    """Return what a data card says."""
+    return Party("dataset", card.name, card.embodiment, tuple(card.robot.relative))
+
+
+def checkpoint_party(
+    name: str, codec: Codec | None, declared: checkpoints.Declaration, recipe: Recipe
+) -> Party | None:
+    """Return what a checkpoint says: its codec, else its files; None where neither says anything.
+
+    openpi's files do not tell whether actions are relative; `policy.config."codec.relative"` then speaks for
+    them.
+    """
+    embodiment = codec.embodiment if codec is not None else declared.embodiment
+    slots = codec.config.cameras if codec is not None else declared.slots
+    relative = declared.relative
+    if not declared.says_relative:
+        table = checkpoints.parse_config(recipe.policy.config).table("codec")
+        relative = tuple(map(bool, table["relative"])) if table.get("relative") else None
+    elif codec is not None:
+        relative = codec.config.relative
+    if embodiment is None and not slots and relative is None and not declared.conversions:
+        return None
+    return Party(
+        "checkpoint",
+        name,
+        embodiment,
+        relative,
+        slots=slots,
+        frame_sizes_known=declared.says_frame_sizes,
+        conversions=declared.conversions,
+    )
+
+
+def agree_on(
+    recipe: Recipe, card: Card, codec: Codec | None, declared: checkpoints.Declaration | None
+) -> Agreement:
+    """Compare the card with the recipe's checkpoint, if it has one (`declared`). Conflicts are not raised."""
+    dataset, checkpoint = dataset_party(card), None
+    if declared is not None:
+        checkpoint = checkpoint_party(recipe.policy.checkpoint, codec, declared, recipe)
+    fresh = declared is None or recipe.data.statistics == "data"
+    return agree(dataset, checkpoint, recipe.adapt, fresh_statistics=fresh)
+
+
+def sides(card: Card, checkpoint: str) -> str:
+    """Return the two sides of an agreement, for the first line of an error."""
+    return f"card {card.name!r} and checkpoint {checkpoint!r}"
+
+
+def codec_items(
+    recipe: Recipe, data: Data, before: Codec | None, codec: Codec, tokenizer: str
+) -> Iterator[Item]:
+    """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
+
+    `before` is the checkpoint's codec, `tokenizer` where the tokenizer comes from.
+    """
+    fitted = recipe.data.statistics == "data" or not recipe.policy.checkpoint
+    episodes = sum(len(ids) for ids in data.training)
+    text = f"fitted to {episodes} training episodes"
+    if fitted:
+        reason = 'data.statistics = "data"' if recipe.policy.checkpoint else "no checkpoint"
+        yield Item("statistics", {"dataset": text}, "of the dataset", "chosen" if before else "same", reason)
+    else:
+        assert before is not None
+        own = f"of {before.embodiment.name!r}, {before.statistics['state'].count or '?'} values"
+        reason = 'data.statistics = "checkpoint"'
+        yield Item("statistics", {"checkpoint": own}, "of the checkpoint", "same", reason)
+    for column, method, old in (
+        ("state", codec.config.normalisation, before and before.config.normalisation),
+        ("action", codec.config.of_actions, before and before.config.of_actions),
+    ):
+        stated = {"checkpoint": old} if old else {}
+        reason = ""
+        if old and old != method:
+            chosen = bool(recipe.data.normalisation)
+            reason = "data.normalisation" if chosen else "fitted statistics are divided by a floor"
+        yield Item(f"{column} normalisation", stated, method, "chosen" if reason else "same", reason)
+    if codec.config.prompt is not None:
+        form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
+        old = before.config.prompt if before is not None else None
+        yield Item("prompt", {"checkpoint": old} if old else {}, form, "same")
+        words = codec.required_tokenizer.vocab_size
+        yield Item("tokenizer", {}, f"{tokenizer}, {words} tokens", "same")
+    lengths = sorted(
+        s.episodes[s.index(i)].length for s, ids in zip(data.stores, data.training, strict=True) for i in ids
+    )
+    recorded = {"dataset": f"episodes of {lengths[0]} to {lengths[-1]} steps"}
+    yield Item("chunk", recorded, f"{codec.config.chunk} steps", "same")
