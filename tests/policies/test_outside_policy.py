@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import vlafit
 from tests.policies.outside_policy import Regression
 from tests.train.world import assert_same, learned, metrics, tiny, write_dots
 from vlafit import checkpoints
 from vlafit.actor import load_actor
+from vlafit.checkpoints.export import export
 from vlafit.errors import ConfigError, StrategyError, WeightsError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.rollout import evaluate
@@ -86,7 +86,7 @@ def test_it_is_evaluated_in_closed_loop(card: Path, adapted: Path, tmp_path: Pat
 
 def test_it_is_exported_merged_and_its_files_name_its_module(adapted: Path, tmp_path: Path):
     folder = adapted / "run" / "checkpoints" / "step_000008"
-    exported = vlafit.export(folder, "vlafit", tmp_path / "out", merge=True)
+    exported = export(folder, "vlafit", tmp_path / "out", merge=True)
     assert exported.merge_error is not None and exported.merge_error < 1e-5
     assert json.loads((tmp_path / "out" / "policy.json").read_text())["family"] == FAMILY
     loaded = checkpoints.load(tmp_path / "out")
@@ -94,7 +94,7 @@ def test_it_is_exported_merged_and_its_files_name_its_module(adapted: Path, tmp_
     assert loaded.codec is not None and loaded.codec.tokenizer is None
     assert not (tmp_path / "out" / "tokenizer").exists()
     with pytest.raises(WeightsError):
-        vlafit.export(folder, "lerobot", tmp_path / "other")
+        export(folder, "lerobot", tmp_path / "other")
 
 
 def test_a_strategy_that_names_parts_of_other_families_is_refused_by_name(card: Path, tmp_path: Path):

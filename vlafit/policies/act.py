@@ -104,6 +104,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ActConfig) -> None:
         super().__init__()
         c = config
+        self.chunk = c.chunk
         self.query_embedding = nn.Embedding(c.chunk, c.width)
         self.layers = nn.ModuleList(
             DecoderLayer(c.width, c.heads, c.mlp, c.dropout) for _ in range(c.decoder_layers)
@@ -112,8 +113,9 @@ class Decoder(nn.Module):
 
     def forward(self, memory: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Return [b, t, d] for `memory` [b, l, d] at `positions` [l, d]; `mask` bool [b, l]."""
-        steps = torch.arange(self.query_embedding.num_embeddings, device=memory.device)
-        queries = self.query_embedding(steps).to(memory.dtype)  # [t, d]
+        queries = self.query_embedding(torch.arange(self.chunk, device=memory.device)).to(
+            memory.dtype
+        )  # [t, d]
         x = memory.new_zeros(len(memory), *queries.shape)
         for layer in self.layers:
             x = layer(x, queries, memory, positions, mask)
