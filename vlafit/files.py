@@ -247,12 +247,12 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
     the folder and the process if another command holds the lock; `what` is the kind of command.
     """
     made = not Path(folder).exists()
-    require_writable(folder)
+    folder = require_writable(folder)
     try:
         with _locked(folder, what) as handle:
             yield handle
     except BaseException:
-        if made and is_empty(folder):
+        if made and folder.is_dir() and not (folder / LOCK).exists() and is_empty(folder):
             shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
         raise
 

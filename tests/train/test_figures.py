@@ -105,7 +105,7 @@ def test_a_damaged_film_strip_is_left_out_of_the_page(tmp_path: Path, content: b
 
     (tmp_path / "strip.png").write_bytes(content)
     films = Films()
-    assert str(films.strip(Filmed(), None)) == ""  # type: ignore[arg-type]
+    assert films.strip(Filmed(), None).html == ""  # type: ignore[arg-type]
     assert "1 films" in films.left_out()
 
 

@@ -15,7 +15,13 @@ from vlafit.nn.policy import Policy
 from vlafit.tuning import load_strategy, preview
 from vlafit.tuning.rules import resolve
 
-FAMILIES = [m.name for m in pkgutil.iter_modules(policies.__path__) if not m.name.startswith("_")]
+# Families without language and action expert; tests/policies/test_act.py says what the strategies do there.
+WITHOUT_EXPERT = ("act",)
+FAMILIES = [
+    m.name
+    for m in pkgutil.iter_modules(policies.__path__)
+    if not m.name.startswith("_") and m.name not in WITHOUT_EXPERT
+]
 SIZES = [(f, size) for f in FAMILIES for size in importlib.import_module(f"vlafit.policies.{f}").SIZES]
 
 

@@ -194,7 +194,8 @@ def together(lose: Callable[[str], None] | None = None) -> Iterator[None]:
 
 def _client() -> "TCPStore":
     """Return a connection of its own: a call that waits in the main one would hold it."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "29500"))
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
 
 

@@ -63,7 +63,7 @@ class TrainState:
             for number in group["rules"]:
                 name = re.sub(r"[^\w.*=+-]+", "_", str(rules[number].select)).strip("_") or "all"
                 rates[f"train/lr/{number + 1}_{name}"] = group["lr"]
-        return rates
+        return dict(sorted(rates.items()))
 
     @property
     def warmup_steps(self) -> int:
