@@ -21,8 +21,8 @@ from tests.train.world import tiny, write_dots
 from tests.tuning.world import make_policy, rules, train, velocity
 from vlafit import checkpoints, cli, config
 from vlafit.checkpoints import hub, locate
-from vlafit.errors import ConfigError, WeightsError
 from vlafit.codec import train_word_tokenizer
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.recipe import AdaptRecipe, PolicyRecipe
 from vlafit.train.data import open_data
 from vlafit.train.preflight import meta_policy
