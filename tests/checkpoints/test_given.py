@@ -69,7 +69,7 @@ def test_the_same_config_may_be_written_in_tables_or_with_dots():
 def test_the_command_line_says_so_without_a_traceback(capsys: pytest.CaptureFixture):
     for words, message in (
         (["vision=2"], "config: vision is a table"),
-        (["chunk=6", "chunk=7"], "--config gives chunk twice"),
+        (["chunk=6", "chunk=7"], "--config sets chunk twice"),
     ):
         options = [option for word in words for option in ("--config", word)]
         assert cli.main(["inspect", str(OPENPI), *options]) == 2

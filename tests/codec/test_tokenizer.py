@@ -74,7 +74,7 @@ def test_a_tokenizer_that_transformers_saved_is_loaded(tmp_path: Path):
 
 
 def test_a_tokenizer_that_pads_or_cuts_by_itself_is_stopped_from_doing_so(tmp_path: Path):
-    backend = tokenizer().backend
+    backend = type(TRAINED.backend).from_str(TRAINED.backend.to_str())
     backend.enable_padding(length=50)
     backend.enable_truncation(2)
     (tmp_path / "tokenizer.json").write_text(backend.to_str())

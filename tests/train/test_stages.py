@@ -203,7 +203,7 @@ def test_a_stage_warms_up_all_that_learns_and_has_its_own_learning_rates(whole: 
 def test_the_report_tells_the_stages_in_table_json_and_curves(whole: Path) -> None:
     facts = read_facts(whole)
     text = page(facts)
-    for words in ("Stage 2: expert alone", "to begin after step 4; began after step 4", "67% of the steps"):
+    for words in ("Stage 2: expert alone", "starts after step 4; started after step 4", "67% of the steps"):
         assert words in text, words
     assert text.count("> all<") + text.count(">all<") + text.count(" all</text>") >= 2  # in two loss curves
     told = facts.to_json()["tuning"]["stages"]
@@ -379,7 +379,8 @@ def test_a_stage_that_can_never_begin_is_refused(
 ) -> None:
     stages = begins(*moments)
     plan = build(tiny(card), CPU).plan
-    plan = Plan(replace(plan.strategy, stages=stages), plan.entries)
+    resolution = replace(plan.resolution, strategy=replace(plan.strategy, stages=stages))
+    plan = Plan(resolution, plan.entries)
     lasts = TrainRecipe(steps=12, validate_every=int(changes.get("validate_every", 4)))  # type: ignore[call-overload]
     with pytest.raises(StrategyError, match=message):
         require_reachable(plan, lasts, held_out=bool(changes.get("held_out", True)))
@@ -545,7 +546,7 @@ def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_
     facts = read_facts(out)
     told = {f"{layer}.lora_E.adalora": rank for layer, rank in facts.run["ranks"].items()}
     assert told == left[20]["expert"] | left[20]["language"]
-    assert "Ranks of AdaLoRA" in page(facts) and "Rank that AdaLoRA left to each layer" in page(facts)
+    assert "Ranks of AdaLoRA" in page(facts) and "Final AdaLoRA rank of each layer" in page(facts)
 
 
 @pytest.mark.parametrize("step", [7, 10, 19])

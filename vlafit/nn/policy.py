@@ -31,8 +31,8 @@ class ParameterInfo:
     """Where a parameter sits. `layer` counts from 0 among the part's `layers`, None outside them.
 
     `part` is a name that the family chooses; strategies select by it. The shipped strategies use "vision",
-    "projector", "language", "expert" and "projections". `dead` parameters are kept for the sake of
-    checkpoints, and feed nothing: they never get a gradient.
+    "projector", "language", "expert" and "projections". `dead` parameters never learn, and are
+    kept for the sake of checkpoints: they feed nothing, or are constants.
     """
 
     name: str

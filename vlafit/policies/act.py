@@ -23,6 +23,7 @@ from vlafit.policies._common import require, require_positive
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 L1, KL = "l1", "kl"
+UNREACHED = "decoder.layers.0.self_attn.v_proj.weight"  # reads the decoder's input, which is zero
 PARTS = {"vision": "vision", "encoder": "encoder", "decoder": "decoder", "vae": "vae"}
 
 
@@ -103,6 +104,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ActConfig) -> None:
         super().__init__()
         c = config
+        self.chunk = c.chunk
         self.query_embedding = nn.Embedding(c.chunk, c.width)
         self.layers = nn.ModuleList(
             DecoderLayer(c.width, c.heads, c.mlp, c.dropout) for _ in range(c.decoder_layers)
@@ -111,8 +113,9 @@ class Decoder(nn.Module):
 
     def forward(self, memory: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Return [b, t, d] for `memory` [b, l, d] at `positions` [l, d]; `mask` bool [b, l]."""
-        steps = torch.arange(self.query_embedding.num_embeddings, device=memory.device)
-        queries = self.query_embedding(steps).to(memory.dtype)  # [t, d]
+        queries = self.query_embedding(torch.arange(self.chunk, device=memory.device)).to(
+            memory.dtype
+        )  # [t, d]
         x = memory.new_zeros(len(memory), *queries.shape)
         for layer in self.layers:
             x = layer(x, queries, memory, positions, mask)
@@ -166,7 +169,10 @@ class Act(Policy):
         self.vae = ActionEncoder(c) if c.vae else None
 
     def parts(self) -> list[ParameterInfo]:
-        """Describe every parameter exactly once. Frozen batch norms are constants, and reported as dead."""
+        """Describe every parameter exactly once. What never learns is reported as dead.
+
+        That is frozen batch norms, which are constants, and one matrix that always reads zeros.
+        """
         constant = {
             f"{name}.{leaf}"
             for name, module in self.named_modules()
@@ -174,7 +180,8 @@ class Act(Policy):
             for leaf, _ in module.named_parameters()
         }
         infos = describe(self, PARTS, default="projections")
-        return [replace(i, kind="norm", dead=True) if i.name in constant else i for i in infos]
+        infos = [replace(i, kind="norm", dead=True) if i.name in constant else i for i in infos]
+        return [replace(i, dead=True) if i.name == UNREACHED else i for i in infos]
 
     def blocks(self) -> list[nn.Module]:
         """Return the stages of the image network and all transformer layers."""

@@ -94,6 +94,7 @@ class Trainer:
         Raises NotFinite naming the last good checkpoint.
         """
         context, state = self.context, self.state
+        context.callbacks.phase("training")
         first = state.progress.step
         self._update_status(first, self._spent())
         if state.status.finished:
