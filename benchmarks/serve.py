@@ -22,7 +22,8 @@ import numpy as np
 
 from vlafit.serve.client import connect
 from vlafit.serve.metadata import Described
-from vlafit.serve.server import Options, serving
+from vlafit.serve.options import Options
+from vlafit.serve.server import serving
 from vlafit.types import ActionChunk, Actor, Embodiment, EpisodeKey, Feature, Observation
 
 PIXELS, JOINTS, CHUNK = 224, 7, 50

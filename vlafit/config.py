@@ -22,6 +22,8 @@ from vlafit.errors import ConfigError, VlafitError, did_you_mean
 
 T = TypeVar("T")
 
+LARGEST = 2**63 - 1  # whole numbers of numpy and torch; seeds are among them
+
 
 # ---------------------------------------------------------------------------------------------- reading files
 
@@ -37,6 +39,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: its values are nested too deeply; write them as tables") from error
 
 
 def _find_base(base: str, path: Path, kind: str) -> Path:
@@ -151,12 +155,14 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
         _plain(value, where, key)
         return value
     if kind is float and type(value) in (int, float):
-        if math.isnan(value):
-            raise _wrong(where, key, "a number", value)
+        if not -LARGEST <= value <= LARGEST:  # infinity and NaN, too
+            raise _wrong(where, key, "a number below 2^63", value)
         return float(value)
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
     if kind in (bool, int, str) and type(value) is kind:
+        if kind is int and abs(value) > LARGEST:
+            raise _wrong(where, key, "a whole number below 2^63", value)
         return value
     if kind in (bool, int, str, float, Path):
         raise _wrong(where, key, _name(kind), value)

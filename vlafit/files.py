@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vlafit.errors import StorageError, VlafitError
 
@@ -52,7 +52,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(_bytes(data) if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -85,6 +85,11 @@ def new_file(path: Path) -> Iterator[Path]:
         raise _cannot("write", path, error) from error
 
 
+def _bytes(text: str) -> bytes:
+    """Return text as UTF-8. Paths that this locale cannot decode are written as the bytes that they are."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def append_line(path: Path, text: str) -> None:
     """Append one line and fsync. A last line that a crash cut off is removed first."""
     if "\n" in text:
@@ -97,11 +102,19 @@ def append_line(path: Path, text: str) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(text.encode() + b"\n")
+            file.write(_bytes(text) + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise _cannot("write", Path(path), error) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of unknown origin. Raises ValueError if it is invalid or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -116,7 +129,7 @@ def read_json_lines(path: Path) -> list[dict]:
     objects = []
     for number, line in enumerate(lines[:-1], start=1):  # text after the last line break is incomplete
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise VlafitError(
                 f"{path}, line {number}: not JSON ({error}); remove the line to continue"
@@ -233,7 +246,19 @@ def exclusive(folder: Path, what: str) -> Iterator[int]:
     The system releases the lock when the last of them ends, even if it is killed. Raises VlafitError naming
     the folder and the process if another command holds the lock; `what` is the kind of command.
     """
+    made = not Path(folder).exists()
     require_writable(folder)
+    try:
+        with _locked(folder, what) as handle:
+            yield handle
+    except BaseException:
+        if made and is_empty(folder):
+            shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
+        raise
+
+
+@contextmanager
+def _locked(folder: Path, what: str) -> Iterator[int]:
     with _held(folder, what) as file:
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())

@@ -1,25 +1,50 @@
 """Find the checkpoint that a run's folder, or one of its pointers (last, best), leads to."""
 
-import json
 from pathlib import Path
 
 from vlafit.errors import ConfigError
+from vlafit.files import parse_json
+
+WHOLE = (
+    "policy.json",
+    "manifest.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "params",  # openpi's, of JAX
+    "_METADATA",
+)
+"""Files and folders that lie in a checkpoint, and not in a run."""
 
 
 def in_run(path: Path) -> Path | None:
-    """Return the checkpoint's folder for a run's folder (its last), ``RUN/checkpoints/best`` or ``last``.
+    """Return the checkpoint's folder for a run (its last), ``RUN/checkpoints/best`` or ``last``.
 
-    None where `path` is neither. Raises ConfigError where a pointer is damaged or leads nowhere.
+    Of the runs of LeRobot and openpi it is their last, too. None where `path` is none of these. Raises
+    ConfigError where a pointer is damaged or leads nowhere.
     """
+    if any((path / mark).exists() for mark in WHOLE):
+        return None
     for pointer in (path / "checkpoints" / "last.json", path.parent / f"{path.name}.json"):
         if pointer.is_file() and pointer.parent.name == "checkpoints":
             return _follow(pointer)
+    return _of_another_program(path) if path.is_dir() else None
+
+
+def _of_another_program(run: Path) -> Path | None:
+    """Return the last checkpoint of LeRobot (checkpoints/005000/pretrained_model) or openpi (4999/)."""
+    for steps in (run, run / "checkpoints"):
+        numbered = [p for p in steps.iterdir() if p.name.isdigit()] if steps.is_dir() else []
+        for folder in [steps, *sorted(numbered, key=lambda p: int(p.name), reverse=True)]:
+            for inner in (folder / "pretrained_model", folder):
+                if inner != run and any((inner / mark).exists() for mark in WHOLE):
+                    return inner
     return None
 
 
 def _follow(pointer: Path) -> Path:
     try:
-        folder = pointer.parent / json.loads(pointer.read_text(encoding="utf-8"))["path"]
+        folder = pointer.parent / parse_json(pointer.read_text(encoding="utf-8"))["path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():

@@ -118,7 +118,7 @@ class TrainRecipe:
     validate_every: int = 200
     """Steps between validations. 0: only at the end."""
     validation_batches: int = 8
-    """Batches in one validation."""
+    """Samples in one validation, in groups of 32 whatever the batch size, so that losses compare."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2

@@ -4,7 +4,8 @@ from contextlib import ExitStack
 import pytest
 
 from tests.serve.robots import Summing, described
-from vlafit.serve.server import Options, Running, serving
+from vlafit.serve.options import Options
+from vlafit.serve.server import Running, serving
 
 Serve = Callable[..., Running]
 

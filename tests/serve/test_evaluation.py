@@ -21,7 +21,8 @@ from vlafit.errors import RemoteError
 from vlafit.rollout import evaluate
 from vlafit.serve.client import connect
 from vlafit.serve.describe import describe
-from vlafit.serve.server import Options, serving
+from vlafit.serve.options import Options
+from vlafit.serve.server import serving
 from vlafit.types import EpisodeKey, Observation
 
 

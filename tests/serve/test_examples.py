@@ -9,7 +9,8 @@ import pytest
 
 from vlafit.actor import load_actor
 from vlafit.serve.describe import describe
-from vlafit.serve.server import Options, serving
+from vlafit.serve.options import Options
+from vlafit.serve.server import serving
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,7 +30,8 @@ REQUESTS = int(os.environ.get("VLAFIT_REQUESTS", "1200"))
 CLIENTS = 8
 SERVE = """
 from tests.serve.robots import Summing, described
-from vlafit.serve.server import Options, run
+from vlafit.serve.options import Options
+from vlafit.serve.server import run
 actor = Summing()
 run(actor, described(actor), Options(port=0, max_frame=2**20), lambda address: print(address, flush=True))
 """

@@ -19,7 +19,8 @@ from vlafit.errors import ConfigError, EmbodimentError, RemoteError
 from vlafit.execution import Execution
 from vlafit.serve import wire
 from vlafit.serve.client import RemoteActor, connect
-from vlafit.serve.server import Options, Running
+from vlafit.serve.options import Options
+from vlafit.serve.server import Running
 from vlafit.types import EpisodeKey, Observation
 
 Serve = Callable[..., Running]

@@ -1,4 +1,4 @@
-"""What a foreign checkpoint's files say of robot, actions and tokenizer, with or without a codec."""
+"""Read what a foreign checkpoint's files declare about robot, actions and tokenizer."""
 
 from dataclasses import dataclass
 

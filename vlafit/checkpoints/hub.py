@@ -63,6 +63,27 @@ def place(reference: str | Path, patterns: Sequence[str]) -> Place:
     return _on_hub(reference, patterns)
 
 
+def refuse_address(reference: str) -> None:
+    """Raise WeightsError for an address such as gs:// or https://, and tell how to get its files."""
+    scheme, _, rest = reference.partition("://")
+    if scheme not in ("gs", "s3", "http", "https", "hf"):
+        return
+    match = re.match(r"(?:https?://(?:www\.)?(?:huggingface|hf)\.co/|hf://)([\w.-]+/[\w.-]+)", reference)
+    if match:
+        revision = re.search(r"/(?:tree|resolve|blob)/([\w.-]+)", rest)
+        name = match[1] + (f"@{revision[1]}" if revision and revision[1] != "main" else "")
+        raise WeightsError(f"{reference}: name the repository of the Hub by its id: {name}")
+    folder = rest.rstrip("/").rpartition("/")[2] or "checkpoint"
+    way = {
+        "gs": f"gcloud storage cp -r {reference.rstrip('/')} . (or, in openpi's environment, "
+        f"openpi.shared.download.maybe_download({reference!r}))",
+        "s3": f"aws s3 cp --recursive {reference} {folder}",
+    }.get(scheme, f"download its files into a folder {folder}")
+    raise WeightsError(
+        f"{reference}: vlafit opens local folders and ids of the Hub. Get it: {way}; then name the folder"
+    )
+
+
 def parse(reference: str) -> tuple[str, str | None] | None:
     """Return the repository and the revision of what is written like an id; None for anything else."""
     match = _ID.fullmatch(reference)

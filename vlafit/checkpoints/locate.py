@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path, PurePosixPath
 
-from vlafit import files, shipped
+from vlafit import files, pointers, shipped
 from vlafit.checkpoints import hub
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.native.read import MANIFEST
@@ -13,7 +13,14 @@ from vlafit.errors import ConfigError
 
 
 def place(reference: str | Path) -> Place:
-    """Return where the checkpoint `reference` lies, downloaded if it is only on the Hub; see `hub.place`."""
+    """Return where the checkpoint `reference` lies, downloaded if it is only on the Hub; see `hub.place`.
+
+    The folder of a run means its last checkpoint.
+    """
+    hub.refuse_address(str(reference))
+    inside = pointers.in_run(Path(reference).expanduser()) if str(reference) else None
+    if inside is not None:
+        return hub.place(inside, ())
     if Path(reference).expanduser().exists() and str(reference):
         return hub.place(reference, ())
     try:

@@ -1,4 +1,4 @@
-"""What the caller of `load` asks for, checked before the checkpoint is looked at."""
+"""Options of `load`, checked before the checkpoint is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,7 +3,6 @@
 Pickles are refused, with the command that converts them.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlafit.errors import WeightsError
+from vlafit.files import parse_json
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -105,7 +105,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     value.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(values, dict):
@@ -121,7 +121,7 @@ def read_json_if_present(path: Path) -> dict[str, Any] | None:
 
 
 def _map(index: Path) -> dict[str, str]:
-    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
 
 
 def _require_listed(index: Path, files: Sequence[Path]) -> None:

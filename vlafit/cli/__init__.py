@@ -4,8 +4,10 @@ Exit status: 0 done; 1 a part failed (an arm of a comparison, all trials of a sw
 an error that the user can fix (one message on stderr); 130 interrupted.
 """
 
+import errno
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +29,13 @@ VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "list": "list the shipped recipes, cards, protocols, strategies and checkpoints",
 }
 RESUMABLE = ("train", "eval", "record")
+LONG = (*RESUMABLE, "compare", "sweep", "serve")  # verbs that go on when nobody reads their output any more
+OF_THE_MACHINE = {
+    getattr(errno, name)
+    for name in ("ENAMETOOLONG", "EACCES", "EPERM", "ENOSPC", "EROFS", "EDQUOT", "EIO", "ELOOP", "ENOTDIR",
+                 "EISDIR", "EMFILE", "ENFILE", "ESTALE")
+}  # fmt: skip
+NO_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 
 
 def usage() -> str:
@@ -53,15 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlafitError as error:
         _print_error(str(error))
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe (such as `head`) has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in OF_THE_MACHINE or error.filename is None:
+            raise
+        _print_error(
+            f"{_short(str(error.filename))}: {error.strerror}; choose another path, or fix its "
+            "permissions or free space"
+        )
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0] or "MemoryError"
+        _print_error(
+            f"out of memory ({reason}); make the batch or the policy smaller, or check the sizes that the "
+            "file declares"
+        )
+        return 2
     except KeyboardInterrupt:
         resumable = arguments and arguments[0] in RESUMABLE
         _print_error(
             "interrupted; continue with the same command and --resume" if resumable else "interrupted"
         )
         return 130
-    except BrokenPipeError:  # the reader of a pipe (such as `head`) has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _run(arguments: list[str]) -> int:
@@ -79,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     # By default OpenMP threads spin while they wait. With another busy process, such as environments, that
     # made a training step on 2 cores up to 10 times slower; on an idle machine it gains nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with console.logging_to_stderr(main_process=rank() == 0):
+    with console.surviving_streams(verb in LONG), console.logging_to_stderr(main_process=rank() == 0):
         return importlib.import_module(f"vlafit.cli.verbs.{verb.replace('-', '_')}").run(rest)
 
 
@@ -90,6 +116,10 @@ def _version() -> str:
         return version("vlafit")
     except PackageNotFoundError:
         return "(run from its source, not installed)"
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}...{path[-60:]} ({len(path)} characters)"
 
 
 def _print_error(message: str) -> None:

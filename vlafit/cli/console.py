@@ -1,18 +1,20 @@
 """Console output of the verbs: tables, a progress line, the library's warnings. Main process only."""
 
+import io
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from vlafit.agreement import Agreement
 
+T = TypeVar("T")
 WIDEST = 46  # characters of a cell in the agreement's table
 QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
 # Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
@@ -22,6 +24,60 @@ IMPORT_NOISE = {  # logger -> part of its message
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
+
+
+class _Surviving:
+    """A text stream that drops output once nobody can read it, so that a long run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._closed = stream, False
+
+    def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno: those of the stream
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text; return its length."""
+        return self._do(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._do(lambda: self._stream.flush(), None)
+
+    def close_quietly(self) -> None:
+        """Flush the stream. If nobody can read it, the interpreter's own flush at its end must not fail."""
+        self.flush()
+        try:
+            if self._closed:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except (OSError, ValueError):  # it has no descriptor, so there is nothing to flush
+            return
+
+    def _do(self, action: Callable[[], T], otherwise: T) -> T:
+        try:
+            return otherwise if self._closed else action()
+        except (OSError, ValueError):  # a broken pipe, a closed file, a terminal that is gone
+            self._closed = True
+            return otherwise
+
+
+@contextmanager
+def surviving_streams(survive: bool) -> Iterator[None]:
+    """Escape what the terminal's encoding cannot show; with `survive`, go on without a reader."""
+    old = sys.stdout, sys.stderr
+    new = []
+    for stream in old:
+        stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as sys's
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+        new.append(_Surviving(stream) if survive else stream)
+    sys.stdout, sys.stderr = new
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old
+        for stream in new:
+            if isinstance(stream, _Surviving):
+                stream.close_quietly()
 
 
 @contextmanager

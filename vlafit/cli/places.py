@@ -14,6 +14,10 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     is downloaded, and its id with the commit is returned. Raises ConfigError for anything else, and
     WeightsError if the Hub does not have it.
     """
+    if "://" in text:
+        from vlafit.checkpoints import hub
+
+        hub.refuse_address(text)
     path = Path(text)
     if not text:
         raise ConfigError("the checkpoint's name is empty")

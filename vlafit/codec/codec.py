@@ -22,7 +22,7 @@ from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation, Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
-from vlafit.files import write_atomic
+from vlafit.files import parse_json, write_atomic
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 FORMAT = 1  # of codec.json
@@ -232,7 +232,7 @@ class Codec:
         """Read what `save` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
         path = folder / "codec.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CodecError(
                 f"{path}: cannot be read: {error.strerror}; is this a checkpoint's folder?"

@@ -1,4 +1,4 @@
-"""What a column's values look like, and the ways of normalising by it.
+"""Statistics of state and action columns, and normalisation by them.
 
 Statistics are fitted once, on training episodes, and saved in the checkpoint; both directions of the codec
 use the same numbers. Everything here is float64.

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlafit.errors import CodecError
-from vlafit.files import write_atomic
+from vlafit.files import parse_json, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
 CONVERT = (
@@ -89,7 +89,7 @@ def load(folder: Path | str) -> Tokenizer:
             config = _named_special_tokens(backend)
         for name in listed:
             if (folder / name).is_file():
-                config |= json.loads((folder / name).read_text(encoding="utf-8"))
+                config |= parse_json((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
         raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlafit import files
 from vlafit.errors import ConfigError, VlafitError
+from vlafit.files import parse_json
 
 
 def flat(values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def write_or_require_same(path: Path, what: str, now: Mapping[str, Any]) -> None
     folder = path.parent
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(before, dict):
                 raise ValueError("not a JSON object")
         except ValueError as error:

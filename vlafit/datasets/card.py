@@ -19,6 +19,8 @@ from vlafit.types import Embodiment, Feature
 
 T = TypeVar("T")
 
+FASTEST_HZ = 10_000.0  # control rates above are units mixed up
+
 
 @dataclass(frozen=True)
 class CameraCard:
@@ -284,8 +286,12 @@ def check(card: Card, where: str) -> None:
     for camera in robot.cameras:
         if camera.height < 1 or camera.width < 1:
             raise ConfigError(f"{where}: camera {camera.name!r} is {camera.height}x{camera.width} pixels")
-    if not robot.hz > 0:
-        raise ConfigError(f"{where}: robot.hz must be above 0, is {robot.hz}")
+        if not camera.name.isprintable():
+            raise ConfigError(
+                f"{where}: camera {camera.name!r}: a name is one line without control characters"
+            )
+    if not 0 < robot.hz <= FASTEST_HZ:
+        raise ConfigError(f"{where}: robot.hz must be above 0 and at most {FASTEST_HZ}, is {robot.hz}")
     columns: Mapping[str, ColumnCard] = {"state": robot.state, "action": robot.action}
     for name, column in columns.items():
         if not column.keys or column.dimensions < 1:

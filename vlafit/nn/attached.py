@@ -1,4 +1,4 @@
-"""What a policy carries besides its weights since adapters were put in: one object, and how to reach it."""
+"""Attach the adapters' description to a policy, and read it back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What computes in which precision: a policy may hold float32 and bfloat16 weights side by side."""
+"""Choose the compute precision of a policy whose weights are partly float32, partly bfloat16."""
 
 import torch
 from torch import Tensor, nn

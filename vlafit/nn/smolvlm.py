@@ -1,4 +1,4 @@
-"""What SmolVLM adds to a SigLIP tower: images of another size than its own, and fewer, wider tokens."""
+"""SmolVLM's additions to a SigLIP tower: position ids for other image sizes, and pixel shuffle."""
 
 import math
 

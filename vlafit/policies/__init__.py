@@ -98,13 +98,38 @@ def model_of(config: object) -> str:
     return "pi05" if isinstance(config, Pi0Config) and config.pi05 else family_of(config)
 
 
+DEEPEST = 1024  # layers of one stack; building a module for each takes time even on the meta device
+WIDEST = 2**31 - 1
+
+
+def require_bounded(config: object, where: str) -> None:
+    """Raise ConfigError if a size in a policy's config is one that no policy has. Builds nothing."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            require_bounded(value, f"{where}: {field.name}")
+        elif type(value) is int:
+            most = DEEPEST if field.name == "depth" else WIDEST
+            if not -WIDEST <= value <= most:
+                raise ConfigError(f"{where}: {field.name} is {value}; at most {most} is supported")
+
+
+def build_config(module: ModuleType, values: Mapping[str, Any], where: str) -> Any:
+    """Build the config of a family's module from plain values. Raises ConfigError as `override` does."""
+    config = configuration.build(module.Config, values, where)
+    require_bounded(config, where)
+    return config
+
+
 def override(config: Any, values: Mapping[str, object], where: str) -> Any:
     """Return `config` with some fields replaced.
 
     `values` may nest (``{"vision": {"heads": 2}}``) or use dotted keys (``{"vision.heads": 2}``). `where`
-    begins every message. Raises ConfigError for an unknown key or a wrong type.
+    begins every message. Raises ConfigError for an unknown key, a wrong type or an absurd size.
     """
-    return configuration.build(type(config), merge(dataclasses.asdict(config), values), where)
+    changed = configuration.build(type(config), merge(dataclasses.asdict(config), values), where)
+    require_bounded(changed, where)
+    return changed
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def build_family(
     module = family(name, trust=(name,))  # the caller names it, not a file
     where = f"policy family {name!r}"
     if not size:
-        made = configuration.build(module.Config, merge({}, config or {}), f"{where}, no size given")
+        made = build_config(module, merge({}, config or {}), f"{where}, no size given")
     elif size not in module.SIZES:
         raise ConfigError(f"{where} has no size {size!r}{did_you_mean(size, module.SIZES)}")
     else:

@@ -4,7 +4,6 @@ A run may be unfinished or lack evaluations: each missing item is a sentence in 
 numbers (environment errors, another renderer, metrics that were not finite) are in `caveats`.
 """
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from vlafit import config, files
 from vlafit.errors import VlafitError
+from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, errors_notice
@@ -219,7 +219,7 @@ def read_facts(folder: Path) -> Facts:
 def _run(folder: Path, missing: list[str]) -> Mapping[str, Any]:
     path = folder / "run.json"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(run, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
@@ -298,7 +298,7 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str]) -> dict[str, 
 
 
 def _evaluation(name: str, path: Path, records: tuple[Record, ...]) -> Evaluation:
-    values = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    values = parse_json((path / "result.json").read_text(encoding="utf-8"))
     return Evaluation(
         name=name,
         folder=path,

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import logging
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,8 @@ from vlafit.rollout.evaluation import Record
 from vlafit.rollout.video import BORDER, LABEL, STRIP_FRAMES
 
 BUDGET = 24_000_000  # bytes of pictures and videos in one page, which mail and code hosts still accept
+log = logging.getLogger(__name__)
+
 GAP = 4  # transparent pixels between the pictures of a strip
 
 
@@ -25,7 +28,14 @@ class Films:
 
     def strip(self, evaluation: Evaluation, record: Record) -> Raw:
         """Return the film strip of an episode."""
-        data = self._data(separated(evaluation.strip(record)), "image/png")
+        path = evaluation.strip(record)
+        try:
+            picture = separated(path)
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+            log.warning("%s: a damaged film strip, left out of the page (%s)", path, error)
+            self._skipped += 1
+            return Raw("")
+        data = self._data(picture, "image/png")
         label = html.escape(f"film strip of {record.task}, start {record.seed}, {evaluation.name}")
         return Raw(f'<img class="strip" alt="{label}" src="{data}">' if data else "")
 

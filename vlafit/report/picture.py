@@ -1,7 +1,6 @@
 """Draw results as PNG pictures: `result_figure` shows one run, `ablation_figure` compares arms over seeds."""
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlafit.errors import VlafitError
+from vlafit.files import parse_json
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
 from vlafit.rollout.evaluation import Record
@@ -38,7 +38,7 @@ def read_scores(report: Path) -> dict[str, Score]:
     """
     path = report / "report.json" if report.is_dir() else report
     try:
-        success = json.loads(path.read_text(encoding="utf-8"))["success"]
+        success = parse_json(path.read_text(encoding="utf-8"))["success"]
         return {
             name: Score(int(counts["successes"]), int(counts["episodes"]), int(counts["errors"]))
             for name, counts in success.items()

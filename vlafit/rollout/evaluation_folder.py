@@ -20,6 +20,7 @@ from typing import Any
 from vlafit import files, score
 from vlafit.config import build
 from vlafit.errors import ConfigError, SimulationError
+from vlafit.files import parse_json
 from vlafit.rollout import video
 from vlafit.rollout.play import Outcome
 from vlafit.rollout.worker import Ready
@@ -100,7 +101,7 @@ class EvaluationFolder:
             )
         files.require_writable(self.path)
         try:
-            written = json.loads(header.read_text(encoding="utf-8"))
+            written = parse_json(header.read_text(encoding="utf-8"))
             identity, self.described = dict(written["identity"]), dict(written["environment"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
@@ -175,7 +176,7 @@ class EvaluationFolder:
         result_file = self.path / "result.json"
         if result_file.is_file():  # no episode was left to run
             try:
-                seconds = float(json.loads(result_file.read_text(encoding="utf-8"))["seconds"])
+                seconds = float(parse_json(result_file.read_text(encoding="utf-8"))["seconds"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "

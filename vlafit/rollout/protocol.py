@@ -80,6 +80,10 @@ class Protocol:
         for key in ("trials", "horizon", "replan"):
             value = getattr(self, key)
             require(value >= 1, f"{key}: must be at least 1, not {value}")
+        require(
+            self.replan <= self.horizon,
+            f"replan: must not exceed horizon ({self.horizon}), is {self.replan}",
+        )
         for key in ("first_seed", "settle_steps"):
             value = getattr(self, key)
             require(value >= 0, f"{key}: must not be negative, is {value}")

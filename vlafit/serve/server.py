@@ -8,14 +8,12 @@ loop.
 import asyncio
 import hmac
 import http
-import ipaddress
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -29,52 +27,13 @@ from vlafit.serve import wire
 from vlafit.serve.batcher import Batcher
 from vlafit.serve.metadata import Described, greeting
 from vlafit.serve.metrics import Metrics
+from vlafit.serve.options import Options
 from vlafit.serve.session import Session
 from vlafit.types import Actor
 
 log = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a server meets the network."""
-
-    host: str = "127.0.0.1"
-    """Address to listen at."""
-    port: int = 8000
-    """Port to listen at; 0 takes a free one."""
-    token: str = ""
-    """What `Authorization: Api-Key ...` must hold; empty: anybody may ask, which is refused beyond this
-    machine."""
-    max_clients: int = 64
-    """Connections at a time."""
-    max_frame: int = 32 * 2**20
-    """Bytes of the largest frame that is read."""
-    max_rate: float = 1000.0
-    """Frames a second of each client, on average; a faster one is slowed down."""
-    timeout_s: float = 30.0
-    """Seconds until an answer must be computed, and until a client must have taken it."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Keys of openpi's and vla-eval's observations -> the robot's cameras, or "state"."""
-    execution: Execution | None = None
-    """How chunks are executed for clients that take one action at a time (vla-eval's); None: the whole
-    chunk."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("port", 0), ("max_clients", 1), ("max_frame", 1024), ("max_rate", 0.001)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"server: {name} must be at least {least}, not {getattr(self, name)}")
-        if self.port > 65535:
-            raise ConfigError(f"server: port must be at most 65535, not {self.port}")
-        if not self.timeout_s > 0:
-            raise ConfigError(f"server: timeout_s must be positive, not {self.timeout_s}")
-        if not self.token and not _is_loopback(self.host):
-            raise ConfigError(
-                f"server: host {self.host!r} can be reached from other machines, and whoever reaches it can "
-                "ask for actions; give a token (--token-file), or listen at 127.0.0.1"
-            )
 
 
 def require_executable(execution: Execution, described: Described) -> None:
@@ -86,13 +45,6 @@ def require_executable(execution: Execution, described: Described) -> None:
         )
     if described.chunk:
         execution.require_chunk(described.chunk)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,10 @@ from vlafit.serve import protocols, wire
 from vlafit.serve.batcher import Batcher
 from vlafit.serve.metadata import Described
 from vlafit.serve.metrics import Metrics
+from vlafit.serve.options import Options
 from vlafit.serve.protocols import Name, Request
 from vlafit.serve.wire import WireError
 from vlafit.types import EpisodeKey
-
-if TYPE_CHECKING:
-    from vlafit.serve.server import Options
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ log = logging.getLogger(__name__)
 class Session:
     """The state of one connection."""
 
-    def __init__(self, described: Described, batcher: Batcher, metrics: Metrics, options: "Options") -> None:
+    def __init__(self, described: Described, batcher: Batcher, metrics: Metrics, options: Options) -> None:
         self._described = described
         self._batcher = batcher
         self._metrics = metrics

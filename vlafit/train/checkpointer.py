@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlafit import files
 from vlafit.errors import StorageError, TrainingError
+from vlafit.files import parse_json
 from vlafit.train.distributed import gathered, scatter_like
 from vlafit.train.stages import Place
 from vlafit.train.train_state import TrainState
@@ -112,7 +113,7 @@ class CheckpointManager:
                 self._remove(later)
         for pointer in ("best", "last"):
             path = self.folder / f"{pointer}.json"
-            if path.is_file() and not (self.folder / json.loads(path.read_text("utf-8"))["path"]).is_dir():
+            if path.is_file() and not (self.folder / parse_json(path.read_text("utf-8"))["path"]).is_dir():
                 path.unlink()
         self._point("last", step)
 
@@ -200,7 +201,7 @@ def read(folder: Path, data: str) -> Saved:
     Raises TrainingError if it is damaged, of another version, or of other data.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = parse_json((folder / FACTS).read_text(encoding="utf-8"))
         if facts["format"] not in (1, FORMAT):
             raise TrainingError(
                 f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT} and 1: resume "

@@ -1,4 +1,4 @@
-"""What trainer and evaluator of one run share: the experiment, its folder, its checkpoints and metrics."""
+"""The experiment, folder, checkpoints and metrics that a run's trainer and evaluator share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Load batches for training and validation: which samples, in which order, on which process."""
 
+import math
 import multiprocessing
 import signal
 import threading
@@ -20,6 +21,7 @@ from vlafit.nn.batch import Batch, stack
 from vlafit.train.experiment import Experiment
 from vlafit.train.loop import Keys
 
+VALIDATION_ROWS = 32  # of one unit of train.validation_batches, whatever the batch size of training
 GRACE_S = 2.0  # wait for a worker to exit after its connection broke
 
 
@@ -171,7 +173,8 @@ class _Rows:
 def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list[tuple[Keys, Batch]]:
     """Return this process's share of the validation samples, evenly spread over the held-out episodes.
 
-    The samples do not depend on the number of processes; each process gets the same number of batches.
+    The samples depend neither on the number of processes nor on the batch size. Each process gets the same
+    number of batches.
     """
     data = experiment.data
     return _spread(experiment, data.stores, data.validation, rank, world) if any(data.validation) else []
@@ -199,10 +202,11 @@ def _spread(
     chunks = ChunkDataset(stores, config.chunk, episodes, config.history)
     samples = EncodedSamples(chunks, experiment.codec, 0, 0)
     size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
-    wanted = min(len(chunks), recipe.train.validation_batches * recipe.train.batch_size)
-    batches = max(1, wanted // (size * world))
-    total = batches * world * size
+    wanted = min(len(chunks), recipe.train.validation_batches * VALIDATION_ROWS)
+    total = max(wanted, world)  # every process needs one
+    pieces = world * math.ceil(total / (size * world))  # each holds `size` rows, or almost
     chosen = [(0, i * len(chunks) // total) for i in range(total)]
     return [
-        _collate([samples[key] for key in chosen[(b * world + rank) * size :][:size]]) for b in range(batches)
+        _collate([samples[key] for key in chosen[p * total // pieces : (p + 1) * total // pieces]])
+        for p in range(rank, pieces, world)
     ]

@@ -4,6 +4,9 @@ Every event has `step`; events of training have `time_s` (training time, without
 
     train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
         every train.log_every steps
+    train/lr/RULE
+        with them, if the rules of the strategy have different learning rates: that of each, by its number
+        and what it selects (`train/lr` is the first one's)
     train/rank/mean, train/rank/min, train/rank/max
         with them, while AdaLoRA is trained: the ranks that its layers kept at their last pruning
     train/stage
@@ -38,19 +41,32 @@ class Metrics:
 
     def rewind(self, step: int | None) -> None:
         """Remove what was logged after `step` (None: everything), because the resumed run logs it again."""
-        if not (self._main and self.path.is_file()):
+        if not self._main:
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        if not self.path.is_file():
+            if step:
+                log.warning("%s is missing: the history up to step %d is lost", self.path, step)
+            return
+        kept, last = [], 0
+        for line in self.path.read_bytes().splitlines():
             try:
-                at = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
+                text = line.decode()
+                at = int(files.parse_json(text)["step"])
+            except (ValueError, KeyError, TypeError, OverflowError):
                 log.warning(
                     "%s: removing a line that is not a valid event, perhaps cut off by a crash", self.path
                 )
                 continue
             if step is not None and at <= step:
-                kept.append(line + "\n")
+                kept.append(text + "\n")
+                last = max(last, at)
+        if step and last < step:
+            log.warning(
+                "%s: holds nothing after step %d, but the run goes on from step %d: that history is lost",
+                self.path,
+                last,
+                step,
+            )
         files.write_atomic(self.path, "".join(kept))
 
     def log_once(self, step: int, values: Mapping[str, float]) -> None:

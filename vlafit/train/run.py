@@ -20,7 +20,7 @@ from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer, memory, quantised_base, stages
+from vlafit.train import checkpointer, memory, processes, quantised_base, stages
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
@@ -30,7 +30,7 @@ from vlafit.train.experiment import Experiment, build
 from vlafit.train.initial_policy import merge_error
 from vlafit.train.metrics import Metrics
 from vlafit.train.preflight import check, never_began, run_warnings
-from vlafit.train.run_folder import begin_record, describe_machine, end_record, require_usable
+from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
 from vlafit.train.trainer import RunStatus, Trainer
 
 __all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
@@ -81,6 +81,7 @@ def run(
     before anything is written if possible; otherwise the run can be resumed. The traceback of any other error
     is also written to traceback.txt.
     """
+    processes.require_launched()
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
@@ -102,12 +103,26 @@ def _run(
     recipe: Recipe, out: Path, resume_from: int | None, command: str, callbacks: Callbacks
 ) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    store = processes.connect()
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate does not connect CPU processes
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(out),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
     )
+    del store
+    with processes.together():
+        return _train(recipe, out, accelerator, resume_from, command, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    accelerator: Accelerator,
+    resume_from: int | None,
+    command: str,
+    callbacks: Callbacks,
+) -> RunSummary:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     main = accelerator.is_main_process
@@ -123,6 +138,7 @@ def _run(
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
     experiment = _build(recipe, accelerator, resumed)
+    processes.require_equal(_identity(experiment), accelerator.device)
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if resumed is not None and resume_from is not None:
         checkpointer.read(resumed, experiment.data.fingerprint)  # before later checkpoints are removed
@@ -152,9 +168,30 @@ def _run(
     if main:
         _end(record, trainer, time.perf_counter() - began)
         callbacks.phase("report")
-        page = report.build(out)
+        page = _report(out)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
+
+
+def _report(out: Path) -> Path | None:
+    """Write the report. Whatever is wrong with it, the run is finished, so an error is a warning."""
+    try:
+        return report.build(out)
+    except Exception as error:  # of pictures, fonts, files that others damaged
+        log.warning("the report could not be written: %r. Once fixed: vlafit report %s", error, out)
+        return None
+
+
+def _identity(experiment: Experiment) -> dict[str, object]:
+    """Return what must be equal on all processes, or they would train apart."""
+    return {
+        **dict(flat(experiment.recipe)),
+        "data": experiment.data.fingerprint,
+        "code": processes.code_hash(),
+        "torch": torch.__version__,
+        "plan": experiment.plan.to_json(),
+        "load report": experiment.load_report,
+    }
 
 
 def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None:

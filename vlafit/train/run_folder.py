@@ -14,6 +14,7 @@ import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
+from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import stages
 from vlafit.tuning import load_strategy
@@ -65,7 +66,7 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def changes(before: Recipe, now: Recipe) -> list[str]:
     """List the fields of two recipes that differ and would change the weights."""
-    pairs = zip(_flat(before), _flat(now), strict=True)
+    pairs = zip(flat(before), flat(now), strict=True)
     differing = [(name, a, b) for (name, a), (_, b) in pairs if a != b]
     decides = any(name in VALIDATION for name, _, _ in differing) and stages.depends_on_validation(
         load_strategy(now.strategy).stages
@@ -77,10 +78,10 @@ def changes(before: Recipe, now: Recipe) -> list[str]:
     ]
 
 
-def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for item in dataclasses.fields(value):
-            yield from _flat(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
+            yield from flat(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
     else:
         yield name, value
 
@@ -94,7 +95,7 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_json(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured

@@ -9,6 +9,7 @@ weight were kept beside the EMA, the rest would be trained with another policy t
 
 import gc
 import logging
+import re
 import weakref
 from collections.abc import Sequence
 from typing import final
@@ -51,6 +52,18 @@ class TrainState:
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that the optimiser trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return `train/lr/RULE` of each rule, by what it selects; empty if all have the same one."""
+        groups = self.optimizer.param_groups
+        if len({group["peak_lr"] for group in groups}) == 1:
+            return {}
+        rules, rates = self.plan.rules, {}
+        for group in groups:
+            for number in group["rules"]:
+                name = re.sub(r"[^\w.*=+-]+", "_", str(rules[number].select)).strip("_") or "all"
+                rates[f"train/lr/{number + 1}_{name}"] = group["lr"]
+        return rates
 
     @property
     def warmup_steps(self) -> int:

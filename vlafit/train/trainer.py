@@ -232,6 +232,7 @@ class Trainer:
             "train/samples_per_s": self.context.recipe.train.batch_size / result.seconds,
             "train/data_share": result.data_seconds / result.seconds,
         }
+        values |= self.train_state.learning_rates()
         values |= {f"train/loss_{term}": mean for term, mean in result.terms.items()}
         if self.train_state.ranks is not None and (ranks := self.train_state.ranks.ranks().values()):
             values |= {"train/rank/mean": sum(ranks) / len(ranks)}

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vlafit.errors import StrategyError
+from vlafit.files import parse_json
 from vlafit.tuning.adapters import Adapter, Quantise
 from vlafit.tuning.resolution import Resolution, resolve_strategy
 from vlafit.tuning.rules import Rule
@@ -164,9 +165,9 @@ class Plan:
     def groups(self, policy: "nn.Module", optim: "OptimRecipe") -> list[dict[str, Any]]:
         """Return AdamW parameter groups: one for each pair of learning rate and weight decay.
 
-        A group holds `params`, their `names` in the same order, `lr` (the recipe's times the rule's) and
-        `weight_decay` (0 for norms, biases and embeddings). Raises StrategyError when the policy does not
-        have the plan's tensors.
+        A group holds `params`, their `names` in the same order, the numbers of their `rules`, `lr` (the
+        recipe's times the rule's) and `weight_decay` (0 for norms, biases and embeddings). Raises
+        StrategyError when the policy does not have the plan's tensors.
         """
         from vlafit.tuning.inject import base_name
 
@@ -179,6 +180,7 @@ class Plan:
                 "policy that is trained"
             )
         members: dict[tuple[float, float], list[str]] = {}
+        rules: dict[tuple[float, float], list[int]] = {}
         for entry in self.entries:
             if not entry.trainable:
                 continue
@@ -188,8 +190,15 @@ class Plan:
                 (optim.weight_decay if decay is None else decay) if entry.decays else 0.0,
             )
             members.setdefault(key, []).append(entry.name)
+            rules.setdefault(key, []).append(entry.rule)
         return [
-            {"params": [tensors[n] for n in names], "names": names, "lr": lr, "weight_decay": decay}
+            {
+                "params": [tensors[n] for n in names],
+                "names": names,
+                "rules": sorted(set(rules[lr, decay])),
+                "lr": lr,
+                "weight_decay": decay,
+            }
             for (lr, decay), names in members.items()
         ]
 
@@ -210,7 +219,7 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Read what `to_json` wrote. Raises StrategyError when the text is anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             if values["format"] not in (1, FORMAT):
                 raise StrategyError(
                     f"plan.json has format {values['format']!r}; this version reads format {FORMAT}"

@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
     names = _names(options.map)
     token = read_token(options.token_file) if options.token_file else ""
-    from vlafit.serve.server import Options
+    from vlafit.serve.options import Options
 
     def settings(chunk: int) -> Options:
         replan = options.replan or chunk or 1

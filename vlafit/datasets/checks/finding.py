@@ -1,4 +1,4 @@
-"""What a check reports."""
+"""Findings: the results of a dataset check."""
 
 from dataclasses import dataclass
 from typing import Literal

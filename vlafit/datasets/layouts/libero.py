@@ -4,7 +4,6 @@ Also what `vlafit record` writes, and OpenVLA's regenerated `*_no_noops` files, 
 gaps in the demo numbers. `/data/demo_N/...` holds one row a step.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vlafit.datasets.card import Card
 from vlafit.datasets.hdf5 import SUFFIXES, Demonstration, Hdf5Store, demonstrations_below, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
+from vlafit.files import parse_json
 
 INSTRUCTIONS = ("attrs", "filename")
 """attrs: `problem_info` of /data; filename: the words of the file's name."""
@@ -96,7 +96,7 @@ def _instruction(card: Card, data: h5py.Group, path: Path) -> str:
         )
     raw: Any = data.attrs["problem_info"]
     try:
-        value = json.loads(raw)["language_instruction"]
+        value = parse_json(raw)["language_instruction"]
         text = value if isinstance(value, str) else "".join(value)  # LIBERO joins lists so, too
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

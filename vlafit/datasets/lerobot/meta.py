@@ -1,6 +1,5 @@
 """The metadata of a LeRobot dataset of any format: its features, tasks, and where each episode is."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from vlafit.datasets.lerobot.tables import read_table, require_file
 from vlafit.errors import DataError, did_you_mean
+from vlafit.files import parse_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError if the file is missing or holds something else."""
     require_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
@@ -114,7 +114,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}); fetch it again") from error
         if not isinstance(row, dict):

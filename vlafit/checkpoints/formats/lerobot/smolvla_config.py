@@ -1,4 +1,4 @@
-"""What LeRobot's config.json, and a SmolVLM's own config.json beside it, say of SmolVLA's sizes.
+"""Read SmolVLA's sizes from LeRobot's config.json and from the SmolVLM's config.json beside it.
 
 LeRobot's config.json has the padded widths and the numbers of layers; the sizes of the vision-language model
 are in that model's own config.json, or known where it is the public one.

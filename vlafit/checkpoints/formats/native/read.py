@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlafit import config as configuration
 from vlafit import files
 from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
@@ -20,7 +19,7 @@ from vlafit.checkpoints.history import FILE as HISTORY
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec
 from vlafit.errors import ConfigError, WeightsError
-from vlafit.policies import family
+from vlafit.policies import build_config, family
 from vlafit.tuning import Plan
 
 VERSION = 1  # of policy.json and manifest.json
@@ -62,7 +61,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
         module = family(str(described["family"]), trust)
     except ConfigError as error:
         raise WeightsError(f"{path}: {error}") from error
-    config = configuration.build(module.Config, described["config"], f"{path}: config")
+    config = build_config(module, described["config"], f"{path}: config")
     codec = Codec.load(folder) if (folder / CODEC).is_file() else None
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
     base = read_base(folder)

@@ -4,7 +4,6 @@ For what the arrays mean see `vlafit.checkpoints.formats.openpi.jax`.
 """
 
 import ctypes
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlafit.errors import WeightsError
+from vlafit.files import parse_json
 
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
@@ -177,7 +177,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
             " there; copy or download the folder again"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         entries = content["tree_metadata"].values()
         stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
         pieces = {

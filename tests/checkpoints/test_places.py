@@ -1,0 +1,73 @@
+"""Whatever a user has at hand, a run or an address, is answered with its checkpoint or the way to it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import vlafit
+from tests.policies.tiny import random_policy
+from vlafit import checkpoints, pointers
+from vlafit.cli.places import checkpoint_folder
+from vlafit.errors import WeightsError
+
+LEROBOT = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
+OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_training"
+
+
+def lerobot_run(folder: Path) -> Path:
+    for step in ("000500", "001000"):
+        shutil.copytree(LEROBOT, folder / "checkpoints" / step / "pretrained_model")
+        (folder / "checkpoints" / step / "training_state").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("named", ["", "checkpoints", "checkpoints/001000"])
+def test_a_run_of_lerobot_means_its_last_checkpoint(tmp_path: Path, named: str):
+    run = lerobot_run(tmp_path / "run")
+    last = run / "checkpoints" / "001000" / "pretrained_model"
+    assert checkpoints.place(run / named).path == last
+    assert checkpoint_folder(str(run / named), foreign=True) == last
+    assert checkpoints.inspect(run / named).report.form == "LeRobot"
+
+
+def test_an_earlier_step_of_lerobot_is_that_step(tmp_path: Path):
+    run = lerobot_run(tmp_path / "run")
+    assert checkpoints.place(run / "checkpoints" / "000500").path.parent.name == "000500"
+
+
+def test_a_run_of_openpi_means_its_last_checkpoint():
+    assert checkpoints.place(OPENPI).path == OPENPI / "5"
+    assert checkpoints.inspect(OPENPI, config={"chunk": 6}).report.form.startswith("openpi")
+
+
+def test_a_checkpoint_is_never_taken_for_a_run(tmp_path: Path):
+    vlafit.save_checkpoint(random_policy("pi0-tiny"), tmp_path / "c")
+    lerobot_run(tmp_path / "c" / "run")
+    assert (
+        pointers.in_run(tmp_path / "c") is None and checkpoints.place(tmp_path / "c").path == tmp_path / "c"
+    )
+    assert pointers.in_run(LEROBOT) is None
+    (tmp_path / "empty").mkdir()
+    assert pointers.in_run(tmp_path / "empty") is None
+
+
+ADDRESSES = [
+    (
+        "gs://openpi-assets/checkpoints/pi0_base",
+        ["gcloud storage cp -r gs://openpi-assets", "maybe_download"],
+    ),
+    ("s3://bucket/run/5000", ["aws s3 cp --recursive s3://bucket/run/5000 5000"]),
+    ("https://huggingface.co/lerobot/pi0_base", ["by its id: lerobot/pi0_base"]),
+    ("https://huggingface.co/lerobot/pi0_base/tree/v1.2", ["by its id: lerobot/pi0_base@v1.2"]),
+    ("hf://lerobot/pi0_base", ["by its id: lerobot/pi0_base"]),
+    ("https://example.org/weights", ["download its files", "weights"]),
+]
+
+
+@pytest.mark.parametrize(("address", "facts"), ADDRESSES)
+def test_an_address_is_answered_with_the_way_to_its_files(address: str, facts: list[str]):
+    for ask in (checkpoints.place, checkpoints.inspect, checkpoint_folder):
+        with pytest.raises(WeightsError) as caught:
+            ask(address)
+        assert all(fact in str(caught.value) for fact in (address, *facts))

@@ -1,0 +1,139 @@
+"""Whatever the machine or a file does to a command, it ends in one sentence, and a long run goes on."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlafit import config, files
+from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.cli import main
+from vlafit.cli.console import surviving_streams
+from vlafit.datasets import load_card
+from vlafit.errors import ConfigError, VlafitError, WeightsError
+from vlafit.policies import build_family
+from vlafit.recipe import Recipe
+from vlafit.rollout.protocol import load_protocol
+
+NESTED = "[" * 100_000
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader is gone."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_json_nested_too_deeply_is_one_sentence_everywhere(tmp_path: Path):
+    with pytest.raises(ValueError, match="nested too deeply"):
+        files.parse_json(NESTED)
+    (tmp_path / "config.json").write_text(NESTED)
+    with pytest.raises(WeightsError, match="config.json.*nested too deeply"):
+        read_json_object(tmp_path / "config.json")
+    (tmp_path / "m.jsonl").write_text(NESTED + "\n")
+    with pytest.raises(VlafitError, match="line 1.*nested too deeply"):
+        files.read_json_lines(tmp_path / "m.jsonl")
+
+
+def test_every_json_file_is_read_by_the_reader_that_survives_deep_nesting():
+    package = Path(files.__file__).parent
+    own = {"files.py", "sweep/storage.py", "compare/identity.py", "checkpoints/load_report.py",
+           "rollout/protocol.py", "checkpoints/formats/peft/adapter_config.py",
+           "checkpoints/formats/lerobot/write_processors.py", "record/recording_folder.py",
+           "tuning/plan.py"}  # fmt: skip
+    direct = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "json.loads(" in path.read_text()
+    }
+    assert direct <= own, "these read JSON that vlafit has not just written itself"
+
+
+def test_toml_nested_too_deeply_is_one_sentence(tmp_path: Path):
+    (tmp_path / "r.toml").write_text(f"x = {NESTED}")
+    with pytest.raises(ConfigError, match="r.toml.*nested too deeply"):
+        config.read(Recipe, tmp_path / "r.toml", "recipe")
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e30", str(10**30)])
+@pytest.mark.parametrize("key", ["train.log_every", "train.max_seconds", "optim.lr", "train.steps"])
+def test_numbers_without_bounds_are_refused_by_name(tmp_path: Path, key: str, value: str):
+    section, name = key.split(".")
+    (tmp_path / "r.toml").write_text(f"[{section}]\n{name} = {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.read(Recipe, tmp_path / "r.toml", "recipe")
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("language.depth", 10_000_000), ("language.width", 2**40)])
+def test_a_policy_of_absurd_size_is_refused_before_it_is_built(key: str, value: int):
+    with pytest.raises(ConfigError) as caught:
+        build_family("pi0", "pi0-tiny", {key: value}, device="meta")
+    assert str(value) in str(caught.value) and key.rpartition(".")[2] in str(caught.value)
+
+
+def test_an_out_folder_with_too_long_a_name_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "quickstart", "--out", "x" * 300]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error and "Traceback" not in error and len(error) < 600
+
+
+def test_output_that_nobody_reads_does_not_end_a_long_command(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with surviving_streams(True):
+        print("step 1", flush=True)
+        print("step 2", flush=True)
+    with pytest.raises(BrokenPipeError), surviving_streams(False):
+        print("x", flush=True)
+
+
+def test_a_process_started_without_standard_output_prints_into_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with surviving_streams(False):
+        print("x", flush=True)
+        assert not sys.stdout.isatty()
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with surviving_streams(False):
+        print("runs/é → 1", flush=True)
+    assert raw.getvalue() == b"runs/\\xe9 \\u2192 1\n"
+
+
+def test_a_path_that_the_locale_cannot_decode_is_written_as_its_bytes(tmp_path: Path):
+    path = os.fsencode("runs/é").decode("ascii", "surrogateescape")  # as LANG=C decodes it
+    files.write_atomic(tmp_path / "a.txt", path)
+    files.append_line(tmp_path / "b.txt", path)
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "runs/é"
+    assert (tmp_path / "b.txt").read_text(encoding="utf-8") == "runs/é\n"
+
+
+def test_replanning_after_the_end_of_an_episode_is_refused(tmp_path: Path):
+    (tmp_path / "p.toml").write_text('base = "pusht"\nreplan = 1000000000\n')
+    with pytest.raises(ConfigError, match="replan.*1000000000"):
+        load_protocol(tmp_path / "p.toml")
+
+
+CARDS = [
+    ("hz = 10.0", "hz = inf", "hz"),
+    ("hz = 10.0", "hz = 1e9", "hz"),
+    ('name = "front"', 'name = "fr\\nont"', r"fr\nont"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "fact"), CARDS)
+def test_a_card_with_a_rate_or_a_name_that_no_robot_has_is_refused(
+    tmp_path: Path, old: str, new: str, fact: str
+):
+    from tests.train.world import CARD
+
+    (tmp_path / "c.toml").write_text(CARD.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_card(tmp_path / "c.toml")
+    assert fact in str(caught.value)

@@ -1,0 +1,155 @@
+"""Processes of one run agree before the first step, and the loss of one is one sentence."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.train.test_two_processes import free_port
+from tests.train.world import REPOSITORY
+from vlafit.train import processes
+from vlafit.train.processes import Heartbeat, processes_asked_for
+
+AGREE = """
+import sys, torch, torch.distributed as dist
+from vlafit.errors import TrainingError
+from vlafit.train import processes
+store = processes.connect()
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+with processes.together():
+    try:
+        processes.require_equal({"optim.lr": 1e-4 * (1 + rank), "train.seed": 0}, torch.device("cpu"))
+        print("agreed")
+    except TrainingError as error:
+        print("refused:", error)
+    processes.require_equal({"optim.lr": 1e-4}, torch.device("cpu"))
+    if rank == 1:
+        import os
+        os._exit(9)
+    try:
+        with processes.together():
+            dist.barrier()
+            dist.all_reduce(torch.ones(1))
+    except TrainingError as error:
+        print("lost:", error)
+        os = __import__("os"); sys.stdout.flush(); os._exit(0)
+"""
+
+
+def start(code: str, world: int, port: int) -> list["subprocess.Popen[str]"]:
+    shared = {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+
+
+def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_one_is_one_sentence():
+    first, second = start(AGREE, 2, free_port())
+    heard, other = first.communicate(timeout=500)[0], second.communicate(timeout=500)[0]
+    for said in (heard, other):
+        assert "refused: the processes do not agree: optim.lr (process 1 differs from process 0)" in said, (
+            said
+        )
+        assert "train.seed" not in said
+    assert second.returncode == 9
+    assert "lost: process 0 of 2 lost another process" in heard and first.returncode == 0, heard
+
+
+def test_a_busy_port_is_one_sentence():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code = "from vlafit.train import processes\nprocesses.connect()"
+        said = _first(code, port)
+    assert f"127.0.0.1:{port} is in use" in said and "--main_process_port" in said
+
+
+def _first(code: str, port: int) -> str:
+    first, second = start(code, 2, port)
+    said = first.communicate(timeout=500)[0]
+    second.kill()
+    second.communicate()
+    return said
+
+
+def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not():
+    store = dist.HashStore()
+    lost: list[str] = []
+    heart = Heartbeat(store, 0, 2, lost.append, beat_s=0.05, silent_s=1.0)
+    other = Heartbeat(store, 1, 2, lost.append, beat_s=0.002, silent_s=1000)
+    other.start()
+    heart.start()
+    until = time.monotonic() + 60
+    while store.add("vlafit/beat/0", 0) < 20 and time.monotonic() < until and not lost:
+        store.wait(["vlafit/beat/0"], timedelta(seconds=1))
+    beats = store.add("vlafit/beat/0", 0)
+    other.stop()
+    heart._thread.join(timeout=60)
+    assert beats >= 20, "lost while both gave signs of life"
+    assert lost and "process 1 of 2" in lost[0] and "--resume" in lost[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("accelerate launch --num_processes 4 -m", 4),
+        ("accelerate launch --num-processes=2 -m", 2),
+        ("torchrun --nproc_per_node 8", 8),
+        ("accelerate launch -m", 0),
+        ("accelerate launch --config_file two.yaml -m", 2),
+    ],
+)
+def test_the_number_of_processes_that_a_launcher_was_asked_for(
+    words: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("two.yaml").write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 2\n")
+    assert processes_asked_for(words.split()) == number
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_reported():
+    code = (
+        "import subprocess, sys\n"  # stands for `accelerate launch`, which starts its program likewise
+        "sys.exit(subprocess.call([sys.executable, '-c', 'from vlafit.train import processes\\n"
+        "processes.require_launched()']))"
+    )
+    words = [
+        sys.executable,
+        "-c",
+        code,
+        "accelerate",
+        "launch",
+        "--num_processes",
+        "2",
+        "-m",
+        "vlafit",
+        "train",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"}
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
+    assert "asked for 2 processes, but started only this one" in done.stderr
+
+
+def test_the_hash_of_the_code_covers_every_module():
+    assert processes.code_hash() == processes.code_hash() and len(processes.code_hash()) == 64
