@@ -200,9 +200,24 @@ def test_a_field_that_a_checkpoint_overrules_is_refused(
 
 
 ROBOTS = {
-    "control mode": ('"delta_position"', '"absolute_position"', r"control mode"),
-    "another camera": ('name = "front"', 'name = "top"', r"cameras: \['top'\] here, \['front'\] there"),
-    "rate": ("hz = 10.0", "hz = 5.0", r"rate in Hz"),
+    "control mode": (
+        '"delta_position"',
+        '"absolute_position"',
+        r'control mode: dataset: absolute_position; checkpoint: delta_position.*data\.statistics = "data"',
+        {"robot": True},
+    ),
+    "another camera": (
+        'name = "front"',
+        'name = "top"',
+        r'front 16x16; dataset: no camera of this name \(has: top\).*front = "top"',
+        {"cameras": {"front": "top"}},
+    ),
+    "rate": (
+        "hz = 10.0",
+        "hz = 5.0",
+        r"control rate: dataset: 5 Hz; checkpoint: 10 Hz.*\[adapt\] robot = true",
+        {"robot": True},
+    ),
 }
 
 
@@ -210,16 +225,14 @@ ROBOTS = {
 def test_a_checkpoint_of_another_robot_is_refused_or_taught(
     card: Path, whole: Path, tmp_path: Path, name: str
 ) -> None:
-    old, new, says = ROBOTS[name]
+    old, new, says, adapt = ROBOTS[name]
     shutil.copytree(card.parent, tmp_path / "data")
     other = tmp_path / "data" / card.name
     other.write_text(card.read_text().replace(old, new))
     base = whole / "checkpoints" / "step_000008"
-    with pytest.raises(
-        VlafitError, match=rf'(?s)card \'dots\'.*step_000008.*{says}.*data\.statistics = "data"'
-    ):
+    with pytest.raises(VlafitError, match=rf"(?s)card 'dots'.*step_000008.*{says}"):
         run(from_checkpoint(other, base), tmp_path / "run")
-    taught = from_checkpoint(other, base, data={"statistics": "data"}, train={"steps": 1})
+    taught = from_checkpoint(other, base, data={"statistics": "data"}, adapt=adapt, train={"steps": 1})
     assert run(taught, tmp_path / "run").finished
 
 

@@ -203,7 +203,10 @@ def test_a_run_says_what_made_it(whole: Path) -> None:
     record = json.loads((whole / "run.json").read_text())
     assert record["finished"] is True and record["steps"] == 8 and record["processes"] == 1
     assert {"python", "torch", "accelerate", "numpy"} <= set(record["versions"])
-    assert record["load_report"] == "all weights are fresh"
+    assert record["load_report"].splitlines() == [
+        "all weights are fresh",
+        "tokenizer: learned from the data's instructions",
+    ]
     for name in ("recipe.toml", "plan.json", "report.html", "report.json"):
         assert (whole / name).is_file(), name
     assert all(math.isfinite(e["train/grad_norm"]) for e in metrics(whole) if "train/grad_norm" in e)

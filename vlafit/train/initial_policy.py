@@ -148,8 +148,8 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         trust=chosen.trust,
     )
     pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
-    if codec is not None and not passed:
-        _require_effect(recipe, codec, path)
+    if codec is not None:
+        _require_effect(recipe, codec, path, own_tokenizer=not passed)
     if policy.needs().prompt is not None:
         if opened is None and codec is None and pretrained:
             tokenizers.require_given(policy, str(path), declared.tokenizer)
@@ -213,9 +213,9 @@ def _with_codec(
     return whole
 
 
-def _require_effect(recipe: Recipe, codec: Codec, base: Path) -> None:
+def _require_effect(recipe: Recipe, codec: Codec, base: Path, *, own_tokenizer: bool) -> None:
     """Raise ConfigError for fields that the codec of the checkpoint `base` would silently override."""
-    if recipe.policy.tokenizer:
+    if recipe.policy.tokenizer and own_tokenizer:
         raise ConfigError(
             f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
             'only work with their own tokenizer; set policy.tokenizer = ""'

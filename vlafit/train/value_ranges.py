@@ -4,7 +4,7 @@ A card in other units than the checkpoint's, or statistics of another robot, giv
 hundreds. Training on them ends without an error and with a useless policy, so they are one before it begins.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,16 +70,16 @@ def measure(data: Data, codec: Codec) -> list[Range]:
             far, largest = _far_and_largest(blocks, normaliser, feature.shape[0])
             for index in range(feature.shape[0]):
                 label = feature.labels[index] if feature.labels else str(index)
-                found = float(far[index]), float(largest[index])
-                ranges.append(Range(store.card.name, name, label, index, *found))
+                size = float(far[index]), float(largest[index])
+                ranges.append(Range(store.card.name, name, label, index, *size))
     return ranges
 
 
 def _far_and_largest(
-    blocks: Sequence[NDArray] | object, normaliser: Normaliser, width: int
+    blocks: Iterable[NDArray], normaliser: Normaliser, width: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     count, far, largest = 0, np.zeros(width), np.zeros(width)
-    for block in blocks:  # type: ignore[union-attr]
+    for block in blocks:
         size = np.abs(normaliser.encode(np.asarray(block, np.float64)))
         count += len(size)
         far += (size > FAR).sum(axis=0)
