@@ -131,6 +131,7 @@ def test_every_field_of_the_recipe_has_help():
         assert missing <= {
             "policy",
             "data",
+            "adapt",
             "optim",
             "train",
             "eval",

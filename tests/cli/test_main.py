@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -30,6 +31,13 @@ def test_help_and_lists_import_nothing_heavy(words):
     loaded = set(done.stdout.split("LOADED")[-1].split())
     assert "vlafit.cli" in loaded
     assert not loaded & HEAVY
+
+
+def test_the_execution_modes_of_the_command_line_are_those_of_the_library():
+    from vlafit.cli.parser import EXECUTION_MODES
+    from vlafit.execution import Mode
+
+    assert get_args(Mode) == EXECUTION_MODES
 
 
 def test_help_takes_less_than_four_tenths_of_a_second_of_work():

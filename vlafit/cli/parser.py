@@ -13,6 +13,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from vlafit import config
 from vlafit.errors import ConfigError, did_you_mean
 
+EXECUTION_MODES = ("chunk", "ensemble", "real_time")  # vlafit.execution.Mode, which help must not import
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError, names the nearest option, and accepts no abbreviations."""

@@ -4,17 +4,17 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from vlafit import shipped
 from vlafit.cli.console import Line
-from vlafit.cli.parser import Parser, add_trust
+from vlafit.cli.parser import EXECUTION_MODES, Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
-from vlafit.execution import Execution, Mode
 
 if TYPE_CHECKING:
+    from vlafit.execution import Execution
     from vlafit.types import Actor
 
 ABOUT = """\
@@ -52,14 +52,14 @@ def run(arguments: Sequence[str]) -> int:
         "--max-batch", metavar="N", type=int, help="observations in one call of the policy, padded to N [16]"
     )
     parser.add_argument(
-        "--execution", choices=get_args(Mode), help="how chunks are executed [chunk, as the protocol says]"
+        "--execution", choices=EXECUTION_MODES, help="how chunks are executed [chunk, as the protocol says]"
     )
     parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
     parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
     add_trust(parser)
     options = parser.read(arguments)
-    protocol = shipped.find("protocol", options.protocol)
     name, load = _actor(options)
+    protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
     execution = _execution(options, protocol)
     from vlafit import rollout
@@ -127,9 +127,10 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
     return Path(re.sub(r"\W+", "_", options.actor)), dial
 
 
-def _execution(options: Namespace, protocol: Path) -> Execution | None:
+def _execution(options: Namespace, protocol: Path) -> "Execution | None":
     if options.execution is None and options.replan is None and options.delay is None:
         return None
+    from vlafit.execution import Execution
     from vlafit.rollout import load_protocol
 
     replan = load_protocol(protocol).replan if options.replan is None else options.replan

@@ -3,12 +3,10 @@
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from vlafit.cli.parser import Parser, add_trust
+from vlafit.cli.parser import EXECUTION_MODES, Parser, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
-from vlafit.execution import Execution, Mode
 
 ABOUT = """\
 Serve a checkpoint over websockets: to vlafit.connect and `vlafit eval --actor`, to openpi's client, and to
@@ -51,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--execution",
-        choices=get_args(Mode),
+        choices=EXECUTION_MODES,
         default="chunk",
         help="for clients that take one action at a time (vla-eval) [chunk]",
     )
@@ -68,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
     names = _names(options.map)
     token = read_token(options.token_file) if options.token_file else ""
+    from vlafit.execution import Execution
     from vlafit.serve.options import Options
 
     def settings(chunk: int) -> Options:
