@@ -161,7 +161,7 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
     if kind in (bool, int, str) and type(value) is kind:
-        if kind is int and abs(value) > LARGEST:
+        if kind is int and not -LARGEST <= int(value) <= LARGEST:
             raise _wrong(where, key, "a whole number below 2^63", value)
         return value
     if kind in (bool, int, str, float, Path):

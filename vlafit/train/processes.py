@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from vlafit.errors import TrainingError
 
@@ -72,7 +74,7 @@ def _launcher_command() -> list[str]:
     return before if any("accelerate" in word or "torchrun" in word for word in before) else []
 
 
-def connect() -> "dist.Store | None":
+def connect() -> Store | None:
     """Connect the processes of a launch within CONNECT_S, and return their store; None for one process.
 
     The store must live until the process group exists. Raises TrainingError saying what is in the way.
@@ -84,7 +86,7 @@ def connect() -> "dist.Store | None":
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=CONNECT_S))))
+        store, _, _ = next(iter(rendezvous("env://", rank, world, timeout=timedelta(seconds=CONNECT_S))))
         store.set(f"vlafit/here/{rank}", "1")
         store.wait([f"vlafit/here/{r}" for r in range(world)], timedelta(seconds=CONNECT_S))
     except (RuntimeError, OSError, ValueError) as error:
@@ -190,11 +192,11 @@ def together(lose: Callable[[str], None] | None = None) -> Iterator[None]:
         heart.stop()
 
 
-def _client() -> "dist.TCPStore":
+def _client() -> TCPStore:
     """Return a connection of its own: a call that waits in the main one would hold it."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500"))
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
 
 
 def _end(message: str) -> None:
@@ -208,7 +210,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        store: "dist.Store",
+        store: Store,
         rank: int,
         world: int,
         lose: Callable[[str], None],
