@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from vlafit import cli, shipped
 from vlafit.checkpoints.hub import parse
 from vlafit.cli.parser import Parser
+from vlafit.codec.tokenizer import train_word_tokenizer
 from vlafit.datasets import load_card
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
@@ -246,7 +247,11 @@ def test_the_three_steps_of_the_readme_train_a_policy(readers_folder: Path, caps
             demo["actions"] = rng.normal(size=(3, 7))
     stand_in = ROOT / "tests" / "fixtures" / "lerobot_smolvla"  # for lerobot/pi0_base
     shutil.copytree(stand_in, readers_folder / "base")
-    shutil.move(readers_folder / "base" / "tokenizer", readers_folder / "paligemma")
+    shutil.rmtree(readers_folder / "base" / "tokenizer")
+    sentences = [f"number {n} and {n * n}" for n in range(400)]
+    train_word_tokenizer(sentences, 500).save(
+        readers_folder / "paligemma"
+    )  # of about the embedding's 512 rows
     for path in (readers_folder / "base").glob("policy_*.safetensors"):  # a base model has none of one robot
         save_file({f"so100.buffer.{name}": tensor for name, tensor in load_file(path).items()}, path)
     changed = ["--policy.checkpoint", "base", "--train.steps", "2", "--train.batch_size", "2"]

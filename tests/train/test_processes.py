@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from tests.train.test_two_processes import free_port
 from tests.train.world import REPOSITORY
@@ -94,7 +94,7 @@ def _first(code: str, port: int) -> str:
 
 
 def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not():
-    store = dist.HashStore()
+    store = HashStore()
     lost: list[str] = []
     heart = Heartbeat(store, 0, 2, lost.append, beat_s=0.05, silent_s=1.0)
     other = Heartbeat(store, 1, 2, lost.append, beat_s=0.002, silent_s=1000)

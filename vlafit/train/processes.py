@@ -74,7 +74,7 @@ def _launcher_command() -> list[str]:
     return before if any("accelerate" in word or "torchrun" in word for word in before) else []
 
 
-def connect() -> "Store | None":
+def connect() -> Store | None:
     """Connect the processes of a launch within CONNECT_S, and return their store; None for one process.
 
     The store must live until the process group exists. Raises TrainingError saying what is in the way.
@@ -192,7 +192,7 @@ def together(lose: Callable[[str], None] | None = None) -> Iterator[None]:
         heart.stop()
 
 
-def _client() -> "TCPStore":
+def _client() -> TCPStore:
     """Return a connection of its own: a call that waits in the main one would hold it."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500"))
@@ -210,7 +210,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        store: "Store",
+        store: Store,
         rank: int,
         world: int,
         lose: Callable[[str], None],
