@@ -36,7 +36,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attend from `q` [b, s, h, d] to `k`, `v` [b, l, g, d], where g divides h; return [b, s, h*d].
 
-    `mask` is bool [b or 1, 1, 1, l] (keys alone), or [b or 1, 1, s*h/g, l]: see `per_query`.
+    `mask` is bool [b or 1, 1, 1, l] (only keys), or [b or 1, 1, s*h/g, l]: see `per_query`.
     """
     b, s, h, d = q.shape
     g = k.shape[2]

@@ -1,4 +1,4 @@
-"""The Llama decoder for two passes, with layers that may attend to an earlier pass alone.
+"""The Llama decoder for two passes, with layers that may attend only to an earlier pass.
 
 What differs from `vlafit.nn.gemma`: norms multiply by their weight, the feed-forward layer's gate is SiLU,
 and a *cross* layer has no keys and values of its own tokens: it projects those of the earlier pass anew.
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention over an earlier pass alone, whose rotated keys and values are projected once more."""
+    """Attention only over an earlier pass, whose rotated keys and values are projected once more."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class View:
 
 
 class DecoderLayer(nn.Module):
-    """One layer; with `cross` it attends to the earlier pass alone."""
+    """One layer; with `cross` it attends only to the earlier pass."""
 
     def __init__(
         self, width: int, mlp: int, heads: int, kv_heads: int, head_dim: int, cross: bool = False

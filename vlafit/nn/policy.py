@@ -72,7 +72,7 @@ class Source:
     sha256: str = ""
     """See `vlafit.checkpoints.digest`. Empty: not known (hashing another program's files takes long)."""
     config: Mapping[str, object] = field(default_factory=dict)
-    """What had to be said to read it, as `load` takes it."""
+    """The `config` that `load` needed to read it."""
     revision: str = ""
     """Which version of it, where it comes from a place that keeps several."""
 

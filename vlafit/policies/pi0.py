@@ -69,7 +69,7 @@ class Pi0Config:
     pi05: bool
     """False: pi0 (time joins the action tokens). True: pi0.5 (time drives adaptive norms of the expert)."""
     state_input: Literal["continuous", "prompt", "none"]
-    """How the state enters: as a token of the suffix (pi0 alone), as text in the prompt, or not at all."""
+    """How the state enters: as a token of the suffix (only pi0), as text in the prompt, or not at all."""
     vision: VisionConfig
     language: LanguageConfig
     expert: ExpertConfig

@@ -4,7 +4,7 @@ turn.
 The prefix holds images, prompt and, last, the state, which sees all before it and is seen by none of it. So
 the state is a pass of its own over one token: with a frozen backbone, training `state_proj` keeps no more of
 the prefix for backward than that token. The expert's self layers see the prefix, and the actions up to their
-own (causally); its cross layers see the prefix alone, and count positions from the first action. K draws of
+own (causally); its cross layers see only the prefix, and count positions from the first action. K draws of
 noise and time are K blocks of one suffix, which do not see each other.
 """
 
@@ -67,7 +67,7 @@ class ExpertConfig:
     width: int
     mlp: int
     self_every: int
-    """Every layer whose number this divides attends to itself and the prefix, the others to the prefix alone;
+    """Every layer whose number this divides attends to itself and the prefix, the others only to the prefix;
     1: all attend to both, 0: none does."""
 
 
