@@ -92,10 +92,9 @@ def family_of(thing: object) -> str:
 
 
 def model_of(config: object) -> str:
-    """Return the name of the model that a policy of this config is; one family holds pi0 and pi0.5 (pi05)."""
-    from vlafit.policies.pi0 import Pi0Config
-
-    return "pi05" if isinstance(config, Pi0Config) and config.pi05 else family_of(config)
+    """Return the name of the model with this config: the family's, unless its module has `model_name`."""
+    name = vars(sys.modules[type(config).__module__]).get("model_name")
+    return family_of(config) if name is None else name(config)
 
 
 DEEPEST = 1024  # layers of one stack; building a module for each takes time even on the meta device
