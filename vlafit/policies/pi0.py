@@ -277,6 +277,8 @@ Config = Pi0Config
 def model_name(config: Pi0Config) -> str:
     """Return "pi05" for a config of pi0.5, which this family holds too."""
     return "pi05" if config.pi05 else "pi0"
+
+
 SHAPES = _pi0_shapes.SHAPES
 
 
