@@ -288,7 +288,10 @@ def test_the_readme_is_short():
     assert len(text_of("README.md").split()) < 900
 
 
-@pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/extending.md"])
+LOOKED_UP = ("docs/extending.md", "docs/troubleshooting.md")  # nobody reads these from top to bottom
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page not in LOOKED_UP])
 def test_a_page_is_short(name: str):
     assert len(text_of(name).split()) <= 900
 

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Choose the compute precision of a policy whose weights are partly float32, partly bfloat16."""
-=======
 """Compute each module in its own precision: a policy may hold float32 and bfloat16 weights side by side."""
->>>>>>> c99475d (Language of nn and policies; changelog)
 
 import torch
 from torch import Tensor, nn

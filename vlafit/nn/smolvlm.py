@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""SmolVLM's additions to a SigLIP tower: position ids for other image sizes, and pixel shuffle."""
-=======
 """SmolVLM's additions to a SigLIP tower: images of another size than its own, and fewer, wider tokens."""
->>>>>>> c99475d (Language of nn and policies; changelog)
 
 import math
 
