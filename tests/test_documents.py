@@ -249,9 +249,12 @@ def test_the_three_steps_of_the_readme_train_a_policy(readers_folder: Path, caps
     shutil.copytree(stand_in, readers_folder / "base")
     shutil.rmtree(readers_folder / "base" / "tokenizer")
     sentences = [f"number {n} and {n * n}" for n in range(400)]
-    train_word_tokenizer(sentences, 500).save(
-        readers_folder / "paligemma"
-    )  # of about the embedding's 512 rows
+    train_word_tokenizer(sentences, 500).save(readers_folder / "paligemma")  # the embedding has 512 rows
+    text = (readers_folder / "my-robot.toml").read_text()
+    slots = 'base_0_rgb = "front", left_wrist_0_rgb = "", right_wrist_0_rgb = ""'  # those of pi0_base
+    assert slots in text
+    own_slots = text.replace(slots, 'cam_high = "front", cam_wrist = ""')
+    (readers_folder / "my-robot.toml").write_text(own_slots)
     for path in (readers_folder / "base").glob("policy_*.safetensors"):  # a base model has none of one robot
         save_file({f"so100.buffer.{name}": tensor for name, tensor in load_file(path).items()}, path)
     changed = ["--policy.checkpoint", "base", "--train.steps", "2", "--train.batch_size", "2"]
