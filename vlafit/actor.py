@@ -122,7 +122,9 @@ class PolicyActor:
         lefts = [left for left in committed if left is not None]
         if lefts:
             if not isinstance(self.policy, FlowPolicy):
-                raise ConfigError("real-time chunking needs a flow-matching policy, and this is none")
+                raise ConfigError(
+                    f"real-time chunking needs a flow-matching policy; {type(self.policy).__name__} is not one"
+                )
             continuation = self._continuation(observations, lefts, missing, device)
             actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()
         else:

@@ -39,7 +39,9 @@ def refuse(names: Iterable[str], where: str) -> None:
     """Raise WeightsError where tensors with these names are of a family that vlafit does not have."""
     family = name_family(names)
     if family:
-        raise WeightsError(f"{where}: these are the weights of {family}; vlafit has no such family")
+        raise WeightsError(
+            f"{where}: these are the weights of {family}; vlafit has no such family among the checkpoints it reads"
+        )
 
 
 def refuse_mix(names: Iterable[str], layouts: Mapping[str, tuple[str, ...]], where: str) -> None:
