@@ -123,7 +123,7 @@ class PolicyActor:
         if lefts:
             if not isinstance(self.policy, FlowPolicy):
                 raise ConfigError(
-                    f"real-time chunking needs a flow-matching policy; {type(self.policy).__name__} is not one"
+                    f"real-time chunking needs a flow-matching policy, not {type(self.policy).__name__}"
                 )
             continuation = self._continuation(observations, lefts, missing, device)
             actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()

@@ -116,7 +116,7 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['name']}: layout {facts['layout']}, {facts['files']} files",
         f"{facts['episodes']} episodes, {facts['frames']} frames; {short} to {long} steps, mean {mean:.0f}",
-        f"robot {facts['robot']}, {facts['hz']:g} Hz, control {facts['control'] or 'not recorded in the files'}",
+        f"robot {facts['robot']}, {facts['hz']:g} Hz, control {facts['control'] or 'not in the files'}",
     ]
     lines += [f"camera {name}: {h}x{w}" for name, (h, w, _) in facts["cameras"].items()]
     for column in ("state", "action"):
