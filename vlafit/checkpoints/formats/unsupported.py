@@ -40,7 +40,7 @@ def refuse(names: Iterable[str], where: str) -> None:
     family = name_family(names)
     if family:
         raise WeightsError(
-            f"{where}: these are the weights of {family}; vlafit has no such family among the checkpoints it reads"
+            f"{where}: these are the weights of {family}; vlafit reads no checkpoints of that family"
         )
 
 
