@@ -29,7 +29,7 @@ BAD_RECIPES = {
         "[train]\nkeep_best = 1",
         "{path}: train.keep_best: expected true or false, got 1",
     ),
-    "not a number": ("[optim]\nlr = nan", "{path}: optim.lr: expected a number, got nan"),
+    "not a number": ("[optim]\nlr = nan", "{path}: optim.lr: expected a number below 2^63, got nan"),
     "none of the choices": (
         "[train]\nprecision = 'fp23'",
         "{path}: train.precision: 'fp23' is not one of 'fp32', 'bf16'; did you mean 'fp32'?",

@@ -140,11 +140,11 @@ def test_the_trainers_raw_weights_are_not_taken_for_the_average():
         vlafit.load_policy(JAX / "ckpt_training" / "5" / "train_state", config=CHUNK)
 
 
-def test_of_several_steps_one_must_be_named(tmp_path: Path):
+def test_of_several_steps_of_a_run_the_newest_is_loaded_and_named(tmp_path: Path):
     for step in ("5", "100"):
         shutil.copytree(JAX / "ckpt_pure" / "params", tmp_path / step / "params")
-    with pytest.raises(WeightsError, match=r"several steps \(5, 100\); name one"):
-        vlafit.load_policy(tmp_path, config=CHUNK)
+    report = vlafit.load_checkpoint(tmp_path, config=CHUNK)[3]
+    assert str(tmp_path / "100" / "params") in report.text()
 
 
 def test_an_option_that_lora_has_not_is_refused():

@@ -255,7 +255,7 @@ def test_chunks_shorter_than_the_replan_interval_are_executed_whole(protocol: Ma
 
 
 def test_settling_steps_come_before_the_policy_and_are_not_counted(protocol: Make, tmp_path: Path) -> None:
-    settled = protocol("left", trials=1, settle_steps=20, settle_action=(-1.0, 0.0), horizon=1)
+    settled = protocol("left", trials=1, settle_steps=20, settle_action=(-1.0, 0.0), horizon=1, replan=1)
     got = evaluate(Saying([[0, 0]]), settled, tmp_path, workers=1, videos=1)
     assert got.rate == 1 and got.records[0].steps == 1  # it was pushed into the goal before the first look
 

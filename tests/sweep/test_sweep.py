@@ -295,7 +295,7 @@ def test_a_sweep_of_which_every_trial_broke_fails_with_the_reasons(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "tiny.toml").write_text(config.dump(replace(recipe, strategy="full")))
-    (tmp_path / "study.toml").write_text('[search]\n"optim.lr" = { low = 1e30, high = 1e31 }\n')
+    (tmp_path / "study.toml").write_text('[search]\n"optim.lr" = { low = 1e17, high = 1e18 }\n')
     words = [str(tmp_path / "tiny.toml"), "--study", str(tmp_path / "study.toml"), "--trials", "1"]
     assert verb.run([*words, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
