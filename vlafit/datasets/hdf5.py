@@ -4,10 +4,7 @@ Columns are read and checked once, when a store is opened. Frames are read on de
 if a dataset is contiguous in its file (20 to 50 times as fast as h5py), else through a few cached handles.
 """
 
-import errno
-import importlib.util
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,24 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.card import Card, ColumnCard
+from vlafit.datasets.hdf5_files import (
+    SUFFIXES,
+    find,
+    names_of,
+    natural,
+    open_file,
+    require_readable,
+    shared_folder,
+    stamp,
+)
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".hdf5", ".h5")
 OPEN_FILES = 64  # kept open by a process, with as many memory maps
 OPEN_DATASETS = 256  # handles kept by a process
-FILTERS = {
-    32001: "Blosc",
-    32004: "LZ4",
-    32008: "bitshuffle",
-    32013: "ZFP",
-    32015: "Zstandard",
-    32026: "Blosc2",
-}
-
-Stamp = tuple[int, int]  # size and modification time of a file
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,10 @@ class Hdf5Store(EpisodeStore):
         self._handles: OrderedDict[int, h5py.File] = OrderedDict()
         self._datasets: OrderedDict[tuple[int, str], h5py.Dataset] = OrderedDict()
         self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
-        self._roots = (_root(own), *(Path(folder).expanduser().resolve() for folder in linked))
+        self._roots = (shared_folder(own), *(Path(folder).expanduser().resolve() for folder in linked))
         infos: list[EpisodeInfo] = []
         self._episodes: list[_Episode] = []
-        for path, name in zip(own, names_of(own), strict=True):
+        for path, name in zip(own, names_of(own, self._roots[0]), strict=True):
             with open_file(path) as file:
                 try:
                     for demo in list_demonstrations(card, file, path, name):
@@ -215,71 +211,6 @@ def _keep(cache: OrderedDict, key: object, value: object, most: int) -> list:
     return [cache.popitem(last=False) for _ in range(max(0, len(cache) - most))]
 
 
-def _root(paths: Sequence[Path]) -> Path:
-    """Return the folder that all files share."""
-    folders = [path.parent.parts for path in paths]
-    shared = 0
-    while all(len(f) > shared for f in folders) and len({f[shared] for f in folders}) == 1:
-        shared += 1
-    return Path(*folders[0][:shared])
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which demo_2 comes before demo_10."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
-    ]
-
-
-def stamp(path: Path) -> Stamp:
-    """Return what changes when a file does. Raises DataError if it cannot be read."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return stat.st_size, stat.st_mtime_ns
-
-
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """Name each file by its path below the folder that all share, without suffix."""
-    parts = [path.with_suffix("").parts for path in paths]
-    shared = 0
-    while all(len(p) > shared + 1 for p in parts) and len({p[: shared + 1] for p in parts}) == 1:
-        shared += 1
-    return ["/".join(p[shared:]) for p in parts]
-
-
-def open_file(path: Path) -> h5py.File:
-    """Open a file to read. Raises DataError with the remedy that fits.
-
-    Without a chunk cache: a frame is a chunk, so a cache of 8 MiB for each dataset only costs memory.
-    """
-    try:
-        return h5py.File(path, "r", rdcc_nbytes=0)
-    except OSError as error:
-        raise DataError(f"{path}: {_remedy(str(error))}") from None
-
-
-def _remedy(message: str) -> str:
-    reason = message.split("(", 1)[-1].rstrip(")")
-    if "already open for write" in message or "consistency flags" in message:
-        return (
-            "was not closed by the program that wrote it, or is still being written; if no program "
-            "has it open, h5clear -s FILE clears the mark (work on a copy)"
-        )
-    if "unable to lock" in message or any(
-        f"errno = {code}" in message for code in (errno.EAGAIN, errno.ENOLCK)
-    ):
-        return (
-            f"cannot be locked ({reason}): another program has it open to write, or the file system knows no "
-            "locks; then set HDF5_USE_FILE_LOCKING=FALSE"
-        )
-    return (
-        f"cannot be read as HDF5 ({reason}); a download or recording that was cut short? Fetch or record it "
-        "again"
-    )
-
-
 def demonstrations_below(file: h5py.File, path: Path, card: Card) -> list[str]:
     """Return the names of the groups of /data in natural order. Raises DataError if there is none.
 
@@ -303,78 +234,6 @@ def demonstrations_below(file: h5py.File, path: Path, card: Card) -> list[str]:
     if extra:
         log.warning("%s: left out, with none of the card's keys: data/%s", path, ", data/".join(extra))
     return chosen
-
-
-def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
-    """Return the dataset at `key`. Raises DataError naming the nearest if there is none."""
-    try:
-        dataset = group.get(key)
-    except (KeyError, OSError) as error:
-        raise DataError(f"{where}: {key} cannot be opened ({error})") from error
-    if isinstance(dataset, h5py.Dataset):
-        return dataset
-    link = group.get(key, getlink=True) if key in group.keys() else None  # noqa: SIM118
-    if isinstance(link, h5py.ExternalLink):
-        raise DataError(f"{where}: {key} is a link to {link.filename}:{link.path}, which is not there")
-    present: list[str] = []
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
-            present.append(name)
-
-    group.visititems(visit)
-    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, present)}")
-
-
-def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> None:
-    """Raise DataError unless all bytes of a dataset can be read and are in files below `roots`."""
-    sources = {Path(dataset.file.filename).resolve()}
-    folder = Path(dataset.file.filename).resolve().parent
-    if dataset.is_virtual:
-        for source in dataset.virtual_sources():
-            file = (
-                Path(dataset.file.filename).resolve()
-                if source.file_name == "."
-                else folder / source.file_name
-            )
-            if "%" in source.file_name:
-                raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
-            if not file.is_file():
-                raise DataError(
-                    f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
-                )
-            with open_file(file) as opened:
-                if source.dset_name not in opened:
-                    raise DataError(
-                        f"{where}: a virtual dataset whose source {file} has no {source.dset_name}"
-                    )
-            sources.add(file.resolve())
-    for name, _, _ in dataset.external or ():
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{where}: its bytes are in {file}, which is missing")
-        sources.add(file.resolve())
-    outside = [path for path in sources if not any(path.is_relative_to(root) for root in roots)]
-    if outside:
-        raise DataError(
-            f"{where}: is stored in {outside[0]}, outside the dataset's folder {roots[0]}; if that is meant, "
-            f'add to the layout\'s table of the card: linked = ["{outside[0].parent}"]'
-        )
-    filters = dataset.id.get_create_plist()
-    for number in range(filters.get_nfilters()):
-        code = filters.get_filter(number)[0]
-        if not h5py.h5z.filter_avail(code) and not _plugin(code):
-            raise DataError(
-                f"{where}: is compressed by filter {code} ({FILTERS.get(code, 'unknown')}), which h5py "
-                "lacks: pip install hdf5plugin"
-            )
-
-
-def _plugin(code: int) -> bool:
-    if importlib.util.find_spec("hdf5plugin") is None:
-        return False
-    importlib.import_module("hdf5plugin")  # registers its filters
-    return h5py.h5z.filter_avail(code)
 
 
 def read_column(dataset: h5py.Dataset, name: str, key: str, where: str) -> NDArray[np.float32]:

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 
 from vlafit.datasets.card import Card
-from vlafit.datasets.hdf5 import SUFFIXES, Demonstration, Hdf5Store, demonstrations_below, open_file
+from vlafit.datasets.hdf5 import Demonstration, Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5_files import first_file, observations, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 from vlafit.files import parse_json
@@ -46,21 +47,6 @@ def recognise(path: Path) -> bool:
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
     return Hdf5Store(card, _list, card.options(Section).linked)
-
-
-def first_file(path: Path) -> Path | None:
-    """Return the first HDF5 file at `path`, a file or a folder; None if there is none."""
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
-        return files[0] if files else None
-    return path if path.suffix in SUFFIXES else None
-
-
-def observations(data: h5py.Group) -> list[str]:
-    """Return the names below `obs` of the first demonstration of /data."""
-    groups = (item for item in data.values() if isinstance(item, h5py.Group))
-    obs = next((group["obs"] for group in groups if "obs" in group), None)
-    return list(obs) if isinstance(obs, h5py.Group) else []
 
 
 def instruction_from_filename(stem: str) -> str:

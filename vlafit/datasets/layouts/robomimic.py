@@ -11,8 +11,8 @@ from typing import Any
 import h5py
 
 from vlafit.datasets.card import Card
-from vlafit.datasets.hdf5 import Demonstration, Hdf5Store, demonstrations_below, natural, open_file
-from vlafit.datasets.layouts.libero import first_file, observations
+from vlafit.datasets.hdf5 import Demonstration, Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5_files import first_file, natural, observations, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 

@@ -1,0 +1,171 @@
+"""Open HDF5 files and find what is in them; errors name file, key and remedy."""
+
+import errno
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+
+from vlafit.errors import DataError, did_you_mean
+
+SUFFIXES = (".hdf5", ".h5")
+FILTERS = {
+    32001: "Blosc",
+    32004: "LZ4",
+    32008: "bitshuffle",
+    32013: "ZFP",
+    32015: "Zstandard",
+    32026: "Blosc2",
+}
+
+Stamp = tuple[int, int]  # size and modification time of a file
+
+
+def shared_folder(paths: Sequence[Path]) -> Path:
+    """Return the folder that all files share."""
+    folders = [path.parent.parts for path in paths]
+    shared = 0
+    while all(len(f) > shared for f in folders) and len({f[shared] for f in folders}) == 1:
+        shared += 1
+    return Path(*folders[0][:shared])
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which demo_2 comes before demo_10."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
+    ]
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what changes when a file does. Raises DataError if it cannot be read."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def names_of(paths: Sequence[Path], root: Path) -> list[str]:
+    """Name each file by its path below `root`, without suffix."""
+    return [path.relative_to(root).with_suffix("").as_posix() for path in paths]
+
+
+def open_file(path: Path) -> h5py.File:
+    """Open a file to read. Raises DataError with the remedy that fits.
+
+    Without a chunk cache: a frame is a chunk, so a cache of 8 MiB for each dataset only costs memory.
+    """
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=0)
+    except OSError as error:
+        raise DataError(f"{path}: {_remedy(str(error))}") from None
+
+
+def _remedy(message: str) -> str:
+    reason = message.split("(", 1)[-1].rstrip(")")
+    if "already open for write" in message or "consistency flags" in message:
+        return (
+            "was not closed by the program that wrote it, or is still being written; if no program "
+            "has it open, h5clear -s FILE clears the mark (work on a copy)"
+        )
+    if "unable to lock" in message or any(
+        f"errno = {code}" in message for code in (errno.EAGAIN, errno.ENOLCK)
+    ):
+        return (
+            f"cannot be locked ({reason}): another program has it open to write, or the file system knows no "
+            "locks; then set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    return (
+        f"cannot be read as HDF5 ({reason}); a download or recording that was cut short? Fetch or record it "
+        "again"
+    )
+
+
+def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
+    """Return the dataset at `key`. Raises DataError naming the nearest if there is none."""
+    try:
+        dataset = group.get(key)
+    except (KeyError, OSError) as error:
+        raise DataError(f"{where}: {key} cannot be opened ({error})") from error
+    if isinstance(dataset, h5py.Dataset):
+        return dataset
+    link = group.get(key, getlink=True) if key in group.keys() else None  # noqa: SIM118
+    if isinstance(link, h5py.ExternalLink):
+        raise DataError(f"{where}: {key} is a link to {link.filename}:{link.path}, which is not there")
+    present: list[str] = []
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            present.append(name)
+
+    group.visititems(visit)
+    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, present)}")
+
+
+def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> None:
+    """Raise DataError unless all bytes of a dataset can be read and are in files below `roots`."""
+    sources = {Path(dataset.file.filename).resolve()}
+    folder = Path(dataset.file.filename).resolve().parent
+    if dataset.is_virtual:
+        for source in dataset.virtual_sources():
+            file = (
+                Path(dataset.file.filename).resolve()
+                if source.file_name == "."
+                else folder / source.file_name
+            )
+            if "%" in source.file_name:
+                raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
+            if not file.is_file():
+                raise DataError(
+                    f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
+                )
+            with open_file(file) as opened:
+                if source.dset_name not in opened:
+                    raise DataError(
+                        f"{where}: a virtual dataset whose source {file} has no {source.dset_name}"
+                    )
+            sources.add(file.resolve())
+    for name, _, _ in dataset.external or ():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{where}: its bytes are in {file}, which is missing")
+        sources.add(file.resolve())
+    outside = [path for path in sources if not any(path.is_relative_to(root) for root in roots)]
+    if outside:
+        raise DataError(
+            f"{where}: is stored in {outside[0]}, outside the dataset's folder {roots[0]}; if that is meant, "
+            f'add to the layout\'s table of the card: linked = ["{outside[0].parent}"]'
+        )
+    filters = dataset.id.get_create_plist()
+    for number in range(filters.get_nfilters()):
+        code = filters.get_filter(number)[0]
+        if not h5py.h5z.filter_avail(code) and not _plugin(code):
+            raise DataError(
+                f"{where}: is compressed by filter {code} ({FILTERS.get(code, 'unknown')}), which h5py "
+                "lacks: pip install hdf5plugin"
+            )
+
+
+def _plugin(code: int) -> bool:
+    if importlib.util.find_spec("hdf5plugin") is None:
+        return False
+    importlib.import_module("hdf5plugin")  # registers its filters
+    return h5py.h5z.filter_avail(code)
+
+
+def first_file(path: Path) -> Path | None:
+    """Return the first HDF5 file at `path`, a file or a folder; None if there is none."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+        return files[0] if files else None
+    return path if path.suffix in SUFFIXES else None
+
+
+def observations(data: h5py.Group) -> list[str]:
+    """Return the names below `obs` of the first demonstration of /data."""
+    groups = (item for item in data.values() if isinstance(item, h5py.Group))
+    obs = next((group["obs"] for group in groups if "obs" in group), None)
+    return list(obs) if isinstance(obs, h5py.Group) else []
