@@ -46,21 +46,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
     Missing parent folders are created. Text is written as UTF-8.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(_bytes(data) if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _cannot("write", path, error) from error
+    with new_file(path) as partial:
+        partial.write_bytes(_bytes(data) if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -169,3 +169,8 @@ class Recipe:
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     eval: EvalRecipe = field(default_factory=EvalRecipe)
+
+    @property
+    def fits_statistics(self) -> bool:
+        """Whether normalisation statistics are fitted to the dataset, not taken from the checkpoint."""
+        return not self.policy.checkpoint or self.data.statistics == "data"

@@ -5,7 +5,6 @@ import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.datasets import npz_layout
 from tests.datasets.layouts import Demo, demos, in_file_order
-from tests.datasets.writers import WRITERS
+from tests.datasets.writers import WRITERS, assert_reads_in_a_spawned_worker
 from vlafit.config import field_help
 from vlafit.datasets import Card, ChunkDataset, EpisodeStore, describe, layouts, load_card, open_dataset
 from vlafit.datasets.write import card_text
@@ -127,15 +126,7 @@ def test_what_it_returns_cannot_be_written_to(written: Written):
 
 
 def test_it_goes_to_a_spawned_worker_and_reads_there(written: Written):
-    store = written.open()
-    here = store.image(1, 2, "front").copy()  # opens files here first
-    with get_context("spawn").Pool(1) as pool:
-        there = pool.apply(_read, (store,))
-    np.testing.assert_array_equal(here, there)
-
-
-def _read(store: EpisodeStore) -> np.ndarray:
-    return store.image(1, 2, "front").copy()
+    assert_reads_in_a_spawned_worker(written.open())
 
 
 def test_a_pickled_store_is_small_and_a_closed_one_reopens(written: Written):

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from tests.datasets.layouts import (
     write_libero,
     write_robomimic,
 )
-from vlafit.datasets import Card, ChunkDataset, EpisodeStore, open_dataset
+from tests.datasets.writers import assert_reads_in_a_spawned_worker
+from vlafit.datasets import Card, ChunkDataset, open_dataset
 from vlafit.datasets.card import InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.layouts.libero import instruction_from_filename
@@ -162,15 +162,7 @@ def test_a_sentence_is_read_from_a_liberos_file_name(stem: str, sentence: str):
 @pytest.mark.parametrize("write", [original, compressed])
 def test_a_store_goes_to_a_spawned_worker_and_reads_there(write: Writer, tmp_path: Path):
     everything = demos(2)
-    store = open_dataset(write(tmp_path / "set", everything))
-    here = store.image(1, 2, "front").copy()  # opens files here first
-    with get_context("spawn").Pool(1) as pool:
-        there = pool.apply(_read, (store,))
-    np.testing.assert_array_equal(here, there)
-
-
-def _read(store: EpisodeStore) -> np.ndarray:
-    return store.image(1, 2, "front").copy()
+    assert_reads_in_a_spawned_worker(open_dataset(write(tmp_path / "set", everything)))
 
 
 def test_a_closed_store_reopens_when_needed(tmp_path: Path):

@@ -1,11 +1,14 @@
-"""A writer of the small dataset for each layout; the contract tests run for every layout that ships."""
+"""A writer of the small dataset for each layout, and what every layout's store must do."""
 
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+
+import numpy as np
 
 from tests.datasets import lerobot_files, npz_layout
 from tests.datasets.layouts import Demo, card, robomimic_card, write_libero, write_robomimic
-from vlafit.datasets import Card
+from vlafit.datasets import Card, EpisodeStore
 
 Writer = Callable[[Path, list[Demo]], Card]
 
@@ -28,3 +31,15 @@ WRITERS: dict[str, Writer] = {
     "robomimic": robomimic,
     npz_layout.__name__: outside,
 }
+
+
+def assert_reads_in_a_spawned_worker(store: EpisodeStore) -> None:
+    """A store whose files are open here reads the same image in a process that it was sent to."""
+    here = store.image(1, 2, "front").copy()  # opens files here first
+    with get_context("spawn").Pool(1) as pool:
+        there = pool.apply(_read, (store,))
+    np.testing.assert_array_equal(here, there)
+
+
+def _read(store: EpisodeStore) -> np.ndarray:
+    return store.image(1, 2, "front").copy()

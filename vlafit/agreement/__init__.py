@@ -5,7 +5,7 @@ that changes what the policy sees is a conflict, and a conflict is an error that
 recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a policy.
 """
 
-from vlafit.agreement.compare import EVALUATION, agree, protocol_items
+from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
 from vlafit.agreement.values import Agreement, Item, Party, Status
 
-__all__ = ["EVALUATION", "Agreement", "Item", "Party", "Status", "agree", "protocol_items"]
+__all__ = ["EVALUATION", "Agreement", "Item", "Party", "Status", "agree", "protocol_items", "same_actions"]

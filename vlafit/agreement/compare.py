@@ -118,7 +118,7 @@ def _relative(
         if checkpoint is None:
             return here, Item(name, sides, _mask(here), "same", "no checkpoint")
         return here, Item(name, sides, _mask(here), "assumed", "the checkpoint does not say")
-    if here == there or not (any(here) or any(there)):
+    if same_actions(here, there):
         return here, Item(name, sides, _mask(here), "same")
     if adapt.actions == "checkpoint" and len(there or here) == len(here or there):
         return there, Item(name, sides, _mask(there), "chosen", 'adapt.actions = "checkpoint"')
@@ -133,6 +133,11 @@ def _relative(
     elif adapt.actions == "data":
         fix = 'the checkpoint\'s statistics are of its own actions: set data.statistics = "data", too'
     return here, Item(name, sides, "", "conflict", fix=fix)
+
+
+def same_actions(one: tuple[bool, ...], other: tuple[bool, ...]) -> bool:
+    """Whether two masks of relative actions mean the same; an empty one is absolute, as one of False is."""
+    return one == other or not (any(one) or any(other))
 
 
 def _mask(mask: tuple[bool, ...]) -> str:

@@ -57,7 +57,7 @@ class RemoteActor:
 
         Raises RemoteError where the server refuses one, or does not answer.
         """
-        return self._act(observations, keys, [None] * len(keys))
+        return self.act_guided(observations, keys, [None] * len(keys))
 
     def act_guided(
         self,
@@ -66,14 +66,6 @@ class RemoteActor:
         committed: Sequence[Committed | None],
     ) -> list[ActionChunk]:
         """Return one chunk for each observation that continues what is committed there."""
-        return self._act(observations, keys, committed)
-
-    def _act(
-        self,
-        observations: Sequence[Observation],
-        keys: Sequence[EpisodeKey],
-        committed: Sequence[Committed | None],
-    ) -> list[ActionChunk]:
         requests = [Request(*row) for row in zip(observations, keys, committed, strict=True)]
         chunks: list[ActionChunk] = []
         for begin in range(0, len(requests), MAX_OBSERVATIONS):

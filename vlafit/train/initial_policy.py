@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlafit import checkpoints
-from vlafit.agreement import Agreement
+from vlafit.agreement import Agreement, same_actions
 from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import FLOORED
@@ -130,7 +130,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
     path = place.path
     foreign = not (path / "policy.json").is_file()
     declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
-    fitted = recipe.data.statistics == "data"
+    fitted = recipe.fits_statistics
     makes_codec = foreign and checkpoints.wants_tokenizer(path)
     # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
     passed = (
@@ -202,11 +202,10 @@ def _with_codec(
     agreement: Agreement, recipe: Recipe, data: Data, before: Codec | None, codec: Codec, tokenizer: str
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics."""
-    fitted = recipe.data.statistics == "data" or not recipe.policy.checkpoint
     whole = agreement.with_items(
         [
             *reconcile.codec_items(recipe, data, before, codec, tokenizer),
-            *value_ranges.items(data, codec, recipe.adapt.outside, fitted),
+            *value_ranges.items(data, codec, recipe.adapt.outside, recipe.fits_statistics),
         ]
     )
     whole.require("the dataset and the statistics in use")
@@ -230,9 +229,7 @@ def _require_effect(recipe: Recipe, codec: Codec, base: Path, *, own_tokenizer: 
 
 def _adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
     """Return the checkpoint's codec with its statistics, for the robot and cameras that were agreed on."""
-    same_mask = codec.config.relative == agreement.relative or not (
-        any(codec.config.relative) or any(agreement.relative)
-    )
+    same_mask = same_actions(codec.config.relative, agreement.relative)
     if codec.embodiment.hz and not agreement.chosen and same_mask:
         return codec
     relative = codec.config.relative if same_mask else agreement.relative

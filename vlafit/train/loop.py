@@ -45,7 +45,7 @@ class StepResult:
 
 
 def train(
-    learner: TrainState,
+    state: TrainState,
     batches: Iterator[list[tuple[Keys, Batch]]],
     *,
     first_step: int,
@@ -63,21 +63,21 @@ def train(
     that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process stops all
     of them after the step, and so does `spent`, the share of a time budget, on average of them.
     """
-    model, optimizer, ranks, device = learner.model, learner.optimizer, learner.ranks, learner.device
-    trainable, began_at, terms = learner.trainable, learner.place.began, learner.policy.terms()
+    model, optimizer, ranks, device = state.model, state.optimizer, state.ranks, state.device
+    trainable, began_at, terms = state.trainable, state.place.began, state.policy.terms()
     model.train()
     for step in range(first_step, recipe.steps):
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
         counts, stop, gone = _agree(
-            learner.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
+            state.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
         )
         if not any(counts.values()):
             raise TrainingError(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
-        warm = rewarm(step - began_at, learner.warmup_steps)
+        warm = rewarm(step - began_at, state.warmup_steps)
         set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
         sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
         for number, (keys, batch) in enumerate(micro_batches):
@@ -99,15 +99,15 @@ def train(
                 f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}, not finite; samples "
                 f"(epoch, index) {rows[:8]}{' ...' if len(rows) > 8 else ''}"
             )
-        learner.check.look(step - began_at + 1)
+        state.check.look(step - began_at + 1)
         optimizer.step()
         if ranks is not None:
             ranks.after_step(step + 1, gone)
         optimizer.zero_grad(set_to_none=True)
-        if learner.ema is not None:
-            learner.ema.update()
+        if state.ema is not None:
+            state.ema.update()
             if ranks is not None:
-                ranks.prune(learner.ema.average)
+                ranks.prune(state.ema.average)
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
         means = {name: totals[name] / counts[name] for name in terms if counts[name] and len(terms) > 1}

@@ -51,8 +51,7 @@ def agree_on(
     dataset, checkpoint = dataset_party(card), None
     if declared is not None:
         checkpoint = checkpoint_party(recipe.policy.checkpoint, codec, declared, recipe)
-    fresh = declared is None or recipe.data.statistics == "data"
-    return agree(dataset, checkpoint, recipe.adapt, fresh_statistics=fresh)
+    return agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics)
 
 
 def sides(card: Card, checkpoint: str) -> str:
@@ -67,10 +66,9 @@ def codec_items(
 
     `before` is the checkpoint's codec, `tokenizer` where the tokenizer comes from.
     """
-    fitted = recipe.data.statistics == "data" or not recipe.policy.checkpoint
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
-    if fitted:
+    if recipe.fits_statistics:
         reason = 'data.statistics = "data"' if recipe.policy.checkpoint else "no checkpoint"
         yield Item("statistics", {"dataset": text}, "of the dataset", "chosen" if before else "same", reason)
     else:

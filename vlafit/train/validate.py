@@ -50,7 +50,7 @@ def validate(
         )
     policy.train()
     *values, error, compared = sum_over_processes(sums).tolist()
-    totals = dict(zip(terms, values, strict=False))
+    totals = dict(zip(terms, values[: len(terms)], strict=True))
     counts = dict(zip(terms, values[len(terms) :], strict=True))
     if compared == 0 or not any(counts.values()):
         return {}

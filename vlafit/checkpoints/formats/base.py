@@ -24,6 +24,7 @@ from vlafit.checkpoints.name_map import NameMap, Translated
 from vlafit.checkpoints.options import LoadOptions, OptionTable
 from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, weight_files
 from vlafit.codec import Codec
+from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy, Source
 from vlafit.tuning import Plan
 
@@ -193,7 +194,7 @@ class Format(ABC):
 
         The policy has no adapters, and `refusals` is empty.
         """
-        raise NotImplementedError(f"{self.name} checkpoints cannot be written")
+        raise WeightsError(f"vlafit does not write {self.name} checkpoints")
 
     def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:
         """Whether the program keeps a parameter in float32 when the policy is bfloat16."""
