@@ -74,7 +74,7 @@ def _write_lerobot(family: str) -> Callable[[Path], Tensors]:
         values |= {"max_state_dim": 5, "max_action_dim": 5, "image_resolution": [8, 8]}
         (folder / "config.json").write_text(json.dumps(values))
         state = {n: t.detach().clone() for n, t in random_policy(config).state_dict().items()}
-        return {lerobot.PI0.theirs(name): tensor for name, tensor in state.items()} | {
+        return {lerobot.PI0.file_name(name): tensor for name, tensor in state.items()} | {
             lerobot.PI0.unused[0]: _dead(config)
         }
 
@@ -160,13 +160,15 @@ def cut(form: Form, tensors: Tensors, what: str) -> Tensors:
     if what in ("depth", "vision.depth"):
         parts = ("vision",) if what == "vision.depth" else ("language", "expert")
         begin = rf"({'|'.join(parts)})\.layers\.(\d+)\."
-        ours = {name: re.match(begin, form.names.ours(name)) for name in tensors}
+        ours = {name: re.match(begin, form.names.policy_name(name)) for name in tensors}
         layers = {name: int(found[2]) for name, found in ours.items() if found}
         return {n: t for n, t in tensors.items() if layers.get(n) != max(layers.values())}
     tied = {theirs: ours for ours, theirs in form.names.ties.items()}
     out = {}
     for name, tensor in tensors.items():
-        words = form.axes.get(re.sub(r"\.layers\.\d+\.", ".layers.*.", tied.get(name, form.names.ours(name))))
+        words = form.axes.get(
+            re.sub(r"\.layers\.\d+\.", ".layers.*.", tied.get(name, form.names.policy_name(name)))
+        )
         for axis, word in enumerate(words.split() if words and name not in form.unused else ()):
             factor, _, key = word.rpartition("*")
             if key == what:

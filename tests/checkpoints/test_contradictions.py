@@ -229,7 +229,7 @@ def test_a_size_that_only_lost_tensors_tell_hides_no_other_damage(tmp_path: Path
     with pytest.raises(WeightsError) as caught:
         vlafit.load_policy(tmp_path)  # neither chunk nor heads are told: that comes later
     found = caught.value.tensors
-    assert set(found["missing"]) == {form.names.stored(form.names.ours(name)) for name in lost}
+    assert set(found["missing"]) == {form.names.stored(form.names.policy_name(name)) for name in lost}
     assert (found["surplus"], found["misshapen"]) == (("model.extra",), ("model.state_proj.weight",))
     assert "no tensor tells vision.patch, state_dim, action_dim" in str(caught.value)
 

@@ -104,9 +104,9 @@ def test_gradients_have_the_recorded_norms_and_the_frozen_backbone_has_none():
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in trained)
     policy.flow_loss(recorded_batch(), noise=IO["raw.noise"], time=IO["raw.time"])["loss"].backward()
-    assert {lerobot.SMOLVLA.theirs(name) for name in trained} == set(norms)
+    assert {lerobot.SMOLVLA.file_name(name) for name in trained} == set(norms)
     for name, parameter in policy.named_parameters():
-        theirs = lerobot.SMOLVLA.theirs(name)
+        theirs = lerobot.SMOLVLA.file_name(name)
         assert (parameter.grad is None) == (theirs not in norms)
         if parameter.grad is not None:
             assert float(parameter.grad.norm()) == pytest.approx(norms[theirs], rel=1e-3)
@@ -493,7 +493,7 @@ def write_pi0(folder: Path, size: str, layout: str):
     if layout == "hub":
         tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
     else:
-        tensors = {lerobot.PI0.theirs(name): tensor for name, tensor in weights.items()}
+        tensors = {lerobot.PI0.file_name(name): tensor for name, tensor in weights.items()}
         stale = (
             weights["language.embed_tokens.weight"] + 1
         )  # LeRobot trains the embedding, and leaves the head

@@ -85,7 +85,7 @@ def test_gradients_have_the_norms_that_openpi_recorded(policy: Pi0, recorded: tu
     seen = 0
     for info in policy.parts():
         grad = policy.get_parameter(info.name).grad
-        theirs = norms.pop(NAMES.theirs(info.name), None)
+        theirs = norms.pop(NAMES.file_name(info.name), None)
         assert info.dead == (grad is None)
         if grad is not None and theirs is not None:
             seen += 1
@@ -132,7 +132,7 @@ def test_weights_pass_through_our_names_and_back_bit_for_bit(policy: Pi0):
 def test_two_copies_of_the_tied_embedding_must_be_one(folder: Path):
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    embedding = NAMES.theirs("language.embed_tokens.weight")
+    embedding = NAMES.file_name("language.embed_tokens.weight")
     save_file({**tensors, embedding: tensors[LM_HEAD].clone()}, path)
     assert vlafit.load_checkpoint(folder, config=HEADS).report.tied == (LM_HEAD,)
     save_file({**tensors, embedding: tensors[LM_HEAD] + 1}, path)
@@ -143,7 +143,7 @@ def test_two_copies_of_the_tied_embedding_must_be_one(folder: Path):
 def test_every_kind_of_damage_is_named_in_one_error(folder: Path):
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    names = {n: NAMES.theirs(n) for n in ("expert.norm.weight", "state_proj.bias", "language.norm.weight")}
+    names = {n: NAMES.file_name(n) for n in ("expert.norm.weight", "state_proj.bias", "language.norm.weight")}
     del tensors[names["expert.norm.weight"]]
     tensors["vision.layers.0.mlp.fc1.weight"] = torch.zeros(2)  # our name, but their file: surplus
     tensors[names["state_proj.bias"]] = torch.zeros(7)
@@ -168,13 +168,13 @@ def test_the_full_size_names_and_shapes_map_one_to_one(size: str):
         for layer in range(layers)
     }
     ours = {name: tuple(p.shape) for name, p in build(SIZES[size], "meta").named_parameters()}
-    mapped = {NAMES.theirs(name): shape for name, shape in ours.items()}
+    mapped = {NAMES.file_name(name): shape for name, shape in ours.items()}
     assert {**mapped, LM_HEAD: theirs[LM_HEAD], DEAD_HEAD: theirs[DEAD_HEAD]} == theirs
     assert len(mapped) == len(ours) == len(theirs) - 2
-    assert {NAMES.ours(name) for name in mapped} == set(ours)
+    assert {NAMES.policy_name(name) for name in mapped} == set(ours)
     # LeRobot's save_pretrained writes the same names under "model.", and both of the tied pair.
-    lerobot = {lerobot_names.theirs(name): shape for name, shape in ours.items()}
-    embedding = NAMES.theirs("language.embed_tokens.weight")
+    lerobot = {lerobot_names.file_name(name): shape for name, shape in ours.items()}
+    embedding = NAMES.file_name("language.embed_tokens.weight")
     assert lerobot == {f"model.{n}": s for n, s in theirs.items() if n not in (LM_HEAD, DEAD_HEAD)}
     assert f"model.{embedding}" in lerobot and f"model.{LM_HEAD}" in lerobot_names.ties.values()
     assert lerobot_names.unused == (f"model.{DEAD_HEAD}",)

@@ -94,7 +94,7 @@ def _hollow(path: Path) -> int:
     config = override(SIZES["pi0-tiny"], {"language.vocab": 1 << 22, "state_dim": 5, "action_dim": 5}, "here")
     meta = {n: p.detach() for n, p in build(config, "meta").named_parameters()}
     embedding = meta["language.embed_tokens.weight"]
-    meta = back(meta, openpi.NAMES) | {openpi.NAMES.theirs("language.embed_tokens.weight"): embedding}
+    meta = back(meta, openpi.NAMES) | {openpi.NAMES.file_name("language.embed_tokens.weight"): embedding}
     header, end = {}, 0
     for name, tensor in meta.items():
         begin, end = end, end + 4 * tensor.numel()
@@ -121,7 +121,7 @@ def test_two_copies_of_another_shape_are_told_by_headers_alone(form: Form, tmp_p
     tensors = form.write(tmp_path)
     head, embedding = (
         next(iter(openpi.NAMES.ties.values())),
-        openpi.NAMES.theirs("language.embed_tokens.weight"),
+        openpi.NAMES.file_name("language.embed_tokens.weight"),
     )
     for other in (tensors[head][:-1], tensors[head].double()):
         save(tensors | {embedding: other}, tmp_path)
@@ -134,7 +134,7 @@ def test_copies_that_hold_nan_are_not_taken_for_equal(form: Form, tmp_path: Path
     tensors = form.write(tmp_path)
     head, embedding = (
         next(iter(openpi.NAMES.ties.values())),
-        openpi.NAMES.theirs("language.embed_tokens.weight"),
+        openpi.NAMES.file_name("language.embed_tokens.weight"),
     )
     tensors[head][0, 0] = torch.nan
     save(tensors | {embedding: tensors[head].clone()}, tmp_path)

@@ -1,4 +1,4 @@
-"""Two-way maps between our parameter names and those of another program's files."""
+"""Two-way maps between a policy's parameter names and those of another program's files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from torch import Tensor
 class NameMap:
     """How another program names the parameters of a policy.
 
-    `prefixes` are pairs (ours, theirs); the first that fits decides, and a name that none fits is the same on
-    both sides. `ties` gives, for one of our names, a further name under which the same tensor may be found.
-    `unused` are tensors of theirs that feed nothing.
+    `prefixes` are pairs (policy, file); the first that fits decides, and a name that none fits is the same on
+    both sides. `ties` gives, for a policy's name, a further file name under which the same tensor may be
+    found. `unused` are tensors of the file that feed nothing.
     """
 
     form: str
@@ -20,36 +20,36 @@ class NameMap:
     ties: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
-    def theirs(self, ours: str) -> str:
-        """Return their name for our parameter."""
-        for mine, other in self.prefixes:
-            if ours.startswith(mine):
-                return other + ours[len(mine) :]
-        return ours
+    def file_name(self, name: str) -> str:
+        """Return the file's name for a policy's parameter."""
+        for in_policy, in_file in self.prefixes:
+            if name.startswith(in_policy):
+                return in_file + name[len(in_policy) :]
+        return name
 
-    def ours(self, theirs: str) -> str:
-        """Return our name for their parameter. An unknown one keeps its name."""
-        for mine, other in self.prefixes:
-            if theirs.startswith(other):
-                return mine + theirs[len(other) :]
-        clash = any(theirs.startswith(mine) for mine, _ in self.prefixes)
-        return f"{self.form}:{theirs}" if clash else theirs
+    def policy_name(self, name: str) -> str:
+        """Return the policy's name for a tensor of the file. An unknown one keeps its name."""
+        for in_policy, in_file in self.prefixes:
+            if name.startswith(in_file):
+                return in_policy + name[len(in_file) :]
+        clash = any(name.startswith(in_policy) for in_policy, _ in self.prefixes)
+        return f"{self.form}:{name}" if clash else name
 
-    def stored(self, ours: str) -> str:
-        """Return the name under which their files hold our parameter, or an unknown one."""
-        unknown = ours.removeprefix(f"{self.form}:")
-        return unknown if unknown != ours else self.ties.get(ours, self.theirs(ours))
+    def stored(self, name: str) -> str:
+        """Return the name under which files hold a policy's parameter, or an unknown one."""
+        unknown = name.removeprefix(f"{self.form}:")
+        return unknown if unknown != name else self.ties.get(name, self.file_name(name))
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A file's tensors under our names, and what became of the others (by the file's names)."""
+    """A file's tensors under the policy's names, and what became of the others (by the file's names)."""
 
     weights: dict[str, Tensor]
     tied: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     file_name: Callable[[str], str] = str
-    """The file's name of one of ours."""
+    """The file's name of a policy's parameter."""
     twins: Mapping[str, Tensor] = field(default_factory=dict)
     """Second copies of tied weights, whose numbers are not compared yet."""
     conflicts: tuple[str, ...] = ()
@@ -65,32 +65,33 @@ def translate(tensors: Mapping[str, Tensor], names: NameMap) -> Translated:
     weights, tied, unused, conflicts = {}, [], [], []
     twins: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    alias = {theirs: ours for ours, theirs in names.ties.items()}
-    for theirs, tensor in tensors.items():
-        if theirs in names.unused:
-            unused.append(theirs)
-        elif theirs not in alias:
-            weights[names.ours(theirs)] = tensor
-            origin[names.ours(theirs)] = theirs
-    for theirs, ours in alias.items():
-        if theirs not in tensors:
+    alias = {in_file: in_policy for in_policy, in_file in names.ties.items()}
+    for name, tensor in tensors.items():
+        if name in names.unused:
+            unused.append(name)
+        elif name not in alias:
+            parameter = names.policy_name(name)
+            weights[parameter] = tensor
+            origin[parameter] = name
+    for name, parameter in alias.items():
+        if name not in tensors:
             continue
-        tied.append(theirs)
-        first, second = weights.setdefault(ours, tensors[theirs]), tensors[theirs]
+        tied.append(name)
+        first, second = weights.setdefault(parameter, tensors[name]), tensors[name]
         if first is second:
             continue
         if first.shape == second.shape and first.dtype == second.dtype:
-            twins[ours] = second
+            twins[parameter] = second
         else:
             both = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (second, first)]
-            conflicts.append(f"tied, but different: {theirs} is {both[0]}, {origin[ours]} is {both[1]}")
+            conflicts.append(f"tied, but different: {name} is {both[0]}, {origin[parameter]} is {both[1]}")
 
-    def file_name(ours: str) -> str:
-        return origin.get(ours) or names.stored(ours)
+    def file_name(parameter: str) -> str:
+        return origin.get(parameter) or names.stored(parameter)
 
     return Translated(weights, tuple(tied), tuple(unused), file_name, twins, tuple(conflicts))
 
 
 def back(weights: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
-    """Rename our tensors to theirs; what they tie is stored once, under the tied name."""
-    return {names.ties.get(ours, names.theirs(ours)): tensor for ours, tensor in weights.items()}
+    """Rename a policy's tensors to the file's names; tied tensors are stored once, under the tied name."""
+    return {names.stored(name): tensor for name, tensor in weights.items()}

@@ -31,7 +31,7 @@ class TransformersAdapters(AdapterSupport):
         modules = dict(writing.skeleton(policy.config).named_modules())
 
         def module_name(layer: str) -> str:
-            return names.LIVE.theirs(f"{layer}.weight").removesuffix(".weight")
+            return names.LIVE.file_name(f"{layer}.weight").removesuffix(".weight")
 
         renamed = [layer for layer in layers if module_name(layer).startswith("embed_action_time.")]
         if renamed:

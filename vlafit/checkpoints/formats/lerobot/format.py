@@ -150,7 +150,7 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
     layout = names.layout_of(rest)
     assert layout is not None  # detected by it
     family, name_map = layout
-    ours = [name_map.ours(name) for name in rest]
+    ours = [name_map.policy_name(name) for name in rest]
     kind = variant_of(shape_table(family), ours).public
     mixed = sum(bool(own) for own in variant_tensors(shape_table(family), ours)) > 1
     if config is not None and config.values["type"] != kind and not mixed:  # a mix is named with all tensors
@@ -186,7 +186,7 @@ def _translate(
     heads = tuple(
         theirs
         for ours, theirs in name_map.ties.items()
-        if theirs in tensors and name_map.theirs(ours) in tensors
+        if theirs in tensors and name_map.file_name(ours) in tensors
     )
     axes = dict.fromkeys(heads, "language.vocab language.width")
     width = "language.width" if family == "smolvla" else "expert.width"

@@ -133,7 +133,7 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     embedding = weights["language.embed_tokens.weight"]
     names = lerobot.SMOLVLA if isinstance(policy, SmolVLA) else lerobot.PI0
-    tensors = {names.theirs(name): tensor for name, tensor in weights.items()}
+    tensors = {names.file_name(name): tensor for name, tensor in weights.items()}
     if isinstance(policy, SmolVLA):
         return tensors | {names.unused[0]: embedding.clone()}
     width = policy.config.expert.width

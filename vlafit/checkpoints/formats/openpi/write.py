@@ -69,7 +69,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
     ours, tied = next(iter(openpi.NAMES.ties.items()))
     save_file(
-        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.theirs(ours): tied}
+        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.file_name(ours): tied}
     )
     language, expert = variants(config)
     described = {

@@ -132,7 +132,7 @@ def saved_modules(folder: PeftFolder, names: NameMap, weights: Mapping[str, Tens
     for name, tensor in folder.tensors.items():
         module = name.rpartition(".")[0]
         if any(module == saved_name or module.endswith(f".{saved_name}") for saved_name in modules):
-            saved[names.ours(name)] = tensor
+            saved[names.policy_name(name)] = tensor
     unknown = [name for name in saved if name not in weights]
     if unknown:
         raise WeightsError(f"{folder.path}: modules_to_save are not of its base: {unknown[:3]}")
@@ -203,9 +203,9 @@ class PeftAdapters(StoredAdapters):
         shapes = adapter_shapes(policy, make_groups(plan.adapted))
         wanted = {_key(name, modules): shape for name, (_, shape) in shapes.items() if is_stored(name)}
         dead = tuple(
-            f"{self.names.theirs(i.name).removesuffix('.weight')}." for i in policy.parts() if i.dead
+            f"{self.names.file_name(i.name).removesuffix('.weight')}." for i in policy.parts() if i.dead
         )
-        saved = {self.names.theirs(name) for name in self.saved}
+        saved = {self.names.file_name(name) for name in self.saved}
         have = {n: t for n, t in self.folder.tensors.items() if n not in saved and not n.startswith(dead)}
         wrong = {
             "missing": [name for name in wanted if name not in have],
@@ -228,7 +228,7 @@ class PeftAdapters(StoredAdapters):
 def _modules(policy: Policy, names: NameMap) -> dict[str, str]:
     """Return, for every layer of the policy that could carry an adapter, the other program's module."""
     weights = [name for name, _ in policy.named_parameters() if layer_kind(policy, name)]
-    return {name.removesuffix(".weight"): names.theirs(name).removesuffix(".weight") for name in weights}
+    return {name.removesuffix(".weight"): names.file_name(name).removesuffix(".weight") for name in weights}
 
 
 def _targets(modules: Mapping[str, str], config: Mapping[str, Any], path: Path) -> list[str]:

@@ -51,7 +51,7 @@ def take(policy: Policy, plan: Plan, map: NameMap) -> ExportedAdapters:
     (group,) = make_groups(plan.adapted)
 
     def names(layer: str) -> str:
-        return map.theirs(f"{layer}.weight").removesuffix(".weight")
+        return map.file_name(f"{layer}.weight").removesuffix(".weight")
 
     # What PiSSA took out of a weight is not in base/ either: over it, the adapter is plain LoRA.
     group = as_new(group)
