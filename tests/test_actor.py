@@ -145,3 +145,13 @@ def test_what_is_no_observation_of_the_robot_is_refused_by_name() -> None:
     with pytest.raises(CodecError, match="1 observations with 0 keys"):
         actor.act([observation], [])
     assert actor.act([], []) == []
+
+
+def test_a_policy_with_a_history_is_never_shown_only_the_newest_step_after_the_start():
+    actor = make_actor()
+    settings = dataclasses.replace(actor.codec.config, history=2)
+    codec = Codec(settings, actor.codec.embodiment, actor.codec.statistics, actor.codec.tokenizer)
+    observations, keys = inputs(1, codec.config.image_size)
+    later = [dataclasses.replace(keys[0], replan=1)]
+    with pytest.raises(CodecError, match=r"2 observation steps.*Observation\.past"):
+        PolicyActor(actor.policy, codec, width=8).act(observations, later)

@@ -114,6 +114,7 @@ class PolicyActor:
         keys: Sequence[EpisodeKey],
         committed: Sequence[Committed | None],
     ) -> list[ActionChunk]:
+        self._require_past(observations, keys)
         encoded = [self.codec.encode(observation) for observation in observations]
         missing = self.width - len(keys)
         rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
@@ -133,6 +134,16 @@ class PolicyActor:
             self.codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
+
+    def _require_past(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> None:
+        """Raise CodecError if only the newest step is given, after an episode's start, of several."""
+        steps = self.codec.config.history
+        for observation, key in zip(observations, keys, strict=True):
+            if steps > 1 and key.replan > 0 and not observation.past:
+                raise CodecError(
+                    f"the policy reads {steps} observation steps, and call {key.replan} of task {key.task!r} "
+                    "only has the newest: fill Observation.past (rollouts and the server do not yet)"
+                )
 
     def _continuation(
         self,

@@ -29,7 +29,7 @@ from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment, build
 from vlafit.train.initial_policy import merge_error
 from vlafit.train.metrics import Metrics
-from vlafit.train.preflight import check, never_began, run_warnings
+from vlafit.train.preflight import check, never_began, require_rollouts, run_warnings
 from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
 from vlafit.train.trainer import RunStatus, Trainer
 
@@ -224,6 +224,7 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     spec, agreement = experiment.recipe.eval, experiment.agreement
     if not spec.protocol:
         return experiment
+    require_rollouts(experiment.codec.config.history, spec.protocol)
     robot = rollout.preflight(
         spec.protocol,
         experiment.codec.embodiment,
