@@ -16,8 +16,8 @@ THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 OPENPI = Party("checkpoint", "pi0_base", None, None, THREE, frame_sizes_known=False)
 
 
-def agreed(mine: Party, theirs: Party | None, fresh: bool = False, **adapt) -> Agreement:
-    return agree(mine, theirs, AdaptRecipe(**adapt), fresh_statistics=fresh)
+def agreed(own: Party, other: Party | None, fresh: bool = False, **adapt) -> Agreement:
+    return agree(own, other, AdaptRecipe(**adapt), fresh_statistics=fresh)
 
 
 def conflicts(agreement: Agreement) -> set[str]:
@@ -38,10 +38,10 @@ def test_the_same_robot_agrees_on_every_point():
 # --------------------------------------------------------------------------------------------- relative
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [((True, True, False), ()), ((), (True, True, False))])
-def test_relative_on_one_side_only_is_an_error_that_names_both_sides(mine, theirs):
+@pytest.mark.parametrize(("own", "other"), [((True, True, False), ()), ((), (True, True, False))])
+def test_relative_on_one_side_only_is_an_error_that_names_both_sides(own, other):
     with pytest.raises(EmbodimentError) as error:
-        agreed(dataset(mine), checkpoint(theirs)).require()
+        agreed(dataset(own), checkpoint(other)).require()
     text = str(error.value)
     assert "relative in dimensions 0, 1" in text and "absolute" in text and "actions = " in text
 
@@ -53,21 +53,19 @@ def test_the_checkpoints_actions_may_be_chosen_with_either_statistics():
 
 
 def test_the_cards_actions_may_be_chosen_only_with_fresh_statistics():
-    mine, theirs = dataset((True, True, False)), checkpoint(())
-    assert agreed(mine, theirs, True, actions="data").relative == (True, True, False)
-    refused = agreed(mine, theirs, False, actions="data")
+    own, other = dataset((True, True, False)), checkpoint(())
+    assert agreed(own, other, True, actions="data").relative == (True, True, False)
+    refused = agreed(own, other, False, actions="data")
     assert conflicts(refused) == {"relative actions"}
     assert 'data.statistics = "data"' in refused.conflicts[0].fix
 
 
 def test_a_mask_of_another_width_is_never_put_on_the_robot():
     narrow = replace(ROBOT.action, shape=(2,), labels=("shoulder", "elbow"))
-    theirs = checkpoint((True, True, False))
-    agreement = agreed(dataset((True, True), action=narrow), theirs, True, robot=True, actions="checkpoint")
+    other = checkpoint((True, True, False))
+    agreement = agreed(dataset((True, True), action=narrow), other, True, robot=True, actions="checkpoint")
     assert conflicts(agreement) == {"relative actions"}
-    assert agreed(
-        dataset((True, True), action=narrow), theirs, True, robot=True, actions="data"
-    ).relative == (
+    assert agreed(dataset((True, True), action=narrow), other, True, robot=True, actions="data").relative == (
         True,
         True,
     )
@@ -82,10 +80,10 @@ def test_where_the_checkpoint_does_not_say_the_card_holds_and_a_choice_is_refuse
 
 
 def test_a_conversion_inside_the_policy_is_refused_unless_robot_and_statistics_are_new():
-    theirs = replace(checkpoint(), conversions=("adapt_to_pi_aloha is true: it converts joints",))
+    other = replace(checkpoint(), conversions=("adapt_to_pi_aloha is true: it converts joints",))
     for fresh, robot in ((False, False), (False, True), (True, False)):
-        assert conflicts(agreed(dataset(), theirs, fresh, robot=robot)) == {"conversion"}
-    assert chosen(agreed(dataset(), theirs, True, robot=True)) == {"conversion"}
+        assert conflicts(agreed(dataset(), other, fresh, robot=robot)) == {"conversion"}
+    assert chosen(agreed(dataset(), other, True, robot=True)) == {"conversion"}
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -98,55 +96,55 @@ def test_cameras_are_matched_by_name_whatever_their_order():
 
 
 def test_only_one_of_two_cameras_is_an_error_until_the_other_slot_is_said_to_be_empty():
-    mine = dataset(cameras=cameras("wrist"))
-    refused = agreed(mine, checkpoint())
+    own = dataset(cameras=cameras("wrist"))
+    refused = agreed(own, checkpoint())
     assert conflicts(refused) == {"camera slot 0"}
     assert 'front = "", wrist = "wrist"' in refused.conflicts[0].fix
-    agreement = agreed(mine, checkpoint(), cameras={"front": ""})
+    agreement = agreed(own, checkpoint(), cameras={"front": ""})
     agreement.require()
     assert agreement.cameras == ("", "wrist")
 
 
 def test_a_camera_without_a_slot_is_an_error_until_the_used_ones_are_named():
-    mine = dataset(cameras=cameras("front", "wrist", "side"))
-    assert conflicts(agreed(mine, checkpoint())) == {"camera side"}
-    agreement = agreed(mine, checkpoint(), cameras={"front": "side"})
+    own = dataset(cameras=cameras("front", "wrist", "side"))
+    assert conflicts(agreed(own, checkpoint())) == {"camera side"}
+    agreement = agreed(own, checkpoint(), cameras={"front": "side"})
     agreement.require()
     assert agreement.cameras == ("side", "wrist") and "camera front" in chosen(agreement)
 
 
 def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
-    mine = dataset(cameras=cameras("top", "wrist_left", "wrist_right"))
-    refused = agreed(mine, OPENPI)
+    own = dataset(cameras=cameras("top", "wrist_left", "wrist_right"))
+    refused = agreed(own, OPENPI)
     assert conflicts(refused) >= {"camera slot 0", "camera slot 1", "camera slot 2"}
     pairs = dict(zip(THREE, ("top", "wrist_left", "wrist_right"), strict=True))
     assert all(f'{slot} = "{name}"' in refused.conflicts[0].fix for slot, name in pairs.items())
-    agreement = agreed(mine, OPENPI, cameras=pairs)
+    agreement = agreed(own, OPENPI, cameras=pairs)
     agreement.require()
     assert agreement.cameras == ("top", "wrist_left", "wrist_right")
 
 
 @pytest.mark.parametrize("other", ["wrist_right", "RightWrist", "right_cam", "rightwrist"])
 def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
-    mine = dataset(cameras=cameras("base_0_rgb", other))
+    own = dataset(cameras=cameras("base_0_rgb", other))
     wrong = {"left_wrist_0_rgb": other, "right_wrist_0_rgb": ""}
-    agreement = agreed(mine, OPENPI, cameras=wrong)
+    agreement = agreed(own, OPENPI, cameras=wrong)
     assert conflicts(agreement) == {"camera slot 1"}
     assert other in agreement.conflicts[0].fix and "left" in agreement.conflicts[0].fix
 
 
 def test_upright_is_no_hand():
-    mine = dataset(cameras=cameras("base_0_rgb", "upright"))
+    own = dataset(cameras=cameras("base_0_rgb", "upright"))
     maps = {"left_wrist_0_rgb": "upright", "right_wrist_0_rgb": ""}
-    agreed(mine, OPENPI, cameras=maps).require()
+    agreed(own, OPENPI, cameras=maps).require()
 
 
 def test_another_frame_size_is_an_error_unless_resize_is_said():
-    mine = dataset(cameras=cameras("front", "wrist", size=(480, 640)))
-    refused = agreed(mine, checkpoint())
+    own = dataset(cameras=cameras("front", "wrist", size=(480, 640)))
+    refused = agreed(own, checkpoint())
     assert conflicts(refused) == {"camera slot 0", "camera slot 1"}
     assert "480x640" in str(refused.conflicts[0].sides) and "48x64" in str(refused.conflicts[0].sides)
-    assert chosen(agreed(mine, checkpoint(), resize=True)) == {"camera slot 0", "camera slot 1"}
+    assert chosen(agreed(own, checkpoint(), resize=True)) == {"camera slot 0", "camera slot 1"}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +181,10 @@ def test_without_a_checkpoint_there_is_nothing_to_map():
     ],
 )
 def test_another_robot_needs_adapt_robot_and_statistics_of_its_own(changes: dict, item: str):
-    mine = dataset(**changes)
+    own = dataset(**changes)
     for fresh, robot in ((False, False), (False, True), (True, False)):
-        assert conflicts(agreed(mine, checkpoint(), fresh, robot=robot)) == {item}
-    agreement = agreed(mine, checkpoint(), True, robot=True)
+        assert conflicts(agreed(own, checkpoint(), fresh, robot=robot)) == {item}
+    agreement = agreed(own, checkpoint(), True, robot=True)
     agreement.require()
     assert chosen(agreement) == {item}
 

@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger runs no code and reads no file outside its folder."""
+"""An untrusted checkpoint runs no code and reads no file outside its folder."""
 
 import json
 import os

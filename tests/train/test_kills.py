@@ -29,15 +29,19 @@ def test_a_kill_in_the_first_moments_leaves_a_folder_in_which_a_run_can_begin(
 
 
 def test_partial_files_of_a_killed_process_are_removed_from_the_run(tmp_path: Path) -> None:
-    shelf = tmp_path / "checkpoints"
-    shelf.mkdir()
-    for path in (tmp_path / ".run.json.41.partial", shelf / ".last.json.41.partial", tmp_path / ".probe.41"):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for path in (
+        tmp_path / ".run.json.41.partial",
+        checkpoints / ".last.json.41.partial",
+        tmp_path / ".probe.41",
+    ):
         path.write_text("")
     for name in (".step_000004.partial", ".step_000002.removed"):
-        (shelf / name).mkdir()
-    (shelf / "step_000002").mkdir()
+        (checkpoints / name).mkdir()
+    (checkpoints / "step_000002").mkdir()
     CheckpointManager(tmp_path, keep=2).tidy()
-    assert [p.name for p in shelf.iterdir()] == ["step_000002"]
+    assert [p.name for p in checkpoints.iterdir()] == ["step_000002"]
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
 
 
@@ -46,14 +50,14 @@ def test_a_checkpoint_that_a_kill_kept_from_being_pruned_is_pruned_on_resume(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    shelf = out / "checkpoints"
-    kept = sorted(p.name for p in shelf.glob("step_*"))
+    checkpoints = out / "checkpoints"
+    kept = sorted(p.name for p in checkpoints.glob("step_*"))
     for step in (1, 3):
-        shutil.copytree(shelf / kept[-1], shelf / f"step_{step:06d}")
+        shutil.copytree(checkpoints / kept[-1], checkpoints / f"step_{step:06d}")
     assert run(recipe, out, resume=True).finished
-    left = sorted(p.name for p in shelf.glob("step_*"))
+    left = sorted(p.name for p in checkpoints.glob("step_*"))
     assert kept[-1] in left and len(left) <= recipe.train.keep + 2
-    assert json.loads((shelf / "last.json").read_text())["path"] == kept[-1]
+    assert json.loads((checkpoints / "last.json").read_text())["path"] == kept[-1]
 
 
 class Masks(Dataset[bool]):

@@ -154,7 +154,7 @@ def inspect(
     opened = open_checkpoint(where.path, options, format)
     for table in options.config.tables:
         if table not in options.config.for_weights:
-            options.config.refuse(table, opened.path, "no codec is made where headers alone are read")
+            options.config.refuse(table, opened.path, "no codec is made where only headers are read")
     sized = _resize(opened, options)
     policy = family(opened.family).build(sized.config, "meta")
     weights, fresh = opened.tensors.weights, _selected(policy, sized.fresh)

@@ -41,7 +41,7 @@ def family(name: str, trust: Sequence[str] = ()) -> ModuleType:
     """Import the module of a family.
 
     A dotted `name` is imported only if an entry point offers it, the program has imported it already, or
-    `trust` names it or a package that it is in: `name` may come from a stranger's checkpoint. Raises
+    `trust` names it or a package that it is in: `name` may come from an untrusted checkpoint. Raises
     ConfigError otherwise, and for a name that is no family.
     """
     others = installed()

@@ -83,7 +83,7 @@ def greeting(described: Described) -> dict[str, Any]:
 
 
 def read_greeting(frame: Any, url: str) -> Described:
-    """Read a server's first frame. Raises RemoteError where it is not one of ours."""
+    """Read a server's first frame. Raises RemoteError if it is not from a vlafit server."""
     if not isinstance(frame, Mapping) or frame.get("server") != "vlafit":
         raise RemoteError(
             f"{url}: a policy server answers, but not vlafit's; it needs a client of its own (openpi-client, "

@@ -163,7 +163,7 @@ class Server:
         except TimeoutError:
             self.metrics.refuse("slow")
             connection.transport.abort()
-        except Exception:  # an internal error costs this client its connection, and nobody else theirs
+        except Exception:  # an internal error only costs this client its connection
             log.exception("a connection ended in an error")
             self.metrics.refuse("internal")
         finally:

@@ -124,7 +124,7 @@ def _names(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def read_token(file: str) -> str:
-    """Read a token: the text of a file that its owner alone may read. Raises ConfigError."""
+    """Read a token: the text of a file that only its owner may read. Raises ConfigError."""
     path = Path(file)
     try:
         token = path.read_text(encoding="utf-8").strip()
