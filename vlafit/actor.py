@@ -17,8 +17,7 @@ from vlafit import checkpoints
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
-from vlafit.nn.flow_policy import FlowPolicy
-from vlafit.nn.guidance import Continuation, prefix_weights
+from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
@@ -122,10 +121,9 @@ class PolicyActor:
         batch = self._cut(stack(encoded + encoded[:1] * missing)).to(device)
         lefts = [left for left in committed if left is not None]
         if lefts:
-            if not isinstance(self.policy, FlowPolicy):
-                raise ConfigError(
-                    f"real-time chunking needs a flow-matching policy, not {type(self.policy).__name__}"
-                )
+            if not isinstance(self.policy, GuidedPolicy):
+                kind = type(self.policy).__name__
+                raise ConfigError(f"real-time chunking needs a policy with act_guided, which {kind} has not")
             continuation = self._continuation(observations, lefts, missing, device)
             actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()
         else:

@@ -9,10 +9,13 @@ from 0 to 1.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from vlafit.nn.batch import Batch
+from vlafit.nn.rng import SampleRng
 from vlafit.types import Schedule
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -49,6 +52,15 @@ class Continuation:
             return self.max_weight
         inverse_r2 = (time**2 + tau**2) / time**2
         return self.max_weight.clamp(max=time / tau * inverse_r2)
+
+
+@runtime_checkable
+class GuidedPolicy(Protocol):
+    """A policy that can continue a chunk, as real-time chunking needs: any that has `act_guided`."""
+
+    def act_guided(self, batch: Batch, rng: SampleRng, continuation: Continuation) -> Tensor:
+        """Return actions [b, t, a] as `act` does, held to the chunks that they have to continue."""
+        ...
 
 
 def prefix_weights(schedule: Schedule, delay: int, end: int, steps: int) -> Tensor:

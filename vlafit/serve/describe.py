@@ -2,7 +2,7 @@
 
 from vlafit.actor import PolicyActor
 from vlafit.errors import ConfigError
-from vlafit.nn.flow_policy import FlowPolicy
+from vlafit.nn.guidance import GuidedPolicy
 from vlafit.rollout.evaluation import TrainedActor
 from vlafit.serve.metadata import Described, software
 from vlafit.types import Actor, GuidedActor
@@ -20,7 +20,7 @@ def describe(actor: Actor) -> Described:
     if isinstance(actor, PolicyActor):
         config = actor.codec.config
         chunk, required = config.chunk, tuple(name for name in config.cameras if name)
-        guided = isinstance(actor.policy, FlowPolicy)
+        guided = isinstance(actor.policy, GuidedPolicy)
         normalisation = {"state": config.normalisation, "action": config.of_actions}
     return Described(
         embodiment=actor.embodiment,
