@@ -29,6 +29,11 @@ BAD_RECIPES = {
         "[train]\nkeep_best = 1",
         "{path}: train.keep_best: expected true or false, got 1",
     ),
+    "a number beyond any use": (
+        "[optim]\nlr = 1e30",
+        "{path}: optim.lr: expected a number below 2^63, got 1e+30",
+    ),
+    "no end": ("[optim]\nlr = inf", "{path}: optim.lr: expected a number below 2^63, got inf"),
     "not a number": ("[optim]\nlr = nan", "{path}: optim.lr: expected a number below 2^63, got nan"),
     "none of the choices": (
         "[train]\nprecision = 'fp23'",
