@@ -129,6 +129,8 @@ class TrainRecipe:
     """CPU threads of each process. 0: torch's default."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate in addition to metrics.jsonl."""
+    report: bool = True
+    """Write report.html at the end. `vlafit report RUN` writes it at any time."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "after": True,
         "wrong_instruction": True,
     }
-    recipe = tiny(card, eval=evaluations)
+    recipe = tiny(card, eval=evaluations, train={"report": True})
     (home / "tiny.toml").write_text(config.dump(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)

@@ -140,6 +140,7 @@ def recipe_of(card: Path, checkpoint: Path | None, adapt: dict[str, Any], **data
             validation_batches=1,
             threads=1,
             trackers=(),
+            report=False,
         ),
         eval=EvalRecipe(after=False, workers=1, videos=0),
     )  # fmt: skip

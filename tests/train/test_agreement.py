@@ -358,7 +358,9 @@ def test_runs_and_checkpoints_keep_the_agreement_and_print_it(tmp_path: Path, ca
     recipe = recipe_of(write_card(tmp_path / "data"), base, {"cameras": {"wrist": ""}})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
     out = tmp_path / "run"
-    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 0
+    assert (
+        cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(out), "--train.report", "true"]) == 0
+    )
     shown = capsys.readouterr().out
     assert "adapt.cameras leaves it empty" in shown and "camera slot 0" in shown
     last = out / "checkpoints" / "step_000001"

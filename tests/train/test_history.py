@@ -50,7 +50,7 @@ def base(seeded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def further(base: Path, card: Path, **sections: Any) -> Recipe:
     """A recipe of one step from the checkpoint."""
-    train = {"steps": 1, "validate_every": 0, "save_every": 0}
+    train = {"steps": 1, "validate_every": 0, "save_every": 0, **sections.pop("train", {})}
     recipe = tiny(card, train=train, **sections)
     return replace(recipe, policy=PolicyRecipe(checkpoint=str(base)))
 
@@ -153,7 +153,7 @@ def test_pictures_of_another_renderer_are_told_kept_and_reported(
     card = moved(seeded, tmp_path / "data")
     card.write_text(card.read_text().replace('renderer = "ray"', 'renderer = "egl"'))
     out = tmp_path / "run"
-    process = start(further(base, card), out)
+    process = start(further(base, card, train={"report": True}), out)
     assert process.wait() == 0
     told = (
         "the checkpoint was trained on images rendered by 'ray', the dataset shows images rendered by 'egl'"
@@ -180,7 +180,7 @@ def test_a_foreign_renderer_is_told_with_fresh_statistics_too_and_not_forgotten_
 
 
 def test_the_report_pins_the_base_and_the_data(base: Path, seeded: Path, tmp_path: Path) -> None:
-    run(further(base, seeded), tmp_path / "run")
+    run(further(base, seeded, train={"report": True}), tmp_path / "run")
     hashes = json.loads((tmp_path / "run" / "report.json").read_text())["sha256"]
     assert hashes["base checkpoint"] == checkpoints.digest(base)
     assert hashes["dataset dots"] == checkpoints.read_lineage(base).datasets[0].sha256

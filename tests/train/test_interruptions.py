@@ -104,7 +104,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
 def test_the_command_line_ends_with_130_after_sigterm_and_says_how_to_go_on(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    endless = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=100_000))
+    endless = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=100_000, report=True))
     process = start(endless, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 2)
     process.terminate()

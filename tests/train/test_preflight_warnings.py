@@ -80,7 +80,7 @@ def test_warnings_are_in_the_run_and_its_report(
         recipe,
         strategy=str(tmp_path / "mine.toml"),
         optim=replace(recipe.optim, warmup_steps=4),
-        train=replace(recipe.train, steps=4, validate_every=1),
+        train=replace(recipe.train, steps=4, validate_every=1, report=True),
     )
     assert run(short, tmp_path / "run").finished
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -20,7 +20,11 @@ NAMES = ["after", "before", "step_000003", "step_000006", "wrong_instruction"]
 @pytest.fixture(scope="module")
 def judged(card: Path) -> Recipe:
     protocol = str(card.parent / "toy.toml")
-    return tiny(card, eval={"protocol": protocol, **EVERYTHING}, train={"save_every": 0, "validate_every": 0})
+    return tiny(
+        card,
+        eval={"protocol": protocol, **EVERYTHING},
+        train={"save_every": 0, "validate_every": 0, "report": True},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_them(card: Path, tmp_path: Path) -> None:
-    recipe = tiny(card, train={"steps": 3, "sharding": "full"})
+    recipe = tiny(card, train={"steps": 3, "sharding": "full", "report": True})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
     words = ["--config_file", "configs/accelerate/cpu2.yaml", "-m", "vlafit", "train"]
     words += [str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]

@@ -167,8 +167,9 @@ def _train(
     page = None
     if main:
         _end(record, trainer, time.perf_counter() - began)
-        callbacks.phase("report")
-        page = _report(out)
+        if recipe.train.report:
+            callbacks.phase("report")
+            page = _report(out)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
 
