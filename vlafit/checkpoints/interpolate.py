@@ -169,13 +169,13 @@ def _require_same_form(policy: Policy, base: Policy) -> None:
     names = [family_name(p) for p in (policy, base)]
     if names[0] != names[1]:
         raise WeightsError(f"interpolation: this policy is a {names[0]}, the base a {names[1]}")
-    ours, theirs = (asdict(p.config) for p in (policy, base))
+    sizes, base_sizes = (asdict(p.config) for p in (policy, base))
     # Sizes of tensors are compared tensor by tensor; heads, say, show in no tensor.
-    different = [key for key in ours if key not in FREE and not _same(ours[key], theirs[key], _UNSEEN)]
+    different = [key for key in sizes if key not in FREE and not _same(sizes[key], base_sizes[key], _UNSEEN)]
     if different:
         raise WeightsError(
-            f"interpolation: {different[0]} is {theirs[different[0]]} in the base, {ours[different[0]]} in "
-            "this policy"
+            f"interpolation: {different[0]} is {base_sizes[different[0]]} in the base, "
+            f"{sizes[different[0]]} in this policy"
         )
 
 

@@ -13,8 +13,8 @@ def list_tensors(
     """Return a list of tensors under the file's names.
 
     An entry is our name of a tensor, and after a blank what is wrong with it; `file_name` gives the file's
-    name, which ours follows in brackets where it is another. `every` are the file's names among which a part
-    is whole: a layer of which all is listed is named once, with the number of its tensors.
+    name, followed in brackets by the policy's where it is another. `every` are the file's names among which a
+    part is whole: a layer of which all is listed is named once, with the number of its tensors.
     """
     pairs = [entry.partition(" ") for entry in entries]
     plain = {file_name(name): name for name, _, detail in pairs if not detail}
@@ -25,15 +25,15 @@ def list_tensors(
         if detail or not any(shown.startswith(f"{top}.") for top in tops):
             items.append((shown, "" if name == shown else name, f" {detail}" if detail else ""))
     grouped: dict[tuple[str, str, str], list[int]] = {}
-    for shown, ours, detail in items:
-        layer = _LAYER.search(shown) or _LAYER.search(ours)
-        key = _LAYER.sub("\0", shown), _LAYER.sub("\0", ours), detail
+    for shown, name, detail in items:
+        layer = _LAYER.search(shown) or _LAYER.search(name)
+        key = _LAYER.sub("\0", shown), _LAYER.sub("\0", name), detail
         grouped.setdefault(key, []).extend([int(layer[0])] if layer else [])
     return ", ".join(_one(*key, layers) for key, layers in grouped.items())
 
 
-def _one(shown: str, ours: str, detail: str, layers: list[int]) -> str:
-    text = f"{shown} [{ours}]{detail}" if ours else shown + detail
+def _one(shown: str, name: str, detail: str, layers: list[int]) -> str:
+    text = f"{shown} [{name}]{detail}" if name else shown + detail
     return text.replace("\0", _ranges(layers)) if layers else text
 
 

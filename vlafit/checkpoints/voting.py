@@ -62,7 +62,7 @@ def vote(
     witnesses: Iterable[Witness] = (),
     file_name: Callable[[str], str] = str,
 ) -> Votes:
-    """Count the sizes of every tensor in the file (see `file_name`) once, though it holds many of ours.
+    """Count the sizes of every tensor in the file (see `file_name`) once, also where one holds many.
 
     `axes` has, for each of our names (a layer's number is ``*``), the dimensions of its axes in words:
     ``2*expert.width expert.width``. A number is no dimension; ``-`` tells nothing.

@@ -40,7 +40,7 @@ FLOORED: Mapping[Normalisation, Normalisation] = {
     "lerobot_quantile": "quantile",
     "lerobot_min_max": "min_max",
 }
-"""Another program's way of normalising -> ours with a floor, which fitted statistics use."""
+"""Another program's way of normalising -> vlafit's with a floor, which fitted statistics use."""
 
 LEROBOT_EPSILON = 1e-8  # LeRobot, normalize_processor.py: (x - mean) / (std + 1e-8); ranges of 0 become 1e-8
 EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
@@ -213,7 +213,7 @@ class Normaliser:
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
         """Return the normaliser of `method`; nothing is clipped.
 
-        Of ours ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
+        Of vlafit's ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
         the divisor is never so small that a *recorded* value would land further than 50 from the centre: a
         dimension that hardly ever moves otherwise gives q99 - q01 near 0 and normalised values in the
         thousands. A dimension that is constant but for noise is divided by 1e-2 * max(1, |mean|), so that

@@ -22,8 +22,8 @@ FORMAT = 1
 UNLIMITED_STEPS = 999_999  # steps of an arm whose budget is time
 # Fields that differ between arms, or do not change the result of a finished arm.
 NOT_SHARED = ("name", "purpose", "strategy", "optim.lr", "train.seed", "train.threads", "train.trackers",
-              "train.report", "train.keep", "train.save_every", "train.log_every", "data.workers", "eval.before",
-              "eval.every", "eval.every_trials", "eval.workers", "eval.videos")  # fmt: skip
+              "train.report", "train.keep", "train.save_every", "train.log_every", "data.workers",
+              "eval.before", "eval.every", "eval.every_trials", "eval.workers", "eval.videos")  # fmt: skip
 
 
 @dataclass(frozen=True)

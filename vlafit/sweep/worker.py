@@ -26,10 +26,10 @@ from vlafit.tuning import Strategy
 log = logging.getLogger(__name__)
 
 LOSS = "validation/loss"
-NOT_SHARED = ("name", "purpose", "train.threads", "train.trackers", "train.report", "train.keep", "train.save_every",
-              "train.log_every", "data.workers", "data.validation_sets", "eval.protocol", "eval.before",
-              "eval.after", "eval.every", "eval.every_trials", "eval.wrong_instruction", "eval.workers",
-              "eval.videos")  # fmt: skip
+NOT_SHARED = ("name", "purpose", "train.threads", "train.trackers", "train.report", "train.keep",
+              "train.save_every", "train.log_every", "data.workers", "data.validation_sets", "eval.protocol",
+              "eval.before", "eval.after", "eval.every", "eval.every_trials", "eval.wrong_instruction",
+              "eval.workers", "eval.videos")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from vlafit.tuning import load_strategy
 # Fields that may differ when a run is resumed: none of them changes a weight.
 HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep",
             "train.keep_best", "train.save_every", "train.validate_every",
-            "train.validation_batches", "train.trackers", "train.report", "data.workers", "data.validation_sets")  # fmt: skip
+            "train.validation_batches", "train.trackers", "train.report", "data.workers",
+            "data.validation_sets")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",

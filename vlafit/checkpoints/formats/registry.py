@@ -1,4 +1,4 @@
-"""The checkpoint formats, in the order in which they are tried: ours, then those of installed packages.
+"""The checkpoint formats in the order in which they are tried: built-in, then those of installed packages.
 
 A package adds one by an entry point of the group "vlafit.formats" that names a Format; a caller may also name
 a module. Nothing is ever imported because a checkpoint's own files name it.
@@ -60,7 +60,7 @@ def detect(files: CheckpointFiles) -> Format:
 
 
 def named(name: str) -> Format:
-    """Return the format that the caller names: a name or target of ours or an installed one, or a module.
+    """Return the format that the caller names: a name or target of a built-in or installed one, or a module.
 
     Raises ConfigError where there is none.
     """

@@ -18,7 +18,7 @@ from vlafit.nn.policy import ParameterInfo, Policy
 
 
 class TransformersAdapters(AdapterSupport):
-    """peft puts adapters on transformers' own modules, of which some are of another kind than ours."""
+    """peft puts adapters on transformers' own modules, of which some are of another kind than vlafit's."""
 
     def names(self, family: str) -> NameMap | None:
         """Return the names of the modules in memory."""
@@ -43,8 +43,8 @@ class TransformersAdapters(AdapterSupport):
         different = []
         for layer in layers:
             module = policy.get_submodule(layer)
-            ours = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if not _is_alike(ours, modules.get(module_name(layer))):
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if not _is_alike(module, modules.get(module_name(layer))):
                 different.append(layer)
         if different:
             return [
@@ -89,10 +89,10 @@ class Transformers(Format):
         return False
 
 
-def _is_alike(ours: nn.Module, theirs: nn.Module | None) -> bool:
+def _is_alike(module: nn.Module, other: nn.Module | None) -> bool:
     for kind in (nn.Linear, nn.Conv2d, nn.Embedding):
-        if isinstance(ours, kind):
-            return isinstance(theirs, kind) and theirs.weight.shape == _shape(ours)
+        if isinstance(module, kind):
+            return isinstance(other, kind) and other.weight.shape == _shape(module)
     return False
 
 

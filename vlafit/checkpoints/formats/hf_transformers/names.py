@@ -124,9 +124,9 @@ def config_evidence(tensors: Mapping[str, Tensor], folder: Path) -> ConfigEviden
             "language": {"head_dim": expert["head_dim"]},
         }
         stated = [
-            Stated(ours, sections[name][key], f"config.json ({name}{'.' if name else ''}{key})")
+            Stated(field, sections[name][key], f"config.json ({name}{'.' if name else ''}{key})")
             for name, keys in _SIZES.items()
-            for key, ours in keys.items()
+            for key, field in keys.items()
             if key in sections[name]
         ]
         for name, section in sections.items():

@@ -150,9 +150,9 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
     layout = names.layout_of(rest)
     assert layout is not None  # detected by it
     family, name_map = layout
-    ours = [name_map.policy_name(name) for name in rest]
-    kind = variant_of(shape_table(family), ours).public
-    mixed = sum(bool(own) for own in variant_tensors(shape_table(family), ours)) > 1
+    parameters = [name_map.policy_name(name) for name in rest]
+    kind = variant_of(shape_table(family), parameters).public
+    mixed = sum(bool(own) for own in variant_tensors(shape_table(family), parameters)) > 1
     if config is not None and config.values["type"] != kind and not mixed:  # a mix is named with all tensors
         raise WeightsError(
             f"{where}: config.json says type {config.values['type']!r}, the tensors are those of {kind}: "
@@ -184,9 +184,9 @@ def _translate(
     Once LeRobot has trained a policy its head and embedding are two tensors, and the head feeds nothing.
     """
     heads = tuple(
-        theirs
-        for ours, theirs in name_map.ties.items()
-        if theirs in tensors and name_map.file_name(ours) in tensors
+        tied
+        for name, tied in name_map.ties.items()
+        if tied in tensors and name_map.file_name(name) in tensors
     )
     axes = dict.fromkeys(heads, "language.vocab language.width")
     width = "language.width" if family == "smolvla" else "expert.width"
@@ -194,8 +194,8 @@ def _translate(
     witnesses = [Witness(n, tuple(tensors[n].shape), words) for n, words in axes.items() if n in tensors]
     plain = translate({name: tensor for name, tensor in tensors.items() if name not in heads}, name_map)
 
-    def file_name(ours: str) -> str:
-        name = plain.file_name(ours)
+    def file_name(name: str) -> str:
+        name = plain.file_name(name)
         return stored.get(name, name)
 
     return replace(plain, unused=plain.unused + heads + buffers, file_name=file_name), witnesses

@@ -44,10 +44,10 @@ SMOLVLA = NameMap(
 PI0 = NameMap(  # as save_pretrained writes it
     form=FORM,
     prefixes=(
-        *((ours, f"model.{theirs}") for ours, theirs in openpi.NAMES.prefixes),
+        *((policy_name, f"model.{file_name}") for policy_name, file_name in openpi.NAMES.prefixes),
         *((name, f"model.{name}") for name in _PROJECTIONS),
     ),
-    ties={ours: f"model.{theirs}" for ours, theirs in openpi.NAMES.ties.items()},
+    ties={policy_name: f"model.{file_name}" for policy_name, file_name in openpi.NAMES.ties.items()},
     unused=tuple(f"model.{name}" for name in openpi.NAMES.unused),
 )
 

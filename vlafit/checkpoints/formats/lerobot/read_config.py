@@ -32,7 +32,7 @@ class LeRobotConfig:
         return value
 
     def state(self, keys: Mapping[str, str]) -> list[Stated]:
-        """Return the sizes that the file states; `keys` are its own, with ours."""
+        """Return the sizes that the file states; `keys` maps its keys to the fields of vlafit."""
         values = {key: self.get(key, int) for key in keys}
         return [
             Stated(keys[key], value, f"{self.path.name} ({key})")

@@ -128,13 +128,13 @@ def _vlm_evidence(path: Path, layers: int) -> tuple[dict[str, Any], list[Stated]
             "language": {"head_dim": text["head_dim"]},
         }
         stated = [
-            Stated(f"{part}.{ours}", section[theirs], f"{path.parent.name}/{path.name} ({name}.{theirs})")
+            Stated(f"{part}.{field}", section[key], f"{path.parent.name}/{path.name} ({name}.{key})")
             for part, name, section, keys in (
                 ("vision", "vision_config", vision, _OF_VISION),
                 ("language", "text_config", text, _OF_TEXT),
             )
-            for theirs, ours in keys.items()
-            if theirs in section
+            for key, field in keys.items()
+            if key in section
         ]
         for name, constants in COMPUTED.items():
             for key, (value, silent) in constants.items():

@@ -109,7 +109,7 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
 
 def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     """Whether LeRobot keeps a parameter in float32 when the policy is bfloat16."""
-    if isinstance(policy, SmolVLA):  # which has no such setting there; as ours
+    if isinstance(policy, SmolVLA):  # which has no such setting there; as in vlafit
         return stored_as(info, torch.bfloat16) == torch.float32
     return info.part in ("vision", "projector", "projections") or info.kind == "norm"
 

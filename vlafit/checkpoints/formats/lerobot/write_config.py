@@ -25,7 +25,7 @@ LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one ha
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
     "quantile": "QUANTILES",
-    **{ours: theirs for theirs, ours in MODES.items()},
+    **{mode: key for key, mode in MODES.items()},
 }
 
 
@@ -52,8 +52,8 @@ def _has_public_vlm(config: SmolVLAConfig) -> bool:
     """Whether the published SmolVLM2 is the model below the policy, except for text layers that it cut
     off.
     """
-    ours, public = ((c.vision, {**vars(c.language), "depth": 0}) for c in (config, SIZES["smolvla"]))
-    return ours == public and config.language.depth <= 32
+    sizes, public = ((c.vision, {**vars(c.language), "depth": 0}) for c in (config, SIZES["smolvla"]))
+    return sizes == public and config.language.depth <= 32
 
 
 def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _step(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(codec: Codec) -> dict[str, Tensor]:
-    """Return statistics with which LeRobot's formulas, which have no floors, do what ours do."""
+    """Return statistics with which LeRobot's formulas, which have no floors, do what vlafit does."""
     found: dict[str, Tensor] = {}
     columns: tuple[tuple[str, str, Normalisation], ...] = (
         (STATE, "state", codec.config.normalisation),

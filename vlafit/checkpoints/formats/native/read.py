@@ -81,9 +81,9 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
         {POLICY, WEIGHTS} <= set(listed) or {POLICY, BASE} <= set(listed)
     ):
         raise WeightsError(f"{path}: 'files' must list at least {POLICY} and {WEIGHTS}")
-    ours = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED, AGREEMENT)]
-    ours += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
-    present = {p.relative_to(folder).as_posix() for p in ours if p.is_file()}
+    known = [folder / name for name in (CODEC, PLAN, RECIPE, HISTORY, BASE, TRAINED, AGREEMENT)]
+    known += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
+    present = {p.relative_to(folder).as_posix() for p in known if p.is_file()}
     outside = [name for name in listed if not _is_below(name)]
     if outside:
         raise WeightsError(f"{path}: lists files that are not in the checkpoint's folder: {outside[:3]}")

@@ -73,9 +73,9 @@ def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one leaf becomes. `dims` are those of one layer; `ours` has a place for the layer if `layered`."""
+    """What one leaf becomes. `dims`: of one layer. `names` has a place for the layer if `layered`."""
 
-    ours: tuple[str, ...]
+    names: tuple[str, ...]
     turn: Turn
     dims: int
     layered: bool
@@ -84,33 +84,32 @@ class Rule:
 def _rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
 
-    def add(leaf: str, ours: str, turn: Turn, dims: int) -> None:
-        names = tuple(ours.split(" "))
-        rules[leaf] = Rule(names, turn, dims, "{}" in ours)
+    def add(leaf: str, name: str, turn: Turn, dims: int) -> None:
+        rules[leaf] = Rule(tuple(name.split(" ")), turn, dims, "{}" in name)
 
-    def norm(leaf: str, ours: str) -> None:
-        add(f"{leaf}/scale", f"{ours}.weight", _same, 1)
-        add(f"{leaf}/Dense_0/kernel", f"{ours}.dense.weight", _transposed, 2)
-        add(f"{leaf}/Dense_0/bias", f"{ours}.dense.bias", _same, 1)
+    def norm(leaf: str, name: str) -> None:
+        add(f"{leaf}/scale", f"{name}.weight", _same, 1)
+        add(f"{leaf}/Dense_0/kernel", f"{name}.dense.weight", _transposed, 2)
+        add(f"{leaf}/Dense_0/bias", f"{name}.dense.bias", _same, 1)
 
-    def linear(leaf: str, ours: str) -> None:
-        add(f"{leaf}/kernel", f"{ours}.weight", _transposed, 2)
-        add(f"{leaf}/bias", f"{ours}.bias", _same, 1)
+    def linear(leaf: str, name: str) -> None:
+        add(f"{leaf}/kernel", f"{name}.weight", _transposed, 2)
+        add(f"{leaf}/bias", f"{name}.bias", _same, 1)
 
     add(f"{_IMG}embedding/kernel", "vision.patch_embedding.weight", _patches, 4)
     add(f"{_IMG}embedding/bias", "vision.patch_embedding.bias", _same, 1)
     add(f"{_IMG}pos_embedding", "vision.position_embedding.weight", _positions, 3)
     for i in (0, 1):
-        for leaf, ours in (("scale", "weight"), ("bias", "bias")):
-            add(f"{_BLOCK}LayerNorm_{i}/{leaf}", f"vision.layers.{{}}.layer_norm{i + 1}.{ours}", _same, 1)
+        for leaf, name in (("scale", "weight"), ("bias", "bias")):
+            add(f"{_BLOCK}LayerNorm_{i}/{leaf}", f"vision.layers.{{}}.layer_norm{i + 1}.{name}", _same, 1)
         linear(f"{_BLOCK}MlpBlock_0/Dense_{i}", f"vision.layers.{{}}.mlp.fc{i + 1}")
-    for leaf, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        add(f"{_MHA}{leaf}/kernel", f"vision.layers.{{}}.self_attn.{ours}.weight", _into_heads, 3)
-        add(f"{_MHA}{leaf}/bias", f"vision.layers.{{}}.self_attn.{ours}.bias", _heads, 2)
+    for leaf, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        add(f"{_MHA}{leaf}/kernel", f"vision.layers.{{}}.self_attn.{name}.weight", _into_heads, 3)
+        add(f"{_MHA}{leaf}/bias", f"vision.layers.{{}}.self_attn.{name}.bias", _heads, 2)
     add(f"{_MHA}out/kernel", "vision.layers.{}.self_attn.out_proj.weight", _out_of_heads, 3)
     add(f"{_MHA}out/bias", "vision.layers.{}.self_attn.out_proj.bias", _same, 1)
-    for leaf, ours in (("scale", "weight"), ("bias", "bias")):
-        add(f"{_IMG}Transformer/encoder_norm/{leaf}", f"vision.post_layernorm.{ours}", _same, 1)
+    for leaf, name in (("scale", "weight"), ("bias", "bias")):
+        add(f"{_IMG}Transformer/encoder_norm/{leaf}", f"vision.post_layernorm.{name}", _same, 1)
     linear(f"{_IMG}head", "projector")
     add(f"{_LLM}embedder/input_embedding", "language.embed_tokens.weight", _same, 2)
     for part, s in (("language", ""), ("expert", "_1")):
@@ -135,7 +134,7 @@ def _rules() -> dict[str, Rule]:
 RULES = _rules()
 UNKNOWN = "jax:"  # begins our name of a leaf that we do not know
 _LAYER = re.compile(r"\.layers\.\d+\.")
-_LEAVES = {ours: leaf for leaf, rule in RULES.items() for ours in rule.ours}
+_LEAVES = {name: leaf for leaf, rule in RULES.items() for name in rule.names}
 _HEAD_AXES: dict[str, dict[str, int]] = {
     "vision.heads": {
         **{f"{_MHA}{leaf}/kernel": 2 for leaf in ("query", "key", "value")},
@@ -190,9 +189,9 @@ class Tree:
     conflicts: tuple[str, ...] = ()
     """Lines about leaves that are not weights: LoRA's factors."""
 
-    def file_name(self, ours: str) -> str:
+    def file_name(self, name: str) -> str:
         """Return the leaf that holds one of our parameters, or an unknown leaf."""
-        leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", ours)) or ours.removeprefix(UNKNOWN)
+        leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", name)) or name.removeprefix(UNKNOWN)
         return f"{leaf}/value" if self.trained else leaf
 
     @property
@@ -233,14 +232,14 @@ class Tree:
         for name in sorted(self.leaves, key=room, reverse=True):
             leaf, rule, factors = self.leaves[name], RULES[name], self.lora.get(name)
             if not rule.layered:
-                yield from zip(rule.ours, rule.turn(leaf.read()), strict=True)
+                yield from zip(rule.names, rule.turn(leaf.read()), strict=True)
                 continue
             pairs = zip(factors.a.slices(), factors.b.slices(), strict=True) if factors else None
             for i, tensor in enumerate(leaf.slices()):
                 if factors and pairs:
                     tensor = tensor.float() + factors.delta(*next(pairs))
-                for ours, turned in zip(rule.ours, rule.turn(tensor), strict=True):
-                    yield ours.format(i), turned
+                for name, turned in zip(rule.names, rule.turn(tensor), strict=True):
+                    yield name.format(i), turned
 
 
 def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
@@ -273,12 +272,12 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
             shapeless.append(name)
         elif not rule.layered:
             known[name] = leaf
-            weights |= zip(rule.ours, rule.turn(leaf.meta()), strict=True)
+            weights |= zip(rule.names, rule.turn(leaf.meta()), strict=True)
         else:
             known[name] = leaf
             turned = rule.turn(leaf.meta()[0])
-            names = [[ours.format(i) for ours in rule.ours] for i in range(leaf.shape[0])]
-            weights |= {ours: t for row in names for ours, t in zip(row, turned, strict=True)}
+            names = [[name.format(i) for name in rule.names] for i in range(leaf.shape[0])]
+            weights |= {name: t for row in names for name, t in zip(row, turned, strict=True)}
     for name in shapeless:  # under our names, with a shape that none of them can have: all are compared
         stack = name.split("layers/")[0] if "layers/" in name else _BLOCK
         depth = max(
@@ -286,7 +285,7 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
             default=1,
         )
         layers = range(depth) if RULES[name].layered else (0,)
-        weights |= {ours.format(i): leaves[name].meta() for ours in RULES[name].ours for i in layers}
+        weights |= {weight.format(i): leaves[name].meta() for weight in RULES[name].names for i in layers}
     conflicts = tuple(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names)
     return Tree(params, weights, known, factors, trained, conflicts)
 

@@ -67,9 +67,9 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     embedding = weights["language.embed_tokens.weight"]
     dead = torch.zeros(embedding.shape[0], config.expert.width, dtype=embedding.dtype)
     tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
-    ours, tied = next(iter(openpi.NAMES.ties.items()))
+    name, tied = next(iter(openpi.NAMES.ties.items()))
     save_file(
-        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.file_name(ours): tied}
+        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.file_name(name): tied}
     )
     language, expert = variants(config)
     described = {
@@ -102,7 +102,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
 
 
 def _statistics(codec: Codec, name: str) -> dict[str, list[float]]:
-    """Return statistics with which openpi's formulas, which have no floors, do what ours do."""
+    """Return statistics with which openpi's formulas, which have no floors, do what vlafit does."""
     statistics = codec.statistics[name]
     method = codec.config.normalisation if name == "state" else codec.config.of_actions
     normal = Normaliser.fit(statistics, method)

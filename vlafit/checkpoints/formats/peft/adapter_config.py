@@ -85,14 +85,14 @@ def require_repeated(group: Group, modules: Mapping[str, str], config: Mapping[s
     vlafit.
     """
     renamed = replace(group, layers={modules[layer]: a for layer, a in group.layers.items()})
-    ours = json.loads(json.dumps(peft_config(renamed).to_dict(), default=_plain))
+    written = json.loads(json.dumps(peft_config(renamed).to_dict(), default=_plain))
     unread = {
         *UNREAD,
         *({"r", "lora_alpha", "alpha"} if config["peft_type"] in ("LORA", "LOHA", "LOKR") else ()),
     }
     unsupported = []
     for key, value in config.items():
-        same = _ordered(value) == _ordered(ours[key]) if key in ours else not value
+        same = _ordered(value) == _ordered(written[key]) if key in written else not value
         if key not in unread and not same:
             unsupported.append(f"{key} is {value!r}")
     if config.get("init_lora_weights", True) not in BEGUN:

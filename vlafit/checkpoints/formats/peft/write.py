@@ -1,9 +1,9 @@
 """Write the adapters of a policy as one PEFT folder in another program's module names.
 
-``PeftModel.from_pretrained(their policy, folder)`` then computes what ours does. The weights below the
-adapters are not always those that training began with: projections were trained in full, PiSSA moved part of
-a weight into its adapter, a quantised weight is rounded. So they are written beside the adapters, in `base/`,
-as the target saves a whole checkpoint, and adapter_config.json names that folder.
+``PeftModel.from_pretrained(their policy, folder)`` then computes what the vlafit policy does. The weights
+below the adapters are not always those that training began with: projections were trained in full, PiSSA
+moved part of a weight into its adapter, a quantised weight is rounded. So they are written beside the
+adapters, in `base/`, as the target saves a whole checkpoint, and adapter_config.json names that folder.
 """
 
 from dataclasses import dataclass, replace
