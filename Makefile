@@ -41,8 +41,9 @@ types: .venv/ready-dev
 imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
+# One thread each: two workers with torch's default of a thread per core would wait for each other.
 unit: .venv/ready-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.

@@ -18,6 +18,6 @@ def recipe(card: Path) -> Recipe:
     return tiny(
         card,
         data={"validation_sets": {"old": str(card)}},
-        train={"steps": 4, "validate_every": 2, "save_every": 0, "threads": 0, "report": True},
+        train={"steps": 4, "validate_every": 2, "save_every": 0, "threads": 0},
         eval={"protocol": str(card.parent / "toy.toml"), "after": True, "wrong_instruction": True},
     )

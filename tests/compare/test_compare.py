@@ -79,7 +79,7 @@ def arm(done: compare.Comparison, name: str) -> ArmRecord:
 
 def test_an_arm_is_an_ordinary_run_whose_figures_are_kept(done: compare.Comparison) -> None:
     run = done.folder / "arms" / HIGH
-    assert {"recipe.toml", "metrics.jsonl", "report.html", "arm.json"} <= {p.name for p in run.iterdir()}
+    assert {"recipe.toml", "metrics.jsonl", "run.json", "arm.json"} <= {p.name for p in run.iterdir()}
     kept = arm_record.read(run / "arm.json")
     assert kept is not None and kept == arm(done, HIGH)
     figures = arm(done, LOW).figures
