@@ -242,24 +242,47 @@ def peft_config(group: Group) -> Any:
     return config
 
 
-def skeleton(policy: nn.Module) -> nn.Module:
-    """Return a copy of the policy on the meta device, without storage."""
+def skeleton(module: nn.Module) -> nn.Module:
+    """Return a copy of the module on the meta device, without storage."""
     stand_ins = {
         id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=t.requires_grad)
-        for t in policy.parameters()
+        for t in module.parameters()
     }
-    stand_ins |= {id(t): torch.empty_like(t, device="meta") for t in policy.buffers()}
-    return copy.deepcopy(policy, stand_ins)
+    stand_ins |= {id(t): torch.empty_like(t, device="meta") for t in module.buffers()}
+    return copy.deepcopy(module, stand_ins)
 
 
 def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what `inject` would add: tensor name -> (name of the weight that it adapts, shape)."""
+    """Return what `inject` would add: tensor name -> (name of the weight that it adapts, shape).
+
+    peft adapts one layer of each kind, not the whole policy: of hundreds of layers some twenty differ.
+    """
     if not groups:
         return {}
-    bare = skeleton(policy)
-    inject(bare, [as_new(g) for g in groups])  # meta weights have no values for PiSSA to split
-    tensors: Mapping[str, Tensor] = dict(bare.named_parameters())
-    return {name: (base, tuple(tensors[name].shape)) for name, base in adapter_tensors(bare).items()}
+    chosen = {layer: (group, adapter) for group in groups for layer, adapter in group.layers.items()}
+    kinds: dict[object, dict[str, tuple[int, ...]]] = {}
+    shapes = {}
+    for layer, module in policy.named_modules():
+        if layer not in chosen:
+            continue
+        group, adapter = chosen[layer]
+        leaf = layer.rpartition(".")[2]  # IA3 goes by it
+        tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in module.named_parameters()]
+        kind = (leaf, group.name, adapter, type(module), module.extra_repr(), *tensors)
+        if kind not in kinds:
+            kinds[kind] = _layer_shapes(leaf, module, Group(group.name, adapter, {leaf: adapter}))
+        for name, shape in kinds[kind].items():
+            shapes[f"{layer}.{name}"] = f"{layer}.weight", shape
+    return shapes
+
+
+def _layer_shapes(leaf: str, module: nn.Module, group: Group) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what `inject` would add to one layer, by name within the layer."""
+    holder = nn.Module()
+    holder.add_module(leaf, skeleton(module))
+    inject(holder, [as_new(group)])  # meta weights have no values for PiSSA to split
+    tensors: Mapping[str, Tensor] = dict(holder.named_parameters())
+    return {name.removeprefix(f"{leaf}."): tuple(tensors[name].shape) for name in adapter_tensors(holder)}
 
 
 def as_new(group: Group) -> Group:
