@@ -189,6 +189,7 @@ def test_a_strategy_that_changed_is_refused_where_an_arm_of_it_has_finished(
     assert (out / "arms" / LOW / arm_record.FILE).read_text() == before
 
 
+@pytest.mark.slow
 def test_arms_without_figures_begin_anew_with_a_strategy_that_was_mended(
     done: compare.Comparison, out: Path, recipe: Recipe, options: Options, tmp_path: Path
 ) -> None:

@@ -87,18 +87,28 @@ def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
     return made
 
 
+SLOW = ("frozen", "lora", "int8")  # of the others each has the same parts, in another combination
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in HOW]
+
+
 @pytest.fixture(scope="module")
-def runs(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders one/NAME and two/NAME of the same recipes in one process and in two."""
+def runs(
+    request: pytest.FixtureRequest, recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folders one/NAME and two/NAME of the selected recipes in one process and in two."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, recipe in recipes.items():
+    tests = [item for item in request.session.items if item.path == request.path]
+    specs = [spec for spec in (getattr(item, "callspec", None) for item in tests) if spec is not None]
+    selected = {spec.params.get("name") for spec in specs} | {"sharded"}
+    chosen = {name: recipe for name, recipe in recipes.items() if name in selected}
+    for name, recipe in chosen.items():
         run(recipe, folder / "one" / name)
     (folder / "two").mkdir()
-    run_in_two([(recipe, folder / "two" / name) for name, recipe in recipes.items()], folder)
+    run_in_two([(recipe, folder / "two" / name) for name, recipe in chosen.items()], folder)
     return folder
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_have_the_losses_of_one(runs: Path, name: str) -> None:
     one, two = runs / "one" / name, runs / "two" / name
     assert len(losses(one)) == STEPS
@@ -107,7 +117,7 @@ def test_two_processes_have_the_losses_of_one(runs: Path, name: str) -> None:
     assert json.loads((two / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_write_the_checkpoint_of_one(runs: Path, name: str) -> None:
     files = ("policy.json", "codec.json", "plan.json", "tokenizer/tokenizer.json")
     folders = [runs / which / name / "checkpoints" / f"step_{STEPS:06d}" for which in ("one", "two")]
