@@ -122,6 +122,6 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_run(
         raise OSError("damaged")
 
     monkeypatch.setattr(report, "build", broken)
-    summary = run(recipe, tmp_path / "run", resume=True)
+    summary = run(replace(recipe, train=replace(recipe.train, report=True)), tmp_path / "run", resume=True)
     assert summary.finished and summary.report is None
     assert "vlafit report" in caplog.text
