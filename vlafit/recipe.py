@@ -13,6 +13,8 @@ class PolicyRecipe:
 
     checkpoint: str = ""
     """Checkpoint to fine-tune: a folder, or the name of a shipped one. Empty: train `family` from scratch."""
+    base: str = ""
+    """Checkpoint that the adapters in `checkpoint` sit on, if its files do not hold it."""
     family: str = ""
     """Module of vlafit.policies (or a dotted path) that builds the policy if there is no checkpoint."""
     size: str = ""
@@ -24,7 +26,7 @@ class PolicyRecipe:
     resize: Literal["refuse", "keep", "fresh"] = "refuse"
     """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""
-    """Name of the statistics (asset) to use in an openpi checkpoint. Empty: the only one."""
+    """Name of the checkpoint's statistics to use: openpi's asset, LeRobot's dataset. Empty: the only one."""
     trust: tuple[str, ...] = ()
     """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""

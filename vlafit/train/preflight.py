@@ -115,11 +115,12 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     path = checkpoints.place(spec.checkpoint).path
     # Headers do not contain a codec, so its options do not apply.
     options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
+    base = spec.base or None
     inspected = checkpoints.inspect(
-        path, options or None, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
+        path, options or None, base=base, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
     )
     foreign = not (path / "policy.json").is_file()
-    declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
+    declared = checkpoints.declaration(path, base) if foreign else checkpoints.Declaration()
     agreement = reconcile.agree_on(recipe, data.cards[0], inspected.codec, declared)
     agreement.require(reconcile.sides(data.cards[0], spec.checkpoint))
     return inspected.policy
