@@ -81,6 +81,10 @@ class OptimRecipe:
     """Learning rate at the end, as a share of the peak."""
     warmup_steps: int = 100
     """Optimiser steps of linear warm-up."""
+    schedule_steps: int = 0
+    """Optimiser steps of warm-up and decay; then the rate stays at its end. 0: all of the run."""
+    schedule_from: int = 0
+    """Step at which the schedule begins: with --resume and more train.steps, a new one for what is added."""
     beta1: float = 0.9
     """AdamW beta 1."""
     beta2: float = 0.95

@@ -202,8 +202,8 @@ def wants_tokenizer(path: Path, base: str | Path | None = None) -> bool:
 def declaration(path: Path, base: str | Path | None = None) -> Declaration:
     """Return what a checkpoint's files say of robot, actions and tokenizer, whether it has a codec or not.
 
-    Adapters say nothing of it: the files beside them do, or those of their base (`base`, where they do not hold
-    it).
+    Adapters say nothing of it: the files beside them do, or those of their base, which is `base` where
+    they do not hold it.
     """
     format, files = _describing(path, base)
     return format.declaration(files)

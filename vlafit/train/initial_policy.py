@@ -277,8 +277,8 @@ def _fit_codec(
 ) -> Codec:
     """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
 
-    Without it and without a `tokenizer`, one is learned from the data. `form` is that of the checkpoint's program,
-    where it has no codec.
+    Without it and without a `tokenizer`, one is learned from the data. `form` is that of the checkpoint's
+    program, where it has no codec.
     """
     needs = policy.needs()
     if recipe.policy.tokenizer and needs.prompt is None:

@@ -20,7 +20,7 @@ from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer, memory, processes, quantised_base, stages
+from vlafit.train import checkpointer, extension, memory, processes, quantised_base, stages
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
@@ -86,7 +86,7 @@ def run(
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
         files.require_unlocked(out, LOCKED_BY)
-    require_usable(recipe, out, resume or resume_from is not None)
+    recipe = require_usable(recipe, out, resume or resume_from is not None)
     with files.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
             return _run(recipe, out, resume_from, command, callbacks or Callbacks())
@@ -147,7 +147,7 @@ def _train(
     if main:
         if resume_from is not None:
             manager.drop_after(resume_from)
-        experiment = _with_protocol(experiment)
+        experiment = _with_protocol(_extended(experiment, out))
         record = _begin(experiment, out, accelerator, command, resumed)
     experiment = _with_quantised_base(experiment, out, main)
     callbacks.setup(experiment)
@@ -236,6 +236,19 @@ def _with_protocol(experiment: Experiment) -> Experiment:
         return experiment
     items = protocol_items(experiment.codec.embodiment, robot, spec.protocol)
     return replace(experiment, agreement=agreement.with_items(items))
+
+
+def _extended(experiment: Experiment, out: Path) -> Experiment:
+    """Add a warning if the recipe in `out` has fewer steps, and keep that run's last evaluations apart."""
+    if not (out / "recipe.toml").is_file():
+        return experiment
+    saved = config.read(Recipe, out / "recipe.toml", "recipe")
+    text = extension.notice(saved, experiment.recipe)
+    if not text:
+        return experiment
+    extension.keep_evaluations(out, saved.train.steps)
+    log.info("%s; %s keeps the new recipe", text, out / "recipe.toml")
+    return replace(experiment, warnings=(*experiment.warnings, text))
 
 
 def _begin(

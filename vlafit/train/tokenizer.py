@@ -85,5 +85,5 @@ def learn(data: Data, needs: Needs) -> Tokenizer:
 
 
 def of_family(policy: Policy) -> str:
-    """Return the tokenizer that pretrained weights of the policy's family need, for messages; empty if unknown."""
+    """Return the tokenizer that pretrained weights of this family need, for messages; empty if unknown."""
     return f": {text}" if (text := getattr(family(family_name(policy)), "TOKENIZER", "")) else ""

@@ -83,9 +83,9 @@ def _refuse_wrapped(files: CheckpointFiles) -> None:
         prefix = unsupported.unwrap(wrapped[0])[0]
         writers = " and ".join(unsupported.WRAPPERS[word] for word in prefix.split(".") if word)
         raise WeightsError(
-            f"{files.path}: {len(wrapped)} of {len(files.tensors)} tensor names begin with {prefix!r}, such as"
-            f" {wrapped[0]!r} (from {writers}); without it they are those of a {format.name} checkpoint. Rename"
-            f" them: {unsupported.rename_command(prefix)}"
+            f"{files.path}: {len(wrapped)} of {len(files.tensors)} tensor names begin with {prefix!r} (from"
+            f" {writers}), such as {wrapped[0]!r}; without it they are those of a {format.name} checkpoint."
+            f" Rename them: {unsupported.rename_command(prefix)}"
         )
 
 

@@ -52,20 +52,13 @@ PI0 = NameMap(  # as save_pretrained writes it
 )
 
 _OLD = f"{_IN_MODEL}paligemma."
-PI0_OLD = (
-    replace(  # as LeRobot 0.1 to 0.3 wrote it with transformers before 4.52, whose PaliGemma had other names
-        PI0,
-        prefixes=tuple(
-            (
-                ours,
-                theirs.replace(f"{_OLD}model.language_model.", f"{_OLD}language_model.model.").replace(
-                    f"{_OLD}model.", _OLD
-                ),
-            )
-            for ours, theirs in PI0.prefixes
-        ),
-        ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
-    )
+PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transformers before 4.52
+    PI0,
+    prefixes=(
+        ("language.", f"{_OLD}language_model.model."),
+        *((ours, theirs.replace(f"{_OLD}model.", _OLD)) for ours, theirs in PI0.prefixes),
+    ),
+    ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
 )
 
 IN_MEMORY = {"pi0": PI0, "smolvla": SMOLVLA}

@@ -1,7 +1,7 @@
-"""Read the codec of LeRobot 0.1 to 0.3, which had no processors: statistics among the weights, the rest in its code.
+"""Read the codec of LeRobot 0.1 to 0.3: statistics among the weights, everything else in its code.
 
-The code: policies/normalize.py, pi0/modeling_pi0.py and smolvla/modeling_smolvla.py of these versions. Range
-and standard deviation are divided by with 1e-8 added; to add it to the range, too, changes no number of use here.
+The code is policies/normalize.py, pi0/modeling_pi0.py and smolvla/modeling_smolvla.py of these versions. They
+had no processors, and divided a range with 1e-8 added, which is left out here.
 """
 
 from collections.abc import Mapping
@@ -47,9 +47,10 @@ def read(
     tokenizer: Tokenizer | None = None,
     asset: str | Path | None = None,
 ) -> tuple[Codec | None, str]:
-    """Return the codec that config.json in `folder` and the `buffers` amount to, or None and why there is none.
+    """Return the codec that config.json in `folder` and the `buffers` amount to, or None and why it is None.
 
-    Raises WeightsError for a setting that vlafit does not repeat, and for statistics that contradict each other.
+    Raises WeightsError for a setting that vlafit does not repeat, and for statistics that contradict each
+    other.
     """
     lerobot = read_config(folder)
     if lerobot is None:
@@ -74,8 +75,8 @@ def read(
     for key, tensor in targets.items():
         if key in chosen and not np.array_equal(tensor.numpy(), chosen[key].numpy()):
             raise WeightsError(
-                f"{where}: {TARGETS} and {OUTPUTS} differ in {key}: actions are not undone as they were normalised;"
-                " one of the two was exchanged"
+                f"{where}: {TARGETS} and {OUTPUTS} differ in {key}: actions are not undone as they were"
+                " normalised; one of the two was exchanged"
             )
     form = processors.form_of(lerobot, [])
     if form is None or form.prompt == "pi05":
@@ -83,7 +84,8 @@ def read(
     if tokenizer is None:
         return (
             None,
-            f"LeRobot up to 0.3 kept no tokenizer ({tokenizer_name(lerobot)!r}); give its folder as `tokenizer`",
+            f"LeRobot up to 0.3 kept no tokenizer ({tokenizer_name(lerobot)!r}); give its folder as"
+            " `tokenizer`",
         )
     config = CodecConfig(
         cameras=slots,

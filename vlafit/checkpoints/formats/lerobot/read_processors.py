@@ -58,9 +58,9 @@ def read(
     """Return the codec that config.json and the processors in `folder` amount to, or None and why there is
     none.
 
-    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own, and `asset`
-    names the statistics to use where they are those of several datasets. Raises WeightsError naming the step or
-    feature that we cannot repeat.
+    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own, and
+    `asset` names the statistics to use where they are those of several datasets. Raises WeightsError naming
+    the step or feature that we cannot repeat.
     """
     lerobot = read_config(folder)
     absent = [name for name in (PRE, POST) if not (folder / name).is_file()]
@@ -81,7 +81,7 @@ def read(
     cameras, embodiment = robot_of(lerobot, pre)
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     before, after = sets_of(inner), sets_of(outer)
-    name, reason = stored.choose([*before, *after], asset, str(folder / PRE))
+    name, reason = stored.choose({**after, **before}, asset, str(folder / PRE))
     if not before and not after and all(kind in NEEDED for kind in kinds.values()):
         return None, NO_STATISTICS
     if name is None:
@@ -147,7 +147,7 @@ def framing_of(lerobot: LeRobotConfig) -> Framing:
 
 
 def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
-    """Return how prompts and frames are made, by the processor's `steps` or, without any, by LeRobot's code."""
+    """Return how prompts and frames are made: by the processor's `steps`, without any by LeRobot's code."""
     if lerobot.values["type"] not in FRAMINGS:
         return None
     prompt: Prompt = "pi05" if lerobot.values["type"] == "pi05" else "line"

@@ -1,11 +1,13 @@
 """Find and check the statistics of a LeRobot checkpoint: of one robot, or of several datasets by name.
 
-Processors keep them in a safetensors file, as ``observation.state.mean``. LeRobot up to 0.3 kept them among the
-weights, as ``normalize_inputs.buffer_observation_state.mean``. A policy that was pretrained on several datasets
-has a set for each: ``so100.buffer.action.mean``, or ``normalize_inputs.so100_buffer_observation_state.mean``.
+Processors keep them in a safetensors file, as ``observation.state.mean``. LeRobot up to 0.3 kept them among
+the weights, as ``normalize_inputs.buffer_observation_state.mean``. A policy that was pretrained on several
+datasets has a set for each: ``so100.buffer.action.mean``, or
+``normalize_inputs.so100_buffer_observation_state.mean``. lerobot/smolvla_base has three, of the action only,
+because LeRobot's migration to processors lost those of the state; LeRobot applies none of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ def in_processors(tensors: Mapping[str, Tensor]) -> Sets:
 
 
 def in_weights(tensors: Mapping[str, Tensor], module: str) -> Sets:
-    """Return the sets of a module such as ``normalize_inputs.``; infinite ones were never set, and left out."""
+    """Return the sets of a module such as ``normalize_inputs.``; infinite ones were never set: left out."""
     sets: dict[str, dict[str, Tensor]] = {}
     features = {feature.replace(".", "_"): feature for feature in (STATE, ACTION)}
     for key, tensor in tensors.items():
@@ -46,27 +48,28 @@ def in_weights(tensors: Mapping[str, Tensor], module: str) -> Sets:
     return sets
 
 
-def choose(names: Iterable[str], asset: str | Path | None, where: str) -> tuple[str | None, str]:
+def choose(sets: Sets, asset: str | Path | None, where: str) -> tuple[str | None, str]:
     """Return the set to use, or None and why there is none.
 
-    Sets of datasets are never applied unasked: the user names one (`assets`). Raises WeightsError for a name that
-    is not there.
+    Sets of datasets are never applied unasked: the user names one (`assets`). Raises WeightsError for a name
+    that is not there.
     """
-    known = sorted(set(names))
-    named = [name for name in known if name]
+    named = sorted(name for name in sets if name)
     if asset is None:
-        if "" in known or not named:
+        if "" in sets or not named:
             return "", ""
+        held = ", ".join(f"{name} ({' and '.join(_features(sets[name]))})" for name in named)
         return None, (
-            f"its statistics are of the datasets that it was trained on ({', '.join(named)}), and it applies none of"
-            " them by itself: choose one with `assets`, or fit new ones to the data"
+            f"its statistics are those of the datasets that it was trained on: {held}; LeRobot applies none"
+            " of them. Choose one with `assets`, or let fine-tuning fit new ones to the data"
         )
     if str(asset) in named:
         return str(asset), ""
     if not named:
         raise WeightsError(f"{where}: its statistics have no names; it takes no assets")
     raise WeightsError(
-        f"{where}: there are no statistics called {str(asset)!r}{did_you_mean(str(asset), named)}"
+        f"{where}: there are no statistics called {str(asset)!r}, but of {', '.join(named)}"
+        f"{did_you_mean(str(asset), named)}"
     )
 
 
@@ -81,15 +84,13 @@ def lacking(
 
     `kinds` says how "state" and "action" are normalised. Raises WeightsError if the user chose this set.
     """
-    have = {key.rpartition(".")[0] for key in tensors}
+    have = _features(tensors)
     features = {"state": STATE, "action": ACTION}
     absent = [features[key] for key, kind in kinds.items() if kind in NEEDED and features[key] not in have]
     if not absent:
         return ""
     which = f"{name!r} has" if name else "there are"
-    reason = (
-        f"{which} no statistics of {' and '.join(absent)}, only of {', '.join(sorted(have)) or 'nothing'}"
-    )
+    reason = f"{which} no statistics of {' and '.join(absent)}, only of {' and '.join(have) or 'nothing'}"
     if asset is not None:
         raise WeightsError(
             f"{where}: {reason}; leave `assets` empty and fit statistics to the data: data.statistics ="
@@ -101,7 +102,10 @@ def lacking(
 def read(
     tensors: Mapping[str, Tensor], feature: str, kind: Normalisation, dimensions: int, where: str
 ) -> Statistics:
-    """Return the statistics of a feature. Raises WeightsError where what `kind` reads is missing or unusable."""
+    """Return the statistics of a feature.
+
+    Raises WeightsError where what `kind` reads is missing or unusable.
+    """
     arrays: dict[str, NDArray[np.float64]] = {}
     count = 0
     for name, tensor in tensors.items():
@@ -114,11 +118,9 @@ def read(
     missing = [name for name in needed if name not in arrays]
     if missing:
         # LeRobot would then pass the feature on as it is, without a word.
-        have = ", ".join(sorted({name.rpartition(".")[0] for name in tensors})) or "nothing"
         raise WeightsError(
             f"{where}: {feature} is to be normalised by {kind}, and {', '.join(missing)} is not in its "
-            f"statistics (they are of {have}); take them from the dataset it was trained on, or fit new ones: "
-            'data.statistics = "data"'
+            "statistics; take them from the dataset it was trained on"
         )
     for name, array in arrays.items():
         if array.shape != (dimensions,) or not np.isfinite(array).all():
@@ -130,6 +132,10 @@ def read(
     _require_usable(arrays, kind, f"{where}: {feature}")
     _fill(arrays, kind, dimensions)
     return Statistics(count, **arrays)
+
+
+def _features(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted({key.rpartition(".")[0] for key in tensors})
 
 
 def _fill(arrays: dict[str, NDArray[np.float64]], kind: Normalisation, dimensions: int) -> None:
