@@ -63,6 +63,12 @@ def among_the_weights(folder: Path, prefix: str = "", **changed: Tensor) -> None
 # ------------------------------------------------------------------------------------- statistics by dataset
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="the robot gets actions that were never scaled back",
+    user_has="statistics by dataset, as in `lerobot/smolvla_base`",
+    now="none is applied unasked; `policy.assets` names one",
+)
 def test_statistics_of_several_datasets_are_listed_and_used_only_by_name(folder: Path):
     by_dataset(folder, {"so100": 1.0, "so100-red": 2.0})
     for look in (checkpoints.inspect, checkpoints.load):
@@ -86,6 +92,12 @@ def test_statistics_of_several_datasets_are_listed_and_used_only_by_name(folder:
         assert all(fact in str(caught.value) for fact in facts)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="the policy ignores its state",
+    user_has="a set of statistics without `observation.state`",
+    now="refused by name; LeRobot leaves the state as it is",
+)
 def test_a_set_without_the_state_is_refused_by_name_and_never_left_out(folder: Path):
     by_dataset(folder, {"so100": 1.0}, (ACTION,))  # as lerobot/smolvla_base has it
     assert "so100 (action)" in checkpoints.load(folder).report.codec
@@ -103,6 +115,12 @@ def test_processors_that_hold_statistics_of_one_column_only_load_without_a_codec
 # ------------------------------------------------------------------------------ statistics among the weights
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`normalize_inputs.buffer_*` are unexpected keys",
+    user_has="a checkpoint of LeRobot 0.1 to 0.3",
+    now="its statistics are read from the weights",
+)
 @pytest.mark.parametrize("prefix", ["", "so100_"])
 def test_statistics_among_the_weights_normalise_as_processors_do(folder: Path, prefix: str):
     among_the_weights(folder, prefix)
@@ -197,6 +215,12 @@ def older(folder: Path, *, embedding: bool) -> None:
     edit(folder / "config.json", lambda v: v.update(resize_imgs_with_padding=[8, 8], proj_width=16))
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`paligemma.language_model.model` is missing",
+    user_has="pi0 of LeRobot 0.1 to 0.3, with the names of older transformers",
+    now="loads by renaming",
+)
 @pytest.mark.parametrize("embedding", [True, False])
 def test_pi0_of_lerobot_0_1_to_0_3_loads_by_renaming(tmp_path: Path, embedding: bool):
     policy = write_pi0(tmp_path / "x", "pi0-tiny", "save_pretrained")
@@ -224,6 +248,12 @@ def test_a_lost_tensor_of_an_old_pi0_is_named_as_its_file_names_it(tmp_path: Pat
 # -------------------------------------------------------------------------------------------------- prefixes
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="every tensor is missing, and every tensor is unexpected",
+    user_has="names that begin with `module.`, `_orig_mod.` or `policy.`",
+    now="an error that names the prefix, with a command that takes it off",
+)
 @pytest.mark.parametrize("prefix", ["module.", "policy.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("layout", ["hub", "save_pretrained"])
 def test_the_prefix_of_a_wrapper_is_named_with_the_remedy(tmp_path: Path, prefix: str, layout: str):

@@ -133,6 +133,12 @@ def test_what_peft_itself_saved_computes_what_peft_computes(target, tmp_path: Pa
     assert plan is not None and {a.rank for a in plan.adapted.values()} == {2, 3}
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="adapters load another base than meant",
+    user_has="`base_model_name_or_path` outside the folder, or a hub id",
+    now="refused; name it with `--base`",
+)
 def test_the_base_is_inside_the_folder_or_named_by_the_user(copy: Path):
     base = copy.parent / "moved"
     with pytest.raises(WeightsError, match="holds what its adapters sit on .base/.; it takes no base"):
@@ -237,6 +243,12 @@ def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, 
         vlafit.load_policy(copy)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`modules_to_save` are not of the base",
+    user_has="`lm_head` in `modules_to_save` of a tied model",
+    now="unused, with a note; the embedding stays the base's",
+)
 def test_an_output_head_beside_the_adapters_is_unused_and_the_embedding_stays_the_bases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -86,6 +86,12 @@ def test_a_tensor_in_two_shards_and_a_shard_that_is_lost_are_refused(form: Form,
         vlafit.load_policy(sharded, config=form.told)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="other weights are loaded than meant",
+    user_has="one file and shards in a folder, or shards without an index",
+    now="refused; the error says how they differ",
+)
 @pytest.mark.parametrize("how", ["the same", "other numbers", "a tensor more"])
 def test_weights_that_are_there_twice_are_refused_and_compared(form: Form, sharded: Path, how: str):
     tensors = load_file(sharded / SHARDS[0]) | load_file(sharded / SHARDS[1])

@@ -152,6 +152,12 @@ def _template(content: dict) -> None:
     }
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="out of memory at the first prompt",
+    user_has="a tokenizer.json whose rules multiply a text",
+    now="refused when it is opened",
+)
 @pytest.mark.parametrize(
     ("change", "facts"),
     [

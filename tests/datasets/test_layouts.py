@@ -184,6 +184,12 @@ def test_a_file_that_changes_under_a_store_is_noticed_when_it_reopens(write: Wri
         store.image(0, 0, "front")
 
 
+@pytest.mark.case(
+    section="data",
+    report="`Bus error`, or training on other frames",
+    user_has="a dataset that is overwritten or cut while a run reads it",
+    now="one sentence with the file and both sizes",
+)
 @pytest.mark.parametrize("write", [original, compressed])
 @pytest.mark.parametrize("change", ["truncated", "overwritten"])
 def test_a_file_that_is_cut_or_overwritten_while_it_is_open_is_one_sentence(

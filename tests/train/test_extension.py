@@ -43,6 +43,13 @@ def state(out: Path, step: int) -> dict:
     return load_file(out / "checkpoints" / f"step_{step:06d}" / "training" / "state.safetensors")
 
 
+@pytest.mark.case(
+    section="runs",
+    report="a finished run cannot go on",
+    user_has="`--resume --train.steps 800` after 400 steps",
+    now="AdamW, EMA and order go on; the learning rate stays at its end unless "
+    "`optim.schedule_from` restarts it",
+)
 def test_an_extended_run_equals_one_that_was_that_long_from_the_start(
     short: Recipe, copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -65,6 +65,12 @@ def recipe(card: Path, checkpoint: Path, statistics: str, **policy: object) -> R
     return replace(made, policy=replace(made.policy, **policy))
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`inspect` says yes, `train` says no",
+    user_has="a checkpoint without statistics or tokenizer",
+    now="`inspect` lists the settings without which `train` refuses",
+)
 def test_inspect_names_what_training_refuses_to_begin_without(card: Path, base: Path, words: str):
     needed = needed_to_train(checkpoints.inspect(base), base, None)
     assert len(needed) == 2
@@ -77,6 +83,12 @@ def test_inspect_names_what_training_refuses_to_begin_without(card: Path, base: 
         start(recipe(card, base, "data"))
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="a base model cannot be fine-tuned",
+    user_has="processors without statistics of one robot",
+    now='`data.statistics = "data"` fits them; prompts and frames stay those of LeRobot',
+)
 def test_statistics_of_the_data_train_with_lerobots_prompts_and_frames(card: Path, base: Path, words: str):
     initial = start(recipe(card, base, "data", tokenizer=words))
     config = initial.codec.config
@@ -105,6 +117,12 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "out", folder / "elsewhere"
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="an adapter cannot be trained on",
+    user_has="a PEFT folder whose base is elsewhere",
+    now="`policy.base` in a recipe, `--base` on the command line",
+)
 def test_an_adapter_whose_base_is_elsewhere_is_trained_on_once_the_recipe_names_it(
     card: Path, adapter: tuple[Path, Path], tmp_path: Path
 ):
