@@ -187,6 +187,12 @@ def without_flock(monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", refuse)
 
 
+@pytest.mark.case(
+    section="machines",
+    report="two commands in one folder",
+    user_has="a file system without `flock`",
+    now="a lock file with process and machine",
+)
 def test_without_locks_of_the_file_system_a_folder_is_still_worked_in_by_one_process(tmp_path, without_flock):
     with files.exclusive(tmp_path, "vlafit train"):
         for attempt in (files.exclusive, files.require_unlocked):

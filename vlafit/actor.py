@@ -188,17 +188,19 @@ def load_actor(
     seed: int = 0,
     device: str = "",
     trust: Sequence[str] = (),
+    base: str | Path | None = None,
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
     `steps` is for a policy that samples in steps: how many; 0: its own number. `device` is torch's name; the
-    GPU if there is one when empty. `trust`: see `checkpoints.load`. Raises what `checkpoints.load` raises,
-    and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the device is
-    not there.
+    GPU if there is one when empty. `trust`, `base`: see `checkpoints.load`. Raises what `checkpoints.load`
+    raises, and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the
+    device is not there.
     """
     folder = in_run(Path(path)) or checkpoints.place(path).path
     loaded = checkpoints.load(
         folder,
+        base=base,
         device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         trust=trust,
     )

@@ -13,6 +13,8 @@ class PolicyRecipe:
 
     checkpoint: str = ""
     """Checkpoint to fine-tune: a folder, or the name of a shipped one. Empty: train `family` from scratch."""
+    base: str = ""
+    """Checkpoint that the adapters in `checkpoint` sit on, if its files do not hold it."""
     family: str = ""
     """Module of vlafit.policies (or a dotted path) that builds the policy if there is no checkpoint."""
     size: str = ""
@@ -24,7 +26,7 @@ class PolicyRecipe:
     resize: Literal["refuse", "keep", "fresh"] = "refuse"
     """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""
-    """Name of the statistics (asset) to use in an openpi checkpoint. Empty: the only one."""
+    """Name of the checkpoint's statistics to use: openpi's asset, LeRobot's dataset. Empty: the only one."""
     trust: tuple[str, ...] = ()
     """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""
@@ -79,6 +81,10 @@ class OptimRecipe:
     """Learning rate at the end, as a share of the peak."""
     warmup_steps: int = 100
     """Optimiser steps of linear warm-up."""
+    schedule_steps: int = 0
+    """Optimiser steps of warm-up and decay; then the rate stays at its end. 0: all of the run."""
+    schedule_from: int = 0
+    """Step at which the schedule begins: with --resume and more train.steps, a new one for what is added."""
     beta1: float = 0.9
     """AdamW beta 1."""
     beta2: float = 0.95

@@ -38,6 +38,12 @@ def test_the_same_robot_agrees_on_every_point():
 # --------------------------------------------------------------------------------------------- relative
 
 
+@pytest.mark.case(
+    section="data",
+    report="loss falls, the robot moves to wrong places",
+    user_has="a card with `relative`, a checkpoint without, or the reverse",
+    now="an error with both masks; `adapt.actions` chooses",
+)
 @pytest.mark.parametrize(("own", "other"), [((True, True, False), ()), ((), (True, True, False))])
 def test_relative_on_one_side_only_is_an_error_that_names_both_sides(own, other):
     with pytest.raises(EmbodimentError) as error:
@@ -89,12 +95,24 @@ def test_a_conversion_inside_the_policy_is_refused_unless_robot_and_statistics_a
 # ---------------------------------------------------------------------------------------------- cameras
 
 
+@pytest.mark.case(
+    section="data",
+    report="cameras exchanged",
+    user_has="the same cameras in another order",
+    now="matched by name, never by order",
+)
 def test_cameras_are_matched_by_name_whatever_their_order():
     agreement = agreed(dataset(cameras=cameras("wrist", "front")), checkpoint())
     agreement.require()
     assert agreement.cameras == ("front", "wrist") and not agreement.chosen
 
 
+@pytest.mark.case(
+    section="data",
+    report="one view is black",
+    user_has="one of two cameras, or another name",
+    now='an error that proposes `adapt.cameras`; `""` leaves a slot empty',
+)
 def test_only_one_of_two_cameras_is_an_error_until_the_other_slot_is_said_to_be_empty():
     own = dataset(cameras=cameras("wrist"))
     refused = agreed(own, checkpoint())
@@ -124,6 +142,12 @@ def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
     assert agreement.cameras == ("top", "wrist_left", "wrist_right")
 
 
+@pytest.mark.case(
+    section="data",
+    report="left and right hand exchanged",
+    user_has="a map from a left to a right camera",
+    now="an error; correct the map or the name",
+)
 @pytest.mark.parametrize("other", ["wrist_right", "RightWrist", "right_cam", "rightwrist"])
 def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
     own = dataset(cameras=cameras("base_0_rgb", other))
@@ -139,6 +163,12 @@ def test_upright_is_no_hand():
     agreed(own, OPENPI, cameras=maps).require()
 
 
+@pytest.mark.case(
+    section="data",
+    report="blurred or stretched frames",
+    user_has="another frame size than the checkpoint's",
+    now="an error, or `adapt.resize`",
+)
 def test_another_frame_size_is_an_error_unless_resize_is_said():
     own = dataset(cameras=cameras("front", "wrist", size=(480, 640)))
     refused = agreed(own, checkpoint())
@@ -170,6 +200,12 @@ def test_without_a_checkpoint_there_is_nothing_to_map():
 # ---------------------------------------------------------------------------------------- robot and control
 
 
+@pytest.mark.case(
+    section="data",
+    report="a robot with more joints",
+    user_has="other dimensions, names, units or control mode",
+    now='an error; `adapt.robot` with `data.statistics = "data"`',
+)
 @pytest.mark.parametrize(
     ("changes", "item"),
     [

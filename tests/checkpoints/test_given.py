@@ -121,7 +121,7 @@ def test_alpha_is_for_a_part_whose_attention_has_factors():
 def test_a_tokenizer_or_assets_without_effect_are_refused(native: Path, tmp_path: Path):
     for path, more, message in (
         (SMOLVLA, {"tokenizer": TOKENIZER}, "has a tokenizer of its own"),
-        (SMOLVLA, {"assets": "x"}, "a LeRobot checkpoint takes no assets"),
+        (SMOLVLA, {"assets": "x"}, "its statistics have no names; it takes no assets"),
         (native, {"tokenizer": TOKENIZER}, "a native checkpoint takes no tokenizer: fine-tuning fits one"),
         (native, {"assets": "x"}, "a native checkpoint takes no assets"),
         (OPENPI, {"assets": "my_robot", "config": TOLD}, "assets would have no effect: no tokenizer"),

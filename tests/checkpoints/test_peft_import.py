@@ -16,6 +16,7 @@ from tests.policies.tiny import random_batch, random_draws, random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_policy, velocity
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export, write
+from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.errors import WeightsError
 from vlafit.policies import pi0, smolvla
@@ -132,6 +133,12 @@ def test_what_peft_itself_saved_computes_what_peft_computes(target, tmp_path: Pa
     assert plan is not None and {a.rank for a in plan.adapted.values()} == {2, 3}
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="adapters load another base than meant",
+    user_has="`base_model_name_or_path` outside the folder, or a hub id",
+    now="refused; name it with `--base`",
+)
 def test_the_base_is_inside_the_folder_or_named_by_the_user(copy: Path):
     base = copy.parent / "moved"
     with pytest.raises(WeightsError, match="holds what its adapters sit on .base/.; it takes no base"):
@@ -234,3 +241,33 @@ def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, 
     (copy / CONFIG).write_text("[]")
     with pytest.raises(WeightsError, match=CONFIG):
         vlafit.load_policy(copy)
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="`modules_to_save` are not of the base",
+    user_has="`lm_head` in `modules_to_save` of a tied model",
+    now="unused, with a note; the embedding stays the base's",
+)
+def test_an_output_head_beside_the_adapters_is_unused_and_the_embedding_stays_the_bases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """peft copies the heads that modules_to_save names, also a tied one; they feed no action."""
+    monkeypatch.setattr(lerobot_export, "refusals", lambda policy, codec: [])
+    policy = random_policy(replace(pi0.SIZES["pi0-tiny"], max_tokens=64))
+    select = {"part": "expert", "kind": ["attention", "mlp"]}
+    plan = vlafit.apply_strategy(policy, [{"select": select, "mode": "lora", "rank": 2}, {"mode": "frozen"}])
+    vlafit.save_checkpoint(policy, tmp_path / "c", codec=codec_for(policy, "mean_std"), plan=plan)
+    out = tmp_path / "out"
+    export(tmp_path / "c", "lerobot", out)
+    before = vlafit.load_policy(out, config=GIVEN)
+    edit(out / CONFIG, modules_to_save=["lm_head"])
+    rows = before.get_parameter("language.embed_tokens.weight")
+    heads = [lerobot.PI0.ties["language.embed_tokens.weight"], lerobot.PI0.unused[0]]
+    more = {f"base_model.model.{name}": torch.full_like(rows, 3.0) for name in heads}
+    save_file(load_file(out / TENSORS) | more, out / TENSORS)
+    after = vlafit.load_checkpoint(out, config=GIVEN)
+    mine, theirs = dict(before.named_parameters()), dict(after.policy.named_parameters())
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    note = next(note for note in after.report.notes if "feed no action" in note)
+    assert all(name in note for name in heads)

@@ -25,6 +25,12 @@ def test_tensors_keep_their_numbers_in_both_forms_of_torch(tmp_path: Path, legac
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="wrong numbers after conversion",
+    user_has="a pickle whose zip records are deflated",
+    now="right numbers; memory mapping only where records are stored",
+)
 def test_records_that_are_deflated_keep_their_numbers(tmp_path: Path):
     weights = {"a": torch.arange(4096).float(), "b": torch.randn(64, 64)}
     torch.save(weights, tmp_path / "w.pt")
@@ -39,6 +45,12 @@ def test_records_that_are_deflated_keep_their_numbers(tmp_path: Path):
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="a tensor is missing after conversion",
+    user_has='keys `1` and `"1"` in a pickle',
+    now="refused: one name for two",
+)
 def test_two_keys_that_would_be_one_name_are_refused(tmp_path: Path):
     torch.save({1: torch.zeros(2), "1": torch.ones(2)}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="1 and '1'"):
@@ -57,6 +69,12 @@ def test_code_is_named_and_not_run_and_nobody_is_told_to_run_it(tmp_path: Path, 
     assert "exec" in message and "weights_only" not in message and "trust" not in message
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="out of memory at conversion",
+    user_has="1.3 kB that ask for 4 GB",
+    now="refused above 16 times the file's size",
+)
 def test_a_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path: Path):
     torch.save({"a": torch.zeros(1).expand(2**30)}, tmp_path / "w.pt")
     assert (tmp_path / "w.pt").stat().st_size < 2000

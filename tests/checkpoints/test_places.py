@@ -22,6 +22,12 @@ def lerobot_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`there is no such checkpoint`",
+    user_has="the folder of a LeRobot or openpi run",
+    now="its last checkpoint is used",
+)
 @pytest.mark.parametrize("named", ["", "checkpoints", "checkpoints/001000"])
 def test_a_run_of_lerobot_means_its_last_checkpoint(tmp_path: Path, named: str):
     run = lerobot_run(tmp_path / "run")
@@ -65,6 +71,12 @@ ADDRESSES = [
 ]
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="`there is no such checkpoint`",
+    user_has="`gs://openpi-assets/...`, `https://huggingface.co/...`",
+    now="the way to get the files, or the id",
+)
 @pytest.mark.parametrize(("address", "facts"), ADDRESSES)
 def test_an_address_is_answered_with_the_way_to_its_files(address: str, facts: list[str]):
     for ask in (checkpoints.place, checkpoints.inspect, checkpoint_folder):

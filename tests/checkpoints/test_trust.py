@@ -55,6 +55,12 @@ VERBS = (
 )
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="a checkpoint runs code when it is opened",
+    user_has="`policy.json` that names a module",
+    now="not imported without an entry point or `--trust` ([Security](security.md))",
+)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_module_beside_a_checkpoint_is_not_imported_by_any_verb(evil: Path, verb: str, monkeypatch, capsys):
     monkeypatch.chdir(evil.parent)
@@ -109,6 +115,12 @@ def test_a_name_that_is_no_family_is_one_error(name: str):
     assert repr(name) in str(caught.value)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="a question on standard input about `trust_remote_code`",
+    user_has="a tokenizer folder with code",
+    now="never asked, never run",
+)
 def test_a_tokenizer_folder_runs_none_of_its_code(tmp_path: Path, monkeypatch):
     witness = tmp_path / "ran"
     folder = tmp_path / "words"
@@ -131,6 +143,12 @@ def test_a_tokenizer_folder_runs_none_of_its_code(tmp_path: Path, monkeypatch):
 # ------------------------------------------------------------------------------ files outside the folder
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="statistics from elsewhere",
+    user_has="LeRobot's `state_file` absolute or `../`",
+    now="refused",
+)
 @pytest.mark.parametrize("place", ["absolute", "parent", ".."])
 def test_statistics_outside_a_lerobot_folder_are_refused(tmp_path: Path, place: str):
     folder = Path(shutil.copytree(FIXTURE, tmp_path / "copy"))

@@ -86,6 +86,38 @@ def test_a_tensor_in_two_shards_and_a_shard_that_is_lost_are_refused(form: Form,
         vlafit.load_policy(sharded, config=form.told)
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="other weights are loaded than meant",
+    user_has="one file and shards in a folder, or shards without an index",
+    now="refused; the error says how they differ",
+)
+@pytest.mark.parametrize("how", ["the same", "other numbers", "a tensor more"])
+def test_weights_that_are_there_twice_are_refused_and_compared(form: Form, sharded: Path, how: str):
+    tensors = load_file(sharded / SHARDS[0]) | load_file(sharded / SHARDS[1])
+    first = min(tensors)
+    if how == "other numbers":
+        tensors[first] = tensors[first] + 1
+    elif how == "a tensor more":
+        tensors["more"] = torch.ones(1)
+    fact = {
+        "the same": "they are the same",
+        "other numbers": f"they differ in 1 tensors, such as {first}",
+        "a tensor more": "1 tensors are only in one of the two, such as more",
+    }[how]
+    save_file(tensors, sharded / "model.safetensors")
+    for look in (inspect, vlafit.load_checkpoint):
+        with pytest.raises(WeightsError) as caught:
+            look(sharded, config=form.told)
+        assert fact in str(caught.value) and INDEX in str(caught.value)
+    (sharded / INDEX).unlink()  # shards of an older download beside the file
+    with pytest.raises(WeightsError, match=f"shards without an index, such as {SHARDS[0]}"):
+        inspect(sharded, config=form.told)
+    (sharded / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=f"2 shards, such as {SHARDS[0]}, and no {INDEX}"):
+        inspect(sharded, config=form.told)
+
+
 # ------------------------------------------------------------------------------------------- headers alone
 
 

@@ -27,6 +27,12 @@ class Broken(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
+@pytest.mark.case(
+    section="machines",
+    report="`RecursionError`, `MemoryError`, `File name too long`",
+    user_has="nested JSON, absurd sizes, long names",
+    now="one sentence",
+)
 def test_json_nested_too_deeply_is_one_sentence_everywhere(tmp_path: Path):
     with pytest.raises(ValueError, match="nested too deeply"):
         files.parse_json(NESTED)
@@ -58,6 +64,12 @@ def test_toml_nested_too_deeply_is_one_sentence(tmp_path: Path):
         config.read(Recipe, tmp_path / "r.toml", "recipe")
 
 
+@pytest.mark.case(
+    section="machines",
+    report="`hz = inf`, `log_every = 1e30` accepted",
+    user_has="a slip in a TOML file",
+    now="refused by the key's name",
+)
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e30", str(10**30)])
 @pytest.mark.parametrize("key", ["train.log_every", "train.max_seconds", "optim.lr", "train.steps"])
 def test_numbers_without_bounds_are_refused_by_name(tmp_path: Path, key: str, value: str):

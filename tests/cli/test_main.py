@@ -127,6 +127,12 @@ def test_the_other_processes_of_a_launch_speak_last_and_say_who_they_are(monkeyp
     assert waited and capsys.readouterr().err == "vlafit (process 1): no\n"
 
 
+@pytest.mark.case(
+    section="machines",
+    report="training stops when the terminal closes its pipe",
+    user_has="a run is piped into `head`",
+    now="it goes on without output",
+)
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
         f"{sys.executable} -m vlafit list | true", shell=True, capture_output=True, text=True, timeout=60

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.codec.robots import SENTENCES, tokenizer
+from vlafit.codec import tokenizer_limits as limits
 from vlafit.codec.tokenizer import SMALLEST, load, train_word_tokenizer
 from vlafit.errors import CodecError
 
@@ -129,3 +131,54 @@ def test_special_tokens_written_as_objects_are_understood(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = load(tmp_path)
     assert (ours.bos, ours.eos) == (1, None)
+
+
+def _tenfold(content: dict) -> None:
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [rule] * 12}
+
+
+def _table(content: dict) -> None:
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "A" * (limits.LARGEST_TABLE + 1)}
+
+
+def _template(content: dict) -> None:
+    single = [{"Sequence": {"id": "A", "type_id": 0}}] * 1000
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [],
+        "special_tokens": {},
+    }
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="out of memory at the first prompt",
+    user_has="a tokenizer.json whose rules multiply a text",
+    now="refused when it is opened",
+)
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (_tenfold, ["normalizer", "1e+12 times"]),
+        (_table, ["normalizer", "inf times"]),
+        (_template, ["post_processor", "1000 pieces"]),
+    ],
+)
+def test_a_tokenizer_that_would_ask_for_gigabytes_is_refused(tmp_path: Path, change, facts: list[str]):
+    train_word_tokenizer(["open the drawer"], 300).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(CodecError) as caught:
+        load(tmp_path)
+    assert all(fact in str(caught.value) for fact in [str(path), *facts])
+
+
+def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path):
+    train_word_tokenizer(["open the drawer"], 300).save(tmp_path)
+    os.truncate(tmp_path / "tokenizer.json", 2**32)
+    with pytest.raises(CodecError, match=r"tokenizer.json: 4,294,967,296 bytes"):
+        load(tmp_path)

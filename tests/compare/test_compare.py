@@ -368,6 +368,22 @@ def test_the_page_is_one_file_that_points_nowhere(done: compare.Comparison) -> N
         assert part in text
 
 
+def test_text_from_outside_is_escaped_in_the_page(done: compare.Comparison) -> None:
+    evil = '"><script>alert("$\\frac$")</script>'
+    outside = replace(
+        done,
+        recipe=replace(done.recipe, name=evil, purpose=evil, eval=replace(done.recipe.eval, protocol=evil)),
+        command=evil,
+        standings=tuple(replace(s, strategy=f"{evil}{i}") for i, s in enumerate(done.standings)),
+        records=tuple(replace(r, name=evil, error=r.error and evil) for r in done.records),
+    )
+    text = page(outside)
+    assert "<script" not in text and "&lt;script&gt;alert(" in text
+    parser = Strict()
+    parser.feed(text)
+    assert parser.open == []
+
+
 def test_the_json_holds_every_number(done: compare.Comparison) -> None:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")

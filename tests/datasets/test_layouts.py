@@ -1,5 +1,6 @@
 """Every layout gives the same samples."""
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,31 @@ def test_a_file_that_changes_under_a_store_is_noticed_when_it_reopens(write: Wri
         path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(DataError, match="changed since the dataset was opened"):
         store.image(0, 0, "front")
+
+
+@pytest.mark.case(
+    section="data",
+    report="`Bus error`, or training on other frames",
+    user_has="a dataset that is overwritten or cut while a run reads it",
+    now="one sentence with the file and both sizes",
+)
+@pytest.mark.parametrize("write", [original, compressed])
+@pytest.mark.parametrize("change", ["truncated", "overwritten"])
+def test_a_file_that_is_cut_or_overwritten_while_it_is_open_is_one_sentence(
+    write: Writer, change: str, tmp_path: Path
+):
+    """A memory map that is read beyond the end of its file would end the process with SIGBUS."""
+    store = open_dataset(write(tmp_path / "set", demos(1)))
+    store.image(0, 0, "front")
+    for path in (tmp_path / "set").iterdir():
+        size = path.stat().st_size
+        if change == "truncated":
+            os.truncate(path, size // 2)
+        else:
+            path.write_bytes(bytes(size))
+            os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match=r"hdf5: changed since the dataset was opened.*--resume"):
+        store.image(0, 1, "front")
 
 
 def test_recorded_columns_cannot_be_written_to(tmp_path: Path):

@@ -15,7 +15,10 @@ from PIL import Image
 from tests.report.synthetic import RECIPE, TASKS, write_evaluation, write_json, write_run
 from vlafit import report
 from vlafit.errors import VlafitError
+from vlafit.report.facts import Point
 from vlafit.report.films import Films
+from vlafit.report.picture import Arm
+from vlafit.report.plots import Curve, Mark, curves
 from vlafit.score import Score, wilson
 
 
@@ -204,6 +207,16 @@ def test_text_from_outside_is_escaped(tmp_path: Path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "&quot;&gt;&lt;img src=x&gt;&amp;" in text
     parsed(text)
+
+
+def test_a_dollar_sign_in_a_name_begins_no_formula():
+    """matplotlib reads "$...$" as TeX, and fails where it is none."""
+    points = (Point(0, 0.0, 1.0), Point(1, 60.0, 0.5))
+    lines = [Curve("$\\frac$ <b>", points), Curve("costs $5 to $6", points)]
+    chart = curves("x", lines, "step", marks=[Mark("$\\sqrt$", points[1])])
+    assert all(text in chart for text in ("$\\frac$ &lt;b&gt;", "costs $5 to $6", "$\\sqrt$"))
+    arms = [Arm("$\\frac$", (Score(3, 4),))]
+    assert report.ablation_figure(arms, title="$\\sqrt$ and $5").startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------ partial runs

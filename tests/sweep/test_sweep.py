@@ -18,6 +18,7 @@ from vlafit.cli.verbs import sweep as verb
 from vlafit.cli.verbs.sweep import describe, read
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
+from vlafit.sweep.report import page
 from vlafit.sweep.storage import RETRY_OF, Storage, started
 from vlafit.sweep.study import Dimension, Study, check, recipe_with, strategy_with
 from vlafit.sweep.worker import _Watcher, run_trials
@@ -394,6 +395,18 @@ def test_the_page_is_one_file_that_points_nowhere(done: sweep.SweepResult) -> No
     assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
     assert all(link.startswith("#") for link in parser.links) and "http" not in text and "<script" not in text
     assert all(name in text for name in ("Every trial", "optim.lr", "confirm the best by rollouts"))
+
+
+def test_text_from_outside_is_escaped_in_the_page(done: sweep.SweepResult) -> None:
+    evil = '"><script>alert("$\\frac$")</script>'
+    named = replace(done.sweep, recipe=replace(done.sweep.recipe, name=evil))
+    named = replace(named, study=replace(named.study, purpose=evil))
+    trials = tuple(replace(trial, error=evil, folder=evil) for trial in done.trials)
+    text = page(replace(done, sweep=named, trials=trials, command=evil))
+    assert "<script" not in text and "&lt;script&gt;alert(" in text
+    parser = Strict()
+    parser.feed(text)
+    assert parser.open == []
 
 
 def test_the_best_can_be_trained_again_by_the_command_that_is_given(done: sweep.SweepResult) -> None:

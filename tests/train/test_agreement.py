@@ -167,6 +167,12 @@ def test_a_checkpoint_of_another_prompt_keeps_it(tmp_path: Path):
 # -------------------------------------------------------------------------------------------- tokenizer
 
 
+@pytest.mark.case(
+    section="data",
+    report="the policy ignores the instruction",
+    user_has="pretrained language weights, no tokenizer",
+    now="refused; `policy.tokenizer`",
+)
 def test_pretrained_language_weights_without_a_tokenizer_are_refused_by_name(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base", codec=False)
     recipe = recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data")
@@ -184,6 +190,12 @@ def test_pretrained_language_weights_without_a_tokenizer_are_refused_by_name(tmp
     assert "tokenizer: learned from the data's instructions" in fresh.report
 
 
+@pytest.mark.case(
+    section="data",
+    report="`CUDA error: device-side assert` in the embedding",
+    user_has="a tokenizer with more tokens than the embedding has rows",
+    now="an error with both numbers",
+)
 def test_a_given_tokenizer_must_fit_the_embedding(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base", codec=False)
     recipe = recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data")
@@ -250,6 +262,12 @@ def test_lerobots_checkpoint_that_names_a_tokenizer_of_the_hub_is_refused_withou
         start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
 
 
+@pytest.mark.case(
+    section="data",
+    report="statistics are not those that were asked for",
+    user_has='`data.statistics = "checkpoint"`, a checkpoint without',
+    now="an error; never fitted in silence",
+)
 def test_missing_statistics_are_never_fitted_in_silence(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base", codec=False)
     recipe = recipe_of(write_card(tmp_path / "data"), base, {})
@@ -263,6 +281,12 @@ def test_missing_statistics_are_never_fitted_in_silence(tmp_path: Path):
 MAPS = {"cam_high": "front", "cam_wrist": ""}
 
 
+@pytest.mark.case(
+    section="data",
+    report="Aloha policies act mirrored",
+    user_has="`adapt_to_pi_aloha` or `use_delta_joint_actions_aloha` in config.json",
+    now="an error that names the flag",
+)
 @pytest.mark.parametrize(
     "flag", ["adapt_to_pi_aloha", "use_delta_joint_actions_aloha", "use_relative_actions"]
 )
@@ -283,6 +307,12 @@ def test_lerobots_cameras_are_matched_by_name_whatever_their_order():
     assert checkpoints.declaration(OPENPI).slots[0] == "base_0_rgb"
 
 
+@pytest.mark.case(
+    section="data",
+    report="wrong places, from a policy of LeRobot",
+    user_has="processors or `use_relative_actions` that make actions relative, a card that does not",
+    now="an error with both masks",
+)
 def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_card(tmp_path: Path):
     base = lerobot(tmp_path / "base")
     for name, step in (
@@ -303,6 +333,12 @@ def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_ca
 # ------------------------------------------------------------------------------------- values and floors
 
 
+@pytest.mark.case(
+    section="data",
+    report="loss of 1e5 and exit 0",
+    user_has="degrees instead of radians, statistics of another robot",
+    now="an error per dimension; units, statistics or `adapt.outside`",
+)
 def test_a_dimension_may_be_extreme_only_where_the_recipe_lists_it(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base")
     card = write_card(tmp_path / "data", scale=57.29578)
@@ -322,6 +358,12 @@ def test_an_agreement_shows_how_far_each_dimension_goes(tmp_path: Path):
     assert item.sides["dataset"] == "joints: a 0.75, b 0.75"
 
 
+@pytest.mark.case(
+    section="data",
+    report="loss of 1e14",
+    user_has="a gripper that moves in 1 of 180 frames, under LeRobot's quantiles",
+    now="fitted statistics have a floor: 49, not 2e8",
+)
 @pytest.mark.parametrize("method", ["lerobot_quantile", "lerobot_min_max", "lerobot_mean_std"])
 def test_a_gripper_that_moves_in_one_of_180_frames_stays_within_fifty(method: Any):
     gripper = np.zeros((180, 1))

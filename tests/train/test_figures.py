@@ -30,6 +30,12 @@ class OneProcess:
         pass
 
 
+@pytest.mark.case(
+    section="runs",
+    report="validation losses of two runs do not compare",
+    user_has="other batch sizes",
+    now="the same samples, whatever the batch size",
+)
 def test_validation_is_on_the_same_samples_whatever_the_batch_size_and_the_processes(recipe: Recipe) -> None:
     experiment = build(recipe, CPU, None)
 
@@ -72,6 +78,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(recipe: Recipe, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["mine"], "a folder that was there stays"
 
 
+@pytest.mark.case(
+    section="runs",
+    report="`UnicodeDecodeError` in `metrics.jsonl`",
+    user_has="one flipped bit",
+    now="that line is dropped, with a warning; lost history is reported",
+)
 def test_a_flipped_bit_in_the_metrics_loses_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +121,12 @@ def test_a_damaged_film_strip_is_left_out_of_the_page(tmp_path: Path, content: b
     assert "1 films" in films.left_out()
 
 
+@pytest.mark.case(
+    section="runs",
+    report="the run fails after all training",
+    user_has="a damaged film strip or font, a full disk for the page",
+    now="a warning; `vlafit report RUN` writes it again",
+)
 def test_a_report_that_cannot_be_written_does_not_cost_the_run(
     recipe: Recipe,
     whole: Path,

@@ -10,12 +10,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from tests.train.world import assert_same, learned, losses, metrics, start
 from tests.waiting import wait_until
 from vlafit import checkpoints
-from vlafit.errors import TrainingError, VlafitError
+from vlafit.errors import DataError, TrainingError, VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -210,6 +212,51 @@ def test_other_data_is_refused(recipe: Recipe, card: Path, tmp_path: Path) -> No
     os.remove(tmp_path / "data" / "dots" / "right_demo.hdf5")
     with pytest.raises(TrainingError, match="data changed since the run began"):
         run(moved, tmp_path / "run", resume=True)
+
+
+@pytest.mark.case(
+    section="data",
+    report="a resumed run learns from other frames",
+    user_has="files of another size, or written again, since the run stopped",
+    now="refused by size; a warning if only the time differs",
+)
+def test_frames_that_changed_while_a_run_was_stopped_are_noticed(
+    recipe: Recipe, card: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(card.parent, tmp_path / "data")
+    moved = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, cards=(str(tmp_path / "data" / card.name),))
+    )
+    half(moved, tmp_path / "run")
+    file = tmp_path / "data" / "dots" / "right_demo.hdf5"
+    with h5py.File(file, "r+") as opened:  # the same states and actions
+        opened["data/demo_0/obs/front"][0] = 0  # type: ignore[index]
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 10**9))
+    run(moved, tmp_path / "run", resume=True)
+    notices = json.loads((tmp_path / "run" / "run.json").read_text())["notices"]
+    assert any("'dots' were written while the run was stopped" in notice for notice in notices)
+    with h5py.File(file, "r+") as opened:
+        opened["more"] = np.zeros(99)
+    facts = [str(tmp_path / "run"), "data changed since the run began: dataset 'dots' had 2 files of"]
+    with pytest.raises(TrainingError) as caught:
+        run(moved, tmp_path / "run", resume=True)
+    assert all(fact in str(caught.value) for fact in facts)
+
+
+def test_data_that_is_cut_while_a_run_trains_on_it_is_one_sentence(
+    recipe: Recipe, card: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(card.parent, tmp_path / "data")
+    moved = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, cards=(str(tmp_path / "data" / card.name),))
+    )
+
+    def cut() -> None:
+        for file in (tmp_path / "data" / "dots").iterdir():
+            os.truncate(file, 4096)
+
+    with pytest.raises(DataError, match=r"demo.hdf5: changed since the dataset was opened .*now 4,096"):
+        run(moved, tmp_path / "run", callbacks=Until(1, cut))
 
 
 def test_another_strategy_of_the_same_name_is_refused(recipe: Recipe, tmp_path: Path) -> None:

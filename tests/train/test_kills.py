@@ -16,6 +16,12 @@ from vlafit.train.dataloader import _Workers
 from vlafit.train.run_folder import require_usable
 
 
+@pytest.mark.case(
+    section="runs",
+    report="`not empty and does not hold a run`",
+    user_has="a run that was killed in its first second",
+    now="it begins; half-written files are removed",
+)
 @pytest.mark.parametrize("stray", [".probe.41", ".recipe.toml.41.partial", ".lock", ".lock.owner"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_kill_in_the_first_moments_leaves_a_folder_in_which_a_run_can_begin(
@@ -70,6 +76,12 @@ class Masks(Dataset[bool]):
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+@pytest.mark.case(
+    section="runs",
+    report="the run ends unsaved at Ctrl-C",
+    user_has="loader processes that still import torch",
+    now="they ignore it; the run saves and stops",
+)
 def test_a_ctrl_c_cannot_end_a_loader_process_that_still_imports_torch() -> None:
     loader = DataLoader(Masks(), num_workers=1, multiprocessing_context="spawn", batch_size=None)
     workers = _Workers(loader)

@@ -63,6 +63,12 @@ def start(code: str, world: int, port: int) -> list["subprocess.Popen[str]"]:
     ]
 
 
+@pytest.mark.case(
+    section="machines",
+    report="strange results on several processes",
+    user_has="different recipe, data, code or torch on one of them",
+    now="refused before step 1, by the field's name",
+)
 def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_one_is_one_sentence():
     first, second = start(AGREE, 2, free_port())
     heard, other = first.communicate(timeout=500)[0], second.communicate(timeout=500)[0]
@@ -75,6 +81,12 @@ def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_on
     assert "lost: process 0 of 2 lost another process" in heard and first.returncode == 0, heard
 
 
+@pytest.mark.case(
+    section="machines",
+    report="the launch hangs at its start",
+    user_has="a busy port, or a process that never came",
+    now="one sentence after at most a minute",
+)
 def test_a_busy_port_is_one_sentence():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -93,6 +105,12 @@ def _first(code: str, port: int) -> str:
     return said
 
 
+@pytest.mark.case(
+    section="machines",
+    report="the launch hangs in training",
+    user_has="a process that died, was stopped or lost its machine",
+    now="one sentence: at once if it died, after 5 minutes of silence otherwise",
+)
 def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not():
     store = HashStore()
     lost: list[str] = []
@@ -128,6 +146,12 @@ def test_the_number_of_processes_that_a_launcher_was_asked_for(
     assert processes_asked_for(words.split()) == number
 
 
+@pytest.mark.case(
+    section="machines",
+    report="several processes asked for, one runs",
+    user_has="`accelerate launch` without `--multi_gpu`",
+    now="refused",
+)
 def test_a_launcher_that_starts_one_process_of_several_is_reported():
     code = (
         "import subprocess, sys\n"  # stands for `accelerate launch`, which starts its program likewise

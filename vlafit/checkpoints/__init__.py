@@ -3,7 +3,7 @@ wrong.
 """
 
 from vlafit.checkpoints.assign import fit
-from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
 from vlafit.checkpoints.history import Learned, Lineage, read_lineage
 from vlafit.checkpoints.hub import Place
@@ -24,6 +24,7 @@ from vlafit.checkpoints.tensor_files import open_tensors
 __all__ = [
     "Base",
     "Declaration",
+    "InputForm",
     "Learned",
     "Lineage",
     "LoadReport",

@@ -1,8 +1,20 @@
 """Read what a foreign checkpoint's files declare about robot, actions and tokenizer."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from vlafit.codec.images import Framing
+from vlafit.codec.prompts import Prompt
 from vlafit.types import Embodiment
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """How a program made the policy's prompts and frames; a codec fitted to data keeps it."""
+
+    prompt: Prompt
+    framing: Framing
+    special_tokens: Literal["prompt", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -23,5 +35,7 @@ class Declaration:
     """What the program did to states or actions inside the policy, which vlafit does not repeat."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
-    has_statistics: bool = True
-    """Whether the files hold statistics from which a codec can be made."""
+    named_statistics: tuple[str, ...] = ()
+    """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
+    form: InputForm | None = None
+    """How prompts and frames are made; None: as the policy's family does it."""

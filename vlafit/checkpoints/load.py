@@ -162,13 +162,12 @@ def inspect(
     wrong = compare(policy, weights, fresh, sized.shapes)
     raise_mismatch(opened.path, wrong, opened.tensors.file_name, every, opened.conflicts)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
-    hint = f"; {opened.codec_hint}" if opened.codec_hint else ""
-    reason = "" if opened.own_codec else f"none in the checkpoint itself{hint}"
-    notes = _place_note(where.note) + opened.notes
+    codec, reason, more = opened.format.codec_of_headers(opened, policy, options)
+    notes = _place_note(where.note) + opened.notes + more
     report = make_report(
         opened, policy, options.dtype, fresh, sized.changes, sized.shapes, plan, notes, reason
     )
-    return Loaded(policy, opened.own_codec, plan, report)
+    return Loaded(policy, codec, plan, report)
 
 
 def load_policy(
@@ -192,16 +191,37 @@ def parse_config(config: Mapping[str, object] | None, format: str | None = None)
     return split_config(config, tables)
 
 
-def wants_tokenizer(path: Path) -> bool:
-    """Whether the checkpoint holds statistics of another program, and no tokenizer beside them."""
-    files = CheckpointFiles(path)
-    return registry.detect(files).wants_tokenizer(files)
+def wants_tokenizer(path: Path, base: str | Path | None = None) -> bool:
+    """Whether the checkpoint holds statistics of another program, and no tokenizer beside them; see
+    `declaration`.
+    """
+    format, files = _describing(path, base)
+    return format.wants_tokenizer(files)
 
 
-def declaration(path: Path) -> Declaration:
-    """Return what a checkpoint's files say of robot, actions and tokenizer, whether it has a codec or not."""
+def declaration(path: Path, base: str | Path | None = None) -> Declaration:
+    """Return what a checkpoint's files say of robot, actions and tokenizer, whether it has a codec or not.
+
+    Adapters say nothing of it: the files beside them do, or those of their base, which is `base` where
+    they do not hold it.
+    """
+    format, files = _describing(path, base)
+    return format.declaration(files)
+
+
+def _describing(path: Path, base: str | Path | None) -> tuple[Format, CheckpointFiles]:
+    """Return the files that describe a checkpoint's robot, and their format."""
     files = CheckpointFiles(path)
-    return registry.detect(files).declaration(files)
+    format = registry.detect(files)
+    below = format.base_of(files, base, _opener(()))
+    if below is None:
+        return format, files
+    lower = CheckpointFiles(below)
+    format = registry.detect(lower)
+    if format.adapters is None:
+        return format, lower
+    folder = format.adapters.codec_folder(path, lower.folder)
+    return format, lower if folder == lower.folder else CheckpointFiles(folder)
 
 
 def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None) -> OpenedCheckpoint:
@@ -212,13 +232,7 @@ def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None)
     """
     files = CheckpointFiles(path)
     chosen = registry.detect(files) if format is None else registry.named(format)
-    opener = Opener(
-        place,
-        digest,
-        open_checkpoint,
-        lambda config: LoadOptions(parse_config(config), trust=options.trust),
-    )
-    opened = chosen.open(files, options, opener)
+    opened = chosen.open(files, options, _opener(options.trust))
     _refuse_other_tables(opened.format, options.config, opened.path)
     if options.base is not None and not opened.on_base:
         raise WeightsError(
@@ -243,6 +257,15 @@ def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None)
         chunk=opened.evidence.values.get("chunk"),
         notes=opened.notes + inferred.notes,
         conflicts=opened.conflicts + tensors.conflicts + inferred.conflicts,
+    )
+
+
+def _opener(trust: Sequence[str]) -> Opener:
+    return Opener(
+        place,
+        digest,
+        open_checkpoint,
+        lambda config: LoadOptions(parse_config(config), trust=trust),
     )
 
 

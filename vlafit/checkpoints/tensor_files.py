@@ -14,6 +14,8 @@ from vlafit.errors import WeightsError
 from vlafit.files import parse_json
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARDS = "model-*-of-*.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -54,7 +56,7 @@ def has_weight_files(path: Path) -> bool:
     """Whether `path` is a safetensors file, or a folder that holds the weights in such files."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return (path / INDEX).is_file() or (path / "model.safetensors").is_file()
+    return (path / INDEX).is_file() or (path / SINGLE).is_file()
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -71,16 +73,13 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise WeightsError(f"{path}: neither a file nor a folder")
     index = path / INDEX
+    _require_one_set(path)
     if index.is_file():
-        try:
-            listed = sorted(set(_map(index).values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
-        shards = [beside(index, name) for name in listed]
+        shards = [beside(index, name) for name in _listed(index)]
         _require_listed(index, shards)
         return shards
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0])
@@ -120,6 +119,14 @@ def read_json_if_present(path: Path) -> dict[str, Any] | None:
     return read_json_object(path) if path.exists() else None
 
 
+def _listed(index: Path) -> list[str]:
+    """Return the files that an index names. Raises WeightsError where it is none."""
+    try:
+        return sorted(set(_map(index).values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
+
+
 def _map(index: Path) -> dict[str, str]:
     return dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
 
@@ -131,7 +138,7 @@ def _require_listed(index: Path, files: Sequence[Path]) -> None:
         for name in tensor_names(file):
             places.setdefault(name, []).append(file.name)
     listed = _map(index)
-    others = sorted(p.name for p in index.parent.glob("model-*-of-*.safetensors") if p not in files)
+    others = sorted(p.name for p in index.parent.glob(SHARDS) if p not in files)
     wrong = {
         "in no file": [f"{n} ({f})" for n, f in listed.items() if n not in places],
         "not in the index": [f"{n} ({', '.join(p)})" for n, p in places.items() if n not in listed],
@@ -149,6 +156,42 @@ def _require_listed(index: Path, files: Sequence[Path]) -> None:
             + "\n".join(lines)
             + "\nCopy or download the folder again."
         )
+
+
+def _require_one_set(folder: Path) -> None:
+    """Raise WeightsError where weights lie in one file and in shards, too: which of them hold is a guess."""
+    index, single = folder / INDEX, folder / SINGLE
+    shards = sorted(folder.glob(SHARDS))
+    if index.is_file():
+        if single.is_file() and single.name not in _listed(index):
+            raise WeightsError(
+                f"{folder}: the weights are there twice, in {SINGLE} and in the shards that {INDEX} lists"
+                f" ({_difference(single, shards)}). Move the ones that you do not mean out of the folder"
+            )
+    elif single.is_file() and shards:
+        raise WeightsError(
+            f"{folder}: beside {SINGLE} lie shards without an index, such as {shards[0].name}"
+            f" ({_difference(single, shards)}). Move the ones that you do not mean out of the folder"
+        )
+    elif shards:
+        raise WeightsError(
+            f"{folder}: there are {len(shards)} shards, such as {shards[0].name}, and no {INDEX}, which lists"
+            " them; copy or download it, too"
+        )
+
+
+def _difference(single: Path, shards: Sequence[Path]) -> str:
+    """Return how the tensors of one file and of shards differ: by names and by numbers."""
+    one, many = open_tensors([single]), open_tensors(shards)
+    names = sorted(set(one) ^ set(many))
+    if names:
+        return f"{len(names)} tensors are only in one of the two, such as {names[0]}"
+    unlike = [name for name, tensor in one.items() if not _same(tensor, many[name])]
+    return f"they differ in {len(unlike)} tensors, such as {unlike[0]}" if unlike else "they are the same"
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and bool((first == second).all())
 
 
 def _pickled(path: Path) -> WeightsError:

@@ -202,6 +202,15 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option ``--base``, which names what a checkpoint's adapters sit on."""
+    parser.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="the one that CHECKPOINT's adapters sit on, if it is not where they were saved on it",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the option ``--trust``, which names packages whose policy families may be imported."""
     parser.add_argument(

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from vlafit.codec import tokenizer_limits as limits
 from vlafit.errors import CodecError
 from vlafit.files import parse_json, write_atomic
 
@@ -79,10 +80,13 @@ def load(folder: Path | str) -> Tokenizer:
         folder = folder.parent
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such tokenizer folder")
+    limits.require_small_files(folder)
     if not (folder / "tokenizer.json").is_file():
         return _through_transformers(folder)
     try:
-        backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        limits.require_bounded(parse_json(text), folder / "tokenizer.json")
+        backend = tokenizers.Tokenizer.from_str(text)
         config: dict[str, object] = {}
         listed = ("special_tokens_map.json", "tokenizer_config.json")
         if not any((folder / name).is_file() for name in listed):
@@ -90,6 +94,8 @@ def load(folder: Path | str) -> Tokenizer:
         for name in listed:
             if (folder / name).is_file():
                 config |= parse_json((folder / name).read_text(encoding="utf-8"))
+    except CodecError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
         raise CodecError(f"{folder}: not a readable tokenizer: {error}") from error
 

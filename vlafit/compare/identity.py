@@ -10,16 +10,19 @@ from vlafit import files
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.files import parse_json
 
+ADDED: Mapping[str, Any] = {"policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0}
+"""Recipe fields that are younger than folders that must still open -> the value that changes nothing."""
+
 
 def flat(values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's fields as JSON values by dotted name, except those in `without`."""
+    """Return a recipe's fields as JSON values by dotted name, except those in `without` and unused ADDED."""
     return dict(_flat(values, without))
 
 
 def _flat(values: Mapping[str, Any], without: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if dotted in without:
+        if dotted in without or (dotted in ADDED and value == ADDED[dotted]):
             continue
         if isinstance(value, Mapping) and not prefix:
             yield from _flat(value, without, f"{dotted}.")

@@ -23,8 +23,8 @@ from vlafit.datasets.hdf5_files import (
     open_file,
     require_readable,
     shared_folder,
-    stamp,
 )
+from vlafit.datasets.stamps import Stamps
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 
@@ -74,7 +74,9 @@ class Hdf5Store(EpisodeStore):
         self.card = card
         own = [path.resolve() for path in card.files(SUFFIXES)]
         self._paths = list(own)
-        self._stamps = [stamp(path) for path in own]
+        self._stamps = Stamps()
+        for path in own:
+            self._stamps.require_unchanged(path)
         self._handles: OrderedDict[int, h5py.File] = OrderedDict()
         self._datasets: OrderedDict[tuple[int, str], h5py.Dataset] = OrderedDict()
         self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
@@ -104,6 +106,7 @@ class Hdf5Store(EpisodeStore):
         self.require_step(episode, step)
         frames, declared = self._episodes[episode].frames[slot], self.card.robot.cameras[slot]
         shape = (declared.height, declared.width, 3)
+        self._stamps.require_unchanged(self._paths[frames.file])
         if frames.offset >= 0:
             size = declared.height * declared.width * 3
             start = frames.offset + step * size
@@ -170,13 +173,12 @@ class Hdf5Store(EpisodeStore):
         path = Path(dataset.file.filename).resolve()
         if path not in self._paths:
             self._paths.append(path)
-            self._stamps.append(stamp(path))
+            self._stamps.require_unchanged(path)
         return self._paths.index(path)
 
     def _map(self, number: int) -> NDArray[np.uint8]:
         mapped = self._maps.get(number)
         if mapped is None:
-            self._require_unchanged(number)
             mapped = np.asarray(np.memmap(self._paths[number], mode="r", dtype=np.uint8))
             _keep(self._maps, number, mapped, OPEN_FILES)
         return mapped
@@ -189,7 +191,6 @@ class Hdf5Store(EpisodeStore):
             return dataset
         handle = self._handles.get(frames.file)
         if handle is None:
-            self._require_unchanged(frames.file)
             handle = open_file(self._paths[frames.file])
             for number, old in _keep(self._handles, frames.file, handle, OPEN_FILES):
                 for other in [k for k in self._datasets if k[0] == number]:
@@ -199,10 +200,6 @@ class Hdf5Store(EpisodeStore):
         assert isinstance(dataset, h5py.Dataset)  # checked when the store was opened
         _keep(self._datasets, key, dataset, OPEN_DATASETS)
         return dataset
-
-    def _require_unchanged(self, number: int) -> None:
-        if stamp(self._paths[number]) != self._stamps[number]:
-            raise DataError(f"{self._paths[number]}: changed since the dataset was opened; start again")
 
 
 def _keep(cache: OrderedDict, key: object, value: object, most: int) -> list:

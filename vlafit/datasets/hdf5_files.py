@@ -20,8 +20,6 @@ FILTERS = {
     32026: "Blosc2",
 }
 
-Stamp = tuple[int, int]  # size and modification time of a file
-
 
 def shared_folder(paths: Sequence[Path]) -> Path:
     """Return the folder that all files share."""
@@ -37,15 +35,6 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
     ]
-
-
-def stamp(path: Path) -> Stamp:
-    """Return what changes when a file does. Raises DataError if it cannot be read."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return stat.st_size, stat.st_mtime_ns
 
 
 def names_of(paths: Sequence[Path], root: Path) -> list[str]:

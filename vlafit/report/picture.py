@@ -14,6 +14,7 @@ from vlafit.errors import VlafitError
 from vlafit.files import parse_json
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
+from vlafit.report.plots import read_literally
 from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, overall
 
@@ -175,5 +176,6 @@ def _strip(axes: Axes, evaluation: Evaluation, record: Record) -> None:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
+    read_literally(figure)
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from vlafit.report.facts import Point
@@ -154,13 +155,24 @@ def html_id(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
+def read_literally(figure: Figure) -> None:
+    """Let no dollar sign in a name or an instruction begin a formula, which may not be one.
+
+    Labels of ticks are written later, when the figure is drawn.
+    """
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if text.get_text():
+            text.set_parse_math(False)
+
+
 def svg(figure: Figure, name: str, variables: Mapping[str, str] = VARIABLES) -> str:
     """Return the figure as an <svg> element; `name` makes its ids unique in the page.
 
     `variables` maps marker colours to the CSS variables that replace them.
     """
     buffer = io.StringIO()
-
+    read_literally(figure)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

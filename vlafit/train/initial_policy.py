@@ -129,9 +129,12 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
     place, chosen, card = checkpoints.place(recipe.policy.checkpoint), recipe.policy, data.cards[0]
     path = place.path
     foreign = not (path / "policy.json").is_file()
-    declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
+    base_of = chosen.base or None
+    declared = checkpoints.declaration(path, base_of) if foreign else checkpoints.Declaration()
     fitted = recipe.fits_statistics
-    makes_codec = foreign and checkpoints.wants_tokenizer(path)
+    # Statistics of several datasets become a codec only once the user chooses some.
+    makes_codec = foreign and (not declared.named_statistics or bool(chosen.assets))
+    makes_codec = makes_codec and checkpoints.wants_tokenizer(path, base_of)
     # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
     passed = (
         bool(chosen.tokenizer) and makes_codec and bool(declared.tokenizer or chosen.assets or not fitted)
@@ -140,6 +143,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
     policy, codec, plan, report = checkpoints.load(
         path,
         config=chosen.config or None,
+        base=base_of,
         tokenizer=opened if passed else None,
         assets=chosen.assets or None,
         fresh=chosen.fresh,
@@ -180,7 +184,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         if opened is None and codec is None and policy.needs().prompt is not None:
             tokenizer = LEARNED
             notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
-        codec = _fit_codec(recipe, policy, data, before, agreement, opened)
+        codec = _fit_codec(recipe, policy, data, before, agreement, opened, declared.form)
         notes += _floors(recipe, before, codec)
     else:
         codec = _adopt(codec, data, agreement)
@@ -269,10 +273,12 @@ def _fit_codec(
     old: Codec | None,
     agreement: Agreement,
     tokenizer: Tokenizer | None,
+    form: checkpoints.InputForm | None = None,
 ) -> Codec:
     """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
 
-    Without it and without a `tokenizer`, one is learned from the data.
+    Without it and without a `tokenizer`, one is learned from the data. `form` is that of the checkpoint's
+    program, where it has no codec.
     """
     needs = policy.needs()
     if recipe.policy.tokenizer and needs.prompt is None:
@@ -298,6 +304,8 @@ def _fit_codec(
         framing=needs.framing,
         history=needs.history,
     )
+    if old is None and form is not None and needs.prompt is not None:
+        config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
     if old is not None:  # images and prompts keep the checkpoint's form, too
         kept = old.config
         config = replace(

@@ -33,8 +33,11 @@ def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> 
     """Return the learning rate at optimiser step `step` of `steps`, as a share of the peak.
 
     Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`. With a
-    time limit, `spent` is its used share; the cosine follows whichever ends first.
+    time limit, `spent` is its used share; the cosine follows whichever ends first. The recipe may let the
+    schedule begin later or be shorter (`schedule_from`, `schedule_steps`).
     """
+    steps = recipe.schedule_steps or steps - recipe.schedule_from
+    step -= recipe.schedule_from
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
     done = max(spent, (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps))

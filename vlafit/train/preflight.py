@@ -29,8 +29,8 @@ AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.dr
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
 NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
-                "optim.weight_decay", "optim.clip_norm", "train.max_seconds", "eval.every", "eval.workers",
-                "eval.videos")  # fmt: skip
+                "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
+                "train.max_seconds", "eval.every", "eval.workers", "eval.videos")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
 THREADS_PER_CORE = 4  # more slow a process down, and far more crash it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")
@@ -95,7 +95,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         if name not in known:
             yield f"train.trackers: accelerate has no tracker {name!r}{did_you_mean(name, known)}"
         if name not in installed:
-            yield f"train.trackers: {name} is not installed; install it, or remove the tracker"
+            yield f"train.trackers: {name} is not installed; pip install {name}, or remove the tracker"
 
 
 # ------------------------------------------------------------------------------------- policy and strategy
@@ -115,11 +115,12 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     path = checkpoints.place(spec.checkpoint).path
     # Headers do not contain a codec, so its options do not apply.
     options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
+    base = spec.base or None
     inspected = checkpoints.inspect(
-        path, options or None, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
+        path, options or None, base=base, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
     )
     foreign = not (path / "policy.json").is_file()
-    declared = checkpoints.declaration(path) if foreign else checkpoints.Declaration()
+    declared = checkpoints.declaration(path, base) if foreign else checkpoints.Declaration()
     agreement = reconcile.agree_on(recipe, data.cards[0], inspected.codec, declared)
     agreement.require(reconcile.sides(data.cards[0], spec.checkpoint))
     return inspected.policy

@@ -20,7 +20,7 @@ from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer, memory, processes, quantised_base, stages
+from vlafit.train import checkpointer, data_files, extension, memory, processes, quantised_base, stages
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
@@ -86,7 +86,7 @@ def run(
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
         files.require_unlocked(out, LOCKED_BY)
-    require_usable(recipe, out, resume or resume_from is not None)
+    recipe = require_usable(recipe, out, resume or resume_from is not None)
     with files.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
             return _run(recipe, out, resume_from, command, callbacks or Callbacks())
@@ -139,6 +139,10 @@ def _train(
     resumed = manager.resumable(resume_from)
     experiment = _build(recipe, accelerator, resumed)
     processes.require_equal(_identity(experiment), accelerator.device)
+    data_facts = data_files.facts(experiment.data)
+    if resumed is not None:
+        rewritten = data_files.changes(out, data_facts)
+        experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if resumed is not None and resume_from is not None:
         checkpointer.read(resumed, experiment.data.fingerprint)  # before later checkpoints are removed
@@ -147,8 +151,8 @@ def _train(
     if main:
         if resume_from is not None:
             manager.drop_after(resume_from)
-        experiment = _with_protocol(experiment)
-        record = _begin(experiment, out, accelerator, command, resumed)
+        experiment = _with_protocol(_extended(experiment, out))
+        record = _begin(experiment, out, accelerator, command, resumed, data_facts)
     experiment = _with_quantised_base(experiment, out, main)
     callbacks.setup(experiment)
 
@@ -239,8 +243,26 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     return replace(experiment, agreement=agreement.with_items(items))
 
 
+def _extended(experiment: Experiment, out: Path) -> Experiment:
+    """Add a warning if the recipe in `out` has fewer steps, and keep that run's last evaluations apart."""
+    if not (out / "recipe.toml").is_file():
+        return experiment
+    saved = config.read(Recipe, out / "recipe.toml", "recipe")
+    text = extension.notice(saved, experiment.recipe)
+    if not text:
+        return experiment
+    extension.keep_evaluations(out, saved.train.steps)
+    log.info("%s; %s keeps the new recipe", text, out / "recipe.toml")
+    return replace(experiment, warnings=(*experiment.warnings, text))
+
+
 def _begin(
-    experiment: Experiment, out: Path, accelerator: Accelerator, command: str, resumed: Path | None
+    experiment: Experiment,
+    out: Path,
+    accelerator: Accelerator,
+    command: str,
+    resumed: Path | None,
+    data_facts: dict[str, dict[str, int]],
 ) -> dict[str, object]:
     """Write recipe.toml, plan.json and run.json, and return the contents of run.json."""
     toml = config.dump(experiment.recipe)
@@ -257,6 +279,7 @@ def _begin(
         "notices": list(experiment.warnings),
         "base_sha256": experiment.history.base,
         "seeds_known": experiment.data.seeds_known,
+        "data_files": data_facts,
         "datasets": [asdict(dataset) for dataset in experiment.history.datasets],
         "processes": accelerator.num_processes,
         **describe_machine(accelerator.device),

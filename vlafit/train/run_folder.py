@@ -16,7 +16,7 @@ from vlafit import config, files
 from vlafit.errors import TrainingError
 from vlafit.files import parse_json
 from vlafit.recipe import Recipe
-from vlafit.train import stages
+from vlafit.train import extension, stages
 from vlafit.tuning import load_strategy
 
 # Fields that may differ when a run is resumed: none of them changes a weight.
@@ -42,10 +42,11 @@ PACKAGES = (
 )
 
 
-def require_usable(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Raise TrainingError unless `out` is free for a new run or, with `resume`, holds this very run.
+def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
+    """Return the recipe to run in `out`, which is free for a new run or, with `resume`, holds this very run.
 
-    A run can begin in a folder without one, with `resume` or without. Writes nothing.
+    A run can begin in a folder without one, with `resume` or without; one that exists may be extended. Writes
+    nothing. Raises TrainingError for any other folder or change.
     """
     saved = out / "recipe.toml"
     if out.exists() and not out.is_dir():
@@ -55,14 +56,23 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> None:
             raise TrainingError(
                 f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
             )
-        changed = changes(config.read(Recipe, saved, "recipe"), recipe)
+        before = config.read(Recipe, saved, "recipe")
+        recipe = extension.continued(before, recipe, out)
+        changed = changes(before, extension.as_before(before, recipe))
         if changed:
             raise TrainingError(
                 f"{out}: cannot resume with another recipe; changed: {'; '.join(changed)}. Restore the "
-                "original values, or start a new run with --out"
+                "original values (train.steps may grow), or start a new run with --out"
             )
+        return recipe
     elif out.exists() and not files.is_empty(out):
         raise TrainingError(f"{out} is not empty and does not hold a run; choose another folder with --out")
+    if recipe.optim.schedule_from:
+        raise TrainingError(
+            f"{out}: optim.schedule_from = {recipe.optim.schedule_from}, but there is no run to extend; it is"
+            " for --resume with more train.steps. Make it 0"
+        )
+    return recipe
 
 
 def changes(before: Recipe, now: Recipe) -> list[str]:

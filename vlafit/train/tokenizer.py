@@ -54,12 +54,12 @@ def require_fitting(tokenizer: Tokenizer, name: str, policy: Policy, pretrained:
     if size > room:
         raise CodecError(
             f"policy.tokenizer {name!r} has {size} tokens, the policy's embedding only {room} rows; use the "
-            f"tokenizer of these weights{_of_family(policy)}"
+            f"tokenizer of these weights{of_family(policy)}"
         )
     if pretrained and size < SMALLEST_SHARE * room:
         raise CodecError(
             f"policy.tokenizer {name!r} has {size} tokens, the pretrained embedding {room} rows: it is not "
-            f"the tokenizer of these weights{_of_family(policy)}. To train the language model from fresh "
+            f"the tokenizer of these weights{of_family(policy)}. To train the language model from fresh "
             'weights: policy.fresh = ["language"]'
         )
 
@@ -72,7 +72,7 @@ def require_given(policy: Policy, where: str, wanted: str) -> None:
     names = f" ({wanted!r} in its files)" if wanted else ""
     raise ConfigError(
         f"{where}: its language weights are pretrained, and it holds no tokenizer{names}; set "
-        f"policy.tokenizer to the one that they were trained with{_of_family(policy)}. {GIVE}. To "
+        f"policy.tokenizer to the one that they were trained with{of_family(policy)}. {GIVE}. To "
         'train the language model from fresh weights: policy.fresh = ["language"]'
     )
 
@@ -84,5 +84,6 @@ def learn(data: Data, needs: Needs) -> Tokenizer:
     return train_word_tokenizer(words, needs.vocabulary)
 
 
-def _of_family(policy: Policy) -> str:
+def of_family(policy: Policy) -> str:
+    """Return the tokenizer that pretrained weights of this family need, for messages; empty if unknown."""
     return f": {text}" if (text := getattr(family(family_name(policy)), "TOKENIZER", "")) else ""

@@ -107,6 +107,8 @@ class OpenedCheckpoint:
     """Actions at once that the checkpoint itself records; None where it does not."""
     codec_folder: Path | None = None
     """Where the files lie that make its codec, for `Format.codec`."""
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of the file that are no weights and make its codec, for `Format.codec`."""
     own_codec: Codec | None = None
     """The codec in our own format that lies in the checkpoint."""
     codec_hint: str = ""
@@ -176,6 +178,19 @@ class Format(ABC):
         refuse_codec_arguments(options, opened.path, "has a codec of its own; it takes no {name}")
         resized = bool(options.config.fields or options.config.widths)
         return ChosenCodec(fit_codec(opened.own_codec, policy, resized, opened.path))
+
+    def base_of(self, files: CheckpointFiles, base: str | Path | None, opener: Opener) -> Path | None:
+        """Return the checkpoint of another program that this one sits on, and None where it sits on none.
+
+        `base` is where the user says that it lies. Raises WeightsError where it is not there.
+        """
+        return None
+
+    def codec_of_headers(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Return the codec as far as it can be told without weights; the policy may be on the meta device."""
+        hint = f"; {opened.codec_hint}" if opened.codec_hint else ""
+        reason = "" if opened.own_codec else f"none in the checkpoint itself{hint}"
+        return ChosenCodec(opened.own_codec, reason)
 
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
         """Whether the checkpoint holds statistics that make a codec once the caller gives a tokenizer."""

@@ -6,8 +6,11 @@ a module. Nothing is ever imported because a checkpoint's own files name it.
 
 import importlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from torch import Tensor
 
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import COMMON_FILES, CheckpointFiles, Format
@@ -49,6 +52,7 @@ def detect(files: CheckpointFiles) -> Format:
         unsupported.refuse_mix(files.tensors, layouts(), str(files.path))
     if format is not None:
         return format
+    _refuse_wrapped(files)
     unsupported.refuse(files.tensors, str(files.path))
     known = ", ".join(dict.fromkeys(one.name for one in all_formats()))
     first = min(files.tensors, default="-")
@@ -57,6 +61,32 @@ def detect(files: CheckpointFiles) -> Format:
         f"({known}). A "
         "format can be added by a package, or named with --format package.module"
     )
+
+
+class _Unwrapped(CheckpointFiles):
+    """The same files with the prefixes of wrappers taken off the tensors' names."""
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by their names without such prefixes."""
+        return {unsupported.unwrap(name)[1]: tensor for name, tensor in super().tensors.items()}
+
+
+def _refuse_wrapped(files: CheckpointFiles) -> None:
+    """Raise WeightsError where only a wrapper's prefix keeps the names from being those of a known format."""
+    wrapped = [name for name in files.tensors if unsupported.unwrap(name)[0]]
+    if not wrapped:
+        return
+    plain = _Unwrapped(files.path)
+    format = next((one for one in all_formats() if one.detect(plain)), None)
+    if format is not None:
+        prefix = unsupported.unwrap(wrapped[0])[0]
+        writers = " and ".join(unsupported.WRAPPERS[word] for word in prefix.split(".") if word)
+        raise WeightsError(
+            f"{files.path}: {len(wrapped)} of {len(files.tensors)} tensor names begin with {prefix!r} (from"
+            f" {writers}), such as {wrapped[0]!r}; without it they are those of a {format.name} checkpoint."
+            f" Rename them: {unsupported.rename_command(prefix)}"
+        )
 
 
 def named(name: str) -> Format:

@@ -21,6 +21,31 @@ KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+WRAPPERS = {
+    "module": "DistributedDataParallel",
+    "_orig_mod": "torch.compile",
+    "policy": "a program that held the policy in an attribute of that name",
+}
+"""First words of tensor names that say nothing of the policy -> what writes them."""
+
+
+def unwrap(name: str) -> tuple[str, str]:
+    """Split a tensor's name into the prefixes of wrappers, such as ``module.``, and the rest."""
+    rest = name
+    while (parts := rest.partition("."))[0] in WRAPPERS and parts[2]:
+        rest = parts[2]
+    return name.removesuffix(rest), rest
+
+
+def rename_command(prefix: str) -> str:
+    """Return a command that writes a safetensors file again without `prefix` in its names."""
+    return (
+        'python -c "from safetensors.torch import load_file, save_file; '
+        f"save_file({{n.removeprefix('{prefix}'): t for n, t in load_file('OLD.safetensors').items()}},"
+        " 'model.safetensors', {'format': 'pt'})\""
+    )
+
+
 def name_family(names: Iterable[str]) -> str:
     """Return the family of KNOWN whose tensors have these names; empty where it is none of these."""
     every = list(names)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlafit import shipped
 from vlafit.cli.console import Line
-from vlafit.cli.parser import EXECUTION_MODES, Parser, add_trust
+from vlafit.cli.parser import EXECUTION_MODES, Parser, add_base, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
@@ -56,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
     parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
+    add_base(parser)
     add_trust(parser)
     options = parser.read(arguments)
     name, load = _actor(options)
@@ -99,6 +100,7 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
         if options.token_file:
             raise ConfigError("--token-file goes with --actor")
         folder = checkpoint_folder(options.checkpoint)
+        base = checkpoint_folder(options.base, foreign=True) if options.base else None
 
         def load() -> "Actor":
             from vlafit.actor import load_actor
@@ -109,11 +111,12 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
                 width=options.max_batch or 16,
                 device=options.device or "",
                 trust=options.trust,
+                base=base,
             )
 
         return Path(folder), load
     here = [f"--{name}" for name in ("steps", "device", "max_batch") if getattr(options, name) is not None]
-    here += ["--trust"] * bool(options.trust)
+    here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
     if here:
         listed = ", ".join(here).replace("_", "-")
         raise ConfigError(f"{listed}: is decided where the policy is served; give it to `vlafit serve`")

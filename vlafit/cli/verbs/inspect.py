@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import agreement_table, plan_table, size, table
-from vlafit.cli.parser import Parser, add_config, add_format, add_trust, settings
+from vlafit.cli.parser import Parser, add_base, add_config, add_format, add_trust, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
-    parser.add_argument("--base", metavar="CHECKPOINT", help="the one that CHECKPOINT's adapters sit on")
+    add_base(parser)
     add_config(parser)
     add_format(parser)
     add_trust(parser)
@@ -51,15 +52,17 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit import checkpoints, tuning
 
     look = checkpoints.load if options.whole else checkpoints.inspect
+    base = checkpoint_folder(options.base, foreign=True) if options.base else None
     loaded = look(
         folder,
         config=config,
-        base=checkpoint_folder(options.base, foreign=True) if options.base else None,
+        base=base,
         dtype=options.dtype,
         format=options.format,
         trust=options.trust,
     )
     facts = describe(loaded)
+    facts["to_train"] = needed_to_train(loaded, checkpoints.place(folder).path, base)
     if options.strategy:
         plan = tuning.preview(bare(loaded.policy), tuning.load_strategy(options.strategy))
         facts["strategy"] = {"name": plan.strategy.name, "table": plan.rows()}
@@ -70,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
             ]
     agreement = None
     if options.data:
-        agreement = _agree(loaded, folder, options.data, options.protocol, config)
+        agreement = _agree(loaded, folder, base, options, config)
         facts["agreement"] = json.loads(agreement.to_json())
     if options.json:
         print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
@@ -86,7 +89,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _agree(
-    loaded: "Loaded", folder: Path | str, data: str, protocol: str | None, config: dict[str, Any] | None
+    loaded: "Loaded",
+    folder: Path | str,
+    base: Path | str | None,
+    options: Namespace,
+    config: dict[str, Any] | None,
 ) -> "Agreement":
     """Return what the checkpoint and a data card agree on, as a recipe without [adapt] would find it."""
     from vlafit import checkpoints, rollout
@@ -95,15 +102,34 @@ def _agree(
     from vlafit.recipe import PolicyRecipe, Recipe
     from vlafit.train import reconcile
 
-    path, card = checkpoints.place(folder).path, load_card(data)
-    declared = checkpoints.declaration(path)
+    path, card = checkpoints.place(folder).path, load_card(options.data)
+    declared = checkpoints.declaration(path, base)
     recipe = Recipe(policy=PolicyRecipe(checkpoint=str(folder), config=dict(config or {})))
     agreement = reconcile.agree_on(recipe, card, loaded.codec, declared)
-    if protocol:
+    if protocol := options.protocol:
         agreement = agreement.with_items(
             protocol_items(card.embodiment, rollout.robot_of(protocol), protocol)
         )
     return agreement
+
+
+def needed_to_train(loaded: "Loaded", path: Path, base: Path | str | None) -> list[str]:
+    """Return the settings of a recipe without which training refuses this checkpoint."""
+    from vlafit import checkpoints
+    from vlafit.train.tokenizer import of_family
+
+    if loaded.codec is not None:
+        return []
+    declared = checkpoints.declaration(path, base)
+    named, needed = declared.named_statistics, []
+    if named:
+        needed.append(f'data.statistics = "data", or policy.assets = one of {", ".join(named)}')
+    elif not checkpoints.wants_tokenizer(path, base):
+        needed.append('data.statistics = "data"')
+    if loaded.policy.needs().prompt is not None:
+        name = f" ({declared.tokenizer} in its files)" if declared.tokenizer else of_family(loaded.policy)
+        needed.append(f"policy.tokenizer{name}")
+    return [*needed, *(f"adapt.robot = true, because {text}" for text in declared.conversions)]
 
 
 def bare(policy: "Policy") -> "Policy":
@@ -157,8 +183,8 @@ def as_text(facts: dict[str, Any]) -> str:
             f"codec    {codec['normalisation']}, prompt {codec['prompt']} of {codec['max_tokens']} tokens, "
             f"images {codec['image_size']}x{codec['image_size']}",
         ]
-    else:
-        lines.append("a run that fine-tunes it fits a codec to the data")
+    if needed := facts.get("to_train"):
+        lines.append(f"to train it, a recipe needs {'; '.join(needed)}")
     if "strategy" in facts:
         lines += ["", f"strategy {facts['strategy']['name']}"]
         for stage in facts["strategy"].get("stages", ()):

@@ -4,7 +4,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import EXECUTION_MODES, Parser, add_trust
+from vlafit.cli.parser import EXECUTION_MODES, Parser, add_base, add_trust
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling noise [0]")
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
+    add_base(parser)
     add_trust(parser)
     options = parser.read(arguments)
 
@@ -96,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
         device=options.device,
         trust=options.trust,
+        base=checkpoint_folder(options.base, foreign=True) if options.base else None,
     )
     described = describe(actor)
 

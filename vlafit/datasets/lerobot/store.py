@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.lerobot.meta import Entry, Meta, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
+from vlafit.datasets.stamps import Stamps
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
 from vlafit.errors import DataError
@@ -40,6 +41,7 @@ class LeRobotStore(EpisodeStore):
         """`choose` returns the episode numbers to use, of those that the metadata lists."""
         self.card = card
         self._meta = meta = read_meta(root)
+        self._stamps = Stamps()
         self._require_features()
         wanted = set(choose(meta))
         entries = [entry for entry in meta.episodes if entry.index in wanted]
@@ -48,6 +50,7 @@ class LeRobotStore(EpisodeStore):
         infos: list[EpisodeInfo] = []
         indices: dict[Path, _FileIndex] = {}
         for entry in entries:
+            self._stamps.require_unchanged(entry.data)
             if entry.data not in indices:
                 indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
             rows, task = indices[entry.data].episode(entry, meta)
@@ -55,6 +58,8 @@ class LeRobotStore(EpisodeStore):
             self._rows.append(rows)
             infos.append(EpisodeInfo(f"episode_{entry.index:06d}", task, sentence, entry.length))
         self.episodes = tuple(infos)
+        for path in self.files():
+            self._stamps.require_unchanged(path)
         self._reset()
 
     def state(self, episode: int) -> NDArray[np.float32]:
@@ -181,6 +186,7 @@ class LeRobotStore(EpisodeStore):
     def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
         values = self._columns.get((path, key))
         if values is None:
+            self._stamps.require_unchanged(path)
             width = width_of(self._meta.features[key], key, self._meta.root)
             raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
             with np.errstate(over="ignore"):
@@ -194,6 +200,7 @@ class LeRobotStore(EpisodeStore):
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]
+        self._stamps.require_unchanged(video.path)
         fps = self._meta.fps
         if rows.times_s is None:  # whole frames of the file, so that rounding never adds up
             wanted = [round((video.start_s + step / fps) * fps) / fps for step in steps]
@@ -237,6 +244,7 @@ class LeRobotStore(EpisodeStore):
 
     def _image_rows(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         frames = []
+        self._stamps.require_unchanged(rows.entry.data)
         for step in steps:
             data, name = self._images.row(rows.entry.data, camera.key, rows.first + step)
             where = f"{self._where(rows)}, step {step}, {camera.key}"

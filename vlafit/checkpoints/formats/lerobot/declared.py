@@ -1,11 +1,15 @@
 """Read what LeRobot's config.json and processors say of the robot, also where they make no codec."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from vlafit.checkpoints.declaration import Declaration
-from vlafit.checkpoints.formats.lerobot import read_processors
+from vlafit.checkpoints.formats.lerobot import read_buffers, read_processors
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
 from vlafit.errors import WeightsError
 from vlafit.types import Embodiment
 
@@ -13,8 +17,10 @@ RELATIVE = ("use_relative_actions", "use_delta_actions", "use_delta_joint_action
 """Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
 
 
-def read(folder: Path) -> Declaration:
+def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
     """Return the declaration of the LeRobot checkpoint in `folder`; nothing without its config.json.
+
+    `buffers` are statistics that lie among its weights.
 
     Raises WeightsError for a config.json or a pipeline that cannot be read.
     """
@@ -36,9 +42,16 @@ def read(folder: Path) -> Declaration:
         relative=relative,
         slots=slots,
         conversions=conversions,
-        tokenizer=_missing_tokenizer(folder, pre),
-        has_statistics=bool(pre and post),
+        tokenizer=_missing_tokenizer(folder, pre) if pre else read_buffers.tokenizer_name(lerobot),
+        named_statistics=_named(
+            read_processors.statistics_in(folder) if pre and post else read_buffers.sets_of(buffers)
+        ),
+        form=read_processors.form_of(lerobot, pre),
     )
+
+
+def _named(sets: Sets) -> tuple[str, ...]:
+    return () if "" in sets else tuple(sorted(sets))
 
 
 def _relative(

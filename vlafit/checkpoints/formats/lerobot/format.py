@@ -16,7 +16,7 @@ from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
-from vlafit.checkpoints.formats.lerobot import declared, names, read_processors
+from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
     LeRobotConfig,
@@ -106,24 +106,40 @@ class LeRobot(Format):
 
     def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
         """Read the processors; the caller's tokenizer is used where the checkpoint does not hold its own."""
-        if options.assets is not None:
-            raise WeightsError(f"{opened.path}: a {self.name} checkpoint takes no assets")
         assert opened.codec_folder is not None
-        words = options.open_tokenizer()
-        codec, reason = read_processors.read(opened.codec_folder, policy.needs(), words)
+        folder, needs, words, asset = (
+            opened.codec_folder,
+            policy.needs(),
+            options.open_tokenizer(),
+            options.assets,
+        )
+        if read_buffers.present(folder, opened.buffers):
+            codec, reason = read_buffers.read(folder, opened.buffers, needs, words, asset)
+        else:
+            codec, reason = read_processors.read(folder, needs, words, asset)
         if codec is not None:
             require_vocabulary(codec, policy, opened.path)
         elif words is not None:
             raise WeightsError(f"{opened.path}: tokenizer would have no effect: {reason}")
+        elif asset is not None:
+            raise WeightsError(f"{opened.path}: assets would have no effect: {reason}")
         return ChosenCodec(codec, reason)
 
+    def codec_of_headers(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Read the processors, as `codec` does: they hold no weights."""
+        return self.codec(opened, policy, options)
+
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
-        """Whether the processors are there, and their tokenizer is not."""
-        return read_config(files.folder) is not None and read_processors.lacks_tokenizer(files.folder)
+        """Whether statistics are there, in processors or among the weights, and their tokenizer is not."""
+        if read_config(files.folder) is None:
+            return False
+        return read_processors.lacks_tokenizer(files.folder) or read_buffers.present(
+            files.folder, buffers_of(files)
+        )
 
     def declaration(self, files: CheckpointFiles) -> Declaration:
         """Return what config.json and the processors say."""
-        return declared.read(files.folder)
+        return declared.read(files.folder, buffers_of(files))
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what LeRobot has no names for."""
@@ -169,7 +185,14 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
         values, stated = pi0_evidence(config, kind)
     fixed = ("vision.heads", "image_size", "max_tokens")  # LeRobot's code has no other
     evidence = ConfigEvidence(values, stated, witnesses, fixed=fixed)
-    return OpenedCheckpoint(where, format, family, translated, evidence, codec_folder=files.folder)
+    return OpenedCheckpoint(
+        where, format, family, translated, evidence, codec_folder=files.folder, buffers=buffers_of(files)
+    )
+
+
+def buffers_of(files: CheckpointFiles) -> dict[str, Tensor]:
+    """Return the statistics that lie among the weights."""
+    return {name: files.tensors[name] for name in files.tensor_names if name.startswith(names.BUFFERS)}
 
 
 def _translate(

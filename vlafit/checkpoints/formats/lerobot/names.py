@@ -2,7 +2,7 @@
 
 pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
 both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
-openpi's).
+openpi's). LeRobot 0.1 to 0.3 wrote pi0 with the names of older versions of transformers.
 """
 
 from collections.abc import Iterable
@@ -51,6 +51,16 @@ PI0 = NameMap(  # as save_pretrained writes it
     unused=tuple(f"model.{name}" for name in openpi.NAMES.unused),
 )
 
+_OLD = f"{_IN_MODEL}paligemma."
+PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transformers before 4.52
+    PI0,
+    prefixes=(
+        ("language.", f"{_OLD}language_model.model."),
+        *((ours, theirs.replace(f"{_OLD}model.", _OLD)) for ours, theirs in PI0.prefixes),
+    ),
+    ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
+)
+
 IN_MEMORY = {"pi0": PI0, "smolvla": SMOLVLA}
 """Names of the modules in LeRobot's classes, by our family."""
 
@@ -80,7 +90,8 @@ def layout_of(names: Iterable[str]) -> tuple[str, NameMap] | None:
     if count[_WITH_EXPERT] > count[_IN_MODEL] + count[openpi.PREFIX]:
         return "smolvla", SMOLVLA
     if count[_IN_MODEL] > count[openpi.PREFIX]:
-        return "pi0", PI0
+        old = sum(name.startswith((f"{_OLD}language_model.", f"{_OLD}vision_tower.")) for name in every)
+        return "pi0", PI0_OLD if old > sum(name.startswith(f"{_OLD}model.") for name in every) else PI0
     return "pi0", replace(openpi.NAMES, form=FORM)
 
 

@@ -78,10 +78,13 @@ def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, obj
     }
     stated = config.state({"max_action_dim": "action_dim"})
     stated += config.state({"max_state_dim": "state_dim"}) if kind == "pi0" else []
-    sides = config.get("image_resolution", list)
-    if sides is not None:
+    for key in ("image_resolution", "resize_imgs_with_padding"):  # the second up to LeRobot 0.3
+        sides = config.get(key, list)
+        if sides is None:
+            continue
         if len(sides) != 2 or sides[0] != sides[1]:
-            raise WeightsError(f"{config.path}: image_resolution is {sides}; only squares are supported here")
-        stated.append(Stated("vision.image_size", sides[0], f"{config.path.name} (image_resolution)"))
+            raise WeightsError(f"{config.path}: {key} is {sides}; only squares are supported here")
+        stated.append(Stated("vision.image_size", sides[0], f"{config.path.name} ({key})"))
+    stated += config.state({"proj_width": "expert.width"})  # up to LeRobot 0.3
     stated += stated_by_variants(config.values, config.path.name)
     return {key: value for key, value in values.items() if value is not None}, stated

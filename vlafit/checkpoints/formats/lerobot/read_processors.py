@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
+from vlafit.checkpoints.declaration import InputForm
+from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     Step,
     read_steps,
@@ -18,18 +20,19 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt
-from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, NEEDED, Normalisation
+from vlafit.codec.statistics import LEROBOT_EPSILON, NEEDED, Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
-STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+IMAGES = "observation.images."
 EMPTY = f"{IMAGES}empty_camera_"
 MODES: dict[str, Normalisation] = {
     "MEAN_STD": "lerobot_mean_std",
@@ -40,25 +43,29 @@ MODES: dict[str, Normalisation] = {
 NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
 STATE_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
-# lerobot/smolvla_base holds those of its datasets (so100.buffer.action.mean), which LeRobot does not apply.
 NO_STATISTICS = (
     f"its processors hold no statistics of {STATE} and {ACTION}, like those of base models: fine-tuning"
     " fits them to the data"
 )
 FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla"}
+TOKENIZERS = {"pi0": "google/paligemma-3b-pt-224", "pi05": "google/paligemma-3b-pt-224"}
+"""What LeRobot's code loads by name where no file names it; SmolVLA's is that of its vlm_model_name."""
 
 
-def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tuple[Codec | None, str]:
+def read(
+    folder: Path, needs: Needs, tokenizer: Tokenizer | None = None, asset: str | Path | None = None
+) -> tuple[Codec | None, str]:
     """Return the codec that config.json and the processors in `folder` amount to, or None and why there is
     none.
 
-    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own. Raises
-    WeightsError naming the step or feature that we cannot repeat.
+    `needs` is what the policy takes; `tokenizer` is used where the checkpoint does not hold its own, and
+    `asset` names the statistics to use where they are those of several datasets. Raises WeightsError naming
+    the step or feature that we cannot repeat.
     """
     lerobot = read_config(folder)
-    lacking = [name for name in (PRE, POST) if not (folder / name).is_file()]
-    if lerobot is None or lacking:
-        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + lacking)}"
+    absent = [name for name in (PRE, POST) if not (folder / name).is_file()]
+    if lerobot is None or absent:
+        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + absent)}"
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
     _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
                          "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
@@ -73,13 +80,23 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         )
     cameras, embodiment = robot_of(lerobot, pre)
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
-    if not _has_statistics(inner, outer) and all(kind in NEEDED for kind in kinds.values()):
+    before, after = sets_of(inner), sets_of(outer)
+    name, reason = stored.choose({**after, **before}, asset, str(folder / PRE))
+    if not before and not after and all(kind in NEEDED for kind in kinds.values()):
         return None, NO_STATISTICS
+    if name is None:
+        return None, reason
+    chosen, undone = before.get(name, {}), after.get(name, {})
+    if lacking := stored.lacking(chosen, kinds, name, asset, str(folder / PRE)):
+        return None, lacking
+    where = f" of {name!r}" if name else ""
     statistics = {
-        "state": _statistics(inner, STATE, kinds["state"], embodiment.state.shape[0]),
-        "action": _statistics(inner, ACTION, kinds["action"], embodiment.action.shape[0]),
+        "state": stored.read(chosen, STATE, kinds["state"], embodiment.state.shape[0], inner.where + where),
+        "action": stored.read(
+            chosen, ACTION, kinds["action"], embodiment.action.shape[0], inner.where + where
+        ),
     }
-    _require_same_output(outer, kinds["action"], statistics["action"], embodiment.action.shape[0])
+    _require_same_output(outer, undone, kinds["action"], statistics["action"], embodiment.action.shape[0])
     config = CodecConfig(
         cameras=cameras,
         image_size=needs.image_size,
@@ -91,13 +108,13 @@ def read(folder: Path, needs: Needs, tokenizer: Tokenizer | None = None) -> tupl
         relative=relative_of(pre, post, embodiment),
         prompt=prompt,
         max_tokens=needs.max_tokens,
-        framing=FRAMINGS[lerobot.values["type"]],
+        framing=framing_of(lerobot),
         special_tokens="tokenizer",
     )
     words = _tokenizer(folder, asking, tokenizer)
     if words is None:
-        name = asking.config.get("tokenizer_name")
-        return None, f"its tokenizer {name!r} is not in the folder; give its folder as `tokenizer`"
+        wanted = asking.config.get("tokenizer_name")
+        return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
     return Codec(config, embodiment, statistics, words), ""
 
 
@@ -105,17 +122,37 @@ def lacks_tokenizer(folder: Path) -> bool:
     """Whether the processors in `folder` are there with statistics, and their tokenizer is not."""
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
-    pre, post = read_steps(folder / PRE), read_steps(folder / POST)
-    normalizer = _only_step(pre, "normalizer_processor")
-    if not _has_statistics(normalizer, _only_step(post, "unnormalizer_processor")):
+    if not statistics_in(folder):
         return False
-    return _tokenizer(folder, _only_step(pre, "tokenizer_processor"), None) is None
+    return _tokenizer(folder, _only_step(read_steps(folder / PRE), "tokenizer_processor"), None) is None
 
 
-def _has_statistics(*steps: Step) -> bool:
-    """Whether any step holds a statistic of the state or the action, as `_statistics` looks for them."""
-    names = [name for step in steps if step.state_file for name in open_tensors([step.state_file])]
-    return any(name.rpartition(".")[0] in (STATE, ACTION) for name in names)
+def statistics_in(folder: Path) -> Sets:
+    """Return the sets of statistics of state and action in the processors of `folder`."""
+    pre, post = read_steps(folder / PRE), read_steps(folder / POST)
+    inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
+    return {**sets_of(outer), **sets_of(inner)}
+
+
+def sets_of(step: Step) -> Sets:
+    """Return the sets of statistics of state and action that a step holds."""
+    return stored.in_processors(open_tensors([step.state_file])) if step.state_file is not None else {}
+
+
+def framing_of(lerobot: LeRobotConfig) -> Framing:
+    """Return how LeRobot gives frames the policy's size; pi0 up to LeRobot 0.3 did it as SmolVLA does."""
+    if "resize_imgs_with_padding" in lerobot.values and "image_resolution" not in lerobot.values:
+        return "smolvla"
+    return FRAMINGS[lerobot.values["type"]]
+
+
+def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
+    """Return how prompts and frames are made: by the processor's `steps`, without any by LeRobot's code."""
+    if lerobot.values["type"] not in FRAMINGS:
+        return None
+    prompt: Prompt = "pi05" if lerobot.values["type"] == "pi05" else "line"
+    asking = [step for step in steps if step.name == "tokenizer_processor"]
+    return InputForm(_prompt(steps, asking[0]) if asking else prompt, framing_of(lerobot), "tokenizer")
 
 
 def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
@@ -224,60 +261,12 @@ def _mode(step: Step, kind: str) -> Normalisation:
     return MODES[mode]
 
 
-def _statistics(step: Step, feature: str, kind: Normalisation, dimensions: int) -> Statistics:
-    """Read what there is of a feature. Raises WeightsError where what `kind` reads is missing or unusable."""
-    arrays: dict[str, NDArray[np.float64]] = {}
-    count = 0
-    if step.state_file is not None:
-        for name, tensor in open_tensors([step.state_file]).items():
-            owner, _, statistic = name.rpartition(".")
-            if owner == feature and statistic == "count":
-                count = int(tensor.reshape(-1)[0])
-            elif owner == feature and statistic in ARRAYS:
-                arrays[statistic] = tensor.double().numpy()
-    missing = (
-        [name for name in {"mean", "std", *NEEDED[kind]} if name not in arrays] if kind in NEEDED else []
-    )
-    if missing:
-        # LeRobot would then pass the feature on as it is, without a word.
-        raise WeightsError(
-            f"{step.where}: {feature} is to be normalised by {kind}, and {', '.join(missing)} is not in its "
-            "statistics; take them from the dataset it was trained on"
-        )
-    for name, array in arrays.items():
-        if array.shape != (dimensions,) or not np.isfinite(array).all():
-            raise WeightsError(
-                f"{step.where}: {feature}.{name} has shape {array.shape}"
-                f"{'' if np.isfinite(array).all() else ' and is not finite'}; the feature has "
-                f"{dimensions} dimensions"
-            )
-    _require_usable(arrays, kind, f"{step.where}: {feature}")
-    if kind == "identity":  # which reads none, whatever there is
-        arrays.setdefault("mean", np.zeros(dimensions))
-        arrays.setdefault("std", np.ones(dimensions))
-    return Statistics(count, **arrays)
-
-
-def _require_usable(arrays: Mapping[str, NDArray[np.float64]], kind: Normalisation, where: str) -> None:
-    """Raise WeightsError for statistics that no data has, or by which nothing can be normalised."""
-    for low, high in (("min", "max"), ("q01", "q99")):
-        if low in arrays and high in arrays and (arrays[low] > arrays[high]).any():
-            raise WeightsError(f"{where}.{low} is above its {high}")
-    std = arrays.get("std")
-    if std is None:
-        return
-    bad = np.flatnonzero(std <= 0 if kind == "lerobot_mean_std" else std < 0)
-    if bad.size:
-        raise WeightsError(
-            f"{where}.std is {std[bad[0]]:g} in dimension {bad[0]}: nothing can be divided by it; take"
-            " statistics from data in which that dimension moves, or leave it out of the feature"
-        )
-
-
-def _require_same_output(outer: Step, kind: Normalisation, pre: Statistics, dimensions: int) -> None:
+def _require_same_output(
+    outer: Step, undone: Mapping[str, Tensor], kind: Normalisation, pre: Statistics, dimensions: int
+) -> None:
     post = _mode(outer, "ACTION")
     if post == kind:
-        there = _statistics(outer, ACTION, post, dimensions)
+        there = stored.read(undone, ACTION, post, dimensions, outer.where)
         if all(np.array_equal(pre.array(n), there.array(n)) for n in NEEDED.get(kind, ())):
             return
     raise WeightsError(

@@ -35,6 +35,10 @@ class OpenPiAdapters(AdapterSupport):
         return ["openpi's PyTorch code loads no adapters: add --merge"]
 
 
+DECLARED = Declaration(slots=norm_stats.CAMERAS, says_relative=False, says_frame_sizes=False)
+"""What every checkpoint of openpi says of the robot, which its files do not describe."""
+
+
 class OpenPi(Format):
     """What openpi's PyTorch code saves."""
 
@@ -66,8 +70,8 @@ class OpenPi(Format):
         return bool(norm_stats.find_assets(files.folder))
 
     def declaration(self, files: CheckpointFiles) -> Declaration:
-        """Return openpi's three camera slots, and whether there are statistics."""
-        return _declaration(files.folder)
+        """Return openpi's three camera slots."""
+        return DECLARED
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what openpi's PyTorch code cannot hold."""
@@ -123,18 +127,8 @@ class OpenPiJax(Format):
         return params is not None and bool(norm_stats.find_assets(params.parent))
 
     def declaration(self, files: CheckpointFiles) -> Declaration:
-        """Return openpi's three camera slots, and whether there are statistics."""
-        params = find_params(files.path)
-        return _declaration(files.folder if params is None else params.parent)
-
-
-def _declaration(folder: Path) -> Declaration:
-    return Declaration(
-        slots=norm_stats.CAMERAS,
-        says_relative=False,
-        says_frame_sizes=False,
-        has_statistics=bool(norm_stats.find_assets(folder)),
-    )
+        """Return openpi's three camera slots."""
+        return DECLARED
 
 
 def with_statistics(opened: OpenedCheckpoint, folder: Path) -> OpenedCheckpoint:

@@ -1,9 +1,16 @@
 """PEFT folders of adapters on a checkpoint of another program."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
-from vlafit.checkpoints.formats.peft.read import PeftAdapters, open_folder, recognise, saved_modules
+from vlafit.checkpoints.formats.peft.read import (
+    PeftAdapters,
+    open_folder,
+    recognise,
+    saved_modules,
+    unused_heads,
+)
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.errors import WeightsError
 
@@ -34,6 +41,8 @@ class Peft(Format):
                 f"{files.path}: adapters on a checkpoint of {below.format.name} are not supported"
             )
         own = saved_modules(folder, names, below.tensors.weights)
+        heads = unused_heads(folder, names)
+        unused = (f"output heads beside the adapters feed no action: {', '.join(heads)}",) if heads else ()
         support.require_same_policy(files.path, folder.base)
         codec_folder = below.codec_folder
         if codec_folder is not None:
@@ -45,8 +54,16 @@ class Peft(Format):
             codec_folder=codec_folder,
             adapters=PeftAdapters(folder, names, tuple(own)),
             on_base=True,
-            notes=(*below.notes, f"adapters of peft ({len(folder.tensors)} tensors) on {folder.base}"),
+            notes=(
+                *below.notes,
+                f"adapters of peft ({len(folder.tensors)} tensors) on {folder.base}",
+                *unused,
+            ),
         )
+
+    def base_of(self, files: CheckpointFiles, base: str | Path | None, opener: Opener) -> Path:
+        """Return the folder of what the adapters sit on."""
+        return open_folder(files.path, base, opener.place).base
 
 
 FORMAT = Peft()

@@ -35,6 +35,8 @@ from vlafit.tuning.inject import (
     make_groups,
 )
 
+WAYS = "--base on the command line, policy.base in a recipe, base= in Python"
+
 
 @dataclass(frozen=True)
 class PeftFolder:
@@ -93,7 +95,7 @@ def _base_of(
         return inside
     reference = config.get("base_model_name_or_path") if given is None else given
     if not reference:
-        raise WeightsError(f"{folder}: {CONFIG} names no base; give its place: base=...")
+        raise WeightsError(f"{folder}: {CONFIG} names no base; give its place: {WAYS}")
     revision = config.get("revision")
     if given is None and revision and hub.parse(str(reference)) == (str(reference), None):
         reference = f"{reference}@{revision}"
@@ -101,15 +103,14 @@ def _base_of(
         raise WeightsError(
             f"{folder}: {CONFIG} says that its adapters sit on {str(reference)!r}, which is not in this "
             "folder; a checkpoint may not choose what else is read. If that is the right base, name it: "
-            f"base={str(reference)!r} (--base on the command line)"
+            f"base={str(reference)!r} ({WAYS})"
         )
     try:
         path = place(reference).path
     except (ConfigError, WeightsError) as error:
         raise WeightsError(
             f"{folder}: its adapters sit on {str(reference)!r}, which cannot be opened ({error}); give its "
-            "place:"
-            " base=..."
+            f"place: {WAYS}"
         ) from error
     if native.recognise(path) or recognise(path):
         raise WeightsError(
@@ -127,16 +128,30 @@ def _is_inside(folder: Path, reference: str) -> bool:
 
 def saved_modules(folder: PeftFolder, names: NameMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights in full that lie beside the adapters (modules_to_save), by our names."""
-    modules = folder.config.get("modules_to_save") or ()
-    saved = {}
-    for name, tensor in folder.tensors.items():
-        module = name.rpartition(".")[0]
-        if any(module == saved_name or module.endswith(f".{saved_name}") for saved_name in modules):
-            saved[names.policy_name(name)] = tensor
+    saved = {
+        names.policy_name(name): tensor
+        for name, tensor in folder.tensors.items()
+        if _is_saved(folder, name) and name not in unused_heads(folder, names)
+    }
     unknown = [name for name in saved if name not in weights]
     if unknown:
         raise WeightsError(f"{folder.path}: modules_to_save are not of its base: {unknown[:3]}")
     return saved
+
+
+def unused_heads(folder: PeftFolder, names: NameMap) -> tuple[str, ...]:
+    """Return the output heads among the weights in full, which feed no action.
+
+    peft copies a head that was tied to the embedding, and leaves the embedding to the base.
+    """
+    heads = {*names.ties.values(), *names.unused}
+    return tuple(name for name in folder.tensors if name in heads and _is_saved(folder, name))
+
+
+def _is_saved(folder: PeftFolder, name: str) -> bool:
+    module = name.rpartition(".")[0]
+    saved = folder.config.get("modules_to_save") or ()
+    return any(module == one or module.endswith(f".{one}") for one in saved)
 
 
 @dataclass(frozen=True)
@@ -205,7 +220,7 @@ class PeftAdapters(StoredAdapters):
         dead = tuple(
             f"{self.names.file_name(i.name).removesuffix('.weight')}." for i in policy.parts() if i.dead
         )
-        saved = {self.names.file_name(name) for name in self.saved}
+        saved = {self.names.file_name(name) for name in self.saved} | {*unused_heads(self.folder, self.names)}
         have = {n: t for n, t in self.folder.tensors.items() if n not in saved and not n.startswith(dead)}
         wrong = {
             "missing": [name for name in wanted if name not in have],

@@ -1,0 +1,148 @@
+"""A run starts from LeRobot's checkpoints as they lie on the Hub, and `inspect` says what it needs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.test_export_adapters import trained
+from tests.train.agreement_world import recipe_of, write_card
+from tests.train.test_agreement import SMOLVLA, start
+from vlafit import checkpoints
+from vlafit.checkpoints.export import export
+from vlafit.cli.verbs.inspect import needed_to_train
+from vlafit.codec import train_word_tokenizer
+from vlafit.errors import ConfigError, VlafitError, WeightsError
+from vlafit.recipe import Recipe
+from vlafit.train.data import open_data
+from vlafit.train.preflight import meta_policy
+
+FITS = {"cameras": {"cam_high": "front", "cam_wrist": ""}, "resize": True}
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_card(tmp_path_factory.mktemp("data"), size=40)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolVLA for a robot of two joints; its processors hold two datasets' statistics and no tokenizer."""
+    folder = Path(shutil.copytree(SMOLVLA, tmp_path_factory.mktemp("base") / "smolvla"))
+    values = json.loads((folder / "config.json").read_text())
+    values["input_features"]["observation.state"]["shape"] = [2]
+    values["output_features"]["action"]["shape"] = [2]
+    (folder / "config.json").write_text(json.dumps(values))
+    shutil.rmtree(folder / "tokenizer")
+    values = json.loads((folder / "policy_preprocessor.json").read_text())
+    values["steps"][3].pop("artifacts")
+    (folder / "policy_preprocessor.json").write_text(json.dumps(values))
+    for path in folder.glob("policy_*normalizer_processor.safetensors"):
+        tensors = {
+            n: t[:2].clone() for n, t in load_file(path).items() if n.split(".")[-1] in ("mean", "std")
+        }
+        for name in tensors:  # statistics under which the card's values are not extreme
+            tensors[name].fill_(0.5 if name.endswith("mean") else 2.0)
+        owners = {"so100": 1.0, "so101": 2.0}
+        save_file({f"{o}.buffer.{n}": f * t for o, f in owners.items() for n, t in tensors.items()}, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of the embedding's size."""
+    folder = tmp_path_factory.mktemp("words")
+    train_word_tokenizer([f"number {n} and {n * n}" for n in range(400)], 500).save(folder)
+    return str(folder)
+
+
+def recipe(card: Path, checkpoint: Path, statistics: str, **policy: object) -> Recipe:
+    made = recipe_of(card, checkpoint, FITS, statistics=statistics)
+    return replace(made, policy=replace(made.policy, **policy))
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="`inspect` says yes, `train` says no",
+    user_has="a checkpoint without statistics or tokenizer",
+    now="`inspect` lists the settings without which `train` refuses",
+)
+def test_inspect_names_what_training_refuses_to_begin_without(card: Path, base: Path, words: str):
+    needed = needed_to_train(checkpoints.inspect(base), base, None)
+    assert len(needed) == 2
+    assert all(fact in needed[0] for fact in ('data.statistics = "data"', "policy.assets", "so100, so101"))
+    assert "policy.tokenizer" in needed[1]
+    with pytest.raises(ConfigError) as caught:
+        start(recipe(card, base, "checkpoint", tokenizer=words))
+    assert all(fact in str(caught.value) for fact in ("so100", "assets", 'data.statistics = "data"'))
+    with pytest.raises(ConfigError, match="policy.tokenizer"):
+        start(recipe(card, base, "data"))
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="a base model cannot be fine-tuned",
+    user_has="processors without statistics of one robot",
+    now='`data.statistics = "data"` fits them; prompts and frames stay those of LeRobot',
+)
+def test_statistics_of_the_data_train_with_lerobots_prompts_and_frames(card: Path, base: Path, words: str):
+    initial = start(recipe(card, base, "data", tokenizer=words))
+    config = initial.codec.config
+    assert (config.prompt, config.framing, config.special_tokens) == ("line", "smolvla", "tokenizer")
+    assert np.allclose(initial.codec.statistics["state"].mean, [0.75, -0.25], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "mean"), [("so100", 0.5), ("so101", 1.0)])
+def test_a_dataset_is_chosen_by_name(card: Path, base: Path, words: str, name: str, mean: float):
+    initial = start(recipe(card, base, "checkpoint", tokenizer=words, assets=name))
+    assert initial.codec.statistics["state"].mean.tolist() == [mean, mean]
+    assert initial.codec.statistics["action"].mean.tolist() == [mean, mean]
+
+
+def test_a_dataset_that_is_not_there_is_refused_with_the_names_that_are(card: Path, base: Path, words: str):
+    with pytest.raises(WeightsError, match="'so10', but of so100, so101"):
+        start(recipe(card, base, "checkpoint", tokenizer=words, assets="so10"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """LoRA on transformers' pi0, and the base, which is not in its folder."""
+    folder = tmp_path_factory.mktemp("adapter")
+    export(trained("lora", folder), "transformers", folder / "out")
+    shutil.move(folder / "out" / "base", folder / "elsewhere")
+    return folder / "out", folder / "elsewhere"
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="an adapter cannot be trained on",
+    user_has="a PEFT folder whose base is elsewhere",
+    now="`policy.base` in a recipe, `--base` on the command line",
+)
+def test_an_adapter_whose_base_is_elsewhere_is_trained_on_once_the_recipe_names_it(
+    card: Path, adapter: tuple[Path, Path], tmp_path: Path
+):
+    folder, below = adapter
+    vocabulary = checkpoints.inspect(below).policy.needs().vocabulary
+    sentences = [f"number {n} and {n * n}" for n in range(200)]
+    train_word_tokenizer(sentences, vocabulary).save(tmp_path / "words")
+    made = recipe(card, folder, "data", tokenizer=str(tmp_path / "words"))
+    made = replace(made, adapt=replace(made.adapt, cameras={}))
+    with pytest.raises(WeightsError, match="policy.base in a recipe"):
+        start(made)
+    given = replace(made, policy=replace(made.policy, base=str(below)))
+    assert meta_policy(given, open_data(given.data, 0)).config == checkpoints.inspect(below).policy.config
+    initial = start(given)
+    assert "adapters of peft" in initial.report and initial.base is None
+    assert any("merged into its weights" in warning for warning in initial.warnings)
+
+
+def test_a_base_below_a_checkpoint_without_adapters_has_no_effect_and_is_refused(
+    card: Path, base: Path, words: str
+):
+    with pytest.raises(VlafitError, match="base=.* only applies to adapter checkpoints"):
+        start(recipe(card, base, "data", tokenizer=words, base=str(SMOLVLA)))
