@@ -17,12 +17,14 @@ from vlafit.errors import TrainingError
 from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import stages
+from vlafit.train.settle import earlier
 from vlafit.tuning import load_strategy
 
 # Fields that may differ when a run is resumed: none of them changes a weight.
 HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep",
             "train.keep_best", "train.save_every", "train.validate_every",
-            "train.validation_batches", "train.trackers", "data.workers", "data.validation_sets")  # fmt: skip
+            "train.validation_batches", "train.trackers", "data.workers", "data.validation_sets",
+            "train.memory", "train.recompute")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",
@@ -54,7 +56,7 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> None:
             raise TrainingError(
                 f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
             )
-        changed = changes(config.read(Recipe, saved, "recipe"), recipe)
+        changed = changes(earlier(config.read(Recipe, saved, "recipe")), recipe)
         if changed:
             raise TrainingError(
                 f"{out}: cannot resume with another recipe; changed: {'; '.join(changed)}. Restore the "
