@@ -37,7 +37,7 @@ BAD_RECIPES = {
     "not a number": ("[optim]\nlr = nan", "{path}: optim.lr: expected a number below 2^63, got nan"),
     "none of the choices": (
         "[train]\nprecision = 'fp23'",
-        "{path}: train.precision: 'fp23' is not one of 'fp32', 'bf16'; did you mean 'fp32'?",
+        "{path}: train.precision: 'fp23' is not one of 'auto', 'fp32', 'bf16'; did you mean 'fp32'?",
     ),
     "text for a list": ("[data]\ncards = 'libero'", "{path}: data.cards: expected a list, got 'libero'"),
     "a number in a list of text": ("[data]\ncards = ['a', 1]", "{path}: data.cards[1]: expected text, got 1"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from vlafit import checkpoints
+from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
@@ -71,6 +72,8 @@ class PolicyActor:
         device = next(self.policy.parameters()).device
         made = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         steps = "" if self.policy.steps is None else f" steps={self.policy.steps}"
+        if any(parameter.dtype == torch.bfloat16 for parameter in self.policy.parameters()):
+            steps += " dtype=bfloat16"
         return f"{identity}{steps} width={self.width} seed={self.seed} device={made}"
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
@@ -187,21 +190,27 @@ def load_actor(
     width: int = 16,
     seed: int = 0,
     device: str = "",
+    dtype: str = "float32",
     trust: Sequence[str] = (),
     base: str | Path | None = None,
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
-    `steps` is for a policy that samples in steps: how many; 0: its own number. `device` is torch's name; the
-    GPU if there is one when empty. `trust`, `base`: see `checkpoints.load`. Raises what `checkpoints.load`
-    raises, and ConfigError where the checkpoint has no codec, the policy does not sample in steps, or the
-    device is not there.
+    `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width` rows,
+    whatever it is asked for: 1 is fastest for one robot, and the same bytes are promised at one width only.
+    `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
+    halves memory and suits a GPU; norms and projections stay float32. `trust`, `base`: see
+    `checkpoints.load`.
+
+    Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
+    not sample in steps, or the device is not there.
     """
     folder = in_run(Path(path)) or checkpoints.place(path).path
     loaded = checkpoints.load(
         folder,
         base=base,
         device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        dtype=parse_dtype(dtype),
         trust=trust,
     )
     if loaded.codec is None:

@@ -97,6 +97,8 @@ class OptimRecipe:
     """Maximum norm of the whole gradient. 0: no clipping."""
     ema: float = 0.0
     """Decay of the EMA of the trainable weights. 0: no EMA."""
+    states: Literal["auto", "fp32", "8bit"] = "auto"
+    """How AdamW keeps its moments; 8bit takes a quarter. auto: what train.memory picks, or fp32."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,25 @@ class TrainRecipe:
     """Maximum training time in seconds; the learning-rate schedule adapts. 0: no limit."""
     batch_size: int = 32
     """Samples in one optimiser step, over all processes and accumulation steps."""
-    accumulate: int = 1
-    """Micro-batches of each process in one optimiser step."""
+    accumulate: int = 0
+    """Micro-batches of each process in one optimiser step. 0: the launcher's, or 1."""
     draws: int = 1
     """(noise, time) draws for each sample; they share one pass over images and prompt."""
     seed: int = 0
     """Seed of initial weights, sample order, augmentation and noise."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; master weights are fp32."""
-    sharding: Literal["none", "full"] = "none"
-    """Weights on several processes: a copy on each (DDP), or sharded (FSDP2)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; what is trained is kept in fp32. auto: bf16 on a GPU that has it, else fp32."""
+    frozen: Literal["auto", "fp32", "bf16"] = "auto"
+    """How weights that no stage trains are kept; norms and projections in fp32. auto: as train.precision."""
+    sharding: Literal["auto", "none", "gradients", "full"] = "auto"
+    """On several processes: a copy on each (none: DDP); gradients and AdamW's moments sharded; or weights,
+    too (full). auto: the launcher's, or none."""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """Recompute activations in the backward pass: what lies between matrix products (selective), or whole
+    blocks (full). Less memory, the same numbers. auto: what train.memory picks, or none."""
+    memory: str = ""
+    """Memory to fit into, such as 24GB: picks recompute, optim.states and accumulate. Empty: refuse what the
+    GPU has no room for. ignore: start whatever the forecast says."""
     log_every: int = 10
     """Steps between logged metrics."""
     validate_every: int = 200
@@ -137,6 +148,16 @@ class TrainRecipe:
     """Trackers of accelerate in addition to metrics.jsonl."""
     report: bool = True
     """Write report.html at the end. `vlafit report RUN` writes it at any time."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of each process in one optimiser step, also where `accumulate` is automatic."""
+        return self.accumulate or 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether gradients and optimiser states are sharded over the processes."""
+        return self.sharding in ("gradients", "full")
 
 
 @dataclass(frozen=True)

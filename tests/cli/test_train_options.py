@@ -104,7 +104,10 @@ def test_the_run_folder_and_resume_are_no_fields(path):
             ["--train.keep_best", "maybe"],
             "command line: train.keep_best: expected true or false, got 'maybe'",
         ),
-        (["--train.precision", "bf61"], "command line: train.precision: 'bf61' is not one of 'fp32', 'bf16'"),
+        (
+            ["--train.precision", "bf61"],
+            "command line: train.precision: 'bf61' is not one of 'auto', 'fp32', 'bf16'",
+        ),
         (["--optim.lr"], "argument --optim.lr: expected one argument"),
         (["--policy.config.chunk"], "option '--policy.config.chunk' needs a value"),
         (

@@ -22,7 +22,9 @@ from vlafit.errors import CodecError, ConfigError, EmbodimentError, VlafitError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import run
 from vlafit.train.data import open_data
+from vlafit.train.frozen import FrozenWeights
 from vlafit.train.initial_policy import InitialPolicy, initialise
+from vlafit.tuning import load_strategy
 from vlafit.types import Observation, Sample
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -31,7 +33,8 @@ OPENPI_SAYS = {"vision.heads": 2, "chunk": 6}
 
 
 def start(recipe: Recipe) -> InitialPolicy:
-    return initialise(recipe, open_data(recipe.data, recipe.train.seed))
+    frozen = FrozenWeights(load_strategy(recipe.strategy), wanted=False)
+    return initialise(recipe, open_data(recipe.data, recipe.train.seed), frozen)
 
 
 def numbers(initial: InitialPolicy, camera: str, size: int = 16, scale: float = 1.0):

@@ -22,7 +22,7 @@ NAN = float("nan")
 VALUES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"train": {"steps": 0}}, r"train\.steps must be at least 1, is 0"),
     ({"train": {"batch_size": -4}}, r"train\.batch_size must be at least 1, is -4"),
-    ({"train": {"accumulate": 0}}, r"train\.accumulate must be at least 1, is 0"),
+    ({"train": {"accumulate": -1}}, r"train\.accumulate must be at least 0, is -1"),
     ({"train": {"draws": 0}}, r"train\.draws must be at least 1"),
     ({"train": {"log_every": 0}}, r"train\.log_every must be at least 1"),
     ({"train": {"validation_batches": 0}}, r"train\.validation_batches must be at least 1"),

@@ -65,6 +65,7 @@ def assert_close(one: Path, other: Path, key: str = "train/loss") -> None:
 HOW = {  # what each recipe of the tests changes
     "copies": {},
     "sharded": {"train": {"sharding": "full"}},
+    "sharded-gradients": {"train": {"sharding": "gradients", "validate_every": 5}},
     "frozen": {"strategy": "expert", "train": {"accumulate": 2}},
     "frozen-sharded": {"strategy": "expert", "train": {"sharding": "full", "accumulate": 2}},
     "lora": {"strategy": "lora"},

@@ -13,6 +13,7 @@ from vlafit.types import Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
 Role = Literal["dataset", "checkpoint", "protocol"]
+DATA = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
@@ -48,7 +49,7 @@ class Item:
 
     name: str
     sides: Mapping[str, str]
-    """Role -> that side's statement; a side that says nothing is left out."""
+    """Role ("recipe", "run" and "launcher" among them) -> its statement; who says nothing is left out."""
     value: str
     """The value that holds; empty in a conflict."""
     status: Status
@@ -97,18 +98,18 @@ class Agreement:
         return Agreement((*self.items, *items), self.cameras, self.relative)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Return (item, dataset, checkpoint, value, why) for tables; a protocol stands with the dataset."""
+        """Return (item, dataset, checkpoint, value, why) for tables; a further side is in the third."""
         rows = []
         for item in self.items:
             dataset, checkpoint = item.sides.get("dataset", ""), item.sides.get("checkpoint", "")
-            protocol = item.sides.get("protocol", "")
+            others = [f"{role}: {text}" for role, text in item.sides.items() if role not in DATA]
             why = item.reason or item.fix
             status = item.status if item.status != "same" else ""
             rows.append(
                 (
                     item.name,
                     dataset,
-                    checkpoint or (f"protocol: {protocol}" if protocol else ""),
+                    checkpoint or ", ".join(others),
                     item.value,
                     ": ".join(filter(None, (status, why))),
                 )

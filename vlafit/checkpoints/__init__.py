@@ -2,7 +2,7 @@
 wrong.
 """
 
-from vlafit.checkpoints.assign import fit
+from vlafit.checkpoints.assign import fit, stored_as
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
 from vlafit.checkpoints.history import Learned, Lineage, read_lineage
@@ -43,5 +43,6 @@ __all__ = [
     "read_base",
     "read_lineage",
     "save",
+    "stored_as",
     "wants_tokenizer",
 ]

@@ -1,6 +1,6 @@
 """Assign weights to a policy exactly, or raise one error that names everything wrong with them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ def fit(
     where: str,
     fresh: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    narrow: Collection[str] = (),
     device: torch.device | str = "cpu",
     contents: Iterable[tuple[str, Tensor]] | None = None,
     resized: Mapping[str, torch.Size] | None = None,
@@ -31,12 +32,13 @@ def fit(
     """Copy `weights`, named as the policy's parameters, into `policy` exactly.
 
     The parameters named in `fresh` keep what they hold; all others are replaced by new storage on `device`,
-    in `dtype` (those that compute in float32 stay float32, see `stored_as`), one at a time: a policy on the
-    meta device never exists twice. `where` begins the message. With `contents` the numbers come from there,
-    in its order, and `weights` may be of the meta device. `resized` are parameters whose weights have another
-    shape, given here: what both shapes have is copied, what the policy alone has is zero. `twins` are second
-    copies that the file holds of some weights, and must equal them. `file_name` gives the file's name of a
-    parameter, and `conflicts` says what else is wrong with the checkpoint: see `raise_mismatch`.
+    in `dtype`, or bfloat16 where named in `narrow` (those that compute in float32 stay float32, see
+    `stored_as`), one at a time: a policy on the meta device never exists twice. `where` begins the message.
+    With `contents` the numbers come from there, in its order, and `weights` may be of the meta device.
+    `resized` are parameters whose weights have another shape, given here: what both shapes have is copied,
+    what the policy alone has is zero. `twins` are second copies that the file holds of some weights, and must
+    equal them. `file_name` gives the file's name of a parameter, and `conflicts` says what else is wrong with
+    the checkpoint: see `raise_mismatch`.
 
     Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, every one that holds
     numbers too large for `dtype`, and every dtype that is no floating-point number; the policy is then
@@ -55,10 +57,11 @@ def fit(
         if twin is not None and not torch.equal(twin, tensor):
             unlike.append(name)
         shape = policy.get_parameter(name).shape
+        kept = stored_as(infos[name], torch.bfloat16 if name in narrow else dtype)
         if tensor.shape == shape:
-            value = torch.empty(shape, dtype=stored_as(infos[name], dtype), device=device).copy_(tensor)
+            value = torch.empty(shape, dtype=kept, device=device).copy_(tensor)
         else:
-            value = torch.zeros(shape, dtype=stored_as(infos[name], dtype), device=device)
+            value = torch.zeros(shape, dtype=kept, device=device)
             common = tuple(slice(min(n, m)) for n, m in zip(shape, tensor.shape, strict=True))
             value[common] = tensor[common].to(value)
         # Looked at as it is kept: what was finite in the file may be too large for the dtype asked for.

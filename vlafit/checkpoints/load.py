@@ -1,6 +1,6 @@
 """Load a checkpoint of any format: locate, detect, open, assign, codec, report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,8 @@ from vlafit.policies import family, override
 from vlafit.policies._common import select
 from vlafit.tuning import Plan
 
+Narrow = Callable[[Policy, Mapping[str, torch.Tensor], bool], Collection[str]]
+
 
 class Loaded(NamedTuple):
     """A policy and what belongs to it, None where there is none; the report says why there is no codec."""
@@ -56,6 +58,7 @@ def load(
     generator: torch.Generator | None = None,
     format: str | None = None,
     trust: Sequence[str] = (),
+    narrow: Narrow | None = None,
 ) -> Loaded:
     """Load the checkpoint `path` exactly, whatever program wrote it.
 
@@ -73,7 +76,9 @@ def load(
     `generator` (seed 0 without one), whatever the checkpoint holds for them. Where `config` gives the policy
     another action_dim or state_dim, `resize` must say what becomes of the projections: ``"keep"`` what both
     widths have, and begin with zeros beyond, or ``"fresh"`` ones. Norms and projections stay float32 when
-    `dtype` is ``"bfloat16"``.
+    `dtype` is ``"bfloat16"``. `narrow` chooses weights to keep in bfloat16 whatever the `dtype`: it is called
+    with the bare policy on the meta device, the file's tensors by the policy's names, and whether adapters
+    or quantised weights come on top.
 
     No code of a checkpoint runs. If its policy family is a module of a package that is not installed with an
     entry point "vlafit.policies", `trust` must name that package.
@@ -104,6 +109,7 @@ def load(
         where=opened.path,
         fresh=draw,
         dtype=DTYPES[options.dtype],
+        narrow=() if narrow is None else narrow(policy, tensors.weights, opened.adapters is not None),
         device=device,
         contents=opened.contents() if opened.contents else None,
         resized=sized.shapes,

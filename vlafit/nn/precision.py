@@ -9,6 +9,9 @@ def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     x = x.to(weight.dtype)
+    if x.device.type == "meta":  # has no autocast of its own; see `meta_kernels`
+        with torch._C.DisableTorchFunction():
+            return module(x)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return module(x)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend
-from vlafit.nn.precision import matrix_dtype
+from vlafit.nn.precision import in_own_precision, matrix_dtype
 
 EPS = 1e-6  # SigLIP: LayerNorm epsilon
 
@@ -72,8 +72,7 @@ class SiglipTower(nn.Module):
         `positions` int64 [l] says which row of the position table each patch takes; None: one after the
         other.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        patches = in_own_precision(self.patch_embedding, images)
         if positions is None:
             positions = torch.arange(patches.shape[2] * patches.shape[3], device=images.device)
         x = patches.flatten(2).transpose(1, 2) + self.position_embedding(positions)  # [b, l, w]

@@ -81,7 +81,7 @@ def training_batches(
     wanted = (
         rows
         for step in range(first_step, train.steps)
-        for rows in rows_of(order.batch(step, train.batch_size), train.accumulate, rank, world)
+        for rows in rows_of(order.batch(step, train.batch_size), train.micro_batches, rank, world)
     )
     loader = DataLoader(
         samples,
@@ -96,7 +96,7 @@ def training_batches(
     def steps() -> Iterator[list[tuple[Keys, Batch]]]:
         workers = _Workers(loader)
         for _ in range(first_step, train.steps):
-            yield [workers.next() for _ in range(train.accumulate)]
+            yield [workers.next() for _ in range(train.micro_batches)]
 
     return steps()
 
@@ -201,7 +201,7 @@ def _spread(
     config = experiment.codec.config
     chunks = ChunkDataset(stores, config.chunk, episodes, config.history)
     samples = EncodedSamples(chunks, experiment.codec, 0, 0)
-    size = rows_per_process(recipe.train.batch_size, recipe.train.accumulate, world)
+    size = rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, world)
     wanted = min(len(chunks), recipe.train.validation_batches * VALIDATION_ROWS)
     total = max(wanted, world)  # every process needs one
     pieces = world * math.ceil(total / (size * world))  # each holds `size` rows, or almost

@@ -1,7 +1,8 @@
 """Distributed training: DDP, FSDP2, and the collectives that the rest of `train` uses.
 
 DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's
-`fully_shard`, on CPU (gloo) and GPU (NCCL) alike, so tests on two CPU processes run the same code as eight
+`fully_shard`, and `gradients` does the same but keeps the weights gathered from the forward to the backward
+pass. Both run on CPU (gloo) and GPU (NCCL) alike, so tests on two CPU processes run the same code as eight
 GPUs. accelerate starts the processes; its own FSDP only supports accelerators and is not used.
 """
 
@@ -19,7 +20,9 @@ from vlafit.nn.policy import Policy
 from vlafit.tuning.quantise import quantised_names
 
 
-def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> nn.Module:
+def wrap(
+    policy: Policy, how: Literal["auto", "none", "gradients", "full"], device: torch.device
+) -> nn.Module:
     """Return the module whose call computes the loss: DDP, the policy sharded in place, or the policy.
 
     DDP only synchronises what is trainable when it is created, so the policy must be wrapped again when that
@@ -27,8 +30,8 @@ def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> 
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return policy
-    if how == "full":
-        return _shard(policy, device)
+    if how in ("gradients", "full"):
+        return _shard(policy, device, gather_again=how == "full")
     # Quantised weights are frozen and equal on all processes, and not all kinds can be broadcast.
     quantised = [f"{layer}.weight" for layer in quantised_names(policy)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, quantised)
@@ -36,17 +39,35 @@ def wrap(policy: Policy, how: Literal["none", "full"], device: torch.device) -> 
     return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def _shard(policy: Policy, device: torch.device) -> nn.Module:
+def _shard(policy: Policy, device: torch.device, gather_again: bool) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in policy.blocks():
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=gather_again)
     # By default the root stays gathered after a forward pass without a backward pass, as in validation.
-    fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=gather_again)
     register_fsdp_forward_method(policy, "act")  # `loss` is the call itself
     return policy
+
+
+@contextmanager
+def gathered_anew(policy: nn.Module, how: str) -> Iterator[None]:
+    """Within this block each forward pass gathers sharded weights anew, as validation needs.
+
+    Without a backward pass weights that stay gathered would be those of the average in the next step, too.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if how != "gradients" or not isinstance(policy, FSDPModule):
+        yield
+        return
+    policy.set_reshard_after_forward(True)
+    try:
+        yield
+    finally:
+        policy.set_reshard_after_forward(False)
 
 
 @contextmanager

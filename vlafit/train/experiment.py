@@ -17,7 +17,9 @@ from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import initial_policy, quantised_base
 from vlafit.train.data import Data, ValidationSets, open_data, open_validation_sets, renderer_warnings
-from vlafit.tuning import Plan, apply, enter, load_strategy
+from vlafit.train.frozen import FrozenWeights
+from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
+from vlafit.tuning.inject import compute_adapters_in_bf16
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
 
 
@@ -58,17 +60,21 @@ class Experiment:
 
 
 def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> Experiment:
-    """Build the experiment of a recipe; the policy is in fp32 on `device`, with the strategy applied.
+    """Build the experiment of a recipe; the policy is on `device`, with the strategy applied.
+
+    It is in fp32, except frozen weights where the recipe says so (`frozen.py`).
 
     `resumed` is the checkpoint of the same run to resume from, which then provides policy and codec.
     """
     data = open_data(recipe.data, recipe.train.seed)
     sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
+    strategy = load_strategy(recipe.strategy)
+    frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")
     initial = (
-        initial_policy.resume(resumed, (recipe.policy.family, *recipe.policy.trust))
+        initial_policy.resume(resumed, (recipe.policy.family, *recipe.policy.trust), frozen)
         if resumed is not None
-        else initial_policy.initialise(recipe, data)
+        else initial_policy.initialise(recipe, data, frozen)
     )
     policy, codec = initial.policy, initial.codec
     _require_one_robot(data, codec, initial.source, resumed)
@@ -78,12 +84,16 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     stores = [*data.stores, *(store for stores in sets.values() for store in stores)]
     _require_room_for_prompts(stores, codec)
     policy.to(device)
-    strategy, warnings, unquantised = load_strategy(recipe.strategy), initial.warnings, {}
+    warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
     if initial.plan is None:
         unquantised = quantised_base.weights_to_keep(policy, strategy, initial.base, initial.changed)
         warnings += (quantised_base.WARNING,) if unquantised else ()
-        probe = initial_policy.probe(policy, codec, data, device)
-        plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe)
+        bf16 = recipe.train.frozen == "bf16"
+        probe = initial_policy.probe(policy, codec, data, device, bf16=bf16)
+        bound = UNCHANGED_BF16 if bf16 else UNCHANGED
+        plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe, bound=bound)
+        frozen.finish(policy)
+        agreement = agreement and agreement.with_items(list(frozen.items()))
     else:
         plan = initial.plan
         if strategy.expand(policy.parts()) != plan.strategy:
@@ -92,6 +102,8 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
                 "start a new run with --out"
             )
         enter(policy, plan)
+    if recipe.train.precision == "bf16":
+        compute_adapters_in_bf16(policy)
     return Experiment(
         recipe=recipe,
         policy=policy,
@@ -105,7 +117,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
         changed=initial.changed,
         validation_sets=sets,
         unquantised=unquantised,
-        agreement=initial.agreement,
+        agreement=agreement,
     )
 
 

@@ -24,6 +24,7 @@ from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import reconcile, value_ranges
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
+from vlafit.train.frozen import FrozenWeights
 from vlafit.tuning import Plan
 from vlafit.tuning.merge import merge
 from vlafit.types import Embodiment, Observation
@@ -54,9 +55,10 @@ class InitialPolicy:
     """What data and checkpoint agreed on; None for a resumed run that is older than agreements."""
 
 
-def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
+def resume(folder: Path, trust: Sequence[str], frozen: FrozenWeights) -> InitialPolicy:
     """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
-    policy, codec, plan, report = checkpoints.load(folder, trust=trust)
+    policy, codec, plan, report = checkpoints.load(folder, trust=trust, narrow=frozen.at_load)
+    frozen.finish(policy)
     assert codec is not None and plan is not None  # the trainer saves both
     base = checkpoints.read_base(folder)
     changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
@@ -73,15 +75,18 @@ def resume(folder: Path, trust: Sequence[str] = ()) -> InitialPolicy:
     )
 
 
-def initialise(recipe: Recipe, data: Data) -> InitialPolicy:
+def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPolicy:
     """Load or build the recipe's policy; fit a codec unless the checkpoint's is to be used.
+
+    What `frozen` chooses is loaded in bfloat16, or is to be made so when the strategy was applied.
 
     Raises as `checkpoints.load` does, and ConfigError for fields that exclude each other.
     """
     generator = torch.Generator().manual_seed(recipe.train.seed)
     if recipe.policy.checkpoint:
-        return _from_checkpoint(recipe, data, generator)
+        return _from_checkpoint(recipe, data, generator, frozen)
     policy = _from_scratch(recipe.policy, generator)
+    frozen.in_memory(policy)
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
     agreement = reconcile.agree_on(recipe, data.cards[0], None, None)
     agreement.require()
@@ -97,8 +102,13 @@ def initialise(recipe: Recipe, data: Data) -> InitialPolicy:
     return InitialPolicy(policy, codec, report, history, "the policy", agreement=agreement)
 
 
-def probe(policy: Policy, codec: Codec, data: Data, device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that computes the policy's actions [1, t, a] for the first training frame."""
+def probe(
+    policy: Policy, codec: Codec, data: Data, device: torch.device, *, bf16: bool = False
+) -> Callable[[], Tensor]:
+    """Return a function that computes the policy's actions [1, t, a] for the first training frame.
+
+    With `bf16` it computes as training does where frozen weights are bfloat16.
+    """
     store, ids = next((s, i) for s, i in zip(data.stores, data.training, strict=True) if i)
     number = store.index(ids[0])
     images = {c.name: np.zeros(c.shape, np.uint8) for c in data.embodiment.cameras}
@@ -108,7 +118,8 @@ def probe(policy: Policy, codec: Codec, data: Data, device: torch.device) -> Cal
     @torch.no_grad()
     def actions() -> Tensor:
         policy.eval()
-        answer = policy.act(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            answer = policy.act(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
         policy.train()
         return answer
 
@@ -125,7 +136,9 @@ def merge_error(folder: Path, data: Data, device: torch.device) -> float:
     return float((actions() - before).abs().max())
 
 
-def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> InitialPolicy:
+def _from_checkpoint(
+    recipe: Recipe, data: Data, generator: torch.Generator, frozen: FrozenWeights
+) -> InitialPolicy:
     place, chosen, card = checkpoints.place(recipe.policy.checkpoint), recipe.policy, data.cards[0]
     path = place.path
     foreign = not (path / "policy.json").is_file()
@@ -150,6 +163,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
         resize=chosen.resize,
         generator=generator,
         trust=chosen.trust,
+        narrow=frozen.at_first_load,
     )
     pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
     if codec is not None:
@@ -172,6 +186,7 @@ def _from_checkpoint(recipe: Recipe, data: Data, generator: torch.Generator) -> 
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
         merge(policy)
+        frozen.in_memory(policy)
         base = None  # no file holds the merged weights
         layers = "adapters" if plan.adapted else "quantised layers"
         warnings = (

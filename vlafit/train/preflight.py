@@ -25,9 +25,10 @@ from vlafit.train.dataloader import rows_per_process
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan, Strategy, preview
 
-AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.draws", "train.log_every",
+AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
-NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train.keep", "train.threads",
+NOT_NEGATIVE = ("train.seed", "train.accumulate",
+                "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
                 "train.max_seconds", "eval.every", "eval.workers", "eval.videos")  # fmt: skip
@@ -41,7 +42,7 @@ def check(recipe: Recipe, processes: int) -> None:
     """Raise ConfigError for the first field of `recipe` that is invalid for this number of processes."""
     for problem in _problems(recipe):
         raise ConfigError(problem)
-    rows_per_process(recipe.train.batch_size, recipe.train.accumulate, processes)
+    rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, processes)
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
@@ -73,6 +74,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.threads {recipe.train.threads} is far above the number of CPU cores; use at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
         yield f"name {recipe.name!r} must be a single folder name, because the run's folder is runs/NAME"
+    if recipe.train.frozen == "bf16" and recipe.train.precision == "fp32":
+        yield 'train.frozen = "bf16" needs train.precision = "bf16", because fp32 products read fp32 weights'
     policy = recipe.policy
     if policy.checkpoint:
         fields = {"policy.family": policy.family, "policy.size": policy.size}
@@ -208,5 +211,5 @@ def _long_warmups(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def _nothing_to_shard(recipe: Recipe, processes: int) -> Iterator[str]:
-    if recipe.train.sharding == "full" and processes == 1:
-        yield "train.sharding = 'full' has no effect with one process: nothing is sharded"
+    if recipe.train.shards and processes == 1:
+        yield f"train.sharding = {recipe.train.sharding!r} has no effect with one process: nothing is sharded"

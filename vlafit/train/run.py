@@ -20,7 +20,16 @@ from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer, data_files, extension, memory, processes, quantised_base, stages
+from vlafit.train import (
+    checkpointer,
+    data_files,
+    extension,
+    launch,
+    memory,
+    processes,
+    quantised_base,
+    stages,
+)
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
@@ -31,6 +40,7 @@ from vlafit.train.initial_policy import merge_error
 from vlafit.train.metrics import Metrics
 from vlafit.train.preflight import check, never_began, require_rollouts, run_warnings
 from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
+from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
 
 __all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
@@ -82,14 +92,20 @@ def run(
     is also written to traceback.txt.
     """
     processes.require_launched()
+    resuming = resume or resume_from is not None
+    settled = _settle(recipe, out, resuming)
+    recipe = settled.recipe
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
         files.require_unlocked(out, LOCKED_BY)
-    recipe = require_usable(recipe, out, resume or resume_from is not None)
+    settled = replace(settled, recipe=require_usable(recipe, out, resuming))
+    if first:
+        for sentence in settled.sentences:
+            log.info("%s", sentence)
     with files.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
-            return _run(recipe, out, resume_from, command, callbacks or Callbacks())
+            return _run(settled, out, resume_from, command, callbacks or Callbacks())
         except VlafitError:
             raise
         except Exception:
@@ -99,32 +115,46 @@ def run(
             raise
 
 
+def _settle(recipe: Recipe, out: Path, resuming: bool) -> Settled:
+    """Decide the recipe's automatic values, for a run that is resumed as it began."""
+    saved = out / "recipe.toml"
+    before = config.read(Recipe, saved, "recipe") if resuming and saved.is_file() else None
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
+    return settle(recipe, launch.read(os.environ), bf16=has_bf16(device), saved=before)
+
+
 def _run(
-    recipe: Recipe, out: Path, resume_from: int | None, command: str, callbacks: Callbacks
+    settled: Settled, out: Path, resume_from: int | None, command: str, callbacks: Callbacks
 ) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     store = processes.connect()
-    accelerator = Accelerator(
-        cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate does not connect CPU processes
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=str(out),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
-    )
+    with launch.hidden_from_accelerate():
+        accelerator = Accelerator(
+            mixed_precision="no",  # the loop computes in the recipe's precision
+            cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate connects no CPU processes
+            log_with=list(settled.recipe.train.trackers) or None,
+            project_dir=str(out),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
+        )
     del store
     with processes.together():
-        return _train(recipe, out, accelerator, resume_from, command, callbacks)
+        return _train(settled, out, accelerator, resume_from, command, callbacks)
 
 
 def _train(
-    recipe: Recipe,
+    settled: Settled,
     out: Path,
     accelerator: Accelerator,
     resume_from: int | None,
     command: str,
     callbacks: Callbacks,
 ) -> RunSummary:
+    recipe = settled.recipe
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if accelerator.device.type == "cuda" and recipe.train.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     main = accelerator.is_main_process
     began = time.perf_counter()
     manager = CheckpointManager(out, recipe.train.keep)
@@ -137,7 +167,7 @@ def _train(
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
-    experiment = _build(recipe, accelerator, resumed)
+    experiment = _with_settings(_build(recipe, accelerator, resumed), settled)
     processes.require_equal(_identity(experiment), accelerator.device)
     data_facts = data_files.facts(experiment.data)
     if resumed is not None:
@@ -218,6 +248,16 @@ def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> Ex
         raise type(error)(f"{error}\nIf {resumed} is damaged: {remedy}") from error
     warnings = run_warnings(recipe, experiment.plan, experiment.data, accelerator.num_processes)
     return replace(experiment, warnings=(*experiment.warnings, *warnings))
+
+
+def _with_settings(experiment: Experiment, settled: Settled) -> Experiment:
+    """Add what recipe and launcher said to the agreement, and what has no effect to the warnings."""
+    agreement = experiment.agreement
+    if agreement is not None:
+        known = {item.name for item in agreement.items}  # a resumed run's has them already
+        items = [setting.item() for setting in settled.settings if setting.field not in known]
+        agreement = agreement.with_items(items)
+    return replace(experiment, agreement=agreement, warnings=(*experiment.warnings, *settled.notes))
 
 
 def _texts(values: object) -> list[str]:

@@ -17,13 +17,14 @@ from vlafit.errors import TrainingError
 from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
+from vlafit.train.settle import earlier
 from vlafit.tuning import load_strategy
 
 # Fields that may differ when a run is resumed: none of them changes a weight.
 HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep",
             "train.keep_best", "train.save_every", "train.validate_every",
-            "train.validation_batches", "train.trackers", "train.report", "data.workers",
-            "data.validation_sets")  # fmt: skip
+            "train.validation_batches", "train.trackers", "train.report", "train.memory", "train.recompute",
+            "data.workers", "data.validation_sets")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",
@@ -56,7 +57,7 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
             raise TrainingError(
                 f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
             )
-        before = config.read(Recipe, saved, "recipe")
+        before = earlier(config.read(Recipe, saved, "recipe"))
         recipe = extension.continued(before, recipe, out)
         changed = changes(before, extension.as_before(before, recipe))
         if changed:

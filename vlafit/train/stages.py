@@ -85,12 +85,12 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
     for number, stage in enumerate(stages):
         where = f"strategy {plan.strategy.name!r}: stage {number + 1}"
         where += f" ({stage.name})" if stage.name else ""
-        if train.sharding == "full" and any(r.adapter and r.adapter.method == "adalora" for r in stage.rules):
+        if train.shards and any(r.adapter and r.adapter.method == "adalora" for r in stage.rules):
             raise StrategyError(
-                f"{where}: AdaLoRA needs whole gradients, but train.sharding = 'full' shards them; use "
-                "train.sharding = 'none', or another adapter"
+                f"{where}: AdaLoRA needs whole gradients, but train.sharding = {train.sharding!r} shards "
+                "them; use train.sharding = 'none', or another adapter"
             )
-        if train.sharding == "full" and any(r.quantise for r in stage.rules):
+        if train.shards and any(r.quantise for r in stage.rules):
             raise StrategyError(f"{where}: quantised weights cannot be sharded; use train.sharding = 'none'")
         if stage.begin is None:
             before = where

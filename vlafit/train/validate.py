@@ -11,7 +11,7 @@ from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import VALIDATION, Keys, SampleRng, sample_rng
 from vlafit.recipe import TrainRecipe
-from vlafit.train.distributed import sum_over_processes
+from vlafit.train.distributed import gathered_anew, sum_over_processes
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def validate(
         counts = policy.counts(batch, draws=1)
         batch = batch.trim().to(device)
         assert batch.actions is not None and batch.action_mask is not None
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+        with autocast, gathered_anew(policy, recipe.sharding):
             out = policy(batch, _rng(keys))
             sampling = _rng(keys)
             sampling.uniform()  # so that flow policies sample from the noise of their loss

@@ -6,13 +6,23 @@ force; `inject.py` adds adapters, `merge.py` folds them into the weights.
 """
 
 from vlafit.tuning.adapters import Adapter
-from vlafit.tuning.apply import apply, apply_strategy, enter, preview, restore
+from vlafit.tuning.apply import (
+    UNCHANGED,
+    UNCHANGED_BF16,
+    apply,
+    apply_strategy,
+    enter,
+    preview,
+    restore,
+)
 from vlafit.tuning.plan import Entry, Plan, Row
 from vlafit.tuning.rules import Rule, Select
 from vlafit.tuning.strategy import Moment, Stage, Strategy
 from vlafit.tuning.strategy_toml import load_strategy, parse
 
 __all__ = [
+    "UNCHANGED",
+    "UNCHANGED_BF16",
     "Adapter",
     "Entry",
     "Moment",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNCHANGED = 1e-5  # relative to the largest output: float32 rounding of an adapter that adds nothing
+UNCHANGED_BF16 = 2**-6  # four roundings of bfloat16, whose unit is 2^-8: the layers' order of sums may change
 
 
 def preview(policy: "Policy", strategy: Strategy) -> Plan:
@@ -178,13 +179,18 @@ def _require_use(plan: Plan, policy: str) -> None:
 
 
 def apply(
-    policy: "Policy", strategy: Strategy, *, seed: int = 0, probe: "Callable[[], Tensor] | None" = None
+    policy: "Policy",
+    strategy: Strategy,
+    *,
+    seed: int = 0,
+    probe: "Callable[[], Tensor] | None" = None,
+    bound: float = UNCHANGED,
 ) -> Plan:
     """Resolve `strategy` against `policy`, inject its adapters, and enter its first stage.
 
     Adapters are initialised from `seed`. `probe` computes an output of the policy, which injection must not
-    change. Raises StrategyError as `preview` does, leaving the policy unchanged; or when the output of
-    `probe` changes, after which the policy must not be used.
+    change by more than `bound` of its largest value. Raises StrategyError as `preview` does, leaving the
+    policy unchanged; or when the output of `probe` changes, after which the policy must not be used.
     """
     from vlafit.tuning.inject import inject, make_groups, quantise
 
@@ -193,18 +199,18 @@ def apply(
     before = probe() if probe and plan.adapted else None
     inject(policy, make_groups(plan.adapted), seed)
     if probe is not None and before is not None:
-        _require_unchanged(before, probe(), strategy.name)
+        _require_unchanged(before, probe(), strategy.name, bound)
     enter(policy, plan)
     return plan
 
 
-def _require_unchanged(before: "Tensor", after: "Tensor", name: str) -> None:
+def _require_unchanged(before: "Tensor", after: "Tensor", name: str, bound: float) -> None:
     scale = max(1.0, float(before.abs().max()))
     change = float((after - before).abs().max()) / scale
-    if not change <= UNCHANGED:
+    if not change <= bound:
         raise StrategyError(
             f"strategy {name!r}: injecting the adapters changed the policy's output by {change:.1e} "
-            f"(relative; rounding is at most {UNCHANGED:.0e}), although they are untrained; use another "
+            f"(relative; rounding is at most {bound:.0e}), although they are untrained; use another "
             "method or `init`, and report this"
         )
 

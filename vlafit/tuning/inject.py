@@ -340,6 +340,16 @@ def _residual(layer: Any, name: str, group: str, factors: Mapping[str, Tensor], 
     return (weight.float() - layer.scaling[group] * b @ a).to(weight.dtype)
 
 
+def compute_adapters_in_bf16(policy: nn.Module) -> None:
+    """Let autocast choose the precision of LoRA's products, whose weights stay float32.
+
+    peft casts the inputs to the weights' dtype, which autocast undoes: twice the traffic for the same
+    numbers.
+    """
+    for _, layer in adapted_layers(policy):
+        layer.cast_input_dtype_enabled = False
+
+
 def _names(module: Any) -> set[str]:
     """Return the names of the adapters in a peft layer."""
     return {key for part in module.adapter_layer_names for key in getattr(module, part)}

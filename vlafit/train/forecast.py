@@ -1,0 +1,178 @@
+"""Forecast a run's memory before anything is loaded, by a training step on the meta device.
+
+Weights, gradients, optimiser states and EMA are counted from the strategy's plan. Activations and workspace
+are what tensors hold during forward and backward pass (`live_bytes.py`), with the kernels of a GPU
+(`meta_kernels.py`). The step is that of the stage which trains most, with every camera and the whole prompt.
+Not counted: what a device's driver and libraries take, and an allocator's fragmentation; `memory_ladder.py`
+leaves room for them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlafit.nn.batch import Batch
+from vlafit.nn.meta_kernels import MetaKernels
+from vlafit.nn.policy import Needs, Policy
+from vlafit.nn.recompute import Recompute, recompute_blocks
+from vlafit.nn.rng import sample_rng
+from vlafit.policies import family, family_name
+from vlafit.train.adam8bit import state_bytes
+from vlafit.train.frozen import narrow_names
+from vlafit.train.live_bytes import LiveBytes
+from vlafit.tuning import Plan, Strategy, enter, preview
+from vlafit.tuning.inject import as_new, base_name, compute_adapters_in_bf16, inject, make_groups
+
+QUANTISED_BITS = {"nf4": 4.13, "int8": 8.0}  # with the scales of double quantisation: arXiv 2305.14314
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides the memory of a training step, beside policy and strategy."""
+
+    rows: int
+    """Samples of one process in one optimiser step."""
+    micro_batches: int = 1
+    draws: int = 1
+    cameras: int = 3
+    tokens: int = 0
+    """Tokens of the prompt; 0: as many as the policy takes."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    frozen: Literal["fp32", "bf16"] = "bf16"
+    recompute: Recompute = "none"
+    states: Literal["fp32", "8bit"] = "fp32"
+    ema: bool = False
+    shards: int = 1
+    """Processes that gradients and optimiser states are sharded over."""
+    shards_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one process at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    average: int
+    activations: int
+    """What the forward pass keeps for the backward pass, casts of weights included."""
+    workspace: int
+    """What comes on top for a moment."""
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return sum(vars(self).values())
+
+
+def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast:
+    """Return the forecast for a policy on the meta device, which is not changed.
+
+    Raises StrategyError where the strategy does not fit the policy.
+    """
+    bare = family(family_name(policy)).build(policy.config, "meta")
+    plan = _largest_stage(preview(bare, strategy))
+    kernels = MetaKernels(bf16=workload.precision == "bf16", cached=workload.recompute == "none")
+    _prepare(bare, plan, workload, kernels)
+    static = _static(bare, plan, workload)
+    kept, peak = _step(bare, workload, kernels)
+    if workload.shards > 1:
+        layer = max((sum(_bytes(p) for p in block.parameters()) for block in bare.blocks()), default=0)
+        peak += 2 * layer  # one block is gathered while the next is fetched
+    rest = max(0, peak - static.gradients)
+    activations = min(kept, rest)
+    return replace(static, activations=activations, workspace=rest - activations)
+
+
+def _largest_stage(plan: Plan) -> Plan:
+    stages = [plan.at(number) for number in range(len(plan.strategy.stages))]
+    return max(stages, key=lambda stage: stage.trainable_parameters)
+
+
+def _prepare(policy: Policy, plan: Plan, workload: Workload, kernels: MetaKernels) -> None:
+    """Apply the plan to a bare policy on the meta device, in the precision of the run."""
+    if workload.frozen == "bf16":
+        for name in narrow_names(policy, plan):
+            parameter = policy.get_parameter(name)
+            parameter.data = parameter.data.to(torch.bfloat16)
+    inject(policy, [as_new(group) for group in make_groups(plan.adapted)])
+    enter(policy, plan)
+    if workload.precision == "bf16":
+        compute_adapters_in_bf16(policy)
+    for block in policy.blocks():  # the backward pass recomputes outside any mode of the forward pass
+        block.forward = partial(_within, kernels, block.forward)
+    recompute_blocks(policy, workload.recompute)
+    policy.train()
+
+
+def _within(kernels: MetaKernels, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with kernels:
+        return forward(*args, **kwargs)
+
+
+def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
+    quantised = {f"{layer}.weight": how for layer, how in plan.quantised.items()}
+    weights = sum(map(_bytes, policy.buffers()))
+    trained = 0
+    states = 0
+    for name, parameter in policy.named_parameters():
+        how = quantised.get(base_name(name))
+        weights += round(parameter.numel() * QUANTISED_BITS[how] / 8) if how else _bytes(parameter)
+        if parameter.requires_grad:
+            trained += _bytes(parameter)
+            states += state_bytes(parameter, workload.states)
+    shards = workload.shards
+    return Forecast(
+        weights=weights // shards if workload.shards_weights else weights,
+        gradients=trained // shards,
+        optimiser=states // shards,
+        average=trained // shards if workload.ema else 0,
+        activations=0,
+        workspace=0,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _step(policy: Policy, workload: Workload, kernels: MetaKernels) -> tuple[int, int]:
+    """Return what one forward pass keeps, and the peak with the gradients of all micro-batches."""
+    rows = max(1, workload.rows // workload.micro_batches)
+    live = LiveBytes([*policy.parameters(), *policy.buffers()])
+    kept = 0
+    with kernels, live:
+        for _ in range(min(2, workload.micro_batches)):  # the second has all gradients beside it
+            before = live.now
+            batch = full_batch(policy.needs(), rows, workload.cameras, workload.tokens).to("meta")
+            sums = policy(batch, sample_rng([(0, row) for row in range(rows)], seed=0, draws=workload.draws))
+            loss = torch.stack(list(sums.values())).sum()
+            kernels.forget()
+            kept = max(kept, live.now - before)
+            loss.backward()
+            del batch, sums, loss
+    return kept, live.peak
+
+
+def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:
+    """Return a batch on the CPU whose cameras and tokens are all there, and whose numbers are zeros."""
+    steps = () if needs.history == 1 else (needs.history,)
+    side, shape = needs.image_size, (rows, needs.chunk, needs.action_dim)
+    batch = Batch(
+        images=torch.zeros(rows, *steps, cameras, 3, side, side, dtype=torch.uint8, device="meta"),
+        image_mask=torch.ones(rows, *steps, cameras, dtype=torch.bool, device="meta"),
+        state=torch.zeros(rows, *steps, needs.state_dim, device="meta"),
+        history_mask=torch.ones(rows, *steps, dtype=torch.bool, device="meta") if steps else None,
+        actions=torch.zeros(shape, device="meta"),
+        action_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
+    )
+    if needs.prompt is not None:
+        length = tokens or needs.max_tokens
+        batch.tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+        batch.token_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
+    return batch

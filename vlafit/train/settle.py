@@ -1,0 +1,152 @@
+"""Settle the recipe's automatic values once: the recipe's own value, then the launcher's, then the default.
+
+A run writes the settled recipe into its folder. A resumed run keeps what it began with, because any of these
+values may change the last bits of a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from vlafit.agreement import Item
+from vlafit.recipe import OptimRecipe, Recipe
+from vlafit.train.launch import LaunchPlan
+
+EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the field
+    "train.precision": "fp32", "train.sharding": "none", "train.accumulate": 1, "train.frozen": "fp32",
+    "train.recompute": "none", "optim.states": "fp32",
+}  # fmt: skip
+AUTOMATIC = ("auto", 0)
+CLIP_NORM = next(field.default for field in fields(OptimRecipe) if field.name == "clip_norm")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value on which the recipe, or the run that is resumed, and the launcher have something to say."""
+
+    field: str
+    sides: Mapping[str, str]
+    """Who says what: "recipe", "run" and "launcher"."""
+    value: str
+    source: str
+    """Who decided, for messages."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the sides contradict one another."""
+        return len(set(self.sides.values())) > 1
+
+    @property
+    def sentence(self) -> str:
+        """Return one sentence that says which value holds."""
+        others = "; ".join(f"{side}: {value}" for side, value in self.sides.items())
+        return f"{self.field} = {self.value} holds, by {self.source} ({others})"
+
+    def item(self) -> Item:
+        """Return the line of the agreement."""
+        status = "chosen" if self.differs else "same"
+        return Item(self.field, self.sides, self.value, status, f"by {self.source}")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe without automatic values, and what the launcher had to do with them."""
+
+    recipe: Recipe
+    settings: tuple[Setting, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What the log says about it."""
+        return (*(setting.sentence for setting in self.settings), *self.notes)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether the device computes in bfloat16 at full speed."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def settle(
+    recipe: Recipe, launch: LaunchPlan, *, bf16: bool, saved: Recipe | None = None, open_fields: bool = False
+) -> Settled:
+    """Return the recipe with every automatic value decided, for a device with or without `bf16`.
+
+    `saved` is the recipe of the run that is resumed. With `open_fields` the values that `train.memory`
+    decides stay automatic where neither recipe nor launcher sets them.
+    """
+    settings: list[Setting] = []
+    before = None if saved is None else earlier(saved)
+    asked = {
+        "train.precision": launch.precision,
+        "train.sharding": launch.sharding,
+        "train.accumulate": launch.accumulate,
+        "train.recompute": launch.recompute,
+    }
+    precision = "bf16" if bf16 else "fp32"
+    defaults = {**EARLIER, "train.precision": precision}
+    if open_fields:
+        defaults |= {"train.accumulate": 0, "train.recompute": "auto", "optim.states": "auto"}
+    for field in EARLIER:
+        own, launched = get(recipe, field), asked.get(field)
+        if field == "train.frozen":  # rounding them changes nothing that a bf16 product sees
+            defaults[field] = get(recipe, "train.precision")
+        sides = {} if own in AUTOMATIC else {"recipe": str(own)}
+        source = "the recipe"
+        if own in AUTOMATIC:
+            if before is not None:
+                own, source = get(before, field), "the run that is resumed"
+                sides = {"run": str(own)}
+            elif launched is not None:
+                own, source = launched, launch.launcher
+            else:
+                own = defaults[field]
+        if launched is not None:
+            settings.append(Setting(field, {**sides, "launcher": str(launched)}, str(own), source))
+        recipe = put(recipe, field, own)
+    recipe = _clip_norm(recipe, launch, before, settings)
+    notes = launch.notes
+    if launch.launcher and launch.precision is None and bf16 and before is None:
+        held = get(recipe, "train.precision")
+        notes += (
+            f"train.precision = {held} holds: {launch.launcher} says mixed_precision 'no', which is also "
+            "what it writes where nobody chose",
+        )
+    return Settled(recipe, tuple(settings), notes)
+
+
+def _clip_norm(recipe: Recipe, launch: LaunchPlan, before: Recipe | None, settings: list[Setting]) -> Recipe:
+    own, launched = recipe.optim.clip_norm, launch.clip_norm
+    if launched is None:
+        return recipe
+    sides, source = {"recipe": str(own)}, "the recipe"
+    if before is not None and own == CLIP_NORM:
+        own, sides, source = before.optim.clip_norm, {"run": str(before.optim.clip_norm)}, "the run"
+    elif own == CLIP_NORM:
+        own, sides, source = launched, {}, launch.launcher
+    settings.append(Setting("optim.clip_norm", {**sides, "launcher": str(launched)}, str(own), source))
+    return put(recipe, "optim.clip_norm", own)
+
+
+def earlier(saved: Recipe) -> Recipe:
+    """Return a run's saved recipe with the values that the run had where its version had no such field.
+
+    A run writes a settled recipe, so an automatic value in it is a field that did not exist.
+    """
+    for field, value in EARLIER.items():
+        if get(saved, field) in AUTOMATIC:
+            saved = put(saved, field, value)
+    return saved
+
+
+def get(recipe: Recipe, field: str) -> object:
+    """Return the value of a field by its dotted name."""
+    section, name = field.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def put(recipe: Recipe, field: str, value: object) -> Recipe:
+    """Return the recipe with another value in a field, by its dotted name."""
+    section, name = field.split(".")
+    return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
