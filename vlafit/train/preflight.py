@@ -30,7 +30,7 @@ AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.accumulate", "train.dr
 NOT_NEGATIVE = ("train.seed", "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.weight_decay", "optim.clip_norm", "train.max_seconds", "eval.every", "eval.workers",
-                "eval.videos")  # fmt: skip
+                "eval.videos", "eval.samples")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
 THREADS_PER_CORE = 4  # more slow a process down, and far more crash it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
-from vlafit.train import checkpointer, memory, processes, quantised_base, stages
+from vlafit.train import checkpointer, held_out, memory, processes, quantised_base, stages
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
@@ -52,6 +53,8 @@ class RunSummary:
     success: dict[str, float]
     """Share of successes by evaluation name."""
     report: Path | None
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    """For each dataset: what its held-out episodes show, without a simulator."""
 
     @property
     def finished(self) -> bool:
@@ -164,13 +167,15 @@ def _train(
         if main:
             _warn_of_skipped_stages(record, trainer)
         evaluator.after_training(trainer.state.progress.step)
-    page = None
+    page, verdicts = None, {}
     if main:
         _end(record, trainer, time.perf_counter() - began)
+        if status.finished and held_out.wanted(context):
+            verdicts = held_out.evaluate(context, trainer.state.progress.step)
         callbacks.phase("report")
         page = _report(out)
     accelerator.end_training()
-    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
+    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
 
 
 def _report(out: Path) -> Path | None:
