@@ -104,8 +104,9 @@ def with_relative_matches(card: "Card") -> "Card":
         mask = tuple(bool(label) and label == names[d] for d, label in enumerate(action.labels))
     if not any(mask):
         raise ConfigError(
-            f'data.relative = "matching": no action of card {card.name!r} has the name of its state dimension '
-            f"(state: {', '.join(state.labels) or 'no names'}; action: {', '.join(action.labels) or 'no names'}); "
+            f'data.relative = "matching": no action of card {card.name!r} has the name of its state '
+            f"dimension (state: {', '.join(state.labels) or 'no names'}; action: "
+            f"{', '.join(action.labels) or 'no names'}); "
             'set robot.relative in a card, or data.relative = "card"'
         )
     return replace(card, robot=replace(card.robot, relative=mask))

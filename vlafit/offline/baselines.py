@@ -121,7 +121,8 @@ class MeanChunk:
     def without(self, episode: str, chunk: int) -> NDArray[np.float32]:
         """Return the mean chunk [t, a] of all episodes but this one; NaN if there is no other.
 
-        Past an episode's end there is nothing to average; a step that no chunk reaches repeats the one before.
+        Past an episode's end there is nothing to average; a step that no chunk reaches repeats the one
+        before.
         """
         if chunk not in self._whole:
             every = [self._sums(identity, chunk) for identity in self._episodes]

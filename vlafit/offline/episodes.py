@@ -56,7 +56,7 @@ def choose_episodes(store: EpisodeStore, checkpoint: Path | None, wanted: Sequen
     training, held_out = split
     if not held_out:
         raise ConfigError(
-            f"dataset {store.card.name!r}: the policy learned from all of its episodes (data.validation = 0), "
+            f"dataset {store.card.name!r}: the policy learned from all its episodes (data.validation = 0), "
             f"so none shows what it learned; use another dataset, or name episodes: --episodes {every[0]} ..."
         )
     return Episodes(held_out, training, "Held out from training (data.validation).")

@@ -71,7 +71,10 @@ class OfflineFolder:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return result.json of an offline evaluation. Raises ConfigError if it is missing, damaged or another's."""
+    """Return result.json of an offline evaluation.
+
+    Raises ConfigError if it is missing, damaged, or of something else.
+    """
     path = Path(folder) / RESULT
     result = read_object(path)
     if result.get("kind") != KIND or result.get("format") != FORMAT:

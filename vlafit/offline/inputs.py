@@ -20,8 +20,8 @@ def inputs_of(robot: Embodiment) -> tuple[str, ...]:
 def blank(observation: Observation, name: str, mean_state: NDArray[np.float32]) -> Observation:
     """Return the observation, and its past, without one input.
 
-    A camera shows grey, the state is `mean_state`, the instruction says nothing. Raises ValueError for another
-    name.
+    A camera shows grey, the state is `mean_state`, the instruction says nothing. Raises ValueError for
+    another name.
     """
     past = tuple(blank(earlier, name, mean_state) for earlier in observation.past)
     if name == INSTRUCTION:

@@ -75,7 +75,8 @@ def ask(
 ) -> Part:
     """Ask `actor` for its chunks at `steps` of an episode, with `draws` seeds of noise each.
 
-    The first draw is asked once more with each input in `blanked` blanked. Raises DataError where the actor answers with chunks of several lengths, or not finite.
+    The first draw is asked once more with each input in `blanked` blanked. Raises DataError where the actor
+    answers with chunks of several lengths, or not finite.
     """
     number = store.index(episode)
     seen = [store.sample(number, step, 1, history).observation for step in steps]

@@ -18,9 +18,9 @@ NAMES = {"policy": "the policy", "hold_still": "hold still", "mean_chunk": "mean
 TONES = {"policy": "after", "hold_still": "before", "mean_chunk": "wrong"}
 UNIT = "mean absolute error, in standard deviations of each joint"
 FOOTER = (
-    "result.json, next to this page, holds every number and every sample; samples/ holds every chunk. Intervals "
-    "are 95 % (Student's t over episodes, each of which counts once). A small error is not success: on a robot, "
-    "errors add up."
+    "result.json, next to this page, holds every number and every sample; samples/ holds every chunk. "
+    "Intervals are 95 % (Student's t over episodes, each of which counts once). A small error is not "
+    "success: on a robot, errors add up."
 )
 Result = Mapping[str, Any]
 log = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ def _sensitivity(result: Result) -> list[Content]:
     if not rows:
         return [tag("p", muted("Not measured."))]
     text = (
-        "One input is blanked at a time (grey picture, mean state, an instruction that says nothing), under the "
-        "same noise. An answer that hardly changes does not depend on that input."
+        "One input is blanked at a time (grey picture, mean state, an instruction that says nothing), under "
+        "the same noise. An answer that hardly changes does not depend on that input."
     )
     heads = ("blanked", "change of the answer", "change of the error", "")
     return [tag("p", text, class_="muted"), table(heads, rows, ("", "number", "number", ""))]
@@ -210,7 +210,10 @@ def _episodes(result: Result, folder: Path) -> list[Content]:
             parts.append(folded(f"{len(rest)} more joints", tag("div", *rest, class_="charts")))
     if not parts:
         return [tag("p", muted("No film strips were drawn."))]
-    legend = "Grey: recorded. Colour: predicted chunks, the mean of the draws and their range. Joints that move most come first."
+    legend = (
+        "Grey: recorded. Colour: predicted chunks, the mean of the draws and their range. Joints that move "
+        "most come first."
+    )
     rows = [
         (e["episode"], *("–" if e[who] is None else f"{e[who]:.3f}" for who in NAMES))
         for e in result["by_episode"]

@@ -1,8 +1,8 @@
 """Interval of a mean over episodes, each of which counts once however many observations it holds.
 
-Neighbouring observations of an episode are alike, so they are no independent evidence; episodes are. Student's
-quantile over the episodes' means is exact for normal means and wide for few episodes, where a percentile
-bootstrap over episodes would be too narrow.
+Neighbouring observations of an episode are alike, so they are no independent evidence; episodes are.
+Student's quantile over the episodes' means is exact for normal means and wide for few episodes, where a
+percentile bootstrap over episodes would be too narrow.
 """
 
 import math

@@ -30,9 +30,9 @@ GRACE_S = 2.0  # wait for a worker to exit after its connection broke
 class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
     """Read, augment and encode samples by (epoch, index), in a dataloader worker.
 
-    Samples that no augmentation changes are kept until they fill `keep_bytes`, so that later epochs of a small
-    dataset decode no frame again. None is ever evicted: in shuffled epochs, the share that fits is the share
-    that is not read again.
+    Samples that no augmentation changes are kept until they fill `keep_bytes`, so that later epochs of a
+    small dataset decode no frame again. None is ever evicted: in shuffled epochs, the share that fits is the
+    share that is not read again.
     """
 
     def __init__(
