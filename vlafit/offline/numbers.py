@@ -106,8 +106,7 @@ def summarise(measured: Measured) -> dict[str, Any]:
             _sensitivity(episodes, number, name, scale, moving) for number, name in enumerate(measured.inputs)
         ],
         "by_episode": [
-            {"episode": e.name}
-            | {who: _number(np.nanmean(_scaled(e.errors[who], scale, moving))) for who in WHO}
+            {"episode": e.name} | {who: _mean_of(_scaled(e.errors[who], scale, moving)) for who in WHO}
             for e in episodes
         ],
         "samples": [sample for e in episodes for sample in _samples(e, measured)],
@@ -128,6 +127,11 @@ def _over(by_episode: Sequence[Values]) -> Mean | None:
 
 def _json(mean: Mean | None) -> dict[str, float | None] | None:
     return None if mean is None else mean.to_json()
+
+
+def _mean_of(values: Values) -> float | None:
+    """Return the mean of the values that apply; None if none does."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def _number(value: float | np.floating) -> float | None:
@@ -239,7 +243,7 @@ def _samples(episode: Episode, measured: Measured) -> list[dict[str, Any]]:
     rows = []
     for i, step in enumerate(episode.steps.tolist()):
         errors = {who: _scaled(episode.errors[who][i], scale, moving) for who in WHO}
-        means = {who: _number(np.nanmean(e)) if not np.isnan(e).all() else None for who, e in errors.items()}
+        means = {who: _mean_of(error) for who, error in errors.items()}
         changes = {
             name: _number(
                 np.nanmean(
