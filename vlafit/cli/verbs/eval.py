@@ -117,7 +117,8 @@ def _require_one_kind(options: Namespace) -> None:
         )
     kind, others = ("--data", IN_SIMULATION) if options.data is not None else ("--protocol", ON_DATA)
     for name in others:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect with {kind}; leave it out")
 
 
