@@ -47,6 +47,9 @@ class DataRecipe:
     """Normalisation statistics: the checkpoint's, or computed from the training episodes."""
     normalisation: Literal["", "mean_std", "quantile"] = ""
     """How computed statistics normalise states and actions. Empty: the checkpoint's method, else mean_std."""
+    relative: Literal["card", "matching"] = "card"
+    """Actions to learn minus the state at the chunk's start: as the card says, or "matching": each whose
+    dimension has the state's name (absolute joint targets). A LeRobot dataset without a card says none."""
     shift_pixels: int = 0
     """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
     workers: int = 0
@@ -180,6 +183,8 @@ class EvalRecipe:
     """Environment processes. 0: one per CPU core."""
     videos: int = 2
     """Episodes of each task to record as videos."""
+    samples: int = 16
+    """Without a protocol: observations of held-out episodes for the report's comparison. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -260,3 +260,40 @@ def test_a_damaged_agreement_is_one_error_with_its_path(content: str, tmp_path: 
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ConfigError, match=FILE):
         read(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- accepting all of it
+
+
+def test_another_robot_is_accepted_by_the_options_at_the_end_of_the_error():
+    own = dataset(
+        cameras=cameras("head", size=(10, 20)),
+        state=Feature("state", (5,)),
+        action=Feature("action", (3,), "rad", ("a", "b", "c")),
+        hz=50.0,
+    )
+    other = replace(checkpoint(slots=("front",), cameras=cameras("front")), room=(4, 4))
+    with pytest.raises(EmbodimentError) as error:
+        agreed(own, other).require()
+    assert set(str(error.value).splitlines()[-1].strip().split(" --")) == {
+        "--adapt.cameras.front head", "adapt.resize true", "adapt.robot true", "data.statistics data",
+        "policy.config.state_dim 5", "policy.resize fresh",
+    }  # fmt: skip
+    accepted = agreed(own, other, True, robot=True, resize=True, cameras={"front": "head"})
+    accepted.require()
+
+
+def test_no_options_are_named_where_one_difference_needs_a_choice():
+    own, other = dataset((True, True, False), hz=50.0), checkpoint(())
+    with pytest.raises(EmbodimentError) as error:
+        agreed(own, other).require()
+    assert "If all of this is meant" not in str(error.value)
+
+
+def test_a_checkpoints_unit_and_control_mode_do_not_hold_for_another_robot_that_states_none():
+    plain = Feature("action", (3,), "", ROBOT.action.labels)
+    own, other = dataset(control="", action=plain), checkpoint(hz=80.0)
+    by_name = {item.name: item for item in agreed(own, other, True, robot=True).items}
+    assert by_name["action unit"].value == by_name["control mode"].value == "not stated"
+    assumed = {item.name: item for item in agreed(own, other).items}
+    assert assumed["action unit"].value == "rad" and assumed["action unit"].status == "assumed"

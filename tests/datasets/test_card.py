@@ -10,7 +10,7 @@ import pytest
 from vlafit import shipped
 from vlafit.config import field_help
 from vlafit.datasets import Card, load_card
-from vlafit.datasets.card import RecordSpec
+from vlafit.datasets.card import ColumnCard, RecordSpec, with_relative_matches
 from vlafit.datasets.layouts import robomimic
 from vlafit.datasets.load import build, prepare
 from vlafit.datasets.write import card_text
@@ -249,3 +249,19 @@ def test_a_layout_that_cannot_be_imported_or_lacks_part_of_the_contract_is_refus
     path.write_text(SMALL.replace("libero", "json.decoder"))
     with pytest.raises(ConfigError, match=r"json\.decoder does not define Section, .*recognise, open"):
         load_card(path)
+
+
+def test_relative_matches_are_the_actions_with_the_name_of_their_state_dimension():
+    base = prepare(build(tomllib.loads(SMALL), "small.toml"))
+
+    def mask(state: ColumnCard, action: ColumnCard) -> tuple[bool, ...]:
+        robot = replace(base.robot, state=state, action=action)
+        return with_relative_matches(replace(base, robot=robot)).robot.relative
+
+    joints = ColumnCard(("s",), 3, ("a", "b", "c"))
+    assert mask(joints, ColumnCard(("x",), 3, ("a", "b", "hand"))) == (True, True, False)
+    assert mask(joints, ColumnCard(("x",), 4, ("a", "b", "c", "c"))) == (True, True, True, False)
+    unnamed = ColumnCard(("s",), 2)
+    assert mask(unnamed, unnamed) == (True, True)
+    with pytest.raises(ConfigError, match=r"matching.*no action of card 'small'.*a, b, c.*robot\.relative"):
+        mask(joints, ColumnCard(("x",), 3, ("b", "c", "a")))

@@ -6,16 +6,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit import checkpoints
+from vlafit.datasets import ChunkDataset
 from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.train import dataloader, run
+from vlafit.train.data import open_data
+from vlafit.train.dataloader import EncodedSamples
 from vlafit.train.experiment import build
 from vlafit.train.loop import NotFinite
 from vlafit.train.optim import Ema, build_optimizer, schedule
+from vlafit.types import Sample
 
 CPU = torch.device("cpu")
 
@@ -268,3 +273,30 @@ def test_parts_can_start_afresh(card: Path, whole: Path) -> None:
     for info in made.parts():
         same = made.get_parameter(info.name).equal(loaded.get_parameter(info.name))
         assert same == (info.part != "expert"), info.name
+
+
+def test_samples_that_stay_the_same_are_read_once_and_encoded_alike(card: Path) -> None:
+    data = open_data(tiny(card).data, seed=0)
+    experiment = build(tiny(card), torch.device("cpu"))
+    chunks = ChunkDataset(data.stores, experiment.codec.config.chunk, data.training)
+    read: list[int] = []
+
+    class Counting(ChunkDataset):
+        def __getitem__(self, position: int) -> Sample:
+            read.append(position)
+            return super().__getitem__(position)
+
+    counting = Counting(data.stores, experiment.codec.config.chunk, data.training)
+    plain = EncodedSamples(chunks, experiment.codec, 0, 0)
+    first = plain[0, 3][1]
+    size = sum(value.nbytes for value in vars(first).values() if isinstance(value, np.ndarray))
+    keeping = EncodedSamples(counting, experiment.codec, 0, 0, keep_bytes=2 * size)
+    for _ in range(3):
+        for position in (3, 4, 5):
+            key, encoded = keeping[7, position]
+            assert key == (7, position)
+            for name, value in vars(plain[0, position][1]).items():
+                np.testing.assert_array_equal(getattr(encoded, name), value)
+    assert read == [3, 4, 5, 5, 5]  # two fit, and the third is read each time
+    shifted = EncodedSamples(counting, experiment.codec, 2, 0, keep_bytes=10 * size)
+    assert not np.array_equal(shifted[0, 3][1].images, shifted[1, 3][1].images)

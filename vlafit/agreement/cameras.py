@@ -43,20 +43,21 @@ def decide(
     _require_known(chosen, slots, recorded, checkpoint, dataset)
     trained = {c.name: c for c in checkpoint.embodiment.cameras} if checkpoint.embodiment else {}
     proposal = _proposal(slots, recorded)
+    accept = _accept(proposal, recorded, trained if checkpoint.frame_sizes_known else {})
     filled: list[str] = []
     items = []
     for number, slot in enumerate(slots):
         source = chosen.get(slot, slot if slot in recorded and slot not in chosen.values() else "")
         filled.append(source)
         size = trained[slot] if slot in trained and checkpoint.frame_sizes_known else None
-        items.append(_slot(number, slot, recorded.get(source), size, recorded, adapt, proposal))
+        items.append(_slot(number, slot, recorded.get(source), size, recorded, adapt, proposal, accept))
     for name in [name for name in recorded if name not in filled]:
         sides = {"dataset": f"{name} {_frame(recorded[name])}", "checkpoint": "no slot of this name"}
         if chosen:
             items.append(Item(f"camera {name}", sides, "not used", "chosen", "adapt.cameras leaves it out"))
             continue
-        fix = f"name the cameras to use, [adapt] cameras = {proposal}, or remove it from the card"
-        items.append(Item(f"camera {name}", sides, "", "conflict", fix=fix))
+        fix = f"name the cameras to use, [adapt] cameras = {_table(proposal)}, or remove it from the card"
+        items.append(Item(f"camera {name}", sides, "", "conflict", fix=fix, accept=accept))
     return tuple(filled), items
 
 
@@ -94,7 +95,8 @@ def _slot(
     trained: Feature | None,
     recorded: Mapping[str, Feature],
     adapt: AdaptRecipe,
-    proposal: str,
+    proposal: Mapping[str, str],
+    accept: tuple[str, ...],
 ) -> Item:
     name = f"camera slot {number}"
     if not slot:
@@ -104,7 +106,8 @@ def _slot(
         if slot in adapt.cameras:
             return Item(name, sides, "empty", "chosen", "adapt.cameras leaves it empty")
         sides["dataset"] = f"no camera of this name (has: {', '.join(recorded)})"
-        return Item(name, sides, "", "conflict", fix=f'[adapt] cameras = {proposal} ("" leaves a slot empty)')
+        fix = f'[adapt] cameras = {_table(proposal)} ("" leaves a slot empty)'
+        return Item(name, sides, "", "conflict", fix=fix, accept=accept)
     sides["dataset"] = f"{source.name} {_frame(source)}"
     for here, there in HANDS:
         if _hands(slot) == {here} and _hands(source.name) == {there}:
@@ -116,14 +119,14 @@ def _slot(
     differs = trained is not None and trained.shape != source.shape
     if differs and not adapt.resize:
         fix = "[adapt] resize = true, if frames of another size or shape are meant; else correct the card"
-        return Item(name, sides, "", "conflict", fix=fix)
+        return Item(name, sides, "", "conflict", fix=fix, accept=("--adapt.resize true",))
     explicit = slot in adapt.cameras
     reason = ", ".join(["adapt.cameras" if explicit else "same name", *["adapt.resize"] * differs])
     status = "chosen" if differs or source.name != slot else "same"
     return Item(name, sides, source.name, status, reason)
 
 
-def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> str:
+def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> dict[str, str]:
     """Return a complete `adapt.cameras`: the same names, then the right hands, then what is left."""
     named = [slot for slot in slots if slot]
     chosen = {slot: slot for slot in named if slot in recorded}
@@ -136,7 +139,27 @@ def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> str:
         free = [n for n in recorded if n not in chosen.values() and (not _hands(n) or not _hands(slot))]
         if slot not in chosen:
             chosen[slot] = free[0] if free else ""
-    return "{ " + ", ".join(f'{_key(slot)} = "{chosen[slot]}"' for slot in named) + " }"
+    return {slot: chosen[slot] for slot in named}
+
+
+def _table(proposal: Mapping[str, str]) -> str:
+    """Return a proposal as a TOML inline table."""
+    return "{ " + ", ".join(f'{_key(slot)} = "{source}"' for slot, source in proposal.items()) + " }"
+
+
+def _accept(
+    proposal: Mapping[str, str], recorded: Mapping[str, Feature], trained: Mapping[str, Feature]
+) -> tuple[str, ...]:
+    """Return a proposal as options of the command line; none if no camera would be used, or a name is odd."""
+    names = [*proposal, *filter(None, proposal.values())]
+    if not any(proposal.values()) or not all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names):
+        return ()
+    options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in proposal.items()]
+    resized = any(
+        source and slot in trained and trained[slot].shape != recorded[source].shape
+        for slot, source in proposal.items()
+    )
+    return (*options, *["--adapt.resize true"] * resized)
 
 
 def _key(name: str) -> str:

@@ -14,6 +14,8 @@ ROBOT = (
     'policy.resize = "keep" or "fresh"); else correct the card'
 )
 
+ACCEPT_ROBOT = ("--adapt.robot true", "--data.statistics data")
+
 EVALUATION = "evaluation "
 """How names of a protocol's items begin."""
 
@@ -31,7 +33,7 @@ def agree(
     assert dataset.embodiment is not None
     cameras, items = camera_slots.decide(dataset, checkpoint, adapt)
     if checkpoint is not None and checkpoint.embodiment is not None:
-        items += _columns(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics)
+        items += _columns(dataset.embodiment, checkpoint, adapt, fresh_statistics)
     relative, relative_item = _relative(dataset, checkpoint, adapt, fresh_statistics)
     items.append(relative_item)
     if checkpoint is not None:
@@ -45,9 +47,15 @@ def agree(
 # ------------------------------------------------------------------------------------------------- columns
 
 
-def _columns(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: bool) -> Iterator[Item]:
+def _columns(here: Embodiment, checkpoint: Party, adapt: AdaptRecipe, fresh: bool) -> Iterator[Item]:
+    there = checkpoint.embodiment
+    assert there is not None
     permitted = adapt.robot and fresh
-    for name, mine, other in (("state", here.state, there.state), ("action", here.action, there.action)):
+    rooms = checkpoint.room or (None, None)
+    for name, mine, other, room in (
+        ("state", here.state, there.state, rooms[0]),
+        ("action", here.action, there.action, rooms[1]),
+    ):
         sides = {"dataset": str(mine.shape[0]), "checkpoint": str(other.shape[0])}
         item = f"{name} dimensions"
         if mine.shape == other.shape:
@@ -55,7 +63,10 @@ def _columns(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: boo
         elif permitted:
             yield Item(item, sides, sides["dataset"], "chosen", "adapt.robot")
         else:
-            yield Item(item, sides, "", "conflict", fix=ROBOT)
+            accept = ACCEPT_ROBOT
+            if room is not None and mine.shape[0] > room:
+                accept += (f"--policy.config.{name}_dim {mine.shape[0]}", "--policy.resize fresh")
+            yield Item(item, sides, "", "conflict", fix=ROBOT, accept=accept)
         yield _labels(name, mine, other, permitted)
         if mine.unit or other.unit:
             yield _stated(f"{name} unit", mine.unit, other.unit, permitted, ROBOT)
@@ -81,11 +92,14 @@ def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
     fix = ROBOT
     if sorted(here.labels) == sorted(there.labels):
         fix = f"the same dimensions in another order: reorder the columns in the card; {fix}"
-    return Item(item, sides, "", "conflict", fix=fix)
+        return Item(item, sides, "", "conflict", fix=fix)
+    return Item(item, sides, "", "conflict", fix=fix, accept=ACCEPT_ROBOT)
 
 
 def _stated(name: str, here: str, there: str, permitted: bool, fix: str) -> Item:
     sides = {role: text for role, text in (("dataset", here), ("checkpoint", there)) if text}
+    if there and not here and permitted:  # the checkpoint's word is about another robot
+        return Item(name, sides, "not stated", "chosen", "adapt.robot")
     if not here or not there:
         silent = "dataset" if not here else "checkpoint"
         return Item(name, sides, here or there, "assumed", f"the {silent} does not say")
@@ -93,7 +107,7 @@ def _stated(name: str, here: str, there: str, permitted: bool, fix: str) -> Item
         return Item(name, sides, here, "same")
     if permitted:
         return Item(name, sides, here, "chosen", "adapt.robot")
-    return Item(name, sides, "", "conflict", fix=fix)
+    return Item(name, sides, "", "conflict", fix=fix, accept=ACCEPT_ROBOT)
 
 
 # --------------------------------------------------------------------------------------- actions and control

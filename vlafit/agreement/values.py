@@ -34,6 +34,8 @@ class Party:
     """Camera slots of a checkpoint, in order; "" is a slot that was always empty."""
     frame_sizes_known: bool = True
     """Whether the cameras' shapes are those of the recorded frames, and not of the policy's own images."""
+    room: tuple[int, int] | None = None
+    """Most state and action dimensions of a checkpoint's policy; None if unknown."""
     conversions: tuple[str, ...] = ()
     """What a checkpoint's program did to states or actions inside the policy; vlafit does not repeat it."""
 
@@ -57,6 +59,8 @@ class Item:
     """Why this value holds."""
     fix: str = ""
     """How to solve a conflict."""
+    accept: tuple[str, ...] = ()
+    """Options of the command line that accept the difference, if one choice is usual."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,14 @@ class Agreement:
             sides = "; ".join(f"{role}: {text}" for role, text in item.sides.items())
             lines.append(f"  {item.name}: {sides}" + (f"\n    fix: {item.fix}" if item.fix else ""))
         points = f"{len(lines)} point{'s' * (len(lines) > 1)}"
-        raise EmbodimentError(f"{title} disagree on {points}:\n" + "\n".join(lines))
+        raise EmbodimentError(f"{title} disagree on {points}:\n" + "\n".join(lines) + self._how_to_accept())
+
+    def _how_to_accept(self) -> str:
+        """Return the options that accept every conflict at once; "" if one of them needs a choice."""
+        if not all(item.accept for item in self.conflicts):
+            return ""
+        options = " ".join(dict.fromkeys(option for item in self.conflicts for option in item.accept))
+        return f"\nIf all of this is meant, add to the command:\n  {options}"
 
     def with_items(self, items: Sequence[Item]) -> "Agreement":
         """Return the agreement with further items."""
@@ -143,7 +154,7 @@ def read(folder: Path) -> Agreement | None:
         content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
-        items = tuple(Item(**item) for item in content["items"])
+        items = tuple(Item(**{**item, "accept": tuple(item.get("accept", ()))}) for item in content["items"])
         unknown = {item.status for item in items} - set(get_args(Status))
         if unknown:
             raise ValueError(f"status {sorted(unknown)[0]!r}")

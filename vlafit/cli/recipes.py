@@ -1,12 +1,16 @@
-"""Read a recipe from the command line: the file named first, with any field overridden by an option."""
+"""Read a recipe from the command line: the file named first, with any field overridden by an option.
 
+A dataset's folder may stand in its place: the recipe is then the options on its default values.
+"""
+
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlafit import config, shipped
 from vlafit.cli.parser import Parser, add_fields, overrides, split_tables
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, DataError
 from vlafit.recipe import Recipe
 
 
@@ -22,7 +26,9 @@ def read_recipe(
     wants_help = "-h" in words or "--help" in words
     values: dict[str, Any] = {}
     path: Path | None = None
-    if name and words[0] == name:
+    if name and words[0] == name and Path(name).is_dir():
+        values = _of_dataset(Path(name))
+    elif name and words[0] == name:
         path = shipped.find("recipe", name)
         values = config.load_toml(path, "recipe")
     elif words and not wants_help:
@@ -30,17 +36,39 @@ def read_recipe(
     elif not wants_help:
         names = ", ".join(shipped.names("recipe"))
         raise ConfigError(f"no recipe given: vlafit {verb} RECIPE, a TOML file or a shipped recipe: {names}")
-    original = config.build(Recipe, values, str(path))
+    where = str(path or name)
+    original = config.build(Recipe, values, where)
 
     parser = Parser(f"vlafit {verb}", about, f"vlafit {verb} RECIPE {usage} [--FIELD VALUE ...]")
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a TOML file, the name of a shipped recipe, or a dataset's folder"
+    )
     add_options(parser)
     add_fields(parser, Recipe, original)
     rest, changes = split_tables(Recipe, original, words)
     options = parser.read(rest)
     changes = config.merge(changes, overrides(Recipe, original, options))
     config.build(Recipe, changes, "command line")  # so that its errors name the command line, not the file
-    return config.build(Recipe, config.merge(values, changes), str(path)), options
+    return config.build(Recipe, config.merge(values, changes), where), options
+
+
+def _of_dataset(folder: Path) -> dict[str, Any]:
+    """Return the recipe of a dataset that needs no card: its name and its path, all else left to the options.
+
+    Raises ConfigError for a folder of another kind.
+    """
+    from vlafit.datasets import layouts
+
+    try:
+        layouts.recognise(folder)
+    except DataError as error:
+        raise ConfigError(
+            f"{str(folder)!r} is a folder, but a recipe is a .toml file; as a dataset, which needs none: "
+            f"{error}. A recipe can be one of: {', '.join(shipped.names('recipe'))}"
+        ) from error
+    path = folder.resolve()
+    name = re.sub(r"[^\w.-]", "_", path.name).strip(".") or "run"
+    return {"name": name, "data": {"cards": [str(path)]}}
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -108,6 +108,8 @@ class TrainView(Callbacks):
             return
         for name, share in summary.success.items():
             print(f"success {name.replace('_', ' ')}: {share:.0%}")
+        for name, sentence in summary.held_out.items():
+            print(f"held-out episodes of {name}: {sentence}")
         if summary.report is not None:
             print(f"report: {summary.report}")
         else:

@@ -11,10 +11,11 @@ from typing import Any
 
 from vlafit import checkpoints, config, rollout, shipped
 from vlafit.compare.identity import digest, flat
+from vlafit.datasets import episodes_hash
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
-from vlafit.train.data import Data, episodes_hash, open_validation_sets
+from vlafit.train.data import Data, open_validation_sets
 from vlafit.train.preflight import check, meta_policy, plan_of
 from vlafit.tuning import load_strategy
 
@@ -23,7 +24,8 @@ UNLIMITED_STEPS = 999_999  # steps of an arm whose budget is time
 # Fields that differ between arms, or do not change the result of a finished arm.
 NOT_SHARED = ("name", "purpose", "strategy", "optim.lr", "train.seed", "train.threads", "train.trackers",
               "train.report", "train.keep", "train.save_every", "train.log_every", "data.workers",
-              "eval.before", "eval.every", "eval.every_trials", "eval.workers", "eval.videos")  # fmt: skip
+              "eval.before", "eval.every", "eval.every_trials", "eval.workers", "eval.videos",
+              "eval.samples")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from vlafit.datasets.card import Card, Draft, RecordSpec
 from vlafit.datasets.chunks import ChunkDataset
 from vlafit.datasets.load import describe, load_card, open_dataset
 from vlafit.datasets.order import SampleOrder
-from vlafit.datasets.split import split_episodes
+from vlafit.datasets.split import episodes_hash, split_episodes
 from vlafit.datasets.statistics import Blocks, arrays_for_statistics, blocks_for_statistics
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 
@@ -22,6 +22,7 @@ __all__ = [
     "blocks_for_statistics",
     "describe",
     "draw_shifts",
+    "episodes_hash",
     "load_card",
     "open_dataset",
     "shift_image",

@@ -7,7 +7,7 @@ how to record it. What depends on the arrangement of the files is the layout's, 
 
 import glob
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -89,6 +89,27 @@ class RobotCard:
     start, as suits absolute targets in the state's own units. Empty: none."""
     renderer: str = ""
     """What made the pixels: camera, ray, egl or osmesa; empty if unknown."""
+
+
+def with_relative_matches(card: "Card") -> "Card":
+    """Return the card with every action relative that has the name of its state dimension.
+
+    Without names, as many dimensions as the state match in order. Raises ConfigError if none matches.
+    """
+    state, action = card.robot.state, card.robot.action
+    if not state.labels and not action.labels:
+        mask = (state.dimensions == action.dimensions,) * action.dimensions
+    else:
+        names = [*state.labels, *[""] * action.dimensions]
+        mask = tuple(bool(label) and label == names[d] for d, label in enumerate(action.labels))
+    if not any(mask):
+        raise ConfigError(
+            f'data.relative = "matching": no action of card {card.name!r} has the name of its state '
+            f"dimension (state: {', '.join(state.labels) or 'no names'}; action: "
+            f"{', '.join(action.labels) or 'no names'}); "
+            'set robot.relative in a card, or data.relative = "card"'
+        )
+    return replace(card, robot=replace(card.robot, relative=mask))
 
 
 @dataclass(frozen=True)

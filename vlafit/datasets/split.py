@@ -1,6 +1,9 @@
 """Which episodes train and which validate: whole episodes, the same share of every task."""
 
+import hashlib
+import json
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,3 +37,21 @@ def split_episodes(
         train.update(shuffled[count:][: per_task or None])
     order = [info.id for info in store.episodes]
     return tuple(i for i in order if i in train), tuple(i for i in order if i in held_out)
+
+
+def episodes_hash(store: EpisodeStore, training: Sequence[str], validation: Sequence[str]) -> str:
+    """Return a hash of the split and of the states, actions and instructions of its episodes.
+
+    Images are left out, because they would have to be read completely.
+    """
+    digest = hashlib.sha256()
+    for split in (training, validation):
+        digest.update(f"{len(split)} episodes".encode())
+        for identity in split:
+            number = store.index(identity)
+            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
+            header = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
+            digest.update(json.dumps(header).encode())
+            digest.update(np.ascontiguousarray(state).data)
+            digest.update(np.ascontiguousarray(actions).data)
+    return digest.hexdigest()

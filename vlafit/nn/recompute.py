@@ -31,7 +31,7 @@ KEPT = {
 
 
 def recompute_blocks(policy: Policy, how: Recompute) -> None:
-    """Let every block of the policy recompute its activations, in place; a block without gradients as ever."""
+    """Let every block of the policy that has gradients recompute its activations, in place."""
     if how not in ("selective", "full"):
         return
     for block in policy.blocks():

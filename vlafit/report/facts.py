@@ -15,6 +15,7 @@ from typing import Any
 from vlafit import config, files
 from vlafit.errors import VlafitError
 from vlafit.files import parse_json
+from vlafit.offline import read_result
 from vlafit.recipe import Recipe
 from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, errors_notice
@@ -22,6 +23,7 @@ from vlafit.tuning import Plan
 
 FORMAT = 1  # of report.json
 STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
+OFFLINE = "held_out"  # folder of the evaluations without a simulator
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
 
 
@@ -81,6 +83,7 @@ class Facts:
     plan: Plan | None
     metrics: Mapping[str, tuple[Point, ...]]
     evaluations: Mapping[str, Evaluation]
+    offline: Mapping[str, Mapping[str, Any]]  # folder in held_out/ -> its result.json
     hashes: Mapping[str, str]  # file -> sha256
     missing: tuple[str, ...]
     caveats: tuple[str, ...]
@@ -143,6 +146,10 @@ class Facts:
             "success": {name: score.to_json() for name, score in self.success().items()},
             "verdict": verdict(self.success()),
             "evaluations": {name: _evaluation_json(e) for name, e in self.evaluations.items()},
+            "held_out": {
+                name: {key: value for key, value in result.items() if key != "samples"}
+                for name, result in self.offline.items()
+            },
             "training": {
                 "steps": self.steps,
                 "steps_wanted": self.recipe.train.steps,
@@ -196,7 +203,8 @@ def read_facts(folder: Path) -> Facts:
     run = _run(folder, missing)
     plan = _plan(folder, missing)
     metrics, caveats = _metrics(folder, missing)
-    evaluations = _evaluations(folder, recipe, missing)
+    offline = _offline(folder, missing)
+    evaluations = _evaluations(folder, recipe, missing, bool(offline))
     for name, evaluation in evaluations.items():
         notices = evaluation.notices or tuple(n for n in [errors_notice(evaluation.overall)] if n)
         caveats += [f"Evaluation {name!r}: {notice}" for notice in notices]
@@ -209,6 +217,7 @@ def read_facts(folder: Path) -> Facts:
         plan=plan,
         metrics=metrics,
         evaluations=evaluations,
+        offline=offline,
         hashes=_hashes(folder, run),
         missing=tuple(missing),
         caveats=tuple(caveats),
@@ -269,7 +278,17 @@ def _metrics(folder: Path, missing: list[str]) -> tuple[dict[str, tuple[Point, .
     return {name: tuple(points) for name, points in by_name.items()}, caveats
 
 
-def _evaluations(folder: Path, recipe: Recipe, missing: list[str]) -> dict[str, Evaluation]:
+def _offline(folder: Path, missing: list[str]) -> dict[str, Mapping[str, Any]]:
+    results = {}
+    for path in sorted((folder / OFFLINE).glob("*")):
+        try:
+            results[path.name] = read_result(path)
+        except VlafitError as error:
+            missing.append(f"Held-out episodes {path.name!r} are left out: {error}")
+    return results
+
+
+def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool) -> dict[str, Evaluation]:
     requested = {BEFORE: recipe.eval.before, AFTER: recipe.eval.after, WRONG: recipe.eval.wrong_instruction}
     present = sorted(p.name for p in (folder / "eval").glob("*") if p.is_dir() and not p.name.startswith("."))
     names = [*(n for n in requested if n in present), *(n for n in present if n not in requested)]
@@ -288,7 +307,7 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str]) -> dict[str, 
         except (ValueError, KeyError, TypeError) as error:
             missing.append(f"Evaluation {name!r} is left out: its result.json cannot be read ({error!r}).")
     if not recipe.eval.protocol:
-        if not evaluations:
+        if not evaluations and not offline:
             missing.append("The recipe names no protocol, so the policy was not evaluated.")
     else:
         for name, wanted in requested.items():

@@ -4,8 +4,9 @@ Styles, curves, film strips and videos are all inside the text: no script, font 
 """
 
 from vlafit.report import markup
-from vlafit.report.facts import AFTER, BEFORE, Facts, verdict
+from vlafit.report.facts import AFTER, BEFORE, OFFLINE, Facts, verdict
 from vlafit.report.markup import Raw, count, duration, folded, join, muted, percent, section, table, tag
+from vlafit.report.offline import summary
 from vlafit.report.sections import agreement, curves, episodes, probe, shown, tasks, title, tone, tuning
 
 FOOTER = (
@@ -22,6 +23,7 @@ def page(facts: Facts) -> str:
             _headline(facts),
             markup.notices(markup.CAVEATS, facts.caveats),
             markup.notices(markup.MISSING, facts.missing),
+            *(summary(result, facts.folder / OFFLINE / name) for name, result in facts.offline.items()),
             tasks(facts),
             probe(facts),
             episodes(facts),

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from vlafit import checkpoints
-from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset, split_episodes
+from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
+from vlafit.datasets.card import with_relative_matches
 from vlafit.errors import ConfigError, DataError, EmbodimentError
 from vlafit.recipe import DataRecipe
 from vlafit.types import Embodiment, renderer_notice, require_same
@@ -82,7 +81,7 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         raise ConfigError(
             "data.cards is empty; name at least one data card (`vlafit list` shows the shipped ones)"
         )
-    cards = tuple(load_card(name) for name in recipe.cards)
+    cards = tuple(_card(name, recipe) for name in recipe.cards)
     names = [card.name for card in cards]
     for name in names:
         if names.count(name) > 1:
@@ -104,22 +103,10 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
     return Data(cards, stores, tuple(s[0] for s in splits), tuple(s[1] for s in splits))
 
 
-def episodes_hash(store: EpisodeStore, training: Sequence[str], validation: Sequence[str]) -> str:
-    """Return a hash of the split and of the states, actions and instructions of its episodes.
-
-    Images are left out, because they would have to be read completely.
-    """
-    digest = hashlib.sha256()
-    for split in (training, validation):
-        digest.update(f"{len(split)} episodes".encode())
-        for identity in split:
-            number = store.index(identity)
-            info, state, actions = store.episodes[number], store.state(number), store.actions(number)
-            header = [info.id, info.task, info.instruction, info.length, state.shape, actions.shape]
-            digest.update(json.dumps(header).encode())
-            digest.update(np.ascontiguousarray(state).data)
-            digest.update(np.ascontiguousarray(actions).data)
-    return digest.hexdigest()
+def _card(name: str, recipe: DataRecipe) -> Card:
+    """Load a card, with the relative actions that the recipe asks for."""
+    card = load_card(name)
+    return with_relative_matches(card) if recipe.relative == "matching" else card
 
 
 # ----------------------------------------------------------------------------------------- validation sets
@@ -137,18 +124,18 @@ def open_validation_sets(recipe: DataRecipe, robot: Embodiment, relative: Sequen
     DataError or EmbodimentError naming the set.
     """
     return {
-        name: tuple(_open_set(f"data.validation_sets.{name}", cards_of(cards), robot, relative))
+        name: tuple(_open_set(f"data.validation_sets.{name}", recipe, cards_of(cards), robot, relative))
         for name, cards in recipe.validation_sets.items()
     }
 
 
 def _open_set(
-    where: str, cards: tuple[str, ...], robot: Embodiment, relative: Sequence[bool]
+    where: str, recipe: DataRecipe, cards: tuple[str, ...], robot: Embodiment, relative: Sequence[bool]
 ) -> Iterator[EpisodeStore]:
     if not cards:
         raise ConfigError(f"{where} names no data card; name at least one, or remove the set")
     for name in cards:
-        card = load_card(name)
+        card = _card(name, recipe)
         store = open_dataset(card)
         try:
             require_same(store.embodiment, f"card {card.name!r}", robot, "the training data")

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,20 +23,38 @@ from vlafit.train.experiment import Experiment
 from vlafit.train.loop import Keys
 
 VALIDATION_ROWS = 32  # of one unit of train.validation_batches, whatever the batch size of training
+KEPT_BYTES = 2**30  # of encoded samples, over all workers of a process
 GRACE_S = 2.0  # wait for a worker to exit after its connection broke
 
 
 class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
-    """Read, augment and encode samples by (epoch, index), in a dataloader worker."""
+    """Read, augment and encode samples by (epoch, index), in a dataloader worker.
 
-    def __init__(self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int) -> None:
+    Samples that no augmentation changes are kept until they fill `keep_bytes`, so that later epochs of a
+    small dataset decode no frame again. None is ever evicted: in shuffled epochs, the share that fits is the
+    share that is not read again.
+    """
+
+    def __init__(
+        self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int, keep_bytes: int = 0
+    ) -> None:
         self.chunks, self.codec, self.shift_pixels, self.seed = chunks, codec, shift_pixels, seed
+        self._room = 0 if shift_pixels else keep_bytes
+        self._kept: dict[int, Encoded] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], Encoded]:
+        kept = self._kept.get(key[1])
+        if kept is not None:
+            return key, kept
         sample = self.chunks[key[1]]
         if self.shift_pixels:
             sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=key[0], index=key[1])
-        return key, self.codec.encode(sample)
+        encoded = self.codec.encode(sample)
+        size = sum(value.nbytes for value in vars(encoded).values() if isinstance(value, np.ndarray))
+        if size <= self._room:
+            self._room -= size
+            self._kept[key[1]] = encoded
+        return key, encoded
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -76,7 +95,9 @@ def training_batches(
     train = recipe.train
     config = experiment.codec.config
     chunks = ChunkDataset(data.stores, config.chunk, data.training, config.history)
-    samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed)
+    workers = recipe.data.workers
+    keep_bytes = KEPT_BYTES // max(1, workers)
+    samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed, keep_bytes)
     order = SampleOrder(len(chunks), train.seed)
     wanted = (
         rows
@@ -86,17 +107,17 @@ def training_batches(
     loader = DataLoader(
         samples,
         batch_sampler=_Rows(wanted),
-        num_workers=recipe.data.workers,
+        num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_start_worker,
-        multiprocessing_context="spawn" if recipe.data.workers else None,
+        multiprocessing_context="spawn" if workers else None,
         pin_memory=next(experiment.policy.parameters()).device.type == "cuda",
     )
 
     def steps() -> Iterator[list[tuple[Keys, Batch]]]:
-        workers = _Workers(loader)
+        processes = _Workers(loader)
         for _ in range(first_step, train.steps):
-            yield [workers.next() for _ in range(train.micro_batches)]
+            yield [processes.next() for _ in range(train.micro_batches)]
 
     return steps()
 

@@ -31,7 +31,7 @@ NOT_NEGATIVE = ("train.seed", "train.accumulate",
                 "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
-                "train.max_seconds", "eval.every", "eval.workers", "eval.videos")  # fmt: skip
+                "train.max_seconds", "eval.every", "eval.workers", "eval.videos", "eval.samples")  # fmt: skip
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
 THREADS_PER_CORE = 4  # more slow a process down, and far more crash it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")

@@ -40,6 +40,7 @@ def checkpoint_party(
         relative,
         slots=slots,
         frame_sizes_known=declared.says_frame_sizes,
+        room=None if codec is None else (codec.config.state_dim, codec.config.action_dim),
         conversions=declared.conversions,
     )
 

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from vlafit.train import (
     checkpointer,
     data_files,
     extension,
+    held_out,
     launch,
     memory,
     processes,
@@ -62,6 +64,8 @@ class RunSummary:
     success: dict[str, float]
     """Share of successes by evaluation name."""
     report: Path | None
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    """For each dataset: what its held-out episodes show, without a simulator."""
 
     @property
     def finished(self) -> bool:
@@ -198,14 +202,16 @@ def _train(
         if main:
             _warn_of_skipped_stages(record, trainer)
         evaluator.after_training(trainer.state.progress.step)
-    page = None
+    page, verdicts = None, {}
     if main:
         _end(record, trainer, time.perf_counter() - began)
+        if status.finished and held_out.wanted(context):
+            verdicts = held_out.evaluate(context, trainer.state.progress.step)
         if recipe.train.report:
             callbacks.phase("report")
             page = _report(out)
     accelerator.end_training()
-    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page)
+    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
 
 
 def _report(out: Path) -> Path | None:

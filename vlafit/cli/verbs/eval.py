@@ -1,4 +1,4 @@
-"""`vlafit eval CHECKPOINT --protocol P`: evaluate a checkpoint in simulation, with every episode recorded."""
+"""`vlafit eval CHECKPOINT`: evaluate in simulation (--protocol) or on recorded episodes (--data)."""
 
 import re
 from argparse import Namespace
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from vlafit.types import Actor
 
 ABOUT = """\
-Evaluate a checkpoint in simulation under a protocol. The same checkpoint, protocol and machine give the same
-table for any number of workers. Continue an interrupted evaluation with --resume."""
+Evaluate a checkpoint in simulation under a protocol (--protocol), or without a simulator: its actions against
+those of recorded episodes that it has not learned (--data). The same checkpoint, options and machine give the
+same numbers. Continue an interrupted evaluation with --resume."""
+IN_SIMULATION = ("trials", "workers", "videos", "wrong_instruction", "execution", "replan", "delay")
+ON_DATA = ("episodes", "samples", "draws")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,16 +36,19 @@ def run(arguments: Sequence[str]) -> int:
         "--actor", metavar="URL", help="instead: a policy that `vlafit serve` serves, ws://HOST:PORT"
     )
     parser.add_argument("--token-file", metavar="FILE", help="the token that its server asks for")
-    parser.add_argument("--protocol", required=True, help=f"a TOML file, or a shipped one: {protocols}")
+    parser.add_argument("--protocol", help=f"a TOML file, or a shipped one: {protocols}")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL]"
+        "--data",
+        metavar="CARD",
+        help="instead: a data card, or a dataset that needs none (its folder or Hub id)",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the episodes already in DIR")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL or DATASET]"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
     parser.add_argument("--trials", metavar="N", type=int, help="episodes of each task [the protocol's]")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=0, help="environment processes [one per core]"
-    )
-    parser.add_argument("--videos", metavar="N", type=int, default=2, help="filmed episodes of each task [2]")
+    parser.add_argument("--workers", metavar="N", type=int, help="environment processes [one per core]")
+    parser.add_argument("--videos", metavar="N", type=int, help="filmed episodes of each task [2]")
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
@@ -56,9 +62,21 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
     parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
+    parser.add_argument(
+        "--episodes", metavar="ID", nargs="+", help="with --data: the episodes [those held out from training]"
+    )
+    parser.add_argument(
+        "--samples", metavar="N", type=int, help="with --data: observations of all episodes [64]"
+    )
+    parser.add_argument("--draws", metavar="N", type=int, help="with --data: seeds of noise of each [8]")
     add_base(parser)
     add_trust(parser)
     options = parser.read(arguments)
+    _require_one_kind(options)
+    if options.data is not None:
+        from vlafit.cli.eval_data import evaluate_on_data
+
+        return evaluate_on_data(options, *_actor(options))
     name, load = _actor(options)
     protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
@@ -79,9 +97,9 @@ def run(arguments: Sequence[str]) -> int:
             load(),
             protocol,
             out,
-            workers=options.workers,
+            workers=options.workers or 0,
             trials=options.trials,
-            videos=options.videos,
+            videos=2 if options.videos is None else options.videos,
             resume=options.resume,
             wrong_instruction=options.wrong_instruction,
             progress=progress,
@@ -90,6 +108,19 @@ def run(arguments: Sequence[str]) -> int:
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
     return 0
+
+
+def _require_one_kind(options: Namespace) -> None:
+    """Raise ConfigError unless a simulation or recorded data is asked for, with its own options only."""
+    if (options.protocol is None) == (options.data is None):
+        raise ConfigError(
+            "name how to evaluate: --protocol P in simulation, or --data CARD on recorded episodes; not both"
+        )
+    kind, others = ("--data", IN_SIMULATION) if options.data is not None else ("--protocol", ON_DATA)
+    for name in others:
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with {kind}; leave it out")
 
 
 def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:

@@ -1,0 +1,82 @@
+"""`vlafit eval CHECKPOINT --data CARD`: show an evaluation on recorded episodes on the console."""
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlafit.cli.console import Line, table
+
+if TYPE_CHECKING:
+    from vlafit.types import Actor
+
+
+def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]) -> int:
+    """Evaluate on the episodes of `options.data`, print the table, and write the page."""
+    from vlafit.actor import PolicyActor
+    from vlafit.datasets import open_dataset
+    from vlafit.offline import Settings, choose_episodes, evaluate
+    from vlafit.offline.contract import require_robot
+    from vlafit.report import offline as report
+
+    settings = Settings(
+        samples=64 if options.samples is None else options.samples,
+        draws=8 if options.draws is None else options.draws,
+    )
+    store = open_dataset(options.data)
+    checkpoint = name if options.actor is None else None
+    episodes = choose_episodes(store, checkpoint, options.episodes or ())
+    out = Path(options.out) if options.out else _default_out(name, store.card.name)
+    actor = load()
+    identity = require_robot(actor, store)
+    with Line("observations", 1) as line:
+
+        def progress(done: int, total: int, episode: str) -> None:
+            line.total = total
+            line.update(done, episode)
+
+        result = evaluate(
+            actor,
+            store,
+            episodes,
+            out,
+            settings,
+            identity=identity,
+            history=actor.codec.config.history if isinstance(actor, PolicyActor) else 1,
+            resume=options.resume,
+            progress=progress,
+        )
+    page = report.build(out)
+    print(f"{len(result['episodes'])} episodes of {store.card.name}: {result['chosen']}")
+    print(_table(result))
+    print(report.verdict(result))
+    for notice in result["notices"]:
+        print(notice)
+    print(f"report: {page}")
+    return 0
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    """Return the errors of policy and baselines, and how much each input matters."""
+    rows = []
+    for who in ("policy", "hold_still", "mean_chunk"):
+        mean = result["overall"][who]
+        if mean is not None:
+            rows.append((who.replace("_", " "), f"{mean['value']:.4f}", _interval(mean)))
+    rows += [
+        (f"change without {one['input']}", f"{one['change']['value']:.4f}", _interval(one["change"]))
+        for one in result["sensitivity"]
+    ]
+    return table(("in standard deviations of each joint", "mean", "95 % interval"), rows)
+
+
+def _interval(mean: Mapping[str, float | None]) -> str:
+    return "-" if mean["low"] is None else f"{mean['low']:.4f} to {mean['high']:.4f}"
+
+
+def _default_out(checkpoint: Path, dataset: str) -> Path:
+    """Return runs/eval/CHECKPOINT/DATASET; a run's checkpoint is named after run and step."""
+    from vlafit.cli.verbs.eval import default_out
+
+    return default_out(checkpoint, Path(re.sub(r"[^\w.-]", "_", dataset)), wrong_instruction=False)
