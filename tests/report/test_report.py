@@ -17,7 +17,8 @@ from vlafit import report
 from vlafit.errors import VlafitError
 from vlafit.report.facts import Point
 from vlafit.report.films import Films
-from vlafit.report.picture import Arm
+from vlafit.report.page import page
+from vlafit.report.picture import Arm, ablation_figure, read_scores, result_figure
 from vlafit.report.plots import Curve, Mark, curves
 from vlafit.score import Score, wilson
 
@@ -37,7 +38,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def html_of(folder: Path) -> str:
-    return report.page(report.read_facts(folder))
+    return page(report.read_facts(folder))
 
 
 def json_of(folder: Path) -> dict:
@@ -216,7 +217,7 @@ def test_a_dollar_sign_in_a_name_begins_no_formula():
     chart = curves("x", lines, "step", marks=[Mark("$\\sqrt$", points[1])])
     assert all(text in chart for text in ("$\\frac$ &lt;b&gt;", "costs $5 to $6", "$\\sqrt$"))
     arms = [Arm("$\\frac$", (Score(3, 4),))]
-    assert report.ablation_figure(arms, title="$\\sqrt$ and $5").startswith(b"\x89PNG")
+    assert ablation_figure(arms, title="$\\sqrt$ and $5").startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------ partial runs
@@ -330,31 +331,31 @@ def test_a_damaged_line_of_metrics_is_refused_by_number(run: Path):
 
 
 def test_scores_are_read_from_a_run_folder_or_its_json(whole: Path):
-    assert report.read_scores(whole) == report.read_scores(whole / "report.json")
-    assert report.read_scores(whole)["after"] == Score(47, 50)
+    assert read_scores(whole) == read_scores(whole / "report.json")
+    assert read_scores(whole)["after"] == Score(47, 50)
 
 
 def test_a_json_that_is_no_report_is_refused(tmp_path: Path):
     with pytest.raises(VlafitError, match="cannot read"):
-        report.read_scores(tmp_path)
+        read_scores(tmp_path)
     (tmp_path / "report.json").write_text('{"success": 3}')
     with pytest.raises(VlafitError, match="is not a report"):
-        report.read_scores(tmp_path)
+        read_scores(tmp_path)
 
 
 def test_arms_are_compared_in_a_png():
     arms = [
-        report.Arm("full pretrained checkpoint", (Score(24, 25), Score(23, 25), Score(25, 25))),
-        report.Arm("pretrained, fresh action expert", (Score(10, 25), Score(6, 24, 1), Score(8, 25))),
-        report.Arm("same architecture, untrained", (Score(0, 25),)),
+        Arm("full pretrained checkpoint", (Score(24, 25), Score(23, 25), Score(25, 25))),
+        Arm("pretrained, fresh action expert", (Score(10, 25), Score(6, 24, 1), Score(8, 25))),
+        Arm("same architecture, untrained", (Score(0, 25),)),
     ]
-    with Image.open(io.BytesIO(report.ablation_figure(arms, "Success by what was loaded"))) as picture:
+    with Image.open(io.BytesIO(ablation_figure(arms, "Success by what was loaded"))) as picture:
         assert picture.format == "PNG"
     with pytest.raises(VlafitError, match="at least one arm"):
-        report.ablation_figure([])
+        ablation_figure([])
 
 
 def test_a_run_without_evaluations_has_no_picture(run: Path):
     shutil.rmtree(run / "eval")
     with pytest.raises(VlafitError, match="no finished evaluation to draw"):
-        report.result_figure(report.read_facts(run))
+        result_figure(report.read_facts(run))

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from vlafit import files
 from vlafit.report.facts import Facts, read_facts
-from vlafit.report.page import page
-from vlafit.report.picture import Arm, ablation_figure, read_scores, result_figure
 
-__all__ = ["Arm", "Facts", "ablation_figure", "build", "page", "read_facts", "read_scores", "result_figure"]
+__all__ = ["Facts", "build", "read_facts"]
 
 
 def build(run: Path) -> Path:
@@ -17,6 +15,9 @@ def build(run: Path) -> Path:
     Returns the page's path. The page of an unfinished run says what is missing. Raises VlafitError if `run`
     is not a run folder, or cannot be read or written.
     """
+    from vlafit.report.page import page  # matplotlib, which a run that ends without a report never imports
+    from vlafit.report.picture import result_figure
+
     run = Path(run)
     facts = read_facts(run)
     if facts.evaluations:

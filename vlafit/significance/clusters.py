@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,5 @@ def mean_interval(by_episode: Sequence[float] | NDArray[np.float64], confidence:
     if count < 2:
         return Mean(mean, None, None)
     error = float(values.std(ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(1 - (1 - confidence) / 2, count - 1)) * error
+    half = float(stdtrit(count - 1, 1 - (1 - confidence) / 2)) * error
     return Mean(mean, mean - half, mean + half)

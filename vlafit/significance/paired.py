@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 Outcomes = Mapping[str, bool | None]
 """Start -> success; None for an environment error."""
@@ -122,7 +122,7 @@ def paired_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, floa
     several = bool(((~np.isnan(difference)).sum(axis=0) > 1).any())
     effect = design_effect(pairs)
     tail = 1 - (1 - confidence) / 2
-    quantile = float(stats.t.ppf(tail, max(1, pairs.starts - 1)) if several else stats.norm.ppf(tail))
+    quantile = float(stdtrit(max(1, pairs.starts - 1), tail) if several else ndtri(tail))
     return tango(wins / effect, losses / effect, size / effect, quantile)
 
 
@@ -178,5 +178,5 @@ def two_way_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, flo
         return float(mean), float(mean)
     spread = by_seed**2 / (seeds - 1) + by_start**2 / (starts - 1) + rest**2 / ((seeds - 1) * (starts - 1))
     freedom = max(1.0, total**2 / spread)
-    half = float(stats.t.ppf(1 - (1 - confidence) / 2, freedom)) * math.sqrt(total / (seeds * starts))
+    half = float(stdtrit(freedom, 1 - (1 - confidence) / 2)) * math.sqrt(total / (seeds * starts))
     return max(-1.0, float(mean) - half), min(1.0, float(mean) + half)

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri
 
 from vlafit.significance.paired import Pairs
 
@@ -30,5 +30,5 @@ def independent_episodes_needed(
 
 
 def _needed(variance: float, difference: float, alpha: float, power: float) -> int:
-    quantiles = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))
+    quantiles = float(ndtri(1 - alpha / 2) + ndtri(power))
     return max(2, math.ceil(variance * (quantiles / difference) ** 2))

@@ -6,18 +6,21 @@ pass. Both run on CPU (gloo) and GPU (NCCL) alike, so tests on two CPU processes
 GPUs. accelerate starts the processes; its own FSDP only supports accelerators and is not used.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlafit.nn.policy import Policy
 from vlafit.tuning.quantise import quantised_names
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def wrap(
@@ -58,16 +61,15 @@ def gathered_anew(policy: nn.Module, how: str) -> Iterator[None]:
 
     Without a backward pass weights that stay gathered would be those of the average in the next step, too.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    if how != "gradients" or not isinstance(policy, FSDPModule):
+    set_reshard = getattr(policy, "set_reshard_after_forward", None)  # fully_shard adds it to the module
+    if how != "gradients" or set_reshard is None:
         yield
         return
-    policy.set_reshard_after_forward(True)
+    set_reshard(True)
     try:
         yield
     finally:
-        policy.set_reshard_after_forward(False)
+        set_reshard(False)
 
 
 @contextmanager
@@ -99,6 +101,22 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether the tensor is sharded over processes."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # importing it takes a second, and `_shard` does
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a whole; every process must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Return possibly sharded tensors gathered, on the CPU.
 
@@ -106,9 +124,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tens
     """
     whole = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        tensor = full(tensor.detach())
         if keep:
             whole[name] = tensor.cpu()
     return whole
@@ -122,6 +138,8 @@ def barrier() -> None:
 
 def scatter_like(whole: Tensor, target: Tensor) -> Tensor:
     """Return `whole` on the device, and with the sharding, of `target`."""
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
     return whole.to(target.device)

@@ -9,10 +9,9 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vlafit.errors import TrainingError
-from vlafit.train.distributed import sum_over_processes
+from vlafit.train.distributed import local, sum_over_processes
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import base_name
 from vlafit.tuning.quantise import quantised_names
@@ -110,7 +109,7 @@ class GradientCheck:
 
 def _nonzero(tensor: Tensor) -> Tensor:
     """Return as a float32 scalar whether this process's shard has a value other than zero."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).any().float()
+    return local(tensor).any().float()
 
 
 def _has_gradient(parameter: Tensor) -> Tensor:
@@ -118,7 +117,5 @@ def _has_gradient(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros(2, device=parameter.device)
-    if isinstance(gradient, DTensor):
-        gradient = gradient.to_local()
-    nonzero = gradient.any().float()
+    nonzero = local(gradient).any().float()
     return torch.stack((torch.ones_like(nonzero), nonzero))

@@ -10,7 +10,6 @@ from vlafit.actor import load_actor
 from vlafit.errors import VlafitError
 from vlafit.offline.folder import HEADER, read_object
 from vlafit.report.facts import OFFLINE
-from vlafit.report.offline import verdict
 from vlafit.train.context import RunContext
 
 log = logging.getLogger(__name__)
@@ -30,6 +29,8 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
 
     The run has finished, so an error that a user can fix is a warning.
     """
+    from vlafit.report.offline import verdict  # matplotlib, which other runs do not import
+
     data, sentences = context.experiment.data, {}
     context.callbacks.phase("held-out episodes")
     for store, training, validation in zip(data.stores, data.training, data.validation, strict=True):

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import Keys, dropout_seed, sample_rng
 from vlafit.recipe import OptimRecipe, TrainRecipe
-from vlafit.train.distributed import last_backward_only, sum_over_processes
+from vlafit.train.distributed import full, last_backward_only, sum_over_processes
 from vlafit.train.optim import rewarm, schedule, set_lr
 from vlafit.train.train_state import TrainState
 
@@ -158,4 +157,4 @@ def _loss(
 def _clip(parameters: list[nn.Parameter], limit: float) -> float:
     """Clip the gradient of all parameters together; return its norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded gradients, sharded norm
+    return float(full(norm))  # sharded gradients, sharded norm

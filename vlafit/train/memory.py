@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from vlafit.train.distributed import local
 from vlafit.train.optim import Ema
 from vlafit.tuning.quantise import stored_bytes
 
@@ -85,7 +85,7 @@ def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | Non
 
 
 def _bytes(tensor: Tensor) -> int:
-    return stored_bytes(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    return stored_bytes(local(tensor))
 
 
 def resident() -> int:
