@@ -281,7 +281,7 @@ def test_a_codec_that_does_not_fit_the_policy_is_refused(policy: Policy, codec: 
 def test_other_forms_are_refused_by_name(tmp_path: Path):
     with pytest.raises(WeightsError, match="there is no such checkpoint"):
         vlafit.load_policy(tmp_path / "nowhere")
-    with pytest.raises(WeightsError, match=r"neither manifest.json nor model.safetensors"):
+    with pytest.raises(WeightsError, match=r"no checkpoint: none of model\.safetensors"):
         vlafit.load_policy(tmp_path)
     for sign, message in (
         ("params/_METADATA", "not Orbax's list of arrays"),

@@ -82,7 +82,7 @@ def test_inspect_gives_json(run, capsys):
 def test_a_folder_that_is_no_checkpoint_says_so(run, capsys):
     Path("empty").mkdir()
     assert cli.main(["inspect", "empty"]) == 2
-    assert "empty: no checkpoint: neither manifest.json nor model.safetensors" in capsys.readouterr().err
+    assert "empty: no checkpoint: none of model.safetensors" in capsys.readouterr().err
     assert cli.main(["eval", "empty", "--protocol", "pusht", "--out", "out"]) == 2
     assert "empty holds neither policy.json nor checkpoints/" in capsys.readouterr().err
 

@@ -26,6 +26,8 @@ def test_weights_and_samples_are_lerobots(case: dict) -> None:
     left[:, : CHUNK - 2] = torch.tensor(RECORDED["left"])
     continuation = Continuation(left, weights[None, :, None].expand_as(left), torch.full((2,), 10.0), False)
     velocity = continuation.guided(lambda x, t: torch.tanh(x @ weight) + t)
+    # A step rounds sums of at most 8 terms of up to 4, and the correction multiplies their error by up to 10:
+    # 10 * 8 * 4 * 2^-24 = 1.9e-5.
     got = flow.euler(velocity, noise, RECORDED["steps"])
     assert torch.allclose(got, torch.tensor(case["actions"]), rtol=0, atol=2e-5)
 

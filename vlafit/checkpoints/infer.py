@@ -67,8 +67,7 @@ def shape_table(family_name: str) -> ShapeTable:
     if not isinstance(table, ShapeTable):
         raise WeightsError(
             f"policy family {family_name!r} declares no SHAPES, so its config cannot be read from tensors: "
-            "the "
-            "format must give a complete config (see docs/extending.md)"
+            "the format must give a complete config (see docs/extending.md)"
         )
     return table
 
@@ -127,7 +126,7 @@ def infer_config(
     stated = [one for one in stated if one.key not in unknown]  # a stand-in contradicts nothing
 
     conflicts = [*_mixed_variants(table, weights, file_name), *evidence.conflicts]
-    conflicts += [f"no tensor tells {', '.join(unknown)}"] if unknown else []
+    conflicts += [f"no tensor determines {', '.join(unknown)}"] if unknown else []
     conflicts += contradictions(read, stated, wanted, votes, evidence.witnesses, file_name)
 
     assumed = _assumed(table, read, asdict(public))
@@ -331,7 +330,7 @@ def _checked(
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
         first = next(iter(asked))
         raise WeightsError(
-            f"{where}: neither the tensors nor a config beside them tell {first!r}; give it as config "
+            f"{where}: neither the tensors nor a config beside them determine {first!r}; pass it as config "
             f"{{{first!r}: ...}}"
         )
     return config

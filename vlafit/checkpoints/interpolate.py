@@ -88,7 +88,7 @@ def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
                 path, (f"{path} is not the checkpoint that training began with, by its hash",)
             )
         return BaseCheckpoint(
-            path, () if recorded else (f"nothing tells whether training began with {path}",)
+            path, () if recorded else (f"there is no record of whether training began with {path}",)
         )
     reference = _recipe_checkpoint(source)
     if not (recorded and reference):
@@ -124,7 +124,7 @@ def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, fl
     if shares.get("projections", 1.0) == 1.0:
         return ()
     if codec is None or base is None:
-        return ("nothing tells whether both checkpoints' projections are for numbers normalised alike",)
+        return ("there is no codec to show whether both checkpoints normalise numbers alike",)
     different = [
         name
         for name in ("state", "action")

@@ -83,7 +83,10 @@ def weight_files(path: Path) -> list[Path]:
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise _pickled(pickles[0])
-    raise WeightsError(f"{path}: no checkpoint: neither manifest.json nor model.safetensors is there")
+    raise WeightsError(
+        f"{path}: no checkpoint: none of {SINGLE}, {INDEX} and manifest.json is there; if another "
+        "program wrote this folder in a format of its own, name that with --format"
+    )
 
 
 def beside(path: Path, name: object) -> Path:

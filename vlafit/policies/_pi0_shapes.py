@@ -76,9 +76,17 @@ SHAPES = ShapeTable(
     derived=(VLA_IMAGE, Derived("language.head_dim", _head_dim, user_first=True), *VLA_HEADS),
     constants=(
         Constant(
-            "vision.image_size", IMAGE_SIZE, f"the format (patches of {PATCH})", {"vision.patch": PATCH}
+            "vision.image_size",
+            IMAGE_SIZE,
+            f"every known pi0 checkpoint (patches of {PATCH})",
+            {"vision.patch": PATCH},
         ),
-        Constant("language.heads", HEADS, "the format, with one head of keys", unless="language.head_dim"),
+        Constant(
+            "language.heads",
+            HEADS,
+            "every known pi0 checkpoint, with one head of keys",
+            unless="language.head_dim",
+        ),
     ),
     public_if={"vision": "vision.width", "language": "language.width", "expert": "expert.width"},
     assumed_if=("vision.width", "language.width", "expert.width"),

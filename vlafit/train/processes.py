@@ -134,11 +134,11 @@ def require_equal(items: Mapping[str, object], device: torch.device) -> None:
     head = _gather(torch.tensor(numbers[:2], device=device))
     if not (head == head[0]).all():
         raise TrainingError(
-            f"the processes run different programs, or recipes of different form: {_odd(head)}"
+            f"the processes run different programs, or recipes of different form: {_different(head)}"
         )
     values = _gather(torch.tensor(numbers[2:], device=device))
     different = [
-        f"{name} ({_odd(values[:, [column]])})"
+        f"{name} ({_different(values[:, [column]])})"
         for column, name in enumerate(items)
         if not (values[:, column] == values[0, column]).all()
     ]
@@ -159,7 +159,7 @@ def _gather(own: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).cpu()
 
 
-def _odd(rows: torch.Tensor) -> str:
+def _different(rows: torch.Tensor) -> str:
     others = [str(rank) for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
     return f"process {', '.join(others)} differs from process 0"
 

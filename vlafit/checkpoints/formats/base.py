@@ -75,7 +75,7 @@ class AdapterSupport(ABC):
         """Return the program's module names for a family; None where it does not have that family."""
 
     def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
-        """Say why the program cannot load adapters on these layers (our names)."""
+        """Return the reasons why the program cannot load adapters on these layers (the policy's names)."""
         return []
 
     def require_same_policy(self, folder: Path, base: Path) -> None:  # noqa: B027 - most have nothing to compare
@@ -91,14 +91,14 @@ class AdapterSupport(ABC):
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose headers are read: tensors under our names, its family, and what tells its config."""
+    """A checkpoint whose headers are read: its tensors under the policy's names, its family and config."""
 
     path: str
     format: "Format"
     family: str
     tensors: Translated
     evidence: ConfigEvidence = field(default_factory=ConfigEvidence)
-    """What tells the config beside the shapes; not used where `config` is complete."""
+    """What the files say of the config beside the shapes; not used where `config` is complete."""
     config: Any = None
     """The policy's config where the format records it; `load` fills it in elsewhere."""
     contents: Callable[[], Iterable[tuple[str, Tensor]]] | None = None

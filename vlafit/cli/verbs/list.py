@@ -1,5 +1,6 @@
 """`vlafit list`: list shipped files by name, each with the first line of its opening comment."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,20 +31,23 @@ def run(arguments: Sequence[str]) -> int:
         print(TITLES[kind])
         width = max(len(name) for name in names)
         for name in names:
-            print(f"  {name:<{width}}  {_first_line(shipped.find(kind, name))}".rstrip())
+            print(f"  {name:<{width}}  {_first_sentence(shipped.find(kind, name))}".rstrip())
         print()
     return 0
 
 
-def _first_line(path: Path) -> str:
-    """Return the first line of a file's opening comment (with a launcher file's path); '' for a folder."""
+def _first_sentence(path: Path) -> str:
+    """Return the first sentence of a file's opening comment, and a launcher file's path; '' for a folder."""
     if not path.is_file():
         return ""
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    words: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip("# ").strip()
-        if line.startswith("#") and text:
-            return f"{path}: {text}" if path.suffix == ".yaml" else text
-        if line.strip() and not line.startswith("#"):
-            return ""
-    return ""
+        if not text and not words:
+            continue
+        if not line.startswith("#") or not text:
+            break
+        words.append(text)
+    sentence = re.split(r"(?<=[.])\s", " ".join(words), maxsplit=1)[0].rstrip(".")
+    return f"{path}: {sentence}" if path.suffix == ".yaml" and sentence else sentence

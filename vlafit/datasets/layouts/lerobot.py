@@ -56,7 +56,7 @@ def describe(path: Path) -> Draft:
     """Draft the card of the dataset at `path` from its info.json."""
     meta = read_meta(path)
     guesses = {
-        "robot.control": "info.json does not tell what an action means; write for example joint_position",
+        "robot.control": "info.json does not say what an action means; write for example joint_position",
     }
     state, action = _pick(meta, ("observation.state", "state")), _pick(meta, ("action", "actions"))
     cameras = tuple(_cameras(meta))
