@@ -83,7 +83,7 @@ def test_decoding_an_encoded_chunk_gives_the_robots_actions_back(
     assert encoded.actions is not None
     decoded = made.decode(encoded.actions, given_sample.observation)
     assert decoded.actions.dtype == np.float32
-    # At most 8 roundings (subtract, divide, multiply, add, with a state and without) of numbers up to 4: 2e-6.
+    # At most 8 roundings (subtract, divide, multiply, add, with or without a state) of numbers up to 4: 2e-6
     np.testing.assert_allclose(decoded.actions, given_sample.actions, rtol=1e-5, atol=2e-6)
 
 

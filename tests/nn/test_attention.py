@@ -31,7 +31,7 @@ def test_attention_equals_attention_written_out_head_by_head(groups: int):
         (per_query(square, 4 // groups), square.expand(2, 3, 5)),
         (per_query(square & by_key, 4 // groups), square & by_key),
     ):
-        # A logit is a sum of 8 products of up to 10, by sqrt(8): 8 * 2^-24 * 10 / 2.8 = 1.7e-6 is the relative
+        # A logit sums 8 products of up to 10, by sqrt(8): 8 * 2^-24 * 10 / 2.8 = 1.7e-6 is the relative
         # error of a weight. Times |v| <= 4, and 5 terms of the last sum: 8e-6, of each of the two.
         exact = naive(*(x.double() for x in (q, k, v)), same).float()
         torch.testing.assert_close(attend(q, k, v, mask), exact, atol=8e-6, rtol=0)
