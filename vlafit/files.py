@@ -127,6 +127,16 @@ def read_json_lines(path: Path) -> list[dict]:
     return objects
 
 
+def require_readable(path: Path) -> None:
+    """Raise StorageError if a file is there and cannot be opened; it need not be damaged."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot("read", path, error) from error
+
+
 def replace_folder(tmp: Path, final: Path) -> None:
     """Replace the folder `final`, if it exists, by `tmp`. Both must be on one file system."""
     old = final.with_name(f".{final.name}.old")

@@ -60,6 +60,7 @@ def convert(source: Path, target: Path, key: str = "") -> int:
 
 def _open(source: Path) -> object:
     """Open the pickle. Raises WeightsError with the reason, without torch's advice to trust the file."""
+    files.require_readable(source)
     try:
         mapped = _can_be_mapped(source)
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlafit.errors import WeightsError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, require_readable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,6 +26,7 @@ def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
+        require_readable(path)  # safetensors says of a forbidden file that there is none
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - a handle, not a dict
@@ -41,6 +42,7 @@ def open_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
 
 def tensor_names(path: Path) -> list[str]:
     """Return the names in the header of a safetensors file. Raises WeightsError where it is not whole."""
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 
+from vlafit import files
 from vlafit.errors import DataError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
@@ -47,6 +48,7 @@ def open_file(path: Path) -> h5py.File:
 
     Without a chunk cache: a frame is a chunk, so a cache of 8 MiB for each dataset only costs memory.
     """
+    files.require_readable(path)
     try:
         return h5py.File(path, "r", rdcc_nbytes=0)
     except OSError as error:

@@ -200,6 +200,8 @@ def read(folder: Path, data: str) -> Saved:
 
     Raises TrainingError if it is damaged, of another version, or of other data.
     """
+    for name in (FACTS, TENSORS):
+        files.require_readable(folder / name)
     try:
         facts = parse_json((folder / FACTS).read_text(encoding="utf-8"))
         if facts["format"] not in (1, FORMAT):

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlafit.datasets.stamps import stamp
 from vlafit.errors import TrainingError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, require_readable
 from vlafit.train.data import Data
 
 
@@ -62,6 +62,7 @@ def _recorded(out: Path) -> dict[str, dict[str, int]]:
     path = out / "run.json"
     if not path.is_file():
         return {}
+    require_readable(path)
     try:
         content: Any = parse_json(path.read_text(encoding="utf-8"))
         return {

@@ -57,7 +57,10 @@ def read(
         return None, "there is no config.json of LeRobot beside its statistics"
     require_repeated([], lerobot)
     where = f"{lerobot.path.parent}: its statistics among the weights"
-    kinds = {"state": _mode(lerobot, "STATE"), "action": _mode(lerobot, "ACTION")}
+    kinds: dict[str, Normalisation] = {
+        "state": _mode(lerobot, "STATE"),
+        "action": _mode(lerobot, "ACTION"),
+    }
     sets = sets_of(buffers)
     name, reason = stored.choose(sets, asset, where)
     if name is None:
