@@ -92,7 +92,7 @@ def main() -> int:
 
 def table(policies: list[str], batch: int) -> int:
     """Print the forecast of each policy and strategy in GB, for each rung, and the smallest GPU that fits."""
-    shown = [Rung("none"), Rung("selective"), Rung("full"), Rung("full", "8bit")]
+    shown = [Rung("none"), Rung("full"), Rung("full", "8bit")]
     heads = [
         "policy",
         "strategy",

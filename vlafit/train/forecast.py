@@ -80,16 +80,29 @@ def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast
 
     Raises StrategyError where the strategy does not fit the policy.
     """
-    bare = family(family_name(policy)).build(policy.config, "meta")
-    plan = _largest_stage(preview(bare, strategy))
     kernels = MetaKernels(bf16=workload.precision == "bf16", cached=workload.recompute == "none")
-    _prepare(bare, plan, workload, kernels)
-    static = _static(bare, plan, workload)
+    bare, static = _prepared(policy, strategy, workload, kernels)
     kept, peak = _step(bare, workload, kernels)
     if workload.shards > 1:
         layer = max((sum(_bytes(p) for p in block.parameters()) for block in bare.blocks()), default=0)
-        peak += 2 * layer  # one block is gathered while the next is fetched
+        elsewhere = static.gradients * (workload.shards - 1)  # other processes' shares
+        peak = max(kept, peak - elsewhere) + 2 * layer  # one block is gathered while the next is fetched
     return replace(static, activations=kept, step=peak)
+
+
+def optimiser_bytes(policy: Policy, strategy: Strategy, workload: Workload) -> int:
+    """Return the bytes of the optimiser's states, without a step."""
+    return _prepared(policy, strategy, workload, MetaKernels(bf16=False, cached=False))[1].optimiser
+
+
+def _prepared(
+    policy: Policy, strategy: Strategy, workload: Workload, kernels: MetaKernels
+) -> tuple[Policy, Forecast]:
+    """Return a copy of the policy as it is trained, and a forecast without a step."""
+    bare = family(family_name(policy)).build(policy.config, "meta")
+    plan = _largest_stage(preview(bare, strategy))
+    _prepare(bare, plan, workload, kernels)
+    return bare, _static(bare, plan, workload)
 
 
 def _largest_stage(plan: Plan) -> Plan:

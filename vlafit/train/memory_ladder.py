@@ -13,7 +13,7 @@ from functools import cache
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Policy
 from vlafit.nn.recompute import Recompute
-from vlafit.train.forecast import Forecast, Workload, forecast
+from vlafit.train.forecast import Forecast, Workload, forecast, optimiser_bytes
 from vlafit.tuning import Strategy
 
 CARDS_GB = (16, 24, 48, 80, 141)
@@ -101,22 +101,22 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
         return forecast(policy, strategy, changed)
 
     @cache
-    def optimiser_bytes() -> int:
-        return forecast(policy, strategy, replace(workload, rows=1, micro_batches=1, states="8bit")).optimiser
+    def narrow_states() -> int:
+        return optimiser_bytes(policy, strategy, replace(workload, states="8bit"))
 
     def of(rung: Rung) -> Forecast:
         several = rung.micro_batches > 1
         rows = max(1, workload.rows // rung.micro_batches)
         most = max(1, workload.rows // (2 if several else 1))
-        one = step(rung.recompute, 1, several)
-        all_rows = step(rung.recompute, most, several)
-        share = (rows - 1) / (most - 1) if most > 1 else 1.0
-        made = replace(
-            one,
-            activations=_between(one.activations, all_rows.activations, share),
-            step=_between(one.step, all_rows.step, share),
-        )
-        return made if rung.states == "fp32" else replace(made, optimiser=optimiser_bytes())
+        made = step(rung.recompute, most, several)
+        if rows < most:
+            one, share = step(rung.recompute, 1, several), (rows - 1) / (most - 1)
+            made = replace(
+                made,
+                activations=_between(one.activations, made.activations, share),
+                step=_between(one.step, made.step, share),
+            )
+        return made if rung.states == "fp32" else replace(made, optimiser=narrow_states())
 
     return of
 
