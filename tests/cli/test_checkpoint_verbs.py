@@ -191,3 +191,16 @@ def test_lerobots_checkpoint_learns_another_robot_with_fresh_projections(
         "fitted statistics normalise by mean_std, which has a floor; in the checkpoint lerobot_mean_std",
         "cameras front, (none), in the checkpoint cam_high, cam_wrist",
     ]
+
+
+def test_inspect_forecasts_the_memory_to_train_and_names_what_fits(capsys: pytest.CaptureFixture):
+    words = ["inspect", "metaworld-base", "--strategy", "expert", "--batch", "1"]
+    assert cli.main([*words, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert (memory["batch"], memory["cameras"], memory["precision"]) == (1, 1, "bf16")
+    first = memory["rungs"][0]
+    assert first["total"] == first["weights"] + first["optimiser"] + max(first["step"], first["gradients"])
+    assert set(memory["fits"]) == {"16", "24", "48", "80", "141"}
+    assert "--train.recompute none" in memory["fits"]["16"]["options"]
+    assert cli.main(["inspect", "metaworld-base", "--batch", "4"]) == 2
+    assert "--batch 4: needs --strategy" in capsys.readouterr().err

@@ -10,8 +10,14 @@ from vlafit import files
 from vlafit.errors import ConfigError, VlafitError
 from vlafit.files import parse_json
 
-ADDED: Mapping[str, Any] = {"policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0}
+ADDED: Mapping[str, Any] = {
+    "policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0, "optim.states": "auto",
+    "train.frozen": "auto", "train.recompute": "auto", "train.memory": "",
+}  # fmt: skip
 """Recipe fields that are younger than folders that must still open -> the value that changes nothing."""
+
+AUTOMATIC: Mapping[str, tuple[Any, Any]] = {"train.sharding": ("auto", "none"), "train.accumulate": (0, 1)}
+"""Fields -> their automatic value, and what that is in a folder, where only one process trains."""
 
 
 def flat(values: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
@@ -26,8 +32,20 @@ def _flat(values: Mapping[str, Any], without: Sequence[str], prefix: str = "") -
             continue
         if isinstance(value, Mapping) and not prefix:
             yield from _flat(value, without, f"{dotted}.")
+        elif dotted == "train.precision" and value == "auto":
+            yield dotted, "bf16" if _has_bf16() else "fp32"
+        elif dotted in AUTOMATIC and value == AUTOMATIC[dotted][0]:
+            yield dotted, AUTOMATIC[dotted][1]
         else:
             yield dotted, json.loads(json.dumps(value))
+
+
+def _has_bf16() -> bool:
+    import torch
+
+    from vlafit.train.settle import has_bf16
+
+    return has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def digest(values: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Recompute activations in the backward pass instead of keeping them, block by block.
 
 "full" keeps only what enters a block. "selective" keeps the results of matrix products and attention, too,
-and recomputes what lies between them: norms, activations, casts, rotations. The numbers are the same,
-dropout included, because the random state is kept.
+and recomputes what lies between them: norms, activations, casts, rotations, and products of low rank, such as
+an adapter's. The numbers are the same, dropout included, because the random state is kept.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,12 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Operations whose results are kept by "selective": they cost much to compute."""
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+LOW_RANK = 128  # sums of fewer products are cheap beside what their results take
 
 
 def recompute_blocks(policy: Policy, how: Recompute) -> None:
-    """Let every block of the policy that has gradients recompute its activations, in place."""
+    """Let every block of the policy recompute its activations, in place."""
     if how not in ("selective", "full"):
         return
     for block in policy.blocks():
@@ -48,5 +50,5 @@ def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any, **kwar
 
 
 def _keeps(context: object, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in KEPT
+    kept = operation in KEPT and not (operation in PRODUCTS and args[-2].shape[-1] < LOW_RANK)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

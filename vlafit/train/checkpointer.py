@@ -24,6 +24,7 @@ from vlafit import files
 from vlafit.errors import StorageError, TrainingError
 from vlafit.files import parse_json
 from vlafit.train.distributed import gathered, scatter_like
+from vlafit.train.optim import empty_state
 from vlafit.train.stages import Place
 from vlafit.train.train_state import TrainState
 
@@ -256,12 +257,9 @@ def restore(saved: Saved, state: TrainState) -> None:
         for parameter in state.trainable:
             name = names[parameter]
             parameter.copy_(take(f"weight/{name}", parameter))
-            # A fused optimiser keeps its step count on the weights' device, never sharded.
-            count = torch.zeros((), device=parameter.device)
+            empty = empty_state(state.optimizer, parameter)
             state.optimizer.state[parameter] = {
-                "step": take(f"adamw.step/{name}", count),
-                "exp_avg": take(f"adamw.exp_avg/{name}", parameter),
-                "exp_avg_sq": take(f"adamw.exp_avg_sq/{name}", parameter),
+                key: take(f"adamw.{key}/{name}", like) for key, like in empty.items()
             }
         if state.ema is not None:
             for name, value in state.ema.average.items():

@@ -53,7 +53,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of one process at the peak of a training step."""
+    """Bytes of one process in a training step."""
 
     weights: int
     gradients: int
@@ -61,13 +61,18 @@ class Forecast:
     average: int
     activations: int
     """What the forward pass keeps for the backward pass, casts of weights included."""
-    workspace: int
-    """What comes on top for a moment."""
+    step: int
+    """The most that gradients, activations and workspace take at once; gradients take activations' place."""
+
+    @property
+    def workspace(self) -> int:
+        """What the step takes for a moment beside the larger of gradients and activations."""
+        return max(0, self.step - max(self.gradients, self.activations))
 
     @property
     def total(self) -> int:
-        """Return the sum."""
-        return sum(vars(self).values())
+        """The peak."""
+        return self.weights + self.optimiser + self.average + max(self.step, self.gradients)
 
 
 def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast:
@@ -75,18 +80,29 @@ def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast
 
     Raises StrategyError where the strategy does not fit the policy.
     """
-    bare = family(family_name(policy)).build(policy.config, "meta")
-    plan = _largest_stage(preview(bare, strategy))
     kernels = MetaKernels(bf16=workload.precision == "bf16", cached=workload.recompute == "none")
-    _prepare(bare, plan, workload, kernels)
-    static = _static(bare, plan, workload)
+    bare, static = _prepared(policy, strategy, workload, kernels)
     kept, peak = _step(bare, workload, kernels)
     if workload.shards > 1:
         layer = max((sum(_bytes(p) for p in block.parameters()) for block in bare.blocks()), default=0)
-        peak += 2 * layer  # one block is gathered while the next is fetched
-    rest = max(0, peak - static.gradients)
-    activations = min(kept, rest)
-    return replace(static, activations=activations, workspace=rest - activations)
+        elsewhere = static.gradients * (workload.shards - 1)  # other processes' shares
+        peak = max(kept, peak - elsewhere) + 2 * layer  # one block is gathered while the next is fetched
+    return replace(static, activations=kept, step=peak)
+
+
+def optimiser_bytes(policy: Policy, strategy: Strategy, workload: Workload) -> int:
+    """Return the bytes of the optimiser's states, without a step."""
+    return _prepared(policy, strategy, workload, MetaKernels(bf16=False, cached=False))[1].optimiser
+
+
+def _prepared(
+    policy: Policy, strategy: Strategy, workload: Workload, kernels: MetaKernels
+) -> tuple[Policy, Forecast]:
+    """Return a copy of the policy as it is trained, and a forecast without a step."""
+    bare = family(family_name(policy)).build(policy.config, "meta")
+    plan = _largest_stage(preview(bare, strategy))
+    _prepare(bare, plan, workload, kernels)
+    return bare, _static(bare, plan, workload)
 
 
 def _largest_stage(plan: Plan) -> Plan:
@@ -133,7 +149,7 @@ def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
         optimiser=states // shards,
         average=trained // shards if workload.ema else 0,
         activations=0,
-        workspace=0,
+        step=0,
     )
 
 

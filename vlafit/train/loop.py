@@ -150,7 +150,10 @@ def _loss(
     model: nn.Module, batch: Batch, keys: Keys, recipe: TrainRecipe, device: torch.device
 ) -> dict[str, Tensor]:
     rng = sample_rng(keys, seed=recipe.seed, draws=recipe.draws)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    # Kept casts of weights would be memory that recompute is to save; each weight is read once anyway.
+    keep_casts = recipe.recompute not in ("selective", "full")
+    bf16 = recipe.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=keep_casts):
         return model(batch.trim().to(device), rng)
 
 

@@ -8,25 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.recipe import OptimRecipe
+from vlafit.train import adam8bit
+from vlafit.train.adam8bit import AdamW8bit
 from vlafit.tuning import Plan
 
 
 def build_optimizer(
     policy: nn.Module, plan: Plan, recipe: OptimRecipe, keep: torch.optim.Optimizer | None = None
-) -> torch.optim.AdamW:
-    """Return AdamW with fp32 states over exactly the trainable parameters.
+) -> torch.optim.Optimizer:
+    """Return AdamW over exactly the trainable parameters, its moments kept as the recipe says.
 
     Parameters that `keep` already trains keep its states; all others begin without.
     """
     groups = [dict(group, peak_lr=group["lr"]) for group in plan.groups(policy, recipe)]
-    optimizer = torch.optim.AdamW(
-        groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True
-    )
+    betas = (recipe.beta1, recipe.beta2)
+    if recipe.states == "8bit":
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, recipe.lr, betas, recipe.eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
     if keep is not None:
         for parameter in (p for group in groups for p in group["params"]):
             if parameter in keep.state:
                 optimizer.state[parameter] = keep.state[parameter]
     return optimizer
+
+
+def empty_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return the states of a parameter that has not been trained, by name, to be filled."""
+    if isinstance(optimizer, AdamW8bit):
+        return adam8bit.empty_state(parameter)
+    # A fused optimiser keeps its step count on the weights' device, never sharded.
+    count = torch.zeros((), device=parameter.device)
+    return {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
 
 
 def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> float:

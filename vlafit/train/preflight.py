@@ -22,6 +22,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import reconcile, stages
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
+from vlafit.train.memory_ladder import parse_memory
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan, Strategy, preview
 
@@ -42,6 +43,7 @@ def check(recipe: Recipe, processes: int) -> None:
     """Raise ConfigError for the first field of `recipe` that is invalid for this number of processes."""
     for problem in _problems(recipe):
         raise ConfigError(problem)
+    parse_memory(recipe.train.memory)
     rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, processes)
 
 
@@ -74,6 +76,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.threads {recipe.train.threads} is far above the number of CPU cores; use at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
         yield f"name {recipe.name!r} must be a single folder name, because the run's folder is runs/NAME"
+    if recipe.optim.states == "8bit" and recipe.train.shards:
+        yield (
+            f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '
+            'optim.states = "fp32", of which each process then keeps a share'
+        )
     if recipe.train.frozen == "bf16" and recipe.train.precision == "fp32":
         yield 'train.frozen = "bf16" needs train.precision = "bf16", because fp32 products read fp32 weights'
     policy = recipe.policy

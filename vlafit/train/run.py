@@ -35,12 +35,15 @@ from vlafit.train import (
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
+from vlafit.train.data import open_data
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment, build
+from vlafit.train.fit import close, device_gb, fit
 from vlafit.train.initial_policy import merge_error
+from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.metrics import Metrics
-from vlafit.train.preflight import check, never_began, require_rollouts, run_warnings
+from vlafit.train.preflight import check, meta_policy, never_began, require_rollouts, run_warnings
 from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
 from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
@@ -125,7 +128,13 @@ def _settle(recipe: Recipe, out: Path, resuming: bool) -> Settled:
     before = config.read(Recipe, saved, "recipe") if resuming and saved.is_file() else None
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
-    return settle(recipe, launch.read(os.environ), bf16=has_bf16(device), saved=before)
+    return settle(
+        recipe,
+        launch.read(os.environ),
+        bf16=has_bf16(device),
+        saved=before,
+        open_fields=before is None and parse_memory(recipe.train.memory) is not None,
+    )
 
 
 def _run(
@@ -171,6 +180,7 @@ def _train(
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
+    recipe = _fit(recipe, accelerator)
     experiment = _with_settings(_build(recipe, accelerator, resumed), settled)
     processes.require_equal(_identity(experiment), accelerator.device)
     data_facts = data_files.facts(experiment.data)
@@ -254,6 +264,16 @@ def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> Ex
         raise type(error)(f"{error}\nIf {resumed} is damaged: {remedy}") from error
     warnings = run_warnings(recipe, experiment.plan, experiment.data, accelerator.num_processes)
     return replace(experiment, warnings=(*experiment.warnings, *warnings))
+
+
+def _fit(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """Settle what `train.memory` decides, and refuse a run that does not fit, before anything is loaded."""
+    gigabytes = device_gb(accelerator.device)
+    if recipe.train.memory == IGNORE or (gigabytes is None and not recipe.train.memory):
+        return close(recipe)
+    data = open_data(recipe.data, recipe.train.seed)
+    policy = meta_policy(recipe, data)
+    return fit(recipe, policy, data, processes=accelerator.num_processes, gigabytes=gigabytes).recipe
 
 
 def _with_settings(experiment: Experiment, settled: Settled) -> Experiment:

@@ -19,6 +19,7 @@ from torch import nn
 
 from vlafit import tuning
 from vlafit.nn.policy import Policy
+from vlafit.nn.recompute import recompute_blocks
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
 from vlafit.train.gradients import GradientCheck
@@ -41,6 +42,7 @@ class TrainState:
         self.policy, self.recipe, self.device = policy, recipe, device
         self.plan, self.place = plan.at(place.number), place
         tuning.enter(policy, self.plan)
+        recompute_blocks(policy, recipe.train.recompute)
         before = plan.at(place.number - 1).trainable if place.number else ()
         self.model: nn.Module = wrap(policy, recipe.train.sharding, device)
         self.optimizer = build_optimizer(policy, self.plan, recipe.optim)

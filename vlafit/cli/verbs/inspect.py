@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 ABOUT = """\
 Show what a checkpoint of any program holds: its format and family, what becomes of every tensor, its parts,
 its robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy
-would train, and the optimiser state; with --data, what a data
-card and the checkpoint agree on. Only headers are read; --whole loads every number, too."""
+would train, and the optimiser state; with --batch, too, a forecast of the memory to train it, and the
+settings that fit GPUs of 16 to 141 GB; with --data, what a data card and the checkpoint agree on. Only
+headers are read; --whole loads every number, too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,6 +34,18 @@ def run(arguments: Sequence[str]) -> int:
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
     add_base(parser)
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=int,
+        help="with --strategy: forecast the memory to train N samples a step",
+    )
+    parser.add_argument(
+        "--cameras", metavar="N", type=int, default=0, help="with --batch: cameras [the checkpoint's, or 3]"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="with --batch: of the products [bf16]"
+    )
     add_config(parser)
     add_format(parser)
     add_trust(parser)
@@ -44,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--protocol", metavar="P", help="with --data: compare the robot of a protocol, too")
     options = parser.read(arguments)
+    if options.batch is not None and (options.batch < 1 or not options.strategy):
+        raise ConfigError(f"--batch {options.batch}: needs --strategy S, and at least 1 sample")
     if options.protocol and not options.data:
         raise ConfigError("--protocol is compared with a data card: give --data CARD, too")
 
@@ -71,6 +86,8 @@ def run(arguments: Sequence[str]) -> int:
                 {"name": stage.name, "begins": str(stage.begin or "step 0"), "table": plan.at(number).rows()}
                 for number, stage in enumerate(plan.strategy.stages)
             ]
+        if options.batch is not None:
+            facts["memory"] = memory(loaded, options)
     agreement = None
     if options.data:
         agreement = _agree(loaded, folder, base, options, config)
@@ -132,6 +149,60 @@ def needed_to_train(loaded: "Loaded", path: Path, base: Path | str | None) -> li
     return [*needed, *(f"adapt.robot = true, because {text}" for text in declared.conversions)]
 
 
+def memory(loaded: "Loaded", options: Any) -> dict[str, Any]:
+    """Return the forecast of each rung of the memory ladder, and the first that fits each size of GPU."""
+    from vlafit import tuning
+    from vlafit.train.forecast import Workload
+    from vlafit.train.memory_ladder import CARDS_GB, Rung, first_that_fits, forecaster, rungs
+
+    slots = [name for name in loaded.codec.config.cameras if name] if loaded.codec else []
+    cameras = options.cameras or len(slots) or 3
+    kept = options.precision
+    workload = Workload(options.batch, cameras=cameras, precision=kept, frozen=kept)
+    of = forecaster(bare(loaded.policy), tuning.load_strategy(options.strategy), workload)
+    shown = [Rung("none"), Rung("selective"), Rung("full"), Rung("full", "8bit")]
+    if options.batch > 1:
+        shown.append(Rung("full", "8bit", options.batch))
+    rows = [
+        {**vars(rung), **vars(made := of(rung)), "workspace": made.workspace, "total": made.total}
+        for rung in shown
+    ]
+    every = rungs(options.batch)
+    fits = {f"{card}": first_that_fits(every, of, card) for card in CARDS_GB}
+    return {
+        "batch": options.batch,
+        "cameras": cameras,
+        "precision": kept,
+        "rungs": rows,
+        "fits": {
+            card: rung and {"options": rung.options, "total": of(rung).total} for card, rung in fits.items()
+        },
+    }
+
+
+def _memory_text(memory: dict[str, Any]) -> list[str]:
+    heads = ("recompute", "optim.states", "accumulate", "weights", "gradients", "optimiser", "activations",
+             "workspace", "total")  # fmt: skip
+    lines = [
+        "",
+        f"forecast in GB for {memory['batch']} samples a step, {memory['cameras']} cameras, the longest "
+        f"prompt, {memory['precision']}; gradients take the place of activations, so the total is below the "
+        "sum",
+        table(
+            heads,
+            [
+                (row["recompute"], row["states"], row["micro_batches"],
+                 *(f"{row[key] / 1e9:.1f}" for key in heads[3:]))
+                for row in memory["rungs"]
+            ],
+        ),
+    ]  # fmt: skip
+    for card, fit in memory["fits"].items():
+        rung = f"{fit['options']} ({fit['total'] / 1e9:.1f} GB)" if fit else "does not fit"
+        lines.append(f"{card:>4} GB  {rung}")
+    return lines
+
+
 def bare(policy: "Policy") -> "Policy":
     """Return the policy on the meta device, without adapters and not quantised, however it was loaded."""
     from vlafit.policies import family, family_name
@@ -191,6 +262,8 @@ def as_text(facts: dict[str, Any]) -> str:
             lines += ["", f"stage {stage['name']}, from {stage['begins']}", plan_table(stage["table"])]
         if "stages" not in facts["strategy"]:
             lines.append(plan_table(facts["strategy"]["table"]))
+    if "memory" in facts:
+        lines += _memory_text(facts["memory"])
     return "\n".join(lines)
 
 

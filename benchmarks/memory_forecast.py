@@ -1,0 +1,192 @@
+"""Compare the forecast of training memory with what training takes.
+
+    python benchmarks/memory_forecast.py [--out forecast.jsonl] [--device cuda]
+    python benchmarks/memory_forecast.py --table 8 [--policies pi0 ...]
+
+On a CPU: the peak resident set of two training steps in fp32, at reduced width, above what the process held
+before it built the policy; 3 policies x 4 strategies x 2 batches x 2 rungs. On a GPU (--device cuda): the
+allocator's peak at full size in bf16. The forecast has no fitted number, so every point is a test of it.
+Each point runs in a process of its own, forked after a warm-up; rows that --out holds are not measured again.
+`--table N` measures nothing: it prints the forecast of the public sizes for N samples a step in bf16.
+glibc is told to return freed memory at once, because its heaps would otherwise hide what tensors hold.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+
+from vlafit.nn.batch import Batch
+from vlafit.nn.recompute import recompute_blocks
+from vlafit.nn.rng import sample_rng
+from vlafit.policies import build_family
+from vlafit.recipe import OptimRecipe, TrainRecipe
+from vlafit.train.forecast import Workload, forecast, full_batch
+from vlafit.train.frozen import narrow_names
+from vlafit.train.memory import MemoryMeter, resident
+from vlafit.train.memory_ladder import CARDS_GB, Rung, forecaster, room_for
+from vlafit.train.optim import build_optimizer
+from vlafit.tuning import apply, load_strategy, preview
+
+RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+REDUCED = {  # name: family, size and what is changed in it; many tokens of small width, to be quick
+    "pi0": ("pi0", "pi0-small", {"vision.image_size": 128, "vision.patch": 8}),
+    "pi05": ("pi0", "pi05-small", {"vision.image_size": 128, "vision.patch": 8}),
+    "smolvla": ("smolvla", "smolvla-tiny", {
+        "vision.width": 128, "vision.depth": 4, "vision.mlp": 384, "vision.heads": 4, "vision.patch": 8,
+        "vision.image_size": 128, "vision.shuffle": 2, "image_size": 128, "language.width": 128,
+        "language.depth": 4, "language.mlp": 384, "language.head_dim": 32, "expert.width": 96,
+        "expert.mlp": 288,
+    }),
+}  # fmt: skip
+FULL = {"pi0": ("pi0", "pi0", {}), "pi05": ("pi0", "pi05", {}), "smolvla": ("smolvla", "smolvla", {})}
+STRATEGIES = ("full", "frozen-vision", "expert", "lora")
+BATCHES = (2, 6)
+RUNGS = (("none", "fp32"), ("full", "8bit"))
+CAMERAS = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("forecast.jsonl"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--policies", nargs="+", default=list(REDUCED), choices=list(REDUCED))
+    parser.add_argument("--table", type=int, metavar="N", help="print the forecast for N samples a step")
+    options = parser.parse_args()
+    if options.table:
+        return table(options.policies, options.table)
+    if any(os.environ.get(name) != value for name, value in RETURN_AT_ONCE.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_AT_ONCE)
+    torch.set_num_threads(1)
+    points = [
+        (policy, strategy, batch, *rung)
+        for policy in options.policies
+        for strategy in STRATEGIES
+        for batch in BATCHES
+        for rung in RUNGS
+    ]
+    before = (
+        [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    )
+    done = {tuple(row["point"]) for row in before}
+    if options.device == "cpu":
+        train("pi0", "full", 2, "none", "fp32", "cpu", {"pi0": ("pi0", "pi0-tiny", {})})  # warm-up
+    how = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
+    for point in points:
+        if point in done:
+            continue
+        with how.Pool(1) as pool:
+            row = pool.apply(measure, (*point, options.device))
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    summarise([json.loads(line) for line in options.out.read_text().splitlines()])
+    return 0
+
+
+def table(policies: list[str], batch: int) -> int:
+    """Print the forecast of each policy and strategy in GB, for each rung, and the smallest GPU that fits."""
+    shown = [Rung("none"), Rung("full"), Rung("full", "8bit")]
+    heads = [
+        "policy",
+        "strategy",
+        *(f"{r.recompute}{', 8bit' * (r.states == '8bit')}" for r in shown),
+        "GPU, GB",
+    ]
+    print(f"| {' | '.join(heads)} |\n|---|---|{'---:|' * (len(heads) - 2)}")
+    for policy in policies:
+        family, size, config = FULL[policy]
+        bare = build_family(family, size, config, device="meta")
+        for strategy in STRATEGIES:
+            of = forecaster(bare, load_strategy(strategy), Workload(batch, cameras=CAMERAS))
+            totals = [of(rung).total for rung in shown]
+            fits = [next((c for c in CARDS_GB if total <= room_for(c)), "-") for total in totals]
+            cells = [
+                policy,
+                strategy,
+                *(f"{total / 1e9:.1f}" for total in totals),
+                " / ".join(map(str, fits)),
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+def summarise(rows: list[dict]) -> None:
+    errors = sorted(abs(row["error"]) for row in rows)
+    print(
+        f"{len(rows)} points: median error {statistics.median(errors):.1%}, largest {errors[-1]:.1%}, "
+        f"{sum(error <= 0.1 for error in errors)} within 10 %"
+    )
+
+
+def measure(policy: str, strategy: str, batch: int, recompute: str, states: str, device: str) -> dict:
+    sizes = REDUCED if device == "cpu" else FULL
+    family, size, config = sizes[policy]
+    precision = "fp32" if device == "cpu" else "bf16"
+    workload = Workload(batch, cameras=CAMERAS, precision=precision, frozen=precision, recompute=recompute,
+                        states=states)  # fmt: skip
+    made = forecast(build_family(family, size, config, device="meta"), load_strategy(strategy), workload)
+    taken = train(policy, strategy, batch, recompute, states, device, sizes)
+    return {
+        "point": [policy, strategy, batch, recompute, states],
+        "forecast": made.total,
+        "measured": taken,
+        "error": made.total / taken - 1,
+        "parts": {**vars(made), "workspace": made.workspace},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def train(
+    policy: str, strategy: str, batch: int, recompute: str, states: str, device: str, sizes: dict
+) -> int:
+    """Return the peak bytes of two steps above what the process held before."""
+    place, bf16 = torch.device(device), device == "cuda"
+    meter = MemoryMeter(place)
+    began = resident()
+    meter.start()
+    family, size, config = sizes[policy]
+    made = build_family(family, size, config, torch.Generator().manual_seed(0))
+    rules = load_strategy(strategy)
+    if bf16:
+        for name in narrow_names(made, preview(made, rules)):
+            made.get_parameter(name).data = made.get_parameter(name).data.to(torch.bfloat16)
+    made.to(place)
+    plan = apply(made, rules)
+    recompute_blocks(made, recompute)  # type: ignore[arg-type]
+    optimizer = build_optimizer(made, plan, OptimRecipe(states=states))  # type: ignore[arg-type]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    made.train()
+    for step in range(2):
+        inputs = filled(full_batch(made.needs(), batch, CAMERAS, 0)).to(place)
+        rng = sample_rng([(step, row) for row in range(batch)], seed=TrainRecipe().seed)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=recompute == "none"):
+            loss = torch.stack(list(made(inputs, rng).values())).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        del inputs, loss
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    meter.pause()
+    return meter._peaks["rss"] - began
+
+
+def filled(batch: Batch) -> Batch:
+    """Return the batch on the CPU; the last row misses its last camera, so that masks are used."""
+    values = {}
+    for name, value in batch.present().items():
+        values[name] = torch.ones(value.shape, dtype=value.dtype)
+    values["image_mask"][-1, -1] = False
+    return Batch(**values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

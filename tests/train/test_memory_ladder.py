@@ -1,0 +1,221 @@
+"""Recompute and 8-bit moments change memory and little else, and a forecast says how much before a run."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train import test_interruptions
+from tests.train.world import assert_same, learned, losses, tiny
+from vlafit.errors import ConfigError
+from vlafit.nn.recompute import recompute_blocks
+from vlafit.nn.rng import sample_rng
+from vlafit.policies import build_family, family
+from vlafit.recipe import Recipe
+from vlafit.train import adam8bit, run
+from vlafit.train.adam8bit import AdamW8bit, state_bytes
+from vlafit.train.forecast import Workload, forecast, full_batch
+from vlafit.train.live_bytes import LiveBytes
+from vlafit.train.memory_ladder import Rung, first_that_fits, forecaster, parse_memory, require_fit, rungs
+from vlafit.tuning import enter, load_strategy, preview
+
+SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "act": "act-tiny"}
+
+
+# ---------------------------------------------------------------------------------------------- recompute
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recompute_changes_no_byte(how: str, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    run(replace(recipe, train=replace(recipe.train, recompute=how)), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole)
+    assert_same(learned(tmp_path / "run", 8), learned(whole, 8))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_recompute_repeats_dropout_and_gives_the_same_gradients(name: str) -> None:
+    config = {"dropout": 0.2} if name == "act" else {}
+    gradients = {}
+    for how in ("none", "selective", "full"):
+        policy = build_family(name, SIZES[name], config, torch.Generator().manual_seed(0))
+        recompute_blocks(policy, how)
+        policy.train()
+        with torch.device("cpu"):
+            batch = _filled(policy, 2)
+        torch.manual_seed(5)
+        sums = policy(batch, sample_rng([(0, 0), (0, 1)], seed=0))
+        torch.stack(list(sums.values())).sum().backward()
+        gradients[how] = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    assert gradients["none"]
+    for how in ("selective", "full"):
+        assert gradients[how].keys() == gradients["none"].keys()
+        assert all(torch.equal(gradients[how][n], g) for n, g in gradients["none"].items())
+
+
+def _filled(policy, rows: int):
+    """A batch on the CPU, whose last camera is missing in the last row."""
+    batch = full_batch(policy.needs(), rows, 2, 0)
+    rng = torch.Generator().manual_seed(1)
+    values = {}
+    for name, value in batch.present().items():
+        if value.dtype is torch.bool:
+            values[name] = torch.ones(value.shape, dtype=torch.bool)
+        elif value.is_floating_point():
+            values[name] = torch.randn(value.shape, generator=rng)
+        else:
+            values[name] = torch.randint(0, 4, value.shape, generator=rng).to(value.dtype)
+    values["image_mask"][-1, -1] = False
+    return replace(batch, **values).to("cpu")
+
+
+# ------------------------------------------------------------------------------------------ 8-bit moments
+
+
+def _regression(optimizer_of, steps: int) -> tuple[list[float], torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    x, target = torch.randn(256, 64), torch.randn(256, 64)
+    groups = [{"params": list(model.parameters()), "lr": 3e-3, "weight_decay": 0.01}]
+    optimizer, curve = optimizer_of(groups), []
+    for _ in range(steps):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(float(loss))
+    return curve, optimizer
+
+
+def test_8_bit_moments_follow_the_loss_of_fp32_over_200_steps() -> None:
+    wide, _ = _regression(lambda g: torch.optim.AdamW(g, betas=(0.9, 0.95), eps=1e-8), 200)
+    narrow, optimizer = _regression(lambda g: AdamW8bit(g, 3e-3, (0.9, 0.95), 1e-8), 200)
+    assert narrow == pytest.approx(wide, abs=0.002 * wide[0])  # the loss falls to 3 % of the first
+    assert wide[-1] < 0.05 * wide[0]
+    assert narrow != wide
+    kinds = [sorted(state) for state in optimizer.state.values()]
+    quantised = ["exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale", "step"]
+    assert kinds == [quantised, ["exp_avg", "exp_avg_sq", "step"]] * 2  # weights and biases
+
+
+def test_small_tensors_train_as_with_torchs_adamw() -> None:
+    parameters = [nn.Parameter(torch.linspace(-1, 1, 100)) for _ in range(2)]
+    optimizers = [
+        torch.optim.AdamW([{"params": [parameters[0]]}], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        AdamW8bit([{"params": [parameters[1]], "weight_decay": 0.1}], 1e-2, (0.9, 0.95), 1e-8),
+    ]
+    for step in range(5):
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = torch.sin(torch.arange(100.0) + step)
+            optimizer.step()
+    assert torch.allclose(parameters[0], parameters[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_size_of_the_pieces_changes_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = []
+    for piece in (2**22, 256):
+        monkeypatch.setattr(adam8bit, "PIECE", piece)
+        curves.append(_regression(lambda g: AdamW8bit(g, 3e-3, (0.9, 0.95), 1e-8), 5)[0])
+    assert curves[0] == curves[1]
+
+
+def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path) -> None:
+    recipe = tiny(card, optim={"states": "8bit"}, train={"steps": 4, "save_every": 2, "validate_every": 0})
+    config = {"max_tokens": 16, "language.mlp": 256}  # so that there is a tensor of 4096 numbers
+    recipe = replace(recipe, policy=replace(recipe.policy, config=config))
+    run(recipe, tmp_path / "whole")
+    with pytest.raises(test_interruptions.Interrupted):
+        run(recipe, tmp_path / "pieces", callbacks=test_interruptions.Until(3, test_interruptions.crash))
+    run(recipe, tmp_path / "pieces", resume=True)
+    states = learned(tmp_path / "whole", 4)
+    assert any(name.startswith("adamw.exp_avg.codes/") for name in states)
+    assert_same(learned(tmp_path / "pieces", 4), states)
+
+
+# ----------------------------------------------------------------------------------------------- forecast
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_step_on_the_meta_device_holds_what_a_step_on_the_cpu_does(name: str) -> None:
+    strategy = load_strategy("full")
+    for how in ("none", "full"):
+        bare = build_family(name, SIZES[name], {}, device="meta")
+        made = forecast(
+            bare, strategy, Workload(4, cameras=2, precision="fp32", frozen="fp32", recompute=how)
+        )
+        policy = family(name).build(bare.config, "cpu")
+        enter(policy, preview(policy, strategy))
+        recompute_blocks(policy, how)
+        policy.train()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        gradients = sum(p.numel() * 4 for p in trained)
+        assert (made.gradients, made.optimiser, made.average) == (gradients, 2 * gradients, 0)
+        live = LiveBytes([*policy.parameters(), *policy.buffers()])
+        with live:
+            sums = policy(_filled(policy, 4), sample_rng([(0, row) for row in range(4)], seed=0))
+            torch.stack(list(sums.values())).sum().backward()
+        assert made.step == pytest.approx(live.peak, rel=0.1)
+
+
+def test_bf16_weights_recompute_and_8_bit_moments_lower_the_forecast() -> None:
+    policy = build_family("pi0", "pi0-small", {"vision.depth": 1, "language.depth": 2}, device="meta")
+    strategy = load_strategy("lora")
+    wide = forecast(policy, strategy, Workload(4, precision="fp32", frozen="fp32"))
+    narrow = forecast(policy, strategy, Workload(4))
+    full = forecast(policy, strategy, Workload(4, recompute="full"))
+    selective = forecast(policy, strategy, Workload(4, recompute="selective"))
+    assert 0.5 * wide.weights < narrow.weights < 0.7 * wide.weights
+    assert full.activations < selective.activations < narrow.activations < wide.activations
+    assert full.total < selective.total < narrow.total < wide.total
+    matrix = torch.empty(128, 384, device="meta")
+    assert state_bytes(matrix, "8bit") < 0.26 * state_bytes(matrix, "fp32")
+
+
+def test_the_ladder_begins_with_the_fastest_and_ends_with_the_smallest() -> None:
+    every = rungs(8)
+    assert every[0] == Rung("none", "fp32", 1)
+    assert every[-1] == Rung("full", "8bit", 8)
+    assert {rung.micro_batches for rung in every} == {1, 2, 4, 8}
+    held = rungs(8, fixed=Rung("none", "8bit", 2), free=["recompute"])
+    assert [rung.recompute for rung in held] == ["none", "selective", "full"]
+    assert {(rung.states, rung.micro_batches) for rung in held} == {("8bit", 2)}
+
+
+def test_what_does_not_fit_is_refused_with_the_rung_that_does() -> None:
+    policy = build_family("pi0", "pi0-tiny", {}, device="meta")
+    of = forecaster(policy, load_strategy("full"), Workload(8))
+    every = [Rung("none"), Rung("full"), Rung("full", "8bit", 8)]
+    need = [of(rung).total for rung in every]
+    assert need == sorted(need, reverse=True)
+    between = (need[1] * 1.06 + 800e6) / 1e9  # room for the second, not for the first
+    assert first_that_fits(every, of, between) == every[1]
+    with pytest.raises(ConfigError) as raised:
+        require_fit(every[0], every, of, between, "the GPU")
+    for fact in ("--train.recompute full", "--optim.states fp32", "--train.memory ignore", "the GPU"):
+        assert fact in str(raised.value)
+    with pytest.raises(ConfigError, match=r"--strategy expert or lora"):
+        require_fit(every[0], every, of, 0.8, "the GPU")
+
+
+def test_a_run_picks_the_rung_that_fits_or_is_refused_before_it_loads(
+    card: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = {"steps": 2, "save_every": 0, "validate_every": 0}
+    with pytest.raises(ConfigError, match=r"does not fit train\.memory = '0\.8GB'.*--train\.memory ignore"):
+        run(tiny(card, train=short | {"memory": "0.8GB"}), tmp_path / "small")
+    assert not (tmp_path / "small" / "recipe.toml").exists()
+    with caplog.at_level(logging.INFO):
+        run(tiny(card, train=short | {"memory": "1GB", "recompute": "full"}), tmp_path / "run")
+    assert any("train.memory = 1GB picks --train.recompute full" in text for text in caplog.messages)
+    written = (tmp_path / "run" / "recipe.toml").read_text()
+    for line in ('recompute = "full"', 'states = "fp32"', "accumulate = 1", 'precision = "fp32"'):
+        assert line in written
+
+
+def test_a_memory_is_a_number_of_gb() -> None:
+    assert (parse_memory("24GB"), parse_memory("0.5 gb"), parse_memory("")) == (24.0, 0.5, None)
+    for text in ("24", "GB", "0GB", "24GiB"):
+        with pytest.raises(ConfigError, match=r"train\.memory .*24GB"):
+            parse_memory(text)

@@ -1,0 +1,155 @@
+"""Find settings whose forecast fits a memory: the rungs of a ladder, from the fastest to the smallest.
+
+A rung is a way to recompute, AdamW's moments in fp32 or 8 bits, and a number of micro-batches. Their order
+is that of an estimate of their cost, not of a measurement: recompute repeats up to a third of a step's
+arithmetic, and few rows leave a GPU idle.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from vlafit.errors import ConfigError
+from vlafit.nn.policy import Policy
+from vlafit.nn.recompute import Recompute
+from vlafit.train.forecast import Forecast, Workload, forecast, optimiser_bytes
+from vlafit.tuning import Strategy
+
+CARDS_GB = (16, 24, 48, 80, 141)
+FIXED = 800 * 10**6  # of a GPU's driver and libraries: an assumption, not measured
+FRAGMENTED = 1.05  # what an allocator holds over what tensors hold: an assumption, not measured
+SLOWER = {"none": 1.0, "selective": 1.05, "full": 1.33}  # full repeats the forward pass, a third of a step
+SLOWER_8BIT = 1.05
+FEW_ROWS = 4  # below this many a GPU is taken to be idle for part of the time
+IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to spend less memory."""
+
+    recompute: Recompute = "none"
+    states: str = "fp32"
+    micro_batches: int = 1
+
+    @property
+    def options(self) -> str:
+        """Return it as options of `vlafit train`."""
+        return (
+            f"--train.recompute {self.recompute} --optim.states {self.states} "
+            f"--train.accumulate {self.micro_batches}"
+        )
+
+    def cost(self, rows: int) -> float:
+        """Return the estimated time of a step of `rows`, relative to the fastest rung."""
+        few = max(1.0, (FEW_ROWS / max(1, rows // self.micro_batches)) ** 0.5)
+        split = 1 + 0.01 * (self.micro_batches - 1).bit_length()
+        return SLOWER[self.recompute] * (SLOWER_8BIT if self.states == "8bit" else 1.0) * few * split
+
+
+Forecaster = Callable[[Rung], Forecast]
+
+
+def room_for(gigabytes: float) -> int:
+    """Return the bytes of tensors that fit a card of so many GB (10^9 bytes)."""
+    return int((gigabytes * 10**9 - FIXED) / FRAGMENTED)
+
+
+def parse_memory(text: str) -> float | None:
+    """Return the gigabytes of `train.memory`; None where it names none. Raises ConfigError otherwise."""
+    if text in ("", IGNORE):
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ConfigError(f'train.memory {text!r}: write the memory of a GPU such as "24GB", or "{IGNORE}"')
+    return float(match[1])
+
+
+def rungs(rows: int, *, fixed: Rung | None = None, free: Sequence[str] = ()) -> list[Rung]:
+    """Return the rungs for `rows` of one process, the fastest first.
+
+    With `fixed` only the fields named in `free` differ from it.
+    """
+    splits = [n for n in range(1, rows + 1) if rows % n == 0 and (n & (n - 1) == 0 or n == rows)]
+    every = [
+        Rung(recompute, states, split)
+        for recompute in ("none", "selective", "full")
+        for states in ("fp32", "8bit")
+        for split in splits
+    ]
+    if fixed is not None:
+        held = [name for name in vars(fixed) if name not in free]
+        every = [rung for rung in every if all(getattr(rung, n) == getattr(fixed, n) for n in held)]
+        every = every or [fixed]
+    return sorted(every, key=lambda rung: rung.cost(rows))
+
+
+def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Forecaster:
+    """Return the forecast of a rung, from steps with one row and with the most rows.
+
+    A peak is the largest of several sums that each grow linearly with the rows. So it is convex, and what
+    lies between two numbers of rows is at most what a line between them says.
+    """
+
+    @cache
+    def step(recompute: Recompute, rows: int, several: bool) -> Forecast:
+        split = 2 if several else 1  # the second micro-batch has all gradients beside it
+        changed = replace(
+            workload, recompute=recompute, micro_batches=split, rows=rows * split, states="fp32"
+        )
+        return forecast(policy, strategy, changed)
+
+    @cache
+    def narrow_states() -> int:
+        return optimiser_bytes(policy, strategy, replace(workload, states="8bit"))
+
+    def of(rung: Rung) -> Forecast:
+        several = rung.micro_batches > 1
+        rows = max(1, workload.rows // rung.micro_batches)
+        most = max(1, workload.rows // (2 if several else 1))
+        made = step(rung.recompute, most, several)
+        if rows < most:
+            one, share = step(rung.recompute, 1, several), (rows - 1) / (most - 1)
+            made = replace(
+                made,
+                activations=_between(one.activations, made.activations, share),
+                step=_between(one.step, made.step, share),
+            )
+        return made if rung.states == "fp32" else replace(made, optimiser=narrow_states())
+
+    return of
+
+
+def _between(low: int, high: int, share: float) -> int:
+    return round(low + share * (high - low))
+
+
+def first_that_fits(candidates: Sequence[Rung], of: Forecaster, gigabytes: float) -> Rung | None:
+    """Return the first rung whose forecast fits a card of so many GB; None if there is none."""
+    return next((rung for rung in candidates if of(rung).total <= room_for(gigabytes)), None)
+
+
+def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabytes: float, where: str) -> None:
+    """Raise ConfigError if `rung` does not fit by the forecast, naming the first candidate that does."""
+    need = of(rung).total
+    if need <= room_for(gigabytes):
+        return
+    smaller = first_that_fits(candidates, of, gigabytes)
+    if smaller is not None:
+        remedy = f"this fits, by the forecast, with {gb(of(smaller).total)}: {smaller.options}"
+    else:
+        least = min(candidates, key=lambda one: of(one).total)
+        remedy = (
+            f"not even {least.options} does ({gb(of(least).total)}): train less (--strategy expert or lora), "
+            "or shard over several GPUs (--train.sharding full)"
+        )
+    raise ConfigError(
+        f"the run does not fit {where}: forecast {gb(need)}, room {gb(room_for(gigabytes))} of "
+        f"{gigabytes:g} GB; {remedy}. To start all the same: --train.memory {IGNORE}"
+    )
+
+
+def gb(number: int) -> str:
+    """Return bytes as GB (10^9 bytes)."""
+    return f"{number / 1e9:.1f} GB"
