@@ -60,7 +60,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
 def _table(result: Mapping[str, Any]) -> str:
     """Return the errors of policy and baselines, and how much each input matters."""
     rows = []
-    for who in ("policy", "hold_still", "mean_chunk"):
+    for who in ("policy", "mean_of_draws", "hold_still", "mean_chunk"):
         mean = result["overall"][who]
         if mean is not None:
             rows.append((who.replace("_", " "), f"{mean['value']:.4f}", _interval(mean)))
