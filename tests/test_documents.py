@@ -64,12 +64,16 @@ EVERY_COMMAND = [(name, line) for name in [*GUIDES, "eval/README.md"] for line i
 
 @pytest.fixture
 def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the TOML files that the guides spell out, as a reader has it after copying them."""
+    """A folder with the TOML files that the guides spell out, and a dataset, as a reader has it."""
     for name in GUIDES:
         for block in blocks(name, "toml"):
             first = block.splitlines()[0].removeprefix("# ")
             if first.endswith(".toml"):
                 (tmp_path / first).write_text(block, encoding="utf-8")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "dataset").symlink_to(
+        ROOT / "tests" / "fixtures" / "lerobot_datasets" / "image"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,24 @@ def test_the_wheel_holds_no_recordings_runs_or_tests(installed):
     assert {name for name in inside if not name.endswith(".dist-info")} <= {"vlafit", "bin"}
     data = installed / "vlafit" / "_shipped" / "data"
     assert {path.name for path in data.iterdir() if path.is_dir()} <= {"sample", "pretrained", "tokenizers"}
+
+
+def test_the_package_is_typed_and_helps_with_its_public_functions(installed):
+    assert (installed / "vlafit" / "py.typed").is_file()
+    done = run(
+        installed, "-c", "import pydoc, vlafit; print(pydoc.render_doc(vlafit, renderer=pydoc.plaintext))"
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("load_actor(", "connect(", "open_dataset(", "load_checkpoint", "class Controller"):
+        assert name in done.stdout, name
+
+
+def test_extras_that_messages_name_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra
+        for path in (ROOT / "vlafit").rglob("*.py")
+        for group in re.findall(r"vlafit\[([a-z0-9,-]+)\]", path.read_text())
+        for extra in group.split(",")
+    }
+    assert named and named <= set(extras)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlafit.actor import load_actor as load_actor
-    from vlafit.checkpoints import load as load_checkpoint  # noqa: F401
+    from vlafit.checkpoints import load as load_checkpoint
     from vlafit.checkpoints import load_policy as load_policy
-    from vlafit.checkpoints import save as save_checkpoint  # noqa: F401
+    from vlafit.checkpoints import save as save_checkpoint
     from vlafit.datasets import open_dataset as open_dataset
     from vlafit.execution import Execution as Execution
     from vlafit.execution import Limits as Limits
@@ -32,6 +32,21 @@ _HOMES = {
     "open_dataset": ("vlafit.datasets", "open_dataset"),
     "save_checkpoint": ("vlafit.checkpoints", "save"),
 }
+
+__all__ = [
+    "Batch",
+    "Controller",
+    "Execution",
+    "Limits",
+    "apply_strategy",
+    "connect",
+    "load_actor",
+    "load_checkpoint",
+    "load_policy",
+    "merge",
+    "open_dataset",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> object:

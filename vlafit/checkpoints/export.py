@@ -8,6 +8,7 @@ import torch
 
 from vlafit import files
 from vlafit.checkpoints import interpolate as between
+from vlafit.checkpoints import model_card
 from vlafit.checkpoints.assign import Dtype
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import Format
@@ -114,16 +115,23 @@ def export(
         history = _interpolated(history, interpolate, below.path)
         notes += (f"{history.made}; of other parts everything", *below.notes)
         notes += between.codec_notes(loaded.codec, base_codec, interpolate)
+    recipe_file = path / native.RECIPE
+    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
     cast_error = round_measured(loaded.policy, writer) if dtype == "bfloat16" else None
     if writer is NATIVE:
         if cast_error is not None:
             cast_for(loaded.policy, writer)
-        recipe = path / native.RECIPE
-        text = recipe.read_text(encoding="utf-8") if is_native and recipe.is_file() else None
-        save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=text, history=history)
+        save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=recipe, history=history)
         exported = Exported(out, target, _files_of(out), ())
     else:
         exported = _write(loaded, writer, target, out, str(path), dtype)
+    history = history or Lineage()
+    found = () if interpolate else model_card.results_of(path)
+    text = model_card.card(
+        loaded.policy, loaded.codec, recipe=recipe, history=history, results=found, target=target
+    )
+    files.write_atomic(out / model_card.FILE, text)
+    exported = replace(exported, files=_files_of(out))
     return replace(exported, notes=notes + exported.notes, merge_error=merge_error, cast_error=cast_error)
 
 

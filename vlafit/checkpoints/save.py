@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlafit import files
 from vlafit.agreement import Agreement
+from vlafit.checkpoints import model_card
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import Base
 from vlafit.checkpoints.formats.native.write import write_folder
@@ -88,6 +89,8 @@ def save(
         own = {name: tensor for name, tensor in own.items() if name in changed and name not in quantised}
     with files.new_folder(folder) as partial:
         write_folder(partial, policy, own, codec, plan, recipe, history, given, base, agreement)
+        text = model_card.card(policy, codec, recipe=recipe, history=history)
+        (partial / model_card.FILE).write_text(text, encoding="utf-8")
 
 
 def _require_belonging(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit.cli.console import Line, table
+from vlafit.cli.places import default_out
 
 if TYPE_CHECKING:
     from vlafit.types import Actor
@@ -27,7 +28,11 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     store = open_dataset(options.data)
     checkpoint = name if options.actor is None else None
     episodes = choose_episodes(store, checkpoint, options.episodes or ())
-    out = Path(options.out) if options.out else _default_out(name, store.card.name)
+    out = (
+        Path(options.out)
+        if options.out
+        else default_out(name, Path(re.sub(r"[^\w.-]", "_", store.card.name)), False)
+    )
     actor = load()
     identity = require_robot(actor, store)
     with Line("observations", 1) as line:
@@ -60,7 +65,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
 def _table(result: Mapping[str, Any]) -> str:
     """Return the errors of policy and baselines, and how much each input matters."""
     rows = []
-    for who in ("policy", "hold_still", "mean_chunk"):
+    for who in ("policy", "mean_of_draws", "hold_still", "mean_chunk"):
         mean = result["overall"][who]
         if mean is not None:
             rows.append((who.replace("_", " "), f"{mean['value']:.4f}", _interval(mean)))
@@ -73,10 +78,3 @@ def _table(result: Mapping[str, Any]) -> str:
 
 def _interval(mean: Mapping[str, float | None]) -> str:
     return "-" if mean["low"] is None else f"{mean['low']:.4f} to {mean['high']:.4f}"
-
-
-def _default_out(checkpoint: Path, dataset: str) -> Path:
-    """Return runs/eval/CHECKPOINT/DATASET; a run's checkpoint is named after run and step."""
-    from vlafit.cli.verbs.eval import default_out
-
-    return default_out(checkpoint, Path(re.sub(r"[^\w.-]", "_", dataset)), wrong_instruction=False)

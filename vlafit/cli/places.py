@@ -1,5 +1,6 @@
-"""Resolve checkpoints named on the command line: folders, runs, shipped names and Hub repositories."""
+"""Resolve checkpoints named on the command line (folders, runs, shipped names, Hub ids), and name outputs."""
 
+import re
 from pathlib import Path
 
 from vlafit import pointers, shipped
@@ -40,3 +41,11 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
         if hub.parse(text) is None:
             raise
         return locate.place(text).name
+
+
+def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Path:
+    """Return runs/eval/CHECKPOINT/PROTOCOL; a run's checkpoint is named after run and step."""
+    parts = checkpoint.resolve().parts[-3:]
+    name = f"{parts[0]}_{parts[2]}" if len(parts) == 3 and parts[1] == "checkpoints" else parts[-1]
+    ending = "_wrong_instruction" if wrong_instruction else ""
+    return Path("runs/eval") / re.sub(r"[^\w.-]", "_", name) / f"{protocol.stem}{ending}"

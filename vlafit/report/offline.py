@@ -15,7 +15,8 @@ from vlafit.report.markup import Content, Raw, figure, folded, join, muted, sect
 
 PAGE = "report.html"
 NAMES = {"policy": "the policy", "hold_still": "hold still", "mean_chunk": "mean chunk"}
-TONES = {"policy": "after", "hold_still": "before", "mean_chunk": "wrong"}
+SHOWN = {"policy": "the policy", "mean_of_draws": "mean of its draws", **NAMES}  # in the box of results
+TONES = {"policy": "after", "mean_of_draws": "other", "hold_still": "before", "mean_chunk": "wrong"}
 UNIT = "mean absolute error, in standard deviations of each joint"
 FOOTER = (
     "result.json, next to this page, holds every number and every sample; samples/ holds every chunk. "
@@ -89,13 +90,14 @@ def verdict(result: Result) -> str:
 
 def headline(result: Result) -> Raw:
     """Return the box with the errors of policy and baselines."""
-    overall = {who: result["overall"][who] for who in NAMES if result["overall"][who] is not None}
+    single = {"mean_of_draws"} if result["calibration"]["deterministic"] else set()
+    overall = {who: result["overall"][who] for who in SHOWN if who not in single and result["overall"][who]}
     largest = max(_high(mean) for mean in overall.values()) or 1.0
     rows = [
         cell
         for who, mean in overall.items()
         for cell in (
-            tag("span", NAMES[who].capitalize()),
+            tag("span", SHOWN[who].capitalize()),
             _bar(mean, largest, TONES[who]),
             tag("span", f"{mean['value']:.3f} ", muted(_interval(mean)), class_="nowrap"),
         )
@@ -103,7 +105,12 @@ def headline(result: Result) -> Raw:
     return tag(
         "section",
         tag("p", tag("b", verdict(result))),
-        tag("p", f"{UNIT.capitalize()}; less is better.", class_="muted"),
+        tag(
+            "p",
+            f"{UNIT.capitalize()}; less is better. A robot executes one draw: where the mean of the draws is "
+            "much better, the difference is noise of sampling.",
+            class_="muted",
+        ),
         tag("div", *rows, class_="rates"),
         class_="card",
         aria_label="offline result",

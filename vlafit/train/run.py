@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
+from vlafit.checkpoints import model_card
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train import (
@@ -217,6 +218,8 @@ def _train(
         _end(record, trainer, time.perf_counter() - began)
         if status.finished and held_out.wanted(context):
             verdicts = held_out.evaluate(context, trainer.state.progress.step)
+        if status.finished:
+            model_card.refresh(manager.path(trainer.state.progress.step))
         if recipe.train.report:
             callbacks.phase("report")
             page = _report(out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlafit import shipped
 from vlafit.cli.console import Line
 from vlafit.cli.parser import EXECUTION_MODES, Parser, add_base, add_trust
-from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.places import checkpoint_folder, default_out
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
 
@@ -169,11 +169,3 @@ def _execution(options: Namespace, protocol: Path) -> "Execution | None":
 
     replan = load_protocol(protocol).replan if options.replan is None else options.replan
     return Execution(options.execution or "chunk", replan=replan, delay=options.delay or 0)
-
-
-def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Path:
-    """Return runs/eval/CHECKPOINT/PROTOCOL; a run's checkpoint is named after run and step."""
-    parts = checkpoint.resolve().parts[-3:]
-    name = f"{parts[0]}_{parts[2]}" if len(parts) == 3 and parts[1] == "checkpoints" else parts[-1]
-    ending = "_wrong_instruction" if wrong_instruction else ""
-    return Path("runs/eval") / re.sub(r"[^\w.-]", "_", name) / f"{protocol.stem}{ending}"

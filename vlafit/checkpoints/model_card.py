@@ -1,0 +1,190 @@
+"""The model card of a checkpoint: README.md with base, licence, data, strategy, results and how to load it.
+
+It only documents, so it is not in the manifest: whoever publishes a checkpoint may rewrite it. Results are
+those that lie in the run's folder when the card is written, and only of this very checkpoint.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlafit import files, shipped
+from vlafit.checkpoints.history import Lineage
+from vlafit.checkpoints.locate import digest
+from vlafit.codec import Codec
+from vlafit.errors import VlafitError
+from vlafit.nn.policy import Policy
+from vlafit.policies import family_name
+
+FILE = "README.md"
+LICENCE = re.compile(
+    r"^(?:license:|\| *licen[sc]e(?: of the base)? *\|) *([^|\n]+)", re.MULTILINE | re.IGNORECASE
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+NONE = "None is recorded. Measure it before you use it: `vlafit eval FOLDER --protocol P` or `--data CARD`."
+LOAD = {
+    "vlafit": "```python\nimport vlafit\n\nactor = vlafit.load_actor({folder!r})\n```",
+    "lerobot": (
+        "```python\nfrom lerobot.configs.policies import PreTrainedConfig\n"
+        "from lerobot.policies.factory import get_policy_class\n\n"
+        "config = PreTrainedConfig.from_pretrained({folder!r})\n"
+        "policy = get_policy_class(config.type).from_pretrained({folder!r})\n```"
+    ),
+    "openpi": "Name the folder as `--policy.dir` of openpi's serve_policy.py, with a config of this size.",
+}
+
+
+def card(
+    policy: Policy,
+    codec: Codec | None,
+    *,
+    recipe: str | None = None,
+    history: Lineage | None = None,
+    results: tuple[str, ...] = (),
+    target: str = "vlafit",
+) -> str:
+    """Return the text of a model card. `target` is the format that the checkpoint is written in."""
+    values: Mapping[str, Any] = tomllib.loads(recipe) if recipe else {}
+    base = str(values.get("policy", {}).get("checkpoint") or "")
+    licence = licence_of(base) if base else ""
+    name = str(values.get("name") or "policy")
+    rows = [*_rows(policy, codec, values, history or Lineage(), base, licence)]
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)])
+    purpose = str(values.get("purpose") or "")
+    found = "\n".join(f"- {line}" for line in results) or NONE
+    parts = [
+        _front(base, licence, target),
+        f"# {name}",
+        purpose,
+        table,
+        "## Results",
+        found,
+        "## Load",
+        _load(target),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def refresh(folder: Path) -> None:
+    """Add the results that lie in the run's folder to the card of one of its checkpoints, if it has one."""
+    path, found = folder / FILE, results_of(folder)
+    if not found or not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    listed = "\n".join(f"- {line}" for line in found)
+    begin, end = text.find("## Results\n"), text.find("## Load\n")
+    if 0 <= begin < end:
+        files.write_atomic(path, f"{text[:begin]}## Results\n\n{listed}\n\n{text[end:]}")
+
+
+def results_of(folder: Path) -> tuple[str, ...]:
+    """Return a sentence for each evaluation in the run's folder of this very checkpoint."""
+    run = folder.parent.parent
+    if not (run / "recipe.toml").is_file() or not (folder / "manifest.json").is_file():
+        return ()
+    own = digest(folder)
+    return tuple(
+        line
+        for path in sorted([*run.glob("eval/*/result.json"), *run.glob("held_out/*/result.json")])
+        for line in _result(path, own)
+    )
+
+
+def licence_of(base: str) -> str:
+    """Return the licence that a base states in its README.md; for one of the Hub, where to find it."""
+    folder = Path(base)
+    if not folder.is_dir():
+        try:
+            folder = shipped.find("checkpoint", base)
+        except VlafitError:
+            hub = HUB_ID.fullmatch(base)
+            return f"see https://huggingface.co/{base.partition('@')[0]}" if hub else ""
+    readme = folder / FILE
+    stated = (
+        LICENCE.search(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    )
+    return stated[1].strip() if stated else ""
+
+
+def _rows(
+    policy: Policy, codec: Codec | None, recipe: Mapping[str, Any], history: Lineage, base: str, licence: str
+) -> Iterator[tuple[str, str]]:
+    count = sum(p.numel() for p in policy.parameters())
+    yield "policy", f"{family_name(policy)}, {count / 1e6:,.1f} M parameters"
+    if recipe:
+        yield "started from", f"`{base}`" if base else "untrained weights"
+    if base:
+        yield "licence of the base", licence or "not stated by the base: find it out before you publish"
+    if recipe.get("strategy"):
+        yield "strategy", f"`{recipe['strategy']}`"
+    for learned in history.datasets:
+        size = f"{learned.episodes} episodes, {learned.frames} frames"
+        yield "learned from", f"{learned.card}: {size} (sha256 {learned.sha256[:12]})"
+    if history.made:
+        yield "afterwards", history.made
+    if codec is not None:
+        robot = codec.embodiment
+        cameras = ", ".join(name for name in codec.config.cameras if name)
+        yield "robot", f"{robot.name}, {robot.hz:g} Hz, control {robot.control or 'not stated'}"
+        yield "sees", f"{cameras}; {robot.state.shape[0]} state dimensions"
+        yield "answers", f"{codec.config.chunk} steps of {robot.action.shape[0]} actions"
+        yield "normalisation", codec.config.normalisation
+
+
+def _front(base: str, licence: str, target: str) -> str:
+    """Return the YAML header that the Hugging Face Hub reads."""
+    lines = ["---", f"library_name: {target.partition('-')[0]}", "pipeline_tag: robotics"]
+    if re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
+        lines.append(f"license: {licence.lower()}")
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
+        lines.append(f"base_model: {base.partition('@')[0]}")
+    return "\n".join([*lines, "tags: [robotics, vision-language-action, vlafit]", "---"])
+
+
+def _load(target: str) -> str:
+    kind = next((known for known in LOAD if target.startswith(known)), "")
+    own = LOAD[kind].format(folder="path/to/this/folder") if kind else f"This folder is for {target}."
+    others = [
+        f"For {other}: `vlafit export path/to/this/folder --to {other} --out exported`"
+        for other in LOAD
+        if other != kind
+    ]
+    return "\n\n".join([own, *others])
+
+
+def _result(path: Path, own: str) -> Iterator[str]:
+    """Yield the sentence of one evaluation, if it is of the checkpoint with this digest."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if own not in str(value["actor"]):
+            return
+        if value.get("kind") == "offline":
+            means = {who: value["overall"][who] for who in ("policy", "hold_still", "mean_chunk")}
+            numbers = [f"{who.replace('_', ' ')} {_mean(mean)}" for who, mean in means.items() if mean]
+            yield (
+                f"{value['dataset']}, {len(value['episodes'])} held-out episodes, mean absolute error of "
+                f"chunks in standard deviations of each joint: {'; '.join(numbers)}"
+            )
+            return
+        total = value["overall"]
+        rate, low, high = (100 * float(total[key]) for key in ("rate", "low", "high"))
+        probe = ", wrong instruction (lower is better)" if value["wrong_instruction"] else ""
+        yield (
+            f"protocol {value['protocol']['name']}{probe}: {total['successes']} of {total['episodes']} "
+            f"succeed, {rate:.0f} % (95 %: {low:.0f} to {high:.0f} %)"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a damaged result only leaves its line out; the report names it
+
+
+def _mean(mean: Mapping[str, float | None]) -> str:
+    if mean["low"] is None:
+        return f"{mean['value']:.3f} (one episode: no interval)"
+    return f"{mean['value']:.3f} (95 %: {mean['low']:.3f} to {mean['high']:.3f})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
