@@ -1,6 +1,7 @@
 """What a card can say about rows, columns, channels, sentences and episodes, in the layouts that share it."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -281,3 +282,12 @@ def test_everything_that_a_card_says_survives_being_written(tmp_path: Path) -> N
     (tmp_path / "card.toml").write_text(card_text(made))
     again = load_card(tmp_path / "card.toml")
     assert replace(again, file=None, section=None) == made
+
+
+def test_every_card_that_the_documentation_shows_is_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    shown = [block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "layout = " in block]
+    for number, block in enumerate(shown):
+        (tmp_path / f"{number}.toml").write_text(block)
+    read = [load_card(tmp_path / f"{number}.toml") for number in range(len(shown))]
+    assert {made.layout for made in read} == {"aloha", "robotwin", "maniskill", "robocasa", "generic"}

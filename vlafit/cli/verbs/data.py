@@ -20,6 +20,7 @@ ABOUT = {
     "inspect": "Show a dataset on one screen: layout, robot, cameras, tasks, episodes.",
     "card": "Write the data card of a dataset to stdout, each guess marked by a comment.",
     "stats": "Print the statistics of states and actions, taken from the rows.",
+    "bench": "Measure how fast it is read here, and say which data.workers suits it.",
     "check": "Check a dataset. Exit status: 0 clean, 1 findings of severity error, 2 it cannot be opened.",
 }
 PATH = "a card, the name of one that ships, a dataset that needs no card, or its id on the Hugging Face Hub"
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "check":
         parser.add_argument("--no-pixels", action="store_true", help="check columns only; decode no frame")
+    if verb == "bench":
+        parser.add_argument("--seconds", type=float, default=5.0, help="how long to read")
     if verb in ("card", "inspect"):
         parser.add_argument(
             "--layout", default="", help="the layout, if it is not recognised: package.module"
@@ -56,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         store = open_dataset(options.path)
     if verb == "check":
         return _check(store, options.json, pixels=not options.no_pixels)
+    if verb == "bench":
+        return _bench(store, options.json, options.seconds)
     facts = _inspect(store, missing) if verb == "inspect" else _stats(store)
     print(json.dumps(facts, indent=2) if options.json else _text(verb, facts))
     return 0
@@ -165,6 +170,25 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
 
 def _rate(hz: float | None) -> str:
     return "rate not in the files" if hz is None else f"{hz:g} Hz"
+
+
+def _bench(store: "EpisodeStore", as_json: bool, seconds: float) -> int:
+    from vlafit.datasets.bench import cores, measure
+
+    result, available = measure(store, seconds), cores()
+    workers = result.workers(available)
+    if as_json:
+        facts = {**dataclasses.asdict(result), "samples_per_s": result.samples_per_s, "limit": result.limit}
+        print(json.dumps({**facts, "cores": available, "workers": workers}, indent=2))
+    else:
+        each = 1000 / result.samples_per_s
+        print(
+            f"{result.samples_per_s:,.0f} samples/s in one process ({each:.2f} ms each, mostly "
+            f"{result.limit}); {available} cores\n"
+            f"data.workers = {workers}"
+            + (" (handing samples over would cost more than reading them)" if not workers else "")
+        )
+    return 0
 
 
 def _check(store: "EpisodeStore", as_json: bool, *, pixels: bool) -> int:

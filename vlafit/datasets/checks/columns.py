@@ -16,6 +16,7 @@ AGREEING = 0.75  # share of the episodes that must agree on a sign
 SHARP = 0.8  # share of the episodes whose own peak must be near the usual lag, else it is too broad to tell
 LAG_RATIO = 2.0  # times that the unexplained part must be larger at the usual lag than at the episode's own
 MOVING = 1e-6  # a range below this is no motion
+HOLE = 3  # rows of zeros in a row
 SPIKE = 40.0  # a step this many times the dataset's 99th percentile is a spike
 
 Columns = list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]  # id, states [T, s], actions [T, a]
@@ -28,6 +29,7 @@ def check_columns(store: EpisodeStore) -> list[Finding]:
         for n, info in enumerate(store.episodes)
     ]
     findings = [*_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
+    findings += [*_limits(store, columns), *_holes(columns)]
     copied = {f.episode for f in findings if f.kind == "action_equals_state"}
     rest = [c for c in columns if c[0] not in copied]
     return findings + _signs_and_lags(store, rest)
@@ -94,6 +96,57 @@ def _spikes(store: EpisodeStore, columns: Columns) -> list[Finding]:
                         "fix the value or leave the episode out",
                     )
                 )
+    return findings
+
+
+def _limits(store: EpisodeStore, columns: Columns) -> list[Finding]:
+    """Find values that the card says the robot does not permit."""
+    findings = []
+    robot = store.embodiment
+    for number, name, feature in ((1, "state", robot.state), (2, "action", robot.action)):
+        low = np.asarray(feature.low or -np.inf)
+        high = np.asarray(feature.high or np.inf)
+        for column in columns:
+            rows = np.asarray(column[number])
+            beyond = (rows < low - MOVING) | (rows > high + MOVING)
+            if beyond.any():
+                step, d = (int(i) for i in np.argwhere(beyond)[0])
+                label = feature.labels[d] if feature.labels else f"dimension {d}"
+                findings.append(
+                    Finding(
+                        "error",
+                        "outside_limits",
+                        str(column[0]),
+                        step,
+                        f"{name} {label} is {rows[step, d]:.4g}, beyond the card's limits, in "
+                        f"{int(beyond.any(axis=1).sum())} of {len(rows)} steps",
+                        "the policy learns what the robot cannot do, or the unit is another",
+                        "fix the values, the card's low and high, or its scale",
+                    )
+                )
+    return findings
+
+
+def _holes(columns: Columns) -> list[Finding]:
+    """Find steps whose whole state and action are 0, in episodes where most are not: a hole in the file."""
+    findings = []
+    for episode, state, actions in columns:
+        empty = ~(state.any(axis=1) | actions.any(axis=1))
+        if not 0 < empty.sum() < len(empty) or not state.any():
+            continue
+        longest = max(len(run) for run in "".join("x" if e else " " for e in empty).split())
+        if longest >= HOLE:
+            findings.append(
+                Finding(
+                    "error",
+                    "zero_rows",
+                    episode,
+                    int(np.flatnonzero(empty)[0]),
+                    f"state and action are 0 in every dimension in {int(empty.sum())} of {len(empty)} steps",
+                    "the policy learns to go to 0",
+                    "fetch the file again (a download that went on after a break?), or leave the episode out",
+                )
+            )
     return findings
 
 
