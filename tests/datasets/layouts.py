@@ -116,6 +116,10 @@ ROBOMIMIC = {
 }
 
 
+def tasks_of(everything: list[Demo]) -> list[str]:
+    return list(dict.fromkeys(demo.task for demo in everything))
+
+
 def of_task(everything: list[Demo], task: str) -> list[Demo]:
     return [demo for demo in everything if demo.task == task]
 
@@ -137,7 +141,7 @@ def write_libero(
 ) -> Path:
     """One file a task. `step` 3 leaves gaps in the demo numbers; `attrs` False is a regenerated file."""
     folder.mkdir(parents=True)
-    for task in TASKS:
+    for task in tasks_of(everything):
         with h5py.File(folder / f"{prefix}{task}_demo.hdf5", "w", userblock_size=userblock) as file:
             data = file.create_group("data")
             chosen = of_task(everything, task)
@@ -153,7 +157,7 @@ def write_libero(
 def write_robomimic(folder: Path, everything: list[Demo], **storage: object) -> Path:
     """A file a task, with next_obs, filter keys and no language."""
     folder.mkdir(parents=True)
-    for task in TASKS:
+    for task in tasks_of(everything):
         with h5py.File(folder / f"{task}.hdf5", "w") as file:
             data = file.create_group("data")
             data.attrs["env_args"] = json.dumps({"env_name": "Lift", "env_type": 1, "env_kwargs": {}})

@@ -91,7 +91,16 @@ CASES: list[tuple[str, Callable[[h5py.File], None], str]] = [
     ("beyond float32", changed("actions", (1, 0), 1e300), "demo_0: actions holds inf at step 1"),
     ("integers", replaced("actions", np.zeros((4, 4), np.int64)), "actions is int64"),
     ("text", replaced("actions", np.full((4, 4), b"x")), r"actions is \|S1"),
-    ("one axis", replaced("obs/gripper_states", np.zeros(4)), r"gripper_states is float64 \(4,\)"),
+    (
+        "one axis",
+        replaced("obs/gripper_states", np.zeros(4)),
+        r"state has 4 .*gripper_states 1\),.* 5",
+    ),
+    (
+        "three axes",
+        replaced("obs/gripper_states", np.zeros((4, 1, 2))),
+        r"gripper_states is float64 \(4, 1",
+    ),
     (
         "too few actions",
         replaced("actions", np.zeros((4, 3))),

@@ -123,7 +123,7 @@ BAD = [
     ('path = "small"', 'pth = "small"', "unknown key 'pth'; did you mean 'path'"),
     ('path = "small"', "path = 3", "path"),
     ('path = "small"', 'path = "small"\nfile = "x"', "filled in when the card is read"),
-    ('path = "small"', 'path = "small"\nmask = "train"', "'mask'.*'libero'.*layout robomimic"),
+    ('path = "small"', 'path = "small"\nmask = "train"', "'mask'.*'libero'.*layout robocasa or robomimic"),
     ("hz = 20", "hz = 0", "hz must be above 0"),
     ("height = 6", "height = 0", "camera 'front' is 0x5"),
     ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is not one of 0, 180"),

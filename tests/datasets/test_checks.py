@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.datasets import hdf5_writers
 from tests.datasets.layouts import demos, in_file_order
 from tests.datasets.lerobot_files import write
-from vlafit.cli import main
-from vlafit.datasets import Card, EpisodeInfo, EpisodeStore
+from vlafit.cli import console, main
+from vlafit.datasets import Card, EpisodeInfo, EpisodeStore, open_dataset
+from vlafit.datasets.bench import Bench
 from vlafit.datasets.card import CameraCard, ColumnCard, RobotCard
-from vlafit.datasets.checks import Finding, check_store
+from vlafit.datasets.checks import Finding, check_store, late, pixels
 
 HEIGHT, WIDTH, STEPS, EPISODES = 48, 64, 90, 8
 BAD = 5  # the episode that is damaged
@@ -180,6 +182,105 @@ def test_a_duplicated_episode_and_a_placeholder_sentence_are_found():
         ("duplicate_episode", "episode_6")
     ]
     assert sum(f.kind == "placeholder_task" for f in findings) == EPISODES
+
+
+def test_frames_of_a_dark_scene_are_a_warning_and_missing_ones_an_error():
+    def darkened(level: int) -> list[Finding]:
+        episodes = [on_frames(lambda f: (f // 64).astype(np.uint8) * level)(e) for e in recorded()[:4]]
+        return check_store(Recording(episodes))
+
+    dark = [f for f in darkened(1) if f.kind in ("dark_frames", "black_frames")]
+    assert {(f.severity, f.kind) for f in dark} == {("warning", "dark_frames")} and len(dark) == 4
+    assert "mean level of" in dark[0].message
+    black = [f for f in darkened(0) if f.kind in ("dark_frames", "black_frames")]
+    assert {(f.severity, f.kind) for f in black} == {("error", "black_frames")}
+
+
+def test_values_beyond_the_limits_of_the_card_and_rows_of_zeros_are_found():
+    episodes = recorded()
+    episodes[2].actions[7, 0] = 3
+    episodes[4].state[40:50] = 0
+    episodes[4].actions[40:50] = 0
+    store = Recording(episodes)
+    limited = replace(store.card.robot.action, low=(-1, -1, -1), high=(1, 1, 1.5))
+    store.card = replace(store.card, robot=replace(store.card.robot, action=limited))
+    found = {(f.kind, f.episode): f for f in check_store(store, pixels=False)}
+    assert found["outside_limits", "episode_2"].step == 7
+    assert "x is 3" in found["outside_limits", "episode_2"].message
+    assert found["zero_rows", "episode_4"].step == 40
+
+
+def test_nothing_is_late_in_the_sample_that_ships_and_a_shifted_video_in_it_is_found():
+    store = open_dataset("metaworld-faucet")
+    camera = store.embodiment.cameras[0].name
+    tracks = []
+    for n, info in enumerate(store.episodes):
+        clip = pixels._clip(store, n, info.id, camera, lambda frames: None)
+        speed = pixels._speed(store.state(n))
+        tracks.append(late.Track(info.id, store.state(n), clip.features, clip.change, speed))
+    assert late.check_shift(camera, tracks) == []
+    columns = check_store(store, pixels=False)
+    assert columns == []
+    for number, shift in ((3, 4), (100, 6)):
+        features = tracks[number].features
+        damaged = np.concatenate([features[:1].repeat(shift, 0), features[:-shift]])
+        some = [*tracks[:number], replace(tracks[number], features=damaged), *tracks[number + 1 :]]
+        findings = late.check_shift(camera, some)
+        assert [f.episode for f in findings] == [tracks[number].episode]
+        assert f"{shift} frames late" in findings[0].message
+
+
+def test_progress_goes_to_stderr_with_what_remains_only_where_it_takes_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path / "set", in_file_order(demos(3)))
+    assert main(["data", "check", str(tmp_path / "set")]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "QUIET_EVERY_S", 0.0)
+    assert main(["data", "check", str(tmp_path / "set")]) == 0
+    shown = capsys.readouterr()
+    assert "frames 4/60" in shown.err and "left" in shown.err and "frames" not in shown.out
+
+
+def test_bench_says_which_number_of_workers_suits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write(tmp_path / "set", in_file_order(demos(3)))
+    assert main(["data", "bench", str(tmp_path / "set"), "--seconds", "0.1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["samples"] > 0 and facts["samples_per_s"] > 0
+    assert Bench(4000, 1.0, 0.5).workers(8) == 0  # reading costs less than handing over
+    assert Bench(300, 1.0, 0.9).workers(8) == 4 and Bench(300, 1.0, 0.9).workers(2) == 1
+
+
+def test_a_layout_by_its_dotted_path_is_described_and_looked_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path / "set", in_file_order(demos(3)))
+    layout = "vlafit.datasets.layouts.lerobot"
+    assert main(["data", "card", str(tmp_path / "set"), "--layout", layout]) == 0
+    assert 'path = "' in capsys.readouterr().out
+    assert main(["data", "card", str(tmp_path / "set"), "--layout", "vlafit.datasets.layouts.aloha"]) == 2
+    assert "is not of layout" in capsys.readouterr().err
+
+
+def test_a_dataset_that_needs_a_card_is_inspected_and_its_card_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    hdf5_writers.aloha_encoded(tmp_path / "set", in_file_order(demos(3)))
+    assert main(["data", "inspect", str(tmp_path / "set")]) == 0
+    shown = capsys.readouterr().out
+    assert "6 episodes, 30 frames" in shown
+    for key in ("instruction.text", "robot.cameras.0.channels"):
+        assert f"the card must say {key}" in shown
+    assert main(["data", "card", str(tmp_path / "set")]) == 0
+    text = capsys.readouterr().out
+    assert "# FILL IN: " in text and 'channels = ""' in text
+    (tmp_path / "my.toml").write_text(text)
+    assert main(["data", "check", str(tmp_path / "my.toml"), "--json"]) == 2
+    capsys.readouterr()
+    filled = text.replace('channels = ""', 'channels = "bgr"').replace('text = ""', 'text = "do it"')
+    (tmp_path / "my.toml").write_text(filled)
+    assert main(["data", "check", str(tmp_path / "my.toml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["errors"] == 0
 
 
 def test_errors_come_first():

@@ -18,11 +18,10 @@ from tests.datasets.layouts import (
     write_libero,
     write_robomimic,
 )
-from tests.datasets.writers import assert_reads_in_a_spawned_worker
 from vlafit.datasets import Card, ChunkDataset, open_dataset
 from vlafit.datasets.card import InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
-from vlafit.datasets.layouts.libero import instruction_from_filename
+from vlafit.datasets.hdf5_demos import words_of
 from vlafit.errors import DataError
 
 FILENAME = InstructionCard("filename")
@@ -157,13 +156,7 @@ def test_files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path):
     ],
 )
 def test_a_sentence_is_read_from_a_liberos_file_name(stem: str, sentence: str):
-    assert instruction_from_filename(stem) == sentence
-
-
-@pytest.mark.parametrize("write", [original, compressed])
-def test_a_store_goes_to_a_spawned_worker_and_reads_there(write: Writer, tmp_path: Path):
-    everything = demos(2)
-    assert_reads_in_a_spawned_worker(open_dataset(write(tmp_path / "set", everything)))
+    assert words_of(stem) == sentence
 
 
 def test_a_closed_store_reopens_when_needed(tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.datasets import lerobot_files, npz_layout
+from tests.datasets import hdf5_writers, lerobot_files, npz_layout
 from tests.datasets.layouts import Demo, card, robomimic_card, write_libero, write_robomimic
 from vlafit.datasets import Card, EpisodeStore
 
@@ -29,16 +29,18 @@ WRITERS: dict[str, Writer] = {
     "lerobot": lerobot_files.write,
     "libero": libero,
     "robomimic": robomimic,
+    **hdf5_writers.WRITERS,
     npz_layout.__name__: outside,
 }
 
 
-def assert_reads_in_a_spawned_worker(store: EpisodeStore) -> None:
-    """A store whose files are open here reads the same image in a process that it was sent to."""
-    here = store.image(1, 2, "front").copy()  # opens files here first
+def assert_read_in_a_spawned_worker(stores: list[EpisodeStore]) -> None:
+    """Stores whose files are open here read the same images in a process that they were sent to."""
+    here = [store.image(1, 2, "front").copy() for store in stores]  # opens files here first
     with get_context("spawn").Pool(1) as pool:
-        there = pool.apply(_read, (store,))
-    np.testing.assert_array_equal(here, there)
+        there = pool.map(_read, stores)
+    for expected, frame in zip(here, there, strict=True):
+        np.testing.assert_array_equal(expected, frame)
 
 
 def _read(store: EpisodeStore) -> np.ndarray:

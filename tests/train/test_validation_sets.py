@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.train.world import assert_same, learned, metrics, tiny, write_dots
 from vlafit import config
 from vlafit.checkpoints import read_lineage
 from vlafit.datasets import load_card, open_dataset
-from vlafit.errors import VlafitError
+from vlafit.errors import DataError, VlafitError
 from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.shipped import find
 from vlafit.train import run
+from vlafit.train.experiment import build
 from vlafit.train.memory import larger
 from vlafit.train.optim import schedule
 
@@ -28,9 +30,14 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(card: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dots(tmp_path_factory.mktemp("third"), episodes=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def finished(card: Path, other: Path, third: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sets") / "run"
-    sets = {"old": str(other), "both": (str(other), str(card))}
+    sets = {"old": str(other), "both": (str(other), str(third))}
     assert run(tiny(card, data={"validation_sets": sets}), out).finished
     return out
 
@@ -41,6 +48,17 @@ def finished(card: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_each_named_set_has_its_loss_from_step_0_on(finished: Path) -> None:
     for name in ("validation/loss", "validation/old/loss", "validation/both/loss"):
         assert [event["step"] for event in metrics(finished) if name in event] == [0, 4, 8]
+
+
+def test_an_episode_that_is_trained_on_is_refused_in_a_validation_set_and_in_the_held_out_share(
+    card: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"data\.validation_sets\.copy.*demo_\d.*card 'dots'.*episodes\.skip"):
+        build(tiny(card, data={"validation_sets": {"copy": str(card)}}), torch.device("cpu"))
+    twice = write_dots(tmp_path / "set", episodes=2, tasks=("right",))
+    shutil.copy(tmp_path / "set/dots/right_demo.hdf5", tmp_path / "set/dots/right (1)_demo.hdf5")
+    with pytest.raises(DataError, match=r"right.* is episode .*right"):
+        build(tiny(twice, data={"validation": 0.5}), torch.device("cpu"))
 
 
 def test_a_named_set_changes_no_weight(finished: Path, whole: Path) -> None:

@@ -58,9 +58,11 @@ right = "left"
 """
 
 
-def write_dots(folder: Path, episodes: int = 4, tasks: tuple[str, ...] = ("left", "right")) -> Path:
+def write_dots(
+    folder: Path, episodes: int = 4, tasks: tuple[str, ...] = ("left", "right"), seed: int = 0
+) -> Path:
     """Write episodes of 6, 7, ... steps in which a dot goes to one side, and return their card."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     (folder / "dots").mkdir(parents=True)
     for task in tasks:
         with h5py.File(folder / "dots" / f"{task}_demo.hdf5", "w") as file:

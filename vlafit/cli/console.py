@@ -138,12 +138,14 @@ class Line:
 
     shown: "Line | None" = None  # the line on the screen, so that warnings can print above it
 
-    def __init__(self, what: str, total: int, *, start: int = 0) -> None:
+    def __init__(self, what: str, total: int, *, start: int = 0, on_stderr: bool = False) -> None:
+        """`on_stderr` keeps stdout for the result; a short run then prints nothing unless on a terminal."""
         self.what, self.total, self.done, self.text = what, total, start, ""
+        self._on_stderr, self._lines = on_stderr, 0
         self._start = start
         self._started = time.monotonic()
         self._printed = self._started
-        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._progress = None
 
     def __enter__(self) -> "Line":
@@ -155,7 +157,7 @@ class Line:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
-                console=Console(highlight=False),
+                console=Console(highlight=False, stderr=self._on_stderr),
                 refresh_per_second=4,
             )
             self._task = self._progress.add_task(self.what, total=self.total, completed=self.done, text="")
@@ -169,8 +171,8 @@ class Line:
         Line.shown = None
         if self._progress is not None:
             self._progress.stop()
-        elif self.done > self._start:
-            print(self._plain(), flush=True)
+        elif self.done > self._start and (self._lines or not self._on_stderr):
+            print(self._plain(), file=self._stream, flush=True)
 
     def update(self, done: int, text: str = "") -> None:
         """Show that `done` of the total are done, followed by `text`."""
@@ -179,14 +181,19 @@ class Line:
             self._progress.update(self._task, completed=done, text=self._status())
         elif time.monotonic() - self._printed >= QUIET_EVERY_S and done < self.total:
             self._printed = time.monotonic()
-            print(self._plain(), flush=True)
+            self._lines += 1
+            print(self._plain(), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
         """Print a permanent line above the progress line."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False)
         else:
-            print(text, flush=True)
+            print(text, file=self._stream, flush=True)
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self._on_stderr else sys.stdout
 
     def _status(self) -> str:
         elapsed = time.monotonic() - self._started

@@ -203,7 +203,7 @@ def identity(recipe: Recipe, seeds: Sequence[int], data: Data) -> dict[str, Any]
     `data` is the recipe's, split by the first seed. The validation sets are opened, so that a card without
     its dataset fails now.
     """
-    sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
+    sets = open_validation_sets(recipe.data, data)
     base = recipe.policy.checkpoint
     return {
         "format": FORMAT,

@@ -3,7 +3,7 @@
 from vlafit.datasets.augment import draw_shifts, shift_image, shift_images
 from vlafit.datasets.card import Card, Draft, RecordSpec
 from vlafit.datasets.chunks import ChunkDataset
-from vlafit.datasets.load import describe, load_card, open_dataset
+from vlafit.datasets.load import describe, load_card, open_dataset, open_draft
 from vlafit.datasets.order import SampleOrder
 from vlafit.datasets.split import episodes_hash, split_episodes
 from vlafit.datasets.statistics import Blocks, arrays_for_statistics, blocks_for_statistics
@@ -25,6 +25,7 @@ __all__ = [
     "episodes_hash",
     "load_card",
     "open_dataset",
+    "open_draft",
     "shift_image",
     "shift_images",
     "split_episodes",

@@ -19,8 +19,6 @@ from vlafit.types import Embodiment, Feature
 
 T = TypeVar("T")
 
-FASTEST_HZ = 10_000.0  # control rates above are units mixed up
-
 
 @dataclass(frozen=True)
 class CameraCard:
@@ -40,14 +38,29 @@ class CameraCard:
     flip: Literal["", "vertical", "horizontal"] = ""
     """Mirror frames when read: "vertical" swaps top and bottom, "horizontal" left and right."""
 
+    channels: Literal["", "rgb", "bgr"] = ""
+    """"bgr": red and blue of the frames, or of encoded frames as any viewer shows them, are exchanged. Empty
+    means "rgb", but must be filled in for encoded frames (JPEG in HDF5), whose files do not tell."""
+
     def upright(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return `frames` [..., h, w, 3] rotated and flipped as the card says; a view, not a copy."""
-        turned = self.rotate == 180
+        """Return `frames` [..., h, w, 3] in RGB, rotated and flipped as the card says, read-only.
+
+        The frames themselves if there is nothing to do, else a copy (by channel, seven times as fast as a
+        copy of reversed columns).
+        """
+        turned, swapped = self.rotate == 180, self.channels == "bgr"
+        view = frames
         if turned != (self.flip == "vertical"):
-            frames = frames[..., ::-1, :, :]
+            view = view[..., ::-1, :, :]
         if turned != (self.flip == "horizontal"):
-            frames = frames[..., ::-1, :]
-        return frames
+            view = view[..., ::-1, :]
+        if view is frames and not swapped:
+            return frames
+        made = np.empty(view.shape, np.uint8)
+        for channel in range(3):
+            made[..., channel] = view[..., 2 - channel if swapped else channel]
+        made.flags.writeable = False
+        return made
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class ColumnCard:
     """A state or action column: floats [T, dimensions]."""
 
     keys: tuple[str, ...]
-    """Where the layout finds the parts of the column (see a camera's key), concatenated in this order."""
+    """Where the layout finds the parts of the column (see a camera's key), concatenated in this order. A part
+    [T] is one dimension; "KEY[:, 2]" and "KEY[:, :6]" take some dimensions of a part."""
     dimensions: int
     """Dimensions after concatenation."""
     labels: tuple[str, ...] = ()
@@ -66,6 +80,11 @@ class ColumnCard:
     """The least value of each dimension that the robot permits; empty: no limit."""
     high: tuple[float, ...] = ()
     """The greatest value of each dimension that the robot permits; empty: no limit."""
+    scale: tuple[float, ...] = ()
+    """What each dimension of the files is multiplied by; negative turns its sign. Required for columns of
+    whole numbers or true/false, which have no unit of their own. Empty: 1."""
+    offset: tuple[float, ...] = ()
+    """What is added to each dimension, after `scale`. Empty: 0."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +136,53 @@ class InstructionCard:
     """Where the sentence of an episode comes from."""
 
     source: str = ""
-    """card: from `text` and `files` below; or a source of the layout (libero: attrs, filename). Empty: the
+    """card: from `text` and `files` below; or a source of the layout (libero: attrs, filename). The HDF5
+    layouts also have demo (`key` in the demonstration) and beside (`key` in the JSON file `file`). Empty: the
     layout's own."""
     text: str = ""
     """With source "card": the sentence for every file that `files` does not name."""
     files: dict[str, str] = field(default_factory=dict)
-    """With source "card": the sentence of a file, by its name without suffix."""
+    """With source "card": the sentence of a file, by its name without suffix, or by its folder's name."""
+    key: str = ""
+    """With source "demo" or "beside": an attribute or dataset, or a path in JSON ("ep_meta.lang")."""
+    file: str = ""
+    """With source "beside": a JSON file from each data file's folder on; {stem} is the data file's name
+    without suffix, for example "../instructions/{stem}.json"."""
 
-    def sentence(self, stem: str, where: str) -> str:
-        """Return the card's sentence for the file named `stem`. Raises DataError if there is none."""
-        text = self.files.get(stem, self.text)
+    def sentence(self, stem: str, where: str, folder: str = "") -> str:
+        """Return the card's sentence for the file `stem` in `folder`. Raises DataError if it has none."""
+        text = self.files.get(stem, self.files.get(folder, self.text))
         if not text.strip():
             near = did_you_mean(stem, self.files)
             raise DataError(f"{where}: the card has no sentence for {stem!r} (instruction.files){near}")
         return text
+
+
+@dataclass(frozen=True)
+class RowsCard:
+    """How the rows of the files become steps."""
+
+    observations: Literal["", "T", "T+1"] = ""
+    """"T": as many rows as actions. "T+1": one more, after the last action, which is not used. Empty: the
+    layout's own."""
+    action_shift: int = 0
+    """The action of step t is in row t + action_shift. With 1 the last step is dropped: if the action's keys
+    name the state, the action is the next state. With -1, for recorders that write an action one row late,
+    the first action is repeated."""
+
+
+@dataclass(frozen=True)
+class EpisodesCard:
+    """Which episodes to use."""
+
+    skip: tuple[str, ...] = ()
+    """Episodes to leave out: ids, or patterns with * and ?. Their files are not looked into."""
+    success: str = ""
+    """Use only episodes in which this is true at some step: an attribute or dataset of the demonstration, or
+    a LeRobot feature."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with an episode that cannot be read as the card says: stop with an error, or leave it out
+    with a warning and a record in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +236,10 @@ class Card:
     """Where the sentences come from."""
     section: object = None
     """The layout's own options; filled in when the card is read."""
+    rows: RowsCard = field(default_factory=RowsCard)
+    """How rows become steps."""
+    episodes: EpisodesCard = field(default_factory=EpisodesCard)
+    """Which episodes to use."""
     expect: ExpectCard = field(default_factory=ExpectCard)
     """What must be there. Without a number of episodes, a recorded dataset expects what [record] asks for."""
     record: RecordSpec | None = None
@@ -281,6 +337,8 @@ class Draft:
     card: Card
     guesses: Mapping[str, str] = field(default_factory=dict)
     """Dotted key of the card -> why its value is a guess, and what to check."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key -> what the files do not tell. The card is invalid until it is filled in."""
 
 
 def _feature(name: str, column: ColumnCard) -> Feature:
@@ -294,51 +352,3 @@ def _before_wildcards(path: Path) -> tuple[str, ...]:
             break
         fixed.append(part)
     return tuple(fixed)
-
-
-def check(card: Card, where: str) -> None:
-    """Raise ConfigError, beginning with `where`, if a value of the card is invalid in every layout."""
-    robot = card.robot
-    if not robot.cameras:
-        raise ConfigError(f"{where}: robot.cameras is empty; a policy needs at least one camera")
-    names = [camera.name for camera in robot.cameras]
-    if len(set(names)) != len(names) or not all(names):
-        raise ConfigError(f"{where}: cameras need names of their own, got {names}")
-    for camera in robot.cameras:
-        if camera.height < 1 or camera.width < 1:
-            raise ConfigError(f"{where}: camera {camera.name!r} is {camera.height}x{camera.width} pixels")
-        if not camera.name.isprintable():
-            raise ConfigError(
-                f"{where}: camera {camera.name!r}: a name is one line without control characters"
-            )
-    if not 0 < robot.hz <= FASTEST_HZ:
-        raise ConfigError(f"{where}: robot.hz must be above 0 and at most {FASTEST_HZ}, is {robot.hz}")
-    columns: Mapping[str, ColumnCard] = {"state": robot.state, "action": robot.action}
-    for name, column in columns.items():
-        if not column.keys or column.dimensions < 1:
-            raise ConfigError(f"{where}: robot.{name} needs at least one key and one dimension")
-        if column.labels and len(column.labels) != column.dimensions:
-            raise ConfigError(
-                f"{where}: robot.{name} has {len(column.labels)} labels for {column.dimensions} dimensions"
-            )
-    if robot.relative and len(robot.relative) != robot.action.dimensions:
-        raise ConfigError(
-            f"{where}: robot.relative has {len(robot.relative)} entries for "
-            f"{robot.action.dimensions} action dimensions"
-        )
-    beyond = [d for d, on in enumerate(robot.relative) if on and d >= robot.state.dimensions]
-    if beyond:
-        raise ConfigError(f"{where}: robot.relative: there is no state for action dimensions {beyond}")
-    instruction = card.instruction
-    if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
-        raise ConfigError(f'{where}: instruction.source is "card": set instruction.text or .files')
-    if instruction.source != "card" and (instruction.text or instruction.files):
-        raise ConfigError(f'{where}: instruction.text and .files need instruction.source = "card"')
-    record = card.record
-    if record is not None:
-        if not record.tasks or record.episodes_per_task < 1 or len(set(record.tasks)) != len(record.tasks):
-            raise ConfigError(f"{where}: record needs tasks, each once, and at least one episode of each")
-        if not 0 <= record.perturbed <= 1 or record.noise < 0 or record.horizon < 1 or record.hold_steps < 0:
-            raise ConfigError(
-                f"{where}: record: 0 <= perturbed <= 1, noise >= 0, horizon >= 1, hold_steps >= 0"
-            )

@@ -12,6 +12,7 @@ from vlafit import files
 from vlafit.errors import DataError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
+DEEPEST = 3  # folders below the one that is named
 FILTERS = {
     32001: "Blosc",
     32004: "LZ4",
@@ -96,8 +97,11 @@ def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
     raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, present)}")
 
 
-def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> None:
-    """Raise DataError unless all bytes of a dataset can be read and are in files below `roots`."""
+def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> set[Path]:
+    """Return the files that hold the bytes of a dataset.
+
+    Raises DataError unless all of them can be read and are in files below `roots`.
+    """
     sources = {Path(dataset.file.filename).resolve()}
     folder = Path(dataset.file.filename).resolve().parent
     if dataset.is_virtual:
@@ -138,6 +142,7 @@ def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -
                 f"{where}: is compressed by filter {code} ({FILTERS.get(code, 'unknown')}), which h5py "
                 "lacks: pip install hdf5plugin"
             )
+    return sources
 
 
 def _plugin(code: int) -> bool:
@@ -148,11 +153,24 @@ def _plugin(code: int) -> bool:
 
 
 def first_file(path: Path) -> Path | None:
-    """Return the first HDF5 file at `path`, a file or a folder; None if there is none."""
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
-        return files[0] if files else None
-    return path if path.suffix in SUFFIXES else None
+    """Return the HDF5 file at `path`, or the first in or below a folder; None if there is none."""
+    if not path.is_dir():
+        return path if path.suffix in SUFFIXES else None
+    folders = [path]
+    for _ in range(DEEPEST + 1):
+        entries = [entry for folder in folders for entry in sorted(folder.iterdir())]
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in entries:
+            if entry.suffix in SUFFIXES and entry.is_file():
+                return entry
+        folders = [entry for entry in entries if not entry.suffix and entry.is_dir()]
+    return None
+
+
+def first_demo(data: h5py.Group) -> str:
+    """Return the name of the first group of /data in natural order; empty if there is none."""
+    names = sorted((str(n) for n in data if data.get(n, getclass=True) is h5py.Group), key=natural)
+    return next((n for n in names if "obs" in data[n] or "actions" in data[n]), names[0] if names else "")
 
 
 def observations(data: h5py.Group) -> list[str]:

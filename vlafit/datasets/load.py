@@ -10,7 +10,9 @@ from typing import Any
 
 from vlafit import config, shipped
 from vlafit.datasets import hub, layouts
-from vlafit.datasets.card import Card, Draft, check
+from vlafit.datasets.aligned import Aligned
+from vlafit.datasets.card import Card, Draft, EpisodesCard
+from vlafit.datasets.card_check import check
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, did_you_mean
 
@@ -23,7 +25,14 @@ def load_card(name_or_path: str | Path) -> Card:
     """
     data = _data_at(name_or_path)
     if data is not None:
-        return prepare(describe(data).card)
+        draft = describe(data)
+        if draft.missing:
+            listed = "".join(f"\n  {key}: {reason}" for key, reason in draft.missing.items())
+            raise DataError(
+                f"{data}: layout {draft.card.layout!r} needs a card, because the files do not tell:{listed}\n"
+                f"Run: vlafit data card {data} > my.toml, fill these in, and name my.toml"
+            )
+        return prepare(draft.card)
     path = shipped.find("card", str(name_or_path))
     values = config.load_toml(path, "card")
     if "file" in values:
@@ -40,16 +49,44 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     source = card_path_or_hub_id
     card = prepare(source) if isinstance(source, Card) else load_card(source)
     store = layouts.load(card.layout).open(card)
+    if card.episodes != EpisodesCard() and not store.selects:
+        raise ConfigError(
+            f"{card.file or card.name}: layout {card.layout!r} knows no [episodes] (skip, success, on_bad); "
+            "leave the table out"
+        )
+    if card.rows.action_shift:
+        store = Aligned(store, card.rows.action_shift)
     _check_expectations(store)
     return store
 
 
-def describe(path: Path) -> Draft:
-    """Draft a card from the files at `path`. Raises DataError if their layout is unknown or cannot do it."""
-    name = layouts.recognise(path)
+def open_draft(draft: Draft) -> EpisodeStore:
+    """Open the dataset of a drafted card to look at it, with placeholders for what is missing in it."""
+    card, missing = draft.card, draft.missing
+    robot = card.robot
+    cameras = tuple(
+        replace(camera, channels="rgb") if f"robot.cameras.{n}.channels" in missing else camera
+        for n, camera in enumerate(robot.cameras)
+    )
+    instruction = card.instruction
+    if "instruction.text" in missing:
+        instruction = replace(instruction, text="(no sentence in the files)")
+    return open_dataset(
+        replace(card, robot=replace(robot, hz=robot.hz or 1.0, cameras=cameras), instruction=instruction)
+    )
+
+
+def describe(path: Path, layout: str = "") -> Draft:
+    """Draft a card from the files at `path`, of the layout named, or recognised if none is.
+
+    Raises DataError if their layout is unknown or cannot do it.
+    """
+    name = layout or layouts.recognise(path)
     module = layouts.load(name)
     if "describe" not in vars(module):
         raise DataError(f"{path}: layout {name!r} cannot describe its files; write a card")
+    if layout and not module.recognise(path):
+        raise DataError(f"{path}: is not of layout {layout!r}")
     return module.describe(path)
 
 
@@ -103,15 +140,15 @@ def prepare(card: Card) -> Card:
     module = layouts.load(card.layout)
     sources: tuple[str, ...] = module.INSTRUCTIONS
     source = card.instruction.source
-    if not source and not sources:
+    if not source and not (sources and sources[0]):
         raise ConfigError(
             f'{where}: files of layout {card.layout!r} hold no instruction; set instruction.source = "card"'
         )
     if source not in ("", "card", *sources):
+        known = ["card", *filter(None, sources)]
         raise ConfigError(
-            f"{where}: instruction.source: {source!r} is none of "
-            f"{', '.join(map(repr, ['card', *sources]))}, which layout {card.layout!r} has"
-            f"{did_you_mean(source, ['card', *sources], listed=False)}"
+            f"{where}: instruction.source: {source!r} is none of {', '.join(map(repr, known))}, which layout "
+            f"{card.layout!r} has{did_you_mean(source, known, listed=False)}"
         )
     _check_section(module, card, where)
     instruction = card.instruction if source else replace(card.instruction, source=sources[0])
@@ -142,14 +179,15 @@ def _check_expectations(store: EpisodeStore) -> None:
     if twice:
         raise DataError(f"dataset {card.name!r}: episode ids are not unique: {', '.join(twice)}")
     expected = card.expected_episodes
-    if expected and len(episodes) != expected:
+    if expected and len(episodes) + len(store.left_out) != expected:
         fix = "complete the files, or fix the card"
         if card.record is not None:
             fix = f"finish recording with: vlafit record {card.file or card.name}; or set expect.episodes"
         raise DataError(
-            f"dataset {card.name!r} has {len(episodes)} episodes in {len(store.files())} files, its card "
+            f"dataset {card.name!r} has {len(episodes) + len(store.left_out)} episodes in "
+            f"{len(store.files())} files, its card "
             f"expects {expected}; {fix}"
         )
     frames = sum(info.length for info in episodes)
-    if card.expect.frames and frames != card.expect.frames:
+    if card.expect.frames and not store.left_out and frames != card.expect.frames:
         raise DataError(f"dataset {card.name!r} has {frames} frames, its card expects {card.expect.frames}")

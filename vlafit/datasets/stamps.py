@@ -1,5 +1,6 @@
 """Notice files that change while a dataset is open, by their size and time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlafit.errors import DataError
@@ -19,8 +20,8 @@ def stamp(path: Path) -> Stamp:
 class Stamps:
     """The stamps that files had when they were first read."""
 
-    def __init__(self) -> None:
-        self._first: dict[Path, Stamp] = {}
+    def __init__(self, first: Mapping[Path, Stamp] | None = None) -> None:
+        self._first: dict[Path, Stamp] = dict(first or {})
 
     def require_unchanged(self, path: Path) -> None:
         """Raise DataError if a file was overwritten or cut since it was first asked about.

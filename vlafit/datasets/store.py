@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.card import Card
+from vlafit.datasets.selection import LeftOut
 from vlafit.errors import DataError, did_you_mean
 from vlafit.types import Embodiment, Observation, Sample
 
@@ -37,6 +38,10 @@ class EpisodeStore(ABC):
 
     card: Card
     episodes: tuple[EpisodeInfo, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    """Episodes of the files that are not used, and why."""
+    selects: bool = False
+    """Whether the layout follows a card's [episodes] (see `vlafit.datasets.selection`)."""
 
     @property
     def embodiment(self) -> Embodiment:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from vlafit import config
@@ -10,18 +10,22 @@ from vlafit.datasets import layouts
 from vlafit.datasets.card import Card
 
 
-def card_text(card: Card, guesses: Mapping[str, str] | None = None) -> str:
+def card_text(
+    card: Card, guesses: Mapping[str, str] | None = None, missing: Mapping[str, str] | None = None
+) -> str:
     """Return the TOML text of a card; `vlafit.datasets.load.build` reads it back equal, `file` aside.
 
-    Fields with their default value are left out. `guesses` maps a dotted key, a list's items by number
-    (robot.cameras.0.name), to the comment above it. Raises KeyError for a key that the card does not write.
+    Fields with their default value are left out. `guesses` and `missing` map a dotted key, a list's items by
+    number (robot.cameras.0.name), to the comment above it. Raises KeyError for a key that the card lacks.
     """
-    values = _chosen(card)
+    remaining = {key: f"# GUESS: {reason}" for key, reason in (guesses or {}).items()}
+    remaining |= {key: f"# FILL IN: {reason}" for key, reason in (missing or {}).items()}
+    table_name = layouts.section_name(card.layout)
+    values = _chosen(card, "", {key.replace(f"{table_name}.", "section.", 1) for key in remaining})
     values.pop("file", None)
     section = values.pop("section", {})
     if section:
-        values[layouts.section_name(card.layout)] = section
-    remaining = dict(guesses or {})
+        values[table_name] = section
     lines: list[str] = []
     table, counts = "", dict[str, int]()
     for line in config.dump(values).splitlines():
@@ -34,28 +38,29 @@ def card_text(card: Card, guesses: Mapping[str, str] | None = None) -> str:
         key = line.split(" = ", 1)[0]
         dotted = f"{table}.{key}" if table else key
         if not header and dotted in remaining:
-            lines.append(f"# GUESS: {remaining.pop(dotted)}")
+            lines.append(remaining.pop(dotted))
         lines.append(line)
     if remaining:
         raise KeyError(f"guesses about keys that the card does not write: {sorted(remaining)}")
     return "\n".join(lines) + "\n"
 
 
-def _chosen(value: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are not their default, dataclasses inside as tables."""
+def _chosen(value: Any, prefix: str, keep: Set[str]) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not their default or are in `keep`, tables inside as such."""
     chosen = {}
     for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
+        item, dotted = getattr(value, field.name), f"{prefix}{field.name}"
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if item == default and default is not dataclasses.MISSING:
+        kept = any(key == dotted or key.startswith(f"{dotted}.") for key in keep)
+        if item == default and default is not dataclasses.MISSING and not kept:
             continue
         if dataclasses.is_dataclass(item):
-            item = _chosen(item)
+            item = _chosen(item, f"{dotted}.", keep)
             if not item:
                 continue
         elif isinstance(item, tuple) and item and all(dataclasses.is_dataclass(one) for one in item):
-            item = tuple(_chosen(one) for one in item)
+            item = tuple(_chosen(one, f"{dotted}.{n}.", keep) for n, one in enumerate(item))
         chosen[field.name] = item
     return chosen

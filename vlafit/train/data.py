@@ -14,6 +14,7 @@ from functools import cached_property
 from vlafit import checkpoints
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.card import with_relative_matches
+from vlafit.datasets.leaks import require_apart
 from vlafit.errors import ConfigError, DataError, EmbodimentError
 from vlafit.recipe import DataRecipe
 from vlafit.types import Embodiment, renderer_notice, require_same
@@ -50,6 +51,14 @@ class Data:
     def seeds_known(self) -> bool:
         """Whether every episode records its seed, so that evaluations can avoid it."""
         return all(e.seed is not None for store in self.stores for e in store.episodes)
+
+    def left_out(self) -> dict[str, dict[str, str]]:
+        """Return the episodes that each card leaves out, and why; only cards that leave some out."""
+        return {
+            card.name: {left.id: left.reason for left in store.left_out}
+            for card, store in zip(self.cards, self.stores, strict=True)
+            if store.left_out
+        }
 
     @cached_property
     def learned(self) -> tuple[checkpoints.Learned, ...]:
@@ -98,6 +107,11 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
                 "learn both"
             )
     splits = [split_episodes(store, recipe.validation, seed, recipe.episodes_per_task) for store in stores]
+    names = [f"card {card.name!r}" for card in cards]
+    require_apart(
+        [(name, store, split[0]) for name, store, split in zip(names, stores, splits, strict=True)],
+        [(name, store, split[1]) for name, store, split in zip(names, stores, splits, strict=True)],
+    )
     if not any(training for training, _ in splits):
         raise DataError(f"no training episodes are left in {', '.join(recipe.cards)}; lower data.validation")
     return Data(cards, stores, tuple(s[0] for s in splits), tuple(s[1] for s in splits))
@@ -117,16 +131,28 @@ def cards_of(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def open_validation_sets(recipe: DataRecipe, robot: Embodiment, relative: Sequence[bool]) -> ValidationSets:
-    """Open every named validation set and compare its robot with `robot`, that of the training data.
+def open_validation_sets(recipe: DataRecipe, data: Data) -> ValidationSets:
+    """Open every named validation set, and compare its robot and its episodes with the training data.
 
-    `relative` marks the action dimensions that the training cards make relative. Raises ConfigError,
-    DataError or EmbodimentError naming the set.
+    Raises ConfigError, DataError or EmbodimentError naming the set.
     """
-    return {
+    robot, relative = data.embodiment, data.cards[0].robot.relative
+    sets = {
         name: tuple(_open_set(f"data.validation_sets.{name}", recipe, cards_of(cards), robot, relative))
         for name, cards in recipe.validation_sets.items()
     }
+    require_apart(
+        [
+            (f"card {card.name!r}", store, ids)
+            for card, store, ids in zip(data.cards, data.stores, data.training, strict=True)
+        ],
+        [
+            (f"data.validation_sets.{name}", store, [info.id for info in store.episodes])
+            for name, stores in sets.items()
+            for store in stores
+        ],
+    )
+    return sets
 
 
 def _open_set(

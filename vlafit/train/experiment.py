@@ -67,7 +67,7 @@ def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> 
     `resumed` is the checkpoint of the same run to resume from, which then provides policy and codec.
     """
     data = open_data(recipe.data, recipe.train.seed)
-    sets = open_validation_sets(recipe.data, data.embodiment, data.cards[0].robot.relative)
+    sets = open_validation_sets(recipe.data, data)
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
     strategy = load_strategy(recipe.strategy)
     frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")

@@ -349,6 +349,7 @@ def _begin(
         "base_sha256": experiment.history.base,
         "seeds_known": experiment.data.seeds_known,
         "data_files": data_facts,
+        "left_out": experiment.data.left_out(),
         "datasets": [asdict(dataset) for dataset in experiment.history.datasets],
         "processes": accelerator.num_processes,
         **describe_machine(accelerator.device),

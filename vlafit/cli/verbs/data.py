@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlafit.cli.console import Line, table
@@ -11,6 +11,8 @@ from vlafit.cli.parser import Parser
 from vlafit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vlafit.datasets import EpisodeStore
     from vlafit.datasets.checks import Finding
 
@@ -18,6 +20,7 @@ ABOUT = {
     "inspect": "Show a dataset on one screen: layout, robot, cameras, tasks, episodes.",
     "card": "Write the data card of a dataset to stdout, each guess marked by a comment.",
     "stats": "Print the statistics of states and actions, taken from the rows.",
+    "bench": "Measure how fast it is read here, and say which data.workers suits it.",
     "check": "Check a dataset. Exit status: 0 clean, 1 findings of severity error, 2 it cannot be opened.",
 }
 PATH = "a card, the name of one that ships, a dataset that needs no card, or its id on the Hugging Face Hub"
@@ -38,35 +41,64 @@ def run(arguments: Sequence[str]) -> int:
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "check":
         parser.add_argument("--no-pixels", action="store_true", help="check columns only; decode no frame")
+    if verb == "bench":
+        parser.add_argument("--seconds", type=float, default=5.0, help="how long to read")
+    if verb in ("card", "inspect"):
+        parser.add_argument(
+            "--layout", default="", help="the layout, if it is not recognised: package.module"
+        )
     options = parser.read(rest)
     if verb == "card":
-        return _card(options.path)
+        return _card(options.path, options.layout)
     from vlafit.datasets import open_dataset
 
-    store = open_dataset(options.path)
+    missing: Mapping[str, str] = {}
+    if verb == "inspect":
+        store, missing = _open_to_look(options.path, options.layout)
+    else:
+        store = open_dataset(options.path)
     if verb == "check":
         return _check(store, options.json, pixels=not options.no_pixels)
-    facts = _inspect(store) if verb == "inspect" else _stats(store)
+    if verb == "bench":
+        return _bench(store, options.json, options.seconds)
+    facts = _inspect(store, missing) if verb == "inspect" else _stats(store)
     print(json.dumps(facts, indent=2) if options.json else _text(verb, facts))
     return 0
 
 
-def _card(path: str) -> int:
+def _data(path: str) -> "Path | None":
+    """Return the files or folder that `path` is, None if it is a card or a name."""
     from pathlib import Path
 
+    local = Path(path).expanduser()
+    return local if local.exists() and local.suffix != ".toml" else None
+
+
+def _card(path: str, layout: str) -> int:
     from vlafit.datasets import describe, load_card
     from vlafit.datasets.write import card_text
 
-    local = Path(path).expanduser()
-    if local.exists() and local.suffix != ".toml":
-        draft = describe(local)
-        print(card_text(draft.card, draft.guesses), end="")
+    local = _data(path)
+    if local is not None:
+        draft = describe(local, layout)
+        print(card_text(draft.card, draft.guesses, draft.missing), end="")
     else:
         print(card_text(load_card(path)), end="")
     return 0
 
 
-def _inspect(store: "EpisodeStore") -> dict[str, Any]:
+def _open_to_look(path: str, layout: str) -> "tuple[EpisodeStore, Mapping[str, str]]":
+    """Open a dataset, also one whose card would have to be completed; return what is missing in it."""
+    from vlafit.datasets import describe, open_dataset, open_draft
+
+    local = _data(path)
+    if local is None:
+        return open_dataset(path), {}
+    draft = describe(local, layout)
+    return open_draft(draft), draft.missing
+
+
+def _inspect(store: "EpisodeStore", missing: Mapping[str, str]) -> dict[str, Any]:
     robot, lengths = store.embodiment, [info.length for info in store.episodes]
     tasks: dict[str, int] = {}
     for info in store.episodes:
@@ -78,8 +110,10 @@ def _inspect(store: "EpisodeStore") -> dict[str, Any]:
         "episodes": len(lengths),
         "frames": sum(lengths),
         "episode_lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
+        "left_out": {left.id: left.reason for left in store.left_out},
+        "missing": dict(missing),
         "robot": robot.name,
-        "hz": robot.hz,
+        "hz": None if "robot.hz" in missing else robot.hz,
         "control": robot.control,
         "cameras": {camera.name: list(camera.shape) for camera in robot.cameras},
         "state": {"dimensions": robot.state.shape[0], "labels": list(robot.state.labels)},
@@ -116,7 +150,7 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['name']}: layout {facts['layout']}, {facts['files']} files",
         f"{facts['episodes']} episodes, {facts['frames']} frames; {short} to {long} steps, mean {mean:.0f}",
-        f"robot {facts['robot']}, {facts['hz']:g} Hz, control {facts['control'] or 'not in the files'}",
+        f"robot {facts['robot']}, {_rate(facts['hz'])}, control {facts['control'] or 'not in the files'}",
     ]
     lines += [f"camera {name}: {h}x{w}" for name, (h, w, _) in facts["cameras"].items()]
     for column in ("state", "action"):
@@ -126,17 +160,43 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
     lines += [f"{count:>6} x {text}" for text, count in tasks[:10]]
     if len(tasks) > 10:
         lines.append(f"and {len(tasks) - 10} more instructions")
+    left_out = list(facts["left_out"].items())
+    lines += [f"left out: {episode}: {reason}" for episode, reason in left_out[:5]]
+    if len(left_out) > 5:
+        lines.append(f"and {len(left_out) - 5} more left out")
+    lines += [f"the card must say {key}: {reason}" for key, reason in facts["missing"].items()]
     return "\n".join(lines)
+
+
+def _rate(hz: float | None) -> str:
+    return "rate not in the files" if hz is None else f"{hz:g} Hz"
+
+
+def _bench(store: "EpisodeStore", as_json: bool, seconds: float) -> int:
+    from vlafit.datasets.bench import cores, measure
+
+    result, available = measure(store, seconds), cores()
+    workers = result.workers(available)
+    if as_json:
+        facts = {**dataclasses.asdict(result), "samples_per_s": result.samples_per_s, "limit": result.limit}
+        print(json.dumps({**facts, "cores": available, "workers": workers}, indent=2))
+    else:
+        each = 1000 / result.samples_per_s
+        print(
+            f"{result.samples_per_s:,.0f} samples/s in one process ({each:.2f} ms each, mostly "
+            f"{result.limit}); {available} cores\n"
+            f"data.workers = {workers}"
+            + (" (handing samples over would cost more than reading them)" if not workers else "")
+        )
+    return 0
 
 
 def _check(store: "EpisodeStore", as_json: bool, *, pixels: bool) -> int:
     from vlafit.datasets.checks import check_store
 
-    if as_json:
-        findings = check_store(store, pixels=pixels)
-    else:
-        with Line("episodes", max(1, len(store.episodes))) as line:
-            findings = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
+    frames = len(store.embodiment.cameras) * sum(info.length for info in store.episodes)
+    with Line("frames", max(1, frames), on_stderr=True) as line:
+        findings = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
         found = [dataclasses.asdict(finding) for finding in findings]

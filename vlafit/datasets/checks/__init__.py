@@ -15,8 +15,8 @@ def check_store(
 ) -> list[Finding]:
     """Return what is suspicious in a dataset, errors first, then by episode.
 
-    `pixels` False looks at columns only, and decodes no frame. `progress` is called with the episodes done
-    and their number. Raises DataError where the files cannot be read.
+    `pixels` False looks at columns only, and decodes no frame. `progress` is called with the frames done and
+    their number, of all cameras. Raises DataError where the files cannot be read.
     """
     findings = check_columns(store)
     if pixels:

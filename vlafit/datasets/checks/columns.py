@@ -9,10 +9,14 @@ from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.store import EpisodeStore
 
 PLACEHOLDERS = ("", "task", "todo", "test", "none", "unknown", "dummy", "null")
-FURTHEST_LAG = 8  # steps by which an action is looked for before and after the state that it causes
+FURTHEST_LAG = 12  # steps by which an action is looked for before and after the state that it causes
 STRONG = 0.6  # correlation at which an action dimension is taken to drive a state dimension
 FEWEST = 4  # episodes that must agree before one of them is called different
+AGREEING = 0.75  # share of the episodes that must agree on a sign
+SHARP = 0.8  # share of the episodes whose own peak must be near the usual lag, else it is too broad to tell
+LAG_RATIO = 2.0  # times that the unexplained part must be larger at the usual lag than at the episode's own
 MOVING = 1e-6  # a range below this is no motion
+HOLE = 3  # rows of zeros in a row
 SPIKE = 40.0  # a step this many times the dataset's 99th percentile is a spike
 
 Columns = list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]  # id, states [T, s], actions [T, a]
@@ -25,6 +29,7 @@ def check_columns(store: EpisodeStore) -> list[Finding]:
         for n, info in enumerate(store.episodes)
     ]
     findings = [*_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
+    findings += [*_limits(store, columns), *_holes(columns)]
     copied = {f.episode for f in findings if f.kind == "action_equals_state"}
     rest = [c for c in columns if c[0] not in copied]
     return findings + _signs_and_lags(store, rest)
@@ -94,6 +99,57 @@ def _spikes(store: EpisodeStore, columns: Columns) -> list[Finding]:
     return findings
 
 
+def _limits(store: EpisodeStore, columns: Columns) -> list[Finding]:
+    """Find values that the card says the robot does not permit."""
+    findings = []
+    robot = store.embodiment
+    for number, name, feature in ((1, "state", robot.state), (2, "action", robot.action)):
+        low = np.asarray(feature.low or -np.inf)
+        high = np.asarray(feature.high or np.inf)
+        for column in columns:
+            rows = np.asarray(column[number])
+            beyond = (rows < low - MOVING) | (rows > high + MOVING)
+            if beyond.any():
+                step, d = (int(i) for i in np.argwhere(beyond)[0])
+                label = feature.labels[d] if feature.labels else f"dimension {d}"
+                findings.append(
+                    Finding(
+                        "error",
+                        "outside_limits",
+                        str(column[0]),
+                        step,
+                        f"{name} {label} is {rows[step, d]:.4g}, beyond the card's limits, in "
+                        f"{int(beyond.any(axis=1).sum())} of {len(rows)} steps",
+                        "the policy learns what the robot cannot do, or the unit is another",
+                        "fix the values, the card's low and high, or its scale",
+                    )
+                )
+    return findings
+
+
+def _holes(columns: Columns) -> list[Finding]:
+    """Find steps whose whole state and action are 0, in episodes where most are not: a hole in the file."""
+    findings = []
+    for episode, state, actions in columns:
+        empty = ~(state.any(axis=1) | actions.any(axis=1))
+        if not 0 < empty.sum() < len(empty) or not state.any():
+            continue
+        longest = max(len(run) for run in "".join("x" if e else " " for e in empty).split())
+        if longest >= HOLE:
+            findings.append(
+                Finding(
+                    "error",
+                    "zero_rows",
+                    episode,
+                    int(np.flatnonzero(empty)[0]),
+                    f"state and action are 0 in every dimension in {int(empty.sum())} of {len(empty)} steps",
+                    "the policy learns to go to 0",
+                    "fetch the file again (a download that went on after a break?), or leave the episode out",
+                )
+            )
+    return findings
+
+
 def _copies(columns: Columns) -> list[Finding]:
     findings = []
     for episode, state, actions in columns:
@@ -118,48 +174,48 @@ def _copies(columns: Columns) -> list[Finding]:
 
 
 def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
-    """Compare how each episode's actions drive its states with how they do in most episodes."""
+    """Compare how each episode's actions drive its states with how they do in most episodes.
+
+    The median of all correlation curves says at which lag and with which sign an action dimension drives its
+    state. An episode's own peak anywhere else proves nothing: both signals are smooth, so they correlate
+    strongly at some lag by chance.
+    """
     columns = [c for c in columns if len(c[1]) >= 3 * FURTHEST_LAG]
     if len(columns) < FEWEST:
         return []
-    drives = _drives(columns)
     findings = []
     labels = store.embodiment.action.labels
     lags: dict[str, list[int]] = {episode: [] for episode, *_ in columns}
     usual: dict[int, int] = {}
-    for d, (s, difference) in drives.items():
+    judged = 0  # dimensions whose peak is sharp enough to tell a lag
+    for d, (s, difference) in _drives(columns).items():
         curves = np.stack(
-            [_correlations(state[:, s], actions[:, d], difference) for _, state, actions in columns]
+            [_correlations(x[:, s : s + 1], a[:, d : d + 1], difference)[:, 0, 0] for _, x, a in columns]
         )
-        peaks = np.nan_to_num(curves)
-        best = np.abs(peaks).argmax(axis=1)
-        heights = peaks[np.arange(len(peaks)), best]
-        strong = np.abs(heights) > STRONG
-        if strong.sum() < FEWEST:
+        middle = np.median(curves, axis=0)
+        place = int(np.abs(middle).argmax())
+        curves = curves * np.sign(middle[place])
+        usual[d] = place - FURTHEST_LAG
+        flipped = curves[:, place] < -STRONG
+        if flipped.mean() <= 1 - AGREEING:
+            name = labels[d] if d < len(labels) else f"dimension {d}"
+            findings += [
+                _sign(columns[n][0], name, curves[n, place], int((~flipped).sum()), len(columns))
+                for n in np.flatnonzero(flipped)
+            ]
+        own = curves.argmax(axis=1)
+        if (np.abs(own - place) <= 1).mean() < SHARP:
             continue
-        sign = np.sign(np.median(heights[strong]))
-        usual[d] = int(np.median(best[strong])) - FURTHEST_LAG
-        agreeing = float((np.sign(heights[strong]) == sign).mean())
-        for (episode, *_), height, place, ok in zip(columns, heights, best, strong, strict=True):
-            if not ok:
-                continue
-            if np.sign(height) != sign and agreeing >= 0.7:
-                name = labels[d] if d < len(labels) else f"dimension {d}"
-                findings.append(
-                    Finding(
-                        "error",
-                        "action_sign",
-                        episode,
-                        None,
-                        f"action {name} moves the state the opposite way (correlation {height:.2f}) from "
-                        f"{agreeing:.0%} of the episodes",
-                        "the policy learns both signs, which cancel",
-                        "flip the sign of that dimension in the episode, or leave it out",
-                    )
-                )
-            elif np.sign(height) == sign:
-                lags[episode].append(int(place) - FURTHEST_LAG - usual[d])
-    findings += [_lag(episode, int(np.median(late))) for episode, late in lags.items() if _is_late(late)]
+        judged += 1
+        height = curves.max(axis=1)
+        gains = (height > np.median(curves[:, place]) - 0.05) & (
+            1 - curves[:, place] > LAG_RATIO * (1 - height)
+        )
+        for (episode, *_), best, gain, turned in zip(columns, own, gains, flipped, strict=True):
+            if not turned:
+                lags[episode].append(int(best) - place if gain else 0)
+    if judged > len(usual) / 2:
+        findings += [_lag(episode, int(np.median(late))) for episode, late in lags.items() if _is_late(late)]
     everywhere = [lag for lag in usual.values() if lag < 0]
     if usual and len(everywhere) > len(usual) / 2:
         findings.append(_lag("", int(np.median(everywhere))))
@@ -168,6 +224,19 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
 
 def _is_late(late: list[int]) -> bool:
     return bool(len(late) > 0 and abs(np.median(late)) >= 2 and (np.abs(late) >= 2).mean() > 0.5)
+
+
+def _sign(episode: str, name: str, correlation: float, agreeing: int, total: int) -> Finding:
+    return Finding(
+        "error",
+        "action_sign",
+        episode,
+        None,
+        f"action {name} moves the state the opposite way (correlation {correlation:.2f}) from {agreeing} of "
+        f"{total} episodes",
+        "the policy learns both signs, which cancel",
+        "flip the sign of that dimension in the episode, or leave it out",
+    )
 
 
 def _lag(episode: str, steps: int) -> Finding:
@@ -185,32 +254,43 @@ def _lag(episode: str, steps: int) -> Finding:
 
 def _drives(columns: Columns) -> dict[int, tuple[int, bool]]:
     """Return, for each action dimension, which state dimension it drives: (dimension, by its differences)."""
+    some = columns[:32]
+    heights = []
+    for difference in (False, True):
+        curves = np.stack([_correlations(state, actions, difference) for _, state, actions in some])
+        heights.append(np.abs(np.median(curves, axis=0)).max(axis=0))  # [a, s]
     drives = {}
     for d in range(columns[0][2].shape[1]):
-        best, chosen = STRONG, None
-        for s in range(columns[0][1].shape[1]):
-            for difference in (False, True):
-                peaks = []
-                for _, state, actions in columns[:32]:
-                    curve = _correlations(state[:, s], actions[:, d], difference)
-                    if np.isfinite(curve).any():
-                        peaks.append(np.nanmax(np.abs(curve)))
-                height = float(np.median(peaks)) if len(peaks) >= FEWEST else 0.0
-                if height > best:
-                    best, chosen = height, (s, difference)
-        if chosen is not None:
-            drives[d] = chosen
+        best = np.stack([height[d] for height in heights])  # [2, s]
+        kind, s = np.unravel_index(int(best.argmax()), best.shape)
+        if best[kind, s] > STRONG:
+            drives[d] = (int(s), bool(kind))
     return drives
 
 
-def _correlations(state: NDArray, action: NDArray, difference: bool) -> NDArray[np.float64]:
-    """Return the correlation of action[t] with state[t + lag], for lags -FURTHEST_LAG to FURTHEST_LAG."""
-    curve = np.full(2 * FURTHEST_LAG + 1, np.nan)
+def _correlations(
+    state: NDArray[np.float64], actions: NDArray[np.float64], difference: bool
+) -> NDArray[np.float64]:
+    """Return the correlation of actions[t] with state[t + lag], for lags -FURTHEST_LAG to FURTHEST_LAG.
+
+    [lags, a, s]; 0 where one of the two does not move. `difference` takes the state's steps instead.
+    """
     if difference:
-        state, action = np.diff(state), action[:-1]
-    for number, lag in enumerate(range(-FURTHEST_LAG, FURTHEST_LAG + 1)):
-        a = action[max(0, -lag) : len(action) - max(0, lag)]
-        b = state[max(0, lag) : len(state) + min(0, lag)]
-        if np.ptp(a) > MOVING and np.ptp(b) > MOVING:
-            curve[number] = np.corrcoef(a, b)[0, 1]
-    return curve
+        state, actions = np.diff(state, axis=0), actions[:-1]
+    length = len(state)
+    lags = range(-FURTHEST_LAG, FURTHEST_LAG + 1)
+    return np.stack(
+        [
+            _standard(actions[max(0, -lag) : length - max(0, lag)]).T
+            @ _standard(state[max(0, lag) : length + min(0, lag)])
+            for lag in lags
+        ]
+    )
+
+
+def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return columns of mean 0 and length 1; those that do not move are 0."""
+    centred = values - values.mean(axis=0)
+    size = np.sqrt((centred * centred).sum(axis=0))
+    moves = np.ptp(values, axis=0) > MOVING
+    return np.where(moves, centred / np.where(moves, size, 1), 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks import late
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.store import EpisodeStore
 
@@ -13,10 +14,9 @@ SIZE = 32  # pixels of the small frames that are compared
 BATCH = 64  # frames read at once
 FEWEST = 4  # episodes that must agree before one of them is called different
 CLEARER = 0.5  # a transformed episode must be this much nearer to the others than it is untransformed
-BLACK = 4.0  # mean grey level below which a frame is black
+BLACK = 4.0  # mean grey level (of 255) below which a frame is dark
+LIT = 16.0  # median level of an episode from which on a dark frame in it is missing
 FREEZE = 4  # equal frames in a row, while the robot moves
-FURTHEST_SHIFT = 10  # frames by which a video may be late or early
-SHIFT_GAIN = 0.1  # correlation that a shift must add to be believed
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class _Clip:
     mean: NDArray[np.float32]  # [SIZE, SIZE, 3], over the episode
     change: NDArray[np.float64]  # [T - 1], mean absolute difference of neighbouring frames
     level: NDArray[np.float64]  # [T], mean grey level
+    features: NDArray[np.float32]  # [T, late.FEATURES], see checks/late.py
 
 
 def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
@@ -35,16 +36,28 @@ def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | Non
     cameras = [camera.name for camera in store.embodiment.cameras]
     clips: dict[str, list[_Clip]] = {camera: [] for camera in cameras}
     speeds = [_speed(store.state(n)) for n in range(len(store.episodes))]
+    total, done = len(cameras) * sum(info.length for info in store.episodes), 0
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        if progress is not None:
+            progress(done, total)
+
     for number, info in enumerate(store.episodes):
         for camera in cameras:
-            clips[camera].append(_clip(store, number, info.id, camera))
-        if progress is not None:
-            progress(number + 1, len(store.episodes))
+            clips[camera].append(_clip(store, number, info.id, camera, count))
     findings: list[Finding] = []
     for camera in cameras:
         for clip, speed in zip(clips[camera], speeds, strict=True):
             findings += _black(clip) + _frozen(clip, speed, clips[camera])
-        findings += _late(clips[camera], speeds)
+        findings += late.check_shift(
+            camera,
+            [
+                late.Track(clip.episode, store.state(n), clip.features, clip.change, speeds[n])
+                for n, clip in enumerate(clips[camera])
+            ],
+        )
     return findings + _transformed(clips)
 
 
@@ -55,37 +68,63 @@ def _speed(state: NDArray) -> NDArray[np.float64]:
     return (steps / np.where(size > 0, size, 1)).sum(axis=1)
 
 
-def _clip(store: EpisodeStore, number: int, episode: str, camera: str) -> _Clip:
+def _clip(store: EpisodeStore, number: int, episode: str, camera: str, count: Callable[[int], None]) -> _Clip:
     length = store.episodes[number].length
-    total, changes, levels = np.zeros((SIZE, SIZE, 3)), [], []
+    total, changes, levels, features = np.zeros((SIZE, SIZE, 3)), [], [], []
+    project = late.projection()
     last: NDArray | None = None
     for first in range(0, length, BATCH):
         frames = store.images(number, list(range(first, min(first + BATCH, length))), camera)
-        rows = np.linspace(0, frames.shape[1] - 1, SIZE).round().astype(int)
-        columns = np.linspace(0, frames.shape[2] - 1, SIZE).round().astype(int)
-        small = frames[:, rows][:, :, columns].astype(np.float64)
+        small = _sampled(frames, SIZE).astype(np.float64)
+        features.append(_cells(_sampled(frames, 4 * late.GRID)) @ project)
         total += small.sum(axis=0)
         levels.append(small.mean(axis=(1, 2, 3)))
         joined = small if last is None else np.concatenate([last[None], small])
         changes.append(np.abs(np.diff(joined, axis=0)).mean(axis=(1, 2, 3)))
         last = small[-1]
+        count(len(frames))
     mean = (total / length).astype(np.float32)
-    return _Clip(episode, camera, mean, np.concatenate(changes), np.concatenate(levels))
+    return _Clip(
+        episode, camera, mean, np.concatenate(changes), np.concatenate(levels), np.concatenate(features)
+    )
+
+
+def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return `size` x `size` evenly spaced pixels of each frame."""
+    rows = np.linspace(0, frames.shape[1] - 1, size).round().astype(int)
+    columns = np.linspace(0, frames.shape[2] - 1, size).round().astype(int)
+    return frames[:, rows][:, :, columns]
+
+
+def _cells(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return frames [n, 4 * GRID, 4 * GRID, 3] averaged over 4 x 4 pixels, [n, GRID * GRID * 3]."""
+    cells = frames.reshape(len(frames), late.GRID, 4, late.GRID, 4, 3).mean(axis=(2, 4), dtype=np.float32)
+    return cells.reshape(len(frames), -1) - 128
 
 
 def _black(clip: _Clip) -> list[Finding]:
     dark = np.flatnonzero(clip.level < BLACK)
     if not len(dark):
         return []
+    usual = float(np.median(clip.level))
+    missing = usual >= LIT or not clip.level.any()  # dark among lit frames, or nothing but zeros
+    what = (
+        f"{len(dark)} of {len(clip.level)} frames of camera {clip.camera!r} are darker than {BLACK:g} of 255 "
+        f"(the darkest has a mean level of {clip.level.min():.1f}, the episode's median is {usual:.1f})"
+    )
+    if missing:
+        effect, fix = "the policy is taught to act without seeing", "fetch or record the episode again"
+    else:
+        effect, fix = "little can be seen in them", "look at the episode (a cap on the lens, a dark scene?)"
     return [
         Finding(
-            "error",
-            "black_frames",
+            "error" if missing else "warning",
+            "black_frames" if missing else "dark_frames",
             clip.episode,
             int(dark[0]),
-            f"{len(dark)} of {len(clip.level)} frames of camera {clip.camera!r} are black",
-            "the policy is taught to act without seeing",
-            "fetch or record the episode again, or leave it out",
+            what,
+            effect,
+            f"{fix}, or leave it out",
         )
     ]
 
@@ -115,43 +154,6 @@ def _frozen(clip: _Clip, speed: NDArray[np.float64], clips: list[_Clip]) -> list
             "the image does not belong to the state and the action of its step",
             "leave the episode out, or cut it before the freeze",
         )
-    ]
-
-
-def _late(clips: list[_Clip], speeds: list[NDArray[np.float64]]) -> list[Finding]:
-    """Compare when the image changes with when the state does, against the other episodes."""
-    curves: dict[str, NDArray[np.float64]] = {}
-    for clip, speed in zip(clips, speeds, strict=True):
-        if len(speed) < 3 * FURTHEST_SHIFT or np.ptp(speed) == 0 or np.ptp(clip.change) == 0:
-            continue
-        heights = []
-        for shift in range(-FURTHEST_SHIFT, FURTHEST_SHIFT + 1):
-            a = speed[max(0, -shift) : len(speed) - max(0, shift)]
-            b = clip.change[max(0, shift) : len(clip.change) + min(0, shift)]
-            heights.append(np.corrcoef(a, b)[0, 1] if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0)
-        if max(heights) > 0.5:
-            curves[clip.episode] = np.asarray(heights)
-    if len(curves) < FEWEST:
-        return []
-    usual = int(np.median([curve.argmax() for curve in curves.values()]))
-    shifts = [
-        (episode, int(curve.argmax()) - usual)
-        for episode, curve in curves.items()
-        if curve.max() > curve[usual] + SHIFT_GAIN
-    ]
-    return [
-        Finding(
-            "error",
-            "video_shift",
-            episode,
-            None,
-            f"camera {clips[0].camera!r} is {abs(shift)} frames {'late' if shift > 0 else 'early'}"
-            " against the states, compared with the other episodes",
-            "images and actions of a step do not belong together",
-            "shift the frames, or leave the episode out",
-        )
-        for episode, shift in shifts
-        if abs(shift) >= 2
     ]
 
 

@@ -4,10 +4,10 @@ A layout is named by its module here, by the name of an entry point in the group
 dotted path of a module elsewhere. The module offers
 
 - `Section`: a frozen dataclass, the layout's own table in a card (the table has the module's name);
-- `INSTRUCTIONS`: the values of `instruction.source` that the layout can read, its default first;
+- `INSTRUCTIONS`: the values of `instruction.source` that the layout can read, its default first ("": none);
 - `recognise(path) -> bool`: whether the file or folder at `path` has this layout, by its content;
 - `open(card) -> EpisodeStore`: the dataset of a card, or DataError saying where the files differ from it;
-- `describe(path) -> Draft` (optional): a card drafted from the files, with what was guessed in it.
+- `describe(path) -> Draft` (optional): a card drafted from the files, what was guessed and what is missing.
 """
 
 import importlib
@@ -67,12 +67,39 @@ def recognise(path: Path) -> str:
     """
     if not path.exists():
         raise DataError(f"{path}: nothing is there")
+    refuse_others(path)
     matches = [name for name in [*names(), *installed()] if load(name).recognise(path)]
+    if len(matches) > 1 and "generic" in matches:
+        matches.remove("generic")  # it takes any HDF5 file
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise DataError(f"{path}: could be {' or '.join(matches)}; write a card that names its layout")
     raise DataError(
-        f"{path}: no layout recognises it (tried {', '.join([*names(), *installed()])}); write a card that "
-        "names its layout, or a layout of your own (docs/extending.md)"
+        f"{path}: no layout recognises it (tried {', '.join([*names(), *installed()])}); "
+        "write a card that names its layout, or a layout of your own (docs/extending.md)"
     )
+
+
+def refuse_others(path: Path) -> None:
+    """Raise DataError naming a converter if the dataset is RLDS or zarr, which no layout here reads."""
+    inside = [path, *(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else [path]
+    for folder in inside:
+        if folder.suffix == ".zarr" or any(
+            (folder / n).exists() for n in (".zgroup", ".zarray", "zarr.json")
+        ):
+            kind, converter = "zarr", "https://github.com/34328/umi2lerobot (UMI and diffusion policy)"
+        elif path.name.endswith(".zarr.zip"):
+            kind, converter = "zarr", "unzip it, then https://github.com/34328/umi2lerobot"
+        elif folder.is_dir() and any(folder.glob("*.tfrecord*")):
+            described = any((folder / name).is_file() for name in ("dataset_info.json", "features.json"))
+            kind = "RLDS" if described else "tfrecord"
+            converter = "https://github.com/Tavish9/any4lerobot (openx2lerobot)"
+        elif folder.is_file() and ".tfrecord" in folder.name:
+            kind, converter = "RLDS", "https://github.com/Tavish9/any4lerobot (openx2lerobot)"
+        else:
+            continue
+        raise DataError(
+            f"{path}: is a {kind} dataset, which vlafit does not read; convert it to LeRobot, for example "
+            f"with {converter}"
+        )

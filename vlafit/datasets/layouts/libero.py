@@ -4,7 +4,6 @@ Also what `vlafit record` writes, and OpenVLA's regenerated `*_no_noops` files, 
 gaps in the demo numbers. `/data/demo_N/...` holds one row a step.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-from vlafit.datasets.card import Card
-from vlafit.datasets.hdf5 import Demonstration, Hdf5Store, demonstrations_below
-from vlafit.datasets.hdf5_files import first_file, observations, open_file
+from vlafit.datasets.card import Card, Draft, InstructionCard
+from vlafit.datasets.hdf5 import Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
+from vlafit.datasets.hdf5_draft import Known, draft
+from vlafit.datasets.hdf5_files import first_demo, first_file, observations, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 from vlafit.files import parse_json
 
-INSTRUCTIONS = ("attrs", "filename")
+INSTRUCTIONS = ("attrs", *SOURCES)
 """attrs: `problem_info` of /data; filename: the words of the file's name."""
 
 
@@ -46,43 +47,55 @@ def recognise(path: Path) -> bool:
 
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    return Hdf5Store(card, _list, card.options(Section).linked)
+    return Hdf5Store(card, Hdf5Layout(_list, _tell, linked=card.options(Section).linked))
 
 
-def instruction_from_filename(stem: str) -> str:
-    """Return the sentence in a LIBERO file's name: ``KITCHEN_SCENE3_turn_on_the_stove_demo`` and the like."""
-    words = re.sub(r"^[A-Z_]+_SCENE\d+_", "", stem.removesuffix("_demo"))
-    return words.replace("_", " ").strip()
+def describe(path: Path) -> Draft:
+    """Draft the card of the files at `path`."""
+    file = first_file(path)
+    assert file is not None
+    with open_file(file) as opened:
+        data: Any = opened["data"]
+        group = first_demo(data)
+        known = "problem_info" in data.attrs
+        recorded = "seed" in data[group].attrs  # by `vlafit record`, upright
+    return draft(
+        path,
+        Known(
+            "libero",
+            f"data/{group}",
+            state=(
+                ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states"),
+                ("obs/ee_pos", "obs/gripper_states"),
+                ("obs/joint_states", "obs/gripper_states"),
+            ),
+            instruction=InstructionCard("attrs" if known else "filename"),
+            robot="libero-panda",
+            hz=20.0,
+            control="delta_pose",
+            rotate=not recorded,
+            guesses={} if known else {"instruction.source": "the files have no attributes; check `inspect`"},
+        ),
+    )
 
 
 def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
-    demos = demonstrations_below(file, path, card)
-    data: Any = file["data"]
-    instruction = _instruction(card, data, path)
     task = path.stem.removesuffix("_demo")
-    for demo in demos:
-        seed = data[demo].attrs.get("seed")  # kept by `vlafit record`
+    for demo in demonstrations_below(file, path, card):
+        seed = file[f"data/{demo}"].attrs.get("seed")  # kept by `vlafit record`
         known = int(seed) if isinstance(seed, int | np.integer) else None
-        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, instruction, known)
+        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known)
 
 
-def _instruction(card: Card, data: h5py.Group, path: Path) -> str:
-    match card.instruction.source:
-        case "card":
-            return card.instruction.sentence(path.stem, str(path))
-        case "filename":
-            text = instruction_from_filename(path.stem)
-            if not text:
-                raise DataError(f"{path}: the file's name holds no instruction; write it in the card")
-            return text
+def _tell(card: Card, file: h5py.File, path: Path, demo: Demonstration) -> str:
+    data: Any = file["data"]
     if "problem_info" not in data.attrs:
         raise DataError(
             f"{path}: /data has no attribute problem_info, so no instruction; regenerated "
             'files have none: use instruction.source = "filename" or "card"'
         )
-    raw: Any = data.attrs["problem_info"]
     try:
-        value = parse_json(raw)["language_instruction"]
+        value = parse_json(data.attrs["problem_info"])["language_instruction"]
         text = value if isinstance(value, str) else "".join(value)  # LIBERO joins lists so, too
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

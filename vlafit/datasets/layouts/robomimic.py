@@ -10,13 +10,21 @@ from typing import Any
 
 import h5py
 
-from vlafit.datasets.card import Card
-from vlafit.datasets.hdf5 import Demonstration, Hdf5Store, demonstrations_below
-from vlafit.datasets.hdf5_files import first_file, natural, observations, open_file
+from vlafit.datasets.card import Card, Draft, InstructionCard
+from vlafit.datasets.hdf5 import Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, inside_json
+from vlafit.datasets.hdf5_draft import Known, draft
+from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, did_you_mean
+from vlafit.files import parse_json
 
-INSTRUCTIONS = ()
+INSTRUCTIONS = ("", *SOURCES)
+"""The files hold none of their own."""
+STATE = (
+    ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
+    ("obs/robot0_eef_pos", "obs/robot0_gripper_qpos"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,24 +47,64 @@ def recognise(path: Path) -> bool:
         if not isinstance(data, h5py.Group) or "problem_info" in data.attrs:
             return False
         names = observations(data)
-        return not any(n.endswith("_rgb") for n in names) and (
-            "env_args" in data.attrs or any(n.endswith("_image") for n in names)
+        return (
+            not any(n.endswith("_rgb") for n in names)
+            and ("env_args" in data.attrs or any(n.endswith("_image") for n in names))
+            and "ep_meta" not in data[first_demo(data)].attrs
         )
 
 
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    return Hdf5Store(card, _list, card.options(Section).linked)
+    section = card.options(Section)
+    return Hdf5Store(
+        card,
+        Hdf5Layout(
+            lambda card, file, path, name: masked(card, file, path, name, section.mask), linked=section.linked
+        ),
+    )
 
 
-def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
+def describe(path: Path) -> Draft:
+    """Draft the card of the files at `path`."""
+    return draft(path, known("robomimic", path, InstructionCard("card")))
+
+
+def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
+    """Return what env_args tells of the files at `path`."""
+    file = first_file(path)
+    assert file is not None
+    with open_file(file) as opened:
+        data: Any = opened["data"]
+        group = first_demo(data)
+        try:
+            arguments = inside_json(parse_json(data.attrs["env_args"]), "env_kwargs", str(file))
+        except (KeyError, ValueError, TypeError, DataError):  # it is optional
+            arguments = {}
+    rate = arguments.get("control_freq") if isinstance(arguments, dict) else None
+    robots = arguments.get("robots") if isinstance(arguments, dict) else None
+    names = [robots] if isinstance(robots, str) else robots if isinstance(robots, list) else []
+    guesses = {"robot.hz": "control_freq of env_args"} if rate else {}
+    return Known(
+        layout,
+        f"data/{group}",
+        state=STATE,
+        ignore=("next_obs/",),
+        instruction=instruction,
+        robot="-".join(["robosuite", *map(str, names)]).lower(),
+        hz=float(rate) if isinstance(rate, int | float) else 20.0,
+        control="delta_pose",
+        guesses=guesses,
+    )
+
+
+def masked(card: Card, file: h5py.File, path: Path, name: str, mask: str) -> Iterator[Demonstration]:
+    """List the demonstrations of a file, those of the filter key `mask` if it is not empty."""
     demos = demonstrations_below(file, path, card)
-    mask = card.options(Section).mask
     if mask:
         demos = _masked(file, path, mask, demos)
-    instruction = card.instruction.sentence(path.stem, str(path))
     for demo in demos:
-        yield Demonstration(f"data/{demo}", f"{name}/{demo}", path.stem.removesuffix("_demo"), instruction)
+        yield Demonstration(f"data/{demo}", f"{name}/{demo}", path.stem.removesuffix("_demo"))
 
 
 def _masked(file: h5py.File, path: Path, key: str, demos: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
 
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
+from vlafit.datasets.columns import parse_key, scaled
 from vlafit.datasets.lerobot.meta import Entry, Meta, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
+from vlafit.datasets.pictures import decode_image
+from vlafit.datasets.selection import Selection
 from vlafit.datasets.stamps import Stamps
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
@@ -37,6 +39,8 @@ class _Rows:
 class LeRobotStore(EpisodeStore):
     """The episodes of a LeRobot dataset of any of the three formats."""
 
+    selects = True
+
     def __init__(self, card: Card, root: Path, choose: Callable[[Meta], Sequence[int]]) -> None:
         """`choose` returns the episode numbers to use, of those that the metadata lists."""
         self.card = card
@@ -44,23 +48,36 @@ class LeRobotStore(EpisodeStore):
         self._stamps = Stamps()
         self._require_features()
         wanted = set(choose(meta))
-        entries = [entry for entry in meta.episodes if entry.index in wanted]
-        self._require_files(entries)
+        selection = Selection(card)
+        names = {entry.index: f"episode_{entry.index:06d}" for entry in meta.episodes}
+        entries = [e for e in meta.episodes if e.index in wanted and selection.wants(names[e.index])]
+        if card.episodes.on_bad == "stop":
+            self._require_files(entries)
         self._rows: list[_Rows] = []
         infos: list[EpisodeInfo] = []
         indices: dict[Path, _FileIndex] = {}
+        self._reset()
         for entry in entries:
-            self._stamps.require_unchanged(entry.data)
-            if entry.data not in indices:
-                indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
-            rows, task = indices[entry.data].episode(entry, meta)
-            sentence = self._sentence(task, entry)
-            self._rows.append(rows)
-            infos.append(EpisodeInfo(f"episode_{entry.index:06d}", task, sentence, entry.length))
+            with selection.guard(names[entry.index]):
+                if card.episodes.on_bad == "skip":
+                    self._require_files([entry])
+                self._stamps.require_unchanged(entry.data)
+                if entry.data not in indices:
+                    indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
+                rows, task = indices[entry.data].episode(entry, meta)
+                if not self._succeeds(rows):
+                    selection.fails(names[entry.index])
+                    continue
+                if card.episodes.on_bad == "skip":  # else columns are read when they are needed
+                    for column in (card.robot.state, card.robot.action):
+                        self._cut(rows, column)
+                sentence = self._sentence(task, entry)
+                self._rows.append(rows)
+                infos.append(EpisodeInfo(names[entry.index], task, sentence, entry.length))
+        self.left_out = selection.finish(f"{root}", len(infos))
         self.episodes = tuple(infos)
         for path in self.files():
             self._stamps.require_unchanged(path)
-        self._reset()
 
     def state(self, episode: int) -> NDArray[np.float32]:
         return self._column(episode, self.card.robot.state)
@@ -130,7 +147,8 @@ class LeRobotStore(EpisodeStore):
     def _require_features(self) -> None:
         robot, meta = self.card.robot, self._meta
         for name, column in (("robot.state", robot.state), ("robot.action", robot.action)):
-            widths = [width_of(meta.feature(key, name), key, meta.root) for key in column.keys]
+            parsed = [parse_key(key, f"{meta.root}: {name}") for key in column.keys]
+            widths = [k.width(width_of(meta.feature(k.path, name), k.path, meta.root)) for k in parsed]
             if sum(widths) != column.dimensions:
                 raise DataError(
                     f"{meta.root}: {name} has {sum(widths)} dimensions ({', '.join(column.keys)}), the card "
@@ -169,9 +187,12 @@ class LeRobotStore(EpisodeStore):
             raise DataError("\n".join(faults[:5]) + more)
 
     def _column(self, episode: int, column: ColumnCard) -> NDArray[np.float32]:
-        rows = self._rows[episode]
+        return self._cut(self._rows[episode], column)
+
+    def _cut(self, rows: _Rows, column: ColumnCard) -> NDArray[np.float32]:
         some = slice(rows.first, rows.first + rows.entry.length)
-        parts = [self._file_column(rows.entry.data, key)[some] for key in column.keys]
+        keys = [parse_key(key, str(self._meta.root)) for key in column.keys]
+        parts = [self._file_column(rows.entry.data, key.path)[some, key.some] for key in keys]
         values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         bad = ~np.isfinite(values)
         if bad.any():
@@ -180,8 +201,18 @@ class LeRobotStore(EpisodeStore):
                 f"{self._where(rows)}: {', '.join(column.keys)} holds {values[step, dimension]} at step "
                 f"{step}, dimension {dimension}; fix the file, or leave the episode out (skip in the card)"
             )
+        values = scaled(values, column)
         values.flags.writeable = False
         return values
+
+    def _succeeds(self, rows: _Rows) -> bool:
+        key = self.card.episodes.success
+        if not key:
+            return True
+        self._meta.feature(key, "episodes.success")
+        return bool(
+            self._file_column(rows.entry.data, key)[rows.first : rows.first + rows.entry.length].any()
+        )
 
     def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
         values = self._columns.get((path, key))
@@ -331,16 +362,3 @@ def is_depth(feature: object) -> bool:
         or info.get("is_depth_map")
         or info.get("video.is_depth_map")
     )
-
-
-def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
-    """Return the RGB frame [h, w, 3] of an encoded image. Raises DataError if it is damaged or not RGB."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode != "RGB":
-                raise DataError(f"{where}: is a {image.mode} image, not RGB")
-            return np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: the image is damaged ({error})") from error

@@ -1,0 +1,51 @@
+"""Episodes whose actions are taken from other rows than their observations (a card's rows.action_shift)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.datasets.store import EpisodeStore
+from vlafit.errors import DataError
+
+
+class Aligned(EpisodeStore):
+    """Episodes of another store: the action of step t is the other's of row t + `shift`."""
+
+    def __init__(self, store: EpisodeStore, shift: int) -> None:
+        """Raises DataError naming an episode that is too short."""
+        self.card, self._store, self._shift = store.card, store, shift
+        self.left_out = store.left_out
+        short = [info.id for info in store.episodes if info.length <= max(0, shift)]
+        if short:
+            raise DataError(
+                f"dataset {self.card.name!r}: rows.action_shift = {shift} leaves no step of episode "
+                f"{short[0]!r}"
+            )
+        self.episodes = tuple(replace(info, length=info.length - max(0, shift)) for info in store.episodes)
+
+    def state(self, episode: int) -> NDArray[np.float32]:
+        return self._store.state(episode)[: self.episodes[episode].length]
+
+    def actions(self, episode: int) -> NDArray[np.float32]:
+        rows = np.maximum(np.arange(self.episodes[episode].length) + self._shift, 0)
+        actions = self._store.actions(episode)[rows]
+        actions.flags.writeable = False
+        return actions
+
+    def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
+        self.require_step(episode, step)
+        return self._store.image(episode, step, camera)
+
+    def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+        for step in steps:
+            self.require_step(episode, step)
+        return self._store.images(episode, steps, camera)
+
+    def files(self) -> tuple[Path, ...]:
+        return self._store.files()
+
+    def close(self) -> None:
+        self._store.close()

@@ -1,0 +1,28 @@
+"""Decode an encoded image (JPEG, PNG) to RGB."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.errors import DataError
+
+RGB_MARK = b"XPL-RGB1"  # the JPEG comment by which RoboTwin (from 2026-09) marks pictures in the usual order
+
+
+def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
+    """Return the frame [h, w, 3] as any viewer shows it. Raises DataError if it is damaged or not RGB."""
+    return decode_marked(data, where)[0]
+
+
+def decode_marked(data: bytes, where: str) -> tuple[NDArray[np.uint8], bool]:
+    """Return the frame [h, w, 3] as any viewer shows it, and whether a mark says that this is right."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode != "RGB":
+                raise DataError(f"{where}: is a {image.mode} image, not RGB")
+            return np.asarray(image), image.info.get("comment") == RGB_MARK
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where}: the image is damaged ({error})") from error

@@ -1,0 +1,63 @@
+"""Which episodes of a dataset are used: skip list, success, and what to do with those that cannot be read."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from vlafit.datasets.card import Card
+from vlafit.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An episode that is in the files and not in the store."""
+
+    id: str
+    reason: str
+
+
+class Selection:
+    """The choice of a card's [episodes] while a layout lists them; `left_out` keeps what it refused."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.left_out: list[LeftOut] = []
+        self._unused = set(card.episodes.skip)
+
+    def wants(self, episode: str) -> bool:
+        """Whether the skip list has nothing against an episode."""
+        matching = {p for p in self.card.episodes.skip if fnmatchcase(episode, p)}
+        self._unused -= matching
+        if matching:
+            self.left_out.append(LeftOut(episode, "on the skip list of the card"))
+        return not matching
+
+    def fails(self, episode: str) -> None:
+        """Leave out an episode without success."""
+        self.left_out.append(LeftOut(episode, f"{self.card.episodes.success} is false"))
+
+    @contextmanager
+    def guard(self, episode: str) -> Iterator[None]:
+        """Leave out an episode that raises DataError if the card allows it."""
+        try:
+            yield
+        except DataError as error:
+            if self.card.episodes.on_bad == "stop":
+                raise
+            log.warning("left out episode %s: %s", episode, error)
+            self.left_out.append(LeftOut(episode, str(error)))
+
+    def finish(self, where: str, count: int) -> tuple[LeftOut, ...]:
+        """Return what was left out. Raises DataError if nothing is left, or a skipped id is not there."""
+        if self._unused:
+            raise DataError(
+                f"{where}: episodes.skip names what is not there: {', '.join(sorted(self._unused))}"
+            )
+        if not count:
+            first = f"; the first: {self.left_out[0].id}: {self.left_out[0].reason}" if self.left_out else ""
+            raise DataError(f"{where}: no episode is left of {len(self.left_out)}{first}")
+        return tuple(self.left_out)
