@@ -76,7 +76,7 @@ def test_the_version_is_told(capsys):
         (["list", "recpe"], "argument kind: invalid choice: 'recpe'"),
         (["list", "recipe", "card"], "'card'; see vlafit list --help"),
         (["list", "--quite"], "there is no option '--quite'; --help lists all options"),
-        (["eval", "x"], "--protocol; see vlafit eval --help"),
+        (["eval", "x"], "name how to evaluate: --protocol P in simulation, or --data CARD"),
         (
             ["eval", "x", "--protocol", "y", "--workres", "2"],
             "there is no option '--workres'; did you mean '--workers'?",

@@ -185,8 +185,9 @@ def test_rows_stamped_by_a_jittering_clock_keep_the_order_of_the_frames(tmp_path
 def test_a_video_that_is_too_short_is_refused_naming_file_and_episode(tmp_path: Path):
     store = on_video(tmp_path / "set", "v2.1", "libx264")
     film = tmp_path / "set" / "videos" / "chunk-000" / "observation.images.front" / "episode_000003.mp4"
-    shutil.copy(film.with_name("episode_000001.mp4"), film)  # 4 frames for an episode of 12
     store.close()
+    shutil.copy(film.with_name("episode_000001.mp4"), film)  # 4 frames for an episode of 12
+    store = open_dataset(store.card)
     with pytest.raises(DataError, match=r"episode_000003\.mp4.*episode 3"):
         store.image(3, 11, "front")
 

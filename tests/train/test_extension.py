@@ -13,9 +13,10 @@ from tests.train.world import metrics, tiny
 from vlafit import config
 from vlafit.errors import TrainingError
 from vlafit.recipe import OptimRecipe, Recipe
-from vlafit.train import run
+from vlafit.train import launch, run
 from vlafit.train.optim import schedule
 from vlafit.train.run_folder import require_usable
+from vlafit.train.settle import settle
 
 
 def longer(recipe: Recipe, steps: int, **optim: int) -> Recipe:
@@ -68,7 +69,8 @@ def test_an_extended_run_equals_one_that_was_that_long_from_the_start(
     assert facts["finished"] and facts["steps"] == 6
     for text in (caplog.text, " ".join(facts["notices"])):
         assert "train.steps was 4, is now 6" in text and "stays at its final value" in text
-    assert require_usable(longer(short, 6), copy, True) == kept  # the same command goes on with it
+    again = settle(longer(short, 6), launch.read({}), bf16=False, saved=kept).recipe
+    assert require_usable(again, copy, True) == kept  # the same command goes on with it
 
 
 def test_a_new_schedule_begins_where_the_user_says(short: Recipe, copy: Path):
