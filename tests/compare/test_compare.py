@@ -209,6 +209,7 @@ def test_arms_without_figures_begin_anew_with_a_strategy_that_was_mended(
     assert before not in {r.strategy_sha256 for r in found.records}
 
 
+@pytest.mark.slow
 def test_a_run_of_which_nothing_tells_the_strategy_is_never_recorded_with_a_hash(
     out: Path, recipe: Recipe, options: Options
 ) -> None:

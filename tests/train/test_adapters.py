@@ -75,7 +75,12 @@ def everything(out: Path, step: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+SLOW = ("pissa", "int8")  # the others save and resume by the same code
+
+
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ADAPTERS]
+)
 def test_a_run_with_adapters_is_saved_on_its_base_and_goes_on_bit_for_bit(
     adapter: str, base: Path, card: Path, tmp_path: Path
 ):
@@ -135,10 +140,10 @@ def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Pat
 @pytest.mark.parametrize(
     ("adapter", "begins"),
     [
-        ("int8", "fresh"),
+        pytest.param("int8", "fresh", marks=pytest.mark.slow),
         ("qlora", "merged"),
         ("qlora", "fresh part"),
-        ("int8", "unadapted"),
+        pytest.param("int8", "unadapted", marks=pytest.mark.slow),
         ("qlora", "unadapted"),
     ],
 )

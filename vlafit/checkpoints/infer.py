@@ -26,8 +26,8 @@ from vlafit.checkpoints.voting import (
     vote,
 )
 from vlafit.errors import ConfigError, WeightsError
+from vlafit.nn.shape_table import GUESS, ShapeTable, Sizes, Variant
 from vlafit.policies import family, merge, override
-from vlafit.policies._shapes import GUESS, ShapeTable, Sizes, Variant
 
 DEEPEST = 256  # layers that a file may state beyond those that are there; nobody has more
 

@@ -1,6 +1,6 @@
 """How the configs of pi0 and pi0.5 show in the shapes of their tensors."""
 
-from vlafit.policies._shapes import (
+from vlafit.nn.shape_table import (
     EMBEDDING_AXES,
     GUESS,
     LAYER_NORMS,

@@ -2,7 +2,7 @@
 
 import math
 
-from vlafit.policies._shapes import (
+from vlafit.nn.shape_table import (
     EMBEDDING_AXES,
     VLA_DEPTHS,
     VLA_HEADS,
