@@ -60,6 +60,11 @@ class PolicyActor:
         """The robot that the policy was trained on."""
         return self.codec.embodiment
 
+    @property
+    def history(self) -> int:
+        """Observations that the policy reads, the newest included."""
+        return self.codec.config.history
+
     def fingerprint(self) -> str:
         """Return what decides the actions: the weights (or their identity), sampling and device."""
         identity = self._identity
@@ -143,7 +148,8 @@ class PolicyActor:
             if steps > 1 and key.replan > 0 and not observation.past:
                 raise CodecError(
                     f"the policy reads {steps} observation steps, and call {key.replan} of task {key.task!r} "
-                    "only has the newest: fill Observation.past (rollouts and the server do not yet)"
+                    "only has the newest: fill Observation.past (openpi's frames hold no earlier steps; "
+                    "vlafit's and vla-eval's clients do)"
                 )
 
     def _continuation(

@@ -40,8 +40,8 @@ class Embodiment:
 
     `control` is the meaning of an action (for example ``"delta_position"``), `hz` the control rate. `control`
     is empty and `hz` is 0 if a checkpoint's files do not record them.
-    `renderer` is the source of the pixels: ``"camera"`` for a real robot, ``"ray"``, ``"egl"`` or
-    ``"osmesa"`` for simulations, empty if unknown.
+    `renderer` is the source of the pixels: ``"camera"`` for a real robot, ``"ray"`` or (with the version of
+    a renderer whose pictures have changed) ``"egl-2"`` for simulations, empty if unknown.
     """
 
     name: str
@@ -109,9 +109,11 @@ def renderer_notice(first_is: str, first: Embodiment, second_is: str, second: Em
     """
     if not first.renderer or not second.renderer or first.renderer == second.renderer:
         return ""
+    same = first.renderer.partition("-")[0] == second.renderer.partition("-")[0]
+    versions = "two versions of one renderer, which light the scene differently; " if same else ""
     return (
         f"RENDERER: {first_is} images rendered by {first.renderer!r}, {second_is} images rendered by "
-        f"{second.renderer!r}; the difference may lower the success rate."
+        f"{second.renderer!r}; {versions}the difference may lower the success rate."
     )
 
 
@@ -169,6 +171,19 @@ class Actor(Protocol):
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         """Return one action chunk for each observation, in order."""
         ...
+
+
+@runtime_checkable
+class HistoryActor(Actor, Protocol):
+    """An actor that also reads the observations of earlier control steps, in `Observation.past`."""
+
+    history: int
+    """Observations that it reads, the newest included; 1: only the newest."""
+
+
+def history_of(actor: Actor) -> int:
+    """Return how many observations an actor reads, the newest included."""
+    return actor.history if isinstance(actor, HistoryActor) else 1
 
 
 Schedule = Literal["exponential", "linear", "ones", "zeros"]

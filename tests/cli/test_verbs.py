@@ -125,3 +125,31 @@ def test_report_is_written_again(run, capsys):
 def test_a_card_without_a_record_section_cannot_be_recorded(run, capsys):
     assert cli.main(["record", "dots.toml"]) == 2
     assert "has no [record] section" in capsys.readouterr().err
+
+
+def test_eval_splits_an_evaluation_merges_it_and_compares_it_with_a_run(run, capsys):
+    words = ["eval", "runs/tiny", "--protocol", "toy.toml", "--workers", "1", "--videos", "0"]
+    for share in ("1/2", "2/2"):
+        assert cli.main([*words, "--out", "runs/split", "--shard", share]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "--merge", "runs/split"]) == 0
+    merged = capsys.readouterr().out
+    assert cli.main([*words, "--out", "runs/split", "--resume", "--against", "runs/tiny"]) == 0
+    compared = capsys.readouterr().out
+    assert merged.splitlines()[:4] == compared.splitlines()[:4]  # the table: nothing is played again
+    assert "against runs/tiny/eval/after, at 4 shared starts" in compared
+    assert "here only 0, there only 0" in compared  # it is the same policy from the same starts
+    for wrong, fact in ((["--merge", "a", "--out", "b"], "takes no other option"), (["--shard", "3"], "1/4")):
+        assert cli.main(["eval", *wrong] if "--merge" in wrong else [*words, *wrong]) == 2
+        assert fact in capsys.readouterr().err
+
+
+def test_an_incomplete_evaluation_has_an_exit_status_of_its_own(capsys):
+    from vlafit.cli.verbs.eval import show
+    from vlafit.rollout import Result
+    from vlafit.score import Score
+
+    for errors, status in ((0, 0), (1, 3)):
+        score = Score(1, 2, errors)
+        assert show(Result(Path("runs/a"), "toy", {"left": score}, score, (), (), 1.0)) == status
+        assert ("--retry-errors" in capsys.readouterr().out) == bool(errors)

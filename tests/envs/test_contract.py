@@ -15,13 +15,13 @@ from vlafit.types import Env, EpisodeKey
 
 pytestmark = pytest.mark.sim
 
-NEEDS = {"metaworld": "metaworld", "pusht": "gym_pusht"}
+NEEDS = {"metaworld": "metaworld", "pusht": "gym_pusht", "libero": "libero"}
 
 
 @pytest.fixture(scope="module", params=envs.names())
 def env(request: pytest.FixtureRequest) -> Env:
     pytest.importorskip(NEEDS.get(request.param, "numpy"))
-    return envs.make(EnvSpec(request.param, size=24, horizon=5))
+    return envs.make(EnvSpec(request.param, size=24, renderer="auto", horizon=5))
 
 
 def actions(env: Env, count: int, seed: int = 0) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_wrong_names_and_seeds_are_told_what_is_right(env: Env) -> None:
 
 
 def test_a_step_before_the_first_reset_is_refused(env: Env) -> None:
-    fresh = envs.make(EnvSpec(type(env).__module__, size=8))
+    fresh = envs.make(EnvSpec(type(env).__module__, size=8, renderer="auto"))
     with pytest.raises(SimulationError, match="reset"):
         fresh.step(np.zeros(env.embodiment.action.shape, np.float32))
     fresh.close()
@@ -111,7 +111,7 @@ def test_a_step_before_the_first_reset_is_refused(env: Env) -> None:
 
 
 def test_a_vector_of_them_is_a_gymnasium_vector(env: Env) -> None:
-    spec = EnvSpec(type(env).__module__, size=24, horizon=5)
+    spec = EnvSpec(type(env).__module__, size=24, renderer="auto", horizon=5)
     vector = GymVector([envs.make(spec), envs.make(spec)], [env.tasks[0], env.tasks[-1]])
     first, info = vector.reset(seed=4)
     assert first in vector.observation_space and info["success"].tolist() == [False, False]
@@ -134,8 +134,8 @@ def test_a_vector_of_them_is_a_gymnasium_vector(env: Env) -> None:
 
 
 def test_a_vector_refuses_what_does_not_fit(env: Env) -> None:
-    one = envs.make(EnvSpec(type(env).__module__, size=8))
-    other = envs.make(EnvSpec(type(env).__module__, size=16))
+    one = envs.make(EnvSpec(type(env).__module__, size=8, renderer="auto"))
+    other = envs.make(EnvSpec(type(env).__module__, size=16, renderer="auto"))
     for members, tasks, message in (
         ([one], [], "1 environments for 0 tasks"),
         ([one, other], [env.tasks[0]] * 2, "different robots"),

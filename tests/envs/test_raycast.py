@@ -171,3 +171,20 @@ def test_a_quaternion_turns_as_mujoco_says() -> None:
     expected = np.zeros(9)
     mujoco.mju_quat2Mat(expected, quaternion / np.linalg.norm(quaternion))
     np.testing.assert_allclose(from_quaternion(quaternion), expected.reshape(3, 3), atol=1e-12)
+
+
+def test_rays_are_cast_by_keyword_because_later_versions_of_mujoco_moved_the_arguments(
+    scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlafit.envs.raycast import Raycaster
+
+    model, data = scene
+    expected = Raycaster(model, 16).render(data, "above", ABOVE)
+    cast = mujoco.mj_multiRay
+
+    def moved(*positional: object, **named: object) -> None:
+        assert not positional
+        cast(**named)
+
+    monkeypatch.setattr(mujoco, "mj_multiRay", moved)
+    np.testing.assert_array_equal(Raycaster(model, 16).render(data, "above", ABOVE), expected)

@@ -8,11 +8,13 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec
+from vlafit.errors import SimulationError
 from vlafit.types import Embodiment, Feature, Observation
 
 SENTENCES = {
@@ -23,6 +25,12 @@ SENTENCES = {
     "hang": "go left and hang",
     "die-in-reset": "die at once",
     "left-again": "go to the left",
+    "nan": "go left and lose count",
+    "short": "go left and lose a joint",
+    "text": "go left and talk",
+    "float": "go left and blur",
+    "blind": "go left and go blind",
+    "maybe": "go left, perhaps",
 }
 
 
@@ -69,7 +77,10 @@ class ToyEnv:
         self._at = np.clip(self._at + 0.1 * np.asarray(action, np.float32), -1, 1)
         goal = 0.9 if self._task == "right" else -0.9
         success = bool(abs(self._at[0] - goal) < 0.15)
-        return self._observe(render), success, self._steps >= self._horizon
+        observation = self._observe(render)
+        if self._seed % 2 and self._steps >= 3:
+            observation, success = _spoilt(observation, success, self._task)
+        return observation, success, self._steps >= self._horizon
 
     def close(self) -> None:
         pass
@@ -85,9 +96,33 @@ class ToyEnv:
         return Observation(images, self._at.copy(), SENTENCES[self._task])
 
 
+def _spoilt(observation: Observation, success: bool, task: str) -> tuple[Observation, bool]:
+    """Return what a faulty environment would report instead."""
+    blurred = {name: picture.astype(np.float32) for name, picture in observation.images.items()}
+    states = {"nan": observation.state * np.nan, "short": observation.state[:1], "text": np.array(["a", "b"])}
+    images = {"float": blurred, "blind": {}}
+    spoilt = replace(
+        observation,
+        state=states.get(task, observation.state),
+        images=images.get(task, observation.images),
+    )
+    return spoilt, "no" if task == "maybe" else success  # type: ignore[return-value]
+
+
 def make(spec: EnvSpec) -> ToyEnv:
     if spec.cameras == ("torch",):  # the way for a test to look into an environment process
         import sys
 
         raise RuntimeError(f"torch is {'' if 'torch' in sys.modules else 'not '}loaded")
+    if spec.renderer == "osmesa":
+        return Undrawable(spec)
     return ToyEnv(spec)
+
+
+class Undrawable(ToyEnv):
+    """Can be created, but its renderer cannot draw."""
+
+    def _observe(self, render: bool) -> Observation:
+        if render:
+            raise SimulationError("renderer 'osmesa' does not work here")
+        return super()._observe(render)

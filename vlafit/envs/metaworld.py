@@ -19,15 +19,17 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from numpy.typing import NDArray
 
-from vlafit.envs import EnvSpec
+from vlafit.envs import EnvSpec, Perturbation, versioned
 from vlafit.envs.checks import check_action
 from vlafit.envs.experts import ScriptedExpert
+from vlafit.envs.perturb import Disturbance
 from vlafit.envs.raycast import Raycaster
 from vlafit.envs.sentences import MARKED, SENTENCES
 from vlafit.envs.view import View, from_quaternion, look_at
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
+PERTURBABLE = True  # cameras and lights, by EnvSpec.perturb
 HZ = 80.0  # Meta-World: 5 physics steps of 2.5 ms each
 MAX_STEPS = 500  # Meta-World's own limit
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # half a turn: Meta-World's corner2 is upside down
@@ -82,11 +84,14 @@ class MetaWorld:
             action=Feature("action", (4,), "cm", ("x", "y", "z", "gripper")),
             hz=HZ,
             control="delta_position",
-            renderer=renderer,
+            renderer=versioned(renderer),
         )
+        self._renderer = renderer
         self._horizon = spec.horizon or MAX_STEPS
         self._simulations: dict[str, Any] = {}  # Meta-World's environments, created on first use
         self._renderers: dict[str, Any] = {}
+        self._lights: dict[str, list[NDArray]] = {}  # of each task's model, as they are without perturbation
+        self._disturbance: Disturbance | None = None
         self._task = ""
         self._steps = 0
         self._succeeded = False
@@ -108,6 +113,8 @@ class MetaWorld:
         full_state, _ = simulation.reset()
         _update_scene(simulation, full_state)
         self._task, self._steps, self._succeeded = task, 0, False
+        if self.spec.perturb != Perturbation():
+            self._disturb(simulation.model, int(seed))
         return self._observe(full_state, render=True)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
@@ -146,20 +153,35 @@ class MetaWorld:
             privileged={"full_state": full_state},
         )
 
+    def _disturb(self, model: mujoco.MjModel, seed: int) -> None:
+        """Perturb this episode's pictures; by a new renderer, because it keeps still parts of the scene."""
+        if self._task in self._renderers:
+            self._renderers.pop(self._task).close()
+        lights = [model.vis.headlight.ambient, model.vis.headlight.diffuse, model.light_ambient]
+        lights.append(model.light_diffuse)
+        own = self._lights.setdefault(self._task, [light.copy() for light in lights])
+        for light, before in zip(lights, own, strict=True):
+            light[:] = before
+        self._disturbance = Disturbance(self.spec.perturb, seed)
+        self._disturbance.light(*lights)
+
     def _render(self) -> dict[str, NDArray[np.uint8]]:
         simulation = self._simulations[self._task]
         if self._task not in self._renderers:
             self._renderers[self._task] = self._make_renderer(self._task, simulation.model)
         renderer = self._renderers[self._task]
         names = [camera.name for camera in self.embodiment.cameras]
-        return {name: renderer.render(simulation.data, name, _view(simulation, name)) for name in names}
+        views = {name: _view(simulation, name) for name in names}
+        if self._disturbance is not None:
+            views = {name: self._disturbance.view(view) for name, view in views.items()}
+        return {name: renderer.render(simulation.data, name, view) for name, view in views.items()}
 
     def _make_renderer(self, task: str, model: mujoco.MjModel) -> Any:
-        if self.embodiment.renderer == "ray":
+        if self._renderer == "ray":
             return Raycaster(model, self.spec.size, sites=task in MARKED)
         from vlafit.envs.gl import GlRenderer
 
-        return GlRenderer(model, self.spec.size, self.embodiment.renderer, sites=task in MARKED)
+        return GlRenderer(model, self.spec.size, self._renderer, sites=task in MARKED)
 
 
 def make(spec: EnvSpec) -> MetaWorld:

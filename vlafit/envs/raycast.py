@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vlafit.envs.shapes import FAR, intersect
 from vlafit.envs.view import View
 
+NO_NORMALS: dict[str, None] = {"normal": None} if "normal:" in (mujoco.mj_multiRay.__doc__ or "") else {}
 GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # the geom groups that MuJoCo shows by default
 
 
@@ -154,8 +155,19 @@ class Raycaster:
         if count:
             flat = np.ascontiguousarray(rays).reshape(-1)
             with self._hidden(self._out_of_sight(data, view)):
-                mujoco.mj_multiRay(
-                    self.model, data, view.position, flat, GROUPS, int(still), -1, geom, distance, count, FAR
+                mujoco.mj_multiRay(  # by keyword, because later versions have one more argument in between
+                    m=self.model,
+                    d=data,
+                    pnt=view.position,
+                    vec=flat,
+                    geomgroup=GROUPS,
+                    flg_static=int(still),
+                    bodyexclude=-1,
+                    geomid=geom,
+                    dist=distance,
+                    nray=count,
+                    cutoff=FAR,
+                    **NO_NORMALS,
                 )
         geom[distance < 0] = -1
         return np.where(geom >= 0, distance, FAR), geom

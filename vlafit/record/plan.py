@@ -51,7 +51,7 @@ def plan_recording(card: Card, episodes_per_task: int | None) -> RecordingPlan:
         if episodes_per_task is None
         else replace(card.record, episodes_per_task=episodes_per_task)
     )
-    renderer: Any = card.robot.renderer or "ray"
+    renderer: Any = (card.robot.renderer or "ray").partition("-")[0]  # without its version
     spec = EnvSpec(
         record.env,
         size=card.robot.cameras[0].height,
@@ -69,7 +69,7 @@ def require_recordable(card: Card, plan: RecordingPlan, env: Env) -> None:
     if card.robot.renderer and card.robot.renderer != env.embodiment.renderer:
         raise ConfigError(
             f"{card_is}: robot.renderer is {card.robot.renderer!r}, "
-            f"but the environment renders with {env.embodiment.renderer!r}"
+            f"but the environment renders with {env.embodiment.renderer!r}; write that into the card"
         )
     for task in plan.record.tasks:
         env.instruction(task)  # raises for an unknown task

@@ -3,16 +3,20 @@
 Environment processes import this package, so nothing here imports torch.
 """
 
-from vlafit.rollout.evaluation import evaluate, preflight, robot_of
+from vlafit.rollout.evaluation import evaluate, policy_width, preflight, robot_of
 from vlafit.rollout.evaluation_folder import Record, Result
 from vlafit.rollout.protocol import Protocol, load_protocol
+from vlafit.rollout.shards import Shard, merge
 
 __all__ = [
     "Protocol",
     "Record",
     "Result",
+    "Shard",
     "evaluate",
     "load_protocol",
+    "merge",
+    "policy_width",
     "preflight",
     "robot_of",
 ]

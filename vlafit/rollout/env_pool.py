@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection as mpc
 from types import TracebackType
@@ -19,12 +20,15 @@ from typing import IO
 
 from vlafit.envs import EnvSpec
 from vlafit.errors import SimulationError
-from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start
+from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start, Unplayable
 
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
-NOT_STARTED = f"its process was not ready within {START_TIMEOUT_S:g} s and was killed"
 WAIT_S = 0.5  # the longest that `wait` blocks
 TAIL_LINES = 30  # lines of a dead process's output kept in the error record
+
+
+class _UnplayableError(SimulationError):
+    """An environment was created but could not begin, or not draw, one episode."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +80,21 @@ class _Process:
 
 
 class EnvPool:
-    """Processes with `slots` environments each; as a context manager it kills every process at exit.
+    """Processes with several environments each; as a context manager it kills every process at exit.
 
-    `timeout_s` is the longest time for one command: a chunk of steps, or a reset.
+    `describe` starts the first process, `fill` the others. `timeout_s` is the longest time for one command: a
+    chunk of steps, or a reset.
     """
 
-    def __init__(self, spec: EnvSpec, processes: int, slots: int, timeout_s: float) -> None:
+    def __init__(self, spec: EnvSpec, timeout_s: float) -> None:
         self.spec = spec
         self.timeout_s = timeout_s
-        self.slots = tuple(EnvSlot(p, i) for i in range(slots) for p in range(processes))
+        self.slots: tuple[EnvSlot, ...] = ()
+        self._start_timeout_s = max(START_TIMEOUT_S, timeout_s)
         self._processes: list[_Process] = []
-        self._count = processes
         self._idle_deaths = 0
-        self._described: Ready | None = None
 
     def __enter__(self) -> "EnvPool":
-        try:
-            for _ in range(self._count):
-                self._processes.append(self._start())
-        except BaseException:
-            self._end_all()
-            raise
         return self
 
     def __exit__(
@@ -104,18 +102,29 @@ class EnvPool:
     ) -> None:
         self._end_all()
 
-    def describe(self) -> Ready:
-        """Wait until every process has created its first environment, and return its description.
+    def describe(self, starts: Sequence[tuple[str, int]] = ()) -> Ready:
+        """Start one process, wait until it has created an environment, and return its description.
 
-        Raises SimulationError with the process's output if it cannot be created.
+        `starts` are (task, seed) of episodes of which one must be possible to begin and to draw: a renderer
+        that cannot draw fails them all, a broken start only its own. Raises SimulationError with the reason.
         """
-        for process in self._processes:
-            if process.link.poll(START_TIMEOUT_S):
-                self._receive_ready(process)
-            else:
-                raise self._cannot_start(process, NOT_STARTED)
-        assert self._described is not None
-        return self._described
+        for i, start in enumerate(starts or [None]):
+            process = self._start(start)
+            self._processes = [process]
+            if not process.link.poll(self._start_timeout_s):
+                raise self._cannot_start(process, self._not_started)
+            try:
+                return self._receive_ready(process, start)
+            except _UnplayableError:
+                if i == len(starts) - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def fill(self, processes: int, slots: int) -> None:
+        """Start the other processes; each then has `slots` environments."""
+        for _ in range(processes - len(self._processes)):
+            self._processes.append(self._start())
+        self.slots = tuple(EnvSlot(p, i) for i in range(slots) for p in range(processes))
 
     def send(self, slot: EnvSlot, command: Reset | Play) -> None:
         """Send a slot its next command; `wait` returns the outcome."""
@@ -143,8 +152,8 @@ class EnvPool:
             if process.pending and process.pending[0] is None:
                 if process.link in ready:
                     self._receive_ready(process)
-                elif waited_s > START_TIMEOUT_S:
-                    raise self._cannot_start(process, NOT_STARTED)
+                elif waited_s > self._start_timeout_s:
+                    raise self._cannot_start(process, self._not_started)
             elif process.link in ready:
                 events += self._receive(number, process)
             elif waited_s > self.timeout_s:
@@ -166,20 +175,35 @@ class EnvPool:
                 return [Broken(EnvSlot(number, slot), text)]
         raise RuntimeError(f"unexpected message from an environment process: {reply!r}")
 
-    def _receive_ready(self, process: _Process) -> None:
+    def _receive_ready(self, process: _Process, start: tuple[str, int] | None = None) -> Ready:
         try:
             reply = process.link.recv()
         except Exception:  # the process died, perhaps in the middle of a message
+            if start is not None:
+                raise self._cannot_play(process, "", start) from None
             raise self._cannot_start(process, "") from None
+        if isinstance(reply, Unplayable) and start is not None:
+            raise self._cannot_play(process, reply.text, start)
         if not isinstance(reply, Ready):
             raise self._cannot_start(process, reply.text)
         process.pending.popleft()
         process.since = time.monotonic()
-        self._described = reply
+        return reply
+
+    @property
+    def _not_started(self) -> str:
+        return f"its process was not ready within {self._start_timeout_s:g} s and was killed"
 
     def _cannot_start(self, process: _Process, why: str) -> SimulationError:
         text = self._kill(process, why).strip()
         return SimulationError(f"environment {self.spec.name!r} cannot be created: {text}")
+
+    def _cannot_play(self, process: _Process, why: str, start: tuple[str, int]) -> SimulationError:
+        text = self._kill(process, why).strip()
+        task, seed = start
+        return _UnplayableError(
+            f"environment {self.spec.name!r} cannot show the start of task {task!r}, seed {seed}: {text}"
+        )
 
     def _replace(self, number: int, process: _Process, why: str) -> list[Event]:
         """Kill a process and start another: the slot it was working for is broken, the others interrupted."""
@@ -194,7 +218,7 @@ class EnvPool:
         broken: list[Event] = [Broken(active, text)] if active else []
         return [*broken, *(Interrupted(slot) for slot in others)]
 
-    def _start(self) -> _Process:
+    def _start(self, start: tuple[str, int] | None = None) -> _Process:
         parent_end, child_end = socket.socketpair()
         output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process is killed)
         env = dict(os.environ)
@@ -212,7 +236,7 @@ class EnvPool:
         child_end.close()
         process = _Process(child, mpc.Connection(parent_end.detach()), output)
         try:
-            process.link.send(Start(self.spec))
+            process.link.send(Start(self.spec, start))
         except OSError:
             pass  # the process died at once; `_receive_ready` reports it
         return process

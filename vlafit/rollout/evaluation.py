@@ -7,17 +7,29 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol as Structure
 from typing import runtime_checkable
 
+from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
+from vlafit.rollout import memory
+from vlafit.rollout.against import (
+    ALPHA,
+    Earlier,
+    Start,
+    compare,
+    read_earlier,
+    require_comparable,
+    stop_after,
+)
 from vlafit.rollout.env_pool import EnvPool
 from vlafit.rollout.evaluation_folder import FORMAT, EvaluationFolder, Record, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
 from vlafit.rollout.protocol import (
+    WIDTH,
     Protocol,
     load_protocol,
     require_actions,
@@ -25,6 +37,7 @@ from vlafit.rollout.protocol import (
     require_unseen,
     require_versions,
 )
+from vlafit.rollout.shards import Shard
 from vlafit.rollout.worker import Ready
 from vlafit.types import Actor, Embodiment, GuidedActor, renderer_notice, require_same
 
@@ -62,17 +75,25 @@ def evaluate(
     wrong_instruction: bool = False,
     progress: Progress | None = None,
     images: bool = True,
-    timeout_s: float = 120.0,
+    timeout_s: float | None = None,
     execution: Execution | None = None,
+    retry_errors: bool = False,
+    shard: Shard | None = None,
+    against: str | Path | None = None,
+    stop_early: bool = False,
 ) -> Result:
     """Run every episode of `protocol` with `actor` and score them, in the folder `out`.
 
-    `workers`: environment processes (0: one per core). `trials`: episodes per task instead of the protocol's;
-    the first `videos` of them are filmed. No episode may start from a seed that the actor was trained on.
-    `wrong_instruction`: run the tasks that have a partner in `swapped` with the partner's instruction, scored
-    as the task itself. `images=False`: for actors that need no images. An environment that does not answer
-    within `timeout_s` is an error of its episode. `execution`: how chunks are executed; without it, open
-    loop, replanned as the protocol says.
+    `workers`: environment processes (0: one per core, as far as they fit into the memory). `trials`:
+    episodes per task instead of the protocol's; the first `videos` of them are filmed. No episode may start
+    from a seed that the actor was trained on. `wrong_instruction`: run the tasks that have a partner in
+    `swapped` with the partner's instruction, scored as the task itself. `images=False`: for actors that need
+    no images. An environment that does not answer within `timeout_s` (the protocol's unless given) is an
+    error of its episode. `execution`: how chunks are executed; without it, open loop, replanned as the
+    protocol says. `retry_errors`: episodes that ended in an error are played again. `shard`: only this share
+    of the episodes, in a folder of its own within `out`, to be merged by `vlafit.rollout.merge`. `against`:
+    compare the result with that evaluation or run at the starts that both played. `stop_early`: with
+    `against`, end as soon as the two are told apart.
 
     Finished episodes of the same evaluation in `out` are kept; any other content is an error. The result does
     not depend on workers or interruptions. Raises ConfigError, EmbodimentError or SimulationError before the
@@ -89,8 +110,12 @@ def evaluate(
     trained = _trained(actor)
     require_unseen(protocol, trials, trained.seeds if trained else {})
     robot = trained.embodiment if trained else None
+    if trained:
+        protocol = dataclasses.replace(protocol, width=trained.width)
+    starts = [(task, seed) for task in tasks for seed in protocol.seeds(trials)]
+    rival = _rival(against, protocol, wrong_instruction, starts, stop_early, shard)
     folder = EvaluationFolder(
-        Path(out),
+        Path(out) / shard.folder if shard else Path(out),
         {
             "format": FORMAT,
             "protocol": protocol.to_json(),
@@ -100,32 +125,94 @@ def evaluate(
             "trials": trials or protocol.trials,
             "wrong_instruction": wrong_instruction,
             **({"execution": dataclasses.asdict(execution)} if execution else {}),
+            **({"shard": [shard.number, shard.count]} if shard else {}),
+            **({"stop_early": {"against": rival.sha256(), "alpha": ALPHA}} if rival and stop_early else {}),
         },
     )
     folder.open(resume)
+    wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
+    if not wanted:
+        raise ConfigError(
+            f"shard {shard}: there are only {len(starts)} episodes; split them into fewer shards"
+        )
     done = {(record.task, record.seed): record for record in folder.records()}
-    wanted = [(task, i, seed) for task in tasks for i, seed in enumerate(protocol.seeds(trials))]
-    remaining = [(task, i, seed) for task, i, seed in wanted if (task, seed) not in done]
-    if remaining or not folder.is_described:
-        width = trained.width if trained else IN_FLIGHT
-        processes = max(1, min(workers or _cores(), len(remaining), width))
-        slots = max(1, -(-min(width, len(remaining)) // processes))
-        env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
-        with EnvPool(env, processes, slots, timeout_s) as pool:
-            ready = pool.describe()
+    # Seed by seed, so that every task has its share of the episodes before a stop.
+    order = sorted(wanted, key=lambda start: start[1]) if stop_early else wanted
+
+    def stopped() -> int | None:
+        outcomes = {start: record.success for start, record in done.items()}
+        return stop_after(order, outcomes, rival) if rival and stop_early else None
+
+    remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]
+    if (remaining and stopped() is None) or not folder.is_described:
+        folder.reopen()
+        with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
+            ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
             _require_playable(protocol, ready, robot, wrong_instruction)
             folder.describe(ready, _renderer_notice(robot, ready.embodiment))
+            width = trained.width if trained else IN_FLIGHT
+            in_flight = min(width, len(remaining))
+            pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))
             requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
-            dim = ready.embodiment.action.shape[0]
-            play_options = PlayOptions(dim, width, images, execution or Execution(replan=protocol.replan))
+            play_options = PlayOptions(
+                ready.embodiment.action.shape[0],
+                width,
+                images,
+                execution or Execution(replan=protocol.replan),
+                in_order=stop_early,
+            )
             for outcome in play(actor, protocol, requests, pool, play_options):
                 record = folder.keep(outcome, ready.embodiment.hz)
                 done[record.task, record.seed] = record
                 if progress:
                     progress(len(done), len(wanted), record)
-    return folder.finish(
-        [done[task, seed] for task, _, seed in wanted], tasks, round(time.monotonic() - started, 1)
-    )
+                if stopped() is not None:
+                    break
+    end = stopped()
+    counted = dict.fromkeys(order[:end])
+    more, notices = _verdict(done, counted, rival, protocol, wrong_instruction, end is not None)
+    records = [done[start] for start in wanted if start in counted]
+    return folder.finish(records, tasks, round(time.monotonic() - started, 1), more, notices)
+
+
+def _verdict(
+    done: Mapping[Start, Record],
+    counted: Collection[Start],
+    rival: Earlier | None,
+    protocol: Protocol,
+    wrong_instruction: bool,
+    stopped: bool,
+) -> tuple[dict[str, object], list[str]]:
+    """Return what result.json says of the comparison, and the notices to show."""
+    if rival is None:
+        return {}, []
+    differs = require_comparable(rival, protocol, wrong_instruction, counted)
+    comparison = compare({start: done[start].success for start in counted}, rival, differs, stopped=stopped)
+    early = [f"STOPPED EARLY: after {len(counted)} starts."] if stopped else []
+    return {"against": comparison.to_json()}, [*early, str(comparison)]
+
+
+def policy_width(
+    protocol: Protocol | str | Path,
+    out: Path,
+    *,
+    trials: int | None = None,
+    wrong_instruction: bool = False,
+) -> int:
+    """Return the width of the policy's batches for an evaluation in the folder `out` (an actor's `width`).
+
+    It is chosen once, from the number of episodes: never from workers or shards, and kept when an evaluation
+    is continued, because it decides the last bits of the actions.
+    """
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol)
+    folder = EvaluationFolder(Path(out), {})
+    if folder.header.is_file():
+        folder.read()
+        kept = folder.identity.get("protocol", {})
+        return int(kept.get("width", WIDTH))  # an earlier version always took as many
+    episodes = len(_tasks(protocol, wrong_instruction)) * len(protocol.seeds(trials))
+    return min(protocol.width, episodes)
 
 
 def preflight(
@@ -135,7 +222,7 @@ def preflight(
     trials: int = 0,
     wrong_instruction: bool = False,
     seeds: Mapping[str, Collection[int]] | None = None,
-    timeout_s: float = 120.0,
+    timeout_s: float | None = None,
 ) -> Embodiment:
     """Raise what `evaluate` would raise before its first episode, for a policy of `embodiment`.
 
@@ -144,14 +231,15 @@ def preflight(
     `seeds` are the training seeds by task; `trials` the episodes per task of a second evaluation, if more
     than the protocol's.
 
-    Creates one environment and runs no episode: a training run checks at its start that the evaluation at its
-    end is possible.
+    Creates one environment, draws one picture and runs no episode: a training run checks at its start that
+    the evaluation at its end is possible.
     """
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
     require_unseen(protocol, max(trials, protocol.trials), seeds or {})
     _tasks(protocol, wrong_instruction)
-    ready = _describe(protocol, timeout_s)
+    starts = list(dict.fromkeys(zip(protocol.tasks, protocol.seeds(), strict=False)))
+    ready = _describe(protocol, timeout_s, starts[:2] or [(protocol.tasks[0], protocol.first_seed)])
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
     if notice:
@@ -159,17 +247,42 @@ def preflight(
     return ready.embodiment
 
 
-def robot_of(protocol: Protocol | str | Path, timeout_s: float = 120.0) -> Embodiment:
+def robot_of(protocol: Protocol | str | Path, timeout_s: float | None = None) -> Embodiment:
     """Return the robot of a protocol's environment. Creates one environment and runs no episode."""
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
     return _describe(protocol, timeout_s).embodiment
 
 
-def _describe(protocol: Protocol, timeout_s: float) -> Ready:
-    env = dataclasses.replace(protocol.env, horizon=protocol.settle_steps + protocol.horizon)
-    with EnvPool(env, 1, 1, timeout_s) as pool:
-        return pool.describe()
+def _describe(protocol: Protocol, timeout_s: float | None, starts: Sequence[Start] = ()) -> Ready:
+    with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
+        return pool.describe(starts)
+
+
+def _env(protocol: Protocol) -> EnvSpec:
+    """Return the environment; its horizon includes the steps before the policy's first observation."""
+    steps = protocol.settle_steps + protocol.start_steps + protocol.horizon
+    return dataclasses.replace(protocol.env, horizon=steps)
+
+
+def _rival(
+    against: str | Path | None,
+    protocol: Protocol,
+    wrong_instruction: bool,
+    starts: Sequence[Start],
+    stop_early: bool,
+    shard: Shard | None,
+) -> Earlier | None:
+    """Return the evaluation to compare with. Raises ConfigError where the two cannot be compared."""
+    if against is None:
+        if stop_early:
+            raise ConfigError("stop_early: needs an evaluation to compare with; give --against RUN")
+        return None
+    if stop_early and shard:
+        raise ConfigError("stop_early: a shard cannot know when all are told apart; leave out one of the two")
+    rival = read_earlier(against, wrong_instruction)
+    require_comparable(rival, protocol, wrong_instruction, starts)
+    return rival
 
 
 def _require_playable(
@@ -223,6 +336,11 @@ def _execution(execution: Execution | None, protocol: Protocol, actor: Actor) ->
 def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
     if not wrong_instruction:
         return protocol.tasks
+    if protocol.instruction != "task":
+        raise ConfigError(
+            f"protocol {protocol.name!r}: instruction is {protocol.instruction!r}, so there is no wrong one "
+            "to give; turn the wrong-instruction probe off"
+        )
     tasks = tuple(task for task in protocol.tasks if task in protocol.swapped)
     if not tasks:
         raise ConfigError(
@@ -234,15 +352,17 @@ def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
 
 def _requests(
     protocol: Protocol,
-    remaining: Iterable[tuple[str, int, int]],
+    remaining: Iterable[Start],
     ready: Ready,
     wrong_instruction: bool,
     videos: int,
 ) -> list[EpisodeRequest]:
     requests = []
-    for task, trial, seed in remaining:
+    for task, seed in remaining:
+        trial = seed - protocol.first_seed
         instructed = protocol.swapped[task] if wrong_instruction else task
-        requests.append(EpisodeRequest(task, trial, seed, ready.instructions[instructed], trial < videos))
+        sentence = protocol.sentence(task, seed, ready.instructions[instructed])
+        requests.append(EpisodeRequest(task, trial, seed, sentence, trial < videos))
     return requests
 
 

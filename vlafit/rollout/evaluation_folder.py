@@ -11,10 +11,11 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vlafit import files, score
@@ -50,6 +51,9 @@ class Record:
     """The traceback, or the last output, of an environment that failed."""
     video: str | None = None
     """The mp4, relative to the folder; the film strip has the same name with the suffix .png."""
+    action_change: float | None = None
+    """Smoothness: mean change of an action from step to step, over dimensions, in the robot's units; less is
+    smoother. None for an episode of fewer than two steps, or of an earlier version."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class Result:
     records: tuple[Record, ...]
     notices: tuple[str, ...]
     seconds: float
+    hz: float = 0.0
+    """Control rate of the robot; 0 for an evaluation of an earlier version."""
+
+    @property
+    def steps_to_success(self) -> float | None:
+        """Median number of control steps of the successful episodes; None without any."""
+        steps = [record.steps for record in self.records if record.success]
+        return float(median(steps)) if steps else None
 
     @property
     def rate(self) -> float:
@@ -71,8 +83,11 @@ class Result:
         return self.overall.rate
 
     def __str__(self) -> str:
-        """The table of scores, followed by the notices."""
-        return "\n".join([score.table(self.tasks), *self.notices])
+        """The table of scores, followed by time to success and the notices."""
+        steps = self.steps_to_success
+        seconds = f" ({steps / self.hz:.1f} s)" if steps and self.hz else ""
+        times = [] if steps is None else [f"median time to success: {steps:g} steps{seconds}"]
+        return "\n".join([score.table(self.tasks), *times, *self.notices])
 
 
 class EvaluationFolder:
@@ -84,13 +99,27 @@ class EvaluationFolder:
         self.described: dict[str, Any] = {}
 
     @property
+    def header(self) -> Path:
+        """The file that says what is evaluated."""
+        return self.path / "evaluation.json"
+
+    @property
     def is_described(self) -> bool:
         return bool(self.described)
 
+    def read(self) -> None:
+        """Take identity and environment from the folder. Raises ConfigError if they cannot be read."""
+        self.identity, self.described = self._written()
+
+    def adopt(self, environment: Mapping[str, Any]) -> None:
+        """Write evaluation.json with the environment of shards that were played elsewhere."""
+        files.require_writable(self.path)
+        self.described = dict(environment)
+        self._write_header()
+
     def open(self, resume: bool) -> None:
         """Open a new folder, or one of the same evaluation; raise ConfigError for any other."""
-        header = self.path / "evaluation.json"
-        if not header.is_file():
+        if not self.header.is_file():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and is not an evaluation; choose another folder")
             files.require_writable(self.path)
@@ -100,11 +129,7 @@ class EvaluationFolder:
                 f"{self.path} already holds an evaluation; resume it with --resume, or choose another folder"
             )
         files.require_writable(self.path)
-        try:
-            written = parse_json(header.read_text(encoding="utf-8"))
-            identity, self.described = dict(written["identity"]), dict(written["environment"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{header}: damaged ({error!r}); choose another folder") from error
+        identity, self.described = self._written()
         different = [
             f"{key}: {_short(identity.get(key))} there, {_short(value)} here"
             for key in sorted({*self.identity, *identity} - {"protocol"})
@@ -114,29 +139,41 @@ class EvaluationFolder:
             listed = "\n  ".join(different)
             raise ConfigError(f"{self.path} holds another evaluation; choose another folder:\n  {listed}")
 
+    def _written(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            written = parse_json(self.header.read_text(encoding="utf-8"))
+            return dict(written["identity"]), dict(written["environment"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.header}: damaged ({error!r}); choose another folder") from error
+
+    def _write_header(self) -> None:
+        header = {"identity": self.identity, "environment": self.described}
+        files.write_atomic(self.header, json.dumps(header, indent=2) + "\n")
+
     def describe(self, ready: Ready, notice: str) -> None:
         """Write evaluation.json, or check that the environment has not changed since it was written."""
         environment = {
             "versions": dict(sorted(ready.versions.items())),
             "software": _versions(),
             "renderer": ready.embodiment.renderer,
+            "hz": ready.embodiment.hz,
             "instructions": {task: ready.instructions[task] for task in self.identity["tasks"]},
             "notices": [notice] if notice else [],
         }
         for line in environment["notices"]:
             log.warning("%s", line)
-        if self.described and self.described != environment:
-            changed = [key for key in environment if environment[key] != self.described.get(key)]
+        kept = {"hz": environment["hz"], **self.described}  # an earlier version did not write it
+        changed = [key for key in environment if self.described and environment[key] != kept.get(key)]
+        if changed:
             raise ConfigError(
                 f"{self.path}: cannot resume: {', '.join(changed)} changed since this evaluation started; "
                 "choose another folder"
             )
         self.described = environment
-        header = {"identity": self.identity, "environment": environment}
-        files.write_atomic(self.path / "evaluation.json", json.dumps(header, indent=2) + "\n")
+        self._write_header()
 
     def records(self) -> list[Record]:
-        """Return the records of the episodes that have ended."""
+        """Return the records of the episodes that have ended; the last one of an episode counts."""
         path = self.path / "episodes.jsonl"
         return [build(Record, line, str(path)) for line in files.read_json_lines(path)]
 
@@ -165,23 +202,42 @@ class EvaluationFolder:
             outcome.wall_s,
             outcome.error,
             film,
+            outcome.action_change,
         )
         if record.error is not None:
             log.warning("task %s, seed %d: environment error:\n%s", record.task, record.seed, record.error)
         files.append_line(self.path / "episodes.jsonl", json.dumps(dataclasses.asdict(record)))
         return record
 
-    def finish(self, records: list[Record], tasks: tuple[str, ...], seconds: float) -> Result:
-        """Sort episodes.jsonl; write sheet.png and result.json."""
+    def reopen(self) -> None:
+        """Remove the result, because episodes are about to be added."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
+    def seconds(self) -> float:
+        """Return the time that a finished evaluation took, from result.json; 0 where there is none."""
+        result_file = self.path / "result.json"
+        if not result_file.is_file():
+            return 0.0
+        try:
+            return float(parse_json(result_file.read_text(encoding="utf-8"))["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "
+                "which keeps every episode"
+            ) from error
+
+    def finish(
+        self,
+        records: list[Record],
+        tasks: tuple[str, ...],
+        seconds: float,
+        more: Mapping[str, Any] | None = None,
+        notices: Sequence[str] = (),
+    ) -> Result:
+        """Sort episodes.jsonl; write sheet.png and result.json, which also holds `more` and `notices`."""
         result_file = self.path / "result.json"
         if result_file.is_file():  # no episode was left to run
-            try:
-                seconds = float(parse_json(result_file.read_text(encoding="utf-8"))["seconds"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "
-                    "which keeps every episode"
-                ) from error
+            seconds = self.seconds()
         lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
         files.write_atomic(self.path / "episodes.jsonl", lines)
         scores = score.by_task(tasks, ((record.task, record.success) for record in records))
@@ -189,23 +245,29 @@ class EvaluationFolder:
         if not total.episodes:
             raise SimulationError(
                 f"{self.path}: all {total.errors} episodes ended in an environment error, "
-                f"the first:\n{records[0].error}\nFix it, remove the folder {self.path}, and evaluate again."
+                f"the first:\n{records[0].error}\nFix it, and evaluate again with --retry-errors (or remove "
+                f"the folder {self.path})."
             )
         filmed = [(self.path / record.video).with_suffix(".png") for record in records if record.video]
         strips = [strip for strip in filmed if strip.is_file()]  # a user may have deleted some
         if strips:
             video.write_sheet(self.path / "sheet.png", strips)
         incomplete = score.errors_notice(total)
-        notices = [*([incomplete] if incomplete else []), *self.described["notices"]]
+        notices = [*([incomplete] if incomplete else []), *notices, *self.described["notices"]]
         if incomplete:
             log.error("%s", incomplete)
         content = {
             **self.identity,
             "overall": total.to_json(),
             "tasks": {
-                task: {"instruction": _instruction(records, task), **task_score.to_json()}
+                task: {
+                    "instruction": next((r.instruction for r in records if r.task == task), ""),
+                    **task_score.to_json(),
+                    **_motion(records, task),
+                }
                 for task, task_score in scores.items()
             },
+            **(more or {}),
             "complete": not incomplete,
             "notices": notices,
             **{key: self.described[key] for key in ("versions", "software", "renderer")},
@@ -213,11 +275,18 @@ class EvaluationFolder:
         }
         files.write_atomic(result_file, json.dumps(content, indent=2) + "\n")
         name = self.identity["protocol"]["name"]
-        return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds)
+        hz = float(self.described.get("hz", 0.0))
+        return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds, hz)
 
 
-def _instruction(records: list[Record], task: str) -> str:
-    return next(record.instruction for record in records if record.task == task)
+def _motion(records: list[Record], task: str) -> dict[str, float | None]:
+    """Return the median steps to success of a task, and the mean smoothness of its episodes."""
+    steps = [record.steps for record in records if record.task == task and record.success]
+    changes = [r.action_change for r in records if r.task == task and r.action_change is not None]
+    return {
+        "median_steps_to_success": float(median(steps)) if steps else None,
+        "action_change": round(sum(changes) / len(changes), 6) if changes else None,
+    }
 
 
 def _short(value: object) -> str:

@@ -5,6 +5,7 @@ Timing decides which episodes run together, but never the result of one. Nothing
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from vlafit.execution import Execution, Plan
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot, Interrupted
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.worker import Moved, Play, Reset
-from vlafit.types import ActionChunk, Actor, EpisodeKey, GuidedActor, Observation
+from vlafit.types import ActionChunk, Actor, EpisodeKey, GuidedActor, Observation, history_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Outcome:
     wall_s: float
     error: str | None
     frames: tuple[NDArray[np.uint8], ...]  # of the whole episode, if it was filmed
+    action_change: float | None  # mean |a[t] - a[t-1]| over dimensions and steps; None below two steps
 
 
 @dataclass
@@ -48,27 +50,56 @@ class _Episode:
     request: EpisodeRequest
     started: float
     plan: Plan
+    newest: deque[Observation]  # as many observations as the actor reads, the newest last
     steps: int = 0
     replans: int = 0
-    observation: Observation | None = None  # set while it waits for an action
+    waits: bool = False  # for actions
+    sent: NDArray[np.float32] | None = None  # the actions of the command in progress
+    last: NDArray[np.float32] | None = None  # the last executed action
+    change: float = 0.0  # sum over steps
     frames: list[NDArray[np.uint8]] = dataclasses.field(default_factory=list)
+
+    @property
+    def observation(self) -> Observation:
+        """The newest observation with those before it, of which there are fewer at the start."""
+        *past, newest = self.newest
+        return dataclasses.replace(newest, past=tuple(past)) if past else newest
+
+    def advance(self, moved: Moved) -> None:
+        """Take over what the last command did."""
+        for observation in (*moved.earlier, moved.observation):
+            self.newest.append(dataclasses.replace(observation, instruction=self.request.instruction))
+        if self.sent is not None:
+            executed = self.sent[: moved.steps]
+            before = executed[:1] if self.last is None else self.last[None]
+            self.change += float(np.abs(np.diff(executed, axis=0, prepend=before)).mean(axis=1).sum())
+            self.last = executed[-1]
+        self.steps += moved.steps
+        self.frames += moved.frames
+        self.waits = True
 
     def end(self, success: bool | None, error: str | None = None) -> Outcome:
         wall_s = round(time.monotonic() - self.started, 3)
-        return Outcome(self.request, success, self.steps, self.replans, wall_s, error, tuple(self.frames))
+        change = round(self.change / (self.steps - 1), 6) if self.steps > 1 else None
+        frames = tuple(self.frames)
+        return Outcome(self.request, success, self.steps, self.replans, wall_s, error, frames, change)
 
 
 class _Queue:
-    """Episodes by task. A slot stays with its task if possible, because a new task loads another scene."""
+    """Episodes by task. A slot stays with its task if possible, because a new task loads another scene.
 
-    def __init__(self, requests: Sequence[EpisodeRequest]) -> None:
+    `in_order`: the episodes are taken in their order instead.
+    """
+
+    def __init__(self, requests: Sequence[EpisodeRequest], in_order: bool) -> None:
         self._requests: dict[str, list[EpisodeRequest]] = {}
         for request in requests:
-            self._requests.setdefault(request.task, []).append(request)
+            self._requests.setdefault("" if in_order else request.task, []).append(request)
+        self._in_order = in_order
         self._tasks: dict[EnvSlot, str] = {}
 
     def take(self, slot: EnvSlot) -> EpisodeRequest | None:
-        task = self._tasks.get(slot, "")
+        task = "" if self._in_order else self._tasks.get(slot, "")
         if not self._requests.get(task):
             waiting = [name for name, requests in self._requests.items() if requests]
             if not waiting:
@@ -79,17 +110,21 @@ class _Queue:
         return self._requests[task].pop(0)
 
     def put_back(self, request: EpisodeRequest) -> None:
-        self._requests[request.task].insert(0, request)
+        self._requests["" if self._in_order else request.task].insert(0, request)
 
 
 @dataclass(frozen=True)
 class PlayOptions:
-    """How episodes are run: dimensions of an action, episodes in one call of the actor, needs of images."""
+    """How episodes are run: dimensions of an action, episodes in one call of the actor, needs of images.
+
+    `in_order`: episodes begin in their order, although a process then has to load other scenes more often.
+    """
 
     action_dim: int
     width: int
     images: bool
     execution: Execution
+    in_order: bool = False
 
 
 def play(
@@ -106,13 +141,16 @@ def play(
     yielded as an error and never repeated. Other episodes in the same process start again, with the same
     result.
     """
-    queue = _Queue(requests)
+    queue = _Queue(requests, options.in_order)
+    history = history_of(actor)
     running: dict[EnvSlot, _Episode] = {}
 
     def start_next(slot: EnvSlot) -> None:
         request = queue.take(slot)
         if request is not None:
-            running[slot] = _Episode(request, time.monotonic(), Plan(options.execution))
+            running[slot] = _Episode(
+                request, time.monotonic(), Plan(options.execution), deque(maxlen=history)
+            )
             pool.send(
                 slot,
                 Reset(
@@ -121,6 +159,7 @@ def play(
                     request.seed,
                     protocol.settle_steps,
                     protocol.settle_action,
+                    protocol.start_steps,
                     options.images,
                     request.film,
                 ),
@@ -129,19 +168,19 @@ def play(
     for slot in pool.slots:
         start_next(slot)
     while running:
-        waiting = [slot for slot, episode in running.items() if episode.observation is not None]
+        waiting = [slot for slot, episode in running.items() if episode.waits]
         batch_ready = len(waiting) >= options.width or not pool.busy
         events = [] if waiting and batch_ready else pool.wait()
         if waiting and not events:  # a full batch, or the episodes that wait behind a slow one
             episodes = {slot: running[slot] for slot in waiting[: options.width]}
-            _act(actor, protocol, pool, episodes, options)
+            _act(actor, protocol, pool, episodes, options, history)
         for event in events:
             episode = running.get(event.slot)
             if episode is None:
                 continue  # an idle slot of a process that was replaced
             match event:
                 case Advanced(moved=moved):
-                    _advance(episode, moved)
+                    episode.advance(moved)
                     if moved.success or moved.truncated or episode.steps >= protocol.horizon:
                         yield episode.end(moved.success)
                         del running[event.slot]
@@ -156,20 +195,15 @@ def play(
                     start_next(event.slot)
 
 
-def _advance(episode: _Episode, moved: Moved) -> None:
-    episode.steps += moved.steps
-    episode.frames += moved.frames
-    episode.observation = dataclasses.replace(moved.observation, instruction=episode.request.instruction)
-
-
 def _act(
     actor: Actor,
     protocol: Protocol,
     pool: EnvPool,
     episodes: Mapping[EnvSlot, _Episode],
     options: PlayOptions,
+    history: int,
 ) -> None:
-    observations = [e.observation for e in episodes.values() if e.observation is not None]
+    observations = [episode.observation for episode in episodes.values()]
     keys = [EpisodeKey(e.request.seed, e.request.task, e.replans) for e in episodes.values()]
     committed = [e.plan.committed() for e in episodes.values()]
     if any(left is not None for left in committed) and isinstance(actor, GuidedActor):
@@ -182,10 +216,10 @@ def _act(
         left = protocol.horizon - episode.steps
         actions = _checked(chunk, episode.request, options.action_dim)
         actions = episode.plan.extend(ActionChunk(actions))[:left]
-        episode.observation = None
+        episode.waits, episode.sent = False, actions
         episode.replans += 1
         render = options.images and len(actions) < left
-        pool.send(slot, Play(slot.index, actions, render, episode.request.film))
+        pool.send(slot, Play(slot.index, actions, render, episode.request.film, history))
 
 
 def _checked(chunk: ActionChunk, request: EpisodeRequest, action_dim: int) -> NDArray[np.float32]:

@@ -7,15 +7,28 @@ nothing that only decides how fast it is computed.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vlafit import config, shipped
-from vlafit.envs import EnvSpec
+from vlafit.envs import RENDERER_VERSIONS, EnvSpec, Perturbation
 from vlafit.errors import ConfigError, SimulationError, did_you_mean
 from vlafit.types import Embodiment
+
+BLANK = "."  # the sentence of instruction = "blank"
+WIDTH = 16  # observations in a batch of the policy, unless a protocol says otherwise
+
+AS_BEFORE: Mapping[str, Any] = {
+    "width": WIDTH,
+    "start_steps": 0,
+    "instruction": "task",
+    "paraphrases": {},
+}
+"""Options that protocols did not always have, with the value that was in force before. An option with this
+value is left out of the hash, so that earlier results are still of the same protocol."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,19 @@ class Protocol:
     """Task -> the task of the same scene whose instruction the wrong-instruction probe gives instead."""
     references: tuple[Reference, ...] = ()
     """Published results under this protocol or a similar one."""
+    timeout_s: float = 120.0
+    """An environment that does not answer within so many seconds is an error of its episode. Not in the hash,
+    because it decides no result: a slow machine needs more."""
+    width: int = WIDTH
+    """Observations in one batch of the policy, filled up to it; an evaluation of fewer episodes takes as many
+    as it has. In the hash, because it decides the last bits of the actions."""
+    start_steps: int = 0
+    """Perturbation of the start state: random actions, drawn from the seed, before the first observation."""
+    instruction: Literal["task", "paraphrase", "blank"] = "task"
+    """task: the task's own sentence. paraphrase: one of `paraphrases`, by the seed. blank: a full stop and no
+    word, because policies refuse an empty sentence."""
+    paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Task -> sentences that mean the same."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, message: str) -> None:
@@ -77,14 +103,15 @@ class Protocol:
         require(len(self.tasks) > 0, "tasks: the list is empty; name at least one")
         duplicates = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
         require(not duplicates, f"tasks: listed twice: {', '.join(duplicates)}")
-        for key in ("trials", "horizon", "replan"):
+        for key in ("trials", "horizon", "replan", "width"):
             value = getattr(self, key)
             require(value >= 1, f"{key}: must be at least 1, not {value}")
         require(
             self.replan <= self.horizon,
             f"replan: must not exceed horizon ({self.horizon}), is {self.replan}",
         )
-        for key in ("first_seed", "settle_steps"):
+        require(0 < self.timeout_s < math.inf, f"timeout_s: must be a positive number, is {self.timeout_s}")
+        for key in ("first_seed", "settle_steps", "start_steps"):
             value = getattr(self, key)
             require(value >= 0, f"{key}: must not be negative, is {value}")
         require(self.env.horizon == 0, "env.horizon: remove it; the protocol's own horizon applies")
@@ -98,6 +125,18 @@ class Protocol:
                 f"swapped: {task!r} is not one of the protocol's tasks{did_you_mean(task, self.tasks)}",
             )
             require(task != partner, f"swapped: {task!r} is its own partner; name another task of its scene")
+        for task in self.paraphrases:
+            require(
+                task in self.tasks,
+                f"paraphrases: {task!r} is not one of the protocol's tasks{did_you_mean(task, self.tasks)}",
+            )
+        if self.instruction == "paraphrase":
+            without = [task for task in self.tasks if not self.paraphrases.get(task)]
+            require(not without, f"paraphrases: there is none for {', '.join(without)}")
+        require(
+            self.instruction == "paraphrase" or not self.paraphrases,
+            f'paraphrases: have no effect while instruction is {self.instruction!r}; set "paraphrase"',
+        )
         for reference in self.references:
             require(
                 0 <= reference.success <= 1,
@@ -108,14 +147,35 @@ class Protocol:
         """Return the seeds of each task's episodes; `trials` overrides their number."""
         return range(self.first_seed, self.first_seed + (self.trials if trials is None else trials))
 
+    def sentence(self, task: str, seed: int, own: str) -> str:
+        """Return the sentence that the policy is given at one start; `own` is the task's."""
+        match self.instruction:
+            case "task":
+                return own
+            case "blank":
+                return BLANK
+            case "paraphrase":
+                sentences = self.paraphrases[task]
+                return sentences[seed % len(sentences)]
+
     def to_json(self) -> dict[str, Any]:
         """Return the protocol as plain values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def sha256(self) -> str:
-        """Return a hash of everything that decides a result (all but purpose and references)."""
+        """Return a hash of everything that decides a result: all but purpose, references and time limit.
+
+        The version of the renderer belongs to it, if its pictures have changed.
+        """
         plain = self.to_json()
-        deciding = {k: v for k, v in plain.items() if k not in ("purpose", "references")}
+        beside = ("purpose", "references", "timeout_s")
+        deciding = {k: v for k, v in plain.items() if k not in beside and AS_BEFORE.get(k) != v}
+        if self.env.perturb == Perturbation():
+            del deciding["env"]["perturb"]
+        if self.env.name != "libero":
+            del deciding["env"]["libero"]
+        if self.env.renderer in RENDERER_VERSIONS:
+            deciding["renderer_version"] = RENDERER_VERSIONS[self.env.renderer]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,12 +213,17 @@ def require_tasks(protocol: Protocol, tasks: Collection[str]) -> None:
 
 
 def require_actions(protocol: Protocol, embodiment: Embodiment) -> None:
-    """Raise ConfigError unless `settle_action` has the robot's number of action dimensions."""
+    """Raise ConfigError unless the protocol's own actions are actions of the robot."""
     length, action_dim = len(protocol.settle_action), embodiment.action.shape[0]
     if length not in (0, action_dim):
         raise ConfigError(
             f"protocol {protocol.name!r}: settle_action has {length} numbers, but an action of "
             f"{embodiment.name!r} has {action_dim}"
+        )
+    if protocol.start_steps and not embodiment.control.startswith("delta"):
+        raise ConfigError(
+            f"protocol {protocol.name!r}: start_steps: random actions from -1 to 1 only mean something to a "
+            f"robot with delta control, and {embodiment.name!r} has {embodiment.control!r}; set it to 0"
         )
 
 

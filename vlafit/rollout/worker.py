@@ -11,34 +11,44 @@ import select
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec, make
+from vlafit.envs.checks import check_flag, check_observation
 from vlafit.errors import VlafitError
 from vlafit.types import Embodiment, Env, Observation
+
+START_STREAM = 0x2545F491  # separates the random actions at a start from numbers of the same seed elsewhere
 
 
 @dataclass(frozen=True)
 class Start:
-    """The first command: create an environment and describe it. Answered by Ready or Failed."""
+    """The first command: create an environment and describe it. Answered by Ready, Unplayable or Failed.
+
+    With `start`, a task and a seed, an episode is begun, to see that it can be begun and drawn.
+    """
 
     spec: EnvSpec
+    start: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
 class Reset:
-    """Start an episode in `slot`: reset, then `settle_steps`. Answered by Moved or Failed."""
+    """Start an episode: reset, settle, `start_steps` random actions. Answered by Moved or Failed."""
 
     slot: int
     task: str
     seed: int
     settle_steps: int
     settle_action: tuple[float, ...]
+    start_steps: int
     render: bool
     film: bool
 
@@ -47,13 +57,15 @@ class Reset:
 class Play:
     """Execute `actions` [k, a] in `slot`, up to the first success. Answered by Moved or Failed.
 
-    Only the last observation is rendered, if `render`; with `film` every one is, and all are sent as frames.
+    The last `history` observations are returned, and rendered if `render`; with `film` every one is, and all
+    are sent as frames.
     """
 
     slot: int
     actions: NDArray[np.float32]
     render: bool
     film: bool
+    history: int
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,20 @@ class Ready:
     embodiment: Embodiment
     versions: Mapping[str, str]
     instructions: Mapping[str, str]  # of each task
+    program_bytes: int  # memory of the process before it began an episode
+    env_bytes: int  # what the episode's environment added
 
 
 @dataclass(frozen=True)
 class Moved:
-    """State of an episode after its last command. `frames` are uint8 [h, w, 3], of the first camera."""
+    """State of an episode after its last command. `frames` are uint8 [h, w, 3], of the first camera.
+
+    `earlier` are the observations before the last one, oldest first, as many as were asked for.
+    """
 
     slot: int
     observation: Observation
+    earlier: tuple[Observation, ...]
     steps: int
     success: bool
     truncated: bool
@@ -84,23 +102,38 @@ class Failed:
     text: str
 
 
+@dataclass(frozen=True)
+class Unplayable:
+    """The environment was created, but the episode of Start could not be begun or drawn."""
+
+    text: str
+
+
 Command = Start | Reset | Play
-Reply = Ready | Moved | Failed
+Reply = Ready | Moved | Failed | Unplayable
 
 
 class _Worker:
     def __init__(self) -> None:
         self.spec: EnvSpec | None = None
         self.envs: dict[int, Env] = {}
-        self.tasks: dict[int, str] = {}  # slot -> the task its environment has loaded
+        self.episodes: dict[int, tuple[str, int]] = {}  # slot -> task and seed of its episode
 
     def answer(self, command: Command) -> Reply:
         match command:
-            case Start(spec):
+            case Start(spec, start):
                 self.spec = spec
                 env = self._env(0)
                 tasks = {task: env.instruction(task) for task in env.tasks}
-                return Ready(env.embodiment, dict(env.versions), tasks)
+                before = _memory()
+                if start is not None and start[0] in tasks:
+                    try:
+                        self._begin(0, *start, images=True)
+                    except Exception as error:
+                        known = isinstance(error, VlafitError)
+                        return Unplayable(str(error) if known else traceback.format_exc())
+                added = max(0, _memory() - before)
+                return Ready(env.embodiment, dict(env.versions), tasks, before, added)
             case Reset():
                 return self._reset(command)
             case Play():
@@ -121,36 +154,70 @@ class _Worker:
             self.envs[slot] = make(self.spec)
         return self.envs[slot]
 
+    def _begin(self, slot: int, task: str, seed: int, *, images: bool) -> Observation:
+        if slot in self.episodes and self.episodes[slot][0] != task:
+            self.drop(slot)  # otherwise it would keep the simulations of all earlier tasks
+        self.episodes[slot] = task, seed
+        env = self._env(slot)
+        observation = env.reset(task, seed)
+        return check_observation(observation, env.embodiment, self._where(slot, 0), images=images)
+
     def _reset(self, command: Reset) -> Moved:
-        if self.tasks.get(command.slot, command.task) != command.task:
-            self.drop(command.slot)  # otherwise it would keep the simulations of all earlier tasks
-        self.tasks[command.slot] = command.task
+        images = command.render or command.film
+        observation = self._begin(command.slot, command.task, command.seed, images=images)
         env = self._env(command.slot)
-        observation = env.reset(command.task, command.seed)
         shape = env.embodiment.action.shape
         still = np.asarray(command.settle_action or np.zeros(shape), np.float32)
-        for left in range(command.settle_steps, 0, -1):
-            observation, _, _ = env.step(still, render=left == 1 and (command.render or command.film))
+        random = np.random.default_rng([command.seed, START_STREAM])
+        begin = [still] * command.settle_steps
+        begin += list(random.uniform(-1, 1, (command.start_steps, *shape)).astype(np.float32))
+        for left, action in zip(range(len(begin), 0, -1), begin, strict=True):
+            render = left == 1 and images
+            observation, _, _ = self._step(env, command.slot, action, 0, render=render)
         frames = self._frames(env, observation, command.film)
-        return Moved(command.slot, _sendable(observation), 0, False, False, frames)
+        return Moved(command.slot, _sendable(observation), (), 0, False, False, frames)
 
     def _play(self, command: Play) -> Moved:
         env = self._env(command.slot)
         frames: list[NDArray[np.uint8]] = []
+        newest: deque[Observation] = deque(maxlen=command.history)
         last = len(command.actions) - 1
         for i, action in enumerate(command.actions):
-            render = command.film or (command.render and i == last)
-            observation, success, truncated = env.step(action, render=render)
+            render = command.film or (command.render and i > last - command.history)
+            observation, success, truncated = self._step(env, command.slot, action, i + 1, render=render)
+            newest.append(observation)
             frames += self._frames(env, observation, command.film)
             if success or truncated or i == last:
+                *earlier, observation = map(_sendable, newest)
                 return Moved(
-                    command.slot, _sendable(observation), i + 1, bool(success), bool(truncated), tuple(frames)
+                    command.slot, observation, tuple(earlier), i + 1, success, truncated, tuple(frames)
                 )
         raise ValueError("a chunk without actions")
+
+    def _step(
+        self, env: Env, slot: int, action: NDArray[np.float32], number: int, *, render: bool
+    ) -> tuple[Observation, bool, bool]:
+        """Apply one action, and check what the environment answers; `number` counts within the command."""
+        observation, success, truncated = env.step(action, render=render)
+        where = self._where(slot, number)
+        return (
+            check_observation(observation, env.embodiment, where, images=render),
+            check_flag(success, "success", where),
+            check_flag(truncated, "truncated", where),
+        )
+
+    def _where(self, slot: int, number: int) -> str:
+        task, seed = self.episodes[slot]
+        return f"task {task!r}, seed {seed}, " + (f"step {number} of the chunk" if number else "at its start")
 
     def _frames(self, env: Env, observation: Observation, film: bool) -> tuple[NDArray[np.uint8], ...]:
         name = env.embodiment.cameras[0].name
         return (observation.images[name],) if film and name in observation.images else ()
+
+
+def _memory() -> int:
+    """Return this process's resident memory in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def _sendable(observation: Observation) -> Observation:

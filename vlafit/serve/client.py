@@ -41,6 +41,7 @@ class RemoteActor:
         self._connection, self._described = self._open()
         self.embodiment: Embodiment = self._described.embodiment
         self.width: int = self._described.width
+        self.history: int = self._described.history
         self.seeds = self._described.seeds
 
     @property

@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution, Limits, Plan
 from vlafit.serve.observations import observation
-from vlafit.types import ActionChunk, Actor, Committed, Embodiment, EpisodeKey, GuidedActor, Observation
+from vlafit.types import (
+    ActionChunk,
+    Actor,
+    Committed,
+    Embodiment,
+    EpisodeKey,
+    GuidedActor,
+    Observation,
+    history_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +82,7 @@ class Controller:
         """Steps at which the robot stood still because no action was left."""
         self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
         self._delays: deque[int] = deque([execution.delay], REMEMBERED)
+        self._newest: deque[Observation] = deque(maxlen=history_of(actor))
         self._missing: set[str] = set()  # cameras whose absence was logged
         self._episode = -1
         self._instruction = ""
@@ -86,6 +96,7 @@ class Controller:
         self._episode += 1
         self._key = EpisodeKey(self._episode if seed is None else seed, task or instruction, 0)
         self._plan = Plan(self.execution)
+        self._newest.clear()
         self._asked = -1  # the step of the last observation that was sent
         self._sent: NDArray[np.float32] | None = None
 
@@ -100,6 +111,9 @@ class Controller:
             raise ConfigError("the controller has no instruction: call start first")
         seen = observation(images, state, self._instruction, self.embodiment)
         self._log_missing(seen)
+        self._newest.append(seen)
+        *past, newest = self._newest
+        seen = dataclasses.replace(newest, past=tuple(past))
         self._collect(wait=False)
         due = self._asked < 0 or self._plan.step - self._asked >= self.execution.replan
         if self._pending is None and (due or not self._plan.left()):

@@ -5,7 +5,7 @@ from vlafit.errors import ConfigError
 from vlafit.nn.guidance import GuidedPolicy
 from vlafit.rollout.evaluation import TrainedActor
 from vlafit.serve.metadata import Described, software
-from vlafit.types import Actor, GuidedActor
+from vlafit.types import Actor, GuidedActor, history_of
 
 
 def describe(actor: Actor) -> Described:
@@ -28,6 +28,7 @@ def describe(actor: Actor) -> Described:
         fingerprint=actor.fingerprint(),
         guided=guided,
         chunk=chunk,
+        history=history_of(actor),
         required=required,
         seeds={task: tuple(sorted(seeds)) for task, seeds in actor.seeds.items()},
         normalisation=normalisation,

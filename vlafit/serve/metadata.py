@@ -33,6 +33,8 @@ class Described:
     """Whether it can continue a chunk that is being executed."""
     chunk: int = 0
     """Steps of its action chunks."""
+    history: int = 1
+    """Observations that it reads, the newest included."""
     required: tuple[str, ...] = ()
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Task -> recorded seeds that it has learned from."""
@@ -77,6 +79,7 @@ def greeting(described: Described) -> dict[str, Any]:
         "versions": dict(described.versions),
         "width": described.width,
         "guided": described.guided,
+        "history": described.history,
         "fingerprint": described.fingerprint,
         "seeds": {task: np.asarray(seeds, np.int64) for task, seeds in described.seeds.items()},
     }
@@ -101,6 +104,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             fingerprint=str(frame["fingerprint"]),
             guided=bool(frame["guided"]),
             chunk=int(frame["action_horizon"]),
+            history=int(frame.get("history", 1)),  # a server of an earlier version has no such policy
             required=tuple(frame["cameras"]),
             seeds={task: tuple(int(seed) for seed in seeds) for task, seeds in frame["seeds"].items()},
             normalisation=dict(frame["normalisation"]),

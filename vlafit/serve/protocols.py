@@ -6,7 +6,7 @@ connection.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ def _values(request: Request, cameras: Sequence[str]) -> dict[str, Any]:
         "images": dict.fromkeys(cameras) | dict(seen.images),
         "state": seen.state,
         "prompt": seen.instruction,
+        **({"past": [_earlier(step, cameras) for step in seen.past]} if seen.past else {}),
         "key": [key.seed, key.task, key.replan],
         "committed": None
         if committed is None
@@ -64,6 +65,10 @@ def _values(request: Request, cameras: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _earlier(seen: Observation, cameras: Sequence[str]) -> dict[str, Any]:
+    return {"images": dict.fromkeys(cameras) | dict(seen.images), "state": seen.state}
+
+
 def read_requests(frame: Mapping[Any, Any], described: Described) -> list[Request]:
     """Read our own frame. Raises VlafitError that names the observation and everything wrong with it."""
     values = frame.get("observations")
@@ -71,18 +76,40 @@ def read_requests(frame: Mapping[Any, Any], described: Described) -> list[Reques
         raise WireError(f"observations: must be a list of 1 to {MAX_OBSERVATIONS}, not {_kind(values)}")
     requests = []
     for i, one in enumerate(values):
-        if not isinstance(one, Mapping) or set(one) != {"images", "state", "prompt", "key", "committed"}:
-            raise WireError(f"observation {i}: must hold images, state, prompt, key and committed")
+        needed = {"images", "state", "prompt", "key", "committed"}
+        if not isinstance(one, Mapping) or set(one) - {"past"} != needed:
+            raise WireError(
+                f"observation {i}: must hold images, state, prompt, key and committed, and may hold past"
+            )
         if not isinstance(one["images"], Mapping):
             raise WireError(f"observation {i}: images must be a map of cameras, not {_kind(one['images'])}")
         try:
             seen = observation(
                 one["images"], one["state"], one["prompt"], described.embodiment, required=described.required
             )
+            past = tuple(_past(one.get("past", ()), seen.instruction, described, i))
         except EmbodimentError as error:
             raise EmbodimentError(f"observation {i}: {error}") from None
+        seen = dataclasses.replace(seen, past=past)
         requests.append(Request(seen, _key(one["key"], i), _committed(one["committed"], i, described)))
     return requests
+
+
+def _past(values: Any, prompt: str, described: Described, i: int) -> Iterator[Observation]:
+    """Yield the earlier observations of a frame, oldest first; at most as many as the policy reads."""
+    if not isinstance(values, list | tuple) or len(values) > max(0, described.history - 1):
+        raise WireError(
+            f"observation {i}: past must be a list of at most {described.history - 1} observations, "
+            f"not {_kind(values)}"
+        )
+    for step in values:
+        if not isinstance(step, Mapping) or set(step) != {"images", "state"}:
+            raise WireError(f"observation {i}: each of past must hold images and state")
+        if not isinstance(step["images"], Mapping):
+            raise WireError(f"observation {i}: past: images must be a map of cameras")
+        yield observation(
+            step["images"], step["state"], prompt, described.embodiment, required=described.required
+        )
 
 
 def _key(values: Any, i: int) -> EpisodeKey:

@@ -20,7 +20,7 @@ from vlafit.serve.metrics import Metrics
 from vlafit.serve.options import Options
 from vlafit.serve.protocols import Name, Request
 from vlafit.serve.wire import WireError
-from vlafit.types import EpisodeKey
+from vlafit.types import EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Session:
         self._episodes = 0
         self._plan: Plan | None = None
         self._actions: deque[NDArray[np.float32]] = deque()  # to be sent before the policy is asked again
+        self._newest: deque[Observation] = deque(maxlen=described.history)  # of vla-eval's episode
         self._missing: set[str] = set()  # cameras whose absence was logged
 
     async def answer(self, frame: bytes | str) -> bytes | str | None:
@@ -94,14 +95,19 @@ class Session:
             self._key = protocols.episode_of(payload, self._episodes)
             self._episodes += 1
             self._plan, self._actions = None, deque()
+            self._newest.clear()
         if values["type"] != "observation":
             return None
         if self._plan is None:
             self._plan = Plan(self._options.execution or Execution(replan=self._described.chunk or 1))
-        if not self._actions:
+        if not self._actions or self._described.history > 1:
             request = protocols.read_vla_eval(payload, self._described, self._options.names, self._key)
+            self._newest.append(request.observation)
+        if not self._actions:
+            *past, newest = self._newest
+            seen = dataclasses.replace(newest, past=tuple(past))
+            request = Request(seen, self._key, self._plan.committed())
             self._log_missing(request)
-            request = dataclasses.replace(request, committed=self._plan.committed())
             (chunk,) = await self._batcher.act(self, [request])
             self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
             self._actions = deque(self._plan.extend(chunk))

@@ -65,10 +65,14 @@ class Evaluator:
         run.callbacks.phase(f"evaluation {name}")
         if run.main:
             recipe = run.recipe.eval
+            out = run.out / "eval" / name
+            width = rollout.policy_width(
+                recipe.protocol, out, trials=trials, wrong_instruction=wrong_instruction
+            )
             result = rollout.evaluate(
-                load_actor(run.manager.path(step), device=str(run.device)),
+                load_actor(run.manager.path(step), width=width, device=str(run.device)),
                 recipe.protocol,
-                run.out / "eval" / name,
+                out,
                 workers=recipe.workers,
                 trials=trials,
                 videos=recipe.videos,

@@ -159,15 +159,6 @@ def run_warnings(recipe: Recipe, plan: Plan, data: Data, processes: int) -> tupl
     return (*_few_episodes(recipe, data), *_long_warmups(recipe, plan), *_nothing_to_shard(recipe, processes))
 
 
-def require_rollouts(history: int, protocol: str) -> None:
-    """Raise ConfigError where rollouts would hide the earlier steps from a policy that reads them."""
-    if protocol and history > 1:
-        raise ConfigError(
-            f"eval.protocol {protocol!r}: rollouts only show a policy the newest observation, and this one "
-            f'reads {history} steps; train it with eval.protocol = ""'
-        )
-
-
 def never_began(plan: Plan, reached: int, steps: int) -> str:
     """Return a sentence about the stages after `reached`, which never began; "" if there are none."""
     names = [stages.title(plan.at(n)) for n in range(reached + 1, len(plan.strategy.stages))]

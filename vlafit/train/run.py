@@ -44,7 +44,7 @@ from vlafit.train.fit import close, device_gb, fit
 from vlafit.train.initial_policy import merge_error
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.metrics import Metrics
-from vlafit.train.preflight import check, meta_policy, never_began, require_rollouts, run_warnings
+from vlafit.train.preflight import check, meta_policy, never_began, run_warnings
 from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
 from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
@@ -298,7 +298,6 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     spec, agreement = experiment.recipe.eval, experiment.agreement
     if not spec.protocol:
         return experiment
-    require_rollouts(experiment.codec.config.history, spec.protocol)
     robot = rollout.preflight(
         spec.protocol,
         experiment.codec.embodiment,

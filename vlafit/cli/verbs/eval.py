@@ -15,14 +15,31 @@ from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.execution import Execution
+    from vlafit.rollout import Result
     from vlafit.types import Actor
 
 ABOUT = """\
 Evaluate a checkpoint in simulation under a protocol (--protocol), or without a simulator: its actions against
 those of recorded episodes that it has not learned (--data). The same checkpoint, options and machine give the
-same numbers. Continue an interrupted evaluation with --resume."""
-IN_SIMULATION = ("trials", "workers", "videos", "wrong_instruction", "execution", "replan", "delay")
+same numbers, for any number of workers, and from shards on several machines. Continue an interrupted
+evaluation with --resume. The exit status is 3 if episodes ended in an environment error: the result is then
+incomplete."""
+IN_SIMULATION = (
+    "trials",
+    "workers",
+    "videos",
+    "wrong_instruction",
+    "execution",
+    "replan",
+    "delay",
+    "retry_errors",
+    "timeout",
+    "against",
+    "stop_early",
+    "shard",
+)
 ON_DATA = ("episodes", "samples", "draws")
+INCOMPLETE = 3  # exit status
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,8 +63,33 @@ def run(arguments: Sequence[str]) -> int:
         "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL or DATASET]"
     )
     parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="play episodes that ended in an error again"
+    )
     parser.add_argument("--trials", metavar="N", type=int, help="episodes of each task [the protocol's]")
-    parser.add_argument("--workers", metavar="N", type=int, help="environment processes [one per core]")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        help="environment processes [one per core, as far as they fit into the memory]",
+    )
+    parser.add_argument(
+        "--timeout", metavar="S", type=float, help="seconds until an environment must answer [the protocol's]"
+    )
+    parser.add_argument(
+        "--against", metavar="RUN", help="compare with this evaluation or run at the starts that both played"
+    )
+    parser.add_argument(
+        "--stop-early",
+        action="store_true",
+        help="with --against: end as soon as the two are told apart (5 %%)",
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="play only share I of N, in DIR/shard-I-of-N, on one of N machines"
+    )
+    parser.add_argument(
+        "--merge", metavar="DIR", help="merge the shards in DIR into one evaluation, and play nothing"
+    )
     parser.add_argument("--videos", metavar="N", type=int, help="filmed episodes of each task [2]")
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
@@ -55,7 +97,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", metavar="N", type=int, help="steps of sampling [the policy's, 10]")
     parser.add_argument("--device", help="torch device [the GPU if there is one]")
     parser.add_argument(
-        "--max-batch", metavar="N", type=int, help="observations in one call of the policy, padded to N [16]"
+        "--max-batch",
+        metavar="N",
+        type=int,
+        help="observations in one call of the policy, padded to N [16, or as many as there are episodes]",
     )
     parser.add_argument(
         "--execution", choices=EXECUTION_MODES, help="how chunks are executed [chunk, as the protocol says]"
@@ -72,16 +117,25 @@ def run(arguments: Sequence[str]) -> int:
     add_base(parser)
     add_trust(parser)
     options = parser.read(arguments)
+    if options.merge is not None:
+        if list(arguments) not in (["--merge", options.merge], [f"--merge={options.merge}"]):
+            raise ConfigError("--merge takes no other option: the shards say what was evaluated")
+        return _merge(Path(options.merge))
     _require_one_kind(options)
     if options.data is not None:
         from vlafit.cli.eval_data import evaluate_on_data
 
-        return evaluate_on_data(options, *_actor(options))
+        name, load = _actor(options)
+        return evaluate_on_data(options, name, lambda: load(options.max_batch or 16))
+    if options.timeout is not None and not options.timeout > 0:
+        raise ConfigError(f"--timeout: must be positive, not {options.timeout}")
     name, load = _actor(options)
     protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
     execution = _execution(options, protocol)
     from vlafit import rollout
+
+    shard = rollout.Shard.parse(options.shard) if options.shard else None
 
     # The line's total is known after the first episode; before that, workers start and weights load.
     with Line("episodes", 1) as line:
@@ -93,20 +147,43 @@ def run(arguments: Sequence[str]) -> int:
             line.total = total
             line.update(done, f"{successes} successes")
 
+        folder = out / shard.folder if shard else out
+        width = options.max_batch or rollout.policy_width(
+            protocol, folder, trials=options.trials, wrong_instruction=options.wrong_instruction
+        )
         result = rollout.evaluate(
-            load(),
+            load(width),
             protocol,
             out,
             workers=options.workers or 0,
             trials=options.trials,
             videos=2 if options.videos is None else options.videos,
-            resume=options.resume,
+            resume=options.resume or options.retry_errors,
             wrong_instruction=options.wrong_instruction,
             progress=progress,
             execution=execution,
+            timeout_s=options.timeout,
+            retry_errors=options.retry_errors,
+            shard=shard,
+            against=options.against,
+            stop_early=options.stop_early,
         )
+    return show(result)
+
+
+def _merge(folder: Path) -> int:
+    from vlafit import rollout
+
+    return show(rollout.merge(folder))
+
+
+def show(result: "Result") -> int:
+    """Print a result and return the exit status."""
     print(result)
     print(f"episodes, videos and contact sheet: {result.folder}")
+    if result.overall.errors:
+        print("play the episodes that ended in an error again with --retry-errors")
+        return INCOMPLETE
     return 0
 
 
@@ -123,8 +200,8 @@ def _require_one_kind(options: Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect with {kind}; leave it out")
 
 
-def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
-    """Return what names the evaluation's folder, and how to get the actor."""
+def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
+    """Return what names the evaluation's folder, and how to get the actor, given the width of its batches."""
     if (options.checkpoint is None) == (options.actor is None):
         raise ConfigError("name what is evaluated: a checkpoint, or --actor ws://HOST:PORT; not both")
     if options.actor is None:
@@ -133,13 +210,13 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
         folder = checkpoint_folder(options.checkpoint)
         base = checkpoint_folder(options.base, foreign=True) if options.base else None
 
-        def load() -> "Actor":
+        def load(width: int) -> "Actor":
             from vlafit.actor import load_actor
 
             return load_actor(
                 folder,
                 steps=options.steps or 0,
-                width=options.max_batch or 16,
+                width=width,
                 device=options.device or "",
                 trust=options.trust,
                 base=base,
@@ -153,7 +230,8 @@ def _actor(options: Namespace) -> tuple[Path, Callable[[], "Actor"]]:
         raise ConfigError(f"{listed}: is decided where the policy is served; give it to `vlafit serve`")
     token = read_token(options.token_file) if options.token_file else ""
 
-    def dial() -> "Actor":
+    def dial(width: int) -> "Actor":
+        """The server has chosen the width."""
         from vlafit.serve.client import connect
 
         return connect(options.actor, token=token)

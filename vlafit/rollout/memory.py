@@ -1,0 +1,52 @@
+"""How many environments fit into the machine's memory, from what one was seen to take."""
+
+import logging
+from pathlib import Path
+
+import psutil
+
+from vlafit.rollout.worker import Ready
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8  # of the free memory that environments may take; the rest is for the policy and what grows
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)  # a container's limit and use, in cgroups of version 2 and 1
+
+
+def free_bytes() -> int:
+    """Return the free memory of this machine, or of the container that it is."""
+    free = psutil.virtual_memory().available
+    for limit, used in CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no container, or "max": no limit
+            continue
+    return max(0, free)
+
+
+def places(ready: Ready, workers: int, cores: int, wanted: int, free: int) -> tuple[int, int]:
+    """Return how many processes to start, and how many environments each has.
+
+    `wanted` environments at most; `workers` processes, or one for each core where it is 0. What does not fit
+    into the `free` bytes (beside the process that runs already) is left out: first environments of a process,
+    then processes that were not asked for.
+    """
+    budget = SHARE * (free + ready.program_bytes + ready.env_bytes)
+    processes = max(1, min(workers or cores, wanted))
+    slots = -(-wanted // processes)
+    while slots > 1 and processes * (ready.program_bytes + slots * ready.env_bytes) > budget:
+        slots -= 1
+    fitting = max(1, int(budget // max(1, ready.program_bytes + ready.env_bytes)))
+    if not workers and fitting < processes:
+        log.warning(
+            "%d environment processes instead of %d: one takes %d MB, and %d MB are free",
+            fitting,
+            processes,
+            (ready.program_bytes + ready.env_bytes) >> 20,
+            free >> 20,
+        )
+        processes = fitting
+    return processes, slots

@@ -1,0 +1,119 @@
+"""Split an evaluation over several machines, and merge what they played into the evaluation of one.
+
+Machine i of n evaluates with `--shard i/n`: it plays every n-th start, in the folder shard-i-of-n of the
+evaluation's. An episode depends on nothing but its own task and seed, so the merged folder is that of an
+evaluation on one machine, but for the times.
+"""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlafit.errors import ConfigError
+from vlafit.rollout.evaluation_folder import EvaluationFolder, Record, Result
+
+FOLDER = re.compile(r"shard-(\d+)-of-(\d+)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share `number` of `count`, from 1."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise ConfigError(
+                f"shard {self.number}/{self.count}: must be from 1/{self.count} to {self.count}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read ``2/4``."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise ConfigError(f"shard {text!r}: write NUMBER/COUNT, 1/4 to 4/4 for four machines")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def folder(self) -> str:
+        """Name of the shard's folder."""
+        return f"shard-{self.number}-of-{self.count}"
+
+    def holds(self, index: int) -> bool:
+        """Whether the start with this index belongs to the shard."""
+        return index % self.count == self.number - 1
+
+
+def merge(out: Path) -> Result:
+    """Merge the shards in the folder `out` into the evaluation that they are shares of.
+
+    Raises ConfigError if a shard or an episode is missing, or the shards are not of one evaluation: another
+    policy, protocol, device, or other versions of the software.
+    """
+    folders = {Shard(int(m[1]), int(m[2])): path for path, m in _named(out)}
+    if not folders:
+        raise ConfigError(f"{out}: holds no folder shard-1-of-N; evaluate with --out {out} --shard 1/N first")
+    counts = sorted({shard.count for shard in folders})
+    if len(counts) > 1:
+        raise ConfigError(f"{out}: holds shards of {counts[0]} and of {counts[1]}; remove those of one")
+    wanted = [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
+    missing = [shard.folder for shard in wanted if shard not in folders]
+    if missing:
+        raise ConfigError(f"{out}: {', '.join(missing)} is missing; evaluate it, then merge again")
+    shards = [_read(folders[shard]) for shard in wanted]
+    identity, environment = _same(shards)
+    whole = EvaluationFolder(out, identity)
+    whole.adopt(environment)
+    records: dict[tuple[str, int], Record] = {}
+    for shard in shards:
+        records |= {(record.task, record.seed): record for record in shard.records()}
+    protocol = identity["protocol"]
+    seeds = range(protocol["first_seed"], protocol["first_seed"] + identity["trials"])
+    order = [(task, seed) for task in identity["tasks"] for seed in seeds]
+    lacking = [f"task {task}, seed {seed}" for task, seed in order if (task, seed) not in records]
+    if lacking:
+        raise ConfigError(
+            f"{out}: {len(lacking)} of {len(order)} episodes have not been played ({lacking[0]}, say); "
+            "continue the shards with --resume, then merge again"
+        )
+    for shard in shards:
+        for file in sorted((shard.path / "videos").glob("*")):
+            (out / "videos").mkdir(exist_ok=True)
+            shutil.copyfile(file, out / "videos" / file.name)
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier merge
+    seconds = round(sum(shard.seconds() for shard in shards), 1)
+    return whole.finish([records[start] for start in order], tuple(identity["tasks"]), seconds)
+
+
+def _named(out: Path) -> list[tuple[Path, re.Match[str]]]:
+    paths = sorted(out.iterdir()) if out.is_dir() else []
+    return [(path, match) for path in paths if (match := FOLDER.fullmatch(path.name))]
+
+
+def _read(path: Path) -> EvaluationFolder:
+    folder = EvaluationFolder(path, {})
+    if not folder.header.is_file():
+        raise ConfigError(f"{path}: has not begun; evaluate it, then merge again")
+    folder.read()
+    return folder
+
+
+def _same(shards: list[EvaluationFolder]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the identity and environment that all shards share, without the shard."""
+    first = shards[0]
+    identity = {key: value for key, value in first.identity.items() if key != "shard"}
+    for other in shards[1:]:
+        theirs = {key: value for key, value in other.identity.items() if key != "shard"}
+        sides = ({**identity, **first.described}, {**theirs, **other.described})
+        different = [key for key in sides[0] | sides[1] if sides[0].get(key) != sides[1].get(key)]
+        if different:
+            listed = "; ".join(f"{key}: {sides[0].get(key)} and {sides[1].get(key)}" for key in different)
+            raise ConfigError(
+                f"{first.path} and {other.path} are not of one evaluation: {listed[:1000]}; evaluate all "
+                "shards with the same checkpoint, protocol, device and software"
+            )
+    return identity, first.described
