@@ -3,8 +3,8 @@
     vlafit serve CHECKPOINT &
     python examples/recorded_robot.py metaworld-faucet --url ws://127.0.0.1:8000
 
-CARD is the data card that the policy was trained with, or the dataset's folder if it needs none. What the policy would do is printed beside what was
-recorded.
+CARD is the data card that the policy was trained with, or the dataset's folder if it needs none. What the
+policy would do is printed beside what was recorded.
 """
 
 import argparse
