@@ -3,8 +3,8 @@
     vlafit serve CHECKPOINT &
     python examples/recorded_robot.py metaworld-faucet --url ws://127.0.0.1:8000
 
-CARD is the data card that the policy was trained with. What the policy would do is printed beside what was
-recorded.
+CARD is the data card that the policy was trained with, or the dataset's folder if it needs none. What the
+policy would do is printed beside what was recorded.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("card", help="a data card, or one that ships")
+    parser.add_argument("card", help="a data card, one that ships, or a dataset's folder")
     parser.add_argument("--url", default="ws://127.0.0.1:8000")
     parser.add_argument("--episode", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="steps to play [the whole episode]")
@@ -62,8 +62,9 @@ def main() -> None:
     error = np.abs(np.array(robot.sent) - robot.recorded[: len(robot.sent)]).mean(axis=0)
     labels = store.embodiment.action.labels or [str(i) for i in range(len(error))]
     print(f"{robot.instruction!r}: {len(robot.sent)} actions; mean distance from what was recorded:")
+    width = max(map(len, labels))
     for label, value in zip(labels, error, strict=True):
-        print(f"  {label:<12} {value:.4f} {store.embodiment.action.unit}")
+        print(f"  {label:<{width}} {value:.4f} {store.embodiment.action.unit}")
 
 
 if __name__ == "__main__":

@@ -99,9 +99,8 @@ def test_the_wheel_holds_no_recordings_runs_or_tests(installed):
 
 def test_the_package_is_typed_and_helps_with_its_public_functions(installed):
     assert (installed / "vlafit" / "py.typed").is_file()
-    done = run(
-        installed, "-c", "import pydoc, vlafit; print(pydoc.render_doc(vlafit, renderer=pydoc.plaintext))"
-    )
+    code = "import pydoc, vlafit; print(pydoc.render_doc(vlafit, renderer=pydoc.plaintext))"
+    done = run(installed, "-c", code)
     assert done.returncode == 0, done.stderr
     for name in ("load_actor(", "connect(", "open_dataset(", "load_checkpoint", "class Controller"):
         assert name in done.stdout, name

@@ -325,7 +325,7 @@ def test_the_command_line_exports_and_says_what_it_wrote(tmp_path: Path, capsys:
         main(["export", str(tmp_path / "native"), "--to", "transformers", "--out", str(tmp_path / "out")])
         == 0
     )
-    assert "for transformers, 2 files: config.json, model.safetensors" in capsys.readouterr().out
+    assert "for transformers, 3 files: README.md, config.json, model.safetensors" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "native"), "--to", "openpi", "--out", str(tmp_path / "no")]) == 2
     assert "cannot be written for openpi" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints.test_export import codec_for
+from tests.checkpoints.test_export import codec_for, unpublished
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints
 from vlafit.checkpoints import model_card
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint that was evaluated in simulation and on held-out episodes."""
     folder = tmp_path_factory.mktemp("run")
     saved = folder / "checkpoints" / "step_000010"
-    policy = random_policy("pi0-tiny")
+    policy = unpublished()
     checkpoints.save(policy, saved, codec_for(policy), recipe=RECIPE, history=HISTORY)
     (folder / "recipe.toml").write_text(RECIPE)
     actor = f"checkpoint sha256:{digest(saved)} width=16"
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_says_base_licence_data_strategy_robot_and_how_to_load_it(run: Path) -> None:
     text = (run / "checkpoints" / "step_000010" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: vlafit\n") and "license: apache-2.0" in text
-    for fact in ("# mine", "It picks up the cup.", "`metaworld-base`", "Apache-2.0", "`lora`", "pi0, "):
+    for fact in ("# mine", "It picks up the cup.", "`metaworld-base`", "Apache-2.0", "`lora`", "smolvla, "):
         assert fact in text
     assert "cups: 5 episodes, 120 frames (sha256 abcdefabcdef)" in text
     assert "vlafit.load_actor(" in text and "--to lerobot" in text and "--to openpi" in text

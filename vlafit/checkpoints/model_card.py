@@ -47,7 +47,7 @@ def card(
     target: str = "vlafit",
 ) -> str:
     """Return the text of a model card. `target` is the format that the checkpoint is written in."""
-    values: Mapping[str, Any] = tomllib.loads(recipe) if recipe else {}
+    values = _values(recipe or "")
     base = str(values.get("policy", {}).get("checkpoint") or "")
     licence = licence_of(base) if base else ""
     name = str(values.get("name") or "policy")
@@ -107,6 +107,14 @@ def licence_of(base: str) -> str:
         LICENCE.search(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
     )
     return stated[1].strip() if stated else ""
+
+
+def _values(recipe: str) -> Mapping[str, Any]:
+    """Return a recipe's values; none of a text that is no TOML, because the card only documents."""
+    try:
+        return tomllib.loads(recipe)
+    except tomllib.TOMLDecodeError:
+        return {}
 
 
 def _rows(
