@@ -150,8 +150,14 @@ class _Workers:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        with _sigint_blocked():
-            self.stream = iter(loader)
+        workers = loader.num_workers
+        try:
+            if workers:
+                multiprocessing.get_context("spawn").Lock()  # fails before torch has a half-made loader
+            with _sigint_blocked():
+                self.stream = iter(loader)
+        except OSError as error:  # locks lie in shared memory, too
+            raise TrainingError(_no_shared_memory(workers, error.strerror or str(error))) from error
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
         if self._processes and threading.current_thread() is threading.main_thread():
             own = not callable(handler) or not handler.__module__.startswith("torch.")
@@ -162,6 +168,9 @@ class _Workers:
         try:
             return next(self.stream)
         except (RuntimeError, OSError, EOFError) as error:
+            if "/torch_" in str(error):  # the name of a batch in shared memory
+                reason = str(error).strip().splitlines()[-1]
+                raise TrainingError(_no_shared_memory(len(self._processes), reason)) from error
             sentinels = {process.sentinel: process for process in self._processes}
             ended = wait(list(sentinels), timeout=GRACE_S) if sentinels else []
             if not ended:
@@ -173,11 +182,21 @@ def _death(process: BaseProcess, workers: int) -> str:
     process.join(GRACE_S)
     code = process.exitcode or 0
     cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    if code == -signal.SIGBUS:  # a batch was written beyond what there is
+        return _no_shared_memory(workers, f"dataloader worker {process.pid} {cause}")
     hint = ", which usually means out of memory" if code == -signal.SIGKILL else ""
     return (
         f"dataloader worker {process.pid} {cause}{hint}. Lower data.workers (now {workers}; 0 loads in the "
         "training process): each worker has its own copy of the program and its batches. The same command "
         "with --resume continues from the last checkpoint"
+    )
+
+
+def _no_shared_memory(workers: int, reason: str) -> str:
+    return (
+        "dataloader workers pass batches through shared memory (/dev/shm), and it is full, too small or not"
+        f" there: {reason}. Enlarge it (docker run --shm-size=8g), or set data.workers = 0 (now {workers});"
+        " the same command with --resume goes on from the last checkpoint"
     )
 
 

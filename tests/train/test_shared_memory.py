@@ -1,0 +1,58 @@
+"""Dataloader workers without enough shared memory, as in a container with 64 MB of /dev/shm."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlafit.train.dataloader import _death
+
+
+def end_by(number: int) -> None:
+    faulthandler.disable()  # pytest's would print a page
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.case(
+    section="machines",
+    report="`Bus error`, `No space left on device` in a dataloader",
+    user_has="a container with a small `/dev/shm`, or none",
+    now="one sentence: enlarge it, or `data.workers = 0`",
+)
+@pytest.mark.parametrize(("number", "shared"), [(signal.SIGBUS, True), (signal.SIGKILL, False)])
+def test_a_worker_that_ran_out_of_shared_memory_says_so(number: signal.Signals, shared: bool):
+    process = multiprocessing.get_context("fork").Process(target=end_by, args=(number,))
+    process.start()
+    message = _death(process, 3)
+    assert number.name in message and "data.workers" in message
+    assert ("/dev/shm" in message) is shared
+
+
+READ_ONLY = "mount --bind $1 /dev/shm && mount -o remount,ro,bind /dev/shm"
+LOADER = """
+from torch.utils.data import DataLoader
+from vlafit.errors import TrainingError
+from vlafit.train.dataloader import _Workers
+if __name__ == "__main__":
+    try:
+        _Workers(DataLoader([1, 2], num_workers=1, multiprocessing_context="spawn"))
+    except TrainingError as error:
+        print(error)
+"""
+
+
+def test_without_shared_memory_workers_are_refused_with_the_remedy(tmp_path: Path):
+    own = ["unshare", "--mount", "sh", "-c", f"{READ_ONLY} && exec $2 $1/loader.py"]
+    may = subprocess.run([*own[:3], "-c", READ_ONLY, "sh", str(tmp_path)], capture_output=True, check=False)
+    if may.returncode:
+        pytest.skip("this user may not mount")
+    (tmp_path / "loader.py").write_text(LOADER)
+    command = [*own, "sh", str(tmp_path), sys.executable]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "/dev/shm" in ended.stdout and "data.workers = 0 (now 1)" in ended.stdout
+    assert "Traceback" not in ended.stderr
