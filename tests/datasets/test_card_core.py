@@ -285,7 +285,7 @@ def test_everything_that_a_card_says_survives_being_written(tmp_path: Path) -> N
 
 
 def test_every_card_that_the_documentation_shows_is_valid(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text()
     shown = [block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "layout = " in block]
     for number, block in enumerate(shown):
         (tmp_path / f"{number}.toml").write_text(block)
