@@ -41,7 +41,7 @@ def test_dimensions_are_cut_scaled_and_turned_in_every_layout(
     )
     whole, cut = open_dataset(made), open_dataset(changed)
     for number in range(len(EVERYTHING)):
-        expected = whole.state(number)[:, [1, 2, 4]] * np.float64([2, -1, 1]) + [0, 0, 0.5]
+        expected = whole.state(number)[:, [1, 2, 4]] * np.array([2.0, -1, 1]) + [0, 0, 0.5]
         np.testing.assert_array_equal(cut.state(number), expected.astype(np.float32))
 
 
@@ -54,7 +54,7 @@ def test_whole_numbers_need_a_scale(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ticks is int16.*robot\.state\.scale"):
         open_dataset(with_state(made, "ticks"))
     scaled = open_dataset(with_state(made, "ticks", scale=(0.5, 0.5, 0.5, 0.5, -0.5))).state(0)
-    np.testing.assert_array_equal(scaled[1], np.float32([2.5, 3, 3.5, 4, -4.5]))
+    np.testing.assert_array_equal(scaled[1], np.array([2.5, 3, 3.5, 4, -4.5], np.float32))
 
 
 @pytest.mark.parametrize("key", ["x[:, 1:2", "x[1]", "x[:, a]", "x[:, ::0]", "x[:]"])
