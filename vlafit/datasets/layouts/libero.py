@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
-from vlafit.datasets.hdf5 import Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, observations, open_file
@@ -84,7 +84,8 @@ def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demons
     for demo in demonstrations_below(file, path, card):
         seed = file[f"data/{demo}"].attrs.get("seed")  # kept by `vlafit record`
         known = int(seed) if isinstance(seed, int | np.integer) else None
-        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known)
+        length = declared_length(file[f"data/{demo}"])
+        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known, length)
 
 
 def _tell(card: Card, file: h5py.File, path: Path, demo: Demonstration) -> str:
