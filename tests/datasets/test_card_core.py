@@ -161,6 +161,19 @@ def test_frames_are_turned_mirrored_and_exchanged_as_declared() -> None:
         assert made is frame or (made.flags.c_contiguous and not made.flags.writeable)
 
 
+def test_a_card_that_turns_frames_which_the_file_calls_upright_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = card(write_libero(tmp_path / "set", EVERYTHING))
+    open_dataset(made)
+    assert caplog.text == ""
+    path = tmp_path / "set" / f"{TASKS[0]}_demo.hdf5"
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs["macros_image_convention"] = "opencv"
+    open_dataset(made)
+    assert path.name in caplog.text and "macros_image_convention" in caplog.text and "front" in caplog.text
+
+
 def test_frames_that_were_allocated_and_never_written_are_refused(tmp_path: Path) -> None:
     made = card(write_libero(tmp_path / "set", EVERYTHING))
     with h5py.File(tmp_path / "set" / f"{TASKS[0]}_demo.hdf5", "r+") as file:
