@@ -66,6 +66,10 @@ def without_attrs(file: h5py.File) -> None:
     del file["data"].attrs["problem_info"]
 
 
+def with_a_wrong_count(file: h5py.File) -> None:
+    file["data/demo_0"].attrs["num_samples"] = 7
+
+
 def with_attrs(text: str) -> Callable[[h5py.File], None]:
     def spoil(file: h5py.File) -> None:
         file["data"].attrs["problem_info"] = text
@@ -126,6 +130,7 @@ CASES: list[tuple[str, Callable[[h5py.File], None], str]] = [
     ("float frames", replaced("obs/agentview_rgb", np.zeros((4, 6, 5, 3), np.float32)), "a camera is uint8"),
     ("grey frames", replaced("obs/agentview_rgb", np.zeros((4, 6, 5), np.uint8)), "a camera is uint8"),
     ("empty episode", emptied, "demo_0: the episode is empty"),
+    ("another length", with_a_wrong_count, "demo_0: has 4 actions, its attribute num_samples says 7"),
     ("no instruction", without_attrs, 'no attribute problem_info.*"filename" or "card"'),
     ("instruction not JSON", with_attrs("{"), "not JSON with a language_instruction"),
     ("instruction not there", with_attrs('{"language": "x"}'), "not JSON with a language_instruction"),

@@ -41,7 +41,7 @@ def test_dimensions_are_cut_scaled_and_turned_in_every_layout(
     )
     whole, cut = open_dataset(made), open_dataset(changed)
     for number in range(len(EVERYTHING)):
-        expected = whole.state(number)[:, [1, 2, 4]] * np.float64([2, -1, 1]) + [0, 0, 0.5]
+        expected = whole.state(number)[:, [1, 2, 4]] * np.array([2.0, -1, 1]) + [0, 0, 0.5]
         np.testing.assert_array_equal(cut.state(number), expected.astype(np.float32))
 
 
@@ -54,7 +54,7 @@ def test_whole_numbers_need_a_scale(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ticks is int16.*robot\.state\.scale"):
         open_dataset(with_state(made, "ticks"))
     scaled = open_dataset(with_state(made, "ticks", scale=(0.5, 0.5, 0.5, 0.5, -0.5))).state(0)
-    np.testing.assert_array_equal(scaled[1], np.float32([2.5, 3, 3.5, 4, -4.5]))
+    np.testing.assert_array_equal(scaled[1], np.array([2.5, 3, 3.5, 4, -4.5], np.float32))
 
 
 @pytest.mark.parametrize("key", ["x[:, 1:2", "x[1]", "x[:, a]", "x[:, ::0]", "x[:]"])
@@ -159,6 +159,19 @@ def test_frames_are_turned_mirrored_and_exchanged_as_declared() -> None:
         made = camera.upright(frame)
         np.testing.assert_array_equal(made, result)
         assert made is frame or (made.flags.c_contiguous and not made.flags.writeable)
+
+
+def test_a_card_that_turns_frames_which_the_file_calls_upright_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = card(write_libero(tmp_path / "set", EVERYTHING))
+    open_dataset(made)
+    assert caplog.text == ""
+    path = tmp_path / "set" / f"{TASKS[0]}_demo.hdf5"
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs["macros_image_convention"] = "opencv"
+    open_dataset(made)
+    assert path.name in caplog.text and "macros_image_convention" in caplog.text and "front" in caplog.text
 
 
 def test_frames_that_were_allocated_and_never_written_are_refused(tmp_path: Path) -> None:
@@ -285,7 +298,7 @@ def test_everything_that_a_card_says_survives_being_written(tmp_path: Path) -> N
 
 
 def test_every_card_that_the_documentation_shows_is_valid(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text()
     shown = [block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "layout = " in block]
     for number, block in enumerate(shown):
         (tmp_path / f"{number}.toml").write_text(block)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -193,6 +194,12 @@ def _keep(cache: OrderedDict, key: object, value: object, most: int) -> list:
 def whole_file(path: Path, name: str) -> Demonstration:
     """Return the demonstration that a whole file is; its task is the folder's name."""
     return Demonstration("/", name, path.parent.name)
+
+
+def declared_length(group: Any) -> int | None:
+    """Return the attribute num_samples of a demonstration; None if it has none."""
+    count = group.attrs.get("num_samples")
+    return int(count) if isinstance(count, int | np.integer) else None
 
 
 def demonstrations_below(file: h5py.File, path: Path, card: Card) -> list[str]:

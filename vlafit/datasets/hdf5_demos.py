@@ -29,9 +29,9 @@ class Demonstration:
     task: str
     seed: int | None = None
     length: int | None = None
-    """Steps that another file (ManiSkill's JSON) says it has."""
+    """Steps that it has by its attribute num_samples, or by the file `beside`."""
     beside: Path | None = None
-    """That other file."""
+    """A JSON file that tells more of it."""
 
 
 List = Callable[[Card, h5py.File, Path, str], Iterable[Demonstration]]
@@ -226,9 +226,8 @@ def read_episode(
     if steps == 0:
         raise DataError(f"{where}: the episode is empty; leave it out of the file")
     if demo.length is not None and demo.length != steps:
-        raise DataError(
-            f"{where}: has {steps} actions, its JSON says {demo.length}; fetch or record it again"
-        )
+        said = "its JSON" if demo.beside else "its attribute num_samples"
+        raise DataError(f"{where}: has {steps} actions, {said} says {demo.length}; fetch or record it again")
     state = join(states, robot.state, "state", where)[:steps]
     beside = {file for file in (demo.beside, beside_file(card, path)) if file is not None and file.is_file()}
     return Episode(

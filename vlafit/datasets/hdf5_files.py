@@ -170,7 +170,8 @@ def first_file(path: Path) -> Path | None:
 def first_demo(data: h5py.Group) -> str:
     """Return the name of the first group of /data in natural order; empty if there is none."""
     names = sorted((str(n) for n in data if data.get(n, getclass=True) is h5py.Group), key=natural)
-    return next((n for n in names if "obs" in data[n] or "actions" in data[n]), names[0] if names else "")
+    whole = (n for n in names if f"{n}/obs" in data or f"{n}/actions" in data)
+    return next(whole, names[0] if names else "")
 
 
 def observations(data: h5py.Group) -> list[str]:

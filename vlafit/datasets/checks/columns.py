@@ -131,10 +131,10 @@ def _holes(columns: Columns) -> list[Finding]:
     """Find steps whose whole state and action are 0, in episodes where most are not: a hole in the file."""
     findings = []
     for episode, state, actions in columns:
-        empty = ~(state.any(axis=1) | actions.any(axis=1))
+        empty = np.abs(np.concatenate([state, actions], axis=1)).max(axis=1) == 0
         if not 0 < empty.sum() < len(empty) or not state.any():
             continue
-        longest = max(len(run) for run in "".join("x" if e else " " for e in empty).split())
+        longest = max(len(run) for run in "".join("x" if e else " " for e in empty.tolist()).split())
         if longest >= HOLE:
             findings.append(
                 Finding(

@@ -90,19 +90,24 @@ def matching(file: h5py.File, pattern: str) -> list[str]:
         groups = [
             f"{group}/{name}".lstrip("/")
             for group in groups
-            for name in sorted(file[group or "/"], key=natural)
-            if fnmatchcase(name, step) and file[group or "/"].get(name, getclass=True) is h5py.Group
+            for name in sorted(_groups(file, group), key=natural)
+            if fnmatchcase(name, step)
         ]
     return groups
 
 
+def _groups(file: h5py.File, inside: str) -> list[str]:
+    """Return the names of the groups in a group."""
+    parent = file[inside or "/"]
+    assert isinstance(parent, h5py.Group)
+    return [str(name) for name in parent if parent.get(name, getclass=True) is h5py.Group]
+
+
 def _guess(file: h5py.File) -> str:
     """Return the pattern of the groups that are numbered, at the root or one group below; else "/"."""
-    for prefix in ["", *(f"{name}/" for name in file if file.get(name, getclass=True) is h5py.Group)]:
-        parent = file[prefix or "/"]
-        assert isinstance(parent, h5py.Group)
-        numbered = [n for n in parent if re.search(r"\d+$", n) and parent.get(n, getclass=True) is h5py.Group]
+    for prefix in ["", *(f"{name}/" for name in _groups(file, ""))]:
+        numbered = [name for name in _groups(file, prefix) if re.search(r"\d+$", name)]
         if numbered:
-            stem = Counter(re.sub(r"\d+$", "", n) for n in numbered).most_common(1)[0][0]
+            stem = Counter(re.sub(r"\d+$", "", name) for name in numbered).most_common(1)[0][0]
             return f"{prefix}{stem}*"
     return "/"

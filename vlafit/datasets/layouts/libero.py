@@ -4,6 +4,7 @@ Also what `vlafit record` writes, and OpenVLA's regenerated `*_no_noops` files, 
 gaps in the demo numbers. `/data/demo_N/...` holds one row a step.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ import h5py
 import numpy as np
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
-from vlafit.datasets.hdf5 import Hdf5Store, demonstrations_below
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
+from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, plain
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, observations, open_file
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 from vlafit.files import parse_json
+
+log = logging.getLogger(__name__)
 
 INSTRUCTIONS = ("attrs", *SOURCES)
 """attrs: `problem_info` of /data; filename: the words of the file's name."""
@@ -58,7 +61,7 @@ def describe(path: Path) -> Draft:
         data: Any = opened["data"]
         group = first_demo(data)
         known = "problem_info" in data.attrs
-        recorded = "seed" in data[group].attrs  # by `vlafit record`, upright
+        upright = "seed" in data[group].attrs or _upright(opened)  # `vlafit record` keeps seeds
     return draft(
         path,
         Known(
@@ -73,7 +76,7 @@ def describe(path: Path) -> Draft:
             robot="libero-panda",
             hz=20.0,
             control="delta_pose",
-            rotate=not recorded,
+            rotate=not upright,
             guesses={} if known else {"instruction.source": "the files have no attributes; check `inspect`"},
         ),
     )
@@ -81,10 +84,25 @@ def describe(path: Path) -> Draft:
 
 def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
     task = path.stem.removesuffix("_demo")
+    turned = [c.name for c in card.robot.cameras if (c.rotate == 180) != (c.flip == "vertical")]
+    if turned and _upright(file):
+        log.warning(
+            "%s: macros_image_convention is opencv, so frames are upright, and the card turns camera %s "
+            "upside-down; look at a frame",
+            path,
+            turned[0],
+        )
     for demo in demonstrations_below(file, path, card):
         seed = file[f"data/{demo}"].attrs.get("seed")  # kept by `vlafit record`
         known = int(seed) if isinstance(seed, int | np.integer) else None
-        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known)
+        length = declared_length(file[f"data/{demo}"])
+        yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known, length)
+
+
+def _upright(file: h5py.File) -> bool:
+    """Whether the file says that its frames are upright."""
+    convention = file["data"].attrs.get("macros_image_convention")
+    return plain(convention) == "opencv"
 
 
 def _tell(card: Card, file: h5py.File, path: Path, demo: Demonstration) -> str:

@@ -97,7 +97,7 @@ def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demons
 
 
 def _groups(file: h5py.File) -> list[str]:
-    return sorted((name for name in file if name.startswith("traj_")), key=natural)
+    return sorted((name for name in map(str, file) if name.startswith("traj_")), key=natural)
 
 
 def _beside(path: Path) -> dict[str, Any]:

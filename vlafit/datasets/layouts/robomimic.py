@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
-from vlafit.datasets.hdf5 import Hdf5Store, demonstrations_below
+from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, open_file
@@ -104,7 +104,8 @@ def masked(card: Card, file: h5py.File, path: Path, name: str, mask: str) -> Ite
     if mask:
         demos = _masked(file, path, mask, demos)
     for demo in demos:
-        yield Demonstration(f"data/{demo}", f"{name}/{demo}", path.stem.removesuffix("_demo"))
+        length = declared_length(file[f"data/{demo}"])
+        yield Demonstration(f"data/{demo}", f"{name}/{demo}", path.stem.removesuffix("_demo"), None, length)
 
 
 def _masked(file: h5py.File, path: Path, key: str, demos: list[str]) -> list[str]:
