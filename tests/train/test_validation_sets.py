@@ -61,6 +61,14 @@ def test_an_episode_that_is_trained_on_is_refused_in_a_validation_set_and_in_the
         build(tiny(twice, data={"validation": 0.5}), torch.device("cpu"))
 
 
+def test_a_run_records_which_episodes_its_cards_leave_out_and_why(finished: Path, tmp_path: Path) -> None:
+    assert json.loads((finished / "run.json").read_text())["left_out"] == {}
+    card = write_dots(tmp_path, episodes=3)
+    card.write_text(card.read_text() + '\n[episodes]\nskip = ["left_demo/demo_1"]\n')
+    data = build(tiny(card), torch.device("cpu")).data
+    assert data.left_out() == {"dots": {"left_demo/demo_1": "on the skip list of the card"}}
+
+
 def test_a_named_set_changes_no_weight(finished: Path, whole: Path) -> None:
     assert_same(learned(finished, 8), learned(whole, 8))
 
