@@ -231,7 +231,7 @@ def test_a_size_that_only_lost_tensors_tell_hides_no_other_damage(tmp_path: Path
     found = caught.value.tensors
     assert set(found["missing"]) == {form.names.stored(form.names.policy_name(name)) for name in lost}
     assert (found["surplus"], found["misshapen"]) == (("model.extra",), ("model.state_proj.weight",))
-    assert "no tensor tells vision.patch, state_dim, action_dim" in str(caught.value)
+    assert "no tensor determines vision.patch, state_dim, action_dim" in str(caught.value)
 
 
 def test_projections_that_are_lost_may_be_fresh_where_their_width_is_said(tmp_path: Path):
@@ -242,7 +242,7 @@ def test_projections_that_are_lost_may_be_fresh_where_their_width_is_said(tmp_pa
     given = {**form.told, "chunk": 4, "language.head_dim": 16}
     loaded = vlafit.load_checkpoint(tmp_path, config={**given, "action_dim": 3}, fresh=["action_*"])
     assert loaded.policy.config.action_dim == 3 and len(loaded.report.fresh) == 4
-    with pytest.raises(WeightsError, match="no tensor tells action_dim"):
+    with pytest.raises(WeightsError, match="no tensor determines action_dim"):
         vlafit.load_checkpoint(tmp_path, config=given, fresh=["action_*"])
 
 

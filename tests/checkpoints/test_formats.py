@@ -110,7 +110,7 @@ def test_an_installed_format_is_detected_exported_to_and_on_the_command_line(
     native = tmp_path / "native"
     export(written, "vlafit", native)
     made = export(native, "slashes", tmp_path / "back")
-    assert set(made.files) == {"model.safetensors", "slashes.json"}
+    assert set(made.files) == {"model.safetensors", "slashes.json", "README.md"}
     one, two = (load_file(folder / "model.safetensors") for folder in (written, tmp_path / "back"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert cli.main(["inspect", str(written), "--format", MODULE]) == 0

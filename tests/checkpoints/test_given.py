@@ -173,7 +173,7 @@ def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: py
 
 def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Path):
     folder = Path(shutil.copytree(JAX, tmp_path / "run" / "pi05_base"))  # a folder's name tells nothing
-    with pytest.raises(WeightsError, match=r"tell 'chunk'; give it as config \{'chunk': ...\}"):
+    with pytest.raises(WeightsError, match=r"determine 'chunk'; give it as config \{'chunk': ...\}"):
         vlafit.load_checkpoint(folder, config={"vision.heads": 2})
     for place in (folder / "config.json", folder.parent / "config.json"):
         shutil.copy(OPENPI / "openpi_config.json", place)
@@ -183,7 +183,7 @@ def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Pat
         report = vlafit.load_checkpoint(folder / "params", config={"vision.heads": 2, "chunk": 4}).report
         assert report.adapted == ("chunk: 4 actions at once, 6 in the checkpoint",)
         place.write_text(json.dumps({"action_horizon": 9, "of": "another program"}))
-        with pytest.raises(WeightsError, match="tell 'chunk'"):
+        with pytest.raises(WeightsError, match="determine 'chunk'"):
             vlafit.load_policy(folder, config={"vision.heads": 2})
         place.unlink()
 

@@ -140,7 +140,7 @@ def test_projections_for_numbers_normalised_otherwise_are_mixed_with_a_note(
     own, same, other = (codec_for(policy), codec_for(policy), codec_for(policy, "quantile"))
     assert codec_notes(own, same, {"projections": 0.5}) == ()
     assert codec_notes(own, other, {"language": 0.5}) == codec_notes(own, other, {"projections": 1.0}) == ()
-    assert "nothing tells" in codec_notes(own, None, {"projections": 0.5})[0]
+    assert "no codec" in codec_notes(own, None, {"projections": 0.5})[0]
     wider = dict(own.statistics)
     wider["action"] = replace(wider["action"], std=wider["action"].std * 2)
     moved = Codec(own.config, own.embodiment, wider, own.tokenizer)

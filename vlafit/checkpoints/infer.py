@@ -330,7 +330,7 @@ def _checked(
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
         first = next(iter(asked))
         raise WeightsError(
-            f"{where}: neither the tensors nor a config beside them determine {first!r}; pass it as config "
+            f"{where}: neither the tensors nor a config beside them determine {first!r}; give it as config "
             f"{{{first!r}: ...}}"
         )
     return config

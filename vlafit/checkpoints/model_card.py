@@ -4,7 +4,6 @@ It only documents, so it is not in the manifest: whoever publishes a checkpoint 
 those that lie in the run's folder when the card is written, and only of this very checkpoint.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -166,7 +165,7 @@ def _load(target: str) -> str:
 def _result(path: Path, own: str) -> Iterator[str]:
     """Yield the sentence of one evaluation, if it is of the checkpoint with this digest."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.parse_json(path.read_text(encoding="utf-8"))
         if own not in str(value["actor"]):
             return
         if value.get("kind") == "offline":

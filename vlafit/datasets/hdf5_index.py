@@ -25,7 +25,7 @@ from vlafit.datasets.stamps import Stamp, stamp
 from vlafit.datasets.store import EpisodeInfo
 from vlafit.datasets.write import card_text
 from vlafit.errors import DataError, VlafitError
-from vlafit.files import new_file
+from vlafit.files import new_file, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def load(key: str) -> Index | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            facts = json.loads(bytes(arrays["facts"]).decode())
+            facts = parse_json(bytes(arrays["facts"]))
             state, actions = arrays["state"], arrays["actions"]
         paths, sources = (
             {name: (int(size), int(time)) for name, (size, time) in facts[kind].items()}

@@ -84,24 +84,28 @@ def describe(path: Path) -> Draft:
 
 def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
     task = path.stem.removesuffix("_demo")
+    demos = list(demonstrations_below(file, path, card))
     turned = [c.name for c in card.robot.cameras if (c.rotate == 180) != (c.flip == "vertical")]
-    if turned and _upright(file):
+    if turned and _upright(file, path):
         log.warning(
             "%s: macros_image_convention is opencv, so frames are upright, and the card turns camera %s "
             "upside-down; look at a frame",
             path,
             turned[0],
         )
-    for demo in demonstrations_below(file, path, card):
+    for demo in demos:
         seed = file[f"data/{demo}"].attrs.get("seed")  # kept by `vlafit record`
         known = int(seed) if isinstance(seed, int | np.integer) else None
         length = declared_length(file[f"data/{demo}"])
         yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known, length)
 
 
-def _upright(file: h5py.File) -> bool:
+def _upright(file: h5py.File, path: Path) -> bool:
     """Whether the file says that its frames are upright."""
-    convention = file["data"].attrs.get("macros_image_convention")
+    try:
+        convention = file["data"].attrs.get("macros_image_convention")
+    except (OSError, KeyError) as error:
+        raise DataError(f"{path}: is damaged ({error}); fetch or record it again") from error
     return plain(convention) == "opencv"
 
 
