@@ -61,7 +61,7 @@ def describe(path: Path) -> Draft:
         data: Any = opened["data"]
         group = first_demo(data)
         known = "problem_info" in data.attrs
-        upright = "seed" in data[group].attrs or _upright(opened)  # `vlafit record` keeps seeds
+        upright = "seed" in data[group].attrs or _upright(opened, file)  # `vlafit record` keeps seeds
     return draft(
         path,
         Known(
