@@ -191,9 +191,9 @@ def _keep(cache: OrderedDict, key: object, value: object, most: int) -> list:
     return [cache.popitem(last=False) for _ in range(max(0, len(cache) - most))]
 
 
-def whole_file(path: Path, name: str) -> Demonstration:
-    """Return the demonstration that a whole file is; its task is the folder's name."""
-    return Demonstration("/", name, path.parent.name)
+def whole_file(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
+    """List the one demonstration that a whole file is; its task is the folder's name."""
+    yield Demonstration("/", name, path.parent.name)
 
 
 def declared_length(group: Any) -> int | None:

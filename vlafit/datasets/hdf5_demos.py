@@ -74,6 +74,14 @@ class Episode:
     sources: frozenset[str] = frozenset()  # all files that it was read from
 
 
+@dataclass(frozen=True)
+class LinkedFolders:
+    """The table of a card for a layout without options of its own."""
+
+    linked: tuple[str, ...] = ()
+    """Folders outside the dataset's own that its files may link to."""
+
+
 def name_in(path: Path, demo: Demonstration) -> str:
     """Name a demonstration for messages."""
     inside = demo.group.rsplit("/", 1)[-1]

@@ -4,30 +4,19 @@
 data has it, too, with the sentence in a JSON file beside (instruction.source = "beside").
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, whole_file
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
+from vlafit.datasets.hdf5_demos import SOURCES, Hdf5Layout, LinkedFolders
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, open_file
 from vlafit.datasets.store import EpisodeStore
 
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
+Section = LinkedFolders
 RDT = "expanded_instruction_gpt-4-turbo.json"
-
-
-@dataclass(frozen=True)
-class Section:
-    """The table [aloha] of a card."""
-
-    linked: tuple[str, ...] = ()
-    """Folders outside the dataset's own that its files may link to."""
 
 
 def recognise(path: Path) -> bool:
@@ -41,7 +30,7 @@ def recognise(path: Path) -> bool:
 
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    return Hdf5Store(card, Hdf5Layout(_list, linked=card.options(Section).linked))
+    return Hdf5Store(card, Hdf5Layout(whole_file, linked=card.options(Section).linked))
 
 
 def describe(path: Path) -> Draft:
@@ -65,7 +54,3 @@ def describe(path: Path) -> Draft:
             control="joint_position",
         ),
     )
-
-
-def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
-    yield whole_file(path, name)

@@ -52,7 +52,7 @@ def open(card: Card) -> EpisodeStore:
 
     def listed(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
         if section.demonstrations.strip("/") == "":
-            yield whole_file(path, name)
+            yield from whole_file(card, file, path, name)
             return
         groups = matching(file, section.demonstrations)
         if not groups:

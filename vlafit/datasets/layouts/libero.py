@@ -6,7 +6,6 @@ gaps in the demo numbers. `/data/demo_N/...` holds one row a step.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, plain
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, LinkedFolders, plain
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, observations, open_file
 from vlafit.datasets.store import EpisodeStore
@@ -26,14 +25,7 @@ log = logging.getLogger(__name__)
 
 INSTRUCTIONS = ("attrs", *SOURCES)
 """attrs: `problem_info` of /data; filename: the words of the file's name."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """The table [libero] of a card."""
-
-    linked: tuple[str, ...] = ()
-    """Folders outside the dataset's own that its files may link to."""
+Section = LinkedFolders
 
 
 def recognise(path: Path) -> bool:
@@ -61,7 +53,7 @@ def describe(path: Path) -> Draft:
         data: Any = opened["data"]
         group = first_demo(data)
         known = "problem_info" in data.attrs
-        upright = "seed" in data[group].attrs or _upright(opened, file)  # `vlafit record` keeps seeds
+        upright = "seed" in data[group].attrs or _upright(opened)  # `vlafit record` keeps seeds
     return draft(
         path,
         Known(
@@ -84,9 +76,9 @@ def describe(path: Path) -> Draft:
 
 def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
     task = path.stem.removesuffix("_demo")
-    demos = list(demonstrations_below(file, path, card))
+    demos = demonstrations_below(file, path, card)  # first: it names what a damaged file lacks
     turned = [c.name for c in card.robot.cameras if (c.rotate == 180) != (c.flip == "vertical")]
-    if turned and _upright(file, path):
+    if turned and _upright(file):
         log.warning(
             "%s: macros_image_convention is opencv, so frames are upright, and the card turns camera %s "
             "upside-down; look at a frame",
@@ -100,12 +92,9 @@ def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demons
         yield Demonstration(f"data/{demo}", f"{name}/{demo}", task, known, length)
 
 
-def _upright(file: h5py.File, path: Path) -> bool:
+def _upright(file: h5py.File) -> bool:
     """Whether the file says that its frames are upright."""
-    try:
-        convention = file["data"].attrs.get("macros_image_convention")
-    except (OSError, KeyError) as error:
-        raise DataError(f"{path}: is damaged ({error}); fetch or record it again") from error
+    convention = file["data"].attrs.get("macros_image_convention")
     return plain(convention) == "opencv"
 
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, inside_json
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, LinkedFolders, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, natural, open_file
 from vlafit.datasets.store import EpisodeStore
@@ -21,14 +20,7 @@ from vlafit.files import parse_json
 
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """The table [maniskill] of a card."""
-
-    linked: tuple[str, ...] = ()
-    """Folders outside the dataset's own that its files may link to."""
+Section = LinkedFolders
 
 
 def recognise(path: Path) -> bool:

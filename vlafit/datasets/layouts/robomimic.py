@@ -12,7 +12,7 @@ import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, inside_json
+from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Tell, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, open_file
 from vlafit.datasets.store import EpisodeStore
@@ -29,7 +29,7 @@ STATE = (
 
 @dataclass(frozen=True)
 class Section:
-    """The table [robomimic] of a card."""
+    """The table [robomimic] or [robocasa] of a card."""
 
     mask: str = ""
     """The filter key (/mask/<key>) whose demonstrations to use. Empty: all."""
@@ -56,13 +56,7 @@ def recognise(path: Path) -> bool:
 
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    section = card.options(Section)
-    return Hdf5Store(
-        card,
-        Hdf5Layout(
-            lambda card, file, path, name: masked(card, file, path, name, section.mask), linked=section.linked
-        ),
-    )
+    return Hdf5Store(card, masked_layout(card))
 
 
 def describe(path: Path) -> Draft:
@@ -98,7 +92,17 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
     )
 
 
-def masked(card: Card, file: h5py.File, path: Path, name: str, mask: str) -> Iterator[Demonstration]:
+def masked_layout(card: Card, tell: Tell | None = None) -> Hdf5Layout:
+    """Return the layout of files with filter keys; `tell` reads a sentence from them, if they have one."""
+    section = card.options(Section)
+    return Hdf5Layout(
+        lambda card, file, path, name: _list(card, file, path, name, section.mask),
+        tell,
+        linked=section.linked,
+    )
+
+
+def _list(card: Card, file: h5py.File, path: Path, name: str, mask: str) -> Iterator[Demonstration]:
     """List the demonstrations of a file, those of the filter key `mask` if it is not empty."""
     demos = demonstrations_below(file, path, card)
     if mask:

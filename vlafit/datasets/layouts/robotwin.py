@@ -4,31 +4,22 @@
 step. The sentences of data/episode0.hdf5 are in instructions/episode0.json.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard, RowsCard
 from vlafit.datasets.hdf5 import Hdf5Store, whole_file
-from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
+from vlafit.datasets.hdf5_demos import SOURCES, Hdf5Layout, LinkedFolders
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, open_file
 from vlafit.datasets.store import EpisodeStore
 
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
+Section = LinkedFolders
 JOINTS = tuple(f"joint_action/{part}" for part in ("left_arm", "left_gripper", "right_arm", "right_gripper"))
 BESIDE = "../instructions/{stem}.json"
-
-
-@dataclass(frozen=True)
-class Section:
-    """The table [robotwin] of a card."""
-
-    linked: tuple[str, ...] = ()
-    """Folders outside the dataset's own that its files may link to."""
 
 
 def recognise(path: Path) -> bool:
@@ -42,7 +33,7 @@ def recognise(path: Path) -> bool:
 
 def open(card: Card) -> EpisodeStore:
     """Open the dataset of a card. Raises DataError saying where the files are not what the card says."""
-    return Hdf5Store(card, Hdf5Layout(_list, linked=card.options(Section).linked))
+    return Hdf5Store(card, Hdf5Layout(whole_file, linked=card.options(Section).linked))
 
 
 def describe(path: Path) -> Draft:
@@ -65,7 +56,3 @@ def describe(path: Path) -> Draft:
             guesses={"rows.action_shift": "RoboTwin's own readers take the next joint state as the action"},
         ),
     )
-
-
-def _list(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
-    yield whole_file(path, name)
