@@ -59,14 +59,17 @@ class Experiment:
         return self.base, self.changed | trained
 
 
-def build(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> Experiment:
+def build(
+    recipe: Recipe, device: torch.device, resumed: Path | None = None, data: Data | None = None
+) -> Experiment:
     """Build the experiment of a recipe; the policy is on `device`, with the strategy applied.
 
     It is in fp32, except frozen weights where the recipe says so (`frozen.py`).
 
-    `resumed` is the checkpoint of the same run to resume from, which then provides policy and codec.
+    `resumed` is the checkpoint of the same run to resume from, which then provides policy and codec. `data`
+    is the recipe's, where the caller has opened it already.
     """
-    data = open_data(recipe.data, recipe.train.seed)
+    data = data or open_data(recipe.data, recipe.train.seed)
     sets = open_validation_sets(recipe.data, data)
     _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
     strategy = load_strategy(recipe.strategy)

@@ -19,13 +19,12 @@ from vlafit.train.memory_ladder import (
     require_fit,
     rungs,
 )
-from vlafit.train.settle import AUTOMATIC, get, put
+from vlafit.train.settle import AUTOMATIC, EARLIER, get, put
 from vlafit.tuning import load_strategy
 
 log = logging.getLogger(__name__)
 
 OPEN = {"recompute": "train.recompute", "states": "optim.states", "micro_batches": "train.accumulate"}
-DEFAULTS = {"train.recompute": "none", "optim.states": "fp32", "train.accumulate": 1}
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Fit:
 
 def close(recipe: Recipe) -> Recipe:
     """Return the recipe with the defaults of what `train.memory` could have decided."""
-    for field, value in DEFAULTS.items():
+    for field in OPEN.values():
         if get(recipe, field) in AUTOMATIC:
-            recipe = put(recipe, field, value)
+            recipe = put(recipe, field, EARLIER[field])
     return recipe
 
 

@@ -36,7 +36,7 @@ from vlafit.train import (
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
-from vlafit.train.data import open_data
+from vlafit.train.data import Data, open_data
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment, build
@@ -181,8 +181,8 @@ def _train(
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
-    recipe = _fit(recipe, accelerator)
-    experiment = _with_settings(_build(recipe, accelerator, resumed), settled)
+    recipe, data = _fit(recipe, accelerator)
+    experiment = _with_settings(_build(recipe, accelerator, resumed, data), settled)
     processes.require_equal(_identity(experiment), accelerator.device)
     data_facts = data_files.facts(experiment.data)
     if resumed is not None:
@@ -256,10 +256,10 @@ def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None
         record["notices"] = [*dict.fromkeys([*_texts(record["notices"]), warning])]
 
 
-def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> Experiment:
+def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None, data: Data | None) -> Experiment:
     """Build the experiment with its warnings. Errors about damaged checkpoints say how to recover."""
     try:
-        experiment = build(recipe, accelerator.device, resumed)
+        experiment = build(recipe, accelerator.device, resumed, data)
     except (WeightsError, CodecError) as error:
         if resumed is None:
             raise
@@ -269,14 +269,18 @@ def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> Ex
     return replace(experiment, warnings=(*experiment.warnings, *warnings))
 
 
-def _fit(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """Settle what `train.memory` decides, and refuse a run that does not fit, before anything is loaded."""
+def _fit(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, Data | None]:
+    """Settle what `train.memory` decides, and refuse a run that does not fit, before anything is loaded.
+
+    Returns the data, too, where the forecast needed it.
+    """
     gigabytes = device_gb(accelerator.device)
     if recipe.train.memory == IGNORE or (gigabytes is None and not recipe.train.memory):
-        return close(recipe)
+        return close(recipe), None
     data = open_data(recipe.data, recipe.train.seed)
     policy = meta_policy(recipe, data)
-    return fit(recipe, policy, data, processes=accelerator.num_processes, gigabytes=gigabytes).recipe
+    fitting = fit(recipe, policy, data, processes=accelerator.num_processes, gigabytes=gigabytes)
+    return fitting.recipe, data
 
 
 def _with_settings(experiment: Experiment, settled: Settled) -> Experiment:
