@@ -122,15 +122,14 @@ def export(
         if cast_error is not None:
             cast_for(loaded.policy, writer)
         save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=recipe, history=history)
-        exported = Exported(out, target, _files_of(out), ())
+        exported = Exported(out, target, (), ())
     else:
         exported = _write(loaded, writer, target, out, str(path), dtype)
-    history = history or Lineage()
     found = () if interpolate else model_card.results_of(path)
     text = model_card.card(
         loaded.policy, loaded.codec, recipe=recipe, history=history, results=found, target=target
     )
-    files.write_atomic(out / model_card.FILE, text)
+    files.write_atomic(out / model_card.FILE, text)  # a native one again, now with results
     exported = replace(exported, files=_files_of(out))
     return replace(exported, notes=notes + exported.notes, merge_error=merge_error, cast_error=cast_error)
 

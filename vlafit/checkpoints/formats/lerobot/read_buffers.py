@@ -70,10 +70,7 @@ def read(
         return None, lacking
     slots, robot = processors.robot_of(lerobot, [])
     where += f" of {name!r}" if name else ""
-    statistics = {
-        "state": stored.read(chosen, STATE, kinds["state"], robot.state.shape[0], where),
-        "action": stored.read(chosen, ACTION, kinds["action"], robot.action.shape[0], where),
-    }
+    statistics = stored.read_both(chosen, kinds, robot, where)
     targets = stored.in_weights(buffers, TARGETS).get(name, {})
     for key, tensor in targets.items():
         if key in chosen and not np.array_equal(tensor.numpy(), chosen[key].numpy()):
@@ -117,11 +114,4 @@ def _mode(lerobot: LeRobotConfig, kind: str) -> Normalisation:
     where = f"{lerobot.path}: normalization_mapping"
     if modes is None:
         raise WeightsError(f"{where} is missing; it says how the statistics among the weights are used")
-    if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise WeightsError(f"{where}: images are normalised ({modes['VISUAL']}); no policy here expects that")
-    mode = modes.get(kind, "IDENTITY")
-    if mode not in processors.MODES:
-        raise WeightsError(
-            f"{where}: {kind} is normalised by {mode}; supported: {', '.join(processors.MODES)}"
-        )
-    return processors.MODES[mode]
+    return processors.normalisation(modes, kind, where)

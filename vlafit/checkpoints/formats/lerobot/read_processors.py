@@ -7,6 +7,7 @@ out would feed the policy something it was not trained on.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -90,12 +91,7 @@ def read(
     if lacking := stored.lacking(chosen, kinds, name, asset, str(folder / PRE)):
         return None, lacking
     where = f" of {name!r}" if name else ""
-    statistics = {
-        "state": stored.read(chosen, STATE, kinds["state"], embodiment.state.shape[0], inner.where + where),
-        "action": stored.read(
-            chosen, ACTION, kinds["action"], embodiment.action.shape[0], inner.where + where
-        ),
-    }
+    statistics = stored.read_both(chosen, kinds, embodiment, inner.where + where)
     _require_same_output(outer, undone, kinds["action"], statistics["action"], embodiment.action.shape[0])
     config = CodecConfig(
         cameras=cameras,
@@ -246,18 +242,21 @@ def _features(lerobot: LeRobotConfig, key: str) -> dict[str, tuple[str, tuple[in
 
 
 def _mode(step: Step, kind: str) -> Normalisation:
-    modes = dict(step.config.get("norm_map", {}))
-    if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise WeightsError(
-            f"{step.where}: images are normalised ({modes['VISUAL']}); no policy here expects that"
-        )
+    mode = normalisation(dict(step.config.get("norm_map", {})), kind, step.where)
     if step.config.get("eps", LEROBOT_EPSILON) != LEROBOT_EPSILON:
         raise WeightsError(
             f"{step.where}: eps is {step.config['eps']}; only {LEROBOT_EPSILON} is supported here"
         )
+    return mode
+
+
+def normalisation(modes: Mapping[str, Any], kind: str, where: str) -> Normalisation:
+    """Return how LeRobot's table of modes normalises STATE or ACTION. Raises WeightsError for another way."""
+    if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise WeightsError(f"{where}: images are normalised ({modes['VISUAL']}); no policy here expects that")
     mode = modes.get(kind, "IDENTITY")
     if mode not in MODES:
-        raise WeightsError(f"{step.where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}")
+        raise WeightsError(f"{where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}")
     return MODES[mode]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, isinf
 from vlafit.codec import Statistics
 from vlafit.codec.statistics import ARRAYS, NEEDED, Normalisation
 from vlafit.errors import WeightsError, did_you_mean
+from vlafit.types import Embodiment
 
 STATE, ACTION = "observation.state", "action"
 BUFFER = "buffer"
@@ -132,6 +133,16 @@ def read(
     _require_usable(arrays, kind, f"{where}: {feature}")
     _fill(arrays, kind, dimensions)
     return Statistics(count, **arrays)
+
+
+def read_both(
+    tensors: Mapping[str, Tensor], kinds: Mapping[str, Normalisation], robot: Embodiment, where: str
+) -> dict[str, Statistics]:
+    """Read the statistics of "state" and "action" as `read` does."""
+    return {
+        "state": read(tensors, STATE, kinds["state"], robot.state.shape[0], where),
+        "action": read(tensors, ACTION, kinds["action"], robot.action.shape[0], where),
+    }
 
 
 def _features(tensors: Mapping[str, Tensor]) -> list[str]:
