@@ -22,6 +22,12 @@ def make_protocol(*tasks: str, trials: int = 4, **others: object) -> Protocol:
     return Protocol(**(values | others))  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Protocol]:
+    """As `protocol`, for fixtures that a module shares."""
+    return make_protocol
+
+
 @pytest.fixture
 def protocol() -> Callable[..., Protocol]:
     """Makes protocols on the toy environment; tasks left and right, unless others are named."""

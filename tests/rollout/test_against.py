@@ -18,13 +18,6 @@ PUBLISHED = Path(__file__).parents[2] / "eval" / "results"
 
 
 @pytest.fixture(scope="module")
-def make() -> Make:
-    from tests.rollout.conftest import make_protocol
-
-    return make_protocol
-
-
-@pytest.fixture(scope="module")
 def idle(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation of a policy that never moves: no success in 24 episodes."""
     out = tmp_path_factory.mktemp("idle")

@@ -27,13 +27,6 @@ def contents(folder: Path) -> tuple[list[dict], dict, dict, dict[str, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def make() -> Make:
-    from tests.rollout.conftest import make_protocol
-
-    return make_protocol
-
-
-@pytest.fixture(scope="module")
 def shards(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards, played with different numbers of workers."""
     out = tmp_path_factory.mktemp("shards")

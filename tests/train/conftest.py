@@ -25,3 +25,11 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     assert run(replace(recipe, train=replace(recipe.train, report=True)), out).finished
     return out
+
+
+@pytest.fixture(scope="module")
+def base(card: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a full run of one step on the dots; each module has its own."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    run(tiny(card, train={"steps": 1, "validate_every": 0, "save_every": 0}), out)
+    return out / "checkpoints" / "step_000001"

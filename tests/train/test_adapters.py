@@ -51,14 +51,6 @@ mode = "full"
 """
 
 
-@pytest.fixture(scope="module")
-def base(card: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a full run on the dots."""
-    out = tmp_path_factory.mktemp("base") / "run"
-    run(tiny(card, train={"steps": 1, "validate_every": 0, "save_every": 0}), out)
-    return out / "checkpoints" / "step_000001"
-
-
 def recipe_on(base: Path, card: Path, adapter: str, **sections) -> Recipe:
     path = base.parent / f"{adapter}.toml"
     path.write_text(RULES.format(adapter=ADAPTERS[adapter]))

@@ -31,13 +31,6 @@ mode = "frozen"
 """
 
 
-@pytest.fixture(scope="module")
-def base(card: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base") / "run"
-    run(tiny(card, train={"steps": 1, "validate_every": 0, "save_every": 0}), out)
-    return out / "checkpoints" / "step_000001"
-
-
 def in_bf16(card: Path, base: Path, strategy: str, **train: object) -> Recipe:
     short = {"precision": "bf16", "frozen": "bf16", "steps": 4, "save_every": 2, "validate_every": 0}
     recipe = tiny(card, strategy=strategy, train=short | train, optim={"ema": 0.0})

@@ -238,8 +238,7 @@ def preflight(
         protocol = load_protocol(protocol)
     require_unseen(protocol, max(trials, protocol.trials), seeds or {})
     _tasks(protocol, wrong_instruction)
-    starts = list(dict.fromkeys(zip(protocol.tasks, protocol.seeds(), strict=False)))
-    ready = _describe(protocol, timeout_s, starts[:2] or [(protocol.tasks[0], protocol.first_seed)])
+    ready = _describe(protocol, timeout_s, [(task, protocol.first_seed) for task in protocol.tasks[:2]])
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
     if notice:
