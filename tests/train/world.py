@@ -92,7 +92,7 @@ def tiny(card: Path, **sections: dict[str, Any]) -> Recipe:
         data=DataRecipe(cards=(str(card),), validation=0.25),
         optim=OptimRecipe(lr=1e-3, warmup_steps=2, ema=0.9, weight_decay=0.01),
         train=TrainRecipe(
-            steps=8, batch_size=4, draws=2, seed=3, log_every=1, validate_every=4, validation_batches=2,
+            steps=8, batch_size=4, draws=2, seed=3, log_every=1, validate_every=4, validation_batches=1,
             save_every=3, keep=1, threads=1, trackers=(), report=False,
         ),
         eval=EvalRecipe(after=False, workers=1, videos=0),

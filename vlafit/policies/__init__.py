@@ -11,11 +11,11 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vlafit import config as configuration
+from vlafit.entry_points import offered
 from vlafit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def families() -> list[str]:
 
 def installed() -> dict[str, str]:
     """Return the families that other installed packages offer: name -> module."""
-    return {point.name: point.value for point in entry_points(group=GROUP)}
+    return {point.name: point.value for point in offered(GROUP)}
 
 
 def family(name: str, trust: Sequence[str] = ()) -> ModuleType:

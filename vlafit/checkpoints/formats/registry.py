@@ -7,7 +7,7 @@ a module. Nothing is ever imported because a checkpoint's own files name it.
 import importlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from vlafit.checkpoints.formats.native import format as native
 from vlafit.checkpoints.formats.openpi import format as openpi
 from vlafit.checkpoints.formats.peft import format as peft
 from vlafit.checkpoints.options import OptionTable
+from vlafit.entry_points import offered
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 
 GROUP = "vlafit.formats"
@@ -36,7 +37,7 @@ BUILT_IN: tuple[Format, ...] = (
 
 def installed() -> list[Format]:
     """Load the formats of installed packages. Raises ConfigError naming an entry point that does not work."""
-    return [_from_entry_point(point) for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)]
+    return [_from_entry_point(point) for point in offered(GROUP)]
 
 
 def all_formats() -> Iterator[Format]:

@@ -12,10 +12,10 @@ dotted path of a module elsewhere. The module offers
 
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from vlafit.entry_points import offered
 from vlafit.errors import ConfigError, DataError, did_you_mean
 
 GROUP = "vlafit.layouts"
@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 def installed() -> dict[str, str]:
     """Return the layouts that other installed packages offer: name -> module."""
-    return {point.name: point.value for point in entry_points(group=GROUP)}
+    return {point.name: point.value for point in offered(GROUP)}
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,20 @@
+"""Entry points of installed packages: the policies, layouts and formats that others offer."""
+
+import sys
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+
+
+def offered(group: str) -> tuple[EntryPoint, ...]:
+    """Return the entry points of `group`, sorted by name.
+
+    Reading the metadata of every installed package takes some 50 ms, so the answer is kept for as long as
+    `sys.path` stays the same: a package installed while the program runs is seen at its next start.
+    """
+    return _read(group, tuple(sys.path))
+
+
+@lru_cache(maxsize=32)
+def _read(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    del path  # only part of the key
+    return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
