@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.tuning.world import METHODS, QUANTISED, make_policy, rules, train, velocity
+from tests.variants import variants
 from vlafit import checkpoints, files, tuning
 from vlafit.checkpoints.export import export
 from vlafit.errors import WeightsError
@@ -24,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", variants(METHODS, always=["lora", "dora", "pissa"]))
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "on its base"])
 def test_an_adapted_policy_comes_back_bit_for_bit_and_merges_alike(
     name: str, whole: bool, base: Path, tmp_path: Path
@@ -48,7 +49,7 @@ def test_an_adapted_policy_comes_back_bit_for_bit_and_merges_alike(
     assert torch.equal(velocity(vlafit.load_policy(tmp_path / "merged")), velocity(loaded))
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", variants(QUANTISED, always=["nf4"]))
 def test_a_quantised_policy_is_saved_on_what_it_was_loaded_from_unless_another_is_named(
     name: str, base: Path, tmp_path: Path
 ):
@@ -68,7 +69,7 @@ def test_a_quantised_policy_is_saved_on_what_it_was_loaded_from_unless_another_i
     assert torch.equal(velocity(vlafit.load_policy(tmp_path / "c")), velocity(policy))
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", variants(QUANTISED, always=["int8"]))
 def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str, base: Path, tmp_path: Path):
     policy = vlafit.load_policy(base)
     rest = {"select": {"kind": ["attention", "mlp"], "part": ["vision", "language"]}, "mode": "frozen"}

@@ -14,6 +14,7 @@ import vlafit
 from tests.checkpoints.test_export import codec_for
 from tests.policies.tiny import random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, rules, train, velocity
+from tests.variants import variants
 from vlafit.checkpoints import export as exporting
 from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.hf_transformers import write as transformers_write
@@ -57,8 +58,11 @@ def velocity_of_theirs(model) -> torch.Tensor:
         ).logits
 
 
+EXPORTED = [n for n in (*METHODS, *QUANTISED) if n not in ("lora dropout", "gaussian")]
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("name", [n for n in (*METHODS, *QUANTISED) if n not in ("lora dropout", "gaussian")])
+@pytest.mark.parametrize("name", variants(EXPORTED, always=["lora", "dora", "nf4"]))
 def test_peft_computes_from_the_folder_in_transformers_what_we_do(name: str, tmp_path: Path):
     from peft import PeftModel
     from transformers import PI0ForConditionalGeneration
@@ -79,7 +83,7 @@ def test_peft_computes_from_the_folder_in_transformers_what_we_do(name: str, tmp
     assert (adapted - velocity(vlafit.load_policy(source))).abs().max() < 5e-5
 
 
-@pytest.mark.parametrize("name", ["lora", "nf4"])
+@pytest.mark.parametrize("name", variants(["lora", "nf4"], always=["nf4"]))
 def test_merged_for_transformers_it_computes_the_same_and_says_how_nearly(name: str, tmp_path: Path):
     source = trained(name, tmp_path)
     before = velocity(vlafit.load_policy(source))
@@ -127,7 +131,7 @@ def test_to_merge_where_nothing_is_adapted_is_said_and_harmless(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------- LeRobot
 
 
-@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny", "smolvla-tiny"])
+@pytest.mark.parametrize("size", variants(["pi0-tiny", "pi05-tiny", "smolvla-tiny"], always=["smolvla-tiny"]))
 def test_the_folder_for_lerobot_names_its_modules_and_repeats_its_files(
     size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,7 +165,7 @@ def test_the_folder_for_lerobot_names_its_modules_and_repeats_its_files(
         assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["lora", "nf4"])
+@pytest.mark.parametrize("name", variants(["lora", "nf4"], always=["nf4"]))
 def test_in_bfloat16_the_weights_below_are_rounded_and_the_adapters_are_not(name: str, tmp_path: Path):
     source = trained(name, tmp_path)
     made = export(source, "transformers", tmp_path / "out", dtype="bfloat16")

@@ -251,8 +251,10 @@ def test_an_id_is_downloaded_once_and_only_what_is_read(server: tuple[str, list[
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("acme/none", "there is none, or it is private and you are not logged in"),
-        ("acme/gated", "it is gated: accept its terms at"),
+        pytest.param(
+            "acme/none", "there is none, or it is private and you are not logged in", marks=pytest.mark.slow
+        ),
+        pytest.param("acme/gated", "it is gated: accept its terms at", marks=pytest.mark.slow),
         ("acme/tiny@nope", "it has no revision 'nope'"),
     ],
 )
@@ -264,7 +266,10 @@ def test_what_the_hub_refuses_is_one_message(server, tmp_path: Path, said: str, 
     assert list((tmp_path / "home").rglob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"HF_HUB_OFFLINE": "1"}, pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow)],
+)
 def test_offline_and_not_cached_is_one_message_and_nothing_is_written(environment, tmp_path: Path):
     home = environment | {"HF_HOME": str(tmp_path / "home")}
     done = run(home, "export", "acme/tiny", "--to", "openpi", "--out", "out", folder=tmp_path)

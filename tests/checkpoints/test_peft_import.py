@@ -14,6 +14,7 @@ from tests.checkpoints.test_export import GIVEN, codec_for
 from tests.checkpoints.test_export_adapters import trained, velocity_of_theirs
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from tests.tuning.world import METHODS, QUANTISED, make_policy, velocity
+from tests.variants import variants
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export, write
 from vlafit.checkpoints.formats.lerobot import names as lerobot
@@ -50,9 +51,10 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ our own
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in (*METHODS, *QUANTISED) if n not in ("lora dropout", "gaussian", "int8")]
-)
+IMPORTED = [n for n in (*METHODS, *QUANTISED) if n not in ("lora dropout", "gaussian", "int8")]
+
+
+@pytest.mark.parametrize("name", variants(IMPORTED, always=["lora", "dora", "nf4"]))
 def test_what_we_exported_computes_the_same_again_bit_for_bit(name: str, tmp_path: Path):
     source = trained(name, tmp_path)
     before = vlafit.load_checkpoint(source)
@@ -72,7 +74,7 @@ def test_what_we_exported_computes_the_same_again_bit_for_bit(name: str, tmp_pat
     assert torch.equal(answer(vlafit.load_policy(tmp_path / "native")), answer(policy))
 
 
-@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny", "smolvla-tiny"])
+@pytest.mark.parametrize("size", variants(["pi0-tiny", "pi05-tiny", "smolvla-tiny"], always=["pi05-tiny"]))
 def test_the_folder_for_lerobot_loads_with_its_codec(size: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lerobot_export, "refusals", lambda policy, codec: [])  # no tiny size has a name there
     policy = random_policy(replace({**pi0.SIZES, **smolvla.SIZES}[size], max_tokens=64))

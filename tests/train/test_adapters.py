@@ -67,7 +67,7 @@ def everything(out: Path, step: int) -> dict[str, Tensor]:
     }
 
 
-SLOW = ("pissa", "int8")  # the others save and resume by the same code
+SLOW = ("pissa", "int8", "dora", "adalora")  # the others save and resume by the same code
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Pat
     ("adapter", "begins"),
     [
         pytest.param("int8", "fresh", marks=pytest.mark.slow),
-        ("qlora", "merged"),
+        pytest.param("qlora", "merged", marks=pytest.mark.slow),
         ("qlora", "fresh part"),
         pytest.param("int8", "unadapted", marks=pytest.mark.slow),
         ("qlora", "unadapted"),

@@ -10,6 +10,7 @@ import torch
 
 from tests.train.world import tiny
 from tests.tuning.toy import ToyPolicy
+from tests.variants import variants
 from vlafit import tuning
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
@@ -95,7 +96,7 @@ def test_lora_learns_in_pi0_and_not_behind_the_closed_norms_of_a_fresh_pi05() ->
     steps(policy, plan, lambda _: batch(policy.config))
 
 
-@pytest.mark.parametrize("size", ["pi0-tiny", "pi05-tiny"])
+@pytest.mark.parametrize("size", variants(["pi0-tiny", "pi05-tiny"], always=["pi05-tiny"]))
 @pytest.mark.parametrize("preset", ["progressive", "progressive-lora"])
 def test_the_progressive_presets_train_a_fresh_expert_through_all_their_stages(
     preset: str, size: str, card: Path, tmp_path: Path

@@ -16,6 +16,7 @@ import torch
 from tests.train.test_interruptions import Interrupted, Until, crash, without_times
 from tests.train.test_training import split
 from tests.train.world import REPOSITORY, assert_same, learned, metrics, tiny
+from tests.variants import variants
 from vlafit import checkpoints, config
 from vlafit.cli.train_view import TrainView
 from vlafit.errors import StrategyError, TrainingError
@@ -214,7 +215,7 @@ def test_the_report_tells_the_stages_in_table_json_and_curves(whole: Path) -> No
 # ------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize("step", [4, 6, 8])
+@pytest.mark.parametrize("step", variants([4, 6, 8], always=[6]))
 def test_a_crash_in_a_stage_or_at_its_edge_costs_nothing_but_steps(
     recipe: Recipe, whole: Path, tmp_path: Path, step: int
 ) -> None:
@@ -549,7 +550,7 @@ def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_
     assert "Ranks of AdaLoRA" in page(facts) and "Final AdaLoRA rank of each layer" in page(facts)
 
 
-@pytest.mark.parametrize("step", [7, 10, 19])
+@pytest.mark.parametrize("step", variants([7, 10, 19], always=[10]))
 def test_ranks_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     growing: tuple[Recipe, Path], tmp_path: Path, step: int
 ) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_stages import BEGAN, BEGAN_BY_PLATEAU, GROWING, PLATEAU, STAGED, STEPS, staged
-from tests.train.test_two_processes import assert_close, run_in_two
+from tests.train.test_two_processes import assert_close, run_in_two, selected
 from tests.train.world import learned, metrics
+from tests.variants import variants
 from vlafit.recipe import Recipe
 from vlafit.train import run
 
@@ -18,6 +19,7 @@ HOW = {  # what each recipe of the tests changes
     "plateau": {"validate_every": 1, "steps": 8},
     "ranks": {"validate_every": 0},
 }
+RESUMED = ("copies", "sharded")
 TEXTS = {"plateau": PLATEAU, "ranks": GROWING}
 BEGINS = {"plateau": BEGAN_BY_PLATEAU, "ranks": {1: 0, 2: 6, 3: 11}}
 
@@ -34,13 +36,22 @@ def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
 
 
 @pytest.fixture(scope="module")
-def runs(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders one/NAME and two/NAME of the same recipes in one process and in two."""
+def runs(
+    request: pytest.FixtureRequest, recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folders one/NAME and two/NAME of the selected recipes in one process and in two.
+
+    resumed/NAME has the runs of one process that two went on with in the midst of their second stage.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    for name, recipe in recipes.items():
+    chosen = {name: recipes[name] for name in selected(request)}
+    for name, recipe in chosen.items():
         run(recipe, folder / "one" / name)
     (folder / "two").mkdir()
-    run_in_two([(recipe, folder / "two" / name) for name, recipe in recipes.items()], folder)
+    jobs = [(recipe, folder / "two" / name) for name, recipe in chosen.items()]
+    for name in chosen.keys() & RESUMED:
+        jobs.append((recipes[name], back_to_step_5(folder / "one" / name, folder / "resumed" / name)))
+    run_in_two(jobs, folder)
     return folder
 
 
@@ -48,7 +59,7 @@ def stages(out: Path) -> dict[int, int]:
     return {e["train/stage"]: e["step"] for e in metrics(out) if "train/stage" in e}
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", variants(HOW, always=["sharded", "plateau"]))
 def test_two_processes_have_the_losses_and_the_stages_of_one(runs: Path, name: str) -> None:
     one, two = runs / "one" / name, runs / "two" / name
     for key in ("train/loss", "train/grad_norm", "validation/loss", "validation/action_error"):
@@ -60,7 +71,7 @@ def test_two_processes_have_the_losses_and_the_stages_of_one(runs: Path, name: s
     assert json.loads((two / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("name", ["copies", "sharded"])
+@pytest.mark.parametrize("name", variants(RESUMED, always=["sharded"]))
 def test_two_processes_keep_the_states_of_one(runs: Path, name: str) -> None:
     one, two = learned(runs / "one" / name, STEPS), learned(runs / "two" / name, STEPS)
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
@@ -79,7 +90,7 @@ def back_to_step_5(out: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("name", ["copies", "sharded"])
+@pytest.mark.parametrize("name", variants(RESUMED, always=["sharded"]))
 def test_a_stage_that_two_processes_began_one_goes_on_with(
     runs: Path, recipes: dict[str, Recipe], tmp_path: Path, name: str
 ) -> None:
@@ -89,11 +100,8 @@ def test_a_stage_that_two_processes_began_one_goes_on_with(
     assert_close(runs / "one" / name, out)
 
 
-def test_a_stage_that_one_process_began_two_go_on_with(
-    runs: Path, recipes: dict[str, Recipe], tmp_path: Path
-) -> None:
-    outs = {n: back_to_step_5(runs / "one" / n, tmp_path / n) for n in ("copies", "sharded")}
-    run_in_two([(recipes[name], out) for name, out in outs.items()], tmp_path)
-    for name, out in outs.items():
-        assert json.loads((out / "run.json").read_text())["resumed_from"] == "step_000005"
-        assert_close(runs / "one" / name, out)
+@pytest.mark.parametrize("name", variants(RESUMED, always=["sharded"]))
+def test_a_stage_that_one_process_began_two_go_on_with(runs: Path, name: str) -> None:
+    facts = json.loads((runs / "resumed" / name / "run.json").read_text())
+    assert (facts["resumed_from"], facts["processes"]) == ("step_000005", 2)
+    assert_close(runs / "one" / name, runs / "resumed" / name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.world import REPOSITORY, learned, losses, metrics, tiny
+from tests.variants import variants
 from vlafit import config, shipped
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -75,6 +76,13 @@ HOW = {  # what each recipe of the tests changes
 }
 
 
+def selected(request: pytest.FixtureRequest) -> list[str]:
+    """Return the names of the variants that this session runs of the module's tests."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    specs = [spec for spec in (getattr(item, "callspec", None) for item in tests) if spec is not None]
+    return sorted({spec.params["name"] for spec in specs if "name" in spec.params})
+
+
 @pytest.fixture(scope="module")
 def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     int8 = tmp_path_factory.mktemp("strategy") / "int8.toml"
@@ -88,24 +96,27 @@ def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
     return made
 
 
-SLOW = ("frozen", "lora", "int8")  # of the others each has the same parts, in another combination
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in HOW]
+# Each of the others has the same parts, in another combination.
+NAMES = variants(HOW, always=["copies", "sharded", "frozen-sharded", "dora-sharded"])
 
 
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Folders one/NAME and two/NAME of the selected recipes in one process and in two."""
+    """Folders one/NAME and two/NAME of the selected recipes in one process and in two.
+
+    The folder resumed has the sharded run of one process, which two went on with from the middle.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    tests = [item for item in request.session.items if item.path == request.path]
-    specs = [spec for spec in (getattr(item, "callspec", None) for item in tests) if spec is not None]
-    selected = {spec.params.get("name") for spec in specs} | {"sharded"}
-    chosen = {name: recipe for name, recipe in recipes.items() if name in selected}
+    chosen = {name: recipes[name] for name in [*selected(request), "sharded"]}
     for name, recipe in chosen.items():
         run(recipe, folder / "one" / name)
     (folder / "two").mkdir()
-    run_in_two([(recipe, folder / "two" / name) for name, recipe in chosen.items()], folder)
+    shutil.copytree(folder / "one" / "sharded", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoints" / f"step_{STEPS:06d}")
+    fresh = [(recipe, folder / "two" / name) for name, recipe in chosen.items()]
+    run_in_two([*fresh, (recipes["sharded"], folder / "resumed")], folder)
     return folder
 
 
@@ -143,13 +154,10 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert_close(runs / "one" / name, tmp_path / "run")
 
 
-def test_what_one_process_began_two_go_on_with(
-    runs: Path, recipes: dict[str, Recipe], tmp_path: Path
-) -> None:
-    shutil.copytree(runs / "one" / "sharded", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:06d}")
-    run_in_two([(recipes["sharded"], tmp_path / "run")], tmp_path)
-    assert_close(runs / "one" / "sharded", tmp_path / "run")
+def test_what_one_process_began_two_go_on_with(runs: Path) -> None:
+    facts = json.loads((runs / "resumed" / "run.json").read_text())
+    assert (facts["resumed_from"], facts["processes"]) == ("step_000010", 2)
+    assert_close(runs / "one" / "sharded", runs / "resumed")
 
 
 def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 import vlafit
 from tests.rounding import ADAPTED_PATH, ROUNDINGS, TERMS, drift, unit_roundoff
 from tests.tuning.world import METHODS, QUANTISED, make_batch, make_policy, probe, rules, train, velocity
+from tests.variants import variants
 from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.errors import StrategyError, TrainingError
 from vlafit.nn.attached import Attached, attached
@@ -132,7 +133,7 @@ def test_rules_of_one_method_with_other_ranks_share_a_group_and_other_settings_d
     assert "expert.layers.0.self_attn.q_proj.lora_A.lora_2.weight" in shapes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", variants(METHODS, always=["lora", "dora", "pissa", "oft"]))
 def test_peft_itself_reads_the_names_and_settings_that_we_write(name: str, tmp_path):
     policy = make_policy()
     plan = apply_strategy(policy, rules(name))
@@ -562,7 +563,7 @@ def _layer_bound(merged, layer: str, bases: dict[str, torch.Tensor], x: torch.Te
     return ROUNDINGS * unit_roundoff(torch.bfloat16) * scale
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", variants(METHODS, always=["lora", "pissa", "oft"]))
 def test_over_a_bfloat16_policy_an_adapter_is_an_exact_no_op_and_pissa_says_by_how_much_it_is_not(
     name: str, bfloat16: Path, caplog
 ):
