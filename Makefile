@@ -41,9 +41,10 @@ types: .venv/ready-dev
 imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
-# One thread each: two workers with torch's default of a thread per core would wait for each other.
+# One thread each: workers with torch's default of a thread per core would wait for each other. Three workers on two
+# cores, because tests also wait: for processes, for the disk.
 unit: .venv/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow and not peer"
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.
@@ -91,11 +92,12 @@ clean:
 	@touch $@
 
 # gym-pusht asks for the OpenCV that needs X libraries; this way it gets the headless one (see pyproject.toml).
-.venv/ready-dev: .venv/ready
-	@echo "Installing PushT and the tools for the tests into .venv (once) ..."
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps gym-pusht
-	@touch $@
+# All of .venv/ready is in it. What the tests import is compiled then; most of what is installed they never import.
+.venv/ready-dev: .venv/made $(SET_UP)
+	@echo "Installing vlafit, Meta-World, PushT and the tools for the tests into .venv (once; some minutes) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps gym-pusht
+	@touch .venv/ready $@
 
 .venv/ready-docs: .venv/ready
 	@echo "Installing mkdocs into .venv (once) ..."

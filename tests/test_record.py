@@ -136,7 +136,14 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("workers", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     recorded: Path, tmp_path: Path, workers: int, how: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:

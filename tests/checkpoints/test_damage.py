@@ -14,6 +14,7 @@ from torch import Tensor
 import vlafit
 from tests.policies.tiny import random_policy
 from tests.tuning.world import rules
+from tests.variants import variants
 from vlafit import cli, files
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.openpi.names import NAMES
@@ -114,7 +115,7 @@ def _caught(folder: Path, config: dict | None, named: str = "") -> bool:
     return False
 
 
-@pytest.mark.parametrize("family", ["pi0", "pi05"])
+@pytest.mark.parametrize("family", variants(["pi0", "pi05"], always=["pi05"]))
 def test_every_damage_to_an_openpi_file_is_caught(family: str, tmp_path: Path):
     whole, other = _openpi(family), _openpi({"pi0": "pi05", "pi05": "pi0"}[family])
     path = tmp_path / "model.safetensors"

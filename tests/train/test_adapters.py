@@ -134,7 +134,7 @@ def test_parts_that_start_fresh_are_kept_with_the_adapters(base: Path, card: Pat
     [
         pytest.param("int8", "fresh", marks=pytest.mark.slow),
         pytest.param("qlora", "merged", marks=pytest.mark.slow),
-        ("qlora", "fresh part"),
+        pytest.param("qlora", "fresh part", marks=pytest.mark.slow),
         pytest.param("int8", "unadapted", marks=pytest.mark.slow),
         ("qlora", "unadapted"),
     ],

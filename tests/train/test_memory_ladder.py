@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.train import test_interruptions
 from tests.train.world import assert_same, learned, losses, tiny
+from tests.variants import variants
 from vlafit.errors import ConfigError
 from vlafit.nn.recompute import recompute_blocks
 from vlafit.nn.rng import sample_rng
@@ -28,7 +29,7 @@ SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "act": "act-tiny"}
 # ---------------------------------------------------------------------------------------------- recompute
 
 
-@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("how", variants(["selective", "full"], always=["selective"]))
 def test_recompute_changes_no_byte(how: str, recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     run(replace(recipe, train=replace(recipe.train, recompute=how)), tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole)
@@ -137,7 +138,7 @@ def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path
 # ----------------------------------------------------------------------------------------------- forecast
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", variants(SIZES, always=["pi0", "act"]))
 def test_a_step_on_the_meta_device_holds_what_a_step_on_the_cpu_does(name: str) -> None:
     strategy = load_strategy("full")
     for how in ("none", "full"):

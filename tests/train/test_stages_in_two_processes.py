@@ -59,7 +59,7 @@ def stages(out: Path) -> dict[int, int]:
     return {e["train/stage"]: e["step"] for e in metrics(out) if "train/stage" in e}
 
 
-@pytest.mark.parametrize("name", variants(HOW, always=["sharded", "plateau"]))
+@pytest.mark.parametrize("name", variants(HOW, always=["sharded"]))
 def test_two_processes_have_the_losses_and_the_stages_of_one(runs: Path, name: str) -> None:
     one, two = runs / "one" / name, runs / "two" / name
     for key in ("train/loss", "train/grad_norm", "validation/loss", "validation/action_error"):

@@ -171,7 +171,7 @@ def folders(out: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in (out / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize(("keep", "stay"), [(0, [7]), (2, [5, 6, 7])])
+@pytest.mark.parametrize(("keep", "stay"), [pytest.param(0, [7], marks=pytest.mark.slow), (2, [5, 6, 7])])
 def test_the_last_checkpoint_and_as_many_as_asked_stay(
     card: Path, tmp_path: Path, keep: int, stay: list[int]
 ) -> None:

@@ -97,7 +97,7 @@ def recipes(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
 
 
 # Each of the others has the same parts, in another combination.
-NAMES = variants(HOW, always=["copies", "sharded", "frozen-sharded", "dora-sharded"])
+NAMES = variants(HOW, always=["copies", "frozen-sharded"])
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +106,17 @@ def runs(
 ) -> Path:
     """Folders one/NAME and two/NAME of the selected recipes in one process and in two.
 
-    The folder resumed has the sharded run of one process, which two went on with from the middle.
+    The folder resumed has the run "frozen-sharded" of one process, which two went on with from the middle.
     """
     folder = tmp_path_factory.mktemp("runs")
-    chosen = {name: recipes[name] for name in [*selected(request), "sharded"]}
+    chosen = {name: recipes[name] for name in [*selected(request), "frozen-sharded"]}
     for name, recipe in chosen.items():
         run(recipe, folder / "one" / name)
     (folder / "two").mkdir()
-    shutil.copytree(folder / "one" / "sharded", folder / "resumed")
+    shutil.copytree(folder / "one" / "frozen-sharded", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / f"step_{STEPS:06d}")
     fresh = [(recipe, folder / "two" / name) for name, recipe in chosen.items()]
-    run_in_two([*fresh, (recipes["sharded"], folder / "resumed")], folder)
+    run_in_two([*fresh, (recipes["frozen-sharded"], folder / "resumed")], folder)
     return folder
 
 
@@ -157,7 +157,7 @@ def test_a_run_goes_on_in_another_number_of_processes(
 def test_what_one_process_began_two_go_on_with(runs: Path) -> None:
     facts = json.loads((runs / "resumed" / "run.json").read_text())
     assert (facts["resumed_from"], facts["processes"]) == ("step_000010", 2)
-    assert_close(runs / "one" / "sharded", runs / "resumed")
+    assert_close(runs / "one" / "frozen-sharded", runs / "resumed")
 
 
 def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> None:

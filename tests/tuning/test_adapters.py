@@ -45,7 +45,9 @@ def test_an_adapter_changes_nothing_until_it_learns_and_then_everything_it_has_l
     assert changed == learning  # frozen tensors keep their bits, and nothing that learns stood still
 
 
-@pytest.mark.parametrize("name", [*METHODS, *QUANTISED])
+@pytest.mark.parametrize(
+    "name", variants([*METHODS, *QUANTISED], always=["lora", "dora", "pissa", "oft", "loha", "nf4"])
+)
 def test_merging_keeps_the_outputs_and_leaves_a_plain_policy(name: str):
     policy = make_policy()
     names = [n for n, _ in policy.named_parameters()]
@@ -498,7 +500,7 @@ def parse_again(written):
     return parse(tables, name=str(tables.pop("name")), where="again")
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "oft"])
+@pytest.mark.parametrize("name", variants(["lora", "dora", "oft"], always=["dora"]))
 def test_over_a_bfloat16_policy_adapters_are_float32_and_merge_with_one_rounding(name: str, tmp_path):
     policy = make_policy()
     plan = apply_strategy(policy, rules(name))
