@@ -68,7 +68,7 @@ def _file_names(tasks: list[str]) -> list[str]:
     """Return a name of a file for each task, all different, of letters that every file system has."""
     names: list[str] = []
     for task in tasks:
-        words = re.sub(r"[^A-Za-z0-9.]+", "_", task).strip("_.")[:80] or "task"
+        words = re.sub(r"[^A-Za-z0-9.-]+", "_", task).strip("_.-")[:80] or "task"
         name, number = f"{words}_demo.hdf5", 2
         while name.lower() in {taken.lower() for taken in names}:
             name, number = f"{words}_{number}_demo.hdf5", number + 1
