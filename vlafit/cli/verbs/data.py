@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlafit.cli import data_tools
 from vlafit.cli.console import Line, table
 from vlafit.cli.parser import Parser
 from vlafit.errors import ConfigError, did_you_mean
@@ -22,6 +23,7 @@ ABOUT = {
     "stats": "Print the statistics of states and actions, taken from the rows.",
     "bench": "Measure how fast it is read here, and say which data.workers suits it.",
     "check": "Check a dataset. Exit status: 0 clean, 1 findings of severity error, 2 it cannot be opened.",
+    **data_tools.ABOUT,
 }
 PATH = "a card, the name of one that ships, a dataset that needs no card, or its id on the Hugging Face Hub"
 
@@ -37,7 +39,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"vlafit data has no verb {verb!r}{did_you_mean(verb, ABOUT)}")
     parser = Parser(f"vlafit data {verb}", ABOUT[verb])
     parser.add_argument("path", metavar="PATH", help=PATH)
-    if verb != "card":
+    data_tools.add_arguments(verb, parser)
+    if verb not in ("card", "convert", "view"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "check":
         parser.add_argument("--no-pixels", action="store_true", help="check columns only; decode no frame")
@@ -50,6 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.read(rest)
     if verb == "card":
         return _card(options.path, options.layout)
+    if verb in data_tools.ABOUT:
+        return data_tools.run(verb, options)
     from vlafit.datasets import open_dataset
 
     missing: Mapping[str, str] = {}
