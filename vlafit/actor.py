@@ -215,26 +215,18 @@ def load_actor(
     loaded = checkpoints.load(
         folder,
         base=base,
-        device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=require_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         dtype=parse_dtype(dtype),
         trust=trust,
     )
     if loaded.codec is None:
         raise ConfigError(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
-            "to a robot; fine-tune it first, and evaluate what that saves"
+            f"to a robot: {loaded.report.codec}. Evaluate it with the recipe that would fine-tune it, which "
+            'gives data card, statistics (data.statistics = "data"), tokenizer and cameras: --recipe RECIPE'
         )
-    if steps < 0 or (steps and loaded.policy.steps is None):
-        kind = type(loaded.policy).__name__
-        raise ConfigError(
-            f"steps {steps}: must be at least 0"
-            if steps < 0
-            else f"steps {steps}: {kind} does not sample in steps; leave it out"
-        )
-    if steps:
-        loaded.policy.steps = steps
     return PolicyActor(
-        loaded.policy,
+        with_steps(loaded.policy, steps),
         loaded.codec,
         width=width,
         seed=seed,
@@ -243,7 +235,21 @@ def load_actor(
     )
 
 
-def _device(name: str) -> torch.device:
+def with_steps(policy: Policy, steps: int) -> Policy:
+    """Set the sampling steps of `policy` (0: its own number) and return it.
+
+    Raises ConfigError if it does not sample in steps.
+    """
+    if steps < 0:
+        raise ConfigError(f"steps {steps}: must be at least 0")
+    if steps and policy.steps is None:
+        raise ConfigError(f"steps {steps}: {type(policy).__name__} does not sample in steps; leave it out")
+    if steps:
+        policy.steps = steps
+    return policy
+
+
+def require_device(name: str) -> torch.device:
     """Return torch's device of this name, or raise ConfigError where no numbers can be put and got back."""
     try:
         device = torch.device(name)

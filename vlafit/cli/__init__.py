@@ -100,8 +100,10 @@ def _run(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise ConfigError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
+    from vlafit import parent
     from vlafit.cli import console
 
+    parent.watch()
     # By default OpenMP threads spin while they wait. With another busy process, such as environments, that
     # made a training step on 2 cores up to 10 times slower; on an idle machine it gains nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

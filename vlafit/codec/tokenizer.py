@@ -1,7 +1,8 @@
 """Text to token ids: a tokenizer folder as transformers writes it, or a small one trained on the spot.
 
 Only local files are read. `tokenizer.json` is opened directly by the tokenizers library, so that loader
-processes need not import transformers; a folder without one is converted by transformers.
+processes need not import transformers; a folder without one is converted by transformers. SentencePiece's
+`.model` files are read by `sentencepiece.py`.
 """
 
 import json
@@ -12,16 +13,12 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from vlafit.codec import sentencepiece
 from vlafit.codec import tokenizer_limits as limits
 from vlafit.errors import CodecError
 from vlafit.files import parse_json, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
-CONVERT = (
-    'convert it where sentencepiece is installed (pip install sentencepiece): python -c "from transformers '
-    "import GemmaTokenizerFast as T; T(vocab_file='{model}').save_pretrained('tokenizer')\", and give "
-    "that folder"
-)
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
 
 
@@ -66,17 +63,21 @@ class Tokenizer:
 
 
 def load(folder: Path | str) -> Tokenizer:
-    """Load the tokenizer in `folder`, or in the tokenizer.json that it is.
+    """Load the tokenizer in `folder`, or the tokenizer.json or SentencePiece `.model` file that it is.
 
-    A file without a config beside it names its own special tokens, by the names <pad>, <bos> and <eos>.
+    A tokenizer.json without a config beside it names its own special tokens: <pad>, <bos> and <eos>.
     Raises CodecError where there is none, or it is damaged.
     """
     folder = Path(folder)
     if folder.suffix == ".model" and folder.is_file():
-        raise CodecError(f"{folder}: SentencePiece's files are not read here; {CONVERT.format(model=folder)}")
+        limits.require_small(folder)
+        backend, ids = sentencepiece.read(folder)
+        return Tokenizer(backend, ids.pad or 0, ids.bos, ids.eos)
     if folder.is_file():
         if folder.name != "tokenizer.json":
-            raise CodecError(f"{folder}: is not a tokenizer; give its folder, or its tokenizer.json")
+            raise CodecError(
+                f"{folder}: is not a tokenizer; give its folder, tokenizer.json, or SentencePiece's .model"
+            )
         folder = folder.parent
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such tokenizer folder")

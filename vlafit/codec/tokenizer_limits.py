@@ -19,11 +19,17 @@ LONGEST_TEMPLATE = 64  # pieces around a text; one or two in common use
 def require_small_files(folder: Path) -> None:
     """Raise CodecError naming a file of a tokenizer's folder that is too large to be one."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt", ".tiktoken") and path.stat().st_size > LARGEST_FILE:
-            raise CodecError(
-                f"{path}: {path.stat().st_size:,} bytes are too many for a tokenizer (at most"
-                f" {LARGEST_FILE:,}); give the right folder, or download it again"
-            )
+        if path.suffix in (".json", ".model", ".txt", ".tiktoken"):
+            require_small(path)
+
+
+def require_small(path: Path) -> None:
+    """Raise CodecError if a file is too large to belong to a tokenizer."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise CodecError(
+            f"{path}: {path.stat().st_size:,} bytes are too many for a tokenizer (at most"
+            f" {LARGEST_FILE:,}); give the right folder, or download it again"
+        )
 
 
 def require_bounded(content: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Run training as child processes, so that each has its own peak memory and a crash affects only one.
 
-A run that is killed or asked to stop can be resumed.
+A run that is killed or asked to stop can be resumed. Runs stop when this process ends, even if it is killed.
 """
 
 import os
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from vlafit import parent
 
 LAST_LINES = 12  # lines of the log kept of a failed run
 MAX_LINES = 100  # lines kept if the log ends with an error message or traceback
@@ -35,8 +37,12 @@ class Ended:
         if self.status < 0:
             name = signal.Signals(-self.status).name
             hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-            return f"ended by {name}{hint}{OUTPUT}{self.output}"
-        return f"exit status {self.status}{OUTPUT}{self.output}"
+            return f"ended by {name}{hint}{self._last}"
+        return f"exit status {self.status}{self._last}"
+
+    @property
+    def _last(self) -> str:
+        return f"{OUTPUT}{self.output}" if self.output else ""
 
 
 def reason(error: str) -> str:
@@ -81,13 +87,15 @@ class Processes:
                     command,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
+                    stdin=parent.STDIN,
                     env=self._environment(slot),
                     pass_fds=self.keep_open,
                     start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
                 )
                 self._running.add(process)
             status = process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
             with self._guard:
                 self._running.discard(process)
         return Ended(status, "" if status == 0 else _last_output(log, start))
@@ -101,6 +109,7 @@ class Processes:
     def _environment(self, slot: int) -> Mapping[str, str]:
         cores = max(1, cpu_cores() // self.jobs)
         variables = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+        variables[parent.VARIABLE] = "1"
         devices = _devices() if self.jobs > 1 else []
         if len(devices) > 1:
             variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]

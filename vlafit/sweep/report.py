@@ -74,6 +74,11 @@ class SweepResult:
         """The error of each failed trial by its number."""
         return {t.number: t.error for t in self.trials if t.state == "broke"}
 
+    @property
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return sum(trial.state in ("whole", "pruned", "broke") for trial in self.trials)
+
     def train_again(self) -> str:
         """Return the command that trains the best trial again, with evaluation; "" without a best trial."""
         folder, name = self.sweep.folder, f"{self.sweep.recipe.name}-best"
@@ -83,9 +88,10 @@ class SweepResult:
         """Return the sentences to read before using the best values."""
         sentences = []
         wanted = self.sweep.study.trials
-        ended = sum(t.state in ("whole", "pruned", "broke") for t in self.trials)
-        if ended < wanted:
-            sentences.append(f"{ended} of {wanted} trials have ended; the same command resumes the sweep.")
+        if self.ended < wanted:
+            sentences.append(
+                f"{self.ended} of {wanted} trials have ended; the same command resumes the sweep."
+            )
         if self.broken and self.best is None:
             sentences.append(f"No trial completed: {len(self.broken)} failed, so there is no best trial.")
             return sentences

@@ -19,7 +19,9 @@ from vlafit.train.data import Data
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SMALLEST_SHARE = 0.75  # of a pretrained embedding's rows; embeddings are padded by a few rows at most
-GIVE = "policy.tokenizer takes a folder, a tokenizer.json, an id of the Hugging Face Hub, or a shipped name"
+GIVE = (
+    "policy.tokenizer takes a folder, a tokenizer.json, SentencePiece's .model, a Hub id, or a shipped name"
+)
 
 
 def language_is_fresh(policy: Policy, fresh: Collection[str]) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlafit import shipped
+from vlafit.cli import actor as actors
 from vlafit.cli.console import Line
-from vlafit.cli.parser import EXECUTION_MODES, Parser, add_base, add_trust
+from vlafit.cli.parser import EXECUTION_MODES, Parser
 from vlafit.cli.places import checkpoint_folder, default_out
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
@@ -114,8 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         "--samples", metavar="N", type=int, help="with --data: observations of all episodes [64]"
     )
     parser.add_argument("--draws", metavar="N", type=int, help="with --data: seeds of noise of each [8]")
-    add_base(parser)
-    add_trust(parser)
+    actors.add_options(parser)
     options = parser.read(arguments)
     if options.merge is not None:
         if list(arguments) not in (["--merge", options.merge], [f"--merge={options.merge}"]):
@@ -207,23 +207,19 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
     if options.actor is None:
         if options.token_file:
             raise ConfigError("--token-file goes with --actor")
-        folder = checkpoint_folder(options.checkpoint)
-        base = checkpoint_folder(options.base, foreign=True) if options.base else None
+        folder = checkpoint_folder(options.checkpoint, foreign=True)
 
         def load(width: int) -> "Actor":
-            from vlafit.actor import load_actor
-
-            return load_actor(
-                folder,
-                steps=options.steps or 0,
-                width=width,
-                device=options.device or "",
-                trust=options.trust,
-                base=base,
+            return actors.load(
+                folder, options, steps=options.steps or 0, width=width, seed=0, device=options.device or ""
             )
 
         return Path(folder), load
-    here = [f"--{name}" for name in ("steps", "device", "max_batch") if getattr(options, name) is not None]
+    here = [
+        f"--{name}"
+        for name in ("steps", "device", "max_batch", "recipe")
+        if getattr(options, name) is not None
+    ]
     here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
     if here:
         listed = ", ".join(here).replace("_", "-")

@@ -4,7 +4,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import EXECUTION_MODES, Parser, add_base, add_trust
+from vlafit.cli import actor as actors
+from vlafit.cli.parser import EXECUTION_MODES, Parser
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -61,8 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling noise [0]")
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
-    add_base(parser)
-    add_trust(parser)
+    actors.add_options(parser)
     options = parser.read(arguments)
 
     names = _names(options.map)
@@ -85,19 +85,17 @@ def run(arguments: Sequence[str]) -> int:
         )
 
     settings(1)  # before the weights are loaded: options that cannot be are refused at once
-    folder = checkpoint_folder(options.checkpoint)
-    from vlafit.actor import load_actor
+    folder = checkpoint_folder(options.checkpoint, foreign=True)
     from vlafit.serve.describe import describe
     from vlafit.serve.server import run as serve
 
-    actor = load_actor(
+    actor = actors.load(
         folder,
+        options,
         steps=options.steps,
         width=options.max_batch,
         seed=options.seed,
         device=options.device,
-        trust=options.trust,
-        base=checkpoint_folder(options.base, foreign=True) if options.base else None,
     )
     described = describe(actor)
 

@@ -1,0 +1,48 @@
+"""Load the actor of `vlafit eval` and `vlafit serve`, and give their parsers the options that say how."""
+
+import argparse
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlafit import config, shipped
+from vlafit.cli.parser import add_base, add_trust
+from vlafit.cli.places import checkpoint_folder
+
+if TYPE_CHECKING:
+    from vlafit.actor import PolicyActor
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options ``--recipe``, ``--base`` and ``--trust``."""
+    parser.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help="for a base model of another program: the recipe that would fine-tune it, which gives the "
+        "statistics, tokenizer and cameras that its files lack",
+    )
+    add_base(parser)
+    add_trust(parser)
+
+
+def load(
+    checkpoint: Path | str, options: Namespace, *, steps: int, width: int, seed: int, device: str
+) -> "PolicyActor":
+    """Load `checkpoint` as the options say. Raises as `load_actor`, and with a recipe as `load_untrained`."""
+    base = checkpoint_folder(options.base, foreign=True) if options.base else None
+    if options.recipe is None:
+        from vlafit.actor import load_actor
+
+        return load_actor(
+            checkpoint, steps=steps, width=width, seed=seed, device=device, trust=options.trust, base=base
+        )
+    from vlafit.recipe import Recipe
+    from vlafit.train.step_zero import load_untrained
+
+    path = shipped.find("recipe", options.recipe)
+    recipe = config.build(Recipe, config.load_toml(path, "recipe"), str(path))
+    policy = recipe.policy
+    policy = replace(policy, base=str(base or policy.base), trust=(*policy.trust, *options.trust))
+    recipe = replace(recipe, policy=policy)
+    return load_untrained(recipe, str(checkpoint), steps=steps, width=width, seed=seed, device=device)
