@@ -14,7 +14,6 @@ import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
-from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
 from vlafit.train.settle import earlier
@@ -106,13 +105,13 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
     """Write run.json and return it. A resumed run keeps its warnings (`notices`), command and start time."""
     path, now = out / "run.json", dict(facts)
     if path.is_file():
+        before = files.read_json_object(path, TrainingError, "delete the file to continue")
         try:
-            before = parse_json(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured
             seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
     files.write_atomic(path, json.dumps(now, indent=2) + "\n")

@@ -20,7 +20,7 @@ from vlafit.checkpoints.formats.openpi.names import PADDED
 from vlafit.checkpoints.formats.openpi.orbax import Leaf, open_leaves
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.errors import WeightsError
-from vlafit.policies import merge
+from vlafit.policies import merge_dotted
 
 _IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
 _BLOCK = f"{_IMG}Transformer/encoderblock/"
@@ -206,7 +206,7 @@ class Tree:
         ]
         for key, sizes in axes.items():
             if sizes:
-                values = merge(values, {key: next(iter(sizes))})
+                values = merge_dotted(values, {key: next(iter(sizes))})
         return ConfigEvidence(values, padded_as=PADDED, conflicts=(*self.conflicts, *lines))
 
     @property
