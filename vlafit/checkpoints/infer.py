@@ -36,7 +36,7 @@ _LAYER = re.compile(r"\.layers\.\d+\.")
 
 @dataclass(frozen=True)
 class ConfigEvidence:
-    """What a checkpoint says of the policy's config beside the shapes of its weights."""
+    """Statements of a checkpoint about the policy's config, beside the shapes of its weights."""
 
     values: Mapping[str, object] = field(default_factory=dict)
     """Config values that no shape has, such as the chunk."""

@@ -45,7 +45,7 @@ SOURCES = ("filename", "demo", "beside")
 
 @dataclass(frozen=True)
 class Hdf5Layout:
-    """What tells one HDF5 layout from another."""
+    """The properties in which HDF5 layouts differ."""
 
     list: List
     tell: Tell | None = None

@@ -42,21 +42,28 @@ PACKAGES = (
 )
 
 
-def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
-    """Return the recipe to run in `out`, which is free for a new run or, with `resume`, holds this very run.
+def read_recipe(out: Path) -> Recipe | None:
+    """Return the recipe of the run in `out`; None if there is no run yet."""
+    path = out / "recipe.toml"
+    return config.read(Recipe, path, "recipe") if path.is_file() else None
+
+
+def require_usable(recipe: Recipe, out: Path, saved: Recipe | None) -> Recipe:
+    """Return the recipe to run in `out`, which is free for a new run, or holds the run that is resumed.
+
+    `saved` is the recipe of the run that is resumed, as `read_recipe` returns it; None begins a new run.
 
     A run can begin in a folder without one, with `resume` or without; one that exists may be extended. Writes
     nothing. Raises TrainingError for any other folder or change.
     """
-    saved = out / "recipe.toml"
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; choose a folder with --out")
-    if saved.is_file():
-        if not resume:
-            raise TrainingError(
-                f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
-            )
-        before = earlier(config.read(Recipe, saved, "recipe"))
+    if saved is None and (out / "recipe.toml").is_file():
+        raise TrainingError(
+            f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
+        )
+    if saved is not None:
+        before = earlier(saved)
         recipe = extension.continued(before, recipe, out)
         changed = changes(before, extension.as_before(before, recipe))
         if changed:
@@ -65,7 +72,7 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
                 "original values (train.steps may grow), or start a new run with --out"
             )
         return recipe
-    elif out.exists() and not files.is_empty(out):
+    if out.exists() and not files.is_empty(out):
         raise TrainingError(f"{out} is not empty and does not hold a run; choose another folder with --out")
     if recipe.optim.schedule_from:
         raise TrainingError(

@@ -59,7 +59,7 @@ class Settled:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What the log says about it."""
+        """A sentence about it for the log."""
         return (*(setting.sentence for setting in self.settings), *self.notes)
 
 

@@ -73,7 +73,7 @@ def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one leaf becomes. `dims`: of one layer. `names` has a place for the layer if `layered`."""
+    """The conversion of one leaf. `dims`: of one layer. `names` has a place for the layer if `layered`."""
 
     names: tuple[str, ...]
     turn: Turn
@@ -196,7 +196,7 @@ class Tree:
 
     @property
     def evidence(self) -> ConfigEvidence:
-        """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
+        """Facts beside the parameters' shapes: heads, which have an axis here, and JAX's rounding."""
         values: dict[str, Any] = {"time_angles": "float32"}
         axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
         lines = [
@@ -211,7 +211,7 @@ class Tree:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the checkpoint beside its tensors."""
+        """Facts about the checkpoint beside its tensors."""
         lines = []
         if self.trained:
             lines.append("params of a training checkpoint: the moving average where its run kept one")
