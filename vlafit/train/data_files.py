@@ -28,12 +28,12 @@ class DataFiles:
 
 def facts(data: Data) -> dict[str, dict[str, int]]:
     """Return the facts about each dataset's files for run.json, by the card's name."""
-    found = {}
+    totals = {}
     for store in data.stores:
         stamps = [stamp(path) for path in store.files()]
         sizes, times = [size for size, _ in stamps], [time for _, time in stamps]
-        found[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
-    return found
+        totals[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
+    return totals
 
 
 def changes(out: Path, now: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -55,7 +55,7 @@ class TransformersAdapters(AdapterSupport):
 
 
 class Transformers(Format):
-    """The checkpoints of pi0 that transformers' `save_pretrained` writes; an export of vlafit adds a codec."""
+    """The checkpoints of pi0 that transformers' `save_pretrained` writes; our export adds a codec."""
 
     name = names.SAVED.form
     target = "transformers"
