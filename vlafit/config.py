@@ -54,13 +54,30 @@ def _find_base(base: str, path: Path, kind: str) -> Path:
         raise ConfigError(f"{path}: base: {error}") from error
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_tables(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `under` overridden by `over`: tables are merged key by key, all else (lists too) is replaced."""
     merged = dict(under)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge_tables(old, value)
+        merged[key] = value
     return merged
+
+
+def put(nested: dict[str, Any], dotted: str, value: object, where: str) -> None:
+    """Set ``nested["a"]["b"] = value`` for the key ``a.b``.
+
+    Raises ConfigError if a value is where a table is needed, or a table where a value is set.
+    """
+    *sections, last = dotted.split(".")
+    for section in sections:
+        nested = nested.setdefault(section, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{where}: {section} is a table, as in {{'{dotted}': ...}}, not {nested!r}")
+    if isinstance(nested.get(last), dict) and not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {dotted} is a table, as in {nested[last]!r}, not {value!r}")
+    nested[last] = value
 
 
 def load_toml(path: Path, kind: str) -> dict[str, Any]:
@@ -87,7 +104,7 @@ def load_toml(path: Path, kind: str) -> dict[str, Any]:
         path = _find_base(base, path, kind)
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
-        merged = merge(merged, layer)
+        merged = merge_tables(merged, layer)
     return merged
 
 

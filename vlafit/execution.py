@@ -136,7 +136,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the robot permits: the range of each action dimension, and how far it may move in one step.
+    """The robot's limits: the range of each action dimension, and how far it may move in one step.
 
     `low`, `high` and `change` are float [a]; infinite where there is no limit. What an action outside them
     does is decided by `on_violation`: clip brings it to the nearest that is permitted, stop raises.

@@ -104,6 +104,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def read_json_object(path: Path, error_class: type[VlafitError], fix: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises `error_class` if the file is missing, damaged or another value; `fix` ends the message.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise error_class(f"{path}: cannot be read as JSON ({error}); {fix}") from error
+    if not isinstance(value, dict):
+        raise error_class(f"{path}: not a JSON object but {type(value).__name__}; {fix}")
+    return value
+
+
 def read_json_lines(path: Path) -> list[dict]:
     """Read a file of one JSON object per line, without a last line that a crash cut off.
 

@@ -207,7 +207,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Committed:
-    """What is left of the chunk that is being executed, from the step of the observation on.
+    """The rest of the chunk that is being executed, from the step of the observation on.
 
     `actions` is float32 [k, a] in the robot's units. The first `delay` of them will have been executed before
     the new chunk can begin; those from `end` on are free to change.

@@ -112,7 +112,7 @@ def test_the_run_folder_and_resume_are_no_fields(path):
         (["--policy.config.chunk"], "option '--policy.config.chunk' needs a value"),
         (
             ["--policy.config.vision", "3", "--policy.config.vision.depth", "2"],
-            "--policy.config.vision.depth: 'vision'",
+            "--policy.config.vision.depth: vision is a table",
         ),
         (["more"], "unexpected argument 'more'"),
     ],

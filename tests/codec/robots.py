@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from vlafit.codec import Codec, CodecConfig, Tokenizer, train_word_tokenizer
-from vlafit.codec.prompts import vocabulary
+from vlafit.codec.prompts import FORMS
 from vlafit.types import Embodiment, Feature, Observation, Sample
 
 SENTENCES = ("open the faucet", "close the faucet")
@@ -36,7 +36,7 @@ def config(**changes: object) -> CodecConfig:
 @functools.cache
 def tokenizer() -> Tokenizer:
     """Trained once; a Tokenizer never changes."""
-    return train_word_tokenizer([*SENTENCES, *vocabulary("pi05")], 700)
+    return train_word_tokenizer([*SENTENCES, *FORMS["pi05"].vocabulary], 700)
 
 
 def codec(rng: np.random.Generator, **changes: object) -> Codec:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlafit.codec.prompts import clean, needs_bos, pieces, state_bins
+from vlafit.codec.prompts import FORMS, Prompt, clean, state_bins
 
 # Made with the reference's own code: np.digitize(state, np.linspace(-1, 1, 256 + 1)[:-1]) - 1
 STATE = np.array([-1.5, -1.0, -0.999, -0.5, 0.0, 0.5, 0.99, 1.0, 2.0])
@@ -22,19 +22,26 @@ def test_every_bin_edge_belongs_to_the_bin_above():
 
 
 def test_the_pi0_prompt_is_the_cleaned_text_then_a_newline_tokenised_apart():
-    assert pieces("pi0", " open_the door", STATE) == ("open the door", "\n")
+    assert FORMS["pi0"].pieces(" open_the door", STATE) == ("open the door", "\n")
 
 
 def test_the_pi05_prompt_is_the_references_string():
-    assert pieces("pi05", "open the door", STATE) == (
+    assert FORMS["pi05"].pieces("open the door", STATE) == (
         "Task: open the door, State: -1 0 0 64 128 192 254 255 255;\nAction: ",
     )
 
 
 def test_a_plain_prompt_is_the_instruction_untouched():
-    assert pieces("text", "open_the door ", STATE) == ("open_the door ",)
+    assert FORMS["text"].pieces("open_the door ", STATE) == ("open_the door ",)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("pi0", True), ("pi05", True), ("text", False)])
-def test_the_references_prompts_begin_with_bos(kind: str, expected: bool):
-    assert needs_bos(kind) is expected  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("prompt", "bos", "state"),
+    [("pi0", True, False), ("pi05", True, True), ("text", False, False), ("line", False, False)],
+)
+def test_each_form_declares_its_bos_token_and_whether_it_holds_the_state(
+    prompt: Prompt, bos: bool, state: bool
+):
+    form = FORMS[prompt]
+    assert form.begins_with_bos is bos
+    assert form.holds_state is state is (form.pieces("go", STATE) != form.pieces("go", -STATE))

@@ -15,7 +15,7 @@ from vlafit.errors import TrainingError
 from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.train import launch, run
 from vlafit.train.optim import schedule
-from vlafit.train.run_folder import require_usable
+from vlafit.train.run_folder import read_recipe, require_usable
 from vlafit.train.settle import settle
 
 
@@ -70,7 +70,7 @@ def test_an_extended_run_equals_one_that_was_that_long_from_the_start(
     for text in (caplog.text, " ".join(facts["notices"])):
         assert "train.steps was 4, is now 6" in text and "stays at its final value" in text
     again = settle(longer(short, 6), launch.read({}), bf16=False, saved=kept).recipe
-    assert require_usable(again, copy, True) == kept  # the same command goes on with it
+    assert require_usable(again, copy, read_recipe(copy)) == kept  # the same command goes on with it
 
 
 def test_a_new_schedule_begins_where_the_user_says(short: Recipe, copy: Path):
@@ -114,17 +114,17 @@ def test_any_other_change_is_refused(short: Recipe, finished: Path, change: dict
     for section, values in change.items():
         recipe = replace(recipe, **{section: replace(getattr(recipe, section), **values)})
     with pytest.raises(TrainingError) as caught:
-        require_usable(recipe, finished, True)
+        require_usable(recipe, finished, read_recipe(finished))
     assert all(fact in str(caught.value) for fact in facts)
 
 
 def test_a_schedule_that_restarts_needs_a_run_to_extend(short: Recipe, tmp_path: Path):
     with pytest.raises(TrainingError, match="optim.schedule_from = 4.*no run to extend"):
-        require_usable(longer(short, 8, schedule_from=4), tmp_path / "new", True)
+        require_usable(longer(short, 8, schedule_from=4), tmp_path / "new", None)
 
 
 def test_ranks_that_were_lowered_for_the_old_length_are_not_extended(short: Recipe, copy: Path):
     text = (copy / "recipe.toml").read_text().replace('strategy = "full"', 'strategy = "adalora"')
     (copy / "recipe.toml").write_text(text)
     with pytest.raises(TrainingError, match="AdaLoRA"):
-        require_usable(replace(longer(short, 6), strategy="adalora"), copy, True)
+        require_usable(replace(longer(short, 6), strategy="adalora"), copy, read_recipe(copy))

@@ -13,7 +13,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.dataloader import _Workers
-from vlafit.train.run_folder import require_usable
+from vlafit.train.run_folder import read_recipe, require_usable
 
 
 @pytest.mark.case(
@@ -28,10 +28,10 @@ def test_a_kill_in_the_first_moments_leaves_a_folder_in_which_a_run_can_begin(
     recipe: Recipe, tmp_path: Path, stray: str, resume: bool
 ) -> None:
     (tmp_path / stray).write_text("")
-    require_usable(recipe, tmp_path, resume)
+    require_usable(recipe, tmp_path, read_recipe(tmp_path) if resume else None)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(TrainingError, match="not empty"):
-        require_usable(recipe, tmp_path, resume)
+        require_usable(recipe, tmp_path, read_recipe(tmp_path) if resume else None)
 
 
 def test_partial_files_of_a_killed_process_are_removed_from_the_run(tmp_path: Path) -> None:

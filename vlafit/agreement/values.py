@@ -37,7 +37,7 @@ class Party:
     room: tuple[int, int] | None = None
     """Most state and action dimensions of a checkpoint's policy; None if unknown."""
     conversions: tuple[str, ...] = ()
-    """What a checkpoint's program did to states or actions inside the policy; vlafit does not repeat it."""
+    """Changes that a checkpoint's program made to states or actions inside the policy; vlafit makes none."""
 
     @property
     def title(self) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.codec import Codec
+from vlafit.codec.prompts import holds_state
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 
@@ -46,7 +47,7 @@ def fit_codec(codec: Codec, policy: Policy, resized: bool, where: str) -> Codec:
         chunk=needs.chunk,
         max_tokens=needs.max_tokens,
     )
-    if (needs.prompt == "pi05") != (wanted.prompt == "pi05"):
+    if holds_state(needs.prompt) != holds_state(wanted.prompt):
         wanted = replace(wanted, prompt=needs.prompt)  # the state moves into the prompt, or out of it
     require_vocabulary(codec, policy, where)
     if wanted == codec.config:

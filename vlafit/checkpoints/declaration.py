@@ -32,7 +32,7 @@ class Declaration:
     says_frame_sizes: bool = True
     """Whether the cameras' shapes are those of recorded frames."""
     conversions: tuple[str, ...] = ()
-    """What the program did to states or actions inside the policy, which vlafit does not repeat."""
+    """Changes that the program made to states or actions inside the policy; vlafit makes none of them."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
     named_statistics: tuple[str, ...] = ()

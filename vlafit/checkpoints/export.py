@@ -125,9 +125,9 @@ def export(
         exported = Exported(out, target, (), ())
     else:
         exported = _write(loaded, writer, target, out, str(path), dtype)
-    found = () if interpolate else model_card.results_of(path)
+    results = () if interpolate else model_card.results_of(path)
     text = model_card.card(
-        loaded.policy, loaded.codec, recipe=recipe, history=history, results=found, target=target
+        loaded.policy, loaded.codec, recipe=recipe, history=history, results=results, target=target
     )
     files.write_atomic(out / model_card.FILE, text)  # a native one again, now with results
     exported = replace(exported, files=_files_of(out))

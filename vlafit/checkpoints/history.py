@@ -38,11 +38,11 @@ class Lineage:
     base: str = ""
     """SHA-256 of the manifest of the checkpoint that training began with; empty: untrained, or unknown."""
     datasets: tuple[Learned, ...] = ()
-    """What it was trained on since `base`."""
+    """The datasets that it was trained on since `base`."""
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Task -> the seeds of its recorded episodes, those that `base` learned from among them."""
     made: str = ""
-    """What was done to the weights after training, such as an interpolation; empty: nothing."""
+    """The change made to the weights after training, such as an interpolation; empty: none."""
 
     def write(self, folder: Path) -> None:
         """Write the file into a checkpoint that is still being made."""

@@ -27,7 +27,7 @@ from vlafit.checkpoints.voting import (
 )
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.shape_table import GUESS, ShapeTable, Sizes, Variant
-from vlafit.policies import family, merge, override
+from vlafit.policies import family, merge_dotted, override
 
 DEEPEST = 256  # layers that a file may state beyond those that are there; nobody has more
 
@@ -36,7 +36,7 @@ _LAYER = re.compile(r"\.layers\.\d+\.")
 
 @dataclass(frozen=True)
 class ConfigEvidence:
-    """What a checkpoint says of the policy's config beside the shapes of its weights."""
+    """Statements of a checkpoint about the policy's config, beside the shapes of its weights."""
 
     values: Mapping[str, object] = field(default_factory=dict)
     """Config values that no shape has, such as the chunk."""
@@ -108,17 +108,17 @@ def infer_config(
     table, sizes = shape_table(family_name), family(family_name).SIZES
     variant = variant_of(table, weights)
     public = sizes[variant.public]
-    require_known_keys(merge({}, fields), asdict(public), f"{where}: config")
-    asserted = merge(evidence.values, fields)
-    wanted = merge(fields, widths or {})
+    require_known_keys(merge_dotted({}, fields), asdict(public), f"{where}: config")
+    asserted = merge_dotted(evidence.values, fields)
+    wanted = merge_dotted(fields, widths or {})
     votes = vote(weights, table.axes, evidence.witnesses, file_name)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
-    read, unknown = _voted_sizes(table, votes, evidence.stated, wanted)
+    read, unknown = _voted_sizes(table, votes, evidence.stated, wanted, where)
     for key, stacks in table.depths.items():
-        _put(read, key, depth_of(weights, *stacks))
+        configuration.put(read, key, depth_of(weights, *stacks), where)
     for key, other in variant.padded_as.items():
-        _put(read, key, value_at(asserted, key) or value_at(read, other))
+        configuration.put(read, key, value_at(asserted, key) or value_at(read, other), where)
     stated = [*evidence.stated, *_public_sizes(table, variant, read, asdict(public), evidence, asserted)]
     stated += _constants(table, read, evidence, asserted)
     unknown += _derive(table, read, votes, shapes, evidence.stated, asserted, where)
@@ -130,8 +130,10 @@ def infer_config(
     conflicts += contradictions(read, stated, wanted, votes, evidence.witnesses, file_name)
 
     assumed = _assumed(table, read, asdict(public))
-    values = merge(merge(assumed, dict(variant.values)), {k: v for k, v in read.items() if v is not None})
-    values = merge(merge(values, _stated_depths(table, read, stated)), asserted)
+    values = merge_dotted(
+        merge_dotted(assumed, dict(variant.values)), {k: v for k, v in read.items() if v is not None}
+    )
+    values = merge_dotted(merge_dotted(values, _stated_depths(table, read, stated)), asserted)
     rules = Sizes(shapes, votes.most, _stated_for(evidence.stated), values)
     asked = {key: make(rules) for key, make in table.stand_ins.items() if value_at(values, key) is None}
     if asked:
@@ -144,7 +146,7 @@ def infer_config(
 
 
 def _voted_sizes(
-    table: ShapeTable, votes: Votes, stated: Sequence[Stated], wanted: Mapping[str, Any]
+    table: ShapeTable, votes: Votes, stated: Sequence[Stated], wanted: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the sizes that tensors tell, else the user or a config file; and the keys that nothing tells."""
     read: dict[str, Any] = {}
@@ -158,7 +160,7 @@ def _voted_sizes(
         if size is None:
             size = GUESS
             unknown.append(key)
-        _put(read, key, size)
+        configuration.put(read, key, size, where)
     return read, unknown
 
 
@@ -183,7 +185,8 @@ def _derive(
             value = rule.guess(rules)
             unknown.append(rule.key)
         if value is not None:
-            _put(read, rule.key, votes.derived(rule.key, value, rule.dimension) if rule.dimension else value)
+            value = votes.derived(rule.key, value, rule.dimension) if rule.dimension else value
+            configuration.put(read, rule.key, value, where)
     return unknown
 
 
@@ -197,10 +200,10 @@ def _with_stand_ins(
 ) -> dict[str, Any]:
     """Return `values` with the keys derived from stand-ins, so that the tensors can be compared."""
     complete = dict(values)
-    rules = Sizes(shapes, votes.most, _stated_for(stated), merge(values, asked))
+    rules = Sizes(shapes, votes.most, _stated_for(stated), merge_dotted(values, asked))
     for rule in table.derived:
         if rule.key not in asked and value_at(values, rule.key) is None:
-            complete = merge(complete, {rule.key: rule.compute(rules)})
+            complete = merge_dotted(complete, {rule.key: rule.compute(rules)})
     return complete
 
 
@@ -253,7 +256,7 @@ def _assumed(table: ShapeTable, read: Mapping[str, Any], public: Mapping[str, An
     """Return the public values of keys that no tensor tells, where the widths are the public ones."""
     if not all(value_at(read, key) == value_at(public, key) for key in table.assumed_if):
         return {}
-    return merge({}, {key: value_at(public, key) for key in table.assumed})
+    return merge_dotted({}, {key: value_at(public, key) for key in table.assumed})
 
 
 def _assumption_notes(
@@ -276,7 +279,7 @@ def _stated_depths(table: ShapeTable, read: Mapping[str, Any], stated: Sequence[
     for key in table.depths:
         depth = next((one.value for one in stated if one.key == key), None)
         if depth is not None and value_at(read, key) < depth <= DEEPEST:
-            deeper = merge(deeper, {key: depth})
+            deeper = merge_dotted(deeper, {key: depth})
     return deeper
 
 
@@ -314,7 +317,7 @@ def _checked(
     public, tiny = models
     build = family(family_name).build
     try:
-        config = configuration.build(type(public), merge(values, asked), f"{where}: config")
+        config = configuration.build(type(public), merge_dotted(values, asked), f"{where}: config")
     except ConfigError as error:
         override(public, fields, f"{where}: config")  # raises for what is wrong in itself with the user's
         depths = {key: value_at(values, key) for key in shape_table(family_name).depths}
@@ -338,8 +341,3 @@ def _checked(
 
 def _stated_for(stated: Sequence[Stated]) -> Callable[[str], list[int]]:
     return lambda key: [one.value for one in stated if one.key == key]
-
-
-def _put(nested: dict[str, Any], key: str, value: object) -> None:
-    section, _, leaf = key.rpartition(".")
-    (nested.setdefault(section, {}) if section else nested)[leaf] = value

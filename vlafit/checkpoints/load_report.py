@@ -21,7 +21,7 @@ BYTES_TO_TRAIN = 16  # a trained fp32 parameter: weight, gradient, AdamW's two m
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor. `parts` counts parameters; `unused` and `tied` are the file's names.
+    """The fate of every tensor. `parts` counts parameters; `unused` and `tied` are the file's names.
 
     `stored` counts the file's tensors by dtype. `adapted` says, for a policy that is not sized as the
     checkpoint was, what was sliced, padded or is fresh; `notes` what else to know. `codec` says why there is

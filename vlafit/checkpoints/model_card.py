@@ -53,14 +53,14 @@ def card(
     rows = [*_rows(policy, codec, values, history or Lineage(), base, licence)]
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)])
     purpose = str(values.get("purpose") or "")
-    found = "\n".join(f"- {line}" for line in results) or NONE
+    listed = "\n".join(f"- {line}" for line in results) or NONE
     parts = [
         _front(base, licence, target),
         f"# {name}",
         purpose,
         table,
         "## Results",
-        found,
+        listed,
         "## Load",
         _load(target),
     ]
@@ -69,11 +69,11 @@ def card(
 
 def refresh(folder: Path) -> None:
     """Add the results that lie in the run's folder to the card of one of its checkpoints, if it has one."""
-    path, found = folder / FILE, results_of(folder)
-    if not found or not path.is_file():
+    path, results = folder / FILE, results_of(folder)
+    if not results or not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    listed = "\n".join(f"- {line}" for line in found)
+    listed = "\n".join(f"- {line}" for line in results)
     begin, end = text.find("## Results\n"), text.find("## Load\n")
     if 0 <= begin < end:
         files.write_atomic(path, f"{text[:begin]}## Results\n\n{listed}\n\n{text[end:]}")

@@ -1,12 +1,13 @@
 """Options of `load`, checked before the checkpoint is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 
+from vlafit import config as configuration
 from vlafit.checkpoints.assign import DTYPES, Dtype
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer
@@ -100,10 +101,15 @@ def split_config(config: Mapping[str, object] | None, tables: Mapping[str, Optio
     if config is not None and not isinstance(config, Mapping):
         raise ConfigError(f"config is a mapping such as {{'vision.heads': 2}}, not {config!r}")
     nested: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     for key, value in (config or {}).items():
         if not isinstance(key, str) or not all(key.split(".")):
             raise ConfigError(f"config: {key!r} is no key; keys are text such as 'chunk' or 'vision.heads'")
-        _put(nested, key.split("."), value, key)
+        for dotted, leaf in _leaves(key, value):
+            if dotted in leaves:
+                raise ConfigError(f"config: {dotted} is given twice: {leaves[dotted]!r} and {leaf!r}")
+            leaves[dotted] = leaf
+            configuration.put(nested, dotted, leaf, "config")
     for name in tables:
         if name in nested and not isinstance(nested[name], Mapping):
             raise _not_a_table("config", name, nested[name])
@@ -128,23 +134,15 @@ def _not_a_table(where: str, name: str, value: object) -> ConfigError:
     return ConfigError(f"{where}: {name} is a table, as in {{'{name}.name': ...}}, not {value!r}")
 
 
-def _put(nested: dict[str, Any], words: list[str], value: object, key: str) -> None:
-    head, *rest = words
-    if isinstance(value, Mapping) and not rest:
-        for name, inner_value in value.items():
-            if not isinstance(name, str):
-                raise ConfigError(f"config: {key}: {name!r} is no key; keys are text")
-            _put(nested, [head, *name.split(".")], inner_value, f"{key}.{name}")
-        nested.setdefault(head, {})
-    elif rest:
-        inner = nested.setdefault(head, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"config: {head} is a table, as in {{'{key}': ...}}, not {inner!r}")
-        _put(inner, rest, value, key)
-    elif head in nested:
-        raise ConfigError(f"config: {key} is given twice: {nested[head]!r} and {value!r}")
-    else:
-        nested[head] = value
+def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the values below `key` with their dotted keys; an empty table is a value."""
+    if not isinstance(value, Mapping) or not value:
+        yield key, value
+        return
+    for name, inner in value.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"config: {key}: {name!r} is no key; keys are text")
+        yield from _leaves(f"{key}.{name}", inner)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> Dtype:

@@ -21,7 +21,7 @@ from vlafit.checkpoints.options import WIDTHS
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
-from vlafit.policies import merge
+from vlafit.policies import merge_dotted
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import adapter_tensors, base_name, is_residual
 from vlafit.tuning.quantise import is_rounded_from, quantised_names
@@ -147,7 +147,7 @@ def _base(
         )
     sizes = None
     if not native.recognise(path):
-        sizes = merge({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
+        sizes = merge_dotted({k: v for k, v in asdict(policy.config).items() if k not in WIDTHS}, base.config)
     base_policy = load(path, sizes).policy
     below = dict(base_policy.named_parameters())
     layers = {base_name(f"{n}.weight"): policy.get_submodule(n) for n in quantised_names(policy)}

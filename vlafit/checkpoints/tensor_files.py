@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlafit import files
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json, require_readable
 
@@ -105,18 +106,8 @@ def beside(path: Path, name: object) -> Path:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises WeightsError where it is missing, damaged or another
-    value.
-    """
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from error
-    if not isinstance(values, dict):
-        raise WeightsError(
-            f"{path}: no JSON object but {type(values).__name__}; copy or download it again, or remove it"
-        )
-    return values
+    """Read a checkpoint's JSON file. Raises WeightsError if it is missing, damaged or not an object."""
+    return files.read_json_object(path, WeightsError, "copy or download it again")
 
 
 def read_json_if_present(path: Path) -> dict[str, Any] | None:
@@ -136,14 +127,14 @@ def _map(index: Path) -> dict[str, str]:
     return dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
 
 
-def _require_listed(index: Path, files: Sequence[Path]) -> None:
+def _require_listed(index: Path, shards: Sequence[Path]) -> None:
     """Raise WeightsError naming the tensors that do not lie where the index says; only headers are read."""
     places: dict[str, list[str]] = {}
-    for file in files:
+    for file in shards:
         for name in tensor_names(file):
             places.setdefault(name, []).append(file.name)
     listed = _map(index)
-    others = sorted(p.name for p in index.parent.glob(SHARDS) if p not in files)
+    others = sorted(p.name for p in index.parent.glob(SHARDS) if p not in shards)
     wrong = {
         "in no file": [f"{n} ({f})" for n, f in listed.items() if n not in places],
         "not in the index": [f"{n} ({', '.join(p)})" for n, p in places.items() if n not in listed],

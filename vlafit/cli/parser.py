@@ -146,8 +146,7 @@ def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list
     """
     tables = [f"--{f.name}." for f in fields(cls, values) if f.is_table]
     rest: list[str] = []
-    nested: dict[str, Any] = {}
-    table_options: list[str] = []
+    table_options: list[tuple[str, str]] = []
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
@@ -160,9 +159,11 @@ def split_tables(cls: type, values: Any, arguments: Sequence[str]) -> tuple[list
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"option {name!r} needs a value")
-        table_options.append(name)
-        put(nested, name[2:], _toml_value(value))
-    require_once(table_options)
+        table_options.append((name, value))
+    require_once(name for name, _ in table_options)
+    nested: dict[str, Any] = {}
+    for name, value in table_options:
+        config.put(nested, name[2:], _toml_value(value), name)
     return rest, nested
 
 
@@ -231,23 +232,13 @@ def settings(pairs: Sequence[str]) -> dict[str, Any] | None:
     return dict(parsed) or None
 
 
-def put(nested: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``nested["a"]["b"] = value`` for the name ``a.b``."""
-    *sections, last = dotted.split(".")
-    for section in sections:
-        nested = nested.setdefault(section, {})
-        if not isinstance(nested, dict):
-            raise ConfigError(f"--{dotted}: {section!r} already has a value, so it cannot have keys")
-    nested[last] = value
-
-
 def overrides(cls: type, values: Any, namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the fields set on the command line as nested values, for `config.build` to check."""
     options = vars(namespace)
     nested: dict[str, Any] = {}
     for field in fields(cls, values):
         if field.name in options and not field.is_table:
-            put(nested, field.name, _typed(field.kind, options[field.name]))
+            config.put(nested, field.name, _typed(field.kind, options[field.name]), f"--{field.name}")
     return nested
 
 

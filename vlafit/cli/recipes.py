@@ -47,9 +47,9 @@ def read_recipe(
     add_fields(parser, Recipe, original)
     rest, changes = split_tables(Recipe, original, words)
     options = parser.read(rest)
-    changes = config.merge(changes, overrides(Recipe, original, options))
+    changes = config.merge_tables(changes, overrides(Recipe, original, options))
     config.build(Recipe, changes, "command line")  # so that its errors name the command line, not the file
-    return config.build(Recipe, config.merge(values, changes), where), options
+    return config.build(Recipe, config.merge_tables(values, changes), where), options
 
 
 def _of_dataset(folder: Path) -> dict[str, Any]:

@@ -9,65 +9,25 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit import config as configuration
-from vlafit.codec import prompts
 from vlafit.codec import tokenizer as tokenizers
-from vlafit.codec.images import Framing, fit_image
-from vlafit.codec.prompts import Prompt
-from vlafit.codec.statistics import Normalisation, Normaliser, Statistics
+from vlafit.codec.codec_config import CodecConfig, require_consistent
+from vlafit.codec.images import fit_image
+from vlafit.codec.prompts import FORMS
+from vlafit.codec.statistics import Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
 from vlafit.files import parse_json, write_atomic
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 FORMAT = 1  # of codec.json
-CACHED_PROMPTS = 4096  # texts whose tokens are kept; with pi0 prompts there are as many as instructions
+CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
 
 Key = tuple[str, str, int]
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """How observations become a policy's inputs."""
-
-    cameras: tuple[str, ...]
-    """The policy's camera slots in order: names of the embodiment's cameras; empty: always missing."""
-    image_size: int
-    """Pixels of each side of the policy's images."""
-    state_dim: int
-    """Dimensions of the policy's state, S; the robot's are padded with zeros."""
-    action_dim: int
-    """Dimensions of the policy's actions, A; the robot's are padded with zeros."""
-    chunk: int
-    """Steps of an action chunk, t."""
-    normalisation: Normalisation = "mean_std"
-    """How states and actions are normalised."""
-    action_normalisation: Normalisation | None = None
-    """How actions are normalised, where it is not as states are."""
-    relative: tuple[bool, ...] = ()
-    """For each action dimension: whether it is minus the same dimension of the state at the chunk's start."""
-    prompt: Prompt | None = "pi0"
-    """The form of the prompt; None: the policy reads no instruction."""
-    max_tokens: int = 48
-    """Tokens of the prompt, l; a longer prompt is refused."""
-    mask_padding: bool = True
-    """Whether padded dimensions, and steps past the episode's end, are left out of the loss."""
-    framing: Framing = "openpi"
-    """How images get the policy's size."""
-    special_tokens: Literal["prompt", "tokenizer"] = "prompt"
-    """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
-    history: int = 1
-    """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
-
-    @property
-    def of_actions(self) -> Normalisation:
-        """How actions are normalised."""
-        return self.action_normalisation or self.normalisation
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +66,7 @@ class Codec:
         self.embodiment = embodiment
         self.statistics = dict(statistics)
         self.tokenizer = tokenizer
-        self._check()
+        require_consistent(config, embodiment, self.statistics, tokenizer)
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
         self._action = Normaliser.fit(self.statistics["action"], config.of_actions)
         self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
@@ -257,50 +217,6 @@ class Codec:
         words = tokenizers.load(folder / "tokenizer") if config.prompt is not None else None
         return cls(config, embodiment, statistics, words)
 
-    def _check(self) -> None:
-        config, robot = self.config, self.embodiment
-        for name in filter(None, config.cameras):
-            robot.camera(name)
-        named = [name for name in config.cameras if name]
-        if len(set(named)) != len(named):
-            raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
-        least = {"image_size": 1, "chunk": 1, "history": 1, "max_tokens": 0 if config.prompt is None else 1}
-        for name, minimum in least.items():
-            if getattr(config, name) < minimum:
-                raise CodecError(
-                    f"codec config: {name} must be at least {minimum}, is {getattr(config, name)}"
-                )
-        if (config.prompt is None) != (self.tokenizer is None):
-            has = "no tokenizer" if self.tokenizer is None else "a tokenizer"
-            raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")
-        if set(self.statistics) != {"state", "action"}:
-            raise CodecError(f"statistics must be those of state and action, got {sorted(self.statistics)}")
-        for name, feature, room in (
-            ("state", robot.state, config.state_dim),
-            ("action", robot.action, config.action_dim),
-        ):
-            have = feature.shape[0]
-            if have > room:
-                raise CodecError(
-                    f"embodiment {robot.name!r} has {have} {name} dimensions, the policy takes {room}"
-                )
-            if self.statistics[name].dimensions != have:
-                raise CodecError(
-                    f"{name} statistics have {self.statistics[name].dimensions} dimensions, embodiment "
-                    f"{robot.name!r} has {have}; fit the codec on data of this embodiment"
-                )
-        if config.relative and len(config.relative) != robot.action.shape[0]:
-            raise CodecError(
-                f"relative has {len(config.relative)} entries for {robot.action.shape[0]} action dimensions"
-            )
-        beyond = [d for d, on in enumerate(config.relative) if on and d >= robot.state.shape[0]]
-        if beyond:
-            raise CodecError(
-                f"relative: action dimensions {beyond} have no state dimension to be relative to"
-            )
-        if self.tokenizer is not None and self._begins_with_bos() and self.tokenizer.bos is None:
-            raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
-
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
         if values.shape != feature.shape:
             raise CodecError(
@@ -317,17 +233,13 @@ class Codec:
             return None, None
         if not instruction.strip():
             raise CodecError("the instruction is empty; a policy must be told what to do")
-        text = prompts.pieces(self.config.prompt, instruction, state)
+        text = FORMS[self.config.prompt].pieces(instruction, state)
         cached = self._prompts.get(text)
         if cached is None:
             if len(self._prompts) >= CACHED_PROMPTS:
                 self._prompts.clear()
             cached = self._prompts[text] = self._tokenise(text, self.tokenizer)
         return cached
-
-    def _begins_with_bos(self) -> bool:
-        prompt = self.config.prompt
-        return self.config.special_tokens == "prompt" and prompt is not None and prompts.needs_bos(prompt)
 
     def _tokenise(
         self, text: tuple[str, ...], tokenizer: Tokenizer
@@ -336,7 +248,7 @@ class Codec:
         if self.config.special_tokens == "tokenizer":
             ids = tokenizer.encode("".join(text), special=True)
         else:
-            ids = [bos] if bos is not None and self._begins_with_bos() else []
+            ids = [bos] if bos is not None and self.config.begins_with_bos else []
             for piece in text:
                 ids.extend(tokenizer.encode(piece))
         room = self.config.max_tokens
@@ -351,8 +263,8 @@ class Codec:
         tokens.flags.writeable = mask.flags.writeable = False  # shared by every sample with this prompt
         return tokens, mask
 
-    def _images(self, given: Mapping[str, NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        for name, image in given.items():
+    def _images(self, frames: Mapping[str, NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        for name, image in frames.items():
             shape = self._shapes.get(name)
             if shape is None:
                 self.embodiment.camera(name)
@@ -365,8 +277,8 @@ class Codec:
         images = np.zeros((len(self.config.cameras), 3, size, size), dtype=np.uint8)
         mask = np.zeros(len(self.config.cameras), dtype=np.bool_)
         for slot, name in enumerate(self.config.cameras):
-            if name in given:
-                images[slot] = fit_image(given[name], size, self.config.framing).transpose(2, 0, 1)
+            if name in frames:
+                images[slot] = fit_image(frames[name], size, self.config.framing).transpose(2, 0, 1)
                 mask[slot] = True
         if any(self.config.cameras) and not mask.any():
             wanted = ", ".join(filter(None, self.config.cameras))
@@ -376,24 +288,24 @@ class Codec:
     def _chunk(self, sample: Sample, state: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         steps, robot = self.config.chunk, self.embodiment
         dimensions = robot.action.shape[0]
-        given = sample.actions
-        if given.shape != (steps, dimensions):
+        values = sample.actions
+        if values.shape != (steps, dimensions):
             raise CodecError(
-                f"actions have shape {given.shape}, this codec takes {(steps, dimensions)}: chunk {steps}, "
+                f"actions have shape {values.shape}, this codec takes {(steps, dimensions)}: chunk {steps}, "
                 f"and {dimensions} dimensions of embodiment {robot.name!r}"
             )
         if sample.is_real.shape != (steps,) or sample.is_real.dtype != np.bool_:
             raise CodecError(
                 f"is_real must be bool [{steps}], is {sample.is_real.dtype} {sample.is_real.shape}"
             )
-        if not np.isfinite(given).all():
-            step = int(np.flatnonzero(~np.isfinite(given).all(axis=1))[0])
+        if not np.isfinite(values).all():
+            step = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise CodecError(f"actions are not finite at step {step} of the chunk of sample {sample.key}")
         if len(self._relative):
-            given = given.astype(np.float64)
-            given[:, self._relative] -= state[self._relative]
+            values = values.astype(np.float64)
+            values[:, self._relative] -= state[self._relative]
         actions = np.zeros((steps, self.config.action_dim), dtype=np.float32)
-        actions[:, :dimensions] = self._action.encode(given)
+        actions[:, :dimensions] = self._action.encode(values)
         if not self.config.mask_padding:
             return actions, np.ones(actions.shape, dtype=np.bool_)
         mask = np.zeros(actions.shape, dtype=np.bool_)

@@ -1,17 +1,35 @@
 """Camera frames to model frames: uint8 all the way, resized only where sizes differ."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Framing = Literal["openpi", "lerobot", "smolvla"]
-"""How an image gets the model's size. All keep its aspect, interpolate bilinearly and pad with black.
-
-openpi: antialiased and centred; lerobot (its pi0 and pi0.5): not antialiased, centred; smolvla: not
-antialiased, at the bottom right. The last two interpolate floats, which are rounded to whole grey levels
-here.
+"""A way to give an image the model's size, named after the reference that it was taken from, because
+codec.json stores the name. LeRobot's differ between its policies: "lerobot" is that of its pi0 and pi0.5.
 """
+
+
+@dataclass(frozen=True)
+class FramingRule:
+    """One way to fit an image. All keep its aspect, interpolate bilinearly and pad with black.
+
+    Without antialiasing floats are interpolated, which are rounded to whole grey levels here.
+    """
+
+    antialiased: bool
+    centred: bool
+    """False: the image is at the bottom right."""
+
+
+FRAMINGS: Mapping[Framing, FramingRule] = {
+    "openpi": FramingRule(antialiased=True, centred=True),
+    "lerobot": FramingRule(antialiased=False, centred=True),
+    "smolvla": FramingRule(antialiased=False, centred=False),
+}
 
 
 def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[np.uint8]:
@@ -19,12 +37,13 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     height, width = image.shape[:2]
     if height == size and width == size:
         return image
-    if framing == "openpi":
+    rule = FRAMINGS[framing]
+    if rule.antialiased:
         return resize_with_pad(image, size)
     ratio = max(width / size, height / size)
     inner = np.rint(bilinear(image, max(1, int(height / ratio)), max(1, int(width / ratio))))
     rows, columns = size - inner.shape[0], size - inner.shape[1]
-    top, left = (rows, columns) if framing == "smolvla" else (rows // 2, columns // 2)
+    top, left = (rows // 2, columns // 2) if rule.centred else (rows, columns)
     padded = np.zeros((size, size, 3), dtype=np.uint8)
     padded[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return padded

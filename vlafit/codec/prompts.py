@@ -1,9 +1,12 @@
 """The text a policy is asked with, exactly as the references write it.
 
-pi0 and pi05 are openpi's (models/tokenizer.py); line is LeRobot's, for pi0 and SmolVLA: the instruction as it
-is, made to end in a newline, tokenised in one piece.
+A form is named after the reference that it was taken from, because codec.json stores the name: pi0 and pi05
+are openpi's (models/tokenizer.py); line is LeRobot's: the instruction as it is, made to end in a newline,
+tokenised in one piece.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,6 +15,21 @@ from numpy.typing import NDArray
 Prompt = Literal["pi0", "pi05", "text", "line"]
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # openpi: 256 bins over [-1, 1]
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """One form of the prompt."""
+
+    pieces: Callable[[str, NDArray], tuple[str, ...]]
+    """Makes the pieces of the prompt from the instruction and the normalised state [s]; each is tokenised on
+    its own, then they are joined."""
+    vocabulary: tuple[str, ...] = ()
+    """Text in prompts beside the instructions, for training a small tokenizer that knows it."""
+    begins_with_bos: bool = False
+    """True if a beginning-of-sequence token comes first."""
+    holds_state: bool = False
+    """True if the prompt holds the state, which is then no other input of the policy."""
 
 
 def clean(text: str) -> str:
@@ -24,34 +42,28 @@ def state_bins(state: NDArray) -> NDArray[np.int64]:
     return np.digitize(state, BIN_EDGES) - 1
 
 
-def needs_bos(kind: Prompt) -> bool:
-    """Whether the prompt begins with the beginning-of-sequence token."""
-    return kind in ("pi0", "pi05")
+def _with_state(instruction: str, state: NDArray) -> tuple[str, ...]:
+    bins = " ".join(map(str, state_bins(state).tolist()))
+    return (f"Task: {clean(instruction)}, State: {bins};\nAction: ",)
 
 
-def pieces(kind: Prompt, instruction: str, state: NDArray) -> tuple[str, ...]:
-    """Return the pieces of the prompt; each is tokenised on its own, then they are joined.
-
-    `state` is the normalised state [s] with the robot's real dimensions; only pi05 writes it.
-    """
-    match kind:
-        case "pi0":
-            return clean(instruction), "\n"
-        case "pi05":
-            bins = " ".join(map(str, state_bins(state).tolist()))
-            return (f"Task: {clean(instruction)}, State: {bins};\nAction: ",)
-        case "text":
-            return (instruction,)
-        case "line":
-            return (instruction if instruction.endswith("\n") else f"{instruction}\n",)
+def _as_line(instruction: str, _: NDArray) -> tuple[str, ...]:
+    return (instruction if instruction.endswith("\n") else f"{instruction}\n",)
 
 
-def vocabulary(kind: Prompt) -> tuple[str, ...]:
-    """Return what prompts hold beside instructions, for training a small tokenizer that knows it."""
-    match kind:
-        case "pi05":
-            return ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",)
-        case "pi0" | "line":
-            return ("\n",)
-        case "text":
-            return ()
+FORMS: Mapping[Prompt, PromptForm] = {
+    "pi0": PromptForm(lambda text, _: (clean(text), "\n"), ("\n",), begins_with_bos=True),
+    "pi05": PromptForm(
+        _with_state,
+        ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",),
+        begins_with_bos=True,
+        holds_state=True,
+    ),
+    "text": PromptForm(lambda text, _: (text,)),
+    "line": PromptForm(_as_line, ("\n",)),
+}
+
+
+def holds_state(prompt: Prompt | None) -> bool:
+    """Return whether prompts of this form hold the state; None is a policy without a prompt."""
+    return prompt is not None and FORMS[prompt].holds_state

@@ -121,21 +121,21 @@ class Statistics:
 
     def array(self, name: str) -> NDArray[np.float64]:
         """Return the statistic called `name`. Raises CodecError where it was not recorded."""
-        found = getattr(self, name)
-        if found is None:
+        array = getattr(self, name)
+        if array is None:
             have = ", ".join(n for n in ARRAYS if getattr(self, n) is not None)
             raise CodecError(
                 f"the statistics hold no {name}, but {have}; normalise by those, or fit them anew"
             )
-        return found
+        return array
 
     def to_json(self) -> dict[str, object]:
         """Return plain numbers that `from_json` reads back bit for bit."""
-        found: dict[str, object] = {"count": self.count}
+        values: dict[str, object] = {"count": self.count}
         for name in ARRAYS:
             array = getattr(self, name)
-            found[name] = None if array is None else array.tolist()
-        return found
+            values[name] = None if array is None else array.tolist()
+        return values
 
     @classmethod
     def from_json(cls, values: object, where: str) -> "Statistics":

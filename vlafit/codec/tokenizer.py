@@ -106,10 +106,10 @@ def load(folder: Path | str) -> Tokenizer:
             token = token.get("content")
         if token is None:
             return None
-        found = backend.token_to_id(str(token))
-        if found is None:
+        index = backend.token_to_id(str(token))
+        if index is None:
             raise CodecError(f"{folder}: {name} {token!r} is not in the vocabulary of tokenizer.json")
-        return found
+        return index
 
     return Tokenizer(backend, special("pad_token") or 0, special("bos_token"), special("eos_token"))
 

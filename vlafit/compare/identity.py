@@ -8,7 +8,6 @@ from typing import Any
 
 from vlafit import files
 from vlafit.errors import ConfigError, VlafitError
-from vlafit.files import parse_json
 
 ADDED: Mapping[str, Any] = {
     "policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0, "optim.states": "auto",
@@ -86,12 +85,7 @@ def write_or_require_same(path: Path, what: str, now: Mapping[str, Any]) -> None
     """
     folder = path.parent
     if path.is_file():
-        try:
-            before = parse_json(path.read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            raise VlafitError(f"{path}: damaged ({error}); choose another --out") from error
+        before = files.read_json_object(path, VlafitError, "choose another --out")
         require_same(folder, what, before, now)
         return
     if folder.is_dir() and not files.is_empty(folder):

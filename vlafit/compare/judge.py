@@ -24,7 +24,7 @@ class Verdict:
     """Ranking and recommendation over all strategies."""
 
     by: str
-    """What is compared: "success", "loss", or "" without results."""
+    """The compared quantity: "success", "loss", or "" without results."""
     ranked: bool
     """Whether any two can be told apart."""
     better: tuple[tuple[str, str], ...] = ()

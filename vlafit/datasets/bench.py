@@ -14,7 +14,7 @@ ENOUGH = 4  # more workers rarely pay on one disk
 
 @dataclass(frozen=True)
 class Bench:
-    """What reading samples cost in this process."""
+    """The cost of reading samples in this process."""
 
     samples: int
     seconds: float
@@ -27,7 +27,7 @@ class Bench:
 
     @property
     def limit(self) -> str:
-        """What takes most of the time."""
+        """The step that takes most of the time."""
         return "frames" if self.image_seconds > self.seconds / 2 else "columns"
 
     def workers(self, cores: int) -> int:

@@ -81,10 +81,10 @@ class ColumnCard:
     high: tuple[float, ...] = ()
     """The greatest value of each dimension that the robot permits; empty: no limit."""
     scale: tuple[float, ...] = ()
-    """What each dimension of the files is multiplied by; negative turns its sign. Required for columns of
+    """Factor of each dimension of the files; negative turns its sign. Required for columns of
     whole numbers or true/false, which have no unit of their own. Empty: 1."""
     offset: tuple[float, ...] = ()
-    """What is added to each dimension, after `scale`. Empty: 0."""
+    """Offset added to each dimension, after `scale`. Empty: 0."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RobotCard:
     hz: float
     """Control rate."""
     control: str
-    """What an action means, for example delta_position."""
+    """Meaning of an action, for example delta_position."""
     cameras: tuple[CameraCard, ...]
     """The cameras to use; others in the files are not read."""
     state: ColumnCard
@@ -107,7 +107,7 @@ class RobotCard:
     """For each action dimension: whether to learn it minus the same dimension of the state at the chunk's
     start, as suits absolute targets in the state's own units. Empty: none."""
     renderer: str = ""
-    """What made the pixels: camera, ray, egl or osmesa; empty if unknown."""
+    """Source of the pixels: camera, ray, egl or osmesa; empty if unknown."""
 
 
 def with_relative_matches(card: "Card") -> "Card":
@@ -181,13 +181,13 @@ class EpisodesCard:
     """Use only episodes in which this is true at some step: an attribute or dataset of the demonstration, or
     a LeRobot feature."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What to do with an episode that cannot be read as the card says: stop with an error, or leave it out
+    """Treatment of an episode that cannot be read as the card says: stop with an error, or leave it out
     with a warning and a record in the run's folder."""
 
 
 @dataclass(frozen=True)
 class ExpectCard:
-    """What must be there; 0 leaves a number unchecked."""
+    """Expected counts; 0 leaves a number unchecked."""
 
     episodes: int = 0
     """Episodes in all files."""
@@ -241,17 +241,17 @@ class Card:
     episodes: EpisodesCard = field(default_factory=EpisodesCard)
     """Which episodes to use."""
     expect: ExpectCard = field(default_factory=ExpectCard)
-    """What must be there. Without a number of episodes, a recorded dataset expects what [record] asks for."""
+    """Expected counts. Without a number of episodes, a recorded dataset expects what [record] asks for."""
     record: RecordSpec | None = None
     """How to record it."""
     purpose: str = ""
-    """What it is for."""
+    """Purpose of the dataset."""
     license: str = ""
     """Its license."""
     source: str = ""
     """Where it comes from, and how to get it."""
     quirks: tuple[str, ...] = ()
-    """What a user of the files should know."""
+    """Notes for users of the files."""
     file: Path | None = None
     """The card's own file; filled in when it is read."""
 

@@ -5,7 +5,6 @@ if a dataset is contiguous in its file (20 to 50 times as fast as h5py), else th
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from vlafit.datasets.hdf5_demos import (
     succeeds,
 )
 from vlafit.datasets.hdf5_files import SUFFIXES, names_of, natural, open_file, shared_folder
+from vlafit.datasets.lru import LruCache
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.stamps import Stamps, stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
@@ -50,9 +50,7 @@ class Hdf5Store(EpisodeStore):
         self.card = card
         own = [path.resolve() for path in card.files(SUFFIXES)]
         self._paths = {str(path): stamp(path) for path in own}
-        self._handles: OrderedDict[str, h5py.File] = OrderedDict()
-        self._datasets: OrderedDict[tuple[str, str], h5py.Dataset] = OrderedDict()
-        self._maps: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        self._reset()
         folder = shared_folder(own)
         self._episodes: list[Episode] = []
         key = hdf5_index.key_of(card, self._paths)
@@ -126,15 +124,25 @@ class Hdf5Store(EpisodeStore):
         return tuple(map(Path, self._paths))
 
     def close(self) -> None:
-        for handle in self._handles.values():
-            handle.close()
         self._handles.clear()
         self._datasets.clear()
         self._maps.clear()
 
     def __getstate__(self) -> dict[str, object]:
-        empty = {name: OrderedDict() for name in ("_handles", "_datasets", "_maps")}
-        return self.__dict__ | empty
+        return self.__dict__ | {"_handles": None, "_datasets": None, "_maps": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._handles: LruCache[str, h5py.File] = LruCache(OPEN_FILES, drop=self._close)
+        self._datasets: LruCache[tuple[str, str], h5py.Dataset] = LruCache(OPEN_DATASETS)
+        self._maps: LruCache[str, NDArray[np.uint8]] = LruCache(OPEN_FILES)
+
+    def _close(self, name: str, handle: h5py.File) -> None:
+        self._datasets.forget(lambda key: key[0] == name)
+        handle.close()
 
     def _read(self, frames: Frames, camera: CameraCard, step: int, episode: int) -> NDArray[np.uint8]:
         where = f"{frames.file}: {self.episodes[episode].id}, step {step}"
@@ -152,28 +160,15 @@ class Hdf5Store(EpisodeStore):
         return frame
 
     def _map(self, file: str) -> NDArray[np.uint8]:
-        mapped = self._maps.get(file)
-        if mapped is None:
-            mapped = np.asarray(np.memmap(file, mode="r", dtype=np.uint8))
-            _keep(self._maps, file, mapped, OPEN_FILES)
-        return mapped
+        return self._maps.get(file, lambda: np.asarray(np.memmap(file, mode="r", dtype=np.uint8)))
 
     def _dataset(self, frames: Frames) -> h5py.Dataset:
-        key = (frames.file, frames.dataset)
-        dataset = self._datasets.get(key)
-        if dataset is not None:
-            self._datasets.move_to_end(key)
-            return dataset
-        handle = self._handles.get(frames.file)
-        if handle is None:
-            handle = open_file(Path(frames.file))
-            for name, old in _keep(self._handles, frames.file, handle, OPEN_FILES):
-                for other in [k for k in self._datasets if k[0] == name]:
-                    del self._datasets[other]
-                old.close()
+        return self._datasets.get((frames.file, frames.dataset), lambda: self._open_dataset(frames))
+
+    def _open_dataset(self, frames: Frames) -> h5py.Dataset:
+        handle = self._handles.get(frames.file, lambda: open_file(Path(frames.file)))
         dataset = handle[frames.dataset]
         assert isinstance(dataset, h5py.Dataset)  # checked when the store was opened
-        _keep(self._datasets, key, dataset, OPEN_DATASETS)
         return dataset
 
 
@@ -183,12 +178,6 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # what HDF5 raises for damage inside a file
         raise DataError(f"{path}: is damaged ({error}); fetch or record it again") from error
-
-
-def _keep(cache: OrderedDict, key: object, value: object, most: int) -> list:
-    """Put a value into a cache, and return the oldest entries that had to go."""
-    cache[key] = value
-    return [cache.popitem(last=False) for _ in range(max(0, len(cache) - most))]
 
 
 def whole_file(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:

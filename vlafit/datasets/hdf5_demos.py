@@ -45,7 +45,7 @@ SOURCES = ("filename", "demo", "beside")
 
 @dataclass(frozen=True)
 class Hdf5Layout:
-    """What tells one HDF5 layout from another."""
+    """The properties in which HDF5 layouts differ."""
 
     list: List
     tell: Tell | None = None
@@ -234,8 +234,10 @@ def read_episode(
     if steps == 0:
         raise DataError(f"{where}: the episode is empty; leave it out of the file")
     if demo.length is not None and demo.length != steps:
-        said = "its JSON" if demo.beside else "its attribute num_samples"
-        raise DataError(f"{where}: has {steps} actions, {said} says {demo.length}; fetch or record it again")
+        source = "its JSON" if demo.beside else "its attribute num_samples"
+        raise DataError(
+            f"{where}: has {steps} actions, {source} says {demo.length}; fetch or record it again"
+        )
     state = join(states, robot.state, "state", where)[:steps]
     beside = {file for file in (demo.beside, beside_file(card, path)) if file is not None and file.is_file()}
     return Episode(

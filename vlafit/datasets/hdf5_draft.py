@@ -25,7 +25,7 @@ STATE_WORDS = ("state", "qpos", "joint_pos", "joint_states", "proprio", "eef", "
 
 @dataclass(frozen=True)
 class Known:
-    """What a layout knows of its files, to draft a card."""
+    """A layout's facts about its files, to draft a card."""
 
     layout: str
     group: str

@@ -36,7 +36,7 @@ SWITCH = "VLAFIT_CACHE"  # a folder, or "off"
 
 @dataclass(frozen=True)
 class Index:
-    """What a store knows after opening its files."""
+    """The facts that a store collects when it opens its files."""
 
     paths: Mapping[str, Stamp]
     """Files with frames."""

@@ -1,6 +1,5 @@
 """Exact frames of video files by PyAV, on one thread; a few decoders are kept open."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError
 
 NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on instead of seeking
@@ -92,25 +92,15 @@ class VideoFiles:
     """Open videos of a process, the oldest closed beyond `most`."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self._open: OrderedDict[Path, VideoFile] = OrderedDict()
+        self._open: LruCache[Path, VideoFile] = LruCache(most, drop=lambda _, video: video.close())
 
     def __len__(self) -> int:
         return len(self._open)
 
     def get(self, path: Path) -> VideoFile:
         """Return the open video at `path`."""
-        video = self._open.get(path)
-        if video is None:
-            video = self._open[path] = VideoFile(path)
-            while len(self._open) > self.most:
-                self._open.popitem(last=False)[1].close()
-        else:
-            self._open.move_to_end(path)
-        return video
+        return self._open.get(path, lambda: VideoFile(path))
 
     def close(self) -> None:
         """Close all."""
-        for video in self._open.values():
-            video.close()
         self._open.clear()

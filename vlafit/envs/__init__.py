@@ -59,12 +59,12 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class LiberoSpec:
-    """What decides a LIBERO episode beside its task and initial state."""
+    """Settings of a LIBERO episode beside its task and initial state."""
 
     env_seed: int = 7
     """The environment's seed at every reset; it places the fixtures. openpi: 7."""
     env_seed_step: int = 0
-    """What is added to it for each initial state. LeRobot seeds episode i with 1000 + i: 1."""
+    """Increment of the seed for each initial state. LeRobot seeds episode i with 1000 + i: 1."""
     gripper: Literal["as_given", "binary"] = "as_given"
     """binary: the gripper's action is opened or closed fully, by its sign (OpenVLA)."""
 

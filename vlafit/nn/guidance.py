@@ -23,8 +23,8 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a batch of chunks has to continue: normalised actions [b, t, a], and how much each counts [b, t,
-    a]."""
+    """Actions that a batch of chunks has to continue, normalised [b, t, a], and the weight of each
+    [b, t, a]."""
 
     actions: Tensor
     weights: Tensor

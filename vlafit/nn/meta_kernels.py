@@ -16,7 +16,7 @@ CAST: frozenset[Callable[..., Any]] = frozenset(
     {F.linear, torch.conv2d, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.mm,
      torch.addmm, torch.baddbmm, torch.einsum}
 )  # fmt: skip
-"""What autocast computes in bfloat16, among what policies and adapters call."""
+"""The functions of policies and adapters that autocast computes in bfloat16."""
 
 
 @final

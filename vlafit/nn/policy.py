@@ -45,7 +45,7 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy asks of the codec that feeds it."""
+    """A policy's requirements of the codec that feeds it."""
 
     image_size: int
     state_dim: int
@@ -85,7 +85,7 @@ class Policy(nn.Module, ABC):
     source: Source | None = None
     """Where its weights were read from; None for a policy that was built or merged."""
     attached: "Attached | None" = None
-    """What came with its adapters; see `vlafit.nn.attached`."""
+    """Data that came with its adapters; see `vlafit.nn.attached`."""
     steps: int | None = None
     """Steps in which `act` samples, for the caller to set; None: it does not sample in steps."""
 

@@ -15,7 +15,7 @@ GUESS = 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known while a config is inferred, for the rules of `Derived`.
+    """The sizes that are known while a config is inferred, for the rules of `Derived`.
 
     `voted(dimension)` is the size that most tensors have, None where no tensor has that dimension;
     `stated(key)` lists what config files say of a config key; `read` holds the sizes inferred so far, nested.

@@ -1,4 +1,4 @@
-"""What a policy must beat: holding still, and the mean chunk of the training episodes.
+"""Baselines for a policy: holding still, and the mean chunk of the training episodes.
 
 To hold still is to command the present position again. That needs actions which are absolute positions of the
 same joints as the state; where actions are differences it is the action 0. Where the dataset does not tell

@@ -16,7 +16,6 @@ from typing import Any
 
 from vlafit import files
 from vlafit.errors import ConfigError
-from vlafit.files import parse_json
 from vlafit.offline.part import Part
 
 FORMAT = 1
@@ -98,13 +97,7 @@ def file_name(episode: str) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ConfigError if it is missing or damaged."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); evaluate again with --resume") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object; evaluate again into another folder")
-    return value
+    return files.read_json_object(path, ConfigError, "evaluate again into another folder")
 
 
 def _short(value: object) -> str:

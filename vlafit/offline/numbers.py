@@ -51,7 +51,7 @@ class Measured:
 
     @property
     def scale(self) -> Values:
-        """What each joint's error is divided by, [a]."""
+        """Divisor of each joint's error, [a]."""
         return np.where(self.deviation > 0, self.deviation, 1.0)
 
 

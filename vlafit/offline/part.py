@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What was recorded, predicted and expected of the baselines at n steps of an episode.
+    """Recorded, predicted and baseline actions at n steps of an episode.
 
     k draws of noise, t steps of the chunk, a action dimensions, c blanked inputs. Actions are in the robot's
     units. A baseline that does not apply is NaN.

@@ -126,12 +126,12 @@ def override(config: Any, values: Mapping[str, object], where: str) -> Any:
     `values` may nest (``{"vision": {"heads": 2}}``) or use dotted keys (``{"vision.heads": 2}``). `where`
     begins every message. Raises ConfigError for an unknown key, a wrong type or an absurd size.
     """
-    changed = configuration.build(type(config), merge(dataclasses.asdict(config), values), where)
+    changed = configuration.build(type(config), merge_dotted(dataclasses.asdict(config), values), where)
     require_bounded(changed, where)
     return changed
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_dotted(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `under` with the values of `over`, whose keys may nest or be dotted."""
     merged = dict(under)
     for key, value in over.items():
@@ -140,7 +140,7 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = {rest: value}
         have = merged.get(head)
         if isinstance(value, Mapping):
-            merged[head] = merge(have if isinstance(have, Mapping) else {}, value)
+            merged[head] = merge_dotted(have if isinstance(have, Mapping) else {}, value)
         else:
             merged[head] = value
     return merged
@@ -161,7 +161,7 @@ def build_family(
     module = family(name, trust=(name,))  # the caller names it, not a file
     where = f"policy family {name!r}"
     if not size:
-        made = build_config(module, merge({}, config or {}), f"{where}, no size given")
+        made = build_config(module, merge_dotted({}, config or {}), f"{where}, no size given")
     elif size not in module.SIZES:
         raise ConfigError(f"{where} has no size {size!r}{did_you_mean(size, module.SIZES)}")
     else:

@@ -151,7 +151,7 @@ SIZES: dict[str, Pi0Config] = {
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the suffix needs of images and prompt: `layers` of keys and values, and which tokens are real.
+    """The suffix's view of images and prompt: `layers` of keys and values, and which tokens are real.
 
     `valid` is bool [b, l], or None when all are; `count` int64 [b, 1] is the number of real tokens.
     """

@@ -145,7 +145,7 @@ SIZES: dict[str, SmolVLAConfig] = {
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the suffix needs of images, prompt and state: `layers` of keys and values, and which are real.
+    """The suffix's view of images, prompt and state: `layers` of keys and values, and which are real.
 
     `valid` is bool [b, l], or None when all are; `count` int64 [b, 1] is the number of real tokens.
     """

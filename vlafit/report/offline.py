@@ -155,11 +155,11 @@ def _sensitivity(result: Result) -> list[Content]:
 
 
 def _calibration(result: Result) -> Raw:
-    found = result["calibration"]
-    if found["deterministic"]:
+    calibration = result["calibration"]
+    if calibration["deterministic"]:
         return tag("p", "Every draw of noise gives the same chunk: the policy is deterministic.")
-    inside, expected = found["inside"], found["inside_expected"]
-    ratio = found["spread_to_error"]
+    inside, expected = calibration["inside"], calibration["inside_expected"]
+    ratio = calibration["spread_to_error"]
     judged = "" if ratio is None else (
         f" Its spread is {ratio:.2f} times what its error calls for (1: honest, less: too sure of itself)."
     )  # fmt: skip

@@ -64,7 +64,7 @@ class Comparison:
     starts_needed: int | None
     """Starts that would show this difference with 80 % power; None where it is zero."""
     differs_in: tuple[str, ...]
-    """What else differs between the two evaluations."""
+    """Other differences between the two evaluations."""
     stopped: bool = False
     """Whether this evaluation ended because the two were told apart."""
 

@@ -130,11 +130,7 @@ def evaluate(
         },
     )
     folder.open(resume)
-    wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
-    if not wanted:
-        raise ConfigError(
-            f"shard {shard}: there are only {len(starts)} episodes; split them into fewer shards"
-        )
+    wanted = _share(starts, shard)
     done = {(record.task, record.seed): record for record in folder.records()}
     # Seed by seed, so that every task has its share of the episodes before a stop.
     order = sorted(wanted, key=lambda start: start[1]) if stop_early else wanted
@@ -173,6 +169,16 @@ def evaluate(
     more, notices = _verdict(done, counted, rival, protocol, wrong_instruction, end is not None)
     records = [done[start] for start in wanted if start in counted]
     return folder.finish(records, tasks, round(time.monotonic() - started, 1), more, notices)
+
+
+def _share(starts: Sequence[Start], shard: Shard | None) -> list[Start]:
+    """Return the starts of the shard; all without one. Raises ConfigError for a shard without any."""
+    wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
+    if not wanted:
+        raise ConfigError(
+            f"shard {shard}: there are only {len(starts)} episodes; split them into fewer shards"
+        )
+    return wanted
 
 
 def _verdict(

@@ -64,7 +64,7 @@ class Protocol:
     replan: int
     """Steps of each action chunk that are executed before the policy is called again."""
     purpose: str = ""
-    """What the protocol measures, in one sentence."""
+    """Purpose of the protocol, in one sentence."""
     versions: dict[str, str] = field(default_factory=dict)
     """Required versions of the simulator's packages; any other version is an error."""
     settle_steps: int = 0

@@ -107,8 +107,8 @@ def _same(shards: list[EvaluationFolder]) -> tuple[dict[str, Any], dict[str, Any
     first = shards[0]
     identity = {key: value for key, value in first.identity.items() if key != "shard"}
     for other in shards[1:]:
-        theirs = {key: value for key, value in other.identity.items() if key != "shard"}
-        sides = ({**identity, **first.described}, {**theirs, **other.described})
+        other_identity = {key: value for key, value in other.identity.items() if key != "shard"}
+        sides = ({**identity, **first.described}, {**other_identity, **other.described})
         different = [key for key in sides[0] | sides[1] if sides[0].get(key) != sides[1].get(key)]
         if different:
             listed = "; ".join(f"{key}: {sides[0].get(key)} and {sides[1].get(key)}" for key in different)

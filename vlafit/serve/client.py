@@ -46,7 +46,7 @@ class RemoteActor:
 
     @property
     def described(self) -> Described:
-        """What the server says of its policy."""
+        """The server's description of its policy."""
         return self._described
 
     def fingerprint(self) -> str:

@@ -41,7 +41,7 @@ REMEMBERED = 10  # delays from which the next one is estimated: real-time chunki
 
 @runtime_checkable
 class Embodied(Protocol):
-    """What says for which robot it acts."""
+    """An actor that names the robot it acts for."""
 
     embodiment: Embodiment
 

@@ -23,7 +23,7 @@ PROTOCOL = 1
 
 @dataclass(frozen=True)
 class Described:
-    """What a served actor is. `required` are the cameras that it looks at; `chunk` is 0 where nobody
+    """Description of a served actor. `required` are the cameras that it looks at; `chunk` is 0 where nobody
     knows."""
 
     embodiment: Embodiment

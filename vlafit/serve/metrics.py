@@ -37,7 +37,7 @@ class Histogram:
 
 
 class Metrics:
-    """What a server counts. The server's event loop writes it; any thread may read."""
+    """Counters of a server. The server's event loop writes it; any thread may read."""
 
     def __init__(self) -> None:
         self.clients = 0

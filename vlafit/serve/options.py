@@ -17,8 +17,8 @@ class Options:
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     token: str = ""
-    """What `Authorization: Api-Key ...` must hold; empty: anybody may ask, which is refused beyond this
-    machine."""
+    """The key that `Authorization: Api-Key ...` must hold; empty: anybody may ask, which is refused beyond
+    this machine."""
     max_clients: int = 64
     """Connections at a time."""
     max_frame: int = 32 * 2**20

@@ -268,6 +268,6 @@ class Running:
 
     @property
     def metrics(self) -> Metrics:
-        """What the server counted so far."""
+        """The server's counters so far."""
         assert self.server is not None
         return self.server.metrics

@@ -144,7 +144,7 @@ def recipe_with(recipe: Recipe, values: Mapping[str, object], where: str) -> Rec
         for section in sections:
             table = table.setdefault(section, {})
         table[last] = value
-    return config.build(Recipe, config.merge(asdict(recipe), nested), where)
+    return config.build(Recipe, config.merge_tables(asdict(recipe), nested), where)
 
 
 def strategy_with(strategy: str, values: Mapping[str, object], where: str) -> str | None:

@@ -7,12 +7,13 @@ size and time of their files are compared.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vlafit.datasets.stamps import stamp
 from vlafit.errors import TrainingError
-from vlafit.files import parse_json, require_readable
+from vlafit.files import read_json_object, require_readable
 from vlafit.train.data import Data
+
+DELETE = "delete the file to continue"
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class DataFiles:
 
 def facts(data: Data) -> dict[str, dict[str, int]]:
     """Return the facts about each dataset's files for run.json, by the card's name."""
-    found = {}
+    totals = {}
     for store in data.stores:
         stamps = [stamp(path) for path in store.files()]
         sizes, times = [size for size, _ in stamps], [time for _, time in stamps]
-        found[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
-    return found
+        totals[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
+    return totals
 
 
 def changes(out: Path, now: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -63,14 +64,14 @@ def _recorded(out: Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         return {}
     require_readable(path)
+    content = read_json_object(path, TrainingError, DELETE)
     try:
-        content: Any = parse_json(path.read_text(encoding="utf-8"))
         return {
             str(name): asdict(DataFiles(**value)) for name, value in content.get("data_files", {}).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
+    except (TypeError, AttributeError) as error:
+        raise TrainingError(f"{path}: data_files is damaged ({error!r}); {DELETE}") from error
 
 
-def _text(one: Mapping[str, int]) -> str:
-    return f"{one['files']} files of {one['bytes']:,} bytes"
+def _text(totals: Mapping[str, int]) -> str:
+    return f"{totals['files']} files of {totals['bytes']:,} bytes"

@@ -35,7 +35,7 @@ class Experiment:
     load_report: str
     history: checkpoints.Lineage
     warnings: tuple[str, ...] = ()
-    """What a reader of the run's results must know; `notices` in run.json."""
+    """Warnings for readers of the run's results; `notices` in run.json."""
     base: checkpoints.Base | None = None
     """The base checkpoint of the run's checkpoints; None if they hold every weight."""
     changed: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ class Experiment:
     unquantised: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights before quantisation, if no file holds them; see `quantised_base`."""
     agreement: Agreement | None = None
-    """What dataset and checkpoint agreed on; None for a resumed run that is older than agreements."""
+    """The agreement of dataset and checkpoint; None for a resumed run that is older than agreements."""
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in a stage, and the weights that differ from it.

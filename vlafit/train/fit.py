@@ -19,7 +19,7 @@ from vlafit.train.memory_ladder import (
     require_fit,
     rungs,
 )
-from vlafit.train.settle import AUTOMATIC, EARLIER, get, put
+from vlafit.train.settle import AUTOMATIC, EARLIER, field_of, with_field
 from vlafit.tuning import load_strategy
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class Fit:
 def close(recipe: Recipe) -> Recipe:
     """Return the recipe with the defaults of what `train.memory` could have decided."""
     for field in OPEN.values():
-        if get(recipe, field) in AUTOMATIC:
-            recipe = put(recipe, field, EARLIER[field])
+        if field_of(recipe, field) in AUTOMATIC:
+            recipe = with_field(recipe, field, EARLIER[field])
     return recipe
 
 
@@ -65,11 +65,11 @@ def fit(recipe: Recipe, policy: Policy, data: Data, *, processes: int, gigabytes
     of = forecaster(policy, load_strategy(recipe.strategy), workload)
     where = f"train.memory = {recipe.train.memory!r}" if asked is not None else "the GPU"
     if asked is not None:
-        free = [name for name, field in OPEN.items() if get(recipe, field) in AUTOMATIC]
+        free = [name for name, field in OPEN.items() if field_of(recipe, field) in AUTOMATIC]
         chosen = first_that_fits(rungs(workload.rows, fixed=own, free=free), of, limit)
         if chosen is not None:
             for name in free:
-                closed = put(closed, OPEN[name], getattr(chosen, name))
+                closed = with_field(closed, OPEN[name], getattr(chosen, name))
             log.info(
                 "train.memory = %s picks %s: forecast %s", recipe.train.memory, chosen.options,
                 gb(of(chosen).total),

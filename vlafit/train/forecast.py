@@ -32,7 +32,7 @@ QUANTISED_BITS = {"nf4": 4.13, "int8": 8.0}  # with the scales of double quantis
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides the memory of a training step, beside policy and strategy."""
+    """Settings that decide the memory of a training step, beside policy and strategy."""
 
     rows: int
     """Samples of one process in one optimiser step."""
@@ -60,13 +60,13 @@ class Forecast:
     optimiser: int
     average: int
     activations: int
-    """What the forward pass keeps for the backward pass, casts of weights included."""
+    """Bytes that the forward pass keeps for the backward pass, casts of weights included."""
     step: int
     """The most that gradients, activations and workspace take at once; gradients take activations' place."""
 
     @property
     def workspace(self) -> int:
-        """What the step takes for a moment beside the larger of gradients and activations."""
+        """Bytes that the step takes for a moment, beside the larger of gradients and activations."""
         return max(0, self.step - max(self.gradients, self.activations))
 
     @property

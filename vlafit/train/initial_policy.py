@@ -52,7 +52,7 @@ class InitialPolicy:
     """Weights that differ from those of `base`."""
     warnings: tuple[str, ...] = ()
     agreement: Agreement | None = None
-    """What data and checkpoint agreed on; None for a resumed run that is older than agreements."""
+    """The agreement of data and checkpoint; None for a resumed run that is older than agreements."""
 
 
 def resume(folder: Path, trust: Sequence[str], frozen: FrozenWeights) -> InitialPolicy:

@@ -6,7 +6,7 @@ every step.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class NotFinite(TrainingError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did; all values are of the whole batch over all processes."""
+    """Results of one optimiser step; all values are of the whole batch over all processes."""
 
     step: int
     loss: float
@@ -78,17 +78,7 @@ def train(
             )
         warm = rewarm(step - began_at, state.warmup_steps)
         set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
-        sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
-        for number, (keys, batch) in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            torch.manual_seed(dropout_seed(keys, seed=recipe.seed, step=step))
-            with last_backward_only(model, last):
-                out = _loss(model, batch, keys, recipe, device)
-                share_of_loss = _share(terms, out, counts, world)
-                if ranks is not None and last:
-                    share_of_loss = share_of_loss + ranks.penalty()  # the same on all processes
-                share_of_loss.backward()
-            sums += torch.stack([out[name].detach() for name in terms])
+        sums = _backward(state, micro_batches, counts, recipe, step, world)
         totals = dict(zip(terms, sum_over_processes(sums).tolist(), strict=True))
         loss = mean_loss(terms, totals, counts)
         norm = _clip(trainable, optim.clip_norm)
@@ -115,6 +105,30 @@ def train(
         model.train()
         if stop or gone >= 1 or not goes_on:
             return
+
+
+def _backward(
+    state: TrainState,
+    micro_batches: Sequence[tuple[Keys, Batch]],
+    counts: Mapping[str, float],
+    recipe: TrainRecipe,
+    step: int,
+    world: int,
+) -> torch.Tensor:
+    """Add up the gradients of a step's micro-batches; return this process's sum of each term, [terms]."""
+    model, device, terms = state.model, state.device, state.policy.terms()
+    sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
+    for number, (keys, batch) in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
+        torch.manual_seed(dropout_seed(keys, seed=recipe.seed, step=step))
+        with last_backward_only(model, last):
+            out = _loss(model, batch, keys, recipe, device)
+            share_of_loss = _share(terms, out, counts, world)
+            if state.ranks is not None and last:
+                share_of_loss = share_of_loss + state.ranks.penalty()  # the same on all processes
+            share_of_loss.backward()
+        sums += torch.stack([out[name].detach() for name in terms])
+    return sums
 
 
 def _agree(

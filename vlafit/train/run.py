@@ -45,7 +45,14 @@ from vlafit.train.initial_policy import merge_error
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.metrics import Metrics
 from vlafit.train.preflight import check, meta_policy, never_began, run_warnings
-from vlafit.train.run_folder import begin_record, describe_machine, end_record, flat, require_usable
+from vlafit.train.run_folder import (
+    begin_record,
+    describe_machine,
+    end_record,
+    flat,
+    read_recipe,
+    require_usable,
+)
 from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
 
@@ -100,20 +107,20 @@ def run(
     is also written to traceback.txt.
     """
     processes.require_launched()
-    resuming = resume or resume_from is not None
-    settled = _settle(recipe, out, resuming)
+    saved = read_recipe(out) if resume or resume_from is not None else None
+    settled = _settle(recipe, saved)
     recipe = settled.recipe
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
         files.require_unlocked(out, LOCKED_BY)
-    settled = replace(settled, recipe=require_usable(recipe, out, resuming))
+    settled = replace(settled, recipe=require_usable(recipe, out, saved))
     if first:
         for sentence in settled.sentences:
             log.info("%s", sentence)
     with files.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
-            return _run(settled, out, resume_from, command, callbacks or Callbacks())
+            return _run(settled, out, saved, resume_from, command, callbacks or Callbacks())
         except VlafitError:
             raise
         except Exception:
@@ -123,10 +130,8 @@ def run(
             raise
 
 
-def _settle(recipe: Recipe, out: Path, resuming: bool) -> Settled:
-    """Decide the recipe's automatic values, for a run that is resumed as it began."""
-    saved = out / "recipe.toml"
-    before = config.read(Recipe, saved, "recipe") if resuming and saved.is_file() else None
+def _settle(recipe: Recipe, before: Recipe | None) -> Settled:
+    """Decide the recipe's automatic values, for a run that is resumed as it began with `before`."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
     return settle(
@@ -139,7 +144,12 @@ def _settle(recipe: Recipe, out: Path, resuming: bool) -> Settled:
 
 
 def _run(
-    settled: Settled, out: Path, resume_from: int | None, command: str, callbacks: Callbacks
+    settled: Settled,
+    out: Path,
+    saved: Recipe | None,
+    resume_from: int | None,
+    command: str,
+    callbacks: Callbacks,
 ) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     store = processes.connect()
@@ -153,12 +163,13 @@ def _run(
         )
     del store
     with processes.together():
-        return _train(settled, out, accelerator, resume_from, command, callbacks)
+        return _train(settled, out, saved, accelerator, resume_from, command, callbacks)
 
 
 def _train(
     settled: Settled,
     out: Path,
+    saved: Recipe | None,
     accelerator: Accelerator,
     resume_from: int | None,
     command: str,
@@ -171,12 +182,7 @@ def _train(
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     main = accelerator.is_main_process
     began = time.perf_counter()
-    manager = CheckpointManager(out, recipe.train.keep)
-    barrier()  # every process has checked the folder before the main process writes
-    if main:
-        files.require_writable(out)
-        manager.tidy()
-    barrier()
+    manager = _open_folder(out, recipe.train.keep, main)
 
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
@@ -196,7 +202,7 @@ def _train(
     if main:
         if resume_from is not None:
             manager.drop_after(resume_from)
-        experiment = _with_protocol(_extended(experiment, out))
+        experiment = _with_protocol(_extended(experiment, saved, out))
         record = _begin(experiment, out, accelerator, command, resumed, data_facts)
     experiment = _with_quantised_base(experiment, out, main)
     callbacks.setup(experiment)
@@ -225,6 +231,17 @@ def _train(
             page = _report(out)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
+
+
+def _open_folder(out: Path, keep: int, main: bool) -> CheckpointManager:
+    """Prepare the run's folder, once every process has checked it."""
+    manager = CheckpointManager(out, keep)
+    barrier()
+    if main:
+        files.require_writable(out)
+        manager.tidy()
+    barrier()
+    return manager
 
 
 def _report(out: Path) -> Path | None:
@@ -315,11 +332,10 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     return replace(experiment, agreement=agreement.with_items(items))
 
 
-def _extended(experiment: Experiment, out: Path) -> Experiment:
-    """Add a warning if the recipe in `out` has fewer steps, and keep that run's last evaluations apart."""
-    if not (out / "recipe.toml").is_file():
+def _extended(experiment: Experiment, saved: Recipe | None, out: Path) -> Experiment:
+    """Add a warning if the run in `out` has fewer steps, and keep its last evaluations apart."""
+    if saved is None:
         return experiment
-    saved = config.read(Recipe, out / "recipe.toml", "recipe")
     text = extension.notice(saved, experiment.recipe)
     if not text:
         return experiment

@@ -14,7 +14,6 @@ import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
-from vlafit.files import parse_json
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
 from vlafit.train.settle import earlier
@@ -43,21 +42,28 @@ PACKAGES = (
 )
 
 
-def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
-    """Return the recipe to run in `out`, which is free for a new run or, with `resume`, holds this very run.
+def read_recipe(out: Path) -> Recipe | None:
+    """Return the recipe of the run in `out`; None if there is no run yet."""
+    path = out / "recipe.toml"
+    return config.read(Recipe, path, "recipe") if path.is_file() else None
+
+
+def require_usable(recipe: Recipe, out: Path, saved: Recipe | None) -> Recipe:
+    """Return the recipe to run in `out`, which is free for a new run, or holds the run that is resumed.
+
+    `saved` is the recipe of the run that is resumed, as `read_recipe` returns it; None begins a new run.
 
     A run can begin in a folder without one, with `resume` or without; one that exists may be extended. Writes
     nothing. Raises TrainingError for any other folder or change.
     """
-    saved = out / "recipe.toml"
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; choose a folder with --out")
-    if saved.is_file():
-        if not resume:
-            raise TrainingError(
-                f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
-            )
-        before = earlier(config.read(Recipe, saved, "recipe"))
+    if saved is None and (out / "recipe.toml").is_file():
+        raise TrainingError(
+            f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
+        )
+    if saved is not None:
+        before = earlier(saved)
         recipe = extension.continued(before, recipe, out)
         changed = changes(before, extension.as_before(before, recipe))
         if changed:
@@ -66,7 +72,7 @@ def require_usable(recipe: Recipe, out: Path, resume: bool) -> Recipe:
                 "original values (train.steps may grow), or start a new run with --out"
             )
         return recipe
-    elif out.exists() and not files.is_empty(out):
+    if out.exists() and not files.is_empty(out):
         raise TrainingError(f"{out} is not empty and does not hold a run; choose another folder with --out")
     if recipe.optim.schedule_from:
         raise TrainingError(
@@ -106,13 +112,13 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
     """Write run.json and return it. A resumed run keeps its warnings (`notices`), command and start time."""
     path, now = out / "run.json", dict(facts)
     if path.is_file():
+        before = files.read_json_object(path, TrainingError, "delete the file to continue")
         try:
-            before = parse_json(path.read_text(encoding="utf-8"))
             now |= {key: before[key] for key in ("command", "started")}
             now["notices"] = list(dict.fromkeys([*before.get("notices", ()), *facts.get("notices", ())]))
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured
             seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
     files.write_atomic(path, json.dumps(now, indent=2) + "\n")

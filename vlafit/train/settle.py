@@ -59,7 +59,7 @@ class Settled:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What the log says about it."""
+        """A sentence about it for the log."""
         return (*(setting.sentence for setting in self.settings), *self.notes)
 
 
@@ -89,14 +89,14 @@ def settle(
     if open_fields:
         defaults |= {"train.accumulate": 0, "train.recompute": "auto", "optim.states": "auto"}
     for field in EARLIER:
-        own, launched = get(recipe, field), asked.get(field)
+        own, launched = field_of(recipe, field), asked.get(field)
         if field == "train.frozen":  # rounding them changes nothing that a bf16 product sees
-            defaults[field] = get(recipe, "train.precision")
+            defaults[field] = field_of(recipe, "train.precision")
         sides = {} if own in AUTOMATIC else {"recipe": str(own)}
         source = "the recipe"
         if own in AUTOMATIC:
             if before is not None:
-                own, source = get(before, field), "the run that is resumed"
+                own, source = field_of(before, field), "the run that is resumed"
                 sides = {"run": str(own)}
             elif launched is not None:
                 own, source = launched, launch.launcher
@@ -104,11 +104,11 @@ def settle(
                 own = defaults[field]
         if launched is not None:
             settings.append(Setting(field, {**sides, "launcher": str(launched)}, str(own), source))
-        recipe = put(recipe, field, own)
+        recipe = with_field(recipe, field, own)
     recipe = _clip_norm(recipe, launch, before, settings)
     notes = launch.notes
     if launch.launcher and launch.precision is None and bf16 and before is None:
-        held = get(recipe, "train.precision")
+        held = field_of(recipe, "train.precision")
         notes += (
             f"train.precision = {held} holds: {launch.launcher} says mixed_precision 'no', which is also "
             "what it writes where nobody chose",
@@ -126,7 +126,7 @@ def _clip_norm(recipe: Recipe, launch: LaunchPlan, before: Recipe | None, settin
     elif own == CLIP_NORM:
         own, sides, source = launched, {}, launch.launcher
     settings.append(Setting("optim.clip_norm", {**sides, "launcher": str(launched)}, str(own), source))
-    return put(recipe, "optim.clip_norm", own)
+    return with_field(recipe, "optim.clip_norm", own)
 
 
 def earlier(saved: Recipe) -> Recipe:
@@ -135,18 +135,18 @@ def earlier(saved: Recipe) -> Recipe:
     A run writes a settled recipe, so an automatic value in it is a field that did not exist.
     """
     for field, value in EARLIER.items():
-        if get(saved, field) in AUTOMATIC:
-            saved = put(saved, field, value)
+        if field_of(saved, field) in AUTOMATIC:
+            saved = with_field(saved, field, value)
     return saved
 
 
-def get(recipe: Recipe, field: str) -> object:
+def field_of(recipe: Recipe, field: str) -> object:
     """Return the value of a field by its dotted name."""
     section, name = field.split(".")
     return getattr(getattr(recipe, section), name)
 
 
-def put(recipe: Recipe, field: str, value: object) -> Recipe:
+def with_field(recipe: Recipe, field: str, value: object) -> Recipe:
     """Return the recipe with another value in a field, by its dotted name."""
     section, name = field.split(".")
     return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})

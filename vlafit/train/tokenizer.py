@@ -82,7 +82,7 @@ def require_given(policy: Policy, where: str, wanted: str) -> None:
 def learn(data: Data, needs: Needs) -> Tokenizer:
     """Train a tokenizer on the data's instructions, for language weights that are fresh."""
     assert needs.prompt is not None
-    words = [*data.instructions(), *prompts.vocabulary(needs.prompt)]
+    words = [*data.instructions(), *prompts.FORMS[needs.prompt].vocabulary]
     return train_word_tokenizer(words, needs.vocabulary)
 
 

@@ -52,7 +52,7 @@ class TrainerState:
     """Everything about a run in progress that changes from step to step, beside weights and optimiser."""
 
     progress: Progress = field(default_factory=Progress)
-    """What is saved with every checkpoint."""
+    """State that is saved with every checkpoint."""
     status: RunStatus = RunStatus.RUNNING
     spent: float = 0.0
     """Share of `train.max_seconds` that was used before the last step."""

@@ -39,7 +39,7 @@ class Range:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What `adapt.outside` may call it: by label and by number."""
+        """Names for it that `adapt.outside` accepts: by label and by number."""
         return f"{self.column}.{self.dimension}", f"{self.column}.{self.index}"
 
     @property

@@ -98,7 +98,7 @@ class OpenedCheckpoint:
     family: str
     tensors: Translated
     evidence: ConfigEvidence = field(default_factory=ConfigEvidence)
-    """What the files say of the config beside the shapes; not used where `config` is complete."""
+    """Statements of the files about the config, beside the shapes; not used where `config` is complete."""
     config: Any = None
     """The policy's config where the format records it; `load` fills it in elsewhere."""
     contents: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
@@ -128,7 +128,7 @@ class OpenedCheckpoint:
 
 @dataclass(frozen=True)
 class Opener:
-    """What a format uses to open the checkpoint that another one sits on."""
+    """Opens the checkpoint that another one sits on."""
 
     place: Callable[[str | Path], Place]
     """Find a checkpoint; see `vlafit.checkpoints.place`."""

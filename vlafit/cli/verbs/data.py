@@ -204,8 +204,8 @@ def _check(store: "EpisodeStore", as_json: bool, *, pixels: bool) -> int:
         findings = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
-        found = [dataclasses.asdict(finding) for finding in findings]
-        json.dump({"dataset": store.card.name, "errors": errors, "findings": found}, sys.stdout, indent=2)
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        json.dump({"dataset": store.card.name, "errors": errors, "findings": listed}, sys.stdout, indent=2)
         print()
     else:
         print("\n".join(map(_line, findings)) or "nothing suspicious was found")

@@ -43,8 +43,7 @@ ON_DATA = ("episodes", "samples", "draws")
 INCOMPLETE = 3  # exit status
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Evaluate and print the table."""
+def _parser() -> Parser:
     protocols = ", ".join(shipped.names("protocol"))
     parser = Parser("vlafit eval", ABOUT)
     parser.add_argument(
@@ -116,7 +115,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--draws", metavar="N", type=int, help="with --data: seeds of noise of each [8]")
     actors.add_options(parser)
-    options = parser.read(arguments)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate and print the table."""
+    options = _parser().read(arguments)
     if options.merge is not None:
         if list(arguments) not in (["--merge", options.merge], [f"--merge={options.merge}"]):
             raise ConfigError("--merge takes no other option: the shards say what was evaluated")

@@ -15,8 +15,7 @@ vla-eval, all on one port. /healthz and /metrics answer plain HTTP. SIGTERM and 
 requests in work are answered."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Serve until a signal comes."""
+def _parser() -> Parser:
     parser = Parser("vlafit serve", ABOUT)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
@@ -63,7 +62,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling noise [0]")
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
     actors.add_options(parser)
-    options = parser.read(arguments)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve until a signal comes."""
+    options = _parser().read(arguments)
 
     names = _names(options.map)
     token = read_token(options.token_file) if options.token_file else ""

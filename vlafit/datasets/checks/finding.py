@@ -17,8 +17,8 @@ class Finding:
     step: int | None
     """The first step concerned, if it is at some."""
     message: str
-    """What was measured."""
+    """The measurement."""
     effect: str
-    """What it does to training."""
+    """The effect on training."""
     fix: str
-    """What to do."""
+    """The remedy."""

@@ -33,7 +33,7 @@ def projection() -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Track:
-    """What is known of one camera of one episode, step by step."""
+    """Measurements of one camera of one episode, step by step."""
 
     episode: str
     state: NDArray[np.float32]  # [T, s]

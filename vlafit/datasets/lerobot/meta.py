@@ -7,7 +7,7 @@ from typing import Any
 
 from vlafit.datasets.lerobot.tables import read_table, require_file
 from vlafit.errors import DataError, did_you_mean
-from vlafit.files import parse_json
+from vlafit.files import parse_json, read_json_object
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -98,13 +98,7 @@ def read_meta(root: Path) -> Meta:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError if the file is missing or holds something else."""
     require_file(path)
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object but {type(value).__name__}")
-    return value
+    return read_json_object(path, DataError, "fetch it again")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

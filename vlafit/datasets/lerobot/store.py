@@ -1,7 +1,6 @@
 """Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import parse_key, scaled
 from vlafit.datasets.lerobot.meta import Entry, Meta, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
+from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.stamps import Stamps
@@ -128,7 +128,9 @@ class LeRobotStore(EpisodeStore):
     def _reset(self) -> None:
         self._videos = VideoFiles(OPEN_VIDEOS)
         self._images = ImageColumns(IMAGE_BYTES)
-        self._columns: OrderedDict[tuple[Path, str], NDArray[np.float32]] = OrderedDict()
+        self._columns: LruCache[tuple[Path, str], NDArray[np.float32]] = LruCache(
+            COLUMN_BYTES, size=lambda column: column.nbytes, least=2
+        )
         self._times: dict[tuple[int, str], list[float]] = {}  # of irregular episodes
 
     def _where(self, rows: _Rows) -> str:
@@ -215,19 +217,14 @@ class LeRobotStore(EpisodeStore):
         )
 
     def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
-        values = self._columns.get((path, key))
-        if values is None:
-            self._stamps.require_unchanged(path)
-            width = width_of(self._meta.features[key], key, self._meta.root)
-            raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
-            with np.errstate(over="ignore"):
-                values = raw.astype(np.float32)
-            self._columns[path, key] = values
-            while sum(v.nbytes for v in self._columns.values()) > COLUMN_BYTES and len(self._columns) > 2:
-                self._columns.popitem(last=False)
-        else:
-            self._columns.move_to_end((path, key))
-        return values
+        return self._columns.get((path, key), lambda: self._read_column(path, key))
+
+    def _read_column(self, path: Path, key: str) -> NDArray[np.float32]:
+        self._stamps.require_unchanged(path)
+        width = width_of(self._meta.features[key], key, self._meta.root)
+        raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
+        with np.errstate(over="ignore"):
+            return raw.astype(np.float32)
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]

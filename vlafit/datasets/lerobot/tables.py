@@ -1,6 +1,5 @@
 """Parquet files by pyarrow: whole columns, or the images of some rows."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError, did_you_mean
 
 LFS_POINTER = b"version https://git-lfs"
+OPEN_PARQUET = 32  # parquet files kept open by a process
 
 
 def require_file(path: Path) -> None:
@@ -75,31 +76,24 @@ def as_rows(column: pa.ChunkedArray, width: int, where: str) -> NDArray:
     return array.to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
+def _bytes_of(column: pa.ChunkedArray) -> int:
+    return column.nbytes
+
+
 class ImageColumns:
     """Encoded images of parquet files, a row group at a time, the last few kept up to `most_bytes`."""
 
     def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
-        self._bytes = 0
-        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[Path, str, int], pa.ChunkedArray] = OrderedDict()
+        self._files: LruCache[Path, pq.ParquetFile] = LruCache(OPEN_PARQUET)
+        self._groups: LruCache[tuple[Path, str, int], pa.ChunkedArray] = LruCache(most_bytes, size=_bytes_of)
 
     def row(self, path: Path, column: str, row: int) -> tuple[bytes | None, str]:
         """Return the encoded bytes (None if only a path is stored) and the path of the image in a row."""
         group, inside = self._locate(path, row)
-        key = (path, column, group)
-        values = self._groups.get(key)
-        if values is None:
-            try:
-                values = self._open(path).read_row_group(group, [column], use_threads=False).column(0)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{path}: {column}, row {row} is damaged ({error})") from error
-            self._groups[key] = values
-            self._bytes += values.nbytes
-            while self._bytes > self.most_bytes and len(self._groups) > 1:
-                self._bytes -= self._groups.popitem(last=False)[1].nbytes
-        else:
-            self._groups.move_to_end(key)
+        try:
+            values = self._groups.get((path, column, group), lambda: self._read(path, column, group))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: {column}, row {row} is damaged ({error})") from error
         value: Any = values[inside].as_py()
         if isinstance(value, bytes):
             return value, ""
@@ -111,7 +105,9 @@ class ImageColumns:
         """Let go of everything."""
         self._files.clear()
         self._groups.clear()
-        self._bytes = 0
+
+    def _read(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
+        return self._open(path).read_row_group(group, [column], use_threads=False).column(0)
 
     def _locate(self, path: Path, row: int) -> tuple[int, int]:
         metadata = self._open(path).metadata
@@ -124,11 +120,4 @@ class ImageColumns:
         raise DataError(f"{path}: has {first} rows, no row {row}")
 
     def _open(self, path: Path) -> pq.ParquetFile:
-        file = self._files.get(path)
-        if file is None:
-            file = self._files[path] = open_parquet(path)
-            while len(self._files) > 32:
-                self._files.popitem(last=False)
-        else:
-            self._files.move_to_end(path)
-        return file
+        return self._files.get(path, lambda: open_parquet(path))

@@ -55,7 +55,7 @@ class TransformersAdapters(AdapterSupport):
 
 
 class Transformers(Format):
-    """What transformers' `save_pretrained` writes for pi0; our export leaves our codec beside its files."""
+    """The checkpoints of pi0 that transformers' `save_pretrained` writes; our export adds a codec."""
 
     name = names.SAVED.form
     target = "transformers"

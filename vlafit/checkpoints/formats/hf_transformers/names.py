@@ -73,7 +73,7 @@ COMPUTED: dict[str, dict[str, object]] = {
     "vision": {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
     "": {"min_period": 4e-3, "max_period": 4.0},
 }
-"""What our policy computes; transformers (5.23) takes the same where a file is silent."""
+"""Values that the policy computes with; transformers (5.23) takes the same where a file is silent."""
 
 ROPE_BASE = 10000.0  # of the rotation's periods: transformers' GemmaConfig, and what our policy computes
 _DECODER = {

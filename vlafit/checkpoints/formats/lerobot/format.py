@@ -82,7 +82,7 @@ class LeRobotAdapters(AdapterSupport):
 
 
 class LeRobot(Format):
-    """What LeRobot's `save_pretrained` writes, and what is on the Hub."""
+    """The checkpoints of LeRobot's `save_pretrained`, and those on the Hub."""
 
     name = names.FORM
     target = "lerobot"

@@ -56,7 +56,7 @@ PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transfor
     PI0,
     prefixes=(
         ("language.", f"{_OLD}language_model.model."),
-        *((ours, theirs.replace(f"{_OLD}model.", _OLD)) for ours, theirs in PI0.prefixes),
+        *((own, other.replace(f"{_OLD}model.", _OLD)) for own, other in PI0.prefixes),
     ),
     ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
 )

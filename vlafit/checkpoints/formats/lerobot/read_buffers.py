@@ -16,6 +16,7 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import require_repeated
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.codec import Codec, CodecConfig, Tokenizer
+from vlafit.codec.prompts import holds_state
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
@@ -79,7 +80,7 @@ def read(
                 " normalised; one of the two was exchanged"
             )
     form = processors.form_of(lerobot, [])
-    if form is None or form.prompt == "pi05":
+    if form is None or holds_state(form.prompt):
         return None, f"LeRobot up to 0.3 had no {lerobot.values['type']}"
     if tokenizer is None:
         return (

@@ -26,7 +26,7 @@ from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
-from vlafit.codec.prompts import Prompt
+from vlafit.codec.prompts import Prompt, holds_state
 from vlafit.codec.statistics import LEROBOT_EPSILON, NEEDED, Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
@@ -50,7 +50,7 @@ NO_STATISTICS = (
 )
 FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla"}
 TOKENIZERS = {"pi0": "google/paligemma-3b-pt-224", "pi05": "google/paligemma-3b-pt-224"}
-"""What LeRobot's code loads by name where no file names it; SmolVLA's is that of its vlm_model_name."""
+"""Tokenizers that LeRobot's code loads where no file names one; SmolVLA's is that of its vlm_model_name."""
 
 
 def read(
@@ -75,7 +75,7 @@ def read(
     inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
     asking = _only_step(pre, "tokenizer_processor")
     prompt = _prompt(pre, asking)
-    if (prompt == "pi05") != (needs.prompt == "pi05"):
+    if holds_state(prompt) != holds_state(needs.prompt):
         raise WeightsError(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )

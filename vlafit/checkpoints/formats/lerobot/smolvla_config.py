@@ -13,7 +13,7 @@ from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.checkpoints.voting import Stated
 from vlafit.errors import WeightsError
-from vlafit.policies import merge
+from vlafit.policies import merge_dotted
 from vlafit.policies.smolvla import SIZES
 
 PUBLIC_VLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"  # that of smolvla_base, and LeRobot's default
@@ -80,7 +80,7 @@ def smolvla_evidence(
     vlm = folder / Path(name).name / "config.json"
     if vlm.is_file() and folder.resolve() in vlm.resolve().parents:
         more, sizes = _vlm_evidence(vlm, layers)
-        values, stated = merge(values, more), stated + sizes
+        values, stated = merge_dotted(values, more), stated + sizes
     elif name == PUBLIC_VLM:
         stated += _public(stated, f"config.json (vlm_model_name {name!r})")
     factor = config.get("expert_width_multiplier", (int, float))

@@ -26,18 +26,18 @@ PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups
 
 def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     """Say what of the codec LeRobot's pipelines cannot do."""
-    config, found = codec.config, []
+    config, refusals = codec.config, []
     wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",)}[kind]
     if config.prompt not in wanted:
-        found.append(
+        refusals.append(
             f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
         )
     if kind == "smolvla" and any(config.relative):
-        found.append("LeRobot's SmolVLA has no relative actions")
+        refusals.append("LeRobot's SmolVLA has no relative actions")
     framing = "smolvla" if kind == "smolvla" else "lerobot"
     scaled = [c for c in codec.embodiment.cameras if c.shape[:2] != (config.image_size,) * 2]
     if scaled and (config.framing == "smolvla") != (framing == "smolvla"):
-        found.append(
+        refusals.append(
             f"LeRobot pads images of {kind} elsewhere than this codec ({config.framing}), and camera "
             f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} "
             "squared"
@@ -46,16 +46,16 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     for name, method in methods.items():
         lost = _lost(codec.statistics[name], method)
         if lost:
-            found.append(
+            refusals.append(
                 f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} "
                 "beside its offset is lost"
             )
     if config.prompt == "pi0" and not _in_one_piece(codec.required_tokenizer):
-        found.append(
+        refusals.append(
             "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the "
             "pieces"
         )
-    return found
+    return refusals
 
 
 def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ def _step(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _statistics(codec: Codec) -> dict[str, Tensor]:
     """Return statistics with which LeRobot's formulas, which have no floors, do what vlafit does."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     columns: tuple[tuple[str, str, Normalisation], ...] = (
         (STATE, "state", codec.config.normalisation),
         (ACTION, "action", codec.config.of_actions),
@@ -125,11 +125,11 @@ def _statistics(codec: Codec) -> dict[str, Tensor]:
         statistics = codec.statistics[name]
         arrays = {n: a for n in ARRAYS if (a := getattr(statistics, n)) is not None}
         arrays |= _effective(statistics, method)
-        found |= {
+        tensors |= {
             f"{feature}.{n}": torch.from_numpy(np.asarray(a, dtype=np.float32)) for n, a in arrays.items()
         }
-        found[f"{feature}.count"] = torch.tensor([float(statistics.count)])
-    return found
+        tensors[f"{feature}.count"] = torch.tensor([float(statistics.count)])
+    return tensors
 
 
 def _lost(statistics: Statistics, method: Normalisation) -> list[int]:

@@ -52,7 +52,7 @@ class Base:
     sha256: str
     """Of its manifest, or of its files; see `vlafit.checkpoints.digest`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What `load` must be given to read it, beside the policy's config; see `Source`."""
+    """The `config` that `load` needs to read it, beside the policy's config; see `Source`."""
     format: int = VERSION
 
     def write(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from vlafit.checkpoints.options import WIDTHS, LoadOptions, require_known_keys
 from vlafit.checkpoints.tensor_files import open_tensors
 from vlafit.codec import Codec
 from vlafit.nn.policy import Policy, Source
-from vlafit.policies import merge, override
+from vlafit.policies import merge_dotted, override
 
 LAYOUT = {"vlafit's own": ("vision.layers.", "language.layers.", "expert.layers.")}
 """How tensor names begin in files of our own that lost what is beside them."""
@@ -75,7 +75,7 @@ def _on_base(
     place = find_base(path, stored.base, options.base, opener.place, opener.digest)
     config = None
     if not recognise(place):
-        config = merge(
+        config = merge_dotted(
             {k: v for k, v in asdict(stored.config).items() if k not in WIDTHS}, stored.base.config
         )
     below = opener.open(place, replace(opener.options(config), hash_weights=options.hash_weights))

@@ -36,11 +36,11 @@ class OpenPiAdapters(AdapterSupport):
 
 
 DECLARED = Declaration(slots=norm_stats.CAMERAS, says_relative=False, says_frame_sizes=False)
-"""What every checkpoint of openpi says of the robot, which its files do not describe."""
+"""The declaration of every checkpoint of openpi, whose files do not describe the robot."""
 
 
 class OpenPi(Format):
-    """What openpi's PyTorch code saves."""
+    """The checkpoints that openpi's PyTorch code saves."""
 
     name = "openpi"
     target = "openpi"

@@ -20,7 +20,7 @@ from vlafit.checkpoints.formats.openpi.names import PADDED
 from vlafit.checkpoints.formats.openpi.orbax import Leaf, open_leaves
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.errors import WeightsError
-from vlafit.policies import merge
+from vlafit.policies import merge_dotted
 
 _IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
 _BLOCK = f"{_IMG}Transformer/encoderblock/"
@@ -73,7 +73,7 @@ def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one leaf becomes. `dims`: of one layer. `names` has a place for the layer if `layered`."""
+    """The conversion of one leaf. `dims`: of one layer. `names` has a place for the layer if `layered`."""
 
     names: tuple[str, ...]
     turn: Turn
@@ -196,7 +196,7 @@ class Tree:
 
     @property
     def evidence(self) -> ConfigEvidence:
-        """What our parameters' shapes do not tell: heads, which have an axis here, and JAX's rounding."""
+        """Facts beside the parameters' shapes: heads, which have an axis here, and JAX's rounding."""
         values: dict[str, Any] = {"time_angles": "float32"}
         axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
         lines = [
@@ -206,12 +206,12 @@ class Tree:
         ]
         for key, sizes in axes.items():
             if sizes:
-                values = merge(values, {key: next(iter(sizes))})
+                values = merge_dotted(values, {key: next(iter(sizes))})
         return ConfigEvidence(values, padded_as=PADDED, conflicts=(*self.conflicts, *lines))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the checkpoint beside its tensors."""
+        """Facts about the checkpoint beside its tensors."""
         lines = []
         if self.trained:
             lines.append("params of a training checkpoint: the moving average where its run kept one")

@@ -25,7 +25,7 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi, mod
 
 @dataclass(frozen=True)
 class CodecOptions:
-    """What openpi's files do not record of a codec: the table `codec` of `load`'s config."""
+    """Settings of a codec that openpi's files do not record: the table `codec` of `load`'s config."""
 
     normalisation: Normalisation | None = None
     """None: mean_std for pi0 and quantile for pi0.5, as openpi has wired it."""

@@ -1,0 +1,112 @@
+"""The settings of a codec, and whether they go together with robot, statistics and tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from vlafit.codec.images import Framing
+from vlafit.codec.prompts import FORMS, Prompt
+from vlafit.codec.statistics import Normalisation, Statistics
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError
+from vlafit.types import Embodiment
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """How observations become a policy's inputs."""
+
+    cameras: tuple[str, ...]
+    """The policy's camera slots in order: names of the embodiment's cameras; empty: always missing."""
+    image_size: int
+    """Pixels of each side of the policy's images."""
+    state_dim: int
+    """Dimensions of the policy's state, S; the robot's are padded with zeros."""
+    action_dim: int
+    """Dimensions of the policy's actions, A; the robot's are padded with zeros."""
+    chunk: int
+    """Steps of an action chunk, t."""
+    normalisation: Normalisation = "mean_std"
+    """How states and actions are normalised."""
+    action_normalisation: Normalisation | None = None
+    """How actions are normalised, where it is not as states are."""
+    relative: tuple[bool, ...] = ()
+    """For each action dimension: whether it is minus the same dimension of the state at the chunk's start."""
+    prompt: Prompt | None = "pi0"
+    """The form of the prompt; None: the policy reads no instruction."""
+    max_tokens: int = 48
+    """Tokens of the prompt, l; a longer prompt is refused."""
+    mask_padding: bool = True
+    """Whether padded dimensions, and steps past the episode's end, are left out of the loss."""
+    framing: Framing = "openpi"
+    """How images get the policy's size."""
+    special_tokens: Literal["prompt", "tokenizer"] = "prompt"
+    """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
+    history: int = 1
+    """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
+
+    @property
+    def of_actions(self) -> Normalisation:
+        """How actions are normalised."""
+        return self.action_normalisation or self.normalisation
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """True if the form of the prompt adds a beginning-of-sequence token."""
+        return (
+            self.special_tokens == "prompt" and self.prompt is not None and FORMS[self.prompt].begins_with_bos
+        )
+
+
+def require_consistent(
+    config: CodecConfig,
+    robot: Embodiment,
+    statistics: Mapping[str, Statistics],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Raise CodecError or EmbodimentError where the four do not belong together."""
+    _require_inputs(config, robot, tokenizer)
+    _require_dimensions(config, robot, statistics)
+
+
+def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer | None) -> None:
+    for name in filter(None, config.cameras):
+        robot.camera(name)
+    named = [name for name in config.cameras if name]
+    if len(set(named)) != len(named):
+        raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
+    least = {"image_size": 1, "chunk": 1, "history": 1, "max_tokens": 0 if config.prompt is None else 1}
+    for name, minimum in least.items():
+        if getattr(config, name) < minimum:
+            raise CodecError(f"codec config: {name} must be at least {minimum}, is {getattr(config, name)}")
+    if (config.prompt is None) != (tokenizer is None):
+        has = "no tokenizer" if tokenizer is None else "a tokenizer"
+        raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")
+    if tokenizer is not None and config.begins_with_bos and tokenizer.bos is None:
+        raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
+
+
+def _require_dimensions(config: CodecConfig, robot: Embodiment, statistics: Mapping[str, Statistics]) -> None:
+    if set(statistics) != {"state", "action"}:
+        raise CodecError(f"statistics must be those of state and action, got {sorted(statistics)}")
+    for name, feature, room in (
+        ("state", robot.state, config.state_dim),
+        ("action", robot.action, config.action_dim),
+    ):
+        have = feature.shape[0]
+        if have > room:
+            raise CodecError(
+                f"embodiment {robot.name!r} has {have} {name} dimensions, the policy takes {room}"
+            )
+        if statistics[name].dimensions != have:
+            raise CodecError(
+                f"{name} statistics have {statistics[name].dimensions} dimensions, embodiment "
+                f"{robot.name!r} has {have}; fit the codec on data of this embodiment"
+            )
+    if config.relative and len(config.relative) != robot.action.shape[0]:
+        raise CodecError(
+            f"relative has {len(config.relative)} entries for {robot.action.shape[0]} action dimensions"
+        )
+    beyond = [d for d, on in enumerate(config.relative) if on and d >= robot.state.shape[0]]
+    if beyond:
+        raise CodecError(f"relative: action dimensions {beyond} have no state dimension to be relative to")
