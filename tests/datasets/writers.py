@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.datasets import hdf5_writers, lerobot_files, npz_layout
+from tests.datasets import droid_files, hdf5_writers, lerobot_files, npz_layout
 from tests.datasets.layouts import Demo, card, robomimic_card, write_libero, write_robomimic
 from vlafit.datasets import Card, EpisodeStore
 
@@ -26,6 +26,7 @@ def outside(folder: Path, everything: list[Demo]) -> Card:
 
 
 WRITERS: dict[str, Writer] = {
+    "droid": droid_files.write,
     "lerobot": lerobot_files.write,
     "libero": libero,
     "robomimic": robomimic,
