@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints.test_export_adapters import trained
 from tests.train.agreement_world import recipe_of, write_card
 from tests.train.test_agreement import SMOLVLA, start
-from vlafit import checkpoints
+from vlafit import checkpoints, cli, config
+from vlafit.actor import load_actor
 from vlafit.checkpoints.export import export
 from vlafit.cli.verbs.inspect import needed_to_train
 from vlafit.codec import train_word_tokenizer
@@ -20,6 +21,8 @@ from vlafit.errors import ConfigError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train.data import open_data
 from vlafit.train.preflight import meta_policy
+from vlafit.train.step_zero import load_untrained
+from vlafit.types import EpisodeKey, Observation
 
 FITS = {"cameras": {"cam_high": "front", "cam_wrist": ""}, "resize": True}
 
@@ -94,6 +97,37 @@ def test_statistics_of_the_data_train_with_lerobots_prompts_and_frames(card: Pat
     config = initial.codec.config
     assert (config.prompt, config.framing, config.special_tokens) == ("line", "smolvla", "tokenizer")
     assert np.allclose(initial.codec.statistics["state"].mean, [0.75, -0.25], atol=1e-6)
+
+
+@pytest.mark.case(
+    section="runs",
+    report="a base model cannot be evaluated before fine-tuning",
+    user_has="a LeRobot or openpi folder without statistics, cameras or tokenizer of one robot",
+    now="`vlafit eval FOLDER --recipe RECIPE` (and `serve`) takes them from the recipe of its fine-tuning",
+)
+def test_a_base_model_is_evaluated_with_the_recipe_that_would_fine_tune_it(
+    card: Path, base: Path, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(ConfigError, match=r"has no codec.*--recipe RECIPE"):
+        load_actor(base)
+    made = recipe(card, base, "data", tokenizer=words)
+    actor = load_untrained(made, str(base), steps=2, width=1)
+    initial = start(made)
+    assert actor.codec.config == initial.codec.config and actor.embodiment == initial.codec.embodiment
+    assert (actor.codec.statistics["action"].mean == initial.codec.statistics["action"].mean).all()
+    seen = Observation({"front": np.full((40, 40, 3), 7, np.uint8)}, np.zeros(2, np.float32), "reach out")
+    (chunk,) = actor.act([seen], [EpisodeKey(0, "reach", 0)])
+    assert chunk.actions.shape[1] == 2 and np.isfinite(chunk.actions).all()
+    other = replace(made, data=replace(made.data, validation=0.5))
+    assert load_untrained(other, str(base), steps=2, width=1).fingerprint() != actor.fingerprint()
+
+    (tmp_path / "recipe.toml").write_text(config.dump(made))
+    command = ["eval", str(base), "--data", str(card), "--samples", "4", "--draws", "2", "--steps", "1"]
+    out = tmp_path / "eval"
+    assert cli.main([*command, "--out", str(out)]) == 2
+    assert "--recipe RECIPE" in capsys.readouterr().err and not out.exists()
+    assert cli.main([*command, "--out", str(out), "--recipe", str(tmp_path / "recipe.toml")]) == 0
+    assert "4 episodes of" in capsys.readouterr().out and list(out.glob("*.html"))
 
 
 @pytest.mark.parametrize(("name", "mean"), [("so100", 0.5), ("so101", 1.0)])

@@ -125,7 +125,9 @@ def _of_evaluation(folder: Path) -> Earlier:
         protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
         sha256 = str(identity["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{header}: damaged ({error!r})") from error
+        raise ConfigError(
+            f"{header}: damaged ({error!r}); compare with another evaluation, or play this one again"
+        ) from error
     return Earlier(folder, _outcomes(folder / "episodes.jsonl"), protocol, sha256, wrong)
 
 

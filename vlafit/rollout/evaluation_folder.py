@@ -30,6 +30,7 @@ from vlafit.score import Score
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the folder
+WRITTEN = ("versions", "software", "renderer", "notices")  # of the environment, in evaluation.json
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,19 @@ class EvaluationFolder:
     def _written(self) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             written = parse_json(self.header.read_text(encoding="utf-8"))
-            return dict(written["identity"]), dict(written["environment"])
+            identity, environment = dict(written["identity"]), dict(written["environment"])
+            protocol = dict(identity["protocol"])
+            kinds = [(protocol, "name", str), (protocol, "first_seed", int)]
+            kinds += [(identity, "tasks", list), (identity, "trials", int)]
+            kinds += [(environment, key, object) for key in WRITTEN if environment]
+            for values, key, kind in kinds:
+                if not isinstance(values[key], kind):
+                    raise TypeError(f"{key} is {values[key]!r}")
+            return identity, environment
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.header}: damaged ({error!r}); choose another folder") from error
+            raise ConfigError(
+                f"{self.header}: damaged ({error!r}); evaluate into another folder, or restore the file"
+            ) from error
 
     def _write_header(self) -> None:
         header = {"identity": self.identity, "environment": self.described}

@@ -66,8 +66,6 @@ def merge(out: Path) -> Result:
         raise ConfigError(f"{out}: {', '.join(missing)} is missing; evaluate it, then merge again")
     shards = [_read(folders[shard]) for shard in wanted]
     identity, environment = _same(shards)
-    whole = EvaluationFolder(out, identity)
-    whole.adopt(environment)
     records: dict[tuple[str, int], Record] = {}
     for shard in shards:
         records |= {(record.task, record.seed): record for record in shard.records()}
@@ -80,12 +78,14 @@ def merge(out: Path) -> Result:
             f"{out}: {len(lacking)} of {len(order)} episodes have not been played ({lacking[0]}, say); "
             "continue the shards with --resume, then merge again"
         )
+    seconds = round(sum(shard.seconds() for shard in shards), 1)
+    whole = EvaluationFolder(out, identity)
+    whole.adopt(environment)
     for shard in shards:
         for file in sorted((shard.path / "videos").glob("*")):
             (out / "videos").mkdir(exist_ok=True)
             shutil.copyfile(file, out / "videos" / file.name)
     (out / "result.json").unlink(missing_ok=True)  # of an earlier merge
-    seconds = round(sum(shard.seconds() for shard in shards), 1)
     return whole.finish([records[start] for start in order], tuple(identity["tasks"]), seconds)
 
 
@@ -99,6 +99,8 @@ def _read(path: Path) -> EvaluationFolder:
     if not folder.header.is_file():
         raise ConfigError(f"{path}: has not begun; evaluate it, then merge again")
     folder.read()
+    if not folder.is_described:
+        raise ConfigError(f"{folder.header}: no environment has been played; continue it, then merge again")
     return folder
 
 
