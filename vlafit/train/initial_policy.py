@@ -14,7 +14,7 @@ from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.datasets import blocks_for_statistics
+from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import stack
 from vlafit.nn.policy import Policy
@@ -335,8 +335,8 @@ def _fit_codec(
             config = replace(
                 config, normalisation=states, action_normalisation=actions if actions != states else None
             )
-    states, windows = blocks_for_statistics(data.stores, data.training, config.chunk, config.relative)
     try:
-        return Codec.fit(config, data.embodiment, states, windows, tokenizer)
+        statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
+        return Codec(config, data.embodiment, statistics, tokenizer)
     except CodecError as error:
         raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error

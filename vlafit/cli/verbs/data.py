@@ -128,17 +128,13 @@ def _inspect(store: "EpisodeStore", missing: Mapping[str, str]) -> dict[str, Any
 
 
 def _stats(store: "EpisodeStore") -> dict[str, Any]:
-    from vlafit.codec import Statistics
-    from vlafit.datasets import blocks_for_statistics
+    from vlafit.datasets.statistics_cache import statistics_of
 
-    states, actions = blocks_for_statistics([store], [[info.id for info in store.episodes]], 1)
+    statistics = statistics_of([store], [[info.id for info in store.episodes]], 1)
     robot = store.embodiment
     return {
-        name: {
-            "labels": list(feature.labels),
-            **Statistics.of_blocks(blocks, name, feature.labels).to_json(),
-        }
-        for name, blocks, feature in (("state", states, robot.state), ("action", actions, robot.action))
+        name: {"labels": list(feature.labels), **statistics[name].to_json()}
+        for name, feature in (("state", robot.state), ("action", robot.action))
     }
 
 

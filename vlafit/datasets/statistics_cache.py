@@ -1,0 +1,80 @@
+"""Statistics of state and action, kept on disk under a hash of the rows that they are taken from."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from vlafit.codec.statistics import Statistics
+from vlafit.datasets.hdf5_index import folder
+from vlafit.datasets.statistics import blocks_for_statistics
+from vlafit.datasets.store import EpisodeStore
+from vlafit.errors import CodecError, VlafitError
+from vlafit.files import parse_json, write_atomic
+
+log = logging.getLogger(__name__)
+
+FEWEST_ROWS = 200_000  # of states and actions: below, taking statistics costs about as much as the hash
+
+
+def statistics_of(
+    stores: Sequence[EpisodeStore],
+    episode_ids: Sequence[Sequence[str]],
+    chunk: int,
+    relative: Sequence[bool] = (),
+) -> dict[str, Statistics]:
+    """Return the statistics of "state" and "action" of the given (training) episodes.
+
+    They are kept under a hash of every value that they are taken from, so that a run over many episodes, and
+    each resume of it, only reads the columns once. Raises as `blocks_for_statistics` does.
+    """
+    states, actions = blocks_for_statistics(stores, episode_ids, chunk, relative)
+    steps = [s.episodes[s.index(i)].length for s, ids in zip(stores, episode_ids, strict=True) for i in ids]
+    rows = sum(steps) + sum(steps) * (chunk if any(relative) else 1)
+    place = folder() if rows >= FEWEST_ROWS else None
+    path = None
+    if place is not None:
+        key = _content_hash(stores, episode_ids, chunk, relative)
+        path = place.with_name("statistics") / f"{key}.json"
+        kept = _kept(path) if path.is_file() else None
+        if kept is not None:
+            return kept
+    robot = stores[0].embodiment
+    made = {
+        "state": Statistics.of_blocks(states, "state", robot.state.labels),
+        "action": Statistics.of_blocks(actions, "action", robot.action.labels),
+    }
+    if path is not None:
+        try:
+            write_atomic(path, json.dumps({name: values.to_json() for name, values in made.items()}))
+        except VlafitError as error:  # only costs time
+            log.warning("statistics cannot be kept (%s)", error)
+    return made
+
+
+def _content_hash(
+    stores: Sequence[EpisodeStore], episode_ids: Sequence[Sequence[str]], chunk: int, relative: Sequence[bool]
+) -> str:
+    """Return a hash of everything that decides the statistics: the rows, and how windows are made of them."""
+    windows = [chunk, list(map(bool, relative))] if any(relative) else []
+    digest = hashlib.sha256(json.dumps([version("vlafit"), np.__version__, windows]).encode())
+    for store, ids in zip(stores, episode_ids, strict=True):
+        for identity in ids:
+            episode = store.index(identity)
+            for rows in (store.state(episode), store.actions(episode)):
+                digest.update(repr(rows.shape).encode())
+                digest.update(np.ascontiguousarray(rows).data)
+    return digest.hexdigest()
+
+
+def _kept(path: Path) -> dict[str, Statistics] | None:
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        return {name: Statistics.from_json(values[name], f"{path}: {name}") for name in ("state", "action")}
+    except (OSError, ValueError, KeyError, TypeError, CodecError) as error:
+        log.warning("%s: is damaged (%s), so statistics are taken again", path, error)
+        return None
