@@ -28,12 +28,15 @@ SIZES = {"tiny": Config()}
 class Regression(Policy):
     """Pooled image features and the state, through an MLP, to a chunk of actions."""
 
+    scale: Tensor  # [t, 1]
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
         self.eye = nn.Conv2d(3, c.width, 4, stride=4)
         self.mlp = nn.Sequential(nn.Linear(c.width + c.state_dim, c.width), nn.ReLU())
         self.head = nn.Linear(c.width, c.chunk * c.action_dim)
+        self.register_buffer("scale", torch.linspace(1.0, 0.5, c.chunk)[:, None], persistent=False)
 
     def parts(self) -> list[ParameterInfo]:
         return describe(self, {"eye": "eye", "mlp": "trunk"}, default="head")
@@ -56,7 +59,7 @@ class Regression(Policy):
         seen = F.relu(self.eye(seen_images(batch.images, batch.image_mask))).mean((2, 3))
         pooled = seen.unflatten(0, (len(batch), -1)).mean(1)
         y = self.head(self.mlp(torch.cat((pooled, batch.state), 1)))
-        return y.unflatten(1, (self.config.chunk, self.config.action_dim)).float()
+        return self.scale * y.unflatten(1, (self.config.chunk, self.config.action_dim)).float()
 
 
 def build(config: Config, device: str = "meta", generator: torch.Generator | None = None) -> Regression:

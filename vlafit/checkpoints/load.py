@@ -27,6 +27,7 @@ from vlafit.checkpoints.options import ConfigOverrides, LoadOptions, Resize, par
 from vlafit.codec import Codec
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError
+from vlafit.nn.construct import require_numbers, require_restorable, unfilled
 from vlafit.nn.policy import Policy, Source
 from vlafit.policies import family, override
 from vlafit.policies._common import select
@@ -101,6 +102,7 @@ def load(
     opened = open_checkpoint(where.path, options, format)
     sized = _resize(opened, options)
     policy = family(opened.family).build(sized.config, "meta")
+    require_restorable(policy)
     draw = _draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
     tensors = opened.tensors
     fit(
@@ -117,6 +119,8 @@ def load(
         file_name=tensors.file_name,
         conflicts=opened.conflicts,
     )
+    require_numbers(policy)
+    policy.to(device)  # buffers, which `fit` leaves on the CPU
     codec, reason, notes = opened.format.codec(opened, policy, options)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
     notes = _place_note(where.note) + opened.notes + notes
@@ -163,6 +167,7 @@ def inspect(
             options.config.refuse(table, opened.path, "no codec is made where only headers are read")
     sized = _resize(opened, options)
     policy = family(opened.family).build(sized.config, "meta")
+    require_restorable(policy)
     weights, fresh = opened.tensors.weights, _selected(policy, sized.fresh)
     every = [info.name for info in policy.parts()] + list(weights)
     wrong = compare(policy, weights, fresh, sized.shapes)
@@ -369,8 +374,11 @@ def _draw_fresh(
     for info in policy.parts():
         if info.name in names:
             shape = policy.get_parameter(info.name).shape
-            replace_parameter(policy, info.name, torch.empty(shape, dtype=stored_as(info, DTYPES[dtype])))
+            bare = torch.full(shape, torch.nan, dtype=stored_as(info, DTYPES[dtype]))
+            replace_parameter(policy, info.name, bare)
     family(family_name).init_weights(policy, generator or torch.Generator().manual_seed(0), names)
+    if empty := unfilled((name, policy.get_parameter(name)) for name in names):
+        raise ConfigError(f"policy family {family_name!r}: init_weights does not fill {', '.join(empty)}")
     for name in names:
         replace_parameter(policy, name, policy.get_parameter(name).detach().to(device))
     return names

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlafit.errors import ConfigError
+from vlafit.nn.construct import allocate, construct, unfilled
 from vlafit.nn.kinds import Kind
 from vlafit.nn.policy import ParameterInfo, Policy
 
@@ -98,14 +99,18 @@ def build_policy(
     device: str | torch.device,
     generator: torch.Generator | None,
 ) -> P:
-    """Build a policy: without storage on ``"meta"``, else with fresh weights drawn from `generator`.
+    """Build a policy: parameters without storage on ``"meta"``, else with fresh weights from `generator`.
 
-    `make` constructs it, `init_weights` fills every parameter. Without a generator, fresh weights are those
-    of seed 0. Buffers must be made by `init_weights` too: storage of the meta device holds nothing.
+    `make` constructs it and computes its buffers, `init_weights` fills every parameter. Without a generator,
+    fresh weights are those of seed 0. Raises ConfigError naming parameters that are not filled, tensors that
+    `make` does not compute, and what no checkpoint can restore; see `vlafit.nn.construct`.
     """
-    with torch.device("meta"):
-        policy = make()
+    policy = construct(make)
     if torch.device(device).type != "meta":
-        policy.to_empty(device=device)
+        allocate(policy, device)
         init_weights(policy, generator or torch.Generator().manual_seed(0))
+        if names := unfilled(policy.named_parameters()):
+            raise ConfigError(
+                f"{type(policy).__name__}: init_weights leaves {', '.join(names)} without numbers"
+            )
     return policy

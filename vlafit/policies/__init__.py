@@ -166,4 +166,10 @@ def build_family(
         raise ConfigError(f"{where} has no size {size!r}{did_you_mean(size, module.SIZES)}")
     else:
         made = override(module.SIZES[size], config or {}, f"{where}, size {size!r}")
-    return module.build(made, device, generator)
+    policy = module.build(made, device, generator)
+    from vlafit.nn.construct import require_numbers, require_restorable
+
+    require_restorable(policy)
+    if device != "meta":
+        require_numbers(policy)
+    return policy

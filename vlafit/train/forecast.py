@@ -99,7 +99,7 @@ def _prepared(
     policy: Policy, strategy: Strategy, workload: Workload, kernels: MetaKernels
 ) -> tuple[Policy, Forecast]:
     """Return a copy of the policy as it is trained, and a forecast without a step."""
-    bare = family(family_name(policy)).build(policy.config, "meta")
+    bare = family(family_name(policy)).build(policy.config, "meta").to("meta")  # its buffers, too
     plan = _largest_stage(preview(bare, strategy))
     _prepare(bare, plan, workload, kernels)
     return bare, _static(bare, plan, workload)
