@@ -284,7 +284,7 @@ def test_resuming_what_never_began_begins(recipe: Recipe, tmp_path: Path) -> Non
 def test_a_damaged_record_of_the_run_is_named(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps([]))
-    with pytest.raises(VlafitError, match=r"run\.json: damaged"):
+    with pytest.raises(VlafitError, match=r"run\.json: .*list"):
         run(recipe, tmp_path / "run", resume=True)
 
 
