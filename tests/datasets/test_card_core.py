@@ -303,4 +303,5 @@ def test_every_card_that_the_documentation_shows_is_valid(tmp_path: Path) -> Non
     for number, block in enumerate(shown):
         (tmp_path / f"{number}.toml").write_text(block)
     read = [load_card(tmp_path / f"{number}.toml") for number in range(len(shown))]
-    assert {made.layout for made in read} == {"aloha", "droid", "robotwin", "maniskill", "robocasa", "generic"}
+    shown_layouts = {"aloha", "droid", "robotwin", "maniskill", "robocasa", "generic"}
+    assert {made.layout for made in read} == shown_layouts

@@ -103,7 +103,7 @@ def test_statistics_of_the_data_train_with_lerobots_prompts_and_frames(card: Pat
     section="runs",
     report="a base model cannot be evaluated before fine-tuning",
     user_has="a LeRobot or openpi folder without statistics, cameras or tokenizer of one robot",
-    now="`vlafit eval FOLDER --recipe RECIPE` (and `serve`) takes them from the recipe of its fine-tuning",
+    now="`vlafit eval` and `vlafit serve` with `--recipe` take them from the recipe of its fine-tuning",
 )
 def test_a_base_model_is_evaluated_with_the_recipe_that_would_fine_tune_it(
     card: Path, base: Path, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
