@@ -187,6 +187,7 @@ def test_a_worker_that_is_told_to_stop_while_it_loads_has_not_died(
     assert run_trials(one, lambda _: None) and states(one) == ["whole"]
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_trials(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(config.dump(recipe))
     (tmp_path / "study.toml").write_text('[search]\n"optim.lr" = { low = 1e-4, high = 1e-2, log = true }\n')

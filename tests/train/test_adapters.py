@@ -67,7 +67,7 @@ def everything(out: Path, step: int) -> dict[str, Tensor]:
     }
 
 
-SLOW = ("pissa", "int8", "dora", "adalora")  # the others save and resume by the same code
+SLOW = ("lora", "pissa", "int8", "dora", "adalora")  # the others save and resume by the same code
 
 
 @pytest.mark.parametrize(
