@@ -1,6 +1,7 @@
 """Converting a dataset: what is read afterwards is what was read before, and nothing is half there."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +196,9 @@ def test_a_folder_that_exists_or_belongs_to_the_dataset_is_refused(source: Episo
         with pytest.raises(DataError, match="already exists|never changed in place"):
             convert(source, inside, "lerobot")
     assert (tmp_path / "there" / "note.txt").read_text() == "mine"
+    one_file = open_dataset(replace(source.card, path=str(source.files()[0])))
+    convert(one_file, own / "new", "libero")
+    shutil.rmtree(own / "new")
 
 
 def test_what_the_target_cannot_hold_is_refused_by_name(source: EpisodeStore, tmp_path: Path):

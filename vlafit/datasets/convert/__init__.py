@@ -70,8 +70,9 @@ def convert(
 def _require_new(store: EpisodeStore, out: Path) -> None:
     if out.exists() and (not out.is_dir() or not files.is_empty(out)):
         raise DataError(f"{out}: already exists; name a new folder, or delete it")
-    folders = {path.resolve().parent for path in store.files()}
-    for folder in sorted(folders):
+    if store.card.location().is_file():  # what is beside it is not the dataset's
+        return
+    for folder in sorted({path.resolve().parent for path in store.files()}):
         if out == folder or folder in out.parents or out in folder.parents:
             raise DataError(
                 f"{out}: overlaps with {folder}, which holds files of dataset {store.card.name!r}; a dataset "
