@@ -158,8 +158,8 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
     """Return the same as `decide`, after checking every rule that is not optional.
 
     Raises StrategyError for a parameter without a rule, and one that lists all of: parts that the policy does
-    not have; rules that select nothing; parts, kinds, layers and patterns that match nothing while others in
-    the same rule do.
+    not have; rules that select nothing (one that freezes everything else may); parts, kinds, layers and
+    patterns that match nothing while others in the same rule do.
     """
     chosen = decide(infos, rules, name)
     problems: list[str] = []
@@ -171,7 +171,7 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
                 log.warning("strategy %r: %s", name, warning)
         elif unknown:
             problems += unknown
-        elif index in chosen:
+        elif index in chosen or (rule.select == Select() and rule.mode == "frozen"):
             problems += [f"{here}: {problem}" for problem in _unmatched(infos, rule.select)]
         else:
             problems.append(f"{here} {_idle(infos, chosen, rules, index)}")
@@ -240,7 +240,12 @@ def _idle(infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rul
 def _lack(infos: Sequence[Described], select: Select) -> str:
     """Say what of kinds, layers and patterns the selected parts do not have, and what they have."""
     inside = [info for info in infos if not select.part or info.part in select.part]
-    where = f"part {' or '.join(map(repr, select.part))}" if select.part else "this policy"
+    several = len(select.part) > 1
+    where = (
+        f"{'parts' if several else 'part'} {', '.join(map(repr, select.part))}"
+        if select.part
+        else "this policy"
+    )
     words = [f"of kind {' or '.join(select.kind)}"] if select.kind else []
     words += [f"in layers {select.layers}"] if select.layers else []
     words += [f"named {' or '.join(select.pattern)}"] if select.pattern else []
@@ -251,7 +256,9 @@ def _lack(infos: Sequence[Described], select: Select) -> str:
         *([f"kinds there: {kinds}"] if select.kind else []),
         *([f"layers there: {layers}"] if select.layers else []),
     ]
-    return f"{where} has no parameters {' and '.join(words)}" + (f" ({'; '.join(has)})" if has else "")
+    return f"{where} {'have' if several else 'has'} no parameters {' and '.join(words)}" + (
+        f" ({'; '.join(has)})" if has else ""
+    )
 
 
 def _available(infos: Sequence[Described], select: Select) -> str:
