@@ -1,8 +1,9 @@
-"""Entry points of installed packages: the policies, layouts and formats that others offer."""
+"""Policies, layouts and formats that others offer: entry points of installed packages, and plain modules."""
 
 import sys
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 
 
 def offered(group: str) -> tuple[EntryPoint, ...]:
@@ -18,3 +19,13 @@ def offered(group: str) -> tuple[EntryPoint, ...]:
 def _read(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     del path  # only part of the key
     return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
+
+
+def is_module(name: str) -> bool:
+    """Return whether `name` is a module on Python's path; only packages that it is in are imported."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        return name in sys.modules or find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that it would be in
+        return False

@@ -112,6 +112,7 @@ def test_eval_prints_the_table_and_goes_on_where_it_stopped(run, capsys):
 def test_eval_names_its_folder_after_run_checkpoint_and_protocol():
     step = Path("/a/runs/quick/checkpoints/step_000100")
     assert default_out(step, Path("x/faucet.toml"), False) == Path("runs/eval/quick_step_000100/faucet")
+    assert default_out(Path("base"), Path("data-faucet"), False) == Path("runs/eval/base/data-faucet")
     assert default_out(Path("base"), Path("p.toml"), True) == Path("runs/eval/base/p_wrong_instruction")
 
 

@@ -231,6 +231,39 @@ def test_a_damaged_file_of_the_outside_format_is_refused_by_its_own_names(world,
     assert "mlp/bias" in world.vlafit("inspect damaged", fails=True)
 
 
+def test_a_cut_file_of_the_outside_format_is_named_by_format_and_by_entry_point(world, exported):
+    whole = (world.folder / exported / "weights.npz").read_bytes()
+    (world.folder / "cut").mkdir()
+    (world.folder / "cut" / "weights.npz").write_bytes(whole[: len(whole) // 2])
+    for line in ("inspect cut", "inspect cut --format vlafit_outside.npz_weights"):
+        assert "cut/weights.npz" in world.vlafit(line, fails=True)
+
+
+def test_a_recipe_names_a_family_that_is_one_file_and_a_checkpoint_of_it_needs_trust(world, exported):
+    package = world.site / "vlafit_outside"
+    text = (package / "chunk_regression.py").read_text()
+    (world.site / "lone_policy.py").write_text(text)
+    words = "--policy.family lone_policy --train.steps 2 --train.save_every 2 --eval.samples 0"
+    world.vlafit(f"train recipe.toml {words} --train.report false --out runs/lone")
+    policy = json.loads((world.folder / "runs/lone/checkpoints/step_000002/policy.json").read_text())
+    assert policy["family"] == "lone_policy"
+    del sys.modules["lone_policy"]  # as in another process
+    message = world.vlafit("inspect runs/lone", fails=True)
+    assert "--trust lone_policy" in message and "--policy.trust lone_policy" in message
+    assert "lone_policy" not in sys.modules
+    assert "fresh" not in world.vlafit("inspect runs/lone --trust lone_policy --json")
+
+
+def test_a_family_is_inspected_with_a_strategy_before_anything_is_trained(world):
+    line = f"inspect {FAMILY} --size tiny --strategy lora.toml --batch 4"
+    shown = json.loads(world.vlafit(f"{line} --json"))
+    assert set(shown["parts"]) == {"eyes", "head"} and shown["strategy"]["name"] == "lora"
+    text = world.vlafit(line)
+    assert "forecast in MB" in text and "(0.0 " not in text
+    assert "small, tiny" in world.vlafit(f"inspect {FAMILY}", fails=True)
+    assert "--whole" in world.vlafit(f"inspect {FAMILY} --size tiny --whole", fails=True)
+
+
 def test_the_outside_format_refuses_what_it_cannot_hold(world):
     message = world.vlafit("export metaworld-base --to npz --out refused", fails=True)
     assert FAMILY in message and not (world.folder / "refused").exists()

@@ -5,15 +5,22 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import vlafit
+from tests.policies.outside_policy import Config, Regression, init_weights
 from vlafit import policies, shipped
+from vlafit.errors import StrategyError
+from vlafit.nn.parameters import build_policy
 from vlafit.nn.policy import Policy
 from vlafit.tuning import load_strategy, preview
 from vlafit.tuning.rules import resolve
+from vlafit.tuning.strategy_toml import parse
 
 # Families without language and action expert; tests/policies/test_act.py says what the strategies do there.
 WITHOUT_EXPERT = ("act",)
@@ -74,6 +81,54 @@ def test_the_shipped_strategies_train_what_their_names_say():
         "language attention",
         "expert attention",
     }
+
+
+def test_the_page_lists_the_parts_and_kinds_that_each_shipped_strategy_needs():
+    shown: dict[str, str] = {}
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    table = page.partition("| strategies | parts (kinds in them) |\n|---|---|\n")[2].partition("\n\n")[0]
+    for line in table.splitlines():
+        names, needs = line.strip("| ").split(" | ")
+        shown |= {name.strip("`"): needs for name in names.split(", ")}
+    assert shown == {name: needs_of(name) for name in shipped.names("strategy")}
+
+
+def needs_of(name: str) -> str:
+    """Say which parts a strategy names, and the kinds or layers that it wants there."""
+    wanted: dict[str, set[str]] = {}
+    for rule in (rule for stage in load_strategy(name).stages for rule in stage.rules if not rule.optional):
+        for part in rule.select.part:
+            layers = ["layers"] if rule.select.layers else []
+            wanted.setdefault(part, set()).update(rule.select.kind, layers)
+    groups: dict[str, list[str]] = {}
+    for part, kinds in wanted.items():
+        groups.setdefault(", ".join(sorted(kinds)), []).append(f"`{part}`")
+    texts = [f"{', '.join(parts)}{f' ({kinds})' if kinds else ''}" for kinds, parts in groups.items()]
+    return "; ".join(texts) or "any"
+
+
+def test_lora_all_puts_lora_on_what_a_policy_has_and_is_refused_where_it_has_none():
+    policy = build_policy(lambda: Regression(Config()), init_weights, "meta", None)
+    adapted = preview(policy, load_strategy("lora-all")).adapted
+    assert set(adapted) == {"eye", "mlp.0", "head"}
+    rules = (
+        '[[rule]]\nselect = {kind = "attention"}\nmode = "lora"\noptional = true\n[[rule]]\nmode = "frozen"'
+    )
+    nothing = parse(tomllib.loads(rules), name="nothing", where="nothing")
+    with pytest.raises(StrategyError, match="trains nothing"):
+        preview(policy, nothing)
+
+
+def test_a_shipped_strategy_that_does_not_fit_says_what_is_missing_and_which_file_to_copy():
+    policy = build_policy(lambda: Regression(Config()), init_weights, "meta", None)
+    infos = [
+        replace(i, part={"eye": "vision", "trunk": "expert"}.get(i.part, i.part)) for i in policy.parts()
+    ]
+    infos += [replace(infos[-1], part="language"), replace(infos[-1], part="projections")]
+    with pytest.raises(StrategyError) as error:
+        resolve(infos, load_strategy("lora").rules, "lora")
+    assert "part 'vision' has no parameters of kind attention or mlp (kinds there: conv)" in str(error.value)
+    assert f"copy {shipped.find('strategy', 'lora')} to my-lora.toml" in str(error.value)
 
 
 def test_a_strategy_is_applied_by_name_from_the_top_of_the_package():

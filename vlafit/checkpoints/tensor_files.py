@@ -88,7 +88,8 @@ def weight_files(path: Path) -> list[Path]:
         raise _pickled(pickles[0])
     raise WeightsError(
         f"{path}: no checkpoint: none of {SINGLE}, {INDEX} and manifest.json is there; if another "
-        "program wrote this folder in a format of its own, name that with --format"
+        "program wrote this folder in a format of its own, name that with --format (inspect, export); to "
+        "train from it, export it --to vlafit, or install its format with an entry point"
     )
 
 

@@ -31,7 +31,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     out = (
         Path(options.out)
         if options.out
-        else default_out(name, Path(re.sub(r"[^\w.-]", "_", store.card.name)), False)
+        else default_out(name, Path("data-" + re.sub(r"[^\w.-]", "_", store.card.name)), False)
     )
     actor = load()
     identity = require_robot(actor, store)

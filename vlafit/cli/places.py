@@ -44,7 +44,10 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
 
 
 def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Path:
-    """Return runs/eval/CHECKPOINT/PROTOCOL; a run's checkpoint is named after run and step."""
+    """Return runs/eval/CHECKPOINT/PROTOCOL; a run's checkpoint is named after run and step.
+
+    Evaluations on recorded data have ``data-DATASET`` in the protocol's place.
+    """
     parts = checkpoint.resolve().parts[-3:]
     name = f"{parts[0]}_{parts[2]}" if len(parts) == 3 and parts[1] == "checkpoints" else parts[-1]
     ending = "_wrong_instruction" if wrong_instruction else ""

@@ -150,7 +150,8 @@ def train_word_tokenizer(sentences: Sequence[str], vocab_size: int) -> Tokenizer
     """
     if vocab_size < SMALLEST:
         raise CodecError(
-            f"vocab_size {vocab_size} is too small: a byte-level tokenizer needs at least {SMALLEST}"
+            f"vocab_size {vocab_size} (Needs.vocabulary of the policy) is too small: a byte-level tokenizer "
+            f"has at least {SMALLEST} tokens, which are 256 bytes and {len(SPECIAL)} special ones"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]

@@ -9,6 +9,7 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlafit.entry_points import is_module
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import Actor, Env
 
@@ -132,9 +133,12 @@ def expert(name: str) -> Actor:
 
 
 def _module(name: str) -> Any:
-    if "." not in name and name not in names():
-        raise SimulationError(f"there is no environment {name!r}{did_you_mean(name, names())}")
-    path = name if "." in name else f"{__name__}.{name}"
+    path = f"{__name__}.{name}" if name in names() else name
+    if "." not in path and not is_module(path):
+        raise SimulationError(
+            f"there is no environment {name!r}{did_you_mean(name, names())}, and Python finds no module of "
+            "that name"
+        )
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -56,7 +56,7 @@ class Needs:
     max_tokens: int = 0
     """Tokens of the prompt; 0 without one."""
     vocabulary: int = 0
-    """Tokens that the policy knows; 0 without a prompt."""
+    """Tokens that the policy knows; 0 without a prompt. A tokenizer made from the data takes at least 259."""
     framing: Framing = "openpi"
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
     history: int = 1

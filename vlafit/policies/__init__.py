@@ -2,8 +2,8 @@
 
 A family's module offers `Config` (a frozen dataclass), `SIZES` (named configs), `build` and `init_weights`,
 as `vlafit.policies.pi0` does. A family is named by its file here, by the entry point of an installed package
-(group "vlafit.policies"), or by the dotted path of another module. A checkpoint's own files never make vlafit
-import a module that is not installed as a family: the caller has to trust its package.
+(group "vlafit.policies"), or by the path of another module (dotted, or one word). A checkpoint's own files
+never make vlafit import a module that is not installed as a family: the caller has to trust its package.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vlafit import config as configuration
-from vlafit.entry_points import offered
+from vlafit.entry_points import is_module, offered
 from vlafit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,14 +40,17 @@ def installed() -> dict[str, str]:
 def family(name: str, trust: Sequence[str] = ()) -> ModuleType:
     """Import the module of a family.
 
-    A dotted `name` is imported only if an entry point offers it, the program has imported it already, or
-    `trust` names it or a package that it is in: `name` may come from an untrusted checkpoint. Raises
-    ConfigError otherwise, and for a name that is no family.
+    The module of another package is imported only if an entry point offers it, the program has imported it
+    already, or `trust` names it or a package that it is in: `name` may come from an untrusted checkpoint.
+    Raises ConfigError otherwise, and for a name that is no family.
     """
     others = installed()
     path = f"{__name__}.{name}" if name in families() else others.get(name, name)
-    if "." not in path:
-        raise ConfigError(f"there is no policy family {name!r}{did_you_mean(name, [*families(), *others])}")
+    if "." not in path and not is_module(path):
+        raise ConfigError(
+            f"there is no policy family {name!r}{did_you_mean(name, [*families(), *others])}, and Python "
+            "finds no module of that name (is its folder on PYTHONPATH?)"
+        )
     if not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(
             f"policy family {name!r} is neither a family's name nor the dotted path of a module"
@@ -56,8 +59,9 @@ def family(name: str, trust: Sequence[str] = ()) -> ModuleType:
         package = path.partition(".")[0]
         raise ConfigError(
             f"policy family {name!r} is a module that no installed package offers as a family (entry point "
-            f"group {GROUP}); importing it runs its code. If you trust the package: --trust {package} (in "
-            f"Python trust=[{package!r}], in a recipe policy.trust = [{package!r}])"
+            f"group {GROUP}); importing it runs its code. If you trust the package: --policy.trust {package} "
+            f"for train, sweep and compare (in a recipe policy.trust = [{package!r}]), --trust {package} for "
+            f"other commands, trust=[{package!r}] in Python"
         )
     try:
         module = importlib.import_module(path)

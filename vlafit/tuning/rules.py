@@ -14,9 +14,10 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from vlafit import shipped
 from vlafit.errors import StrategyError, did_you_mean
 from vlafit.tuning.adapters import METHODS, Adapter, Quantise
 
@@ -94,8 +95,8 @@ class Rule:
     """Weight decay of this rule's matrices. None: the recipe's."""
     quantise: Quantise = ""
     """Store the frozen weights in 4 bits ("nf4") or 8 bits ("int8"), with or without an adapter on them."""
-    optional: bool = False
-    """Allow the rule to select nothing."""
+    optional: bool = field(default=False, compare=False)
+    """Allow the rule to select nothing. It changes no plan, so it is not compared."""
 
     def lr_at(self, info: Described) -> float:
         """Return the learning rate of a parameter, times the recipe's.
@@ -157,8 +158,8 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
     """Return the same as `decide`, after checking every rule that is not optional.
 
     Raises StrategyError for a parameter without a rule, and one that lists all of: parts that the policy does
-    not have; rules that select nothing; parts, kinds, layers and patterns that match nothing while others in
-    the same rule do.
+    not have; rules that select nothing (one that freezes everything else may); parts, kinds, layers and
+    patterns that match nothing while others in the same rule do.
     """
     chosen = decide(infos, rules, name)
     problems: list[str] = []
@@ -170,13 +171,24 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
                 log.warning("strategy %r: %s", name, warning)
         elif unknown:
             problems += unknown
-        elif index in chosen:
+        elif index in chosen or (rule.select == Select() and rule.mode == "frozen"):
             problems += [f"{here}: {problem}" for problem in _unmatched(infos, rule.select)]
         else:
             problems.append(f"{here} {_idle(infos, chosen, rules, index)}")
     if problems:
-        raise StrategyError("\n".join(f"strategy {name!r}: {problem}" for problem in problems))
+        lines = [f"strategy {name!r}: {problem}" for problem in problems]
+        raise StrategyError("\n".join([*lines, *_ways_out(name)]))
     return chosen
+
+
+def _ways_out(name: str) -> Iterator[str]:
+    """Say how to change a strategy that ships: it is copied first."""
+    if name in shipped.names("strategy"):
+        path = shipped.find("strategy", f"{name}.toml")
+        yield (
+            f"If this is the strategy that ships: copy {path} to my-{name}.toml, change the rules there, and "
+            f"name that file as the strategy"
+        )
 
 
 def _unknown_parts(infos: Sequence[Described], rule: Rule) -> Iterator[str]:
@@ -190,21 +202,21 @@ def _unknown_parts(infos: Sequence[Described], rule: Rule) -> Iterator[str]:
 
 def _unmatched(infos: Sequence[Described], select: Select) -> Iterator[str]:
     """Describe each part, kind, layer range and pattern that matches nothing while others in the rule do."""
-    remedy = ". Correct or remove it (`optional = true` permits it)."
+    remedy = ". Correct or remove it (`optional = true` in the rule permits it)."
     for part in select.part if len(select.part) > 1 or select.layers else ():
         only = replace(select, part=(part,))
         depth = max((i.layers for i in infos if replace(only, layers="").takes(i)), default=0)
         if select.layers and depth and _reach(select.layers) > depth:
             yield f"layers {select.layers!r} goes past the {depth} layers that {part!r} has{remedy}"
         elif not any(map(only.takes, infos)):
-            yield f"part {part!r} matches nothing. {_available(infos, only)}{remedy}"
+            yield f"{_lack(infos, only)}. {_available(infos, Select())}{remedy}"
     if select.layers and not select.part:
         depth = max((i.layers for i in infos if select.takes(i)), default=0)
         if _reach(select.layers) > depth:
             yield f"layers {select.layers!r} goes past the {depth} layers of this policy{remedy}"
     for kind in select.kind if len(select.kind) > 1 else ():
         if not any(map(replace(select, kind=(kind,)).takes, infos)):
-            yield f"kind {kind!r} matches nothing. {_available(infos, replace(select, kind=()))}{remedy}"
+            yield f"{_lack(infos, replace(select, kind=(kind,)))}{remedy}"
     for pattern in select.pattern if len(select.pattern) > 1 else ():
         if not any(map(replace(select, pattern=(pattern,)).takes, infos)):
             yield f"pattern {pattern!r} matches nothing. {_near_names(infos, pattern)}{remedy}"
@@ -220,8 +232,33 @@ def _idle(infos: Sequence[Described], chosen: Sequence[int], rules: Sequence[Rul
             f"is never used: everything it selects is already matched by {listed}.\n"
             "Move it up, narrow the earlier rule, or remove it (`optional = true` permits an unused rule)."
         )
-    hints = [_available(infos, select), *(_near_names(infos, pattern) for pattern in select.pattern)]
+    lacks = [_lack(infos, select)] if select.kind or select.layers else []
+    hints = [*lacks, _available(infos, select), *(_near_names(infos, pattern) for pattern in select.pattern)]
     return "matches nothing.\n" + ". ".join([*hints, "`optional = true` permits an unused rule."])
+
+
+def _lack(infos: Sequence[Described], select: Select) -> str:
+    """Say what of kinds, layers and patterns the selected parts do not have, and what they have."""
+    inside = [info for info in infos if not select.part or info.part in select.part]
+    several = len(select.part) > 1
+    where = (
+        f"{'parts' if several else 'part'} {', '.join(map(repr, select.part))}"
+        if select.part
+        else "this policy"
+    )
+    words = [f"of kind {' or '.join(select.kind)}"] if select.kind else []
+    words += [f"in layers {select.layers}"] if select.layers else []
+    words += [f"named {' or '.join(select.pattern)}"] if select.pattern else []
+    kinds = ", ".join(sorted({info.kind for info in inside}))
+    depths = {info.part: info.layers for info in inside if info.layer is not None}
+    layers = ", ".join(f"{part} {depth}" for part, depth in depths.items()) or "none"
+    has = [
+        *([f"kinds there: {kinds}"] if select.kind else []),
+        *([f"layers there: {layers}"] if select.layers else []),
+    ]
+    return f"{where} {'have' if several else 'has'} no parameters {' and '.join(words)}" + (
+        f" ({'; '.join(has)})" if has else ""
+    )
 
 
 def _available(infos: Sequence[Described], select: Select) -> str:

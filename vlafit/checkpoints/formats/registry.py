@@ -20,7 +20,7 @@ from vlafit.checkpoints.formats.native import format as native
 from vlafit.checkpoints.formats.openpi import format as openpi
 from vlafit.checkpoints.formats.peft import format as peft
 from vlafit.checkpoints.options import OptionTable
-from vlafit.entry_points import offered
+from vlafit.entry_points import is_module, offered
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 
 GROUP = "vlafit.formats"
@@ -102,8 +102,13 @@ def named(name: str) -> Format:
         for key in (format.target, format.name):
             if key:
                 by_name.setdefault(key, format)
+    if name not in by_name and is_module(name):
+        return _from_module(name)
     if name not in by_name:
-        raise ConfigError(f"there is no checkpoint format {name!r}{did_you_mean(name, by_name)}")
+        raise ConfigError(
+            f"there is no checkpoint format {name!r}{did_you_mean(name, by_name)}, and Python finds "
+            "no module of that name"
+        )
     return by_name[name]
 
 
@@ -117,6 +122,8 @@ def writer(target: str) -> Format:
     if "." in target:
         return _from_module(target)
     formats = writable()
+    if target not in formats and is_module(target):
+        return _from_module(target)
     if target not in formats:
         raise WeightsError(f"there is no target {target!r}{did_you_mean(target, sorted(formats))}")
     return formats[target]

@@ -60,7 +60,9 @@ def _parser() -> Parser:
         help="instead: a data card, or a dataset that needs none (its folder or Hub id)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL or DATASET]"
+        "--out",
+        metavar="DIR",
+        help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL or data-DATASET]",
     )
     parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
     parser.add_argument(

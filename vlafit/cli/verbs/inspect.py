@@ -12,11 +12,13 @@ from vlafit import shipped
 from vlafit.cli.console import agreement_table, plan_table, size, table
 from vlafit.cli.parser import Parser, add_base, add_config, add_format, add_trust, settings
 from vlafit.cli.places import checkpoint_folder
+from vlafit.entry_points import is_module
 from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.agreement import Agreement
     from vlafit.checkpoints import Loaded
+    from vlafit.codec import Codec
     from vlafit.nn.policy import Policy
 
 ABOUT = """\
@@ -24,13 +26,20 @@ Show what a checkpoint of any program holds: its format and family, what becomes
 its robot and its prompt, and the memory that it takes; with --strategy, which of its tensors that strategy
 would train, and the optimiser state; with --batch, too, a forecast of the memory to train it, and the
 settings that fit GPUs of 16 to 141 GB; with --data, what a data card and the checkpoint agree on. Only
-headers are read; --whole loads every number, too."""
+headers are read; --whole loads every number, too. A policy family has no numbers: its --size shows what a
+strategy would train from fresh weights."""
+
+
+SMALL = 1e9  # bytes; below that the forecast is shown in MB
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print what a checkpoint holds."""
     parser = Parser("vlafit inspect", ABOUT)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, a name that ships, or a policy family"
+    )
+    parser.add_argument("--size", default="", help="of a policy family: its size")
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
     add_base(parser)
@@ -62,9 +71,13 @@ def run(arguments: Sequence[str]) -> int:
     if options.protocol and not options.data:
         raise ConfigError("--protocol is compared with a data card: give --data CARD, too")
 
-    folder = checkpoint_folder(options.checkpoint, foreign=True)
     config = settings(options.config)
-    from vlafit import checkpoints, tuning
+    if is_family(options.checkpoint):
+        return _inspect_family(options, config)
+    if options.size:
+        raise ConfigError("--size is of a policy family; a checkpoint has its own")
+    folder = checkpoint_folder(options.checkpoint, foreign=True)
+    from vlafit import checkpoints
 
     look = checkpoints.load if options.whole else checkpoints.inspect
     base = checkpoint_folder(options.base, foreign=True) if options.base else None
@@ -78,16 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     facts = describe(loaded)
     facts["to_train"] = needed_to_train(loaded, checkpoints.place(folder).path, base)
-    if options.strategy:
-        plan = tuning.preview(bare(loaded.policy), tuning.load_strategy(options.strategy))
-        facts["strategy"] = {"name": plan.strategy.name, "table": plan.rows()}
-        if len(plan.strategy.stages) > 1:
-            facts["strategy"]["stages"] = [
-                {"name": stage.name, "begins": str(stage.begin or "step 0"), "table": plan.at(number).rows()}
-                for number, stage in enumerate(plan.strategy.stages)
-            ]
-        if options.batch is not None:
-            facts["memory"] = memory(loaded, options)
+    facts |= _to_train(loaded.policy, loaded.codec, options)
     agreement = None
     if options.data:
         agreement = _agree(loaded, folder, base, options, config)
@@ -103,6 +107,55 @@ def run(arguments: Sequence[str]) -> int:
     for item in agreement.conflicts:
         print(f"conflict: {item.name}: {item.fix}", file=sys.stderr)
     return 1
+
+
+def is_family(name: str) -> bool:
+    """Return whether `name` is a policy family, and neither a file nor a checkpoint that ships."""
+    from vlafit.policies import families, installed
+
+    if Path(name).exists() or name in shipped.names("checkpoint"):
+        return False
+    return name in families() or name in installed() or is_module(name)
+
+
+def _inspect_family(options: Namespace, config: dict[str, Any] | None) -> int:
+    """Print the parts of a policy family with fresh weights, and what a strategy would train of it."""
+    from vlafit.policies import build_family, family
+
+    refused = [n for n in ("base", "format", "trust", "whole", "data") if getattr(options, n)]
+    if refused:
+        raise ConfigError(f"--{refused[0]} has no effect with a policy family; leave it out")
+    sizes = list(family(options.checkpoint, trust=(options.checkpoint,)).SIZES)
+    chosen = options.size or (sizes[0] if len(sizes) == 1 else "")
+    if not chosen and not config:
+        raise ConfigError(f"policy family {options.checkpoint!r}: name a --size: {', '.join(sizes)}")
+    policy = build_family(options.checkpoint, chosen, config, device="meta")
+    size_text = f", size {chosen}" if chosen else ""
+    facts = {
+        "load": f"policy family {options.checkpoint}{size_text}: fresh weights, no checkpoint",
+        **describe_policy(policy),
+        **_to_train(policy, None, options),
+    }
+    print(json.dumps(facts, indent=2) if options.json else as_text(facts))
+    return 0
+
+
+def _to_train(policy: "Policy", codec: "Codec | None", options: Namespace) -> dict[str, Any]:
+    """Return what the strategy would train, and the forecast of its memory, as far as they are asked for."""
+    from vlafit import tuning
+
+    if not options.strategy:
+        return {}
+    plan = tuning.preview(bare(policy), tuning.load_strategy(options.strategy))
+    facts: dict[str, Any] = {"strategy": {"name": plan.strategy.name, "table": plan.rows()}}
+    if len(plan.strategy.stages) > 1:
+        facts["strategy"]["stages"] = [
+            {"name": stage.name, "begins": str(stage.begin or "step 0"), "table": plan.at(number).rows()}
+            for number, stage in enumerate(plan.strategy.stages)
+        ]
+    if options.batch is not None:
+        facts["memory"] = memory(policy, codec, options)
+    return facts
 
 
 def _agree(
@@ -149,17 +202,17 @@ def needed_to_train(loaded: "Loaded", path: Path, base: Path | str | None) -> li
     return [*needed, *(f"adapt.robot = true, because {text}" for text in declared.conversions)]
 
 
-def memory(loaded: "Loaded", options: Any) -> dict[str, Any]:
+def memory(policy: "Policy", codec: "Codec | None", options: Any) -> dict[str, Any]:
     """Return the forecast of each rung of the memory ladder, and the first that fits each size of GPU."""
     from vlafit import tuning
     from vlafit.train.forecast import Workload
     from vlafit.train.memory_ladder import CARDS_GB, Rung, first_that_fits, forecaster, rungs
 
-    slots = [name for name in loaded.codec.config.cameras if name] if loaded.codec else []
+    slots = [name for name in codec.config.cameras if name] if codec else []
     cameras = options.cameras or len(slots) or 3
     kept = options.precision
     workload = Workload(options.batch, cameras=cameras, precision=kept, frozen=kept)
-    of = forecaster(bare(loaded.policy), tuning.load_strategy(options.strategy), workload)
+    of = forecaster(bare(policy), tuning.load_strategy(options.strategy), workload)
     shown = [Rung("none"), Rung("selective"), Rung("full"), Rung("full", "8bit")]
     if options.batch > 1:
         shown.append(Rung("full", "8bit", options.batch))
@@ -183,22 +236,24 @@ def memory(loaded: "Loaded", options: Any) -> dict[str, Any]:
 def _memory_text(memory: dict[str, Any]) -> list[str]:
     heads = ("recompute", "optim.states", "accumulate", "weights", "gradients", "optimiser", "activations",
              "workspace", "total")  # fmt: skip
+    small = max(row["total"] for row in memory["rungs"]) < SMALL
+    unit, scale = ("MB", 1e6) if small else ("GB", 1e9)
     lines = [
         "",
-        f"forecast in GB for {memory['batch']} samples a step, {memory['cameras']} cameras, the longest "
+        f"forecast in {unit} for {memory['batch']} samples a step, {memory['cameras']} cameras, the longest "
         f"prompt, {memory['precision']}; gradients take the place of activations, so the total is below the "
         "sum",
         table(
             heads,
             [
                 (row["recompute"], row["states"], row["micro_batches"],
-                 *(f"{row[key] / 1e9:.1f}" for key in heads[3:]))
+                 *(f"{row[key] / scale:.1f}" for key in heads[3:]))
                 for row in memory["rungs"]
             ],
         ),
     ]  # fmt: skip
     for card, fit in memory["fits"].items():
-        rung = f"{fit['options']} ({fit['total'] / 1e9:.1f} GB)" if fit else "does not fit"
+        rung = f"{fit['options']} ({fit['total'] / scale:.1f} {unit})" if fit else "does not fit"
         lines.append(f"{card:>4} GB  {rung}")
     return lines
 
@@ -212,9 +267,20 @@ def bare(policy: "Policy") -> "Policy":
 
 def describe(loaded: "Loaded") -> dict[str, Any]:
     """Return the facts that `vlafit inspect` shows, as plain values."""
+    codec = loaded.codec
+    return {
+        "load": loaded.report.text(),
+        "report": loaded.report.facts(),
+        **describe_policy(bare(loaded.policy)),
+        "embodiment": dataclasses.asdict(codec.embodiment) if codec else None,
+        "codec": dataclasses.asdict(codec.config) if codec else None,
+    }
+
+
+def describe_policy(policy: "Policy") -> dict[str, Any]:
+    """Return a bare policy's family, its parts and their sizes."""
     from vlafit.policies import model_of
 
-    policy, codec = bare(loaded.policy), loaded.codec
     tensors = dict(policy.named_parameters())
     parts: dict[str, dict[str, int]] = {}
     for info in policy.parts():
@@ -224,12 +290,8 @@ def describe(loaded: "Loaded") -> dict[str, Any]:
         row["layers"] = max(row["layers"], info.layers)
     return {
         "family": model_of(policy.config),
-        "load": loaded.report.text(),
-        "report": loaded.report.facts(),
         "parameters": sum(t.numel() for t in tensors.values()),
         "parts": parts,
-        "embodiment": dataclasses.asdict(codec.embodiment) if codec else None,
-        "codec": dataclasses.asdict(codec.config) if codec else None,
     }
 
 
@@ -243,7 +305,7 @@ def as_text(facts: dict[str, Any]) -> str:
     parts.append(("total", "", tensors, size(facts["parameters"])))
     lines = [facts["load"], ""]
     lines += [table(("part", "layers", "tensors", "parameters"), parts), ""]
-    robot, codec = facts["embodiment"], facts["codec"]
+    robot, codec = facts.get("embodiment"), facts.get("codec")
     if robot:
         cameras = ", ".join(f"{c['name']} {c['shape'][0]}x{c['shape'][1]}" for c in robot["cameras"])
         lines += [

@@ -1,7 +1,7 @@
 """Dataset layouts: how the files of a recorded dataset are arranged, one module each.
 
 A layout is named by its module here, by the name of an entry point in the group `vlafit.layouts`, or by the
-dotted path of a module elsewhere. The module offers
+path of a module elsewhere. The module offers
 
 - `Section`: a frozen dataclass, the layout's own table in a card (the table has the module's name);
 - `INSTRUCTIONS`: the values of `instruction.source` that the layout can read, its default first ("": none);
@@ -15,7 +15,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from vlafit.entry_points import offered
+from vlafit.entry_points import is_module, offered
 from vlafit.errors import ConfigError, DataError, did_you_mean
 
 GROUP = "vlafit.layouts"
@@ -39,12 +39,14 @@ def load(name: str) -> ModuleType:
         path = f"{__name__}.{name}"
     elif name in others:
         path = others[name]
-    elif "." in name:
+    elif "." in name or is_module(name):
         path = name
     else:
         known = [*names(), *others]
         hint = did_you_mean(name, known, listed=False) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"there is no layout {name!r}{hint}, or the dotted path of a module of yours")
+        raise ConfigError(
+            f"there is no layout {name!r}{hint}, or the path of a module of yours (my_lab.my_layout)"
+        )
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -77,7 +79,9 @@ def recognise(path: Path) -> str:
         raise DataError(f"{path}: could be {' or '.join(matches)}; write a card that names its layout")
     raise DataError(
         f"{path}: no layout recognises it (tried {', '.join([*names(), *installed()])}); "
-        "write a card that names its layout, or a layout of your own (docs/extending.md)"
+        "name it in a card (layout = ...). A layout of your own (docs/extending.md) is named by its module's "
+        "path, in a card or as --layout my_lab.my_layout of vlafit data card and inspect, or tried like ours "
+        "once a package offers it by an entry point of the group vlafit.layouts"
     )
 
 

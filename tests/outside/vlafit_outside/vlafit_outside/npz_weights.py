@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class NpzWeights(Format):
                 values = json.loads(str(arrays[CONFIG]))
                 tensors = {n.replace("/", "."): torch.from_numpy(arrays[n]) for n in arrays if n != CONFIG}
                 config = chunk_regression.Config(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise WeightsError(f"{path}: is damaged or not of this format ({error!r})") from error
         codec = Codec.load(files.folder) if (files.folder / "codec.json").is_file() else None
         return OpenedCheckpoint(
