@@ -1,6 +1,7 @@
 """Read what a foreign checkpoint's files declare about robot, actions and tokenizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vlafit.codec.images import Framing
@@ -15,6 +16,17 @@ class InputForm:
     prompt: Prompt
     framing: Framing
     special_tokens: Literal["prompt", "tokenizer"]
+
+
+@dataclass(frozen=True)
+class Overruled:
+    """A setting on which two files of a checkpoint differ, and its program follows the second."""
+
+    name: str
+    stated: str
+    """The file and the value that is not used."""
+    used: str
+    """The file and the value that is."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,13 @@ class Declaration:
     """Changes that the program made to states or actions inside the policy; vlafit makes none of them."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
+    own_tokenizer: Path | None = None
+    """The tokenizer's folder inside the checkpoint, which a codec without statistics does not open."""
+    lost_tokenizer: Path | None = None
+    """The folder that the files name as their own tokenizer, and that is not there."""
     named_statistics: tuple[str, ...] = ()
     """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
     form: InputForm | None = None
     """How prompts and frames are made; None: as the policy's family does it."""
+    overruled: tuple[Overruled, ...] = ()
+    """Settings on which its files differ, where the program follows one of them."""
