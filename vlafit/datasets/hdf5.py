@@ -61,12 +61,13 @@ class Hdf5Store(EpisodeStore):
             index = self._index(own, folder, layout)
             hdf5_index.save(key, index)
         self._paths, self._episodes = dict(index.paths), list(index.columns)
+        self._files = tuple(dict.fromkeys([*index.paths, *sorted(index.sources)]))
         self._stamps = Stamps({Path(name): first for name, first in index.paths.items()})
         self.episodes, self.left_out = tuple(index.episodes), tuple(index.left_out)
 
     def _index(self, own: Sequence[Path], folder: Path, layout: Hdf5Layout) -> hdf5_index.Index:
         """Read the files."""
-        roots = (folder, *(Path(text).expanduser().resolve() for text in layout.linked))
+        roots = (folder, *self.card.linked_folders(layout.linked))
         infos: list[EpisodeInfo] = []
         selection = Selection(self.card)
         for path, name in zip(own, names_of(own, folder), strict=True):
@@ -123,7 +124,7 @@ class Hdf5Store(EpisodeStore):
         return declared.upright(frame)
 
     def files(self) -> tuple[Path, ...]:
-        return tuple(map(Path, self._paths))
+        return tuple(map(Path, self._files))
 
     def close(self) -> None:
         for handle in self._handles.values():
