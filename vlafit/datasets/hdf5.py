@@ -61,7 +61,6 @@ class Hdf5Store(EpisodeStore):
             index = self._index(own, folder, layout)
             hdf5_index.save(key, index)
         self._paths, self._episodes = dict(index.paths), list(index.columns)
-        self._files = tuple(dict.fromkeys([*index.paths, *sorted(index.sources)]))
         self._stamps = Stamps({Path(name): first for name, first in index.paths.items()})
         self.episodes, self.left_out = tuple(index.episodes), tuple(index.left_out)
 
@@ -124,7 +123,7 @@ class Hdf5Store(EpisodeStore):
         return declared.upright(frame)
 
     def files(self) -> tuple[Path, ...]:
-        return tuple(map(Path, self._files))
+        return tuple(map(Path, self._paths))
 
     def close(self) -> None:
         for handle in self._handles.values():
