@@ -25,7 +25,9 @@ def dataset(folder: Path, key: str, write: Write) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = write_one(folder / "a_demo.hdf5", DEMO)
     with h5py.File(file, "r+") as handle:
-        values = handle[key][()]
+        old = handle[key]
+        assert isinstance(old, h5py.Dataset)
+        values = np.asarray(old)
         del handle[key]
         write(handle, key, values)
     return file
@@ -148,7 +150,9 @@ def test_rows_that_were_never_written_are_refused(tmp_path: Path, key: str, writ
 def test_a_column_in_the_files_header_that_was_written_is_read(tmp_path: Path) -> None:
     def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
         compact(file, key, values)
-        file[key][...] = values
+        made = file[key]
+        assert isinstance(made, h5py.Dataset)
+        made[...] = values
 
     store = open_dataset(card(dataset(tmp_path / "set", "data/demo_0/actions", write)))
     np.testing.assert_allclose(store.actions(0), DEMO.actions, rtol=1e-6)

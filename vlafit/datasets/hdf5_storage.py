@@ -124,7 +124,7 @@ def _require_written(dataset: h5py.Dataset, where: str) -> None:
     advice = "and would be read as zeros; fetch or record it again, or leave the episode out"
     if not dataset.id.get_storage_size():
         raise DataError(f"{where} was allocated but never written, {advice}")
-    if layout == h5py.h5d.CHUNKED:
+    if layout == h5py.h5d.CHUNKED and dataset.chunks is not None:
         wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
         written = dataset.id.get_num_chunks()
         if written < wanted:
