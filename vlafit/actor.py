@@ -24,6 +24,8 @@ from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
+WIDEST = 2**12  # observations in one call of the policy
+
 
 class PolicyActor:
     """Acts with `policy` through `codec`: `width` rows a batch, random numbers from `seed`.
@@ -45,6 +47,8 @@ class PolicyActor:
         for name, value, least in (("width", width, 1), ("seed", seed, 0)):
             if value < least:
                 raise ConfigError(f"a policy actor's {name} must be at least {least}, not {value}")
+        if width > WIDEST:
+            raise ConfigError(f"a policy actor's width must be at most {WIDEST}, not {width}")
         self.policy = policy
         self.codec = codec
         self.width = width

@@ -1,6 +1,9 @@
 """Pickles become safetensors with the same numbers, or are refused with the reason; no code runs."""
 
+import struct
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from safetensors.torch import load_file
 
 from vlafit.checkpoints.pickles import convert
 from vlafit.errors import WeightsError
+
+Edit = Callable[[str, bytes], bytes]
 
 
 class Runs:
@@ -99,3 +104,95 @@ def test_what_is_no_pickle_of_torch_is_one_error_and_leaves_nothing(tmp_path: Pa
         convert(tmp_path / "w.pt", tmp_path / "out" / "w.safetensors")
     assert str(tmp_path / "w.pt") in str(caught.value) and "weights_only" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def zipped(
+    path: Path, weights: object, edit: Edit = lambda _, data: data, method: int = zipfile.ZIP_STORED
+) -> Path:
+    """Save as torch does, and write each record again after `edit`."""
+    torch.save(weights, path)
+    with zipfile.ZipFile(path) as whole:
+        records = [(record.filename, whole.read(record)) for record in whole.infolist()]
+    with zipfile.ZipFile(path, "w", method) as again:
+        for name, data in records:
+            again.writestr(name, edit(name, data))
+    return path
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="wrong numbers after conversion",
+    user_has="a pickle with a record that is cut, changed or there twice",
+    now="refused: sizes and checksums of all records are compared",
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_record_that_is_too_short_is_refused(tmp_path: Path, nested: bool):
+    weights = {"a": torch.arange(12.0), "b": torch.arange(5.0)}
+    content = {"model": weights, "other": [torch.zeros(12)]} if nested else weights
+    cut = zipped(tmp_path / "w.pt", content, lambda n, d: d[:8] if n.endswith("data/0") else d)
+    with pytest.raises(WeightsError, match="48 bytes has no record"):
+        convert(cut, tmp_path / "w.safetensors", "model" if nested else "")
+
+
+def test_a_changed_byte_and_a_second_record_are_refused(tmp_path: Path):
+    file = zipped(tmp_path / "w.pt", {"a": torch.arange(12.0)})
+    whole = file.read_bytes()
+    assert whole.count(struct.pack("f", 9.0)) == 1
+    file.write_bytes(whole.replace(struct.pack("f", 9.0), struct.pack("f", 2.25)))
+    with pytest.raises(WeightsError, match="data/0 does not agree with its checksum"):
+        convert(file, tmp_path / "w.safetensors")
+    file.write_bytes(whole)
+    with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("w/data/0", struct.pack("12f", *[99] * 12))
+    with pytest.raises(WeightsError, match="holds w/data/0 twice"):
+        convert(file, tmp_path / "w.safetensors")
+
+
+def test_views_keep_their_numbers(tmp_path: Path):
+    x = torch.arange(6.0)
+    pairs = [torch.view_as_complex(torch.tensor([[1.0, 2.0]])).conj() for _ in range(2)]
+    weights = {"a": x[:4], "b": x[2:], "t": x.reshape(2, 3).T, "s": x[::2], "c": pairs[0], "i": pairs[1].imag}
+    torch.save(weights, tmp_path / "w.pt")
+    convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    again = load_file(tmp_path / "w.safetensors")
+    assert all(
+        torch.equal(again[name], tensor.resolve_conj().resolve_neg()) for name, tensor in weights.items()
+    )
+    assert again["i"].item() == -2
+
+
+@pytest.mark.parametrize(
+    ("value", "fact"),
+    [
+        (torch.empty(3, device="meta"), "meta"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(2, dtype=torch.complex128), "complex128"),
+    ],
+)
+def test_a_tensor_without_plain_numbers_is_refused_by_name(tmp_path: Path, value: torch.Tensor, fact: str):
+    torch.save({"odd.weight": value, "w": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=fact):
+        convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", [None, b"x", ("a", 1), True])
+def test_keys_that_are_no_names_are_refused(tmp_path: Path, key: object):
+    torch.save({key: torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="not a tensor's name"):
+        convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compressions_are_refused_in_our_words(tmp_path: Path, method: int):
+    file = zipped(tmp_path / "w.pt", {"a": torch.ones(3)}, method=method)
+    with pytest.raises(WeightsError, match="compressed in a way that torch cannot read"):
+        convert(file, tmp_path / "w.safetensors")
+
+
+def test_an_older_pickle_that_is_refused_shows_no_advice_of_torch(tmp_path: Path):
+    (tmp_path / "w.bin").write_bytes(b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.")
+    with warnings.catch_warnings(), pytest.raises(WeightsError):
+        warnings.simplefilter("error")
+        convert(tmp_path / "w.bin", tmp_path / "w.safetensors")

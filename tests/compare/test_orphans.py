@@ -38,7 +38,11 @@ def test_a_run_saves_and_ends_when_the_command_that_started_it_is_killed(tmp_pat
         command.kill()
         command.wait()
     child = int(file.read_text())
-    wait_until(lambda: not alive(child))
+    try:
+        wait_until(lambda: not alive(child))
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
     assert (tmp_path / "saved").is_file(), "it was asked to save before it ended"
 
 

@@ -3,8 +3,10 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ def convert(source: Path, target: Path, key: str = "") -> int:
     are written apart.
 
     Raises WeightsError where `source` holds anything but named tensors, or far more bytes than its own size,
-    or `target` is there already.
+    or is damaged, or `target` is there already.
     """
     if target.exists():
         raise WeightsError(f"{target}: exists already; name another file")
@@ -45,16 +47,26 @@ def convert(source: Path, target: Path, key: str = "") -> int:
         nested = [n for n in others if isinstance(content[n], Mapping)] if set(others) <= set(content) else []
         hint = f"; if the tensors are below one of these, name it: --key {nested[0]}" if nested else ""
         raise WeightsError(f"{source}: these are not tensors: {others[:8]}{hint}")
-    _require_distinct(source, content)
+    _require_names(source, content)
+    for name, value in content.items():
+        _require_plain(source, name, value)
     _require_size(source, (value.numel() * value.element_size() for value in content.values()))
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         own = value.untyped_storage().data_ptr()
-        tensors[str(name)] = value.detach().clone() if own in seen else value.detach().contiguous()
+        resolved = value.detach().resolve_conj().resolve_neg()  # bits of a view, which its bytes do not show
+        shared = own in seen or resolved.data_ptr() != value.data_ptr()
+        whole = resolved.contiguous()
+        tensors[str(name)] = whole.clone() if shared else whole
         seen.add(own)
     with files.new_file(target) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except (KeyError, ValueError) as error:
+            raise WeightsError(
+                f"{source}: safetensors cannot hold these tensors: {_reason(error)}"
+            ) from error
     return len(tensors)
 
 
@@ -62,8 +74,14 @@ def _open(source: Path) -> object:
     """Open the pickle. Raises WeightsError with the reason, without torch's advice to trust the file."""
     files.require_readable(source)
     try:
-        mapped = _can_be_mapped(source)
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        records = _records(source)
+        mapped = records is not None and all(r.compress_type == zipfile.ZIP_STORED for r in records)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on weights_only
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        if records is not None:
+            _require_whole(source, content, records)
+        return content
     except (
         OSError,
         RuntimeError,
@@ -94,18 +112,65 @@ def _reason(error: Exception) -> str:
     return text.split("\n")[0] or type(error).__name__
 
 
-def _can_be_mapped(source: Path) -> bool:
-    """Whether torch wrote the file in its newer form, with records that lie in it as they are in memory.
+def _records(source: Path) -> list[zipfile.ZipInfo] | None:
+    """Return the records of a file in torch's newer form; None for the older one.
 
-    Raises WeightsError where its records unfold to far more than the file's size.
+    Raises WeightsError for damage, and where the records unfold to far more than the file's size.
     """
     with source.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            return False
+            return None
     with zipfile.ZipFile(source) as archive:
         records = archive.infolist()
-    _require_size(source, (record.file_size for record in records))
-    return all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        _require_size(source, (record.file_size for record in records))
+        packed = [
+            r.filename for r in records if r.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ]
+        if packed:
+            raise WeightsError(
+                f"{source}: {packed[0]} is compressed in a way that torch cannot read; write its "
+                "records again without compression (unzip, zip -0)"
+            )
+        twice = [name for name, count in Counter(r.filename for r in records).items() if count > 1]
+        if twice:
+            raise WeightsError(f"{source}: holds {twice[0]} twice, so which numbers are meant is not known")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise WeightsError(
+            f"{source}: {damaged} does not agree with its checksum: the file is damaged, fetch it again (or "
+            "it was saved with torch's set_crc32_options(False): save it again without)"
+        )
+    return records
+
+
+def _require_whole(source: Path, content: object, records: Iterable[zipfile.ZipInfo]) -> None:
+    """Raise WeightsError unless each tensor's memory is a record of exactly its size.
+
+    torch itself reads on past the end of a record that is too short.
+    """
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(content)}
+    needed = Counter(size for size in storages.values() if size)
+    stored = Counter(r.file_size for r in records if r.file_size and "/data/" in f"/{r.filename}")
+    short = needed - stored
+    if short:
+        raise WeightsError(
+            f"{source}: a tensor of {min(short)} bytes has no record of that size: the file is "
+            "damaged, fetch it again"
+        )
+
+
+def _storages(content: object) -> Iterator[torch.UntypedStorage]:
+    """Yield the memory of every tensor in nested containers, once for each container."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided and value.device.type == "cpu":
+                yield value.untyped_storage()
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [*value.values(), *value] if isinstance(value, Mapping) else [*value]
 
 
 def _require_size(source: Path, sizes: Iterable[int]) -> None:
@@ -117,11 +182,27 @@ def _require_size(source: Path, sizes: Iterable[int]) -> None:
         )
 
 
-def _require_distinct(source: Path, content: Mapping[object, object]) -> None:
+def _require_names(source: Path, content: Mapping[object, object]) -> None:
+    """Raise WeightsError for keys that are no names, or that would be one name."""
     keys: dict[str, object] = {}
     for key in content:
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            raise WeightsError(f"{source}: the key {key!r} is not a tensor's name; give every tensor a text")
         if str(key) in keys:
             raise WeightsError(
                 f"{source}: the keys {keys[str(key)]!r} and {key!r} would be one name; rename one"
             )
         keys[str(key)] = key
+
+
+def _require_plain(source: Path, name: object, value: Tensor) -> None:
+    """Raise WeightsError for a tensor whose numbers do not lie one after the other in memory."""
+    kind = ""
+    if value.device.type == "meta":
+        kind = "has no numbers (it is on the meta device)"
+    elif value.is_quantized:
+        kind = "is quantised; save its dequantize()"
+    elif value.layout is not torch.strided or value.is_nested:
+        kind = f"is {'nested' if value.is_nested else 'sparse'}; save its to_dense() or its parts"
+    if kind:
+        raise WeightsError(f"{source}: tensor {name!r} {kind}")

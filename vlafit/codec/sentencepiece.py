@@ -47,8 +47,8 @@ def read(path: Path) -> tuple[Tokenizer, SpecialIds]:
         model = _fields(path.read_bytes())
         pieces = [_piece(_bytes(value)) for value in model.get(1, [])]
         trainer, rules = (_fields(_bytes(model[number][-1])) if number in model else {} for number in (2, 3))
-        ids = SpecialIds(*(_id(trainer, number, default) for number, default in
-                           ((40, 0), (41, 1), (42, 2), (43, None))))  # fmt: skip
+        bos, eos, pad = (_id(trainer, *default) for default in ((41, 1), (42, 2), (43, None)))
+        ids = SpecialIds(_int(trainer, 40, 0), bos, eos, pad)
         texts = [piece.text for piece in pieces]
         if not pieces or len(set(texts)) < len(texts):
             raise ValueError("no pieces, or two of the same text")

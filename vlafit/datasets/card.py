@@ -6,7 +6,7 @@ how to record it. What depends on the arrangement of the files is the layout's, 
 """
 
 import glob
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -296,6 +296,22 @@ class Card:
         below = Path("data") / fixed
         beside = self.file.parent / fixed if self.file else below
         return beside if beside.exists() else below
+
+    def linked_folders(self, names: Sequence[str]) -> list[Path]:
+        """Return the folders that its files may link to; names are relative to the card's folder.
+
+        Raises DataError for one that does not exist, or that holds the whole file system.
+        """
+        beside = self.file.parent if self.file else Path()
+        folders = [(beside / Path(name).expanduser()).resolve() for name in names]
+        for name, folder in zip(names, folders, strict=True):
+            if not folder.is_dir() or folder == Path(folder.anchor):
+                problem = "holds every file of this machine" if folder.is_dir() else "is no folder"
+                raise DataError(
+                    f"{self.file or self.name}: linked names {name!r} ({folder}), which {problem}; name the "
+                    "folder that the dataset's files link to, from the card's own folder on"
+                )
+        return folders
 
     def files(self, suffixes: Collection[str] = ()) -> list[Path]:
         """Return the dataset's files, sorted: what `path` matches, or a folder's files with these suffixes.

@@ -7,6 +7,9 @@ from vlafit.datasets.card import Card, ColumnCard
 from vlafit.datasets.columns import parse_key
 from vlafit.errors import ConfigError
 
+LARGEST_SIDE = 2**14  # pixels
+MOST_DIMENSIONS = 2**12
+MOST_RECORDED = 10**6  # episodes of a task, or steps of one
 FASTEST_HZ = 10_000.0  # control rates above are units mixed up
 
 
@@ -19,8 +22,11 @@ def check(card: Card, where: str) -> None:
     if len(set(names)) != len(names) or not all(names):
         raise ConfigError(f"{where}: cameras need names of their own, got {names}")
     for camera in robot.cameras:
-        if camera.height < 1 or camera.width < 1:
-            raise ConfigError(f"{where}: camera {camera.name!r} is {camera.height}x{camera.width} pixels")
+        if not (1 <= camera.height <= LARGEST_SIDE and 1 <= camera.width <= LARGEST_SIDE):
+            raise ConfigError(
+                f"{where}: camera {camera.name!r} is {camera.height}x{camera.width} pixels; each side "
+                f"must be from 1 to {LARGEST_SIDE}"
+            )
         if not camera.name.isprintable():
             raise ConfigError(
                 f"{where}: camera {camera.name!r}: a name is one line without control characters"
@@ -31,6 +37,10 @@ def check(card: Card, where: str) -> None:
     for name, column in columns.items():
         if not column.keys or column.dimensions < 1:
             raise ConfigError(f"{where}: robot.{name} needs at least one key and one dimension")
+        if column.dimensions > MOST_DIMENSIONS:
+            raise ConfigError(
+                f"{where}: robot.{name}.dimensions must be at most {MOST_DIMENSIONS}, is {column.dimensions}"
+            )
         for key in column.keys:
             parse_key(key, f"{where}: robot.{name}")
         per_dimension = {
@@ -70,6 +80,10 @@ def check(card: Card, where: str) -> None:
     if record is not None:
         if not record.tasks or record.episodes_per_task < 1 or len(set(record.tasks)) != len(record.tasks):
             raise ConfigError(f"{where}: record needs tasks, each once, and at least one episode of each")
+        if max(record.episodes_per_task, record.horizon, record.hold_steps) > MOST_RECORDED:
+            raise ConfigError(
+                f"{where}: record: episodes_per_task, horizon and hold_steps must be at most {MOST_RECORDED}"
+            )
         if not 0 <= record.perturbed <= 1 or record.noise < 0 or record.horizon < 1 or record.hold_steps < 0:
             raise ConfigError(
                 f"{where}: record: 0 <= perturbed <= 1, noise >= 0, horizon >= 1, hold_steps >= 0"

@@ -64,7 +64,7 @@ class Hdf5Store(EpisodeStore):
 
     def _index(self, own: Sequence[Path], folder: Path, layout: Hdf5Layout) -> hdf5_index.Index:
         """Read the files."""
-        roots = (folder, *(Path(text).expanduser().resolve() for text in layout.linked))
+        roots = (folder, *self.card.linked_folders(layout.linked))
         infos: list[EpisodeInfo] = []
         selection = Selection(self.card)
         for path, name in zip(own, names_of(own, folder), strict=True):

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import join, parse_key, part
-from vlafit.datasets.hdf5_files import find, require_readable
+from vlafit.datasets.hdf5_files import find
+from vlafit.datasets.hdf5_storage import require_readable
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
 from vlafit.files import parse_json
@@ -276,10 +277,6 @@ def _frames(dataset: h5py.Dataset, camera: CameraCard, where: str) -> Frames:
     if dataset.shape[1:] != shape:
         raise DataError(
             f"{where}: {key} has frames {dataset.shape[1:]}, the card says {shape} for camera {camera.name!r}"
-        )
-    if len(dataset) and not dataset.is_virtual and not dataset.external and not dataset.id.get_storage_size():
-        raise DataError(
-            f"{where}: {key} was allocated but never written, so its frames would be black; record it again"
         )
     return Frames(file, str(dataset.name), contiguous_offset(dataset))
 

@@ -1,7 +1,6 @@
 """Open HDF5 files and find what is in them; errors name file, key and remedy."""
 
 import errno
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,6 @@ from vlafit.errors import DataError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
 DEEPEST = 3  # folders below the one that is named
-FILTERS = {
-    32001: "Blosc",
-    32004: "LZ4",
-    32008: "bitshuffle",
-    32013: "ZFP",
-    32015: "Zstandard",
-    32026: "Blosc2",
-}
 
 
 def shared_folder(paths: Sequence[Path]) -> Path:
@@ -95,61 +86,6 @@ def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
 
     group.visititems(visit)
     raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, present)}")
-
-
-def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> set[Path]:
-    """Return the files that hold the bytes of a dataset.
-
-    Raises DataError unless all of them can be read and are in files below `roots`.
-    """
-    sources = {Path(dataset.file.filename).resolve()}
-    folder = Path(dataset.file.filename).resolve().parent
-    if dataset.is_virtual:
-        for source in dataset.virtual_sources():
-            file = (
-                Path(dataset.file.filename).resolve()
-                if source.file_name == "."
-                else folder / source.file_name
-            )
-            if "%" in source.file_name:
-                raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
-            if not file.is_file():
-                raise DataError(
-                    f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
-                )
-            with open_file(file) as opened:
-                if source.dset_name not in opened:
-                    raise DataError(
-                        f"{where}: a virtual dataset whose source {file} has no {source.dset_name}"
-                    )
-            sources.add(file.resolve())
-    for name, _, _ in dataset.external or ():
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{where}: its bytes are in {file}, which is missing")
-        sources.add(file.resolve())
-    outside = [path for path in sources if not any(path.is_relative_to(root) for root in roots)]
-    if outside:
-        raise DataError(
-            f"{where}: is stored in {outside[0]}, outside the dataset's folder {roots[0]}; if that is meant, "
-            f'add to the layout\'s table of the card: linked = ["{outside[0].parent}"]'
-        )
-    filters = dataset.id.get_create_plist()
-    for number in range(filters.get_nfilters()):
-        code = filters.get_filter(number)[0]
-        if not h5py.h5z.filter_avail(code) and not _plugin(code):
-            raise DataError(
-                f"{where}: is compressed by filter {code} ({FILTERS.get(code, 'unknown')}), which h5py "
-                "lacks: pip install hdf5plugin"
-            )
-    return sources
-
-
-def _plugin(code: int) -> bool:
-    if importlib.util.find_spec("hdf5plugin") is None:
-        return False
-    importlib.import_module("hdf5plugin")  # registers its filters
-    return h5py.h5z.filter_avail(code)
 
 
 def first_file(path: Path) -> Path | None:

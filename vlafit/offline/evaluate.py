@@ -41,9 +41,12 @@ class Settings:
     """Episodes with a film strip and curves."""
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("draws", 2), ("seed", 0), ("strips", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"evaluation: {name} must be at least {least}, not {getattr(self, name)}")
+        limits = {"samples": (1, 10**6), "draws": (2, 2**12), "seed": (0, 2**62), "strips": (0, 10**6)}
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise ConfigError(f"evaluation: {name} must be {bound}, not {value}")
 
 
 def evaluate(

@@ -22,6 +22,8 @@ __all__ = ["RecordProgress", "RecordReport", "RecordedFile", "record"]
 
 log = logging.getLogger(__name__)
 
+MOST_WORKERS = 1024  # processes
+
 
 @dataclass(frozen=True)
 class RecordReport:
@@ -59,8 +61,9 @@ def record(
     the expert fails.
     """
     started = time.monotonic()
-    if workers < 0:
-        raise ConfigError(f"record: workers must be at least 0, not {workers}")
+    if not 0 <= workers <= MOST_WORKERS:
+        bound = "at least 0" if workers < 0 else f"at most {MOST_WORKERS}"
+        raise ConfigError(f"record: workers must be {bound}, not {workers}")
     plan = plan_recording(card, episodes_per_task)
     env = envs.make(plan.spec)
     try:

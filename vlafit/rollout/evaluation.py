@@ -29,6 +29,7 @@ from vlafit.rollout.env_pool import EnvPool
 from vlafit.rollout.evaluation_folder import FORMAT, EvaluationFolder, Record, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
 from vlafit.rollout.protocol import (
+    AT_MOST,
     WIDTH,
     Protocol,
     load_protocol,
@@ -43,6 +44,7 @@ from vlafit.types import Actor, Embodiment, GuidedActor, renderer_notice, requir
 
 log = logging.getLogger(__name__)
 
+MOST_WORKERS = 1024  # environment processes
 IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
 
 
@@ -102,6 +104,9 @@ def evaluate(
     started = time.monotonic()
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
+    for name, value, most in (("workers", workers, MOST_WORKERS), ("trials", trials, AT_MOST["trials"])):
+        if value is not None and value > most:
+            raise ConfigError(f"evaluation: {name} must be at most {most}, not {value}")
     for name, value, least in (("workers", workers, 0), ("videos", videos, 0), ("trials", trials, 1)):
         if value is not None and value < least:
             raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")

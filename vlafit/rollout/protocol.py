@@ -30,6 +30,9 @@ AS_BEFORE: Mapping[str, Any] = {
 """Options that protocols did not always have, with the value that was in force before. An option with this
 value is left out of the hash, so that earlier results are still of the same protocol."""
 
+AT_MOST = {"trials": 10**5, "horizon": 10**6, "replan": 10**6, "width": 2**12,
+           "settle_steps": 10**6, "start_steps": 10**6}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -106,6 +109,9 @@ class Protocol:
         for key in ("trials", "horizon", "replan", "width"):
             value = getattr(self, key)
             require(value >= 1, f"{key}: must be at least 1, not {value}")
+        for key, most in AT_MOST.items():
+            value = getattr(self, key)
+            require(value <= most, f"{key}: must be at most {most}, not {value}")
         require(
             self.replan <= self.horizon,
             f"replan: must not exceed horizon ({self.horizon}), is {self.replan}",

@@ -26,6 +26,8 @@ from vlafit.tuning.adapters import METHODS, OPTIONS
 
 RULE = "rule."
 
+MOST_TRIALS = 10**5
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -93,6 +95,8 @@ class Study:
         for name, least in (("trials", 1), ("seed", 0), ("startup", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, is {getattr(self, name)}")
+        if self.trials > MOST_TRIALS:
+            raise ConfigError(f"trials must be at most {MOST_TRIALS}, is {self.trials}")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup must be from 0 to 1 (a share of the steps), is {self.warmup}")
 

@@ -33,6 +33,11 @@ NOT_NEGATIVE = ("train.seed", "train.accumulate",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
                 "train.max_seconds", "eval.every", "eval.workers", "eval.videos", "eval.samples")  # fmt: skip
+# More of these is a slip, and would end hours later in missing memory, processes or disk.
+AT_MOST = {"train.batch_size": 2**16, "train.draws": 2**12, "train.accumulate": 2**16,
+           "train.validation_batches": 2**20, "data.workers": 1024, "eval.workers": 1024,
+           "data.shift_pixels": 4096, "eval.samples": 10**6, "eval.every_trials": 10**5}  # fmt: skip
+COUNTS = 10**9  # the most of what else is counted, such as steps
 BELOW_ONE = ("data.validation", "optim.beta1", "optim.beta2", "optim.ema")
 THREADS_PER_CORE = 4  # more slow a process down, and far more crash it
 NEED_A_PROTOCOL = ("eval.before", "eval.every", "eval.wrong_instruction")
@@ -58,6 +63,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name in NOT_NEGATIVE:
         if not 0 <= value(name) < float("inf"):
             yield f"{name} must be at least 0, is {value(name)}"
+    for name in (*AT_LEAST_ONE, *NOT_NEGATIVE):
+        most = AT_MOST.get(name, COUNTS)
+        if name != "train.seed" and value(name) > most:
+            yield f"{name} must be at most {most}, is {value(name)}"
     for name in BELOW_ONE:
         if not 0 <= value(name) < 1:
             yield f"{name} must be at least 0 and below 1, is {value(name)}"

@@ -1,0 +1,167 @@
+"""Bytes of an HDF5 dataset lie in the dataset's folder and were written, however many hops away they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.datasets.layouts import LIBERO, card, demos, write_one
+from vlafit.datasets import open_dataset
+from vlafit.datasets.layouts import libero
+from vlafit.errors import DataError
+
+DEMO = demos(1)[0]
+KEY = f"data/demo_0/{LIBERO['front']}"
+ROWS = DEMO.front.shape[0]
+CHUNK = (1, *DEMO.front.shape[1:])
+
+Write = Callable[[h5py.Group, str, np.ndarray], object]
+
+
+def dataset(folder: Path, key: str, write: Write) -> Path:
+    """Write one demonstration, in which `write` makes the dataset `key` anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_one(folder / "a_demo.hdf5", DEMO)
+    with h5py.File(file, "r+") as handle:
+        old = handle[key]
+        assert isinstance(old, h5py.Dataset)
+        values = np.asarray(old)
+        del handle[key]
+        write(handle, key, values)
+    return file
+
+
+def outside(folder: Path) -> Path:
+    """A file with frames in another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with h5py.File(folder / "ext.h5", "w") as file:
+        file["frames"] = DEMO.front
+    return folder / "ext.h5"
+
+
+def virtual(file: h5py.Group, name: str, source: str, key: str, rows: int = ROWS) -> None:
+    layout = h5py.VirtualLayout(DEMO.front.shape, np.uint8)
+    layout[:rows] = h5py.VirtualSource(source, key, DEMO.front.shape)[:rows]
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize("hop", ["virtual", "link", "raw"])
+def test_bytes_outside_are_refused_two_hops_away(tmp_path: Path, hop: str) -> None:
+    away = outside(tmp_path / "away")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with h5py.File(folder / "between.h5", "w") as between:
+        if hop == "virtual":
+            virtual(between, "frames", str(away), "frames")
+        elif hop == "link":
+            between["frames"] = h5py.ExternalLink(str(away), "frames")
+        else:
+            raw = away.with_name("raw.bin")
+            raw.write_bytes(DEMO.front.tobytes())
+            shape = DEMO.front.shape
+            between.create_dataset("frames", shape, np.uint8, external=[(str(raw), 0, DEMO.front.nbytes)])
+    file = dataset(folder, KEY, lambda f, key, _: virtual(f, key, "between.h5", "frames"))
+    with pytest.raises(DataError, match=r"agentview_rgb: is stored in .*/away/.*linked = "):
+        open_dataset(card(file))
+    allowed = card(file, section=libero.Section(linked=(str(tmp_path / "away"),)))
+    store = open_dataset(allowed)
+    np.testing.assert_array_equal(store.image(0, 1, "front"), DEMO.front[1][::-1, ::-1])
+
+
+def chunked(rows: range) -> Write:
+    def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
+        made = file.create_dataset(key, values.shape, values.dtype, chunks=CHUNK, compression="gzip")
+        for row in rows:
+            made[row] = values[row]
+
+    return write
+
+
+def resized(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    shape = (ROWS - 1, *values.shape[1:])
+    made = file.create_dataset(key, shape, values.dtype, chunks=CHUNK, maxshape=(None, *values.shape[1:]))
+    made[:] = values[:-1]
+    made.resize(ROWS, axis=0)
+
+
+def unwritten(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    file.create_dataset(key, values.shape, values.dtype)
+
+
+def compact(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.COMPACT)
+    kind, space = h5py.h5t.py_create(values.dtype), h5py.h5s.create_simple(values.shape)
+    h5py.h5d.create(file.id, key.encode(), kind, space, properties)
+
+
+def of_unwritten(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    unwritten(file, "empty", values)
+    virtual(file, key, ".", "empty")
+
+
+def of_unwritten_elsewhere(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    with h5py.File(Path(file.file.filename).with_name("between.h5"), "w") as between:
+        unwritten(between, "empty", values)
+    virtual(file, key, "between.h5", "empty")
+
+
+def half(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    file["real"] = values
+    virtual(file, key, ".", "real", rows=1)
+
+
+def of_shorter(file: h5py.Group, key: str, values: np.ndarray) -> None:
+    file["real"] = values[:-1]
+    virtual(file, key, ".", "real")
+
+
+@pytest.mark.case(
+    section="data",
+    report="some frames are black, or a column is zero",
+    user_has="HDF5 rows that were allocated and never written, or a virtual dataset with gaps",
+    now="refused when the dataset is opened, by file and key",
+)
+@pytest.mark.parametrize(
+    ("key", "write", "fact"),
+    [
+        (KEY, chunked(range(1, ROWS)), f"1 of its {ROWS} chunks"),
+        (KEY, chunked(range(ROWS - 1)), f"1 of its {ROWS} chunks"),
+        (KEY, resized, f"1 of its {ROWS} chunks"),
+        (KEY, unwritten, "never written"),
+        ("data/demo_0/actions", unwritten, "never written"),
+        ("data/demo_0/obs/ee_pos", unwritten, "never written"),
+        ("data/demo_0/actions", compact, "never written"),
+        (KEY, of_unwritten, "never written"),
+        (KEY, of_unwritten_elsewhere, "never written"),
+        (KEY, half, "of its"),
+        (KEY, of_shorter, "has not"),
+    ],
+)
+def test_rows_that_were_never_written_are_refused(tmp_path: Path, key: str, write: Write, fact: str) -> None:
+    file = dataset(tmp_path / "set", key, write)
+    with pytest.raises(DataError) as raised:
+        open_dataset(card(file))
+    assert all(text in str(raised.value) for text in (str(file), key.removeprefix("data/demo_0/"), fact))
+
+
+def test_a_column_in_the_files_header_that_was_written_is_read(tmp_path: Path) -> None:
+    def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
+        compact(file, key, values)
+        made = file[key]
+        assert isinstance(made, h5py.Dataset)
+        made[...] = values
+
+    store = open_dataset(card(dataset(tmp_path / "set", "data/demo_0/actions", write)))
+    np.testing.assert_allclose(store.actions(0), DEMO.actions, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("linked", "fact"), [("/", "every file"), ("nowhere", "no folder")])
+def test_a_linked_folder_is_a_folder_and_not_the_whole_machine(
+    tmp_path: Path, linked: str, fact: str
+) -> None:
+    file = write_one(tmp_path / "a_demo.hdf5", DEMO)
+    with pytest.raises(DataError, match=fact):
+        open_dataset(card(file, section=libero.Section(linked=(linked,))))

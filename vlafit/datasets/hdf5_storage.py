@@ -1,0 +1,156 @@
+"""Find the files that hold an HDF5 dataset's bytes; refuse bytes from elsewhere, or that were never written.
+
+A dataset may be virtual (put together from others, which may be virtual or links themselves) or lie in files
+of raw bytes. What was allocated and not written reads as zeros, without an error.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from vlafit.datasets.hdf5_files import open_file
+from vlafit.errors import DataError
+
+DEEPEST = 16  # virtual datasets of virtual datasets
+FILTERS = {
+    32001: "Blosc",
+    32004: "LZ4",
+    32008: "bitshuffle",
+    32013: "ZFP",
+    32015: "Zstandard",
+    32026: "Blosc2",
+}
+
+
+def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -> set[Path]:
+    """Return the files that hold the bytes of a dataset.
+
+    Raises DataError unless all of them can be read, lie below `roots`, and hold every row.
+    """
+    return _sources(dataset, roots, where, DEEPEST)
+
+
+def _sources(dataset: h5py.Dataset, roots: Sequence[Path], where: str, depth: int) -> set[Path]:
+    file = Path(dataset.file.filename).resolve()
+    sources = {file}
+    _require_inside(file, roots, where)
+    _require_filters(dataset, where)
+    if dataset.is_virtual:
+        if depth == 0:
+            raise DataError(f"{where}: more than {DEEPEST} virtual datasets in a row; write the data out")
+        sources |= _virtual_sources(dataset, roots, where, depth)
+    elif dataset.external:
+        for name, offset, size in dataset.external:
+            raw = file.parent / name
+            _require_inside(raw, roots, where)
+            if not raw.is_file():
+                raise DataError(f"{where}: its bytes are in {raw}, which is missing")
+            if size != h5py.h5f.UNLIMITED and raw.stat().st_size < offset + size:
+                raise DataError(
+                    f"{where}: {raw} has {raw.stat().st_size} bytes of {offset + size}; fetch it again"
+                )
+            sources.add(raw.resolve())
+    else:
+        _require_written(dataset, where)
+    return sources
+
+
+def _virtual_sources(dataset: h5py.Dataset, roots: Sequence[Path], where: str, depth: int) -> set[Path]:
+    """Return the files of a virtual dataset's sources; all of it must come from one of them."""
+    own = Path(dataset.file.filename).resolve()
+    sources: set[Path] = set()
+    mapped = 0
+    for source in dataset.virtual_sources():
+        if "%" in source.file_name:
+            raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
+        file = own if source.file_name == "." else own.parent / source.file_name
+        _require_inside(file, roots, where)
+        if not file.is_file():
+            raise DataError(
+                f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
+            )
+        with open_file(file) as opened:
+            try:
+                below = opened.get(source.dset_name)
+            except (KeyError, OSError) as error:
+                raise DataError(f"{where}: {source.dset_name} of its source {file}: {error}") from error
+            if not isinstance(below, h5py.Dataset):
+                raise DataError(f"{where}: a virtual dataset whose source {file} has no {source.dset_name}")
+            sources |= {file.resolve()} | _sources(below, roots, where, depth - 1)
+            if not _holds(below, source):
+                raise DataError(
+                    f"{where}: a virtual dataset of rows that its source {file}: {source.dset_name} has not "
+                    f"(its shape is {below.shape}); they would be black. Record it again"
+                )
+        mapped += source.vspace.get_select_npoints()
+    wanted = math.prod(dataset.shape)
+    if mapped != wanted:
+        raise DataError(
+            f"{where}: a virtual dataset whose sources give {mapped} of its {wanted} values; the others "
+            "would be black. Record it again, or write it out as an ordinary dataset"
+        )
+    return sources
+
+
+def _holds(below: h5py.Dataset, source: Any) -> bool:
+    """Whether a dataset still holds all values that a virtual one takes from it."""
+    space = source.src_space
+    if space.get_select_type() == h5py.h5s.SEL_ALL:  # without a shape of its own
+        return below.size == source.vspace.get_select_npoints()
+    last = space.get_select_bounds()[1]
+    return len(last) == below.ndim and all(i < n for i, n in zip(last, below.shape, strict=True))
+
+
+def _require_inside(file: Path, roots: Sequence[Path], where: str) -> None:
+    path = file.resolve()
+    if not any(path.is_relative_to(root) for root in roots):
+        raise DataError(
+            f"{where}: is stored in {path}, outside the dataset's folder {roots[0]}; if that is meant, "
+            f'add to the layout\'s table of the card: linked = ["{path.parent}"]'
+        )
+
+
+def _require_written(dataset: h5py.Dataset, where: str) -> None:
+    """Raise DataError for rows that no program wrote, as far as the file's structure shows it."""
+    if not dataset.size or dataset.dtype.hasobject:  # rows of variable length are found when they are read
+        return
+    layout = dataset.id.get_create_plist().get_layout()
+    advice = "and would be read as zeros; fetch or record it again, or leave the episode out"
+    if not dataset.id.get_storage_size():
+        raise DataError(f"{where} was allocated but never written, {advice}")
+    if layout == h5py.h5d.CHUNKED and dataset.chunks is not None:
+        wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        written = dataset.id.get_num_chunks()
+        if written < wanted:
+            raise DataError(
+                f"{where}: {wanted - written} of its {wanted} chunks were never written, {advice}"
+            )
+    elif layout == h5py.h5d.COMPACT and np.all(dataset[()] == dataset.fillvalue):
+        raise DataError(
+            f"{where}: is stored in the file's header and holds nothing but its fill value "
+            f"{dataset.fillvalue}: it was never written, {advice}"
+        )
+
+
+def _require_filters(dataset: h5py.Dataset, where: str) -> None:
+    filters = dataset.id.get_create_plist()
+    for number in range(filters.get_nfilters()):
+        code = filters.get_filter(number)[0]
+        if not h5py.h5z.filter_avail(code) and not _plugin(code):
+            raise DataError(
+                f"{where}: is compressed by filter {code} ({FILTERS.get(code, 'unknown')}), which h5py "
+                "lacks: pip install hdf5plugin"
+            )
+
+
+def _plugin(code: int) -> bool:
+    if importlib.util.find_spec("hdf5plugin") is None:
+        return False
+    importlib.import_module("hdf5plugin")  # registers its filters
+    return h5py.h5z.filter_avail(code)
