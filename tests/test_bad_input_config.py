@@ -83,7 +83,7 @@ def test_a_folder_is_no_recipe(tmp_path):
 def test_a_binary_file_is_no_recipe(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_bytes(b"name = '\xff'")
-    with pytest.raises(ConfigError, match=r"bad\.toml: not UTF-8 text \(invalid start byte at byte 8\)"):
+    with pytest.raises(ConfigError, match=r"bad\.toml: .*UTF-8.*byte 8"):
         config.read(Recipe, path, "recipe")
 
 
@@ -99,7 +99,7 @@ def test_bases_in_a_circle_are_shown(tmp_path):
 def test_a_mistake_in_a_base_is_reported(tmp_path):
     (tmp_path / "base.toml").write_text("base = 'nowhere'\n")
     (tmp_path / "top.toml").write_text("base = 'base'\n")
-    with pytest.raises(ConfigError, match=r"base\.toml: base: there is no recipe 'nowhere'"):
+    with pytest.raises(ConfigError, match=r"base\.toml: base: .*'nowhere'"):
         config.read(Recipe, tmp_path / "top.toml", "recipe")
 
 

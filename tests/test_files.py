@@ -96,9 +96,7 @@ def test_the_hash_is_that_of_the_content(tmp_path):
 )
 def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path, write):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        VlafitError, match=r"cannot (write|create).*/a: .*/file is a file, not a folder; choose another path"
-    ):
+    with pytest.raises(VlafitError, match="cannot (write|create).*/a: .*/file is a file"):
         write(tmp_path / "file")
 
 

@@ -236,7 +236,7 @@ def test_seeds_that_the_expert_fails_are_skipped_and_listed(tmp_path: Path) -> N
 
 
 def test_an_expert_that_never_succeeds_is_given_up(tmp_path: Path) -> None:
-    with pytest.raises(SimulationError, match=r"succeeded in only 0 of \d+ episodes within 3 steps"):
+    with pytest.raises(SimulationError, match=r"0 of \d+ episodes.* 3 steps"):
         record(card_at(tmp_path, horizon=3), tmp_path / "out", episodes_per_task=1)
 
 
@@ -312,7 +312,7 @@ def test_a_card_without_a_record_section_and_a_wrong_number_are_refused(tmp_path
         record(replace(card, record=None), tmp_path / "out")
     with pytest.raises(ConfigError, match="episodes_per_task = 0"):
         record(card, tmp_path / "out", episodes_per_task=0)
-    with pytest.raises(ConfigError, match="workers must be at least 0, not -1"):
+    with pytest.raises(ConfigError, match="workers .*0.* -1"):
         record(card, tmp_path / "out", workers=-1)
     assert plan_recording(card, 7).record.episodes_per_task == 7
 

@@ -74,7 +74,7 @@ def test_a_dataset_whose_start_cannot_be_restored_is_refused_saying_why(store: E
         replay(without, env, [0])
     other = _Changed(store, store.actions(0))
     other.episodes = tuple(replace(info, task="faucet-opn-v3") for info in store.episodes)
-    with pytest.raises(DataError, match="'faucet-opn-v3', which the simulation does not have"):
+    with pytest.raises(DataError, match="'faucet-opn-v3'.*simulation"):
         replay(other, env, [0])
     shifted = _Changed(store, store.actions(0))
     shifted.card = replace(store.card, rows=RowsCard(action_shift=1))
@@ -82,7 +82,7 @@ def test_a_dataset_whose_start_cannot_be_restored_is_refused_saying_why(store: E
         replay(shifted, env, [0])
     slow = _Changed(store, store.actions(0))
     slow.card = replace(store.card, robot=replace(store.card.robot, hz=20.0))
-    with pytest.raises(EmbodimentError, match=r"rate in Hz: 20\.0 here, 80\.0 there"):
+    with pytest.raises(EmbodimentError, match=r"Hz: 20\.0 .*80\.0"):
         replay(slow, env, [0])
     with pytest.raises(DataError, match="no \\[record\\].*--env"):
         spec_of(replace(store.card, record=None))

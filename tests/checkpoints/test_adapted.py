@@ -92,7 +92,7 @@ def test_quantised_weights_need_no_adapters_to_be_saved_on_their_base(name: str,
 def test_quantised_weights_that_lie_in_no_checkpoint_are_not_saved(base: Path, tmp_path: Path):
     built = make_policy()
     plan = apply_strategy(built, rules("nf4"))
-    with pytest.raises(WeightsError, match=r"cannot save: \d+ quantised.*built or merged, not loaded"):
+    with pytest.raises(WeightsError, match=r"save: \d+ quantised.*not loaded"):
         vlafit.save_checkpoint(built, tmp_path / "c", plan=plan)
 
     merged = vlafit.load_policy(base)
@@ -101,13 +101,13 @@ def test_quantised_weights_that_lie_in_no_checkpoint_are_not_saved(base: Path, t
     plan = apply_strategy(vlafit.merge(merged), rules("nf4"))
     with pytest.raises(WeightsError, match=r"built or merged, not loaded"):
         vlafit.save_checkpoint(merged, tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match=r"not those of this checkpoint, rounded.*save the policy before"):
+    with pytest.raises(WeightsError, match="not those of this checkpoint.*save"):
         vlafit.save_checkpoint(merged, tmp_path / "c", plan=plan, base=base)
 
     trained = vlafit.load_policy(base)
     train(trained)
     plan = apply_strategy(trained, rules("int8"))
-    with pytest.raises(WeightsError, match=r"not those of this checkpoint, rounded.*save the policy before"):
+    with pytest.raises(WeightsError, match="not those of this checkpoint.*save"):
         vlafit.save_checkpoint(trained, tmp_path / "c", plan=plan)
     assert not (tmp_path / "c").exists()
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_never_takes_the_place_of_its_own_base(tmp_path: Path):
     vlafit.save_checkpoint(make_policy(), tmp_path / "base")
     policy = vlafit.load_policy(tmp_path / "base")
     plan = apply_strategy(policy, rules("int8"))
-    with pytest.raises(WeightsError, match="is the checkpoint that the policy sits on"):
+    with pytest.raises(WeightsError, match="is the checkpoint.*sits on"):
         vlafit.save_checkpoint(policy, tmp_path / "base", plan=plan)
     vlafit.load_policy(tmp_path / "base")
 
@@ -126,7 +126,7 @@ def test_a_source_that_changed_since_it_was_loaded_is_no_base(tmp_path: Path):
     policy = vlafit.load_policy(tmp_path / "base")
     plan = apply_strategy(policy, rules("int8"))
     (tmp_path / "base" / "manifest.json").write_text((tmp_path / "base" / "manifest.json").read_text() + "\n")
-    with pytest.raises(WeightsError, match="is not the checkpoint any more that the policy was loaded from"):
+    with pytest.raises(WeightsError, match="is not the checkpoint any more"):
         vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
 
 
@@ -254,9 +254,9 @@ def test_pieces_that_do_not_belong_together_are_not_saved(base: Path, tmp_path: 
     plan = apply_strategy(policy, rules("lora"))
     with pytest.raises(WeightsError, match="adapters .*plan that apply_strategy returned"):
         vlafit.save_checkpoint(policy, tmp_path / "c")
-    with pytest.raises(WeightsError, match="the plan is not of this policy"):
+    with pytest.raises(WeightsError, match="plan is not of this policy"):
         vlafit.save_checkpoint(vlafit.merge(policy), tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match="with adapters or quantised weights; this one has none"):
+    with pytest.raises(WeightsError, match="adapters.*quantised.*this one has none"):
         vlafit.save_checkpoint(policy, tmp_path / "c", base=base)
     assert not (tmp_path / "c").exists()
 

@@ -39,7 +39,7 @@ def test_a_file_cut_so_that_it_agrees_with_itself_is_refused_by_what_lies_beside
     for what in form.cut:
         save(cut(form, tensors, what), tmp_path)
         for look in (inspect, vlafit.load_checkpoint):
-            with pytest.raises(WeightsError, match=r"contradicted: \S+ is \d+ by \S+.*, \d+ by "):
+            with pytest.raises(WeightsError, match=r"contradicted: \S+ is \d+ by \S.*, \d+"):
                 look(tmp_path, config=form.told)
 
 
@@ -156,17 +156,13 @@ def test_the_unused_head_has_the_rows_and_columns_of_the_embedding(folder: Path)
     tensors = load_file(path)
     tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, path)
-    with pytest.raises(
-        WeightsError, match=r"lm_head.weight is \(511, 64\), and .* are \(512, 64\) by .*embed_tok"
-    ):
+    with pytest.raises(WeightsError, match=r"lm_head\.weight.*\(511, 64\).*\(512, 64\).*embed_tok"):
         vlafit.load_policy(folder)
 
 
 def test_a_public_model_that_config_json_names_has_its_public_size(folder: Path):
     edit(folder / "config.json", vlm_model_name=smolvla_config.PUBLIC_VLM)
-    with pytest.raises(
-        WeightsError, match=r"language.vocab is 512 by .*, 49280 by config.json \(vlm_model_name"
-    ):
+    with pytest.raises(WeightsError, match=r"language\.vocab.* 512 .* 49280 .*config\.json.*vlm_model_name"):
         vlafit.load_policy(folder, config={"vision.heads": 4, "language.head_dim": 16})
 
 
@@ -276,7 +272,7 @@ def test_shapes_that_make_no_policy_are_all_named(tmp_path: Path):
     one = "action_out_proj.weight"
     short = {n: t[:-1] for n, t in tensors.items() if n in keys or n == one}
     save({n: t for n, t in (tensors | short).items() if n != "state_proj.bias"}, tmp_path)
-    with pytest.raises(WeightsError, match="do not go together: .*head_dim 15 is odd") as caught:
+    with pytest.raises(WeightsError, match="go together.*head_dim 15") as caught:
         vlafit.load_policy(tmp_path, config=form.told)
     assert (caught.value.tensors["missing"], caught.value.tensors["misshapen"]) == (
         ("state_proj.bias",),
@@ -288,7 +284,9 @@ def test_layers_that_are_lost_at_the_end_are_named_where_something_says_how_many
     tensors = load_file(folder / "model.safetensors")
     lost = [n for n in tensors if re.search(r"(text_model|lm_expert).layers.[23]\.|vision_model", n)]
     save_file({n: t for n, t in tensors.items() if n not in lost}, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match="language.depth is 2 by the tensors, 4 by config.json") as caught:
+    with pytest.raises(
+        WeightsError, match=r"language\.depth.* 2 by the tensors.* 4 by config\.json"
+    ) as caught:
         vlafit.load_policy(folder)
     assert set(caught.value.tensors["missing"]) == set(lost)
 

@@ -263,7 +263,7 @@ def test_sizes_that_a_target_cannot_express_are_refused_with_every_reason(tmp_pa
         with pytest.raises(WeightsError) as caught:
             write(policy, codec_for(policy), target, tmp_path / "out", "here")
         assert all(reason in str(caught.value) for reason in reasons)
-    with pytest.raises(WeightsError, match="an MLP of 256, this policy's is 20"):
+    with pytest.raises(WeightsError, match="MLP.* 256.* 20"):
         write(roomy("smolvla-tiny"), None, "lerobot", tmp_path / "out", "here")
     assert list(tmp_path.iterdir()) == []
 

@@ -184,7 +184,7 @@ def test_in_bfloat16_the_weights_below_are_rounded_and_the_adapters_are_not(name
 
 
 def test_what_cannot_go_out_as_adapters_is_refused_with_the_way_round(tmp_path: Path):
-    with pytest.raises(WeightsError, match="openpi's PyTorch code loads no adapters: add --merge"):
+    with pytest.raises(WeightsError, match="openpi.*adapters.*--merge"):
         export(trained("lora", tmp_path / "one"), "openpi", tmp_path / "out")
     policy = make_policy()
     expert = {"select": {"part": "expert", "kind": "attention"}, "mode": "dora", "rank": 2}
@@ -192,7 +192,7 @@ def test_what_cannot_go_out_as_adapters_is_refused_with_the_way_round(tmp_path: 
         policy, [expert, {"select": {"kind": "attention"}, "mode": "lora", "rank": 2}, {"mode": "frozen"}]
     )
     vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match=r"these are 2 of different settings \(lora, dora\): add --merge"):
+    with pytest.raises(WeightsError, match=r" 2 .*\(lora, dora\).*--merge"):
         export(tmp_path / "c", "transformers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export(tmp_path / "c", "transformers", tmp_path / "out", merge=True)
@@ -213,7 +213,7 @@ def test_adapters_that_peft_would_lose_in_transformers_are_refused(tmp_path: Pat
     rule = {"select": select, "mode": "lora", "rank": 2}
     plan = vlafit.apply_strategy(policy, [rule, {"mode": "frozen"}])
     vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match="peft does not find the adapters of .*: add --merge"):
+    with pytest.raises(WeightsError, match="peft does not find.*: .*--merge"):
         export(tmp_path / "c", "transformers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

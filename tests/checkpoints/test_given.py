@@ -101,20 +101,18 @@ def test_an_option_without_effect_is_refused_with_the_form_that_it_is_for(path: 
 
 
 def test_our_own_checkpoint_takes_no_options_and_headers_make_no_codec(native: Path):
-    with pytest.raises(ConfigError, match="lora.rslora would have no effect: this is a native checkpoint"):
+    with pytest.raises(ConfigError, match=r"lora\.rslora.*no effect.*native"):
         vlafit.load_policy(native, config={"lora.rslora": True})
-    with pytest.raises(ConfigError, match="no codec is made where only headers are read"):
+    with pytest.raises(ConfigError, match="no codec.*headers"):
         checkpoints.inspect(OPENPI, config={**TOLD, "codec.relative": [True]})
 
 
 def test_alpha_is_for_a_part_whose_attention_has_factors():
     tree = {"PaliGemma/llm/layers/attn/q_einsum_1/w": 1, "PaliGemma/llm/layers/mlp/linear": 1}
     require_factors(LORA, tree, parse_config({"lora.expert_alpha": 2.0}))
-    with pytest.raises(
-        ConfigError, match="lora.language_alpha would have no effect: the attention of the lang"
-    ):
+    with pytest.raises(ConfigError, match=r"lora\.language_alpha.*no effect.*attention of the lang"):
         require_factors(LORA, tree, parse_config({"lora.language_alpha": 2.0}))
-    with pytest.raises(ConfigError, match="lora.rslora would have no effect: factors of MLPs"):
+    with pytest.raises(ConfigError, match=r"lora\.rslora.*no effect.*MLPs"):
         require_factors(LORA, {"llm/layers/mlp/linear": 1}, parse_config({"lora.rslora": True}))
 
 
@@ -130,7 +128,7 @@ def test_a_tokenizer_or_assets_without_effect_are_refused(native: Path, tmp_path
             vlafit.load_checkpoint(path, **more)
     bare = Path(shutil.copytree(OPENPI, tmp_path / "bare"))
     shutil.rmtree(bare / "assets")
-    with pytest.raises(WeightsError, match="tokenizer would have no effect: no assets"):
+    with pytest.raises(WeightsError, match="tokenizer.*no effect.*assets"):
         vlafit.load_checkpoint(bare, config=TOLD, tokenizer=TOKENIZER)
     assert checkpoints.wants_tokenizer(OPENPI) and checkpoints.wants_tokenizer(JAX)
     assert not any(checkpoints.wants_tokenizer(path) for path in (bare, SMOLVLA, native))
@@ -148,7 +146,7 @@ def test_dtypes_are_given_by_name_or_as_torchs(native: Path):
 
 @pytest.mark.parametrize("said", ["float16", torch.float16, 16, None, []])
 def test_another_dtype_is_one_error_that_lists_those_that_work(native: Path, said):
-    with pytest.raises(WeightsError, match="give 'float32' or torch.float32, 'bfloat16' or torch.bfloat16"):
+    with pytest.raises(WeightsError, match=r"'float32'.*torch\.float32.*'bfloat16'.*torch\.bfloat16"):
         vlafit.load_policy(native, dtype=said)
 
 
@@ -173,7 +171,7 @@ def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: py
 
 def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Path):
     folder = Path(shutil.copytree(JAX, tmp_path / "run" / "pi05_base"))  # a folder's name tells nothing
-    with pytest.raises(WeightsError, match=r"determine 'chunk'; give it as config \{'chunk': ...\}"):
+    with pytest.raises(WeightsError, match=r"'chunk'.*config \{'chunk': \.\.\.\}"):
         vlafit.load_checkpoint(folder, config={"vision.heads": 2})
     for place in (folder / "config.json", folder.parent / "config.json"):
         shutil.copy(OPENPI / "openpi_config.json", place)
@@ -209,7 +207,7 @@ def test_what_comes_from_the_public_size_is_noted():
 def test_a_config_json_that_cannot_be_read_is_never_passed_over(form: Path, text: str, tmp_path: Path):
     folder = Path(shutil.copytree(form, tmp_path / "c"))
     (folder / "config.json").write_text(text)
-    with pytest.raises(WeightsError, match=r"config.json: (cannot be read as JSON|not a JSON object)"):
+    with pytest.raises(WeightsError, match=r"config\.json: (cannot be read|not a JSON object)"):
         vlafit.load_policy(folder, config=TOLD)
 
 

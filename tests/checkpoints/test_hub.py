@@ -108,9 +108,7 @@ def test_adapters_remember_the_commit_of_their_base_and_are_verified(cache: Path
     assert torch.equal(velocity(vlafit.load_policy("adapted")), velocity(policy))
     assert torch.equal(velocity(vlafit.load_checkpoint("adapted", base="native").policy), velocity(policy))
     shutil.rmtree(snapshot)
-    with pytest.raises(
-        WeightsError, match="its adapters sit on a checkpoint of the Hub. acme/tiny@a+: there is"
-    ):
+    with pytest.raises(WeightsError, match="adapters.*Hub. acme/tiny@a+"):
         vlafit.load_policy("adapted")
 
 

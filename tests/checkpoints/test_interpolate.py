@@ -90,9 +90,7 @@ def test_shapes_that_differ_are_refused_where_they_are_to_be_mixed_and_only_ther
     config = pi0.SIZES["pi0-tiny"]
     base = random_policy(replace(config, action_dim=9))
     tuned = random_policy(config)
-    with pytest.raises(
-        WeightsError, match=r"misshapen \(3\): action_in_proj.weight is \(16, 9\) in the base"
-    ):
+    with pytest.raises(WeightsError, match=r"misshapen \(3\): action_in_proj\.weight.*\(16, 9\)"):
         interpolate(tuned, base, {"projections": 0.5})
     interpolate(tuned, base, {"language": 0.0})
     name = "language.layers.0.mlp.up_proj.weight"
@@ -172,7 +170,7 @@ def test_a_base_that_is_not_there_or_another_one_is_never_taken_silently(
     manifest = json.loads((tuned / "manifest.json").read_text())
     del manifest["files"]["recipe.toml"]
     (tuned / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(WeightsError, match="which checkpoint its training began with: give --base"):
+    with pytest.raises(WeightsError, match="training began with: .*--base"):
         export(tuned, "vlafit", tmp_path / "out", interpolate={"expert": 0.5})
     assert export(tuned, "vlafit", tmp_path / "a", interpolate={"expert": 0.5}, base=base).notes[1:] == ()
     vlafit.save_checkpoint(random_policy("pi0-tiny", seed=5), tmp_path / "other")
@@ -188,7 +186,7 @@ def test_a_recipe_whose_checkpoint_has_changed_since_is_refused(tmp_path: Path):
     recipe = f'[policy]\ncheckpoint = "{tmp_path / "base"}"\n'
     vlafit.save_checkpoint(random_policy("pi0-tiny", 1), tmp_path / "tuned", recipe=recipe, history=history)
     vlafit.save_checkpoint(random_policy("pi0-tiny", 2), tmp_path / "base")
-    with pytest.raises(WeightsError, match="training began with another checkpoint than what lies at"):
+    with pytest.raises(WeightsError, match="began with another checkpoint"):
         export(tmp_path / "tuned", "vlafit", tmp_path / "out", interpolate={"expert": 0.5})
     assert not (tmp_path / "out").exists()
 

@@ -451,9 +451,7 @@ def test_statistics_that_are_not_there_are_an_error_and_not_a_feature_left_as_it
     tensors = load_file(path)
     del tensors["observation.state.std"]
     save_file(tensors, path)
-    with pytest.raises(
-        WeightsError, match="observation.state is to be normalised by lerobot_mean_std, and std is not"
-    ):
+    with pytest.raises(WeightsError, match=r"observation\.state.*lerobot_mean_std.* std is not"):
         vlafit.load_checkpoint(folder)
 
 
@@ -484,7 +482,7 @@ def test_statistics_by_which_nothing_can_be_divided_are_an_error(folder: Path, v
 
 
 def test_a_foreign_instruction_that_is_too_long_is_refused_and_not_cut(codec: Codec):
-    with pytest.raises(CodecError, match="has 60 tokens, the policy takes 48"):
+    with pytest.raises(CodecError, match="60 tokens.* 48"):
         codec.encode(robot_view(0, RAW, "a" * 59))
 
 
@@ -597,5 +595,5 @@ def test_pi0_loads_from_both_layouts(tmp_path: Path, size: str, layout: str):
 def test_pi05_weights_beside_a_pi0_config_are_refused(tmp_path: Path):
     write_pi0(tmp_path / "x", "pi05-tiny", "save_pretrained")
     edit(tmp_path / "x" / "config.json", lambda v: v.update(type="pi0"))
-    with pytest.raises(WeightsError, match="type 'pi0', the tensors are those of pi05"):
+    with pytest.raises(WeightsError, match="'pi0'.*tensors.*pi05"):
         vlafit.load_policy(tmp_path / "x")

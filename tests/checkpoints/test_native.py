@@ -94,7 +94,7 @@ def test_an_older_checkpoint_is_replaced_whole_and_other_weights_can_be_stored(
     loaded, codec, plan, _ = checkpoints.load(tmp_path / "c")
     assert codec is None and plan is None and not (tmp_path / "c" / "recipe.toml").exists()
     assert all(torch.equal(p, average[n]) for n, p in loaded.named_parameters())
-    with pytest.raises(WeightsError, match=r"not the policy's; they differ in \['action_in_proj.bias'\]"):
+    with pytest.raises(WeightsError, match=r"differ in \['action_in_proj\.bias'\]"):
         checkpoints.save(policy, tmp_path / "d", weights={**average, "action_in_proj.bias": torch.ones(2)})
     assert not (tmp_path / "d").exists()
 
@@ -125,9 +125,7 @@ def test_named_parts_start_anew_and_are_reported(saved: Path, policy: Policy):
 
 def test_another_action_width_must_be_declared_fresh(saved: Path):
     wider = {"action_dim": 6}
-    with pytest.raises(
-        WeightsError, match=r"changes action_in_proj.weight, .* Say what becomes of them: resize="
-    ):
+    with pytest.raises(WeightsError, match=r"changes action_in_proj\.weight, .*resize="):
         checkpoints.load(saved, wider)
     loaded = checkpoints.load(saved, wider, fresh=("action_in_proj.*", "action_out_proj.*"))
     assert loaded.policy.config.action_dim == 6
@@ -297,9 +295,7 @@ def test_other_forms_are_refused_by_name(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"1 tensors, such as 'lm.weight'.*native.*openpi"):
         vlafit.load_policy(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"")
-    with pytest.raises(
-        WeightsError, match="a pickle.* vlafit convert-pickle .*weights.pt --out .*weights.safetensors"
-    ):
+    with pytest.raises(WeightsError, match=r"a pickle.*convert-pickle .*weights\.pt.*weights\.safetensors"):
         vlafit.load_policy(tmp_path / "weights.pt")
 
 

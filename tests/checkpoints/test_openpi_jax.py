@@ -136,7 +136,7 @@ def test_alpha_scales_the_attentions_factors_and_not_those_of_the_mlp():
 
 
 def test_the_trainers_raw_weights_are_not_taken_for_the_average():
-    with pytest.raises(WeightsError, match="state of a trainer; .* in the folder params beside it"):
+    with pytest.raises(WeightsError, match="state of a trainer; .* params "):
         vlafit.load_policy(JAX / "ckpt_training" / "5" / "train_state", config=CHUNK)
 
 
@@ -308,7 +308,7 @@ def test_no_jax_is_imported():
 def test_without_orbax_list_of_arrays_nothing_is_believed(tmp_path: Path):
     folder = Path(shutil.copytree(JAX / "ckpt_pure", tmp_path / "copy"))
     (folder / "params" / "_METADATA").unlink()
-    with pytest.raises(WeightsError, match="_METADATA, Orbax's list of arrays, is missing"):
+    with pytest.raises(WeightsError, match="_METADATA.*missing"):
         vlafit.load_policy(folder, config=CHUNK)
 
 
@@ -317,9 +317,7 @@ def test_an_array_smaller_than_the_piece_that_a_process_wrote_is_refused(tmp_pat
     content = json.loads((folder / "_METADATA").read_text())
     content["tree_metadata"]["params/state_proj/kernel"]["value_metadata"]["write_shape"] = [33, 48]
     (folder / "_METADATA").write_text(json.dumps(content))
-    with pytest.raises(
-        WeightsError, match=r"cut .*state_proj/kernel is \(32, 48\), _METADATA has \(33, 48\)"
-    ):
+    with pytest.raises(WeightsError, match=r"cut .*state_proj/kernel.*\(32, 48\).*_METADATA.*\(33, 48\)"):
         vlafit.load_policy(folder, config=CHUNK)
 
 

@@ -102,7 +102,7 @@ def test_the_folder_for_lerobot_loads_with_its_codec(size: str, tmp_path: Path, 
         n: (a.rank, a.scale) for n, a in plan.adapted.items()
     }
     edit(tmp_path / "out" / "config.json", chunk_size=99)
-    with pytest.raises(WeightsError, match="chunk_size is 99, and .* the adapters are not of this base"):
+    with pytest.raises(WeightsError, match="chunk_size is 99.*adapters.*base"):
         vlafit.load_policy(tmp_path / "out", config=given)
 
 
@@ -143,7 +143,7 @@ def test_what_peft_itself_saved_computes_what_peft_computes(target, tmp_path: Pa
 )
 def test_the_base_is_inside_the_folder_or_named_by_the_user(copy: Path):
     base = copy.parent / "moved"
-    with pytest.raises(WeightsError, match="holds what its adapters sit on .base/.; it takes no base"):
+    with pytest.raises(WeightsError, match="adapters.*base/.*no base"):
         vlafit.load_checkpoint(copy, base=base)
     before = velocity(vlafit.load_policy(copy))
     (copy / "base").rename(base)
@@ -168,7 +168,7 @@ def test_the_base_is_inside_the_folder_or_named_by_the_user(copy: Path):
     with pytest.raises(WeightsError, match="adapter_config.json names no base.*base="):
         vlafit.load_policy(copy)
     vlafit.save_checkpoint(make_policy(), copy.parent / "ours")
-    with pytest.raises(WeightsError, match="copy: its base .*ours is no plain checkpoint"):
+    with pytest.raises(WeightsError, match="copy: .*base .*ours is no plain"):
         vlafit.load_checkpoint(copy, base=copy.parent / "ours")
 
 
@@ -235,7 +235,7 @@ def test_settings_that_we_do_not_repeat_are_refused_by_name(copy: Path, case: st
 
 def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, tmp_path: Path):
     source = trained("lora", tmp_path / "here")
-    with pytest.raises(WeightsError, match="only the adapters of the checkpoint .*load that"):
+    with pytest.raises(WeightsError, match="only the adapters.*load that"):
         vlafit.load_policy(source / "adapters" / "lora")
     (copy / TENSORS).unlink()
     with pytest.raises(WeightsError, match="vlafit convert-pickle"):

@@ -111,10 +111,10 @@ def test_weights_that_are_there_twice_are_refused_and_compared(form: Form, shard
             look(sharded, config=form.told)
         assert fact in str(caught.value) and INDEX in str(caught.value)
     (sharded / INDEX).unlink()  # shards of an older download beside the file
-    with pytest.raises(WeightsError, match=f"shards without an index, such as {SHARDS[0]}"):
+    with pytest.raises(WeightsError, match=f"without an index.*{SHARDS[0]}"):
         inspect(sharded, config=form.told)
     (sharded / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=f"2 shards, such as {SHARDS[0]}, and no {INDEX}"):
+    with pytest.raises(WeightsError, match=f"2 shards.*{SHARDS[0]}.* no {INDEX}"):
         inspect(sharded, config=form.told)
 
 

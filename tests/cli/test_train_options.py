@@ -144,7 +144,7 @@ def test_help_shows_every_field_and_the_recipes_own_values(path, capsys):
 
 def test_a_mistake_in_the_file_names_the_file(path):
     path.write_text(RECIPE + "beta3 = 1\n")
-    with pytest.raises(ConfigError, match=r"small\.toml: unknown key 'beta3' in \[optim\]; did you mean"):
+    with pytest.raises(ConfigError, match=r"small\.toml: .*'beta3'.*\[optim\].*did you mean"):
         train(path)
 
 
@@ -160,7 +160,7 @@ def test_a_mistake_in_the_file_names_the_file(path):
 )
 def test_an_option_that_is_given_twice_is_refused(path, words):
     name = words[0].replace("-steps", "_steps")
-    with pytest.raises(ConfigError, match=f"^{name} is given 2 times; give it once$"):
+    with pytest.raises(ConfigError, match=f"^{name} .* 2 times"):
         train(path, *words)
 
 

@@ -84,7 +84,7 @@ def test_decoding_an_encoded_chunk_gives_the_robots_actions_back(
     decoded = made.decode(encoded.actions, given_sample.observation)
     assert decoded.actions.dtype == np.float32
     # At most 8 roundings (subtract, divide, multiply, add, with or without a state) of numbers up to 4: 2e-6
-    np.testing.assert_allclose(decoded.actions, given_sample.actions, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(decoded.actions, given_sample.actions, rtol=0, atol=2e-6)
 
 
 def test_relative_dimensions_are_minus_the_state_at_the_chunks_start(rng: np.random.Generator):
@@ -95,7 +95,8 @@ def test_relative_dimensions_are_minus_the_state_at_the_chunks_start(rng: np.ran
     moved = replace(moved, actions=one.actions + np.float32([0, 0.5]))
     a, b = made.encode(one).actions, made.encode(moved).actions
     assert a is not None and b is not None
-    np.testing.assert_allclose(a, b, atol=1e-6)
+    # Numbers of up to 16 round to float32 by 2^-21 = 4.8e-7, twice.
+    np.testing.assert_allclose(a, b, rtol=0, atol=2 * 2**-21)
 
 
 def test_an_observation_encodes_as_the_sample_does_without_its_actions(rng: np.random.Generator):
@@ -129,7 +130,7 @@ def test_the_pi05_prompt_holds_the_normalised_state_in_the_robots_own_dimensions
 def test_a_prompt_that_is_too_long_is_refused_never_cut(rng: np.random.Generator):
     made = codec(rng, max_tokens=5)
     assert made.encode(observation(rng, SENTENCES[0])).token_mask.all()
-    with pytest.raises(CodecError, match=r"6 tokens, the policy takes 5.*raise max_tokens"):
+    with pytest.raises(CodecError, match="6 tokens.* 5.*max_tokens"):
         made.encode(observation(rng, "open the faucet faucet"))
 
 
@@ -250,7 +251,7 @@ def test_relative_needs_a_state_dimension_to_be_relative_to(rng: np.random.Gener
 
 def test_statistics_of_another_robot_are_refused(rng: np.random.Generator):
     found = {"state": Statistics.of(np.eye(4)), "action": Statistics.of(np.eye(2))}
-    with pytest.raises(CodecError, match="state statistics have 4 dimensions, embodiment 'arm' has 3"):
+    with pytest.raises(CodecError, match="state.* 4 dimensions.*'arm' has 3"):
         Codec(config(), ROBOT, found, tokenizer())
     with pytest.raises(CodecError, match="those of state and action"):
         Codec(config(), ROBOT, {"state": Statistics.of(np.eye(3))}, tokenizer())

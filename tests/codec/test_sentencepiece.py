@@ -56,7 +56,7 @@ def test_a_kind_of_model_that_is_not_read_is_named() -> None:
 def test_a_damaged_model_is_one_sentence_with_its_file(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "cut.model"
     path.write_bytes((FIXTURES / "gemma.model").read_bytes()[:cut])
-    with pytest.raises(CodecError, match=r"cut\.model: not a whole SentencePiece model .*download it again"):
+    with pytest.raises(CodecError, match=r"cut\.model: .*SentencePiece.*download"):
         load(path)
 
 

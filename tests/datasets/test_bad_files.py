@@ -222,12 +222,12 @@ def test_counts_that_the_card_does_not_expect_are_refused(
 
 def test_a_filter_key_that_is_not_there_or_names_missing_demonstrations_is_refused(tmp_path: Path):
     folder = write_robomimic(tmp_path / "set", demos(5))
-    with pytest.raises(DataError, match="no filter key 'trian'; did you mean 'train'"):
+    with pytest.raises(DataError, match="filter key 'trian'.*'train'"):
         open_dataset(robomimic_card(folder, mask="trian"))
     for path in folder.iterdir():
         with h5py.File(path, "r+") as handle:
             del handle["data/demo_1"]
-    with pytest.raises(DataError, match="'train' names demonstrations that are missing: demo_1"):
+    with pytest.raises(DataError, match="'train'.*missing: demo_1"):
         open_dataset(robomimic_card(folder, mask="train"))
     for path in folder.iterdir():
         with h5py.File(path, "r+") as handle:
@@ -238,9 +238,7 @@ def test_a_filter_key_that_is_not_there_or_names_missing_demonstrations_is_refus
 
 def test_a_file_for_which_the_card_has_no_sentence_is_refused(file: Path):
     said = InstructionCard("card", files={"turn_on_the_stove": "turn it on"})
-    with pytest.raises(
-        DataError, match=r"no sentence for 'turn_on_the_stove_demo'.*did you mean 'turn_on_the_stove'"
-    ):
+    with pytest.raises(DataError, match="'turn_on_the_stove_demo'.*did you mean 'turn_on_the_stove'"):
         open_dataset(card(file, instruction=said))
     said = replace(said, text="do as you like")
     assert open_dataset(card(file, instruction=said)).episodes[0].instruction == "do as you like"
@@ -254,10 +252,10 @@ def test_a_key_that_is_a_group_is_not_a_column(file: Path):
 
 def test_asking_for_what_a_store_does_not_have_is_refused_by_name(file: Path):
     store = open_dataset(card(file))
-    with pytest.raises(DataError, match="no camera 'frnt'; did you mean 'front'"):
+    with pytest.raises(DataError, match="camera 'frnt'.*'front'"):
         store.image(0, 0, "frnt")
     for step in (-1, 4):
-        with pytest.raises(DataError, match=f"steps 0 to 3, no step {step}"):
+        with pytest.raises(DataError, match=f"0 to 3.*no step {step}"):
             store.image(0, step, "front")
     with pytest.raises(DataError, match="no episode 'demo_0'"):
         store.index("demo_0")

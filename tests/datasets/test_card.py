@@ -256,7 +256,7 @@ def test_a_layout_that_cannot_be_imported_or_lacks_part_of_the_contract_is_refus
         with pytest.raises(ConfigError, match=fact):
             load_card(path)
     path.write_text(SMALL.replace("libero", "json.decoder"))
-    with pytest.raises(ConfigError, match=r"json\.decoder does not define Section, .*recognise, open"):
+    with pytest.raises(ConfigError, match=r"json\.decoder.*Section, .*recognise, open"):
         load_card(path)
 
 
@@ -272,5 +272,5 @@ def test_relative_matches_are_the_actions_with_the_name_of_their_state_dimension
     assert mask(joints, ColumnCard(("x",), 4, ("a", "b", "c", "c"))) == (True, True, True, False)
     unnamed = ColumnCard(("s",), 2)
     assert mask(unnamed, unnamed) == (True, True)
-    with pytest.raises(ConfigError, match=r"matching.*no action of card 'small'.*a, b, c.*robot\.relative"):
+    with pytest.raises(ConfigError, match=r"matching.*'small'.*a, b, c.*robot\.relative"):
         mask(joints, ColumnCard(("x",), 3, ("b", "c", "a")))

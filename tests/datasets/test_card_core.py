@@ -121,7 +121,7 @@ def test_encoded_rows_of_either_channel_order_decode_to_the_raw_frames(tmp_path:
         np.testing.assert_array_equal(store.images(number, range(len(demo.front)), "front"), demo.front)
         np.testing.assert_array_equal(store.image(number, 1, "wrist"), demo.wrist[1])
     undeclared = tuple(replace(c, channels="") for c in made.robot.cameras)
-    with pytest.raises(DataError, match=r"channels of camera 'front' in the card"):
+    with pytest.raises(DataError, match="channels.*'front'"):
         open_dataset(replace(made, robot=replace(made.robot, cameras=undeclared)))
 
 
@@ -179,7 +179,7 @@ def test_frames_that_were_allocated_and_never_written_are_refused(tmp_path: Path
     with h5py.File(tmp_path / "set" / f"{TASKS[0]}_demo.hdf5", "r+") as file:
         del file["data/demo_1/obs/agentview_rgb"]
         file.create_dataset("data/demo_1/obs/agentview_rgb", (5, *SIZE, 3), np.uint8)
-    with pytest.raises(DataError, match="demo_1: obs/agentview_rgb was allocated but never written"):
+    with pytest.raises(DataError, match="demo_1: obs/agentview_rgb .*never written"):
         open_dataset(made)
 
 
@@ -190,9 +190,9 @@ def test_a_sentence_for_each_demonstration_is_read_from_where_the_card_says(tmp_
     made = robocasa(tmp_path / "set", EVERYTHING)
     again = replace(made, instruction=InstructionCard("demo", key="ep_meta.lang"))
     assert open_dataset(again).episodes == open_dataset(made).episodes
-    with pytest.raises(DataError, match=r"demo_0: ep_meta: there is no 'language'.*lang, layout_id"):
+    with pytest.raises(DataError, match="demo_0: ep_meta: .*'language'.*lang, layout_id"):
         open_dataset(replace(made, instruction=InstructionCard("demo", key="ep_meta.language")))
-    with pytest.raises(DataError, match=r"demo_0: has no attribute and no dataset 'words'.*ep_meta"):
+    with pytest.raises(DataError, match="demo_0: .*no attribute.*'words'.*ep_meta"):
         open_dataset(replace(made, instruction=InstructionCard("demo", key="words")))
     with pytest.raises(ConfigError, match=r'"demo".*instruction\.key|\'demo\'.*instruction\.key'):
         open_dataset(replace(made, instruction=InstructionCard("demo")))
@@ -224,7 +224,7 @@ def test_episodes_on_the_skip_list_are_not_looked_into(write: Callable[..., Card
     store = open_dataset(replace(made, episodes=EpisodesCard(skip=(ids[0], pattern))))
     assert [info.id for info in store.episodes] == chosen
     assert {left.id for left in store.left_out} == set(ids) - set(chosen)
-    with pytest.raises(DataError, match="episodes.skip names what is not there: nobody"):
+    with pytest.raises(DataError, match=r"episodes\.skip.*not there: nobody"):
         open_dataset(replace(made, episodes=EpisodesCard(skip=("nobody",))))
     with pytest.raises(DataError, match=r"no episode is left of 6"):
         open_dataset(replace(made, episodes=EpisodesCard(skip=("*",))))
@@ -237,7 +237,7 @@ def test_episodes_without_success_are_left_out(tmp_path: Path) -> None:
     store = open_dataset(made)
     assert len(store.episodes) == 5
     assert [(left.id, left.reason) for left in store.left_out] == [(f"{TASKS[1]}/traj_1", "success is false")]
-    with pytest.raises(DataError, match="episodes.success: has no attribute and no dataset 'succes'"):
+    with pytest.raises(DataError, match=r"episodes\.success: .*no attribute.*'succes'"):
         open_dataset(replace(made, episodes=EpisodesCard(success="succes")))
 
 

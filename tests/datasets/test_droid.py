@@ -41,7 +41,7 @@ def test_a_video_with_fewer_frames_than_rows_is_named_or_left_out(tmp_path: Path
     card = droid_files.write(tmp_path / "set", EVERYTHING[:2], cut=1)
     store = open_dataset(card)
     last = store.episodes[1].length - 1
-    with pytest.raises(DataError, match=r"111\.mp4: has \d+ frames, episode TRI\+1 has \d+ rows"):
+    with pytest.raises(DataError, match=r"111\.mp4: .*\d+ frames.*TRI\+1 .*\d+ rows"):
         store.image(1, last, "wrist")
     skipping = open_dataset(replace(card, episodes=EpisodesCard(on_bad="skip")))
     assert [e.id for e in skipping.episodes] == ["AUTOLab+0"]
@@ -62,7 +62,7 @@ def test_a_missing_video_metadata_or_camera_is_named(tmp_path: Path):
         open_dataset(replace(card, robot=replace(card.robot, cameras=(wrong,))))
     video = next((tmp_path / "set").rglob("20.mp4"))
     video.rename(video.with_suffix(".svo"))
-    with pytest.raises(DataError, match=r"camera 'ext1' has serial number 20; its video is missing \(100"):
+    with pytest.raises(DataError, match=r"camera 'ext1'.* 20.*missing \(100"):
         open_dataset(card)
     skipping = open_dataset(replace(card, episodes=EpisodesCard(on_bad="skip")))
     assert [e.id for e in skipping.episodes] == ["TRI+1"]

@@ -202,7 +202,7 @@ def test_gaps_in_the_episode_numbers_keep_their_numbers(version: str, tmp_path: 
     some = open_dataset(chosen)
     assert [e.id for e in some.episodes] == ["episode_000002", "episode_000020"]
     np.testing.assert_array_equal(some.state(1), EVERYTHING[5].state)
-    with pytest.raises(DataError, match=r"skip names episodes that are not there: \[1\]"):
+    with pytest.raises(DataError, match=r"skip.*not there: \[1\]"):
         open_dataset(replace(store.card, section=lerobot.Section(skip=(1,))))
 
 
@@ -349,14 +349,14 @@ def test_a_value_that_is_not_finite_is_refused_naming_episode_step_and_dimension
     write(tmp_path / "set", EVERYTHING)
     change_rows(tmp_path / "set", "action", put(2, [0.0, 0.0, value, 0.0]))
     store = open_dataset(tmp_path / "set")
-    with pytest.raises(DataError, match=r"episode 0: action holds (nan|inf) at step 2, dimension 2"):
+    with pytest.raises(DataError, match="episode 0: action .*(nan|inf).*step 2, dimension 2"):
         store.actions(0)
 
 
 def test_rows_of_another_width_are_refused(tmp_path: Path):
     write(tmp_path / "set", EVERYTHING)
     change_rows(tmp_path / "set", "action", put(2, [0.0, 0.0]))
-    with pytest.raises(DataError, match=r"action: rows hold \[2, 4\] values, info\.json says 4"):
+    with pytest.raises(DataError, match=r"action: .*\[2, 4\].*info\.json.* 4"):
         open_dataset(tmp_path / "set").actions(0)
 
 

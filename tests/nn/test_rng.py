@@ -1,7 +1,6 @@
 """Random numbers are decided by what names a row, and by nothing else."""
 
 import numpy as np
-import pytest
 import torch
 
 from vlafit.nn.rng import VALIDATION, SampleRng, rollout_rng, sample_rng
@@ -40,7 +39,8 @@ def test_noise_and_time_of_a_flow_policy_are_those_of_recorded_runs():
     for row, (epoch, index) in enumerate([(0, 5), (1, 2)]):
         generator = np.random.Generator(np.random.Philox(key=[1, index], counter=[0, 0, epoch, 0]))
         times = torch.from_numpy(generator.random(2) ** (1 / 1.5) * 0.999 + 0.001).float()
-        torch.testing.assert_close(time[:, row], times, rtol=1e-6, atol=0.0)
+        # Powers in float64 may differ in their last bit, and so may their rounding to float32: by 2^-23.
+        torch.testing.assert_close(time[:, row], times, rtol=2**-23, atol=0.0)
         values = generator.standard_normal((2, chunk, action_dim), np.float32)
         assert noise[:, row].equal(torch.from_numpy(values))
 
@@ -67,7 +67,7 @@ def test_noise_of_rollouts_is_decided_by_seed_task_episode_and_replan():
 def test_noise_of_rollouts_is_the_same_in_every_process():
     # Written down once; Python's own hash() would differ from process to process.
     written = [1.2458081245422363, 0.3818911015987396, 1.6331292390823364]
-    assert rollout_noise(EpisodeKey(7, "open", 2), 0, (1, 3))[0].tolist() == pytest.approx(written, abs=1e-7)
+    assert rollout_noise(EpisodeKey(7, "open", 2), 0, (1, 3))[0].tolist() == written
 
 
 def test_two_calls_draw_different_numbers():

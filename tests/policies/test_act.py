@@ -27,6 +27,10 @@ CONFIG = act.ActConfig(
     encoder_layers=2, vae_layers=2, latent=8, dropout=0.0,
 )  # fmt: skip
 TINY = act.SIZES["act-tiny"]
+# The recorded numbers are float32 of another CPU and torch. 17 convolutions and 16 other products in a row
+# sum up to 9 * 64 terms: 2 * 2^-24 * sqrt(33 * 576) = 1.6e-5 (tests/rounding.py), so 1e-5 is the stricter
+# bound. Gradients pass the network three times; they have the 1e-4 of all parity tests.
+RECORDED = {"rtol": 1e-5, "atol": 1e-5}
 RENAMED = (
     (r"^backbone\.layer(\d)", lambda m: f"vision.layers.{int(m[1]) - 1}"),
     (r"^backbone\.", "vision."),
@@ -123,7 +127,7 @@ def loss_of(policy: act.Act, batch: Batch, rng: SampleRng) -> tuple[Tensor, dict
     policy.__class__ = Wide
     sums, counts = policy.loss(batch, rng), policy.counts(batch, rng.draws)
     loss = sum((f * sums[name] / counts[name] for name, f in policy.terms().items()), torch.zeros(()))
-    return loss, {name: float(value) / counts[name] for name, value in sums.items()}
+    return loss, {name: value.item() / counts[name] for name, value in sums.items()}
 
 
 @pytest.mark.parametrize("variant", ["", "novae"])
@@ -132,7 +136,7 @@ def test_loss_terms_and_gradients_are_those_that_lerobot_recorded(variant: str):
     policy.train()
     loss, means = loss_of(policy, recorded_batch(io), recorded_rng(io))
     loss.backward()
-    torch.testing.assert_close(loss, io["out.loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, io["out.loss"], **RECORDED)
     assert means["l1"] == pytest.approx(numbers["train.l1_loss"], rel=1e-5)
     if not variant:
         assert means["kl"] == pytest.approx(numbers["train.kld_loss"], rel=1e-5)
@@ -154,7 +158,7 @@ def test_loss_terms_and_gradients_are_those_that_lerobot_recorded(variant: str):
 def test_without_padding_and_in_evaluation_mode_the_loss_is_the_recorded_one(variant: str):
     policy, io, _ = loaded(variant)
     loss, _ = loss_of(policy.train(), recorded_batch(io, masked=False), recorded_rng(io))
-    torch.testing.assert_close(loss, io["out.loss_no_pad"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, io["out.loss_no_pad"], **RECORDED)
     loss, _ = loss_of(policy.eval(), recorded_batch(io), recorded_rng(io))
     torch.testing.assert_close(loss, io["out.loss_eval"], rtol=1e-5, atol=1e-6)
 
@@ -164,7 +168,7 @@ def test_predicted_chunks_are_those_that_lerobot_recorded(variant: str):
     policy, io, _ = loaded(variant)
     policy.__class__ = Wide
     actions = policy.eval().act(recorded_batch(io), sample_rng([(0, 0), (0, 1)], seed=0))
-    torch.testing.assert_close(actions, io["out.predict_action_chunk"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actions, io["out.predict_action_chunk"], **RECORDED)
 
 
 def test_three_steps_of_adamw_follow_the_recorded_curve():
@@ -175,7 +179,8 @@ def test_three_steps_of_adamw_follow_the_recorded_curve():
     )
     for step in range(4):
         loss, _ = loss_of(policy, recorded_batch(io), recorded_rng(io))
-        assert loss.item() == pytest.approx(numbers[f"curve.{step}"], rel=1e-3), step
+        # Each of 4 steps adds the 1.6e-5 of a loss, and Adam's sign for gradients that are rounding itself.
+        assert loss.item() == pytest.approx(numbers[f"curve.{step}"], rel=1e-4), step
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -200,6 +205,7 @@ def test_the_loss_over_micro_batches_is_that_of_the_whole_batch():
     whole = mean_loss(policy.terms(), *sums_and_counts(slice(0, 4)))
     one, other = sums_and_counts(slice(0, 1)), sums_and_counts(slice(1, 4))
     sums, counts = ({n: a[n] + b[n] for n in a} for a, b in zip(one, other, strict=True))
+    # Kernels for other batch sizes sum in another order; the path of 33 products allows 1.6e-5 (RECORDED).
     assert mean_loss(policy.terms(), sums, counts) == pytest.approx(whole, rel=1e-5)
 
 
@@ -214,7 +220,7 @@ def test_what_is_masked_changes_neither_loss_nor_latent():
     batch.images[:, 1] = float("nan")
     after = policy.loss(batch, sample_rng([(0, i) for i in range(3)], seed=0))
     for name in ("l1", "kl"):
-        torch.testing.assert_close(after[name], before[name])
+        assert after[name].equal(before[name])
 
 
 def test_acting_draws_nothing_and_needs_neither_actions_nor_words():
@@ -299,4 +305,5 @@ def test_lora_on_every_layer_changes_nothing_until_it_learns_and_merges_back():
                 parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
     adapted = policy.act(batch, rng)
     assert (adapted - before).abs().max() > 1e-3
-    torch.testing.assert_close(vlafit.merge(policy).act(batch, rng), adapted, rtol=1e-4, atol=1e-5)
+    # A layer and its adapter round 4 times where the path (RECORDED) rounds once: 2 * 1.6e-5 = 3.2e-5.
+    torch.testing.assert_close(vlafit.merge(policy).act(batch, rng), adapted, rtol=3.2e-5, atol=1e-5)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.policies import reference
-from tests.policies.tiny import CLOSE, random_batch, random_draws, random_policy
+from tests.policies.tiny import CLOSE, ROUNDINGS, random_batch, random_draws, random_policy
+from tests.rounding import drift, unit_roundoff
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, unit_images
 from vlafit.policies import build_family, families, family, family_name, override
@@ -60,9 +61,12 @@ def test_gradients_of_shared_draws_are_the_mean_of_separate_ones(policy: Pi0):
     policy.zero_grad()
     for n, t in zip(noise, time, strict=True):
         (policy.flow_loss(batch, n, t)["loss"] / len(noise)).backward()
+    # Forward, backward to inputs and backward to weights: 1.3e-5 of the largest gradient, which is 0.35.
+    largest = max(float(gradient.abs().max()) for gradient in together.values())
+    bound = min(drift(unit_roundoff(torch.float32), 3 * ROUNDINGS, largest), 1e-5)
     for name, parameter in policy.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(together[name], parameter.grad, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(together[name], parameter.grad, atol=bound, rtol=0)
 
 
 def test_missing_cameras_and_padding_may_be_dropped_or_masked_alike(policy: Pi0):
@@ -74,7 +78,7 @@ def test_missing_cameras_and_padding_may_be_dropped_or_masked_alike(policy: Pi0)
     assert trimmed.images.shape[1] == 1
     assert trimmed.tokens.shape[1] == 8
     expected = policy.velocity(batch, noise, time)
-    torch.testing.assert_close(policy.velocity(trimmed, noise, time), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.velocity(trimmed, noise, time), expected, **CLOSE)
 
 
 def test_what_is_masked_has_no_influence(policy: Pi0):
@@ -157,9 +161,10 @@ def test_with_an_all_true_mask_the_loss_is_the_plain_mean(policy: Pi0):
     expected = (noise - batch.actions - policy.velocity(batch, noise, time)).square().mean()
     for mask in (None, torch.ones_like(batch.actions, dtype=torch.bool)):
         got = policy.flow_loss(replace(batch, action_mask=mask), noise, time)
-        torch.testing.assert_close(got["loss"], expected, atol=1e-6, rtol=1e-6)
+        # 240 squares, summed in another order: sqrt(240) * 2^-24 = 9e-7 of the loss.
+        torch.testing.assert_close(got["loss"], expected, atol=0, rtol=1e-6)
         assert got["mask_sum"] == noise.numel()
-        torch.testing.assert_close(got["error_sum"] / got["mask_sum"], got["loss"])
+        torch.testing.assert_close(got["error_sum"] / got["mask_sum"], got["loss"], atol=0, rtol=1e-6)
 
 
 def test_targets_under_a_false_mask_do_not_influence_the_loss(policy: Pi0):
@@ -168,7 +173,8 @@ def test_targets_under_a_false_mask_do_not_influence_the_loss(policy: Pi0):
     mask = torch.rand(batch.actions.shape, generator=torch.Generator().manual_seed(3)) > 0.4
     noise, time = random_draws(policy.config)
     before = policy.flow_loss(replace(batch, action_mask=mask), noise, time)
-    # Move actions and noise such that x_t stays, and with it what the network sees; only targets change.
+    # Move actions (by up to 500, where 1 - t is 0.01) and noise such that x_t stays, and with it what the
+    # network sees; only targets change.
     t = time[..., None, None]
     moved = noise + torch.where(mask, 0.0, 5.0)
     actions = batch.actions - torch.where(mask, 0.0, 5.0) * t / (1 - t)
@@ -177,7 +183,8 @@ def test_targets_under_a_false_mask_do_not_influence_the_loss(policy: Pi0):
         other = replace(batch, actions=actions[k], action_mask=mask)
         a = policy.flow_loss(one, noise[k], time[k])["error_sum"]
         b = policy.flow_loss(other, moved[k], time[k])["error_sum"]
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+        # x_t rounds by (0.01 * 500 + 9) * 2^-24 = 8e-7; 60 squares of up to 3^2 move by 2 * 3 * 8e-7 each.
+        torch.testing.assert_close(a, b, atol=3e-4, rtol=0)
     assert before["mask_sum"] == mask.sum() * len(noise)
 
 
@@ -255,6 +262,8 @@ def test_under_bfloat16_autocast_the_velocity_stays_near_and_float32(policy: Pi0
         with torch.autocast("cpu", dtype=torch.bfloat16):
             near = policy.velocity(batch, noise, time)
     assert near.dtype == torch.float32
+    # 8 * 4 products round input, weight and output by 2^-9 / sqrt(3): sqrt(96) * 1.1e-3 = 1.1e-2, or 1.2e-4
+    # in squares; `drift` allows 12 times that, so 1e-3 is the stricter bound.
     assert (near - exact).square().mean() < 1e-3 * exact.square().mean()
 
 
@@ -285,7 +294,7 @@ def test_fresh_parts_are_drawn_and_the_rest_left_alone():
     changed = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(drawn)
     assert changed == {n for n in before if n.startswith(("expert.", "action_"))}
-    with pytest.raises(ConfigError, match=r"'expret' is no part of the policy \(expert, language"):
+    with pytest.raises(ConfigError, match=r"'expret'.*\(expert, language"):
         init_weights(policy, torch.Generator(), ("expret",))
 
 
@@ -344,7 +353,7 @@ def test_noise_time_and_steps_that_do_not_fit_are_refused():
     policy = random_policy("pi0-tiny")
     batch = random_batch(policy.config)
     noise, time = random_draws(policy.config)
-    with pytest.raises(CodecError, match=r"noise has shape \(4, 3, 3, 5\)"):
+    with pytest.raises(CodecError, match=r"noise.*\(4, 3, 3, 5\)"):
         policy.flow_loss(batch, noise[:, :, :3], time)
     with pytest.raises(CodecError, match=r"time has shape \(3,\).*\(4, 3\)"):
         policy.flow_loss(batch, noise, time[0])
@@ -376,9 +385,9 @@ def test_families_are_found_by_name_or_dotted_path():
     assert family_name(build(SIZES["pi0-tiny"])) == "pi0"
     policy = build_family("pi0", "pi0-tiny", {"vision.depth": 1, "chunk": 7})
     assert (policy.config.vision.depth, policy.config.chunk) == (1, 7)
-    with pytest.raises(ConfigError, match="no policy family 'pi1'; did you mean 'pi0'"):
+    with pytest.raises(ConfigError, match="family 'pi1'.*'pi0'"):
         build_family("pi1", "pi0-tiny")
-    with pytest.raises(ConfigError, match="no size 'pi0-tine'; did you mean 'pi0-tiny'"):
+    with pytest.raises(ConfigError, match="size 'pi0-tine'.*'pi0-tiny'"):
         build_family("pi0", "pi0-tine")
     with pytest.raises(ConfigError, match="does not define Config, SIZES"):
         build_family("vlafit.errors")

@@ -37,7 +37,7 @@ def test_missing_cameras_and_padding_may_be_dropped_or_masked_alike(policy: Smol
     trimmed = batch.trim(multiple=4)
     assert (trimmed.images.shape[1], trimmed.tokens.shape[1]) == (1, 8)
     expected = policy.velocity(batch, noise, time)
-    torch.testing.assert_close(policy.velocity(trimmed, noise, time), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.velocity(trimmed, noise, time), expected, **CLOSE)
 
 
 def test_what_is_masked_has_no_influence(policy: SmolVLA):
@@ -111,7 +111,8 @@ def test_a_frozen_backbone_gives_the_projections_of_the_state_the_same_gradient(
     for part in (policy.vision, policy.projector, policy.language):
         part.requires_grad_(False)
     policy.flow_loss(batch, *draws)["loss"].backward()
-    torch.testing.assert_close(policy.state_proj.weight.grad, expected, atol=1e-6, rtol=1e-5)
+    # Forward and backward round as in test_pi0: 1.3e-5 of gradients of 2e-3 are 2.8e-8.
+    torch.testing.assert_close(policy.state_proj.weight.grad, expected, atol=1e-7, rtol=1e-5)
     assert all(p.grad is None for p in policy.language.parameters())
 
 

@@ -272,7 +272,7 @@ def test_another_renderer_is_told_and_the_evaluation_goes_on(
 
 
 def test_an_evaluation_never_starts_where_a_demonstration_did(protocol: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"2 seeds of task 'right'.*\(102, 103\).*another first_seed"):
+    with pytest.raises(ConfigError, match=r"2 seeds.*'right'.*\(102, 103\).*first_seed"):
         evaluate(Trained(seeds={"left": {5}, "right": range(102, 200)}), protocol(), tmp_path)
     fine = evaluate(Trained(seeds={"right": {102}}), protocol(), tmp_path, videos=0, trials=2)
     assert fine.overall.episodes == 4

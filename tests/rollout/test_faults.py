@@ -92,7 +92,7 @@ def test_the_time_limit_belongs_to_the_protocol_and_decides_no_result(protocol: 
     got = evaluate(Obedient(), hanging, tmp_path, workers=1, videos=0)
     assert "did not answer within 3 s" in str(next(r.error for r in got.records if r.error))
     assert hanging.sha256() == replace(hanging, timeout_s=60.0).sha256()
-    with pytest.raises(ConfigError, match=r"timeout_s: must be a positive number, is 0\.0"):
+    with pytest.raises(ConfigError, match=r"timeout_s: .*positive.* 0\.0"):
         protocol(timeout_s=0.0)
 
 

@@ -64,12 +64,12 @@ def test_what_is_missing_or_of_another_evaluation_is_not_merged(
     records = copy / "shard-2-of-2" / "episodes.jsonl"
     kept = records.read_text()
     records.write_text("".join(kept.splitlines(keepends=True)[:-1]))
-    with pytest.raises(ConfigError, match="1 of 8 episodes .*task right, seed 103"):
+    with pytest.raises(ConfigError, match="1 of 8 .*right, seed 103"):
         merge(copy)
     records.write_text(kept)
     header = copy / "shard-2-of-2" / "evaluation.json"
     header.write_text(header.read_text().replace('"Obedient"', '"Other"'))
-    with pytest.raises(ConfigError, match="not of one evaluation: actor: Obedient and Other"):
+    with pytest.raises(ConfigError, match="actor: Obedient .*Other"):
         merge(copy)
     assert not (copy / "result.json").exists()
 

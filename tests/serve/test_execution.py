@@ -46,7 +46,7 @@ def test_while_a_chunk_is_awaited_the_one_before_it_is_executed(mode: str) -> No
 
 
 def test_a_chunk_that_ends_before_the_next_one_is_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"a chunk has 6 steps, and 5 .replan. \+ 2 .delay.*at most 4"):
+    with pytest.raises(ConfigError, match=r"6 steps.* 5 .replan. \+ 2 .delay.*at most 4"):
         played(Execution(replan=5, delay=2), 1)
     played(Execution(replan=4, delay=2), 3)
 
@@ -123,7 +123,7 @@ def test_a_step_that_is_too_far_is_shortened() -> None:
 
 def test_stop_names_the_joint_the_value_and_what_is_permitted() -> None:
     limits = Limits.of(ROBOT, "stop", change=0.5)
-    with pytest.raises(EmbodimentError, match=r"elbow 1\.5, permitted from -0\.5 to 0\.5"):
+    with pytest.raises(EmbodimentError, match=r"elbow 1\.5.* -0\.5 to 0\.5"):
         limits.apply(np.float32([0, 1.5, 0]), np.zeros(3, np.float32))
 
 
@@ -138,5 +138,5 @@ def test_a_robot_without_limits_is_not_called_safe() -> None:
     with pytest.raises(EmbodimentError, match="declares no limits.*data card"):
         Limits.of(bare)
     short = dataclasses.replace(ROBOT, action=dataclasses.replace(ROBOT.action, low=(0.0,)))
-    with pytest.raises(EmbodimentError, match=r"action\.low has 1 values for 3 dimensions"):
+    with pytest.raises(EmbodimentError, match=r"action\.low .*1 values.* 3"):
         Limits.of(short)

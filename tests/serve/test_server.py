@@ -141,7 +141,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
         url = f"ws://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(RemoteError, match=f"{url}: cannot be reached.*vlafit serve"):
             connect(url)
-    with pytest.raises(RemoteError, match="no address of a server; write ws://HOST:PORT"):
+    with pytest.raises(RemoteError, match="address.*ws://HOST:PORT"):
         connect("localhost:8000")
 
 
@@ -377,7 +377,7 @@ def test_a_frame_that_is_too_large_ends_its_connection_alone(serve: Serve) -> No
     running = serve(max_frame=2048)
     large = [seen(i) for i in range(20)]
     with connect(running.address) as small, connect(running.address) as remote:
-        with pytest.raises(RemoteError, match="more than the server reads at once.*--max-frame"):
+        with pytest.raises(RemoteError, match="more than the server reads.*--max-frame"):
             remote.act(large, [EpisodeKey(i, "pick", 0) for i in range(20)])
         assert len(small.act([seen()], [EpisodeKey(0, "pick", 0)])) == 1
 
@@ -470,7 +470,7 @@ def test_a_host_that_others_can_reach_needs_a_token() -> None:
 def test_what_cannot_be_served_is_refused_before_anybody_connects(serve: Serve) -> None:
     with pytest.raises(EmbodimentError, match="no camera 'top'"):
         serve(names={"observation/image": "top"})
-    with pytest.raises(ConfigError, match="real_time needs a policy that can continue"):
+    with pytest.raises(ConfigError, match="real_time .*can continue"):
         serve(execution=Execution("real_time"))
     with pytest.raises(ConfigError, match="a chunk has 6 steps"):
         serve(execution=Execution(replan=5, delay=2))

@@ -116,7 +116,7 @@ def test_errors_remove_a_pair_and_not_a_start() -> None:
     assert two_way_interval(pairs) is None and paired_interval(pairs)[0] < 2 / 3
     assert Pairs.of([{"a": True}], [{"b": True}]).starts == 0
     assert paired_interval(Pairs.of([{"a": True}], [{"b": True}])) == (-1.0, 1.0)
-    with pytest.raises(ValueError, match="1 training seeds on one side, 2"):
+    with pytest.raises(ValueError, match="1 training seeds.* 2"):
         Pairs.of(first[:1], second)
 
 

@@ -31,7 +31,7 @@ def one(tmp_path: Path) -> sweep.Sweep:
 def test_workers_that_always_die_are_given_up_with_the_place_of_their_log(one: sweep.Sweep) -> None:
     lines: list[str] = []
     dies = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    with pytest.raises(VlafitError, match=r"2 of 2 trials .* worker 0 died 6 times.*SIGKILL") as raised:
+    with pytest.raises(VlafitError, match="2 of 2 trials .*worker 0 .*6 times.*SIGKILL") as raised:
         sweep.run(one, "study.toml", workers=2, worker_command=lambda: dies, tell=lines.append)
     assert str(one.folder / "logs" / "worker-0.log") in str(raised.value)
     assert len(lines) == 12 and all("died: ended by SIGKILL" in line for line in lines)

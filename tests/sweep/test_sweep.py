@@ -270,14 +270,14 @@ def test_a_value_that_an_adapter_cannot_have_is_refused(
 def test_all_that_no_trial_could_be_is_named_at_once(recipe: Recipe, tmp_path: Path) -> None:
     search = {"optim.lr": Dimension(low=-1.0, high=1.0), "rule.rank": Dimension(choices=(0, 4))}
     asked = sweep.Sweep(replace(recipe, strategy="lora"), Study(search), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"- optim\.lr = -1\.0: (.|\n)*- rule\.rank = 0: "):
+    with pytest.raises(ConfigError, match=r"optim\.lr = -1\.0: (.|\n)*rule\.rank = 0: "):
         sweep.run(asked, "study.toml")
 
 
 def test_values_that_are_possible_with_some_of_the_others_are_searched(recipe: Recipe) -> None:
     search = {"rule.rank": Dimension(choices=(8, 24)), "rule.target_rank": Dimension(choices=(4, 12))}
     check(Study(search), replace(recipe, strategy="adalora"), "here")
-    with pytest.raises(ConfigError, match=r"target_rank = 24: .*a mean of `target_rank` 24"):
+    with pytest.raises(ConfigError, match="target_rank = 24: .*mean.*`target_rank` 24"):
         search["rule.target_rank"] = Dimension(choices=(4, 24))
         check(Study(search), replace(recipe, strategy="adalora"), "here")
 

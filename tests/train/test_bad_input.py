@@ -56,7 +56,7 @@ def test_a_value_that_cannot_train_is_refused(
 
 def test_a_batch_must_divide_over_the_processes(recipe: Recipe) -> None:
     check(recipe, 4)
-    with pytest.raises(VlafitError, match=r"batch_size 4 is not a multiple of .* x processes 3; use 3"):
+    with pytest.raises(VlafitError, match="batch_size 4 .*multiple of .*processes 3; .*3"):
         check(recipe, 3)
 
 
@@ -169,7 +169,7 @@ def test_two_cards_must_show_one_robot(card: Path, tmp_path: Path) -> None:
     shutil.copytree(card.parent, tmp_path / "data")
     other = tmp_path / "data" / card.name
     other.write_text(card.read_text().replace("hz = 10.0", "hz = 20.0").replace('"dots"', '"fast"', 1))
-    with pytest.raises(VlafitError, match=r"(?s)card 'fast'.*rate in Hz: 20\.0 here, 10\.0 there"):
+    with pytest.raises(VlafitError, match=r"(?s)card 'fast'.*Hz: 20\.0 .*10\.0"):
         run(tiny(card, data={"cards": (str(card), str(other))}), tmp_path / "run")
 
 
@@ -273,7 +273,7 @@ def test_a_folder_with_other_things_in_it_is_refused(recipe: Recipe, tmp_path: P
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("do not lose me")
     for resume in (False, True):
-        with pytest.raises(VlafitError, match="not empty and does not hold a run"):
+        with pytest.raises(VlafitError, match="not empty.*not hold a run"):
             run(recipe, tmp_path / "run", resume=resume)
 
 

@@ -85,7 +85,7 @@ def test_lora_learns_in_pi0_and_not_behind_the_closed_norms_of_a_fresh_pi05() ->
     policy, plan = taught("pi0-tiny", "lora")
     steps(policy, plan, lambda _: batch(policy.config))
     policy, plan = taught("pi05-tiny", "lora")
-    with pytest.raises(TrainingError, match="frozen matrices are zero, such as expert.*norm") as error:
+    with pytest.raises(TrainingError, match="frozen matrices are zero.* expert.*norm") as error:
         steps(policy, plan, lambda _: batch(policy.config))
     (missing,) = tomllib.loads(str(error.value).split("if there are stages):")[1].split("Otherwise")[0])[
         "rule"
@@ -122,7 +122,7 @@ def test_cameras_may_be_missing_for_two_steps_and_not_for_three() -> None:
     policy, plan = taught("pi0-tiny", "all")
     steps(policy, plan, lambda step: batch(policy.config, cameras=step == 3))
     policy, plan = taught("pi0-tiny", "all")
-    with pytest.raises(TrainingError, match=r"exactly zero in the first 3 steps") as error:
+    with pytest.raises(TrainingError, match="zero in the first 3 steps") as error:
         steps(policy, plan, lambda _: batch(policy.config, cameras=False))
     message = str(error.value)
     assert "vision, conv: 2 tensors" in message and "language" not in message and "a camera" in message
@@ -139,9 +139,7 @@ def test_a_run_that_began_in_the_midst_of_the_three_steps_is_not_judged() -> Non
 
 def test_a_run_whose_projections_lie_behind_closed_norms_ends_and_says_so(card: Path, tmp_path: Path) -> None:
     fresh = {"family": "pi0", "size": "pi05-tiny", "config": {"max_tokens": 40}}
-    with pytest.raises(
-        TrainingError, match=r"4 of the 8 trainable tensors .*\n  projections, linear: 4 .*time_mlp_in"
-    ):
+    with pytest.raises(TrainingError, match=r"4 of the 8 .*\n  projections, linear: 4 .*time_mlp_in"):
         run(tiny(card, strategy="projections", policy=fresh), tmp_path / "run")
     assert run(
         tiny(card, strategy="progressive", policy=fresh, train={"steps": 10}), tmp_path / "all"

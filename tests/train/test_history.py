@@ -87,7 +87,7 @@ def test_a_checkpoint_is_not_evaluated_from_starts_that_it_learned_from(
     toy.write_text(
         text.replace("first_seed = 100", f"first_seed = {first}").replace("trials = 2", "trials = 4")
     )
-    with pytest.raises(ConfigError, match=r"1 seeds of task 'left' .*recorded demonstrations"):
+    with pytest.raises(ConfigError, match="1 seeds.*'left' .*demonstrations"):
         evaluate(load_actor(base), toy, tmp_path / "eval", workers=1, videos=0)
     assert not (tmp_path / "eval").exists()
 
@@ -109,7 +109,7 @@ def test_partners_with_one_sentence_are_refused_at_the_beginning(seeded: Path, t
     text = (seeded.parent / "toy.toml").read_text().replace('["left", "right"]', '["left", "left-again"]')
     toy.write_text(text.split("[swapped]")[0] + '[swapped]\nleft = "left-again"\n')
     recipe = tiny(seeded, eval={"protocol": str(toy), "wrong_instruction": True})
-    with pytest.raises(ConfigError, match=r"'left' and 'left-again' have the same instruction"):
+    with pytest.raises(ConfigError, match="'left' .*'left-again' .*same instruction"):
         run(recipe, tmp_path / "run")
 
 

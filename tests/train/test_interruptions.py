@@ -189,9 +189,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(recipe: Recipe, whole: Pat
 
 def test_a_changed_recipe_is_refused_by_the_name_of_the_field(recipe: Recipe, whole: Path) -> None:
     changed = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr=0.5))
-    with pytest.raises(
-        TrainingError, match=r"cannot resume with another recipe; changed: optim\.lr was 0\.001, is now 0\.5"
-    ):
+    with pytest.raises(TrainingError, match=r"resume.*changed: optim\.lr .*0\.001.* 0\.5"):
         run(changed, whole, resume=True)
 
 
@@ -256,7 +254,7 @@ def test_data_that_is_cut_while_a_run_trains_on_it_is_one_sentence(
         for file in (tmp_path / "data" / "dots").iterdir():
             os.truncate(file, 4096)
 
-    with pytest.raises(DataError, match=r"demo.hdf5: changed since the dataset was opened .*now 4,096"):
+    with pytest.raises(DataError, match=r"demo\.hdf5: changed.* 4,096"):
         run(moved, tmp_path / "run", callbacks=Until(1, cut))
 
 
@@ -266,7 +264,7 @@ def test_another_strategy_of_the_same_name_is_refused(recipe: Recipe, tmp_path: 
     mine = dataclasses.replace(recipe, strategy=str(rules))
     half(mine, tmp_path / "run")
     rules.write_text(rules.read_text().replace('mode = "full"', 'mode = "full"\nlr = 2.0'))
-    with pytest.raises(TrainingError, match="strategy .* changed since the run began"):
+    with pytest.raises(TrainingError, match="strategy .* changed since"):
         run(mine, tmp_path / "run", resume=True)
 
 
@@ -295,7 +293,7 @@ def test_a_state_to_resume_from_must_be_there_and_whole_before_anything_is_remov
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    with pytest.raises(TrainingError, match="no training state of step 5; available: 6, 8"):
+    with pytest.raises(TrainingError, match="training state of step 5; available: 6, 8"):
         run(recipe, out, resume_from=5)
     (out / "checkpoints" / "step_000006" / "training" / "state.safetensors").write_bytes(b"half")
     with pytest.raises(TrainingError, match="no earlier training state.*--out"):

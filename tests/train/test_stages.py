@@ -297,7 +297,7 @@ def test_validation_may_not_change_on_resume_where_it_decides_about_stages(
     def other(one: Recipe) -> Recipe:
         return replace(one, train=replace(one.train, validate_every=4))
 
-    with pytest.raises(TrainingError, match=r"changed: train\.validate_every was 1, is now 4"):
+    with pytest.raises(TrainingError, match=r"changed: train\.validate_every .*1.* 4"):
         run(other(plateau[0]), plateau[1], resume=True)
     shutil.copytree(whole, tmp_path / "run")
     assert run(other(recipe), tmp_path / "run", resume=True).finished
@@ -325,7 +325,7 @@ def test_a_training_state_from_before_there_were_stages_is_resumed(card: Path, t
 
     path = tmp_path / "new/checkpoints/step_000004/training/state.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(TrainingError, match="format 3; this version reads 2 and 1"):
+    with pytest.raises(TrainingError, match="format 3; .*2 and 1"):
         run(recipe, tmp_path / "new", resume=True)
 
 
@@ -389,7 +389,7 @@ def test_a_stage_that_can_never_begin_is_refused(
 
 def test_an_unreachable_stage_is_refused_before_anything_is_written(card: Path, tmp_path: Path) -> None:
     late = staged(card, tmp_path, STAGED.replace("0.67", "0.3"))
-    with pytest.raises(StrategyError, match=r"stage 3 \(all\) .* stage 2 \(expert alone\) at step 4"):
+    with pytest.raises(StrategyError, match=r"stage 3 \(all\) .*stage 2 .*at step 4"):
         run(late, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.toml").exists()
 

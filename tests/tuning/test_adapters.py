@@ -190,7 +190,9 @@ def test_dora_from_factors_is_pefts_dora_in_outputs_and_gradients():
     assert any(isinstance(m, FactoredDoraLayer) for m in policy.modules())
     assert any(type(m) is DoraLinearLayer for m in theirs.modules())
     assert not any(isinstance(m, FactoredDoraLayer) for m in theirs.modules())
-    torch.testing.assert_close(velocity(policy), velocity(theirs), atol=1e-5, rtol=1e-5)
+    unit, roundings = unit_roundoff(torch.float32), ROUNDINGS * ADAPTED_PATH * TERMS
+    bound = drift(unit, roundings, velocity(theirs).abs().max())
+    torch.testing.assert_close(velocity(policy), velocity(theirs), atol=min(bound, 1e-5), rtol=0)
     for each in (policy, theirs):
         enter_only_adapters(each)
         train(each, steps=1, lr=0.0)
@@ -424,7 +426,7 @@ def test_a_strategy_is_a_name_a_path_or_rules_and_nothing_else(tmp_path: Path):
 def test_a_rank_that_cannot_be_meant_or_made_is_refused_and_one_beyond_layers_is_told(caplog):
     big = {"select": {"kind": ["attention", "mlp"]}, "rank": 100_000}
     for mode in ("lora", "dora", "loha", "adalora", "miss"):
-        with pytest.raises(StrategyError, match=r"`rank` 100000 .*\.weight .* at most \d+"):
+        with pytest.raises(StrategyError, match=r"`rank` 100000 .*\.weight .*at most \d+"):
             preview(make_policy(), strategy({**big, "mode": mode}, REST))
     with pytest.raises(StrategyError, match="`rank` 17 .*vision.* at most 16"):
         preview(make_policy(), strategy({**big, "mode": "miss", "rank": 17}, REST))
@@ -631,5 +633,5 @@ def test_layer_by_layer_stages_that_would_begin_after_the_run_are_refused_at_onc
     top = {"select": {"part": "expert", "layers": "top"}, "mode": "full"}
     late = {"begin": {"fraction": 0.5}, "layer_by_layer": 1, "every": {"fraction": 0.4}, "rule": [top, REST]}
     first = {"rule": [{"select": {"part": "projections"}, "mode": "full"}, REST]}
-    with pytest.raises(StrategyError, match="stage 4 .layers, top 3. would begin at 130% of the steps"):
+    with pytest.raises(StrategyError, match="stage 4 .layers, top 3. .*130%"):
         preview(make_policy(), parse({"stage": [first, late]}, name="mine", where="mine"))

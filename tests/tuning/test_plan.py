@@ -78,8 +78,8 @@ def test_a_rule_multiplies_the_learning_rate_and_replaces_the_weight_decay(polic
     rules = [{"select": {"part": "vision"}, "mode": "full", "lr": 0.1, "weight_decay": 0.5}, {"mode": "full"}]
     groups = apply_strategy(policy, rules).groups(policy, OPTIM)
     by_name = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
-    assert by_name["vision.weight"] == (pytest.approx(0.001), 0.5)
-    assert by_name["vision.bias"] == (pytest.approx(0.001), 0.0)
+    assert by_name["vision.weight"] == (pytest.approx(0.001, rel=2**-51), 0.5)
+    assert by_name["vision.bias"] == (pytest.approx(0.001, rel=2**-51), 0.0)
     assert by_name["expert.0.mlp.weight"] == (0.01, 0.1)
 
 
@@ -115,7 +115,9 @@ def test_the_table_shows_the_range_of_learning_rates_that_a_rule_gives(policy: T
     assert [(row.lr_lowest, row.lr) for row in plan.table] == [(0.25, 2.0), (0.3, 0.3), (0.0, 0.0)]
     assert " 0.25..2 " in plan_table(plan.rows()) and " 0.3 " in plan_table(plan.rows())
     staged = {"stage": [{"lr": 0.1, "rule": rules}]}
-    assert preview(ToyPolicy(), parse(staged, name="mine", where="test")).table[0].lr == pytest.approx(0.2)
+    assert preview(ToyPolicy(), parse(staged, name="mine", where="test")).table[0].lr == pytest.approx(
+        0.2, rel=2**-51
+    )
 
 
 def test_a_plan_that_was_saved_before_its_table_had_ranges_is_read(policy: ToyPolicy):
@@ -174,7 +176,7 @@ def test_a_strategy_that_trains_nothing_is_an_error_and_leaves_the_policy_alone(
 
 
 def test_weight_decay_for_what_never_decays_is_an_error(policy: ToyPolicy):
-    with pytest.raises(StrategyError, match=r"rule 1 \(norm\) sets weight_decay.*norms, biases, embeddings"):
+    with pytest.raises(StrategyError, match=r"rule 1 \(norm\) .*weight_decay.*norms, biases"):
         apply_strategy(
             policy, [{"select": {"kind": "norm"}, "mode": "full", "weight_decay": 0.1}, {"mode": "full"}]
         )

@@ -76,7 +76,7 @@ def test_a_layer_range_past_the_last_layer_is_an_error_that_says_how_many_there_
 ):
     with pytest.raises(
         StrategyError,
-        match=f"layers '{layers}' goes past the 4 layers|matches nothing.*expert 4|Layers there: expert 4",
+        match=f"'{layers}' goes past the 4|matches nothing.*expert 4|Layers there: expert 4",
     ):
         taken(policy, {"part": "expert", "layers": layers})
 
@@ -103,9 +103,7 @@ def test_an_uncovered_parameter_is_an_error_that_names_it(policy: ToyPolicy):
 
 
 def test_a_rule_that_matches_nothing_is_an_error_that_says_what_there_is(policy: ToyPolicy):
-    with pytest.raises(
-        StrategyError, match=r"rule 1 \(vision, attention; full\) matches nothing(.|\n)*Kinds there: conv"
-    ):
+    with pytest.raises(StrategyError, match=r"rule 1 \(vision, attention; full\) (.|\n)*Kinds there: conv"):
         preview(
             policy,
             strategy({"select": {"part": "vision", "kind": "attention"}, "mode": "full"}, {"mode": "full"}),
@@ -125,7 +123,7 @@ def test_a_wholly_shadowed_rule_is_an_error_that_names_what_shadows_it(policy: T
         {"select": {"part": "expert", "kind": "mlp"}, "mode": "frozen"},
         REST,
     )
-    with pytest.raises(StrategyError, match=r"rule 2 \(expert, mlp; frozen\) .* rule 1 \(expert\)"):
+    with pytest.raises(StrategyError, match=r"rule 2 \(expert, mlp; frozen\) .*rule 1 \(expert\)"):
         preview(policy, strategy(*rules))
 
 
@@ -187,9 +185,7 @@ def _without_false(values: dict) -> dict:
 
 
 def test_top_layers_belong_to_stages_and_name_parts_that_have_layers(policy: ToyPolicy):
-    with pytest.raises(
-        StrategyError, match=r'rule 1: `layers = "top"` .* `layer_by_layer`; here write "first 3"'
-    ):
+    with pytest.raises(StrategyError, match='rule 1: `layers = "top"` .*`layer_by_layer`.*"first 3"'):
         strategy({"select": {"part": "expert", "layers": "top"}, "mode": "full"}, REST)
     top = [{"select": {"part": ["language", "expert"], "layers": "top"}, "mode": "full"}, REST]
     staged = {"stage": [{"layer_by_layer": 2, "every": {"step": 5}, "rule": top}]}

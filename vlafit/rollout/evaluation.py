@@ -9,25 +9,16 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol as Structure
-from typing import runtime_checkable
 
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.rollout import memory
-from vlafit.rollout.against import (
-    ALPHA,
-    Earlier,
-    Start,
-    compare,
-    read_earlier,
-    require_comparable,
-    stop_after,
-)
+from vlafit.rollout.against import Earlier, Start, compare, require_comparable
 from vlafit.rollout.env_pool import EnvPool
-from vlafit.rollout.evaluation_folder import FORMAT, EvaluationFolder, Record, Result
+from vlafit.rollout.evaluation_folder import EvaluationFolder, Record, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
+from vlafit.rollout.prepared import prepare, tasks_of
 from vlafit.rollout.protocol import (
     AT_MOST,
     WIDTH,
@@ -40,26 +31,12 @@ from vlafit.rollout.protocol import (
 )
 from vlafit.rollout.shards import Shard
 from vlafit.rollout.worker import Ready
-from vlafit.types import Actor, Embodiment, GuidedActor, renderer_notice, require_same
+from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 1024  # environment processes
 IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
-
-
-@runtime_checkable
-class TrainedActor(Actor, Structure):
-    """An actor trained on one robot, which knows the robot and the seeds it was trained on."""
-
-    embodiment: Embodiment
-    width: int
-    seeds: Mapping[str, Collection[int]]  # task -> seeds of the demonstrations it was trained on
-
-    def fingerprint(self) -> str:
-        """Return all that decides its actions, including the checkpoint's hash."""
-        ...
-
 
 Progress = Callable[[int, int, Record], None]
 """Called with (episodes that have ended, total episodes, the last record)."""
@@ -102,56 +79,35 @@ def evaluate(
     first episode if actor, protocol and environment are incompatible.
     """
     started = time.monotonic()
-    if not isinstance(protocol, Protocol):
-        protocol = load_protocol(protocol)
     for name, value, most in (("workers", workers, MOST_WORKERS), ("trials", trials, AT_MOST["trials"])):
         if value is not None and value > most:
             raise ConfigError(f"evaluation: {name} must be at most {most}, not {value}")
     for name, value, least in (("workers", workers, 0), ("videos", videos, 0), ("trials", trials, 1)):
         if value is not None and value < least:
             raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")
-    tasks = _tasks(protocol, wrong_instruction)
-    execution = _execution(execution, protocol, actor)
-    trained = _trained(actor)
-    require_unseen(protocol, trials, trained.seeds if trained else {})
-    robot = trained.embodiment if trained else None
-    if trained:
-        protocol = dataclasses.replace(protocol, width=trained.width)
-    starts = [(task, seed) for task in tasks for seed in protocol.seeds(trials)]
-    rival = _rival(against, protocol, wrong_instruction, starts, stop_early, shard)
-    folder = EvaluationFolder(
-        Path(out) / shard.folder if shard else Path(out),
-        {
-            "format": FORMAT,
-            "protocol": protocol.to_json(),
-            "protocol_sha256": protocol.sha256(),
-            "actor": trained.fingerprint() if trained else type(actor).__name__,
-            "tasks": list(tasks),
-            "trials": trials or protocol.trials,
-            "wrong_instruction": wrong_instruction,
-            **({"execution": dataclasses.asdict(execution)} if execution else {}),
-            **({"shard": [shard.number, shard.count]} if shard else {}),
-            **({"stop_early": {"against": rival.sha256(), "alpha": ALPHA}} if rival and stop_early else {}),
-        },
+    prepared = prepare(
+        actor,
+        protocol if isinstance(protocol, Protocol) else load_protocol(protocol),
+        trials=trials,
+        wrong_instruction=wrong_instruction,
+        execution=execution,
+        shard=shard,
+        against=against,
+        stop_early=stop_early,
     )
+    protocol, robot = prepared.protocol, prepared.robot
+    folder = EvaluationFolder(Path(out) / shard.folder if shard else Path(out), prepared.identity())
     folder.open(resume)
-    wanted = _share(starts, shard)
+    wanted, order = prepared.wanted, prepared.order
     done = {(record.task, record.seed): record for record in folder.records()}
-    # Seed by seed, so that every task has its share of the episodes before a stop.
-    order = sorted(wanted, key=lambda start: start[1]) if stop_early else wanted
-
-    def stopped() -> int | None:
-        outcomes = {start: record.success for start, record in done.items()}
-        return stop_after(order, outcomes, rival) if rival and stop_early else None
-
     remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]
-    if (remaining and stopped() is None) or not folder.is_described:
+    if (remaining and prepared.end(done) is None) or not folder.is_described:
         folder.reopen()
         with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
             ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
             _require_playable(protocol, ready, robot, wrong_instruction)
             folder.describe(ready, _renderer_notice(robot, ready.embodiment))
-            width = trained.width if trained else IN_FLIGHT
+            width = prepared.trained.width if prepared.trained else IN_FLIGHT
             in_flight = min(width, len(remaining))
             pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))
             requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
@@ -159,7 +115,7 @@ def evaluate(
                 ready.embodiment.action.shape[0],
                 width,
                 images,
-                execution or Execution(replan=protocol.replan),
+                prepared.execution or Execution(replan=protocol.replan),
                 in_order=stop_early,
             )
             for outcome in play(actor, protocol, requests, pool, play_options):
@@ -167,23 +123,13 @@ def evaluate(
                 done[record.task, record.seed] = record
                 if progress:
                     progress(len(done), len(wanted), record)
-                if stopped() is not None:
+                if prepared.end(done) is not None:
                     break
-    end = stopped()
+    end = prepared.end(done)
     counted = dict.fromkeys(order[:end])
-    more, notices = _verdict(done, counted, rival, protocol, wrong_instruction, end is not None)
+    more, notices = _verdict(done, counted, prepared.rival, protocol, wrong_instruction, end is not None)
     records = [done[start] for start in wanted if start in counted]
-    return folder.finish(records, tasks, round(time.monotonic() - started, 1), more, notices)
-
-
-def _share(starts: Sequence[Start], shard: Shard | None) -> list[Start]:
-    """Return the starts of the shard; all without one. Raises ConfigError for a shard without any."""
-    wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
-    if not wanted:
-        raise ConfigError(
-            f"shard {shard}: there are only {len(starts)} episodes; split them into fewer shards"
-        )
-    return wanted
+    return folder.finish(records, prepared.tasks, round(time.monotonic() - started, 1), more, notices)
 
 
 def _verdict(
@@ -222,7 +168,7 @@ def policy_width(
         folder.read()
         kept = folder.identity.get("protocol", {})
         return int(kept.get("width", WIDTH))  # an earlier version always took as many
-    episodes = len(_tasks(protocol, wrong_instruction)) * len(protocol.seeds(trials))
+    episodes = len(tasks_of(protocol, wrong_instruction)) * len(protocol.seeds(trials))
     return min(protocol.width, episodes)
 
 
@@ -248,7 +194,7 @@ def preflight(
     if not isinstance(protocol, Protocol):
         protocol = load_protocol(protocol)
     require_unseen(protocol, max(trials, protocol.trials), seeds or {})
-    _tasks(protocol, wrong_instruction)
+    tasks_of(protocol, wrong_instruction)
     ready = _describe(protocol, timeout_s, [(task, protocol.first_seed) for task in protocol.tasks[:2]])
     _require_playable(protocol, ready, embodiment, wrong_instruction)
     notice = _renderer_notice(embodiment, ready.embodiment)
@@ -275,26 +221,6 @@ def _env(protocol: Protocol) -> EnvSpec:
     return dataclasses.replace(protocol.env, horizon=steps)
 
 
-def _rival(
-    against: str | Path | None,
-    protocol: Protocol,
-    wrong_instruction: bool,
-    starts: Sequence[Start],
-    stop_early: bool,
-    shard: Shard | None,
-) -> Earlier | None:
-    """Return the evaluation to compare with. Raises ConfigError where the two cannot be compared."""
-    if against is None:
-        if stop_early:
-            raise ConfigError("stop_early: needs an evaluation to compare with; give --against RUN")
-        return None
-    if stop_early and shard:
-        raise ConfigError("stop_early: a shard cannot know when all are told apart; leave out one of the two")
-    rival = read_earlier(against, wrong_instruction)
-    require_comparable(rival, protocol, wrong_instruction, starts)
-    return rival
-
-
 def _require_playable(
     protocol: Protocol, ready: Ready, trained: Embodiment | None, wrong_instruction: bool
 ) -> None:
@@ -310,54 +236,6 @@ def _require_playable(
                 f"protocol {protocol.name!r}: swapped: {task!r} and {partner!r} have the same instruction, "
                 f"{ready.instructions[task]!r}; choose another partner"
             )
-
-
-def _trained(actor: Actor) -> TrainedActor | None:
-    """Return the actor if it is a TrainedActor, None if it has none of its attributes.
-
-    One with some of the attributes is an error: without `seeds`, for example, it would be taken for an
-    untrained actor, and its robot and starts would not be checked.
-    """
-    if isinstance(actor, TrainedActor):
-        return actor
-    attributes = ("embodiment", "width", "seeds", "fingerprint")
-    present = [name for name in attributes if name in dir(actor)]
-    if present:
-        missing = ", ".join(name for name in attributes if name not in present)
-        raise ConfigError(
-            f"actor {type(actor).__name__} has {', '.join(present)} but lacks {missing}; "
-            "implement all attributes of vlafit.rollout.evaluation.TrainedActor, or none"
-        )
-    return None
-
-
-def _execution(execution: Execution | None, protocol: Protocol, actor: Actor) -> Execution | None:
-    """Return the execution; None where it is the protocol's own, so that both are one evaluation."""
-    if execution is None or execution == Execution(replan=protocol.replan):
-        return None
-    if execution.mode == "real_time" and not isinstance(actor, GuidedActor):
-        raise ConfigError(
-            f"execution real_time: actor {type(actor).__name__} cannot continue a chunk that is being "
-            "executed; choose chunk or ensemble"
-        )
-    return execution
-
-
-def _tasks(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
-    if not wrong_instruction:
-        return protocol.tasks
-    if protocol.instruction != "task":
-        raise ConfigError(
-            f"protocol {protocol.name!r}: instruction is {protocol.instruction!r}, so there is no wrong one "
-            "to give; turn the wrong-instruction probe off"
-        )
-    tasks = tuple(task for task in protocol.tasks if task in protocol.swapped)
-    if not tasks:
-        raise ConfigError(
-            f"protocol {protocol.name!r} has no swapped instructions: add a table [swapped] that maps tasks "
-            "to a partner of the same scene, or turn the wrong-instruction probe off"
-        )
-    return tasks
 
 
 def _requests(

@@ -3,7 +3,7 @@
 from vlafit.actor import PolicyActor
 from vlafit.errors import ConfigError
 from vlafit.nn.guidance import GuidedPolicy
-from vlafit.rollout.evaluation import TrainedActor
+from vlafit.rollout.prepared import TrainedActor
 from vlafit.serve.metadata import Described, software
 from vlafit.types import Actor, GuidedActor, history_of
 
@@ -13,7 +13,7 @@ def describe(actor: Actor) -> Described:
     if not isinstance(actor, TrainedActor):
         raise ConfigError(
             f"actor {type(actor).__name__} cannot be served: it does not say for which robot it acts; "
-            "give it embodiment, width, seeds and fingerprint (vlafit.rollout.evaluation.TrainedActor)"
+            "give it embodiment, width, seeds and fingerprint (vlafit.rollout.prepared.TrainedActor)"
         )
     guided = isinstance(actor, GuidedActor)
     chunk, required, normalisation = 0, tuple(c.name for c in actor.embodiment.cameras), {}

@@ -145,13 +145,7 @@ def _from_checkpoint(
     base_of = chosen.base or None
     declared = checkpoints.declaration(path, base_of) if foreign else checkpoints.Declaration()
     fitted = recipe.fits_statistics
-    # Statistics of several datasets become a codec only once the user chooses some.
-    makes_codec = foreign and (not declared.named_statistics or bool(chosen.assets))
-    makes_codec = makes_codec and checkpoints.wants_tokenizer(path, base_of)
-    # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
-    passed = (
-        bool(chosen.tokenizer) and makes_codec and bool(declared.tokenizer or chosen.assets or not fitted)
-    )
+    passed = foreign and _takes_tokenizer(path, chosen, declared, fitted)
     opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
     policy, codec, plan, report = checkpoints.load(
         path,
@@ -189,13 +183,8 @@ def _from_checkpoint(
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
-        merge(policy)
-        frozen.in_memory(policy)
+        warnings = (_merge_before_training(policy, plan, frozen, chosen.checkpoint),)
         base = None  # no file holds the merged weights
-        layers = "adapters" if plan.adapted else "quantised layers"
-        warnings = (
-            f"the {layers} of {recipe.policy.checkpoint} were merged into its weights before training",
-        )
     robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
     tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
     notes = [f"note: {place.note}"] if place.note else []
@@ -219,6 +208,27 @@ def _from_checkpoint(
         warnings=warnings,
         agreement=_with_codec(agreement, recipe, data, before, codec, tokenizer),
     )
+
+
+def _takes_tokenizer(
+    path: Path, chosen: PolicyRecipe, declared: checkpoints.Declaration, fitted: bool
+) -> bool:
+    """Return whether the recipe's tokenizer makes a codec of what a foreign checkpoint declares."""
+    # Statistics of several datasets become a codec only once the user chooses some.
+    if not chosen.tokenizer or (declared.named_statistics and not chosen.assets):
+        return False
+    # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
+    if not checkpoints.wants_tokenizer(path, chosen.base or None):
+        return False
+    return bool(declared.tokenizer or chosen.assets or not fitted)
+
+
+def _merge_before_training(policy: Policy, plan: Plan, frozen: FrozenWeights, name: str) -> str:
+    """Merge the adapters or quantised layers of the checkpoint `name` into its weights; return a warning."""
+    merge(policy)
+    frozen.in_memory(policy)
+    layers = "adapters" if plan.adapted else "quantised layers"
+    return f"the {layers} of {name} were merged into its weights before training"
 
 
 def _with_codec(

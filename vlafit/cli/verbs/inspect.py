@@ -35,37 +35,7 @@ SMALL = 1e9  # bytes; below that the forecast is shown in MB
 
 def run(arguments: Sequence[str]) -> int:
     """Print what a checkpoint holds."""
-    parser = Parser("vlafit inspect", ABOUT)
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, a name that ships, or a policy family"
-    )
-    parser.add_argument("--size", default="", help="of a policy family: its size")
-    strategies = ", ".join(shipped.names("strategy"))
-    parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
-    add_base(parser)
-    parser.add_argument(
-        "--batch",
-        metavar="N",
-        type=int,
-        help="with --strategy: forecast the memory to train N samples a step",
-    )
-    parser.add_argument(
-        "--cameras", metavar="N", type=int, default=0, help="with --batch: cameras [the checkpoint's, or 3]"
-    )
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="with --batch: of the products [bf16]"
-    )
-    add_config(parser)
-    add_format(parser)
-    add_trust(parser)
-    parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
-    parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--data", metavar="CARD", help="compare it with a data card; exit status 1 if they conflict"
-    )
-    parser.add_argument("--protocol", metavar="P", help="with --data: compare the robot of a protocol, too")
-    options = parser.read(arguments)
+    options = _parser().read(arguments)
     if options.batch is not None and (options.batch < 1 or not options.strategy):
         raise ConfigError(f"--batch {options.batch}: needs --strategy S, and at least 1 sample")
     if options.protocol and not options.data:
@@ -107,6 +77,40 @@ def run(arguments: Sequence[str]) -> int:
     for item in agreement.conflicts:
         print(f"conflict: {item.name}: {item.fix}", file=sys.stderr)
     return 1
+
+
+def _parser() -> Parser:
+    parser = Parser("vlafit inspect", ABOUT)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, a name that ships, or a policy family"
+    )
+    parser.add_argument("--size", default="", help="of a policy family: its size")
+    strategies = ", ".join(shipped.names("strategy"))
+    parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
+    add_base(parser)
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=int,
+        help="with --strategy: forecast the memory to train N samples a step",
+    )
+    parser.add_argument(
+        "--cameras", metavar="N", type=int, default=0, help="with --batch: cameras [the checkpoint's, or 3]"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="with --batch: of the products [bf16]"
+    )
+    add_config(parser)
+    add_format(parser)
+    add_trust(parser)
+    parser.add_argument("--dtype", default="float32", help="to estimate memory for: float32 or bfloat16")
+    parser.add_argument("--whole", action="store_true", help="load it: hashes and every number are checked")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--data", metavar="CARD", help="compare it with a data card; exit status 1 if they conflict"
+    )
+    parser.add_argument("--protocol", metavar="P", help="with --data: compare the robot of a protocol, too")
+    return parser
 
 
 def is_family(name: str) -> bool:
