@@ -33,7 +33,7 @@ class NpzWeights(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         path = files.folder / WEIGHTS
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 values = json.loads(str(arrays[CONFIG]))
                 tensors = {n.replace("/", "."): torch.from_numpy(arrays[n]) for n in arrays if n != CONFIG}
                 config = chunk_regression.Config(**values)
