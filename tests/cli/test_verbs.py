@@ -85,6 +85,7 @@ def test_a_folder_that_is_no_checkpoint_says_so(run, capsys):
     assert "empty: no checkpoint: none of model.safetensors" in capsys.readouterr().err
     assert cli.main(["eval", "empty", "--protocol", "pusht", "--out", "out"]) == 2
     assert "empty: no checkpoint: none of model.safetensors" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_a_pointer_to_nowhere_says_so(run, capsys):
