@@ -187,5 +187,5 @@ def test_a_checkpoint_with_its_own_codec_takes_no_other(tmp_path: Path):
     from tests.checkpoints.test_native import CONFIG
 
     vlafit.save_checkpoint(random_policy(CONFIG), tmp_path / "c", robots.codec(np.random.default_rng(0)))
-    with pytest.raises(WeightsError, match="codec of its own.*tokenizer"):
+    with pytest.raises(WeightsError, match=f"^{tmp_path}/c: .*codec of its own.*tokenizer"):
         vlafit.load_checkpoint(tmp_path / "c", tokenizer=TOKENIZER)

@@ -103,7 +103,7 @@ def test_an_option_without_effect_is_refused_with_the_form_that_it_is_for(path: 
 def test_our_own_checkpoint_takes_no_options_and_headers_make_no_codec(native: Path):
     with pytest.raises(ConfigError, match=r"lora\.rslora.*no effect.*native"):
         vlafit.load_policy(native, config={"lora.rslora": True})
-    with pytest.raises(ConfigError, match="no codec.*headers"):
+    with pytest.raises(ConfigError, match=r"codec\.relative.*no codec.*headers"):
         checkpoints.inspect(OPENPI, config={**TOLD, "codec.relative": [True]})
 
 

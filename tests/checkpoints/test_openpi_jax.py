@@ -308,7 +308,7 @@ def test_no_jax_is_imported():
 def test_without_orbax_list_of_arrays_nothing_is_believed(tmp_path: Path):
     folder = Path(shutil.copytree(JAX / "ckpt_pure", tmp_path / "copy"))
     (folder / "params" / "_METADATA").unlink()
-    with pytest.raises(WeightsError, match="_METADATA.*missing"):
+    with pytest.raises(WeightsError, match=f"^{folder}/params: _METADATA.*missing"):
         vlafit.load_policy(folder, config=CHUNK)
 
 

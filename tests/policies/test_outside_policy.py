@@ -87,6 +87,8 @@ def test_it_is_evaluated_in_closed_loop(card: Path, adapted: Path, tmp_path: Pat
 def test_it_is_exported_merged_and_its_files_name_its_module(adapted: Path, tmp_path: Path):
     folder = adapted / "run" / "checkpoints" / "step_000008"
     exported = export(folder, "vlafit", tmp_path / "out", merge=True)
+    # Two adapted products of 36 terms round 4 times each: 2 * 2^-24 * sqrt(4 * 2 * 36) = 2e-6 of an action,
+    # and normalised actions are below 5.
     assert exported.merge_error is not None and exported.merge_error < 1e-5
     assert json.loads((tmp_path / "out" / "policy.json").read_text())["family"] == FAMILY
     loaded = checkpoints.load(tmp_path / "out")

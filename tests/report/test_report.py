@@ -315,7 +315,7 @@ def test_films_stop_at_the_budget_and_the_page_says_so(whole: Path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
-    with pytest.raises(VlafitError, match=r"no recipe\.toml.*not a run"):
+    with pytest.raises(VlafitError, match=rf"^{tmp_path} .*no recipe\.toml.*not a run"):
         report.build(tmp_path)
     with pytest.raises(VlafitError, match="does not exist"):
         report.build(tmp_path / "nowhere")

@@ -273,7 +273,7 @@ def test_a_folder_with_other_things_in_it_is_refused(recipe: Recipe, tmp_path: P
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("do not lose me")
     for resume in (False, True):
-        with pytest.raises(VlafitError, match="not empty.*not hold a run"):
+        with pytest.raises(VlafitError, match=f"^{tmp_path}/run .*not empty.*not hold a run.*--out"):
             run(recipe, tmp_path / "run", resume=resume)
 
 
