@@ -25,6 +25,7 @@ from vlafit.cli.parser import Parser
 from vlafit.codec.tokenizer import train_word_tokenizer
 from vlafit.datasets import load_card
 from vlafit.errors import VlafitError
+from vlafit.policies import families
 from vlafit.recipe import Recipe
 from vlafit.tuning import load_strategy
 
@@ -124,7 +125,7 @@ def require_names(recipe: Recipe | None, options: dict[str, Any]) -> None:
     for name in [options.get("strategy"), *(options.get("strategies") or "").split(",")]:
         if name:
             load_strategy(name)
-    if options.get("checkpoint"):
+    if options.get("checkpoint") and not (options.get("size") and options["checkpoint"] in families()):
         require_checkpoint(options["checkpoint"])
     if recipe is None:
         return

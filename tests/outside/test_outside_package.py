@@ -251,7 +251,8 @@ def test_a_recipe_names_a_family_that_is_one_file_and_a_checkpoint_of_it_needs_t
     message = world.vlafit("inspect runs/lone", fails=True)
     assert "--trust lone_policy" in message and "--policy.trust lone_policy" in message
     assert "lone_policy" not in sys.modules
-    assert "fresh" not in world.vlafit("inspect runs/lone --trust lone_policy --json")
+    facts = json.loads(world.vlafit("inspect runs/lone --trust lone_policy --json"))
+    assert facts["family"] == "lone_policy" and facts["report"]["fresh"] == []
 
 
 def test_a_family_is_inspected_with_a_strategy_before_anything_is_trained(world):
@@ -259,7 +260,7 @@ def test_a_family_is_inspected_with_a_strategy_before_anything_is_trained(world)
     shown = json.loads(world.vlafit(f"{line} --json"))
     assert set(shown["parts"]) == {"eyes", "head"} and shown["strategy"]["name"] == "lora"
     text = world.vlafit(line)
-    assert "forecast in MB" in text and "(0.0 " not in text
+    assert "forecast in MB" in text and " GB)" not in text
     assert "small, tiny" in world.vlafit(f"inspect {FAMILY}", fails=True)
     assert "--whole" in world.vlafit(f"inspect {FAMILY} --size tiny --whole", fails=True)
 
