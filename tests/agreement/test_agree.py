@@ -52,6 +52,33 @@ def test_relative_on_one_side_only_is_an_error_that_names_both_sides(own, other)
     assert "relative in dimensions 0, 1" in text and "absolute" in text and "actions = " in text
 
 
+@pytest.mark.case(
+    section="data",
+    report="relative actions of a robot whose state lists its columns in another order",
+    user_has="an action relative to the state of the same number, whose name is another's",
+    now="an error naming both columns and the right one, whichever side makes it relative",
+)
+@pytest.mark.parametrize("adapt", ["same", "data", "checkpoint"])
+def test_an_action_is_never_relative_to_a_state_of_another_name(adapt: str):
+    state = replace(ROBOT.state, labels=("gripper", "shoulder", "elbow"))
+    mask = (True, True, False)
+    own, other = {"same": (mask, mask), "data": (mask, ()), "checkpoint": ((), mask)}[adapt]
+    with pytest.raises(EmbodimentError) as error:
+        agreed(
+            dataset(own, state=state),
+            checkpoint(other, state=replace(state, labels=())),
+            fresh=True,
+            actions="" if adapt == "same" else adapt,
+        ).require()
+    for word in ("action 'shoulder'", "state 'gripper'", "state 'shoulder' is dimension 1", "same place"):
+        assert word in str(error.value)
+
+
+def test_an_action_is_relative_to_a_state_whose_name_differs_only_in_the_column():
+    state = replace(ROBOT.state, labels=("Shoulder.pos", "elbow.position", "width"))
+    agreed(dataset((True, True, False), state=state), None).require()
+
+
 def test_the_checkpoints_actions_may_be_chosen_with_either_statistics():
     for fresh in (False, True):
         agreement = agreed(dataset(), checkpoint((True, True, False)), fresh, actions="checkpoint")

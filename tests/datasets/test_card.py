@@ -167,6 +167,15 @@ def test_relative_dimensions_need_a_state_of_the_same_number(tmp_path: Path):
         load_card(path)
 
 
+def test_an_action_relative_to_a_state_of_another_name_is_refused(tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    text = SMALL.replace("hz = 20", "hz = 20\nrelative = [true, false, false]")
+    text = text.replace("dimensions = 4", 'dimensions = 4\nlabels = ["grip", "x", "y", "z"]')
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"robot.relative: action 'x' .* state 'grip' \(dimension 0\)"):
+        load_card(path)
+
+
 def test_a_card_without_cameras_is_refused(tmp_path: Path):
     path = tmp_path / "bad.toml"
     start, end = SMALL.index("[[robot.cameras]]"), SMALL.index("[robot.state]")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from vlafit.agreement import cameras as camera_slots
+from vlafit.agreement.columns import PAIR_FIX, mispaired
 from vlafit.agreement.values import Agreement, Item, Party, Status
 from vlafit.errors import ConfigError
 from vlafit.recipe import AdaptRecipe
@@ -35,6 +36,9 @@ def agree(
     if checkpoint is not None and checkpoint.embodiment is not None:
         items += _columns(dataset.embodiment, checkpoint, adapt, fresh_statistics)
     relative, relative_item = _relative(dataset, checkpoint, adapt, fresh_statistics)
+    if relative_item.status != "conflict" and (pair := mispaired(relative, dataset.embodiment)):
+        sides = {"dataset": pair, **{r: t for r, t in relative_item.sides.items() if r != "dataset"}}
+        relative_item = Item(relative_item.name, sides, "", "conflict", fix=PAIR_FIX)
     items.append(relative_item)
     if checkpoint is not None:
         items += _conversions(checkpoint, adapt.robot and fresh_statistics)

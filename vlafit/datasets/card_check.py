@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from vlafit.agreement.columns import PAIR_FIX, mispaired
 from vlafit.datasets.card import Card, ColumnCard
 from vlafit.datasets.columns import parse_key
 from vlafit.errors import ConfigError
@@ -54,6 +55,8 @@ def check(card: Card, where: str) -> None:
     beyond = [d for d, on in enumerate(robot.relative) if on and d >= robot.state.dimensions]
     if beyond:
         raise ConfigError(f"{where}: robot.relative: there is no state for action dimensions {beyond}")
+    if pair := mispaired(robot.relative, card.embodiment):
+        raise ConfigError(f"{where}: robot.relative: {pair}; {PAIR_FIX}")
     instruction = card.instruction
     if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
         raise ConfigError(f'{where}: instruction.source is "card": set instruction.text or .files')

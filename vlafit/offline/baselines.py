@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.agreement.columns import plain_label
 from vlafit.datasets import EpisodeStore
 from vlafit.types import Embodiment, Feature
 
@@ -85,16 +86,10 @@ def matching_columns(robot: Embodiment) -> tuple[int, ...] | None:
     state, action = robot.state, robot.action
     if not state.labels and not action.labels:
         return tuple(range(action.shape[0])) if state.shape == action.shape else None
-    place = {_plain(label): number for number, label in enumerate(state.labels)}
-    columns = [place.get(_plain(label)) for label in action.labels]
+    place = {plain_label(label): number for number, label in enumerate(state.labels)}
+    columns = [place.get(plain_label(label)) for label in action.labels]
     known = [column for column in columns if column is not None]
     return tuple(known) if known and len(known) == action.shape[0] else None
-
-
-def _plain(label: str) -> str:
-    """Return a label without what only says which column it belongs to."""
-    words = label.lower().replace("/", ".").replace("-", "_").split(".")
-    return ".".join(word for word in words if word not in ("pos", "position", "action", "state", "target"))
 
 
 def spread_of_actions(blocks: Iterable[NDArray[np.float32]], feature: Feature) -> NDArray[np.float64]:
