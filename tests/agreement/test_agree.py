@@ -79,6 +79,24 @@ def test_an_action_is_relative_to_a_state_whose_name_differs_only_in_the_column(
     agreed(dataset((True, True, False), state=state), None).require()
 
 
+def test_a_mask_is_put_on_dimensions_of_the_same_name_whatever_their_order():
+    other = replace(ROBOT.action, labels=("gripper", "elbow", "shoulder"))
+    theirs = checkpoint((False, True, True), action=other, state=other)
+    agreement = agreed(dataset(), theirs, fresh=True, robot=True, actions="checkpoint")
+    agreement.require()
+    assert agreement.relative == (True, True, False)
+    agreed(dataset((True, True, False)), theirs, fresh=True, robot=True).require()  # the same by name
+    strange = replace(ROBOT.action, labels=("x", "y", "z"))
+    with pytest.raises(EmbodimentError, match="actions shoulder, elbow, gripper; checkpoint: actions x, y"):
+        agreed(
+            dataset(),
+            checkpoint((False, True, True), action=strange),
+            fresh=True,
+            robot=True,
+            actions="checkpoint",
+        ).require()
+
+
 def test_the_checkpoints_actions_may_be_chosen_with_either_statistics():
     for fresh in (False, True):
         agreement = agreed(dataset(), checkpoint((True, True, False)), fresh, actions="checkpoint")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.policies.tiny import random_batch, random_draws, random_policy
+from vlafit import checkpoints
 from vlafit.checkpoints.formats.lerobot import names as lerobot
-from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
+from vlafit.checkpoints.formats.lerobot import relative_actions
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.name_map import back
 from vlafit.codec import Codec
@@ -246,7 +248,76 @@ def test_a_renamed_camera_has_the_robots_name(folder: Path):
     ],
 )
 def test_relative_dimensions_are_told_by_the_names_of_joints(exclude, names, mask):
-    assert lerobot_processors.mask_of(names, exclude, 3) == mask
+    assert relative_actions.mask_of(names, exclude, 3) == mask
+
+
+JOINTS = ["grip", "j4", "j3", "j2", "j1", "j0"]
+
+
+def make_relative(folder: Path, **config: Any) -> None:
+    steps = (
+        ("pre", {"registry_name": "relative_actions_processor", "config": {"enabled": True} | config}),
+        ("post", {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}),
+    )
+    for name, step in steps:
+        edit(folder / f"policy_{name}processor.json", lambda v, step=step: v["steps"].append(step))
+
+
+def test_the_names_by_which_a_processor_finds_its_mask_are_those_of_the_action(folder: Path):
+    make_relative(folder, action_names=JOINTS, exclude_joints=["grip"])
+    declared = checkpoints.declaration(folder)
+    assert declared.embodiment is not None
+    assert declared.embodiment.action.labels == tuple(JOINTS)
+    assert declared.relative == (False, True, True, True, True, True)
+    codec = vlafit.load_checkpoint(folder).codec
+    assert codec is not None and codec.embodiment.action.labels == tuple(JOINTS)
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="config.json and the processors say different things about relative actions",
+    user_has="a LeRobot checkpoint whose config.json or processors were edited or copied",
+    now="refused, naming both files and both settings",
+)
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [
+        ({"use_relative_actions": True}, None),
+        ({"use_delta_joint_actions": True}, None),
+        ({"use_relative_actions": False}, {}),
+        (
+            {"use_relative_actions": True, "relative_exclude_joints": []},
+            {"action_names": JOINTS, "exclude_joints": ["grip"]},
+        ),
+        ({"action_feature_names": JOINTS[::-1]}, {"action_names": JOINTS}),
+    ],
+)
+def test_two_files_that_contradict_each_other_on_relative_actions_are_refused(
+    folder: Path, config: dict[str, Any], step: dict[str, Any] | None
+):
+    edit(folder / "config.json", lambda v: v.update(config))
+    if step is not None:
+        make_relative(folder, **step)
+    for look in (vlafit.load_checkpoint, checkpoints.declaration):
+        with pytest.raises(WeightsError) as error:
+            look(folder)
+        text = str(error.value)
+        assert "config.json" in text and next(iter(config)) in text and "policy_preprocessor.json" in text
+        assert "contradict" in text
+
+
+def test_two_files_that_agree_on_relative_actions_load(folder: Path):
+    edit(folder / "config.json", lambda v: v.update(use_relative_actions=True, action_feature_names=JOINTS))
+    make_relative(folder, action_names=JOINTS, exclude_joints=["grip"])
+    codec = vlafit.load_checkpoint(folder).codec
+    assert codec is not None and codec.config.relative == (False, True, True, True, True, True)
+
+
+def test_a_normalisation_of_config_json_that_the_processors_do_not_follow_is_named(folder: Path):
+    assert checkpoints.declaration(folder).overruled == ()
+    edit(folder / "config.json", lambda v: v["normalization_mapping"].update(STATE="MIN_MAX"))
+    (one,) = checkpoints.declaration(folder).overruled
+    assert one.name == "state normalisation" and "MIN_MAX" in one.stated and "MEAN_STD" in one.used
 
 
 BAD_PROCESSORS = {

@@ -31,6 +31,14 @@ def mispaired(relative: Sequence[bool], robot: Embodiment) -> str:
     return ""
 
 
+def by_name(mask: Sequence[bool], names: Sequence[str], wanted: Sequence[str]) -> tuple[bool, ...] | None:
+    """Return the `mask` of dimensions called `names` in the order of `wanted`; None for other names."""
+    have, want = ([plain_label(label) for label in labels] for labels in (names, wanted))
+    if sorted(have) != sorted(want) or len(set(have)) != len(have) or len(mask) != len(have):
+        return None
+    return tuple(mask[have.index(label)] for label in want)
+
+
 PAIR_FIX = (
     "action i is made relative to state i: list the columns so that the same name stands at the same place "
     "in robot.state and robot.action, correct the labels, or leave this dimension absolute in robot.relative"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from vlafit.agreement import cameras as camera_slots
-from vlafit.agreement.columns import PAIR_FIX, mispaired
+from vlafit.agreement.columns import PAIR_FIX, by_name, mispaired
 from vlafit.agreement.values import Agreement, Item, Party, Status
 from vlafit.errors import ConfigError
 from vlafit.recipe import AdaptRecipe
@@ -123,6 +123,18 @@ def _relative(
     assert dataset.embodiment is not None and dataset.relative is not None
     name, here = "relative actions", dataset.relative
     there = checkpoint.relative if checkpoint is not None else None
+    names = dataset.embodiment.action.labels
+    others = checkpoint.embodiment.action.labels if checkpoint and checkpoint.embodiment else ()
+    if there and set(there) != {there[0]} and names and others:
+        there = by_name(there, others, names)
+        if there is None and adapt.actions == "checkpoint":
+            sides = {"dataset": f"actions {', '.join(names)}", "checkpoint": f"actions {', '.join(others)}"}
+            fix = (
+                "the checkpoint's relative actions have no namesakes in the card: correct the labels, or "
+                '[adapt] actions = "data" with data.statistics = "data"'
+            )
+            return here, Item(name, sides, "", "conflict", fix=fix)
+        there = checkpoint.relative if there is None and checkpoint else there
     sides = {
         role: _mask(mask) for role, mask in (("dataset", here), ("checkpoint", there)) if mask is not None
     }

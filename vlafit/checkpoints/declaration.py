@@ -18,6 +18,17 @@ class InputForm:
 
 
 @dataclass(frozen=True)
+class Overruled:
+    """A setting on which two files of a checkpoint differ, and its program follows the second."""
+
+    name: str
+    stated: str
+    """The file and the value that is not used."""
+    used: str
+    """The file and the value that is."""
+
+
+@dataclass(frozen=True)
 class Declaration:
     """Statements that a run compares with its data before anything trains; the defaults say nothing."""
 
@@ -39,3 +50,5 @@ class Declaration:
     """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
     form: InputForm | None = None
     """How prompts and frames are made; None: as the policy's family does it."""
+    overruled: tuple[Overruled, ...] = ()
+    """Settings on which its files differ, where the program follows one of them."""

@@ -52,7 +52,19 @@ def agree_on(
     dataset, checkpoint = dataset_party(card), None
     if declared is not None:
         checkpoint = checkpoint_party(recipe.policy.checkpoint, codec, declared, recipe)
-    return agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics)
+    agreement = agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics)
+    return agreement.with_items(
+        [
+            Item(
+                f"{one.name} in the checkpoint's files",
+                {"checkpoint": one.stated},
+                one.used,
+                "differs",
+                "its program follows this file",
+            )
+            for one in (declared.overruled if declared else ())
+        ]
+    )
 
 
 def sides(card: Card, checkpoint: str) -> str:

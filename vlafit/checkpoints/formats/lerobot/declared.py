@@ -6,15 +6,12 @@ from pathlib import Path
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import Declaration
-from vlafit.checkpoints.formats.lerobot import read_buffers, read_processors
+from vlafit.checkpoints.formats.lerobot import read_buffers, read_processors, relative_actions
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
 from vlafit.errors import WeightsError
 from vlafit.types import Embodiment
-
-RELATIVE = ("use_relative_actions", "use_delta_actions", "use_delta_joint_actions")
-"""Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
 
 
 def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
@@ -31,6 +28,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         read_steps(folder / name) if (folder / name).is_file() else []
         for name in (read_processors.PRE, read_processors.POST)
     )
+    relative_actions.action_names(lerobot, pre)  # a contradiction is not a lack of features
     try:
         slots, robot = read_processors.robot_of(lerobot, pre)
     except WeightsError:  # without features it says nothing of the robot; `load` needs none
@@ -47,6 +45,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
             read_processors.statistics_in(folder) if pre and post else read_buffers.sets_of(buffers)
         ),
         form=read_processors.form_of(lerobot, pre),
+        overruled=read_processors.overruled(lerobot, pre) if pre and post else (),
     )
 
 
@@ -60,14 +59,10 @@ def _relative(
     """Return the mask of the processors, else of config.json; LeRobot's actions are absolute otherwise."""
     if robot is None:
         return None
+    dimensions = robot.action.shape[0]
     if pre and post:
-        return read_processors.relative_of(pre, post, robot)
-    keys = [key for key in RELATIVE if lerobot.get(key, bool)]
-    if not keys:
-        return ()
-    names = lerobot.get("action_feature_names", list)
-    exclude = lerobot.get("relative_exclude_joints", list) or ()
-    return read_processors.mask_of(names, exclude, robot.action.shape[0])
+        return relative_actions.relative_of(lerobot, pre, post, dimensions)
+    return relative_actions.relative_in_config(lerobot, pre, dimensions) or ()
 
 
 def _missing_tokenizer(folder: Path, pre: list[Step]) -> str:

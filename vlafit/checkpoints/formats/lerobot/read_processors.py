@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlafit.checkpoints.declaration import InputForm
+from vlafit.checkpoints.declaration import InputForm, Overruled
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     Step,
@@ -21,6 +21,7 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, action_names, relative_of
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
@@ -69,7 +70,7 @@ def read(
         return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + absent)}"
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
     _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
-                         "relative_actions_processor", STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
+                         RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
     _require_known(post, {"unnormalizer_processor", "absolute_actions_processor", *NEUTRAL})
     require_repeated([*pre, *post], lerobot)
     inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
@@ -101,7 +102,7 @@ def read(
         chunk=needs.chunk,
         normalisation=kinds["state"],
         action_normalisation=kinds["action"],
-        relative=relative_of(pre, post, embodiment),
+        relative=relative_of(lerobot, pre, post, embodiment.action.shape[0]),
         prompt=prompt,
         max_tokens=needs.max_tokens,
         framing=framing_of(lerobot),
@@ -151,21 +152,24 @@ def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
     return InputForm(_prompt(steps, asking[0]) if asking else prompt, framing_of(lerobot), "tokenizer")
 
 
-def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
-    """Return which action dimensions LeRobot makes relative: those whose name contains none of `exclude`."""
-    tokens = [token.lower() for token in exclude if token]
-    if not tokens or names is None:
-        return (True,) * dimensions
-    mask = [not any(token in name.lower() for token in tokens) for name in names[:dimensions]]
-    return tuple(mask + [True] * (dimensions - len(mask)))
-
-
 def _require_known(steps: Sequence[Step], known: set[str]) -> None:
     for step in steps:
         if step.name not in known:
             raise WeightsError(
                 f"{step.where}: this step is not known here, and leaving it out would be a guess"
             )
+
+
+def overruled(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[Overruled, ...]:
+    """Return the normalisations of config.json that the processors do not repeat; LeRobot follows these."""
+    stated = lerobot.get("normalization_mapping", dict) or {}
+    inner = _only_step(pre, "normalizer_processor")
+    used = dict(inner.config.get("norm_map", {}))
+    return tuple(
+        Overruled(f"{kind.lower()} normalisation", f"{lerobot.path.name}: {stated[kind]}", f"{PRE}: {mode}")
+        for kind in ("STATE", "ACTION")
+        if kind in stated and stated[kind] != (mode := used.get(kind, "IDENTITY"))
+    )
 
 
 def _only_step(steps: Sequence[Step], name: str) -> Step:
@@ -218,7 +222,7 @@ def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, 
                 f"{lerobot.path}: there is no feature {key!r} of one dimension; it says the robot's width"
             )
     assert state is not None and action is not None
-    labels = tuple(lerobot.get("action_feature_names", list) or ())
+    labels = action_names(lerobot, steps)
     labels = labels if len(labels) == action[1][0] else ()
     return tuple(slots), Embodiment(
         name="lerobot",
@@ -271,19 +275,6 @@ def _require_same_output(
     raise WeightsError(
         f"{outer.where}: it does not undo how {PRE} normalises actions; one of the two was exchanged"
     )
-
-
-def relative_of(pre: Sequence[Step], post: Sequence[Step], robot: Embodiment) -> tuple[bool, ...]:
-    """Return which action dimensions the pipelines make relative; empty where they make none."""
-    on = [step for step in pre if step.name == "relative_actions_processor" and step.config.get("enabled")]
-    off = [step for step in post if step.name == "absolute_actions_processor" and step.config.get("enabled")]
-    if len(on) != len(off) or len(on) > 1:
-        where = [*on, *off][0].where
-        raise WeightsError(f"{where}: relative actions are made and not undone, or undone and not made")
-    if not on:
-        return ()
-    config = on[0].config
-    return mask_of(config.get("action_names"), config.get("exclude_joints") or (), robot.action.shape[0])
 
 
 def _tokenizer(folder: Path, asking: Step, given: Tokenizer | None) -> Tokenizer | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlafit.checkpoints.formats.lerobot.read_config import ALWAYS
-from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, EMPTY, IMAGES, MODES, STATE, mask_of
+from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, EMPTY, IMAGES, MODES, STATE
+from vlafit.checkpoints.formats.lerobot.relative_actions import mask_of
 from vlafit.checkpoints.formats.lerobot.smolvla_config import PUBLIC_VLM, expert_mlp
 from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.precision import dtype_name
