@@ -7,6 +7,7 @@ import pytest
 
 from tests.agreement.world import ROBOT, cameras, checkpoint, dataset
 from vlafit.agreement import Agreement, Party, agree, protocol_items
+from vlafit.agreement.cameras import hands
 from vlafit.agreement.values import FILE, read
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.recipe import AdaptRecipe
@@ -193,13 +194,30 @@ def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
     user_has="a map from a left to a right camera",
     now="an error; correct the map or the name",
 )
-@pytest.mark.parametrize("other", ["wrist_right", "RightWrist", "right_cam", "rightwrist"])
+@pytest.mark.parametrize(
+    "other",
+    ["wrist_right", "RightWrist", "right_cam", "rightwrist", "wrist2_r", "camera_R", "camR", "rh", "rwrist",
+     "wristr", "R", "images.right"],
+)  # fmt: skip
 def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
     own = dataset(cameras=cameras("base_0_rgb", other))
     wrong = {"left_wrist_0_rgb": other, "right_wrist_0_rgb": ""}
     agreement = agreed(own, OPENPI, cameras=wrong)
     assert conflicts(agreement) == {"camera slot 1"}
     assert other in agreement.conflicts[0].fix and "left" in agreement.conflicts[0].fix
+
+
+def test_a_camera_that_takes_anothers_place_is_named_where_its_own_slot_is_empty():
+    agreement = agreed(dataset(), checkpoint(), cameras={"wrist": "front"})
+    (slot,) = [one for one in agreement.conflicts if one.name == "camera slot 0"]
+    assert "front takes the place of wrist" in slot.sides["dataset"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cam_L515", "l515", "rgb", "camRGB", "alarm", "R1_head", "leftover_view", "base_0_rgb", "D435"]
+)
+def test_a_name_with_the_letters_l_or_r_is_no_hand(name: str):
+    assert hands(name) == set()
 
 
 def test_upright_is_no_hand():

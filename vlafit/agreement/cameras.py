@@ -10,7 +10,17 @@ from vlafit.types import Feature
 
 HANDS = (("left", "right"), ("right", "left"))
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
-_LIMBS = ("wrist", "hand", "arm", "gripper", "cam")
+_LIMBS = ("wrist", "hand", "arm", "gripper", "cam", "camera")
+_SHORT = {
+    short: {hand}
+    for hand, letter in (("left", "l"), ("right", "r"))
+    for short in (
+        letter,
+        *(f"{letter}{limb}" for limb in ("h", *_LIMBS)),
+        *(f"{limb}{letter}" for limb in _LIMBS),
+    )
+}
+"""Words that mean a hand in short: l, lh, lwrist, wristl; r likewise."""
 
 
 def decide(
@@ -105,12 +115,17 @@ def _slot(
     if source is None:
         if slot in adapt.cameras:
             return Item(name, sides, "empty", "chosen", "adapt.cameras leaves it empty")
-        sides["dataset"] = f"no camera of this name (has: {', '.join(recorded)})"
+        taker = next((other for other, name in adapt.cameras.items() if name == slot), "")
+        sides["dataset"] = (
+            f"its {slot} takes the place of {taker} (adapt.cameras)"
+            if taker
+            else f"no camera of this name (has: {', '.join(recorded)})"
+        )
         fix = f'[adapt] cameras = {_table(proposal)} ("" leaves a slot empty)'
         return Item(name, sides, "", "conflict", fix=fix, accept=accept)
     sides["dataset"] = f"{source.name} {_frame(source)}"
     for here, there in HANDS:
-        if _hands(slot) == {here} and _hands(source.name) == {there}:
+        if hands(slot) == {here} and hands(source.name) == {there}:
             fix = (
                 f"the {there} camera {source.name!r} would take the place of the {here} camera {slot!r}: "
                 "correct adapt.cameras, or the camera's name in the card"
@@ -132,11 +147,11 @@ def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> dict[str
     chosen = {slot: slot for slot in named if slot in recorded}
     for slot in named:
         free = [name for name in recorded if name not in chosen.values()]
-        if slot not in chosen and _hands(slot):
-            of_this_hand = [name for name in free if _hands(name) == _hands(slot)]
+        if slot not in chosen and hands(slot):
+            of_this_hand = [name for name in free if hands(name) == hands(slot)]
             chosen.update({slot: of_this_hand[0]} if of_this_hand else {})
     for slot in named:
-        free = [n for n in recorded if n not in chosen.values() and (not _hands(n) or not _hands(slot))]
+        free = [n for n in recorded if n not in chosen.values() and (not hands(n) or not hands(slot))]
         if slot not in chosen:
             chosen[slot] = free[0] if free else ""
     return {slot: chosen[slot] for slot in named}
@@ -166,15 +181,22 @@ def _key(name: str) -> str:
     return name if name.isascii() and name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
 
 
-def _hands(name: str) -> set[str]:
-    """Return the hands that a camera's name mentions, as words: "upright" mentions none."""
-    hands = set()
-    for word in _WORD.findall(name):
-        plain = word.lower()
-        for hand in ("left", "right"):
-            if plain == hand or (plain.startswith(hand) and plain.removeprefix(hand).startswith(_LIMBS)):
-                hands.add(hand)
-    return hands
+def hands(name: str) -> set[str]:
+    """Return the hands that a camera's name mentions: "wrist_l" and "wristLeft" the left, "upright" none."""
+    mentioned = set()
+    for part in re.split(r"[^A-Za-z0-9]+", name):
+        mentioned |= _SHORT.get(part.lower(), set())
+        for word in _WORD.findall(part):
+            plain = word.lower()
+            for hand in ("left", "right"):
+                first = plain.startswith(hand) and plain.removeprefix(hand).startswith(_LIMBS)
+                last = plain.endswith(hand) and plain.removesuffix(hand) in ("", *_LIMBS)
+                if first or last:
+                    mentioned.add(hand)
+            # A letter of its own inside a word is a hand only beside lower case: "camL", but not "L515".
+            if len(word) == 1 and word.isupper() and part.endswith(word) and part != word:
+                mentioned |= _SHORT.get(plain, set())
+    return mentioned
 
 
 def _frame(camera: Feature) -> str:
