@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.train.agreement_world import EPISODES, STEPS, recipe_of, states, write_card, write_checkpoint
 from vlafit import agreement, checkpoints, cli
@@ -265,6 +266,30 @@ def test_lerobots_checkpoint_that_names_a_tokenizer_of_the_hub_is_refused_withou
         start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
 
 
+def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(tmp_path: Path):
+    base = lerobot(tmp_path / "base")
+    for file in base.glob("policy_*.safetensors"):
+        tensors = {name: t for name, t in load_file(file).items() if not name.startswith("observation.state")}
+        save_file(tensors, file)
+    card = write_card(tmp_path / "data")
+    adapt = {"cameras": MAPS, "resize": True, "robot": True}
+    initial = start(recipe_of(card, base, adapt, statistics="data"))
+    assert initial.codec.required_tokenizer.vocab_size == 106
+    assert initial.agreement is not None
+    (item,) = [one for one in initial.agreement.items if one.name == "tokenizer"]
+    assert item.value.startswith("the checkpoint's")
+    with pytest.raises(ConfigError, match=r"gives none: .*no statistics of observation\.state"):
+        start(recipe_of(card, base, adapt))
+
+
+def test_a_tokenizer_folder_that_was_lost_is_named_and_no_other_tokenizer(tmp_path: Path):
+    base = lerobot(tmp_path / "base")
+    shutil.rmtree(base / "tokenizer")
+    with pytest.raises(ConfigError) as error:
+        start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
+    assert str(base / "tokenizer") in str(error.value) and "SmolVLM2" not in str(error.value)
+
+
 @pytest.mark.case(
     section="data",
     report="statistics are not those that were asked for",
@@ -353,6 +378,31 @@ def test_a_dimension_may_be_extreme_only_where_the_recipe_lists_it(tmp_path: Pat
         start(recipe_of(card, base, {"outside": ("action.c",)}))
 
 
+@pytest.mark.case(
+    section="data",
+    report="columns in another order than the checkpoint's, without names",
+    user_has="unlabelled columns, normalised values that stay below 10",
+    now="a mean beyond 4 standard deviations is an error per dimension, beyond 3 a line of the agreement",
+)
+def test_a_dimension_that_lies_where_the_checkpoints_data_hardly_did_is_named(tmp_path: Path):
+    # State a: mean 0.75, times 6 it is 4.5. State b: -0.25 by 6 is -1.5. Action a: mean 1.75 by 6 is 10.5,
+    # and (10.5 - 0.5) / 2 = 5; action b likewise (1.75 by 6).
+    base = write_checkpoint(tmp_path / "base")
+    card = write_card(tmp_path / "data", scale=6.0)
+    with pytest.raises(EmbodimentError) as error:
+        start(recipe_of(card, base, {}))
+    text = str(error.value)
+    assert "normalised state.a" in text and "mean 4.5" in text and "normalised action.a" in text
+    assert "normalised state.b" not in text and "order" in text
+    start(recipe_of(card, base, {"outside": ("state.a", "action.a", "action.b")}))
+    start(recipe_of(card, base, {}, statistics="data"))
+    # 0.75 by 4.6 is 3.45: reported, and no error; actions have (1.75 by 4.6 - 0.5) / 2 = 3.8
+    initial = start(recipe_of(write_card(tmp_path / "less", scale=4.6), base, {}))
+    assert initial.agreement is not None
+    (item,) = [one for one in initial.agreement.items if one.name == "normalised state.a"]
+    assert item.status == "differs" and "mean 3.4" in item.sides["dataset"]
+
+
 def test_an_agreement_shows_how_far_each_dimension_goes(tmp_path: Path):
     initial = start(recipe_of(write_card(tmp_path / "data"), write_checkpoint(tmp_path / "base"), {}))
     assert initial.agreement is not None
@@ -425,6 +475,25 @@ def test_inspect_compares_a_checkpoint_with_a_card(tmp_path: Path, capsys: pytes
     assert cli.main(["inspect", str(base), "--data", str(other)]) == 1
     assert "conflict: relative actions" in capsys.readouterr().err
     assert cli.main(["inspect", str(base), "--protocol", "toy"]) == 2
+
+
+def test_inspect_shows_all_that_train_compares_and_refuses_files_that_are_not_the_cards(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base, card = write_checkpoint(tmp_path / "base"), write_card(tmp_path / "data")
+    assert cli.main(["inspect", str(base), "--data", str(card)]) == 0
+    shown = capsys.readouterr().out
+    for item in ("statistics", "action normalisation", "prompt", "tokenizer", "chunk", "normalised action"):
+        assert f"\n{item} " in shown
+    assert "…" not in shown
+    other = card.with_name("other.toml")
+    other.write_text(card.read_text().replace("height = 16", "height = 48"))
+    assert cli.main(["inspect", str(base), "--data", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "(16, 16, 3)" in error and "(48, 16, 3)" in error
+    shutil.move(card.parent / "joints", tmp_path / "elsewhere")
+    assert cli.main(["inspect", str(base), "--data", str(card)]) == 0
+    assert "the files were not compared" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_resumed_run_keeps_its_agreement(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Read what a foreign checkpoint's files declare about robot, actions and tokenizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vlafit.codec.images import Framing
@@ -46,6 +47,10 @@ class Declaration:
     """What the program did to states or actions inside the policy, which vlafit does not repeat."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
+    own_tokenizer: Path | None = None
+    """The tokenizer's folder inside the checkpoint, which a codec without statistics does not open."""
+    lost_tokenizer: Path | None = None
+    """The folder that the files name as their own tokenizer, and that is not there."""
     named_statistics: tuple[str, ...] = ()
     """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
     form: InputForm | None = None

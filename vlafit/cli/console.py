@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -244,13 +245,13 @@ def rate(low: float, high: float) -> str:
 
 
 def agreement_table(agreement: "Agreement") -> str:
-    """Return what the sides say, what holds and why; long texts are cut, agreement.json holds them whole."""
-    rows = [[_cut(cell) for cell in row] for row in agreement.rows()]
+    """Return what the sides say, what holds and why; long texts go on below themselves, none is cut."""
+    rows: list[list[str]] = []
+    for row in agreement.rows():
+        cells = [textwrap.wrap(cell, WIDEST) or [""] for cell in row]
+        height = max(len(lines) for lines in cells)
+        rows += [[lines[i] if i < len(lines) else "" for lines in cells] for i in range(height)]
     return table(agreement.HEADS, rows)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
 def plan_table(rows: list[dict]) -> str:

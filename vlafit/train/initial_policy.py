@@ -166,13 +166,17 @@ def _from_checkpoint(
         narrow=frozen.at_first_load,
     )
     pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
+    own = declared.own_tokenizer
+    if opened is None and codec is None and own is not None and pretrained:
+        opened = tokenizers.open_named(str(own))
     if codec is not None:
         _require_effect(recipe, codec, path, own_tokenizer=not passed)
     if policy.needs().prompt is not None:
         if opened is None and codec is None and pretrained:
-            tokenizers.require_given(policy, str(path), declared.tokenizer)
+            tokenizers.require_given(policy, str(path), declared.tokenizer, declared.lost_tokenizer)
         if opened is not None:
-            tokenizers.require_fitting(opened, chosen.tokenizer, policy, pretrained)
+            name = chosen.tokenizer or str(own)
+            tokenizers.require_fitting(opened, name, policy, pretrained and bool(chosen.tokenizer))
     if codec is None and not fitted:
         raise ConfigError(
             f'{path}: data.statistics = "checkpoint", and the checkpoint gives none: {report.codec}. To '
@@ -193,7 +197,7 @@ def _from_checkpoint(
             f"the {layers} of {recipe.policy.checkpoint} were merged into its weights before training",
         )
     robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
-    tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if opened is not None else "the checkpoint's"
+    tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
     notes = [f"note: {place.note}"] if place.note else []
     if fitted or codec is None:
         if opened is None and codec is None and policy.needs().prompt is not None:

@@ -6,8 +6,10 @@ from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree
 from vlafit.codec import Codec
 from vlafit.datasets import Card
+from vlafit.datasets.card import CameraCard
 from vlafit.recipe import Recipe
-from vlafit.train.data import Data
+from vlafit.train import value_ranges
+from vlafit.train.data import Data, open_data
 
 
 def dataset_party(card: Card) -> Party:
@@ -67,6 +69,18 @@ def agree_on(
     )
 
 
+def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
+    """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
+
+    The dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
+    """
+    data = open_data(recipe.data, recipe.train.seed)
+    if agreement.conflicts:
+        return agreement
+    items = [*codec_items(recipe, data, codec, codec, "the checkpoint's")]
+    return agreement.with_items([*items, *value_ranges.items(data, codec, recipe.adapt.outside, False)])
+
+
 def sides(card: Card, checkpoint: str) -> str:
     """Return the two sides of an agreement, for the first line of an error."""
     return f"card {card.name!r} and checkpoint {checkpoint!r}"
@@ -99,6 +113,10 @@ def codec_items(
             chosen = bool(recipe.data.normalisation)
             reason = "data.normalisation" if chosen else "fitted statistics are divided by a floor"
         yield Item(f"{column} normalisation", stated, method, "chosen" if reason else "same", reason)
+    turned = [f"{c.name} {text}" for c in data.cards[0].robot.cameras if (text := _turned(c))]
+    read = {"dataset": ", ".join(turned) or "as stored"}
+    size = codec.config.image_size
+    yield Item("frames", read, f"{size}x{size}, framed as {codec.config.framing}", "same")
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -110,3 +128,11 @@ def codec_items(
     )
     recorded = {"dataset": f"episodes of {lengths[0]} to {lengths[-1]} steps"}
     yield Item("chunk", recorded, f"{codec.config.chunk} steps", "same")
+
+
+def _turned(camera: CameraCard) -> str:
+    """Return what the card does to a camera's frames when they are read; "" for nothing."""
+    words = [f"turned by {camera.rotate}"] if camera.rotate else []
+    words += [f"flipped {camera.flip}"] if camera.flip else []
+    words += ["bgr to rgb"] if camera.channels == "bgr" else []
+    return " and ".join(words)

@@ -64,11 +64,18 @@ def require_fitting(tokenizer: Tokenizer, name: str, policy: Policy, pretrained:
         )
 
 
-def require_given(policy: Policy, where: str, wanted: str) -> None:
+def require_given(policy: Policy, where: str, wanted: str, lost: Path | None = None) -> None:
     """Raise ConfigError: pretrained language weights came without a tokenizer.
 
-    `wanted` is the name of the tokenizer that the checkpoint's files ask for, "" if they name none.
+    `wanted` is the name of the tokenizer that the checkpoint's files ask for, "" if they name none; `lost`
+    the folder that they name as the checkpoint's own, and that is not there.
     """
+    if lost is not None:
+        raise ConfigError(
+            f"{where}: its language weights are pretrained, and its files keep their tokenizer in {lost}, "
+            "which is not there; copy that folder again from where the checkpoint comes from, or set "
+            f"policy.tokenizer to such a folder. {GIVE}"
+        )
     names = f" ({wanted!r} in its files)" if wanted else ""
     raise ConfigError(
         f"{where}: its language weights are pretrained, and it holds no tokenizer{names}; set "

@@ -114,15 +114,23 @@ def _agree(
 ) -> "Agreement":
     """Return what the checkpoint and a data card agree on, as a recipe without [adapt] would find it."""
     from vlafit import checkpoints, rollout
-    from vlafit.agreement import protocol_items
-    from vlafit.datasets import load_card
-    from vlafit.recipe import PolicyRecipe, Recipe
+    from vlafit.agreement import Item, protocol_items
+    from vlafit.datasets import load_card, open_dataset
+    from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
     from vlafit.train import reconcile
 
     path, card = checkpoints.place(folder).path, load_card(options.data)
     declared = checkpoints.declaration(path, base)
-    recipe = Recipe(policy=PolicyRecipe(checkpoint=str(folder), config=dict(config or {})))
+    policy = PolicyRecipe(checkpoint=str(folder), config=dict(config or {}))
+    recipe = Recipe(policy=policy, data=DataRecipe(cards=(options.data,)))
     agreement = reconcile.agree_on(recipe, card, loaded.codec, declared)
+    if not card.location().exists():
+        item = Item("dataset files", {"dataset": "not here"}, "", "assumed", "the files were not compared")
+        agreement = agreement.with_items([item])
+    elif loaded.codec is not None:
+        agreement = reconcile.outlook(recipe, loaded.codec, agreement)
+    else:
+        open_dataset(card)  # so that files that are not what the card says are named first
     if protocol := options.protocol:
         agreement = agreement.with_items(
             protocol_items(card.embodiment, rollout.robot_of(protocol), protocol)
@@ -143,7 +151,7 @@ def needed_to_train(loaded: "Loaded", path: Path, base: Path | str | None) -> li
         needed.append(f'data.statistics = "data", or policy.assets = one of {", ".join(named)}')
     elif not checkpoints.wants_tokenizer(path, base):
         needed.append('data.statistics = "data"')
-    if loaded.policy.needs().prompt is not None:
+    if loaded.policy.needs().prompt is not None and declared.own_tokenizer is None:
         name = f" ({declared.tokenizer} in its files)" if declared.tokenizer else of_family(loaded.policy)
         needed.append(f"policy.tokenizer{name}")
     return [*needed, *(f"adapt.robot = true, because {text}" for text in declared.conversions)]

@@ -10,6 +10,7 @@ from vlafit.checkpoints.formats.lerobot import read_buffers, read_processors, re
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
+from vlafit.checkpoints.tensor_files import beside
 from vlafit.errors import WeightsError
 from vlafit.types import Embodiment
 
@@ -35,12 +36,16 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         slots, robot = (), None
     relative = _relative(lerobot, pre, post, robot)
     conversions = tuple(f"{key} is true: {why}" for key, why in NEVER.items() if lerobot.get(key, bool))
+    own, name = _tokenizer(folder, pre) if pre else (None, read_buffers.tokenizer_name(lerobot))
+    there = own is not None and own.is_dir()
     return Declaration(
         embodiment=robot,
         relative=relative,
         slots=slots,
         conversions=conversions,
-        tokenizer=_missing_tokenizer(folder, pre) if pre else read_buffers.tokenizer_name(lerobot),
+        tokenizer="" if there else name,
+        own_tokenizer=own if there else None,
+        lost_tokenizer=None if there else own,
         named_statistics=_named(
             read_processors.statistics_in(folder) if pre and post else read_buffers.sets_of(buffers)
         ),
@@ -65,9 +70,11 @@ def _relative(
     return relative_actions.relative_in_config(lerobot, pre, dimensions) or ()
 
 
-def _missing_tokenizer(folder: Path, pre: list[Step]) -> str:
+def _tokenizer(folder: Path, pre: list[Step]) -> tuple[Path | None, str]:
+    """Return the tokenizer's folder inside the checkpoint, and its name where the processors name another."""
     for step in pre:
         if step.name == "tokenizer_processor":
             inside = step.artifacts.get("tokenizer_name", "")
-            return "" if inside and (folder / inside).is_dir() else str(step.config.get("tokenizer_name", ""))
-    return ""
+            own = beside(folder / read_processors.PRE, inside) if inside else None
+            return own, str(step.config.get("tokenizer_name", ""))
+    return None, ""
