@@ -17,6 +17,16 @@ from vlafit.errors import EmbodimentError
 NOTHING: Mapping[str, NDArray] = MappingProxyType({})  # an empty, read-only mapping
 
 
+UNITS: Mapping[str, tuple[str, ...]] = {
+    "m": ("metre", "metres", "meter", "meters"),
+    "cm": ("centimetre", "centimetres", "centimeter", "centimeters"),
+    "mm": ("millimetre", "millimetres", "millimeter", "millimeters"),
+    "rad": ("radian", "radians"),
+    "deg": ("degree", "degrees", "°"),
+}
+"""Symbols of units and their names."""
+
+
 @dataclass(frozen=True)
 class Feature:
     """A named column, or a camera.
@@ -61,6 +71,12 @@ class Embodiment:
         raise EmbodimentError(f"embodiment {self.name!r} has no camera {name!r}; it has: {listed}")
 
 
+def plain_unit(unit: str) -> str:
+    """Return a unit's symbol for its names: `m` for metre and meters. Others as they are, in lower case."""
+    word = unit.strip().lower()
+    return next((symbol for symbol, names in UNITS.items() if word in names), word)
+
+
 def differences(first: Embodiment, second: Embodiment) -> list[str]:
     """Return one line for each field in which two embodiments are incompatible, the renderer excluded.
 
@@ -81,7 +97,7 @@ def differences(first: Embodiment, second: Embodiment) -> list[str]:
         compare(f"{column} shape", a.shape, b.shape)
         if a.labels and b.labels:
             compare(f"{column} labels", a.labels, b.labels)
-        if a.unit and b.unit:
+        if a.unit and b.unit and plain_unit(a.unit) != plain_unit(b.unit):
             compare(f"{column} unit", a.unit, b.unit)
     if first.control and second.control:
         compare("control mode", first.control, second.control)

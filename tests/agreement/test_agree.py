@@ -11,7 +11,7 @@ from vlafit.agreement.cameras import hands
 from vlafit.agreement.values import FILE, read
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.recipe import AdaptRecipe
-from vlafit.types import Feature
+from vlafit.types import Feature, differences
 
 THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 OPENPI = Party("checkpoint", "pi0_base", None, None, THREE, frame_sizes_known=False)
@@ -205,6 +205,20 @@ def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
     agreement = agreed(own, OPENPI, cameras=wrong)
     assert conflicts(agreement) == {"camera slot 1"}
     assert other in agreement.conflicts[0].fix and "left" in agreement.conflicts[0].fix
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "same"),
+    [("rad", "Radians", True), ("deg", "degrees", True), ("m", "mm", False), ("degree", "radian", False)],
+)
+def test_a_unit_is_the_same_by_symbol_and_by_name_and_another_may_be_converted(here, there, same):
+    column = replace(ROBOT.state, unit=here)
+    agreement = agreed(dataset(state=column), checkpoint(state=replace(column, unit=there)))
+    assert conflicts(agreement) == (set() if same else {"state unit"})
+    mine, theirs = (replace(ROBOT, state=replace(column, unit=unit)) for unit in (here, there))
+    assert same == (not differences(mine, theirs))
+    if not same:
+        assert "`scale`" in agreement.conflicts[0].fix and here in agreement.conflicts[0].sides["dataset"]
 
 
 def test_a_camera_that_takes_anothers_place_is_named_where_its_own_slot_is_empty():

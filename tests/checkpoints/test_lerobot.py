@@ -396,7 +396,7 @@ BAD_PROCESSORS = {
     "aloha's relative joints": (
         "config.json",
         lambda v: v.update(use_delta_joint_actions_aloha=True),
-        "use_delta_joint_actions_aloha is true",
+        'use_delta_joint_actions_aloha is true.*set it to false.*data.statistics = "data"',
     ),
     "no normaliser": (
         "policy_preprocessor.json",

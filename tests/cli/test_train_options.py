@@ -36,6 +36,11 @@ def train(path: Path, *words: str) -> Recipe:
     return read([str(path), *words])[0]
 
 
+@pytest.mark.parametrize("words", [["action.gripper", "state.0"], ['["action.gripper", "state.0"]']])
+def test_a_list_is_given_as_words_or_as_in_toml(path: Path, words: list[str]):
+    assert train(path, "--adapt.outside", *words).adapt.outside == ("action.gripper", "state.0")
+
+
 def test_without_options_the_recipe_is_the_file(path):
     assert train(path) == config.read(Recipe, path, "recipe")
 

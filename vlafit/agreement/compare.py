@@ -7,7 +7,7 @@ from vlafit.agreement.columns import PAIR_FIX, by_name, mispaired
 from vlafit.agreement.values import Agreement, Item, Party, Status
 from vlafit.errors import ConfigError
 from vlafit.recipe import AdaptRecipe
-from vlafit.types import Embodiment, Feature, differences
+from vlafit.types import Embodiment, Feature, differences, plain_unit
 
 ROBOT = (
     'if this is another robot: [adapt] robot = true and data.statistics = "data" (where it has more '
@@ -73,7 +73,9 @@ def _columns(here: Embodiment, checkpoint: Party, adapt: AdaptRecipe, fresh: boo
             yield Item(item, sides, "", "conflict", fix=ROBOT, accept=accept)
         yield _labels(name, mine, other, permitted)
         if mine.unit or other.unit:
-            yield _stated(f"{name} unit", mine.unit, other.unit, permitted, ROBOT)
+            same = plain_unit(mine.unit) == plain_unit(other.unit)
+            fix = f"convert the column: `scale` and `offset` of robot.{name} in the card; {ROBOT}"
+            yield _stated(f"{name} unit", mine.unit, mine.unit if same else other.unit, permitted, fix)
 
 
 def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
@@ -95,12 +97,18 @@ def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
         return Item(item, sides, sides["dataset"], "chosen", "adapt.robot")
     fix = ROBOT
     if sorted(here.labels) == sorted(there.labels):
-        fix = f"the same dimensions in another order: reorder the columns in the card; {fix}"
+        fix = (
+            f"the same dimensions in another order: list robot.{name}'s parts in the checkpoint's order in "
+            f'the card (a key may be "KEY[:, 2]"), with labels in this order; {fix}'
+        )
         return Item(item, sides, "", "conflict", fix=fix)
+    fix = f"if only the names differ, write the checkpoint's in robot.{name}.labels of the card; {fix}"
     return Item(item, sides, "", "conflict", fix=fix, accept=ACCEPT_ROBOT)
 
 
-def _stated(name: str, here: str, there: str, permitted: bool, fix: str) -> Item:
+def _stated(
+    name: str, here: str, there: str, permitted: bool, fix: str, accept: tuple[str, ...] = ACCEPT_ROBOT
+) -> Item:
     sides = {role: text for role, text in (("dataset", here), ("checkpoint", there)) if text}
     if there and not here and permitted:  # the checkpoint's word is about another robot
         return Item(name, sides, "not stated", "chosen", "adapt.robot")
@@ -111,7 +119,7 @@ def _stated(name: str, here: str, there: str, permitted: bool, fix: str) -> Item
         return Item(name, sides, here, "same")
     if permitted:
         return Item(name, sides, here, "chosen", "adapt.robot")
-    return Item(name, sides, "", "conflict", fix=fix, accept=ACCEPT_ROBOT)
+    return Item(name, sides, "", "conflict", fix=fix, accept=accept)
 
 
 # --------------------------------------------------------------------------------------- actions and control
@@ -199,7 +207,7 @@ def _control(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: boo
     def rate(hz: float) -> str:
         return f"{hz:g} Hz" if hz else ""
 
-    yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot, fix)
+    yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot, fix, ACCEPT_ROBOT[:1])
 
 
 def _renderer(here: Embodiment, there: Embodiment) -> Item:

@@ -245,6 +245,8 @@ def overrides(cls: type, values: Any, namespace: argparse.Namespace) -> dict[str
 def _typed(kind: Any, text: Any) -> Any:
     """Convert text to the field's number or boolean type; keep invalid text for `config.build` to report."""
     if isinstance(text, list):
+        if len(text) == 1 and text[0].startswith("[") and isinstance(listed := _toml_value(text[0]), list):
+            return listed
         return [_typed(get_args(kind)[0], word) for word in text]
     if get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not type(None))

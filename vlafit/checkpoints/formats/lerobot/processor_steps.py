@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
+from vlafit.checkpoints.formats.lerobot.read_config import CONVERT, LeRobotConfig
 from vlafit.checkpoints.tensor_files import beside, read_json_object
 from vlafit.errors import WeightsError
 
@@ -109,7 +109,7 @@ def require_repeated(steps: Sequence[Step], lerobot: LeRobotConfig) -> None:
     """Raise WeightsError naming the first setting of a step, or of config.json, that we do not repeat."""
     for key, why in NEVER.items():
         if lerobot.get(key, bool):
-            raise WeightsError(f"{lerobot.path}: {key} is true: {why}, which is not supported here")
+            raise WeightsError(f"{lerobot.path}: {key} is true: {why}, which is not supported here{CONVERT}")
     for step in steps:
         known = REPEATED.get(step.name, {})
         for key, value in step.config.items():

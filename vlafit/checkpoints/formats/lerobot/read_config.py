@@ -11,6 +11,10 @@ from vlafit.checkpoints.voting import Stated
 from vlafit.errors import WeightsError
 
 TYPES = ("pi0", "pi05", "smolvla")
+CONVERT = (
+    "; to train on: convert the dataset's states and actions as that program does, set it to false in a copy "
+    'of the checkpoint\'s folder, and fit statistics: data.statistics = "data"'
+)
 ALWAYS: dict[str, object] = {
     "min_period": 4e-3,
     "max_period": 4.0,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
+from vlafit.checkpoints.formats.lerobot.read_config import CONVERT, LeRobotConfig
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.checkpoints.voting import Stated
 from vlafit.errors import WeightsError
@@ -51,7 +51,8 @@ def smolvla_evidence(
         return {}, []
     for key, why in NEVER.items():
         if config.get(key, bool):
-            raise WeightsError(f"{config.path}: {key} is true: {why}, which is not supported here")
+            remedy = CONVERT if key == "adapt_to_pi_aloha" else ""
+            raise WeightsError(f"{config.path}: {key} is true: {why}, which is not supported here{remedy}")
     layers = config.get("num_vlm_layers", int) or 0
     shallow = config.get("num_expert_layers", int) or 0
     deep = layers if layers > 0 else depth
