@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
     "more dimensions": ({}, {"dimensions": 3}, {}, "data", ("2", "3", "[adapt] robot = true")),
     "more dimensions, old statistics": ({}, {"dimensions": 3}, {"robot": True}, "checkpoint", ('"data"',)),
     "another unit": ({"unit": "deg"}, {}, {}, "checkpoint", ("deg", "rad")),
-    "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "reorder")),
+    "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "in another order")),
     "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
     "degrees that the card calls radians": ({"scale": 57.29578}, {}, {}, "checkpoint",
                                             ("action.b", "units", "adapt")),

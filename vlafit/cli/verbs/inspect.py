@@ -318,7 +318,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines = [facts["load"], ""]
     lines += [table(("part", "layers", "tensors", "parameters"), parts), ""]
     robot, codec = facts.get("embodiment"), facts.get("codec")
-    if robot:
+    if robot and codec:
         cameras = ", ".join(f"{c['name']} {c['shape'][0]}x{c['shape'][1]}" for c in robot["cameras"])
         lines += [
             f"robot    {robot['name']}, {robot['hz']:g} Hz, {robot['control']}",
