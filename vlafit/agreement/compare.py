@@ -98,8 +98,8 @@ def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
     fix = ROBOT
     if sorted(here.labels) == sorted(there.labels):
         fix = (
-            f"the same dimensions in another order: list robot.{name}'s parts in the checkpoint's order in "
-            f'the card (a key may be "KEY[:, 2]"), with labels in this order; {fix}'
+            f"the same dimensions in another order: reorder the columns, in robot.{name}.keys of the card "
+            f'(a key may be "KEY[:, 2]"), with labels in this order; {fix}'
         )
         return Item(item, sides, "", "conflict", fix=fix)
     fix = f"if only the names differ, write the checkpoint's in robot.{name}.labels of the card; {fix}"
