@@ -167,6 +167,7 @@ def test_on_its_base_a_checkpoint_holds_only_what_learned(base: Path, tmp_path: 
     stored = load_file(tmp_path / "c" / "adapters" / "lora" / "adapter_model.safetensors")
     assert len(stored) == len(adapter_tensors(policy))
     config = json.loads((tmp_path / "c" / "adapters" / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same bytes in any process
     assert config["peft_type"] == "LORA" and config["revision"] == f"sha256:{checkpoints.digest(base)}"
 
 

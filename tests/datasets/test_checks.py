@@ -129,6 +129,12 @@ def spiked(e: Episode) -> Episode:
     return replace(e, actions=actions)
 
 
+def no_number(e: Episode) -> Episode:
+    actions = e.actions.copy()
+    actions[7, 1] = np.nan
+    return replace(e, actions=actions)
+
+
 def blackened(frames: NDArray) -> NDArray:
     dark = frames.copy()
     dark[30:40] = 0
@@ -149,6 +155,7 @@ DAMAGES: list[tuple[str, Callable[[Episode], Episode], str]] = [
     ("half a second frozen", freeze(10), "frozen_frames"),
     ("black frames", on_frames(blackened), "black_frames"),
     ("a spike", spiked, "spike"),
+    ("a value that is no number", no_number, "not_finite"),
 ]
 
 

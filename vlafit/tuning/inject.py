@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,6 +241,17 @@ def peft_config(group: Group) -> Any:
         case "miss":
             config = peft.MissConfig(r=a.rank, miss_dropout=a.dropout, target_modules=layers)
     return config
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write peft's `config` as adapter_config.json.
+
+    Sets of layers are sorted: equal adapters have equal files in any process.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    config.save_pretrained(str(folder))
 
 
 def skeleton(module: nn.Module) -> nn.Module:

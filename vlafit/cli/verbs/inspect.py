@@ -45,7 +45,10 @@ def run(arguments: Sequence[str]) -> int:
     if is_family(options.checkpoint):
         return _inspect_family(options, config)
     if options.size:
-        raise ConfigError("--size is of a policy family; a checkpoint has its own")
+        raise ConfigError(
+            f"--size is of a policy family, and {options.checkpoint!r} is none (is its folder on "
+            "PYTHONPATH?); a checkpoint has a size of its own"
+        )
     folder = checkpoint_folder(options.checkpoint, foreign=True)
     from vlafit import checkpoints
 

@@ -28,11 +28,35 @@ def check_columns(store: EpisodeStore) -> list[Finding]:
         (info.id, store.state(n).astype(np.float64), store.actions(n).astype(np.float64))
         for n, info in enumerate(store.episodes)
     ]
-    findings = [*_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
+    broken = _not_finite(columns)
+    columns = [c for c in columns if c[0] not in {f.episode for f in broken}]
+    findings = [*broken, *_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
     findings += [*_limits(store, columns), *_holes(columns)]
     copied = {f.episode for f in findings if f.kind == "action_equals_state"}
     rest = [c for c in columns if c[0] not in copied]
     return findings + _signs_and_lags(store, rest)
+
+
+def _not_finite(columns: Columns) -> list[Finding]:
+    """The layouts that ship refuse such an episode when it is opened; a layout of another package may not."""
+    findings = []
+    for episode, *arrays in columns:
+        for name, values in zip(("state", "action"), arrays, strict=True):
+            bad = np.argwhere(~np.isfinite(values))
+            if len(bad):
+                step, dimension = (int(number) for number in bad[0])
+                findings.append(
+                    Finding(
+                        "error",
+                        "not_finite",
+                        episode,
+                        step,
+                        f"{name} holds {values[step, dimension]} in dimension {dimension}; {len(bad)} in all",
+                        "no statistics can be taken, and the loss is NaN",
+                        "fix the file, or leave the episode out (skip in the card)",
+                    )
+                )
+    return findings
 
 
 def _tasks(store: EpisodeStore) -> list[Finding]:

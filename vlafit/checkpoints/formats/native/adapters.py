@@ -33,6 +33,7 @@ from vlafit.tuning.inject import (
     initial_factors,
     make_groups,
     peft_config,
+    save_config,
     take_residual,
 )
 
@@ -141,7 +142,7 @@ def write(folder: Path, policy: Policy, plan: Plan, tensors: Mapping[str, Tensor
         config.inference_mode = True
         config.base_model_name_or_path = base.checkpoint if base else None
         config.revision = f"sha256:{base.sha256}" if base else None
-        config.save_pretrained(place)
+        save_config(config, place)
         held = {n: t for n, t in tensors.items() if n in adapters and group_of(n) == group.name}
         own = {PREFIX + peft_name(n, group.name): _plain(t) for n, t in held.items() if is_stored(n)}
         save_file(own, place / TENSORS, metadata={"format": "pt"})

@@ -18,7 +18,7 @@ from vlafit.checkpoints.name_map import NameMap
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning import Plan
-from vlafit.tuning.inject import Group, adapter_tensors, as_new, make_groups, peft_config
+from vlafit.tuning.inject import Group, adapter_tensors, as_new, make_groups, peft_config, save_config
 
 BASE = "base"  # folder of the weights below the adapters
 
@@ -71,5 +71,5 @@ def write(folder: Path, exported: ExportedAdapters, base: Path) -> None:
     config = peft_config(exported.group)
     config.inference_mode = True
     config.base_model_name_or_path = str(base)
-    config.save_pretrained(folder)
+    save_config(config, folder)
     save_file(exported.tensors, folder / TENSORS, metadata={"format": "pt"})
