@@ -270,6 +270,8 @@ def test_relative_matches_are_the_actions_with_the_name_of_their_state_dimension
     joints = ColumnCard(("s",), 3, ("a", "b", "c"))
     assert mask(joints, ColumnCard(("x",), 3, ("a", "b", "hand"))) == (True, True, False)
     assert mask(joints, ColumnCard(("x",), 4, ("a", "b", "c", "c"))) == (True, True, True, False)
+    suffixed = ColumnCard(("s",), 3, ("a.pos", "B.pos", "hand"))
+    assert mask(suffixed, joints) == (True, True, False)
     unnamed = ColumnCard(("s",), 2)
     assert mask(unnamed, unnamed) == (True, True)
     with pytest.raises(ConfigError, match=r"matching.*'small'.*a, b, c.*robot\.relative"):

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.agreement.columns import plain_label
 from vlafit.errors import ConfigError, DataError, did_you_mean
 from vlafit.types import Embodiment, Feature
 
@@ -111,7 +112,7 @@ class RobotCard:
 
 
 def with_relative_matches(card: "Card") -> "Card":
-    """Return the card with every action relative that has the name of its state dimension.
+    """Return the card with every action relative that has the name of its state dimension (`j1` of `j1.pos`).
 
     Without names, as many dimensions as the state match in order. Raises ConfigError if none matches.
     """
@@ -119,8 +120,8 @@ def with_relative_matches(card: "Card") -> "Card":
     if not state.labels and not action.labels:
         mask = (state.dimensions == action.dimensions,) * action.dimensions
     else:
-        names = [*state.labels, *[""] * action.dimensions]
-        mask = tuple(bool(label) and label == names[d] for d, label in enumerate(action.labels))
+        names = [*map(plain_label, state.labels), *[""] * action.dimensions]
+        mask = tuple(plain_label(label) == names[d] != "" for d, label in enumerate(action.labels))
     if not any(mask):
         raise ConfigError(
             f'data.relative = "matching": no action of card {card.name!r} has the name of its state '
