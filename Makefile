@@ -1,6 +1,6 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
 # make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
-# make test         lint, types, import contracts, the tests (what .ci/run calls; 10 minutes on two cores)
+# make test         lint, types, import contracts, the tests (what .ci/run calls; some 15 minutes on two cores)
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
@@ -29,9 +29,7 @@ quickstart: .venv/ready
 ablation: .venv/ready
 	$(BIN)/python eval/pretraining.py --jobs 2
 
-# Types are checked beside the tests, which leave part of two cores idle.
-test: lint imports
-	@$(MAKE) --no-print-directory --jobs 2 types unit
+test: lint types imports unit
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -43,10 +41,10 @@ types: .venv/ready-dev
 imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
-# One thread each: workers with torch's default of a thread per core would wait for each other. Three workers on two
-# cores, because tests also wait: for processes, for the disk.
+# One thread each: two workers with torch's default of a thread per core would wait for each other. A third worker on
+# two cores makes it slower (LOG.md).
 unit: .venv/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow and not peer"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.
