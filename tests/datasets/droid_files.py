@@ -2,15 +2,14 @@
 
 import json
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.datasets.layouts import SIZE, Demo, card
+from tests.datasets.lerobot_files import write_video
 from vlafit.datasets import Card
 from vlafit.datasets.card import CameraCard, ColumnCard, InstructionCard
 
@@ -83,12 +82,4 @@ def spread(values: NDArray, kept: NDArray[np.int64], rows: int) -> NDArray:
 
 def write_lossless(path: Path, frames: NDArray[np.uint8]) -> None:
     """Encode frames as H.264 in RGB without loss."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0", "preset": "ultrafast"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "rgb24"
-        stream.time_base = Fraction(1, FPS)
-        for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts = number
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    write_video(path, frames, "libx264rgb", FPS, "rgb24", {"qp": "0", "preset": "ultrafast"})

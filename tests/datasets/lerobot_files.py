@@ -111,12 +111,22 @@ def stored(demo: Demo, camera: str) -> NDArray[np.uint8]:
     return demo.front[:, ::-1, ::-1] if camera == "front" else demo.wrist
 
 
-def write_video(path: Path, frames: NDArray[np.uint8], codec: str, fps: int = FPS) -> None:
-    """Encode frames with a key frame every second one, and B frames where the codec has them."""
+KEY_FRAMES = {"g": "2", "crf": "1"}  # every second frame; B frames where the codec has them
+
+
+def write_video(
+    path: Path,
+    frames: NDArray[np.uint8],
+    codec: str,
+    fps: int = FPS,
+    pixels: str = "yuv420p",
+    options: dict[str, str] = KEY_FRAMES,
+) -> None:
+    """Encode frames [n, h, w, 3]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options={"g": "2", "crf": "1"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
         stream.time_base = Fraction(1, fps)
         for number, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

@@ -33,16 +33,37 @@ NOT_COMPUTED = frozenset(
     }
 )
 """Functions whose numbers are arbitrary or random: their tensors are of the meta device."""
+DRAWN_IN_PLACE = frozenset(
+    {
+        Tensor.normal_,
+        Tensor.uniform_,
+        nn.init.kaiming_normal_,
+        nn.init.kaiming_uniform_,
+        nn.init.normal_,
+        nn.init.trunc_normal_,
+        nn.init.uniform_,
+        nn.init.xavier_normal_,
+        nn.init.xavier_uniform_,
+    }
+)
+"""Functions that draw numbers into a tensor: on the meta device there is nothing to draw."""
 LISTED = 5  # names in a message
 
 
 class _Deferred(TorchFunctionMode):
-    """Put the tensors of `NOT_COMPUTED` on the meta device, unless the call names a device."""
+    """Put the tensors of `NOT_COMPUTED` on the meta device unless the call names one, and draw none there.
+
+    To draw on the meta device imports torch._dynamo: two seconds at every start.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func in NOT_COMPUTED and options.get("device") is None:
             options["device"] = "meta"
+        if func in DRAWN_IN_PLACE:
+            tensor = args[0] if args else options["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **options)
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
-from vlafit.nn.embedding import undrawn_embedding
 from vlafit.nn.precision import in_own_precision, precise
 
 EPS = 1e-6  # Gemma: RMSNorm epsilon
@@ -148,7 +147,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         if vocab is not None:
-            self.embed_tokens = undrawn_embedding(vocab, width)
+            self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(
             DecoderLayer(width, mlp, heads, kv_heads, head_dim, cond_width) for _ in range(depth)
         )

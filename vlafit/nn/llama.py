@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
-from vlafit.nn.embedding import undrawn_embedding
 from vlafit.nn.gemma import Attention, KeysValues
 from vlafit.nn.precision import precise
 
@@ -130,7 +129,7 @@ class Decoder(nn.Module):
         self.head_dim = head_dim
         self.crosses = tuple(self_every == 0 or i % self_every != 0 for i in range(depth))
         if vocab is not None:
-            self.embed_tokens = undrawn_embedding(vocab, width)
+            self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(
             DecoderLayer(width, mlp, heads, kv_heads, head_dim, cross) for cross in self.crosses
         )

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend
-from vlafit.nn.embedding import undrawn_embedding
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 
 EPS = 1e-6  # SigLIP: LayerNorm epsilon
@@ -63,7 +62,7 @@ class SiglipTower(nn.Module):
     def __init__(self, width: int, depth: int, mlp: int, heads: int, patch: int, image_size: int) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-        self.position_embedding = undrawn_embedding((image_size // patch) ** 2, width)
+        self.position_embedding = nn.Embedding((image_size // patch) ** 2, width)
         self.layers = nn.ModuleList(SiglipLayer(width, mlp, heads) for _ in range(depth))
         self.post_layernorm = nn.LayerNorm(width, eps=EPS)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.detr import DecoderLayer, EncoderLayer, layer_norm, sine_positions, sine_positions_2d
-from vlafit.nn.embedding import undrawn_embedding
 from vlafit.nn.parameters import build_policy, describe, select
 from vlafit.nn.policy import Needs, ParameterInfo, Policy, required_actions
 from vlafit.nn.precision import in_own_precision, matrix_dtype
@@ -106,7 +105,7 @@ class Decoder(nn.Module):
         super().__init__()
         c = config
         self.chunk = c.chunk
-        self.query_embedding = undrawn_embedding(c.chunk, c.width)
+        self.query_embedding = nn.Embedding(c.chunk, c.width)
         self.layers = nn.ModuleList(
             DecoderLayer(c.width, c.heads, c.mlp, c.dropout) for _ in range(c.decoder_layers)
         )
@@ -129,7 +128,7 @@ class ActionEncoder(Encoder):
     def __init__(self, config: ActConfig) -> None:
         super().__init__(config, config.vae_layers)
         c = config
-        self.cls_embedding = undrawn_embedding(1, c.width)
+        self.cls_embedding = nn.Embedding(1, c.width)
         self.state_proj = nn.Linear(c.state_dim, c.width)
         self.action_proj = nn.Linear(c.action_dim, c.width)
         self.latent_proj = nn.Linear(c.width, 2 * c.latent)
@@ -163,7 +162,7 @@ class Act(Policy):
         self.image_proj = nn.Conv2d(self.vision.channels, c.width, 1)
         self.state_proj = nn.Linear(c.state_dim, c.width)
         self.latent_proj = nn.Linear(c.latent, c.width)
-        self.token_embedding = undrawn_embedding(2, c.width)  # positions of latent and state
+        self.token_embedding = nn.Embedding(2, c.width)  # positions of latent and state
         self.encoder = Encoder(c, c.encoder_layers)
         self.decoder = Decoder(c)
         self.action_out_proj = nn.Linear(c.width, c.action_dim)
