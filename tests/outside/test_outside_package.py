@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -275,6 +276,17 @@ def test_the_outside_simulation_evaluates_the_outside_policy(world, trained):
     assert "up" in shown and "down" in shown
     episodes = (world.folder / "played" / "episodes.jsonl").read_text().splitlines()
     assert len(episodes) == 4 and not any(json.loads(line).get("error") for line in episodes)
+
+
+def test_a_card_is_drafted_from_the_outside_layouts_files_and_reads_them_once_filled_in(world):
+    text = world.vlafit("data card dots --layout png_folders")
+    drafted = tomllib.loads(text)
+    robot, known = drafted["robot"], tomllib.loads(CARD)["robot"]
+    assert all(robot[key] == known[key] for key in ("cameras", "state", "action"))
+    assert "first columns" in text and "steps a second" in text
+    filled = text.replace("hz = 0.0", "hz = 10").replace('control = ""', 'control = "delta_position"')
+    (world.folder / "drafted.toml").write_text(filled)
+    assert "8 episodes" in world.vlafit("data inspect drafted.toml")
 
 
 def test_a_wrong_card_of_the_outside_layout_names_file_and_columns(world):

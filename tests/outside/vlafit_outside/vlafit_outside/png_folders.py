@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlafit.datasets import Card, EpisodeInfo, EpisodeStore
+from vlafit.datasets import Card, Draft, EpisodeInfo, EpisodeStore
+from vlafit.datasets.card import CameraCard, ColumnCard, RobotCard
 from vlafit.errors import DataError
 
 INSTRUCTIONS = ("task.txt",)
@@ -28,6 +29,31 @@ def recognise(path: Path) -> bool:
 
 def open(card: Card) -> EpisodeStore:
     return PngFolders(card)
+
+
+def describe(path: Path) -> Draft:
+    """Draft a card from the first episode's columns and pictures."""
+    first = min(path.glob("*/task.txt")).parent
+    with (first / Section().steps).open(newline="", encoding="utf-8") as file:
+        names = [name.rsplit("_", 1)[0] for name in next(csv.reader(file), [])]
+    widths = {key: names.count(key) for key in names}
+    if len(widths) != 2:
+        raise DataError(f"{file.name}: needs columns NAME_0, ... of one state and one action, not {names}")
+    state, action = (ColumnCard((key,), width) for key, width in widths.items())
+    cameras = []
+    for frame in sorted(first.glob("*/0000.png")):
+        with Image.open(frame) as picture:
+            cameras.append(CameraCard(frame.parent.name, frame.parent.name, picture.height, picture.width))
+    robot = RobotCard("robot", 0.0, "", tuple(cameras), state, action)
+    guesses = {
+        "robot.state.keys": "the first columns of steps.csv",
+        "robot.action.keys": "the other columns of steps.csv",
+    }
+    missing = {
+        "robot.hz": "control rate, steps a second",
+        "robot.control": "what an action means, for example joint_position",
+    }
+    return Draft(Card(path.resolve().name, "png_folders", str(path.resolve()), robot), guesses, missing)
 
 
 class PngFolders(EpisodeStore):
