@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", variants(METHODS, always=["lora", "dora", "pissa"]))
+@pytest.mark.parametrize("name", variants(METHODS, always=["lora", "pissa"]))
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "on its base"])
 def test_an_adapted_policy_comes_back_bit_for_bit_and_merges_alike(
     name: str, whole: bool, base: Path, tmp_path: Path

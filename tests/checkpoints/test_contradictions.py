@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.checkpoints.forms import FORMS, SMOLVLA, Form, cut, save
 from tests.checkpoints.test_damage import BEYOND
+from tests.variants import variants
 from vlafit.checkpoints import inspect
 from vlafit.checkpoints.formats.lerobot import smolvla_config
 from vlafit.checkpoints.infer import ConfigEvidence, infer_config
@@ -22,10 +23,13 @@ from vlafit.policies import pi0, smolvla
 from vlafit.policies.pi0 import SIZES, build
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+ALWAYS = ("openpi pi05", "LeRobot pi0", "SmolVLA")
 TRIALS = 20  # of each form, beside the cuts
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: form.name)
+@pytest.fixture(
+    params=variants(FORMS, always=[f for f in FORMS if f.name in ALWAYS]), ids=lambda form: form.name
+)
 def form(request: pytest.FixtureRequest) -> Form:
     return request.param
 

@@ -180,7 +180,9 @@ def _adapted(folder: Path, base: Path | None) -> None:
     vlafit.save_checkpoint(policy, folder, plan=plan, base=base)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "on its base"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, marks=pytest.mark.slow), False], ids=["whole", "on its base"]
+)
 def test_every_damage_to_adapters_and_what_lies_below_them_is_caught(whole: bool, tmp_path: Path):
     base, saved = tmp_path / "base", tmp_path / "saved"
     vlafit.save_checkpoint(_policy("pi0"), base)

@@ -170,6 +170,7 @@ def test_a_finished_arm_is_never_run_again(
     assert again.standings[0].records == done.standings[0].records
 
 
+@pytest.mark.slow
 def test_an_arm_that_broke_is_tried_again(out: Path, recipe: Recipe, options: Options) -> None:
     seen = Seen()
     compare.run(

@@ -218,6 +218,7 @@ def test_values_beyond_the_limits_of_the_card_and_rows_of_zeros_are_found():
     assert found["zero_rows", "episode_4"].step == 40
 
 
+@pytest.mark.slow
 def test_nothing_is_late_in_the_sample_that_ships_and_a_shifted_video_in_it_is_found():
     store = open_dataset("metaworld-faucet")
     camera = store.embodiment.cameras[0].name

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.rollout.actors import Obedient
+from tests.variants import variants
 from tests.waiting import alive, wait_until
 from vlafit.rollout import Protocol, evaluate
 
@@ -31,7 +32,10 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    variants([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], always=[signal.SIGTERM, signal.SIGKILL]),
+)
 def test_an_evaluation_that_is_stopped_ends_its_processes_even_hanging_ones(
     how: signal.Signals, protocol: Callable[..., Protocol], tmp_path: Path
 ) -> None:

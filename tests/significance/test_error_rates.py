@@ -34,6 +34,7 @@ def test_two_equal_strategies_are_told_apart_in_at_most_5_per_cent(seeds: int, s
     assert 0 < rejected <= at_most(0.05)
 
 
+@pytest.mark.slow
 def test_among_five_equal_strategies_holm_keeps_the_error_of_the_family() -> None:
     rng = np.random.default_rng(2)
     any_rejected = any_uncorrected = 0
@@ -67,6 +68,7 @@ def test_the_paired_interval_covers_the_true_difference(seeds: int) -> None:
         assert missed_as_independent > missed, "episodes of a start are not independent"
 
 
+@pytest.mark.slow
 def test_looking_after_every_start_keeps_the_error_of_the_sequential_test() -> None:
     rng = np.random.default_rng(3)
     stopped = peeked = 0

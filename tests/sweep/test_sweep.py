@@ -122,6 +122,7 @@ def test_a_trial_that_falls_behind_is_pruned(recipe: Recipe, tmp_path: Path) -> 
     assert [step for step, _ in pruned.curve] == [0, 2] and sweep.read(one).best == whole
 
 
+@pytest.mark.slow
 def test_a_trial_that_breaks_is_recorded_and_ends_nothing(recipe: Recipe, tmp_path: Path) -> None:
     search = {"policy.config.max_tokens": Dimension(choices=(16, 2))}
     one = sweep.Sweep(recipe, Study(search, trials=2, startup=2), tmp_path)
@@ -174,6 +175,7 @@ def test_a_signal_in_the_last_step_of_a_trial_begins_no_other(
     assert states(one) == ["whole"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_while_it_loads_has_not_died(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def everything(out: Path, step: int) -> dict[str, Tensor]:
     }
 
 
-SLOW = ("lora", "pissa", "int8", "dora", "adalora")  # the others save and resume by the same code
+SLOW = ("qlora", "pissa", "int8", "dora", "adalora")  # the others save and resume by the same code
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def test_a_run_with_adapters_is_saved_on_its_base_and_goes_on_bit_for_bit(
     assert report.read_facts(tmp_path / "whole").plan == loaded.plan
 
 
+@pytest.mark.slow
 def test_from_fresh_weights_a_run_with_adapters_holds_them_all(card: Path, base: Path, tmp_path: Path):
     recipe = replace(recipe_on(base, card, "lora"), policy=tiny(card).policy)
     run(recipe, tmp_path / "run")
@@ -105,6 +106,7 @@ def test_from_fresh_weights_a_run_with_adapters_holds_them_all(card: Path, base:
     checkpoints.load(folder)
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapted_checkpoint_merges_it_first_and_says_so(base: Path, card: Path, tmp_path: Path):
     run(recipe_on(base, card, "lora"), tmp_path / "first")
     last = tmp_path / "first" / "checkpoints" / "step_000008"
@@ -177,6 +179,7 @@ def test_a_quantised_run_keeps_what_it_began_from_where_that_lies_in_no_file(
     assert all(torch.isfinite(p).all() for p in vlafit.merge(loaded.policy).parameters())
 
 
+@pytest.mark.slow
 def test_the_ranks_of_adalora_fall_by_the_time_where_that_ends_the_run(
     base: Path, card: Path, tmp_path: Path
 ):
@@ -196,6 +199,7 @@ def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, t
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_draws_the_same_again_and_after_an_interruption(
     base: Path, card: Path, tmp_path: Path
 ):

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.train.world import start, tiny
+from tests.train.world import tiny
+from vlafit import cli, config
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -288,8 +289,10 @@ def test_a_damaged_record_of_the_run_is_named(recipe: Recipe, whole: Path, tmp_p
         run(recipe, tmp_path / "run", resume=True)
 
 
-def test_the_command_line_tells_it_in_one_line_and_ends_with_2(card: Path, tmp_path: Path) -> None:
-    process = start(tiny(card, strategy="expret"), tmp_path / "run")
-    _, errors = process.communicate()
-    assert process.returncode == 2
+def test_the_command_line_tells_it_in_one_line_and_ends_with_2(
+    card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.toml").write_text(config.dump(tiny(card, strategy="expret")))
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err
     assert errors.startswith("vlafit: ") and "did you mean 'expert'" in errors and "Traceback" not in errors

@@ -10,8 +10,8 @@ import h5py
 import pytest
 import torch
 
-from tests.train.world import start, tiny
-from vlafit import checkpoints, report
+from tests.train.world import tiny
+from vlafit import checkpoints, cli, config, report
 from vlafit.actor import load_actor
 from vlafit.errors import ConfigError, TrainingError, WeightsError
 from vlafit.recipe import PolicyRecipe, Recipe
@@ -148,17 +148,17 @@ def test_a_run_does_not_go_on_with_changed_actions(seeded: Path, tmp_path: Path)
 
 
 def test_pictures_of_another_renderer_are_told_kept_and_reported(
-    base: Path, seeded: Path, tmp_path: Path
+    base: Path, seeded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = moved(seeded, tmp_path / "data")
     card.write_text(card.read_text().replace('renderer = "ray"', 'renderer = "egl"'))
     out = tmp_path / "run"
-    process = start(further(base, card, train={"report": True}), out)
-    assert process.wait() == 0
+    (tmp_path / "recipe.toml").write_text(config.dump(further(base, card, train={"report": True})))
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(out)]) == 0
     told = (
         "the checkpoint was trained on images rendered by 'ray', the dataset shows images rendered by 'egl'"
     )
-    assert process.stderr is not None and told in process.stderr.read()
+    assert told in capsys.readouterr().err
     codec = checkpoints.load(out / "checkpoints" / "step_000001").codec
     assert codec is not None and codec.embodiment.renderer == "egl"
     assert any(told in caveat for caveat in report.read_facts(out).caveats)

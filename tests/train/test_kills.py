@@ -76,6 +76,7 @@ class Masks(Dataset[bool]):
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+@pytest.mark.slow
 @pytest.mark.case(
     section="runs",
     report="the run ends unsaved at Ctrl-C",

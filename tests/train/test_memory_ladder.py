@@ -200,6 +200,7 @@ def test_what_does_not_fit_is_refused_with_the_rung_that_does() -> None:
         require_fit(every[0], every, of, 0.8, "the GPU")
 
 
+@pytest.mark.slow
 def test_a_run_picks_the_rung_that_fits_or_is_refused_before_it_loads(
     card: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,6 +81,7 @@ def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_on
     assert "lost: process 0 of 2 lost another process" in heard and first.returncode == 0, heard
 
 
+@pytest.mark.slow
 @pytest.mark.case(
     section="machines",
     report="the launch hangs at its start",
@@ -146,6 +147,7 @@ def test_the_number_of_processes_that_a_launcher_was_asked_for(
     assert processes_asked_for(words.split()) == number
 
 
+@pytest.mark.slow
 @pytest.mark.case(
     section="machines",
     report="several processes asked for, one runs",

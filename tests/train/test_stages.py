@@ -245,6 +245,7 @@ run(config.read(Recipe, Path(sys.argv[1]), "recipe"), Path(sys.argv[2]), callbac
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_changes_the_stage_and_resumed_equals_an_uninterrupted_one(
     recipe: Recipe, whole: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def test_a_plateau_ends_a_stage(plateau: tuple[Recipe, Path]) -> None:
     assert {e["train/stage"]: e["step"] for e in metrics(out) if "train/stage" in e} == BEGAN_BY_PLATEAU
 
 
+@pytest.mark.slow
 def test_the_count_of_a_plateau_survives_an_interruption(
     plateau: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
@@ -401,6 +403,7 @@ def test_adalora_is_refused_on_sharded_weights(card: Path, tmp_path: Path) -> No
         run(sharded, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_stage_whose_plateau_does_not_come_in_time_is_passed_over_and_told(
     card: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -530,6 +533,7 @@ def values_left(out: Path, step: int) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_stage(
     growing: tuple[Recipe, Path],
 ) -> None:
@@ -550,6 +554,7 @@ def test_ranks_fall_in_the_layers_that_learn_and_never_rise_through_a_change_of_
     assert "Ranks of AdaLoRA" in page(facts) and "Final AdaLoRA rank of each layer" in page(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", variants([7, 10, 19], always=[10]))
 def test_ranks_of_a_resumed_run_are_those_of_an_uninterrupted_one(
     growing: tuple[Recipe, Path], tmp_path: Path, step: int

@@ -13,6 +13,9 @@ from tests.variants import variants
 from vlafit.recipe import Recipe
 from vlafit.train import run
 
+# Sharding and resumption in two processes, and stages in one, are also tested by themselves.
+pytestmark = pytest.mark.slow
+
 HOW = {  # what each recipe of the tests changes
     "copies": {"accumulate": 2},
     "sharded": {"sharding": "full"},

@@ -161,12 +161,11 @@ def test_what_one_process_began_two_go_on_with(runs: Path) -> None:
 
 
 def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> None:
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 4):
         rare = {"save_every": 0, "validate_every": 0}
-        recipe = tiny(card, train={"steps": STEPS, "batch_size": 8, "accumulate": accumulate, **rare})
+        recipe = tiny(card, train={"steps": 6, "batch_size": 8, "accumulate": accumulate, **rare})
         run(recipe, tmp_path / str(accumulate))
-    for accumulate in (2, 4):
-        assert_close(tmp_path / "1", tmp_path / str(accumulate))
+    assert_close(tmp_path / "1", tmp_path / "4")
 
 
 @pytest.mark.slow

@@ -264,6 +264,10 @@ def skeleton(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, stand_ins)
 
 
+_SHAPES: dict[object, dict[str, tuple[int, ...]]] = {}
+"""Kind of layer, with its adapter -> shapes of the adapter. A run asks several times: plan, forecast, apply."""
+
+
 def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return what `inject` would add: tensor name -> (name of the weight that it adapts, shape).
 
@@ -272,7 +276,6 @@ def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tupl
     if not groups:
         return {}
     chosen = {layer: (group, adapter) for group in groups for layer, adapter in group.layers.items()}
-    kinds: dict[object, dict[str, tuple[int, ...]]] = {}
     shapes = {}
     for layer, module in policy.named_modules():
         if layer not in chosen:
@@ -281,9 +284,9 @@ def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tupl
         leaf = layer.rpartition(".")[2]  # IA3 goes by it
         tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in module.named_parameters()]
         kind = (leaf, group.name, adapter, type(module), module.extra_repr(), *tensors)
-        if kind not in kinds:
-            kinds[kind] = _layer_shapes(leaf, module, Group(group.name, adapter, {leaf: adapter}))
-        for name, shape in kinds[kind].items():
+        if kind not in _SHAPES:
+            _SHAPES[kind] = _layer_shapes(leaf, module, Group(group.name, adapter, {leaf: adapter}))
+        for name, shape in _SHAPES[kind].items():
             shapes[f"{layer}.{name}"] = f"{layer}.weight", shape
     return shapes
 
