@@ -265,7 +265,7 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 _SHAPES: dict[object, dict[str, tuple[int, ...]]] = {}
-"""Kind of layer, with its adapter -> shapes of the adapter. A run asks several times: plan, forecast, apply."""
+"""Kind of layer with its adapter -> shapes of that. A run asks several times: plan, forecast, apply."""
 
 
 def adapter_shapes(policy: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str, tuple[int, ...]]]:
