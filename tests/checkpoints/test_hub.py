@@ -246,10 +246,12 @@ def test_an_id_is_downloaded_once_and_only_what_is_read(server: tuple[str, list[
 
 def ask(patch: pytest.MonkeyPatch, address: str, home: Path, offline: bool, *words: str) -> int:
     """Run the command line here, as if HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE had been set at the start."""
+    for name in [key for key in os.environ if "proxy" in key.lower()]:
+        patch.delenv(name)
+    close_session()  # of an earlier test, which may know of a proxy
     patch.setattr(constants, "ENDPOINT", address)
-    patch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    urls = address + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_HUB_OFFLINE", offline)
     return cli.main(list(words))
