@@ -18,7 +18,7 @@ LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation test test-all tested lint types imports unit peers peers-serve docs clean
+.PHONY: help quickstart ablation test checks test-all tested lint types imports unit peers peers-serve docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -29,7 +29,12 @@ quickstart: .venv/ready
 ablation: .venv/ready
 	$(BIN)/python eval/pretraining.py --jobs 2
 
-test: lint types imports unit
+# Types are checked beside the tests: alone, they would use one core of several.
+test: .venv/ready-dev
+	$(MAKE) --no-print-directory --jobs 2 checks unit
+
+checks: lint imports types
+
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

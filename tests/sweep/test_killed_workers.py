@@ -37,6 +37,7 @@ def test_workers_that_always_die_are_given_up_with_the_place_of_their_log(one: s
     assert len(lines) == 12 and all("died: ended by SIGKILL" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_given_up_costs_nothing_if_the_others_end_all_trials(one: sweep.Sweep) -> None:
     quick = replace(one, study=replace(one.study, trials=1))
     done: list[str] = []

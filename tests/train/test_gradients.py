@@ -97,7 +97,7 @@ def test_lora_learns_in_pi0_and_not_behind_the_closed_norms_of_a_fresh_pi05() ->
 
 
 @pytest.mark.parametrize("size", variants(["pi0-tiny", "pi05-tiny"], always=["pi05-tiny"]))
-@pytest.mark.parametrize("preset", ["progressive", "progressive-lora"])
+@pytest.mark.parametrize("preset", variants(["progressive", "progressive-lora"], always=["progressive"]))
 def test_the_progressive_presets_train_a_fresh_expert_through_all_their_stages(
     preset: str, size: str, card: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from tests.train.test_interruptions import Interrupted, Until, crash
 from tests.train.world import assert_same, learned, losses, tiny
-from tests.variants import variants
 from vlafit import actor, checkpoints
 from vlafit.checkpoints import stored_as
 from vlafit.errors import ConfigError, WeightsError
@@ -86,7 +85,8 @@ def test_frozen_weights_can_stay_fp32(card: Path, base: Path) -> None:
     assert {p.dtype for p in made.policy.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", variants(["lora", "pissa"], always=["lora"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "pissa"])
 def test_such_a_run_goes_on_bit_for_bit_and_learns_what_fp32_does(
     name: str, card: Path, base: Path, strategies: dict[str, str], tmp_path: Path
 ) -> None:

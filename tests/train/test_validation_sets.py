@@ -69,6 +69,7 @@ def test_a_run_records_which_episodes_its_cards_leave_out_and_why(finished: Path
     assert data.left_out() == {"dots": {"left_demo/demo_1": "on the skip list of the card"}}
 
 
+@pytest.mark.slow
 def test_a_named_set_changes_no_weight(finished: Path, whole: Path) -> None:
     assert_same(learned(finished, 8), learned(whole, 8))
 
