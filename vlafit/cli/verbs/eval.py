@@ -39,7 +39,7 @@ IN_SIMULATION = (
     "stop_early",
     "shard",
 )
-ON_DATA = ("episodes", "samples", "draws")
+ON_DATA = ("episodes", "samples", "draws", "outside")
 INCOMPLETE = 3  # exit status
 
 
@@ -116,6 +116,12 @@ def _parser() -> Parser:
         "--samples", metavar="N", type=int, help="with --data: observations of all episodes [64]"
     )
     parser.add_argument("--draws", metavar="N", type=int, help="with --data: seeds of noise of each [8]")
+    parser.add_argument(
+        "--outside",
+        metavar="NAME",
+        nargs="+",
+        help="with --data: dimensions whose normalised values may be extreme, such as action.gripper",
+    )
     actors.add_options(parser)
     return parser
 
