@@ -31,11 +31,12 @@ STILL = 1e-4  # of the statistics' spread: a dimension that moves less does not 
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
 WILD = 1e4  # a value as many times further away than the others are large is an error: no robot records it
 SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
+FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
 SAMPLE = 200  # episodes of each dataset
 SCALES = {
     180 / np.pi: "radians where the statistics are of degrees",
-    100.0: "0 to 1 where the statistics are of 0 to 100, or m where they are of cm",
-    1000.0: "m where the statistics are of mm",
+    100.0: "0 to 1 where they are of 0 to 100",
+    1000.0: "m where they are of mm",
 }
 """Factors between units that are often mixed up, and what data smaller by the factor is."""
 
@@ -306,8 +307,10 @@ def _narrow(
         f"part of the statistics' spread ({listed})"
     }
     factor = float(np.median([1 / one.spread for one in narrow]))
-    near = min(SCALES, key=lambda scale: abs(np.log(factor / scale)))
-    guess = SCALES[near] if 1 / 3 < factor / near < 3 else "another unit than the statistics"
+    likely = [
+        text for scale, text in SCALES.items() if 1 / 3 < factor / scale < 10
+    ]  # a task is narrower, too
+    guess = "; ".join(likely) or "another unit than the statistics'"
     name = f"spread of {first.column}"
     open_ = [one for one in narrow if not set(one.names) & set(permitted)]
     rest = len(moving) - len(open_)
@@ -344,7 +347,7 @@ def _single_values(
     """
     for column, feature in (("state", codec.embodiment.state), ("action", codec.embodiment.action)):
         statistics = codec.statistics[column]
-        low, high = statistics.array("q01"), statistics.array("q99")
+        low, high = _usual(stores, episodes, codec, column)
         least, most = statistics.array("min"), statistics.array("max")
         width, distance = high - low, np.maximum(most - high, low - least)
         usual = np.max([np.ones_like(width), width, np.abs(low), np.abs(high)], axis=0)
@@ -357,7 +360,7 @@ def _single_values(
             centre = (low + high) / 2
             dataset, place = _furthest(stores, episodes, codec, column, index, centre[index])
             sides = {
-                "dataset": f"{dataset}: {place}; 98 % of its values are from {low[index]:.3g} to "
+                "dataset": f"{dataset}: {place}; nearly all of its values are from {low[index]:.3g} to "
                 f"{high[index]:.3g}"
             }
             if set(names) & set(permitted):
@@ -371,6 +374,20 @@ def _single_values(
             else:
                 reason = "few values stretch the statistics, and bring the others closer together; right?"
                 yield Item(name, sides, "as it is", "differs", reason)
+
+
+def _usual(
+    stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec, column: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return between which values [d] all but few lie: 98 %, or all but two at each end of few rows."""
+    statistics, config = codec.statistics[column], codec.config
+    if statistics.count > FEW:
+        return statistics.array("q01"), statistics.array("q99")
+    blocks = blocks_for_statistics(stores, episodes, config.chunk, config.relative)
+    rows = np.sort(np.concatenate([*blocks[column == "action"]]).astype(np.float64), axis=0)
+    repeated = config.chunk if column == "action" and any(config.relative) else 1  # times that a row counts
+    ends = min(max(2 * repeated, -(-len(rows) // 100)), (len(rows) - 1) // 2)
+    return rows[ends], rows[-1 - ends]
 
 
 def _furthest(
