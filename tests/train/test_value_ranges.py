@@ -115,6 +115,13 @@ def test_one_joint_may_rest_and_all_joints_at_once_are_another_unit(name: str):
     assert faults(codec, Recorded("arm", codec.embodiment, alternating(*sizes))) == expected
 
 
+def test_a_dimension_that_never_moves_is_shown_as_such():
+    codec = codec_of([1.0, 1.0])
+    store = Recorded("arm", codec.embodiment, alternating(1, 0))
+    (item, *_) = value_ranges.items([store], [["e0"]], codec, (), False)
+    assert item.sides["dataset"] == "arm: 0 1, 1 0 (never moves)"
+
+
 def test_values_that_are_not_normalised_are_compared_with_no_spread():
     codec = codec_of([1.0, 1.0], normalisation="identity")
     assert faults(codec, Recorded("arm", codec.embodiment, alternating(0.01, 0.01))) == {}

@@ -111,7 +111,8 @@ class Range:
         share = f" ({self.far:.2%} beyond {FAR:g})" if self.far else ""
         mean = f" (mean {self.mean:.3g})" if self.is_shifted else ""
         narrow = f" (spread 1/{1 / self.spread:.3g})" if self.is_narrow else ""
-        return f"{self.dimension} {self.largest:.3g}{share}{mean}{narrow}"
+        still = "" if self.moves else " (never moves)"
+        return f"{self.dimension} {self.largest:.3g}{share}{mean}{narrow}{still}"
 
 
 def measure(stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec) -> list[Range]:

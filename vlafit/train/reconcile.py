@@ -62,7 +62,7 @@ def agree_on(
                 {"checkpoint": one.stated},
                 one.used,
                 "differs",
-                "its program follows this file",
+                one.reason,
             )
             for one in (declared.overruled if declared else ())
         ]

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import InputForm, Overruled
+from vlafit.checkpoints.formats.lerobot import features
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     Step,
@@ -81,6 +82,7 @@ def read(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )
     cameras, embodiment = robot_of(lerobot, pre)
+    features.require_same(lerobot, [*pre, *post])
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     before, after = sets_of(inner), sets_of(outer)
     name, reason = stored.choose({**after, **before}, asset, str(folder / PRE))
