@@ -22,7 +22,7 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
-from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, action_names, relative_of
+from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, labels, relative_of
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
@@ -224,13 +224,11 @@ def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, 
                 f"{lerobot.path}: there is no feature {key!r} of one dimension; it says the robot's width"
             )
     assert state is not None and action is not None
-    labels = action_names(lerobot, steps)
-    labels = labels if len(labels) == action[1][0] else ()
     return tuple(slots), Embodiment(
         name="lerobot",
         cameras=tuple(cameras),
         state=Feature("state", state[1]),
-        action=Feature("action", action[1], labels=labels),
+        action=Feature("action", action[1], labels=labels(lerobot, steps, action[1][0])),
         hz=0.0,
         control="",
     )

@@ -1,5 +1,6 @@
 """Read which action dimensions a LeRobot checkpoint makes relative, from config.json and the processors."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from vlafit.checkpoints.declaration import Overruled
@@ -10,6 +11,8 @@ from vlafit.errors import WeightsError
 RELATIVE_KEYS = ("use_relative_actions", "use_delta_actions", "use_delta_joint_actions")
 """Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
 EXCLUDE = "relative_exclude_joints"
+MADE_UP = re.compile(r"(relative|absolute)_\d+")
+"""Names that an export gives dimensions whose own names cannot say which are relative; the robot has none."""
 RELATIVE_STEP = "relative_actions_processor"
 
 
@@ -89,6 +92,13 @@ def relative_in_config(
         named = [step.config.get("exclude_joints") for step in steps if step.name == RELATIVE_STEP]
         exclude = next(filter(None, named), ())
     return mask_of(action_names(lerobot, steps) or None, exclude, dimensions)
+
+
+def labels(lerobot: LeRobotConfig, steps: Sequence[Step], dimensions: int) -> tuple[str, ...]:
+    """Return the robot's names of the action's dimensions; none where they were made up for an export."""
+    names = action_names(lerobot, steps)
+    own = len(names) == dimensions and not all(MADE_UP.fullmatch(name) for name in names)
+    return names if own else ()
 
 
 def action_names(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[str, ...]:
