@@ -348,7 +348,7 @@ FEATURES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a state that is not normalised": (lambda f: f.pop("observation.state"), ("observation.state", "lacks")),
     "a camera more": (
         lambda f: f.update({"observation.images.top": {"type": "VISUAL", "shape": [3, 9, 9]}}),
-        ("observation.images.top", "no such feature"),
+        ("observation.images.top", "has no feature"),
     ),
 }  # fmt: skip
 
@@ -373,6 +373,21 @@ def test_features_that_config_json_and_the_processors_describe_differently_are_r
             look(folder)
         for word in ("config.json", "policy_preprocessor.json: step 5", "contradict", *words):
             assert word in str(error.value)
+
+
+def test_features_of_processors_without_statistics_are_named_and_not_used(folder: Path):
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"]["features"]["observation.state"].update(shape=[5]),
+    )
+    for name in ("pre", "post"):
+        edit(
+            folder / f"policy_{name}processor.json",
+            lambda v: [step.pop("state_file", None) for step in v["steps"]],
+        )
+    (one,) = checkpoints.declaration(folder).overruled
+    assert one.name == "features" and "[5]" in one.stated and "shape [7]" in one.used
+    assert vlafit.load_checkpoint(folder).codec is None
 
 
 def test_a_camera_that_is_always_empty_need_not_be_among_the_processors_features(folder: Path):

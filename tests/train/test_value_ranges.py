@@ -204,6 +204,18 @@ def test_a_value_counts_as_wild_by_how_far_it_is_from_the_others(value: float, s
         assert all(text.startswith(f"arm: {value:.4g} in episode e1, step 23;") for text in texts)
 
 
+def test_values_of_no_unit_are_wild_however_many_there_are():
+    rows = np.random.default_rng(5).uniform(-1, 1, (400, 2))
+    rows[::5, 1] = -1e12
+    fitted = Statistics.of(rows.astype(np.float32))
+    codec = codec_of([1.0, 1.0])
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    names = ("single values of state.1", "single values of action.1")
+    assert faults(codec, Recorded("arm", codec.embodiment, rows), fitted=True) == dict.fromkeys(
+        names, "conflict"
+    )
+
+
 def test_a_signal_that_is_rarely_on_is_no_wild_value():
     rows = np.zeros((400, 2))
     rows[:, 0] = np.sin(np.arange(400))

@@ -30,6 +30,7 @@ NARROW = 1 / 20  # of the statistics' spread. Degrees to radians is 1/57, percen
 STILL = 1e-4  # of the statistics' spread: a dimension that moves less does not move
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
 WILD = 1e4  # a value as many times further away than the others are large is an error: no robot records it
+ABSURD = 1e9  # and one beyond this, however many there are, is of no unit
 SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
 FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
 SAMPLE = 200  # episodes of each dataset
@@ -352,7 +353,7 @@ def _single_values(
         least, most = statistics.array("min"), statistics.array("max")
         width, distance = high - low, np.maximum(most - high, low - least)
         usual = np.max([np.ones_like(width), width, np.abs(low), np.abs(high)], axis=0)
-        wild = distance > WILD * usual
+        wild = (distance > WILD * usual) | (np.maximum(most, -least) > ABSURD)
         single = (width > 0) & (distance > SINGLE * width)
         for index in np.flatnonzero(wild | single).tolist():
             label = feature.labels[index] if feature.labels else str(index)

@@ -82,7 +82,6 @@ def read(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
         )
     cameras, embodiment = robot_of(lerobot, pre)
-    features.require_same(lerobot, [*pre, *post])
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
     before, after = sets_of(inner), sets_of(outer)
     name, reason = stored.choose({**after, **before}, asset, str(folder / PRE))
@@ -90,6 +89,7 @@ def read(
         return None, NO_STATISTICS
     if name is None:
         return None, reason
+    features.require_same(lerobot, [*pre, *post])
     chosen, undone = before.get(name, {}), after.get(name, {})
     if lacking := stored.lacking(chosen, kinds, name, asset, str(folder / PRE)):
         return None, lacking
