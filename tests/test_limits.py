@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 
 from vlafit import shipped
+from vlafit.cli import main
+from vlafit.cli.parser import Parser
 from vlafit.datasets import load_card
 from vlafit.datasets.card_check import check as check_card
 from vlafit.errors import ConfigError
+from vlafit.execution import Execution
 from vlafit.offline import Settings
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
+from vlafit.serve.options import Options
 from vlafit.sweep.study import Dimension, Study
 from vlafit.train.preflight import AT_LEAST_ONE, NOT_NEGATIVE
 from vlafit.train.preflight import check as check_recipe
+from vlafit.types import Guidance
 
 FAR = 10**12
 
@@ -74,3 +79,56 @@ def test_other_counts_have_a_limit(tmp_path: Path) -> None:
         Settings(draws=FAR)
     with pytest.raises(ConfigError, match="trials must be at most"):
         Study({"optim.lr": Dimension(low=1e-4, high=1e-2)}, trials=FAR)
+
+
+def numbers_of(verb: str) -> list[str]:
+    """Return the options of a command whose values are numbers, by its help."""
+    shown: list[str] = []
+    parse = Parser.read
+
+    def read(self: Parser, arguments: Any) -> Any:
+        for action in self._actions:
+            if action.type is not None and action.type.__name__ in ("int", "float"):
+                shown.append(action.option_strings[0])
+                assert action.type not in (int, float), f"{verb} {action.option_strings[0]} has no limit"
+                with pytest.raises(ConfigError, match=rf"{action.option_strings[0]}: must be at most \d"):
+                    parse(self, [action.option_strings[0], "1" + "0" * 30])
+                    raise AssertionError(action.option_strings[0])
+        raise ConfigError("looked at")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "read", read)
+        main([verb, *SUBCOMMANDS.get(verb, ())])
+    return shown
+
+
+SUBCOMMANDS = {"data": ("bench",), "compare": ("quickstart",), "sweep": ("quickstart",)}
+VERBS = {
+    "serve": {"--max-clients", "--replan", "--max-rate", "--timeout", "--steps", "--port", "--seed"},
+    "eval": {"--replan", "--delay", "--timeout", "--trials", "--samples", "--max-batch", "--videos"},
+    "compare": {"--seeds", "--jobs", "--budget-steps", "--budget-seconds"},
+    "sweep": {"--trials", "--workers"},
+    "record": {"--episodes", "--workers"},
+    "inspect": {"--batch", "--cameras"},
+    "data": {"--seconds"},
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_number_on_the_command_line_has_a_limit(verb: str) -> None:
+    assert VERBS[verb] <= set(numbers_of(verb))
+
+
+@pytest.mark.parametrize("name", ["max_clients", "max_frame", "max_rate", "timeout_s", "port"])
+def test_every_number_of_a_server_has_a_limit(name: str) -> None:
+    for value in (FAR, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"server: {name} must be at most"):
+            Options(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["replan", "delay"])
+def test_every_number_of_an_execution_has_a_limit(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"execution: {name} must be at most"):
+        Execution(**{name: FAR})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_weight must be a positive number"):
+        Execution(guidance=Guidance(max_weight=float("inf")))

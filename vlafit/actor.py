@@ -24,6 +24,7 @@ from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
+MOST_SAMPLING_STEPS = 10**4
 WIDEST = 2**12  # observations in one call of the policy
 
 
@@ -244,8 +245,8 @@ def with_steps(policy: Policy, steps: int) -> Policy:
 
     Raises ConfigError if it does not sample in steps.
     """
-    if steps < 0:
-        raise ConfigError(f"steps {steps}: must be at least 0")
+    if not 0 <= steps <= MOST_SAMPLING_STEPS:
+        raise ConfigError(f"steps {steps}: must be at least 0 and at most {MOST_SAMPLING_STEPS}")
     if steps and policy.steps is None:
         raise ConfigError(f"steps {steps}: {type(policy).__name__} does not sample in steps; leave it out")
     if steps:

@@ -16,6 +16,7 @@ from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.types import ActionChunk, Committed, Embodiment, Guidance
 
 Mode = Literal["chunk", "ensemble", "real_time"]
+MOST_STEPS = 10**6  # of one chunk
 OnViolation = Literal["clip", "stop"]
 
 
@@ -39,11 +40,15 @@ class Execution:
         for name, least in (("replan", 1), ("delay", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"execution: {name} must be at least {least}, not {getattr(self, name)}")
+            if getattr(self, name) > MOST_STEPS:
+                raise ConfigError(
+                    f"execution: {name} must be at most {MOST_STEPS}, not {getattr(self, name)}"
+                )
         if not np.isfinite(self.decay):
             raise ConfigError(f"execution: decay must be a number, not {self.decay}")
-        if not self.guidance.max_weight > 0:
+        if not 0 < self.guidance.max_weight < np.inf:
             raise ConfigError(
-                f"execution: guidance.max_weight must be positive, not {self.guidance.max_weight}"
+                f"execution: guidance.max_weight must be a positive number, not {self.guidance.max_weight}"
             )
 
     def require_chunk(self, steps: int) -> None:

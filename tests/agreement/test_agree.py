@@ -197,7 +197,7 @@ def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
 @pytest.mark.parametrize(
     "other",
     ["wrist_right", "RightWrist", "right_cam", "rightwrist", "wrist2_r", "camera_R", "camR", "rh", "rwrist",
-     "wristr", "R", "images.right"],
+     "wristr", "R", "images.right", "r1", "wrist_R2", "cam_r1_rgb"],
 )  # fmt: skip
 def test_a_wrong_hand_is_an_error_that_no_map_allows(other: str):
     own = dataset(cameras=cameras("base_0_rgb", other))
@@ -232,6 +232,60 @@ def test_a_camera_that_takes_anothers_place_is_named_where_its_own_slot_is_empty
 )
 def test_a_name_with_the_letters_l_or_r_is_no_hand(name: str):
     assert hands(name) == set()
+
+
+def test_a_unit_is_shown_as_each_side_writes_it():
+    there = checkpoint(state=replace(ROBOT.state, unit="Radians"))
+    (item,) = [one for one in agreed(dataset(), there).items if one.name == "state unit"]
+    assert (dict(item.sides), item.value) == ({"dataset": "rad", "checkpoint": "Radians"}, "rad")
+
+
+@pytest.mark.case(
+    section="data",
+    report="cameras exchanged in the card",
+    user_has='`name = "cam_high"` with `key = "obs/cam_wrist_rgb"`, another camera\'s name',
+    now="an error with both names; `adapt.cameras` confirms it",
+)
+@pytest.mark.parametrize(
+    ("keys", "wrong"),
+    [
+        ({"front": "obs/wrist_rgb", "wrist": "obs/front_rgb"}, {0, 1}),
+        ({"front": "obs/cam0/wrist/rgb", "wrist": "obs/cam1/rgb"}, {0}),
+        ({"front": "observation.images.front", "wrist": "observation.images.front_wrist"}, set()),
+        ({"front": "obs/a_rgb", "wrist": "obs/b_rgb"}, set()),
+    ],
+)
+def test_a_camera_that_reads_the_key_of_another_is_an_error_unless_it_is_mapped(keys, wrong):
+    own = replace(dataset(), keys=keys)
+    agreement = agreed(own, checkpoint())
+    assert conflicts(agreement) == {f"camera slot {slot}" for slot in wrong}
+    assert all("which has the name of camera" in one.sides["dataset"] for one in agreement.conflicts)
+    agreed(own, checkpoint(), cameras={"front": "front", "wrist": "wrist"}).require()
+    fresh = {one.name for one in agreed(own, None).items if one.status == "differs"}
+    assert fresh == {("camera front", "camera wrist")[slot] for slot in wrong}
+
+
+def test_a_camera_that_reads_the_other_hand_is_an_error():
+    own = replace(dataset(cameras=cameras("left_wrist")), keys={"left_wrist": "obs/r_wrist_rgb"})
+    (item,) = agreed(own, checkpoint(slots=("left_wrist",), cameras=cameras("left_wrist"))).conflicts
+    assert "other hand" in item.sides["dataset"]
+
+
+@pytest.mark.parametrize(("states", "actions"), [((), ()), (("a", "b", "c"), ()), ((), ("a", "b", "c"))])
+def test_relative_actions_without_names_on_both_sides_are_marked_as_assumed(states, actions):
+    named = {
+        "state": replace(ROBOT.state, labels=states),
+        "action": replace(ROBOT.action, labels=actions),
+    }
+    mask = (True, True, False)
+    for there in (None, checkpoint(mask, **named)):
+        (item,) = [i for i in agreed(dataset(mask, **named), there).items if i.name == "relative actions"]
+        assert item.status == "assumed" and "action i is taken to be relative to state i" in item.reason
+    chosen = agreed(dataset((), **named), checkpoint(mask, **named), actions="checkpoint")
+    (item,) = [i for i in chosen.items if i.name == "relative actions"]
+    assert item.status == "chosen" and "relative to state i" in item.reason
+    (item,) = [i for i in agreed(dataset(mask), None).items if i.name == "relative actions"]
+    assert item.status == "same"
 
 
 def test_upright_is_no_hand():

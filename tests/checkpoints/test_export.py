@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import vlafit
 from tests.checkpoints.test_lerobot import FIXTURE, RAW, TASKS, robot_view
 from tests.policies.tiny import random_batch, random_draws, random_policy
+from vlafit import checkpoints
+from vlafit.agreement import Party, agree
 from vlafit.checkpoints.export import export, write
 from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.checkpoints.formats.lerobot import write_config as lerobot_config
@@ -25,6 +27,7 @@ from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation, Normaliser
 from vlafit.errors import WeightsError
 from vlafit.policies import pi0, smolvla
+from vlafit.recipe import AdaptRecipe
 from vlafit.types import Embodiment, Feature, Observation, Sample
 
 GIVEN = {"vision.heads": 2, "language.head_dim": 8}
@@ -164,6 +167,53 @@ def test_relative_dimensions_survive(tmp_path: Path, relative: tuple[bool, ...])
     lerobot_export.write(tmp_path, policy, codec_for(policy, relative=relative))
     again, _ = read_codec(tmp_path, policy.needs())
     assert again is not None and again.config.relative == relative
+
+
+NAMES = {
+    "names that tell the mask": (("x", "gripper", "y"), (True, False, True)),
+    "a name within another": (("grip", "gripper", "y"), (False, True, True)),  # an export makes up names
+    "no names": ((), (True, False, True)),
+    "all relative": (("x", "gripper", "y"), (True, True, True)),
+    "absolute": (("x", "gripper", "y"), ()),
+}
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="an exported policy moves to wrong places",
+    user_has="a run with relative actions, exported to LeRobot and fine-tuned again",
+    now="its processors carry the mask, and the reopened folder agrees with the same card only",
+)
+@pytest.mark.parametrize("case", NAMES)
+def test_an_exported_folder_agrees_with_the_card_that_its_run_had(tmp_path: Path, case: str):
+    labels, mask = NAMES[case]
+    policy = roomy("pi0-tiny")
+    codec = codec_for(policy, relative=mask)
+    own = replace(codec.embodiment, action=replace(codec.embodiment.action, labels=labels))
+    codec = Codec(codec.config, own, codec.statistics, codec.tokenizer)
+    lerobot_export.write(tmp_path, policy, codec)
+    declared = checkpoints.declaration(tmp_path)
+    assert declared.relative == mask and declared.overruled == () and declared.slots == ("top", "wrist", "")
+    assert declared.embodiment is not None
+    assert declared.embodiment.action.labels == (labels if case != "a name within another" else ())
+    there = Party("checkpoint", "exported", declared.embodiment, declared.relative, declared.slots)
+    for relative in {mask, (), (True, True, True)}:
+        agreement = agree(Party("dataset", "own", own, relative), there, AdaptRecipe(), fresh_statistics=True)
+        wrong = [] if relative == mask else ["relative actions"]
+        assert [item.name for item in agreement.conflicts] == wrong
+
+
+def test_the_smallest_pi0_that_lerobot_can_name_takes_relative_actions():
+    public = pi0.SIZES["pi0"]  # gemma_300m for both: 1.3 billion weights, too many to write in a test
+    sizes = {
+        name: getattr(public.expert, name) for name in vars(public.expert) if hasattr(public.language, name)
+    }
+    small = replace(public, language=replace(public.language, **sizes))
+    policy = pi0.build(small, "meta")
+    assert lerobot_export.refusals(policy, codec_for(policy, relative=(True, False, True))) == []
+    config = lerobot_config.describe(policy, codec_for(policy, relative=(True, False, True)), "pi0")
+    assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_300m", "gemma_300m")
+    assert config["use_relative_actions"] and config["relative_exclude_joints"] == ["gripper"]
 
 
 def test_the_public_smolvla_is_written_as_the_model_that_lerobot_knows():

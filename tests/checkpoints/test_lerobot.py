@@ -313,6 +313,89 @@ def test_two_files_that_agree_on_relative_actions_load(folder: Path):
     assert codec is not None and codec.config.relative == (False, True, True, True, True, True)
 
 
+@pytest.mark.parametrize(
+    ("names", "exclude", "named"),
+    [
+        (None, ["grip"], "grip"),  # LeRobot finds joints by name, and there are none: all are relative
+        (JOINTS, ["claw"], "claw"),
+        (JOINTS, ["grip", "claw"], "claw"),
+        (JOINTS, ["GRIP"], ""),
+        (JOINTS, [], ""),
+    ],
+)
+def test_joints_that_are_to_stay_absolute_and_do_not_are_named(folder: Path, names, exclude, named: str):
+    make_relative(folder, exclude_joints=exclude, **({"action_names": names} if names else {}))
+    lost = checkpoints.declaration(folder).overruled
+    assert [one.stated.rpartition(" ")[2] for one in lost] == ([named] if named else [])
+    for one in lost:
+        assert "policy_preprocessor.json" in one.stated and one.used == "no effect"
+        assert (", ".join(JOINTS) if names else "have no names") in one.reason
+
+
+FEATURES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    # an edit of the features of a step, and what the error names of both files
+    "another state": (
+        lambda f: f["observation.state"].update(shape=[5]), ("observation.state has shape [7]", "[5]")
+    ),
+    "another action": (lambda f: f["action"].update(shape=[5]), ("action has shape [6]", "[5]")),
+    "other frames": (
+        lambda f: f["observation.images.cam_high"].update(shape=[3, 64, 64]), ("cam_high", "[3, 64, 64]")
+    ),
+    "another camera": (
+        lambda f: f.update({"observation.images.left_wrist": f.pop("observation.images.cam_wrist")}),
+        ("observation.images.cam_wrist", "observation.images.left_wrist"),
+    ),
+    "a state that is not normalised": (lambda f: f.pop("observation.state"), ("observation.state", "lacks")),
+    "a camera more": (
+        lambda f: f.update({"observation.images.top": {"type": "VISUAL", "shape": [3, 9, 9]}}),
+        ("observation.images.top", "has no feature"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="config.json and the processors describe different cameras, states or actions",
+    user_has="a LeRobot checkpoint put together from two",
+    now="refused, naming both files and both values",
+)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_that_config_json_and_the_processors_describe_differently_are_refused(
+    folder: Path, name: str
+):
+    change, words = FEATURES[name]
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda v: [change(s["config"]["features"]) for s in v["steps"] if "features" in s["config"]],
+    )
+    for look in (vlafit.load_checkpoint, checkpoints.declaration):
+        with pytest.raises(WeightsError) as error:
+            look(folder)
+        for word in ("config.json", "policy_preprocessor.json: step 5", "contradict", *words):
+            assert word in str(error.value)
+
+
+def test_features_of_processors_without_statistics_are_named_and_not_used(folder: Path):
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda v: v["steps"][5]["config"]["features"]["observation.state"].update(shape=[5]),
+    )
+    for name in ("pre", "post"):
+        edit(
+            folder / f"policy_{name}processor.json",
+            lambda v: [step.pop("state_file", None) for step in v["steps"]],
+        )
+    (one,) = checkpoints.declaration(folder).overruled
+    assert one.name == "features" and "[5]" in one.stated and "shape [7]" in one.used
+    assert vlafit.load_checkpoint(folder).codec is None
+
+
+def test_a_camera_that_is_always_empty_need_not_be_among_the_processors_features(folder: Path):
+    empty = {"observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 480, 640]}}
+    edit(folder / "config.json", lambda v: v["input_features"].update(empty))
+    assert checkpoints.declaration(folder).slots == ("cam_high", "cam_wrist", "")
+
+
 def test_a_normalisation_of_config_json_that_the_processors_do_not_follow_is_named(folder: Path):
     assert checkpoints.declaration(folder).overruled == ()
     edit(folder / "config.json", lambda v: v["normalization_mapping"].update(STATE="MIN_MAX"))

@@ -133,7 +133,6 @@ def of_shorter(file: h5py.Group, key: str, values: np.ndarray) -> None:
         (KEY, unwritten, "never written"),
         ("data/demo_0/actions", unwritten, "never written"),
         ("data/demo_0/obs/ee_pos", unwritten, "never written"),
-        ("data/demo_0/actions", compact, "never written"),
         (KEY, of_unwritten, "never written"),
         (KEY, of_unwritten_elsewhere, "never written"),
         (KEY, half, "of its"),
@@ -147,15 +146,16 @@ def test_rows_that_were_never_written_are_refused(tmp_path: Path, key: str, writ
     assert all(text in str(raised.value) for text in (str(file), key.removeprefix("data/demo_0/"), fact))
 
 
-def test_a_column_in_the_files_header_that_was_written_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [1, 0])
+def test_a_column_in_the_files_header_is_read_zeros_included(tmp_path: Path, factor: int) -> None:
     def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
         compact(file, key, values)
         made = file[key]
         assert isinstance(made, h5py.Dataset)
-        made[...] = values
+        made[...] = values * factor
 
     store = open_dataset(card(dataset(tmp_path / "set", "data/demo_0/actions", write)))
-    np.testing.assert_allclose(store.actions(0), DEMO.actions, rtol=1e-6)
+    np.testing.assert_allclose(store.actions(0), DEMO.actions * factor, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("linked", "fact"), [("/", "every file"), ("nowhere", "no folder")])

@@ -231,6 +231,53 @@ def change_info(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(info))
 
 
+ORDERS: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
+    # labels of the card, keys, and what the error says; the files have x, y, z, finger_left, finger_right
+    (("y", "x", "z", "finger_left", "finger_right"), ("observation.state",), "y is dimension 1"),
+    (("X.pos", "Y.pos", "Z.pos", "finger_left", "finger_right"), ("observation.state",), ""),
+    (("a", "b", "c", "d", "e"), ("observation.state",), ""),
+    (("a", "b", "c", "finger_right", "finger_left"), ("observation.state",), "finger_right is dimension 4"),
+    (
+        ("finger_left", "finger_right", "x", "y", "z"),
+        ("observation.state[:, 3:]", "observation.state[:, :3]"),
+        "",
+    ),
+    (
+        ("finger_left", "finger_right", "z", "y", "x"),
+        ("observation.state[:, 3:]", "observation.state[:, :3]"),
+        "z is dimension 4",
+    ),
+]
+
+
+@pytest.mark.case(
+    section="data",
+    report="columns under another joint's name",
+    user_has="a card whose labels are in another order than the names in LeRobot's info.json",
+    now="refused when the dataset is opened, with both lists",
+)
+@pytest.mark.parametrize(("given", "keys", "fact"), ORDERS)
+def test_labels_in_another_order_than_the_files_are_refused_with_both(
+    given: tuple[str, ...], keys: tuple[str, ...], fact: str, tmp_path: Path
+):
+    made = write(tmp_path / "set", EVERYTHING)
+    state = replace(made.robot.state, keys=keys, labels=given)
+    wanted = replace(made, robot=replace(made.robot, state=state))
+    if not fact:
+        open_dataset(wanted)
+        return
+    with pytest.raises(DataError) as error:
+        open_dataset(wanted)
+    for word in (fact, ", ".join(given), "info.json", "finger_left, finger_right"[:11]):
+        assert word in str(error.value)
+
+
+def test_another_rate_than_that_of_the_files_is_refused_with_both(tmp_path: Path):
+    made = write(tmp_path / "set", EVERYTHING)
+    with pytest.raises(DataError, match=r"fps 20, the card robot.hz 10"):
+        open_dataset(replace(made, robot=replace(made.robot, hz=10.0)))
+
+
 def test_axes_of_a_camera_are_told_by_their_names(tmp_path: Path):
     write(tmp_path / "set", EVERYTHING)
 

@@ -17,6 +17,10 @@ from tests.policies.tiny import random_policy
 from vlafit.codec import Codec, CodecConfig, Statistics, train_word_tokenizer
 from vlafit.policies.pi0 import SIZES
 from vlafit.recipe import AdaptRecipe, DataRecipe, EvalRecipe, PolicyRecipe, Recipe, TrainRecipe
+from vlafit.train.data import open_data
+from vlafit.train.frozen import FrozenWeights
+from vlafit.train.initial_policy import InitialPolicy, initialise
+from vlafit.tuning import load_strategy
 from vlafit.types import Embodiment, Feature
 
 STEPS, EPISODES = 6, 4
@@ -144,3 +148,9 @@ def recipe_of(card: Path, checkpoint: Path | None, adapt: dict[str, Any], **data
         ),
         eval=EvalRecipe(after=False, workers=1, videos=0),
     )  # fmt: skip
+
+
+def start(recipe: Recipe) -> InitialPolicy:
+    """Begin a run as far as policy, codec and agreement."""
+    frozen = FrozenWeights(load_strategy(recipe.strategy), wanted=False)
+    return initialise(recipe, open_data(recipe.data, recipe.train.seed), frozen)

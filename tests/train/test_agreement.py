@@ -15,27 +15,27 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.train.agreement_world import EPISODES, STEPS, recipe_of, states, write_card, write_checkpoint
+from tests.train.agreement_world import (
+    EPISODES,
+    STEPS,
+    recipe_of,
+    start,
+    states,
+    write_card,
+    write_checkpoint,
+)
 from vlafit import agreement, checkpoints, cli
 from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
 from vlafit.codec.statistics import FLOORED
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, VlafitError
-from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.recipe import PolicyRecipe
 from vlafit.train import run
-from vlafit.train.data import open_data
-from vlafit.train.frozen import FrozenWeights
-from vlafit.train.initial_policy import InitialPolicy, initialise
-from vlafit.tuning import load_strategy
+from vlafit.train.initial_policy import InitialPolicy
 from vlafit.types import Observation, Sample
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMOLVLA, OPENPI = FIXTURES / "lerobot_smolvla", FIXTURES / "openpi_pi0"
 OPENPI_SAYS = {"vision.heads": 2, "chunk": 6}
-
-
-def start(recipe: Recipe) -> InitialPolicy:
-    frozen = FrozenWeights(load_strategy(recipe.strategy), wanted=False)
-    return initialise(recipe, open_data(recipe.data, recipe.train.seed), frozen)
 
 
 def numbers(initial: InitialPolicy, camera: str, size: int = 16, scale: float = 1.0):

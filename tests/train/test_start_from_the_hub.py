@@ -44,12 +44,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = json.loads((folder / "policy_preprocessor.json").read_text())
     values["steps"][3].pop("artifacts")
     (folder / "policy_preprocessor.json").write_text(json.dumps(values))
+    for path in folder.glob("policy_*processor.json"):
+        values = json.loads(path.read_text())
+        for features in [s["config"]["features"] for s in values["steps"] if "features" in s["config"]]:
+            for name in {"observation.state", "action"} & set(features):
+                features[name]["shape"] = [2]
+        path.write_text(json.dumps(values))
     for path in folder.glob("policy_*normalizer_processor.safetensors"):
         tensors = {
             n: t[:2].clone() for n, t in load_file(path).items() if n.split(".")[-1] in ("mean", "std")
         }
         for name in tensors:  # statistics under which the card's values are not extreme
-            tensors[name].fill_(0.5 if name.endswith("mean") else 2.0)
+            tensors[name].fill_(0.5 if name.endswith("mean") else 1.0)
         owners = {"so100": 1.0, "so101": 2.0}
         save_file({f"{o}.buffer.{n}": f * t for o, f in owners.items() for n, t in tensors.items()}, path)
     return folder

@@ -9,6 +9,7 @@ from vlafit.recipe import AdaptRecipe
 from vlafit.types import Feature
 
 HANDS = (("left", "right"), ("right", "left"))
+NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _LIMBS = ("wrist", "hand", "arm", "gripper", "cam", "camera")
 _SHORT = {
@@ -48,6 +49,12 @@ def decide(
             Item(f"camera slot {i}", {"dataset": f"{n} {_frame(recorded[n])}"}, n, status, reason)
             for i, n in enumerate(names)
         ]
+        exchanged = [(name, misnamed(name, dataset.keys)) for name in names]
+        items += [
+            Item(f"camera {name}", {"dataset": text}, name, "differs", "are the cameras exchanged?")
+            for name, text in exchanged
+            if text
+        ]
         return names, items
     slots, chosen = checkpoint.slots, dict(adapt.cameras)
     _require_known(chosen, slots, recorded, checkpoint, dataset)
@@ -60,7 +67,9 @@ def decide(
         source = chosen.get(slot, slot if slot in recorded and slot not in chosen.values() else "")
         filled.append(source)
         size = trained[slot] if slot in trained and checkpoint.frame_sizes_known else None
-        items.append(_slot(number, slot, recorded.get(source), size, recorded, adapt, proposal, accept))
+        items.append(
+            _slot(number, slot, recorded.get(source), size, recorded, adapt, proposal, accept, dataset.keys)
+        )
     for name in [name for name in recorded if name not in filled]:
         sides = {"dataset": f"{name} {_frame(recorded[name])}", "checkpoint": "no slot of this name"}
         if chosen:
@@ -107,6 +116,7 @@ def _slot(
     adapt: AdaptRecipe,
     proposal: Mapping[str, str],
     accept: tuple[str, ...],
+    keys: Mapping[str, str],
 ) -> Item:
     name = f"camera slot {number}"
     if not slot:
@@ -131,6 +141,18 @@ def _slot(
                 "correct adapt.cameras, or the camera's name in the card"
             )
             return Item(name, sides, "", "conflict", fix=fix)
+    if slot not in adapt.cameras and (text := misnamed(source.name, keys)):
+        fix = f"correct the card; if it is right: [adapt] cameras = {_table({slot: source.name})}"
+        return Item(
+            name,
+            sides | {"dataset": text},
+            "",
+            "conflict",
+            fix=fix,
+            accept=(f"--adapt.cameras.{slot} {source.name}",)
+            if re.fullmatch(NAME, slot + source.name)
+            else (),
+        )
     differs = trained is not None and trained.shape != source.shape
     if differs and not adapt.resize:
         fix = "[adapt] resize = true, if frames of another size or shape are meant; else correct the card"
@@ -139,6 +161,25 @@ def _slot(
     reason = ", ".join(["adapt.cameras" if explicit else "same name", *["adapt.resize"] * differs])
     status = "chosen" if differs or source.name != slot else "same"
     return Item(name, sides, source.name, status, reason)
+
+
+def misnamed(name: str, keys: Mapping[str, str]) -> str:
+    """Return how the key of the camera `name` names another one of the card; "" where it does not.
+
+    "obs/cam_wrist_rgb" names cam_wrist, and not wrist where both are cameras. A key of the other hand is
+    another camera's, too.
+    """
+    key = keys.get(name, "")
+    for part in reversed(re.split(r"[/.]", key)):
+        named = [one for one in keys if re.search(rf"(?<![A-Za-z0-9]){re.escape(one)}(?![A-Za-z0-9])", part)]
+        nearest = [one for one in named if not any(one != other and one in other for other in named)]
+        if nearest and name not in nearest:
+            return f"camera {name} reads {key}, which has the name of camera {nearest[0]}"
+        if nearest:
+            return ""
+        if hands(part) and hands(name) and not hands(part) & hands(name):
+            return f"camera {name} reads {key}, which is of the other hand"
+    return ""
 
 
 def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> dict[str, str]:
@@ -167,7 +208,7 @@ def _accept(
 ) -> tuple[str, ...]:
     """Return a proposal as options of the command line; none if no camera would be used, or a name is odd."""
     names = [*proposal, *filter(None, proposal.values())]
-    if not any(proposal.values()) or not all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names):
+    if not any(proposal.values()) or not all(re.fullmatch(NAME, name) for name in names):
         return ()
     options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in proposal.items()]
     resized = any(
@@ -182,8 +223,12 @@ def _key(name: str) -> str:
 
 
 def hands(name: str) -> set[str]:
-    """Return the hands that a camera's name mentions: "wrist_l" and "wristLeft" the left, "upright" none."""
-    mentioned = set()
+    """Return the hands that a camera's name mentions: "wrist_l" and "wristLeft" the left, "upright" none.
+
+    A letter with a number at the end counts where nothing else tells: "l1" and "wrist_r2", but not the robot
+    of "R1_head".
+    """
+    mentioned: set[str] = set()
     for part in re.split(r"[^A-Za-z0-9]+", name):
         mentioned |= _SHORT.get(part.lower(), set())
         for word in _WORD.findall(part):
@@ -196,7 +241,10 @@ def hands(name: str) -> set[str]:
             # A letter of its own inside a word is a hand only beside lower case: "camL", but not "L515".
             if len(word) == 1 and word.isupper() and part.endswith(word) and part != word:
                 mentioned |= _SHORT.get(plain, set())
-    return mentioned
+    if mentioned:
+        return mentioned
+    numbered = re.search(r"(?<![A-Za-z0-9])([lr])\d{1,2}([_-](rgb|image|color|cam|camera))?$", name.lower())
+    return {"left" if numbered[1] == "l" else "right"} if numbered else set()
 
 
 def _frame(camera: Feature) -> str:

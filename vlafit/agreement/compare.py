@@ -1,6 +1,7 @@
 """Compare the sides item by item."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vlafit.agreement import cameras as camera_slots
 from vlafit.agreement.columns import PAIR_FIX, by_name, mispaired
@@ -39,7 +40,7 @@ def agree(
     if relative_item.status != "conflict" and (pair := mispaired(relative, dataset.embodiment)):
         sides = {"dataset": pair, **{r: t for r, t in relative_item.sides.items() if r != "dataset"}}
         relative_item = Item(relative_item.name, sides, "", "conflict", fix=PAIR_FIX)
-    items.append(relative_item)
+    items.append(_paired_by_number(relative_item, relative, dataset.embodiment))
     if checkpoint is not None:
         items += _conversions(checkpoint, adapt.robot and fresh_statistics)
         if checkpoint.embodiment is not None:
@@ -73,9 +74,8 @@ def _columns(here: Embodiment, checkpoint: Party, adapt: AdaptRecipe, fresh: boo
             yield Item(item, sides, "", "conflict", fix=ROBOT, accept=accept)
         yield _labels(name, mine, other, permitted)
         if mine.unit or other.unit:
-            same = plain_unit(mine.unit) == plain_unit(other.unit)
             fix = f"convert the column: `scale` and `offset` of robot.{name} in the card; {ROBOT}"
-            yield _stated(f"{name} unit", mine.unit, mine.unit if same else other.unit, permitted, fix)
+            yield _unit(f"{name} unit", mine.unit, other.unit, permitted, fix)
 
 
 def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
@@ -120,6 +120,13 @@ def _stated(
     if permitted:
         return Item(name, sides, here, "chosen", "adapt.robot")
     return Item(name, sides, "", "conflict", fix=fix, accept=accept)
+
+
+def _unit(name: str, here: str, there: str, permitted: bool, fix: str) -> Item:
+    """Compare units by their symbols; the item shows what each side wrote."""
+    item = _stated(name, plain_unit(here), plain_unit(there), permitted, fix)
+    written = {"dataset": here, "checkpoint": there}
+    return replace(item, sides={role: written[role] for role in item.sides})
 
 
 # --------------------------------------------------------------------------------------- actions and control
@@ -171,6 +178,20 @@ def _relative(
     elif adapt.actions == "data":
         fix = 'the checkpoint\'s statistics are of its own actions: set data.statistics = "data", too'
     return here, Item(name, sides, "", "conflict", fix=fix)
+
+
+def _paired_by_number(item: Item, relative: tuple[bool, ...], robot: Embodiment) -> Item:
+    """Return the item of relative actions with what it assumes where names do not pair them with states."""
+    states, actions = robot.state.labels, robot.action.labels
+    if item.status == "conflict" or not any(relative) or (states and actions):
+        return item
+    named = "only the states" if states else "only the actions" if actions else "neither states nor actions"
+    assumption = f"{named} have names: action i is taken to be relative to state i"
+    return replace(
+        item,
+        status="assumed" if item.status == "same" else item.status,
+        reason=f"{item.reason}; {assumption}" if item.reason else assumption,
+    )
 
 
 def same_actions(one: tuple[bool, ...], other: tuple[bool, ...]) -> bool:

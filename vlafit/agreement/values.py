@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -36,6 +36,8 @@ class Party:
     """Whether the cameras' shapes are those of the recorded frames, and not of the policy's own images."""
     room: tuple[int, int] | None = None
     """Most state and action dimensions of a checkpoint's policy; None if unknown."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Name of a camera of a dataset -> where its files have the frames."""
     conversions: tuple[str, ...] = ()
     """Changes that a checkpoint's program made to states or actions inside the policy; vlafit makes none."""
 

@@ -27,6 +27,8 @@ class Overruled:
     """The file and the value that is not used."""
     used: str
     """The file and the value that is."""
+    reason: str = "its program follows this file"
+    """Why the second holds."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlafit.cli.console import Line, table
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def add_arguments(verb: str, parser: Parser) -> None:
             "--env", default="", metavar="NAME", help="the simulation [the card's record.env]"
         )
         parser.add_argument("--protocol", default="", help="a protocol whose simulation to use")
-        parser.add_argument("--episodes", type=int, default=0, metavar="N", help="the first N [all]")
+        parser.add_argument(
+            "--episodes", type=at_most(10**9), default=0, metavar="N", help="the first N [all]"
+        )
 
 
 def run(verb: str, options: Namespace) -> int:

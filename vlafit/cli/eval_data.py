@@ -18,7 +18,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     from vlafit.actor import PolicyActor
     from vlafit.datasets import open_dataset
     from vlafit.offline import Settings, choose_episodes, evaluate
-    from vlafit.offline.contract import require_robot
+    from vlafit.offline.contract import permitted_by, require_robot, require_values
     from vlafit.report import offline as report
 
     settings = Settings(
@@ -35,6 +35,10 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     )
     actor = load()
     identity = require_robot(actor, store)
+    permitted = tuple(options.outside or ())
+    values: tuple[str, ...] = ()
+    if isinstance(actor, PolicyActor):
+        values = require_values(actor.codec, store, str(name), (*permitted_by(name), *permitted))
     with Line("observations", 1) as line:
 
         def progress(done: int, total: int, episode: str) -> None:
@@ -56,7 +60,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     print(f"{len(result['episodes'])} episodes of {store.card.name}: {result['chosen']}")
     print(_table(result))
     print(report.verdict(result))
-    for notice in result["notices"]:
+    for notice in (*result["notices"], *values):
         print(notice)
     print(f"report: {page}")
     return 0

@@ -6,7 +6,7 @@ import tomllib
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -14,6 +14,23 @@ from vlafit import config
 from vlafit.errors import ConfigError, did_you_mean
 
 EXECUTION_MODES = ("chunk", "ensemble", "real_time")  # vlafit.execution.Mode, which help must not import
+
+
+MOST_STEPS = 10**9
+LONGEST_S = 7 * 86_400.0  # seconds of any waiting
+
+
+def at_most(most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """Return the type of an option that is a number: beyond `most` it is a slip, and named as one."""
+
+    def read(text: str) -> int | float:
+        value = kind(text)
+        if not value <= most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:.16g}, is {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
 
 
 class Parser(argparse.ArgumentParser):

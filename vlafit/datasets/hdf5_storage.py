@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
 from vlafit.datasets.hdf5_files import open_file
 from vlafit.errors import DataError
@@ -117,7 +116,10 @@ def _require_inside(file: Path, roots: Sequence[Path], where: str) -> None:
 
 
 def _require_written(dataset: h5py.Dataset, where: str) -> None:
-    """Raise DataError for rows that no program wrote, as far as the file's structure shows it."""
+    """Raise DataError for rows that no program wrote, as far as the file's structure shows it.
+
+    A compact dataset lies in the file's header, which holds zeros whether a program wrote them or not.
+    """
     if not dataset.size or dataset.dtype.hasobject:  # rows of variable length are found when they are read
         return
     layout = dataset.id.get_create_plist().get_layout()
@@ -131,11 +133,6 @@ def _require_written(dataset: h5py.Dataset, where: str) -> None:
             raise DataError(
                 f"{where}: {wanted - written} of its {wanted} chunks were never written, {advice}"
             )
-    elif layout == h5py.h5d.COMPACT and np.all(dataset[()] == dataset.fillvalue):
-        raise DataError(
-            f"{where}: is stored in the file's header and holds nothing but its fill value "
-            f"{dataset.fillvalue}: it was never written, {advice}"
-        )
 
 
 def _require_filters(dataset: h5py.Dataset, where: str) -> None:

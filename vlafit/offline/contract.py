@@ -1,8 +1,14 @@
-"""Compare an actor's robot with the dataset's before anything is asked."""
+"""Compare an actor's robot, and its statistics, with the dataset before anything is asked."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from vlafit.datasets import EpisodeStore
+from vlafit import config
+from vlafit.agreement import Agreement
+from vlafit.codec import Codec
+from vlafit.datasets import EpisodeStore, value_ranges
+from vlafit.recipe import Recipe
 from vlafit.types import Actor, Embodiment, require_same
 
 
@@ -23,3 +29,35 @@ def require_robot(actor: Actor, store: EpisodeStore) -> str:
         return type(actor).__name__
     require_same(actor.embodiment, "the policy", store.embodiment, f"dataset {store.card.name!r}")
     return actor.fingerprint()
+
+
+EVALUATION = value_ranges.Remedies(
+    refit="Else train on data of this robot",
+    permit="if such values are meant: --outside {}",
+    quote="",
+    chosen="--outside",
+)
+
+
+def require_values(
+    codec: Codec, store: EpisodeStore, title: str, permitted: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Compare the values of a dataset with the statistics of a codec, as training does.
+
+    `title` names the checkpoint, `permitted` are dimensions whose values may be extreme. Returns a sentence
+    for each difference that is no error. Raises EmbodimentError naming every dimension that is.
+    """
+    every = tuple(info.id for info in store.episodes)
+    items = tuple(value_ranges.items([store], [every], codec, permitted, False, EVALUATION))
+    Agreement(items, (), ()).require(f"dataset {store.card.name!r} and the statistics of {title}")
+    return tuple(
+        f"{item.name}: {'; '.join(item.sides.values())}: {item.reason}"
+        for item in items
+        if item.status == "differs"
+    )
+
+
+def permitted_by(checkpoint: Path) -> tuple[str, ...]:
+    """Return the dimensions that the recipe of a run's checkpoint permits to be extreme."""
+    path = checkpoint / "recipe.toml"
+    return config.read(Recipe, path, "recipe").adapt.outside if path.is_file() else ()

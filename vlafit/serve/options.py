@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 
+AT_MOST = {
+    "port": 65535,
+    "max_clients": 10_000,
+    "max_frame": 2**32,
+    "max_rate": 10**6,
+    "timeout_s": 7 * 86_400,
+}
+"""More of these is a slip: no machine has the connections, the memory or the patience."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -37,8 +46,9 @@ class Options:
         for name, least in (("port", 0), ("max_clients", 1), ("max_frame", 1024), ("max_rate", 0.001)):
             if getattr(self, name) < least:
                 raise ConfigError(f"server: {name} must be at least {least}, not {getattr(self, name)}")
-        if self.port > 65535:
-            raise ConfigError(f"server: port must be at most 65535, not {self.port}")
+        for name, most in AT_MOST.items():
+            if not getattr(self, name) <= most:
+                raise ConfigError(f"server: {name} must be at most {most}, not {getattr(self, name)}")
         if not self.timeout_s > 0:
             raise ConfigError(f"server: timeout_s must be positive, not {self.timeout_s}")
         if not self.token and not _is_loopback(self.host):

@@ -14,6 +14,7 @@ from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
+from vlafit.datasets import value_ranges
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import stack
@@ -21,7 +22,7 @@ from vlafit.nn.policy import Policy
 from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
-from vlafit.train import reconcile, value_ranges
+from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.frozen import FrozenWeights
@@ -238,7 +239,9 @@ def _with_codec(
     whole = agreement.with_items(
         [
             *reconcile.codec_items(recipe, data, before, codec, tokenizer),
-            *value_ranges.items(data, codec, recipe.adapt.outside, recipe.fits_statistics),
+            *value_ranges.items(
+                data.stores, data.training, codec, recipe.adapt.outside, recipe.fits_statistics
+            ),
         ]
     )
     whole.require("the dataset and the statistics in use")

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree
 from vlafit.codec import Codec
-from vlafit.datasets import Card
+from vlafit.datasets import Card, value_ranges
 from vlafit.datasets.card import CameraCard
 from vlafit.recipe import Recipe
-from vlafit.train import value_ranges
 from vlafit.train.data import Data, open_data
 
 
 def dataset_party(card: Card) -> Party:
     """Return what a data card says."""
-    return Party("dataset", card.name, card.embodiment, tuple(card.robot.relative))
+    keys = {camera.name: camera.key for camera in card.robot.cameras}
+    return Party("dataset", card.name, card.embodiment, tuple(card.robot.relative), keys=keys)
 
 
 def checkpoint_party(
@@ -62,7 +62,7 @@ def agree_on(
                 {"checkpoint": one.stated},
                 one.used,
                 "differs",
-                "its program follows this file",
+                one.reason,
             )
             for one in (declared.overruled if declared else ())
         ]
@@ -78,7 +78,9 @@ def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
     if agreement.conflicts:
         return agreement
     items = [*codec_items(recipe, data, codec, codec, "the checkpoint's")]
-    return agreement.with_items([*items, *value_ranges.items(data, codec, recipe.adapt.outside, False)])
+    return agreement.with_items(
+        [*items, *value_ranges.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
+    )
 
 
 def sides(card: Card, checkpoint: str) -> str:

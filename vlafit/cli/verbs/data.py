@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit.cli import data_tools
 from vlafit.cli.console import Line, table
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     if verb == "check":
         parser.add_argument("--no-pixels", action="store_true", help="check columns only; decode no frame")
     if verb == "bench":
-        parser.add_argument("--seconds", type=float, default=5.0, help="how long to read")
+        parser.add_argument("--seconds", type=at_most(86_400, float), default=5.0, help="how long to read")
     if verb in ("card", "inspect"):
         parser.add_argument(
             "--layout", default="", help="the layout, if it is not recognised: package.module"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlafit import shipped
 from vlafit.cli import actor as actors
 from vlafit.cli.console import Line
-from vlafit.cli.parser import EXECUTION_MODES, Parser
+from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder, default_out
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
@@ -39,7 +39,7 @@ IN_SIMULATION = (
     "stop_early",
     "shard",
 )
-ON_DATA = ("episodes", "samples", "draws")
+ON_DATA = ("episodes", "samples", "draws", "outside")
 INCOMPLETE = 3  # exit status
 
 
@@ -68,15 +68,20 @@ def _parser() -> Parser:
     parser.add_argument(
         "--retry-errors", action="store_true", help="play episodes that ended in an error again"
     )
-    parser.add_argument("--trials", metavar="N", type=int, help="episodes of each task [the protocol's]")
+    parser.add_argument(
+        "--trials", metavar="N", type=at_most(10**5), help="episodes of each task [the protocol's]"
+    )
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=int,
+        type=at_most(1024),
         help="environment processes [one per core, as far as they fit into the memory]",
     )
     parser.add_argument(
-        "--timeout", metavar="S", type=float, help="seconds until an environment must answer [the protocol's]"
+        "--timeout",
+        metavar="S",
+        type=at_most(LONGEST_S, float),
+        help="seconds until an environment must answer [the protocol's]",
     )
     parser.add_argument(
         "--against", metavar="RUN", help="compare with this evaluation or run at the starts that both played"
@@ -92,30 +97,44 @@ def _parser() -> Parser:
     parser.add_argument(
         "--merge", metavar="DIR", help="merge the shards in DIR into one evaluation, and play nothing"
     )
-    parser.add_argument("--videos", metavar="N", type=int, help="filmed episodes of each task [2]")
+    parser.add_argument("--videos", metavar="N", type=at_most(10**5), help="filmed episodes of each task [2]")
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of sampling [the policy's, 10]")
+    parser.add_argument(
+        "--steps", metavar="N", type=at_most(10**4), help="steps of sampling [the policy's, 10]"
+    )
     parser.add_argument("--device", help="torch device [the GPU if there is one]")
     parser.add_argument(
         "--max-batch",
         metavar="N",
-        type=int,
+        type=at_most(2**12),
         help="observations in one call of the policy, padded to N [16, or as many as there are episodes]",
     )
     parser.add_argument(
         "--execution", choices=EXECUTION_MODES, help="how chunks are executed [chunk, as the protocol says]"
     )
-    parser.add_argument("--replan", metavar="N", type=int, help="steps until it replans [the protocol's]")
-    parser.add_argument("--delay", metavar="N", type=int, help="steps that pass before a chunk is there [0]")
+    parser.add_argument(
+        "--replan", metavar="N", type=at_most(10**6), help="steps until it replans [the protocol's]"
+    )
+    parser.add_argument(
+        "--delay", metavar="N", type=at_most(10**6), help="steps that pass before a chunk is there [0]"
+    )
     parser.add_argument(
         "--episodes", metavar="ID", nargs="+", help="with --data: the episodes [those held out from training]"
     )
     parser.add_argument(
-        "--samples", metavar="N", type=int, help="with --data: observations of all episodes [64]"
+        "--samples", metavar="N", type=at_most(10**6), help="with --data: observations of all episodes [64]"
     )
-    parser.add_argument("--draws", metavar="N", type=int, help="with --data: seeds of noise of each [8]")
+    parser.add_argument(
+        "--draws", metavar="N", type=at_most(2**12), help="with --data: seeds of noise of each [8]"
+    )
+    parser.add_argument(
+        "--outside",
+        metavar="NAME",
+        nargs="+",
+        help="with --data: dimensions whose normalised values may be extreme, such as action.gripper",
+    )
     actors.add_options(parser)
     return parser
 

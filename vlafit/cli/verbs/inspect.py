@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import agreement_table, plan_table, size, table
-from vlafit.cli.parser import Parser, add_base, add_config, add_format, add_trust, settings
+from vlafit.cli.parser import Parser, add_base, add_config, add_format, add_trust, at_most, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.entry_points import is_module
 from vlafit.errors import ConfigError
@@ -94,11 +94,15 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch",
         metavar="N",
-        type=int,
+        type=at_most(2**16),
         help="with --strategy: forecast the memory to train N samples a step",
     )
     parser.add_argument(
-        "--cameras", metavar="N", type=int, default=0, help="with --batch: cameras [the checkpoint's, or 3]"
+        "--cameras",
+        metavar="N",
+        type=at_most(1024),
+        default=0,
+        help="with --batch: cameras [the checkpoint's, or 3]",
     )
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="with --batch: of the products [bf16]"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlafit import shipped
 from vlafit.cli.console import Line, duration, table
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError
 
 ABOUT = """\
@@ -20,8 +20,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("card", metavar="CARD", help=f"a data card, or a shipped one: {cards}")
     parser.add_argument("--out", metavar="DIR", help="folder of the data [the card's location]")
     parser.add_argument("--resume", action="store_true", help="keep the episodes already in DIR")
-    parser.add_argument("--episodes", metavar="N", type=int, help="episodes of each task [the card's]")
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes that run episodes [1]")
+    parser.add_argument(
+        "--episodes", metavar="N", type=at_most(10**6), help="episodes of each task [the card's]"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=at_most(1024), default=1, help="processes that run episodes [1]"
+    )
     options = parser.read(arguments)
 
     from vlafit.datasets import load_card

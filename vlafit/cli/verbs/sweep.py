@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import table
-from vlafit.cli.parser import Parser
+from vlafit.cli.parser import Parser, at_most
 from vlafit.cli.recipes import read_recipe, without
 from vlafit.errors import ConfigError
 
@@ -82,10 +82,17 @@ def _options(parser: Parser) -> None:
         "--study", metavar="FILE", required=True, help=f"a TOML file, or a shipped one: {names}"
     )
     parser.add_argument(
-        "--trials", metavar="N", type=int, help="total number of trials, with earlier ones [the study's]"
+        "--trials",
+        metavar="N",
+        type=at_most(10**6),
+        help="total number of trials, with earlier ones [the study's]",
     )
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of the sampler [the study's]")
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes that run trials [1]")
+    parser.add_argument(
+        "--seed", metavar="N", type=at_most(2**63 - 1), help="seed of the sampler [the study's]"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=at_most(1024), default=1, help="processes that run trials [1]"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the sweep")
 
 

@@ -3,10 +3,9 @@
 Keys of cameras and columns are features of meta/info.json.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlafit.datasets.card import (
     CameraCard,
@@ -18,6 +17,7 @@ from vlafit.datasets.card import (
     RobotCard,
 )
 from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
+from vlafit.datasets.lerobot.meta import labels
 from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
@@ -83,19 +83,6 @@ def describe(path: Path) -> Draft:
         ),
     )
     return Draft(card, guesses)
-
-
-def labels(names: Any) -> tuple[str, ...]:
-    """Return the names of a feature's dimensions: a list, nested lists, or tables of them; none if null."""
-    if isinstance(names, str):
-        return (names,)
-    if isinstance(names, Mapping):
-        if names and all(isinstance(value, int) for value in names.values()):
-            return tuple(sorted(names, key=lambda name: names[name]))
-        names = list(names.values())
-    if isinstance(names, Sequence):
-        return tuple(label for name in names for label in labels(name))
-    return ()
 
 
 def _chosen(meta: Meta, section: Section) -> list[int]:

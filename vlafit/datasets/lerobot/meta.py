@@ -101,6 +101,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, DataError, "fetch it again")
 
 
+def labels(names: Any) -> tuple[str, ...]:
+    """Return the names of a feature's dimensions: a list, nested lists, or tables of them; none if null."""
+    if isinstance(names, str):
+        return (names,)
+    if isinstance(names, Mapping):
+        if names and all(isinstance(value, int) for value in names.values()):
+            return tuple(sorted(names, key=lambda name: names[name]))
+        names = list(names.values())
+    if isinstance(names, Sequence):
+        return tuple(label for name in names for label in labels(name))
+    return ()
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     require_file(path)
     rows = []

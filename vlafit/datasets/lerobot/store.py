@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import parse_key, scaled
-from vlafit.datasets.lerobot.meta import Entry, Meta, read_meta
+from vlafit.datasets.lerobot.meta import Entry, Meta, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
@@ -148,6 +149,11 @@ class LeRobotStore(EpisodeStore):
 
     def _require_features(self) -> None:
         robot, meta = self.card.robot, self._meta
+        if abs(robot.hz - meta.fps) > 0.01 * meta.fps:
+            raise DataError(
+                f"{meta.root}: info.json says fps {meta.fps:g}, the card robot.hz {robot.hz:g}; rows are "
+                "read one by one, so correct the one that is wrong"
+            )
         for name, column in (("robot.state", robot.state), ("robot.action", robot.action)):
             parsed = [parse_key(key, f"{meta.root}: {name}") for key in column.keys]
             widths = [k.width(width_of(meta.feature(k.path, name), k.path, meta.root)) for k in parsed]
@@ -156,6 +162,7 @@ class LeRobotStore(EpisodeStore):
                     f"{meta.root}: {name} has {sum(widths)} dimensions ({', '.join(column.keys)}), the card "
                     f"says {column.dimensions}"
                 )
+            self._require_order(name, column)
         for camera in robot.cameras:
             feature = meta.feature(camera.key, f"camera {camera.name!r}")
             if feature.get("dtype") not in ("image", "video") or is_depth(feature):
@@ -168,6 +175,24 @@ class LeRobotStore(EpisodeStore):
                 raise DataError(
                     f"{meta.root}: camera {camera.name!r}: {camera.key} has frames {size}, the card says "
                     f"{(camera.height, camera.width)}"
+                )
+
+    def _require_order(self, name: str, column: ColumnCard) -> None:
+        """Raise DataError where the card gives a dimension the name that info.json gives another."""
+        parsed = [parse_key(key, name) for key in column.keys]
+        every = [labels(self._meta.features[key.path].get("names")) for key in parsed]
+        stored = [label for key, names in zip(parsed, every, strict=True) for label in names[key.some]]
+        plain = [plain_label(label) for label in stored]
+        if len(stored) != len(column.labels) or len(set(plain)) != len(plain):
+            return  # no names, or names that do not tell dimensions apart
+        for index, label in enumerate(column.labels):
+            wanted = plain_label(label)
+            if wanted and wanted != plain[index] and wanted in plain:
+                raise DataError(
+                    f"{self._meta.root}: {name}.labels of the card are {', '.join(column.labels)}, info.json "
+                    f"names these dimensions {', '.join(stored)}: {label} is dimension {plain.index(wanted)} "
+                    f"there. Write the labels in the order of the files, or reorder the dimensions by keys, "
+                    f'such as "{parsed[0].path}[:, {plain.index(wanted)}]"'
                 )
 
     def _require_files(self, entries: Sequence[Entry]) -> None:

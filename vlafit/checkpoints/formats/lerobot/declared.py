@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlafit.checkpoints.declaration import Declaration
-from vlafit.checkpoints.formats.lerobot import read_buffers, read_processors, relative_actions
+from vlafit.checkpoints.declaration import Declaration, Overruled
+from vlafit.checkpoints.formats.lerobot import features, read_buffers, read_processors, relative_actions
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
@@ -34,6 +34,9 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         slots, robot = read_processors.robot_of(lerobot, pre)
     except WeightsError:  # without features it says nothing of the robot; `load` needs none
         slots, robot = (), None
+    sets = read_processors.statistics_in(folder) if pre and post else read_buffers.sets_of(buffers)
+    if robot is not None and "" in sets:  # else nothing of the processors is used
+        features.require_same(lerobot, [*pre, *post])
     relative = _relative(lerobot, pre, post, robot)
     conversions = tuple(f"{key} is true: {why}" for key, why in NEVER.items() if lerobot.get(key, bool))
     own, name = _tokenizer(folder, pre) if pre else (None, read_buffers.tokenizer_name(lerobot))
@@ -46,11 +49,16 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         tokenizer="" if there else name,
         own_tokenizer=own if there else None,
         lost_tokenizer=None if there else own,
-        named_statistics=_named(
-            read_processors.statistics_in(folder) if pre and post else read_buffers.sets_of(buffers)
-        ),
+        named_statistics=_named(sets),
         form=read_processors.form_of(lerobot, pre),
-        overruled=read_processors.overruled(lerobot, pre) if pre and post else (),
+        overruled=(
+            *(read_processors.overruled(lerobot, pre) if pre and post else ()),
+            *relative_actions.without_effect(lerobot, pre),
+            *(
+                Overruled("features", other, mine, "fitted statistics replace the processors'")
+                for mine, other in (() if "" in sets else features.differences(lerobot, [*pre, *post]))
+            ),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import InputForm, Overruled
+from vlafit.checkpoints.formats.lerobot import features
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     Step,
@@ -21,7 +22,7 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
-from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, action_names, relative_of
+from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, labels, relative_of
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
@@ -88,6 +89,7 @@ def read(
         return None, NO_STATISTICS
     if name is None:
         return None, reason
+    features.require_same(lerobot, [*pre, *post])
     chosen, undone = before.get(name, {}), after.get(name, {})
     if lacking := stored.lacking(chosen, kinds, name, asset, str(folder / PRE)):
         return None, lacking
@@ -222,13 +224,11 @@ def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, 
                 f"{lerobot.path}: there is no feature {key!r} of one dimension; it says the robot's width"
             )
     assert state is not None and action is not None
-    labels = action_names(lerobot, steps)
-    labels = labels if len(labels) == action[1][0] else ()
     return tuple(slots), Embodiment(
         name="lerobot",
         cameras=tuple(cameras),
         state=Feature("state", state[1]),
-        action=Feature("action", action[1], labels=labels),
+        action=Feature("action", action[1], labels=labels(lerobot, steps, action[1][0])),
         hz=0.0,
         control="",
     )

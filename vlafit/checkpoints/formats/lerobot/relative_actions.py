@@ -1,7 +1,9 @@
 """Read which action dimensions a LeRobot checkpoint makes relative, from config.json and the processors."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
+from vlafit.checkpoints.declaration import Overruled
 from vlafit.checkpoints.formats.lerobot.processor_steps import Step
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
 from vlafit.errors import WeightsError
@@ -9,6 +11,8 @@ from vlafit.errors import WeightsError
 RELATIVE_KEYS = ("use_relative_actions", "use_delta_actions", "use_delta_joint_actions")
 """Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
 EXCLUDE = "relative_exclude_joints"
+MADE_UP = re.compile(r"(relative|absolute)_\d+")
+"""Names that an export gives dimensions whose own names cannot say which are relative; the robot has none."""
 RELATIVE_STEP = "relative_actions_processor"
 
 
@@ -19,6 +23,29 @@ def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int
         return (True,) * dimensions
     mask = [not any(token in name.lower() for token in tokens) for name in names[:dimensions]]
     return tuple(mask + [True] * (dimensions - len(mask)))
+
+
+def without_effect(lerobot: LeRobotConfig, steps: Sequence[Step]) -> Iterator[Overruled]:
+    """Yield the joints that are to stay absolute and that LeRobot makes relative: no action has the name."""
+    names = action_names(lerobot, steps)
+    asked = {f"{lerobot.path.name}: {EXCLUDE}": lerobot.get(EXCLUDE, list)}
+    on = any(lerobot.get(key, bool) for key in RELATIVE_KEYS)
+    for step in steps:
+        if step.name == RELATIVE_STEP:
+            asked[f"{step.where}: exclude_joints"] = step.config.get("exclude_joints")
+            on |= bool(step.config.get("enabled"))
+    lost = {
+        where: [token for token in map(str, tokens) if not any(token.lower() in n.lower() for n in names)]
+        for where, tokens in asked.items()
+        if on and tokens
+    }
+    why = f"the actions are {', '.join(names)}" if names else "its actions have no names"
+    for where, tokens in lost.items():
+        if tokens:
+            stated = f"{where} {', '.join(tokens)}"
+            yield Overruled(
+                "joints that stay absolute", stated, "no effect", f"LeRobot finds them by name, and {why}"
+            )
 
 
 def relative_of(
@@ -65,6 +92,13 @@ def relative_in_config(
         named = [step.config.get("exclude_joints") for step in steps if step.name == RELATIVE_STEP]
         exclude = next(filter(None, named), ())
     return mask_of(action_names(lerobot, steps) or None, exclude, dimensions)
+
+
+def labels(lerobot: LeRobotConfig, steps: Sequence[Step], dimensions: int) -> tuple[str, ...]:
+    """Return the robot's names of the action's dimensions; none where they were made up for an export."""
+    names = action_names(lerobot, steps)
+    own = len(names) == dimensions and not all(MADE_UP.fullmatch(name) for name in names)
+    return names if own else ()
 
 
 def action_names(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[str, ...]:

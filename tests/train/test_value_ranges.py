@@ -1,0 +1,262 @@
+"""Before training and evaluation: the data's values are those that the statistics in use describe."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
+from vlafit import cli, config
+from vlafit.codec import Codec, CodecConfig, Statistics
+from vlafit.datasets import EpisodeInfo, EpisodeStore, value_ranges
+from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
+from vlafit.errors import EmbodimentError
+from vlafit.offline.contract import permitted_by
+from vlafit.train.data import open_data
+from vlafit.types import Embodiment, Feature
+
+# ----------------------------------------------------------------------------- values that are all too small
+
+
+@pytest.mark.case(
+    section="data",
+    report="the policy hardly moves, and training looked fine",
+    user_has="radians under a checkpoint's statistics of degrees, m under mm, 0 to 1 under percent",
+    now="an error where nearly all dimensions that move have less than 1/20 of the statistics' spread",
+)
+@pytest.mark.parametrize(("scale", "word"), [(1 / 57.29578, "radians"), (0.001, "m where"), (0.01, "0 to 1")])
+def test_a_dataset_that_moves_a_fiftieth_of_the_statistics_is_an_error(scale, word, tmp_path: Path):
+    # States and actions deviate by 0.170783 times the scale; the statistics by 1 and 2.
+    base = write_checkpoint(tmp_path / "base")
+    card = write_card(tmp_path / "data", scale=scale)
+    with pytest.raises(EmbodimentError) as error:
+        start(recipe_of(card, base, {}))
+    text = str(error.value)
+    for column, std in (("state", 1), ("action", 2)):
+        factor = f"a 1/{std / (0.170783 * scale):.3g}, b 1/{std / (0.170783 * scale):.3g}"
+        assert f"spread of {column}" in text and factor in text and f"std a {std}, b {std}" in text
+        assert f"robot.{column}.scale" in text and f'outside = ["{column}.a", "{column}.b"]' in text
+    assert word in text
+    every = ("state.a", "state.b", "action.0", "action.1")
+    with pytest.raises(EmbodimentError, match="spread of state"):
+        start(recipe_of(card, base, {"outside": every[2:]}))
+    accepted = start(recipe_of(card, base, {"outside": every})).agreement
+    assert accepted is not None
+    assert {"spread of state", "spread of action"} <= {item.name for item in accepted.chosen}
+    start(recipe_of(card, base, {}, statistics="data"))
+
+
+def codec_of(std: list[float], **changes: Any) -> Codec:
+    """Return a codec of an arm of `len(std)` joints whose statistics have mean 0 and these deviations."""
+    joints = Feature("state", (len(std),))
+    robot = Embodiment("arm", (Feature("front", (16, 16, 3)),), joints, joints, 10.0, "joint_position")
+    config = CodecConfig(("front",), 16, len(std), len(std), 4, prompt=None, **changes)
+    statistics = Statistics(9, np.zeros(len(std)), np.asarray(std))
+    return Codec(config, robot, {"state": statistics, "action": statistics}, None)
+
+
+class Recorded(EpisodeStore):
+    """Episodes whose states are also the actions."""
+
+    def __init__(self, name: str, robot: Embodiment, *rows: np.ndarray) -> None:
+        column = ColumnCard(("x",), robot.state.shape[0])
+        camera = CameraCard("front", "front", 16, 16)
+        card = RobotCard(robot.name, robot.hz, robot.control, (camera,), column, column)
+        self.card = Card(name, "generic", ".", card)
+        self.rows = [row.astype(np.float32) for row in rows]
+        self.episodes = tuple(EpisodeInfo(f"e{i}", "t", "go", len(row)) for i, row in enumerate(rows))
+
+    def state(self, episode: int) -> np.ndarray:
+        return self.rows[episode]
+
+    actions = state
+
+    def image(self, episode: int, step: int, camera: str) -> np.ndarray:
+        return np.zeros((16, 16, 3), np.uint8)
+
+    def files(self) -> tuple[Path, ...]:
+        return ()
+
+    def close(self) -> None: ...
+
+
+def alternating(*sizes: float, steps: int = 400) -> np.ndarray:
+    """Rows that go from -size to size and back in each dimension: their deviation is the size."""
+    return np.outer(np.where(np.arange(steps) % 2, 1.0, -1.0), sizes)
+
+
+def faults(codec: Codec, *stores: EpisodeStore, fitted: bool = False) -> dict[str, str]:
+    every = [[one.id for one in store.episodes] for store in stores]
+    items = value_ranges.items(stores, every, codec, (), fitted)
+    return {item.name: item.status for item in items if item.status != "same"}
+
+
+ARMS = {
+    # Deviations of the data under statistics of deviation 1 in every dimension, and what is said.
+    "a gripper that kept its unit": ((1 / 57, 1 / 80, 1 / 60, 1 / 57, 1 / 57, 1 / 90, 1.0), "conflict"),
+    "two arms in radians": ((*[1 / 57] * 6, 0.9, *[1 / 70] * 6, 1.0), "conflict"),
+    "an idle arm": ((*[1 / 200] * 7, *[0.8] * 7), "differs"),
+    "one joint that rests": ((0.5, 0.7, 1.0, 0.01, 0.3, 0.9, 1.0), "differs"),
+    "a single task of a pretrained robot": ((0.2, 0.3, 0.14, 0.2, 0.1, 0.06, 1.0), None),
+    "joints that do not move at all": ((0, 0, 0, 0, 0, 0, 1.0), None),
+    "position in m, rotation alike": ((0.001, 0.001, 0.001, 0.5, 0.6, 0.7, 1.0), "differs"),
+    "one dimension only": ((1 / 57,), "conflict"),
+}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_one_joint_may_rest_and_all_joints_at_once_are_another_unit(name: str):
+    sizes, status = ARMS[name]
+    codec = codec_of([1.0] * len(sizes))
+    expected = dict.fromkeys(("spread of state", "spread of action"), status) if status else {}
+    assert faults(codec, Recorded("arm", codec.embodiment, alternating(*sizes))) == expected
+
+
+def test_a_dimension_that_never_moves_is_shown_as_such():
+    codec = codec_of([1.0, 1.0])
+    store = Recorded("arm", codec.embodiment, alternating(1, 0))
+    (item, *_) = value_ranges.items([store], [["e0"]], codec, (), False)
+    assert item.sides["dataset"] == "arm: 0 1, 1 0 (never moves)"
+
+
+def test_values_that_are_not_normalised_are_compared_with_no_spread():
+    codec = codec_of([1.0, 1.0], normalisation="identity")
+    assert faults(codec, Recorded("arm", codec.embodiment, alternating(0.01, 0.01))) == {}
+
+
+def test_statistics_of_a_range_only_are_compared_by_range():
+    codec = codec_of([50.0, 50.0])  # what reading a range of 0 to 100 without a deviation puts in its place
+    wide = {"min": np.zeros(2), "max": np.full(2, 100.0)}
+    codec.statistics["state"] = codec.statistics["action"] = replace(codec.statistics["state"], **wide)
+    rare = np.full((400, 2), 50.0)
+    rare[:4] = [[45, 45], [55, 55]] * 2  # a deviation of 0.5, a hundredth; a range of 10, a tenth
+    assert faults(codec, Recorded("arm", codec.embodiment, rare)) == {}
+    rare[:4] = [[49, 49], [51, 51]] * 2
+    assert set(faults(codec, Recorded("arm", codec.embodiment, rare)).values()) == {"conflict"}
+
+
+@pytest.mark.case(
+    section="data",
+    report="one of two datasets is not learned",
+    user_has="two cards of one robot, one in degrees and one in radians, statistics fitted to both",
+    now="an error that names the card in the smaller unit",
+)
+def test_two_cards_in_different_units_under_their_common_statistics_are_an_error():
+    degrees, radians = alternating(60, 40, 50), alternating(60, 40, 50) / 57.29578
+    robot = codec_of([1.0] * 3).embodiment
+    stores = [Recorded("deg", robot, degrees), Recorded("rad", robot, radians)]
+    fitted = Statistics.of(np.concatenate([degrees, radians]))
+    codec = codec_of([1.0] * 3)
+    codec = Codec(codec.config, robot, {"state": fitted, "action": fitted}, None)
+    assert faults(codec, *stores, fitted=True) == dict.fromkeys(
+        ("spread of state", "spread of action"), "conflict"
+    )
+    every = [["e0"], ["e0"]]
+    items = [i for i in value_ranges.items(stores, every, codec, (), True) if i.status == "conflict"]
+    assert all(item.sides["dataset"].startswith("rad: ") and "different units" in item.fix for item in items)
+
+
+# ---------------------------------------------------------- single values under their own statistics
+
+
+@pytest.mark.case(
+    section="data",
+    report="a joint that the policy never moves after training",
+    user_has="one action of 1e30 in a column of -1 to 1, statistics fitted to it",
+    now="an error with dataset, episode, step, dimension and value",
+)
+def test_one_wild_value_under_its_own_statistics_is_an_error_that_says_where_it_is(tmp_path: Path):
+    card = write_card(tmp_path / "data")
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        file["data/demo_2/actions"][3, 1] = 1e30  # type: ignore[index]
+    recipe = recipe_of(card, None, {})
+    training = open_data(recipe.data, recipe.train.seed).training[0]
+    (wild,) = [one for one in training if one.endswith("demo_2")]
+    with pytest.raises(EmbodimentError) as error:
+        start(recipe)
+    for word in (
+        "single values of action.b",
+        f"joints: 1e+30 in episode {wild}, step 3",
+        "leave the episode",
+    ):
+        assert word in str(error.value)
+    start(recipe_of(card, None, {"outside": ("action.1",)}))
+
+
+@pytest.mark.parametrize(
+    ("value", "status"), [(1e30, "conflict"), (-65535.0, "conflict"), (300.0, "differs"), (3.0, None)]
+)
+def test_a_value_counts_as_wild_by_how_far_it_is_from_the_others(value: float, status: str | None):
+    rows = np.random.default_rng(5).uniform(-1, 1, (400, 2))
+    rows[123, 1] = value
+    fitted = Statistics.of(rows.astype(np.float32))
+    codec = codec_of([1.0, 1.0])
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    store = Recorded("arm", codec.embodiment, rows[:100], rows[100:])
+    names = ("single values of state.1", "single values of action.1")
+    assert faults(codec, store, fitted=True) == (dict.fromkeys(names, status) if status else {})
+    if status:
+        items = value_ranges.items([store], [["e0", "e1"]], codec, (), True)
+        texts = [item.sides["dataset"] for item in items if item.status == status]
+        assert all(text.startswith(f"arm: {value:.4g} in episode e1, step 23;") for text in texts)
+
+
+def test_values_of_no_unit_are_wild_however_many_there_are():
+    rows = np.random.default_rng(5).uniform(-1, 1, (400, 2))
+    rows[::5, 1] = -1e12
+    fitted = Statistics.of(rows.astype(np.float32))
+    codec = codec_of([1.0, 1.0])
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    names = ("single values of state.1", "single values of action.1")
+    assert faults(codec, Recorded("arm", codec.embodiment, rows), fitted=True) == dict.fromkeys(
+        names, "conflict"
+    )
+
+
+def test_a_signal_that_is_rarely_on_is_no_wild_value():
+    rows = np.zeros((400, 2))
+    rows[:, 0] = np.sin(np.arange(400))
+    rows[399, 1] = 1.0  # the end of the episode, or a gripper
+    fitted = Statistics.of(rows)
+    codec = codec_of([1.0, 1.0])
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    assert faults(codec, Recorded("arm", codec.embodiment, rows), fitted=True) == {}
+
+
+# ---------------------------------------------------------------------------------------- evaluation on data
+
+
+@pytest.mark.case(
+    section="data",
+    report="an evaluation on recorded data measures nothing",
+    user_has="`vlafit eval CHECKPOINT --data CARD` with a card in other units than the checkpoint's",
+    now="the same error as in training; `--outside` permits dimensions",
+)
+@pytest.mark.parametrize("scale", [57.29578, 1 / 57.29578])
+def test_an_evaluation_on_data_compares_the_values_as_training_does(
+    scale: float, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base = str(write_checkpoint(tmp_path / "base"))
+    card = write_card(tmp_path / "data", scale=scale)
+    asked = ["eval", base, "--data", str(card), "--samples", "2", "--draws", "2", "--device", "cpu"]
+    out = tmp_path / "out"
+    assert cli.main([*asked, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    name = "normalised action.b" if scale > 1 else "spread of action"
+    for word in (name, "dataset 'joints'", base, "--outside ", "Else train on data of this robot"):
+        assert word in error
+    assert not out.exists()
+    permitted = ["--outside", "state.0", "state.1", "action.a", "action.b"]
+    assert cli.main([*asked, "--out", str(out), *permitted]) == 0
+    assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "action.c"]) == 2
+    assert "--outside: the robot has no dimension 'action.c'" in capsys.readouterr().err
+
+
+def test_an_evaluation_permits_what_the_recipe_of_the_run_permitted(tmp_path: Path):
+    recipe = recipe_of(tmp_path / "card.toml", None, {"outside": ("action.a",)})
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    assert permitted_by(tmp_path) == ("action.a",)
+    assert permitted_by(tmp_path / "elsewhere") == ()
