@@ -305,7 +305,9 @@ def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
                 return
             if not _is_at(file, path):  # its holder has just removed it
                 continue
-            if (folder / OWNER).exists():  # of a command that got no lock: another machine, or a short failure
+            if (
+                folder / OWNER
+            ).exists():  # of a command that got no lock: another machine, or a short failure
                 with _owned(folder, what):
                     yield file
             else:
