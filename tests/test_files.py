@@ -175,14 +175,19 @@ def test_every_file_and_folder_is_synced_before_it_gets_its_name(tmp_path, monke
     } <= synced
 
 
-@pytest.fixture
-def without_flock(monkeypatch):
-    """A file system that has no locks, as some network file systems."""
+@pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP], ids=["ENOLCK", "EOPNOTSUPP"])
+def without_flock(request, monkeypatch):
+    """A file system that has no locks, as some network file systems; `set` gives them back."""
+    real = files.fcntl.flock
 
     def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(request.param, os.strerror(request.param))
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    def switch(locks: bool) -> None:
+        monkeypatch.setattr(files.fcntl, "flock", real if locks else refuse)
+
+    switch(False)
+    return switch
 
 
 @pytest.mark.case(
@@ -203,6 +208,24 @@ def test_without_locks_of_the_file_system_a_folder_is_still_worked_in_by_one_pro
                 pass
         assert files.is_empty(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_that_a_file_system_has_no_locks_is_said_with_the_file_that_takes_their_place(
+    tmp_path, without_flock, caplog
+):
+    with files.exclusive(tmp_path, "vlafit train"):
+        pass
+    assert all(fact in caplog.text for fact in (str(tmp_path), files.OWNER, "has no locks"))
+
+
+def test_who_gets_a_lock_still_minds_the_command_that_got_none(tmp_path, without_flock):
+    with files.exclusive(tmp_path, "vlafit train"):
+        without_flock(True)  # as on another machine
+        with pytest.raises(VlafitError) as caught, files.exclusive(tmp_path, "vlafit train"):
+            pass
+        assert f"process {os.getpid()}" in str(caught.value)
+    with files.exclusive(tmp_path, "vlafit train"):
+        assert not (tmp_path / files.OWNER).exists()
 
 
 def test_without_locks_the_folder_of_a_dead_process_is_free_and_that_of_another_machine_is_not(

@@ -294,13 +294,25 @@ def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
                 raise VlafitError(
                     f"{folder}: {holder}, or a run that it started, is working here; wait for it or stop it"
                 ) from error
-            except OSError:  # the file system has no locks
+            except OSError as error:
+                log.warning(
+                    "%s: the file system has no locks (%s); %s marks the folder as in use until this command "
+                    "ends. Delete it if the machine stops before",
+                    folder, error.strerror, OWNER,
+                )  # fmt: skip
                 with _owned(folder, what):
                     yield file
                 return
-            if _is_at(file, path):  # otherwise its holder has just removed it
+            if not _is_at(file, path):  # its holder has just removed it
+                continue
+            if (
+                folder / OWNER
+            ).exists():  # of a command that got no lock: another machine, or a short failure
+                with _owned(folder, what):
+                    yield file
+            else:
                 yield file
-                return
+            return
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tests.tuning.world import rules
 from tests.variants import variants
 from vlafit import cli, files
 from vlafit.checkpoints.formats.native import read as native
+from vlafit.checkpoints.formats.native.adapters import BASE
 from vlafit.checkpoints.formats.openpi.names import NAMES
 from vlafit.checkpoints.name_map import back
 from vlafit.errors import VlafitError, WeightsError
@@ -222,6 +223,11 @@ def test_the_base_below_adapters_must_be_the_one_that_they_were_trained_on(tmp_p
         assert _caught(saved, None), name
         (base / name).write_bytes(kept)
     assert not _caught(saved, None)
+    named = json.loads((saved / BASE).read_text())
+    for endless in ("/dev/zero", str(saved), "/", named["checkpoint"]):
+        (saved / BASE).write_text(json.dumps(named | {"checkpoint": endless}))
+        _agree(saved)
+        assert _caught(saved, None, repr(endless)) == (endless != named["checkpoint"])
     shutil.rmtree(base)
     assert _caught(saved, None, str(base))
 

@@ -147,6 +147,10 @@ def test_the_base_is_inside_the_folder_or_named_by_the_user(copy: Path):
         vlafit.load_checkpoint(copy, base=base)
     before = velocity(vlafit.load_policy(copy))
     (copy / "base").rename(base)
+    (copy / "base").symlink_to(base)
+    with pytest.raises(WeightsError, match=f"link to {base}"):
+        vlafit.load_policy(copy)
+    (copy / "base").unlink()
     edit(copy / CONFIG, base_model_name_or_path=str(copy / "base"))
     with pytest.raises(WeightsError, match="copy/base.*base="):
         vlafit.load_policy(copy)

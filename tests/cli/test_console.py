@@ -59,6 +59,14 @@ def test_warnings_of_the_library_go_to_stderr_on_the_main_process_alone(capsys):
         assert capsys.readouterr().err == shown
 
 
+def test_a_warning_that_a_command_meets_again_is_printed_once(capsys):
+    with console.logging_to_stderr(True):
+        for layers in (16, 16, 8, 16):
+            logging.getLogger("vlafit.tuning").warning("rank 16 is too large for %d layers", layers)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[-2] for line in lines] == ["16", "8"]
+
+
 def test_what_imports_of_peft_make_others_say_is_kept_back_and_nothing_else(caplog):
     with console.logging_to_stderr(True), console.logging_to_stderr(True):
         for name, noise in console.IMPORT_NOISE.items():

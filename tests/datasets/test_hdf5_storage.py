@@ -1,5 +1,6 @@
 """Bytes of an HDF5 dataset lie in the dataset's folder and were written, however many hops away they are."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +166,28 @@ def test_a_linked_folder_is_a_folder_and_not_the_whole_machine(
     file = write_one(tmp_path / "a_demo.hdf5", DEMO)
     with pytest.raises(DataError, match=fact):
         open_dataset(card(file, section=libero.Section(linked=(linked,))))
+
+
+@pytest.mark.parametrize("kind", ["virtual", "raw"])
+def test_a_source_of_frames_that_changes_while_the_dataset_is_open_is_noticed(
+    tmp_path: Path, kind: str
+) -> None:
+    source = outside(tmp_path / "away")
+    if kind == "raw":
+        source.write_bytes(DEMO.front.tobytes())
+
+    def write(file: h5py.Group, name: str, values: np.ndarray) -> None:
+        if kind == "virtual":
+            virtual(file, name, str(source), "frames")
+        else:
+            external = [(str(source), 0, source.stat().st_size)]
+            file.create_dataset(name, values.shape, np.uint8, external=external)
+
+    file = dataset(tmp_path / "set", KEY, write)
+    opened = open_dataset(card(file, section=libero.Section(linked=(str(source.parent),))))
+    assert source in opened.files(), "a run that is resumed compares the files of its data"
+    assert opened.image(0, 1, "front").any()
+    os.truncate(source, 100)
+    with pytest.raises(DataError) as caught:
+        opened.image(0, 1, "front")
+    assert all(fact in str(caught.value) for fact in (f"{source}: changed", " 100"))

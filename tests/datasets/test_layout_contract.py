@@ -265,6 +265,20 @@ def test_a_card_names_a_layout_outside_the_package_by_its_dotted_path(tmp_path: 
         load_card(path)
 
 
+@pytest.mark.parametrize("place", ["set", "./set", "set/../set"])
+def test_an_outside_layout_describes_the_same_files_by_a_relative_path(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    made = WRITERS[npz_layout.__name__](tmp_path / "set", EVERYTHING)
+    described = lambda path: Draft(replace(made, path=str(path)))  # noqa: E731
+    monkeypatch.setattr(npz_layout, "describe", described, raising=False)
+    monkeypatch.chdir(tmp_path)
+    expected = describe(tmp_path / "set", npz_layout.__name__)
+    draft = describe(Path(place), npz_layout.__name__)
+    assert draft == expected
+    assert open_draft(draft).files() == open_draft(expected).files()
+
+
 def test_files_that_no_layout_recognises_are_refused_naming_those_tried(tmp_path: Path):
     (tmp_path / "note.txt").write_text("hello")
     with pytest.raises(DataError, match="note.txt.*libero"):

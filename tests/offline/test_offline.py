@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +239,27 @@ def test_the_page_shows_verdict_joints_inputs_films_and_curves_and_links_to_noth
     assert "The policy beats “hold still”" in text and "ignored: the answer is the same" in text
     assert text.count("data:image/png;base64,") == 2 and text.count("<svg") == 2 + 2 * 2
     assert all(identity in text for identity in result["episodes"])
+
+
+def test_text_from_outside_is_escaped_in_the_page(dots, split, tmp_path):
+    evil = "\"><script>alert('$\\frac$')</script></style></svg><a href=javascript:alert(1)>"
+    numbers(dots, split, tmp_path, Sampling(dots, 0.1))
+    for episode in split.evaluated:  # film strips and chunks lie under their episode's name
+        for path in tmp_path.glob(f"s*/{file_name(episode)}.*"):
+            path.rename(path.with_name(path.name.replace(file_name(episode), file_name(episode + evil))))
+    text = report.page(_marked(read_result(tmp_path), evil), tmp_path)
+    assert "<script" not in text and "</style></svg>" not in text and "&lt;script&gt;" in text
+    assert all(link.startswith(("#", "data:")) for link in parsed(text).links)
+    assert text.count("data:image/png;base64,") == 2
+
+
+def _marked(value: Any, evil: str) -> Any:
+    """Return plain values with `evil` behind every text."""
+    if isinstance(value, dict):
+        return {key: _marked(inner, evil) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner, evil) for inner in value]
+    return value + evil if isinstance(value, str) else value
 
 
 def test_one_episode_gives_no_interval_and_says_so(dots, split, tmp_path):

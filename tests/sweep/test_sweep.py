@@ -1,5 +1,6 @@
 """A sweep on a toy robot: what is searched, pruned, resumed, retried, refused and reported."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from tests.train.world import REPOSITORY, tiny, write_dots
 from vlafit import config, shipped, sweep
 from vlafit.cli.verbs import sweep as verb
 from vlafit.cli.verbs.sweep import describe, read
-from vlafit.errors import ConfigError, VlafitError
+from vlafit.errors import ConfigError, StorageError, VlafitError
 from vlafit.recipe import Recipe
+from vlafit.sweep import storage
 from vlafit.sweep.report import page
 from vlafit.sweep.storage import RETRY_OF, Storage, started
 from vlafit.sweep.study import Dimension, Study, check, recipe_with, strategy_with
@@ -207,6 +209,33 @@ def test_two_workers_share_the_trials(recipe: Recipe, tmp_path: Path) -> None:
     told = [(tmp_path / "out" / "logs" / f"worker-{i}.log").read_text() for i in (0, 1)]
     assert sum(text.count(": validation ") for text in told) == 3
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["trials"]) == 3
+
+
+@pytest.mark.case(
+    section="machines",
+    report="`OperationalError`, `database disk image is malformed`",
+    user_has="a sweep whose SQLite database is damaged",
+    now="one sentence that names the file",
+)
+@pytest.mark.parametrize("content", [b"not a database" * 99, b"SQLite format 3\0" + bytes(4096)])
+def test_a_damaged_database_is_one_sentence_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.db").write_bytes(content)
+    with pytest.raises(StorageError) as caught:
+        Storage(tmp_path, Study(SEARCH), 4)
+    assert str(tmp_path / "study.db") in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_sweep_on_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    with pytest.raises(StorageError) as caught:
+        Storage(tmp_path, Study(SEARCH), 4)
+    assert all(fact in str(caught.value) for fact in (str(tmp_path), os.strerror(number), "--out"))
 
 
 # ---------------------------------------------------------------------------------------------- studies

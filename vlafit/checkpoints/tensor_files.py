@@ -103,7 +103,20 @@ def beside(path: Path, name: object) -> Path:
             f"{path}: names {name!r}, which is not a file beside it; a checkpoint may only read files in its "
             "own folder: copy the file there and change the name"
         )
-    return path.parent / name
+    file = path.parent / name
+    if not is_inside(path.parent, file):
+        raise WeightsError(
+            f"{path}: names {name!r}, which is a link to {file.resolve()}; a checkpoint may only read files in "
+            "its own folder: put the file itself there"
+        )
+    return file
+
+
+def is_inside(folder: Path, file: Path) -> bool:
+    """Whether a file lies in `folder` once links are followed; those of the Hub's cache count as inside."""
+    path = file.resolve()
+    in_cache = path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
+    return path.is_relative_to(folder.resolve()) or in_cache
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

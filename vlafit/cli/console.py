@@ -112,11 +112,18 @@ class _Without:
 
 
 class _WarningHandler(logging.Handler):
-    """Prints log records above the progress line, if one is shown."""
+    """Prints log records above the progress line, if one is shown; equal ones once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()  # a forecast of memory applies one strategy to many policies
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         text = f"{prefix}{record.getMessage()}"
+        if text in self._printed:
+            return
+        self._printed.add(text)
         line = Line.shown
         if line is not None:
             line.say(text)

@@ -95,7 +95,8 @@ class Hdf5Store(EpisodeStore):
         text = sentence(card, file, path, demo, layout.tell)
         episode = read_episode(file, demo, card, path, roots, extra)
         for frames in episode.frames:  # not the opened file if it is a link
-            self._paths.setdefault(frames.file, stamp(Path(frames.file)))
+            for name in (frames.file, *frames.sources):
+                self._paths.setdefault(name, stamp(Path(name)))
         infos.append(EpisodeInfo(demo.id, demo.task, text, len(episode.actions), demo.seed))
         self._episodes.append(episode)
         return None
@@ -110,7 +111,8 @@ class Hdf5Store(EpisodeStore):
         slot = self.camera_slot(camera)
         self.require_step(episode, step)
         frames, declared = self._episodes[episode].frames[slot], self.card.robot.cameras[slot]
-        self._stamps.require_unchanged(Path(frames.file))
+        for name in (frames.file, *frames.sources):
+            self._stamps.require_unchanged(Path(name))
         if frames.offset >= 0:
             shape = (declared.height, declared.width, 3)
             size = declared.height * declared.width * 3

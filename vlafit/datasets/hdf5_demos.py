@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
@@ -63,6 +63,7 @@ class Frames:
     dataset: str
     offset: int  # in the file, -1 if they are not contiguous
     encoded: bool = False  # a row is a JPEG or PNG
+    sources: tuple[str, ...] = ()  # other files that hold its bytes: of a virtual dataset, or raw ones
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,10 @@ def read_episode(
     frames = []
     for camera in robot.cameras:
         dataset = find(group, camera.key, where)
-        sources.update(require_readable(dataset, roots, f"{where}: {camera.key}"))
-        frames.append(_frames(dataset, camera, where))
+        files = require_readable(dataset, roots, f"{where}: {camera.key}")
+        sources.update(files)
+        place = _frames(dataset, camera, where)
+        frames.append(replace(place, sources=tuple(sorted({*map(str, files)} - {place.file}))))
         lengths[camera.key] = dataset.shape[0]
     steps = lengths[robot.action.keys[0]]
     rows = lengths[robot.state.keys[0]]

@@ -29,7 +29,7 @@ from vlafit.files import new_file, parse_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it if anything that is kept, or its meaning, changes
+FORMAT = 3  # raise it if anything that is kept, or its meaning, changes
 FEWEST = 200  # episodes that are worth it
 SWITCH = "VLAFIT_CACHE"  # a folder, or "off"
 
@@ -39,7 +39,7 @@ class Index:
     """The facts that a store collects when it opens its files."""
 
     paths: Mapping[str, Stamp]
-    """Files with frames."""
+    """Files with frames, those that virtual datasets take them from among them."""
     sources: Mapping[str, Stamp]
     """All files that anything was read from."""
     episodes: Sequence[EpisodeInfo]
@@ -86,7 +86,7 @@ def load(key: str) -> Index | None:
         if any(not Path(name).is_file() or stamp(Path(name)) != known for name, known in sources.items()):
             return None
         episodes = [EpisodeInfo(*values) for values in facts["episodes"]]
-        places = [tuple(Frames(*one) for one in frames) for frames in facts["frames"]]
+        places = [tuple(Frames(*one[:-1], tuple(one[-1])) for one in frames) for frames in facts["frames"]]
         left_out = [LeftOut(*values) for values in facts["left_out"]]
     except (OSError, ValueError, KeyError, TypeError, DataError, BadZipFile) as error:
         log.warning("%s: the index is damaged (%s), so the files are read again", path, error)

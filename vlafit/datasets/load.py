@@ -79,8 +79,10 @@ def open_draft(draft: Draft) -> EpisodeStore:
 def describe(path: Path, layout: str = "") -> Draft:
     """Draft a card from the files at `path`, of the layout named, or recognised if none is.
 
-    Raises DataError if their layout is unknown or cannot do it.
+    A layout is given the absolute path: a relative one in a card is looked for elsewhere. Raises DataError if
+    their layout is unknown or cannot do it.
     """
+    path = path.expanduser().resolve()
     name = layout or layouts.recognise(path)
     module = layouts.load(name)
     if "describe" not in vars(module):

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from vlafit import files
-from vlafit.errors import VlafitError
+from vlafit.errors import StorageError, VlafitError
 from vlafit.sweep.study import Dimension, Study
 
 if TYPE_CHECKING:
     import optuna
 
 NAME = "sweep"
+DATABASE = "study.db"
 RETRIES = 2  # of a trial whose worker died
 FOLDER, RETRY_OF, TRIED, ERROR = "folder", "retry_of", "tried", "error"  # user attributes of a trial
 WAIT_S = 60.0  # time-out of SQLite's own lock
@@ -57,9 +58,9 @@ class Storage:
             else optuna.pruners.NopPruner()
         )
         files.require_writable(folder / "locks")
-        with self._all_locked():
+        with self._all_locked(), self.database():
             storage = optuna.storages.RDBStorage(
-                f"sqlite:///{(folder / 'study.db').resolve()}",
+                f"sqlite:///{(folder / DATABASE).resolve()}",
                 engine_kwargs={"connect_args": {"timeout": WAIT_S}},
             )
             self.optuna_study = optuna.create_study(
@@ -68,11 +69,12 @@ class Storage:
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
         """Return all trials, in order."""
-        return self.optuna_study.get_trials(deepcopy=False)
+        with self.database():
+            return self.optuna_study.get_trials(deepcopy=False)
 
     def take(self, wanted: int) -> Taken | None:
         """Start the next trial with sampled values; None if `wanted` trials have been started."""
-        with self._all_locked():
+        with self._all_locked(), self.database():
             self._requeue_dead()
             trials = self.trials()
             waiting = any(t.state == self.optuna.trial.TrialState.WAITING for t in trials)
@@ -101,17 +103,19 @@ class Storage:
 
     def failed(self, taken: Taken, error: str) -> None:
         """Record a trial that failed; it is not tried again."""
-        taken.trial.set_user_attr(ERROR, error)
+        with self.database():
+            taken.trial.set_user_attr(ERROR, error)
         self._tell(taken, None, self.optuna.trial.TrialState.FAIL)
 
     def interrupted(self, taken: Taken) -> None:
         """Record a trial that was interrupted, and queue it to be resumed by the next worker."""
-        with self._all_locked():
+        with self._all_locked(), self.database():
             self._requeue(taken.trial.number, deaths=0)
         taken.lock.close()
 
     def _tell(self, taken: Taken, value: float | None, state: Any) -> None:
-        self.optuna_study.tell(taken.trial, value, state=state)
+        with self.database():
+            self.optuna_study.tell(taken.trial, value, state=state)
         taken.lock.close()
 
     # ---------------------------------------------------------------------------------------- dead workers
@@ -139,7 +143,7 @@ class Storage:
     def _try_lock(self, number: int) -> IO[str] | None:
         file = open(self.folder / "locks" / str(number), "w", encoding="utf-8")  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None
@@ -148,8 +152,35 @@ class Storage:
     @contextmanager
     def _all_locked(self) -> Iterator[None]:
         with open(self.folder / "locks" / "all", "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            self._lock(file, fcntl.LOCK_EX)
             yield
+
+    def _lock(self, file: IO[str], how: int) -> None:
+        """Lock a file. Raises BlockingIOError if another worker has it, StorageError if nobody can."""
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: the file system has no locks ({error.strerror}), which a sweep's workers "
+                "and SQLite need; choose --out on another one"
+            ) from error
+
+    @contextmanager
+    def database(self) -> Iterator[None]:
+        """Raise StorageError where SQLite cannot read or write the study."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (SQLAlchemyError, self.optuna.exceptions.StorageInternalError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+            reason = str(getattr(cause, "orig", None) or error).split("\n")[0]
+            raise StorageError(
+                f"{self.folder / DATABASE}: {reason}; fix its permissions or free space, restore the file, "
+                "or choose another --out (the runs of its trials stay where they are)"
+            ) from error
 
 
 def started(trials: Sequence["optuna.trial.FrozenTrial"]) -> list["optuna.trial.FrozenTrial"]:

@@ -155,13 +155,16 @@ class _Watcher(Callbacks):
         if LOSS not in values or result.step == total:
             return
         self._report(result.step, values[LOSS])
-        if self._trial.should_prune():
+        with self._storage.database():
+            prune = self._trial.should_prune()
+        if prune:
             raise self._storage.optuna.TrialPruned(f"validation {values[LOSS]:.4g} after step {result.step}")
 
     def _report(self, step: int, loss: float) -> None:
         if step and step not in self._reported:
             self._reported.add(step)
-            self._trial.report(loss, step)
+            with self._storage.database():
+                self._trial.report(loss, step)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

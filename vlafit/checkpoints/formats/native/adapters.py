@@ -105,12 +105,23 @@ def find_base(
         ) from error
     except WeightsError as error:  # of the Hub
         raise WeightsError(f"{folder}: its adapters sit on a checkpoint of the Hub. {error}") from error
+    if given is None:
+        _require_bounded(path, folder)
     if (sha256 := digest(path)) != base.sha256:
         raise WeightsError(
             f"{folder}: its adapters were trained on another checkpoint than {path}: the SHA-256 is "
             f"{sha256}, not {base.sha256}; give the right one: base=..."
         )
     return path
+
+
+def _require_bounded(path: Path, folder: Path) -> None:
+    """Raise WeightsError for a base whose hash would take for ever: a device, or a folder with all of this."""
+    endless = path.exists() and not path.is_dir() and not path.is_file()
+    if endless or folder.resolve().is_relative_to(path.resolve()):
+        raise WeightsError(
+            f"{folder / BASE}: names {str(path)!r}, which is no checkpoint; give the right one: base=..."
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vlafit.checkpoints.formats.peft.adapter_config import reader, require_repea
 from vlafit.checkpoints.formats.peft.write import BASE
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.name_map import NameMap
-from vlafit.checkpoints.tensor_files import open_tensors, read_json_object
+from vlafit.checkpoints.tensor_files import is_inside, open_tensors, read_json_object
 from vlafit.errors import ConfigError, StrategyError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
@@ -92,6 +92,11 @@ def _base_of(
     if inside.is_dir():
         if given is not None:
             raise WeightsError(f"{folder}: holds what its adapters sit on ({BASE}/); it takes no base")
+        if not is_inside(folder, inside):
+            raise WeightsError(
+                f"{folder}: {BASE}/ is a link to {inside.resolve()}, outside this folder; if that is the right "
+                f"base, remove the link and name it: {WAYS}"
+            )
         return inside
     reference = config.get("base_model_name_or_path") if given is None else given
     if not reference:
@@ -99,7 +104,7 @@ def _base_of(
     revision = config.get("revision")
     if given is None and revision and hub.parse(str(reference)) == (str(reference), None):
         reference = f"{reference}@{revision}"
-    if given is None and not _is_inside(folder, str(reference)):
+    if given is None and not _names_inside(folder, str(reference)):
         raise WeightsError(
             f"{folder}: {CONFIG} says that its adapters sit on {str(reference)!r}, which is not in this "
             "folder; a checkpoint may not choose what else is read. If that is the right base, name it: "
@@ -121,9 +126,9 @@ def _base_of(
     return path
 
 
-def _is_inside(folder: Path, reference: str) -> bool:
+def _names_inside(folder: Path, reference: str) -> bool:
     path = Path(reference)
-    return path.exists() and path.resolve().is_relative_to(folder.resolve())
+    return path.exists() and is_inside(folder, path)
 
 
 def saved_modules(folder: PeftFolder, names: NameMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
