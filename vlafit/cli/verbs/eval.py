@@ -65,6 +65,17 @@ def _parser() -> Parser:
         help="folder of the evaluation [runs/eval/CHECKPOINT/PROTOCOL or data-DATASET]",
     )
     parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
+    parser.add_argument("--device", help="torch device [the GPU if there is one]")
+    parser.add_argument(
+        "--steps", metavar="N", type=at_most(10**4), help="steps of sampling [the policy's, 10]"
+    )
+    _add_simulation(parser)
+    _add_data(parser)
+    actors.add_options(parser)
+    return parser
+
+
+def _add_simulation(parser: Parser) -> None:
     parser.add_argument(
         "--retry-errors", action="store_true", help="play episodes that ended in an error again"
     )
@@ -102,10 +113,6 @@ def _parser() -> Parser:
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
     parser.add_argument(
-        "--steps", metavar="N", type=at_most(10**4), help="steps of sampling [the policy's, 10]"
-    )
-    parser.add_argument("--device", help="torch device [the GPU if there is one]")
-    parser.add_argument(
         "--max-batch",
         metavar="N",
         type=at_most(2**12),
@@ -120,6 +127,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--delay", metavar="N", type=at_most(10**6), help="steps that pass before a chunk is there [0]"
     )
+
+
+def _add_data(parser: Parser) -> None:
     parser.add_argument(
         "--episodes", metavar="ID", nargs="+", help="with --data: the episodes [those held out from training]"
     )
@@ -135,8 +145,6 @@ def _parser() -> Parser:
         nargs="+",
         help="with --data: dimensions whose normalised values may be extreme, such as action.gripper",
     )
-    actors.add_options(parser)
-    return parser
 
 
 def run(arguments: Sequence[str]) -> int:
