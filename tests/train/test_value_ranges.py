@@ -7,15 +7,17 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
 from vlafit import cli, config
 from vlafit.codec import Codec, CodecConfig, Statistics
-from vlafit.datasets import EpisodeInfo, EpisodeStore, value_ranges
+from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
-from vlafit.offline.contract import permitted_by
+from vlafit.offline.contract import permitted_by, require_values
 from vlafit.train.data import open_data
+from vlafit.train.experiment import build
 from vlafit.types import Embodiment, Feature
 
 # ----------------------------------------------------------------------------- values that are all too small
@@ -90,7 +92,7 @@ def alternating(*sizes: float, steps: int = 400) -> np.ndarray:
 
 def faults(codec: Codec, *stores: EpisodeStore, fitted: bool = False) -> dict[str, str]:
     every = [[one.id for one in store.episodes] for store in stores]
-    items = value_ranges.items(stores, every, codec, (), fitted)
+    items = value_faults.items(stores, every, codec, (), fitted)
     return {item.name: item.status for item in items if item.status != "same"}
 
 
@@ -118,7 +120,7 @@ def test_one_joint_may_rest_and_all_joints_at_once_are_another_unit(name: str):
 def test_a_dimension_that_never_moves_is_shown_as_such():
     codec = codec_of([1.0, 1.0])
     store = Recorded("arm", codec.embodiment, alternating(1, 0))
-    (item, *_) = value_ranges.items([store], [["e0"]], codec, (), False)
+    (item, *_) = value_faults.items([store], [["e0"]], codec, (), False)
     assert item.sides["dataset"] == "arm: 0 1, 1 0 (never moves)"
 
 
@@ -155,7 +157,7 @@ def test_two_cards_in_different_units_under_their_common_statistics_are_an_error
         ("spread of state", "spread of action"), "conflict"
     )
     every = [["e0"], ["e0"]]
-    items = [i for i in value_ranges.items(stores, every, codec, (), True) if i.status == "conflict"]
+    items = [i for i in value_faults.items(stores, every, codec, (), True) if i.status == "conflict"]
     assert all(item.sides["dataset"].startswith("rad: ") and "different units" in item.fix for item in items)
 
 
@@ -199,7 +201,7 @@ def test_a_value_counts_as_wild_by_how_far_it_is_from_the_others(value: float, s
     names = ("single values of state.1", "single values of action.1")
     assert faults(codec, store, fitted=True) == (dict.fromkeys(names, status) if status else {})
     if status:
-        items = value_ranges.items([store], [["e0", "e1"]], codec, (), True)
+        items = value_faults.items([store], [["e0", "e1"]], codec, (), True)
         texts = [item.sides["dataset"] for item in items if item.status == status]
         assert all(text.startswith(f"arm: {value:.4g} in episode e1, step 23;") for text in texts)
 
@@ -253,6 +255,33 @@ def test_an_evaluation_on_data_compares_the_values_as_training_does(
     assert cli.main([*asked, "--out", str(out), *permitted]) == 0
     assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "action.c"]) == 2
     assert "--outside: the robot has no dimension 'action.c'" in capsys.readouterr().err
+
+
+def test_an_evaluation_names_what_differs_and_is_no_error(tmp_path: Path):
+    codec = codec_of([1.0, 1.0, 1.0, 1.0])
+    store = Recorded("arm", codec.embodiment, alternating(1, 1, 1, 0.01))
+    cameras = tuple(CameraCard(name, f"obs/{key}", 16, 16) for name, key in (("a", "b"), ("b", "a")))
+    store.card = replace(store.card, robot=replace(store.card.robot, cameras=cameras))
+    lines = require_values(codec, store, "base")
+    for words in (
+        ("spread of state", "3 1/100"),
+        ("spread of action",),
+        ("a reads obs/b",),
+        ("b reads obs/a",),
+    ):
+        assert any(all(word in line for word in words) for line in lines), words
+
+
+def test_the_values_of_a_validation_set_are_compared_and_reported(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base")
+    card = write_card(tmp_path / "data")
+    other = write_card(tmp_path / "other", scale=57.29578)
+    other.write_text(other.read_text().replace('name = "joints"', 'name = "degrees"'))
+    sets = {"old": (str(other),)}
+    experiment = build(recipe_of(card, base, {}, validation_sets=sets), torch.device("cpu"))
+    named = [text for text in experiment.warnings if text.startswith("validation set 'old'")]
+    assert any("normalised action.b" in text and "degrees" in text for text in named)
+    assert not build(recipe_of(card, base, {}), torch.device("cpu")).warnings
 
 
 def test_an_evaluation_permits_what_the_recipe_of_the_run_permitted(tmp_path: Path):

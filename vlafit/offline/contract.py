@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 
 from vlafit import config
 from vlafit.agreement import Agreement
+from vlafit.agreement.cameras import misnamed
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore, value_ranges
+from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.recipe import Recipe
 from vlafit.types import Actor, Embodiment, require_same
 
@@ -31,7 +32,7 @@ def require_robot(actor: Actor, store: EpisodeStore) -> str:
     return actor.fingerprint()
 
 
-EVALUATION = value_ranges.Remedies(
+EVALUATION = value_faults.Remedies(
     refit="Else train on data of this robot",
     permit="if such values are meant: --outside {}",
     quote="",
@@ -48,13 +49,16 @@ def require_values(
     for each difference that is no error. Raises EmbodimentError naming every dimension that is.
     """
     every = tuple(info.id for info in store.episodes)
-    items = tuple(value_ranges.items([store], [every], codec, permitted, False, EVALUATION))
+    items = tuple(value_faults.items([store], [every], codec, permitted, False, EVALUATION))
+    keys = {camera.name: camera.key for camera in store.card.robot.cameras}
+    exchanged = [text for name in keys if (text := misnamed(name, keys))]
     Agreement(items, (), ()).require(f"dataset {store.card.name!r} and the statistics of {title}")
-    return tuple(
+    lines = (
         f"{item.name}: {'; '.join(item.sides.values())}: {item.reason}"
         for item in items
         if item.status == "differs"
     )
+    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged))
 
 
 def permitted_by(checkpoint: Path) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Build what a recipe asks for: datasets, policy, codec, tuning plan. Nothing here trains or writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore
+from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
@@ -115,13 +115,28 @@ def build(
         data=data,
         load_report=initial.report,
         history=initial.history,
-        warnings=(*warnings, *filter(None, [renderer]), *renderer_warnings(sets, data.embodiment)),
+        warnings=(
+            *warnings,
+            *filter(None, [renderer]),
+            *renderer_warnings(sets, data.embodiment),
+            *_values_of_sets(sets, codec),
+        ),
         base=initial.base,
         changed=initial.changed,
         validation_sets=sets,
         unquantised=unquantised,
         agreement=agreement,
     )
+
+
+def _values_of_sets(sets: ValidationSets, codec: Codec) -> Iterator[str]:
+    """Yield a sentence for each fault in the values of a validation set: its loss would say little."""
+    for name, stores in sets.items():
+        every = [[info.id for info in store.episodes] for store in stores]
+        for item in value_faults.items(stores, every, codec, (), False):
+            if item.status == "conflict":
+                sides = "; ".join(item.sides.values())
+                yield f"validation set {name!r}: {item.name}: {sides}: its loss says little"
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:

@@ -14,7 +14,7 @@ from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.datasets import value_ranges
+from vlafit.datasets import value_faults
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import stack
@@ -239,7 +239,7 @@ def _with_codec(
     whole = agreement.with_items(
         [
             *reconcile.codec_items(recipe, data, before, codec, tokenizer),
-            *value_ranges.items(
+            *value_faults.items(
                 data.stores, data.training, codec, recipe.adapt.outside, recipe.fits_statistics
             ),
         ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree
 from vlafit.codec import Codec
-from vlafit.datasets import Card, value_ranges
+from vlafit.datasets import Card, value_faults
 from vlafit.datasets.card import CameraCard
 from vlafit.recipe import Recipe
 from vlafit.train.data import Data, open_data
@@ -79,7 +79,7 @@ def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
         return agreement
     items = [*codec_items(recipe, data, codec, codec, "the checkpoint's")]
     return agreement.with_items(
-        [*items, *value_ranges.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
+        [*items, *value_faults.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
     )
 
 

@@ -1,0 +1,260 @@
+"""Say which values the statistics in use do not describe: extreme, tiny or wild ones.
+
+A dataset in other units than the checkpoint's, or statistics of another robot, give normalised values in the
+hundreds, or all within a fiftieth of what the statistics describe. Training on either ends without an error
+and with a useless policy, and an evaluation measures nothing, so both are an error before they begin.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.agreement import Item
+from vlafit.codec import Codec
+from vlafit.datasets.statistics import blocks_for_statistics
+from vlafit.datasets.store import EpisodeStore
+from vlafit.datasets.value_ranges import FAR, SHIFTED, Range, measure, sample
+from vlafit.errors import ConfigError, did_you_mean
+
+FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
+WILD = 1e4  # a value as many times further away than the others are large is an error: no robot records it
+ABSURD = 1e9  # and one beyond this, however many there are, is of no unit
+SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
+FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
+SCALES = {
+    180 / np.pi: "radians where the statistics are of degrees",
+    100.0: "0 to 1 where they are of 0 to 100",
+    1000.0: "m where they are of mm",
+}
+"""Factors between units that are often mixed up, and what data smaller by the factor is."""
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What the command that asks can do about values that the statistics do not describe."""
+
+    refit: str = 'Else fit new statistics: data.statistics = "data"'
+    permit: str = "if such values are meant: [adapt] outside = [{}]"
+    """Says how dimensions are permitted, whose names replace {}."""
+    quote: str = '"'
+    """Around each name."""
+    chosen: str = "adapt.outside"
+
+    def permitting(self, names: Sequence[str]) -> str:
+        """Return how to permit the dimensions `names`."""
+        comma = ", " if self.quote else " "
+        return self.permit.format(comma.join(f"{self.quote}{name}{self.quote}" for name in names))
+
+
+TRAINING = Remedies()
+
+
+def items(
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    codec: Codec,
+    permitted: Sequence[str],
+    fitted: bool,
+    remedies: Remedies = TRAINING,
+) -> Iterator[Item]:
+    """Return an item for each column, and one for each fault: a conflict unless its dimensions are permitted.
+
+    `permitted` is `adapt.outside`, `fitted` whether the statistics are of these `episodes` of the `stores`.
+    Raises ConfigError for a permitted dimension that does not exist.
+    """
+    ranges = measure(stores, episodes, codec)
+    known = [name for one in ranges for name in one.names]
+    for name in permitted:
+        if name not in known:
+            raise ConfigError(
+                f"{remedies.chosen}: the robot has no dimension {name!r}{did_you_mean(name, known)}; "
+                f"it has: {', '.join(dict.fromkeys(one.names[0] for one in ranges))}"
+            )
+    datasets = list(dict.fromkeys(one.dataset for one in ranges))
+    for column in ("state", "action"):
+        mine = [one for one in ranges if one.column == column]
+        texts = [
+            f"{dataset}: " + ", ".join(one.text() for one in mine if one.dataset == dataset)
+            for dataset in datasets
+        ]
+        largest = max(one.largest for one in mine)
+        value = f"largest {largest:.3g}"
+        yield Item(f"normalised {column}", {"dataset": "; ".join(texts)}, value, "same")
+    for column in ("state", "action"):
+        for dataset in datasets:
+            mine = [one for one in ranges if (one.column, one.dataset) == (column, dataset)]
+            if not fitted or len(datasets) > 1:  # one dataset's own statistics describe it
+                yield from _narrow(mine, codec, permitted, fitted, remedies)
+    by_name = {store.card.name: (store, sample(ids)) for store, ids in zip(stores, episodes, strict=True)}
+    for one in ranges:
+        if one.is_extreme or (one.is_foreign and not fitted):
+            store, ids = by_name[one.dataset]
+            middle = float(codec.statistics[one.column].mean[one.index])
+            place = _furthest([store], [ids], codec, one.column, one.index, middle)[1]
+            yield _extreme(one, codec, permitted, fitted, place, remedies)
+        elif one.is_shifted:
+            yield _shifted(one)
+    if fitted:
+        yield from _single_values(stores, episodes, codec, permitted, remedies)
+
+
+def _extreme(
+    one: Range, codec: Codec, permitted: Sequence[str], fitted: bool, place: str, remedies: Remedies
+) -> Item:
+    name = f"normalised {one.names[0]}"
+    text = f"{one.dataset}: {one.far:.1%} of the values beyond {FAR:g}, largest {one.largest:.3g} ({place})"
+    if one.is_foreign:
+        text += f", mean {one.mean:.3g}"
+    sides = {"dataset": text}
+    if set(one.names) & set(permitted):
+        return Item(name, sides, "as it is", "chosen", remedies.chosen)
+    if not fitted:
+        seen = codec.statistics[one.column]
+        sides["checkpoint"] = (
+            f"statistics of mean {seen.mean[one.index]:.3g}, std {seen.std[one.index]:.3g} in its units"
+        )
+    remedy = (
+        'normalise otherwise (data.normalisation = "mean_std")'
+        if fitted
+        else "are the card's units those of the checkpoint (degrees, radians; m, mm; 0 to 1, 0 to 100), "
+        "the columns in its order, and the statistics this robot's? robot.state and robot.action of a card "
+        f"convert units (`scale`). {remedies.refit}"
+    )
+    return Item(name, sides, "", "conflict", fix=f"{remedy}; {remedies.permitting(one.names[:1])}")
+
+
+def _shifted(one: Range) -> Item:
+    text = f"{one.dataset}: mean {one.mean:.3g}, {one.beyond:.0%} of the values beyond {SHIFTED:g}"
+    reason = "most values lie where few of the statistics' data lay: the same column, unit and zero?"
+    return Item(f"normalised {one.names[0]}", {"dataset": text}, "as it is", "differs", reason)
+
+
+def _narrow(
+    column: Sequence[Range], codec: Codec, permitted: Sequence[str], fitted: bool, remedies: Remedies
+) -> Iterator[Item]:
+    """Return an item if dimensions of one column of one dataset move by less than `NARROW`.
+
+    It is a conflict where nearly all of those that move do: one joint may rest, but all joints at once are
+    in another unit.
+    """
+    narrow = [one for one in column if one.is_narrow]
+    if not narrow:
+        return
+    moving = [one for one in column if one.moves and not np.isnan(one.spread)]
+    first = narrow[0]
+    listed = ", ".join(f"{one.dimension} 1/{1 / one.spread:.3g}" for one in narrow)
+    spread = {
+        "dataset": f"{first.dataset}: {len(narrow)} of the {len(moving)} dimensions that move have a small "
+        f"part of the statistics' spread ({listed})"
+    }
+    factor = float(np.median([1 / one.spread for one in narrow]))
+    likely = [
+        text for scale, text in SCALES.items() if 1 / 3 < factor / scale < 10
+    ]  # a task is narrower, too
+    guess = "; ".join(likely) or "another unit than the statistics'"
+    name = f"spread of {first.column}"
+    open_ = [one for one in narrow if not set(one.names) & set(permitted)]
+    rest = len(moving) - len(open_)
+    together = len(moving) > 1 or len(column) == 1
+    if not together or rest > min(FREE, len(moving) // 4):
+        if not open_:
+            yield Item(name, spread, "as it is", "chosen", remedies.chosen)
+            return
+        reason = f"a joint that hardly moves is normal; else: {guess}?"
+        yield Item(name, spread, "as it is", "differs", reason)
+        return
+    seen = codec.statistics[first.column].std
+    own = ", ".join(f"{one.dimension} {seen[one.index]:.3g}" for one in narrow)
+    spread["checkpoint" if not fitted else "statistics"] = f"std {own}"
+    convert = f"robot.{first.column}.scale of the card"
+    if fitted:
+        remedy = f"the cards are of different units ({guess}): convert one of them by {convert}"
+    else:
+        remedy = f"about {factor:.3g} times less: {guess}? Convert by {convert}. {remedies.refit}"
+    permit = remedies.permitting([one.names[0] for one in narrow])
+    yield Item(name, spread, "", "conflict", fix=f"{remedy}; {permit}")
+
+
+def _single_values(
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    codec: Codec,
+    permitted: Sequence[str],
+    remedies: Remedies,
+) -> Iterator[Item]:
+    """Return an item for each dimension of fitted statistics that few values stretch.
+
+    Normalised by such statistics, no value is extreme, and all others are alike.
+    """
+    for column, feature in (("state", codec.embodiment.state), ("action", codec.embodiment.action)):
+        statistics = codec.statistics[column]
+        low, high = _usual(stores, episodes, codec, column)
+        least, most = statistics.array("min"), statistics.array("max")
+        width, distance = high - low, np.maximum(most - high, low - least)
+        usual = np.max([np.ones_like(width), width, np.abs(low), np.abs(high)], axis=0)
+        wild = (distance > WILD * usual) | (np.maximum(most, -least) > ABSURD)
+        single = (width > 0) & (distance > SINGLE * width)
+        for index in np.flatnonzero(wild | single).tolist():
+            label = feature.labels[index] if feature.labels else str(index)
+            names = (f"{column}.{label}", f"{column}.{index}")
+            name = f"single values of {names[0]}"
+            centre = (low + high) / 2
+            dataset, place = _furthest(stores, episodes, codec, column, index, centre[index])
+            sides = {
+                "dataset": f"{dataset}: {place}; nearly all of its values are from {low[index]:.3g} to "
+                f"{high[index]:.3g}"
+            }
+            if set(names) & set(permitted):
+                yield Item(name, sides, "as it is", "chosen", remedies.chosen)
+            elif wild[index]:
+                fix = (
+                    "fitted statistics would make all other values the same: correct the file, or leave the "
+                    f"episode out (episodes.skip in the card); {remedies.permitting(names[:1])}"
+                )
+                yield Item(name, sides, "", "conflict", fix=fix)
+            else:
+                reason = "few values stretch the statistics, and bring the others closer together; right?"
+                yield Item(name, sides, "as it is", "differs", reason)
+
+
+def _usual(
+    stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec, column: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return between which values [d] all but few lie: 98 %, or all but two at each end of few rows."""
+    statistics, config = codec.statistics[column], codec.config
+    if statistics.count > FEW:
+        return statistics.array("q01"), statistics.array("q99")
+    blocks = blocks_for_statistics(stores, episodes, config.chunk, config.relative)
+    rows = np.sort(np.concatenate([*blocks[column == "action"]]).astype(np.float64), axis=0)
+    repeated = config.chunk if column == "action" and any(config.relative) else 1  # times that a row counts
+    ends = min(max(2 * repeated, -(-len(rows) // 100)), (len(rows) - 1) // 2)
+    return rows[ends], rows[-1 - ends]
+
+
+def _furthest(
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    codec: Codec,
+    column: str,
+    index: int,
+    centre: float,
+) -> tuple[str, str]:
+    """Return the dataset, and episode, step and value, of what lies furthest from `centre` in a dimension.
+
+    A relative action is looked at as the difference from the state of its own step.
+    """
+    size, dataset, place = -1.0, "", ""
+    relative = column == "action" and any(codec.config.relative[index : index + 1])
+    for store, ids in zip(stores, episodes, strict=True):
+        for identity in ids:
+            episode = store.index(identity)
+            rows = store.state(episode) if column == "state" else store.actions(episode)
+            values = rows[:, index].astype(np.float64)
+            away = np.abs(values - (store.state(episode)[:, index] if relative else 0.0) - centre)
+            if len(away) and away.max() > size:
+                step = int(away.argmax())
+                size, dataset = float(away[step]), store.card.name
+                place = f"{values[step]:.4g} in episode {identity}, step {step}"
+    return dataset, place
