@@ -106,8 +106,8 @@ def beside(path: Path, name: object) -> Path:
     file = path.parent / name
     if not is_inside(path.parent, file):
         raise WeightsError(
-            f"{path}: names {name!r}, which is a link to {file.resolve()}; a checkpoint may only read files in "
-            "its own folder: put the file itself there"
+            f"{path}: names {name!r}, which is a link to {file.resolve()}; a checkpoint may only read files "
+            "in its own folder: put the file itself there"
         )
     return file
 

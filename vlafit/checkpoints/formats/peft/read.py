@@ -94,8 +94,8 @@ def _base_of(
             raise WeightsError(f"{folder}: holds what its adapters sit on ({BASE}/); it takes no base")
         if not is_inside(folder, inside):
             raise WeightsError(
-                f"{folder}: {BASE}/ is a link to {inside.resolve()}, outside this folder; if that is the right "
-                f"base, remove the link and name it: {WAYS}"
+                f"{folder}: {BASE}/ is a link to {inside.resolve()}, outside this folder; if that is the "
+                f"right base, remove the link and name it: {WAYS}"
             )
         return inside
     reference = config.get("base_model_name_or_path") if given is None else given
