@@ -43,7 +43,7 @@ def test_a_module_of_one_word_is_found_without_running_it_but_never_for_a_checkp
 
 
 def test_every_option_that_a_message_names_is_an_option_of_some_command():
-    own = {f"--{field.name}" for field in fields(Recipe, Recipe())} | {"--help", "--version"}
+    own = {f"--{field.name}" for field in fields(Recipe, Recipe())} | {"--help", "--version", "--traceback"}
     named: dict[str, str] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.waiting import alive, wait_until
-from vlafit import cli
+from vlafit import cli, files
 from vlafit.datasets import Card, RecordSpec, load_card, open_dataset
 from vlafit.envs import EnvSpec, make
-from vlafit.errors import ConfigError, DataError, EmbodimentError, SimulationError
+from vlafit.errors import ConfigError, DataError, EmbodimentError, SimulationError, VlafitError
 from vlafit.files import sha256
 from vlafit.record import RecordProgress, record
 from vlafit.record.episode import is_perturbed, play, pushes
@@ -204,6 +204,11 @@ def test_resuming_with_other_settings_is_refused(recorded: Path, tmp_path: Path)
     for changes in ({"noise": 0.1}, {"hold_steps": 4}, {"episodes_per_task": 3}):
         with pytest.raises(DataError, match="recorded with other settings"):
             record(card_at(tmp_path, **changes), recorded / "small", resume=True)
+
+
+def test_a_recording_is_made_by_one_command_at_a_time(recorded: Path, tmp_path: Path) -> None:
+    with files.exclusive(tmp_path / "out", "vlafit record"), pytest.raises(VlafitError, match="process"):
+        record(card_at(tmp_path), tmp_path / "out")
 
 
 def test_a_file_that_is_no_recording_is_left_alone(tmp_path: Path) -> None:

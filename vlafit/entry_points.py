@@ -1,9 +1,20 @@
 """Policies, layouts and formats that others offer: entry points of installed packages, and plain modules."""
 
+import hashlib
+import importlib
+import re
 import sys
+import traceback
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from vlafit.errors import ConfigError, VlafitError
+
+_OUTSIDE: dict[str, str] = {}
+"""Modules outside vlafit that were imported by their name -> what they are, such as a layout."""
 
 
 def offered(group: str) -> tuple[EntryPoint, ...]:
@@ -29,3 +40,54 @@ def is_module(name: str) -> bool:
         return name in sys.modules or find_spec(name) is not None
     except ModuleNotFoundError:  # of a package that it would be in
         return False
+
+
+def note_outside(module: str, what: str) -> None:
+    """Remember that code of `module` runs as `what`, so that `blame` can name it."""
+    if module.partition(".")[0] != "vlafit":
+        _OUTSIDE[module] = what
+
+
+def import_outside(path: str, what: str) -> ModuleType:
+    """Import a module that a name stands for. Raises ConfigError if its code fails, ImportError as usual."""
+    note_outside(path, what)
+    try:
+        return importlib.import_module(path)
+    except (ImportError, VlafitError):
+        raise
+    except Exception as error:  # whatever the code of somebody else raises
+        raise ConfigError(f"{what}: importing {path} fails: {error!r}; fix the module") from error
+
+
+def outside_hashes() -> dict[str, str]:
+    """Return the hash of the file of each module outside vlafit that was imported by its name."""
+    hashes = {}
+    for name in sorted(_OUTSIDE):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return hashes
+
+
+def blame(error: BaseException) -> str:
+    """Return where in code from outside vlafit an error arose, and as what it ran; "" if it did nowhere."""
+    places: list[tuple[str, str, int | None, str]] = []  # module, file, line, function
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        places.append((name, frame.f_code.co_filename, line, frame.f_code.co_name))
+    modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    for file, line, function in _FRAME.findall(str(error)):  # of a dataloader's process
+        places.append((modules.get(file, ""), file, int(line), function))
+    for name, file, line, function in reversed(places):
+        if what := _what(name):
+            return f"{what} failed in {function}, {file}, line {line}"
+    return ""
+
+
+def _what(module: str) -> str:
+    """Return what a module is, or one that was imported from the same package; "" for code of vlafit."""
+    package = module.partition(".")[0]
+    siblings = [what for name, what in _OUTSIDE.items() if name.partition(".")[0] == package]
+    return _OUTSIDE.get(module) or next(iter(siblings), "")
+
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')

@@ -16,7 +16,7 @@ import vlafit
 from vlafit.checkpoints import inspect
 from vlafit.checkpoints.formats.openpi import jax as openpi_jax
 from vlafit.checkpoints.formats.openpi.names import NAMES
-from vlafit.checkpoints.formats.openpi.orbax import Leaf
+from vlafit.checkpoints.formats.openpi.orbax import Leaf, open_leaves
 from vlafit.checkpoints.infer import infer_config
 from vlafit.checkpoints.name_map import translate
 from vlafit.errors import ConfigError, WeightsError
@@ -279,6 +279,23 @@ def test_a_truncated_or_missing_data_file_is_an_error(tmp_path: Path):
     largest.unlink()
     with pytest.raises(WeightsError, match="again"):
         vlafit.load_policy(folder, config=CHUNK)
+
+
+def test_a_link_out_of_an_orbax_folder_is_refused_unless_it_leads_into_the_hubs_cache(tmp_path: Path):
+    params = FIXTURES / "openpi_jax" / "ckpt_pure_bf16" / "params"
+    folder = Path(shutil.copytree(params, tmp_path / "params"))
+    data = next(path for path in sorted(folder.rglob("d/*")) if path.is_file())
+    for place in ("private", "models--org--name/blobs"):
+        moved = tmp_path / place / "0123"
+        moved.parent.mkdir(parents=True)
+        data.rename(moved)
+        data.symlink_to(moved)
+        if place == "private":
+            with pytest.raises(WeightsError, match=f"{data.name}: is a link to {moved}"):
+                open_leaves(folder)
+            data.unlink()
+            moved.rename(data)
+    assert open_leaves(folder).keys() == open_leaves(params).keys()
 
 
 def test_inspect_reads_no_number_of_an_orbax_folder(monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import vlafit
 from tests.policies.tiny import random_policy
-from vlafit import checkpoints, files
+from vlafit import checkpoints, files, shipped
 from vlafit.cli import main
 from vlafit.codec import tokenizer
 from vlafit.errors import CodecError, ConfigError, WeightsError
@@ -137,6 +137,29 @@ def test_a_tokenizer_folder_runs_none_of_its_code(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("builtins.input", asked)
     with pytest.raises(CodecError, match=str(folder)):
         tokenizer.load(folder)
+    assert not witness.exists()
+
+
+def test_a_tokenizer_with_code_in_a_checkpoint_whose_manifest_agrees_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch
+):
+    folder, witness = tmp_path / "checkpoint", tmp_path / "ran"
+    shutil.copytree(shipped.find("checkpoint", "metaworld-base"), folder)
+    code = f"open({str(witness)!r}, 'w').close()\nclass Words: pass\n"
+    config = {"auto_map": {"AutoTokenizer": ["code.Words", "code.Words"]}, "tokenizer_class": "Words"}
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "code.py").write_text(code)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = [name for name in manifest["files"] if not name.startswith("tokenizer/")]
+    names += [f"tokenizer/{path.name}" for path in (folder / "tokenizer").iterdir()]
+    manifest["files"] = {name: files.sha256(folder / name) for name in names}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    monkeypatch.syspath_prepend(folder / "tokenizer")
+    for look in (checkpoints.inspect, checkpoints.load):
+        with pytest.raises((CodecError, WeightsError), match="tokenizer"):
+            look(folder)
     assert not witness.exists()
 
 

@@ -140,6 +140,60 @@ def test_a_closed_pipe_is_no_error():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["list"]])
+def test_a_reader_that_closed_the_pipe_before_anything_was_printed_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vlafit", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_to_another_process_is_a_failure(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("vlafit.cli.verbs.list.run", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["list"])
+
+
+def test_a_full_disk_behind_standard_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vlafit", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_no_file_takes_the_place_of_a_standard_output_that_is_closed():
+    code = (
+        "import os, sys; from vlafit import cli; cli.main(['list'])\n"
+        "import subprocess; number = os.open(os.devnull, os.O_RDONLY)\n"
+        "child = subprocess.run(['readlink', '/proc/self/fd/1'], stderr=subprocess.PIPE)\n"
+        "sys.exit(number if child.returncode == 0 else 1)"
+    )
+    command = f'{sys.executable} -c "$CODE" <&- >&-'
+    done = subprocess.run(
+        command, shell=True, env=os.environ | {"CODE": code}, capture_output=True, timeout=60
+    )
+    assert done.returncode > 2, done.stderr.decode()
+
+
+@pytest.mark.case(
+    section="machines",
+    report="`no such file` for a file that is there, with LC_ALL=C",
+    user_has="PYTHONUTF8=0, or a locale other than UTF-8, and a name that is not ASCII",
+    now="one sentence: set PYTHONUTF8=1",
+)
+def test_a_name_that_the_locale_cannot_hold_is_refused_with_the_remedy():
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "vlafit", "data", "inspect", "data/é.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(fact in done.stderr for fact in ("\\udcc3\\udca9", "ascii", "PYTHONUTF8=1"))
+
+
 def test_everything_that_ships_is_listed(capsys):
     from vlafit import shipped
 

@@ -1,6 +1,7 @@
 """Offline evaluation: known actors get the numbers that they must get, whatever interrupts it."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from tests.offline.actors import CHUNK, Recalling, Sampling, Still
 from tests.report.test_report import parsed
+from vlafit import files
 from vlafit.datasets import EpisodeStore
-from vlafit.errors import ConfigError, DataError
+from vlafit.errors import ConfigError, DataError, VlafitError
 from vlafit.offline import Episodes, Settings, evaluate, read_result
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, matching_columns, spread_of_actions
 from vlafit.offline.folder import file_name
@@ -181,6 +183,12 @@ def test_another_evaluation_in_the_folder_is_refused_naming_what_differs(dots, s
         numbers(dots, split, tmp_path, Still(dots))
     with pytest.raises(ConfigError, match="settings: .*'draws': 3.*'draws': 5"):
         evaluate(Still(dots), dots, split, tmp_path, replace(FEW, draws=5), identity="Still", resume=True)
+
+
+def test_an_evaluation_is_made_by_one_command_at_a_time(dots, split, tmp_path):
+    with files.exclusive(tmp_path, "vlafit eval --data"), pytest.raises(VlafitError) as caught:
+        numbers(dots, split, tmp_path, Recalling(dots))
+    assert all(fact in str(caught.value) for fact in (str(tmp_path), f"process {os.getpid()}"))
 
 
 def test_a_damaged_part_is_named_with_its_file(dots, split, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from tests.rollout.actors import Obedient, Trained
 from tests.rollout.toy_env import robot
+from vlafit import files
 from vlafit.envs import EnvSpec
-from vlafit.errors import ConfigError, SimulationError
+from vlafit.errors import ConfigError, SimulationError, VlafitError
 from vlafit.rollout import Protocol, evaluate, memory, policy_width, preflight
 from vlafit.rollout.worker import Ready
 
@@ -49,9 +51,21 @@ def test_a_renderer_that_cannot_draw_is_found_before_the_first_episode(
     facts = "cannot show the start of task 'right', seed 103: renderer 'osmesa' does not work here"
     with pytest.raises(SimulationError, match=facts):
         evaluate(Obedient(), blind, tmp_path / "eval", workers=1, videos=0)
-    assert not (tmp_path / "eval" / "episodes.jsonl").exists()
+    assert not (tmp_path / "eval").exists(), "what failed before its first episode leaves no folder"
     with pytest.raises(SimulationError, match="renderer 'osmesa' does not work here"):
         preflight(blind, robot(renderer="osmesa"))
+
+
+@pytest.mark.case(
+    section="runs",
+    report="episodes of two evaluations in one folder",
+    user_has="`vlafit eval --resume` while the first still plays",
+    now="refused, naming the folder and the process",
+)
+def test_an_evaluation_is_played_by_one_command_at_a_time(protocol: Make, tmp_path: Path) -> None:
+    with files.exclusive(tmp_path / "out", "vlafit eval"), pytest.raises(VlafitError) as caught:
+        evaluate(Obedient(), protocol("left", trials=1), tmp_path / "out", workers=1, videos=0)
+    assert all(fact in str(caught.value) for fact in (str(tmp_path / "out"), f"process {os.getpid()}"))
 
 
 def test_a_broken_first_start_is_only_an_error_of_its_episode(protocol: Make, tmp_path: Path) -> None:

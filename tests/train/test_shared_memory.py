@@ -1,4 +1,4 @@
-"""Dataloader workers without enough shared memory, as in a container with 64 MB of /dev/shm."""
+"""Dataloader workers that fail: without enough shared memory, as in a container, or by damaged data."""
 
 import faulthandler
 import multiprocessing
@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
-from vlafit.train.dataloader import _death
+from vlafit.errors import DataError
+from vlafit.train.dataloader import _death, _Workers
 
 
 def end_by(number: int) -> None:
@@ -31,6 +33,20 @@ def test_a_worker_that_ran_out_of_shared_memory_says_so(number: signal.Signals, 
     message = _death(process, 3)
     assert number.name in message and "data.workers" in message
     assert ("/dev/shm" in message) is shared
+
+
+class Damaged(IterableDataset):
+    """A dataset with an error that the user can fix."""
+
+    def __iter__(self):
+        raise DataError("a.hdf5: changed since the dataset was opened;\nrestore it")
+
+
+def test_an_error_in_the_data_is_the_same_sentence_from_a_worker_process():
+    workers = _Workers(DataLoader(Damaged(), num_workers=1, multiprocessing_context="fork"))
+    with pytest.raises(DataError) as caught:
+        workers.next()
+    assert str(caught.value) == "a.hdf5: changed since the dataset was opened;\nrestore it"
 
 
 READ_ONLY = "mount --bind $1 /dev/shm && mount -o remount,ro,bind /dev/shm"

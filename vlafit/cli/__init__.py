@@ -8,8 +8,10 @@ import errno
 import importlib
 import os
 import re
+import select
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from vlafit.errors import ConfigError, VlafitError, did_you_mean
@@ -45,7 +47,8 @@ def usage() -> str:
         "usage: vlafit VERB ...\n\n"
         "Fine-tune pretrained vision-language-action policies, and measure the gain.\n\n"
         f"verbs:\n{verbs}\n\n"
-        "See vlafit VERB --help. On several processes: accelerate launch -m vlafit VERB ..."
+        "See vlafit VERB --help. On several processes: accelerate launch -m vlafit VERB ...\n"
+        "vlafit --traceback VERB ... shows where in the code an error arose."
     )
 
 
@@ -57,30 +60,28 @@ def rank() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name) and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
+    show = arguments[:1] == ["--traceback"]
+    arguments = arguments[show:]
     try:
-        return _run(arguments)
-    except VlafitError as error:
-        _print_error(str(error))
-        return 2
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe (such as `head`) has closed it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            status = _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where an error can be answered, and not when the interpreter ends
+        return status
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _drop_output()
             return 0
-        if error.errno not in OF_THE_MACHINE or error.filename is None:
+        message = _message(error, arguments)
+        if message is None:
             raise
-        _print_error(
-            f"{_short(str(error.filename))}: {error.strerror}; choose another path, or fix its "
-            "permissions or free space"
-        )
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
-            raise
-        reason = str(error).partition("\n")[0] or "MemoryError"
-        _print_error(
-            f"out of memory ({reason}); make the batch or the policy smaller, or check the sizes that the "
-            "file declares"
-        )
+        if show:
+            traceback.print_exception(error)
+        _print_error(message)
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()  # it may be that of standard output, which is flushed once more
         return 2
     except KeyboardInterrupt:
         resumable = arguments and arguments[0] in RESUMABLE
@@ -90,6 +91,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _message(error: Exception, arguments: Sequence[str]) -> str | None:
+    """Return the sentence for an error that the user or the author of a module can fix; None for a bug."""
+    if isinstance(error, VlafitError):
+        return f"{error}{_names_hint(str(error))}"
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        where = "" if error.filename is None else f"{_short(str(error.filename))}: "
+        return f"{where}{error.strerror}; choose another path, or fix its permissions or free space"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        reason = str(error).partition("\n")[0] or "MemoryError"
+        return (
+            f"out of memory ({reason}); make the batch or the policy smaller, or check the sizes that the "
+            "file declares"
+        )
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return f"{error.object!a}: cannot be a file's name here{_names_hint(error.object)}"
+    from vlafit.entry_points import blame
+
+    place = blame(error)
+    if not place:
+        return None
+    said = str(error).strip().splitlines()[-1:] or [""]
+    again = " ".join(["vlafit", "--traceback", *arguments[:1], "..."])
+    return f"{place}: {type(error).__name__}: {said[0]}. The whole traceback: {again}"
+
+
+def _names_hint(text: str) -> str:
+    """Return how to have Python know files by a name, if it cannot because of the locale."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8" or text.isascii():
+        return ""
+    return f"; this Python reads and writes names of files in {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed (`>&-`): else a file that is opened next is what child processes print into."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+
+
+def _reader_is_gone() -> bool:
+    """Whether the reader of standard output (such as `head`) has closed it, and not that of another pipe."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # it has no descriptor
+        return False
+
+
+def _drop_output() -> None:
+    """Have what is still written to standard output go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # it has no descriptor, so that nothing is left to write
+        return
+
+
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -97,6 +158,9 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"vlafit {_version()}")
         return 0
+    for word in [*arguments, os.getcwd()]:
+        if hint := _names_hint(word):  # it was decoded, but recipes and files hold the same name in UTF-8
+            raise ConfigError(f"{word!a} would be another name inside the files{hint}")
     verb, *rest = arguments
     if verb not in VERBS:
         raise ConfigError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")

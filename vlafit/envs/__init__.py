@@ -4,12 +4,11 @@ A name is a module of this folder or a dotted path to another module; either has
 `make(spec: EnvSpec) -> Env`. Importing this package imports no simulator.
 """
 
-import importlib
 import pkgutil
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlafit.entry_points import is_module
+from vlafit.entry_points import import_outside, is_module
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import Actor, Env
 
@@ -140,7 +139,7 @@ def _module(name: str) -> Any:
             "that name"
         )
     try:
-        module = importlib.import_module(path)
+        module = import_outside(path, f"environment {name!r}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing in EXTRAS:

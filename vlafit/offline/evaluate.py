@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlafit import files
 from vlafit.datasets import EpisodeStore, episodes_hash
 from vlafit.errors import ConfigError
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
@@ -19,6 +20,7 @@ from vlafit.offline.part import Part, ask
 from vlafit.offline.strips import write_strip
 from vlafit.types import Actor
 
+LOCKED_BY = "vlafit eval --data"  # in messages about a folder that is in use
 PART = 8  # observations that are asked and saved together
 Progress = Callable[[int, int, str], None]
 """Called with (observations that are answered, all observations, a text about the newest)."""
@@ -89,37 +91,38 @@ def evaluate(
             "inputs": list(blanked),
         },
     )
-    folder.open(resume)
-    wanted = list(_parts(store, episodes, settings.samples))
-    total, done = sum(len(steps) for _, _, steps in wanted), 0
-    parts: dict[str, list[Part]] = {}
-    for episode, number, steps in wanted:
-        part = folder.finished(episode, number)
-        if part is None:
-            part = ask(
-                actor, store, episode, steps, draws=settings.draws, seed=settings.seed, history=history,
-                blanked=blanked, mean_state=mean_state.astype(np.float32),
-                hold=hold if isinstance(hold, HoldStill) else None, mean=mean,
-            )  # fmt: skip
-            part.save(folder.part(episode, number))
-        parts.setdefault(episode, []).append(part)
-        done += len(steps)
-        if progress:
-            progress(done, total, episode)
-    for name in episodes.evaluated[: settings.strips]:
-        write_strip(folder.path, store, name)
-    measured = Measured(parts, deviation, robot.action, blanked)
-    result = summarise(measured) | {
-        "robot": robot.name,
-        "hz": robot.hz,
-        "chosen": episodes.why,
-        "hold_still": hold.why if isinstance(hold, HoldStill) else hold,
-        "mean_chunk": "of the training episodes" if episodes.training else "of all other episodes",
-        "notices": _notices(episodes),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    folder.finish(result)
-    return folder.identity | result
+    with files.exclusive(folder.path, LOCKED_BY):
+        folder.open(resume)
+        wanted = list(_parts(store, episodes, settings.samples))
+        total, done = sum(len(steps) for _, _, steps in wanted), 0
+        parts: dict[str, list[Part]] = {}
+        for episode, number, steps in wanted:
+            part = folder.finished(episode, number)
+            if part is None:
+                part = ask(
+                    actor, store, episode, steps, draws=settings.draws, seed=settings.seed, history=history,
+                    blanked=blanked, mean_state=mean_state.astype(np.float32),
+                    hold=hold if isinstance(hold, HoldStill) else None, mean=mean,
+                )  # fmt: skip
+                part.save(folder.part(episode, number))
+            parts.setdefault(episode, []).append(part)
+            done += len(steps)
+            if progress:
+                progress(done, total, episode)
+        for name in episodes.evaluated[: settings.strips]:
+            write_strip(folder.path, store, name)
+        measured = Measured(parts, deviation, robot.action, blanked)
+        result = summarise(measured) | {
+            "robot": robot.name,
+            "hz": robot.hz,
+            "chosen": episodes.why,
+            "hold_still": hold.why if isinstance(hold, HoldStill) else hold,
+            "mean_chunk": "of the training episodes" if episodes.training else "of all other episodes",
+            "notices": _notices(episodes),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        folder.finish(result)
+        return folder.identity | result
 
 
 def _spread(episodes: Episodes, samples: int) -> Episodes:

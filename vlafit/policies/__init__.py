@@ -7,7 +7,6 @@ never make vlafit import a module that is not installed as a family: the caller 
 """
 
 import dataclasses
-import importlib
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vlafit import config as configuration
-from vlafit.entry_points import is_module, offered
+from vlafit.entry_points import import_outside, is_module, offered
 from vlafit.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def family(name: str, trust: Sequence[str] = ()) -> ModuleType:
             f"other commands, trust=[{package!r}] in Python"
         )
     try:
-        module = importlib.import_module(path)
+        module = import_outside(path, f"policy family {name!r}")
     except ImportError as error:
         raise ConfigError(f"policy family {name!r}: cannot import {path}: {error}") from error
     lacking = [n for n in ("Config", "SIZES", "build", "init_weights") if n not in vars(module)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlafit import envs
+from vlafit import envs, files
 from vlafit.datasets.card import Card
 from vlafit.errors import ConfigError
 from vlafit.record.plan import plan_recording, require_recordable
@@ -22,6 +22,7 @@ __all__ = ["RecordProgress", "RecordReport", "RecordedFile", "record"]
 
 log = logging.getLogger(__name__)
 
+LOCKED_BY = "vlafit record"  # in messages about a folder that is in use
 MOST_WORKERS = 1024  # processes
 
 
@@ -71,15 +72,16 @@ def record(
         folder = RecordingFolder(Path(out), plan, env)
     finally:
         env.close()
-    folder.prepare(resume)
-    tally = Tally(plan.record, progress, started)
-    for task in plan.record.tasks:
-        tally.add(folder.finished(task))
-    open_tasks = [task for task in plan.record.tasks if task not in tally.complete]
-    if open_tasks:
-        with executor(plan, workers, folder) as pool:
-            play_all(open_tasks, plan, folder, pool, max(1, workers), tally)
-    folder.clean()
+    with files.exclusive(folder.out, LOCKED_BY):
+        folder.prepare(resume)
+        tally = Tally(plan.record, progress, started)
+        for task in plan.record.tasks:
+            tally.add(folder.finished(task))
+        open_tasks = [task for task in plan.record.tasks if task not in tally.complete]
+        if open_tasks:
+            with executor(plan, workers, folder) as pool:
+                play_all(open_tasks, plan, folder, pool, max(1, workers), tally)
+        folder.clean()
     seconds = time.monotonic() - started
     done = tuple(tally.complete[task] for task in plan.record.tasks)
     log.info("recorded %d episodes of %s in %.0f s", sum(f.episodes for f in done), card.name, seconds)

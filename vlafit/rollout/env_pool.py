@@ -5,6 +5,7 @@ what an episode is and what to do when one fails; this module does not.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start, Unpl
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
 WAIT_S = 0.5  # the longest that `wait` blocks
 TAIL_LINES = 30  # lines of a dead process's output kept in the error record
+FRAME = re.compile(r'  File "([^"]+)", line (\d+), in (\S+)')  # of a traceback
 
 
 class _UnplayableError(SimulationError):
@@ -196,14 +198,13 @@ class EnvPool:
 
     def _cannot_start(self, process: _Process, why: str) -> SimulationError:
         text = self._kill(process, why).strip()
-        return SimulationError(f"environment {self.spec.name!r} cannot be created: {text}")
+        return _summed_up(SimulationError, f"environment {self.spec.name!r} cannot be created", text)
 
     def _cannot_play(self, process: _Process, why: str, start: tuple[str, int]) -> SimulationError:
         text = self._kill(process, why).strip()
         task, seed = start
-        return _UnplayableError(
-            f"environment {self.spec.name!r} cannot show the start of task {task!r}, seed {seed}: {text}"
-        )
+        head = f"environment {self.spec.name!r} cannot show the start of task {task!r}, seed {seed}"
+        return _summed_up(_UnplayableError, head, text)
 
     def _replace(self, number: int, process: _Process, why: str) -> list[Event]:
         """Kill a process and start another: the slot it was working for is broken, the others interrupted."""
@@ -267,3 +268,16 @@ class EnvPool:
             process.child.wait()
             process.output.close()
         self._processes = []
+
+
+def _summed_up(kind: type[SimulationError], head: str, text: str) -> SimulationError:
+    """Return an error with the last words of a process; a traceback among them becomes its cause."""
+    lines = text.splitlines()
+    frames = [(number, match) for number, line in enumerate(lines) if (match := FRAME.match(line))]
+    if not frames:
+        return kind(f"{head}: {text}")
+    number, frame = frames[-1]
+    raised = next((line for line in lines[number + 1 :] if not line.startswith(" ")), "")
+    error = kind(f"{head}: {raised} (in {frame[3]}, {frame[1]}, line {frame[2]})")
+    error.__cause__ = kind(f"{head}:\n{text}")
+    return error

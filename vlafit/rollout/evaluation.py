@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from vlafit import files
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
@@ -36,6 +37,7 @@ from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 1024  # environment processes
+LOCKED_BY = "vlafit eval"  # in messages about a folder that is in use
 IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
 
 Progress = Callable[[int, int, Record], None]
@@ -97,39 +99,40 @@ def evaluate(
     )
     protocol, robot = prepared.protocol, prepared.robot
     folder = EvaluationFolder(Path(out) / shard.folder if shard else Path(out), prepared.identity())
-    folder.open(resume)
-    wanted, order = prepared.wanted, prepared.order
-    done = {(record.task, record.seed): record for record in folder.records()}
-    remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]
-    if (remaining and prepared.end(done) is None) or not folder.is_described:
-        folder.reopen()
-        with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
-            ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
-            _require_playable(protocol, ready, robot, wrong_instruction)
-            folder.describe(ready, _renderer_notice(robot, ready.embodiment))
-            width = prepared.trained.width if prepared.trained else IN_FLIGHT
-            in_flight = min(width, len(remaining))
-            pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))
-            requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
-            play_options = PlayOptions(
-                ready.embodiment.action.shape[0],
-                width,
-                images,
-                prepared.execution or Execution(replan=protocol.replan),
-                in_order=stop_early,
-            )
-            for outcome in play(actor, protocol, requests, pool, play_options):
-                record = folder.keep(outcome, ready.embodiment.hz)
-                done[record.task, record.seed] = record
-                if progress:
-                    progress(len(done), len(wanted), record)
-                if prepared.end(done) is not None:
-                    break
-    end = prepared.end(done)
-    counted = dict.fromkeys(order[:end])
-    more, notices = _verdict(done, counted, prepared.rival, protocol, wrong_instruction, end is not None)
-    records = [done[start] for start in wanted if start in counted]
-    return folder.finish(records, prepared.tasks, round(time.monotonic() - started, 1), more, notices)
+    with files.exclusive(folder.path, LOCKED_BY):
+        folder.open(resume)
+        wanted, order = prepared.wanted, prepared.order
+        done = {(record.task, record.seed): record for record in folder.records()}
+        remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]
+        if (remaining and prepared.end(done) is None) or not folder.is_described:
+            folder.reopen()
+            with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
+                ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
+                _require_playable(protocol, ready, robot, wrong_instruction)
+                folder.describe(ready, _renderer_notice(robot, ready.embodiment))
+                width = prepared.trained.width if prepared.trained else IN_FLIGHT
+                in_flight = min(width, len(remaining))
+                pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))
+                requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
+                play_options = PlayOptions(
+                    ready.embodiment.action.shape[0],
+                    width,
+                    images,
+                    prepared.execution or Execution(replan=protocol.replan),
+                    in_order=stop_early,
+                )
+                for outcome in play(actor, protocol, requests, pool, play_options):
+                    record = folder.keep(outcome, ready.embodiment.hz)
+                    done[record.task, record.seed] = record
+                    if progress:
+                        progress(len(done), len(wanted), record)
+                    if prepared.end(done) is not None:
+                        break
+        end = prepared.end(done)
+        counted = dict.fromkeys(order[:end])
+        more, notices = _verdict(done, counted, prepared.rival, protocol, wrong_instruction, end is not None)
+        records = [done[start] for start in wanted if start in counted]
+        return folder.finish(records, prepared.tasks, round(time.monotonic() - started, 1), more, notices)
 
 
 def _verdict(

@@ -121,7 +121,7 @@ class EvaluationFolder:
     def open(self, resume: bool) -> None:
         """Open a new folder, or one of the same evaluation; raise ConfigError for any other."""
         if not self.header.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and not files.is_empty(self.path):
                 raise ConfigError(f"{self.path} is not empty and is not an evaluation; choose another folder")
             files.require_writable(self.path)
             return

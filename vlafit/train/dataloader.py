@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
 from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
-from vlafit.errors import ConfigError, TrainingError
+from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
 from vlafit.train.experiment import Experiment
 from vlafit.train.loop import Keys
@@ -167,6 +167,8 @@ class _Workers:
         """Return the next micro-batch. Raises TrainingError if the worker that loads it died."""
         try:
             return next(self.stream)
+        except VlafitError as error:
+            raise type(error)(_own_message(error)) from error
         except (RuntimeError, OSError, EOFError) as error:
             if "/torch_" in str(error):  # the name of a batch in shared memory
                 reason = str(error).strip().splitlines()[-1]
@@ -176,6 +178,13 @@ class _Workers:
             if not ended:
                 raise
             raise TrainingError(_death(sentinels[ended[0]], len(sentinels))) from error  # type: ignore[index]
+
+
+def _own_message(error: VlafitError) -> str:
+    """Return the message of an error as it was raised: torch puts a worker's traceback in front of it."""
+    text = str(error)
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return text.rpartition(name)[2].strip() if text.startswith("Caught ") else text
 
 
 def _death(process: BaseProcess, workers: int) -> str:

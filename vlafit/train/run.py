@@ -20,6 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from vlafit import config, files, report, rollout
 from vlafit.agreement import EVALUATION, protocol_items
 from vlafit.checkpoints import model_card
+from vlafit.entry_points import outside_hashes
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train import (
@@ -189,8 +190,8 @@ def _train(
     resumed = manager.resumable(resume_from)
     recipe, data = _fit(recipe, accelerator)
     experiment = _with_settings(_build(recipe, accelerator, resumed, data), settled)
-    processes.require_equal(_identity(experiment), accelerator.device)
     data_facts = data_files.facts(experiment.data)
+    processes.require_equal(_identity(experiment, data_facts), accelerator.device)
     if resumed is not None:
         rewritten = data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
@@ -253,12 +254,18 @@ def _report(out: Path) -> Path | None:
         return None
 
 
-def _identity(experiment: Experiment) -> dict[str, object]:
-    """Return what must be equal on all processes, or they would train apart."""
+def _identity(experiment: Experiment, data_facts: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
+    """Return what must be equal on all processes, or they would train apart.
+
+    `data_facts` are those of the data's files; copies of them on two machines have different times.
+    """
     return {
         **dict(flat(experiment.recipe)),
         "data": experiment.data.fingerprint,
+        "frames": {name: (facts["files"], facts["bytes"]) for name, facts in data_facts.items()},
+        "agreement": experiment.agreement and experiment.agreement.to_json(),
         "code": processes.code_hash(),
+        "modules": outside_hashes(),
         "torch": torch.__version__,
         "plan": experiment.plan.to_json(),
         "load report": experiment.load_report,

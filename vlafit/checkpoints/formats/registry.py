@@ -4,7 +4,6 @@ A package adds one by an entry point of the group "vlafit.formats" that names a 
 a module. Nothing is ever imported because a checkpoint's own files name it.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import EntryPoint
@@ -20,7 +19,7 @@ from vlafit.checkpoints.formats.native import format as native
 from vlafit.checkpoints.formats.openpi import format as openpi
 from vlafit.checkpoints.formats.peft import format as peft
 from vlafit.checkpoints.options import OptionTable
-from vlafit.entry_points import is_module, offered
+from vlafit.entry_points import import_outside, is_module, note_outside, offered
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 
 GROUP = "vlafit.formats"
@@ -155,6 +154,7 @@ def download_patterns() -> list[str]:
 def _from_entry_point(point: EntryPoint) -> Format:
     package = point.dist.name if point.dist else "an installed package"
     where = f"entry point {point.name!r} of {package} (group {GROUP})"
+    note_outside(point.module, f"checkpoint format {point.name!r} of {package}")
     try:
         target = point.load()
     except Exception as error:  # a package's import may fail in any way; it is named, not passed over
@@ -164,7 +164,7 @@ def _from_entry_point(point: EntryPoint) -> Format:
 
 def _from_module(name: str) -> Format:
     try:
-        module = importlib.import_module(name)
+        module = import_outside(name, f"checkpoint format {name!r}")
     except ImportError as error:
         raise ConfigError(f"checkpoint format {name!r}: cannot be imported: {error}") from error
     return _require_format(module, f"checkpoint format {name!r}")

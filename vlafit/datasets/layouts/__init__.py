@@ -10,12 +10,11 @@ path of a module elsewhere. The module offers
 - `describe(path) -> Draft` (optional): a card drafted from the files, what was guessed and what is missing.
 """
 
-import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from vlafit.entry_points import is_module, offered
+from vlafit.entry_points import import_outside, is_module, offered
 from vlafit.errors import ConfigError, DataError, did_you_mean
 
 GROUP = "vlafit.layouts"
@@ -48,7 +47,7 @@ def load(name: str) -> ModuleType:
             f"there is no layout {name!r}{hint}, or the path of a module of yours (my_lab.my_layout)"
         )
     try:
-        module = importlib.import_module(path)
+        module = import_outside(path, f"layout {name!r}")
     except ModuleNotFoundError as error:
         raise ConfigError(f"layout {name!r}: cannot import {path}: {error}") from error
     missing = [part for part in REQUIRED if part not in vars(module)]

@@ -116,7 +116,7 @@ def find_base(
 
 
 def _require_bounded(path: Path, folder: Path) -> None:
-    """Raise WeightsError for a base whose hash would take for ever: a device, or a folder above."""
+    """Raise WeightsError for a base whose hash would take for ever: a device, or a folder with all this."""
     endless = path.exists() and not path.is_dir() and not path.is_file()
     if endless or folder.resolve().is_relative_to(path.resolve()):
         raise WeightsError(

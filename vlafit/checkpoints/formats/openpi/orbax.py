@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlafit.checkpoints.tensor_files import is_inside
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json
 
@@ -119,6 +120,12 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
         raise WeightsError(
             f"{folder}: an Orbax checkpoint is read with tensorstore: pip install tensorstore"
         ) from error
+    links = [path for path in folder.rglob("*") if path.is_symlink() and not is_inside(folder, path)]
+    if links:
+        raise WeightsError(
+            f"{links[0]}: is a link to {links[0].resolve()}; a checkpoint may only read files in its own "
+            "folder: put the file itself there"
+        )
     written, filled = _listed(folder)
     # Mapped, the packed bytes of an array are not a second copy of it in memory.
     mapped = {"file_io_mode": {"mode": "memmap"}}
