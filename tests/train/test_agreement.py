@@ -160,6 +160,31 @@ def test_a_pair_that_does_not_fit_is_an_error_that_names_both_sides_and_the_reme
     assert [word for word in words if word not in str(error.value)] == []
 
 
+def test_what_a_second_card_leaves_unsaid_or_exchanges_is_a_line(tmp_path: Path):
+    cards = [
+        write_card(tmp_path / "one", cameras=("front", "top")),
+        write_card(tmp_path / "two", cameras=("front", "top"), labels="[]", unit=""),
+    ]
+    text = cards[1].read_text().replace('name = "joints"', 'name = "bare"')
+    front, top = text.rindex('key = "obs/front"'), text.index('key = "obs/front"')
+    assert front != top
+    cards[1].write_text(text[:top] + 'key = "obs/top"' + text[top + len('key = "obs/front"') :])
+    with h5py.File(cards[1].parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        for number in range(EPISODES):
+            file[f"data/demo_{number}/obs/top"] = file[f"data/demo_{number}/obs/front"][()] + 9  # type: ignore[index]
+    recipe = recipe_of(cards[0], None, {})
+    initial = start(replace(recipe, data=replace(recipe.data, cards=tuple(map(str, cards)))))
+    assert initial.agreement is not None
+    lines = {item.name: item for item in initial.agreement.items if item.name.endswith("of bare")}
+    columns = [f"{column} {what} of bare" for column in ("state", "action") for what in ("names", "unit")]
+    assert set(lines) == {*columns, "camera front of bare", "camera top of bare"}
+    assert all(
+        lines[name].status == "assumed" and "bare: not stated" in lines[name].sides["dataset"]
+        for name in columns
+    )
+    assert "reads obs/top" in lines["camera front of bare"].sides["dataset"]
+
+
 def test_a_checkpoint_of_another_prompt_keeps_it(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base", prompt="line")
     for statistics in ("checkpoint", "data"):

@@ -114,7 +114,7 @@ def measure(stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], c
 def sample(episodes: Sequence[str]) -> list[str]:
     """Return at most `SAMPLE` of the episodes, evenly spaced."""
     places = np.linspace(0, len(episodes) - 1, min(SAMPLE, len(episodes))).round().astype(int)
-    return [episodes[place] for place in dict.fromkeys(places.tolist())]
+    return [episodes[int(place)] for place in dict.fromkeys(places.tolist())]
 
 
 @dataclass(frozen=True)

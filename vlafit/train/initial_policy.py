@@ -238,6 +238,7 @@ def _with_codec(
     """Return the agreement with the codec's items, and how far the data goes under its statistics."""
     whole = agreement.with_items(
         [
+            *reconcile.other_cards(data.cards),
             *reconcile.codec_items(recipe, data, before, codec, tokenizer),
             *value_faults.items(
                 data.stores, data.training, codec, recipe.adapt.outside, recipe.fits_statistics

@@ -1,9 +1,10 @@
 """Collect what data, checkpoint and recipe say about the robot, and agree on what the codec is built from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree
+from vlafit.agreement.cameras import misnamed
 from vlafit.codec import Codec
 from vlafit.datasets import Card, value_faults
 from vlafit.datasets.card import CameraCard
@@ -69,6 +70,42 @@ def agree_on(
     )
 
 
+def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
+    """Yield what further cards leave unsaid of the robot that the first describes, and their cameras' keys.
+
+    What cards say differently is refused when they are opened.
+    """
+    first, *others = cards
+    for card in others:
+        pairs = (
+            ("state", first.robot.state, card.robot.state),
+            ("action", first.robot.action, card.robot.action),
+        )
+        for column, mine, other in pairs:
+            for what, here, there in (
+                ("names", ", ".join(mine.labels), ", ".join(other.labels)),
+                ("unit", mine.unit, other.unit),
+            ):
+                if bool(here) != bool(there):
+                    silent = card.name if here else first.name
+                    stated = [
+                        f"{one.name}: {text or 'not stated'}" for one, text in ((first, here), (card, there))
+                    ]
+                    reason = f"card {silent} does not say: taken to be the same"
+                    sides = {"dataset": "; ".join(stated)}
+                    yield Item(f"{column} {what} of {card.name}", sides, here or there, "assumed", reason)
+        keys = {camera.name: camera.key for camera in card.robot.cameras}
+        for name in keys:
+            if text := misnamed(name, keys):
+                yield Item(
+                    f"camera {name} of {card.name}",
+                    {"dataset": text},
+                    name,
+                    "differs",
+                    "are the cameras exchanged?",
+                )
+
+
 def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
@@ -77,7 +114,7 @@ def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
-    items = [*codec_items(recipe, data, codec, codec, "the checkpoint's")]
+    items = [*other_cards(data.cards), *codec_items(recipe, data, codec, codec, "the checkpoint's")]
     return agreement.with_items(
         [*items, *value_faults.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
     )
