@@ -107,8 +107,8 @@ def parse_json(text: str | bytes) -> Any:
 def read_json_object(path: Path, error_class: type[VlafitError], fix: str) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Raises `error_class` if the file is missing, damaged or another value; `fix` ends the message. One that may
-    not be read is a StorageError.
+    Raises `error_class` if the file is missing, damaged or another value, and StorageError if it may not be
+    read; `fix` ends the message.
     """
     require_readable(path)
     try:
