@@ -122,6 +122,13 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
         pass
 
 
+def test_who_locks_a_folder_removes_what_a_killed_process_left_there(tmp_path):
+    for name in (".result.json.4711.partial", ".probe.4711", "result.json"):
+        (tmp_path / name).write_text("x")
+    with files.exclusive(tmp_path, "vlafit eval"):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [files.LOCK, "result.json"]
+
+
 def test_the_lock_of_a_process_that_is_killed_is_free(tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from vlafit import files\n"

@@ -107,8 +107,10 @@ def parse_json(text: str | bytes) -> Any:
 def read_json_object(path: Path, error_class: type[VlafitError], fix: str) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Raises `error_class` if the file is missing, damaged or another value; `fix` ends the message.
+    Raises `error_class` if the file is missing, damaged or another value, and StorageError if it may not be
+    read; `fix` ends the message.
     """
+    require_readable(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -254,13 +256,15 @@ def require_unlocked(folder: Path, what: str) -> None:
 def exclusive(folder: Path, what: str) -> Iterator[int]:
     """Hold the folder's lock and yield its file descriptor; child processes that inherit it hold it too.
 
-    The system releases the lock when the last of them ends, even if it is killed. Raises VlafitError naming
-    the folder and the process if another command holds the lock; `what` is the kind of command.
+    The system releases the lock when the last of them ends, even if it is killed. What a killed command left
+    is removed (see `tidy`). Raises VlafitError naming the folder and the process if another command holds the
+    lock; `what` is the kind of command.
     """
     made = not Path(folder).exists()
     folder = require_writable(folder)
     try:
         with _locked(folder, what) as handle:
+            tidy(folder)
             yield handle
     except BaseException:
         if made and folder.is_dir() and not (folder / LOCK).exists() and is_empty(folder):
@@ -290,7 +294,7 @@ def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
             except BlockingIOError as error:
                 file.seek(0)
                 pid = file.read().strip().decode(errors="replace")
-                holder = f"another {what} (process {pid})" if pid.isdigit() else f"another {what}"
+                holder = f"another {what} (process {pid})" if pid.isdecimal() else f"another {what}"
                 raise VlafitError(
                     f"{folder}: {holder}, or a run that it started, is working here; wait for it or stop it"
                 ) from error
@@ -330,7 +334,7 @@ def _owned(folder: Path, what: str) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             pid, _, host = holder.decode(errors="replace").strip().partition(" ")
-            if host == socket.gethostname() and pid.isdigit() and not _is_running(int(pid)):
+            if host == socket.gethostname() and pid.isdecimal() and not _is_running(int(pid)):
                 _remove_if(path, holder)
                 continue
             raise VlafitError(

@@ -28,13 +28,16 @@ def in_run(path: Path) -> Path | None:
     for pointer in (path / "checkpoints" / "last.json", path.parent / f"{path.name}.json"):
         if pointer.is_file() and pointer.parent.name == "checkpoints":
             return _follow(pointer)
+    steps = sorted(path.glob("checkpoints/step_*/policy.json"))
+    if steps:  # killed between its first checkpoint and the pointer to it
+        return steps[-1].parent
     return _of_another_program(path) if path.is_dir() else None
 
 
 def _of_another_program(run: Path) -> Path | None:
     """Return the last checkpoint of LeRobot (checkpoints/005000/pretrained_model) or openpi (4999/)."""
     for steps in (run, run / "checkpoints"):
-        numbered = [p for p in steps.iterdir() if p.name.isdigit()] if steps.is_dir() else []
+        numbered = [p for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
         for folder in [steps, *sorted(numbered, key=lambda p: int(p.name), reverse=True)]:
             for inner in (folder / "pretrained_model", folder):
                 if inner != run and any((inner / mark).exists() for mark in WHOLE):
@@ -44,7 +47,10 @@ def _of_another_program(run: Path) -> Path | None:
 
 def _follow(pointer: Path) -> Path:
     try:
-        folder = pointer.parent / parse_json(pointer.read_text(encoding="utf-8"))["path"]
+        name = parse_json(pointer.read_text(encoding="utf-8"))["path"]
+        if Path(name).name != name:
+            raise ValueError(f"path {name!r} is not the name of a folder beside it")
+        folder = pointer.parent / name
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():

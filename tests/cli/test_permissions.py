@@ -65,6 +65,11 @@ CASES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]]
         lambda p: convert(p, p.with_suffix(".safetensors")),
     ),
     "record": ("run.json", lambda p: p.write_text("{}"), lambda p: data_files.changes(p.parent, {})),
+    "manifest": (
+        "manifest.json",
+        lambda p: p.write_text("{}"),
+        lambda p: files.read_json_object(p, VlafitError, "copy it again"),
+    ),
     "state": (
         "step_000002/training/state.json",
         lambda p: state(p.parents[1]),

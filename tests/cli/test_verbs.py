@@ -11,6 +11,7 @@ import pytest
 from tests.train.world import assert_same, learned, tiny, write_dots
 from vlafit import cli, config
 from vlafit.cli.verbs.eval import default_out
+from vlafit.pointers import in_run
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +95,20 @@ def test_a_pointer_to_nowhere_says_so(run, capsys):
     (folder / "last.json").write_text('{"step": 1, "path": "step_000001"}')
     assert cli.main(["inspect", "broken"]) == 2
     assert "broken/checkpoints/step_000001" in capsys.readouterr().err
-    (folder / "last.json").write_text("{")
-    assert cli.main(["inspect", "broken"]) == 2
-    assert "last.json: damaged" in capsys.readouterr().err
+    away = str(Path(run).resolve() / "checkpoints" / "step_000002")
+    for content in ("{", '{"path": 3}', json.dumps({"path": away}), '{"path": "../../run"}'):
+        (folder / "last.json").write_text(content)
+        assert cli.main(["inspect", "broken"]) == 2
+        assert "last.json: damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_it_pointed_to_its_checkpoint_is_known_by_the_newest(tmp_path):
+    for step in (2, 10):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step:06d}" / "policy.json").write_text("{}")
+    assert in_run(tmp_path) == tmp_path / "checkpoints" / "step_000010"
+    (tmp_path / "lerobot" / "²").mkdir(parents=True)
+    assert in_run(tmp_path / "lerobot") is None
 
 
 def test_eval_prints_the_table_and_goes_on_where_it_stopped(run, capsys):

@@ -1,5 +1,6 @@
 """DROID's raw layout: what is wrong in its files is named. What every layout must do is tested elsewhere."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_a_missing_video_metadata_or_camera_is_named(tmp_path: Path):
     next((tmp_path / "set").rglob("metadata_TRI*.json")).unlink()
     with pytest.raises(DataError, match="has 0 files metadata_"):
         open_dataset(card)
+
+
+def test_a_serial_number_that_is_a_path_is_refused(tmp_path: Path):
+    card = droid_files.write(tmp_path / "set", EVERYTHING[:1])
+    path = next((tmp_path / "set").rglob("metadata_*.json"))
+    content = json.loads(path.read_text())
+    name = next(key for key in content if "serial" in key and "ext1" in key)
+    path.write_text(json.dumps(content | {name: "../../../private"}))
+    with pytest.raises(DataError) as caught:
+        open_dataset(card)
+    assert all(fact in str(caught.value) for fact in (str(path), name, "../../../private"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -518,3 +519,67 @@ def test_a_video_tells_the_time_of_every_frame_and_refuses_what_is_no_video(tmp_
         VideoFile(tmp_path / "note.mp4")
     with pytest.raises(DataError, match="missing"):
         tables.require_file(tmp_path / "none.mp4")
+
+
+@pytest.mark.case(
+    section="data",
+    report="frames from other files of the machine",
+    user_has="a LeRobot dataset whose `data_path` or `video_path` is absolute or `../`, a stranger's",
+    now="refused, naming info.json and the key",
+)
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize(
+    ("key", "template"),
+    [
+        ("data_path", "{away}/private.parquet"),
+        ("data_path", "../away/private.parquet"),
+        ("data_path", "{{nothing}}.parquet"),
+        ("data_path", "{{chunk_index.__class__}}.parquet"),
+        ("data_path", "{{chunk_index:999999999}}.parquet"),
+        ("data_path", "{{chunk_index!r}}.parquet"),
+        ("data_path", "{{0}}.parquet"),
+        ("data_path", "{{"),
+        ("video_path", "{{video_key}}/../../away/film.mp4"),
+    ],
+)
+def test_a_template_of_paths_leads_nowhere_but_into_the_dataset(
+    tmp_path: Path, version: str, key: str, template: str
+):
+    if key == "video_path":
+        on_video(tmp_path / "set", version, CODECS[0])
+    else:
+        write(tmp_path / "set", demos(2), version)
+    path = tmp_path / "set" / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    if version == "v2.1":
+        template = template.replace("chunk_index", "episode_index")
+    (tmp_path / "away").mkdir()
+    path.write_text(json.dumps(info | {key: template.format(away=tmp_path / "away")}))
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "set")
+    assert str(tmp_path / "set" / "meta") in str(caught.value)
+
+
+def test_a_chunk_size_of_nothing_is_named(tmp_path: Path):
+    write(tmp_path / "set", demos(1), "v2.1")
+    path = tmp_path / "set" / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chunks_size": 0}))
+    with pytest.raises(DataError, match="chunks_size"):
+        open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["{away}/private.png", "../away/private.png"])
+def test_an_image_outside_the_dataset_is_refused(tmp_path: Path, name: str):
+    write(tmp_path / "set", demos(1))
+    (tmp_path / "away").mkdir()
+    name = name.format(away=tmp_path / "away")
+    file = next((tmp_path / "set" / "data").rglob("*.parquet"))
+    table, key = pq.read_table(file), "observation.images.front"
+    (tmp_path / "away" / "private.png").write_bytes(table[key][0].as_py()["bytes"])
+    kind = table.schema.field(key).type
+    column = pa.array([{"bytes": None, "path": name}] * len(table), kind)
+    pq.write_table(table.set_column(table.column_names.index(key), key, column), file)
+    store = open_dataset(tmp_path / "set")
+    with pytest.raises(DataError) as caught:
+        store.image(0, 0, store.embodiment.cameras[0].name)
+    assert name in str(caught.value) and "step 0" in str(caught.value)

@@ -138,8 +138,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(protocol: Make, tmp_path: 
     assert 0 < ended[0] < ended[1] < 12
     with open(tmp_path / "pieces" / "episodes.jsonl", "a") as file:
         file.write('{"task": "left", "tri')  # a line that a crash cut off
+    strays = [tmp_path / "pieces" / name for name in (".result.json.7.partial", "videos/.a.mp4.7.partial")]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("")
     evaluate(Slow(1000), protocol(trials=6), tmp_path / "pieces", workers=2, videos=0)
     assert records(tmp_path / "pieces") == records(tmp_path / "whole")
+    assert not any(stray.exists() for stray in strays)
 
 
 class Slow(Interrupting):

@@ -88,3 +88,14 @@ def test_a_ctrl_c_cannot_end_a_loader_process_that_still_imports_torch() -> None
     workers = _Workers(loader)
     assert workers.next() is True
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", '{"path": 3}', '{"path": "step_000009"}'])
+def test_a_pointer_that_is_damaged_or_leads_nowhere_does_not_keep_a_run_from_going_back(
+    tmp_path: Path, content: str
+) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    manager.save(2, lambda folder: None)
+    (manager.folder / "best.json").write_text(content)
+    manager.drop_after(2)
+    assert not (manager.folder / "best.json").exists()

@@ -5,16 +5,23 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
 from tests.train.test_two_processes import free_port
 from tests.train.world import REPOSITORY
-from vlafit.train import processes
+from vlafit import entry_points
+from vlafit.recipe import Recipe
+from vlafit.train import data_files, processes
+from vlafit.train.experiment import Experiment, build
 from vlafit.train.processes import Heartbeat, processes_asked_for
+from vlafit.train.run import _identity
 
 AGREE = """
 import sys, torch, torch.distributed as dist
@@ -25,7 +32,10 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 with processes.together():
     try:
-        processes.require_equal({"optim.lr": 1e-4 * (1 + rank), "train.seed": 0}, torch.device("cpu"))
+        names = ("data", "frames", "agreement", "code", "modules", "plan")
+        differ = {name: f"{name} {rank}" for name in names}
+        same = {"train.seed": 0}
+        processes.require_equal({"optim.lr": 1e-4 * (1 + rank), **same, **differ}, torch.device("cpu"))
         print("agreed")
     except TrainingError as error:
         print("refused:", error)
@@ -77,6 +87,8 @@ def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_on
             said
         )
         assert "train.seed" not in said
+        for name in ("data", "frames", "agreement", "code", "modules", "plan"):
+            assert f"; {name} (process 1 differs from process 0)" in said
     assert second.returncode == 9
     assert "lost: process 0 of 2 lost another process" in heard and first.returncode == 0, heard
 
@@ -179,3 +191,28 @@ def test_a_launcher_that_starts_one_process_of_several_is_reported():
 
 def test_the_hash_of_the_code_covers_every_module():
     assert processes.code_hash() == processes.code_hash() and len(processes.code_hash()) == 64
+
+
+def test_what_the_processes_of_a_run_compare_covers_frames_agreement_and_modules_from_outside(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    experiment = build(recipe, torch.device("cpu"))
+    facts = data_files.facts(experiment.data)
+
+    def different(of: Experiment = experiment, files: Mapping[str, Mapping[str, int]] = facts) -> set[str]:
+        here, there = _identity(experiment, facts), _identity(of, files)
+        return {key for key in here if here[key] != there[key]}
+
+    assert different() == set()
+    assert different(files={"dots": {**facts["dots"], "newest_ns": 1}}) == set(), "a copy has another time"
+    assert different(files={"dots": {**facts["dots"], "bytes": 1}}) == {"frames"}
+    assert different(replace(experiment, agreement=None)) == {"agreement"}
+    (tmp_path / "own_layout.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(entry_points, "_OUTSIDE", {})
+    before = _identity(experiment, facts)
+    entry_points.import_outside("own_layout", "layout")
+    between = _identity(experiment, facts)
+    (tmp_path / "own_layout.py").write_text("changed = True")
+    after = _identity(experiment, facts)
+    assert before["modules"] != between["modules"] != after["modules"]

@@ -234,7 +234,7 @@ def test_a_signal_that_is_rarely_on_is_no_wild_value():
 @pytest.mark.case(
     section="data",
     report="an evaluation on recorded data measures nothing",
-    user_has="`vlafit eval CHECKPOINT --data CARD` with a card in other units than the checkpoint's",
+    user_has="`vlafit eval metaworld-base --data CARD` with a card in other units than the checkpoint's",
     now="the same error as in training; `--outside` permits dimensions",
 )
 @pytest.mark.parametrize("scale", [57.29578, 1 / 57.29578])

@@ -92,7 +92,7 @@ def _count(
     for axis, (word, size) in enumerate(zip(words, shape, strict=True)):
         factor, _, key = word.rpartition("*")
         size, rest = divmod(size, int(factor or 1))
-        if key.isdigit() or key == "-" or rest or size < 1:
+        if key.isdecimal() or key == "-" or rest or size < 1:
             continue
         if (stored, axis, size) in counted:
             continue
@@ -118,7 +118,7 @@ def misfits(weights: Mapping[str, Tensor], axes: Mapping[str, str], votes: Votes
 
 def _size(word: str, votes: Votes) -> int | None:
     factor, _, key = word.rpartition("*")
-    size = int(key) if key.isdigit() else votes.most(key)
+    size = int(key) if key.isdecimal() else votes.most(key)
     return None if size is None else int(factor or 1) * size
 
 

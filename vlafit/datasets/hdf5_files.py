@@ -26,7 +26,7 @@ def shared_folder(paths: Sequence[Path]) -> Path:
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key by which demo_2 comes before demo_10."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
+        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
     ]
 
 

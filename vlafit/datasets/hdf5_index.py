@@ -86,7 +86,13 @@ def load(key: str) -> Index | None:
         if any(not Path(name).is_file() or stamp(Path(name)) != known for name, known in sources.items()):
             return None
         episodes = [EpisodeInfo(*values) for values in facts["episodes"]]
-        places = [tuple(Frames(*one[:-1], tuple(one[-1])) for one in frames) for frames in facts["frames"]]
+        places = [
+            tuple(
+                Frames(file, dataset, offset, encoded, tuple(held))
+                for file, dataset, offset, encoded, held in frames
+            )
+            for frames in facts["frames"]
+        ]
         left_out = [LeftOut(*values) for values in facts["left_out"]]
     except (OSError, ValueError, KeyError, TypeError, DataError, BadZipFile) as error:
         log.warning("%s: the index is damaged (%s), so the files are read again", path, error)

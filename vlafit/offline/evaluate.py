@@ -93,6 +93,7 @@ def evaluate(
     )
     with files.exclusive(folder.path, LOCKED_BY):
         folder.open(resume)
+        folder.tidy()
         wanted = list(_parts(store, episodes, settings.samples))
         total, done = sum(len(steps) for _, _, steps in wanted), 0
         parts: dict[str, list[Part]] = {}

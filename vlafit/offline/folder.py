@@ -54,6 +54,11 @@ class OfflineFolder:
             listed = "\n  ".join(different)
             raise ConfigError(f"{self.path} holds another evaluation; choose another --out:\n  {listed}")
 
+    def tidy(self) -> None:
+        """Remove what a killed process left half-written."""
+        for folder in (self.path / SAMPLES, self.path / "strips"):
+            files.tidy(folder)
+
     def part(self, episode: str, number: int) -> Path:
         """Return the file of a part."""
         return self.path / SAMPLES / f"{file_name(episode)}.{number:03d}.npz"

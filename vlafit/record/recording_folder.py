@@ -85,6 +85,8 @@ class RecordingFolder:
                 "%s holds episodes of a recording with other settings; delete it if you do not need it", path
             )
         self.parts.mkdir(exist_ok=True)
+        for task in self.plan.record.tasks:
+            files.tidy(self.parts / task)
 
     def clean(self) -> None:
         """Remove the hidden folder once every episode is in its file."""

@@ -57,7 +57,7 @@ def draw_film(store: EpisodeStore, episode: int, path: Path) -> None:
 
 def position_of(store: EpisodeStore, wanted: str) -> int:
     """Return the position of an episode by its id, or by its number from 0. Raises DataError."""
-    if wanted.isdigit() and wanted not in {info.id for info in store.episodes}:
+    if wanted.isdecimal() and wanted not in {info.id for info in store.episodes}:
         number = int(wanted)
         if number >= len(store.episodes):
             last = len(store.episodes) - 1

@@ -60,7 +60,7 @@ class Evaluation:
     def step(self) -> int | None:
         """Optimiser steps before it, if its name has them: step_000500."""
         digits = self.name.removeprefix("step_")
-        return int(digits) if self.name.startswith("step_") and digits.isdigit() else None
+        return int(digits) if self.name.startswith("step_") and digits.isdecimal() else None
 
     @property
     def filmed(self) -> list[Record]:

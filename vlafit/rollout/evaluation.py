@@ -101,6 +101,7 @@ def evaluate(
     folder = EvaluationFolder(Path(out) / shard.folder if shard else Path(out), prepared.identity())
     with files.exclusive(folder.path, LOCKED_BY):
         folder.open(resume)
+        files.tidy(folder.path / "videos")
         wanted, order = prepared.wanted, prepared.order
         done = {(record.task, record.seed): record for record in folder.records()}
         remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]

@@ -57,7 +57,7 @@ class Saved:
 
 def complete(folder: Path) -> dict[int, Path]:
     """Return the complete checkpoints in a run's checkpoint folder, by step."""
-    return {int(p.name[5:]): p for p in folder.glob("step_*") if p.name[5:].isdigit()}
+    return {int(p.name[5:]): p for p in folder.glob("step_*") if p.name[5:].isdecimal()}
 
 
 def resumable(folder: Path) -> dict[int, Path]:
@@ -114,9 +114,16 @@ class CheckpointManager:
                 self._remove(later)
         for pointer in ("best", "last"):
             path = self.folder / f"{pointer}.json"
-            if path.is_file() and not (self.folder / parse_json(path.read_text("utf-8"))["path"]).is_dir():
+            if path.is_file() and not self._leads(path):
                 path.unlink()
         self._point("last", step)
+
+    def _leads(self, pointer: Path) -> bool:
+        """Whether a pointer names a checkpoint that is there; one that is damaged does not."""
+        try:
+            return (self.folder / parse_json(pointer.read_text("utf-8"))["path"]).is_dir()
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def tidy(self) -> None:
         """Remove half-written and half-removed checkpoints of a killed process."""

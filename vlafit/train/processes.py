@@ -52,7 +52,7 @@ def processes_asked_for(launcher: Sequence[str]) -> int:
     for word, following in pairwise([*launcher, ""]):
         option, _, value = word.partition("=")
         value = value or following
-        if option in NUMBER_OPTIONS and value.isdigit():
+        if option in NUMBER_OPTIONS and value.isdecimal():
             return int(value)
         if option in ("--config_file", "--config-file") and Path(value).is_file():
             match = re.search(

@@ -173,6 +173,10 @@ def _video(folder: Path, key: str) -> Path:
         raise DataError(
             f"{folder}: no camera {key!r}; there are {', '.join(known)}{did_you_mean(key, known)}"
         )
+    if serial and Path(str(serial)).name != str(serial):
+        raise DataError(
+            f"{_metadata_file(folder)}: {SERIALS[key]} is {serial!r}, which is no serial number of a camera"
+        )
     path = folder / "recordings" / "MP4" / f"{serial}.mp4"
     if not serial or not path.is_file():
         present = ", ".join(sorted(p.name for p in path.parent.glob("*.mp4"))) or "none"

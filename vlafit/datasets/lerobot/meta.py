@@ -1,5 +1,7 @@
 """The metadata of a LeRobot dataset of any format: its features, tasks, and where each episode is."""
 
+import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json, read_json_object
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+WIDTH = re.compile(r"(0?\d{1,2}d?)?")  # of a number in a file's name
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,17 @@ def _as_tasks(pairs: Sequence[tuple[Any, Any]], path: Path) -> dict[int, str]:
 
 def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[Entry]:
     size = int(info.get("chunks_size", 1000))
+    if size < 1:
+        raise ValueError(f"chunks_size in info.json is {size}")
     entries = []
     for row in _json_lines(root / "meta" / "episodes.jsonl"):
         index = int(row["episode_index"])
         names = {"episode_chunk": index // size, "episode_index": index}
-        films = {key: Video(root / info["video_path"].format(video_key=key, **names), 0.0) for key in videos}
-        entries.append(Entry(index, int(row["length"]), root / info["data_path"].format(**names), films))
+        films = {
+            key: Video(_place(root, info, "video_path", names | {"video_key": key}), 0.0) for key in videos
+        }
+        data = _place(root, info, "data_path", names)
+        entries.append(Entry(index, int(row["length"]), data, films))
     return entries
 
 
@@ -182,8 +190,29 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
             for key in videos:
                 at = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
                 start = float(row[f"videos/{key}/from_timestamp"])
-                films[key] = Video(root / info["video_path"].format(video_key=key, **at), start)
+                films[key] = Video(_place(root, info, "video_path", at | {"video_key": key}), start)
             at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-            data = root / info["data_path"].format(**at)
+            data = _place(root, info, "data_path", at)
             entries.append(Entry(row["episode_index"], row["length"], data, films))
     return entries
+
+
+def _place(root: Path, info: Mapping[str, Any], key: str, names: Mapping[str, object]) -> Path:
+    """Return the file that the template at `key` of info.json names; a dataset reads none outside its folder.
+
+    Raises DataError for another place, and for a template that is more than names and their widths.
+    """
+    template = info[key]
+    where = f"{root}/meta/info.json: {key} is {template!r}"
+    for _, name, width, conversion in string.Formatter().parse(template):
+        if name is not None and (name not in names or conversion or not WIDTH.fullmatch(width or "")):
+            raise DataError(f"{where}; between braces may be {', '.join(names)}, with a width such as :06d")
+    return file_below(root, template.format(**names), where)
+
+
+def file_below(root: Path, name: str, where: str) -> Path:
+    """Return the file that a dataset calls `name`. Raises DataError for one outside the dataset's folder."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{where}, which leads out of the dataset's folder; copy the files into it")
+    return root / relative

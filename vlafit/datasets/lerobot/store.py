@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import parse_key, scaled
-from vlafit.datasets.lerobot.meta import Entry, Meta, labels, read_meta
+from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
@@ -302,7 +302,7 @@ class LeRobotStore(EpisodeStore):
             data, name = self._images.row(rows.entry.data, camera.key, rows.first + step)
             where = f"{self._where(rows)}, step {step}, {camera.key}"
             if data is None:
-                path = self._meta.root / name
+                path = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
                 require_file(path)
                 data = path.read_bytes()
             frames.append(decode_image(data, where))

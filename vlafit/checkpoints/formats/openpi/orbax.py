@@ -102,7 +102,7 @@ def find_params(path: Path) -> Path | None:
             return folder
     if not path.is_dir():
         return None
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=_step)
+    steps = sorted((p for p in path.iterdir() if p.name.isdecimal() and (p / "params").is_dir()), key=_step)
     if len(steps) > 1:
         listed = ", ".join(p.name for p in steps)
         raise WeightsError(f"{path}: holds the checkpoints of several steps ({listed}); name one of them")
