@@ -10,7 +10,7 @@ from torch._utils import ExceptionWrapper
 import vlafit
 from tests.policies.tiny import random_policy
 from tests.train.world import CARD
-from vlafit import cli
+from vlafit import cli, entry_points
 from vlafit.entry_points import blame
 from vlafit.errors import SimulationError
 from vlafit.rollout.env_pool import _summed_up
@@ -96,7 +96,8 @@ def test_outside_code_in_a_dataloaders_process_is_named_too(lab: Path) -> None:
     assert "layout 'broken_lab'" in blame(caught.value) and f"{lab}/broken_lab.py" in blame(caught.value)
 
 
-def test_a_bug_of_ours_is_not_blamed_on_others() -> None:
+def test_a_bug_of_ours_is_not_blamed_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry_points, "_OUTSIDE", {"tests.rollout.toy_env": "an environment"})
     try:
         blame(None)  # type: ignore[arg-type]
     except AttributeError as error:

@@ -84,10 +84,10 @@ def blame(error: BaseException) -> str:
 
 
 def _what(module: str) -> str:
-    """Return what a module is, or one that was imported from the same package; "" for code of vlafit."""
-    package = module.partition(".")[0]
-    siblings = [what for name, what in _OUTSIDE.items() if name.partition(".")[0] == package]
-    return _OUTSIDE.get(module) or next(iter(siblings), "")
+    """Return what a module is, or one that was imported from its package; "" for code of vlafit."""
+    packages = {name.rpartition(".")[0] or name: what for name, what in _OUTSIDE.items()}
+    below = (what for package, what in packages.items() if f"{module}.".startswith(f"{package}."))
+    return _OUTSIDE.get(module) or next(below, "")
 
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
