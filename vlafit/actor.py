@@ -15,7 +15,7 @@ import torch
 
 from vlafit import checkpoints
 from vlafit.checkpoints.options import parse_dtype
-from vlafit.codec.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
@@ -33,17 +33,21 @@ class PolicyActor:
 
     `identity` names the weights (a checkpoint's hash, say); without it `fingerprint` hashes them. `seeds` are
     the recorded ones, by task, that the policy has learned from.
+
+    `codec` is a set for a policy of several embodiments; `embodiment` then names the one that is meant where
+    a call names none.
     """
 
     def __init__(
         self,
         policy: Policy,
-        codec: Codec,
+        codec: Codec | CodecSet,
         *,
         width: int = 16,
         seed: int = 0,
         identity: str = "",
         seeds: Mapping[str, Collection[int]] | None = None,
+        embodiment: str = "",
     ) -> None:
         for name, value, least in (("width", width, 1), ("seed", seed, 0)):
             if value < least:
@@ -51,14 +55,31 @@ class PolicyActor:
         if width > WIDEST:
             raise ConfigError(f"a policy actor's width must be at most {WIDEST}, not {width}")
         self.policy = policy
-        self.codec = codec
+        self.codecs = CodecSet.of(codec)
         self.width = width
         self.seed = seed
         self.seeds = seeds or {}
         self._identity = identity
-        # Slots that no camera of this robot fills are missing in every observation; a policy may drop those.
-        slots = [i for i, name in enumerate(codec.config.cameras) if name]
-        self._slots = slots or [0]
+        self._embodiment = embodiment
+        if embodiment:
+            self.codecs.choose(embodiment, where="the policy")
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the actor's embodiment. Raises ConfigError if none of several is named."""
+        return self.codecs.choose(self._embodiment, where="the policy", option="embodiment=NAME")
+
+    def of(self, embodiment: str) -> "PolicyActor":
+        """Return an actor with the same policy for another of its embodiments."""
+        return PolicyActor(
+            self.policy,
+            self.codecs,
+            width=self.width,
+            seed=self.seed,
+            identity=self._identity,
+            seeds=self.seeds,
+            embodiment=embodiment,
+        )
 
     @property
     def embodiment(self) -> Embodiment:
@@ -68,7 +89,7 @@ class PolicyActor:
     @property
     def history(self) -> int:
         """Observations that the policy reads, the newest included."""
-        return self.codec.config.history
+        return self.codecs.history
 
     def fingerprint(self) -> str:
         """Return what decides the actions: the weights (or their identity), sampling and device."""
@@ -84,14 +105,20 @@ class PolicyActor:
         steps = "" if self.policy.steps is None else f" steps={self.policy.steps}"
         if any(parameter.dtype == torch.bfloat16 for parameter in self.policy.parameters()):
             steps += " dtype=bfloat16"
+        if len(self.codecs) > 1:
+            steps += f" embodiment={self.embodiment.name}"
         return f"{identity}{steps} width={self.width} seed={self.seed} device={made}"
 
-    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+    def act(
+        self, observations: Sequence[Observation], keys: Sequence[EpisodeKey], embodiment: str = ""
+    ) -> list[ActionChunk]:
         """Return one chunk [t, a] for each observation, in order.
 
-        Raises CodecError for observations that are not of the policy's embodiment.
+        `embodiment` names the robot of these observations, if it is not the actor's own. Raises CodecError
+        for observations that are not of that embodiment, and ConfigError where none is named of several.
         """
-        return self.act_guided(observations, keys, [None] * len(keys))
+        actor = self.of(embodiment) if embodiment else self
+        return actor.act_guided(observations, keys, [None] * len(keys))
 
     def act_guided(
         self,
@@ -127,7 +154,8 @@ class PolicyActor:
         committed: Sequence[Committed | None],
     ) -> list[ActionChunk]:
         self._require_past(observations, keys)
-        encoded = [self.codec.encode(observation) for observation in observations]
+        codec = self.codec
+        encoded = [codec.encode(observation) for observation in observations]
         missing = self.width - len(keys)
         rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
         device = next(self.policy.parameters()).device
@@ -142,7 +170,7 @@ class PolicyActor:
         else:
             actions = self.policy.act(batch, rng).float().cpu().numpy()  # [width, t, a]
         return [
-            self.codec.decode(row, observation)
+            codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
 
@@ -187,10 +215,10 @@ class PolicyActor:
 
     def _cut(self, batch: Batch) -> Batch:
         """Drop the camera slots that are always missing; nothing here looks at what the rows hold."""
+        # Slots that no camera of this robot fills are missing in every observation; a policy may drop those.
+        slots = [i for i, name in enumerate(self.codec.config.cameras) if name] or [0]
         return dataclasses.replace(
-            batch,
-            images=batch.images[..., self._slots, :, :, :],
-            image_mask=batch.image_mask[..., self._slots],
+            batch, images=batch.images[..., slots, :, :, :], image_mask=batch.image_mask[..., slots]
         )
 
 
@@ -204,6 +232,7 @@ def load_actor(
     dtype: str = "float32",
     trust: Sequence[str] = (),
     base: str | Path | None = None,
+    embodiment: str = "",
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
@@ -211,20 +240,23 @@ def load_actor(
     whatever it is asked for: 1 is fastest for one robot, and the same bytes are promised at one width only.
     `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
     halves memory and suits a GPU; norms and projections stay float32. `trust`, `base`: see
-    `checkpoints.load`.
+    `checkpoints.load`. `embodiment` names the robot where the checkpoint learned several; without a name,
+    each call of `act` names it.
 
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.
     """
     folder = in_run(Path(path)) or checkpoints.place(path).path
-    loaded = checkpoints.load(
+    if embodiment and (folder / "codec.json").is_file():  # before the weights are loaded
+        CodecSet.load(folder).choose(embodiment, where=str(folder))
+    loaded = checkpoints.load_all(
         folder,
         base=base,
         device=require_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         dtype=parse_dtype(dtype),
         trust=trust,
     )
-    if loaded.codec is None:
+    if loaded.codecs is None:
         raise ConfigError(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
             f"to a robot: {loaded.report.codec}. Evaluate it with the recipe that would fine-tune it, which "
@@ -232,11 +264,12 @@ def load_actor(
         )
     return PolicyActor(
         with_steps(loaded.policy, steps),
-        loaded.codec,
+        loaded.codecs,
         width=width,
         seed=seed,
         identity=f"checkpoint sha256:{checkpoints.digest(folder)}",
         seeds=checkpoints.read_lineage(folder).seeds,
+        embodiment=embodiment,
     )
 
 

@@ -3,7 +3,7 @@
 A field's docstring is its help text on the command line. `vlafit.config` reads TOML into these classes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -27,6 +27,9 @@ class PolicyRecipe:
     """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""
     """Name of the checkpoint's statistics to use: openpi's asset, LeRobot's dataset. Empty: the only one."""
+    embodiment: str = ""
+    """Embodiment of a checkpoint of several whose statistics and cameras count for a robot that it does not
+    have by name. Empty: the only one."""
     trust: tuple[str, ...] = ()
     """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""
@@ -39,6 +42,12 @@ class DataRecipe:
 
     cards: tuple[str, ...] = ()
     """Data cards: paths, or names of shipped cards."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of the samples that each dataset gives: name of the card = weight, for every card; the sum does
+    not matter. Empty: every sample once in an epoch."""
+    embodiments: dict[str, str] = field(default_factory=dict)
+    """For several robots in one run: name of the card = name of the robot's embodiment, for every card. Each
+    embodiment has its own statistics and cameras. Empty: all cards show one robot."""
     validation: float = 0.1
     """Share of each task's episodes that is held out for validation."""
     episodes_per_task: int = 0
@@ -72,6 +81,13 @@ class AdaptRecipe:
     """Which side says what is relative in an action, where they differ. "data" needs fresh statistics."""
     outside: tuple[str, ...] = ()
     """State and action dimensions whose normalised values may be extreme: `state.3`, `action.gripper`."""
+    embodiments: dict[str, "AdaptRecipe"] = field(default_factory=dict)
+    """For several robots in one run: embodiment = a table of these keys, in place of those above. Without a
+    checkpoint, `cameras` says which slot (by another embodiment's camera) takes a camera."""
+
+    def of(self, embodiment: str) -> "AdaptRecipe":
+        """Return what holds for one embodiment: its own table, or the keys outside of such tables."""
+        return self.embodiments.get(embodiment, replace(self, embodiments={}))
 
 
 @dataclass(frozen=True)
@@ -169,6 +185,8 @@ class EvalRecipe:
 
     protocol: str = ""
     """Protocol: a path, or the name of a shipped one. Empty: no rollouts."""
+    embodiment: str = ""
+    """Embodiment that is evaluated, if the policy learns several."""
     before: bool = False
     """Evaluate before training, too."""
     after: bool = True
@@ -208,3 +226,7 @@ class Recipe:
     def fits_statistics(self) -> bool:
         """Whether normalisation statistics are fitted to the dataset, not taken from the checkpoint."""
         return not self.policy.checkpoint or self.data.statistics == "data"
+
+    def of(self, embodiment: str) -> "Recipe":
+        """Return the recipe with the adaptations of one embodiment."""
+        return replace(self, adapt=self.adapt.of(embodiment))

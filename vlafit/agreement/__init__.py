@@ -5,7 +5,19 @@ that changes what the policy sees is a conflict, and a conflict is an error that
 recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a policy.
 """
 
+from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
-from vlafit.agreement.values import Agreement, Item, Party, Status
+from vlafit.agreement.values import Agreement, Item, Party, Status, join
 
-__all__ = ["EVALUATION", "Agreement", "Item", "Party", "Status", "agree", "protocol_items", "same_actions"]
+__all__ = [
+    "EVALUATION",
+    "Agreement",
+    "Item",
+    "Party",
+    "Status",
+    "agree",
+    "join",
+    "protocol_items",
+    "same_actions",
+    "shared_slots",
+]

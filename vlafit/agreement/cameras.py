@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from vlafit.agreement.values import Item, Party
 from vlafit.errors import ConfigError, did_you_mean
 from vlafit.recipe import AdaptRecipe
-from vlafit.types import Feature
+from vlafit.types import Embodiment, Feature
 
 HANDS = (("left", "right"), ("right", "left"))
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
@@ -25,15 +25,18 @@ _SHORT = {
 
 
 def decide(
-    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe
+    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe, slots: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[Item]]:
     """Return the dataset's camera for each slot ("" leaves it empty), and an item for each slot and camera.
 
-    A checkpoint that names no slots takes the dataset's cameras in order. Raises ConfigError for an
+    A checkpoint that names no slots takes those of the run (`shared_slots`), or without them the dataset's
+    cameras in order. Raises ConfigError for an
     `adapt.cameras` that names cameras which do not exist.
     """
     assert dataset.embodiment is not None
     recorded = {camera.name: camera for camera in dataset.embodiment.cameras}
+    if (checkpoint is None or not checkpoint.slots) and slots:
+        return _shared(slots, recorded, adapt)
     if checkpoint is None or not checkpoint.slots:
         if adapt.cameras:
             owner = checkpoint.title if checkpoint else "this recipe has no checkpoint, so it"
@@ -77,6 +80,62 @@ def decide(
             continue
         fix = f"name the cameras to use, [adapt] cameras = {_table(proposal)}, or remove it from the card"
         items.append(Item(f"camera {name}", sides, "", "conflict", fix=fix, accept=accept))
+    return tuple(filled), items
+
+
+def shared_slots(robots: Mapping[str, tuple[Embodiment, AdaptRecipe]]) -> tuple[str, ...]:
+    """Return the camera slots of a run on several embodiments, without a checkpoint that names them.
+
+    Cameras of one name share a slot, and `adapt.cameras` of an embodiment puts a camera into the slot of
+    another one's. `robots` holds what each embodiment records, and its adaptations. Raises ConfigError for a
+    slot or camera that is not there, or a camera in two slots.
+    """
+    slots: list[str] = []
+    for robot, adapt in robots.values():
+        own = [camera.name for camera in robot.cameras]
+        left_out = [slot for slot, source in adapt.cameras.items() if not source]
+        taken = [*adapt.cameras.values(), *left_out]
+        slots += [name for name in own if name not in slots and name not in taken]
+    for name, (robot, adapt) in robots.items():
+        recorded = {camera.name: camera for camera in robot.cameras}
+        for slot, source in adapt.cameras.items():
+            where = f"adapt.embodiments.{name}.cameras"
+            if source and source not in recorded:
+                raise ConfigError(
+                    f"{where}: the data of {name!r} have no camera {source!r}"
+                    f"{did_you_mean(source, recorded)}; they have: {', '.join(recorded)}"
+                )
+            if slot not in slots and not (slot in recorded and not source):
+                raise ConfigError(
+                    f"{where}: there is no slot {slot!r}{did_you_mean(slot, slots)}; the slots are: "
+                    f"{', '.join(slots)}"
+                )
+        sources = [source for source in adapt.cameras.values() if source]
+        if len(set(sources)) < len(sources):
+            raise ConfigError(f"adapt.embodiments.{name}.cameras: a camera is in two slots; use each once")
+    return tuple(slots)
+
+
+def _shared(
+    slots: Sequence[str], recorded: Mapping[str, Feature], adapt: AdaptRecipe
+) -> tuple[tuple[str, ...], list[Item]]:
+    """Fill the slots that the embodiments of a run share."""
+    filled, items = [], []
+    for number, slot in enumerate(slots):
+        source = adapt.cameras.get(
+            slot, slot if slot in recorded and slot not in adapt.cameras.values() else ""
+        )
+        filled.append(source)
+        chosen = slot in adapt.cameras
+        sides = {"dataset": f"{source} {_frame(recorded[source])}" if source else "no camera of this name"}
+        reason = "adapt.cameras" if chosen else "same name" if source else "a slot of another embodiment"
+        status = "chosen" if chosen else "same"
+        items.append(Item(f"camera slot {number} ({slot})", sides, source or "empty", status, reason))
+    for name in [name for name in recorded if name not in filled]:
+        sides = {"dataset": f"{name} {_frame(recorded[name])}"}
+        items.append(Item(f"camera {name}", sides, "not used", "chosen", "adapt.cameras leaves it out"))
+    if not any(filled):
+        raise ConfigError("adapt.cameras leaves every camera of an embodiment out; keep at least one")
     return tuple(filled), items
 
 

@@ -1,6 +1,6 @@
 """Compare the sides item by item."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vlafit.agreement import cameras as camera_slots
@@ -23,17 +23,23 @@ EVALUATION = "evaluation "
 
 
 def agree(
-    dataset: Party, checkpoint: Party | None, adapt: AdaptRecipe, *, fresh_statistics: bool
+    dataset: Party,
+    checkpoint: Party | None,
+    adapt: AdaptRecipe,
+    *,
+    fresh_statistics: bool,
+    slots: Sequence[str] = (),
 ) -> Agreement:
     """Compare the sides; conflicts are items of the result, see `Agreement.require`.
 
     `checkpoint` is None where training starts from fresh weights, or the checkpoint says nothing about the
-    robot. `fresh_statistics` says whether normalisation statistics are fitted to the dataset.
+    robot. `slots` are the camera slots of a run on several embodiments, which count where the checkpoint
+    names none. `fresh_statistics` says whether normalisation statistics are fitted to the dataset.
     Raises ConfigError for an `adapt` section that names cameras that do not exist, or chooses between sides
     of which one does not say.
     """
     assert dataset.embodiment is not None
-    cameras, items = camera_slots.decide(dataset, checkpoint, adapt)
+    cameras, items = camera_slots.decide(dataset, checkpoint, adapt, slots)
     if checkpoint is not None and checkpoint.embodiment is not None:
         items += _columns(dataset.embodiment, checkpoint, adapt, fresh_statistics)
     relative, relative_item = _relative(dataset, checkpoint, adapt, fresh_statistics)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -110,6 +110,24 @@ class Agreement:
         """Return the agreement with further items."""
         return Agreement((*self.items, *items), self.cameras, self.relative)
 
+    def for_embodiment(self, name: str) -> "Agreement":
+        """Return the agreement with remedies that are for one embodiment of a run on several."""
+        section = f"adapt.embodiments.{name}"
+
+        def own(option: str) -> str:
+            known = option.startswith(f"--{section}.")
+            return option if known else option.replace("--adapt.", f"--{section}.")
+
+        items = [
+            replace(
+                item,
+                fix=item.fix.replace("[adapt]", f"[{section}]"),
+                accept=tuple(map(own, item.accept)),
+            )
+            for item in self.items
+        ]
+        return Agreement(tuple(items), self.cameras, self.relative)
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Return (item, dataset, checkpoint, value, why) for tables; a further side is in the third."""
         rows = []
@@ -142,6 +160,25 @@ class Agreement:
     def write(self, folder: Path) -> None:
         """Write agreement.json into `folder`."""
         files.write_atomic(folder / FILE, self.to_json())
+
+
+def join(agreements: Mapping[str, Agreement]) -> Agreement:
+    """Return the agreement of a run on several embodiments; that of a single one as it is.
+
+    Items on which all are alike are there once, others begin with the embodiment's name. Cameras and relative
+    actions are empty: the items, and codec.json, have those of each.
+    """
+    if len(agreements) == 1:
+        return next(iter(agreements.values()))
+    every = list(agreements.values())
+    common = [item for item in every[0].items if all(item in other.items for other in every[1:])]
+    own = [
+        replace(item, name=f"{name}: {item.name}")
+        for name, agreement in agreements.items()
+        for item in agreement.items
+        if item not in common
+    ]
+    return Agreement((*common, *own), (), ())
 
 
 def read(folder: Path) -> Agreement | None:

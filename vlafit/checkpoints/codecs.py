@@ -4,16 +4,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vlafit.checkpoints.options import LoadOptions
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.codec.prompts import holds_state
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 
 
 class ChosenCodec(NamedTuple):
-    """The codec of a checkpoint, or the reason why there is none; and notes for the load report."""
+    """The codec of a checkpoint (a set, if it has several embodiments), or the reason why there is none; and
+    notes for the load report.
+    """
 
-    codec: Codec | None
+    codec: Codec | CodecSet | None
     reason: str = ""
     notes: tuple[str, ...] = ()
 
@@ -54,4 +56,4 @@ def fit_codec(codec: Codec, policy: Policy, resized: bool, where: str) -> Codec:
         return codec
     if not resized:
         raise WeightsError(f"{where}: codec.json does not fit policy.json: {codec.config} against {wanted}")
-    return Codec(wanted, codec.embodiment, codec.statistics, codec.tokenizer)
+    return codec.with_changes(config=wanted)

@@ -17,12 +17,13 @@ from vlafit.checkpoints.formats.native.adapters import read_base
 from vlafit.checkpoints.formats.native.format import FORMAT as NATIVE
 from vlafit.checkpoints.formats.peft import write as peft
 from vlafit.checkpoints.history import Lineage, read_lineage
-from vlafit.checkpoints.load import Loaded, load
+from vlafit.checkpoints.load import load_all
+from vlafit.checkpoints.loaded import LoadedSet
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.checkpoints.precision import cast, round_weights
 from vlafit.checkpoints.save import save
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.nn.random_batch import random_batch
@@ -71,6 +72,7 @@ def export(
     merge: bool = False,
     interpolate: Mapping[str, float] | None = None,
     base: str | Path | None = None,
+    embodiment: str = "",
     config: Mapping[str, object] | None = None,
     dtype: Dtype | torch.dtype = "float32",
     format: str | None = None,
@@ -85,7 +87,9 @@ def export(
     `base/` (see `peft.write`); `merge` folds them into the weights instead. With `interpolate` (part -> share
     of the fine-tuning that stays) the weights lie between those that training began with and the checkpoint's
     own, adapters merged first. `base` is where the checkpoint lies that adapters sit on, or that training
-    began with, where `source` does not record it or it has moved. `config` gives what the checkpoint does not
+    began with, where `source` does not record it or it has moved. `embodiment` names the one whose codec is
+    written; without a name vlafit's own format keeps all, and other formats, which hold one, refuse several.
+    `config` gives what the checkpoint does not
     record, and `trust` names packages of policy families, as in `load`.
 
     The folder appears whole or not at all. Raises WeightsError where `out` exists already, or the target
@@ -98,36 +102,39 @@ def export(
     path = location.path
     is_native = native.recognise(path)
     sits_on = read_base(path) if is_native else None
-    loaded = load(path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust)
+    loaded = load_all(
+        path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust
+    )
+    loaded = _of(loaded, embodiment, writer, str(path))
     merge_error, notes = None, (f"from {location.note}",) if location.note else ()
     tuned = loaded.plan is not None and (loaded.plan.adapted or loaded.plan.quantised)
     if tuned and (merge or interpolate):
         merge_error = merge_measured(loaded.policy)
-        loaded = loaded._replace(plan=None)
+        loaded = replace(loaded, plan=None)
     elif merge:
         notes += ("there were no adapters to merge",)
     history = read_lineage(path) if is_native else None
     if interpolate:
         below = between.find_base(path, base)
-        base_policy, base_codec = between.load_base(below.path, loaded.policy)
+        base_policy, base_codecs = between.load_base(below.path, loaded.policy)
         between.interpolate(loaded.policy, base_policy, interpolate)
-        loaded = loaded._replace(plan=None)
+        loaded = replace(loaded, plan=None)
         history = _interpolated(history, interpolate, below.path)
         notes += (f"{history.made}; of other parts everything", *below.notes)
-        notes += between.codec_notes(loaded.codec, base_codec, interpolate)
+        notes += between.codec_notes(loaded.codecs, base_codecs, interpolate)
     recipe_file = path / native.RECIPE
     recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
     cast_error = round_measured(loaded.policy, writer) if dtype == "bfloat16" else None
     if writer is NATIVE:
         if cast_error is not None:
             cast_for(loaded.policy, writer)
-        save(loaded.policy, out, loaded.codec, plan=loaded.plan, recipe=recipe, history=history)
+        save(loaded.policy, out, loaded.codecs, plan=loaded.plan, recipe=recipe, history=history)
         exported = Exported(out, target, (), ())
     else:
         exported = _write(loaded, writer, target, out, str(path), dtype)
     results = () if interpolate else model_card.results_of(path)
     text = model_card.card(
-        loaded.policy, loaded.codec, recipe=recipe, history=history, results=results, target=target
+        loaded.policy, loaded.codecs, recipe=recipe, history=history, results=results, target=target
     )
     files.write_atomic(out / model_card.FILE, text)  # a native one again, now with results
     exported = replace(exported, files=_files_of(out))
@@ -148,8 +155,25 @@ def write(policy: Policy, codec: Codec | None, target: str, out: str | Path, whe
     return Exported(out, target, written, notes)
 
 
-def _write(loaded: Loaded, writer: Format, target: str, out: Path, where: str, dtype: Dtype) -> Exported:
-    policy, codec, plan, _ = loaded
+def _of(loaded: LoadedSet, embodiment: str, writer: Format, where: str) -> LoadedSet:
+    """Return the checkpoint with the codec of one embodiment, unless all of several are to be kept.
+
+    Raises WeightsError where the target holds one, and none of several is named.
+    """
+    codecs = loaded.codecs
+    if not embodiment and (codecs is None or len(codecs) == 1 or writer is NATIVE):
+        return loaded
+    if not embodiment and codecs is not None:
+        raise WeightsError(
+            f"{where}: learned {len(codecs)} embodiments ({', '.join(codecs.names)}), and a {writer.target} "
+            "checkpoint holds one; name it: --embodiment NAME"
+        )
+    codec = loaded.of(embodiment).codec
+    return replace(loaded, codecs=None if codec is None else CodecSet([codec]))
+
+
+def _write(loaded: LoadedSet, writer: Format, target: str, out: Path, where: str, dtype: Dtype) -> Exported:
+    policy, codec, plan, _ = loaded.of()
     if plan is None or not plan.adapted:
         rounded = ("quantised weights are written as the floats that they stand for",)
         notes = rounded if plan is not None and plan.quantised else ()

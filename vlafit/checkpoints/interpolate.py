@@ -19,9 +19,9 @@ from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.history import read_lineage
-from vlafit.checkpoints.load import load
+from vlafit.checkpoints.load import load_all
 from vlafit.checkpoints.locate import digest, place
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.codec.statistics import Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.nn.policy import Policy
@@ -102,7 +102,7 @@ def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
     return BaseCheckpoint(path, ())
 
 
-def load_base(path: Path, like: Policy) -> tuple[Policy, Codec | None]:
+def load_base(path: Path, like: Policy) -> tuple[Policy, CodecSet | None]:
     """Load the checkpoint at `path`, of any format, with its adapters merged.
 
     What it does not record (heads, say) is taken from the config of the policy `like`. Its codec comes
@@ -111,11 +111,13 @@ def load_base(path: Path, like: Policy) -> tuple[Policy, Codec | None]:
     sizes: Mapping[str, Any] | None = None
     if not native.recognise(path):
         sizes = {k: v for k, v in asdict(like.config).items() if k not in SHOWN_BY_SHAPES}
-    loaded = load(path, config=sizes)
-    return merge(loaded.policy), loaded.codec
+    loaded = load_all(path, config=sizes)
+    return merge(loaded.policy), loaded.codecs
 
 
-def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, float]) -> tuple[str, ...]:
+def codec_notes(
+    codecs: Codec | CodecSet | None, base: Codec | CodecSet | None, shares: Mapping[str, float]
+) -> tuple[str, ...]:
     """Say where projections are mixed that were made for numbers of different units.
 
     They meet states and actions as their own codec normalises them; between two that differ, weights of the
@@ -123,21 +125,30 @@ def codec_notes(codec: Codec | None, base: Codec | None, shares: Mapping[str, fl
     """
     if shares.get("projections", 1.0) == 1.0:
         return ()
-    if codec is None or base is None:
+    if codecs is None or base is None:
         return ("there is no codec to show whether both checkpoints normalise numbers alike",)
-    different = [
+    notes, base = [], CodecSet.of(base)
+    for codec in CodecSet.of(codecs):
+        name = codec.embodiment.name
+        below = base[name] if name in base else next(iter(base)) if len(base) == 1 else None
+        if below is None:
+            notes.append(f"the base has no embodiment {name!r} to compare the normalisation with")
+        elif different := _differing(codec, below):
+            of = f" of {name}" if codec.embodiment_id is not None else ""
+            notes.append(
+                f"{' and '.join(different)}{of} are normalised otherwise in the base: its projections are "
+                "for other numbers than the codec gives, and weights between the two may be of use to neither"
+            )
+    return tuple(notes)
+
+
+def _differing(codec: Codec, base: Codec) -> list[str]:
+    return [
         name
         for name in ("state", "action")
         if not _alike(_normaliser(codec, name), _normaliser(base, name))
         or (name == "action" and codec.config.relative != base.config.relative)
     ]
-    if not different:
-        return ()
-    return (
-        f"{' and '.join(different)} are normalised otherwise in the base: its projections are for other "
-        "numbers"
-        " than the codec gives, and weights between the two may be of use to neither",
-    )
 
 
 def _normaliser(codec: Codec, name: str) -> Normaliser:

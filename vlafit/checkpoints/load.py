@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -21,28 +20,19 @@ from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import infer_config
-from vlafit.checkpoints.load_report import LoadReport, make_report
+from vlafit.checkpoints.load_report import make_report
+from vlafit.checkpoints.loaded import Loaded, LoadedSet
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import ConfigOverrides, LoadOptions, Resize, parse_dtype, split_config
-from vlafit.codec import Codec
+from vlafit.codec import CodecSet
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.construct import require_numbers, require_restorable, unfilled
 from vlafit.nn.policy import Policy, Source
 from vlafit.policies import family, override
 from vlafit.policies._common import select
-from vlafit.tuning import Plan
 
 Narrow = Callable[[Policy, Mapping[str, torch.Tensor], bool], Collection[str]]
-
-
-class Loaded(NamedTuple):
-    """A policy and what belongs to it, None where there is none; the report says why there is no codec."""
-
-    policy: Policy
-    codec: Codec | None
-    plan: Plan | None
-    report: LoadReport
 
 
 def load(
@@ -54,6 +44,7 @@ def load(
     dtype: Dtype | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     *,
+    embodiment: str = "",
     fresh: Sequence[str] = (),
     resize: Resize = "refuse",
     generator: torch.Generator | None = None,
@@ -71,7 +62,8 @@ def load(
     checkpoint does not record; some formats have tables of their own in it (openpi's `codec` and `lora`).
     `tokenizer`, a folder, and `assets`, which of the checkpoint's normalisation statistics to use, make a
     codec where the checkpoint has none of its own. `base` is where the checkpoint lies that adapters sit on,
-    if it is not where it was when they were saved; its hash must be the same.
+    if it is not where it was when they were saved; its hash must be the same. `embodiment` names the one
+    whose codec is returned, where the checkpoint learned several: without a name there is then none.
 
     `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start from weights drawn from
     `generator` (seed 0 without one), whatever the checkpoint holds for them. Where `config` gives the policy
@@ -87,6 +79,40 @@ def load(
     Raises WeightsError naming every tensor that is missing, surplus, misshapen or not finite, and ConfigError
     for keys that do not exist.
     """
+    return load_all(
+        path,
+        config,
+        base,
+        tokenizer,
+        assets,
+        dtype,
+        device,
+        fresh=fresh,
+        resize=resize,
+        generator=generator,
+        format=format,
+        trust=trust,
+        narrow=narrow,
+    ).of(embodiment)
+
+
+def load_all(
+    path: str | Path,
+    config: Mapping[str, object] | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    assets: str | Path | None = None,
+    dtype: Dtype | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    *,
+    fresh: Sequence[str] = (),
+    resize: Resize = "refuse",
+    generator: torch.Generator | None = None,
+    format: str | None = None,
+    trust: Sequence[str] = (),
+    narrow: Narrow | None = None,
+) -> LoadedSet:
+    """Load a checkpoint as `load` does, with the codecs of all its embodiments."""
     options = LoadOptions(
         parse_config(config, format),
         base,
@@ -132,7 +158,7 @@ def load(
     policy.source = opened.source
     if policy.source is None and not (plan is not None and plan.adapted):
         policy.source = Source(where.name, opened.sha256, options.config.to_read_again())
-    return Loaded(policy, codec, plan, report)
+    return LoadedSet(policy, None if codec is None else CodecSet.of(codec), plan, report)
 
 
 def inspect(
@@ -145,8 +171,26 @@ def inspect(
     resize: Resize = "refuse",
     format: str | None = None,
     trust: Sequence[str] = (),
+    embodiment: str = "",
 ) -> Loaded:
-    """Check a checkpoint by its headers only, as `load` would; the policy stays on the meta device.
+    """Check a checkpoint by its headers only, as `load` would; see `inspect_all`."""
+    return inspect_all(
+        path, config, dtype, base=base, fresh=fresh, resize=resize, format=format, trust=trust
+    ).of(embodiment)
+
+
+def inspect_all(
+    path: str | Path,
+    config: Mapping[str, object] | None = None,
+    dtype: Dtype | torch.dtype = "float32",
+    *,
+    base: str | Path | None = None,
+    fresh: Sequence[str] = (),
+    resize: Resize = "refuse",
+    format: str | None = None,
+    trust: Sequence[str] = (),
+) -> LoadedSet:
+    """Check a checkpoint by its headers only, as `load_all` would; the policy stays on the meta device.
 
     No number of a weight is read: damage inside the numbers is only found by `load`. Codecs are read where
     the checkpoint has its own.
@@ -178,7 +222,7 @@ def inspect(
     report = make_report(
         opened, policy, options.dtype, fresh, sized.changes, sized.shapes, plan, notes, reason
     )
-    return Loaded(policy, codec, plan, report)
+    return LoadedSet(policy, None if codec is None else CodecSet.of(codec), plan, report)
 
 
 def load_policy(

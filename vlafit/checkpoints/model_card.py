@@ -13,7 +13,7 @@ from typing import Any
 from vlafit import files, shipped
 from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.locate import digest
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.errors import VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
@@ -38,7 +38,7 @@ LOAD = {
 
 def card(
     policy: Policy,
-    codec: Codec | None,
+    codec: Codec | CodecSet | None,
     *,
     recipe: str | None = None,
     history: Lineage | None = None,
@@ -117,7 +117,12 @@ def _values(recipe: str) -> Mapping[str, Any]:
 
 
 def _rows(
-    policy: Policy, codec: Codec | None, recipe: Mapping[str, Any], history: Lineage, base: str, licence: str
+    policy: Policy,
+    codec: Codec | CodecSet | None,
+    recipe: Mapping[str, Any],
+    history: Lineage,
+    base: str,
+    licence: str,
 ) -> Iterator[tuple[str, str]]:
     count = sum(p.numel() for p in policy.parameters())
     yield "policy", f"{family_name(policy)}, {count / 1e6:,.1f} M parameters"
@@ -132,13 +137,13 @@ def _rows(
         yield "learned from", f"{learned.card}: {size} (sha256 {learned.sha256[:12]})"
     if history.made:
         yield "afterwards", history.made
-    if codec is not None:
-        robot = codec.embodiment
-        cameras = ", ".join(name for name in codec.config.cameras if name)
+    for one in () if codec is None else CodecSet.of(codec):
+        robot = one.embodiment
+        cameras = ", ".join(name for name in one.config.cameras if name)
         yield "robot", f"{robot.name}, {robot.hz:g} Hz, control {robot.control or 'not stated'}"
         yield "sees", f"{cameras}; {robot.state.shape[0]} state dimensions"
-        yield "answers", f"{codec.config.chunk} steps of {robot.action.shape[0]} actions"
-        yield "normalisation", codec.config.normalisation
+        yield "answers", f"{one.config.chunk} steps of {robot.action.shape[0]} actions"
+        yield "normalisation", one.config.normalisation
 
 
 def _front(base: str, licence: str, target: str) -> str:

@@ -18,7 +18,7 @@ from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.load import load
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import WIDTHS
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies import merge_dotted
@@ -30,7 +30,7 @@ from vlafit.tuning.quantise import is_rounded_from, quantised_names
 def save(
     policy: Policy,
     folder: str | Path,
-    codec: Codec | None = None,
+    codec: Codec | CodecSet | None = None,
     *,
     plan: Plan | None = None,
     recipe: str | None = None,
@@ -42,11 +42,11 @@ def save(
 ) -> None:
     """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
 
-    `plan` says what learned, and where adapters sit; a policy with adapters needs it. `recipe` is the
-    resolved recipe's TOML, `history` what the weights learned from,
-    `agreement` what data and checkpoint agreed on. `weights` replace the policy's own (a
-    moving average, or what sharded processes gathered) and must have exactly its names and shapes; quantised
-    ones, which are never written, may be left out.
+    `codec` is a set where the policy learned several embodiments. `plan` says what learned, and where
+    adapters sit; a policy with adapters needs it. `recipe` is the resolved recipe's TOML, `history` what the
+    weights learned from, `agreement` what data and checkpoint agreed on. `weights` replace the policy's own
+    (a moving average, or what sharded processes gathered) and must have exactly its names and shapes;
+    quantised ones, which are never written, may be left out.
 
     With adapters or quantised weights, `base` names the checkpoint that they sit on (a path, or one that
     ships), and then only the adapters are written and those weights below them that differ from it: those

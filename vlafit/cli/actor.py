@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlafit import config, shipped
-from vlafit.cli.parser import add_base, add_trust
+from vlafit.cli.parser import add_base, add_embodiment, add_trust
 from vlafit.cli.places import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options ``--recipe``, ``--base`` and ``--trust``."""
+    """Give `parser` the options ``--recipe``, ``--embodiment``, ``--base`` and ``--trust``."""
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
         help="for a base model of another program: the recipe that would fine-tune it, which gives the "
         "statistics, tokenizer and cameras that its files lack",
     )
+    add_embodiment(parser)
     add_base(parser)
     add_trust(parser)
 
@@ -34,9 +35,17 @@ def load(
     if options.recipe is None:
         from vlafit.actor import load_actor
 
-        return load_actor(
-            checkpoint, steps=steps, width=width, seed=seed, device=device, trust=options.trust, base=base
+        actor = load_actor(
+            checkpoint,
+            steps=steps,
+            width=width,
+            seed=seed,
+            device=device,
+            trust=options.trust,
+            base=base,
+            embodiment=options.embodiment,
         )
+        return _require_one(actor, checkpoint, options.embodiment)
     from vlafit.recipe import Recipe
     from vlafit.train.step_zero import load_untrained
 
@@ -45,4 +54,19 @@ def load(
     policy = recipe.policy
     policy = replace(policy, base=str(base or policy.base), trust=(*policy.trust, *options.trust))
     recipe = replace(recipe, policy=policy)
-    return load_untrained(recipe, str(checkpoint), steps=steps, width=width, seed=seed, device=device)
+    actor = load_untrained(
+        recipe,
+        str(checkpoint),
+        steps=steps,
+        width=width,
+        seed=seed,
+        device=device,
+        embodiment=options.embodiment,
+    )
+    return _require_one(actor, checkpoint, options.embodiment)
+
+
+def _require_one(actor: "PolicyActor", checkpoint: Path | str, embodiment: str) -> "PolicyActor":
+    """Return the actor. Raises ConfigError where it has several embodiments, and none is named."""
+    actor.codecs.choose(embodiment, where=str(checkpoint), option="--embodiment NAME")
+    return actor

@@ -38,7 +38,9 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     permitted = tuple(options.outside or ())
     values: tuple[str, ...] = ()
     if isinstance(actor, PolicyActor):
-        values = require_values(actor.codec, store, str(name), (*permitted_by(name), *permitted))
+        values = require_values(
+            actor.codec, store, str(name), (*permitted_by(name, actor.embodiment.name), *permitted)
+        )
     with Line("observations", 1) as line:
 
         def progress(done: int, total: int, episode: str) -> None:

@@ -229,6 +229,16 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_embodiment(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option ``--embodiment``, which names one of those that a checkpoint learned."""
+    parser.add_argument(
+        "--embodiment",
+        default="",
+        metavar="NAME",
+        help="the robot, if CHECKPOINT learned several [the only one]",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the option ``--trust``, which names packages whose policy families may be imported."""
     parser.add_argument(

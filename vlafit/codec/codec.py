@@ -5,26 +5,21 @@ a policy's output back into actions of the robot. A codec is fitted once, saved 
 training, evaluation and serving alike. Nothing here imports torch.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit import config as configuration
-from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.codec_config import CodecConfig, require_consistent
 from vlafit.codec.images import fit_image
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.statistics import Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
-from vlafit.files import parse_json, write_atomic
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
-FORMAT = 1  # of codec.json
 CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
 
 Key = tuple[str, str, int]
@@ -52,7 +47,10 @@ class Encoded:
 
 
 class Codec:
-    """Encodes and decodes for one embodiment. `statistics` has the keys "state" and "action"."""
+    """Encodes and decodes for one embodiment. `statistics` has the keys "state" and "action".
+
+    `embodiment_id` is the number of the embodiment in a `CodecSet` of several, which a batch then holds.
+    """
 
     def __init__(
         self,
@@ -60,12 +58,14 @@ class Codec:
         embodiment: Embodiment,
         statistics: Mapping[str, Statistics],
         tokenizer: Tokenizer | None,
+        embodiment_id: int | None = None,
     ) -> None:
         """Raises CodecError or EmbodimentError where the four do not belong together."""
         self.config = config
         self.embodiment = embodiment
         self.statistics = dict(statistics)
         self.tokenizer = tokenizer
+        self.embodiment_id = embodiment_id
         require_consistent(config, embodiment, self.statistics, tokenizer)
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
         self._action = Normaliser.fit(self.statistics["action"], config.of_actions)
@@ -115,8 +115,37 @@ class Codec:
         images, image_mask, padded, history_mask = self._observed(observation)
         actions, action_mask = (None, None) if sample is None else self._chunk(sample, state)
         key = None if sample is None else sample.key
+        number = None if self.embodiment_id is None else np.asarray(self.embodiment_id)
         return Encoded(
-            images, image_mask, tokens, token_mask, padded, actions, action_mask, key, history_mask
+            images,
+            image_mask,
+            tokens,
+            token_mask,
+            padded,
+            actions,
+            action_mask,
+            key,
+            history_mask,
+            embodiment_id=number,
+        )
+
+    def with_changes(
+        self,
+        *,
+        config: CodecConfig | None = None,
+        embodiment: Embodiment | None = None,
+        embodiment_id: int | None = None,
+    ) -> "Codec":
+        """Return the codec with another config, embodiment or number; the statistics stay.
+
+        Raises as the constructor does.
+        """
+        return Codec(
+            config or self.config,
+            embodiment or self.embodiment,
+            self.statistics,
+            self.tokenizer,
+            self.embodiment_id if embodiment_id is None else embodiment_id,
         )
 
     def _observed(
@@ -176,46 +205,20 @@ class Codec:
 
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
-        statistics = {name: value.to_json() for name, value in self.statistics.items()}
-        content = {
-            "format": FORMAT,
-            "config": asdict(self.config),
-            "embodiment": asdict(self.embodiment),
-            "statistics": {self.embodiment.name: statistics},
-        }
-        write_atomic(folder / "codec.json", json.dumps(content, indent=2) + "\n")
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder / "tokenizer")
+        from vlafit.codec.codec_set import CodecSet
+
+        CodecSet([self]).save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
-        """Read what `save` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
-        path = folder / "codec.json"
-        try:
-            content = parse_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CodecError(
-                f"{path}: cannot be read: {error.strerror}; is this a checkpoint's folder?"
-            ) from None
-        except ValueError as error:
-            raise CodecError(f"{path}: not JSON: {error}") from None
-        expected = {"format", "config", "embodiment", "statistics"}
-        if not isinstance(content, dict) or set(content) != expected:
-            have = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise CodecError(f"{path}: must have exactly the keys {sorted(expected)}, there are {have}")
-        if content["format"] != FORMAT:
-            raise CodecError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
-        config = configuration.build(CodecConfig, content["config"], f"{path}: config")
-        embodiment = configuration.build(Embodiment, content["embodiment"], f"{path}: embodiment")
-        every = content["statistics"]
-        if not isinstance(every, dict) or not isinstance(every.get(embodiment.name), dict):
-            raise CodecError(f"{path}: no statistics for embodiment {embodiment.name!r}")
-        statistics = {
-            name: Statistics.from_json(values, f"{path}: statistics.{embodiment.name}.{name}")
-            for name, values in every[embodiment.name].items()
-        }
-        words = tokenizers.load(folder / "tokenizer") if config.prompt is not None else None
-        return cls(config, embodiment, statistics, words)
+        """Read what `save` wrote, of one embodiment.
+
+        Raises CodecError or ConfigError naming what is missing or malformed, or the embodiments if there are
+        several; see `CodecSet`.
+        """
+        from vlafit.codec.codec_set import CodecSet
+
+        return CodecSet.load(folder).choose(where=str(folder / "codec.json"))
 
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
         if values.shape != feature.shape:

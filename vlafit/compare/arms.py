@@ -188,7 +188,7 @@ def _check_protocol(recipe: Recipe, data: Data) -> None:
     past = checkpoints.read_lineage(checkpoints.place(base).path) if base else checkpoints.Lineage()
     rollout.preflight(
         recipe.eval.protocol,
-        data.embodiment,
+        data.of(recipe.eval.embodiment).embodiment,
         wrong_instruction=recipe.eval.wrong_instruction,
         seeds=past.followed_by("", data.learned, data.seeds()).seeds,
     )

@@ -4,7 +4,7 @@ from vlafit.datasets.augment import draw_shifts, shift_image, shift_images
 from vlafit.datasets.card import Card, Draft, RecordSpec
 from vlafit.datasets.chunks import ChunkDataset
 from vlafit.datasets.load import describe, load_card, open_dataset, open_draft
-from vlafit.datasets.order import SampleOrder
+from vlafit.datasets.order import MixtureOrder, SampleOrder
 from vlafit.datasets.split import episodes_hash, split_episodes
 from vlafit.datasets.statistics import Blocks, arrays_for_statistics, blocks_for_statistics
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
@@ -16,6 +16,7 @@ __all__ = [
     "Draft",
     "EpisodeInfo",
     "EpisodeStore",
+    "MixtureOrder",
     "RecordSpec",
     "SampleOrder",
     "arrays_for_statistics",

@@ -35,6 +35,18 @@ class ChunkDataset:
             raise DataError("no episodes are chosen, so there is nothing to learn from")
         self._ends = np.cumsum(lengths)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of steps of each store."""
+        sizes = [0] * len(self.stores)
+        for number, episode in self._where:
+            sizes[number] += self.stores[number].episodes[episode].length
+        return tuple(sizes)
+
+    def store_of(self, position: int) -> int:
+        """Return the number of the store that a position belongs to."""
+        return self._where[int(np.searchsorted(self._ends, position, side="right"))][0]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

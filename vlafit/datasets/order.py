@@ -1,9 +1,15 @@
 """The order of samples: an endless shuffled stream that can be entered at any step."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.errors import DataError
+
+BLOCK = 10_000  # positions of a mixture's stream in which every dataset has its exact share
+STREAM = 0x4D4958  # "MIX": keeps these draws apart from others that use the same seed
 
 
 class SampleOrder:
@@ -13,12 +19,13 @@ class SampleOrder:
     batch k, and nothing needs to be stored.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        """`size` samples. Raises DataError where there are none."""
+    def __init__(self, size: int, seed: int, *key: int) -> None:
+        """`size` samples; another `key` gives another order. Raises DataError where there are none."""
         if size < 1:
             raise DataError("there are no samples to order")
         self.size = size
         self.seed = seed
+        self._key = key
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def sample(self, k: int) -> tuple[int, int]:
@@ -34,5 +41,72 @@ class SampleOrder:
         if epoch not in self._permutations:
             while len(self._permutations) >= 2:  # a batch rarely spans more than two epochs
                 del self._permutations[next(iter(self._permutations))]
-            self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            rng = np.random.default_rng([self.seed, epoch, *self._key])
+            self._permutations[epoch] = rng.permutation(self.size)
         return self._permutations[epoch]
+
+
+class MixtureOrder:
+    """The samples of several datasets in given shares, in an order that is a pure function of the seed.
+
+    Each dataset has a stream of its own, with its own epochs, so a small one with a large weight repeats
+    sooner. Which dataset a position takes is drawn in blocks of `BLOCK` positions: there the shares are exact
+    (to 1 in `BLOCK`), and evenly spread, so that every batch has about its share of each.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """`sizes` are the samples of the datasets, numbered one dataset after the other.
+
+        Raises DataError for an empty dataset, or a weight that is not positive or too small to be drawn.
+        """
+        self.seed = seed
+        self.counts = shares(weights)
+        self._orders = [SampleOrder(size, seed, STREAM, number) for number, size in enumerate(sizes)]
+        self._offsets = [0, *accumulate(sizes)]
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def sample(self, k: int) -> tuple[int, int]:
+        """Return (epoch of its dataset, index) of the k-th sample of the stream."""
+        block, position = divmod(k, BLOCK)
+        datasets, ranks = self._block(block)
+        number = int(datasets[position])
+        epoch, index = self._orders[number].sample(block * self.counts[number] + int(ranks[position]))
+        return epoch, self._offsets[number] + index
+
+    def batch(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """Return (epoch, index) of each sample of the batch at `step`, counted from 0."""
+        return [self.sample(k) for k in range(step * batch_size, (step + 1) * batch_size)]
+
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the dataset of each position of a block, and how many before it in the block are of it."""
+        if block not in self._blocks:
+            while len(self._blocks) >= 2:
+                del self._blocks[next(iter(self._blocks))]
+            rng = np.random.default_rng([self.seed, block, STREAM])
+            times = [(np.arange(n) + rng.random(n)) / n for n in self.counts]  # one in each n-th of the block
+            owners = np.repeat(np.arange(len(self.counts)), self.counts)
+            datasets = owners[np.argsort(np.concatenate(times), kind="stable")]
+            ranks = np.empty(BLOCK, np.int64)
+            for number, n in enumerate(self.counts):
+                ranks[datasets == number] = np.arange(n)
+            self._blocks[block] = (datasets, ranks)
+        return self._blocks[block]
+
+
+def shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return the positions of a block that each weight gets: `BLOCK` in all, by largest remainder.
+
+    Raises DataError for a weight that is not positive, or gets none.
+    """
+    if not weights or not all(0 < weight < float("inf") for weight in weights):
+        raise DataError(f"weights must be above 0 and finite, are {list(weights)}")
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    counts = np.floor(exact).astype(int)
+    rest = np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]
+    counts[rest] += 1
+    if not counts.all():
+        raise DataError(
+            f"weight {weights[int(np.argmin(counts))]:g} is below 1 in {BLOCK} of the sum {sum(weights):g}; "
+            "enlarge it, or leave that dataset out"
+        )
+    return tuple(map(int, counts))

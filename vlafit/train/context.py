@@ -49,7 +49,7 @@ class RunContext:
         checkpoints.save(
             self.experiment.policy,
             folder,
-            self.experiment.codec,
+            self.experiment.codecs,
             plan=plan,
             recipe=config.dump(self.recipe),
             history=self.experiment.history,

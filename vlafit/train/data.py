@@ -8,14 +8,16 @@ sets are whole datasets that are never trained on.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 
 from vlafit import checkpoints
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.card import with_relative_matches
 from vlafit.datasets.leaks import require_apart
-from vlafit.errors import ConfigError, DataError, EmbodimentError
+from vlafit.datasets.order import shares
+from vlafit.errors import ConfigError, DataError, EmbodimentError, did_you_mean
 from vlafit.recipe import DataRecipe
 from vlafit.types import Embodiment, renderer_notice, require_same
 
@@ -30,10 +32,66 @@ class Data:
     stores: tuple[EpisodeStore, ...]
     training: tuple[tuple[str, ...], ...]  # episode ids of each store
     validation: tuple[tuple[str, ...], ...]
+    weights: tuple[float, ...] = ()
+    """Weight of each store in the order of samples; none: every sample once in an epoch."""
+    embodiments: Mapping[str, str] = field(default_factory=dict)
+    """Name of a card = name of its embodiment, as the recipe has it; none: all show one robot."""
 
     @property
     def embodiment(self) -> Embodiment:
-        return self.stores[0].embodiment
+        """The robot of all datasets. Raises EmbodimentError where there are several; see `parts`."""
+        if len(self.names) > 1:
+            raise EmbodimentError(f"the data show several embodiments ({', '.join(self.names)}); name one")
+        robot = self.stores[0].embodiment
+        return replace(robot, name=self.name_of(self.stores[0])) if self.embodiments else robot
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the embodiments, in the order of the cards."""
+        return tuple(dict.fromkeys(self.name_of(store) for store in self.stores))
+
+    def name_of(self, store: EpisodeStore) -> str:
+        """Return the embodiment of a store, which may be one of a validation set.
+
+        Raises ConfigError for a card that the recipe gives none.
+        """
+        if not self.embodiments:
+            return self.stores[0].embodiment.name
+        name = store.card.name
+        if name not in self.embodiments:
+            raise ConfigError(
+                f"data.embodiments does not name the embodiment of card {name!r}; add "
+                f'"{name}" = "..." (of the training data: {", ".join(self.names)})'
+            )
+        return self.embodiments[name]
+
+    def parts(self) -> dict[str, "Data"]:
+        """Return the datasets of each embodiment, by its name."""
+        owners = [self.name_of(store) for store in self.stores]
+        return {name: self._only([owner == name for owner in owners]) for name in self.names}
+
+    def of(self, embodiment: str) -> "Data":
+        """Return the datasets of one embodiment; without a name of the only one.
+
+        Raises ConfigError for one that is not there, and without a name where there are several.
+        """
+        parts = self.parts()
+        if embodiment in parts or (not embodiment and len(parts) == 1):
+            return parts[embodiment or self.names[0]]
+        listed = ", ".join(parts)
+        if not embodiment:
+            raise ConfigError(f"the data show {len(parts)} embodiments ({listed}); name one of them")
+        raise ConfigError(f"the data show no embodiment {embodiment!r}{did_you_mean(embodiment, parts)}")
+
+    def _only(self, chosen: Sequence[bool]) -> "Data":
+        return replace(
+            self,
+            cards=tuple(compress(self.cards, chosen)),
+            stores=tuple(compress(self.stores, chosen)),
+            training=tuple(compress(self.training, chosen)),
+            validation=tuple(compress(self.validation, chosen)),
+            weights=tuple(compress(self.weights, chosen)),
+        )
 
     def instructions(self) -> list[str]:
         """Return each instruction once, in order."""
@@ -84,7 +142,7 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
     """Open the recipe's datasets and split each by episode.
 
     Raises DataError, ConfigError or EmbodimentError where a dataset does not match its card, or the cards
-    describe different robots.
+    of one embodiment describe different robots.
     """
     if not recipe.cards:
         raise ConfigError(
@@ -98,14 +156,9 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
                 f"data.cards: {names.count(name)} cards are called {name!r}, so their samples cannot be told "
                 "apart; list each dataset once, or rename one card"
             )
+    _require_named(recipe, names)
     stores = tuple(open_dataset(card) for card in cards)
-    for card, store in zip(cards[1:], stores[1:], strict=True):
-        require_same(store.embodiment, f"card {card.name!r}", stores[0].embodiment, f"card {cards[0].name!r}")
-        if card.robot.relative != cards[0].robot.relative:
-            raise ConfigError(
-                f"card {card.name!r}: robot.relative differs from card {cards[0].name!r}; one policy cannot "
-                "learn both"
-            )
+    _require_one_robot_each(recipe, cards, stores)
     splits = [split_episodes(store, recipe.validation, seed, recipe.episodes_per_task) for store in stores]
     names = [f"card {card.name!r}" for card in cards]
     require_apart(
@@ -114,7 +167,77 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
     )
     if not any(training for training, _ in splits):
         raise DataError(f"no training episodes are left in {', '.join(recipe.cards)}; lower data.validation")
-    return Data(cards, stores, tuple(s[0] for s in splits), tuple(s[1] for s in splits))
+    for card, (training, _) in zip(cards, splits, strict=True):
+        if not training and (recipe.weights or recipe.embodiments):
+            raise DataError(f"card {card.name!r}: no training episodes are left; lower data.validation")
+    weights = tuple(recipe.weights[card.name] for card in cards) if recipe.weights else ()
+    return Data(
+        cards,
+        stores,
+        tuple(training for training, _ in splits),
+        tuple(validation for _, validation in splits),
+        weights,
+        recipe.embodiments,
+    )
+
+
+def _require_named(recipe: DataRecipe, names: Sequence[str]) -> None:
+    """Raise ConfigError unless `weights` and `embodiments`, where there are any, name every card."""
+    for field_name, table in (("weights", recipe.weights), ("embodiments", recipe.embodiments)):
+        if not table:
+            continue
+        missing = [name for name in names if name not in table]
+        if missing:
+            raise ConfigError(
+                f"data.{field_name} does not name card {missing[0]!r}; name every card: {', '.join(names)}"
+            )
+        if field_name == "embodiments" and recipe.validation_sets:
+            continue  # cards of those sets may be named, too
+        for name in table:
+            if name not in names:
+                raise ConfigError(
+                    f"data.{field_name}: there is no card {name!r}{did_you_mean(name, names)}; "
+                    f"the cards are: {', '.join(names)}"
+                )
+    if any(not name or "/" in name for name in recipe.embodiments.values()):
+        raise ConfigError("data.embodiments: a name must be a word without '/', as a part of metrics' names")
+    if recipe.weights:
+        try:
+            shares([recipe.weights[name] for name in names])
+        except DataError as error:
+            raise ConfigError(f"data.weights: {error}") from error
+
+
+def _require_one_robot_each(
+    recipe: DataRecipe, cards: Sequence[Card], stores: Sequence[EpisodeStore]
+) -> None:
+    """Raise EmbodimentError or ConfigError where the cards of one embodiment describe different robots."""
+    first: dict[str, int] = {}
+    for number, (card, store) in enumerate(zip(cards, stores, strict=True)):
+        other = first.setdefault(recipe.embodiments.get(card.name, ""), number)
+        if other == number:
+            continue
+        before = f"card {cards[other].name!r}"
+        try:
+            require_same(store.embodiment, f"card {card.name!r}", stores[other].embodiment, before)
+        except EmbodimentError as error:
+            raise EmbodimentError(f"{error}\n{_several(recipe, cards)}") from error
+        if card.robot.relative != cards[other].robot.relative:
+            raise ConfigError(
+                f"card {card.name!r}: robot.relative differs from {before}; one policy cannot "
+                f"learn both as one embodiment. {_several(recipe, cards)}"
+            )
+
+
+def _several(recipe: DataRecipe, cards: Sequence[Card]) -> str:
+    """Return how to train on several robots in one run."""
+    robots = [recipe.embodiments.get(card.name, card.robot.name or card.name) for card in cards]
+    names = robots if len(set(robots)) > 1 else [card.name for card in cards]
+    table = ", ".join(f'"{card.name}" = "{name}"' for card, name in zip(cards, names, strict=True))
+    return (
+        "If these are several robots, which one policy is to learn, name the embodiment of each card: "
+        f"data.embodiments = {{ {table} }}"
+    )
 
 
 def _card(name: str, recipe: DataRecipe) -> Card:
@@ -136,11 +259,15 @@ def open_validation_sets(recipe: DataRecipe, data: Data) -> ValidationSets:
 
     Raises ConfigError, DataError or EmbodimentError naming the set.
     """
-    robot, relative = data.embodiment, data.cards[0].robot.relative
     sets = {
-        name: tuple(_open_set(f"data.validation_sets.{name}", recipe, cards_of(cards), robot, relative))
+        name: tuple(_open_set(f"data.validation_sets.{name}", recipe, cards_of(cards), data))
         for name, cards in recipe.validation_sets.items()
     }
+    if len(data.names) > 1 and (same := set(sets) & set(data.names)):
+        raise ConfigError(
+            f"data.validation_sets.{min(same)}: the held-out episodes of embodiment {min(same)!r} are logged "
+            "under this name; choose another"
+        )
     require_apart(
         [
             (f"card {card.name!r}", store, ids)
@@ -155,14 +282,14 @@ def open_validation_sets(recipe: DataRecipe, data: Data) -> ValidationSets:
     return sets
 
 
-def _open_set(
-    where: str, recipe: DataRecipe, cards: tuple[str, ...], robot: Embodiment, relative: Sequence[bool]
-) -> Iterator[EpisodeStore]:
+def _open_set(where: str, recipe: DataRecipe, cards: tuple[str, ...], data: Data) -> Iterator[EpisodeStore]:
     if not cards:
         raise ConfigError(f"{where} names no data card; name at least one, or remove the set")
     for name in cards:
         card = _card(name, recipe)
         store = open_dataset(card)
+        part = data.of(data.name_of(store))
+        robot, relative = part.embodiment, part.cards[0].robot.relative
         try:
             require_same(store.embodiment, f"card {card.name!r}", robot, "the training data")
         except EmbodimentError as error:
@@ -175,10 +302,15 @@ def _open_set(
         yield store
 
 
-def renderer_warnings(sets: ValidationSets, robot: Embodiment) -> tuple[str, ...]:
+def renderer_warnings(sets: ValidationSets, data: Data) -> tuple[str, ...]:
     """Return a sentence for each validation set whose renderer differs from the training data's."""
     warnings = [
-        renderer_notice("the policy is trained on", robot, f"validation set {name!r} shows", store.embodiment)
+        renderer_notice(
+            "the policy is trained on",
+            data.of(data.name_of(store)).embodiment,
+            f"validation set {name!r} shows",
+            store.embodiment,
+        )
         for name, stores in sets.items()
         for store in stores
     ]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
-from vlafit.datasets import ChunkDataset, EpisodeStore, SampleOrder, shift_images
+from vlafit.datasets import ChunkDataset, EpisodeStore, MixtureOrder, SampleOrder, shift_images
 from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
 from vlafit.train.experiment import Experiment
@@ -36,9 +36,16 @@ class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
     """
 
     def __init__(
-        self, chunks: ChunkDataset, codec: Codec, shift_pixels: int, seed: int, keep_bytes: int = 0
+        self,
+        chunks: ChunkDataset,
+        codec: Codec | Sequence[Codec],
+        shift_pixels: int,
+        seed: int,
+        keep_bytes: int = 0,
     ) -> None:
-        self.chunks, self.codec, self.shift_pixels, self.seed = chunks, codec, shift_pixels, seed
+        """`codec` encodes all samples, or there is one for each store of `chunks`."""
+        self.chunks, self.shift_pixels, self.seed = chunks, shift_pixels, seed
+        self.codecs = [codec] * len(chunks.stores) if isinstance(codec, Codec) else list(codec)
         self._room = 0 if shift_pixels else keep_bytes
         self._kept: dict[int, Encoded] = {}
 
@@ -49,7 +56,7 @@ class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
         sample = self.chunks[key[1]]
         if self.shift_pixels:
             sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=key[0], index=key[1])
-        encoded = self.codec.encode(sample)
+        encoded = self.codecs[self.chunks.store_of(key[1])].encode(sample)
         size = sum(value.nbytes for value in vars(encoded).values() if isinstance(value, np.ndarray))
         if size <= self._room:
             self._room -= size
@@ -93,12 +100,13 @@ def training_batches(
     """
     recipe, data = experiment.recipe, experiment.data
     train = recipe.train
-    config = experiment.codec.config
-    chunks = ChunkDataset(data.stores, config.chunk, data.training, config.history)
+    codecs = experiment.codecs
+    chunks = ChunkDataset(data.stores, codecs.chunk, data.training, codecs.history)
     workers = recipe.data.workers
     keep_bytes = KEPT_BYTES // max(1, workers)
-    samples = EncodedSamples(chunks, experiment.codec, recipe.data.shift_pixels, train.seed, keep_bytes)
-    order = SampleOrder(len(chunks), train.seed)
+    own = [experiment.codec_of(store) for store in data.stores]
+    samples = EncodedSamples(chunks, own, recipe.data.shift_pixels, train.seed, keep_bytes)
+    order = order_of(chunks, data.weights, train.seed)
     wanted = (
         rows
         for step in range(first_step, train.steps)
@@ -120,6 +128,11 @@ def training_batches(
             yield [processes.next() for _ in range(train.micro_batches)]
 
     return steps()
+
+
+def order_of(chunks: ChunkDataset, weights: Sequence[float], seed: int) -> SampleOrder | MixtureOrder:
+    """Return the order of the samples of all processes; `weights`, if any, are those of the stores."""
+    return MixtureOrder(chunks.sizes, weights, seed) if weights else SampleOrder(len(chunks), seed)
 
 
 def _start_worker(_: int) -> None:
@@ -232,8 +245,17 @@ def validation_batches(experiment: Experiment, *, rank: int, world: int) -> list
 def named_validation_batches(
     experiment: Experiment, *, rank: int, world: int
 ) -> dict[str, list[tuple[Keys, Batch]]]:
-    """Return this process's share of each named validation set, over all of its episodes."""
-    return {
+    """Return this process's share of each named validation set, over all of its episodes.
+
+    With several embodiments the held-out episodes of each are a set, too.
+    """
+    parts = experiment.data.parts() if len(experiment.codecs) > 1 else {}
+    held_out = {
+        name: _spread(experiment, part.stores, part.validation, rank, world)
+        for name, part in parts.items()
+        if any(part.validation)
+    }
+    return held_out | {
         name: _spread(experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world)
         for name, stores in experiment.validation_sets.items()
     }
@@ -247,9 +269,9 @@ def _spread(
     world: int,
 ) -> list[tuple[Keys, Batch]]:
     recipe = experiment.recipe
-    config = experiment.codec.config
-    chunks = ChunkDataset(stores, config.chunk, episodes, config.history)
-    samples = EncodedSamples(chunks, experiment.codec, 0, 0)
+    codecs = experiment.codecs
+    chunks = ChunkDataset(stores, codecs.chunk, episodes, codecs.history)
+    samples = EncodedSamples(chunks, [experiment.codec_of(store) for store in stores], 0, 0)
     size = rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, world)
     wanted = min(len(chunks), recipe.train.validation_batches * VALIDATION_ROWS)
     total = max(wanted, world)  # every process needs one

@@ -70,7 +70,12 @@ class Evaluator:
                 recipe.protocol, out, trials=trials, wrong_instruction=wrong_instruction
             )
             result = rollout.evaluate(
-                load_actor(run.manager.path(step), width=width, device=str(run.device)),
+                load_actor(
+                    run.manager.path(step),
+                    width=width,
+                    device=str(run.device),
+                    embodiment=run.experiment.evaluated,
+                ),
                 recipe.protocol,
                 out,
                 workers=recipe.workers,

@@ -1,6 +1,6 @@
 """Build what a recipe asks for: datasets, policy, codec, tuning plan. Nothing here trains or writes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
@@ -29,7 +29,7 @@ class Experiment:
 
     recipe: Recipe
     policy: Policy
-    codec: Codec
+    codecs: CodecSet
     plan: Plan
     data: Data
     load_report: str
@@ -46,6 +46,20 @@ class Experiment:
     """Weights before quantisation, if no file holds them; see `quantised_base`."""
     agreement: Agreement | None = None
     """The agreement of dataset and checkpoint; None for a resumed run that is older than agreements."""
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the only embodiment. Raises ConfigError where there are several."""
+        return self.codecs.choose(where="the run")
+
+    @property
+    def evaluated(self) -> str:
+        """The embodiment that rollouts show; empty where there is only one."""
+        return self.recipe.eval.embodiment if len(self.codecs) > 1 else ""
+
+    def codec_of(self, store: EpisodeStore) -> Codec:
+        """Return the codec of a dataset's embodiment."""
+        return self.codecs[self.data.name_of(store)] if len(self.codecs) > 1 else self.codec
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in a stage, and the weights that differ from it.
@@ -71,7 +85,8 @@ def build(
     """
     data = data or open_data(recipe.data, recipe.train.seed)
     sets = open_validation_sets(recipe.data, data)
-    _require_room_to_shift(recipe.data.shift_pixels, data.embodiment)
+    for part in data.parts().values():
+        _require_room_to_shift(recipe.data.shift_pixels, part.embodiment)
     strategy = load_strategy(recipe.strategy)
     frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")
     initial = (
@@ -79,20 +94,19 @@ def build(
         if resumed is not None
         else initial_policy.initialise(recipe, data, frozen)
     )
-    policy, codec = initial.policy, initial.codec
-    _require_one_robot(data, codec, initial.source, resumed)
-    robot = initial.robot or codec.embodiment
-    renderer = renderer_notice("the checkpoint was trained on", robot, "the dataset shows", data.embodiment)
-    codec = _with_renderer(codec, data.embodiment)
-    stores = [*data.stores, *(store for stores in sets.values() for store in stores)]
-    _require_room_for_prompts(stores, codec)
+    policy = initial.policy
+    codecs, renderers = _for_data(initial, data, resumed)
+    several = len(codecs) > 1
+    for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
+        name = data.name_of(store)
+        _require_room_for_prompts(store, codecs.choose(name if several else "", where=initial.source))
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
     if initial.plan is None:
         unquantised = quantised_base.weights_to_keep(policy, strategy, initial.base, initial.changed)
         warnings += (quantised_base.WARNING,) if unquantised else ()
         bf16 = recipe.train.frozen == "bf16"
-        probe = initial_policy.probe(policy, codec, data, device, bf16=bf16)
+        probe = initial_policy.probe(policy, codecs, data, device, bf16=bf16)
         bound = UNCHANGED_BF16 if bf16 else UNCHANGED
         plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe, bound=bound)
         frozen.finish(policy)
@@ -110,16 +124,16 @@ def build(
     return Experiment(
         recipe=recipe,
         policy=policy,
-        codec=codec,
+        codecs=codecs,
         plan=plan,
         data=data,
         load_report=initial.report,
         history=initial.history,
         warnings=(
             *warnings,
-            *filter(None, [renderer]),
-            *renderer_warnings(sets, data.embodiment),
-            *_values_of_sets(sets, codec),
+            *renderers,
+            *renderer_warnings(sets, data),
+            *_values_of_sets(sets, data, codecs),
         ),
         base=initial.base,
         changed=initial.changed,
@@ -129,14 +143,17 @@ def build(
     )
 
 
-def _values_of_sets(sets: ValidationSets, codec: Codec) -> Iterator[str]:
+def _values_of_sets(sets: ValidationSets, data: Data, codecs: CodecSet) -> Iterator[str]:
     """Yield a sentence for each fault in the values of a validation set: its loss would say little."""
     for name, stores in sets.items():
-        every = [[info.id for info in store.episodes] for store in stores]
-        for item in value_faults.items(stores, every, codec, (), False):
-            if item.status == "conflict":
-                sides = "; ".join(item.sides.values())
-                yield f"validation set {name!r}: {item.name}: {sides}: its loss says little"
+        for embodiment in dict.fromkeys(data.name_of(store) for store in stores):
+            some = [store for store in stores if data.name_of(store) == embodiment]
+            every = [[info.id for info in store.episodes] for store in some]
+            codec = codecs.choose(embodiment if len(codecs) > 1 else "", where="the run")
+            for item in value_faults.items(some, every, codec, (), False):
+                if item.status == "conflict":
+                    sides = "; ".join(item.sides.values())
+                    yield f"validation set {name!r}: {item.name}: {sides}: its loss says little"
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
@@ -147,6 +164,29 @@ def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
                 f"data.shift_pixels {pixels} would shift the whole image of camera {camera.name!r} "
                 f"({height}x{width}) out of view; use a few pixels, or 0 for none"
             )
+
+
+def _for_data(
+    initial: initial_policy.InitialPolicy, data: Data, resumed: Path | None
+) -> tuple[CodecSet, list[str]]:
+    """Return a codec for each embodiment of the data, with the renderer of its images, and warnings of them.
+
+    Raises EmbodimentError or ConfigError where a codec is for another robot, or one is missing.
+    """
+    parts, codecs, warnings = data.parts(), [], []
+    if len(parts) != len(initial.codecs):
+        raise ConfigError(
+            f"{initial.source}: has the embodiments {', '.join(initial.codecs.names)}, the data show "
+            f"{', '.join(parts)}"
+        )
+    for name, part in parts.items():
+        codec = initial.codecs.choose(name if len(parts) > 1 else "", where=initial.source)
+        robot = part.embodiment
+        _require_one_robot(part, codec, initial.source, resumed)
+        before = initial.robots.get(name) or codec.embodiment
+        warnings.append(renderer_notice("the checkpoint was trained on", before, "the dataset shows", robot))
+        codecs.append(_with_renderer(codec, robot))
+    return CodecSet(codecs), list(filter(None, warnings))
 
 
 def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | None) -> None:
@@ -164,18 +204,17 @@ def _with_renderer(codec: Codec, data: Embodiment) -> Codec:
     if not data.renderer or data.renderer == codec.embodiment.renderer:
         return codec
     robot = replace(codec.embodiment, renderer=data.renderer)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer)
+    return codec.with_changes(embodiment=robot)
 
 
-def _require_room_for_prompts(stores: Sequence[EpisodeStore], codec: Codec) -> None:
+def _require_room_for_prompts(store: EpisodeStore, codec: Codec) -> None:
     """Encode each instruction once, so that a too long one is an error now and not days later."""
-    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in stores[0].embodiment.cameras}
+    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in store.embodiment.cameras}
     encoded: set[str] = set()
-    for store in stores:
-        for number, episode in enumerate(store.episodes):
-            if episode.instruction not in encoded:
-                encoded.add(episode.instruction)
-                try:
-                    codec.encode(Observation(images, store.state(number)[0], episode.instruction))
-                except CodecError as error:
-                    raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
+    for number, episode in enumerate(store.episodes):
+        if episode.instruction not in encoded:
+            encoded.add(episode.instruction)
+            try:
+                codec.encode(Observation(images, store.state(number)[0], episode.instruction))
+            except CodecError as error:
+                raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error

@@ -82,6 +82,16 @@ def fit(recipe: Recipe, policy: Policy, data: Data, *, processes: int, gigabytes
     return Fit(closed, of(own))
 
 
+def _slots(recipe: Recipe, data: Data) -> set[str]:
+    """Return the camera slots that the embodiments of the data fill, by name."""
+    slots = set()
+    for name, part in data.parts().items():
+        cameras = part.cards[0].embodiment.cameras
+        taken = {source: slot for slot, source in recipe.adapt.of(name).cameras.items()}
+        slots |= {taken.get(camera.name, camera.name) for camera in cameras}
+    return slots
+
+
 def workload_of(recipe: Recipe, policy: Policy, data: Data, processes: int) -> Workload:
     """Return the recipe's workload on one of so many processes, with every camera and the longest prompt."""
     train = recipe.train
@@ -89,7 +99,7 @@ def workload_of(recipe: Recipe, policy: Policy, data: Data, processes: int) -> W
         rows=max(1, train.batch_size // processes),
         micro_batches=train.micro_batches,
         draws=train.draws,
-        cameras=max(1, len(data.cards[0].embodiment.cameras)),
+        cameras=max(1, len(_slots(recipe, data))),
         tokens=policy.needs().max_tokens,
         precision="bf16" if train.precision == "bf16" else "fp32",
         frozen="bf16" if train.frozen == "bf16" else "fp32",

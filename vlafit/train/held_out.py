@@ -39,8 +39,12 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
         name = store.card.name
         out = context.out / OFFLINE / re.sub(r"[^\w.-]", "_", name)
         try:
+            several = len(context.experiment.codecs) > 1
             actor = load_actor(
-                context.manager.path(step), device=str(context.device), trust=context.recipe.policy.trust
+                context.manager.path(step),
+                device=str(context.device),
+                trust=context.recipe.policy.trust,
+                embodiment=data.name_of(store) if several else "",
             )
             identity = actor.fingerprint()
             _forget_other(out, identity)
@@ -51,7 +55,7 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
                 out,
                 offline.Settings(samples=context.recipe.eval.samples, draws=DRAWS),
                 identity=identity,
-                history=context.experiment.codec.config.history,
+                history=context.experiment.codecs.history,
                 resume=True,
             )
             sentences[name] = verdict(result)

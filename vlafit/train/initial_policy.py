@@ -1,7 +1,7 @@
 """Make the policy and codec that a run starts with: from a checkpoint, fresh, or from the run itself."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, same_actions
 from vlafit.agreement.values import read as read_agreement
-from vlafit.codec import Codec, CodecConfig
+from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
@@ -35,18 +35,18 @@ LEARNED = "learned from the data's instructions"
 
 @dataclass(frozen=True)
 class InitialPolicy:
-    """A policy with its codec, and where they come from."""
+    """A policy with its codecs, and where they come from."""
 
     policy: Policy
-    codec: Codec
+    codecs: CodecSet
     report: str
     history: checkpoints.Lineage
     source: str
     """Its name in messages."""
     plan: Plan | None = None
     """The plan of a resumed run, already in force; None: the strategy still has to be applied."""
-    robot: Embodiment | None = None
-    """The robot that the checkpoint was trained on; None: that of its codec."""
+    robots: Mapping[str, Embodiment] = field(default_factory=dict)
+    """Embodiment -> the robot that the checkpoint was trained on, where it is not that of its codec."""
     base: checkpoints.Base | None = None
     """The checkpoint that holds the weights; None if no checkpoint does."""
     changed: frozenset[str] = frozenset()
@@ -55,18 +55,24 @@ class InitialPolicy:
     agreement: Agreement | None = None
     """The agreement of data and checkpoint; None for a resumed run that is older than agreements."""
 
+    @property
+    def codec(self) -> Codec:
+        """The codec of the only embodiment. Raises ConfigError where there are several."""
+        return self.codecs.choose(where=self.source)
+
 
 def resume(folder: Path, trust: Sequence[str], frozen: FrozenWeights) -> InitialPolicy:
     """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
-    policy, codec, plan, report = checkpoints.load(folder, trust=trust, narrow=frozen.at_load)
+    loaded = checkpoints.load_all(folder, trust=trust, narrow=frozen.at_load)
+    policy, codecs, plan = loaded.policy, loaded.codecs, loaded.plan
     frozen.finish(policy)
-    assert codec is not None and plan is not None  # the trainer saves both
+    assert codecs is not None and plan is not None  # the trainer saves both
     base = checkpoints.read_base(folder)
     changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
     return InitialPolicy(
         policy,
-        codec,
-        report.text(),
+        codecs,
+        loaded.report.text(),
         checkpoints.read_lineage(folder),
         f"checkpoint {folder}",
         plan,
@@ -89,22 +95,28 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
     policy = _from_scratch(recipe.policy, generator)
     frozen.in_memory(policy)
     history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
-    agreement = reconcile.agree_on(recipe, data.cards[0], None, None)
-    agreement.require()
+    agreements = reconcile.agree_on_parts(recipe, data, {}, None)
     name, report = recipe.policy.tokenizer, "all weights are fresh"
     opened = tokenizers.open_named(name) if name and policy.needs().prompt is not None else None
     if opened is not None:
         tokenizers.require_fitting(opened, name, policy, pretrained=False)
     elif policy.needs().prompt is not None:
         report += f"\ntokenizer: {LEARNED}"
-    codec = _fit_codec(recipe, policy, data, None, agreement, opened)
     words = f"policy.tokenizer {name!r}" if opened else LEARNED
-    agreement = _with_codec(agreement, recipe, data, None, codec, words)
-    return InitialPolicy(policy, codec, report, history, "the policy", agreement=agreement)
+    if opened is None:
+        opened = _learned_tokenizer(recipe, policy, data)
+    codecs = []
+    for embodiment, part in data.parts().items():
+        agreement = agreements[embodiment]
+        codec = _fit_codec(recipe, policy, part, None, agreement, opened)
+        agreements[embodiment] = _with_codec(agreement, recipe, data, embodiment, None, codec, words)
+        codecs.append(codec)
+    agreement = reconcile.joined(recipe, data, agreements)
+    return InitialPolicy(policy, CodecSet(codecs), report, history, "the policy", agreement=agreement)
 
 
 def probe(
-    policy: Policy, codec: Codec, data: Data, device: torch.device, *, bf16: bool = False
+    policy: Policy, codecs: CodecSet, data: Data, device: torch.device, *, bf16: bool = False
 ) -> Callable[[], Tensor]:
     """Return a function that computes the policy's actions [1, t, a] for the first training frame.
 
@@ -112,7 +124,8 @@ def probe(
     """
     store, ids = next((s, i) for s, i in zip(data.stores, data.training, strict=True) if i)
     number = store.index(ids[0])
-    images = {c.name: np.zeros(c.shape, np.uint8) for c in data.embodiment.cameras}
+    codec = codecs.choose(data.name_of(store) if len(codecs) > 1 else "", where="the policy")
+    images = {c.name: np.zeros(c.shape, np.uint8) for c in store.embodiment.cameras}
     seen = Observation(images, store.state(number)[0], store.episodes[number].instruction)
     batch = stack([codec.encode(seen)]).to(device)
 
@@ -129,18 +142,18 @@ def probe(
 
 def merge_error(folder: Path, data: Data, device: torch.device) -> float:
     """Return the largest change of an action that merging makes to the adapted checkpoint `folder`."""
-    policy, codec, _, _ = checkpoints.load(folder, device=device)
-    assert codec is not None
-    actions = probe(policy, codec, data, device)
+    loaded = checkpoints.load_all(folder, device=device)
+    assert loaded.codecs is not None
+    actions = probe(loaded.policy, loaded.codecs, data, device)
     before = actions()
-    merge(policy)
+    merge(loaded.policy)
     return float((actions() - before).abs().max())
 
 
 def _from_checkpoint(
     recipe: Recipe, data: Data, generator: torch.Generator, frozen: FrozenWeights
 ) -> InitialPolicy:
-    place, chosen, card = checkpoints.place(recipe.policy.checkpoint), recipe.policy, data.cards[0]
+    place, chosen = checkpoints.place(recipe.policy.checkpoint), recipe.policy
     path = place.path
     foreign = not (path / "policy.json").is_file()
     base_of = chosen.base or None
@@ -148,7 +161,7 @@ def _from_checkpoint(
     fitted = recipe.fits_statistics
     passed = foreign and _takes_tokenizer(path, chosen, declared, fitted)
     opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
-    policy, codec, plan, report = checkpoints.load(
+    loaded = checkpoints.load_all(
         path,
         config=chosen.config or None,
         base=base_of,
@@ -160,25 +173,26 @@ def _from_checkpoint(
         trust=chosen.trust,
         narrow=frozen.at_first_load,
     )
+    policy, own_codecs, plan, report = loaded.policy, loaded.codecs, loaded.plan, loaded.report
     pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
     own = declared.own_tokenizer
-    if opened is None and codec is None and own is not None and pretrained:
+    if opened is None and own_codecs is None and own is not None and pretrained:
         opened = tokenizers.open_named(str(own))
-    if codec is not None:
-        _require_effect(recipe, codec, path, own_tokenizer=not passed)
+    befores = reconcile.codecs_before(recipe, data, own_codecs, path)
+    for before in befores.values():
+        _require_effect(recipe, before, path, own_tokenizer=not passed)
     if policy.needs().prompt is not None:
-        if opened is None and codec is None and pretrained:
+        if opened is None and own_codecs is None and pretrained:
             tokenizers.require_given(policy, str(path), declared.tokenizer, declared.lost_tokenizer)
         if opened is not None:
             name = chosen.tokenizer or str(own)
             tokenizers.require_fitting(opened, name, policy, pretrained and bool(chosen.tokenizer))
-    if codec is None and not fitted:
+    if own_codecs is None and not fitted:
         raise ConfigError(
             f'{path}: data.statistics = "checkpoint", and the checkpoint gives none: {report.codec}. To '
             'fit them to the dataset: data.statistics = "data"'
         )
-    agreement = reconcile.agree_on(recipe, card, codec, declared)
-    agreement.require(reconcile.sides(card, recipe.policy.checkpoint))
+    agreements = reconcile.agree_on_parts(recipe, data, befores, declared)
     digest = checkpoints.digest(path)
     options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
@@ -186,29 +200,56 @@ def _from_checkpoint(
     if plan is not None and (plan.adapted or plan.quantised):
         warnings = (_merge_before_training(policy, plan, frozen, chosen.checkpoint),)
         base = None  # no file holds the merged weights
-    robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
     tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
     notes = [f"note: {place.note}"] if place.note else []
-    if fitted or codec is None:
-        if opened is None and codec is None and policy.needs().prompt is not None:
-            tokenizer = LEARNED
-            notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
-        codec = _fit_codec(recipe, policy, data, before, agreement, opened, declared.form)
-        notes += _floors(recipe, before, codec)
-    else:
-        codec = _adopt(codec, data, agreement)
+    if opened is None and own_codecs is None and policy.needs().prompt is not None:
+        tokenizer = LEARNED
+        notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
+        opened = _learned_tokenizer(recipe, policy, data)
+    codecs, slots = [], []
+    for embodiment, part in data.parts().items():
+        before, agreement = befores.get(embodiment), agreements[embodiment]
+        if fitted or before is None:
+            codec = _fit_codec(recipe, policy, part, before, agreement, opened, declared.form)
+            notes += _floors(recipe, before, codec)
+        else:
+            codec = _adopt(before, part, agreement)
+        slots += _camera_slots(before, codec)
+        codecs.append(_named(codec, embodiment, own_codecs) if data.embodiments else codec)
+        agreements[embodiment] = _with_codec(agreement, recipe, data, embodiment, before, codec, tokenizer)
     return InitialPolicy(
         policy,
-        codec,
-        "\n".join([report.text(), *notes, *_camera_slots(before, codec)]),
+        CodecSet(codecs),
+        "\n".join([report.text(), *dict.fromkeys(notes), *dict.fromkeys(slots)]),
         checkpoints.read_lineage(path).followed_by(digest, data.learned, data.seeds()),
         f"checkpoint {path}",
-        robot=robot,
+        robots={name: codec.embodiment for name, codec in befores.items() if codec.embodiment.hz},
         base=base,
         changed=frozenset((*report.fresh, *report.resized)),
         warnings=warnings,
-        agreement=_with_codec(agreement, recipe, data, before, codec, tokenizer),
+        agreement=reconcile.joined(recipe, data, agreements),
     )
+
+
+def _named(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
+    """Return the codec under the name that the recipe gives the embodiment, with the checkpoint's number.
+
+    A new embodiment gets no number that the checkpoint has given to another one.
+    """
+    robot, number = replace(codec.embodiment, name=embodiment), None
+    if before is not None and embodiment in before:
+        number = before[embodiment].embodiment_id
+    elif before is not None and any(one.embodiment_id is not None for one in before):
+        number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number)
+
+
+def _learned_tokenizer(recipe: Recipe, policy: Policy, data: Data) -> Tokenizer | None:
+    """Return a tokenizer of the instructions of all datasets; None if the policy reads none."""
+    needs = policy.needs()
+    if recipe.policy.tokenizer or needs.prompt is None:
+        return None
+    return tokenizers.learn(data, needs)
 
 
 def _takes_tokenizer(
@@ -233,18 +274,27 @@ def _merge_before_training(policy: Policy, plan: Plan, frozen: FrozenWeights, na
 
 
 def _with_codec(
-    agreement: Agreement, recipe: Recipe, data: Data, before: Codec | None, codec: Codec, tokenizer: str
+    agreement: Agreement,
+    recipe: Recipe,
+    data: Data,
+    embodiment: str,
+    before: Codec | None,
+    codec: Codec,
+    tokenizer: str,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics."""
+    part, recipe = data.of(embodiment), recipe.of(embodiment)
     whole = agreement.with_items(
         [
-            *reconcile.other_cards(data.cards),
-            *reconcile.codec_items(recipe, data, before, codec, tokenizer),
+            *reconcile.other_cards(part.cards),
+            *reconcile.codec_items(recipe, part, before, codec, tokenizer),
             *value_faults.items(
-                data.stores, data.training, codec, recipe.adapt.outside, recipe.fits_statistics
+                part.stores, part.training, codec, recipe.adapt.outside, recipe.fits_statistics
             ),
         ]
     )
+    if len(data.names) > 1:
+        whole = whole.for_embodiment(embodiment)
     whole.require("the dataset and the statistics in use")
     return whole
 
@@ -271,7 +321,7 @@ def _adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
         return codec
     relative = codec.config.relative if same_mask else agreement.relative
     config = replace(codec.config, cameras=agreement.cameras, relative=relative)
-    return Codec(config, data.embodiment, codec.statistics, codec.tokenizer)
+    return codec.with_changes(config=config, embodiment=data.embodiment)
 
 
 def _camera_slots(before: Codec | None, after: Codec) -> list[str]:
@@ -310,8 +360,7 @@ def _fit_codec(
 ) -> Codec:
     """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
 
-    Without it and without a `tokenizer`, one is learned from the data. `form` is that of the checkpoint's
-    program, where it has no codec.
+    `form` is that of the checkpoint's program, where it has no codec.
     """
     needs = policy.needs()
     if recipe.policy.tokenizer and needs.prompt is None:
@@ -321,8 +370,6 @@ def _fit_codec(
         )
     if old is not None:
         tokenizer = old.tokenizer
-    elif tokenizer is None and needs.prompt is not None:
-        tokenizer = tokenizers.learn(data, needs)
     chosen = recipe.data.normalisation
     config = CodecConfig(
         cameras=agreement.cameras,
@@ -355,6 +402,7 @@ def _fit_codec(
             )
     try:
         statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
-        return Codec(config, data.embodiment, statistics, tokenizer)
+        number = None if old is None else old.embodiment_id
+        return Codec(config, data.embodiment, statistics, tokenizer, number)
     except CodecError as error:
         raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error

@@ -78,6 +78,20 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name in recipe.data.validation_sets:
         if not name or "/" in name:
             yield f"data.validation_sets: {name!r} cannot be part of a metric's name; use a word without '/'"
+    if any(adapt.embodiments for adapt in recipe.adapt.embodiments.values()):
+        yield "adapt.embodiments: a table of one embodiment has no embodiments in it; remove them"
+    embodiments = list(dict.fromkeys(recipe.data.embodiments.values()))
+    evaluated = recipe.eval.embodiment
+    if evaluated and evaluated not in embodiments:
+        yield (
+            f"eval.embodiment {evaluated!r} is none of the names in data.embodiments"
+            f"{did_you_mean(evaluated, embodiments)}"
+        )
+    if recipe.eval.protocol and len(embodiments) > 1 and not evaluated:
+        yield (
+            f"eval.protocol {recipe.eval.protocol!r} shows one robot, and the policy learns "
+            f"{', '.join(embodiments)}: name the one to evaluate in eval.embodiment"
+        )
     if recipe.train.seed >= 2**63:
         yield f"train.seed must be below 2^63, is {recipe.train.seed}"
     most = THREADS_PER_CORE * (os.cpu_count() or 1)
@@ -102,6 +116,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
                 "policy.checkpoint "
                 "(policy.config changes single fields)"
             )
+    elif policy.embodiment:
+        yield (
+            f"policy.embodiment {policy.embodiment!r} only applies to a checkpoint, but policy.checkpoint is "
+            "empty; remove policy.embodiment"
+        )
     elif policy.fresh:
         yield "policy.fresh only applies to a checkpoint, but policy.checkpoint is empty; remove policy.fresh"
     if not recipe.eval.protocol:
@@ -135,13 +154,14 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     # Headers do not contain a codec, so its options do not apply.
     options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
     base = spec.base or None
-    inspected = checkpoints.inspect(
+    inspected = checkpoints.inspect_all(
         path, options or None, base=base, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
     )
     foreign = not (path / "policy.json").is_file()
     declared = checkpoints.declaration(path, base) if foreign else checkpoints.Declaration()
-    agreement = reconcile.agree_on(recipe, data.cards[0], inspected.codec, declared)
-    agreement.require(reconcile.sides(data.cards[0], spec.checkpoint))
+    reconcile.agree_on_parts(
+        recipe, data, reconcile.codecs_before(recipe, data, inspected.codecs, path), declared
+    )
     return inspected.policy
 
 

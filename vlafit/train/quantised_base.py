@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlafit import checkpoints
-from vlafit.codec import Codec
+from vlafit.codec import CodecSet
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, family_name
 from vlafit.tuning import Strategy, preview
@@ -44,13 +44,13 @@ def weights_to_keep(
 
 
 def write(
-    out: Path, policy: Policy, codec: Codec, history: checkpoints.Lineage, kept: Mapping[str, Tensor]
+    out: Path, policy: Policy, codecs: CodecSet, history: checkpoints.Lineage, kept: Mapping[str, Tensor]
 ) -> None:
     """Write the base of the run in `out`: the policy's weights, with those in `kept` in their place."""
     adapters = adapter_tensors(policy)
     weights = {base_name(name): p for name, p in policy.named_parameters() if name not in adapters}
     bare = family(family_name(policy)).build(policy.config, "meta")
-    checkpoints.save(bare, out / FOLDER, codec, history=history, weights={**weights, **kept})
+    checkpoints.save(bare, out / FOLDER, codecs, history=history, weights={**weights, **kept})
 
 
 def at(out: Path) -> checkpoints.Base:

@@ -1,13 +1,16 @@
 """Collect what data, checkpoint and recipe say about the robot, and agree on what the codec is built from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from vlafit import checkpoints
-from vlafit.agreement import Agreement, Item, Party, agree
+from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
 from vlafit.agreement.cameras import misnamed
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
 from vlafit.datasets.card import CameraCard
+from vlafit.datasets.order import BLOCK, shares
+from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
 from vlafit.train.data import Data, open_data
 
@@ -49,13 +52,20 @@ def checkpoint_party(
 
 
 def agree_on(
-    recipe: Recipe, card: Card, codec: Codec | None, declared: checkpoints.Declaration | None
+    recipe: Recipe,
+    card: Card,
+    codec: Codec | None,
+    declared: checkpoints.Declaration | None,
+    slots: Sequence[str] = (),
 ) -> Agreement:
-    """Compare the card with the recipe's checkpoint, if it has one (`declared`). Conflicts are not raised."""
+    """Compare the card with the recipe's checkpoint, if it has one (`declared`). Conflicts are not raised.
+
+    `slots` are the camera slots of a run on several embodiments, where the checkpoint names none.
+    """
     dataset, checkpoint = dataset_party(card), None
     if declared is not None:
         checkpoint = checkpoint_party(recipe.policy.checkpoint, codec, declared, recipe)
-    agreement = agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics)
+    agreement = agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics, slots=slots)
     return agreement.with_items(
         [
             Item(
@@ -104,6 +114,86 @@ def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
                     "differs",
                     "are the cameras exchanged?",
                 )
+
+
+def codecs_before(recipe: Recipe, data: Data, own: CodecSet | None, checkpoint: Path) -> dict[str, Codec]:
+    """Return the checkpoint's codec that each embodiment of the data is compared with; none if it has none.
+
+    It is that of the same name, if the recipe names embodiments, else `policy.embodiment`, or the only one.
+    Raises ConfigError where none is named of several, or `policy.embodiment` has no effect.
+    """
+    chosen = recipe.policy.embodiment
+    if own is None:
+        if chosen:
+            raise ConfigError(f"policy.embodiment {chosen!r} has no effect: {checkpoint} has no codec")
+        return {}
+    unknown = [name for name in data.names if not data.embodiments or name not in own]
+    if chosen and not unknown:
+        raise ConfigError(
+            f"policy.embodiment {chosen!r} has no effect: the checkpoint has every embodiment of the data "
+            f"({', '.join(data.names)}); remove it"
+        )
+    option = (
+        'policy.embodiment = "NAME"; or name the embodiment of each card as the checkpoint does: '
+        "data.embodiments"
+    )
+    other = own.choose(chosen, where=str(checkpoint), option=option) if unknown else None
+    pairs = {name: other if name in unknown else own[name] for name in data.names}
+    return {name: codec for name, codec in pairs.items() if codec is not None}
+
+
+def agree_on_parts(
+    recipe: Recipe,
+    data: Data,
+    before: Mapping[str, Codec],
+    declared: checkpoints.Declaration | None,
+) -> dict[str, Agreement]:
+    """Return the agreement of each embodiment of the data with the recipe's checkpoint, if it has one.
+
+    `before` is the checkpoint's codec for each. Raises EmbodimentError for the conflicts of an embodiment,
+    and ConfigError for an `adapt.embodiments` that names none of them.
+    """
+    parts = data.parts()
+    for name in recipe.adapt.embodiments:
+        if name not in parts or not data.embodiments:
+            listed = ", ".join(data.embodiments.values()) or "none; for one robot, use [adapt]"
+            raise ConfigError(f"adapt.embodiments.{name} has no effect: data.embodiments names {listed}")
+    slots: Sequence[str] = ()
+    if len(parts) > 1:
+        slots = shared_slots({name: (p.embodiment, recipe.adapt.of(name)) for name, p in parts.items()})
+    agreements = {}
+    for name, part in parts.items():
+        card = part.cards[0]
+        agreement = agree_on(recipe.of(name), card, before.get(name), declared, slots)
+        if len(parts) > 1:
+            agreement = agreement.for_embodiment(name)
+        if recipe.policy.checkpoint:
+            agreement.require(sides(card, recipe.policy.checkpoint))
+        else:
+            agreement.require()
+        agreements[name] = agreement
+    return agreements
+
+
+def joined(recipe: Recipe, data: Data, agreements: Mapping[str, Agreement]) -> Agreement:
+    """Return the agreement of a run: that of its embodiments, and the share of each dataset."""
+    return join(agreements).with_items([*_weights(recipe, data)])
+
+
+def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
+    if not data.weights:
+        return
+    samples = recipe.train.steps * recipe.train.batch_size
+    for store, ids, share in zip(data.stores, data.training, shares(data.weights), strict=True):
+        steps = sum(store.episodes[store.index(i)].length for i in ids)
+        seen = share / BLOCK * samples / steps
+        yield Item(
+            f"weight of {store.card.name}",
+            {"dataset": f"{steps} steps in {len(ids)} training episodes"},
+            f"{share / BLOCK:.4g} of the samples, {seen:.3g} epochs",
+            "chosen",
+            "data.weights",
+        )
 
 
 def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:

@@ -326,16 +326,17 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     spec, agreement = experiment.recipe.eval, experiment.agreement
     if not spec.protocol:
         return experiment
+    trained = experiment.codecs.choose(experiment.evaluated, where="the run", option="eval.embodiment")
     robot = rollout.preflight(
         spec.protocol,
-        experiment.codec.embodiment,
+        trained.embodiment,
         trials=spec.every_trials if spec.every else 0,
         wrong_instruction=spec.wrong_instruction,
         seeds=experiment.history.seeds,
     )
     if agreement is None or any(item.name.startswith(EVALUATION) for item in agreement.items):
         return experiment
-    items = protocol_items(experiment.codec.embodiment, robot, spec.protocol)
+    items = protocol_items(trained.embodiment, robot, spec.protocol)
     return replace(experiment, agreement=agreement.with_items(items))
 
 
@@ -389,7 +390,7 @@ def _with_quantised_base(experiment: Experiment, out: Path, main: bool) -> Exper
         return experiment
     if main:
         quantised_base.write(
-            out, experiment.policy, experiment.codec, experiment.history, experiment.unquantised
+            out, experiment.policy, experiment.codecs, experiment.history, experiment.unquantised
         )
     barrier()
     return replace(experiment, base=quantised_base.at(out), changed=frozenset(), unquantised={})

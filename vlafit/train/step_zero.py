@@ -27,6 +27,7 @@ def load_untrained(
     width: int = 16,
     seed: int = 0,
     device: str = "",
+    embodiment: str = "",
 ) -> PolicyActor:
     """Return `checkpoint`, in place of the recipe's, as an actor with the codec of a run's first step.
 
@@ -42,7 +43,7 @@ def load_untrained(
     inputs += f"\n{data.fingerprint}"
     return PolicyActor(
         with_steps(initial.policy.to(place), steps),
-        initial.codec,
+        initial.codecs,
         width=width,
         seed=seed,
         identity=(
@@ -50,4 +51,5 @@ def load_untrained(
             f"as recipe sha256:{hashlib.sha256(inputs.encode()).hexdigest()}"
         ),
         seeds=checkpoints.read_lineage(path).seeds,
+        embodiment=embodiment,
     )

@@ -23,7 +23,7 @@ from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap, Translated
 from vlafit.checkpoints.options import LoadOptions, OptionTable
 from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, weight_files
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy, Source
 from vlafit.tuning import Plan
@@ -109,8 +109,8 @@ class OpenedCheckpoint:
     """Where the files lie that make its codec, for `Format.codec`."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of the file that are no weights and make its codec, for `Format.codec`."""
-    own_codec: Codec | None = None
-    """The codec in our own format that lies in the checkpoint."""
+    own_codec: Codec | CodecSet | None = None
+    """The codec in our own format that lies in the checkpoint; a set, if it has several embodiments."""
     codec_hint: str = ""
     """How to get a codec, for a report that is made without one."""
     plan: Plan | None = None
@@ -177,7 +177,8 @@ class Format(ABC):
             return ChosenCodec(None, self.no_codec)
         refuse_codec_arguments(options, opened.path, "has a codec of its own; it takes no {name}")
         resized = bool(options.config.fields or options.config.widths)
-        return ChosenCodec(fit_codec(opened.own_codec, policy, resized, opened.path))
+        own = CodecSet.of(opened.own_codec)
+        return ChosenCodec(CodecSet([fit_codec(codec, policy, resized, opened.path) for codec in own]))
 
     def base_of(self, files: CheckpointFiles, base: str | Path | None, opener: Opener) -> Path | None:
         """Return the checkpoint of another program that this one sits on, and None where it sits on none.

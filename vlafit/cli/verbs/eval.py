@@ -253,6 +253,7 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
         for name in ("steps", "device", "max_batch", "recipe")
         if getattr(options, name) is not None
     ]
+    here += ["--embodiment"] * bool(options.embodiment)
     here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
     if here:
         listed = ", ".join(here).replace("_", "-")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.cli.parser import Parser, add_config, add_format, add_trust, key_value, settings
+from vlafit.cli.parser import Parser, add_config, add_embodiment, add_format, add_trust, key_value, settings
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
 
@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         metavar="CHECKPOINT",
         help="the one that adapters sit on, or that training began with, where CHECKPOINT does not record it",
     )
+    add_embodiment(parser)
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 [float32]")
     add_config(parser)
     add_format(parser)
@@ -58,6 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         merge=options.merge,
         interpolate=shares,
         base=base,
+        embodiment=options.embodiment,
         config=config,
         dtype=options.dtype,
         format=options.format,

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import agreement_table, plan_table, size, table
-from vlafit.cli.parser import Parser, add_base, add_config, add_format, add_trust, at_most, settings
+from vlafit.cli.parser import (
+    Parser,
+    add_base,
+    add_config,
+    add_embodiment,
+    add_format,
+    add_trust,
+    at_most,
+    settings,
+)
 from vlafit.cli.places import checkpoint_folder
 from vlafit.entry_points import is_module
 from vlafit.errors import ConfigError
@@ -52,9 +61,9 @@ def run(arguments: Sequence[str]) -> int:
     folder = checkpoint_folder(options.checkpoint, foreign=True)
     from vlafit import checkpoints
 
-    look = checkpoints.load if options.whole else checkpoints.inspect
+    look = checkpoints.load_all if options.whole else checkpoints.inspect_all
     base = checkpoint_folder(options.base, foreign=True) if options.base else None
-    loaded = look(
+    every = look(
         folder,
         config=config,
         base=base,
@@ -62,8 +71,14 @@ def run(arguments: Sequence[str]) -> int:
         format=options.format,
         trust=options.trust,
     )
+    loaded = every.of(options.embodiment)
     facts = describe(loaded)
-    facts["to_train"] = needed_to_train(loaded, checkpoints.place(folder).path, base)
+    if every.codecs is not None and loaded.codec is None:
+        if options.data:
+            every.codecs.choose(where=str(folder), option="--embodiment NAME, the one to compare")
+        facts["embodiments"] = [_robot(codec) for codec in every.codecs]
+    place = checkpoints.place(folder).path
+    facts["to_train"] = needed_to_train(loaded, place, base) if every.codecs is None else []
     facts |= _to_train(loaded.policy, loaded.codec, options)
     agreement = None
     if options.data:
@@ -91,6 +106,7 @@ def _parser() -> Parser:
     strategies = ", ".join(shipped.names("strategy"))
     parser.add_argument("--strategy", help=f"a TOML file, or one that ships: {strategies}")
     add_base(parser)
+    add_embodiment(parser)
     parser.add_argument(
         "--batch",
         metavar="N",
@@ -291,8 +307,14 @@ def describe(loaded: "Loaded") -> dict[str, Any]:
         "load": loaded.report.text(),
         "report": loaded.report.facts(),
         **describe_policy(bare(loaded.policy)),
-        "embodiment": dataclasses.asdict(codec.embodiment) if codec else None,
-        "codec": dataclasses.asdict(codec.config) if codec else None,
+        **(_robot(codec) if codec else {"embodiment": None, "codec": None}),
+    }
+
+
+def _robot(codec: "Codec") -> dict[str, Any]:
+    return {
+        "embodiment": dataclasses.asdict(codec.embodiment),
+        "codec": dataclasses.asdict(codec.config),
     }
 
 
@@ -324,8 +346,10 @@ def as_text(facts: dict[str, Any]) -> str:
     parts.append(("total", "", tensors, size(facts["parameters"])))
     lines = [facts["load"], ""]
     lines += [table(("part", "layers", "tensors", "parameters"), parts), ""]
-    robot, codec = facts.get("embodiment"), facts.get("codec")
-    if robot and codec:
+    for one in (facts, *facts.get("embodiments", ())):
+        robot, codec = one.get("embodiment"), one.get("codec")
+        if not (robot and codec):
+            continue
         cameras = ", ".join(f"{c['name']} {c['shape'][0]}x{c['shape'][1]}" for c in robot["cameras"])
         lines += [
             f"robot    {robot['name']}, {robot['hz']:g} Hz, {robot['control']}",

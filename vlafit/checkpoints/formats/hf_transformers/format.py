@@ -13,7 +13,7 @@ from vlafit.checkpoints.formats.hf_transformers import write as writing
 from vlafit.checkpoints.formats.native.read import CODEC
 from vlafit.checkpoints.name_map import NameMap, translate
 from vlafit.checkpoints.options import LoadOptions
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.nn.policy import ParameterInfo, Policy
 
 
@@ -71,9 +71,9 @@ class Transformers(Format):
         unsupported.refuse(files.tensors, str(files.path))
         translated = translate(files.tensors, names.SAVED)
         evidence = names.config_evidence(files.tensors, files.folder)
-        codec = Codec.load(files.folder) if (files.folder / CODEC).is_file() else None
+        codec = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
         if codec is not None:
-            evidence = replace(evidence, values={**evidence.values, "max_tokens": codec.config.max_tokens})
+            evidence = replace(evidence, values={**evidence.values, "max_tokens": codec.max_tokens})
         return OpenedCheckpoint(str(files.path), self, "pi0", translated, evidence, own_codec=codec)
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:

@@ -17,7 +17,7 @@ from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
 from vlafit.checkpoints.tensor_files import read_json_object
-from vlafit.codec import Codec
+from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.policies import build_config, family
 from vlafit.tuning import Plan
@@ -37,7 +37,7 @@ class NativeFolder:
     config: Any
     weights: Path
     """The file of all weights; of those that differ from `base` where there is one."""
-    codec: Codec | None
+    codec: CodecSet | None
     plan: Plan | None
     base: Base | None = None
 
@@ -62,7 +62,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     except ConfigError as error:
         raise WeightsError(f"{path}: {error}") from error
     config = build_config(module, described["config"], f"{path}: config")
-    codec = Codec.load(folder) if (folder / CODEC).is_file() else None
+    codec = CodecSet.load(folder) if (folder / CODEC).is_file() else None
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
     base = read_base(folder)
     tuned = plan is not None and (plan.adapted or plan.quantised)

@@ -14,7 +14,7 @@ from vlafit.checkpoints.formats.native import adapters
 from vlafit.checkpoints.formats.native.adapters import Base
 from vlafit.checkpoints.formats.native.read import MANIFEST, PLAN, POLICY, RECIPE, VERSION, WEIGHTS
 from vlafit.checkpoints.history import Lineage
-from vlafit.codec import Codec
+from vlafit.codec import Codec, CodecSet
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning import Plan
@@ -25,7 +25,7 @@ def write_folder(
     folder: Path,
     policy: Policy,
     weights: Mapping[str, Tensor],
-    codec: Codec | None = None,
+    codec: Codec | CodecSet | None = None,
     plan: Plan | None = None,
     recipe: str | None = None,
     history: Lineage | None = None,
