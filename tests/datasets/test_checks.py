@@ -177,6 +177,81 @@ def test_nothing_is_found_in_clean_recordings(seed: int):
     assert check_store(Recording(recorded(seed))) == []
 
 
+def _times(column: str, dimension: int, factor: float, add: float = 0.0) -> Callable[[Episode], Episode]:
+    def damage(e: Episode) -> Episode:
+        values = vars(e)[column].copy()
+        values[:, dimension] = values[:, dimension] * factor + add
+        return replace(e, **{column: values})
+
+    return damage
+
+
+def _held(column: str) -> Callable[[Episode], Episode]:
+    def damage(e: Episode) -> Episode:
+        values = vars(e)[column].copy()
+        start = 1 + int(np.abs(np.diff(e.state[:70, :2], axis=0)).sum(1).argmax())
+        values[start : start + 11] = values[start]
+        return replace(e, **{column: values})
+
+    return damage
+
+
+def _without_rows(e: Episode) -> Episode:
+    speed = np.abs(np.diff(e.state[:, :2], axis=0)).sum(1)
+    start = int(np.convolve(speed, np.ones(20), "valid").argmax())
+    keep = np.r_[0:start, start + 20 : STEPS]
+    frames = {name: values[keep] for name, values in e.frames.items()}
+    return Episode(e.state[keep], e.actions[keep], frames)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (_times("actions", 0, 1.3), "scale"),
+        (_times("state", 0, 1000), "scale"),
+        (_times("state", 1, 1, 0.3), "offset"),
+        (_times("actions", 2, 0), "dead_dimension"),
+        (_times("state", 0, 0), "dead_dimension"),
+        (_held("state"), "repeated_rows"),
+        (_without_rows, "jump"),
+    ],
+)
+def test_an_episode_whose_columns_relate_or_step_otherwise_than_the_others_is_found(
+    damage: Callable[[Episode], Episode], kind: str
+):
+    episodes = recorded()
+    episodes[BAD] = damage(episodes[BAD])
+    findings = check_store(Recording(episodes), pixels=False)
+    assert kind in {f.kind for f in findings}
+    assert {f.episode for f in findings} == {f"episode_{BAD}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda f: np.clip(f.astype(int) + 40, 0, 255).astype(np.uint8), "looks_different"),
+        (lambda f: f.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8), "looks_different"),
+        (lambda f: np.concatenate([f[:40], f[40:, :, ::-1]]), "cut"),
+        (lambda f: f[np.arange(STEPS) // 2 * 2], "repeated_frames"),
+    ],
+)
+def test_an_episode_whose_frames_look_otherwise_than_the_others_is_found(
+    change: Callable[[NDArray], NDArray], kind: str
+):
+    episodes = recorded()
+    episodes[BAD] = on_frames(change)(episodes[BAD])
+    findings = check_store(Recording(episodes))
+    assert kind in {f.kind for f in findings}
+    assert {f.episode for f in findings} == {f"episode_{BAD}"}
+
+
+def test_the_video_of_another_episode_is_found():
+    episodes = recorded()
+    episodes[BAD] = replace(episodes[BAD], frames=episodes[2].frames)
+    kinds = {(f.kind, f.episode) for f in check_store(Recording(episodes))}
+    assert ("duplicate_frames", f"episode_{BAD}") in kinds
+
+
 def test_actions_that_come_late_in_every_episode_are_found():
     findings = check_store(Recording([lagging(4)(e) for e in recorded()]), pixels=False)
     assert [(f.kind, f.episode) for f in findings] == [("action_lag", "")]

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.checks.finding import Finding
+from vlafit.datasets.checks.relations import Pair, check_relation
+from vlafit.datasets.checks.steps import check_steps
 from vlafit.datasets.store import EpisodeStore
 
 PLACEHOLDERS = ("", "task", "todo", "test", "none", "unknown", "dummy", "null")
@@ -32,9 +34,14 @@ def check_columns(store: EpisodeStore) -> list[Finding]:
     columns = [c for c in columns if c[0] not in {f.episode for f in broken}]
     findings = [*broken, *_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
     findings += [*_limits(store, columns), *_holes(columns)]
+    robot = store.embodiment
+    spiked = {f.episode for f in findings if f.kind in ("spike", "zero_rows")}
+    labels = {"state": robot.state.labels, "action": robot.action.labels}
+    findings += [f for f in check_steps(columns, labels) if f.episode not in spiked]
     copied = {f.episode for f in findings if f.kind == "action_equals_state"}
     rest = [c for c in columns if c[0] not in copied]
-    return findings + _signs_and_lags(store, rest)
+    related = _signs_and_lags(store, rest)
+    return findings + [f for f in related if f.kind != "noisy" or f.episode not in spiked]
 
 
 def _not_finite(columns: Columns) -> list[Finding]:
@@ -207,7 +214,7 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
     columns = [c for c in columns if len(c[1]) >= 3 * FURTHEST_LAG]
     if len(columns) < FEWEST:
         return []
-    findings = []
+    findings, relations = [], []
     labels = store.embodiment.action.labels
     lags: dict[str, list[int]] = {episode: [] for episode, *_ in columns}
     usual: dict[int, int] = {}
@@ -221,12 +228,14 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
         curves = curves * np.sign(middle[place])
         usual[d] = place - FURTHEST_LAG
         flipped = curves[:, place] < -STRONG
+        name = labels[d] if d < len(labels) else f"dimension {d}"
         if flipped.mean() <= 1 - AGREEING:
-            name = labels[d] if d < len(labels) else f"dimension {d}"
             findings += [
                 _sign(columns[n][0], name, curves[n, place], int((~flipped).sum()), len(columns))
                 for n in np.flatnonzero(flipped)
             ]
+        pairs = [_pair(episode, x[:, s], a[:, d], usual[d], difference) for episode, x, a in columns]
+        relations += check_relation(name, pairs)
         own = curves.argmax(axis=1)
         if (np.abs(own - place) <= 1).mean() < SHARP:
             continue
@@ -243,7 +252,18 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
     everywhere = [lag for lag in usual.values() if lag < 0]
     if usual and len(everywhere) > len(usual) / 2:
         findings.append(_lag("", int(np.median(everywhere))))
-    return findings
+    told = {finding.episode for finding in findings}
+    return findings + [finding for finding in relations if finding.episode not in told]
+
+
+def _pair(
+    episode: str, state: NDArray[np.float64], action: NDArray[np.float64], lag: int, difference: bool
+) -> Pair:
+    """Return the action at each step with the state (or its difference) `lag` steps later."""
+    if difference:
+        state, action = np.diff(state), action[:-1]
+    first, last = max(0, -lag), len(action) - max(0, lag)
+    return Pair(episode, action[first:last], state[first + lag : last + lag], difference)
 
 
 def _is_late(late: list[int]) -> bool:

@@ -1,12 +1,13 @@
 """Checks of frames: cameras swapped, turned or in BGR, black or frozen, and video late against the states."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.datasets.checks import late
+from vlafit.datasets.checks import late, looks
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.store import EpisodeStore
 
@@ -29,6 +30,7 @@ class _Clip:
     change: NDArray[np.float64]  # [T - 1], mean absolute difference of neighbouring frames
     level: NDArray[np.float64]  # [T], mean grey level
     features: NDArray[np.float32]  # [T, late.FEATURES], see checks/late.py
+    sharpness: float  # mean absolute difference of neighbouring pixels of a row
 
 
 def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
@@ -58,11 +60,43 @@ def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | Non
                 for n, clip in enumerate(clips[camera])
             ],
         )
-    return findings + _transformed(clips)
+    transformed = _transformed(clips)
+    findings += transformed
+    told = {(finding.episode, finding.kind) for finding in findings}
+    for camera in cameras:
+        findings += [
+            finding
+            for finding in looks.check_looks(camera, _looks(store, clips[camera], speeds))
+            if not _explained(finding, told)
+        ]
+    return findings
+
+
+def _looks(store: EpisodeStore, clips: list[_Clip], speeds: list[NDArray[np.float64]]) -> list[looks.Look]:
+    made = []
+    for number, (clip, speed) in enumerate(zip(clips, speeds, strict=True)):
+        frames = hashlib.sha256(clip.features.tobytes()).hexdigest() if clip.change.any() else ""
+        states = hashlib.sha256(np.ascontiguousarray(store.state(number)).tobytes()).hexdigest()
+        sentence = store.episodes[number].instruction
+        made.append(
+            looks.Look(clip.episode, sentence, clip.mean, clip.change, clip.sharpness, speed, frames, states)
+        )
+    return made
+
+
+def _explained(finding: Finding, told: set[tuple[str, str]]) -> bool:
+    """Whether another finding of the episode says more of the same."""
+    kinds = {kind for episode, kind in told if episode == finding.episode}
+    same = {*TRANSFORMS, "cameras_swapped"}
+    missing = {"black_frames", "dark_frames", "frozen_frames"}
+    return bool(
+        kinds & {"looks_different": same | missing, "blurred": same | missing}.get(finding.kind, missing)
+    )
 
 
 def _speed(state: NDArray) -> NDArray[np.float64]:
     """Return how much the state changes at each step [T - 1], each dimension in units of its range."""
+    state = np.nan_to_num(state, nan=0.0, posinf=0.0, neginf=0.0)  # another check names such values
     size = np.ptp(state, axis=0)
     steps = np.abs(np.diff(state.astype(np.float64), axis=0))
     return (steps / np.where(size > 0, size, 1)).sum(axis=1)
@@ -70,7 +104,7 @@ def _speed(state: NDArray) -> NDArray[np.float64]:
 
 def _clip(store: EpisodeStore, number: int, episode: str, camera: str, count: Callable[[int], None]) -> _Clip:
     length = store.episodes[number].length
-    total, changes, levels, features = np.zeros((SIZE, SIZE, 3)), [], [], []
+    total, changes, levels, features, edges = np.zeros((SIZE, SIZE, 3)), [], [], [], 0.0
     project = late.projection()
     last: NDArray | None = None
     for first in range(0, length, BATCH):
@@ -78,15 +112,16 @@ def _clip(store: EpisodeStore, number: int, episode: str, camera: str, count: Ca
         small = _sampled(frames, SIZE).astype(np.float64)
         features.append(_cells(_sampled(frames, 4 * late.GRID)) @ project)
         total += small.sum(axis=0)
+        rows = frames[:, :: max(1, frames.shape[1] // SIZE)].astype(np.int16)
+        edges += float(np.abs(np.diff(rows, axis=2)).mean()) * len(frames)
         levels.append(small.mean(axis=(1, 2, 3)))
         joined = small if last is None else np.concatenate([last[None], small])
         changes.append(np.abs(np.diff(joined, axis=0)).mean(axis=(1, 2, 3)))
         last = small[-1]
         count(len(frames))
     mean = (total / length).astype(np.float32)
-    return _Clip(
-        episode, camera, mean, np.concatenate(changes), np.concatenate(levels), np.concatenate(features)
-    )
+    joined = (np.concatenate(values) for values in (changes, levels, features))
+    return _Clip(episode, camera, mean, *joined, edges / length)
 
 
 def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -107,7 +107,11 @@ class ImageColumns:
         self._groups.clear()
 
     def _read(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
-        return self._open(path).read_row_group(group, [column], use_threads=False).column(0)
+        file = self._open(path)
+        if column not in file.schema_arrow.names:
+            near = did_you_mean(column, file.schema_arrow.names)
+            raise DataError(f"{path}: no column {column!r}{near}; fetch it again")
+        return file.read_row_group(group, [column], use_threads=False).column(0)
 
     def _locate(self, path: Path, row: int) -> tuple[int, int]:
         metadata = self._open(path).metadata
