@@ -61,7 +61,7 @@ def require_values(
     return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged))
 
 
-def permitted_by(checkpoint: Path, embodiment: str) -> tuple[str, ...]:
+def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:
     """Return the dimensions of an embodiment that the recipe of a run's checkpoint permits to be extreme."""
     path = checkpoint / "recipe.toml"
     return config.read(Recipe, path, "recipe").adapt.of(embodiment).outside if path.is_file() else ()
