@@ -1,4 +1,4 @@
-"""Damage of 46 kinds at three severities, one episode at a time: which does `vlafit data check` find?
+"""Damage of 51 kinds at three severities, one episode at a time: which does `vlafit data check` find?
 
 python benchmarks/data_check.py                # the table (Markdown)
 python benchmarks/data_check.py --clean        # only the clean sets, in five layouts on disk: 0 findings
