@@ -133,6 +133,8 @@ class TrainRecipe:
     memory: str = ""
     """Memory to fit into, such as 24GB: picks recompute, optim.states and accumulate. Empty: refuse what the
     GPU has no room for. ignore: start whatever the forecast says."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for train/mfu. 0: that of a known GPU in bf16; others log none."""
     log_every: int = 10
     """Steps between logged metrics."""
     validate_every: int = 200

@@ -204,6 +204,13 @@ class Pi0(FlowPolicy):
             c.vision.image_size, c.state_dim, c.action_dim, c.chunk, prompt, c.max_tokens, c.language.vocab
         )
 
+    def tokens(self, batch: Batch, draws: int) -> int:
+        """Count patches and prompt, the state's token if there is one, and the actions of every draw."""
+        c = self.config
+        images = batch.image_mask.shape[1] * (c.vision.image_size // c.vision.patch) ** 2
+        state = 1 if c.state_input == "continuous" else 0
+        return len(batch) * (images + batch.prompt()[0].shape[1] + state + draws * c.chunk)
+
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
         parts = (self.vision, self.projector, self.language)

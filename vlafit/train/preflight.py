@@ -32,7 +32,8 @@ NOT_NEGATIVE = ("train.seed", "train.accumulate",
                 "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
-                "train.max_seconds", "eval.every", "eval.workers", "eval.videos", "eval.samples")  # fmt: skip
+                "train.max_seconds", "train.peak_tflops", "eval.every", "eval.workers", "eval.videos",
+                "eval.samples")  # fmt: skip
 # More of these is a slip, and would end hours later in missing memory, processes or disk.
 AT_MOST = {"train.batch_size": 2**16, "train.draws": 2**12, "train.accumulate": 2**16,
            "train.validation_batches": 2**20, "data.workers": 1024, "eval.workers": 1024,

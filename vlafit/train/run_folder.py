@@ -23,7 +23,7 @@ from vlafit.tuning import load_strategy
 HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep",
             "train.keep_best", "train.save_every", "train.validate_every",
             "train.validation_batches", "train.trackers", "train.report", "train.memory", "train.recompute",
-            "data.workers", "data.validation_sets")  # fmt: skip
+            "train.peak_tflops", "data.workers", "data.validation_sets")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",
