@@ -202,6 +202,10 @@ class SmolVLA(FlowPolicy):
             framing="smolvla",
         )
 
+    def prefix_modules(self) -> list[nn.Module]:
+        """Return image tower, connector, language model, and the state's projection, whose token is there."""
+        return [self.vision, self.projector, self.language, self.state_proj]
+
     def tokens(self, batch: Batch, draws: int) -> int:
         """Count the connector's tokens and the prompt, the state's token, and the actions of every draw."""
         c = self.config
