@@ -186,7 +186,7 @@ def test_a_base_that_moved_is_found_by_its_new_place_and_another_one_is_refused(
     vlafit.save_checkpoint(other, tmp_path / "base")
     with pytest.raises(WeightsError, match="trained on another checkpoint"):
         vlafit.load_policy(tmp_path / "c")
-    with pytest.raises(WeightsError, match="base=.* only applies to adapter checkpoints"):
+    with pytest.raises(WeightsError, match="base=.* only applies to a checkpoint that sits on another"):
         vlafit.load_checkpoint(base, base=base)
 
 

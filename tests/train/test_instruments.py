@@ -53,11 +53,10 @@ def _attention(c) -> list[int]:
 
 
 def test_arithmetic_grows_with_rows_and_shrinks_with_what_is_frozen_or_trimmed() -> None:
-    bare = build_family("pi0", "pi0-tiny", {}, device="meta")
+    bare = build_family("pi0", "pi0-tiny", {"vision.depth": 1, "language.depth": 1}, device="meta")
     full, expert = (FlopCounter(bare, preview(bare, load_strategy(s)), 1) for s in ("full", "expert"))
     assert full(BatchShape(3, 2, 12)) == 3 * full(SHAPE)
-    assert expert(SHAPE) < full(SHAPE)
-    assert full(BatchShape(1, 1, 12)) < full(SHAPE) > full(BatchShape(1, 2, 8))
+    assert max(expert(SHAPE), full(BatchShape(1, 1, 12))) < full(SHAPE)
 
 
 def test_a_peak_is_given_or_known_and_never_guessed() -> None:

@@ -17,7 +17,7 @@ from vlafit.checkpoints.load import (
     wants_tokenizer,
 )
 from vlafit.checkpoints.load_report import LoadReport
-from vlafit.checkpoints.locate import digest, place
+from vlafit.checkpoints.locate import digest, lasting_base, place
 from vlafit.checkpoints.save import save
 from vlafit.checkpoints.tensor_files import open_tensors
 
@@ -34,6 +34,7 @@ __all__ = [
     "digest",
     "fit",
     "inspect",
+    "lasting_base",
     "load",
     "load_policy",
     "names_on_base",

@@ -48,10 +48,10 @@ def save(
     moving average, or what sharded processes gathered) and must have exactly its names and shapes; quantised
     ones, which are never written, may be left out.
 
-    With adapters or quantised weights, `base` names the checkpoint that they sit on (a path, or one that
-    ships), and then only the adapters are written and those weights below them that differ from it: those
-    named in `changed`, or found by comparison. A quantised policy sits on the checkpoint that it was loaded
-    from where no other is named. An adapted one without `base` is written whole.
+    `base` names a checkpoint that the policy sits on (a path, or one that ships), and then only adapters are
+    written and those weights that differ from it: those named in `changed`, or found by comparison. A
+    quantised policy sits on the checkpoint that it was loaded from where no other is named. Any other one
+    without `base` is written whole.
 
     Raises WeightsError when the pieces do not belong together, when quantised weights are not those of the
     base, rounded (they would be lost), or when a quantised policy has no base.
@@ -72,7 +72,7 @@ def save(
     adapters = adapter_tensors(policy)
     own = {base_name(name): tensor for name, tensor in given.items() if name not in adapters}
     quantised = {base_name(name) for name in rounded}
-    _require_belonging(folder, plan, adapters, own, quantised, base)
+    _require_belonging(folder, plan, adapters, own)
     if base is None and quantised:
         base = policy.source.checkpoint if policy.source else None
         if base is None:
@@ -98,8 +98,6 @@ def _require_belonging(
     plan: Plan | None,
     adapters: Collection[str],
     own: Collection[str],
-    quantised: Collection[str],
-    base: str | Path | Base | None,
 ) -> None:
     if adapters and plan is None:
         raise WeightsError(
@@ -113,10 +111,6 @@ def _require_belonging(
                 f"{folder}: the plan is not of this policy; they differ in {different[:3]}. A policy whose "
                 "adapters were merged is saved without a plan"
             )
-    if base is not None and not (adapters or quantised):
-        raise WeightsError(
-            f"{folder}: base is for a policy with adapters or quantised weights; this one has none"
-        )
 
 
 _NOWHERE = (

@@ -1,7 +1,8 @@
 """Count the arithmetic of a training step on the meta device, and hold it against the peak of the device.
 
 Only products of matrices, convolutions and attention count, a multiplication and an addition as two. What
-recomputing activations repeats does not count: these are the operations that the model needs.
+recomputing activations repeats does not count: these are the operations that the model needs. A shape
+of a policy of billions of parameters takes seconds, so it is counted once, when it is first logged.
 """
 
 from functools import cache

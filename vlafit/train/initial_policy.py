@@ -56,12 +56,20 @@ class InitialPolicy:
     """The agreement of data and checkpoint; None for a resumed run that is older than agreements."""
 
 
-def resume(folder: Path, trust: Sequence[str], frozen: FrozenWeights) -> InitialPolicy:
-    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
-    policy, codec, plan, report = checkpoints.load(folder, trust=trust, narrow=frozen.at_load)
+def resume(
+    folder: Path, trust: Sequence[str], frozen: FrozenWeights, moved: str | None = None
+) -> InitialPolicy:
+    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does.
+
+    `moved` is where its base lies now; a checkpoint without a base ignores it.
+    """
+    base = checkpoints.read_base(folder)
+    at = moved if base is not None else None
+    policy, codec, plan, report = checkpoints.load(folder, base=at, trust=trust, narrow=frozen.at_load)
     frozen.finish(policy)
     assert codec is not None and plan is not None  # the trainer saves both
-    base = checkpoints.read_base(folder)
+    if base is not None and moved:
+        base = replace(base, checkpoint=checkpoints.place(moved).name)
     changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
     return InitialPolicy(
         policy,
@@ -182,10 +190,14 @@ def _from_checkpoint(
     digest = checkpoints.digest(path)
     options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
+    changed = {*report.fresh, *report.resized}
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
         warnings = (_merge_before_training(policy, plan, frozen, chosen.checkpoint),)
         base = None  # no file holds the merged weights
+    elif not foreign and (below := checkpoints.lasting_base(path, base_of)) is not None:
+        base = below  # not on the checkpoint of another run, which holds only what that run trained
+        changed.update(checkpoints.names_on_base(path))
     robot, before = codec.embodiment if codec is not None and codec.embodiment.hz else None, codec
     tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
     notes = [f"note: {place.note}"] if place.note else []
@@ -205,7 +217,7 @@ def _from_checkpoint(
         f"checkpoint {path}",
         robot=robot,
         base=base,
-        changed=frozenset((*report.fresh, *report.resized)),
+        changed=frozenset(changed),
         warnings=warnings,
         agreement=_with_codec(agreement, recipe, data, before, codec, tokenizer),
     )

@@ -14,7 +14,7 @@ from typing import final
 import torch
 
 from vlafit.nn.batch import Batch
-from vlafit.train import checkpointer, dataloader, stages
+from vlafit.train import checkpointer, dataloader, saved_weights, stages
 from vlafit.train.checkpointer import Progress
 from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier, from_main, gathered, sum_over_processes
@@ -86,7 +86,7 @@ class Trainer:
             experiment.policy, experiment.plan, context.recipe, context.device, self.state.progress.stage
         )
         self.instruments = Instruments(
-            context.recipe.train.batch_size,
+            context.recipe.train.samples,
             known_peak(context.recipe.train, context.device),
             self._flops_of_stage(),
         )
@@ -244,7 +244,9 @@ class Trainer:
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
         }
+        began = time.perf_counter()
         values |= self.instruments.values()
+        self.state.zero_s += time.perf_counter() - began  # training time excludes counting FLOPs
         if self.context.main:
             values |= self.context.meter.values(policy, train_state.optimizer, train_state.ema)
         values |= self.train_state.learning_rates()
@@ -288,6 +290,8 @@ class Trainer:
         quantised = {f"{layer}.weight" for layer in quantised_names(policy)}  # frozen, and never written
         live = {name: p for name, p in policy.named_parameters() if name not in quantised}
         weights = gathered({**live, **average}, keep=context.main)
+        if context.recipe.train.precision == "bf16" and context.main:
+            weights = saved_weights.rounded(policy, weights, train_state.plan.trainable)
         broken = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(broken)), device=context.device)) > 0:
             raise NotFinite(f"step {step}: weights or optimiser states are not finite: {broken[:3]}")
@@ -297,7 +301,8 @@ class Trainer:
             checkpointer.write(folder, tensors, progress, context.experiment.data.fingerprint)
 
         if context.main:
-            context.manager.save(step, fill)
+            folder = context.manager.save(step, fill)
+            log.info("%s: %s", folder.name, context.describe_saved(folder, train_state.plan))
         self._mark_best()
         self._prune()
         barrier()
