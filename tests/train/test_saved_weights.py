@@ -59,8 +59,8 @@ def recipe_on(card: Path, standing: Path, tmp_path_factory: pytest.TempPathFacto
         "validate_every": 0,
         "keep": 4,
     }
-    recipe = tiny(card, strategy=str(strategy), train=short)
-    return replace(recipe, policy=PolicyRecipe(checkpoint=str(standing)))
+    recipe = tiny(card, train=short)
+    return replace(recipe, strategy=str(strategy), policy=PolicyRecipe(checkpoint=str(standing)))
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +198,14 @@ def test_on_another_runs_checkpoint_every_weight_is_saved_unless_wanted_otherwis
 
 def test_the_choice_follows_what_is_frozen_and_where_the_base_lies(base: Path, standing: Path) -> None:
     policy = checkpoints.inspect(standing).policy
-    plans = {name: preview(policy, load_strategy(name)) for name in ("full", "expert", "lora")}
+    plans = {name: preview(policy, load_strategy(name)) for name in ("full", "expert")}
     there, in_a_run = (checkpoints.Base(str(path), "abc") for path in (standing, base))
     cases = [
         ("auto", "expert", there, "trained"),
         ("auto", "full", there, "whole"),
         ("auto", "expert", in_a_run, "whole"),
-        ("auto", "lora", in_a_run, "trained"),
         ("trained", "expert", in_a_run, "trained"),
-        ("whole", "lora", there, "whole"),
+        ("whole", "expert", there, "whole"),
         ("auto", "expert", None, "whole"),
     ]
     for wanted, strategy, below, how in cases:

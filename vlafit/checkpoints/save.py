@@ -45,8 +45,8 @@ def save(
     `plan` says what learned, and where adapters sit; a policy with adapters needs it. `recipe` is the
     resolved recipe's TOML, `history` what the weights learned from,
     `agreement` what data and checkpoint agreed on. `weights` replace the policy's own (a
-    moving average, or what sharded processes gathered) and must have exactly its names and shapes; quantised
-    ones, which are never written, may be left out.
+    moving average, or what sharded processes gathered) and must have exactly its names and shapes; those that
+    are not written (quantised ones, and what a Base holds that is given with `changed`) may be left out.
 
     `base` names a checkpoint that the policy sits on (a path, or one that ships), and then only adapters are
     written and those weights that differ from it: those named in `changed`, or found by comparison. A
@@ -58,8 +58,12 @@ def save(
     """
     folder = Path(folder)
     live = dict(policy.named_parameters())
+    adapters = adapter_tensors(policy)
     rounded = {f"{layer}.weight" for layer in quantised_names(policy)}
-    given = live if weights is None else {**{n: live[n] for n in rounded}, **weights}
+    unsaved = set(rounded)
+    if isinstance(base, Base) and changed is not None:
+        unsaved |= {n for n in live if n not in adapters and base_name(n) not in changed}
+    given = live if weights is None else {**{n: live[n] for n in unsaved}, **weights}
     if {n: t.shape for n, t in given.items() if n not in rounded} != {
         n: p.shape for n, p in live.items() if n not in rounded
     }:
@@ -69,7 +73,6 @@ def save(
         raise WeightsError(
             f"{folder}: the weights to save are not the policy's; they differ in {different[:5]}"
         )
-    adapters = adapter_tensors(policy)
     own = {base_name(name): tensor for name, tensor in given.items() if name not in adapters}
     quantised = {base_name(name) for name in rounded}
     _require_belonging(folder, plan, adapters, own)

@@ -117,6 +117,8 @@ def _with_batch(
     own = Rung(closed.train.recompute, closed.optim.states, closed.train.micro_batches)
     free = [name for name, field in OPEN.items() if field_of(recipe, field) in AUTOMATIC]
     ladder = rungs(1, fixed=own, free=[name for name in free if name != "micro_batches"])
+    if workload.shards > 1:
+        ladder = [rung for rung in ladder if rung.states == own.states]  # 8-bit moments cannot be sharded
     most = LARGEST // (processes * own.micro_batches)
     of_rows = forecasts(policy, strategy, workload)
     chosen = choose_rows(of_rows, ladder or [own], room, most)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlafit import checkpoints
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, family_name
 from vlafit.tuning import Plan
-from vlafit.tuning.inject import base_name
+from vlafit.tuning.inject import adapter_tensors, base_name
+from vlafit.tuning.quantise import quantised_names
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,20 @@ def in_a_run(checkpoint: str) -> bool:
     """Whether the path is that of a step's checkpoint in a run of vlafit, LeRobot or openpi."""
     path = Path(checkpoint)
     return path.is_dir() and (path.name == "pretrained_model" or STEP.fullmatch(path.name) is not None)
+
+
+def to_save(policy: Policy, changed: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters that checkpoints hold, by live name: adapters, and the weights in `changed`.
+
+    None: all, except quantised ones, which are never written.
+    """
+    adapters = adapter_tensors(policy)
+    quantised = {f"{layer}.weight" for layer in quantised_names(policy)}
+    return {
+        name: parameter
+        for name, parameter in policy.named_parameters()
+        if name not in quantised and (changed is None or name in adapters or base_name(name) in changed)
+    }
 
 
 def rounded(policy: Policy, weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:

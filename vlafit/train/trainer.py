@@ -24,7 +24,6 @@ from vlafit.train.instruments import Instruments, known_peak
 from vlafit.train.loop import Keys, NotFinite, StepResult, train
 from vlafit.train.train_state import TrainState
 from vlafit.train.validate import validate
-from vlafit.tuning.quantise import quantised_names
 
 log = logging.getLogger(__name__)
 
@@ -287,8 +286,7 @@ class Trainer:
         policy = context.experiment.policy
         average = train_state.ema.average if train_state.ema is not None else {}
         tensors = checkpointer.collect(train_state, keep=context.main)
-        quantised = {f"{layer}.weight" for layer in quantised_names(policy)}  # frozen, and never written
-        live = {name: p for name, p in policy.named_parameters() if name not in quantised}
+        live = saved_weights.to_save(policy, context.experiment.saved_on(train_state.plan)[1])
         weights = gathered({**live, **average}, keep=context.main)
         if context.recipe.train.precision == "bf16" and context.main:
             weights = saved_weights.rounded(policy, weights, train_state.plan.trainable)
