@@ -70,6 +70,7 @@ def test_what_could_never_learn_is_refused() -> None:
         parse({"stop_gradient": "expert", "rule": [FROZEN]}, name="x", where="here")
 
 
+@pytest.mark.slow
 def test_forecast_and_flop_counter_know_that_the_prefix_keeps_nothing() -> None:
     shallow = {"vision.depth": 1, "language.depth": 2}
     bare = build_family("smolvla", "smolvla-tiny", shallow, device="meta")

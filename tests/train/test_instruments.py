@@ -52,6 +52,7 @@ def _attention(c) -> list[int]:
     return [vision, language, expert]
 
 
+@pytest.mark.slow
 def test_arithmetic_grows_with_rows_and_shrinks_with_what_is_frozen_or_trimmed() -> None:
     bare = build_family("pi0", "pi0-tiny", {"vision.depth": 1, "language.depth": 1}, device="meta")
     full, expert = (FlopCounter(bare, preview(bare, load_strategy(s)), 1) for s in ("full", "expert"))
