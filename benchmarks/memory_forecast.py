@@ -1,14 +1,15 @@
 """Compare the forecast of training memory with what training takes.
 
     python benchmarks/memory_forecast.py [--out forecast.jsonl] [--device cuda]
-    python benchmarks/memory_forecast.py --table 8 [--policies pi0 ...]
+    python benchmarks/memory_forecast.py --table [--policies pi0 ...] [--strategies expert ...]
 
 On a CPU: the peak resident set of two training steps in fp32, at reduced width, above what the process held
 before it built the policy; 3 policies x 4 strategies x 2 batches x 2 rungs. On a GPU (--device cuda): the
 allocator's peak at full size in bf16. The forecast has no fitted number; the summary also adds a constant,
 fitted to every other point, for what a process takes itself.
 Each point runs in a process of its own, forked after a warm-up; rows that --out holds are not measured again.
-`--table N` measures nothing: it prints the forecast of the public sizes for N samples a step in bf16.
+`--table` measures nothing: it prints the forecast of the public sizes in bf16, and the most samples a step
+that fit GPUs. Between the batches of `ANCHORS` it takes what a line says, which is never too little.
 glibc is told to return freed memory at once, because its heaps would otherwise hide what tensors hold.
 """
 
@@ -28,6 +29,7 @@ from vlafit.nn.recompute import recompute_blocks
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import OptimRecipe, TrainRecipe
+from vlafit.train.auto_batch import SIZES
 from vlafit.train.forecast import Workload, forecast, full_batch
 from vlafit.train.frozen import narrow_names
 from vlafit.train.memory import MemoryMeter, resident
@@ -51,6 +53,8 @@ STRATEGIES = ("full", "frozen-vision", "expert", "lora")
 BATCHES = (4, 8)
 RUNGS = (("none", "fp32"), ("full", "8bit"))
 CAMERAS = 3
+TABLE_RUNGS = {"none, fp32": Rung("none"), "full, 8bit": Rung("full", "8bit")}
+ANCHORS = (1, 16, 256)
 
 
 def main() -> int:
@@ -58,17 +62,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("forecast.jsonl"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--policies", nargs="+", default=list(REDUCED), choices=list(REDUCED))
-    parser.add_argument("--table", type=int, metavar="N", help="print the forecast for N samples a step")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--table", action="store_true", help="print the table of docs/hardware.md")
     options = parser.parse_args()
     if options.table:
-        return table(options.policies, options.table)
+        return table(options.policies, options.strategies)
     if any(os.environ.get(name) != value for name, value in RETURN_AT_ONCE.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_AT_ONCE)
     torch.set_num_threads(1)
     points = [
         (policy, strategy, batch, *rung)
         for policy in options.policies
-        for strategy in STRATEGIES
+        for strategy in options.strategies
         for batch in BATCHES
         for rung in RUNGS
     ]
@@ -92,31 +97,35 @@ def main() -> int:
     return 0
 
 
-def table(policies: list[str], batch: int) -> int:
-    """Print the forecast of each policy and strategy in GB, for each rung, and the smallest GPU that fits."""
-    shown = [Rung("none"), Rung("full"), Rung("full", "8bit")]
-    heads = [
-        "policy",
-        "strategy",
-        *(f"{r.recompute}{', 8bit' * (r.states == '8bit')}" for r in shown),
-        "GPU, GB",
-    ]
-    print(f"| {' | '.join(heads)} |\n|---|---|{'---:|' * (len(heads) - 2)}")
+def table(policies: list[str], strategies: list[str]) -> int:
+    """Print the forecast of each policy, strategy and rung in GB, and the largest batch for each GPU."""
+    batches = [f"GB, {rows} sample{'s' * (rows > 1)}" for rows in ANCHORS[:2]]
+    heads = ["policy", "strategy", "recompute, states", *batches, *(f"{card} GB" for card in CARDS_GB)]
+    print(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * (len(heads) - 3)}")
     for policy in policies:
         family, size, config = FULL[policy]
         bare = build_family(family, size, config, device="meta")
-        for strategy in STRATEGIES:
-            of = forecaster(bare, load_strategy(strategy), Workload(batch, cameras=CAMERAS))
-            totals = [of(rung).total for rung in shown]
-            fits = [next((c for c in CARDS_GB if total <= room_for(c)), "-") for total in totals]
-            cells = [
-                policy,
-                strategy,
-                *(f"{total / 1e9:.1f}" for total in totals),
-                " / ".join(map(str, fits)),
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+        for strategy in strategies:
+            rules = load_strategy(strategy)
+            made = {rows: forecaster(bare, rules, Workload(rows, cameras=CAMERAS)) for rows in ANCHORS}
+            for name, rung in TABLE_RUNGS.items():
+                totals = {rows: made[rows](rung).total for rows in ANCHORS}
+                fits = [largest(totals, room_for(card)) for card in CARDS_GB]
+                cells = [policy, strategy, name, *(f"{totals[rows] / 1e9:.1f}" for rows in ANCHORS[:2])]
+                print(f"| {' | '.join([*cells, *(str(rows or '-') for rows in fits)])} |", flush=True)
     return 0
+
+
+def largest(totals: dict[int, int], room: int) -> int:
+    """Return the largest batch of `SIZES` that fits; 0 if none does."""
+    return max((rows for rows in SIZES if between(totals, rows) <= room), default=0)
+
+
+def between(totals: dict[int, int], rows: int) -> float:
+    """Return the forecast for a number of rows, on a line between its neighbours in `totals`."""
+    low, high = max(r for r in totals if r <= rows), min(r for r in totals if r >= rows)
+    share = (rows - low) / max(1, high - low)
+    return totals[low] + share * (totals[high] - totals[low])
 
 
 def summarise(rows: list[dict]) -> None:

@@ -6,6 +6,8 @@ A field's docstring is its help text on the command line. `vlafit.config` reads 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vlafit.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class PolicyRecipe:
@@ -14,7 +16,7 @@ class PolicyRecipe:
     checkpoint: str = ""
     """Checkpoint to fine-tune: a folder, or the name of a shipped one. Empty: train `family` from scratch."""
     base: str = ""
-    """Checkpoint that the adapters in `checkpoint` sit on, if its files do not hold it."""
+    """Where the base of `checkpoint` lies, or on --resume that of the run's own checkpoints, if it moved."""
     family: str = ""
     """Module of vlafit.policies (or a dotted path) that builds the policy if there is no checkpoint."""
     size: str = ""
@@ -128,8 +130,9 @@ class TrainRecipe:
     """Optimiser steps."""
     max_seconds: float = 0.0
     """Maximum training time in seconds; the learning-rate schedule adapts. 0: no limit."""
-    batch_size: int = 32
-    """Samples in one optimiser step, over all processes and accumulation steps."""
+    batch_size: int | Literal["auto"] = 32
+    """Samples in one optimiser step, over all processes and accumulation steps. auto: as many as fit the
+    device by the forecast, or the free RAM of a CPU, up to 256; chosen once and kept."""
     accumulate: int = 0
     """Micro-batches of each process in one optimiser step. 0: the launcher's, or 1."""
     draws: int = 1
@@ -149,6 +152,8 @@ class TrainRecipe:
     memory: str = ""
     """Memory to fit into, such as 24GB: picks recompute, optim.states and accumulate. Empty: refuse what the
     GPU has no room for. ignore: start whatever the forecast says."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for train/mfu. 0: that of a known GPU in bf16; others log none."""
     log_every: int = 10
     """Steps between logged metrics."""
     validate_every: int = 200
@@ -157,6 +162,9 @@ class TrainRecipe:
     """Samples in one validation, in groups of 32 whatever the batch size, so that losses compare."""
     save_every: int = 500
     """Steps between checkpoints."""
+    checkpoints: Literal["auto", "trained", "whole"] = "auto"
+    """Weights in checkpoints: what the run trains, on its base by hash (trained), or all (whole). auto:
+    trained, unless the base is another run's checkpoint, which may be deleted. Adapters sit on any base."""
     keep: int = 2
     """Checkpoints to keep in addition to the best and the last."""
     keep_best: bool = True
@@ -167,6 +175,13 @@ class TrainRecipe:
     """Trackers of accelerate in addition to metrics.jsonl."""
     report: bool = True
     """Write report.html at the end. `vlafit report RUN` writes it at any time."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in one optimiser step. Raises ConfigError where `batch_size` is still automatic."""
+        if self.batch_size == "auto":
+            raise ConfigError('train.batch_size = "auto" needs a number here, which `vlafit train` chooses')
+        return self.batch_size
 
     @property
     def micro_batches(self) -> int:

@@ -186,7 +186,7 @@ def test_a_base_that_moved_is_found_by_its_new_place_and_another_one_is_refused(
     vlafit.save_checkpoint(other, tmp_path / "base")
     with pytest.raises(WeightsError, match="trained on another checkpoint"):
         vlafit.load_policy(tmp_path / "c")
-    with pytest.raises(WeightsError, match="base=.* only applies to adapter checkpoints"):
+    with pytest.raises(WeightsError, match="base=.* only applies to a checkpoint that sits on another"):
         vlafit.load_checkpoint(base, base=base)
 
 
@@ -257,9 +257,16 @@ def test_pieces_that_do_not_belong_together_are_not_saved(base: Path, tmp_path: 
         vlafit.save_checkpoint(policy, tmp_path / "c")
     with pytest.raises(WeightsError, match=f"^{tmp_path}/c: .*plan.*differ in"):
         vlafit.save_checkpoint(vlafit.merge(policy), tmp_path / "c", plan=plan)
-    with pytest.raises(WeightsError, match=f"^{tmp_path}/c: base .*adapters.*quantised.* none"):
-        vlafit.save_checkpoint(policy, tmp_path / "c", base=base)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_policy_without_adapters_may_sit_on_a_base_too(base: Path, tmp_path: Path):
+    policy = vlafit.load_policy(base)
+    plan = apply_strategy(policy, "projections")
+    train(policy)
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=base)
+    assert set(load_file(tmp_path / "c" / "trained.safetensors")) == set(plan.trainable)
+    assert torch.equal(velocity(vlafit.load_policy(tmp_path / "c")), velocity(policy))
 
 
 def test_what_pissa_adapts_and_a_later_stage_trains_in_full_is_kept(base: Path, tmp_path: Path):

@@ -23,6 +23,7 @@ from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.callbacks import Callbacks
+from vlafit.train.instruments import TIMED
 from vlafit.train.loop import StepResult
 
 
@@ -51,9 +52,12 @@ def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> Non
 
 
 def without_times(out: Path) -> list[dict]:
-    """All metrics but those that measure time, in order."""
-    timed = ("time_s", "train/samples_per_s", "train/data_share")
-    return [{k: v for k, v in event.items() if k not in timed} for event in metrics(out)]
+    """All metrics but those that measure time and memory, in order."""
+    measured = ("time_s", *TIMED, "train/peak_memory_gb")
+    return [
+        {k: v for k, v in event.items() if k not in measured and not k.startswith("train/memory/")}
+        for event in metrics(out)
+    ]
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(

@@ -184,5 +184,5 @@ def test_an_adapter_whose_base_is_elsewhere_is_trained_on_once_the_recipe_names_
 def test_a_base_below_a_checkpoint_without_adapters_has_no_effect_and_is_refused(
     card: Path, base: Path, words: str
 ):
-    with pytest.raises(VlafitError, match="base=.* only applies to adapter checkpoints"):
+    with pytest.raises(VlafitError, match="base=.* only applies to a checkpoint that sits on another"):
         start(recipe(card, base, "data", tokenizer=words, base=str(SMOLVLA)))

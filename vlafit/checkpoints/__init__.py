@@ -20,7 +20,7 @@ from vlafit.checkpoints.load import (
     wants_tokenizer,
 )
 from vlafit.checkpoints.load_report import LoadReport
-from vlafit.checkpoints.locate import digest, place
+from vlafit.checkpoints.locate import digest, lasting_base, place
 from vlafit.checkpoints.save import save
 from vlafit.checkpoints.tensor_files import open_tensors
 
@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "inspect",
     "inspect_all",
+    "lasting_base",
     "load",
     "load_all",
     "load_policy",

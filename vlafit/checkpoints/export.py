@@ -1,5 +1,6 @@
 """Export a checkpoint to another program's format, or to vlafit's own."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,15 +75,17 @@ def export(
     base: str | Path | None = None,
     embodiment: str = "",
     config: Mapping[str, object] | None = None,
-    dtype: Dtype | torch.dtype = "float32",
+    dtype: Dtype | torch.dtype | None = None,
     format: str | None = None,
     trust: Sequence[str] = (),
 ) -> Exported:
     """Write the checkpoint `source`, of any format that `load` reads, into the new folder `out`.
 
     `target` is a format that vlafit writes (`registry.writable`), or a module that has one as FORMAT;
-    `format` names that of `source`, as in `load`. Weights are written in float32, or rounded once to `dtype`
-    "bfloat16" where the target does not keep them in float32 itself (norms and projections, as a rule).
+    `format` names that of `source`, as in `load`. Every weight is written, also of a checkpoint that sits on
+    another one: in `dtype`, which for "bfloat16" means rounded once, where the target does not keep them in
+    float32 itself (norms and projections, as a rule). None is bfloat16 for a checkpoint of a run that
+    computed in bfloat16, and says so, else float32.
     Adapters are written as one PEFT folder in the target's module names, with the weights below them in
     `base/` (see `peft.write`); `merge` folds them into the weights instead. With `interpolate` (part -> share
     of the fine-tuning that stays) the weights lie between those that training began with and the checkpoint's
@@ -95,12 +98,16 @@ def export(
     The folder appears whole or not at all. Raises WeightsError where `out` exists already, or the target
     cannot hold the policy, its codec or its adapters: every reason is named.
     """
-    out, dtype = Path(out), parse_dtype(dtype)
+    out = Path(out)
     writer = registry.writer(target)
     _require_free(out)
     location = place(source)
     path = location.path
     is_native = native.recognise(path)
+    recipe_file = path / native.RECIPE
+    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
+    narrow = dtype is None and _computed_in_bf16(recipe)
+    dtype = parse_dtype(dtype or ("bfloat16" if narrow else "float32"))
     sits_on = read_base(path) if is_native else None
     loaded = load_all(
         path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust
@@ -122,8 +129,8 @@ def export(
         history = _interpolated(history, interpolate, below.path)
         notes += (f"{history.made}; of other parts everything", *below.notes)
         notes += between.codec_notes(loaded.codecs, base_codecs, interpolate)
-    recipe_file = path / native.RECIPE
-    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
+    if narrow:
+        notes += ("in bfloat16, because its run computed in bfloat16; --dtype float32 writes float32",)
     cast_error = round_measured(loaded.policy, writer) if dtype == "bfloat16" else None
     if writer is NATIVE:
         if cast_error is not None:
@@ -246,6 +253,12 @@ def probe(policy: Policy) -> torch.Tensor:
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def _computed_in_bf16(recipe: str | None) -> bool:
+    """Whether the recipe that is saved with a checkpoint says that its run computed in bfloat16."""
+    train = tomllib.loads(recipe or "").get("train", {})
+    return train.get("precision") == "bf16"
 
 
 def _interpolated(history: Lineage | None, shares: Mapping[str, float], base: Path) -> Lineage:

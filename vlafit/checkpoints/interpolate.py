@@ -74,13 +74,15 @@ def interpolate(policy: Policy, base: Policy, shares: Mapping[str, float]) -> Po
 def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
     """Return the checkpoint that the training of the checkpoint `source` began with.
 
-    It is the one its adapters sit on, or the one that its recipe names, verified by the hash in its history;
-    or the one `given`, and a note where that is another one. Raises WeightsError where there is none.
+    It is the one it sits on, or the one that its recipe names, verified by the hash in its history; or the
+    one `given`, and a note where that is another one. Raises WeightsError where there is none.
     """
     below = adapted.read_base(source) if native.recognise(source) else None
-    if below is not None:
-        return BaseCheckpoint(adapted.find_base(source, below, given, place, digest), ())
     recorded = read_lineage(source).base if native.recognise(source) else ""
+    if below is not None and recorded in ("", below.sha256):
+        return BaseCheckpoint(adapted.find_base(source, below, given, place, digest), ())
+    if below is not None and given is not None and digest(place(given).path) == below.sha256:
+        given = None  # it names what `source` sits on, and training began with what another run made of it
     if given is not None:
         path = _find(str(given), source)
         if recorded and digest(path) != recorded:

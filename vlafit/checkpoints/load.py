@@ -61,8 +61,8 @@ def load(
     `config` replaces fields of the policy's config (nested, or with dotted keys), or gives those that the
     checkpoint does not record; some formats have tables of their own in it (openpi's `codec` and `lora`).
     `tokenizer`, a folder, and `assets`, which of the checkpoint's normalisation statistics to use, make a
-    codec where the checkpoint has none of its own. `base` is where the checkpoint lies that adapters sit on,
-    if it is not where it was when they were saved; its hash must be the same. `embodiment` names the one
+    codec where the checkpoint has none of its own. `base` is where the checkpoint lies that this one sits on,
+    if it is not where it was when this one was saved; its hash must be the same. `embodiment` names the one
     whose codec is returned, where the checkpoint learned several: without a name there is then none.
 
     `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start from weights drawn from
@@ -291,8 +291,8 @@ def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None)
     _refuse_other_tables(opened.format, options.config, opened.path)
     if options.base is not None and not opened.on_base:
         raise WeightsError(
-            f"{path}: base={str(options.base)!r} only applies to adapter checkpoints; this is a full "
-            "checkpoint"
+            f"{path}: base={str(options.base)!r} only applies to a checkpoint that sits on another one "
+            "(adapters, or what a run trained); this one holds every weight"
         )
     if opened.config is not None:
         return opened

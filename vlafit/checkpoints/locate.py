@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from vlafit import files, pointers, shipped
 from vlafit.checkpoints import hub
 from vlafit.checkpoints.formats import registry
+from vlafit.checkpoints.formats.native.adapters import Base, read_base
 from vlafit.checkpoints.formats.native.read import MANIFEST
 from vlafit.checkpoints.hub import Place
 from vlafit.errors import ConfigError
@@ -28,6 +30,20 @@ def place(reference: str | Path) -> Place:
     except ConfigError:
         return hub.place(reference, registry.download_patterns())
     return hub.place(reference, ())
+
+
+def lasting_base(folder: Path, moved: str | Path | None = None) -> Base | None:
+    """Return the base of the native checkpoint `folder`, with a name that finds it from any folder.
+
+    `moved` is where it lies now. None where the checkpoint holds every weight itself.
+    """
+    base = read_base(folder)
+    if base is None:
+        return None
+    reference = base.checkpoint if moved is None else str(moved)
+    if moved is None and reference.startswith("."):
+        reference = str(folder.resolve() / reference)
+    return replace(base, checkpoint=place(reference).name)
 
 
 def digest(path: Path) -> str:

@@ -45,21 +45,25 @@ def save(
     `codec` is a set where the policy learned several embodiments. `plan` says what learned, and where
     adapters sit; a policy with adapters needs it. `recipe` is the resolved recipe's TOML, `history` what the
     weights learned from, `agreement` what data and checkpoint agreed on. `weights` replace the policy's own
-    (a moving average, or what sharded processes gathered) and must have exactly its names and shapes;
-    quantised ones, which are never written, may be left out.
+    (a moving average, or what sharded processes gathered) and must have exactly its names and shapes; those
+    that are not written (quantised ones, and what a Base holds that is given with `changed`) may be left out.
 
-    With adapters or quantised weights, `base` names the checkpoint that they sit on (a path, or one that
-    ships), and then only the adapters are written and those weights below them that differ from it: those
-    named in `changed`, or found by comparison. A quantised policy sits on the checkpoint that it was loaded
-    from where no other is named. An adapted one without `base` is written whole.
+    `base` names a checkpoint that the policy sits on (a path, or one that ships), and then only adapters are
+    written and those weights that differ from it: those named in `changed`, or found by comparison. A
+    quantised policy sits on the checkpoint that it was loaded from where no other is named. Any other one
+    without `base` is written whole.
 
     Raises WeightsError when the pieces do not belong together, when quantised weights are not those of the
     base, rounded (they would be lost), or when a quantised policy has no base.
     """
     folder = Path(folder)
     live = dict(policy.named_parameters())
+    adapters = adapter_tensors(policy)
     rounded = {f"{layer}.weight" for layer in quantised_names(policy)}
-    given = live if weights is None else {**{n: live[n] for n in rounded}, **weights}
+    unsaved = set(rounded)
+    if isinstance(base, Base) and changed is not None:
+        unsaved |= {n for n in live if n not in adapters and base_name(n) not in changed}
+    given = live if weights is None else {**{n: live[n] for n in unsaved}, **weights}
     if {n: t.shape for n, t in given.items() if n not in rounded} != {
         n: p.shape for n, p in live.items() if n not in rounded
     }:
@@ -69,10 +73,9 @@ def save(
         raise WeightsError(
             f"{folder}: the weights to save are not the policy's; they differ in {different[:5]}"
         )
-    adapters = adapter_tensors(policy)
     own = {base_name(name): tensor for name, tensor in given.items() if name not in adapters}
     quantised = {base_name(name) for name in rounded}
-    _require_belonging(folder, plan, adapters, own, quantised, base)
+    _require_belonging(folder, plan, adapters, own)
     if base is None and quantised:
         base = policy.source.checkpoint if policy.source else None
         if base is None:
@@ -98,8 +101,6 @@ def _require_belonging(
     plan: Plan | None,
     adapters: Collection[str],
     own: Collection[str],
-    quantised: Collection[str],
-    base: str | Path | Base | None,
 ) -> None:
     if adapters and plan is None:
         raise WeightsError(
@@ -113,10 +114,6 @@ def _require_belonging(
                 f"{folder}: the plan is not of this policy; they differ in {different[:3]}. A policy whose "
                 "adapters were merged is saved without a plan"
             )
-    if base is not None and not (adapters or quantised):
-        raise WeightsError(
-            f"{folder}: base is for a policy with adapters or quantised weights; this one has none"
-        )
 
 
 _NOWHERE = (

@@ -221,11 +221,11 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the option ``--base``, which names what a checkpoint's adapters sit on."""
+    """Give `parser` the option ``--base``, which names the base of a checkpoint."""
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="the one that CHECKPOINT's adapters sit on, if it is not where they were saved on it",
+        help="the one that CHECKPOINT sits on (its base), if it moved since CHECKPOINT was saved",
     )
 
 

@@ -170,7 +170,7 @@ def figures(run: Path) -> Figures:
     if not facts.finished or facts.plan is None:
         raise VlafitError(f"{run}: the run has not finished")
     stages = [facts.plan.at(number) for number in range(len(facts.plan.strategy.stages))]
-    batch = facts.recipe.train.batch_size
+    batch = facts.recipe.train.samples
     speeds = sorted(point.value for point in facts.metrics.get("train/samples_per_s", ()))
     last = run / "checkpoints" / f"step_{facts.steps:06d}"
     return Figures(

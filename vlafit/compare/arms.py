@@ -108,6 +108,8 @@ def with_budget(
         if value is not None and not value > 0:
             raise ConfigError(f"--budget-{name} must be above 0, is {value}")
     train = recipe.train
+    if train.batch_size == "auto":
+        raise ConfigError('train.batch_size = "auto" could differ between arms: give it a number')
     if steps is not None:
         train = replace(train, steps=steps)
     elif samples is not None:

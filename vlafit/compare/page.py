@@ -54,7 +54,7 @@ def _header(comparison: Comparison, content: dict[str, Any]) -> Raw:
     items = [
         ("strategies", str(len(comparison.standings))),
         ("seeds", " ".join(map(str, options.seeds))),
-        ("budget of each arm", f"{budget}, batches of {train.batch_size}"),
+        ("budget of each arm", f"{budget}, batches of {train.samples}"),
         ("learning rates", " ".join(map(rate, options.lr_grid)) or f"{rate(recipe.optim.lr)} for all"),
         ("arms finished", str(len(comparison.records) - len(comparison.broken))),
         *([("arms failed", str(len(comparison.broken)))] if comparison.broken else []),

@@ -4,10 +4,11 @@ A family writes `encode_prefix` and `denoise`; the loss, the velocity and the sa
 """
 
 from abc import abstractmethod
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlafit.errors import CodecError
 from vlafit.nn import flow
@@ -22,10 +23,16 @@ class FlowPolicy(Policy):
 
     steps: int | None = 10
     """Euler steps of `act`: pi0 paper."""
+    stop_gradient: Literal["", "prefix"] = ""
+    """"prefix": the flow loss leaves no gradient in `prefix_modules`; a strategy sets it."""
 
     @abstractmethod
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Any:
         """Encode images and prompt once. `fixed` asks for the same computation whatever the masks hold."""
+
+    def prefix_modules(self) -> Sequence[nn.Module]:
+        """Return the modules that only the prefix pass uses; empty where a family cannot stop gradients."""
+        return ()
 
     @abstractmethod
     def denoise(self, prefix: Any, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
@@ -120,7 +127,10 @@ class FlowPolicy(Policy):
         noise = noise[:, None] if noise.ndim == 3 else noise.transpose(0, 1)  # [b, k, t, a]
         time = time[:, None] if time.ndim == 1 else time.transpose(0, 1)  # [b, k]
         noisy = flow.interpolate(actions[:, None], noise, time)
-        return self.denoise(self.encode_prefix(batch), batch.state, noisy, time), noise
+        # No other loss reads this pass, so what gradients are stopped for need not be kept either.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stop_gradient != "prefix"):
+            prefix = self.encode_prefix(batch)
+        return self.denoise(prefix, batch.state, noisy, time), noise
 
     def _check_noise(self, batch: Batch, noise: Tensor, time: Tensor) -> None:
         want = (len(batch), self.config.chunk, self.config.action_dim)

@@ -130,6 +130,13 @@ class Policy(nn.Module, ABC):
             return {ERROR: float(int(batch.action_mask.sum()) * draws)}
         return {ERROR: float(required_actions(batch).numel() * draws)}
 
+    def tokens(self, batch: Batch, draws: int) -> int:
+        """Count the tokens that a training step on a trimmed `batch` reads, padding included.
+
+        It only measures speed; 0 where a family counts none.
+        """
+        return 0
+
     @final
     def loss(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Return the sum of each term of the loss over `batch`, which must hold actions.

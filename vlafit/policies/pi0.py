@@ -204,10 +204,21 @@ class Pi0(FlowPolicy):
             c.vision.image_size, c.state_dim, c.action_dim, c.chunk, prompt, c.max_tokens, c.language.vocab
         )
 
+    def prefix_modules(self) -> list[nn.Module]:
+        """Return image tower, projector and language model."""
+        return [self.vision, self.projector, self.language]
+
+    def tokens(self, batch: Batch, draws: int) -> int:
+        """Count patches and prompt, the state's token if there is one, and the actions of every draw."""
+        c = self.config
+        images = batch.image_mask.shape[1] * (c.vision.image_size // c.vision.patch) ** 2
+        state = 1 if c.state_input == "continuous" else 0
+        return len(batch) * (images + batch.prompt()[0].shape[1] + state + draws * c.chunk)
+
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
-        parts = (self.vision, self.projector, self.language)
-        trains = torch.is_grad_enabled() and any(p.requires_grad for m in parts for p in m.parameters())
+        learns = any(p.requires_grad for m in self.prefix_modules() for p in m.parameters())
+        trains = torch.is_grad_enabled() and learns
         with torch.set_grad_enabled(trains):
             n = batch.images.shape[1]
             tokens, token_mask = batch.prompt()

@@ -202,6 +202,16 @@ class SmolVLA(FlowPolicy):
             framing="smolvla",
         )
 
+    def prefix_modules(self) -> list[nn.Module]:
+        """Return image tower, connector, language model, and the state's projection, whose token is there."""
+        return [self.vision, self.projector, self.language, self.state_proj]
+
+    def tokens(self, batch: Batch, draws: int) -> int:
+        """Count the connector's tokens and the prompt, the state's token, and the actions of every draw."""
+        c = self.config
+        images = batch.image_mask.shape[1] * (c.image_size // (c.vision.patch * c.vision.shuffle)) ** 2
+        return len(batch) * (images + batch.prompt()[0].shape[1] + 1 + draws * c.chunk)
+
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
         backbone = [p for m in (self.vision, self.projector, self.language) for p in m.parameters()]

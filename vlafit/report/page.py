@@ -7,7 +7,18 @@ from vlafit.report import markup
 from vlafit.report.facts import AFTER, BEFORE, OFFLINE, Facts, verdict
 from vlafit.report.markup import Raw, count, duration, folded, join, muted, percent, section, table, tag
 from vlafit.report.offline import summary
-from vlafit.report.sections import agreement, curves, episodes, probe, shown, tasks, title, tone, tuning
+from vlafit.report.sections import (
+    agreement,
+    curves,
+    episodes,
+    memory,
+    probe,
+    shown,
+    tasks,
+    title,
+    tone,
+    tuning,
+)
 
 FOOTER = (
     "report.json, next to this page, holds the same facts. Intervals are 95 % Wilson intervals; an episode "
@@ -28,6 +39,7 @@ def page(facts: Facts) -> str:
             probe(facts),
             episodes(facts),
             curves(facts),
+            memory(facts),
             tuning(facts),
             agreement(facts),
             _commands(facts),

@@ -33,8 +33,22 @@ CHARTS = {  # metric -> title, unit, whether to smooth it
     "train/lr": ("Learning rate", "of the first group of parameters", False),
     "train/grad_norm": ("Gradient norm", "before clipping", True),
     "train/samples_per_s": ("Throughput", "samples per second", True),
-    "train/peak_memory_gb": ("Peak memory", "GiB on the device", False),
-    "train/data_share": ("Waiting for data", "share of each step", True),
+    "train/tokens_per_s": ("Tokens", "per second, padding included", True),
+    "train/mfu": ("Model FLOPs utilisation", "share of the device's peak", True),
+    "train/tflops_per_s": ("Arithmetic", "TFLOP/s that the model needs", True),
+    "train/data_share": ("Waiting for data", "share of the time", True),
+    "train/peak_memory_gb": ("Peak memory", "GB (10^9 bytes)", False),
+}
+
+
+MEMORY = "train/memory/"
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimiser": "optimiser states",
+    "average": "EMA",
+    "program": "the program itself (only on a CPU)",
+    "rest": "activations, workspace and fragmentation",
 }
 
 
@@ -162,7 +176,7 @@ def curves(facts: Facts) -> Raw:
         for n in facts.metrics
         if n not in CHARTS
         and n != STAGE
-        and not n.startswith(("eval/", "train/loss", "validation/loss", "train/rank/"))
+        and not n.startswith(("eval/", "train/loss", "validation/loss", "train/rank/", MEMORY))
     ]
     for axis in axes:
         lines = [
@@ -188,6 +202,18 @@ def curves(facts: Facts) -> Raw:
         tag("label", "by step", class_="tab", for_="by-step"),
         tag("label", "by time", class_="tab", for_="by-time"),
         tag("div", *drawn, class_="charts"),
+    )
+
+
+def memory(facts: Facts) -> Raw:
+    """Return the table of the peak memory by kind, as it was last logged; empty for older runs."""
+    last = {kind: points[-1].value for kind in KINDS if (points := facts.metrics.get(f"{MEMORY}{kind}_gb"))}
+    if not last:
+        return Raw("")
+    rows = [(KINDS[kind], f"{size:.3f}") for kind, size in last.items() if size]
+    peak = facts.metrics["train/peak_memory_gb"][-1].value  # logged with its parts
+    return section(
+        "Memory", table(("kind", "GB"), [*rows, ("peak", f"{peak:.3f}")], ("", "number"), total=True)
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlafit import checkpoints, config
 from vlafit.recipe import Recipe
+from vlafit.train import saved_weights
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.experiment import Experiment
@@ -58,3 +59,7 @@ class RunContext:
             changed=changed,
             agreement=self.experiment.agreement,
         )
+
+    def describe_saved(self, folder: Path, plan: Plan) -> str:
+        """Return the sizes of a checkpoint of the run in words."""
+        return saved_weights.sizes(folder, self.experiment.saved_on(plan)[0])

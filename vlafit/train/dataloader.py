@@ -110,7 +110,7 @@ def training_batches(
     wanted = (
         rows
         for step in range(first_step, train.steps)
-        for rows in rows_of(order.batch(step, train.batch_size), train.micro_batches, rank, world)
+        for rows in rows_of(order.batch(step, train.samples), train.micro_batches, rank, world)
     )
     loader = DataLoader(
         samples,
@@ -272,7 +272,7 @@ def _spread(
     codecs = experiment.codecs
     chunks = ChunkDataset(stores, codecs.chunk, episodes, codecs.history)
     samples = EncodedSamples(chunks, [experiment.codec_of(store) for store in stores], 0, 0)
-    size = rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, world)
+    size = rows_per_process(recipe.train.samples, recipe.train.micro_batches, world)
     wanted = min(len(chunks), recipe.train.validation_batches * VALIDATION_ROWS)
     total = max(wanted, world)  # every process needs one
     pieces = world * math.ceil(total / (size * world))  # each holds `size` rows, or almost

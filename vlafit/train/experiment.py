@@ -15,9 +15,10 @@ from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import initial_policy, quantised_base
+from vlafit.train import initial_policy, quantised_base, saved_weights
 from vlafit.train.data import Data, ValidationSets, open_data, open_validation_sets, renderer_warnings
 from vlafit.train.frozen import FrozenWeights
+from vlafit.train.settle import with_field
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
 from vlafit.tuning.inject import compute_adapters_in_bf16
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
@@ -40,6 +41,8 @@ class Experiment:
     """The base checkpoint of the run's checkpoints; None if they hold every weight."""
     changed: frozenset[str] = frozenset()
     """Weights that differ from `base` before the first step."""
+    saved: str = ""
+    """A sentence about the weights that checkpoints hold."""
     validation_sets: ValidationSets = field(default_factory=dict)
     """Named datasets to validate on besides the held-out episodes."""
     unquantised: Mapping[str, Tensor] = field(default_factory=dict)
@@ -64,9 +67,9 @@ class Experiment:
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in a stage, and the weights that differ from it.
 
-        Only checkpoints with adapters or quantised weights have a base; others hold every weight.
+        Without a base they hold every weight; see `saved_weights.py`.
         """
-        if self.base is None or not (plan.adapted or plan.quantised):
+        if self.base is None:
             return None, None
         stages = [plan.at(stage) for stage in range(plan.stage + 1)]
         trained = {e.name for stage in stages for e in stage.entries if e.trainable and not e.adapts}
@@ -90,7 +93,9 @@ def build(
     strategy = load_strategy(recipe.strategy)
     frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")
     initial = (
-        initial_policy.resume(resumed, (recipe.policy.family, *recipe.policy.trust), frozen)
+        initial_policy.resume(
+            resumed, (recipe.policy.family, *recipe.policy.trust), frozen, recipe.policy.base or None
+        )
         if resumed is not None
         else initial_policy.initialise(recipe, data, frozen)
     )
@@ -121,8 +126,12 @@ def build(
         enter(policy, plan)
     if recipe.train.precision == "bf16":
         compute_adapters_in_bf16(policy)
+    wanted = recipe.train.checkpoints
+    if resumed is not None and wanted == "auto":
+        wanted = "whole" if initial.base is None else "trained"
+    saved = saved_weights.choose(wanted, plan, initial.base, initial.changed)
     return Experiment(
-        recipe=recipe,
+        recipe=with_field(recipe, "train.checkpoints", saved.how),
         policy=policy,
         codecs=codecs,
         plan=plan,
@@ -135,7 +144,8 @@ def build(
             *renderer_warnings(sets, data),
             *_values_of_sets(sets, data, codecs),
         ),
-        base=initial.base,
+        base=saved.base,
+        saved=saved.sentence,
         changed=initial.changed,
         validation_sets=sets,
         unquantised=unquantised,

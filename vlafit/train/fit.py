@@ -1,15 +1,20 @@
 """Compare a recipe's forecast with the device's memory before anything is loaded, and settle what is open."""
 
 import logging
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import torch
 
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
+from vlafit.rollout.memory import free_bytes
+from vlafit.train.auto_batch import LARGEST, choose_rows, forecasts
 from vlafit.train.data import Data
+from vlafit.train.distributed import from_main
 from vlafit.train.forecast import Forecast, Workload
 from vlafit.train.memory_ladder import (
+    FRAGMENTED,
     IGNORE,
     Rung,
     first_that_fits,
@@ -17,6 +22,7 @@ from vlafit.train.memory_ladder import (
     gb,
     parse_memory,
     require_fit,
+    room_for,
     rungs,
 )
 from vlafit.train.settle import AUTOMATIC, EARLIER, field_of, with_field
@@ -50,15 +56,32 @@ def device_gb(device: torch.device) -> float | None:
     return torch.cuda.get_device_properties(device).total_memory / 1e9
 
 
-def fit(recipe: Recipe, policy: Policy, data: Data, *, processes: int, gigabytes: float | None) -> Fit:
+def free_ram_gb(device: torch.device) -> float:
+    """Return the free RAM in GB for each process on this machine, as the main process sees it."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return from_main(free_bytes() / processes / 1e9, device)
+
+
+def fit(
+    recipe: Recipe,
+    policy: Policy,
+    data: Data,
+    *,
+    processes: int,
+    gigabytes: float | None,
+    on_cpu: bool = False,
+) -> Fit:
     """Settle what `train.memory` decides, and require that the run fits it, or a device of `gigabytes`.
 
-    `policy` is on the meta device. Raises ConfigError naming settings that fit where the recipe's do not.
+    `policy` is on the meta device; `on_cpu` says that the memory is the machine's. An automatic batch is
+    chosen, too. Raises ConfigError naming settings that fit where the recipe's do not.
     """
     asked = parse_memory(recipe.train.memory)
     limit = asked if asked is not None else gigabytes
     if limit is None or recipe.train.memory == IGNORE:
         return Fit(close(recipe))
+    if recipe.train.batch_size == "auto":
+        return _with_batch(recipe, policy, data, processes, limit, on_cpu)
     closed = close(recipe)
     workload = workload_of(closed, policy, data, processes)
     own = Rung(closed.train.recompute, closed.optim.states, closed.train.micro_batches)
@@ -92,11 +115,46 @@ def _slots(recipe: Recipe, data: Data) -> set[str]:
     return slots
 
 
+def _with_batch(
+    recipe: Recipe, policy: Policy, data: Data, processes: int, limit: float, on_cpu: bool
+) -> Fit:
+    """Choose the batch, and what `train.memory` decides, for `limit` GB."""
+    free_ram = on_cpu and not recipe.train.memory
+    where = recipe.train.memory or ("the free RAM" if free_ram else "the GPU")
+    room = int(limit * 10**9 / FRAGMENTED) if free_ram else room_for(limit)
+    closed = close(recipe)
+    strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
+    own = Rung(closed.train.recompute, closed.optim.states, closed.train.micro_batches)
+    free = [name for name, field in OPEN.items() if field_of(recipe, field) in AUTOMATIC]
+    ladder = rungs(1, fixed=own, free=[name for name in free if name != "micro_batches"])
+    if workload.shards > 1:
+        ladder = [rung for rung in ladder if rung.states == own.states]  # 8-bit moments cannot be sharded
+    most = LARGEST // (processes * own.micro_batches)
+    of_rows = forecasts(policy, strategy, workload)
+    chosen = choose_rows(of_rows, ladder or [own], room, most)
+    if chosen is None:
+        every = [rung for rung in rungs(1) if rung.states == "fp32" or workload.shards == 1]
+        where = f"{where} even with train.batch_size = {processes * own.micro_batches}"
+        of = forecaster(policy, strategy, replace(workload, rows=own.micro_batches))
+        require_fit(own, every, of, limit, where)
+        raise AssertionError("choose_rows and require_fit disagree")
+    rung, rows = chosen
+    made = of_rows(rung, rows)
+    for name in free:
+        closed = with_field(closed, OPEN[name], getattr(rung, name))
+    size = rows * rung.micro_batches * processes
+    log.info(
+        "train.batch_size = auto picks %d: forecast %s of %.1f GB (%s)%s", size, gb(made.total), limit, where,
+        "" if rows < most else f", the most that auto picks is {LARGEST}",
+    )  # fmt: skip
+    return Fit(with_field(closed, "train.batch_size", size), made)
+
+
 def workload_of(recipe: Recipe, policy: Policy, data: Data, processes: int) -> Workload:
     """Return the recipe's workload on one of so many processes, with every camera and the longest prompt."""
     train = recipe.train
     return Workload(
-        rows=max(1, train.batch_size // processes),
+        rows=1 if train.batch_size == "auto" else max(1, train.batch_size // processes),
         micro_batches=train.micro_batches,
         draws=train.draws,
         cameras=max(1, len(_slots(recipe, data))),

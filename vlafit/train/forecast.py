@@ -101,7 +101,7 @@ def _prepared(
     """Return a copy of the policy as it is trained, and a forecast without a step."""
     bare = family(family_name(policy)).build(policy.config, "meta").to("meta")  # its buffers, too
     plan = _largest_stage(preview(bare, strategy))
-    _prepare(bare, plan, workload, kernels)
+    prepare(bare, plan, workload, kernels)
     return bare, _static(bare, plan, workload)
 
 
@@ -110,7 +110,7 @@ def _largest_stage(plan: Plan) -> Plan:
     return max(stages, key=lambda stage: stage.trainable_parameters)
 
 
-def _prepare(policy: Policy, plan: Plan, workload: Workload, kernels: MetaKernels) -> None:
+def prepare(policy: Policy, plan: Plan, workload: Workload, kernels: MetaKernels) -> None:
     """Apply the plan to a bare policy on the meta device, in the precision of the run."""
     if workload.frozen == "bf16":
         for name in narrow_names(policy, plan):

@@ -61,13 +61,21 @@ class InitialPolicy:
         return self.codecs.choose(where=self.source)
 
 
-def resume(folder: Path, trust: Sequence[str], frozen: FrozenWeights) -> InitialPolicy:
-    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does."""
-    loaded = checkpoints.load_all(folder, trust=trust, narrow=frozen.at_load)
+def resume(
+    folder: Path, trust: Sequence[str], frozen: FrozenWeights, moved: str | None = None
+) -> InitialPolicy:
+    """Load the checkpoint of a run to resume, `trust`ing packages. Raises as `checkpoints.load` does.
+
+    `moved` is where its base lies now; a checkpoint without a base ignores it.
+    """
+    base = checkpoints.read_base(folder)
+    at = moved if base is not None else None
+    loaded = checkpoints.load_all(folder, base=at, trust=trust, narrow=frozen.at_load)
     policy, codecs, plan = loaded.policy, loaded.codecs, loaded.plan
     frozen.finish(policy)
     assert codecs is not None and plan is not None  # the trainer saves both
-    base = checkpoints.read_base(folder)
+    if base is not None and moved:
+        base = replace(base, checkpoint=checkpoints.place(moved).name)
     changed = frozenset(checkpoints.names_on_base(folder)) if base else frozenset()
     return InitialPolicy(
         policy,
@@ -196,10 +204,14 @@ def _from_checkpoint(
     digest = checkpoints.digest(path)
     options = checkpoints.parse_config(chosen.config).to_read_again() if foreign else {}
     base: checkpoints.Base | None = checkpoints.Base(place.name, digest, options)
+    changed = {*report.fresh, *report.resized}
     warnings: tuple[str, ...] = ()
     if plan is not None and (plan.adapted or plan.quantised):
         warnings = (_merge_before_training(policy, plan, frozen, chosen.checkpoint),)
         base = None  # no file holds the merged weights
+    elif not foreign and (below := checkpoints.lasting_base(path, base_of)) is not None:
+        base = below  # not on the checkpoint of another run, which holds only what that run trained
+        changed.update(checkpoints.names_on_base(path))
     tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
     notes = [f"note: {place.note}"] if place.note else []
     if opened is None and own_codecs is None and policy.needs().prompt is not None:
@@ -225,7 +237,7 @@ def _from_checkpoint(
         f"checkpoint {path}",
         robots={name: codec.embodiment for name, codec in befores.items() if codec.embodiment.hz},
         base=base,
-        changed=frozenset((*report.fresh, *report.resized)),
+        changed=frozenset(changed),
         warnings=warnings,
         agreement=reconcile.joined(recipe, data, agreements),
     )

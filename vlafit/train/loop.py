@@ -17,6 +17,7 @@ from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import Keys, dropout_seed, sample_rng
 from vlafit.recipe import OptimRecipe, TrainRecipe
+from vlafit.train.batch_shape import BatchShape
 from vlafit.train.distributed import full, last_backward_only, sum_over_processes
 from vlafit.train.optim import rewarm, schedule, set_lr
 from vlafit.train.train_state import TrainState
@@ -41,6 +42,10 @@ class StepResult:
     """Share of the time budget that was gone before the step; a step that begins at 1 is the last."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """Mean of each term of the loss; empty where the loss has only one."""
+    tokens: float = 0.0
+    """Tokens that the policy read, padding included; 0 where its family counts none."""
+    shapes: tuple[BatchShape, ...] = ()
+    """Of this process's micro-batches, as they went into the policy."""
 
 
 def train(
@@ -69,7 +74,8 @@ def train(
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        counts, stop, gone = _agree(
+        micro_batches = [(keys, batch.trim()) for keys, batch in micro_batches]
+        counts, tokens, stop, gone = _agree(
             state.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
         )
         if not any(counts.values()):
@@ -100,7 +106,10 @@ def train(
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
         means = {name: totals[name] / counts[name] for name in terms if counts[name] and len(terms) > 1}
-        result = StepResult(step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone, means)
+        shapes = tuple(BatchShape.of(batch) for _, batch in micro_batches)
+        result = StepResult(
+            step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone, means, tokens, shapes
+        )
         goes_on = after_step(result)
         model.train()
         if stop or gone >= 1 or not goes_on:
@@ -115,7 +124,7 @@ def _backward(
     step: int,
     world: int,
 ) -> torch.Tensor:
-    """Add up the gradients of a step's micro-batches; return this process's sum of each term, [terms]."""
+    """Add up the gradients of trimmed micro-batches; return this process's sum of each term, [terms]."""
     model, device, terms = state.model, state.device, state.policy.terms()
     sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
     for number, (keys, batch) in enumerate(micro_batches):
@@ -138,14 +147,17 @@ def _agree(
     stop: bool,
     spent: float,
     device: torch.device,
-) -> tuple[dict[str, float], bool, float]:
-    """Return over all processes: the step's count of each term, whether any wants to stop, and `spent`."""
+) -> tuple[dict[str, float], float, bool, float]:
+    """Return over all processes: the step's count of each term, its tokens, whether any wants to stop, and
+    `spent`.
+    """
     names = list(policy.terms())
     counted = [policy.counts(batch, draws) for _, batch in micro_batches]  # on the CPU: no waiting
     own = [sum(counts[name] for counts in counted) for name in names]
-    sums = torch.tensor([*own, stop, spent], dtype=torch.float64, device=device)
-    *totals, stops, gone = sum_over_processes(sums).tolist()
-    return dict(zip(names, totals, strict=True)), stops > 0, gone
+    tokens = sum(policy.tokens(batch, draws) for _, batch in micro_batches)
+    sums = torch.tensor([*own, tokens, stop, spent], dtype=torch.float64, device=device)
+    *totals, tokens, stops, gone = sum_over_processes(sums).tolist()
+    return dict(zip(names, totals, strict=True)), tokens, stops > 0, gone
 
 
 def _share(
@@ -168,7 +180,7 @@ def _loss(
     keep_casts = recipe.recompute not in ("selective", "full")
     bf16 = recipe.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=keep_casts):
-        return model(batch.trim().to(device), rng)
+        return model(batch.to(device), rng)
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> float:

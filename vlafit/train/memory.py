@@ -47,14 +47,25 @@ class MemoryMeter:
 
     def pause(self) -> None:
         """Record the peak so far and stop measuring until `start`."""
-        if not self._running:
-            return
-        self._running = False
+        if self._running:
+            self._record()
+            self._running = False
+
+    def _record(self) -> None:
         now = {"rss": peak_resident()}
         if self.device.type == "cuda":
             now["allocated"] = torch.cuda.max_memory_allocated(self.device)
             now["reserved"] = torch.cuda.max_memory_reserved(self.device)
         self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in now.items()}
+
+    def values(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+    ) -> dict[str, float]:
+        """Return the peak so far and its parts in GB (10^9 bytes), as metrics; it goes on measuring."""
+        self._record()
+        peak, parts = self._split(policy, optimizer, ema)
+        kinds = {f"train/memory/{name}_gb": size / 1e9 for name, size in parts.items()}
+        return {"train/peak_memory_gb": peak / 1e9, **kinds}
 
     def facts(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
@@ -65,13 +76,19 @@ class MemoryMeter:
         explain: activations, buffers and, on a CPU, fragmentation. `program` is the resident set before the
         policy was built; it only counts on a CPU.
         """
+        peak, parts = self._split(policy, optimizer, ema)
+        return {"peak": peak, "exact": self._exact, **self._peaks, "parts": parts}
+
+    def _split(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+    ) -> tuple[int, dict[str, int]]:
         parts = parts_of(policy, optimizer, ema)
         cuda = self.device.type == "cuda"
         peak = self._peaks.get("allocated" if cuda else "rss", 0)
         known = sum(parts.values())
         parts["program"] = 0 if cuda else min(self.program, max(0, peak - known))  # it may have shrunk since
         parts["rest"] = max(0, peak - sum(parts.values()))
-        return {"peak": peak, "exact": self._exact, **self._peaks, "parts": parts}
+        return peak, parts
 
 
 def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, int]:

@@ -2,8 +2,17 @@
 
 Every event has `step`; events of training have `time_s` (training time, without rollouts):
 
-    train/loss, train/lr, train/grad_norm, train/samples_per_s, train/data_share, train/peak_memory_gb
+    train/loss, train/lr, train/grad_norm
         every train.log_every steps
+    train/samples_per_s, train/tokens_per_s, train/data_share
+        with them, means over the steps since the last ones: tokens with padding, where the policy counts
+        them; the share of the time that was spent waiting for data
+    train/tflops_per_s, train/mfu
+        with them, where the device's peak is known or `train.peak_tflops` gives it: the arithmetic that the
+        model needs (`flops.py`), and its share of that peak, for the main process's device
+    train/peak_memory_gb, train/memory/KIND_gb
+        with them, in 10^9 bytes: the peak of the session so far, on a CPU of the process; and its parts
+        (weights, gradients, optimiser, average, program, rest)
     train/lr/RULE
         with them, if the rules of the strategy have different learning rates: that of each, by its number
         and what it selects (`train/lr` is the first one's)

@@ -17,22 +17,23 @@ from accelerate.utils import LoggerType
 from vlafit import checkpoints
 from vlafit.errors import ConfigError, StrategyError, did_you_mean
 from vlafit.nn.policy import Policy
-from vlafit.policies import build_family
+from vlafit.policies import build_family, family, family_name
 from vlafit.recipe import Recipe
 from vlafit.train import reconcile, stages
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
-from vlafit.train.memory_ladder import parse_memory
+from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan, Strategy, preview
 
-AT_LEAST_ONE = ("train.steps", "train.batch_size", "train.draws", "train.log_every",
+AT_LEAST_ONE = ("train.steps", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
 NOT_NEGATIVE = ("train.seed", "train.accumulate",
                 "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
-                "train.max_seconds", "eval.every", "eval.workers", "eval.videos", "eval.samples")  # fmt: skip
+                "train.max_seconds", "train.peak_tflops", "eval.every", "eval.workers", "eval.videos",
+                "eval.samples")  # fmt: skip
 # More of these is a slip, and would end hours later in missing memory, processes or disk.
 AT_MOST = {"train.batch_size": 2**16, "train.draws": 2**12, "train.accumulate": 2**16,
            "train.validation_batches": 2**20, "data.workers": 1024, "eval.workers": 1024,
@@ -49,7 +50,8 @@ def check(recipe: Recipe, processes: int) -> None:
     for problem in _problems(recipe):
         raise ConfigError(problem)
     parse_memory(recipe.train.memory)
-    rows_per_process(recipe.train.batch_size, recipe.train.micro_batches, processes)
+    if recipe.train.batch_size != "auto":
+        rows_per_process(recipe.train.samples, recipe.train.micro_batches, processes)
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
@@ -57,13 +59,14 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         section, field = name.split(".")
         return vars(vars(recipe)[section])[field]
 
-    for name in AT_LEAST_ONE:
+    counted = AT_LEAST_ONE if recipe.train.batch_size == "auto" else (*AT_LEAST_ONE, "train.batch_size")
+    for name in counted:
         if not value(name) >= 1:
             yield f"{name} must be at least 1, is {value(name)}"
     for name in NOT_NEGATIVE:
         if not 0 <= value(name) < float("inf"):
             yield f"{name} must be at least 0, is {value(name)}"
-    for name in (*AT_LEAST_ONE, *NOT_NEGATIVE):
+    for name in (*counted, *NOT_NEGATIVE):
         most = AT_MOST.get(name, COUNTS)
         if name != "train.seed" and value(name) > most:
             yield f"{name} must be at most {most}, is {value(name)}"
@@ -103,6 +106,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '
             'optim.states = "fp32", of which each process then keeps a share'
+        )
+    if recipe.train.batch_size == "auto" and recipe.train.memory == IGNORE:
+        yield (
+            f'train.batch_size = "auto" follows the forecast, which train.memory = "{IGNORE}" leaves out: '
+            "give train.batch_size a number, or leave train.memory empty"
         )
     if recipe.train.frozen == "bf16" and recipe.train.precision == "fp32":
         yield 'train.frozen = "bf16" needs train.precision = "bf16", because fp32 products read fp32 weights'
@@ -163,6 +171,17 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
         recipe, data, reconcile.codecs_before(recipe, data, inspected.codecs, path), declared
     )
     return inspected.policy
+
+
+def resumed_policy(recipe: Recipe, checkpoint: Path) -> Policy:
+    """Return the policy of a run's own `checkpoint` on the meta device, without adapters.
+
+    Raises as `checkpoints.inspect` does.
+    """
+    base = recipe.policy.base if checkpoints.read_base(checkpoint) is not None else ""
+    trust = (recipe.policy.family, *recipe.policy.trust)
+    policy = checkpoints.inspect(checkpoint, base=base or None, trust=trust).policy
+    return family(family_name(policy)).build(policy.config, "meta")
 
 
 def plan_of(recipe: Recipe, strategy: Strategy, policy: Policy, *, held_out: bool) -> Plan:

@@ -41,11 +41,11 @@ from vlafit.train.data import Data, open_data
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment, build
-from vlafit.train.fit import close, device_gb, fit
+from vlafit.train.fit import close, device_gb, fit, free_ram_gb
 from vlafit.train.initial_policy import merge_error
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.metrics import Metrics
-from vlafit.train.preflight import check, meta_policy, never_began, run_warnings
+from vlafit.train.preflight import check, meta_policy, never_began, resumed_policy, run_warnings
 from vlafit.train.run_folder import (
     begin_record,
     describe_machine,
@@ -188,7 +188,7 @@ def _train(
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
-    recipe, data = _fit(recipe, accelerator)
+    recipe, data = _fit(recipe, accelerator, resumed)
     experiment = _with_settings(_build(recipe, accelerator, resumed, data), settled)
     data_facts = data_files.facts(experiment.data)
     processes.require_equal(_identity(experiment, data_facts), accelerator.device)
@@ -206,6 +206,8 @@ def _train(
         experiment = _with_protocol(_extended(experiment, saved, out))
         record = _begin(experiment, out, accelerator, command, resumed, data_facts)
     experiment = _with_quantised_base(experiment, out, main)
+    if main and experiment.saved:
+        log.info("%s", experiment.saved)
     callbacks.setup(experiment)
 
     metrics = Metrics(out, accelerator)
@@ -293,17 +295,26 @@ def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None, data:
     return replace(experiment, warnings=(*experiment.warnings, *warnings))
 
 
-def _fit(recipe: Recipe, accelerator: Accelerator) -> tuple[Recipe, Data | None]:
+def _fit(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> tuple[Recipe, Data | None]:
     """Settle what `train.memory` decides, and refuse a run that does not fit, before anything is loaded.
 
     Returns the data, too, where the forecast needed it.
     """
     gigabytes = device_gb(accelerator.device)
+    if recipe.train.batch_size == "auto" and gigabytes is None:
+        gigabytes = free_ram_gb(accelerator.device)
     if recipe.train.memory == IGNORE or (gigabytes is None and not recipe.train.memory):
         return close(recipe), None
     data = open_data(recipe.data, recipe.train.seed)
-    policy = meta_policy(recipe, data)
-    fitting = fit(recipe, policy, data, processes=accelerator.num_processes, gigabytes=gigabytes)
+    policy = meta_policy(recipe, data) if resumed is None else resumed_policy(recipe, resumed)
+    fitting = fit(
+        recipe,
+        policy,
+        data,
+        processes=accelerator.num_processes,
+        gigabytes=gigabytes,
+        on_cpu=accelerator.device.type == "cpu",
+    )
     return fitting.recipe, data
 
 

@@ -20,10 +20,11 @@ from vlafit.train.settle import earlier
 from vlafit.tuning import load_strategy
 
 # Fields that may differ when a run is resumed: none of them changes a weight.
-HARMLESS = ("name", "purpose", "policy.trust", "eval", "train.log_every", "train.keep",
+HARMLESS = ("name", "purpose", "policy.trust", "policy.base", "eval", "train.log_every",
+            "train.checkpoints", "train.keep",
             "train.keep_best", "train.save_every", "train.validate_every",
             "train.validation_batches", "train.trackers", "train.report", "train.memory", "train.recompute",
-            "data.workers", "data.validation_sets")  # fmt: skip
+            "train.peak_tflops", "data.workers", "data.validation_sets")  # fmt: skip
 VALIDATION = (
     "train.validate_every",
     "train.validation_batches",

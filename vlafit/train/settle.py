@@ -73,8 +73,9 @@ def settle(
 ) -> Settled:
     """Return the recipe with every automatic value decided, for a device with or without `bf16`.
 
-    `saved` is the recipe of the run that is resumed. With `open_fields` the values that `train.memory`
-    decides stay automatic where neither recipe nor launcher sets them.
+    `saved` is the recipe of the run that is resumed; without one, an automatic batch stays so. With
+    `open_fields` the values that `train.memory` decides stay automatic where neither recipe nor launcher sets
+    them.
     """
     settings: list[Setting] = []
     before = None if saved is None else earlier(saved)
@@ -105,6 +106,8 @@ def settle(
         if launched is not None:
             settings.append(Setting(field, {**sides, "launcher": str(launched)}, str(own), source))
         recipe = with_field(recipe, field, own)
+    if recipe.train.batch_size == "auto" and before is not None:
+        recipe = with_field(recipe, "train.batch_size", before.train.batch_size)
     recipe = _clip_norm(recipe, launch, before, settings)
     notes = launch.notes
     if launch.launcher and launch.precision is None and bf16 and before is None:

@@ -14,15 +14,16 @@ from typing import final
 import torch
 
 from vlafit.nn.batch import Batch
-from vlafit.train import checkpointer, dataloader, stages
+from vlafit.train import checkpointer, dataloader, saved_weights, stages
 from vlafit.train.checkpointer import Progress
 from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier, from_main, gathered, sum_over_processes
 from vlafit.train.evaluator import Evaluator
+from vlafit.train.flops import FlopCounter
+from vlafit.train.instruments import Instruments, known_peak
 from vlafit.train.loop import Keys, NotFinite, StepResult, train
 from vlafit.train.train_state import TrainState
 from vlafit.train.validate import validate
-from vlafit.tuning.quantise import quantised_names
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,11 @@ class Trainer:
             self.state.progress = saved.progress
         self.train_state = TrainState(
             experiment.policy, experiment.plan, context.recipe, context.device, self.state.progress.stage
+        )
+        self.instruments = Instruments(
+            context.recipe.train.samples,
+            known_peak(context.recipe.train, context.device),
+            self._flops_of_stage(),
         )
         if saved is not None:
             checkpointer.restore(saved, self.train_state)
@@ -168,6 +174,7 @@ class Trainer:
     def _after_step(self, result: StepResult) -> bool:
         """Do what is due after a step; return whether the next one belongs to the same stage."""
         recipe, state, step = self.context.recipe.train, self.state, result.step
+        self.instruments.add(result)
         seconds = time.perf_counter() - state.zero_s
         state.progress = replace(state.progress, step=step, seconds=seconds)
         self._update_status(step, result.spent, stop=result.stop)
@@ -208,7 +215,12 @@ class Trainer:
         place = stages.Place(number, began=step, spent=state.spent)
         state.progress = replace(state.progress, stage=place)
         self.train_state.change(place)
+        self.instruments.use(self._flops_of_stage())
         self._announce_stage()
+
+    def _flops_of_stage(self) -> FlopCounter:
+        context = self.context
+        return FlopCounter(context.experiment.policy, self.train_state.plan, context.recipe.train.draws)
 
     def _announce_stage(self) -> None:
         """Log and show the current stage, if there are several."""
@@ -224,21 +236,23 @@ class Trainer:
     # ---------------------------------------------------------------------------- metrics and validation
 
     def _log(self, result: StepResult) -> dict[str, float]:
+        policy, train_state = self.context.experiment.policy, self.train_state
         values = {
             "time_s": round(self.state.progress.seconds, 3),
             "train/loss": result.loss,
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
-            "train/samples_per_s": self.context.recipe.train.batch_size / result.seconds,
-            "train/data_share": result.data_seconds / result.seconds,
         }
+        began = time.perf_counter()
+        values |= self.instruments.values()
+        self.state.zero_s += time.perf_counter() - began  # training time excludes counting FLOPs
+        if self.context.main:
+            values |= self.context.meter.values(policy, train_state.optimizer, train_state.ema)
         values |= self.train_state.learning_rates()
         values |= {f"train/loss_{term}": mean for term, mean in result.terms.items()}
         if self.train_state.ranks is not None and (ranks := self.train_state.ranks.ranks().values()):
             values |= {"train/rank/mean": sum(ranks) / len(ranks)}
             values |= {"train/rank/min": min(ranks), "train/rank/max": max(ranks)}
-        if self.context.device.type == "cuda":
-            values["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.context.metrics.log(result.step, values)
         return values
 
@@ -272,9 +286,10 @@ class Trainer:
         policy = context.experiment.policy
         average = train_state.ema.average if train_state.ema is not None else {}
         tensors = checkpointer.collect(train_state, keep=context.main)
-        quantised = {f"{layer}.weight" for layer in quantised_names(policy)}  # frozen, and never written
-        live = {name: p for name, p in policy.named_parameters() if name not in quantised}
+        live = saved_weights.to_save(policy, context.experiment.saved_on(train_state.plan)[1])
         weights = gathered({**live, **average}, keep=context.main)
+        if context.recipe.train.precision == "bf16" and context.main:
+            weights = saved_weights.rounded(policy, weights, train_state.plan.trainable)
         broken = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]
         if sum_over_processes(torch.tensor(float(len(broken)), device=context.device)) > 0:
             raise NotFinite(f"step {step}: weights or optimiser states are not finite: {broken[:3]}")
@@ -284,7 +299,8 @@ class Trainer:
             checkpointer.write(folder, tensors, progress, context.experiment.data.fingerprint)
 
         if context.main:
-            context.manager.save(step, fill)
+            folder = context.manager.save(step, fill)
+            log.info("%s: %s", folder.name, context.describe_saved(folder, train_state.plan))
         self._mark_best()
         self._prune()
         barrier()

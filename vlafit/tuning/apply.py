@@ -65,7 +65,35 @@ def preview(policy: "Policy", strategy: Strategy) -> Plan:
     plans = [unset.at(stage) for stage in range(len(rules.strategy.stages))]
     for plan in plans:
         _require_use(plan, type(policy).__name__)
+        _require_gradients(plan, policy)
     return plans[0]
+
+
+def _require_gradients(plan: Plan, policy: "Policy") -> None:
+    """Raise StrategyError where `stop_gradient` does not fit the policy, or leaves tensors without a loss."""
+    from vlafit.nn.flow_policy import FlowPolicy
+
+    stop = plan.strategy.stages[plan.stage].stop_gradient
+    if not stop:
+        return
+    name, kind = plan.strategy.title(plan.stage), type(policy).__name__
+    modules = policy.prefix_modules() if isinstance(policy, FlowPolicy) else ()
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    if not inside:
+        raise StrategyError(
+            f"strategy {name!r}: stop_gradient = {stop!r} has no meaning for {kind}: it has no prefix that "
+            "an action expert reads; remove it"
+        )
+    prefix = {name for name, parameter in policy.named_parameters() if id(parameter) in inside}
+    lost = [
+        entry.name for entry in plan.entries if entry.trainable and (entry.adapts or entry.name) in prefix
+    ]
+    if lost and len(policy.terms()) == 1:
+        raise StrategyError(
+            f"strategy {name!r}: stop_gradient = {stop!r} keeps the loss of the actions from {len(lost)} "
+            f"trainable tensors, such as {lost[0]}, and {kind} has no other loss: they would never learn. "
+            'Freeze them by a rule (mode = "frozen"), or remove stop_gradient'
+        )
 
 
 def _require_fitting(policy: "Policy", rules: Resolution, base: Sequence[Entry]) -> None:
@@ -225,11 +253,12 @@ def restore(policy: "Policy", plan: Plan) -> None:
 
 
 def enter(policy: "nn.Module", plan: Plan) -> None:
-    """Set `requires_grad` of every parameter for the plan's stage.
+    """Set `requires_grad` of every parameter for the plan's stage, and where gradients stop.
 
     Frozen parameters drop any gradient that they still hold. Raises StrategyError, leaving the policy
     unchanged, when the plan was made for another policy.
     """
+    from vlafit.nn.flow_policy import FlowPolicy
     from vlafit.tuning.inject import base_name
 
     trainable = {e.name: e.trainable for e in plan.entries}
@@ -245,6 +274,8 @@ def enter(policy: "nn.Module", plan: Plan) -> None:
             tensor.requires_grad_(trainable[name])
         if not trainable[name]:
             tensor.grad = None
+    if isinstance(policy, FlowPolicy):
+        policy.stop_gradient = plan.strategy.stages[plan.stage].stop_gradient
 
 
 def apply_strategy(

@@ -5,9 +5,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vlafit.errors import StrategyError, did_you_mean
 from vlafit.tuning.rules import TOP, Described, Rule
+
+StopGradient = Literal["", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Stage:
     """Steps of linear warm-up when it begins. The first stage uses the recipe's."""
     layer_by_layer: int = 0
     """Layers that each repetition of the stage adds, from the top. 0: the stage is not repeated."""
+    stop_gradient: StopGradient = ""
+    """"prefix": the loss of the actions leaves no gradient in the pass over images and prompt."""
     every: Moment | None = None
     """When the next repetition begins, counted from the previous one."""
 

@@ -38,6 +38,9 @@ Progressive unfreezing is a list of stages, each with its rules and the moment i
 A stage with `layer_by_layer = 2` and `every = { fraction = 0.1 }` is repeated with two more layers each time;
 `layers = "top"` in its rules selects the layers reached so far, from the top.
 
+`stop_gradient = "prefix"`, beside `purpose` or in a stage, is knowledge insulation (arXiv 2505.23705): the
+loss of the actions leaves no gradient in the pass over images and prompt.
+
 Any part name is accepted here: parts belong to the policy, and applying the strategy checks them.
 """
 
@@ -51,11 +54,12 @@ from vlafit.errors import StrategyError, did_you_mean
 from vlafit.nn.kinds import KINDS
 from vlafit.tuning import adapters
 from vlafit.tuning.rules import LAYERS, MODES, TOP, Rule, Select
-from vlafit.tuning.strategy import Moment, Stage, Strategy, require_order
+from vlafit.tuning.strategy import Moment, Stage, StopGradient, Strategy, require_order
 
 COMMON = ("select", "mode", "lr", "layer_decay", "weight_decay", "quantise", "optional")
 RANGES = 'write "first 3", "last 2", "4" or "4-7" (counted from 0)'
-STAGE_KEYS = ("name", "begin", "lr", "warmup_steps", "layer_by_layer", "every", "rule")
+STAGE_KEYS = ("name", "begin", "lr", "warmup_steps", "layer_by_layer", "every", "stop_gradient", "rule")
+KEYS = ("purpose", "stop_gradient", "rule", "stage")
 
 
 def load_strategy(name_or_path: str) -> Strategy:
@@ -78,10 +82,8 @@ def parse(
     if not isinstance(values, Mapping):
         values = {"rule": list(values)}
     for key in values:
-        if key not in ("purpose", "rule", "stage"):
-            raise StrategyError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, ('purpose', 'rule', 'stage'))}"
-            )
+        if key not in KEYS:
+            raise StrategyError(f"{where}: unknown key {key!r}{did_you_mean(key, KEYS)}")
     purpose = values.get("purpose", "")
     if not isinstance(purpose, str):
         raise StrategyError(f"{where}: `purpose` must be a string, not {purpose!r}")
@@ -93,9 +95,12 @@ def parse(
                     f'{where}: rule {number}: `layers = "top"` only works in a stage with `layer_by_layer`; '
                     f"here {RANGES}"
                 )
-        return Strategy(name, (Stage(rules),), purpose)
+        stage = Stage(rules, stop_gradient=_stop_gradient(values, where))
+        return Strategy(name, (stage,), purpose)
     if "rule" in values:
         raise StrategyError(f"{where}: with stages, write rules as [[stage.rule]], not [[rule]]")
+    if "stop_gradient" in values:
+        raise StrategyError(f"{where}: with stages, write `stop_gradient` in each [[stage]] that needs it")
     tables = values["stage"]
     if not isinstance(tables, list) or not tables:
         raise StrategyError(f"{where}: write each stage as [[stage]], with double brackets")
@@ -145,7 +150,15 @@ def _stage(values: object, index: int, where: str) -> Stage:
         warmup,
         layer_by_layer=layers,
         every=every,
+        stop_gradient=_stop_gradient(values, where),
     )
+
+
+def _stop_gradient(values: Mapping[str, object], where: str) -> StopGradient:
+    value = values.get("stop_gradient", "")
+    if value not in ("", "prefix"):
+        raise StrategyError(f'{where}: `stop_gradient` must be "prefix" or empty, not {value!r}')
+    return cast(StopGradient, value)
 
 
 def _moment(values: object, key: str, where: str) -> Moment:
@@ -284,14 +297,16 @@ def _layers(value: object, where: str) -> str:
 def to_tables(strategy: Strategy) -> dict[str, object]:
     """Return the strategy as the tables that `parse` reads, with its name added."""
     header: dict[str, object] = {"name": strategy.name, "purpose": strategy.purpose}
-    if len(strategy.stages) == 1 and strategy.stages[0] == Stage(strategy.rules):
-        return header | {"rule": [dict(_rule_table(r)) for r in strategy.rules]}
+    stop = strategy.stages[0].stop_gradient
+    if len(strategy.stages) == 1 and strategy.stages[0] == Stage(strategy.rules, stop_gradient=stop):
+        own = {"stop_gradient": stop} if stop else {}
+        return header | own | {"rule": [dict(_rule_table(r)) for r in strategy.rules]}
     return header | {"stage": [dict(_stage_table(s)) for s in strategy.stages]}
 
 
 def _stage_table(stage: Stage) -> Iterator[tuple[str, object]]:
     default = Stage(())
-    for key in ("name", "lr", "warmup_steps", "layer_by_layer"):
+    for key in ("name", "lr", "warmup_steps", "layer_by_layer", "stop_gradient"):
         if getattr(stage, key) != getattr(default, key):
             yield key, getattr(stage, key)
     for key in ("begin", "every"):

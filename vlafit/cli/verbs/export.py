@@ -37,10 +37,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="the one that adapters sit on, or that training began with, where CHECKPOINT does not record it",
+        help="the one that CHECKPOINT sits on, or that training began with, if it moved or is not recorded",
+    )
+    parser.add_argument(
+        "--dtype",
+        help="of the weights: float32 or bfloat16 [that of the run's products, else float32]",
     )
     add_embodiment(parser)
-    parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 [float32]")
     add_config(parser)
     add_format(parser)
     add_trust(parser)

@@ -1,11 +1,11 @@
 """Read and write the adapters of a native checkpoint, and the base checkpoint that it may sit on.
 
-A policy of which a part is quantised and the rest trained in full sits on a base, too, without any adapters.
+A checkpoint without adapters may sit on a base, too: it then holds what was trained in full.
 
 `adapters/NAME/`, one folder for each group of equal settings, holds adapter_config.json and
-adapter_model.safetensors in peft's own form and names. plan.json says which layers they belong to. Such a
-checkpoint holds the weights below them, too (model.safetensors); or it names the checkpoint they come from
-with its hash (base.json), and holds only what differs from it (trained.safetensors).
+adapter_model.safetensors in peft's own form and names. plan.json says which layers they belong to. A
+checkpoint holds every weight (model.safetensors); or it names the checkpoint they come from with its hash
+(base.json), and holds only what differs from it (trained.safetensors).
 """
 
 import json
@@ -41,11 +41,14 @@ ADAPTERS, BASE, TRAINED = "adapters", "base.json", "trained.safetensors"
 CONFIG, TENSORS, INITIAL = "adapter_config.json", "adapter_model.safetensors", "initial.safetensors"
 PREFIX = "base_model.model."  # which peft's own model class puts before every name
 VERSION = 1  # of base.json
+NAME_IT = (
+    "Name where that checkpoint lies: --base PATH (vlafit train: --policy.base PATH; in Python: base=...)"
+)
 
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that adapters sit on."""
+    """The checkpoint that holds the weights which another one does not hold itself."""
 
     checkpoint: str
     """A path, the name of one that ships, or an id of the Hub with its commit; see `hub.Place`. A path that
@@ -88,7 +91,7 @@ def find_base(
     place: Callable[[str | Path], Place],
     digest: Callable[[Path], str],
 ) -> Path:
-    """Return the path of the checkpoint below the adapters in `folder`; `given` is where the caller says.
+    """Return the path of the checkpoint that `folder` sits on; `given` is where the caller says.
 
     Raises WeightsError where there is none, or another one.
     """
@@ -99,18 +102,17 @@ def find_base(
         path = place(reference).path
     except ConfigError as error:
         raise WeightsError(
-            f"{folder}: its adapters sit on the checkpoint {reference!r}, which is not there; give its "
-            "place: "
-            "base=..."
+            f"{folder}: holds only what was trained; its base, the checkpoint {reference!r}, is not there. "
+            f"{NAME_IT}"
         ) from error
     except WeightsError as error:  # of the Hub
-        raise WeightsError(f"{folder}: its adapters sit on a checkpoint of the Hub. {error}") from error
+        raise WeightsError(f"{folder}: its base is a checkpoint of the Hub. {error}") from error
     if given is None:
         _require_bounded(path, folder)
     if (sha256 := digest(path)) != base.sha256:
         raise WeightsError(
-            f"{folder}: its adapters were trained on another checkpoint than {path}: the SHA-256 is "
-            f"{sha256}, not {base.sha256}; give the right one: base=..."
+            f"{folder}: was trained on another checkpoint than {path}: the SHA-256 is {sha256}, not "
+            f"{base.sha256}. {NAME_IT}"
         )
     return path
 

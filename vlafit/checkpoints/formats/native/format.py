@@ -1,4 +1,4 @@
-"""vlafit's own format: every config is written down, every file is hashed, adapters may sit on a base."""
+"""vlafit's own format: every config is written down, every file is hashed, weights may sit on a base."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -95,7 +95,10 @@ def _on_base(
         tensors=replace(below.tensors, weights=weights, file_name=file_name, twins={}, conflicts=()),
         conflicts=below.conflicts,
         contents=contents if below.contents else None,
-        source=Source(str(place.resolve()), stored.base.sha256, stored.base.config),
+        # Its own weights may differ from the base's anywhere, unless they are adapters or rounded.
+        source=Source(str(place.resolve()), stored.base.sha256, stored.base.config)
+        if opened.adapters is not None
+        else None,
         notes=(f"on {stored.base.checkpoint}, with {len(own)} weights of its own",),
     )
 

@@ -2,8 +2,8 @@
 
 policy.json (family and config), model.safetensors, codec.json and tokenizer/, plan.json, recipe.toml,
 history.json (what it learned from), agreement.json (what its data and its base agreed on), and manifest.json
-with the SHA-256 of each. Adapters have folders of their own (adapters/), and may sit on another checkpoint
-(base.json, trained.safetensors): see `adapters.py`.
+with the SHA-256 of each. Adapters have folders of their own (adapters/). The weights, adapters or not, may
+sit on another checkpoint (base.json, trained.safetensors): see `adapters.py`.
 What others put beside them (a run's training/) is left alone. `vlafit.checkpoints.save` writes it.
 """
 
@@ -66,7 +66,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
     base = read_base(folder)
     tuned = plan is not None and (plan.adapted or plan.quantised)
-    if (base is not None or (folder / ADAPTERS).is_dir()) and not tuned:
+    if (folder / ADAPTERS).is_dir() and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
     weights = folder / (WEIGHTS if base is None else TRAINED)
     return NativeFolder(str(described["family"]), config, weights, codec, plan, base)

@@ -1,6 +1,6 @@
 """Time to take the statistics of a dataset at the start of a run, and to read those that were kept.
 
-python benchmarks/statistics.py --episodes 200 --steps 300 --chunk 50
+python benchmarks/dataset_statistics.py --episodes 200 --steps 300 --chunk 50
 """
 
 import argparse
