@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.codec import codec_file
 from vlafit.codec.codec_config import CodecConfig, require_consistent
 from vlafit.codec.images import fit_image
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.statistics import Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError
+from vlafit.errors import CodecError, ConfigError
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
@@ -203,11 +204,14 @@ class Codec:
             decoded[:, self._relative] += state[self._relative]
         return ActionChunk(decoded.astype(np.float32))
 
+    @property
+    def parts(self) -> codec_file.CodecParts:
+        """What it is made of, beside the tokenizer."""
+        return codec_file.CodecParts(self.config, self.embodiment, self.statistics, self.embodiment_id)
+
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
-        from vlafit.codec.codec_set import CodecSet
-
-        CodecSet([self]).save(folder)
+        codec_file.write(folder, [self.parts], self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
@@ -216,9 +220,14 @@ class Codec:
         Raises CodecError or ConfigError naming what is missing or malformed, or the embodiments if there are
         several; see `CodecSet`.
         """
-        from vlafit.codec.codec_set import CodecSet
-
-        return CodecSet.load(folder).choose(where=str(folder / "codec.json"))
+        parts, words = codec_file.read(folder)
+        if len(parts) > 1:
+            names = ", ".join(one.embodiment.name for one in parts)
+            raise ConfigError(
+                f"{folder / 'codec.json'}: holds {len(parts)} embodiments ({names}); read it by CodecSet.load"
+            )
+        one = parts[0]
+        return cls(one.config, one.embodiment, one.statistics, words, one.embodiment_id)
 
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
         if values.shape != feature.shape:

@@ -1,0 +1,142 @@
+"""Write and read codec.json: what the codecs of one or several embodiments consist of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlafit import config as configuration
+from vlafit.codec import tokenizer as tokenizers
+from vlafit.codec.codec_config import CodecConfig
+from vlafit.codec.statistics import Statistics
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError
+from vlafit.files import parse_json, write_atomic
+from vlafit.types import Embodiment
+
+FORMAT = 1  # of codec.json with one embodiment, which has no number
+SEVERAL = 2  # of codec.json whose embodiments have numbers
+OWN = ("cameras", "normalisation", "action_normalisation", "relative")
+"""Fields of the config that may differ between embodiments; the others describe the policy's input."""
+KEYS = {
+    FORMAT: {"format", "config", "embodiment", "statistics"},
+    SEVERAL: {"format", "config", "embodiments"},
+}
+
+
+class CodecParts(NamedTuple):
+    """What a codec is made of, beside the tokenizer."""
+
+    config: CodecConfig
+    embodiment: Embodiment
+    statistics: Mapping[str, Statistics]
+    embodiment_id: int | None
+
+
+def write(folder: Path, parts: Sequence[CodecParts], words: Tokenizer | None) -> None:
+    """Write codec.json and tokenizer/ into `folder`."""
+    write_atomic(folder / "codec.json", json.dumps(_content(parts), indent=2) + "\n")
+    if words is not None:
+        words.save(folder / "tokenizer")
+
+
+def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
+    first = parts[0]
+    shared = asdict(first.config)
+    if len(parts) == 1 and first.embodiment_id is None:
+        return {
+            "format": FORMAT,
+            "config": shared,
+            "embodiment": asdict(first.embodiment),
+            "statistics": {first.embodiment.name: _statistics(first)},
+        }
+    return {
+        "format": SEVERAL,
+        "config": {name: value for name, value in shared.items() if name not in OWN},
+        "embodiments": {
+            one.embodiment.name: {
+                "id": one.embodiment_id,
+                "config": {name: getattr(one.config, name) for name in OWN},
+                "embodiment": asdict(one.embodiment),
+                "statistics": _statistics(one),
+            }
+            for one in parts
+        },
+    }
+
+
+def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None]:
+    """Read what `write` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
+    path = folder / "codec.json"
+    content = _read(path)
+    if content["format"] == FORMAT:
+        embodiment = configuration.build(Embodiment, content["embodiment"], f"{path}: embodiment")
+        every = content["statistics"]
+        if not isinstance(every, dict) or not isinstance(every.get(embodiment.name), dict):
+            raise CodecError(f"{path}: no statistics for embodiment {embodiment.name!r}")
+        where = f"{path}: statistics.{embodiment.name}"
+        entries = [(None, content["config"], embodiment, every[embodiment.name], where)]
+    else:
+        entries = [_entry(path, content, name) for name in _table(content["embodiments"], path)]
+    words: Tokenizer | None = None
+    parts = []
+    for number, settings, embodiment, values, where in entries:
+        config = configuration.build(CodecConfig, settings, f"{path}: config")
+        if config.prompt is not None and words is None:
+            words = tokenizers.load(folder / "tokenizer")
+        statistics = {n: Statistics.from_json(v, f"{where}.{n}") for n, v in values.items()}
+        parts.append(CodecParts(config, embodiment, statistics, number))
+    return parts, words
+
+
+def _statistics(parts: CodecParts) -> dict[str, object]:
+    return {name: value.to_json() for name, value in parts.statistics.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CodecError(
+            f"{path}: cannot be read: {error.strerror}; is this a checkpoint's folder?"
+        ) from None
+    except ValueError as error:
+        raise CodecError(f"{path}: not JSON: {error}") from None
+    several = isinstance(content, dict) and "embodiments" in content
+    expected = KEYS[SEVERAL if several else FORMAT]
+    if not isinstance(content, dict) or set(content) != expected:
+        have = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise CodecError(f"{path}: must have exactly the keys {sorted(expected)}, there are {have}")
+    if content["format"] != (SEVERAL if several else FORMAT):
+        raise CodecError(f"{path}: format {content['format']!r}, this version reads {FORMAT} and {SEVERAL}")
+    return content
+
+
+def _table(value: object, path: Path) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not value:
+        raise CodecError(f"{path}: embodiments must be a table with at least one embodiment")
+    return value
+
+
+def _entry(
+    path: Path, content: Mapping[str, Any], name: str
+) -> tuple[int, Mapping[str, Any], Embodiment, Mapping[str, Any], str]:
+    """Return number, config, embodiment and statistics of one embodiment, and where the last are."""
+    where, value = f"{path}: embodiments.{name}", content["embodiments"][name]
+    expected = {"id", "config", "embodiment", "statistics"}
+    if not isinstance(value, dict) or set(value) != expected:
+        have = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise CodecError(f"{where}: must have exactly the keys {sorted(expected)}, there are {have}")
+    number, own = value["id"], value["config"]
+    if type(number) is not int or number < 0:
+        raise CodecError(f"{where}: id must be a whole number from 0, is {number!r}")
+    if not isinstance(own, dict) or set(own) != set(OWN):
+        have = sorted(own) if isinstance(own, dict) else type(own).__name__
+        raise CodecError(f"{where}: config must have exactly the keys {sorted(OWN)}, there are {have}")
+    if not isinstance(content["config"], dict) or not isinstance(value["statistics"], dict):
+        raise CodecError(f"{where}: config and statistics must be tables")
+    embodiment = configuration.build(Embodiment, value["embodiment"], f"{where}.embodiment")
+    if embodiment.name != name:
+        raise CodecError(f"{where}: is the embodiment {embodiment.name!r}; both names must be the same")
+    return number, {**content["config"], **own}, embodiment, value["statistics"], f"{where}.statistics"
