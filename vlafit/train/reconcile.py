@@ -183,7 +183,7 @@ def joined(recipe: Recipe, data: Data, agreements: Mapping[str, Agreement]) -> A
 def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
     if not data.weights:
         return
-    samples = recipe.train.steps * recipe.train.batch_size
+    samples = recipe.train.steps * recipe.train.samples
     for store, ids, share in zip(data.stores, data.training, shares(data.weights), strict=True):
         steps = sum(store.episodes[store.index(i)].length for i in ids)
         seen = share / BLOCK * samples / steps

@@ -120,8 +120,15 @@ def _clip(store: EpisodeStore, number: int, episode: str, camera: str, count: Ca
         last = small[-1]
         count(len(frames))
     mean = (total / length).astype(np.float32)
-    change, level, feature = (np.concatenate(values) for values in (changes, levels, features))
-    return _Clip(episode, camera, mean, change, level, feature, edges / length)
+    return _Clip(
+        episode,
+        camera,
+        mean,
+        np.concatenate(changes),
+        np.concatenate(levels),
+        np.concatenate(features),
+        edges / length,
+    )
 
 
 def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
