@@ -284,7 +284,8 @@ def test_the_asked_share_of_episodes_is_perturbed_and_labels_stay_clean() -> Non
     ("old", "new", "message"),
     [
         ('layout = "libero"', 'layout = "robomimic"', "layout|robomimic"),
-        ('key = "obs/workspace_rgb"', 'key = "obs/image"', "is recorded upright as 'obs/workspace_rgb'"),
+        ('key = "obs/workspace_rgb"', 'key = "image"', "such as 'obs/workspace_rgb' instead of 'image'"),
+        ('key = "obs/workspace_rgb"', 'key = "obs/ee_pos"', "named twice: obs/ee_pos"),
         ("width = 16", "width = 24", r"square.*\(16, 24\)"),
         (
             'keys = ["actions"]',

@@ -218,6 +218,8 @@ class RecordSpec:
     """Steps recorded after success."""
     compress: bool = False
     """Compress the frames: a tenth of the size, slower to read. False: contiguous, read by memory map."""
+    keep: dict[str, str] = field(default_factory=dict)
+    """Dataset of a demonstration -> the value of the simulator (`Observation.privileged`) to keep in it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ RENDERER_VERSIONS = {"egl": 2, "osmesa": 2}
 HELPERS = (
     "checks",
     "experts",
+    "experts_libero",
     "gl",
+    "libero_scene",
     "perturb",
     "raycast",
     "sentences",

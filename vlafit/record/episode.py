@@ -1,14 +1,15 @@
 """Record one episode of the expert, optionally with random pushes on the hand; labels stay unperturbed."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit import envs
 from vlafit.datasets.card import RecordSpec
-from vlafit.types import Env, EpisodeKey
+from vlafit.errors import ConfigError, did_you_mean
+from vlafit.types import Env, EpisodeKey, Observation
 
 BURST_CHANCE = 0.06  # probability that a push starts at a step without one
 BURST_STEPS = (4, 13)  # length of a push in steps: from 4 to 12
@@ -23,6 +24,8 @@ class Episode:
     actions: NDArray[np.float32]
     success: NDArray[np.bool_]
     images: dict[str, NDArray[np.uint8]]
+    kept: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Values of the simulator [t, ...], by the dataset that keeps them."""
 
 
 def is_perturbed(spec: RecordSpec, seed: int) -> bool:
@@ -59,6 +62,7 @@ def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
     observation = env.reset(task, seed)
     states, actions, successes = [], [], []
     images: dict[str, list[NDArray[np.uint8]]] = {camera.name: [] for camera in env.embodiment.cameras}
+    kept: dict[str, list[NDArray]] = {dataset: [] for dataset in spec.keep}
     end = spec.horizon  # steps; extended at the first success
     succeeded = False
     for step in range(max_steps):
@@ -67,6 +71,8 @@ def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
         actions.append(label)
         for name, frames in images.items():
             frames.append(observation.images[name])
+        for dataset, values in kept.items():
+            values.append(_privileged(observation, spec.keep[dataset]))
         executed = label.copy()
         executed[:3] = np.clip(executed[:3] + offsets[step], -1, 1)
         before = succeeded
@@ -83,4 +89,14 @@ def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
         np.stack(actions),
         np.array(successes),
         {name: np.stack(frames) for name, frames in images.items()},
+        {dataset: np.stack(values) for dataset, values in kept.items()},
     )
+
+
+def _privileged(observation: Observation, name: str) -> NDArray:
+    """Return a value of the simulator, or raise ConfigError naming those that it has."""
+    if name not in observation.privileged:
+        listed = ", ".join(observation.privileged) or "none"
+        near = did_you_mean(name, observation.privileged)
+        raise ConfigError(f"record.keep: the simulator reports no value {name!r}{near}; it has: {listed}")
+    return np.array(observation.privileged[name])

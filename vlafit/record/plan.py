@@ -4,12 +4,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlafit import envs
-from vlafit.datasets.card import Card, RecordSpec
+from vlafit.datasets.card import CameraCard, Card, RecordSpec
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.types import Env, require_same
 
-STATE_KEYS = ("obs/ee_pos", "obs/gripper_states")  # datasets of the hand's position and the remaining state
+STATE_ENDS = {
+    ("obs/ee_pos", "obs/gripper_states"): (3, None),
+    ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states"): (3, 6, None),
+}  # datasets of the state -> the dimension at which each ends; None: the last
+RESERVED = ("actions", "dones", "rewards")  # datasets that a recording has anyway
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class RecordingPlan:
 
     spec: EnvSpec
     record: RecordSpec
+    cameras: tuple[CameraCard, ...] = ()
+    """As the card has them: the datasets of the frames, and whether they are stored upside-down."""
+    state_keys: tuple[str, ...] = ("obs/ee_pos", "obs/gripper_states")
 
 
 def plan_recording(card: Card, episodes_per_task: int | None) -> RecordingPlan:
@@ -34,18 +41,30 @@ def plan_recording(card: Card, episodes_per_task: int | None) -> RecordingPlan:
     sizes = {(camera.height, camera.width) for camera in card.robot.cameras}
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         raise ConfigError(f"{where}: cameras to record must be square and of one size; got {sorted(sizes)}")
+    if len({camera.rotate for camera in card.robot.cameras}) > 1:
+        raise ConfigError(f"{where}: cameras to record must all have rotate = 0, or all rotate = 180")
+    datasets = [*RESERVED, *card.robot.state.keys, *card.record.keep]
     for camera in card.robot.cameras:
-        if camera.rotate or camera.key != f"obs/{camera.name}_rgb":
+        if not camera.key.startswith("obs/") or camera.flip or camera.channels not in ("", "rgb"):
             raise ConfigError(
-                f"{where}: camera {camera.name!r} is recorded upright as 'obs/{camera.name}_rgb'; "
-                f"set that key and rotate = 0 instead of {camera.key!r} and {camera.rotate}"
+                f"{where}: camera {camera.name!r} is recorded in RGB, with rotate = 0 or 180, in a "
+                f"dataset of obs/; remove flip and channels, and set a key such as 'obs/{camera.name}_rgb' "
+                f"instead of {camera.key!r}"
             )
-    keys = {"state": card.robot.state.keys, "action": card.robot.action.keys}
-    for name, expected in (("state", STATE_KEYS), ("action", ("actions",))):
-        if keys[name] != expected:
-            raise ConfigError(
-                f"{where}: robot.{name}.keys of a recording must be {list(expected)}, not {list(keys[name])}"
-            )
+        datasets.append(camera.key)
+    if tuple(card.robot.state.keys) not in STATE_ENDS:
+        listed = " or ".join(str(list(keys)) for keys in STATE_ENDS)
+        raise ConfigError(
+            f"{where}: robot.state.keys of a recording must be {listed}, not {list(card.robot.state.keys)}"
+        )
+    if card.robot.action.keys != ("actions",):
+        raise ConfigError(
+            f"{where}: robot.action.keys of a recording must be ['actions'], not "
+            f"{list(card.robot.action.keys)}"
+        )
+    twice = sorted({name for name in datasets if datasets.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{where}: datasets of a recording named twice: {', '.join(twice)}; rename one")
     record = (
         card.record
         if episodes_per_task is None
@@ -59,7 +78,7 @@ def plan_recording(card: Card, episodes_per_task: int | None) -> RecordingPlan:
         cameras=tuple(camera.name for camera in card.robot.cameras),
         horizon=record.horizon + record.hold_steps,
     )
-    return RecordingPlan(spec, record)
+    return RecordingPlan(spec, record, card.robot.cameras, card.robot.state.keys)
 
 
 def require_recordable(card: Card, plan: RecordingPlan, env: Env) -> None:

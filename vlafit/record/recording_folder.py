@@ -17,7 +17,7 @@ import numpy as np
 from vlafit import files
 from vlafit.errors import DataError
 from vlafit.record.episode import Episode, is_perturbed
-from vlafit.record.plan import STATE_KEYS, RecordingPlan
+from vlafit.record.plan import STATE_ENDS, RecordingPlan
 from vlafit.types import Embodiment, Env
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,11 @@ class RecordingFolder:
             "noise": plan.record.noise,
             "versions": dict(env.versions),
         }
+        if plan.record.keep:  # added later: recordings without are those of earlier versions
+            self.settings["keep"] = plan.record.keep
+        turned = sorted(camera.name for camera in plan.cameras if camera.rotate)
+        if turned:
+            self.settings["turned"] = turned
         text = json.dumps(self.settings, sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]  # of the settings
         self.parts = out / f".episodes-{self.fingerprint}"
@@ -128,6 +133,7 @@ class RecordingFolder:
         if episode is not None:
             arrays = {"state": episode.state, "actions": episode.actions, "success": episode.success}
             arrays |= {f"image_{name}": frames for name, frames in episode.images.items()}
+            arrays |= {f"kept_{index}": values for index, values in enumerate(episode.kept.values())}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         files.write_atomic(self.part(task, seed), buffer.getvalue())
@@ -141,7 +147,8 @@ class RecordingFolder:
                 if "state" not in arrays:
                     return None
                 images = {name: arrays[f"image_{name}"] for name in self.plan.spec.cameras}
-                return Episode(arrays["state"], arrays["actions"], arrays["success"], images)
+                kept = {name: arrays[f"kept_{index}"] for index, name in enumerate(self.plan.record.keep)}
+                return Episode(arrays["state"], arrays["actions"], arrays["success"], images, kept)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: cannot be read ({error}); delete it and resume") from error
 
@@ -186,7 +193,10 @@ class RecordingFolder:
             data.attrs["env_name"] = task
             data.attrs["problem_info"] = json.dumps({"language_instruction": self.instructions[task]})
             data.attrs["env_args"] = json.dumps(self.settings, sort_keys=True)
-            data.attrs["macros_image_convention"] = "opencv"  # upright
+            turned = any(camera.rotate for camera in self.plan.cameras)
+            data.attrs["macros_image_convention"] = (
+                "opengl" if turned else "opencv"
+            )  # upside-down, or upright
             data.attrs["skipped_seeds"] = json.dumps(
                 [s for s, succeeded in sorted(outcomes.items()) if not succeeded]
             )
@@ -206,12 +216,18 @@ class RecordingFolder:
         demo.create_dataset("actions", data=episode.actions.astype(np.float64))
         demo.create_dataset("rewards", data=episode.success.astype(np.uint8))
         demo.create_dataset("dones", data=dones)
-        for name, frames in episode.images.items():
+        for camera in self.plan.cameras:
+            frames = episode.images[camera.name]
             packed: dict[str, Any] = {}
             if self.plan.record.compress:
                 chunk = (min(FRAMES_PER_CHUNK, steps), *frames.shape[1:])
                 packed = {"compression": "gzip", "compression_opts": 9, "chunks": chunk}
-            demo.create_dataset(f"obs/{name}_rgb", data=frames, **packed)
-        demo.create_dataset(STATE_KEYS[0], data=episode.state[:, :3].astype(np.float64))
-        demo.create_dataset(STATE_KEYS[1], data=episode.state[:, 3:].astype(np.float64))
+            stored = np.ascontiguousarray(frames[:, ::-1, ::-1]) if camera.rotate else frames
+            demo.create_dataset(camera.key, data=stored, **packed)
+        begin = 0
+        for key, end in zip(self.plan.state_keys, STATE_ENDS[self.plan.state_keys], strict=True):
+            demo.create_dataset(key, data=episode.state[:, begin:end].astype(np.float64))
+            begin = end
+        for name, values in episode.kept.items():
+            demo.create_dataset(name, data=values)
         return steps

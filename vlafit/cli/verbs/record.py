@@ -32,6 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit.record import RecordProgress, record
 
     card = load_card(options.card)
+    scripted = f"{card.name}-scripted"
+    if card.record is None and scripted in shipped.names("card"):
+        print(f"{card.name} is a dataset of human demonstrations; scripted ones are recorded as {scripted}")
+        card = load_card(scripted)
     out = Path(options.out) if options.out else card.location()
     if shipped.PACKAGE in out.resolve().parents:
         raise ConfigError(

@@ -1,0 +1,99 @@
+"""Count how often the scripted expert, or chance, solves LIBERO's tasks; one JSON line an episode.
+
+    python eval/libero_expert.py --suite libero-object --actor expert --first-seed 1000 --trials 5
+
+Seeds 0 to 49 are the official initial states, those from 1000 on are sampled from the tasks' BDDL regions,
+as `vlafit record` samples them. Horizon, settle steps and tasks are those of the suite's openpi protocol; no
+picture is drawn. Episodes that the file holds already are not played again. Prints the table of all.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from vlafit import envs
+from vlafit.envs.libero import SAMPLED
+from vlafit.rollout import Protocol, load_protocol
+from vlafit.types import ActionChunk, Actor, Env, EpisodeKey, Observation
+
+RESULTS = Path("eval/results/libero-expert.jsonl")
+
+
+class Chance:
+    """Draws actions evenly from [-1, 1]; each is held for five steps."""
+
+    def act(self, observations: list[Observation], keys: list[EpisodeKey]) -> list[ActionChunk]:
+        return [self._act(key) for key in keys]
+
+    def _act(self, key: EpisodeKey) -> ActionChunk:
+        rng = np.random.default_rng([key.seed, key.replan // 5])
+        return ActionChunk(rng.uniform(-1, 1, (1, 7)).astype(np.float32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", default="libero-object")
+    parser.add_argument("--actor", choices=("expert", "chance"), default="expert")
+    parser.add_argument("--tasks", type=int, nargs="*", help="positions in the protocol [all]")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=SAMPLED)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    protocol = load_protocol(f"{options.suite}-openpi")
+    numbers = options.tasks if options.tasks is not None else range(len(protocol.tasks))
+    lines = options.results.read_text().splitlines() if options.results.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    played = {(row["actor"], row["task"], row["seed"]) for row in rows}
+    env = envs.make(envs.EnvSpec("libero", size=8, renderer="auto", cameras=("agentview",)))
+    try:
+        for task in (protocol.tasks[number] for number in numbers):
+            for seed in range(options.first_seed, options.first_seed + options.trials):
+                if (options.actor, task, seed) in played:
+                    continue
+                actor = envs.expert("libero") if options.actor == "expert" else Chance()
+                row = {"suite": options.suite, "actor": options.actor, "task": task, "seed": seed}
+                rows.append(row | play(env, actor, protocol, task, seed))
+                with options.results.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(json.dumps(rows[-1]), flush=True)
+    finally:
+        env.close()
+    show(rows)
+
+
+def play(env: Env, actor: Actor, protocol: Protocol, task: str, seed: int) -> dict[str, object]:
+    """Play one episode; return its success, steps and CPU time."""
+    started = time.process_time()
+    observation = env.reset(task, seed)
+    if seed < SAMPLED:
+        for _ in range(protocol.settle_steps):
+            rest = np.array(protocol.settle_action, np.float32)
+            observation, _, _ = env.step(rest, render=False)
+    success, steps = False, 0
+    while not success and steps < protocol.horizon:
+        action = actor.act([observation], [EpisodeKey(seed, task, steps)])[0].actions[0]
+        observation, success, _ = env.step(action, render=False)
+        steps += 1
+    cpu = round(time.process_time() - started, 1)
+    return {"success": success, "steps": steps, "cpu_s": cpu, "mujoco": version("mujoco")}
+
+
+def show(rows: list[dict]) -> None:
+    """Print successes by actor, kind of start and task."""
+    counts: dict[tuple[str, str, str, str], list[bool]] = defaultdict(list)
+    for row in rows:
+        start = "sampled" if row["seed"] >= SAMPLED else "official"
+        counts[row["suite"], row["actor"], start, row["task"]].append(row["success"])
+    for (suite, actor, start, task), outcomes in counts.items():
+        print(f"| {suite} | {actor} | {start} | {task} | {sum(outcomes)} of {len(outcomes)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Tell a scripted expert of a LIBERO task: the object to move, the place for it, and what is in the way.
+
+Positions are in metres in the world. Only tasks with the single goal of one object on, or in, something else
+have these facts; a policy never gets them.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco is a compiled module without type information)
+
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 4)] * 3, indexing="ij"), -1).reshape(-1, 3)  # in a unit cube
+FINGER_PADS = ("gripper0_finger1_pad_collision", "gripper0_finger2_pad_collision")
+FINE, COARSE = 0.004, 0.01  # metres between points of the object, and of all else
+
+
+class PickAndPlace:
+    """Facts about the one object that a task's goal moves, as `Observation.privileged` takes them."""
+
+    def __init__(self, domain: Any) -> None:
+        self._domain = domain  # LIBERO's environment below its wrapper
+        relation, moved, place = domain.parsed_problem["goal_state"][0]
+        self._inside = relation == "in"
+        self._body = domain.obj_body_id[moved]
+        self._geoms = domain.objects_dict[moved].contact_geoms
+        data, model = domain.sim.data._data, domain.sim.model._model
+        rotation = data.xmat[self._body].reshape(3, 3)
+        self._points = (_thin(_points(model, data, self._geoms), FINE) - data.xpos[self._body]) @ rotation
+        self._site = place if place in domain.object_sites_dict else ""
+        parent = domain.object_sites_dict[place].parent_name if self._site else place
+        self._place = -1 if self._site else domain.obj_body_id[place]
+        others = {**domain.objects_dict, **domain.fixtures_dict}
+        around = [_points(model, data, body.contact_geoms) for name, body in others.items() if name != moved]
+        self._around = _thin(np.concatenate(around), COARSE)
+        self._top = float(_points(model, data, others[parent].contact_geoms)[:, 2].max())
+        self._pads = [mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name) for name in FINGER_PADS]
+
+    def facts(self) -> dict[str, NDArray[np.float64]]:
+        """Return the facts at this step.
+
+        `points` [n, 3]: the object's collision shapes; `object` [3]: its position; `place` [3]: where it is
+        to be; `inside` [1]: 1 if in a container, whose rim is at the height `rim` [1]; `around` [m, 3]:
+        collision shapes of all else at the start; `hand` [3] and `hand_rotation` [3, 3]; `fingers` [2, 3]:
+        their pads; `grasped` [1]: 1 if both pads touch the object.
+        """
+        domain, data = self._domain, self._domain.sim.data._data
+        gripper = domain.robots[0].gripper
+        site = gripper.important_sites["grip_site"]
+        rotation, position = data.xmat[self._body].reshape(3, 3), data.xpos[self._body]
+        place = domain.sim.data.get_site_xpos(self._site) if self._site else data.xpos[self._place]
+        values = {
+            "points": self._points @ rotation.T + position,
+            "object": position,
+            "place": place,
+            "inside": [self._inside],
+            "rim": [self._top],
+            "around": self._around,
+            "hand": domain.sim.data.get_site_xpos(site),
+            "hand_rotation": domain.sim.data.get_site_xmat(site),
+            "fingers": data.geom_xpos[self._pads],
+            "grasped": [domain._check_grasp(gripper, list(self._geoms))],
+        }
+        return {name: np.array(value, np.float64) for name, value in values.items()}
+
+
+def is_pick_and_place(domain: Any) -> bool:
+    """Whether the goal of a task is one movable object on, or in, something."""
+    goal = domain.parsed_problem["goal_state"]
+    return len(goal) == 1 and goal[0][0] in ("on", "in") and goal[0][1] in domain.objects_dict
+
+
+def _points(model: mujoco.MjModel, data: mujoco.MjData, geoms: list[str]) -> NDArray[np.float64]:
+    """Return points [n, 3] of the boxes around some geoms, as they stand now."""
+    parts = [np.empty((0, 3))]
+    for name in geoms:
+        geom = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name)
+        centre, half = model.geom_aabb[geom].reshape(2, 3)
+        grid = np.unique(GRID * half + centre, axis=0)
+        parts.append(grid @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
+    return np.concatenate(parts)
+
+
+def _thin(points: NDArray[np.float64], spacing: float) -> NDArray[np.float64]:
+    """Return one of the points in each cube of a grid."""
+    _, chosen = np.unique(np.round(points / spacing).astype(np.int64), axis=0, return_index=True)
+    return points[np.sort(chosen)]
