@@ -1,5 +1,6 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
 # make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
+# make libero       scripted demonstrations of four tasks of real LIBERO, a small policy, its evaluation (needs OpenGL)
 # make test         lint, types, import contracts, the tests (what .ci/run calls; some 15 minutes on two cores)
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
@@ -18,7 +19,7 @@ LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation test checks test-all tested lint types imports unit peers peers-serve docs clean
+.PHONY: help quickstart ablation libero test checks test-all tested lint types imports unit peers peers-serve docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -28,6 +29,10 @@ quickstart: .venv/ready
 
 ablation: .venv/ready
 	$(BIN)/python eval/pretraining.py --jobs 2
+
+libero: .venv/ready-libero
+	$(BIN)/vlafit record libero-object-small --workers 2 --resume
+	$(BIN)/vlafit train libero-object-small --out runs/libero-object-small --resume
 
 # Types are checked beside the tests: alone, they would use one core of several.
 test: .venv/ready-dev
@@ -103,6 +108,12 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps gym-pusht
 	@touch .venv/ready $@
+
+# As for PushT: robosuite asks for the OpenCV that needs X libraries; where they lack, the headless one replaces it.
+.venv/ready-libero: .venv/ready
+	@echo "Installing LIBERO with its assets into .venv (once; 2 GB) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero,sweep]'
+	@touch $@
 
 .venv/ready-docs: .venv/ready
 	@echo "Installing mkdocs into .venv (once) ..."

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("libero", reason="needs the extra libero (pip install 'vlafit[libero]')")
 
 from vlafit.envs import EnvSpec, LiberoSpec, Perturbation, make
-from vlafit.envs.libero import SUITES, Libero
+from vlafit.envs.libero import SUITES, Libero, _require_another_start
 from vlafit.errors import SimulationError
 
 pytestmark = pytest.mark.sim
@@ -61,6 +61,32 @@ def test_an_episode_starts_alike_whatever_came_before_also_its_fixtures(env: Lib
     moved.reset(task, 3)
     assert not np.array_equal(moved._model.body_pos, first[1])  # so the seed belongs to the protocol
     moved.close()
+
+
+def test_seeds_from_1000_on_are_starts_of_the_tasks_regions_and_never_official_ones(env: Libero) -> None:
+    task = env.tasks[10]
+    states = env._simulator.initial_states(task)
+    first, other = (env.reset(task, seed).privileged["full_state"] for seed in (1000, 1001))
+    assert not np.array_equal(first[1:], other[1:])
+    assert min(np.abs(states[:, 1:] - start[1:]).max(axis=1).min() for start in (first, other)) > 1e-4
+    np.testing.assert_array_equal(env.reset(task, 1000).privileged["full_state"], first)
+    with pytest.raises(
+        SimulationError, match=f"task '{task}': the start sampled with seed 7 is the official"
+    ):
+        _require_another_start(states[3], states, task, 7)
+
+
+def test_robosuites_own_errors_end_a_reset_which_liberos_wrapper_repeats_for_ever(
+    env: Libero, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env.reset(env.tasks[0], 0)
+
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(env._scene.env, "reset", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        env.reset(env.tasks[0], 1)
 
 
 def test_pictures_are_robosuites_own_turned_by_half(env: Libero, monkeypatch: pytest.MonkeyPatch) -> None:

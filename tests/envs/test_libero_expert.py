@@ -11,10 +11,12 @@ from vlafit.types import EpisodeKey, Observation
 HEIGHT = 0.1
 
 
-def box(x: float, y: float, z: float) -> NDArray[np.float64]:
+def box(x: float, y: float, z: float, at: tuple[float, float] = (0, 0)) -> NDArray[np.float64]:
     """Points of a box of these lengths that stands on the ground."""
     sides = [np.linspace(-x / 2, x / 2, 5), np.linspace(-y / 2, y / 2, 5), np.linspace(0, z, 5)]
-    return np.stack(np.meshgrid(*sides), -1).reshape(-1, 3)
+    points = np.stack(np.meshgrid(*sides), -1).reshape(-1, 3)
+    points[:, :2] += at
+    return points
 
 
 def bowl(radius: float) -> NDArray[np.float64]:
@@ -34,7 +36,7 @@ def facts(points: NDArray[np.float64], around: NDArray[np.float64] | None = None
 
 
 def test_a_box_is_grasped_across_its_narrow_side_below_its_top() -> None:
-    grasp = plan_grasp(facts(box(0.05, 0.12, HEIGHT) + [0.3, 0.1, 0]))
+    grasp = plan_grasp(facts(box(0.05, 0.12, HEIGHT, (0.3, 0.1))))
     np.testing.assert_allclose(np.abs(grasp.axis), [1, 0], atol=1e-9)
     np.testing.assert_allclose(grasp.point[:2], [0.3, 0.1], atol=1e-9)
     assert HEIGHT - 0.04 < grasp.point[2] < HEIGHT
@@ -47,11 +49,10 @@ def test_a_bowl_is_grasped_at_its_rim_with_the_least_turn_of_the_hand() -> None:
 
 
 def test_fingers_keep_clear_of_what_stands_beside_the_rim() -> None:
-    walls = box(0.02, 0.02, 0.2)
-    beside = np.concatenate([walls + [0, y, 0] for y in (-0.1, 0.1)])
-    grasp = plan_grasp(facts(bowl(0.06), beside))
+    near, far = (box(0.02, 0.02, 0.2, (0, y)) for y in (0.1, -0.1))
+    grasp = plan_grasp(facts(bowl(0.06), np.concatenate([near, far])))
     assert abs(grasp.axis[1]) < 0.98
-    one_side = plan_grasp(facts(bowl(0.06), walls + [0, 0.1, 0]))
+    one_side = plan_grasp(facts(bowl(0.06), near))
     np.testing.assert_allclose(one_side.axis, [0, -1], atol=1e-9)
 
 
