@@ -7,6 +7,7 @@ have these facts; a policy never gets them.
 # pyright: reportAttributeAccessIssue=false
 # (mujoco is a compiled module without type information)
 
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -26,10 +27,11 @@ class PickAndPlace:
         relation, moved, place = domain.parsed_problem["goal_state"][0]
         self._inside = relation == "in"
         self._body = domain.obj_body_id[moved]
-        self._geoms = domain.objects_dict[moved].contact_geoms
+        geoms = domain.objects_dict[moved].contact_geoms
         data, model = domain.sim.data._data, domain.sim.model._model
+        self._geoms, self._pads = _ids(model, geoms), _ids(model, FINGER_PADS)
         rotation = data.xmat[self._body].reshape(3, 3)
-        self._points = (_thin(_points(model, data, self._geoms), FINE) - data.xpos[self._body]) @ rotation
+        self._points = (_thin(_points(model, data, geoms), FINE) - data.xpos[self._body]) @ rotation
         self._site = place if place in domain.object_sites_dict else ""
         parent = domain.object_sites_dict[place].parent_name if self._site else place
         self._place = -1 if self._site else domain.obj_body_id[place]
@@ -37,7 +39,6 @@ class PickAndPlace:
         around = [_points(model, data, body.contact_geoms) for name, body in others.items() if name != moved]
         self._around = _thin(np.concatenate(around), COARSE)
         self._top = float(_points(model, data, others[parent].contact_geoms)[:, 2].max())
-        self._pads = [mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name) for name in FINGER_PADS]
 
     def facts(self) -> dict[str, NDArray[np.float64]]:
         """Return the facts at this step.
@@ -48,8 +49,7 @@ class PickAndPlace:
         their pads; `grasped` [1]: 1 if both pads touch the object.
         """
         domain, data = self._domain, self._domain.sim.data._data
-        gripper = domain.robots[0].gripper
-        site = gripper.important_sites["grip_site"]
+        site = domain.robots[0].gripper.important_sites["grip_site"]
         rotation, position = data.xmat[self._body].reshape(3, 3), data.xpos[self._body]
         place = domain.sim.data.get_site_xpos(self._site) if self._site else data.xpos[self._place]
         values = {
@@ -62,9 +62,14 @@ class PickAndPlace:
             "hand": domain.sim.data.get_site_xpos(site),
             "hand_rotation": domain.sim.data.get_site_xmat(site),
             "fingers": data.geom_xpos[self._pads],
-            "grasped": [domain._check_grasp(gripper, list(self._geoms))],
+            "grasped": [all(self._touches(data, pad) for pad in self._pads)],
         }
         return {name: np.array(value, np.float64) for name, value in values.items()}
+
+    def _touches(self, data: mujoco.MjData, geom: int) -> bool:
+        pairs = data.contact.geom  # [contacts, 2]
+        other = pairs[:, ::-1][pairs == geom]
+        return bool(np.isin(other, self._geoms).any())
 
 
 def is_pick_and_place(domain: Any) -> bool:
@@ -73,11 +78,14 @@ def is_pick_and_place(domain: Any) -> bool:
     return len(goal) == 1 and goal[0][0] in ("on", "in") and goal[0][1] in domain.objects_dict
 
 
-def _points(model: mujoco.MjModel, data: mujoco.MjData, geoms: list[str]) -> NDArray[np.float64]:
+def _ids(model: mujoco.MjModel, geoms: Sequence[str]) -> list[int]:
+    return [mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name) for name in geoms]
+
+
+def _points(model: mujoco.MjModel, data: mujoco.MjData, geoms: Sequence[str]) -> NDArray[np.float64]:
     """Return points [n, 3] of the boxes around some geoms, as they stand now."""
     parts = [np.empty((0, 3))]
-    for name in geoms:
-        geom = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name)
+    for geom in _ids(model, geoms):
         centre, half = model.geom_aabb[geom].reshape(2, 3)
         grid = np.unique(GRID * half + centre, axis=0)
         parts.append(grid @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
