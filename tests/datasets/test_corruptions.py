@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.datasets.corruptions import LAYOUTS, Written, read_corrupted, write
+from tests.variants import variants
 
 SEED = 7
-EACH = 3  # of each layout; `python -m tests.datasets.corruptions --count 300` reads more
+EACH = 3  # of each layout, one in `make test`; `python -m tests.datasets.corruptions --count 300` reads more
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -15,7 +16,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return write(request.param, tmp_path_factory.mktemp("set") / "set")
 
 
-@pytest.mark.parametrize("number", range(EACH))
+@pytest.mark.parametrize("number", variants(range(EACH), always=[0]))
 def test_a_corrupted_file_is_named_or_its_samples_are_what_they_were(
     written: Written, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -24,6 +25,7 @@ def test_a_corrupted_file_is_named_or_its_samples_are_what_they_were(
     assert not outcome.is_fault, outcome
 
 
+@pytest.mark.slow
 def test_a_restored_file_reads_as_before(written: Written) -> None:
     """The corruptions above leave no trace, so that each is judged by itself."""
     from tests.datasets.corruptions import compare, content

@@ -83,6 +83,7 @@ def test_a_run_writes_what_it_picked_and_keeps_it(
     assert_same(learned(tmp_path / "run", 3), learned(tmp_path / "given", 3))
 
 
+@pytest.mark.slow
 def test_the_batch_is_that_of_all_processes_and_a_cpu_has_its_free_ram(card: Path) -> None:
     recipe = automatic(card, precision="fp32", sharding="none", frozen="fp32")
     data = open_data(recipe.data, 0)

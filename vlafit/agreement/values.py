@@ -116,7 +116,7 @@ class Agreement:
 
         def own(option: str) -> str:
             known = option.startswith(f"--{section}.")
-            return option if known else option.replace("--adapt.", f"--{section}.")
+            return option if known else option.replace("adapt.", f"{section}.", 1)
 
         items = [
             replace(

@@ -108,6 +108,8 @@ def settle(
         recipe = with_field(recipe, field, own)
     if recipe.train.batch_size == "auto" and before is not None:
         recipe = with_field(recipe, "train.batch_size", before.train.batch_size)
+    if recipe.train.checkpoints == "auto" and before is not None:
+        recipe = with_field(recipe, "train.checkpoints", before.train.checkpoints)
     recipe = _clip_norm(recipe, launch, before, settings)
     notes = launch.notes
     if launch.launcher and launch.precision is None and bf16 and before is None:
