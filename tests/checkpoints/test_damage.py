@@ -15,7 +15,8 @@ import vlafit
 from tests.policies.tiny import random_policy
 from tests.tuning.world import rules
 from tests.variants import variants
-from vlafit import cli, files
+from vlafit import checkpoints, cli, files
+from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import BASE
 from vlafit.checkpoints.formats.openpi.names import NAMES
@@ -278,3 +279,15 @@ def _same_weights(whole: Path, damaged: Path) -> bool | None:
         return None
     expected = vlafit.load_policy(whole, config={"chunk": 6}).state_dict()
     return all(torch.equal(tensor, expected[name]) for name, tensor in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("rehashed", [False, True])
+def test_a_saved_recipe_that_is_no_toml_ends_an_export_in_one_error(rehashed: bool, tmp_path: Path):
+    source = tmp_path / "saved"
+    checkpoints.save(_policy("pi0"), source, recipe='name = "run"\n')
+    (source / "recipe.toml").write_text('{"a": [1]}\n')
+    if rehashed:
+        _agree(source)
+    with pytest.raises(WeightsError, match=r"recipe\.toml"):
+        export(source, "vlafit", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

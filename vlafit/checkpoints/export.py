@@ -104,15 +104,16 @@ def export(
     location = place(source)
     path = location.path
     is_native = native.recognise(path)
-    recipe_file = path / native.RECIPE
-    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
-    narrow = dtype is None and _computed_in_bf16(recipe)
-    dtype = parse_dtype(dtype or ("bfloat16" if narrow else "float32"))
+    named = None if dtype is None else parse_dtype(dtype)
     sits_on = read_base(path) if is_native else None
     loaded = load_all(
         path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust
     )
     loaded = _of(loaded, embodiment, writer, str(path))
+    recipe_file = path / native.RECIPE  # its hash has been verified
+    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
+    narrow = named is None and _computed_in_bf16(recipe, recipe_file)
+    dtype = named or ("bfloat16" if narrow else "float32")
     merge_error, notes = None, (f"from {location.note}",) if location.note else ()
     tuned = loaded.plan is not None and (loaded.plan.adapted or loaded.plan.quantised)
     if tuned and (merge or interpolate):
@@ -255,10 +256,13 @@ def _change(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
 
 
-def _computed_in_bf16(recipe: str | None) -> bool:
+def _computed_in_bf16(recipe: str | None, path: Path) -> bool:
     """Whether the recipe that is saved with a checkpoint says that its run computed in bfloat16."""
-    train = tomllib.loads(recipe or "").get("train", {})
-    return train.get("precision") == "bf16"
+    try:
+        train = tomllib.loads(recipe or "").get("train", {})
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise WeightsError(f"{path}: is not TOML: {error}; name the precision by --dtype") from error
+    return isinstance(train, dict) and train.get("precision") == "bf16"
 
 
 def _interpolated(history: Lineage | None, shares: Mapping[str, float], base: Path) -> Lineage:
