@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from vlafit.agreement.cameras import misnamed
 from vlafit.datasets.card import CameraCard, Card
 
 AS_STORED = "as stored"
@@ -32,6 +33,20 @@ def is_same(frames: str, other: str) -> bool:
     """Whether `frames` of a card are among those that `other`, of one card or several, describes."""
     texts = [text.partition(": ")[2] or text for text in other.split("; ")]
     return set(frames.split(", ")) in [set(text.split(", ")) for text in texts]
+
+
+def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence[str] = ()) -> list[str]:
+    """Return a sentence for each camera whose key has the name of another one of the card.
+
+    Cameras that a card of `trained` reads from the same key, or whose names are `confirmed`, have none.
+    """
+    keys = {camera.name: camera.key for camera in card.robot.cameras}
+    known = {(camera.name, camera.key) for other in trained for camera in other.robot.cameras}
+    return [
+        text
+        for name, key in keys.items()
+        if name not in confirmed and (name, key) not in known and (text := misnamed(name, keys))
+    ]
 
 
 def reading(card: Card) -> dict[str, str]:
