@@ -152,6 +152,8 @@ def test_the_command_line_serves_evaluates_and_stops(checkpoint: Path, tmp_path:
         (("serve", "x", "--host", "0.0.0.0"), "--token-file"),
         (("serve", "x", "--map", "image"), "KEY=NAME"),
         (("serve", "x", "--map", "a=front", "--map", "a=wrist"), "'a' twice"),
+        (("serve", "x", "--map", "left_wrist=right_wrist"), "'left_wrist' names the left hand"),
+        (("serve", "x", "--map", "observation/cam_r=left_wrist"), "names the right hand"),
         (("serve", "x", "--token-file", "nowhere"), "nowhere"),
         (("serve", "x", "--max-clients", "0"), "max_clients"),
         (("serve", "no-such-checkpoint"), "no-such-checkpoint"),

@@ -18,7 +18,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     from vlafit.actor import PolicyActor
     from vlafit.datasets import open_dataset
     from vlafit.offline import Settings, choose_episodes, evaluate
-    from vlafit.offline.contract import permitted_by, require_robot, require_values
+    from vlafit.offline.contract import frames_notice, permitted_by, require_robot, require_values
     from vlafit.report import offline as report
 
     settings = Settings(
@@ -41,6 +41,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
         values = require_values(
             actor.codec, store, str(name), (*permitted_by(name, actor.embodiment.name), *permitted)
         )
+        values += tuple(filter(None, [frames_notice(name, store, actor.embodiment.name)]))
     with Line("observations", 1) as line:
 
         def progress(done: int, total: int, episode: str) -> None:

@@ -6,9 +6,10 @@ from typing import Protocol, runtime_checkable
 
 from vlafit import config
 from vlafit.agreement import Agreement
-from vlafit.agreement.cameras import misnamed
+from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, value_faults
+from vlafit.datasets.framing import exchanged_keys, frames, is_same
 from vlafit.recipe import Recipe
 from vlafit.types import Actor, Embodiment, require_same
 
@@ -50,15 +51,30 @@ def require_values(
     """
     every = tuple(info.id for info in store.episodes)
     items = tuple(value_faults.items([store], [every], codec, permitted, False, EVALUATION))
-    keys = {camera.name: camera.key for camera in store.card.robot.cameras}
-    exchanged = [text for name in keys if (text := misnamed(name, keys))]
     Agreement(items, (), ()).require(f"dataset {store.card.name!r} and the statistics of {title}")
     lines = (
         f"{item.name}: {'; '.join(item.sides.values())}: {item.reason}"
         for item in items
         if item.status == "differs"
     )
-    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged))
+    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged_keys(store.card)))
+
+
+def frames_notice(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -> str:
+    """Return a sentence where a dataset's frames are read otherwise than those a checkpoint learned from.
+
+    It is "" where they are read alike, or the checkpoint has no agreement that says how its frames were read.
+    """
+    agreed = read_agreement(checkpoint)
+    names = ("frames", f"{embodiment}: frames")
+    stated = [item.sides.get("dataset", "") for item in agreed.items if item.name in names] if agreed else []
+    here = frames(store.card)
+    if not stated or not stated[0] or is_same(here, stated[0]):
+        return ""
+    return (
+        f"frames of dataset {store.card.name!r} are read {here}, those that the checkpoint learned from "
+        f"{stated[0]}: are all upright?"
+    )
 
 
 def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:

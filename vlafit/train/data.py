@@ -15,10 +15,11 @@ from itertools import compress
 from vlafit import checkpoints
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.card import with_relative_matches
+from vlafit.datasets.framing import exchanged_keys, frames, frames_of, is_same
 from vlafit.datasets.leaks import require_apart
 from vlafit.datasets.order import shares
 from vlafit.errors import ConfigError, DataError, EmbodimentError, did_you_mean
-from vlafit.recipe import DataRecipe
+from vlafit.recipe import DataRecipe, Recipe
 from vlafit.types import Embodiment, renderer_notice, require_same
 
 ValidationSets = Mapping[str, tuple[EpisodeStore, ...]]
@@ -300,6 +301,31 @@ def _open_set(where: str, recipe: DataRecipe, cards: tuple[str, ...], data: Data
                 "would be measured on different actions"
             )
         yield store
+
+
+def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[str, ...]:
+    """Return a sentence for each camera of a validation set that may be another one, or is read otherwise.
+
+    Raises EmbodimentError where its key has the name of another camera, as the agreement does for the
+    training data of a run from a checkpoint; `adapt.cameras` confirms a key, and so does a training card.
+    """
+    sentences = []
+    for name, stores in sets.items():
+        for store in stores:
+            where, embodiment = f"data.validation_sets.{name}: card {store.card.name!r}", data.name_of(store)
+            trained = data.of(embodiment).cards
+            confirmed = recipe.adapt.of(embodiment).cameras.values()
+            for text in exchanged_keys(store.card, [*trained], [*confirmed]):
+                if recipe.policy.checkpoint:
+                    raise EmbodimentError(
+                        f"{where}: {text}; correct the card; if it is right, name the camera in adapt.cameras"
+                    )
+                sentences.append(f"{where}: {text}: are the cameras exchanged?")
+            if not is_same(here := frames(store.card), there := frames_of(trained)):
+                sentences.append(
+                    f"{where}: frames are read {here}, those of the training data {there}: are all upright?"
+                )
+    return tuple(dict.fromkeys(sentences))
 
 
 def renderer_warnings(sets: ValidationSets, data: Data) -> tuple[str, ...]:

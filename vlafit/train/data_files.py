@@ -1,13 +1,15 @@
 """Notice data files that changed while a run was stopped; `datasets.stamps` does while it trains.
 
 States, actions and instructions are compared by their hash. Frames are too many to be read, so that number,
-size and time of their files are compared.
+size and time of their files are compared, and what the cards say about cameras.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from vlafit.datasets.framing import reading
 from vlafit.datasets.stamps import stamp
 from vlafit.errors import TrainingError
 from vlafit.files import read_json_object, require_readable
@@ -36,6 +38,34 @@ def facts(data: Data) -> dict[str, dict[str, int]]:
     return totals
 
 
+def readings(data: Data) -> dict[str, dict[str, str]]:
+    """Return how each card reads cameras and relative actions for run.json, by the card's name."""
+    return {card.name: reading(card) for card in data.cards}
+
+
+def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare with what run.json in `out` says of the run's last session.
+
+    Raises TrainingError for a card that says something else about a camera or relative actions. A run that is
+    older than such a record has none.
+    """
+    recorded = _content(out).get("data_read", {})
+    if not isinstance(recorded, dict) or not all(isinstance(stated, dict) for stated in recorded.values()):
+        raise TrainingError(f"{out / 'run.json'}: data_read is damaged; {DELETE}")
+    for name, then in recorded.items():
+        current = now.get(name, then)
+        changed = [
+            f"{point} was {then.get(point, 'not there')!r}, is now {current.get(point, 'not there')!r}"
+            for point in dict.fromkeys([*then, *current])
+            if then.get(point) != current.get(point)
+        ]
+        if changed:
+            raise TrainingError(
+                f"{out}: card {name!r} changed since the run began: {'; '.join(changed)}. Restore the card, "
+                "or start a new run with --out"
+            )
+
+
 def changes(out: Path, now: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Compare with what run.json in `out` says of the run's last session, and return warnings.
 
@@ -59,18 +89,20 @@ def changes(out: Path, now: Mapping[str, Mapping[str, int]]) -> list[str]:
     return warnings
 
 
-def _recorded(out: Path) -> dict[str, dict[str, int]]:
+def _content(out: Path) -> dict[str, Any]:
     path = out / "run.json"
     if not path.is_file():
         return {}
     require_readable(path)
-    content = read_json_object(path, TrainingError, DELETE)
+    return read_json_object(path, TrainingError, DELETE)
+
+
+def _recorded(out: Path) -> dict[str, dict[str, int]]:
+    recorded = _content(out).get("data_files", {})
     try:
-        return {
-            str(name): asdict(DataFiles(**value)) for name, value in content.get("data_files", {}).items()
-        }
+        return {str(name): asdict(DataFiles(**value)) for name, value in recorded.items()}
     except (TypeError, AttributeError) as error:
-        raise TrainingError(f"{path}: data_files is damaged ({error!r}); {DELETE}") from error
+        raise TrainingError(f"{out / 'run.json'}: data_files is damaged ({error!r}); {DELETE}") from error
 
 
 def _text(totals: Mapping[str, int]) -> str:

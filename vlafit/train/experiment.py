@@ -16,7 +16,14 @@ from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingErro
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import initial_policy, quantised_base, saved_weights
-from vlafit.train.data import Data, ValidationSets, open_data, open_validation_sets, renderer_warnings
+from vlafit.train.data import (
+    Data,
+    ValidationSets,
+    camera_warnings,
+    open_data,
+    open_validation_sets,
+    renderer_warnings,
+)
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.settle import with_field
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
@@ -88,6 +95,7 @@ def build(
     """
     data = data or open_data(recipe.data, recipe.train.seed)
     sets = open_validation_sets(recipe.data, data)
+    cameras = camera_warnings(recipe, sets, data)
     for part in data.parts().values():
         _require_room_to_shift(recipe.data.shift_pixels, part.embodiment)
     strategy = load_strategy(recipe.strategy)
@@ -142,6 +150,7 @@ def build(
             *warnings,
             *renderers,
             *renderer_warnings(sets, data),
+            *cameras,
             *_values_of_sets(sets, data, codecs),
         ),
         base=saved.base,

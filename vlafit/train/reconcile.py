@@ -8,7 +8,7 @@ from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
 from vlafit.agreement.cameras import misnamed
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
-from vlafit.datasets.card import CameraCard
+from vlafit.datasets.framing import frames_of
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -242,8 +242,7 @@ def codec_items(
             chosen = bool(recipe.data.normalisation)
             reason = "data.normalisation" if chosen else "fitted statistics are divided by a floor"
         yield Item(f"{column} normalisation", stated, method, "chosen" if reason else "same", reason)
-    turned = [f"{c.name} {text}" for c in data.cards[0].robot.cameras if (text := _turned(c))]
-    read = {"dataset": ", ".join(turned) or "as stored"}
+    read = {"dataset": frames_of(data.cards)}
     size = codec.config.image_size
     yield Item("frames", read, f"{size}x{size}, framed as {codec.config.framing}", "same")
     if codec.config.prompt is not None:
@@ -257,11 +256,3 @@ def codec_items(
     )
     recorded = {"dataset": f"episodes of {lengths[0]} to {lengths[-1]} steps"}
     yield Item("chunk", recorded, f"{codec.config.chunk} steps", "same")
-
-
-def _turned(camera: CameraCard) -> str:
-    """Return what the card does to a camera's frames when they are read; "" for nothing."""
-    words = [f"turned by {camera.rotate}"] if camera.rotate else []
-    words += [f"flipped {camera.flip}"] if camera.flip else []
-    words += ["bgr to rgb"] if camera.channels == "bgr" else []
-    return " and ".join(words)

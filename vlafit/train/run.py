@@ -193,6 +193,7 @@ def _train(
     data_facts = data_files.facts(experiment.data)
     processes.require_equal(_identity(experiment, data_facts), accelerator.device)
     if resumed is not None:
+        data_files.require_same_readings(out, data_files.readings(experiment.data))
         rewritten = data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
@@ -265,6 +266,7 @@ def _identity(experiment: Experiment, data_facts: Mapping[str, Mapping[str, int]
         **dict(flat(experiment.recipe)),
         "data": experiment.data.fingerprint,
         "frames": {name: (facts["files"], facts["bytes"]) for name, facts in data_facts.items()},
+        "cards": data_files.readings(experiment.data),
         "agreement": experiment.agreement and experiment.agreement.to_json(),
         "code": processes.code_hash(),
         "modules": outside_hashes(),
@@ -387,6 +389,7 @@ def _begin(
         "base_sha256": experiment.history.base,
         "seeds_known": experiment.data.seeds_known,
         "data_files": data_facts,
+        "data_read": data_files.readings(experiment.data),
         "left_out": experiment.data.left_out(),
         "datasets": [asdict(dataset) for dataset in experiment.history.datasets],
         "processes": accelerator.num_processes,

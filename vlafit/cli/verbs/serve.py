@@ -4,6 +4,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlafit.agreement.cameras import hands
 from vlafit.cli import actor as actors
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder
@@ -145,6 +146,12 @@ def _names(pairs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--map {pair!r} is not KEY=NAME, as in observation/image=agentview")
         if key in names:
             raise ConfigError(f"--map gives {key!r} twice")
+        sent, used = hands(key), hands(name)
+        if len(sent) == len(used) == 1 and sent != used:
+            raise ConfigError(
+                f"--map {pair}: the key {key!r} names the {min(sent)} hand, the camera {name!r} the "
+                f"{min(used)} one; exchange the names, or send the frames under a key that names the hand of the camera"
+            )
         names[key] = name
     return names
 

@@ -1,0 +1,168 @@
+"""What cards say about cameras holds for the whole run: when it goes on, for validation sets and mixtures."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+
+from tests.train.agreement_world import EPISODES, recipe_of, write_card, write_checkpoint
+from vlafit import cli
+from vlafit.datasets import load_card, open_dataset
+from vlafit.datasets.framing import frames, frames_of, is_same
+from vlafit.errors import EmbodimentError, TrainingError
+from vlafit.offline.contract import frames_notice
+from vlafit.recipe import Recipe
+from vlafit.train import run
+from vlafit.train.data import camera_warnings, open_data, open_validation_sets
+from vlafit.train.experiment import build
+
+RIGHT = 'key = "obs/front"'
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A card of the cameras front and back, each with frames of its own."""
+    card = write_card(tmp_path_factory.mktemp("data"), cameras=("front", "back"))
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "a") as file:
+        for number in range(EPISODES):
+            file[f"data/demo_{number}/obs/back"] = file[f"data/demo_{number}/obs/front"][:] + 50  # type: ignore[index]
+    text = card.read_text()
+    second = text.rindex(RIGHT)
+    card.write_text(text[:second] + text[second:].replace(RIGHT, 'key = "obs/back"'))
+    return card
+
+
+@pytest.fixture(scope="module")
+def trained(card: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    recipe, out = recipe_of(card, None, {}), tmp_path_factory.mktemp("trained") / "run"
+    assert run(recipe, out).finished
+    return recipe, out
+
+
+def edited(text: str, *changes: tuple[str, str]) -> str:
+    """Return a card with each first text replaced by the second, at once."""
+    table = dict(changes)
+    assert all(text.count(before) for before in table)
+    return re.sub("|".join(map(re.escape, table)), lambda match: table[match[0]], text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        (
+            (('"obs/front"', '"obs/back"'), ('"obs/back"', '"obs/front"')),
+            ("camera front was 'key obs/front", "is now 'key obs/back", "camera back was 'key obs/back"),
+        ),
+        ((('key = "obs/front"', 'rotate = 180\nkey = "obs/front"'),), ("camera front", "turned by 180")),
+        ((('key = "obs/back"', 'flip = "vertical"\nkey = "obs/back"'),), ("camera back", "flipped vertical")),
+        ((('key = "obs/back"', 'channels = "bgr"\nkey = "obs/back"'),), ("camera back", "bgr to rgb")),
+        ((("relative = []", "relative = [true, false]"),), ("robot.relative", "'none'", "'dimensions 0'")),
+    ],
+)
+def test_a_card_that_reads_cameras_or_actions_otherwise_is_refused_on_resume(
+    card: Path, trained: tuple[Recipe, Path], changes: tuple[tuple[str, str], ...], facts: tuple[str, ...]
+) -> None:
+    recipe, out = trained
+    before = card.read_text()
+    card.write_text(edited(before, *changes))
+    try:
+        with pytest.raises(TrainingError) as caught:
+            run(recipe, out, resume=True)
+    finally:
+        card.write_text(before)
+    assert all(fact in str(caught.value) for fact in ("card 'joints'", *facts))
+
+
+def test_a_run_without_a_record_of_its_cameras_is_resumed_and_has_one_then(
+    trained: tuple[Recipe, Path],
+) -> None:
+    recipe, out = trained
+    content = json.loads((out / "run.json").read_text())
+    recorded = content.pop("data_read")
+    assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative"}
+    (out / "run.json").write_text(json.dumps(content))
+    assert run(recipe, out, resume=True).finished
+    assert json.loads((out / "run.json").read_text())["data_read"] == recorded
+
+
+def test_frames_of_several_cards_are_stated_for_each_where_they_differ(card: Path) -> None:
+    plain = load_card(str(card))
+    other = card.with_name("other.toml")
+    other.write_text(
+        edited(
+            card.read_text(),
+            ('name = "joints"', 'name = "other"'),
+            ('key = "obs/front"', 'rotate = 180\nchannels = "bgr"\nkey = "obs/front"'),
+        )
+    )
+    turned = load_card(str(other))
+    assert frames_of([plain, plain]) == frames(plain) == "as stored"
+    both = frames_of([plain, turned])
+    assert both == "joints: as stored; other: front turned by 180 and bgr to rgb"
+    assert is_same(frames(plain), both) and is_same(frames(turned), both)
+    assert not is_same(frames(turned), frames(plain))
+
+
+def other_card(card: Path, folder: Path, *changes: tuple[str, str]) -> Path:
+    """Write the card of other recordings of the same robot, with `changes`."""
+    other = write_card(folder, cameras=("front", "back"), scale=1.01)
+    with h5py.File(folder / "joints" / "reach_demo.hdf5", "a") as file:
+        for number in range(EPISODES):
+            file[f"data/demo_{number}/obs/back"] = file[f"data/demo_{number}/obs/front"][:] + 60  # type: ignore[index]
+    other.write_text(edited(card.read_text(), ('name = "joints"', 'name = "other"'), *changes))
+    return other
+
+
+EXCHANGED = (('"obs/front"', '"obs/back"'), ('"obs/back"', '"obs/front"'))
+TURNED = ('key = "obs/front"', 'rotate = 180\nkey = "obs/front"')
+
+
+def test_exchanged_cameras_of_a_validation_set_are_refused_unless_confirmed(
+    card: Path, tmp_path: Path
+) -> None:
+    other = other_card(card, tmp_path / "other", *EXCHANGED)
+    base = write_checkpoint(tmp_path / "base", cameras=("front", "back"))
+
+    def warnings(checkpoint: Path | None, adapt: dict[str, Any], trained_on: Path = card) -> tuple[str, ...]:
+        recipe = recipe_of(trained_on, checkpoint, adapt, validation_sets={"old": str(other)})
+        data = open_data(recipe.data, recipe.train.seed)
+        return camera_warnings(recipe, open_validation_sets(recipe.data, data), data)
+
+    with pytest.raises(
+        EmbodimentError, match=r"data\.validation_sets\.old: card 'other': camera front reads obs/back"
+    ):
+        warnings(base, {})
+    assert warnings(base, {"cameras": {"front": "front", "back": "back"}}) == ()
+    assert [text for text in warnings(None, {}) if "camera back reads obs/front" in text]
+    same = other_card(card, tmp_path / "same", *EXCHANGED)
+    same.write_text(same.read_text().replace('"other"', '"same"'))
+    with h5py.File(tmp_path / "same" / "joints" / "reach_demo.hdf5", "a") as file:
+        for number in range(EPISODES):
+            file[f"data/demo_{number}/obs/at"][:] *= 1.1  # type: ignore[index]
+    assert warnings(base, {}, same) == (), "the training card has the keys confirmed"
+
+
+def test_a_validation_set_that_is_framed_otherwise_is_a_warning_of_the_run(
+    card: Path, tmp_path: Path
+) -> None:
+    other = other_card(card, tmp_path / "other", TURNED)
+    recipe = recipe_of(card, None, {}, validation_sets={"old": str(other)})
+    warnings = build(recipe, torch.device("cpu")).warnings
+    [line] = [text for text in warnings if "data.validation_sets.old" in text]
+    assert "card 'other'" in line and "front turned by 180" in line and "as stored" in line
+
+
+def test_an_evaluation_names_frames_that_are_read_otherwise_than_in_training(
+    card: Path, trained: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained[1]
+    assert frames_notice(checkpoint, open_dataset(str(card))) == ""
+    other = other_card(card, tmp_path / "other", TURNED)
+    words = ("--data", str(other), "--out", str(tmp_path / "out"), "--samples", "1", "--draws", "2")
+    assert cli.main(["eval", str(checkpoint), *words]) == 0
+    assert "'other' are read front turned by 180" in capsys.readouterr().out
+    assert frames_notice(tmp_path, open_dataset(str(other))) == "", "no agreement says how frames were read"

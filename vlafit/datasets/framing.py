@@ -1,0 +1,59 @@
+"""Say how a card reads its cameras and actions, to compare it with another card, or with itself later."""
+
+from collections.abc import Sequence
+
+from vlafit.agreement.cameras import misnamed
+from vlafit.datasets.card import CameraCard, Card
+
+AS_STORED = "as stored"
+
+
+def turned(camera: CameraCard) -> str:
+    """Return what the card does to a camera's frames when they are read; "" for nothing."""
+    words = [f"turned by {camera.rotate}"] if camera.rotate else []
+    words += [f"flipped {camera.flip}"] if camera.flip else []
+    words += ["bgr to rgb"] if camera.channels == "bgr" else []
+    return " and ".join(words)
+
+
+def frames(card: Card) -> str:
+    """Return what the card does to the frames of its cameras: "front turned by 180", or "as stored"."""
+    return ", ".join(f"{c.name} {text}" for c in card.robot.cameras if (text := turned(c))) or AS_STORED
+
+
+def frames_of(cards: Sequence[Card]) -> str:
+    """Return what cards do to their frames: once where they do the same, else for each card."""
+    texts = [frames(card) for card in cards]
+    if all(is_same(text, texts[0]) for text in texts):
+        return texts[0]
+    return "; ".join(f"{card.name}: {text}" for card, text in zip(cards, texts, strict=True))
+
+
+def is_same(frames: str, other: str) -> bool:
+    """Whether `frames` of a card are among those that `other`, of one card or several, describes."""
+    texts = [text.partition(": ")[2] or text for text in other.split("; ")]
+    return set(frames.split(", ")) in [set(text.split(", ")) for text in texts]
+
+
+def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence[str] = ()) -> list[str]:
+    """Return a sentence for each camera whose key has the name of another one of the card.
+
+    Cameras that a card of `trained` reads from the same key, or whose names are `confirmed`, have none.
+    """
+    keys = {camera.name: camera.key for camera in card.robot.cameras}
+    known = {(camera.name, camera.key) for other in trained for camera in other.robot.cameras}
+    return [
+        text
+        for name, key in keys.items()
+        if name not in confirmed and (name, key) not in known and (text := misnamed(name, keys))
+    ]
+
+
+def reading(card: Card) -> dict[str, str]:
+    """Return what the card says about each camera and relative actions, which no hash of states covers."""
+    stated = {
+        f"camera {c.name}": f"key {c.key}, {c.height}x{c.width}, {turned(c) or AS_STORED}"
+        for c in card.robot.cameras
+    }
+    dimensions = [str(number) for number, on in enumerate(card.robot.relative) if on]
+    return stated | {"robot.relative": f"dimensions {', '.join(dimensions)}" if dimensions else "none"}
