@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
     "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
     "another rate of relative actions": (
         {"relative": BOTH, "hz": 20.0}, {"relative": (True, True)}, {"robot": True}, "checkpoint",
-        ("20 Hz", "10 Hz", "relative", 'data.statistics = "data"', "--adapt.robot true --data.statistics data"),
+        ("20 Hz", "10 Hz", "relative", "--adapt.robot true --data.statistics data"),
     ),
     "degrees that the card calls radians": ({"scale": 57.29578}, {}, {}, "checkpoint",
                                             ("action.b", "units", "adapt")),

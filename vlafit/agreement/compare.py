@@ -246,8 +246,8 @@ def _control(
         accept = ACCEPT_ROBOT
         fix = (
             "actions are relative, and the checkpoint's statistics are of differences over steps of "
-            f'{rate(there.hz)}: [adapt] robot = true with data.statistics = "data", if the policy is to learn '
-            "this rate; else correct the card"
+            f'{rate(there.hz)}: [adapt] robot = true with data.statistics = "data", if the policy is to '
+            "learn this rate; else correct the card"
         )
     yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot and not differences, fix, accept)
 

@@ -202,8 +202,8 @@ def outlook(
 ) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
-    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files. The dataset is opened: files that
-    are not what the card says are a DataError. Nothing is fitted.
+    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files. The dataset is opened: files
+    that are not what the card says are a DataError. Nothing is fitted.
     """
     codec = codec.with_changes(config=replace(codec.config, chunk=chunk))
     data = open_data(recipe.data, recipe.train.seed)
