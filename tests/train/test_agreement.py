@@ -27,7 +27,7 @@ from tests.train.agreement_world import (
 from vlafit import agreement, checkpoints, cli
 from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
 from vlafit.codec.statistics import FLOORED
-from vlafit.errors import CodecError, ConfigError, EmbodimentError, VlafitError
+from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, VlafitError
 from vlafit.recipe import PolicyRecipe
 from vlafit.train import run
 from vlafit.train.initial_policy import InitialPolicy
@@ -557,6 +557,26 @@ def test_inspect_shows_all_that_train_compares_and_refuses_files_that_are_not_th
     shutil.move(card.parent / "joints", tmp_path / "elsewhere")
     assert cli.main(["inspect", str(base), "--data", str(card)]) == 0
     assert "the files were not compared" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_camera_whose_frames_have_another_size_than_declared_is_named_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(FIXTURES / "lerobot_datasets" / "image", tmp_path / "set")
+    path = tmp_path / "set" / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"]["observation.images.wrist"]["shape"] = [32, 32, 3]
+    path.write_text(json.dumps(info))
+    base = write_checkpoint(tmp_path / "base", cameras=("front", "wrist"))
+    assert cli.main(["inspect", str(base), "--data", str(tmp_path / "set")]) == 2
+    error = capsys.readouterr().err
+    assert "observation.images.wrist is (" in error and "(32, 32, 3)" in error and "info.json" in error
+    assert "observation.images.front" not in error
+    info["features"]["observation.images.front"]["shape"] = [32, 32, 3]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError) as refused:
+        start(recipe_of(tmp_path / "set", base, {}))
+    assert all(f"observation.images.{name} is (" in str(refused.value) for name in ("front", "wrist"))
 
 
 def test_a_resumed_run_keeps_its_agreement(tmp_path: Path):

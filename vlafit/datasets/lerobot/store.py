@@ -112,7 +112,7 @@ class LeRobotStore(EpisodeStore):
             if frame.shape != shape:
                 raise DataError(
                     f"{self._where(rows)}, step {step}: {declared.key} is {frame.shape}, the card "
-                    f"says {shape}"
+                    f"says {shape}, as info.json does; correct the shape in both"
                 )
         stacked = declared.upright(np.stack([frames[step] for step in steps]))
         stacked.flags.writeable = False
