@@ -147,8 +147,10 @@ def coloured(lengths: tuple[int, ...] = (9, 4, 7, 12, 5)) -> list[Demo]:
 CODECS = [name for name in ("libx264", "libsvtav1", "libx265") if name in av.codecs_available]
 
 
-def on_video(folder: Path, version: str, codec: str, **changes: Any) -> EpisodeStore:
-    card = write(folder, coloured(), version, codec=codec, **changes)
+def on_video(
+    folder: Path, version: str, codec: str, section: lerobot.Section | None = None, **changes: Any
+) -> EpisodeStore:
+    card = replace(write(folder, coloured(), version, codec=codec, **changes), section=section)
     cameras = tuple(replace(c, height=48, width=64) for c in card.robot.cameras)
     return open_dataset(replace(card, robot=replace(card.robot, cameras=cameras)))
 
@@ -176,7 +178,10 @@ def test_rows_stamped_by_a_jittering_clock_keep_the_order_of_the_frames(tmp_path
     def drifting(length: int) -> np.ndarray:
         return np.arange(length) / FPS * 1.3  # two frames late at step 7
 
-    store = on_video(tmp_path / "set", "v3.0", "libx264", stamps=drifting)
+    with pytest.raises(DataError, match=r"episode 0: row 1 .*0\.065 s.*fps 20.*tolerance_s.*here 0\.015"):
+        on_video(tmp_path / "strict", "v3.0", "libx264", stamps=drifting)
+    meant = lerobot.Section(tolerance_s=0.02)
+    store = on_video(tmp_path / "set", "v3.0", "libx264", meant, stamps=drifting)
     for number, demo in enumerate(coloured()):
         for step in (len(demo.actions) - 1, 0):
             frame = store.image(number, step, "front").astype(int)
@@ -377,6 +382,10 @@ ROWS: list[tuple[str, Any, str]] = [
     ("task_index", put(1, 1), "episode 0 has 2 tasks"),
     ("task_index", lambda v: v.__setitem__(slice(0, 4), [9] * 4), "task_index 9 is not among the 2 tasks"),
     ("timestamp", put(1, float("nan")), "episode 0: a timestamp"),
+    ("timestamp", put(2, 0.05), r"file-000.*episode 0: row 2 .*0\.05 s.*must increase"),
+    ("timestamp", put(2, 0.1002), r"file-000.*episode 0: row 2 has timestamp 0\.1002 .*fps 20 \(0\.05 s\)"),
+    ("timestamp", lambda v: v.reverse(), r"file-000.*episode 0: row \d+ .*must increase"),
+    ("timestamp", lambda v: v.__setitem__(slice(None), [2 * t for t in v]), "row 1 .*0.1 s apart.*fps 20"),
 ]
 
 
@@ -388,6 +397,25 @@ def test_rows_that_contradict_the_metadata_are_refused_naming_the_episode(
     change_rows(tmp_path / "set", name, change)
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_sentence_that_the_list_of_episodes_contradicts_is_refused_with_both(version: str, tmp_path: Path):
+    card = write(tmp_path / "set", EVERYTHING, version)
+    path = tmp_path / "set" / "meta" / ("tasks.parquet" if version == "v3.0" else "tasks.jsonl")
+    sentence = EVERYTHING[0].instruction
+    if version == "v3.0":
+        table = pq.read_table(path)
+        texts = ["open the window" if text == sentence else text for text in table["task"].to_pylist()]
+        pq.write_table(table.set_column(1, "task", pa.array(texts)), path)
+    else:
+        path.write_text(path.read_text().replace(json.dumps(sentence), '"open the window"'))
+    with pytest.raises(DataError) as error:
+        open_dataset(card)
+    for word in ("episode 0", "'open the window'", repr(sentence), "meta/episodes"):
+        assert word in str(error.value)
+    own = replace(card.instruction, source="card", text="turn it")
+    assert open_dataset(replace(card, instruction=own)).episodes[0].instruction == "turn it"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -27,7 +27,7 @@ from tests.train.agreement_world import (
 from vlafit import agreement, checkpoints, cli
 from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
 from vlafit.codec.statistics import FLOORED
-from vlafit.errors import CodecError, ConfigError, EmbodimentError, VlafitError
+from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, VlafitError
 from vlafit.recipe import PolicyRecipe
 from vlafit.train import run
 from vlafit.train.initial_policy import InitialPolicy
@@ -141,6 +141,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
     "another unit": ({"unit": "deg"}, {}, {}, "checkpoint", ("deg", "rad")),
     "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "in another order")),
     "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
+    "another rate of relative actions": (
+        {"relative": BOTH, "hz": 20.0}, {"relative": (True, True)}, {"robot": True}, "checkpoint",
+        ("20 Hz", "10 Hz", "relative", "--adapt.robot true --data.statistics data"),
+    ),
     "degrees that the card calls radians": ({"scale": 57.29578}, {}, {}, "checkpoint",
                                             ("action.b", "units", "adapt")),
 }  # fmt: skip
@@ -158,6 +162,42 @@ def test_a_pair_that_does_not_fit_is_an_error_that_names_both_sides_and_the_reme
     with pytest.raises(EmbodimentError) as error:
         start(recipe)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_statistics_of_relative_actions_are_not_used_for_chunks_of_other_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base = write_checkpoint(tmp_path / "base", relative=(True, True))
+    card = write_card(tmp_path / "data", relative=BOTH)
+    recipe = recipe_of(card, base, {}, statistics="checkpoint")
+    longer = replace(recipe, policy=replace(recipe.policy, config={"chunk": 6}))
+    with pytest.raises(EmbodimentError) as error:
+        start(longer)
+    for word in ("chunk: ", "policy.config.chunk = 6", "4 steps", "--data.statistics data"):
+        assert word in str(error.value)
+    initial = start(replace(longer, data=replace(longer.data, statistics="data")))
+    # All starts of 6 steps: 6, 5, ... 1 rows for k = 0, ... 5 in each of 3 episodes, differences 1 + 0.1 k.
+    assert initial.codec.statistics["action"].count == 3 * 21
+    assert initial.codec.statistics["action"].mean[0] == pytest.approx(1 + 0.1 * 35 / 21, abs=1e-6)
+    assert row_of(initial, "chunk") == ("4 steps", "6 steps", "chosen", "policy.config.chunk")
+    arguments = ["inspect", str(base), "--data", str(card)]
+    assert cli.main([*arguments, "--config", "chunk=6"]) == 1
+    assert "conflict: chunk: " in capsys.readouterr().err
+
+
+def test_a_changed_chunk_of_absolute_actions_keeps_the_statistics_and_is_shown(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base")
+    recipe = recipe_of(write_card(tmp_path / "data"), base, {}, statistics="checkpoint")
+    assert row_of(start(recipe), "chunk") == ("4 steps", "4 steps", "same", "")
+    initial = start(replace(recipe, policy=replace(recipe.policy, config={"chunk": 6})))
+    assert row_of(initial, "chunk") == ("4 steps", "6 steps", "chosen", "policy.config.chunk")
+
+
+def row_of(initial: InitialPolicy, name: str) -> tuple[str | None, str, str, str]:
+    """Return checkpoint, value, status and reason of an item of the agreement."""
+    assert initial.agreement is not None
+    (item,) = (one for one in initial.agreement.items if one.name == name)
+    return item.sides.get("checkpoint"), item.value, item.status, item.reason
 
 
 def test_what_a_second_card_leaves_unsaid_or_exchanges_is_a_line(tmp_path: Path):
@@ -517,6 +557,26 @@ def test_inspect_shows_all_that_train_compares_and_refuses_files_that_are_not_th
     shutil.move(card.parent / "joints", tmp_path / "elsewhere")
     assert cli.main(["inspect", str(base), "--data", str(card)]) == 0
     assert "the files were not compared" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_camera_whose_frames_have_another_size_than_declared_is_named_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(FIXTURES / "lerobot_datasets" / "image", tmp_path / "set")
+    path = tmp_path / "set" / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"]["observation.images.wrist"]["shape"] = [32, 32, 3]
+    path.write_text(json.dumps(info))
+    base = write_checkpoint(tmp_path / "base", cameras=("front", "wrist"))
+    assert cli.main(["inspect", str(base), "--data", str(tmp_path / "set")]) == 2
+    error = capsys.readouterr().err
+    assert "observation.images.wrist is (" in error and "(32, 32, 3)" in error and "info.json" in error
+    assert "observation.images.front" not in error
+    info["features"]["observation.images.front"]["shape"] = [32, 32, 3]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError) as refused:
+        start(recipe_of(tmp_path / "set", base, {}))
+    assert all(f"observation.images.{name} is (" in str(refused.value) for name in ("front", "wrist"))
 
 
 def test_a_resumed_run_keeps_its_agreement(tmp_path: Path):

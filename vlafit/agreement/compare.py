@@ -50,7 +50,8 @@ def agree(
     if checkpoint is not None:
         items += _conversions(checkpoint, adapt.robot and fresh_statistics)
         if checkpoint.embodiment is not None:
-            items += _control(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics)
+            differences = any(relative) and not fresh_statistics
+            items += _control(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics, differences)
             items.append(_renderer(dataset.embodiment, checkpoint.embodiment))
     return Agreement(tuple(items), cameras, relative)
 
@@ -227,20 +228,37 @@ def _conversions(checkpoint: Party, permitted: bool) -> Iterator[Item]:
             yield Item("conversion", sides, "", "conflict", fix=fix)
 
 
-def _control(here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: bool) -> Iterator[Item]:
+def _control(
+    here: Embodiment, there: Embodiment, adapt: AdaptRecipe, fresh: bool, differences: bool
+) -> Iterator[Item]:
+    """Yield the items of control. `differences`: the checkpoint's statistics of relative actions are in use.
+
+    Those depend on how far the robot moves in a step, so that another rate needs statistics of its own.
+    """
     yield _stated("control mode", here.control, there.control, adapt.robot and fresh, ROBOT)
     fix = "[adapt] robot = true, if the policy is to learn this rate; else correct the card"
 
     def rate(hz: float) -> str:
         return f"{hz:g} Hz" if hz else ""
 
-    yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot, fix, ACCEPT_ROBOT[:1])
+    accept = ACCEPT_ROBOT[:1]
+    if differences:
+        accept = ACCEPT_ROBOT
+        fix = (
+            "actions are relative, and the checkpoint's statistics are of differences over steps of "
+            f'{rate(there.hz)}: [adapt] robot = true with data.statistics = "data", if the policy is to '
+            "learn this rate; else correct the card"
+        )
+    yield _stated("control rate", rate(here.hz), rate(there.hz), adapt.robot and not differences, fix, accept)
 
 
 def _renderer(here: Embodiment, there: Embodiment) -> Item:
     sides = {r: text for r, text in (("dataset", here.renderer), ("checkpoint", there.renderer)) if text}
     if len(sides) < 2:
-        return Item("renderer", sides, here.renderer or there.renderer, "assumed", "not stated by every side")
+        reason = "neither side says"
+        if sides:
+            reason = f"the {'checkpoint' if here.renderer else 'dataset'} does not say"
+        return Item("renderer", sides, here.renderer or there.renderer, "assumed", reason)
     if here.renderer == there.renderer:
         return Item("renderer", sides, here.renderer, "same")
     reason = "the policy learns the dataset's pictures; the difference may cost successes"

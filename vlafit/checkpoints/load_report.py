@@ -44,6 +44,8 @@ class LoadReport:
     """Weights that have another shape in the file."""
     notes: tuple[str, ...] = ()
     codec: str = ""
+    chunk: int | None = None
+    """Steps of a chunk in the checkpoint's own files; None where they do not say."""
 
     @property
     def parameters(self) -> int:
@@ -119,6 +121,7 @@ def make_report(
         resized=tuple(resized),
         notes=notes + tuple(_describe_plan(plan) if plan is not None else ()),
         codec=no_codec,
+        chunk=opened.chunk if isinstance(opened.chunk, int) else None,
     )
 
 

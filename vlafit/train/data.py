@@ -159,6 +159,8 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
             )
     _require_named(recipe, names)
     stores = tuple(open_dataset(card) for card in cards)
+    for store in stores:
+        _require_frames(store)
     _require_one_robot_each(recipe, cards, stores)
     splits = [split_episodes(store, recipe.validation, seed, recipe.episodes_per_task) for store in stores]
     names = [f"card {card.name!r}" for card in cards]
@@ -180,6 +182,22 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         weights,
         recipe.embodiments,
     )
+
+
+def _require_frames(store: EpisodeStore) -> None:
+    """Raise DataError naming every camera whose first frame is not what the card says.
+
+    Layouts of pictures and videos only find it out when they read a frame.
+    """
+    faults = []
+    for camera in store.embodiment.cameras if store.episodes else ():
+        try:
+            store.image(0, 0, camera.name)
+        except DataError as error:
+            faults.append(str(error))
+    store.close()  # worker processes open files of their own
+    if faults:
+        raise DataError("\n".join(faults))
 
 
 def _require_named(recipe: DataRecipe, names: Sequence[str]) -> None:

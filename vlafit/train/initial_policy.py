@@ -228,7 +228,9 @@ def _from_checkpoint(
             codec = _adopt(before, part, agreement)
         slots += _camera_slots(before, codec)
         codecs.append(_named(codec, embodiment, own_codecs) if data.embodiments else codec)
-        agreements[embodiment] = _with_codec(agreement, recipe, data, embodiment, before, codec, tokenizer)
+        agreements[embodiment] = _with_codec(
+            agreement, recipe, data, embodiment, before, codec, tokenizer, report.chunk
+        )
     return InitialPolicy(
         policy,
         CodecSet(codecs),
@@ -293,13 +295,14 @@ def _with_codec(
     before: Codec | None,
     codec: Codec,
     tokenizer: str,
+    own_chunk: int | None = None,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics."""
     part, recipe = data.of(embodiment), recipe.of(embodiment)
     whole = agreement.with_items(
         [
             *reconcile.other_cards(part.cards),
-            *reconcile.codec_items(recipe, part, before, codec, tokenizer),
+            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
             *value_faults.items(
                 part.stores, part.training, codec, recipe.adapt.outside, recipe.fits_statistics
             ),

@@ -1,6 +1,7 @@
 """Collect what data, checkpoint and recipe say about the robot, and agree on what the codec is built from."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlafit import checkpoints
@@ -196,15 +197,22 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
         )
 
 
-def outlook(recipe: Recipe, codec: Codec, agreement: Agreement) -> Agreement:
+def outlook(
+    recipe: Recipe, codec: Codec, agreement: Agreement, chunk: int, own_chunk: int | None
+) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
-    The dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
+    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files. The dataset is opened: files
+    that are not what the card says are a DataError. Nothing is fitted.
     """
+    codec = codec.with_changes(config=replace(codec.config, chunk=chunk))
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
-    items = [*other_cards(data.cards), *codec_items(recipe, data, codec, codec, "the checkpoint's")]
+    items = [
+        *other_cards(data.cards),
+        *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk),
+    ]
     return agreement.with_items(
         [*items, *value_faults.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
     )
@@ -216,11 +224,17 @@ def sides(card: Card, checkpoint: str) -> str:
 
 
 def codec_items(
-    recipe: Recipe, data: Data, before: Codec | None, codec: Codec, tokenizer: str
+    recipe: Recipe,
+    data: Data,
+    before: Codec | None,
+    codec: Codec,
+    tokenizer: str,
+    own_chunk: int | None = None,
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
-    `before` is the checkpoint's codec, `tokenizer` where the tokenizer comes from.
+    `before` is the checkpoint's codec, `tokenizer` where the tokenizer comes from, `own_chunk` the steps of a
+    chunk in the checkpoint's files.
     """
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
@@ -255,4 +269,20 @@ def codec_items(
         s.episodes[s.index(i)].length for s, ids in zip(data.stores, data.training, strict=True) for i in ids
     )
     recorded = {"dataset": f"episodes of {lengths[0]} to {lengths[-1]} steps"}
-    yield Item("chunk", recorded, f"{codec.config.chunk} steps", "same")
+    yield _chunk(recipe, codec, recorded, own_chunk)
+
+
+def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:
+    """Return the item of the chunk: a conflict where the statistics in use are of chunks of other steps."""
+    chunk = codec.config.chunk
+    sides = {**recorded, "checkpoint": f"{own} steps"} if own is not None else recorded
+    if own in (None, chunk):
+        return Item("chunk", sides, f"{chunk} steps", "same")
+    if recipe.fits_statistics or not any(codec.config.relative):
+        return Item("chunk", sides, f"{chunk} steps", "chosen", "policy.config.chunk")
+    sides = {
+        "recipe": f"policy.config.chunk = {chunk}",
+        "checkpoint": f"{own} steps; its statistics of relative actions are of differences over {own} steps",
+    }
+    fix = f'data.statistics = "data" fits statistics over {chunk} steps; or leave out policy.config.chunk'
+    return Item("chunk", sides, "", "conflict", fix=fix, accept=("--data.statistics data",))

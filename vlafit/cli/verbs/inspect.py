@@ -208,7 +208,9 @@ def _agree(
         item = Item("dataset files", {"dataset": "not here"}, "", "assumed", "the files were not compared")
         agreement = agreement.with_items([item])
     elif loaded.codec is not None:
-        agreement = reconcile.outlook(recipe, loaded.codec, agreement)
+        agreement = reconcile.outlook(
+            recipe, loaded.codec, agreement, loaded.policy.needs().chunk, loaded.report.chunk
+        )
     else:
         open_dataset(card)  # so that files that are not what the card says are named first
     if protocol := options.protocol:

@@ -17,6 +17,7 @@ from vlafit.datasets.card import (
     RobotCard,
 )
 from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
+from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.meta import labels
 from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
 from vlafit.datasets.store import EpisodeStore
@@ -35,6 +36,8 @@ class Section:
     """Numbers of the episodes to use, as the whole dataset counts them. Empty: all."""
     skip: tuple[int, ...] = ()
     """Numbers of episodes to leave out."""
+    tolerance_s: float = TOLERANCE_S
+    """Seconds by which the time between two rows may differ from 1 / fps."""
 
 
 def recognise(path: Path) -> bool:
@@ -49,7 +52,7 @@ def open(card: Card) -> EpisodeStore:
         hint = f"; {card.source}" if card.source else ""
         raise DataError(f"{root}: no meta/info.json there, so no LeRobot dataset{hint}")
     section = card.options(Section)
-    return LeRobotStore(card, root, lambda meta: _chosen(meta, section))
+    return LeRobotStore(card, root, lambda meta: _chosen(meta, section), section.tolerance_s)
 
 
 def describe(path: Path) -> Draft:

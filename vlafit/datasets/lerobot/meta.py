@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlafit.datasets.lerobot.tables import read_table, require_file
+from vlafit.datasets.lerobot.tables import open_parquet, read_table, require_file
 from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json, read_json_object
 
@@ -33,6 +33,17 @@ class Entry:
     length: int
     data: Path
     videos: Mapping[str, Video]
+    tasks: tuple[str, ...] = ()
+    """Its sentences, where the list of episodes repeats them."""
+
+    def require_task(self, task: str) -> None:
+        """Raise DataError where the list of episodes contradicts `task`, that of the rows' task_index."""
+        if self.tasks and " ".join(task.split()) not in {" ".join(text.split()) for text in self.tasks}:
+            raise DataError(
+                f"{self.data}: episode {self.index} has the task {task!r} by its task_index, and "
+                f"{', '.join(map(repr, self.tasks))} in meta/episodes; correct the one that is wrong, or "
+                'write the sentence in a card (instruction.source = "card")'
+            )
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
             key: Video(_place(root, info, "video_path", names | {"video_key": key}), 0.0) for key in videos
         }
         data = _place(root, info, "data_path", names)
-        entries.append(Entry(index, int(row["length"]), data, films))
+        entries.append(Entry(index, int(row["length"]), data, films, _texts(row.get("tasks"))))
     return entries
 
 
@@ -182,7 +193,8 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         for key in videos:
             wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-        for row in read_table(path, wanted).to_pylist():
+        present = open_parquet(path).schema_arrow.names
+        for row in read_table(path, [*wanted, *{"tasks"} & set(present)]).to_pylist():
             missing = [name for name in wanted if row[name] is None]
             if missing:
                 raise DataError(f"{path}: episode {row['episode_index']} has no {', '.join(missing)}")
@@ -193,8 +205,14 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
                 films[key] = Video(_place(root, info, "video_path", at | {"video_key": key}), start)
             at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
             data = _place(root, info, "data_path", at)
-            entries.append(Entry(row["episode_index"], row["length"], data, films))
+            texts = _texts(row.get("tasks"))
+            entries.append(Entry(row["episode_index"], row["length"], data, films, texts))
     return entries
+
+
+def _texts(tasks: Any) -> tuple[str, ...]:
+    """Return the sentences that a list of episodes has for one of them; none where it has no list."""
+    return tuple(text for text in tasks if isinstance(text, str)) if isinstance(tasks, list) else ()
 
 
 def _place(root: Path, info: Mapping[str, Any], key: str, names: Mapping[str, object]) -> Path:

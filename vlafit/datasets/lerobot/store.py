@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import parse_key, scaled
+from vlafit.datasets.lerobot.clock import TOLERANCE_S, require_clock
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
@@ -42,8 +43,17 @@ class LeRobotStore(EpisodeStore):
 
     selects = True
 
-    def __init__(self, card: Card, root: Path, choose: Callable[[Meta], Sequence[int]]) -> None:
-        """`choose` returns the episode numbers to use, of those that the metadata lists."""
+    def __init__(
+        self,
+        card: Card,
+        root: Path,
+        choose: Callable[[Meta], Sequence[int]],
+        tolerance_s: float = TOLERANCE_S,
+    ) -> None:
+        """`choose` returns the episode numbers to use, of those that the metadata lists.
+
+        `tolerance_s` is how much the time between two rows may differ from 1 / fps.
+        """
         self.card = card
         self._meta = meta = read_meta(root)
         self._stamps = Stamps()
@@ -65,7 +75,7 @@ class LeRobotStore(EpisodeStore):
                 self._stamps.require_unchanged(entry.data)
                 if entry.data not in indices:
                     indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
-                rows, task = indices[entry.data].episode(entry, meta)
+                rows, task = indices[entry.data].episode(entry, meta, tolerance_s)
                 if not self._succeeds(rows):
                     selection.fails(names[entry.index])
                     continue
@@ -102,7 +112,7 @@ class LeRobotStore(EpisodeStore):
             if frame.shape != shape:
                 raise DataError(
                     f"{self._where(rows)}, step {step}: {declared.key} is {frame.shape}, the card "
-                    f"says {shape}"
+                    f"says {shape}, as info.json does; correct the shape in both"
                 )
         stacked = declared.upright(np.stack([frames[step] for step in steps]))
         stacked.flags.writeable = False
@@ -140,6 +150,7 @@ class LeRobotStore(EpisodeStore):
     def _sentence(self, task: str, entry: Entry) -> str:
         if self.card.instruction.source == "card":
             return self.card.instruction.sentence(task, f"{entry.data}: episode {entry.index}")
+        entry.require_task(task)
         if not task.strip():
             raise DataError(
                 f"{entry.data}: episode {entry.index} has an empty task; write the sentence in a card "
@@ -320,7 +331,7 @@ class _FileIndex:
         if len(self.episodes) and (np.diff(self.episodes) < 0).any():
             raise DataError(f"{path}: the rows of its episodes are not in order")
 
-    def episode(self, entry: Entry, meta: Meta) -> tuple[_Rows, str]:
+    def episode(self, entry: Entry, meta: Meta, tolerance_s: float) -> tuple[_Rows, str]:
         """Return the rows of an episode and its task. Raises DataError where rows and metadata disagree."""
         where = f"{self.path}: episode {entry.index}"
         first = int(np.searchsorted(self.episodes, entry.index, "left"))
@@ -347,6 +358,7 @@ class _FileIndex:
         times = self.columns["timestamp"][some].astype(np.float64)
         if not np.isfinite(times).all():
             raise DataError(f"{where}: a timestamp is not finite")
+        require_clock(times, meta.fps, tolerance_s, where)
         regular = np.abs(times - np.arange(count) / meta.fps).max() < 0.1 / meta.fps
         return _Rows(entry, first, None if regular else times), meta.tasks[numbers[0]]
 
