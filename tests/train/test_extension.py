@@ -6,10 +6,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 from safetensors.torch import load_file
 
-from tests.train.world import metrics, tiny
+from tests.train.world import metrics, tiny, write_dots
 from vlafit import config
 from vlafit.errors import TrainingError
 from vlafit.recipe import OptimRecipe, Recipe
@@ -86,6 +87,44 @@ def test_the_schedule_may_be_shorter_than_the_run_and_begin_later():
     assert shares[4:] == pytest.approx([0.1] * 5)
     again = replace(recipe, schedule_steps=0, schedule_from=5)
     assert [schedule(step, 9, again) for step in range(5, 9)] == shares[:4]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_leaves_every_byte_of_a_finished_run(tmp_path: Path):
+    card = write_dots(tmp_path / "data", tasks=("left",))
+    short = tiny(card, train={"steps": 2, "validate_every": 0, "save_every": 1})
+    out, data = tmp_path / "run", tmp_path / "data" / "dots" / "left_demo.hdf5"
+    run(short, out)
+    (out / "eval" / "after").mkdir(parents=True)
+    (out / "eval" / "after" / "result.json").write_text("{}")
+    original, before = data.read_bytes(), contents(out)
+    with h5py.File(data, "r+") as file:
+        actions = file["data/demo_0/actions"]
+        assert isinstance(actions, h5py.Dataset)
+        actions[3] = [0.1, 0.2]
+    assert data.stat().st_size == len(original)
+    for step in (None, 1):
+        with pytest.raises(TrainingError, match="the data changed since the run began"):
+            run(longer(short, 4), out, resume=True, resume_from=step)
+        assert contents(out) == before
+    data.write_bytes(original)
+    with pytest.raises(TrainingError, match="no checkpoint of step 0"):
+        evaluated = replace(short.eval, before=True, protocol=str(card.with_name("toy.toml")))
+        run(replace(longer(short, 4), eval=evaluated), out, resume=True)
+    assert contents(out) == before
+    record = json.loads(before["run.json"])
+    (out / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "started"}))
+    damaged = contents(out)
+    with pytest.raises(TrainingError, match=r"run.json: damaged .*started"):
+        run(longer(short, 4), out, resume=True)
+    assert contents(out) == damaged
+    (out / "run.json").write_bytes(before["run.json"])
+    run(longer(short, 4), out, resume=True)
+    assert (out / "eval" / "after_step_000002" / "result.json").is_file()
+    assert json.loads((out / "run.json").read_text())["steps"] == 4
 
 
 def test_evaluations_of_the_last_checkpoint_so_far_are_kept_beside_the_new_ones(short: Recipe, copy: Path):

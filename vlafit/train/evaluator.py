@@ -18,18 +18,19 @@ class Evaluator:
         self.success: dict[str, float] = {}
         """Share of successes by evaluation name."""
 
-    def before_training(self, resumed: bool) -> None:
-        """Save the policy before the first step, so that a checkpoint is evaluated, and evaluate it.
-
-        Raises TrainingError if a resumed run never saved it.
-        """
+    def require_start(self) -> None:
+        """Raise TrainingError if a resumed run has no checkpoint of step 0 to evaluate."""
         run = self.context
         if not run.manager.path(0).is_dir():
-            if resumed:
-                raise TrainingError(
-                    f"{run.out}: the run began with eval.before = false, so it has no checkpoint of step 0; "
-                    "resume it with eval.before = false, or start a new run with --out"
-                )
+            raise TrainingError(
+                f"{run.out}: the run began with eval.before = false, so it has no checkpoint of step 0; "
+                "resume it with eval.before = false, or start a new run with --out"
+            )
+
+    def before_training(self) -> None:
+        """Save the policy before the first step, so that a checkpoint is evaluated, and evaluate it."""
+        run = self.context
+        if not run.manager.path(0).is_dir():
             barrier()  # every process has checked that the folder is missing
             if run.main:
                 plan = run.experiment.plan

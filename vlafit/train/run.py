@@ -47,12 +47,13 @@ from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.metrics import Metrics
 from vlafit.train.preflight import check, meta_policy, never_began, resumed_policy, run_warnings
 from vlafit.train.run_folder import (
-    begin_record,
     describe_machine,
     end_record,
     flat,
+    new_record,
     read_recipe,
     require_usable,
+    write_record,
 )
 from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
@@ -197,27 +198,32 @@ def _train(
         rewritten = data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
-    if resumed is not None and resume_from is not None:
-        checkpointer.read(resumed, experiment.data.fingerprint)  # before later checkpoints are removed
-        barrier()
-    record: dict[str, object] = {}
+    if main:
+        experiment = _with_protocol(_extended(experiment, saved))
+    metrics = Metrics(out, accelerator)
+    trainer, record = None, {}
+    if resumed is not None:  # all that can refuse the run comes before anything is written
+        trainer = _trainer(
+            RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter), resumed
+        )
+    if main:
+        record = new_record(out, _facts(experiment, accelerator, command, data_facts), resumed)
+    barrier()
     if main:
         if resume_from is not None:
             manager.drop_after(resume_from)
-        experiment = _with_protocol(_extended(experiment, saved, out))
-        record = _begin(experiment, out, accelerator, command, resumed, data_facts)
+        _begin(experiment, out, accelerator, saved, record)
     experiment = _with_quantised_base(experiment, out, main)
     if main and experiment.saved:
         log.info("%s", experiment.saved)
     callbacks.setup(experiment)
 
-    metrics = Metrics(out, accelerator)
     metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
     context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
-    evaluator = Evaluator(context)
+    evaluator = trainer.evaluator if trainer is not None else Evaluator(context)
     if recipe.eval.before:
-        evaluator.before_training(resumed is not None)
-    trainer = Trainer(context, evaluator, resumed)
+        evaluator.before_training()
+    trainer = trainer or Trainer(context, evaluator, None)
     status = trainer.train()
     if status.finished:
         if main:
@@ -235,6 +241,14 @@ def _train(
             page = _report(out)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
+
+
+def _trainer(context: RunContext, resumed: Path) -> Trainer:
+    """Return the trainer of a resumed run. Writes nothing; raises TrainingError if it cannot be resumed."""
+    evaluator = Evaluator(context)
+    if context.recipe.eval.before:
+        evaluator.require_start()
+    return Trainer(context, evaluator, resumed)
 
 
 def _open_folder(out: Path, keep: int, main: bool) -> CheckpointManager:
@@ -353,34 +367,17 @@ def _with_protocol(experiment: Experiment) -> Experiment:
     return replace(experiment, agreement=agreement.with_items(items))
 
 
-def _extended(experiment: Experiment, saved: Recipe | None, out: Path) -> Experiment:
-    """Add a warning if the run in `out` has fewer steps, and keep its last evaluations apart."""
-    if saved is None:
-        return experiment
-    text = extension.notice(saved, experiment.recipe)
-    if not text:
-        return experiment
-    extension.keep_evaluations(out, saved.train.steps)
-    log.info("%s; %s keeps the new recipe", text, out / "recipe.toml")
-    return replace(experiment, warnings=(*experiment.warnings, text))
+def _extended(experiment: Experiment, saved: Recipe | None) -> Experiment:
+    """Add a warning if the run of the recipe `saved` has fewer steps."""
+    text = extension.notice(saved, experiment.recipe) if saved is not None else ""
+    return replace(experiment, warnings=(*experiment.warnings, text)) if text else experiment
 
 
-def _begin(
-    experiment: Experiment,
-    out: Path,
-    accelerator: Accelerator,
-    command: str,
-    resumed: Path | None,
-    data_facts: dict[str, dict[str, int]],
+def _facts(
+    experiment: Experiment, accelerator: Accelerator, command: str, data_facts: dict[str, dict[str, int]]
 ) -> dict[str, object]:
-    """Write recipe.toml, plan.json and run.json, and return the contents of run.json."""
-    toml = config.dump(experiment.recipe)
-    files.write_atomic(out / "recipe.toml", toml)
-    files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
-    if experiment.agreement is not None:
-        experiment.agreement.write(out)
-    accelerator.init_trackers("tensorboard", config={"recipe": toml})
-    facts = {
+    """Return what run.json says of this session."""
+    return {
         "command": command,
         "started": _now(),
         "resumed_from": None,
@@ -395,7 +392,27 @@ def _begin(
         "processes": accelerator.num_processes,
         **describe_machine(accelerator.device),
     }
-    return begin_record(out, facts, resumed.name if resumed else None)
+
+
+def _begin(
+    experiment: Experiment,
+    out: Path,
+    accelerator: Accelerator,
+    saved: Recipe | None,
+    record: Mapping[str, object],
+) -> None:
+    """Write recipe.toml, plan.json and run.json (`record`); keep the last evaluations of an extended run."""
+    text = extension.notice(saved, experiment.recipe) if saved is not None else ""
+    if saved is not None and text:
+        extension.keep_evaluations(out, saved.train.steps)
+        log.info("%s; %s keeps the new recipe", text, out / "recipe.toml")
+    toml = config.dump(experiment.recipe)
+    files.write_atomic(out / "recipe.toml", toml)
+    files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
+    if experiment.agreement is not None:
+        experiment.agreement.write(out)
+    accelerator.init_trackers("tensorboard", config={"recipe": toml})
+    write_record(out, record)
 
 
 def _with_quantised_base(experiment: Experiment, out: Path, main: bool) -> Experiment:

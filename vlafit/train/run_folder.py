@@ -109,8 +109,12 @@ def _is_harmless(name: str) -> bool:
     return any(name == field or name.startswith(field + ".") for field in HARMLESS)
 
 
-def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) -> dict[str, object]:
-    """Write run.json and return it. A resumed run keeps its warnings (`notices`), command and start time."""
+def new_record(out: Path, facts: Mapping[str, Any], resumed: Path | None) -> dict[str, object]:
+    """Return the contents of run.json for a session that begins, at the checkpoint `resumed` if there is one.
+
+    A resumed run keeps its warnings (`notices`), command and start time. Writes nothing; raises TrainingError
+    if run.json is damaged.
+    """
     path, now = out / "run.json", dict(facts)
     if path.is_file():
         before = files.read_json_object(path, TrainingError, "delete the file to continue")
@@ -121,14 +125,19 @@ def begin_record(out: Path, facts: Mapping[str, Any], resumed_from: str | None) 
             seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
         except (KeyError, TypeError) as error:
             raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
+        resumed_from = resumed.name if resumed else None
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
-    files.write_atomic(path, json.dumps(now, indent=2) + "\n")
     return now
+
+
+def write_record(out: Path, record: Mapping[str, object]) -> None:
+    """Write run.json."""
+    files.write_atomic(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def end_record(out: Path, record: Mapping[str, object], facts: Mapping[str, object]) -> None:
     """Add `facts` about the end of the run to run.json."""
-    files.write_atomic(out / "run.json", json.dumps({**record, **facts}, indent=2) + "\n")
+    write_record(out, {**record, **facts})
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:

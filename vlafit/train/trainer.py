@@ -70,7 +70,7 @@ class Trainer:
     """Trains the experiment of a run. Every process has one; only the main process writes."""
 
     def __init__(self, context: RunContext, evaluator: Evaluator, resumed: Path | None) -> None:
-        """Start at step 0, or where the checkpoint `resumed` was written.
+        """Start at step 0, or where the checkpoint `resumed` was written. Writes nothing.
 
         Raises TrainingError if that checkpoint is damaged, of other data, or of another strategy.
         """
@@ -91,8 +91,7 @@ class Trainer:
         )
         if saved is not None:
             checkpointer.restore(saved, self.train_state)
-            self._mark_best()  # the killed run may not have done so
-            self._prune()
+        self._resumed = saved is not None
 
     def train(self) -> RunStatus:
         """Train to the recipe's last step, or to its last second, or until a signal; return the status.
@@ -100,6 +99,9 @@ class Trainer:
         Raises NotFinite naming the last good checkpoint.
         """
         context, state = self.context, self.state
+        if self._resumed:
+            self._mark_best()  # the killed run may not have done so
+            self._prune()
         context.callbacks.phase("training")
         first = state.progress.step
         self._update_status(first, self._spent())
