@@ -150,7 +150,8 @@ def _names(pairs: Sequence[str]) -> dict[str, str]:
         if len(sent) == len(used) == 1 and sent != used:
             raise ConfigError(
                 f"--map {pair}: the key {key!r} names the {min(sent)} hand, the camera {name!r} the "
-                f"{min(used)} one; exchange the names, or send the frames under a key that names the hand of the camera"
+                f"{min(used)} one; exchange the names, or send the "
+                "frames under a key that names the hand of the camera"
             )
         names[key] = name
     return names
