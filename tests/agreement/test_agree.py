@@ -361,6 +361,18 @@ def test_another_rate_is_an_error_unless_it_is_said():
     assert chosen(agreed(dataset(hz=15.0), checkpoint(), robot=True)) == {"control rate"}
 
 
+def test_a_renderer_that_one_side_or_neither_states_is_assumed_saying_which():
+    def why(here: str, there: str) -> str:
+        agreement = agreed(dataset(renderer=here), checkpoint(renderer=there))
+        (item,) = (one for one in agreement.items if one.name == "renderer")
+        assert item.status == "assumed" and item.value == here + there
+        return item.reason
+
+    assert why("", "") == "neither side says"
+    assert why("ray", "") == "the checkpoint does not say"
+    assert why("", "ray") == "the dataset does not say"
+
+
 def test_what_a_side_does_not_say_is_assumed_and_shown():
     agreement = agreed(dataset(), checkpoint(hz=0.0, control=""))
     assumed = {item.name for item in agreement.items if item.status == "assumed"}

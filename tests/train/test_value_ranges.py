@@ -12,7 +12,7 @@ import torch
 from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
 from vlafit import cli, config
 from vlafit.codec import Codec, CodecConfig, Statistics
-from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults
+from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
 from vlafit.offline.contract import permitted_by, require_values
@@ -38,7 +38,9 @@ def test_a_dataset_that_moves_a_fiftieth_of_the_statistics_is_an_error(scale, wo
         start(recipe_of(card, base, {}))
     text = str(error.value)
     for column, std in (("state", 1), ("action", 2)):
-        factor = f"a 1/{std / (0.170783 * scale):.3g}, b 1/{std / (0.170783 * scale):.3g}"
+        times = std / (0.1707825 * scale)
+        part = f"1/{times:.3g}" if times < 1000 else f"1/{times:.0f}"
+        factor = f"a {part}, b {part}"
         assert f"spread of {column}" in text and factor in text and f"std a {std}, b {std}" in text
         assert f"robot.{column}.scale" in text and f'outside = ["{column}.a", "{column}.b"]' in text
     assert word in text
@@ -289,3 +291,28 @@ def test_an_evaluation_permits_what_the_recipe_of_the_run_permitted(tmp_path: Pa
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
     assert permitted_by(tmp_path) == ("action.a",)
     assert permitted_by(tmp_path / "elsewhere") == ()
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (1000.2, ["mm"]),
+        (999.7, ["mm"]),
+        (98.0, ["percent"]),
+        (57.3, ["radians"]),
+        (500.0, ["mm", "percent", "radians"]),
+        (300.0, ["percent", "radians"]),
+    ],
+)
+def test_the_unit_nearest_to_the_measured_factor_is_named_first(factor: float, words: list[str]):
+    names = {"mm": "m where they are of mm", "percent": "0 to 1 where they are of 0 to 100"}
+    names["radians"] = "radians where the statistics are of degrees"
+    assert value_faults._guess(factor) == "; or ".join(names[word] for word in words)
+
+
+def test_a_small_share_is_written_without_an_exponent():
+    assert [value_ranges.fraction(share) for share in (0.001, 1 / 999.7, 1 / 57.29578)] == [
+        "1/1000",
+        "1/1000",
+        "1/57.3",
+    ]

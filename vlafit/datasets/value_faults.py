@@ -15,7 +15,7 @@ from vlafit.agreement import Item
 from vlafit.codec import Codec
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
-from vlafit.datasets.value_ranges import FAR, SHIFTED, Range, measure, sample
+from vlafit.datasets.value_ranges import FAR, SHIFTED, Range, fraction, measure, plain, sample
 from vlafit.errors import ConfigError, did_you_mean
 
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
@@ -23,6 +23,7 @@ WILD = 1e4  # a value as many times further away than the others are large is an
 ABSURD = 1e9  # and one beyond this, however many there are, is of no unit
 SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
 FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
+EXACT = 1.25  # times from a factor of `SCALES` up to which it is that factor
 SCALES = {
     180 / np.pi: "radians where the statistics are of degrees",
     100.0: "0 to 1 where they are of 0 to 100",
@@ -144,16 +145,13 @@ def _narrow(
         return
     moving = [one for one in column if one.moves and not np.isnan(one.spread)]
     first = narrow[0]
-    listed = ", ".join(f"{one.dimension} 1/{1 / one.spread:.3g}" for one in narrow)
+    listed = ", ".join(f"{one.dimension} {fraction(one.spread)}" for one in narrow)
     spread = {
         "dataset": f"{first.dataset}: {len(narrow)} of the {len(moving)} dimensions that move have a small "
         f"part of the statistics' spread ({listed})"
     }
     factor = float(np.median([1 / one.spread for one in narrow]))
-    likely = [
-        text for scale, text in SCALES.items() if 1 / 3 < factor / scale < 10
-    ]  # a task is narrower, too
-    guess = "; ".join(likely) or "another unit than the statistics'"
+    guess = _guess(factor)
     name = f"spread of {first.column}"
     open_ = [one for one in narrow if not set(one.names) & set(permitted)]
     rest = len(moving) - len(open_)
@@ -172,9 +170,21 @@ def _narrow(
     if fitted:
         remedy = f"the cards are of different units ({guess}): convert one of them by {convert}"
     else:
-        remedy = f"about {factor:.3g} times less: {guess}? Convert by {convert}. {remedies.refit}"
+        remedy = f"about {plain(factor)} times less: {guess}? Convert by {convert}. {remedies.refit}"
     permit = remedies.permitting([one.names[0] for one in narrow])
     yield Item(name, spread, "", "conflict", fix=f"{remedy}; {permit}")
+
+
+def _guess(factor: float) -> str:
+    """Return which units may be mixed up where values are `factor` times smaller, the nearest first.
+
+    Only the nearest where it is the factor; else others, too, because the data of one task are narrower.
+    """
+    near = sorted((abs(np.log(factor / scale)), text) for scale, text in SCALES.items())
+    if near[0][0] < np.log(EXACT):
+        return near[0][1]
+    likely = [text for scale, text in SCALES.items() if 1 / 3 < factor / scale < 10]
+    return "; or ".join(t for _, t in near if t in likely) or "another unit than the statistics'"
 
 
 def _single_values(

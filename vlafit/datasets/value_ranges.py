@@ -73,9 +73,19 @@ class Range:
         """Return the range in a few words."""
         share = f" ({self.far:.2%} beyond {FAR:g})" if self.far else ""
         mean = f" (mean {self.mean:.3g})" if self.is_shifted else ""
-        narrow = f" (spread 1/{1 / self.spread:.3g})" if self.is_narrow else ""
+        narrow = f" (spread {fraction(self.spread)})" if self.is_narrow else ""
         still = "" if self.moves else " (never moves)"
         return f"{self.dimension} {self.largest:.3g}{share}{mean}{narrow}{still}"
+
+
+def fraction(share: float) -> str:
+    """Return a small share as 1/N."""
+    return f"1/{plain(1 / share)}"
+
+
+def plain(number: float) -> str:
+    """Return a positive number with three digits and no exponent, or as a whole number from 1000 on."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 
 def measure(stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec) -> list[Range]:
