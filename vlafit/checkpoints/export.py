@@ -24,6 +24,7 @@ from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.checkpoints.precision import cast, round_weights
 from vlafit.checkpoints.save import save
+from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
@@ -105,7 +106,7 @@ def export(
     path = location.path
     is_native = native.recognise(path)
     recipe_file = path / native.RECIPE
-    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
+    recipe = read_text(recipe_file) if is_native and recipe_file.is_file() else None
     narrow = dtype is None and _computed_in_bf16(recipe)
     dtype = parse_dtype(dtype or ("bfloat16" if narrow else "float32"))
     sits_on = read_base(path) if is_native else None
