@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from vlafit import files
-from vlafit.errors import VlafitError
+from vlafit.errors import StorageError, VlafitError
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -248,3 +249,15 @@ def test_without_locks_the_folder_of_a_dead_process_is_free_and_that_of_another_
     with pytest.raises(VlafitError) as caught, files.exclusive(tmp_path, "x"):
         pass
     assert "another-machine" in str(caught.value) and f"delete {owner}" in str(caught.value)
+
+
+def test_a_path_with_a_nul_character_is_refused_as_a_path(tmp_path: Path):
+    place = tmp_path / "a\0b"
+    for write in (
+        lambda: files.require_writable(place),
+        lambda: files.write_atomic(place / "file", "x"),
+        lambda: files.new_folder(place).__enter__(),
+        lambda: files.exclusive(place, "test").__enter__(),
+    ):
+        with pytest.raises(StorageError, match="null"):
+            write()

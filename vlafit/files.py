@@ -3,6 +3,7 @@
 A file that cannot be written is a VlafitError saying where and why.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,6 +34,14 @@ def _cannot(what: str, path: Path, error: OSError) -> StorageError:
     )
 
 
+def _make_folder(folder: Path, new: bool = False) -> None:
+    """Create a folder and its parents. Raises OSError, for a name with a NUL character, too."""
+    try:
+        folder.mkdir(parents=True, exist_ok=not new)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"a path cannot hold this character ({error})") from error
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -59,7 +68,7 @@ def new_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             yield partial
             with open(partial, "rb") as file:
@@ -102,6 +111,21 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_text(path: Path, error_class: type[VlafitError], fix: str) -> str:
+    """Read a UTF-8 text file.
+
+    Raises `error_class` if the file is missing or not UTF-8, and StorageError if it may not be read; `fix`
+    ends the message.
+    """
+    require_readable(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise error_class(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); {fix}") from error
+    except OSError as error:
+        raise error_class(f"{path}: cannot be read ({error}); {fix}") from error
 
 
 def read_json_object(path: Path, error_class: type[VlafitError], fix: str) -> dict[str, Any]:
@@ -183,7 +207,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _make_folder(partial, new=True)
     except OSError as error:
         raise _cannot("create", final, error) from error
     try:
@@ -215,7 +239,7 @@ def require_writable(folder: Path) -> Path:
     folder = Path(folder)
     probe = folder / f".probe.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:

@@ -21,10 +21,18 @@ def in_run(path: Path) -> Path | None:
     """Return the checkpoint's folder for a run (its last), ``RUN/checkpoints/best`` or ``last``.
 
     Of the runs of LeRobot and openpi it is their last, too. None where `path` is none of these. Raises
-    ConfigError where a pointer is damaged or leads nowhere.
+    ConfigError where a pointer is damaged or leads nowhere; it names the checkpoint's folder where `path` is
+    one of its files, or the folder of a run's checkpoints.
     """
     if any((path / mark).exists() for mark in WHOLE):
         return None
+    if path.is_file() and (path.parent / "policy.json").is_file():
+        raise ConfigError(f"{path} is one file of a checkpoint; name the checkpoint's folder: {path.parent}")
+    within = sorted(path.glob("step_*/policy.json"))
+    if within:
+        raise ConfigError(
+            f"{path} holds {len(within)} checkpoints; name one, such as the last: {within[-1].parent}"
+        )
     for pointer in (path / "checkpoints" / "last.json", path.parent / f"{path.name}.json"):
         if pointer.is_file() and pointer.parent.name == "checkpoints":
             return _follow(pointer)

@@ -15,7 +15,7 @@ import vlafit
 from tests.policies.tiny import random_policy
 from tests.tuning.world import rules
 from tests.variants import variants
-from vlafit import checkpoints, cli, files
+from vlafit import checkpoints, cli, files, tuning
 from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import BASE
@@ -169,6 +169,20 @@ def test_every_damage_to_our_own_checkpoint_is_caught_even_if_its_hashes_agree(t
             _agree(folder)
         assert _caught(folder, None, name), (trial, damage)
         shutil.rmtree(folder)
+
+
+def test_a_plan_that_is_not_text_is_named_even_if_its_hash_agrees(tmp_path: Path):
+    policy = random_policy("pi0-tiny")
+    plan = tuning.apply(policy, tuning.load_strategy("full"))
+    vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan)
+    path = tmp_path / "c" / "plan.json"
+    content = bytearray(path.read_bytes())
+    content[50] = 0xFF
+    path.write_bytes(content)
+    _agree(tmp_path / "c")
+    with pytest.raises(WeightsError) as caught:
+        native.open_folder(tmp_path / "c")
+    assert all(text in str(caught.value) for text in (str(path), "UTF-8", "byte 50"))
 
 
 def _adapted(folder: Path, base: Path | None) -> None:

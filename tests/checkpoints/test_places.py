@@ -9,7 +9,7 @@ import vlafit
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints, pointers
 from vlafit.cli.places import checkpoint_folder
-from vlafit.errors import WeightsError
+from vlafit.errors import ConfigError, WeightsError
 
 LEROBOT = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
 OPENPI = Path(__file__).parents[1] / "fixtures" / "openpi_jax" / "ckpt_training"
@@ -45,6 +45,21 @@ def test_an_earlier_step_of_lerobot_is_that_step(tmp_path: Path):
 def test_a_run_of_openpi_means_its_last_checkpoint():
     assert checkpoints.place(OPENPI).path == OPENPI / "5"
     assert checkpoints.inspect(OPENPI, config={"chunk": 6}).report.form.startswith("openpi")
+
+
+@pytest.mark.parametrize(
+    ("named", "fact"), [("", "holds 1 checkpoints"), ("step_000005/model.safetensors", "one file of a")]
+)
+def test_what_is_almost_a_checkpoint_is_refused_with_the_folder_to_name(
+    tmp_path: Path, named: str, fact: str
+):
+    folder = tmp_path / "run" / "checkpoints" / "step_000005"
+    vlafit.save_checkpoint(random_policy("pi0-tiny"), folder)
+    place = folder.parent / named
+    for find in (lambda: checkpoint_folder(str(place), foreign=True), lambda: checkpoints.place(place)):
+        with pytest.raises(ConfigError) as caught:
+            find()
+        assert all(text in str(caught.value) for text in (f"{place} ", fact, f": {folder}"))
 
 
 def test_a_checkpoint_is_never_taken_for_a_run(tmp_path: Path):

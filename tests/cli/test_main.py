@@ -203,3 +203,9 @@ def test_everything_that_ships_is_listed(capsys):
         assert all(f"\n  {name} " in shown or f"\n  {name}\n" in shown for name in shipped.names(kind))
     assert cli.main(["list", "strategy"]) == 0
     assert "\n  full " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train", "quickstart"], ["eval", "nowhere", "--protocol", "pusht"]])
+def test_an_empty_out_is_an_error(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*words, "--out", ""]) == 2
+    assert "--out is empty" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a user can get wrong with files, and what they are told."""
 
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.datasets.layouts import (
 )
 from vlafit.datasets import Card, open_dataset
 from vlafit.datasets.card import ColumnCard, ExpectCard, InstructionCard, RecordSpec
+from vlafit.datasets.layouts import libero
 from vlafit.errors import DataError
 
 NAME = "turn_on_the_stove_demo.hdf5"
@@ -281,3 +283,25 @@ def test_bytes_that_rot_inside_a_file_end_in_an_error_that_names_it(tmp_path: Pa
             told += 1
             assert NAME in str(error)
     assert told > 10  # the rest hit pixels without a checksum, or nothing at all
+
+
+@pytest.mark.case(
+    section="data",
+    report="KeyError: Unable to synchronously open object",
+    user_has="an HDF5 file whose header is damaged",
+    now="one sentence with file and key, and exit status 2",
+)
+def test_a_damaged_header_is_refused_by_file_and_key(file: Path) -> None:
+    with h5py.File(file) as handle:
+        actions = handle["data/demo_0/actions"]
+        assert isinstance(actions, h5py.Dataset)
+        sizes = struct.pack("<4Q", *actions.shape, *actions.shape)  # of the dimensions, then their limits
+    content = bytearray(file.read_bytes())
+    content[content.index(sizes) + 12] = 0xFF  # in the second dimension's
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"maxdim") as caught:
+        open_dataset(card(file))
+    assert all(fact in str(caught.value) for fact in (str(file), "demo_0: actions"))
+    with pytest.raises(DataError, match=r"maxdim") as caught:
+        libero.describe(file)
+    assert str(file) in str(caught.value)

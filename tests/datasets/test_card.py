@@ -125,6 +125,7 @@ BAD = [
     ('path = "small"', 'path = "small"\nfile = "x"', "filled in when the card is read"),
     ('path = "small"', 'path = "small"\nmask = "train"', "'mask'.*'libero'.*layout robocasa or robomimic"),
     ("hz = 20", "hz = 0", "hz must be above 0"),
+    ("hz = 20", "hz = 1e-300", r"hz must be .*0\.001.* is 1e-300"),
     ("height = 6", "height = 0", "camera 'front' is 0x5"),
     ("height = 6", "height = 6\nrotate = 90", "rotate: 90 is not one of 0, 180"),
     ('name = "front"', 'name = ""', "names of their own"),

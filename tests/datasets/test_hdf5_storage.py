@@ -98,6 +98,21 @@ def compact(file: h5py.Group, key: str, values: np.ndarray) -> None:
     h5py.h5d.create(file.id, key.encode(), kind, space, properties)
 
 
+def early(rows: range = range(0)) -> Write:
+    """Space for all chunks is taken when the dataset is made, as parallel HDF5 does."""
+
+    def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, *values.shape[1:]))
+        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        kind, space = h5py.h5t.py_create(values.dtype), h5py.h5s.create_simple(values.shape)
+        made = h5py.Dataset(h5py.h5d.create(file.id, key.encode(), kind, space, properties))
+        for row in rows:
+            made[row] = values[row]
+
+    return write
+
+
 def of_unwritten(file: h5py.Group, key: str, values: np.ndarray) -> None:
     unwritten(file, "empty", values)
     virtual(file, key, ".", "empty")
@@ -132,6 +147,7 @@ def of_shorter(file: h5py.Group, key: str, values: np.ndarray) -> None:
         (KEY, chunked(range(ROWS - 1)), f"1 of its {ROWS} chunks"),
         (KEY, resized, f"1 of its {ROWS} chunks"),
         (KEY, unwritten, "never written"),
+        (KEY, early(), "never written"),
         ("data/demo_0/actions", unwritten, "never written"),
         ("data/demo_0/obs/ee_pos", unwritten, "never written"),
         (KEY, of_unwritten, "never written"),
@@ -145,6 +161,11 @@ def test_rows_that_were_never_written_are_refused(tmp_path: Path, key: str, writ
     with pytest.raises(DataError) as raised:
         open_dataset(card(file))
     assert all(text in str(raised.value) for text in (str(file), key.removeprefix("data/demo_0/"), fact))
+
+
+def test_frames_whose_space_was_taken_early_are_read_once_they_are_written(tmp_path: Path) -> None:
+    store = open_dataset(card(dataset(tmp_path / "set", KEY, early(range(ROWS)))))
+    np.testing.assert_array_equal(store.image(0, 1, "front"), DEMO.front[1])
 
 
 @pytest.mark.parametrize("factor", [1, 0])

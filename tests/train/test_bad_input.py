@@ -66,6 +66,7 @@ def test_a_batch_must_divide_over_the_processes(recipe: Recipe) -> None:
 
 NAMES: list[tuple[dict[str, Any], str]] = [
     ({"name": ""}, r"name '' must be a single folder name"),
+    ({"name": "a\nb"}, r"name 'a\\nb' holds a line break"),
     ({"name": "../elsewhere"}, r"name '\.\./elsewhere' must be a single folder name"),
     ({"train": {"seed": 2**63}}, r"train\.seed must be below 2\^63"),
     ({"train": {"threads": 100_000}}, r"train\.threads 100000 .*CPU cores"),

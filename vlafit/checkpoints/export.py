@@ -24,6 +24,7 @@ from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.checkpoints.precision import cast, round_weights
 from vlafit.checkpoints.save import save
+from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
@@ -111,7 +112,7 @@ def export(
     )
     loaded = _of(loaded, embodiment, writer, str(path))
     recipe_file = path / native.RECIPE  # its hash has been verified
-    recipe = recipe_file.read_text(encoding="utf-8") if is_native and recipe_file.is_file() else None
+    recipe = read_text(recipe_file) if is_native and recipe_file.is_file() else None
     narrow = named is None and _computed_in_bf16(recipe, recipe_file)
     dtype = named or ("bfloat16" if narrow else "float32")
     merge_error, notes = None, (f"from {location.note}",) if location.note else ()

@@ -13,6 +13,7 @@ from typing import Any
 from vlafit import files, shipped
 from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.locate import digest
+from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import VlafitError
 from vlafit.nn.policy import Policy
@@ -72,7 +73,7 @@ def refresh(folder: Path) -> None:
     path, results = folder / FILE, results_of(folder)
     if not results or not path.is_file():
         return
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     listed = "\n".join(f"- {line}" for line in results)
     begin, end = text.find("## Results\n"), text.find("## Load\n")
     if 0 <= begin < end:

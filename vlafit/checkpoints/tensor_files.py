@@ -119,6 +119,11 @@ def is_inside(folder: Path, file: Path) -> bool:
     return path.is_relative_to(folder.resolve()) or in_cache
 
 
+def read_text(path: Path) -> str:
+    """Read a checkpoint's text file. Raises WeightsError if it is missing or not UTF-8."""
+    return files.read_text(path, WeightsError, "copy or download it again")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a checkpoint's JSON file. Raises WeightsError if it is missing, damaged or not an object."""
     return files.read_json_object(path, WeightsError, "copy or download it again")

@@ -64,6 +64,10 @@ class Parser(argparse.ArgumentParser):
                 known = [s for action in self._actions for s in action.option_strings]
                 raise ConfigError(f"there is no option {word!r}{_near(word.split('=')[0], known)}")
             raise ConfigError(f"unexpected argument {word!r}; see {self.prog} --help")
+        if getattr(options, "out", None) == "":
+            raise ConfigError(
+                "--out is empty: a shell variable that is not set? Name a path, or leave it out"
+            )
         return options
 
 

@@ -10,7 +10,7 @@ from vlafit.errors import ConfigError
 LARGEST_SIDE = 2**14  # pixels
 MOST_DIMENSIONS = 2**12
 MOST_RECORDED = 10**6  # episodes of a task, or steps of one
-FASTEST_HZ = 10_000.0  # control rates above are units mixed up
+SLOWEST_HZ, FASTEST_HZ = 1e-3, 10_000.0  # control rates beyond are units mixed up
 
 
 def check(card: Card, where: str) -> None:
@@ -31,8 +31,10 @@ def check(card: Card, where: str) -> None:
             raise ConfigError(
                 f"{where}: camera {camera.name!r}: a name is one line without control characters"
             )
-    if not 0 < robot.hz <= FASTEST_HZ:
-        raise ConfigError(f"{where}: robot.hz must be above 0 and at most {FASTEST_HZ}, is {robot.hz}")
+    if not SLOWEST_HZ <= robot.hz <= FASTEST_HZ:
+        raise ConfigError(
+            f"{where}: robot.hz must be above 0, from {SLOWEST_HZ} to {FASTEST_HZ}, is {robot.hz}"
+        )
     columns: Mapping[str, ColumnCard] = {"state": robot.state, "action": robot.action}
     for name, column in columns.items():
         if not column.keys or column.dimensions < 1:

@@ -6,7 +6,6 @@ if a dataset is contiguous in its file (20 to 50 times as fast as h5py), else th
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,16 @@ from vlafit.datasets.hdf5_demos import (
     sentence,
     succeeds,
 )
-from vlafit.datasets.hdf5_files import SUFFIXES, names_of, natural, open_file, shared_folder
+from vlafit.datasets.hdf5_files import (
+    HDF5_ERRORS,
+    SUFFIXES,
+    damage_named,
+    names_of,
+    natural,
+    open_file,
+    reading,
+    shared_folder,
+)
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.stamps import Stamps, stamp
@@ -68,10 +76,10 @@ class Hdf5Store(EpisodeStore):
         infos: list[EpisodeInfo] = []
         selection = Selection(self.card)
         for path, name in zip(own, names_of(own, folder), strict=True):
-            with selection.guard(name), _damage_named(path), open_file(path) as file:
+            with selection.guard(name), reading(path) as file:
                 for demo in layout.list(self.card, file, path, name):
                     if selection.wants(demo.id):
-                        with selection.guard(demo.id), _damage_named(path):
+                        with selection.guard(demo.id), damage_named(f"{path}: {demo.id}"):
                             self._add(file, demo, path, roots, layout, selection, infos)
         left_out = selection.finish(f"dataset {self.card.name!r}", len(infos))
         sources = {name for episode in self._episodes for name in episode.sources}
@@ -151,7 +159,7 @@ class Hdf5Store(EpisodeStore):
         try:
             dataset = self._dataset(frames)
             frame = decoded(dataset, step, camera, where) if frames.encoded else np.asarray(dataset[step])
-        except (OSError, RuntimeError) as error:
+        except HDF5_ERRORS as error:
             raise DataError(f"{where}: the image of {camera.name!r} is damaged ({error})") from error
         if frame.shape != (camera.height, camera.width, 3):
             raise DataError(
@@ -172,14 +180,6 @@ class Hdf5Store(EpisodeStore):
         dataset = handle[frames.dataset]
         assert isinstance(dataset, h5py.Dataset)  # checked when the store was opened
         return dataset
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # what HDF5 raises for damage inside a file
-        raise DataError(f"{path}: is damaged ({error}); fetch or record it again") from error
 
 
 def whole_file(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import join, parse_key, part
-from vlafit.datasets.hdf5_files import find
+from vlafit.datasets.hdf5_files import HDF5_ERRORS, find
 from vlafit.datasets.hdf5_storage import require_readable
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
@@ -255,7 +255,7 @@ def read_episode(
 def _read(dataset: h5py.Dataset, key: str, where: str) -> NDArray:
     try:
         return np.asarray(dataset[()])
-    except OSError as error:
+    except HDF5_ERRORS as error:
         raise DataError(
             f"{where}: {key} cannot be read ({error}); the file is damaged, fetch it again"
         ) from None

@@ -16,7 +16,7 @@ from vlafit.datasets.card import (
     RowsCard,
 )
 from vlafit.datasets.hdf5_demos import is_encoded
-from vlafit.datasets.hdf5_files import first_file, open_file
+from vlafit.datasets.hdf5_files import datasets_below, first_file, reading
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
 
@@ -51,7 +51,7 @@ def draft(path: Path, known: Known) -> Draft:
     source = first_file(path)
     assert source is not None  # the layout has recognised it
     guesses, missing = dict(known.guesses), dict[str, str]()
-    with open_file(source) as file:
+    with reading(source) as file:
         group = file[known.group]
         assert isinstance(group, h5py.Group)
         datasets = _datasets(group)
@@ -83,14 +83,7 @@ def draft(path: Path, known: Known) -> Draft:
 
 
 def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
-    datasets: dict[str, h5py.Dataset] = {}
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and item.shape:
-            datasets[name] = item
-
-    group.visititems(visit)
-    return datasets
+    return {name: dataset for name, dataset in datasets_below(group).items() if dataset.shape}
 
 
 def _cameras(

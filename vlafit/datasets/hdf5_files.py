@@ -2,7 +2,9 @@
 
 import errno
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,8 @@ from vlafit.errors import DataError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
 DEEPEST = 3  # folders below the one that is named
+HDF5_ERRORS = (KeyError, OSError, RuntimeError, TypeError, ValueError)
+"""Errors that h5py raises for damage inside a file."""
 
 
 def shared_folder(paths: Sequence[Path]) -> Path:
@@ -47,6 +51,29 @@ def open_file(path: Path) -> h5py.File:
         raise DataError(f"{path}: {_remedy(str(error))}") from None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[h5py.File]:
+    """Open a file to read and close it; errors of h5py until then are a DataError that names the file."""
+    with damage_named(str(path)), open_file(path) as file:
+        yield file
+
+
+@contextmanager
+def damage_named(where: str) -> Iterator[None]:
+    """Raise the errors that h5py raises in this block as a DataError; errors of other code pass."""
+    try:
+        yield
+    except HDF5_ERRORS as error:
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "h5py" not in Path(innermost).parts and not isinstance(error, OSError | RuntimeError):
+            raise
+        raise DataError(f"{where}: is damaged ({_text(error)}); fetch or record it again") from error
+
+
+def _text(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
 def _remedy(message: str) -> str:
     reason = message.split("(", 1)[-1].rstrip(")")
     if "already open for write" in message or "consistency flags" in message:
@@ -67,25 +94,43 @@ def _remedy(message: str) -> str:
     )
 
 
+def item_at(group: h5py.Group, key: str) -> object:
+    """Return what is at `key`; None if nothing is, or a link leads nowhere.
+
+    If it is damaged, an error of h5py is raised, which h5py's `get` hides.
+    """
+    item = group.get(key)
+    if item is None and key in group and isinstance(group.get(key, getlink=True), h5py.HardLink):
+        return group[key]
+    return item
+
+
 def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
     """Return the dataset at `key`. Raises DataError naming the nearest if there is none."""
     try:
-        dataset = group.get(key)
-    except (KeyError, OSError) as error:
-        raise DataError(f"{where}: {key} cannot be opened ({error})") from error
+        dataset = item_at(group, key)
+    except HDF5_ERRORS as error:
+        raise DataError(
+            f"{where}: {key} cannot be opened ({_text(error)}); if it is damaged, fetch or record it again"
+        ) from error
     if isinstance(dataset, h5py.Dataset):
         return dataset
     link = group.get(key, getlink=True) if key in group.keys() else None  # noqa: SIM118
     if isinstance(link, h5py.ExternalLink):
         raise DataError(f"{where}: {key} is a link to {link.filename}:{link.path}, which is not there")
-    present: list[str] = []
+    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, datasets_below(group))}")
+
+
+def datasets_below(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """Return the datasets of a group and of its groups, by path; without links to other files."""
+    datasets: dict[str, h5py.Dataset] = {}
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
-            present.append(name)
+            datasets[name] = item
 
     group.visititems(visit)
-    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, present)}")
+    return datasets
 
 
 def first_file(path: Path) -> Path | None:

@@ -29,7 +29,7 @@ from vlafit.files import new_file, parse_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it if anything that is kept, or its meaning, changes
+FORMAT = 4  # raise it if anything that is kept, or its meaning, changes
 FEWEST = 200  # episodes that are worth it
 SWITCH = "VLAFIT_CACHE"  # a folder, or "off"
 

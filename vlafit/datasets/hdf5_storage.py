@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 
-from vlafit.datasets.hdf5_files import open_file
+from vlafit.datasets.hdf5_files import HDF5_ERRORS, item_at, reading
 from vlafit.errors import DataError
 
 DEEPEST = 16  # virtual datasets of virtual datasets
@@ -74,10 +74,10 @@ def _virtual_sources(dataset: h5py.Dataset, roots: Sequence[Path], where: str, d
             raise DataError(
                 f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
             )
-        with open_file(file) as opened:
+        with reading(file) as opened:
             try:
-                below = opened.get(source.dset_name)
-            except (KeyError, OSError) as error:
+                below = item_at(opened, source.dset_name)
+            except HDF5_ERRORS as error:
                 raise DataError(f"{where}: {source.dset_name} of its source {file}: {error}") from error
             if not isinstance(below, h5py.Dataset):
                 raise DataError(f"{where}: a virtual dataset whose source {file} has no {source.dset_name}")
@@ -122,7 +122,8 @@ def _require_written(dataset: h5py.Dataset, where: str) -> None:
     """
     if not dataset.size or dataset.dtype.hasobject:  # rows of variable length are found when they are read
         return
-    layout = dataset.id.get_create_plist().get_layout()
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()
     advice = "and would be read as zeros; fetch or record it again, or leave the episode out"
     if not dataset.id.get_storage_size():
         raise DataError(f"{where} was allocated but never written, {advice}")
@@ -132,6 +133,13 @@ def _require_written(dataset: h5py.Dataset, where: str) -> None:
         if written < wanted:
             raise DataError(
                 f"{where}: {wanted - written} of its {wanted} chunks were never written, {advice}"
+            )
+    if properties.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY and dataset.ndim == 4:  # frames
+        length = dataset.shape[0]
+        if all((dataset[row] == dataset.fillvalue).all() for row in {0, length // 2, length - 1}):
+            raise DataError(
+                f"{where} was allocated when it was made, and its first, middle and last frames were never "
+                f"written, {advice}"
             )
 
 

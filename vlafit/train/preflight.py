@@ -102,6 +102,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.threads {recipe.train.threads} is far above the number of CPU cores; use at most {most}"
     if recipe.name in ("", ".", "..") or Path(recipe.name).name != recipe.name:
         yield f"name {recipe.name!r} must be a single folder name, because the run's folder is runs/NAME"
+    elif not recipe.name.isprintable():
+        yield f"name {recipe.name!r} holds a line break or another control character; leave it out"
     if recipe.optim.states == "8bit" and recipe.train.shards:
         yield (
             f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '

@@ -10,7 +10,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, whole_file
 from vlafit.datasets.hdf5_demos import SOURCES, Hdf5Layout, LinkedFolders
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_file, open_file
+from vlafit.datasets.hdf5_files import first_file, reading
 from vlafit.datasets.store import EpisodeStore
 
 INSTRUCTIONS = ("", *SOURCES)
@@ -24,7 +24,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         return "observations/qpos" in opened and "action" in opened
 
 

@@ -22,7 +22,7 @@ from vlafit.datasets.card import (
 from vlafit.datasets.filmed import FilmedStore
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.hdf5_demos import Demonstration, Hdf5Layout
-from vlafit.datasets.hdf5_files import open_file
+from vlafit.datasets.hdf5_files import reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.video import VideoFile
 from vlafit.errors import DataError, did_you_mean
@@ -54,7 +54,7 @@ def recognise(path: Path) -> bool:
     file = _first(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         return "observation/robot_state" in opened and isinstance(opened.get("action"), h5py.Group)
 
 
@@ -89,7 +89,7 @@ def describe(path: Path) -> Draft:
         "robot.action.keys": "openpi's choice; there are also joint_position and cartesian_*",
     }
     columns = []
-    with open_file(file) as opened:
+    with reading(file) as opened:
         for keys in (STATE, ACTION):
             missing = [key for key in keys if not isinstance(opened.get(key), h5py.Dataset)]
             if missing:

@@ -17,7 +17,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, whole_file
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_file, natural, open_file
+from vlafit.datasets.hdf5_files import first_file, natural, reading
 from vlafit.datasets.layouts import aloha, libero, maniskill, robocasa, robomimic, robotwin
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
@@ -42,7 +42,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None or any(layout.recognise(path) for layout in KNOWN):
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         return len(opened) > 0
 
 
@@ -70,7 +70,7 @@ def describe(path: Path) -> Draft:
     """Draft the card of the files at `path`."""
     file = first_file(path)
     assert file is not None
-    with open_file(file) as opened:
+    with reading(file) as opened:
         pattern = _guess(opened)
         group = "/" if pattern == "/" else matching(opened, pattern)[0]
     known = Known(

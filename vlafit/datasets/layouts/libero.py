@@ -16,7 +16,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, LinkedFolders, plain
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_demo, first_file, observations, open_file
+from vlafit.datasets.hdf5_files import first_demo, first_file, observations, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 from vlafit.files import parse_json
@@ -33,7 +33,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         data = opened.get("data")
         if not isinstance(data, h5py.Group):
             return False
@@ -49,7 +49,7 @@ def describe(path: Path) -> Draft:
     """Draft the card of the files at `path`."""
     file = first_file(path)
     assert file is not None
-    with open_file(file) as opened:
+    with reading(file) as opened:
         data: Any = opened["data"]
         group = first_demo(data)
         known = "problem_info" in data.attrs

@@ -13,7 +13,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, LinkedFolders, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_file, natural, open_file
+from vlafit.datasets.hdf5_files import first_file, natural, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 from vlafit.files import parse_json
@@ -28,7 +28,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         return bool(_groups(opened))
 
 
@@ -41,7 +41,7 @@ def describe(path: Path) -> Draft:
     """Draft the card of the files at `path`."""
     file = first_file(path)
     assert file is not None
-    with open_file(file) as opened:
+    with reading(file) as opened:
         group = _groups(opened)[0]
     beside = _beside(file)
     episodes = beside.get("episodes") or [{}]

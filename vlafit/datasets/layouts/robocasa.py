@@ -8,7 +8,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, lookup, name_in
 from vlafit.datasets.hdf5_draft import draft
-from vlafit.datasets.hdf5_files import first_demo, first_file, open_file
+from vlafit.datasets.hdf5_files import first_demo, first_file, reading
 from vlafit.datasets.layouts import robomimic
 from vlafit.datasets.store import EpisodeStore
 
@@ -22,7 +22,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         data = opened.get("data")
         if not isinstance(data, h5py.Group) or "problem_info" in data.attrs:
             return False

@@ -14,7 +14,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Tell, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, open_file
+from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json
@@ -42,7 +42,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         data = opened.get("data")
         if not isinstance(data, h5py.Group) or "problem_info" in data.attrs:
             return False
@@ -68,7 +68,7 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
     """Return what env_args tells of the files at `path`."""
     file = first_file(path)
     assert file is not None
-    with open_file(file) as opened:
+    with reading(file) as opened:
         data: Any = opened["data"]
         group = first_demo(data)
         try:

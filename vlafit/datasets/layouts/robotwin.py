@@ -12,7 +12,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard, RowsCard
 from vlafit.datasets.hdf5 import Hdf5Store, whole_file
 from vlafit.datasets.hdf5_demos import SOURCES, Hdf5Layout, LinkedFolders
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_file, open_file
+from vlafit.datasets.hdf5_files import first_file, reading
 from vlafit.datasets.store import EpisodeStore
 
 INSTRUCTIONS = ("", *SOURCES)
@@ -27,7 +27,7 @@ def recognise(path: Path) -> bool:
     file = first_file(path)
     if file is None:
         return False
-    with open_file(file) as opened:
+    with reading(file) as opened:
         return all(isinstance(opened.get(name), h5py.Group) for name in ("joint_action", "observation"))
 
 

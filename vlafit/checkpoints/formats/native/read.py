@@ -16,7 +16,7 @@ from vlafit import files
 from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
-from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.tensor_files import read_json_object, read_text
 from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.policies import build_config, family
@@ -63,7 +63,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
         raise WeightsError(f"{path}: {error}") from error
     config = build_config(module, described["config"], f"{path}: config")
     codec = CodecSet.load(folder) if (folder / CODEC).is_file() else None
-    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).is_file() else None
+    plan = Plan.from_json(read_text(folder / PLAN)) if (folder / PLAN).is_file() else None
     base = read_base(folder)
     tuned = plan is not None and (plan.adapted or plan.quantised)
     if (folder / ADAPTERS).is_dir() and not tuned:
