@@ -20,7 +20,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["list"], ["eval", "--help"], ["nonsense"]]
+    "words",
+    [["--help"], ["train", "--help"], ["list"], ["eval", "--help"], ["serve", "--help"], ["nonsense"]],
 )
 def test_help_and_lists_import_nothing_heavy(words):
     code = (

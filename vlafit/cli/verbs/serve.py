@@ -4,7 +4,6 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlafit.agreement.cameras import hands
 from vlafit.cli import actor as actors
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder
@@ -139,6 +138,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _names(pairs: Sequence[str]) -> dict[str, str]:
+    from vlafit.agreement.cameras import hands
+
     names: dict[str, str] = {}
     for pair in pairs:
         key, equals, name = pair.partition("=")
