@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,79 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.datasets import hdf5_writers
+from tests.datasets.arm_recordings import EPISODES, STEPS, Episode, Recording, recorded
 from tests.datasets.layouts import demos, in_file_order
 from tests.datasets.lerobot_files import write
 from tests.variants import variants
 from vlafit.cli import console, main
-from vlafit.datasets import Card, EpisodeInfo, EpisodeStore, open_dataset
+from vlafit.datasets import open_dataset
 from vlafit.datasets.bench import Bench
-from vlafit.datasets.card import CameraCard, ColumnCard, RobotCard
 from vlafit.datasets.checks import Finding, check_store, late, pixels
 
-HEIGHT, WIDTH, STEPS, EPISODES = 48, 64, 90, 8
 BAD = 5  # the episode that is damaged
-
-
-@dataclass
-class Episode:
-    state: NDArray[np.float32]  # x, y, gripper
-    actions: NDArray[np.float32]  # commands of all three, one step ahead
-    frames: dict[str, NDArray[np.uint8]]
-
-
-class Recording(EpisodeStore):
-    """Recorded episodes in memory."""
-
-    def __init__(self, recorded: list[Episode], instruction: str = "push the block") -> None:
-        cameras = (CameraCard("front", "front", HEIGHT, WIDTH), CameraCard("wrist", "wrist", HEIGHT, WIDTH))
-        columns = ColumnCard(("x",), 3, ("x", "y", "gripper"))
-        self.card = Card(
-            "recording", "memory", "", RobotCard("arm", 20, "position", cameras, columns, columns)
-        )
-        self.recorded = recorded
-        self.episodes = tuple(
-            EpisodeInfo(f"episode_{n}", "push", instruction, len(e.actions)) for n, e in enumerate(recorded)
-        )
-
-    def state(self, episode: int) -> NDArray[np.float32]:
-        return self.recorded[episode].state
-
-    def actions(self, episode: int) -> NDArray[np.float32]:
-        return self.recorded[episode].actions
-
-    def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
-        return self.recorded[episode].frames[camera][step]
-
-
-def recorded(seed: int = 0) -> list[Episode]:
-    """Episodes of an arm that moves smoothly at changing speed, seen by two cameras of unlike scenes."""
-    return [_episode(np.random.default_rng([seed, n])) for n in range(EPISODES)]
-
-
-def _episode(rng: np.random.Generator) -> Episode:
-    time = np.arange(STEPS + 1) / 20
-    pulses = sum(np.exp(-(((time - c) / 0.25) ** 2)) for c in rng.uniform(0.4, 4.2, 4))
-    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.15, STEPS + 1))
-    velocity = 0.04 * pulses[:, None] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
-    at = np.clip(np.cumsum(velocity, axis=0), -0.45, 0.45)
-    grasp = rng.integers(20, 70)
-    gripper = 1 / (1 + np.exp(-(np.arange(STEPS + 1) - grasp) / 2))
-    path = np.concatenate([at, gripper[:, None]], axis=1).astype(np.float32)
-    state = path[:-1] + rng.normal(0, 1e-4, (STEPS, 3)).astype(np.float32)
-    return Episode(state, path[1:], {"front": _render(at, rng, 0), "wrist": _render(at, rng, 1)})
-
-
-def _render(at: NDArray, rng: np.random.Generator, scene: int) -> NDArray[np.uint8]:
-    """A background with a colour and a direction of its own, and a bright blob where the arm is."""
-    y, x = np.mgrid[0:HEIGHT, 0:WIDTH] / [[[HEIGHT]], [[WIDTH]]]
-    ground = np.stack(
-        [200 * y, 120 * x + 20, 40 + 0 * x] if scene == 0 else [30 + 0 * x, 180 * x, 190 * (1 - y)], -1
-    )
-    frames = np.repeat(ground[None], STEPS, 0)
-    for step in range(STEPS):
-        blob = np.exp(-((x - 0.5 - at[step, 0]) ** 2 + (y - 0.5 - at[step, 1]) ** 2) / 0.01)
-        frames[step] += 200 * blob[..., None]
-    return np.clip(frames + rng.normal(0, 1, frames.shape), 0, 255).astype(np.uint8)
 
 
 def flipped_gripper(e: Episode) -> Episode:
@@ -101,11 +38,11 @@ def present_state(e: Episode) -> Episode:
 
 
 def swapped(e: Episode) -> Episode:
-    return replace(e, frames={"front": e.frames["wrist"], "wrist": e.frames["front"]})
+    return replace(e, front=e.wrist, wrist=e.front)
 
 
 def on_frames(change: Callable[[NDArray], NDArray]) -> Callable[[Episode], Episode]:
-    return lambda e: replace(e, frames=e.frames | {"front": change(e.frames["front"])})
+    return lambda e: replace(e, front=change(e.front))
 
 
 def shifted(steps: int) -> Callable[[NDArray], NDArray]:
@@ -116,9 +53,9 @@ def freeze(steps: int) -> Callable[[Episode], Episode]:
     def damage(e: Episode) -> Episode:
         speed = np.abs(np.diff(e.state[:, :2], axis=0)).sum(1)
         start = int(np.convolve(speed, np.ones(steps), "valid").argmax())
-        frames = e.frames["front"].copy()
+        frames = e.front.copy()
         frames[start : start + steps + 1] = frames[start]
-        return replace(e, frames=e.frames | {"front": frames})
+        return replace(e, front=frames)
 
     return damage
 
@@ -200,8 +137,7 @@ def _without_rows(e: Episode) -> Episode:
     speed = np.abs(np.diff(e.state[:, :2], axis=0)).sum(1)
     start = int(np.convolve(speed, np.ones(20), "valid").argmax())
     keep = np.r_[0:start, start + 20 : STEPS]
-    frames = {name: values[keep] for name, values in e.frames.items()}
-    return Episode(e.state[keep], e.actions[keep], frames)
+    return Episode(e.state[keep], e.actions[keep], e.front[keep], e.wrist[keep])
 
 
 @pytest.mark.parametrize(
@@ -247,7 +183,7 @@ def test_an_episode_whose_frames_look_otherwise_than_the_others_is_found(
 
 def test_the_video_of_another_episode_is_found():
     episodes = recorded()
-    episodes[BAD] = replace(episodes[BAD], frames=episodes[2].frames)
+    episodes[BAD] = replace(episodes[BAD], front=episodes[2].front, wrist=episodes[2].wrist)
     kinds = {(f.kind, f.episode) for f in check_store(Recording(episodes))}
     assert ("duplicate_frames", f"episode_{BAD}") in kinds
 
@@ -260,7 +196,7 @@ def test_actions_that_come_late_in_every_episode_are_found():
 def test_a_duplicated_episode_and_a_placeholder_sentence_are_found():
     episodes = recorded()
     episodes[6] = episodes[2]
-    findings = check_store(Recording(episodes, "TODO"), pixels=False)
+    findings = check_store(Recording([replace(e, instruction="TODO") for e in episodes]), pixels=False)
     assert [(f.kind, f.episode) for f in findings if f.severity == "error"] == [
         ("duplicate_episode", "episode_6")
     ]
@@ -369,7 +305,8 @@ def test_a_dataset_that_needs_a_card_is_inspected_and_its_card_checked(
 
 def test_errors_come_first():
     findings: list[Finding] = check_store(
-        Recording([*recorded()[:7], spiked(recorded()[7])], "todo"), pixels=False
+        Recording([replace(e, instruction="todo") for e in [*recorded()[:7], spiked(recorded()[7])]]),
+        pixels=False,
     )
     assert findings[0].severity == "error" and findings[-1].severity == "warning"
 
