@@ -93,6 +93,13 @@ class CodecSet:
             )
         return next(iter(self))
 
+    def of_data(self, name: str, *, where: str) -> Codec:
+        """Return the codec for data of the embodiment `name`: of one codec that one, whatever its name.
+
+        `where` begins the ConfigError for a name that several do not have.
+        """
+        return self.choose(name if len(self) > 1 else "", where=where)
+
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
         codec_file.write(folder, [codec.parts for codec in self], self.tokenizer)

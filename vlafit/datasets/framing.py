@@ -35,18 +35,23 @@ def is_same(frames: str, other: str) -> bool:
     return set(frames.split(", ")) in [set(text.split(", ")) for text in texts]
 
 
-def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence[str] = ()) -> list[str]:
-    """Return a sentence for each camera whose key has the name of another one of the card.
+def camera_keys(card: Card) -> dict[str, str]:
+    """Return where the files of a card have the frames of each camera."""
+    return {camera.name: camera.key for camera in card.robot.cameras}
+
+
+def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence[str] = ()) -> dict[str, str]:
+    """Return a sentence for each camera, by name, whose key has the name of another one of the card.
 
     Cameras that a card of `trained` reads from the same key, or whose names are `confirmed`, have none.
     """
-    keys = {camera.name: camera.key for camera in card.robot.cameras}
-    known = {(camera.name, camera.key) for other in trained for camera in other.robot.cameras}
-    return [
-        text
+    keys = camera_keys(card)
+    known = {pair for other in trained for pair in camera_keys(other).items()}
+    return {
+        name: text
         for name, key in keys.items()
         if name not in confirmed and (name, key) not in known and (text := misnamed(name, keys))
-    ]
+    }
 
 
 def reading(card: Card) -> dict[str, str]:

@@ -57,7 +57,7 @@ def require_values(
         for item in items
         if item.status == "differs"
     )
-    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged_keys(store.card)))
+    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged_keys(store.card).values()))
 
 
 def frames_notice(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -> str:

@@ -333,7 +333,7 @@ def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[s
             where, embodiment = f"data.validation_sets.{name}: card {store.card.name!r}", data.name_of(store)
             trained = data.of(embodiment).cards
             confirmed = recipe.adapt.of(embodiment).cameras.values()
-            for text in exchanged_keys(store.card, [*trained], [*confirmed]):
+            for text in exchanged_keys(store.card, trained, [*confirmed]).values():
                 if recipe.policy.checkpoint:
                     raise EmbodimentError(
                         f"{where}: {text}; correct the card; if it is right, name the camera in adapt.cameras"

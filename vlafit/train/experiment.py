@@ -69,7 +69,7 @@ class Experiment:
 
     def codec_of(self, store: EpisodeStore) -> Codec:
         """Return the codec of a dataset's embodiment."""
-        return self.codecs[self.data.name_of(store)] if len(self.codecs) > 1 else self.codec
+        return self.codecs.of_data(self.data.name_of(store), where="the run")
 
     def saved_on(self, plan: Plan) -> tuple[checkpoints.Base | None, frozenset[str] | None]:
         """Return the base of the run's checkpoints in a stage, and the weights that differ from it.
@@ -109,10 +109,9 @@ def build(
     )
     policy = initial.policy
     codecs, renderers = _for_data(initial, data, resumed)
-    several = len(codecs) > 1
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
-        name = data.name_of(store)
-        _require_room_for_prompts(store, codecs.choose(name if several else "", where=initial.source))
+        codec = codecs.of_data(data.name_of(store), where=initial.source)
+        _require_room_for_prompts(store, codec)
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
     if initial.plan is None:
@@ -168,7 +167,7 @@ def _values_of_sets(sets: ValidationSets, data: Data, codecs: CodecSet) -> Itera
         for embodiment in dict.fromkeys(data.name_of(store) for store in stores):
             some = [store for store in stores if data.name_of(store) == embodiment]
             every = [[info.id for info in store.episodes] for store in some]
-            codec = codecs.choose(embodiment if len(codecs) > 1 else "", where="the run")
+            codec = codecs.of_data(embodiment, where="the run")
             for item in value_faults.items(some, every, codec, (), False):
                 if item.status == "conflict":
                     sides = "; ".join(item.sides.values())
@@ -199,7 +198,7 @@ def _for_data(
             f"{', '.join(parts)}"
         )
     for name, part in parts.items():
-        codec = initial.codecs.choose(name if len(parts) > 1 else "", where=initial.source)
+        codec = initial.codecs.of_data(name, where=initial.source)
         robot = part.embodiment
         _require_one_robot(part, codec, initial.source, resumed)
         before = initial.robots.get(name) or codec.embodiment

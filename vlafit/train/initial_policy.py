@@ -132,7 +132,7 @@ def probe(
     """
     store, ids = next((s, i) for s, i in zip(data.stores, data.training, strict=True) if i)
     number = store.index(ids[0])
-    codec = codecs.choose(data.name_of(store) if len(codecs) > 1 else "", where="the policy")
+    codec = codecs.of_data(data.name_of(store), where="the policy")
     images = {c.name: np.zeros(c.shape, np.uint8) for c in store.embodiment.cameras}
     seen = Observation(images, store.state(number)[0], store.episodes[number].instruction)
     batch = stack([codec.encode(seen)]).to(device)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
-from vlafit.agreement.cameras import misnamed
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
-from vlafit.datasets.framing import frames_of
+from vlafit.datasets.framing import camera_keys, exchanged_keys, frames_of
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -18,8 +17,8 @@ from vlafit.train.data import Data, open_data
 
 def dataset_party(card: Card) -> Party:
     """Return what a data card says."""
-    keys = {camera.name: camera.key for camera in card.robot.cameras}
-    return Party("dataset", card.name, card.embodiment, tuple(card.robot.relative), keys=keys)
+    relative, keys = tuple(card.robot.relative), camera_keys(card)
+    return Party("dataset", card.name, card.embodiment, relative, keys=keys)
 
 
 def checkpoint_party(
@@ -105,16 +104,9 @@ def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
                     reason = f"card {silent} does not say: taken to be the same"
                     sides = {"dataset": "; ".join(stated)}
                     yield Item(f"{column} {what} of {card.name}", sides, here or there, "assumed", reason)
-        keys = {camera.name: camera.key for camera in card.robot.cameras}
-        for name in keys:
-            if text := misnamed(name, keys):
-                yield Item(
-                    f"camera {name} of {card.name}",
-                    {"dataset": text},
-                    name,
-                    "differs",
-                    "are the cameras exchanged?",
-                )
+        for name, text in exchanged_keys(card).items():
+            title = f"camera {name} of {card.name}"
+            yield Item(title, {"dataset": text}, name, "differs", "are the cameras exchanged?")
 
 
 def codecs_before(recipe: Recipe, data: Data, own: CodecSet | None, checkpoint: Path) -> dict[str, Codec]:

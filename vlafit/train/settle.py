@@ -18,6 +18,7 @@ EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the 
     "train.recompute": "none", "optim.states": "fp32",
 }  # fmt: skip
 AUTOMATIC = ("auto", 0)
+CHOSEN_LATER = ("train.batch_size", "train.checkpoints")  # from policy and data; a resumed run keeps them
 CLIP_NORM = next(field.default for field in fields(OptimRecipe) if field.name == "clip_norm")
 
 
@@ -106,10 +107,9 @@ def settle(
         if launched is not None:
             settings.append(Setting(field, {**sides, "launcher": str(launched)}, str(own), source))
         recipe = with_field(recipe, field, own)
-    if recipe.train.batch_size == "auto" and before is not None:
-        recipe = with_field(recipe, "train.batch_size", before.train.batch_size)
-    if recipe.train.checkpoints == "auto" and before is not None:
-        recipe = with_field(recipe, "train.checkpoints", before.train.checkpoints)
+    for field in CHOSEN_LATER:
+        if field_of(recipe, field) == "auto" and before is not None:
+            recipe = with_field(recipe, field, field_of(before, field))
     recipe = _clip_norm(recipe, launch, before, settings)
     notes = launch.notes
     if launch.launcher and launch.precision is None and bf16 and before is None:

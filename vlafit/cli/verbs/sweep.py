@@ -65,8 +65,8 @@ def run(arguments: Sequence[str]) -> int:
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
     """Return the recipe, the study with the command line's values, and the other options."""
     recipe, options = read_recipe("sweep", ABOUT, USAGE, arguments, _options)
-    if not 1 <= options.workers <= 1024:
-        raise ConfigError(f"--workers must be at least 1 and at most 1024, is {options.workers}")
+    if options.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, is {options.workers}")
     from vlafit.sweep import load_study
 
     study = load_study(options.study)
