@@ -20,8 +20,8 @@ from vlafit import entry_points
 from vlafit.recipe import Recipe
 from vlafit.train import data_files, processes
 from vlafit.train.experiment import Experiment, build
+from vlafit.train.prepare import identity
 from vlafit.train.processes import Heartbeat, processes_asked_for
-from vlafit.train.run import _identity
 
 AGREE = """
 import sys, torch, torch.distributed as dist
@@ -200,7 +200,7 @@ def test_what_the_processes_of_a_run_compare_covers_frames_agreement_and_modules
     facts = data_files.facts(experiment.data)
 
     def different(of: Experiment = experiment, files: Mapping[str, Mapping[str, int]] = facts) -> set[str]:
-        here, there = _identity(experiment, facts), _identity(of, files)
+        here, there = identity(experiment, facts), identity(of, files)
         return {key for key in here if here[key] != there[key]}
 
     assert different() == set()
@@ -210,9 +210,9 @@ def test_what_the_processes_of_a_run_compare_covers_frames_agreement_and_modules
     (tmp_path / "own_layout.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(entry_points, "_OUTSIDE", {})
-    before = _identity(experiment, facts)
+    before = identity(experiment, facts)
     entry_points.import_outside("own_layout", "layout")
-    between = _identity(experiment, facts)
+    between = identity(experiment, facts)
     (tmp_path / "own_layout.py").write_text("changed = True")
-    after = _identity(experiment, facts)
+    after = identity(experiment, facts)
     assert before["modules"] != between["modules"] != after["modules"]

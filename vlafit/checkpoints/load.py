@@ -1,7 +1,7 @@
 """Load a checkpoint of any format: locate, detect, open, assign, codec, report."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,13 +24,13 @@ from vlafit.checkpoints.load_report import make_report
 from vlafit.checkpoints.loaded import Loaded, LoadedSet
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import ConfigOverrides, LoadOptions, Resize, parse_dtype, split_config
+from vlafit.checkpoints.resize import bare_policy, selected
 from vlafit.codec import CodecSet
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError
-from vlafit.nn.construct import require_numbers, require_restorable, unfilled
+from vlafit.nn.construct import require_numbers, unfilled
 from vlafit.nn.policy import Policy, Source
-from vlafit.policies import family, override
-from vlafit.policies._common import select
+from vlafit.policies import family
 
 Narrow = Callable[[Policy, Mapping[str, torch.Tensor], bool], Collection[str]]
 
@@ -126,9 +126,7 @@ def load_all(
     _require_device(device)
     where = _located(path)
     opened = open_checkpoint(where.path, options, format)
-    sized = _resize(opened, options)
-    policy = family(opened.family).build(sized.config, "meta")
-    require_restorable(policy)
+    sized, policy = bare_policy(opened, options)
     draw = _draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
     tensors = opened.tensors
     fit(
@@ -209,10 +207,8 @@ def inspect_all(
     for table in options.config.tables:
         if table not in options.config.for_weights:
             options.config.refuse(table, opened.path, "no codec is made where only headers are read")
-    sized = _resize(opened, options)
-    policy = family(opened.family).build(sized.config, "meta")
-    require_restorable(policy)
-    weights, fresh = opened.tensors.weights, _selected(policy, sized.fresh)
+    sized, policy = bare_policy(opened, options)
+    weights, fresh = opened.tensors.weights, selected(policy, sized.fresh)
     every = [info.name for info in policy.parts()] + list(weights)
     wrong = compare(policy, weights, fresh, sized.shapes)
     raise_mismatch(opened.path, wrong, opened.tensors.file_name, every, opened.conflicts)
@@ -354,55 +350,6 @@ def _require_device(device: str | torch.device) -> None:
         raise WeightsError("device 'meta' holds no numbers; to look only at headers: checkpoints.inspect")
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """The policy's config in the widths that the caller asks for, and what that does to its weights."""
-
-    config: object
-    fresh: Sequence[str]
-    """Parts and name patterns to draw anew, those resized with "fresh" among them."""
-    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
-    """Shapes in the file of the weights that have another one in the policy."""
-    changes: tuple[str, ...] = ()
-
-
-def _resize(opened: OpenedCheckpoint, options: LoadOptions) -> _Sized:
-    """Give the policy the widths that the caller asks for, and say what that does to its projections."""
-    fields, widths = options.config.fields, options.config.widths
-    config = opened.config
-    wanted = override(config, widths, f"{opened.path}: config") if widths else config
-    changes = []
-    if "chunk" in fields and opened.chunk not in (None, wanted.chunk):
-        changes.append(f"chunk: {wanted.chunk} actions at once, {opened.chunk} in the checkpoint")
-    changed = [key for key in widths if getattr(wanted, key) != getattr(config, key)]
-    if not changed:
-        return _Sized(config, options.fresh, changes=tuple(changes))
-    changes += [f"{k}: {getattr(wanted, k)}, {getattr(config, k)} in the checkpoint" for k in changed]
-    build = family(opened.family).build
-    old = {n: p.shape for n, p in build(config, "meta").named_parameters()}
-    policy = build(wanted, "meta")
-    new = {n: p.shape for n, p in policy.named_parameters()}
-    resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
-    fresh = [*options.fresh, *(resized if options.resize == "fresh" else ())]
-    drawn = set(_selected(policy, fresh))
-    if options.resize == "refuse" and not set(resized) <= drawn:
-        raise WeightsError(
-            f"{opened.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
-            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
-            " the rest begins with zeros) or resize='fresh'"
-        )
-    for name, shape in resized.items():
-        pair = f"{tuple(shape)} to {tuple(new[name])}"
-        grown = any(n > o for n, o in zip(new[name], shape, strict=True))
-        how = "fresh" if name in drawn else "padded with zeros" if grown else "sliced"
-        changes.append(f"{name}: {how}, {pair}")
-    return _Sized(wanted, fresh, resized, tuple(changes))
-
-
-def _selected(policy: Policy, fresh: Sequence[str]) -> list[str]:
-    return [info.name for info in select(policy.parts(), fresh)] if fresh else []
-
-
 def _draw_fresh(
     policy: Policy,
     family_name: str,
@@ -412,7 +359,7 @@ def _draw_fresh(
     generator: torch.Generator | None,
 ) -> list[str]:
     """Draw the parameters named by `fresh` on the CPU, move them to `device`, and return their names."""
-    names = _selected(policy, fresh)
+    names = selected(policy, fresh)
     if not names:
         return names
     for info in policy.parts():

@@ -17,14 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from vlafit import config, files, report, rollout
-from vlafit.agreement import EVALUATION, protocol_items
+from vlafit import config, files, report
 from vlafit.checkpoints import model_card
-from vlafit.entry_points import outside_hashes
-from vlafit.errors import CodecError, VlafitError, WeightsError
+from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import (
-    checkpointer,
     data_files,
     extension,
     held_out,
@@ -37,19 +34,24 @@ from vlafit.train import (
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
-from vlafit.train.data import Data, open_data
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
-from vlafit.train.experiment import Experiment, build
-from vlafit.train.fit import close, device_gb, fit, free_ram_gb
+from vlafit.train.experiment import Experiment
 from vlafit.train.initial_policy import merge_error
-from vlafit.train.memory_ladder import IGNORE, parse_memory
+from vlafit.train.memory_ladder import parse_memory
 from vlafit.train.metrics import Metrics
-from vlafit.train.preflight import check, meta_policy, never_began, resumed_policy, run_warnings
+from vlafit.train.preflight import check, never_began
+from vlafit.train.prepare import (
+    build_with_warnings,
+    identity,
+    settle_memory,
+    with_extension,
+    with_protocol,
+    with_settings,
+)
 from vlafit.train.run_folder import (
     describe_machine,
     end_record,
-    flat,
     new_record,
     read_recipe,
     require_usable,
@@ -189,17 +191,17 @@ def _train(
     callbacks.phase("loading")
     meter = memory.MemoryMeter(accelerator.device)
     resumed = manager.resumable(resume_from)
-    recipe, data = _fit(recipe, accelerator, resumed)
-    experiment = _with_settings(_build(recipe, accelerator, resumed, data), settled)
+    recipe, data = settle_memory(recipe, accelerator, resumed)
+    experiment = with_settings(build_with_warnings(recipe, accelerator, resumed, data), settled)
     data_facts = data_files.facts(experiment.data)
-    processes.require_equal(_identity(experiment, data_facts), accelerator.device)
+    processes.require_equal(identity(experiment, data_facts), accelerator.device)
     if resumed is not None:
         data_files.require_same_readings(out, data_files.readings(experiment.data))
         rewritten = data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     if main:
-        experiment = _with_protocol(_extended(experiment, saved))
+        experiment = with_protocol(with_extension(experiment, saved))
     metrics = Metrics(out, accelerator)
     trainer, record = None, {}
     if resumed is not None:  # all that can refuse the run comes before anything is written
@@ -271,25 +273,6 @@ def _report(out: Path) -> Path | None:
         return None
 
 
-def _identity(experiment: Experiment, data_facts: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
-    """Return what must be equal on all processes, or they would train apart.
-
-    `data_facts` are those of the data's files; copies of them on two machines have different times.
-    """
-    return {
-        **dict(flat(experiment.recipe)),
-        "data": experiment.data.fingerprint,
-        "frames": {name: (facts["files"], facts["bytes"]) for name, facts in data_facts.items()},
-        "cards": data_files.readings(experiment.data),
-        "agreement": experiment.agreement and experiment.agreement.to_json(),
-        "code": processes.code_hash(),
-        "modules": outside_hashes(),
-        "torch": torch.__version__,
-        "plan": experiment.plan.to_json(),
-        "load report": experiment.load_report,
-    }
-
-
 def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None:
     progress = trainer.state.progress
     warning = never_began(trainer.train_state.plan, progress.stage.number, progress.step)
@@ -298,79 +281,8 @@ def _warn_of_skipped_stages(record: dict[str, object], trainer: Trainer) -> None
         record["notices"] = [*dict.fromkeys([*_texts(record["notices"]), warning])]
 
 
-def _build(recipe: Recipe, accelerator: Accelerator, resumed: Path | None, data: Data | None) -> Experiment:
-    """Build the experiment with its warnings. Errors about damaged checkpoints say how to recover."""
-    try:
-        experiment = build(recipe, accelerator.device, resumed, data)
-    except (WeightsError, CodecError) as error:
-        if resumed is None:
-            raise
-        remedy = checkpointer.how_to_resume(resumed)
-        raise type(error)(f"{error}\nIf {resumed} is damaged: {remedy}") from error
-    warnings = run_warnings(recipe, experiment.plan, experiment.data, accelerator.num_processes)
-    return replace(experiment, warnings=(*experiment.warnings, *warnings))
-
-
-def _fit(recipe: Recipe, accelerator: Accelerator, resumed: Path | None) -> tuple[Recipe, Data | None]:
-    """Settle what `train.memory` decides, and refuse a run that does not fit, before anything is loaded.
-
-    Returns the data, too, where the forecast needed it.
-    """
-    gigabytes = device_gb(accelerator.device)
-    if recipe.train.batch_size == "auto" and gigabytes is None:
-        gigabytes = free_ram_gb(accelerator.device)
-    if recipe.train.memory == IGNORE or (gigabytes is None and not recipe.train.memory):
-        return close(recipe), None
-    data = open_data(recipe.data, recipe.train.seed)
-    policy = meta_policy(recipe, data) if resumed is None else resumed_policy(recipe, resumed)
-    fitting = fit(
-        recipe,
-        policy,
-        data,
-        processes=accelerator.num_processes,
-        gigabytes=gigabytes,
-        on_cpu=accelerator.device.type == "cpu",
-    )
-    return fitting.recipe, data
-
-
-def _with_settings(experiment: Experiment, settled: Settled) -> Experiment:
-    """Add what recipe and launcher said to the agreement, and what has no effect to the warnings."""
-    agreement = experiment.agreement
-    if agreement is not None:
-        known = {item.name for item in agreement.items}  # a resumed run's has them already
-        items = [setting.item() for setting in settled.settings if setting.field not in known]
-        agreement = agreement.with_items(items)
-    return replace(experiment, agreement=agreement, warnings=(*experiment.warnings, *settled.notes))
-
-
 def _texts(values: object) -> list[str]:
     return [str(value) for value in values] if isinstance(values, list) else []
-
-
-def _with_protocol(experiment: Experiment) -> Experiment:
-    """Check before training that the evaluation protocol fits this policy, and add it to the agreement."""
-    spec, agreement = experiment.recipe.eval, experiment.agreement
-    if not spec.protocol:
-        return experiment
-    trained = experiment.codecs.choose(experiment.evaluated, where="the run", option="eval.embodiment")
-    robot = rollout.preflight(
-        spec.protocol,
-        trained.embodiment,
-        trials=spec.every_trials if spec.every else 0,
-        wrong_instruction=spec.wrong_instruction,
-        seeds=experiment.history.seeds,
-    )
-    if agreement is None or any(item.name.startswith(EVALUATION) for item in agreement.items):
-        return experiment
-    items = protocol_items(trained.embodiment, robot, spec.protocol)
-    return replace(experiment, agreement=agreement.with_items(items))
-
-
-def _extended(experiment: Experiment, saved: Recipe | None) -> Experiment:
-    """Add a warning if the run of the recipe `saved` has fewer steps."""
-    text = extension.notice(saved, experiment.recipe) if saved is not None else ""
-    return replace(experiment, warnings=(*experiment.warnings, text)) if text else experiment
 
 
 def _facts(

@@ -1,0 +1,72 @@
+"""Build a checkpoint's policy without storage, in the widths that the caller asks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vlafit.checkpoints.formats.base import OpenedCheckpoint
+from vlafit.checkpoints.options import LoadOptions
+from vlafit.errors import WeightsError
+from vlafit.nn.construct import require_restorable
+from vlafit.nn.policy import Policy
+from vlafit.policies import family, override
+from vlafit.policies._common import select
+
+
+@dataclass(frozen=True)
+class Sized:
+    """The policy's config in the widths that the caller asks for, and what that does to its weights."""
+
+    config: object
+    fresh: Sequence[str]
+    """Parts and name patterns to draw anew, those resized with "fresh" among them."""
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """Shapes in the file of the weights that have another one in the policy."""
+    changes: tuple[str, ...] = ()
+
+
+def _resize(opened: OpenedCheckpoint, options: LoadOptions) -> Sized:
+    """Give the policy the widths that the caller asks for, and say what that does to its projections."""
+    fields, widths = options.config.fields, options.config.widths
+    config = opened.config
+    wanted = override(config, widths, f"{opened.path}: config") if widths else config
+    changes = []
+    if "chunk" in fields and opened.chunk not in (None, wanted.chunk):
+        changes.append(f"chunk: {wanted.chunk} actions at once, {opened.chunk} in the checkpoint")
+    changed = [key for key in widths if getattr(wanted, key) != getattr(config, key)]
+    if not changed:
+        return Sized(config, options.fresh, changes=tuple(changes))
+    changes += [f"{k}: {getattr(wanted, k)}, {getattr(config, k)} in the checkpoint" for k in changed]
+    build = family(opened.family).build
+    old = {n: p.shape for n, p in build(config, "meta").named_parameters()}
+    policy = build(wanted, "meta")
+    new = {n: p.shape for n, p in policy.named_parameters()}
+    resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
+    fresh = [*options.fresh, *(resized if options.resize == "fresh" else ())]
+    drawn = set(selected(policy, fresh))
+    if options.resize == "refuse" and not set(resized) <= drawn:
+        raise WeightsError(
+            f"{opened.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
+            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
+            " the rest begins with zeros) or resize='fresh'"
+        )
+    for name, shape in resized.items():
+        pair = f"{tuple(shape)} to {tuple(new[name])}"
+        grown = any(n > o for n, o in zip(new[name], shape, strict=True))
+        how = "fresh" if name in drawn else "padded with zeros" if grown else "sliced"
+        changes.append(f"{name}: {how}, {pair}")
+    return Sized(wanted, fresh, resized, tuple(changes))
+
+
+def bare_policy(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[Sized, Policy]:
+    """Return the sizes of an opened checkpoint's policy, and the policy on the meta device."""
+    sized = _resize(opened, options)
+    policy = family(opened.family).build(sized.config, "meta")
+    require_restorable(policy)
+    return sized, policy
+
+
+def selected(policy: Policy, fresh: Sequence[str]) -> list[str]:
+    """Return the parameters that parts and name patterns select."""
+    return [info.name for info in select(policy.parts(), fresh)] if fresh else []
