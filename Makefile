@@ -40,7 +40,6 @@ test: .venv/ready-dev
 
 checks: lint imports types
 
-
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -221,8 +221,11 @@ def _train(
     callbacks.setup(experiment)
 
     metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
-    context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
-    evaluator = trainer.evaluator if trainer is not None else Evaluator(context)
+    if trainer is None:
+        context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
+        evaluator = Evaluator(context)
+    else:
+        context, evaluator = trainer.context, trainer.evaluator
     if recipe.eval.before:
         evaluator.before_training()
     trainer = trainer or Trainer(context, evaluator, None)

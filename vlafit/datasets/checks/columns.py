@@ -252,8 +252,8 @@ def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
     everywhere = [lag for lag in usual.values() if lag < 0]
     if usual and len(everywhere) > len(usual) / 2:
         findings.append(_lag("", int(np.median(everywhere))))
-    told = {finding.episode for finding in findings}
-    return findings + [finding for finding in relations if finding.episode not in told]
+    explained = {finding.episode for finding in findings}
+    return findings + [finding for finding in relations if finding.episode not in explained]
 
 
 def _pair(

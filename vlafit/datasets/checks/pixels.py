@@ -62,12 +62,12 @@ def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | Non
         )
     transformed = _transformed(clips)
     findings += transformed
-    told = {(finding.episode, finding.kind) for finding in findings}
+    others = {(finding.episode, finding.kind) for finding in findings}
     for camera in cameras:
         findings += [
             finding
             for finding in looks.check_looks(camera, _looks(store, clips[camera], speeds))
-            if not _explained(finding, told)
+            if not _explained(finding, others)
         ]
     return findings
 
@@ -84,9 +84,9 @@ def _looks(store: EpisodeStore, clips: list[_Clip], speeds: list[NDArray[np.floa
     return made
 
 
-def _explained(finding: Finding, told: set[tuple[str, str]]) -> bool:
+def _explained(finding: Finding, others: set[tuple[str, str]]) -> bool:
     """Whether another finding of the episode says more of the same."""
-    kinds = {kind for episode, kind in told if episode == finding.episode}
+    kinds = {kind for episode, kind in others if episode == finding.episode}
     same = {*TRANSFORMS, "cameras_swapped"}
     missing = {"black_frames", "dark_frames", "frozen_frames"}
     return bool(

@@ -54,13 +54,13 @@ def _repeated(columns: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float
     """Find runs of equal states or actions that begin and end in motion."""
     findings = []
     runs = [[_longest(c, which) for c in columns] for which in ("both", "state", "action")]
-    found: set[str] = set()
+    repeating: set[str] = set()
     for which, some in zip(("both", "state", "action"), runs, strict=True):
         lengths = np.asarray([length for length, _ in some])
         limit = max(LONGEST, RUNS * np.quantile(lengths, 0.9, method="lower"))
         for (episode, *_), (length, step) in zip(columns, some, strict=True):
-            if length >= limit and episode not in found:
-                found.add(episode)
+            if length >= limit and episode not in repeating:
+                repeating.add(episode)
                 findings.append(_frozen(episode, which, length, step))
     return findings
 
