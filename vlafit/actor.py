@@ -18,6 +18,9 @@ from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
+from vlafit.nn.compiled import compile_blocks
+from vlafit.nn.cuda_graphs import CudaGraphs
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import rollout_rng
@@ -233,6 +236,7 @@ def load_actor(
     trust: Sequence[str] = (),
     base: str | Path | None = None,
     embodiment: str = "",
+    compile: bool = False,
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
@@ -241,7 +245,9 @@ def load_actor(
     `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
     halves memory and suits a GPU; norms and projections stay float32. `trust`, `base`: see
     `checkpoints.load`. `embodiment` names the robot where the checkpoint learned several; without a name,
-    each call of `act` names it.
+    each call of `act` names it. On a GPU a flow policy samples by CUDA graphs, whose bits are those of the
+    same kernels without them; `compile` also compiles its blocks, which takes a minute or more and changes
+    the last bits.
 
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.
@@ -263,7 +269,7 @@ def load_actor(
             'gives data card, statistics (data.statistics = "data"), tokenizer and cameras: --recipe RECIPE'
         )
     return PolicyActor(
-        with_steps(loaded.policy, steps),
+        accelerated(with_steps(loaded.policy, steps), compile=compile),
         loaded.codecs,
         width=width,
         seed=seed,
@@ -284,6 +290,15 @@ def with_steps(policy: Policy, steps: int) -> Policy:
         raise ConfigError(f"steps {steps}: {type(policy).__name__} does not sample in steps; leave it out")
     if steps:
         policy.steps = steps
+    return policy
+
+
+def accelerated(policy: Policy, *, compile: bool = False) -> Policy:
+    """Let a flow policy on a GPU sample by CUDA graphs, and compile its blocks if asked to; return it."""
+    if compile:
+        compile_blocks(policy, only_training=False)
+    if isinstance(policy, FlowPolicy) and next(policy.parameters()).is_cuda:
+        policy.graphs = CudaGraphs(policy)
     return policy
 
 

@@ -12,7 +12,7 @@ from vlafit.errors import ConfigError, VlafitError
 ADDED: Mapping[str, Any] = {
     "policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0, "optim.states": "auto",
     "train.frozen": "auto", "train.recompute": "auto", "train.memory": "", "data.relative": "card",
-    "eval.samples": 16,
+    "eval.samples": 16, "train.compile": "auto",
 }  # fmt: skip
 """Recipe fields that are younger than folders that must still open -> the value that changes nothing."""
 

@@ -69,6 +69,9 @@ class Batch:
     """bool [b, m], False on padding."""
     embodiment_id: Tensor | None = None
     """int64 or int32 [b], for a policy that has weights for each robot."""
+    all_real: bool = False
+    """True: it is known that no camera is missing and no token is padding, so no mask is needed. `trim` sets
+    it, because a GPU would have to wait for what its masks hold."""
 
     def __post_init__(self) -> None:
         """Raise CodecError naming the first field that is of another kind or has another number of axes."""
@@ -130,7 +133,8 @@ class Batch:
             if mask in values:
                 length = _used_length(values[mask], multiple)
                 values |= {name: values[name][:, :length] for name in (tokens, mask)}
-        return replace(self, **values)
+        read = [values[name] for name in ("image_mask", "token_mask", "history_mask") if name in values]
+        return replace(self, **values, all_real=all(bool(mask.all()) for mask in read))
 
 
 def _used_length(mask: Tensor, multiple: int) -> int:

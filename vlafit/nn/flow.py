@@ -6,6 +6,7 @@ actions; the network learns the velocity u = noise - actions; sampling is Euler 
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ def time_embedding(time: Tensor, width: int, rounding: Rounding = "float64") -> 
     openpi's PyTorch code and LeRobot use float64; openpi's JAX code rounds every step to float32, as here.
     """
     if rounding == "float32":
-        angles = time.float()[..., None] * _float32_frequencies(width // 2).to(time.device)
+        angles = time.float()[..., None] * _float32_frequencies(width // 2, time.device)
         return torch.cat((angles.sin(), angles.cos()), -1)
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
@@ -38,14 +39,18 @@ def time_embedding(time: Tensor, width: int, rounding: Rounding = "float64") -> 
     return torch.cat((angles.sin(), angles.cos()), -1).float()
 
 
-def _float32_frequencies(count: int) -> Tensor:
-    """Return 2 pi / period as `jax.numpy` rounds it; on the CPU, so that every device has the same."""
-    with torch.device("cpu"):
+@cache
+def _float32_frequencies(count: int, device: torch.device) -> Tensor:
+    """Return 2 pi / period as `jax.numpy` rounds it; computed on the CPU, so that every device has the same.
+
+    It is copied to `device` once: a copy waits for the GPU, and a CUDA graph cannot hold one.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
         step = torch.ones((), dtype=torch.float32) / max(count - 1, 1)
         fraction = torch.arange(count, dtype=torch.float32) * step  # jnp.linspace, whose last value is exact
         fraction[1:][-1:] = 1.0
         power = ((MAX_PERIOD / MIN_PERIOD) ** fraction.double()).float()
-        return 1.0 / (MIN_PERIOD * power) * 2 * math.pi
+        return (1.0 / (MIN_PERIOD * power) * 2 * math.pi).to(device)
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A family writes `encode_prefix` and `denoise`; the loss, the velocity and the sa
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import Batch
+from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.guidance import Continuation
 from vlafit.nn.policy import ERROR, Policy, required_actions
 from vlafit.nn.rng import SampleRng
@@ -25,6 +26,8 @@ class FlowPolicy(Policy):
     """Euler steps of `act`: pi0 paper."""
     stop_gradient: Literal["", "prefix"] = ""
     """"prefix": the flow loss leaves no gradient in `prefix_modules`; a strategy sets it."""
+    graphs: CudaGraphs | None = None
+    """Samples by CUDA graphs, on a GPU; an actor sets it."""
 
     @abstractmethod
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Any:
@@ -103,13 +106,26 @@ class FlowPolicy(Policy):
             raise CodecError(f"sampling needs at least 1 step, not {steps}")
         self.check(batch)
         self._check_noise(batch, noise, torch.empty(len(batch)))
+        if self.graphs is None or continuation is not None or not noise.is_cuda:
+            return self._sample(batch, noise.float(), steps, continuation)
+
+        def function(tensors: Mapping[str, Tensor]) -> Tensor:
+            fields = {name: value for name, value in tensors.items() if name != "noise"}
+            return self._sample(Batch(**fields), tensors["noise"], steps, None)
+
+        key = (steps, torch.is_autocast_enabled("cuda"))
+        return self.graphs.run(function, {**batch.present(), "noise": noise.float()}, key)
+
+    def _sample(
+        self, batch: Batch, noise: Tensor, steps: int, continuation: Continuation | None
+    ) -> Tensor:
         prefix = self.encode_prefix(batch, fixed=True)
-        time = noise.new_empty(len(batch), 1, dtype=torch.float32)
+        time = noise.new_empty(len(batch), 1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return self.denoise(prefix, batch.state, x[:, None], time.fill_(t))[:, 0]
 
-        return flow.euler(continuation.guided(velocity) if continuation else velocity, noise.float(), steps)
+        return flow.euler(continuation.guided(velocity) if continuation else velocity, noise, steps)
 
     def _masked_error(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, int]:
         """Return squared errors [b, k, t, a], 0 where masked, and k."""

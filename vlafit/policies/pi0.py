@@ -230,8 +230,8 @@ class Pi0(FlowPolicy):
             words = self.language.embed_tokens(tokens) * math.sqrt(self.config.language.width)
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
             mask = torch.cat((batch.image_mask.repeat_interleave(patches, 1), token_mask), 1)
-            # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
-            valid = None if not fixed and all_true_on_cpu(mask) else mask
+            # Leaving out an all-true mask is faster, but changes the last bits.
+            valid = None if not fixed and (batch.all_real or all_true_on_cpu(mask)) else mask
             count = mask.sum(1, keepdim=True)
             if valid is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None]

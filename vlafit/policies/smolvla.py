@@ -177,6 +177,7 @@ class SmolVLA(FlowPolicy):
         with torch.device("cpu"):  # plain numbers: a buffer would be lost on the way from the meta device
             rows = patch_positions(config.image_size // v.patch, v.image_size // v.patch).tolist()
         self._rows = None if rows == list(range((v.image_size // v.patch) ** 2)) else rows
+        self._rows_on: dict[torch.device, Tensor] = {}
 
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once."""
@@ -229,8 +230,8 @@ class SmolVLA(FlowPolicy):
             words = self.language.embed_tokens(prompt) * scale
             x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
             mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), prompt_mask), 1)
-            # Leaving out an all-true mask is faster, but changes the last bits; a GPU would have to wait.
-            valid = None if not fixed and all_true_on_cpu(mask) else mask
+            # Leaving out an all-true mask is faster, but changes the last bits.
+            valid = None if not fixed and (batch.all_real or all_true_on_cpu(mask)) else mask
             count = mask.sum(1, keepdim=True)
             if valid is None:
                 view = View(torch.arange(x.shape[1], device=x.device)[None], None)
@@ -278,7 +279,15 @@ class SmolVLA(FlowPolicy):
         return per_query(mask, self.config.language.heads // self.config.language.kv_heads)
 
     def _positions(self, batch: Batch) -> Tensor | None:
-        return None if self._rows is None else torch.tensor(self._rows, device=batch.images.device)
+        """Return the row of the position table for each patch, on the batch's device.
+
+        It is copied there once: a copy waits for the GPU, and a CUDA graph cannot hold one.
+        """
+        device = batch.images.device
+        if self._rows is not None and device not in self._rows_on:
+            with torch.inference_mode(False):
+                self._rows_on[device] = torch.tensor(self._rows, device=device)
+        return self._rows_on.get(device)
 
 
 Config = SmolVLAConfig

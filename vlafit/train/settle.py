@@ -15,7 +15,7 @@ from vlafit.train.launch import LaunchPlan
 
 EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the field
     "train.precision": "fp32", "train.sharding": "none", "train.accumulate": 1, "train.frozen": "fp32",
-    "train.recompute": "none", "optim.states": "fp32",
+    "train.recompute": "none", "optim.states": "fp32", "train.compile": "none",
 }  # fmt: skip
 AUTOMATIC = ("auto", 0)
 CHOSEN_LATER = ("train.batch_size", "train.checkpoints")  # from policy and data; a resumed run keeps them

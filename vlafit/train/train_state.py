@@ -19,6 +19,7 @@ from torch import nn
 
 from vlafit import tuning
 from vlafit.nn.policy import Policy
+from vlafit.nn.compiled import compile_blocks, text_multiple
 from vlafit.nn.recompute import recompute_blocks
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
@@ -42,7 +43,12 @@ class TrainState:
         self.policy, self.recipe, self.device = policy, recipe, device
         self.plan, self.place = plan.at(place.number), place
         tuning.enter(policy, self.plan)
-        recompute_blocks(policy, recipe.train.recompute)
+        self.text_multiple = 16
+        """What the length of a trimmed prompt is a multiple of."""
+        if recipe.train.compile == "blocks":
+            compile_blocks(policy, only_training=True)
+            self.text_multiple = text_multiple(policy.needs().max_tokens)
+        recompute_blocks(policy, recipe.train.recompute)  # last: it recomputes whole compiled blocks
         before = plan.at(place.number - 1).trainable if place.number else ()
         self.model: nn.Module = wrap(policy, recipe.train.sharding, device)
         self.optimizer = build_optimizer(policy, self.plan, recipe.optim)
