@@ -1,14 +1,15 @@
 """What the benchmarks of training and acting share: a fresh process for each row, and policies of any size.
 
-A row is a dictionary. Its point says what is measured and goes to the process as JSON; the process prints the
-measured values as its last line. A process that fails, such as for want of memory, gives a row with its error.
+A row is a dictionary. Its point says what is measured and goes to the process as JSON; the process prints
+what it measured. A process that fails, such as for want of memory, gives a row with its error.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from vlafit.policies import build_family, families, family
 
 Row = dict[str, Any]
 
-LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
+LAUNCHES = {
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaGraphLaunch",
+}
 COPIES = ("Memcpy", "Memset")
 SHOWN = 25  # operations in a profile's table
 LONGEST_ERROR = 400
@@ -92,18 +99,28 @@ def write(row: Mapping[str, object], out: Path | None) -> None:
             file.write(f"{line}\n")
 
 
-def outcome(done: subprocess.CompletedProcess[str]) -> Row:
-    """Return the values on the last line of a process that measured; or its error, which is its last message.
+def print_values(values: Iterable[Row]) -> int:
+    """Print what is measured as it comes, for `outcome` to read; an exception becomes the row's error."""
+    try:
+        for some in values:
+            print(json.dumps(some), flush=True)
+    except Exception as error:  # of any kind, such as torch's for want of memory: the other rows go on
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        print(json.dumps({"error": text[:LONGEST_ERROR]}), flush=True)
+        return 1
+    return 0
 
-    A failed process keeps the values that it printed before.
-    """
+
+def outcome(done: subprocess.CompletedProcess[str]) -> Row:
+    """Return the values that a process printed; a failed one keeps what it measured before its error."""
     row: Row = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             row |= json.loads(line)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        row["error"] = last[0][:LONGEST_ERROR]
+        last = done.stderr.strip().splitlines()[-1:] or [""]
+        row.setdefault("error", f"exit status {done.returncode}: {last[0]}"[:LONGEST_ERROR])
     return row
 
 
@@ -132,7 +149,9 @@ def profiled(measured: profile, device: torch.device, table: Path | None) -> Row
 
 
 def _is_label(event: Any) -> bool:
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(
+        ("Optimizer.", "ProfilerStep")
+    )
 
 
 def timed(call: Callable[[], object], times: int, device: torch.device) -> list[float]:

@@ -12,9 +12,9 @@ numbers in pinned memory of the host. Loading, augmenting and encoding samples i
             and a third of the prompt is real (16 of 48 tokens), which the loop's trimming makes use of.
 --set       any field of a recipe, such as --set train.recompute=full --set optim.states=8bit.
 samples/s   of the median step, after the warm-up; low and high are those of the slowest and fastest step.
-peak        allocated and reserved on the GPU since training began (on a CPU: the resident set), in 10^9 bytes.
+peak        allocated and reserved on the GPU since training began (CPU: the resident set), in 10^9 bytes.
 forecast    that of `vlafit inspect` and `vlafit train`, without their reserve; error = forecast / peak - 1.
-tflop       counted for a sample, attention included, recomputed activations not; mfu is its share of the peak.
+tflop       counted for a sample with attention, without what is recomputed; mfu is the share of the peak.
 --profile   one more step under torch.profiler: kernels, launches, time in which the GPU was busy, and the 25
             operations that take longest, in a text file beside --out for each row.
 """
@@ -22,6 +22,7 @@ tflop       counted for a sample, attention included, recomputed activations not
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -88,9 +89,7 @@ def main() -> int:
     parser.add_argument("--one", type=json.loads, metavar="POINT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        for values in measure(options.one):
-            print(json.dumps(values), flush=True)
-        return 0
+        return rows.print_values(measure(options.one))
     measured = list(measure_all(points_of(options), options))
     print(rows.table(measured, COLUMNS))
     return 1 if any("error" in row for row in measured) else 0
@@ -102,8 +101,9 @@ def points_of(options: argparse.Namespace) -> list[Row]:
         options.sizes, options.strategies, options.shapes, options.recompute, options.states, options.batch
     )
     shared = {
-        "micro_batches": options.micro_batches, "ema": options.ema, "set": options.set, "steps": options.steps,
-        "warm_up": options.warm_up, "device": options.device, "commit": options.commit, "profile": "",
+        "micro_batches": options.micro_batches, "ema": options.ema, "set": options.set,
+        "steps": options.steps, "warm_up": options.warm_up, "device": options.device,
+        "commit": options.commit, "profile": "",
     }  # fmt: skip
     points = []
     for size, strategy, shape, recompute, states, batch in every:
@@ -119,7 +119,8 @@ def points_of(options: argparse.Namespace) -> list[Row]:
 
 def measure_all(points: list[Row], options: argparse.Namespace) -> Iterator[Row]:
     """Yield the row of each point, with what is counted on the meta device while the GPU measures."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    workers = 1 if options.device == "cpu" else max(1, min(4, (os.cpu_count() or 1) // 4))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         counts = [pool.submit(counted, point) for point in points]
         if options.device == "cpu":
             for count in counts:
@@ -134,8 +135,11 @@ def measure_all(points: list[Row], options: argparse.Namespace) -> Iterator[Row]
         pool.shutdown(cancel_futures=True)
 
 
-def recipe_of(point: Row) -> Recipe:
-    """Return the recipe of a point, its automatic values decided as `vlafit train` decides them."""
+def recipe_of(point: Row, bf16: bool) -> Recipe:
+    """Return the recipe of a point, its automatic values decided as `vlafit train` decides them.
+
+    `bf16` says whether the device computes in bfloat16.
+    """
     tables: dict[str, Any] = {
         "strategy": point["strategy"],
         "optim": {"states": point["states"], "ema": point["ema"]},
@@ -150,7 +154,7 @@ def recipe_of(point: Row) -> Recipe:
         field, _, value = text.partition("=")
         config.put(tables, field, _toml(value), "--set")
     recipe = config.build(Recipe, tables, "the benchmark's recipe")
-    return settle(recipe, LaunchPlan(), bf16=has_bf16(torch.device(point["device"]))).recipe
+    return settle(recipe, LaunchPlan(), bf16=bf16).recipe
 
 
 def _toml(text: str) -> object:
@@ -162,7 +166,8 @@ def _toml(text: str) -> object:
 
 def prepared(point: Row) -> TrainState:
     """Return a random policy, prepared as `vlafit.train.experiment` prepares it."""
-    device, recipe = torch.device(point["device"]), recipe_of(point)
+    device = torch.device(point["device"])
+    recipe = recipe_of(point, has_bf16(device))
     if device.type == "cuda" and recipe.train.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # as `vlafit.train.run` does
     policy = rows.random_policy(point["size"], device)
@@ -297,7 +302,7 @@ def host_batch(needs: Needs, shape: str, samples: int, seed: int) -> Batch:
 def counted(point: Row) -> Row:
     """Return FLOPs of a sample and the forecast of a point's memory, on the meta device."""
     torch.set_num_threads(1)
-    recipe = recipe_of(point)
+    recipe = recipe_of(point, point["device"] != "cpu")  # not asked: it would take memory of the GPU
     policy = build_family(rows.sizes()[point["size"]], point["size"], device="meta")
     strategy = load_strategy(recipe.strategy)
     shape = BatchShape.of(host_batch(policy.needs(), point["shape"], 1, 0).trim())
