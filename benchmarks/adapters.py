@@ -8,7 +8,7 @@ reported. Time is the CPU time of one whole step (forward, backward, AdamW). "ke
 autograd keeps for the backward pass, without weights; "peak" the process's peak resident memory above its
 level before the policy was built. A strategy in stages has a row for each (`progressive, stage 2`), because
 its cost changes as it unfreezes. `dora (peft)` is DoRA with peft's own layer instead of factored norms.
-`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/gpu.py."""
+`--size pi0-tiny` checks the script itself. On a GPU, use benchmarks/train.py."""
 
 import argparse
 import json
@@ -91,10 +91,10 @@ def rows_of(strategy: str, size: str) -> list[str]:
 
 def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]:
     """Return one run's figures: `trainable`, `step_s`, `kept_mb`, `peak_mb`."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
-    from gpu import random_inputs
 
+    from benchmarks.train import host_batch
     from vlafit import tuning
     from vlafit.policies import pi0
     from vlafit.recipe import OptimRecipe
@@ -116,7 +116,9 @@ def measure(strategy: str, size: str, rows: int, steps: int) -> dict[str, float]
         plan = plan.at(int(stage) - 1)
         tuning.enter(policy, plan)
     optimizer = torch.optim.AdamW(plan.groups(policy, OptimRecipe()), fused=True)
-    batch, noise, when = random_inputs(policy, rows, torch.device("cpu"))
+    needs = policy.needs()
+    batch = host_batch(needs, "padded", rows, 0).to("cpu")
+    noise, when = torch.randn(rows, needs.chunk, needs.action_dim), torch.rand(rows)
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, int] = {}
 

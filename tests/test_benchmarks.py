@@ -1,0 +1,91 @@
+"""The benchmarks of training and acting on the CPU, with tiny policies: they measure the product's path."""
+
+import json
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import act, rows, train
+
+POINT = {
+    "size": "pi0-tiny", "strategy": "expert", "shape": "libero", "batch": 2, "recompute": "full",
+    "states": "fp32", "micro_batches": 2, "ema": 0.9, "set": ["train.draws=2"], "steps": 2, "warm_up": 1,
+    "device": "cpu", "commit": "abc", "profile": "",
+}  # fmt: skip
+
+
+def test_a_row_of_training_holds_what_the_loop_did_beside_what_is_counted(tmp_path: Path):
+    point = POINT | {"profile": str(tmp_path / "table.txt")}
+    values = rows.Row()
+    for some in train.measure(point):
+        values |= some
+    assert values["card"] == "cpu" and values["commit"] == "abc" and values["precision"] == "fp32"
+    assert 0 < values["trainable"] < values["parameters"]  # the strategy was applied
+    assert values["samples_per_s_low"] <= values["samples_per_s"] <= values["samples_per_s_high"]
+    assert values["memory_parts_gb"].keys() >= {"weights", "gradients", "optimiser", "average"}
+    assert "aten::" in (tmp_path / "table.txt").read_text()
+    counts = train.counted(point)
+    row = train.compared(values | {"card": "a GPU", "peak_tflops": 1.0}, counts)
+    assert row["forecast_error"] == pytest.approx(counts["forecast_gb"] / values["peak_gb"] - 1)
+    assert row["mfu"] == pytest.approx(values["samples_per_s"] * counts["tflop"])
+
+
+def test_the_libero_shape_takes_less_arithmetic_than_the_padded_one_because_the_loop_trims_it():
+    padded = train.counted(POINT | {"shape": "padded", "set": []})
+    libero = train.counted(POINT | {"shape": "libero", "set": []})
+    assert 0.5 * padded["tflop"] < libero["tflop"] < 0.9 * padded["tflop"]
+
+
+def test_a_point_sets_the_recipe_of_the_product():
+    recipe = train.recipe_of(POINT | {"set": ["train.draws=2", "optim.states=8bit"]}, bf16=True)
+    assert (recipe.train.draws, recipe.optim.states, recipe.optim.ema) == (2, "8bit", 0.9)
+    assert (recipe.train.precision, recipe.train.frozen, recipe.train.recompute) == ("bf16", "bf16", "full")
+
+
+def test_a_row_of_acting_holds_percentiles_of_the_actor_and_its_parts():
+    point = {"size": "pi0-tiny", "dtype": "bfloat16", "steps": 2, "calls": 3, "warm_up": 1, "device": "cpu",
+             "commit": "abc", "profile": ""}  # fmt: skip
+    values = rows.Row()
+    for some in act.measure(point):
+        values |= some
+    assert 0 < values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
+    assert min(values["codec_ms"], values["prefix_ms"], values["suffix_step_ms"]) > 0
+
+
+def test_a_process_that_fails_becomes_a_row_with_its_error_and_what_it_measured_before(
+    capsys: pytest.CaptureFixture[str],
+):
+    def values():
+        yield {"card": "a GPU"}
+        raise MemoryError("tried to allocate 2.00 GiB")
+
+    assert rows.print_values(values()) == 1
+    done = subprocess.CompletedProcess([], 1, stdout=capsys.readouterr().out, stderr="")
+    assert rows.outcome(done) == {"card": "a GPU", "error": "MemoryError: tried to allocate 2.00 GiB"}
+    killed = subprocess.CompletedProcess([], -9, stdout='{"card": "a GPU"}\n', stderr="")
+    assert rows.outcome(killed) == {"card": "a GPU", "error": "exit status -9: "}
+
+
+def test_rows_are_written_one_by_one_and_none_begins_after_the_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "new" / "rows.jsonl"
+    for number in (1, 2):
+        rows.write({"row": number}, out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [{"row": 1}, {"row": 2}]
+    assert list(rows.measured_rows("train", [POINT, POINT], budget=1e-9)) == []
+    assert "last 2 rows are not measured" in capsys.readouterr().out
+
+
+def test_each_combination_of_the_options_is_a_point_and_has_its_own_profile(tmp_path: Path):
+    options = Namespace(
+        sizes=["pi0"], strategies=["full", "lora"], shapes=["padded", "libero"], recompute=["none"],
+        states=["fp32"], batch=[8, 16], micro_batches=1, ema=0.0, set=[], steps=1, warm_up=1, device="cuda",
+        commit="", profile=True, out=tmp_path / "rows.jsonl",
+    )  # fmt: skip
+    points = train.points_of(options)
+    assert len({(p["strategy"], p["shape"], p["batch"]) for p in points}) == len(points) == 8
+    assert len({p["profile"] for p in points}) == 8
+    assert all(Path(p["profile"]).parent == tmp_path for p in points)
