@@ -12,6 +12,8 @@ p50, p90, p99   milliseconds of `PolicyActor.act`: observation in, chunk in the 
 prefix, suffix  milliseconds of one pass over images and prompt, and of one sampling step; median, each
                 waited for, so that prefix + steps x suffix is more than the whole where launches overlap.
 codec           milliseconds of encoding the observation, which is part of the whole.
+eager, graph    one kernel after the other; as a CUDA graph, as `load_actor` does on a GPU; with compiled
+compiled        blocks, too (`load_actor(compile=True)`). difference: of the chunk to that of eager, relative.
 kernels         of one call, by torch.profiler, with launches and the time in which the GPU was busy.
 --profile       writes its 25 longest operations into a text file beside --out for each row.
 """
@@ -31,7 +33,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.rows import Row
-from vlafit.actor import PolicyActor, with_steps
+from vlafit.actor import PolicyActor, accelerated, with_steps
 from vlafit.checkpoints import stored_as
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.prompts import FORMS
@@ -52,9 +54,10 @@ ROBOT = Embodiment(
     "delta_position",
 )
 TASK = "put the bowl on the plate"
+MODES = ("eager", "graph", "compiled")
 PARTS_CALLS = 20  # of prefix and suffix
 COLUMNS = (
-    "size", "dtype", "steps", "p50_ms", "p90_ms", "p99_ms", "prefix_ms", "suffix_step_ms", "codec_ms",
+    "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "prefix_ms", "suffix_step_ms", "codec_ms",
     "kernels", "launches", "device_busy_ms", "peak_gb",
 )  # fmt: skip
 
@@ -63,6 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["pi0", "pi05", "smolvla"], choices=list(rows.sizes()))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--steps", nargs="+", type=int, default=[10], help="sampling steps [10]")
     parser.add_argument("--calls", type=int, default=100, help="measured calls [100]")
     parser.add_argument("--warm-up", type=int, default=5, help="calls before them [5]")
@@ -86,11 +90,12 @@ def main() -> int:
 def points_of(options: argparse.Namespace) -> list[Row]:
     """Return what is to be measured, in the order of the options."""
     points = []
-    for size, dtype, steps in itertools.product(options.sizes, options.dtypes, options.steps):
+    every = itertools.product(options.sizes, options.dtypes, options.modes, options.steps)
+    for size, dtype, mode, steps in every:
         beside = options.out or Path("act.jsonl")
-        table = beside.with_name(f"{beside.stem}-{size}-{dtype}-{steps}.txt")
+        table = beside.with_name(f"{beside.stem}-{size}-{dtype}-{mode}-{steps}.txt")
         points.append({
-            "size": size, "dtype": dtype, "steps": steps, "calls": options.calls, "warm_up": options.warm_up,
+            "size": size, "dtype": dtype, "mode": mode, "steps": steps, "calls": options.calls, "warm_up": options.warm_up,
             "device": options.device, "commit": options.commit,
             "profile": str(table) if options.profile else "",
         })  # fmt: skip
@@ -159,6 +164,16 @@ def measure(point: Row) -> Iterator[Row]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     replans = itertools.count()
+    if point["mode"] != "eager":
+        key = EpisodeKey(0, TASK, 0)
+        eager = actor.act([seen], [key])[0].actions
+        accelerated(actor.policy, compile=point["mode"] == "compiled")
+        began = time.perf_counter()
+        chunk = actor.act([seen], [key])[0].actions
+        yield {
+            "first_call_s": round(time.perf_counter() - began, 1),
+            "difference": float(np.linalg.norm(chunk - eager) / np.linalg.norm(eager)),
+        }
 
     def act() -> None:
         actor.act([seen], [EpisodeKey(0, TASK, next(replans))])
