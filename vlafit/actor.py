@@ -5,6 +5,7 @@ is in the batch, nor on how much. So every batch has one width (a row is repeate
 camera slots and one prompt length (the codec's), and each row's random numbers belong to its own key.
 """
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vlafit import checkpoints
 from vlafit.checkpoints.options import parse_dtype
@@ -58,6 +60,7 @@ class PolicyActor:
         if width > WIDEST:
             raise ConfigError(f"a policy actor's width must be at most {WIDEST}, not {width}")
         self.policy = policy
+        self._modules = list(policy.modules())  # walking the tree takes as long as a sampling step
         self.codecs = CodecSet.of(codec)
         self.width = width
         self.seed = seed
@@ -74,15 +77,10 @@ class PolicyActor:
 
     def of(self, embodiment: str) -> "PolicyActor":
         """Return an actor with the same policy for another of its embodiments."""
-        return PolicyActor(
-            self.policy,
-            self.codecs,
-            width=self.width,
-            seed=self.seed,
-            identity=self._identity,
-            seeds=self.seeds,
-            embodiment=embodiment,
-        )
+        actor = copy.copy(self)
+        actor._embodiment = embodiment
+        actor.codecs.choose(embodiment, where="the policy")
+        return actor
 
     @property
     def embodiment(self) -> Embodiment:
@@ -139,7 +137,7 @@ class PolicyActor:
             raise CodecError(f"{len(observations)} observations with {len(keys)} keys: each needs its own")
         kinds = [None if left is None else left.guidance.jacobian for left in committed]
         chunks: dict[int, ActionChunk] = {}
-        with _evaluating(self.policy):
+        with _evaluating(self._modules):
             for kind in dict.fromkeys(kinds):
                 rows = [i for i, other in enumerate(kinds) if other == kind]
                 for begin in range(0, len(rows), self.width):
@@ -316,10 +314,11 @@ def require_device(name: str) -> torch.device:
 
 
 @contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Put every module in evaluation mode, and afterwards each back in the mode it had."""
-    training = [module for module in policy.modules() if module.training]
-    policy.eval()
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

@@ -12,6 +12,8 @@ from torch import Tensor
 from vlafit.nn.precision import precise
 
 ROPE_BASE = 10_000.0  # Gemma: rotary base frequency
+QUERY_TILE = 128  # queries that a fused kernel gives to one multiprocessor
+FEW_TILES = 32  # of 132 on an H100
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, each float32 [b or 1, l, 1, d/2]."""
@@ -44,10 +46,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         folded = q.reshape(b, s * h // g, g, d).transpose(1, 2)  # [b, g, s*h/g, d], a view
     else:
         folded = q.unflatten(2, (g, h // g)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask)
+    attention = _few_queries if _is_small(folded) else F.scaled_dot_product_attention
+    out = attention(folded, k.transpose(1, 2), v.transpose(1, 2), mask)
     if g == 1 or h == g:
         return out.transpose(1, 2).reshape(b, s, h * d)
     return out.unflatten(2, (s, h // g)).transpose(1, 2).reshape(b, s, h * d)
+
+
+def _is_small(q: Tensor) -> bool:
+    """Tell whether `q` [b, g, s, d] leaves a GPU's fused kernels idle, where no gradient is wanted."""
+    b, g, s, _ = q.shape
+    few = b * g * -(-s // QUERY_TILE) < FEW_TILES
+    return few and q.is_cuda and q.dtype != torch.float32 and not torch.is_grad_enabled()
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as the fused kernels do, with scores and softmax in float32, by products that share the keys.
+
+    A fused kernel gives each tile of queries to one multiprocessor, which then reads all keys by itself.
+    """
+    b, g = q.shape[:2]
+    product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+    scores = product.unflatten(0, (b, g)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = torch.where(mask, scores, torch.finfo(torch.float32).min)
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
 
 
 def per_query(mask: Tensor, heads_per_group: int) -> Tensor:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlafit.nn.policy import Policy
 
@@ -21,8 +22,8 @@ BUCKETS = 4  # lengths of prompts
 def compile_blocks(policy: Policy, *, only_training: bool, backend: str = "inductor") -> None:
     """Compile every block of the policy, in place, at its first call.
 
-    With `only_training` blocks stay as they are where no gradients are kept: a validation is too short to
-    pay for compiling.
+    With `only_training` blocks in evaluation mode run as they are: a validation is too short to pay for
+    compiling.
     """
     import torch._dynamo.config as dynamo
 
@@ -30,7 +31,7 @@ def compile_blocks(policy: Policy, *, only_training: bool, backend: str = "induc
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * SHAPES)
     for block in policy.blocks():
         compiled = torch.compile(block.forward, dynamic=False, backend=backend)
-        block.forward = partial(_call, compiled, block.forward, only_training)
+        block.forward = partial(_call, compiled, block.forward, block if only_training else None)
 
 
 def text_multiple(max_tokens: int) -> int:
@@ -39,9 +40,13 @@ def text_multiple(max_tokens: int) -> int:
 
 
 def _call(
-    compiled: Callable[..., Any], eager: Callable[..., Any], only_training: bool, *args: Any, **kwargs: Any
+    compiled: Callable[..., Any],
+    eager: Callable[..., Any],
+    block: nn.Module | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    if only_training and not torch.is_grad_enabled():
+    if block is not None and not block.training:
         return eager(*args, **kwargs)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

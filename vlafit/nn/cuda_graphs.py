@@ -26,12 +26,13 @@ class _Captured:
 class CudaGraphs:
     """The captured graphs of one function of tensors and of the weights of `module`.
 
-    The function must depend on nothing else than its tensors and the key that it is called with, wait for
+    Modules that are put into `module` later are not seen: build these graphs last. The function must depend on nothing else than its tensors and the key that it is called with, wait for
     nothing that the GPU computes, and draw no random numbers.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._modules = list(module.modules())  # walking the tree takes longer than a sampling step
         self._captured: dict[Hashable, _Captured] = {}
         self._pool: tuple[int, int] | None = None
 
@@ -40,7 +41,12 @@ class CudaGraphs:
     ) -> Tensor:
         """Return `function(inputs)`. `key` is whatever decides its result beside the tensors."""
         shapes = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
-        weights = tuple(parameter.data_ptr() for parameter in self._module.parameters())
+        weights = tuple(
+            parameter.data_ptr()
+            for module in self._modules
+            for parameter in module._parameters.values()
+            if parameter is not None
+        )
         whole = (key, shapes, self._module.training)
         captured = self._captured.pop(whole, None)
         if captured is None or captured.weights != weights:

@@ -116,9 +116,7 @@ class FlowPolicy(Policy):
         key = (steps, torch.is_autocast_enabled("cuda"))
         return self.graphs.run(function, {**batch.present(), "noise": noise.float()}, key)
 
-    def _sample(
-        self, batch: Batch, noise: Tensor, steps: int, continuation: Continuation | None
-    ) -> Tensor:
+    def _sample(self, batch: Batch, noise: Tensor, steps: int, continuation: Continuation | None) -> Tensor:
         prefix = self.encode_prefix(batch, fixed=True)
         time = noise.new_empty(len(batch), 1)
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from vlafit import tuning
-from vlafit.nn.policy import Policy
 from vlafit.nn.compiled import compile_blocks, text_multiple
+from vlafit.nn.policy import Policy
 from vlafit.nn.recompute import recompute_blocks
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
