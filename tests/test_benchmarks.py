@@ -6,8 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import act, rows, train
+from vlafit.policies import build_family
+from vlafit.train.batch_shape import BatchShape
 
 POINT = {
     "size": "pi0-tiny", "strategy": "expert", "shape": "libero", "batch": 2, "recompute": "full",
@@ -32,10 +35,19 @@ def test_a_row_of_training_holds_what_the_loop_did_beside_what_is_counted(tmp_pa
     assert row["mfu"] == pytest.approx(values["samples_per_s"] * counts["tflop"])
 
 
-def test_the_libero_shape_takes_less_arithmetic_than_the_padded_one_because_the_loop_trims_it():
-    padded = train.counted(POINT | {"shape": "padded", "set": []})
-    libero = train.counted(POINT | {"shape": "libero", "set": []})
-    assert 0.5 * padded["tflop"] < libero["tflop"] < 0.9 * padded["tflop"]
+def test_the_libero_shape_is_trimmed_to_two_cameras_and_a_third_of_the_prompt():
+    needs = build_family("pi0", "pi0", device="meta").needs()
+    padded, libero = (train.host_batch(needs, shape, 2, 0).trim() for shape in ("padded", "libero"))
+    assert (BatchShape.of(padded), BatchShape.of(libero)) == (BatchShape(2, 3, 48), BatchShape(2, 2, 16))
+
+
+def test_a_step_has_its_micro_batches_and_no_key_comes_twice():
+    needs = build_family("pi0", "pi0-tiny", device="meta").needs()
+    steps = train.host_batches(needs, "padded", 4, 2, torch.device("cpu"))
+    three = [next(steps) for _ in range(3)]
+    assert [[len(batch) for _, batch in step] for step in three] == [[2, 2]] * 3
+    keys = [key for step in three for keys, _ in step for key in keys]
+    assert len(set(keys)) == len(keys) == 12
 
 
 def test_a_point_sets_the_recipe_of_the_product():
@@ -50,6 +62,8 @@ def test_a_row_of_acting_holds_percentiles_of_the_actor_and_its_parts():
     values = rows.Row()
     for some in act.measure(point):
         values |= some
+    dtypes = {p.dtype for p in act.actor_of(point).policy.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32}  # norms and projections stay as `load_actor` keeps them
     assert 0 < values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
     assert min(values["codec_ms"], values["prefix_ms"], values["suffix_step_ms"]) > 0
 
