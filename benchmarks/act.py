@@ -57,8 +57,8 @@ TASK = "put the bowl on the plate"
 MODES = ("eager", "graph", "compiled")
 PARTS_CALLS = 20  # of prefix and suffix
 COLUMNS = (
-    "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "prefix_ms", "suffix_step_ms", "codec_ms",
-    "kernels", "launches", "device_busy_ms", "peak_gb",
+    "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "prefix_ms",
+    "suffix_step_ms", "codec_ms", "kernels", "launches", "device_busy_ms", "peak_gb",
 )  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def points_of(options: argparse.Namespace) -> list[Row]:
         beside = options.out or Path("act.jsonl")
         table = beside.with_name(f"{beside.stem}-{size}-{dtype}-{mode}-{steps}.txt")
         points.append({
-            "size": size, "dtype": dtype, "mode": mode, "steps": steps, "calls": options.calls, "warm_up": options.warm_up,
-            "device": options.device, "commit": options.commit,
+            "size": size, "dtype": dtype, "mode": mode, "steps": steps, "calls": options.calls,
+            "warm_up": options.warm_up, "device": options.device, "commit": options.commit,
             "profile": str(table) if options.profile else "",
         })  # fmt: skip
     return points

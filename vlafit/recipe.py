@@ -150,8 +150,8 @@ class TrainRecipe:
     """Recompute activations in the backward pass: what lies between matrix products (selective), or whole
     blocks (full). Less memory, the same numbers. auto: what train.memory picks, or none."""
     compile: Literal["auto", "none", "blocks"] = "auto"
-    """Compile each block of the policy by torch.compile: faster steps after a minute or more of compiling, and
-    other last bits. auto: none."""
+    """Compile each block of the policy by torch.compile: faster steps after a minute or more of compiling,
+    and other last bits. auto: none."""
     memory: str = ""
     """Memory to fit into, such as 24GB: picks recompute, optim.states and accumulate. Empty: refuse what the
     GPU has no room for. ignore: start whatever the forecast says."""

@@ -26,8 +26,9 @@ class _Captured:
 class CudaGraphs:
     """The captured graphs of one function of tensors and of the weights of `module`.
 
-    Modules that are put into `module` later are not seen: build these graphs last. The function must depend on nothing else than its tensors and the key that it is called with, wait for
-    nothing that the GPU computes, and draw no random numbers.
+    The function must depend on nothing else than its tensors and the key that it is called with, wait for
+    nothing that the GPU computes, and draw no random numbers. Modules that are put into `module` later are
+    not seen: make this object last.
     """
 
     def __init__(self, module: nn.Module) -> None:
