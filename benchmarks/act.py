@@ -11,6 +11,7 @@ p50, p90, p99   milliseconds of `PolicyActor.act`: observation in, chunk in the 
                 the copies to and from the GPU and all sampling steps are in it.
 prefix, suffix  milliseconds of one pass over images and prompt, and of one sampling step; median, each
                 waited for, so that prefix + steps x suffix is more than the whole where launches overlap.
+sample          milliseconds of the sampler, its inputs being on the GPU.
 codec           milliseconds of encoding the observation, which is part of the whole.
 eager, graph    one kernel after the other; as a CUDA graph, as `load_actor` does on a GPU; with compiled
 compiled        blocks, too (`load_actor(compile=True)`). difference: of the chunk to that of eager, relative.
@@ -57,7 +58,7 @@ TASK = "put the bowl on the plate"
 MODES = ("eager", "graph", "compiled")
 PARTS_CALLS = 20  # of prefix and suffix
 COLUMNS = (
-    "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "prefix_ms",
+    "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "sample_ms", "prefix_ms",
     "suffix_step_ms", "codec_ms", "kernels", "launches", "device_busy_ms", "peak_gb",
 )  # fmt: skip
 
@@ -202,6 +203,9 @@ def parts_of(actor: PolicyActor, seen: Observation, calls: int, device: torch.de
     when = torch.ones(1, 1, device=device)
     prefix = policy.encode_prefix(batch, fixed=True)
     timings = {
+        "sample_ms": rows.timed(
+            lambda: policy.sample(batch, noisy[:, 0], actor.policy.steps or 1), calls, device
+        ),
         "codec_ms": rows.timed(lambda: codec.encode(seen), calls, device),
         "prefix_ms": rows.timed(lambda: policy.encode_prefix(batch, fixed=True), calls, device),
         "suffix_step_ms": rows.timed(lambda: policy.denoise(prefix, batch.state, noisy, when), calls, device),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vlafit.actor import accelerated
+from vlafit.checkpoints import stored_as
 from vlafit.nn.batch import Batch
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.policies import build_family
@@ -18,8 +19,7 @@ def policy_of(size: str, dtype: torch.dtype = torch.bfloat16) -> FlowPolicy:
     assert isinstance(policy, FlowPolicy)
     for info in policy.parts():
         parameter = policy.get_parameter(info.name)
-        if info.kind in ("attention", "mlp"):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(stored_as(info, dtype))
     return policy.cuda().eval()
 
 
