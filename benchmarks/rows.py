@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vlafit.nn.policy import Policy
@@ -140,7 +139,7 @@ def profiled(measured: profile, device: torch.device, table: Path | None) -> Row
     if device.type != "cuda":
         return {}
     events = measured.events() or []
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not _is_label(e)]
+    on_device = [e for e in events if e.device_type.name == "CUDA" and not _is_label(e)]
     return {
         "kernels": sum(not e.name.startswith(COPIES) for e in on_device),
         "launches": sum(e.name in LAUNCHES for e in events),
@@ -186,4 +185,6 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
 def _text(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,8 @@ numbers in pinned memory of the host. Loading, augmenting and encoding samples i
 
 --shapes    padded: three cameras and the longest prompt. libero: the third camera is missing in every row,
             and a third of the prompt is real (16 of 48 tokens), which the loop's trimming makes use of.
---set       any field of a recipe, such as --set train.recompute=full --set optim.states=8bit.
+--set       any field of a recipe, such as train.draws=4 (train.memory, which picks fields, is not asked).
+--limit     gigabytes that training may hold on the GPU: whether a step runs on a smaller card.
 samples/s   of the median step, after the warm-up; low and high are those of the slowest and fastest step.
 peak        allocated and reserved on the GPU since training began (CPU: the resident set), in 10^9 bytes.
 forecast    that of `vlafit inspect` and `vlafit train`, without their reserve; error = forecast / peak - 1.
@@ -63,8 +64,8 @@ CAMERAS = 3
 LIBERO_DIMENSIONS = 7
 HELD_BATCHES = 2  # prepared before training, and used in turns
 COLUMNS = (
-    "size", "strategy", "shape", "batch", "recompute", "states", "samples_per_s", "peak_gb", "forecast_gb",
-    "forecast_error", "tflop", "mfu", "kernels", "device_busy_ms", "step_ms",
+    "size", "strategy", "shape", "batch", "recompute", "states", "samples_per_s", "peak_gb", "reserved_gb",
+    "forecast_gb", "forecast_error", "tflop", "mfu", "kernels", "device_busy_ms", "step_ms",
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--ema", type=float, default=0.0, help="decay of the EMA [0: none]")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--limit", type=float, default=0.0, metavar="GB")
     parser.add_argument("--steps", type=int, default=10, help="measured steps [10]")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them [4]")
     parser.add_argument("--device", default="cuda")
@@ -91,7 +93,7 @@ def main() -> int:
     if options.one:
         return rows.print_values(measure(options.one))
     measured = list(measure_all(points_of(options), options))
-    print(rows.table(measured, COLUMNS))
+    print(rows.table(measured, [*COLUMNS, "set"] if options.set else COLUMNS))
     return 1 if any("error" in row for row in measured) else 0
 
 
@@ -102,7 +104,7 @@ def points_of(options: argparse.Namespace) -> list[Row]:
     )
     shared = {
         "micro_batches": options.micro_batches, "ema": options.ema, "set": options.set,
-        "steps": options.steps, "warm_up": options.warm_up, "device": options.device,
+        "limit": options.limit, "steps": options.steps, "warm_up": options.warm_up, "device": options.device,
         "commit": options.commit, "profile": "",
     }  # fmt: skip
     points = []
@@ -201,6 +203,9 @@ def measure(point: Row) -> Iterator[Row]:
     if device.type == "cuda":
         rows.wait_for(device)
         torch.cuda.empty_cache()
+        if point["limit"]:
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, point["limit"] * 1e9 / whole), device)
     batches = host_batches(state.policy.needs(), point["shape"], recipe.samples, recipe.micro_batches, device)
     yield steps_of(point, state, meter, batches)
 

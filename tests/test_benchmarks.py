@@ -14,8 +14,8 @@ from vlafit.train.batch_shape import BatchShape
 
 POINT = {
     "size": "pi0-tiny", "strategy": "expert", "shape": "libero", "batch": 2, "recompute": "full",
-    "states": "fp32", "micro_batches": 2, "ema": 0.9, "set": ["train.draws=2"], "steps": 2, "warm_up": 1,
-    "device": "cpu", "commit": "abc", "profile": "",
+    "states": "fp32", "micro_batches": 2, "ema": 0.9, "set": ["train.draws=2"], "limit": 0.0, "steps": 2,
+    "warm_up": 1, "device": "cpu", "commit": "abc", "profile": "",
 }  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def test_rows_are_written_one_by_one_and_none_begins_after_the_budget(
 def test_each_combination_of_the_options_is_a_point_and_has_its_own_profile(tmp_path: Path):
     options = Namespace(
         sizes=["pi0"], strategies=["full", "lora"], shapes=["padded", "libero"], recompute=["none"],
-        states=["fp32"], batch=[8, 16], micro_batches=1, ema=0.0, set=[], steps=1, warm_up=1, device="cuda",
-        commit="", profile=True, out=tmp_path / "rows.jsonl",
+        states=["fp32"], batch=[8, 16], micro_batches=1, ema=0.0, set=[], limit=0.0, steps=1, warm_up=1,
+        device="cuda", commit="", profile=True, out=tmp_path / "rows.jsonl",
     )  # fmt: skip
     points = train.points_of(options)
     assert len({(p["strategy"], p["shape"], p["batch"]) for p in points}) == len(points) == 8
