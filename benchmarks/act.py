@@ -35,7 +35,7 @@ import torch
 from benchmarks import rows
 from benchmarks.rows import Row
 from vlafit.actor import PolicyActor, accelerated, with_steps
-from vlafit.checkpoints import stored_as
+from vlafit.checkpoints import keep_in
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.tokenizer import train_word_tokenizer
@@ -106,10 +106,7 @@ def points_of(options: argparse.Namespace) -> list[Row]:
 def actor_of(point: Row) -> PolicyActor:
     """Return an actor with random weights, kept as a checkpoint's are after `load_actor`."""
     policy = rows.random_policy(point["size"], torch.device(point["device"]))
-    dtype = getattr(torch, point["dtype"])
-    for info in policy.parts():
-        parameter = policy.get_parameter(info.name)
-        parameter.data = parameter.data.to(stored_as(info, dtype))
+    keep_in(policy, point["dtype"])
     return PolicyActor(with_steps(policy, point["steps"]), codec_of(policy), width=1)
 
 
@@ -168,7 +165,7 @@ def measure(point: Row) -> Iterator[Row]:
     if point["mode"] != "eager":
         key = EpisodeKey(0, TASK, 0)
         eager = actor.act([seen], [key])[0].actions
-        accelerated(actor.policy, compile=point["mode"] == "compiled")
+        accelerated(actor.policy, point["mode"] == "compiled")
         began = time.perf_counter()
         chunk = actor.act([seen], [key])[0].actions
         yield {

@@ -106,6 +106,8 @@ class PolicyActor:
         steps = "" if self.policy.steps is None else f" steps={self.policy.steps}"
         if any(parameter.dtype == torch.bfloat16 for parameter in self.policy.parameters()):
             steps += " dtype=bfloat16"
+        if self.policy.compiled:
+            steps += " compiled"
         if len(self.codecs) > 1:
             steps += f" embodiment={self.embodiment.name}"
         return f"{identity}{steps} width={self.width} seed={self.seed} device={made}"
@@ -267,7 +269,7 @@ def load_actor(
             'gives data card, statistics (data.statistics = "data"), tokenizer and cameras: --recipe RECIPE'
         )
     return PolicyActor(
-        accelerated(with_steps(loaded.policy, steps), compile=compile),
+        accelerated(with_steps(loaded.policy, steps), compile),
         loaded.codecs,
         width=width,
         seed=seed,
@@ -291,7 +293,7 @@ def with_steps(policy: Policy, steps: int) -> Policy:
     return policy
 
 
-def accelerated(policy: Policy, *, compile: bool = False) -> Policy:
+def accelerated(policy: Policy, compile: bool = False) -> Policy:
     """Let a flow policy on a GPU sample by CUDA graphs, and compile its blocks if asked to; return it."""
     if compile:
         compile_blocks(policy, only_training=False)

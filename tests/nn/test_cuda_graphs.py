@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vlafit.actor import accelerated
-from vlafit.checkpoints import stored_as
+from vlafit.checkpoints import keep_in
+from vlafit.checkpoints.assign import Dtype
 from vlafit.nn.batch import Batch
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.policies import build_family
@@ -14,12 +15,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SIZES = {"pi0-tiny": "pi0", "pi05-tiny": "pi0", "smolvla-tiny": "smolvla"}
 
 
-def policy_of(size: str, dtype: torch.dtype = torch.bfloat16) -> FlowPolicy:
+def policy_of(size: str, dtype: Dtype = "bfloat16") -> FlowPolicy:
     policy = build_family(SIZES[size], size, generator=torch.Generator().manual_seed(0))
     assert isinstance(policy, FlowPolicy)
-    for info in policy.parts():
-        parameter = policy.get_parameter(info.name)
-        parameter.data = parameter.data.to(stored_as(info, dtype))
+    keep_in(policy, dtype)
     return policy.cuda().eval()
 
 
@@ -54,12 +53,13 @@ def test_a_graph_reads_weights_that_changed_or_moved() -> None:
     policy = accelerated(policy_of("pi0-tiny"))
     assert isinstance(policy, FlowPolicy)
     batch, noise = inputs(policy, 0)
+    bias = policy.get_parameter("action_out_proj.bias")
     before = policy.sample(batch, noise)
     with torch.no_grad():
-        policy.action_out_proj.bias.add_(1.0)
+        bias.add_(1.0)
     changed = policy.sample(batch, noise)
     assert not torch.equal(changed, before)
-    policy.action_out_proj.bias.data = policy.action_out_proj.bias.data.clone() + 1.0
+    bias.data = bias.data.clone() + 1.0
     moved = policy.sample(batch, noise)
     assert not torch.equal(moved, changed)
     policy.graphs = None

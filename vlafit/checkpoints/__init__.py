@@ -2,7 +2,7 @@
 wrong.
 """
 
-from vlafit.checkpoints.assign import fit, stored_as
+from vlafit.checkpoints.assign import fit, keep_in, stored_as
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
 from vlafit.checkpoints.history import Learned, Lineage, read_lineage
@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "inspect",
     "inspect_all",
+    "keep_in",
     "lasting_base",
     "load",
     "load_all",

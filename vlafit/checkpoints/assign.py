@@ -154,6 +154,13 @@ def stored_as(info: ParameterInfo, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if precise or (info.part, info.kind) == ("vision", "embedding") else dtype
 
 
+def keep_in(policy: Policy, dtype: Dtype) -> None:
+    """Round a policy's tensors to `dtype`, in place, except those that `stored_as` keeps in float32."""
+    for info in policy.parts():
+        parameter = policy.get_parameter(info.name)
+        parameter.data = parameter.data.to(stored_as(info, DTYPES[dtype]))
+
+
 def replace_parameter(policy: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the parameter called `name`."""
     owner, _, leaf = name.rpartition(".")

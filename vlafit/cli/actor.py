@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options ``--recipe``, ``--embodiment``, ``--base`` and ``--trust``."""
+    """Give `parser` the options of how a checkpoint is opened, and how it computes."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the policy's matrices; bfloat16 takes half the memory and suits a GPU [float32]",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the policy's blocks by torch.compile: faster after the first minute, other last bits",
+    )
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
@@ -44,6 +55,8 @@ def load(
             trust=options.trust,
             base=base,
             embodiment=options.embodiment,
+            dtype=options.dtype,
+            compile=options.compile,
         )
         return _require_one(actor, checkpoint, options.embodiment)
     from vlafit.recipe import Recipe
@@ -62,6 +75,8 @@ def load(
         seed=seed,
         device=device,
         embodiment=options.embodiment,
+        dtype=options.dtype,
+        compile=options.compile,
     )
     return _require_one(actor, checkpoint, options.embodiment)
 

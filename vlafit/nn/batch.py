@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ def stack(encoded: Sequence[Encoded]) -> Batch:
     """
     if not encoded:
         raise CodecError("no samples to stack: a batch needs at least one")
-    joined: dict[str, Tensor] = {}
+    joined: dict[str, Any] = {}
     for name in FIELDS:
         values = [value for sample in encoded if (value := getattr(sample, name)) is not None]
         if len(values) not in (0, len(encoded)):

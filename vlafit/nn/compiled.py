@@ -25,6 +25,9 @@ def compile_blocks(policy: Policy, *, only_training: bool, backend: str = "induc
     With `only_training` blocks in evaluation mode run as they are: a validation is too short to pay for
     compiling.
     """
+    if policy.compiled:
+        return
+    policy.compiled = True
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES)

@@ -6,6 +6,7 @@ the result has the same bits as without a graph.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class CudaGraphs:
         self._module = module
         self._modules = list(module.modules())  # walking the tree takes longer than a sampling step
         self._captured: dict[Hashable, _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle of the memory that the graphs share
 
     def run(
         self, function: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], key: Hashable

@@ -5,6 +5,7 @@ A family writes `encode_prefix` and `denoise`; the loss, the velocity and the sa
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, final
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vlafit.errors import CodecError
 from vlafit.nn import flow
-from vlafit.nn.batch import Batch
+from vlafit.nn.batch import FIELDS, Batch
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.guidance import Continuation
 from vlafit.nn.policy import ERROR, Policy, required_actions
@@ -110,8 +111,8 @@ class FlowPolicy(Policy):
             return self._sample(batch, noise.float(), steps, continuation)
 
         def function(tensors: Mapping[str, Tensor]) -> Tensor:
-            fields = {name: value for name, value in tensors.items() if name != "noise"}
-            return self._sample(Batch(**fields), tensors["noise"], steps, None)
+            fields = {name: tensors.get(name) for name in FIELDS}
+            return self._sample(replace(batch, **fields), tensors["noise"], steps, None)
 
         key = (steps, torch.is_autocast_enabled("cuda"))
         return self.graphs.run(function, {**batch.present(), "noise": noise.float()}, key)

@@ -86,6 +86,8 @@ class Policy(nn.Module, ABC):
     """Where its weights were read from; None for a policy that was built or merged."""
     attached: "Attached | None" = None
     """Data that came with its adapters; see `vlafit.nn.attached`."""
+    compiled: bool = False
+    """Whether its blocks are compiled, which changes the last bits; see `nn.compiled`."""
     steps: int | None = None
     """Steps in which `act` samples, for the caller to set; None: it does not sample in steps."""
 

@@ -109,6 +109,16 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '
             'optim.states = "fp32", of which each process then keeps a share'
         )
+    if recipe.train.compile == "blocks" and recipe.train.shards:
+        yield (
+            f'train.compile = "blocks" was not tried with sharding (train.sharding = '
+            f'{recipe.train.sharding!r}): use train.compile = "none"'
+        )
+    if recipe.train.compile == "blocks" and recipe.train.recompute == "selective":
+        yield (
+            'train.recompute = "selective" cannot see into compiled blocks, which recompute what is cheap by '
+            'themselves: use train.recompute = "none" or "full" with train.compile = "blocks"'
+        )
     if recipe.train.batch_size == "auto" and recipe.train.memory == IGNORE:
         yield (
             f'train.batch_size = "auto" follows the forecast, which train.memory = "{IGNORE}" leaves out: '

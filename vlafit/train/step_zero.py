@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from vlafit import checkpoints, config
-from vlafit.actor import PolicyActor, require_device, with_steps
+from vlafit.actor import PolicyActor, accelerated, require_device, with_steps
+from vlafit.checkpoints.options import parse_dtype
 from vlafit.recipe import Recipe
 from vlafit.train.data import open_data
 from vlafit.train.frozen import FrozenWeights
@@ -28,6 +29,8 @@ def load_untrained(
     seed: int = 0,
     device: str = "",
     embodiment: str = "",
+    dtype: str = "float32",
+    compile: bool = False,
 ) -> PolicyActor:
     """Return `checkpoint`, in place of the recipe's, as an actor with the codec of a run's first step.
 
@@ -41,8 +44,10 @@ def load_untrained(
     path = checkpoints.place(checkpoint).path
     inputs = "\n".join([config.dump(recipe.policy), config.dump(recipe.data), config.dump(recipe.adapt)])
     inputs += f"\n{data.fingerprint}"
+    policy = with_steps(initial.policy, steps)
+    checkpoints.keep_in(policy, parse_dtype(dtype))
     return PolicyActor(
-        with_steps(initial.policy.to(place), steps),
+        accelerated(policy.to(place), compile),
         initial.codecs,
         width=width,
         seed=seed,

@@ -253,7 +253,8 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
         for name in ("steps", "device", "max_batch", "recipe")
         if getattr(options, name) is not None
     ]
-    here += ["--embodiment"] * bool(options.embodiment)
+    here += ["--embodiment"] * bool(options.embodiment) + ["--compile"] * options.compile
+    here += ["--dtype"] * (options.dtype != "float32")
     here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
     if here:
         listed = ", ".join(here).replace("_", "-")
