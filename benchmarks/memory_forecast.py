@@ -4,9 +4,10 @@
     python benchmarks/memory_forecast.py --table [--policies pi0 ...] [--strategies expert ...]
 
 On a CPU: the peak resident set of two training steps in fp32, at reduced width, above what the process held
-before it built the policy; 3 policies x 4 strategies x 2 batches x 2 rungs. On a GPU (--device cuda): the
-allocator's peak at full size in bf16. The forecast has no fitted number; the summary also adds a constant,
-fitted to every other point, for what a process takes itself.
+before it built the policy; 3 policies x 4 strategies x 2 batches x 2 rungs, and for full fine-tuning the
+rungs of bf16 weights, which compute in bf16. On a GPU (--device cuda): the allocator's peak at full size in
+bf16. The forecast has no fitted number; the summary also adds a constant, fitted to every other point, for
+what a process takes itself.
 Each point runs in a process of its own, forked after a warm-up; rows that --out holds are not measured again.
 `--table` measures nothing: it prints the forecast of the public sizes in bf16, and the most samples a step
 that fit GPUs. Between the batches of `ANCHORS` it takes what a line says, which is never too little.
@@ -20,6 +21,7 @@ import os
 import statistics
 import sys
 from argparse import RawDescriptionHelpFormatter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,11 +32,15 @@ from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.auto_batch import SIZES
+from vlafit.train.clipping import clip
 from vlafit.train.forecast import Workload, forecast, full_batch
 from vlafit.train.frozen import narrow_names
+from vlafit.train.gradients import GradientCheck
+from vlafit.train.in_backward import StepInBackward
 from vlafit.train.memory import MemoryMeter, resident
 from vlafit.train.memory_ladder import CARDS_GB, Rung, forecaster, room_for
 from vlafit.train.optim import build_optimizer
+from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.tuning import apply, load_strategy, preview
 
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -51,9 +57,13 @@ REDUCED = {  # name: family, size and what is changed in it; many tokens of smal
 FULL = {"pi0": ("pi0", "pi0", {}), "pi05": ("pi0", "pi05", {}), "smolvla": ("smolvla", "smolvla", {})}
 STRATEGIES = ("full", "frozen-vision", "expert", "lora")
 BATCHES = (4, 8)
-RUNGS = (("none", "fp32"), ("full", "8bit"))
+BF16 = Rung("full", "8bit", trained="bf16")
+RUNGS = {
+    "none, fp32": Rung("none"), "full, 8bit": Rung("full", "8bit"), "full, 8bit, bf16": BF16,
+    "full, 8bit, bf16, in_backward": replace(BF16, in_backward=True),
+}  # fmt: skip
+OF_FULL = ("full, 8bit, bf16", "full, 8bit, bf16, in_backward")  # rungs for which only full fine-tuning asks
 CAMERAS = 3
-TABLE_RUNGS = {"none, fp32": Rung("none"), "full, 8bit": Rung("full", "8bit")}
 ANCHORS = (1, 16, 256)
 
 
@@ -63,30 +73,32 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--policies", nargs="+", default=list(REDUCED), choices=list(REDUCED))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
     parser.add_argument("--table", action="store_true", help="print the table of docs/hardware.md")
     options = parser.parse_args()
     if options.table:
-        return table(options.policies, options.strategies)
+        return table(options.policies, options.strategies, options.rungs)
     if any(os.environ.get(name) != value for name, value in RETURN_AT_ONCE.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_AT_ONCE)
     torch.set_num_threads(1)
     points = [
-        (policy, strategy, batch, *rung)
+        (policy, strategy, batch, rung)
         for policy in options.policies
         for strategy in options.strategies
         for batch in BATCHES
-        for rung in RUNGS
+        for rung in options.rungs
+        if strategy == "full" or rung not in OF_FULL
     ]
     before = (
         [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
     )
     done = {tuple(row["point"]) for row in before}
     if options.device == "cpu":
-        for strategy, states in (("full", "8bit"), ("lora", "fp32")):  # libraries are not what is measured
-            train("pi0", strategy, 2, "full", states, "cpu", {"pi0": ("pi0", "pi0-tiny", {})})
+        for strategy, rung in (("full", BF16), ("lora", Rung("full"))):  # libraries are not what is measured
+            train("pi0", strategy, 2, rung, "cpu", {"pi0": ("pi0", "pi0-tiny", {})})
     how = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
     for point in points:
-        if point in done:
+        if key(*point) in done:
             continue
         with how.Pool(1) as pool:
             row = pool.apply(measure, (*point, options.device))
@@ -97,7 +109,7 @@ def main() -> int:
     return 0
 
 
-def table(policies: list[str], strategies: list[str]) -> int:
+def table(policies: list[str], strategies: list[str], names: list[str]) -> int:
     """Print the forecast of each policy, strategy and rung in GB, and the largest batch for each GPU."""
     batches = [f"GB, {rows} sample{'s' * (rows > 1)}" for rows in ANCHORS[:2]]
     heads = ["policy", "strategy", "recompute, states", *batches, *(f"{card} GB" for card in CARDS_GB)]
@@ -108,7 +120,10 @@ def table(policies: list[str], strategies: list[str]) -> int:
         for strategy in strategies:
             rules = load_strategy(strategy)
             made = {rows: forecaster(bare, rules, Workload(rows, cameras=CAMERAS)) for rows in ANCHORS}
-            for name, rung in TABLE_RUNGS.items():
+            for name in names:
+                rung = RUNGS[name]
+                if strategy != "full" and name in OF_FULL:
+                    continue
                 totals = {rows: made[rows](rung).total for rows in ANCHORS}
                 fits = [largest(totals, room_for(card)) for card in CARDS_GB]
                 cells = [policy, strategy, name, *(f"{totals[rows] / 1e9:.1f}" for rows in ANCHORS[:2])]
@@ -140,16 +155,18 @@ def summarise(rows: list[dict]) -> None:
             )
 
 
-def measure(policy: str, strategy: str, batch: int, recompute: str, states: str, device: str) -> dict:
-    sizes = REDUCED if device == "cpu" else FULL
+def measure(policy: str, strategy: str, batch: int, name: str, device: str) -> dict:
+    sizes, rung = REDUCED if device == "cpu" else FULL, RUNGS[name]
     family, size, config = sizes[policy]
-    precision = "fp32" if device == "cpu" else "bf16"
-    workload = Workload(batch, cameras=CAMERAS, precision=precision, frozen=precision, recompute=recompute,
-                        states=states)  # fmt: skip
+    precision = "bf16" if in_bf16(rung, device) else "fp32"
+    workload = Workload(
+        batch, cameras=CAMERAS, precision=precision, frozen=precision, trained=rung.trained,
+        recompute=rung.recompute, states=rung.states, in_backward=rung.in_backward,
+    )  # fmt: skip
     made = forecast(build_family(family, size, config, device="meta"), load_strategy(strategy), workload)
-    taken = train(policy, strategy, batch, recompute, states, device, sizes)
+    taken = train(policy, strategy, batch, rung, device, sizes)
     return {
-        "point": [policy, strategy, batch, recompute, states],
+        "point": list(key(policy, strategy, batch, name)),
         "forecast": made.total,
         "measured": taken,
         "error": made.total / taken - 1,
@@ -158,11 +175,19 @@ def measure(policy: str, strategy: str, batch: int, recompute: str, states: str,
     }
 
 
-def train(
-    policy: str, strategy: str, batch: int, recompute: str, states: str, device: str, sizes: dict
-) -> int:
+def key(policy: str, strategy: str, batch: int, name: str) -> tuple[str | int, ...]:
+    """Return what identifies a point in --out."""
+    return policy, strategy, batch, *name.split(", ")
+
+
+def in_bf16(rung: Rung, device: str) -> bool:
+    """Tell whether a point computes in bf16."""
+    return device == "cuda" or rung.trained == "bf16"
+
+
+def train(policy: str, strategy: str, batch: int, rung: Rung, device: str, sizes: dict) -> int:
     """Return the peak bytes of two steps above what the process held before."""
-    place, bf16 = torch.device(device), device == "cuda"
+    place, bf16 = torch.device(device), in_bf16(rung, device)
     meter = MemoryMeter(place)
     began = resident()
     meter.start()
@@ -170,21 +195,28 @@ def train(
     made = build_family(family, size, config, torch.Generator().manual_seed(0))
     rules = load_strategy(strategy)
     if bf16:
-        for name in narrow_names(made, preview(made, rules)):
+        for name in narrow_names(made, preview(made, rules), trained=rung.trained == "bf16"):
             made.get_parameter(name).data = made.get_parameter(name).data.to(torch.bfloat16)
     made.to(place)
     plan = apply(made, rules)
-    recompute_blocks(made, recompute)  # type: ignore[arg-type]
-    optimizer = build_optimizer(made, plan, OptimRecipe(states=states))  # type: ignore[arg-type]
+    recompute_blocks(made, rung.recompute)
+    optim = OptimRecipe(states=rung.states, in_backward=rung.in_backward)  # type: ignore[arg-type]
+    optimizer = build_optimizer(made, plan, optim)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    in_backward = None
+    if isinstance(optimizer, PiecewiseAdamW) and rung.in_backward:
+        in_backward = StepInBackward(optimizer, 1.0, GradientCheck(made, plan, plan.trainable))
     made.train()
     for step in range(2):
         inputs = filled(full_batch(made.needs(), batch, CAMERAS, 0)).to(place)
         rng = sample_rng([(step, row) for row in range(batch)], seed=TrainRecipe().seed)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=recompute == "none"):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=rung.recompute == "none"):
             loss = torch.stack(list(made(inputs, rng).values())).sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if in_backward is None:
+            clip(trained, 1.0)
+        else:
+            in_backward.finish()
         optimizer.step()
         optimizer.zero_grad()
         del inputs, loss

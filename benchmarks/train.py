@@ -174,7 +174,9 @@ def prepared(point: Row) -> TrainState:
         torch.set_float32_matmul_precision("high")  # as `vlafit.train.run` does
     policy = rows.random_policy(point["size"], device)
     strategy = load_strategy(recipe.strategy)
-    frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")
+    frozen = FrozenWeights(
+        strategy, wanted=recipe.train.frozen == "bf16", trained=recipe.train.weights == "bf16"
+    )
     frozen.in_memory(policy)
     plan = apply(policy, strategy, seed=recipe.train.seed)
     frozen.finish(policy)
@@ -323,6 +325,8 @@ def counted(point: Row) -> Row:
         recompute=recipe.train.recompute,
         states="8bit" if recipe.optim.states == "8bit" else "fp32",
         ema=recipe.optim.ema > 0,
+        trained="bf16" if recipe.train.weights == "bf16" else "fp32",
+        in_backward=recipe.optim.in_backward is True,
     )
     made = forecast(policy, strategy, workload)
     parts = {name: round(size / 1e9, 3) for name, size in vars(made).items()}

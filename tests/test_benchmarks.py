@@ -57,7 +57,7 @@ def test_a_point_sets_the_recipe_of_the_product():
 
 
 def test_a_row_of_acting_holds_percentiles_of_the_actor_and_its_parts():
-    point = {"size": "pi0-tiny", "dtype": "bfloat16", "steps": 2, "calls": 3, "warm_up": 1, "device": "cpu",
+    point = {"size": "pi0-tiny", "dtype": "bfloat16", "mode": "eager", "steps": 2, "calls": 3, "warm_up": 1, "device": "cpu",
              "commit": "abc", "profile": ""}  # fmt: skip
     values = rows.Row()
     for some in act.measure(point):
@@ -65,7 +65,7 @@ def test_a_row_of_acting_holds_percentiles_of_the_actor_and_its_parts():
     dtypes = {p.dtype for p in act.actor_of(point).policy.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32}  # norms and projections stay as `load_actor` keeps them
     assert 0 < values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
-    assert min(values["codec_ms"], values["prefix_ms"], values["suffix_step_ms"]) > 0
+    assert min(values["sample_ms"], values["codec_ms"], values["prefix_ms"], values["suffix_step_ms"]) > 0
 
 
 def test_a_process_that_fails_becomes_a_row_with_its_error_and_what_it_measured_before(

@@ -115,11 +115,14 @@ class OptimRecipe:
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = 1.0
-    """Maximum norm of the whole gradient. 0: no clipping."""
+    """Maximum norm of the whole gradient, or with `in_backward` of each tensor's. 0: no clipping."""
     ema: float = 0.0
     """Decay of the EMA of the trainable weights. 0: no EMA."""
     states: Literal["auto", "fp32", "8bit"] = "auto"
     """How AdamW keeps its moments; 8bit takes a quarter. auto: what train.memory picks, or fp32."""
+    in_backward: bool | Literal["auto"] = "auto"
+    """Step each tensor in the backward pass and free its gradient at once; `clip_norm` then holds for each
+    tensor. One process, no accumulation. auto: what train.memory picks, or false."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,11 @@ class TrainRecipe:
     seed: int = 0
     """Seed of initial weights, sample order, augmentation and noise."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute precision; what is trained is kept in fp32. auto: bf16 on a GPU that has it, else fp32."""
+    """Compute precision. auto: bf16 on a GPU that has it, else fp32."""
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    """How matrices that are trained are kept; bf16 takes half, rounds each update stochastically, and needs
+    `precision` bf16. Norms, biases, projections and adapters stay fp32. auto: what train.memory picks, or
+    fp32."""
     frozen: Literal["auto", "fp32", "bf16"] = "auto"
     """How weights that no stage trains are kept; norms and projections in fp32. auto: as train.precision."""
     sharding: Literal["auto", "none", "gradients", "full"] = "auto"
@@ -153,8 +160,9 @@ class TrainRecipe:
     """Compile each block of the policy by torch.compile: faster steps after a minute or more of compiling,
     and other last bits. auto: none."""
     memory: str = ""
-    """Memory to fit into, such as 24GB: picks recompute, optim.states and accumulate. Empty: refuse what the
-    GPU has no room for. ignore: start whatever the forecast says."""
+    """Memory to fit into, such as 24GB: picks recompute, optim.states, accumulate, and where it must weights
+    and optim.in_backward. Empty: refuse what the GPU has no room for. ignore: start whatever the forecast
+    says."""
     peak_tflops: float = 0.0
     """Peak of one device in TFLOP/s, for train/mfu. 0: that of a known GPU in bf16; others log none."""
     log_every: int = 10

@@ -16,11 +16,24 @@ from vlafit.nn.recompute import recompute_blocks
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, family
 from vlafit.recipe import Recipe
-from vlafit.train import adam8bit, run
-from vlafit.train.adam8bit import AdamW8bit, state_bytes
+from vlafit.train import piecewise_adamw, run
+from vlafit.train.adam8bit import state_bytes
+from vlafit.train.data import open_data
+from vlafit.train.fit import close, fit, workload_of
 from vlafit.train.forecast import Workload, forecast, full_batch
+from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
-from vlafit.train.memory_ladder import Rung, first_that_fits, forecaster, parse_memory, require_fit, rungs
+from vlafit.train.memory_ladder import (
+    Rung,
+    first_that_fits,
+    forecaster,
+    parse_memory,
+    require_fit,
+    rungs,
+    smallest,
+)
+from vlafit.train.piecewise_adamw import PiecewiseAdamW, workspace
+from vlafit.train.preflight import meta_policy
 from vlafit.tuning import enter, load_strategy, preview
 
 SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "act": "act-tiny"}
@@ -90,9 +103,15 @@ def _regression(optimizer_of, steps: int) -> tuple[list[float], torch.optim.Opti
     return curve, optimizer
 
 
+def in_8_bits(groups: list[dict]) -> PiecewiseAdamW:
+    """AdamW with moments in 8 bits."""
+    named = [{**group, "names": [f"{n}" for n, _ in enumerate(group["params"])]} for group in groups]
+    return PiecewiseAdamW(named, (0.9, 0.95), 1e-8, states="8bit")
+
+
 def test_8_bit_moments_follow_the_loss_of_fp32_over_200_steps() -> None:
     wide, _ = _regression(lambda g: torch.optim.AdamW(g, betas=(0.9, 0.95), eps=1e-8), 200)
-    narrow, optimizer = _regression(lambda g: AdamW8bit(g, 3e-3, (0.9, 0.95), 1e-8), 200)
+    narrow, optimizer = _regression(in_8_bits, 200)
     assert narrow == pytest.approx(wide, abs=0.002 * wide[0])  # the loss falls to 3 % of the first
     assert wide[-1] < 0.05 * wide[0]
     assert narrow != wide
@@ -105,7 +124,7 @@ def test_small_tensors_train_as_with_torchs_adamw() -> None:
     parameters = [nn.Parameter(torch.linspace(-1, 1, 100)) for _ in range(2)]
     optimizers = [
         torch.optim.AdamW([{"params": [parameters[0]]}], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
-        AdamW8bit([{"params": [parameters[1]], "weight_decay": 0.1}], 1e-2, (0.9, 0.95), 1e-8),
+        in_8_bits([{"params": [parameters[1]], "lr": 1e-2, "weight_decay": 0.1}]),
     ]
     for step in range(5):
         for parameter, optimizer in zip(parameters, optimizers, strict=True):
@@ -117,8 +136,8 @@ def test_small_tensors_train_as_with_torchs_adamw() -> None:
 def test_the_size_of_the_pieces_changes_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     curves = []
     for piece in (2**22, 256):
-        monkeypatch.setattr(adam8bit, "PIECE", piece)
-        curves.append(_regression(lambda g: AdamW8bit(g, 3e-3, (0.9, 0.95), 1e-8), 5)[0])
+        monkeypatch.setattr(piecewise_adamw, "PIECE", piece)
+        curves.append(_regression(in_8_bits, 5)[0])
     assert curves[0] == curves[1]
 
 
@@ -174,24 +193,60 @@ def test_bf16_weights_recompute_and_8_bit_moments_lower_the_forecast() -> None:
     assert state_bytes(matrix, "8bit") < 0.26 * state_bytes(matrix, "fp32")
 
 
-def test_the_ladder_begins_with_the_fastest_and_ends_with_the_smallest() -> None:
-    every = rungs(8)
+def test_bf16_weights_take_half_and_steps_in_the_backward_pass_keep_no_gradients() -> None:
+    policy = build_family("pi0", "pi0-small", {"vision.depth": 1, "language.depth": 2}, device="meta")
+    strategy, whole = load_strategy("full"), Workload(1, recompute="full")
+    wide, narrow = (forecast(policy, strategy, replace(whole, trained=k)) for k in ("fp32", "bf16"))
+    freed = forecast(policy, strategy, replace(whole, trained="bf16", in_backward=True))
+    plan, bare = preview(policy, strategy), dict(policy.named_parameters())
+    numbers = {n: bare[n].numel() for n in narrow_names(policy, plan, trained=True)}
+    assert sum(numbers.values()) > 0.8 * sum(p.numel() for p in bare.values())
+    in_bf16 = sum(numbers[name] for name in numbers if name in plan.trainable)
+    assert wide.gradients - narrow.gradients == 2 * in_bf16
+    assert narrow.optimiser == wide.optimiser and replace(narrow, average=0) == narrow
+    largest = max(2 * numbers[n] if n in numbers else 4 * bare[n].numel() for n in plan.trainable)
+    assert freed.gradients == largest and freed.weights == narrow.weights
+    assert freed.step < narrow.step + max(workspace(p.numel()) for p in bare.values())
+    averaged = forecast(policy, strategy, replace(whole, trained="bf16", ema=True))
+    assert averaged.average == wide.gradients
+
+
+def test_the_ladder_begins_with_the_fastest_and_ends_with_what_changes_how_a_run_learns() -> None:
+    of_8, full = Workload(8), load_strategy("full")
+    every = rungs(of_8, full)
     assert every[0] == Rung("none", "fp32", 1)
-    assert every[-1] == Rung("full", "8bit", 8)
+    assert [rung.changes for rung in every] == sorted(rung.changes for rung in every)
+    alike = [rung for rung in every if rung.changes == 0]
+    assert alike[-1] == Rung("full", "8bit", 8)
+    assert every[-1] == Rung("full", "8bit", 1, "bf16", in_backward=True)
+    assert every[-1].options.endswith("--train.weights bf16 --optim.in_backward true")
+    assert "weights" not in alike[-1].options and "in_backward" not in alike[-1].options
     assert {rung.micro_batches for rung in every} == {1, 2, 4, 8}
-    held = rungs(8, fixed=Rung("none", "8bit", 2), free=["recompute"])
+    assert {rung.micro_batches for rung in every if rung.in_backward} == {1}
+    held = rungs(of_8, full, fixed=Rung("none", "8bit", 2), free=["recompute"])
     assert [rung.recompute for rung in held] == ["none", "selective", "full"]
-    assert {(rung.states, rung.micro_batches) for rung in held} == {("8bit", 2)}
+    assert {(rung.states, rung.micro_batches, rung.changes) for rung in held} == {("8bit", 2, 0)}
+    assert {(rung.recompute, rung.states) for rung in smallest(every)} == {("full", "8bit")}
+
+
+def test_rungs_that_a_run_cannot_be_on_are_left_out() -> None:
+    full, several = load_strategy("full"), replace(Workload(2), processes=2)
+    assert max(rung.changes for rung in rungs(Workload(2), load_strategy("adalora"))) == 1
+    assert max(rung.changes for rung in rungs(several, full)) == 1
+    assert {rung.trained for rung in rungs(Workload(2, precision="fp32"), full)} == {"fp32"}
+    sharded = rungs(replace(several, shards=2), full)
+    assert {(rung.states, rung.changes) for rung in sharded} == {("fp32", 0)}
 
 
 def test_what_does_not_fit_is_refused_with_the_rung_that_does() -> None:
     policy = build_family("pi0", "pi0-tiny", {}, device="meta")
     of = forecaster(policy, load_strategy("full"), Workload(8))
-    every = [Rung("none"), Rung("full"), Rung("full", "8bit", 8)]
+    every = [Rung("none"), Rung("full"), Rung("full", "8bit", 8), Rung("full", "8bit", 8, "bf16")]
     need = [of(rung).total for rung in every]
     assert need == sorted(need, reverse=True)
     between = (need[1] * 1.06 + 800e6) / 1e9  # room for the second, not for the first
     assert first_that_fits(every, of, between) == every[1]
+    assert first_that_fits(every, of, (need[3] * 1.06 + 800e6) / 1e9) == every[3]
     with pytest.raises(ConfigError) as raised:
         require_fit(every[0], every, of, between, "the GPU")
     for fact in ("--train.recompute full", "--optim.states fp32", "--train.memory ignore", "the GPU"):
@@ -212,8 +267,27 @@ def test_a_run_picks_the_rung_that_fits_or_is_refused_before_it_loads(
         run(tiny(card, train=short | {"memory": "1GB", "recompute": "full"}), tmp_path / "run")
     assert any("train.memory = 1GB picks --train.recompute full" in text for text in caplog.messages)
     written = (tmp_path / "run" / "recipe.toml").read_text()
-    for line in ('recompute = "full"', 'states = "fp32"', "accumulate = 1", 'precision = "fp32"'):
+    for line in ('recompute = "full"', 'states = "fp32"', "accumulate = 1", 'precision = "fp32"',
+                 'weights = "fp32"', "in_backward = false"):  # fmt: skip
         assert line in written
+
+
+def test_a_memory_picks_bf16_weights_only_where_it_must_and_never_against_the_recipe(card: Path) -> None:
+    config = {"max_tokens": 16, "vision.depth": 1, "language.depth": 1, "language.vocab": 2**16}
+    train = {"precision": "bf16", "frozen": "bf16", "sharding": "none", "batch_size": 1}
+    recipe = tiny(card, policy={"config": config}, train=train, optim={"in_backward": False})
+    data = open_data(recipe.data, 0)
+    policy = meta_policy(recipe, data)
+    of = forecaster(policy, load_strategy("full"), workload_of(close(recipe), policy, data, 1))
+    wide, narrow = (of(Rung("full", "8bit", trained=trained)).total for trained in ("fp32", "bf16"))
+    assert narrow < wide
+    for need, wanted in ((wide, "fp32"), (narrow, "bf16")):
+        asked = replace(recipe, train=replace(recipe.train, memory=f"{need * 1.05e-9 + 0.801:.9f}GB"))
+        made = fit(asked, policy, data, processes=1, gigabytes=None).recipe
+        assert (made.train.weights, made.optim.in_backward) == (wanted, False)
+    held = replace(asked, train=replace(asked.train, weights="fp32"))
+    with pytest.raises(ConfigError, match=r"--optim\.states 8bit .*--train\.weights bf16"):
+        fit(held, policy, data, processes=1, gigabytes=None)
 
 
 def test_a_memory_is_a_number_of_gb() -> None:

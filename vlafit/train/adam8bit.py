@@ -1,12 +1,12 @@
-"""AdamW whose moments are kept in 8 bits, block by block (arXiv 2110.02861), in torchao's format.
+"""AdamW's moments in 8 bits, block by block (arXiv 2110.02861), in torchao's format.
 
 torchao's own optimiser compiles its step anew for every shape, or makes several float32 copies of a tensor
-without compilation. This one works on pieces of a tensor, with torchao's functions, so that its workspace has
-a bound on every device. Small tensors keep float32 moments, as in torchao.
+without compilation. `piecewise_adamw.py` works on pieces of a tensor, with torchao's functions. Small tensors
+keep float32 moments, as in torchao.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from vlafit.errors import ConfigError
 
 BLOCK = 256  # numbers that share a scale: torchao's AdamW8bit
 LEAST = 4096  # numbers of a tensor that is quantised: torchao, bitsandbytes
-PIECE = 2**22  # numbers that are worked on at a time; a multiple of BLOCK
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -32,88 +31,44 @@ def state_bytes(parameter: Tensor, states: Literal["fp32", "8bit"]) -> int:
     return 8 * numbers
 
 
-@final
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with `params`' groups as torch's takes them. Its states are plain tensors: codes and scales."""
+def empty_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """Return moments of zeros in 8 bits, by name; zeros are code 127 or 0 at any scale."""
+    numbers, device = parameter.numel(), parameter.device
+    return {
+        **{f"{name}.codes": torch.zeros(numbers, dtype=torch.uint8, device=device) for name in MOMENTS},
+        **{f"{name}.scale": torch.zeros(numbers // BLOCK, device=device) for name in MOMENTS},
+    }
 
-    def __init__(
-        self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
-    ) -> None:
+
+@final
+class MomentsIn8Bits:
+    """Reads, updates and writes moments in 8 bits, with the numbers that torchao's codes stand for."""
+
+    def __init__(self) -> None:
+        """Raise ConfigError where torchao is not installed."""
         try:
             from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
         except ImportError as error:
             raise ConfigError(
                 f'optim.states = "8bit" needs torchao: pip install "vlafit[quantise]" ({error})'
             ) from error
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._maps = dict(zip(MOMENTS, (get_qmap_signed(), get_qmap_unsigned()), strict=True))
+        signed, unsigned = get_qmap_signed(), get_qmap_unsigned()
+        self._numbers: Mapping[str, Sequence[float]] = dict(zip(MOMENTS, (signed, unsigned), strict=True))
+        self._maps: dict[tuple[torch.device, str], Tensor] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None
-        maps: dict[tuple[torch.device, str], Tensor] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter] or empty_state(parameter)
-                self.state[parameter] = state
-                state["step"] += 1
-                for name in MOMENTS:
-                    key = (parameter.device, name)
-                    if key not in maps:
-                        maps[key] = torch.tensor(self._maps[name], device=parameter.device)
-                own = {name: maps[parameter.device, name] for name in MOMENTS}
-                _update(parameter, state, group, own)
+    def update(
+        self, state: Mapping[str, Tensor], name: str, piece: slice, value: Tensor, beta: float
+    ) -> Tensor:
+        """Move a piece of the moment `name` towards `value`, in place, and return it in float32."""
+        from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 
-
-def empty_state(parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step; zeros are code 127 or 0 at any scale."""
-    state = {"step": torch.zeros((), device=parameter.device)}
-    numbers = parameter.numel()
-    for name in MOMENTS:
-        if is_quantised(numbers):
-            state[f"{name}.codes"] = torch.zeros(numbers, dtype=torch.uint8, device=parameter.device)
-            state[f"{name}.scale"] = torch.zeros(numbers // BLOCK, device=parameter.device)
-        else:
-            state[name] = torch.zeros(numbers, device=parameter.device)
-    return state
-
-
-def _pieces(numbers: int) -> Iterator[slice]:
-    for begin in range(0, numbers, PIECE):
-        yield slice(begin, min(begin + PIECE, numbers))
-
-
-def _update(
-    parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], maps: dict[str, Tensor]
-) -> None:
-    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
-
-    assert parameter.grad is not None
-    weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
-    beta1, beta2 = group["betas"]
-    count = state["step"]
-    correction1, correction2 = 1 - beta1**count, (1 - beta2**count).sqrt()
-    quantised = is_quantised(parameter.numel())
-    for piece in _pieces(parameter.numel()):
-        gradient = gradients[piece].float()
-        moments = []
-        for name, beta, value in (
-            ("exp_avg", beta1, gradient),
-            ("exp_avg_sq", beta2, gradient.square()),
-        ):
-            if not quantised:
-                moments.append(state[name][piece].lerp_(value, 1 - beta))
-                continue
-            codes = state[f"{name}.codes"][piece]
-            scale = state[f"{name}.scale"][piece.start // BLOCK : piece.stop // BLOCK]
-            moment = dequant_with_qmap(codes, maps[name], scale).lerp_(value, 1 - beta)
-            scaled, new_scale = scale_tensor(moment, BLOCK)
-            codes.copy_(quantize_8bit_with_qmap(scaled, maps[name]))
-            scale.copy_(new_scale)
-            moments.append(moment)
-        first, second = moments
-        step = (first / correction1) / (second.sqrt() / correction2 + group["eps"])
-        weights[piece] -= group["lr"] * (step + group["weight_decay"] * weights[piece])
+        codes = state[f"{name}.codes"][piece]
+        scale = state[f"{name}.scale"][piece.start // BLOCK : piece.stop // BLOCK]
+        key = (codes.device, name)
+        if key not in self._maps:
+            self._maps[key] = torch.tensor(self._numbers[name], device=codes.device)
+        moment = dequant_with_qmap(codes, self._maps[key], scale).lerp_(value, 1 - beta)
+        scaled, new_scale = scale_tensor(moment, BLOCK)
+        codes.copy_(quantize_8bit_with_qmap(scaled, self._maps[key]))
+        scale.copy_(new_scale)
+        return moment

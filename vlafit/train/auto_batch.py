@@ -29,6 +29,8 @@ def forecasts(policy: Policy, strategy: Strategy, workload: Workload) -> OfRows:
             micro_batches=rung.micro_batches,
             recompute=rung.recompute,
             states="8bit" if rung.states == "8bit" else "fp32",
+            trained=rung.trained,
+            in_backward=rung.in_backward,
         )
         return forecast(policy, strategy, changed)
 

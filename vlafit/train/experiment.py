@@ -15,7 +15,7 @@ from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import initial_policy, quantised_base, saved_weights
+from vlafit.train import in_backward, initial_policy, quantised_base, saved_weights
 from vlafit.train.data import (
     Data,
     ValidationSets,
@@ -88,7 +88,7 @@ def build(
 ) -> Experiment:
     """Build the experiment of a recipe; the policy is on `device`, with the strategy applied.
 
-    It is in fp32, except frozen weights where the recipe says so (`frozen.py`).
+    It is in fp32, except weights that the recipe keeps in bf16 (`frozen.py`).
 
     `resumed` is the checkpoint of the same run to resume from, which then provides policy and codec. `data`
     is the recipe's, where the caller has opened it already.
@@ -99,7 +99,9 @@ def build(
     for part in data.parts().values():
         _require_room_to_shift(recipe.data.shift_pixels, part.embodiment)
     strategy = load_strategy(recipe.strategy)
-    frozen = FrozenWeights(strategy, wanted=recipe.train.frozen == "bf16")
+    frozen = FrozenWeights(
+        strategy, wanted=recipe.train.frozen == "bf16", trained=recipe.train.weights == "bf16"
+    )
     initial = (
         initial_policy.resume(
             resumed, (recipe.policy.family, *recipe.policy.trust), frozen, recipe.policy.base or None
@@ -117,12 +119,13 @@ def build(
     if initial.plan is None:
         unquantised = quantised_base.weights_to_keep(policy, strategy, initial.base, initial.changed)
         warnings += (quantised_base.WARNING,) if unquantised else ()
-        bf16 = recipe.train.frozen == "bf16"
+        bf16 = "bf16" in (recipe.train.frozen, recipe.train.weights)
         probe = initial_policy.probe(policy, codecs, data, device, bf16=bf16)
         bound = UNCHANGED_BF16 if bf16 else UNCHANGED
         plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe, bound=bound)
         frozen.finish(policy)
-        agreement = agreement and agreement.with_items(list(frozen.items()))
+        lines = [*frozen.items(), *in_backward.items(recipe.optim)]
+        agreement = agreement and agreement.with_items(lines)
     else:
         plan = initial.plan
         if strategy.expand(policy.parts()) != plan.strategy:

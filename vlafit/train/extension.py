@@ -78,8 +78,9 @@ def _problems(saved: Recipe, now: Recipe) -> Iterator[str]:
             f"optim.schedule_from = {began}, where a new schedule begins, must be from"
             f" {saved.train.steps} (the end of the run so far) to {now.train.steps - 1}"
         )
-    for stage in load_strategy(now.strategy).stages:
+    strategy = load_strategy(now.strategy)
+    for stage in strategy.stages:
         if stage.begin is not None and stage.begin.fraction is not None:
             yield f"a stage of strategy {now.strategy!r} begins at {stage.begin}, now another step"
-        if any(rule.adapter and rule.adapter.method == "adalora" for rule in stage.rules):
-            yield f"AdaLoRA in strategy {now.strategy!r} lowered its ranks for a run of the old length"
+    if strategy.lowers_ranks:
+        yield f"AdaLoRA in strategy {now.strategy!r} lowered its ranks for a run of the old length"

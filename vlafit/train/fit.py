@@ -25,12 +25,16 @@ from vlafit.train.memory_ladder import (
     room_for,
     rungs,
 )
-from vlafit.train.settle import AUTOMATIC, EARLIER, field_of, with_field
+from vlafit.train.settle import EARLIER, field_of, is_automatic, with_field
 from vlafit.tuning import load_strategy
 
 log = logging.getLogger(__name__)
 
-OPEN = {"recompute": "train.recompute", "states": "optim.states", "micro_batches": "train.accumulate"}
+OPEN = {
+    "recompute": "train.recompute", "states": "optim.states", "micro_batches": "train.accumulate",
+    "trained": "train.weights", "in_backward": "optim.in_backward",
+}  # fmt: skip
+"""Fields of a rung that `train.memory` decides, and those of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Fit:
 def close(recipe: Recipe) -> Recipe:
     """Return the recipe with the defaults of what `train.memory` could have decided."""
     for field in OPEN.values():
-        if field_of(recipe, field) in AUTOMATIC:
+        if is_automatic(field_of(recipe, field)):
             recipe = with_field(recipe, field, EARLIER[field])
     return recipe
 
@@ -83,13 +87,13 @@ def fit(
     if recipe.train.batch_size == "auto":
         return _with_batch(recipe, policy, data, processes, limit, on_cpu)
     closed = close(recipe)
-    workload = workload_of(closed, policy, data, processes)
-    own = Rung(closed.train.recompute, closed.optim.states, closed.train.micro_batches)
-    of = forecaster(policy, load_strategy(recipe.strategy), workload)
+    strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
+    own = _own(closed)
+    of = forecaster(policy, strategy, workload)
     where = f"train.memory = {recipe.train.memory!r}" if asked is not None else "the GPU"
     if asked is not None:
-        free = [name for name, field in OPEN.items() if field_of(recipe, field) in AUTOMATIC]
-        chosen = first_that_fits(rungs(workload.rows, fixed=own, free=free), of, limit)
+        free = _free(recipe)
+        chosen = first_that_fits(rungs(workload, strategy, fixed=own, free=free), of, limit)
         if chosen is not None:
             for name in free:
                 closed = with_field(closed, OPEN[name], getattr(chosen, name))
@@ -98,11 +102,20 @@ def fit(
                 gb(of(chosen).total),
             )  # fmt: skip
             return Fit(closed, of(chosen))
-    every = rungs(workload.rows)
-    if workload.shards > 1:
-        every = [rung for rung in every if rung.states == "fp32"]  # 8-bit moments cannot be sharded
-    require_fit(own, every, of, limit, where)
+    require_fit(own, rungs(workload, strategy), of, limit, where)
     return Fit(closed, of(own))
+
+
+def _own(closed: Recipe) -> Rung:
+    """Return the rung of a recipe without open values."""
+    train, optim = closed.train, closed.optim
+    trained = "bf16" if train.weights == "bf16" else "fp32"
+    return Rung(train.recompute, optim.states, train.micro_batches, trained, optim.in_backward is True)
+
+
+def _free(recipe: Recipe) -> list[str]:
+    """Return the fields of a rung that `train.memory` may decide."""
+    return [name for name, field in OPEN.items() if is_automatic(field_of(recipe, field))]
 
 
 def _slots(recipe: Recipe, data: Data) -> set[str]:
@@ -124,16 +137,14 @@ def _with_batch(
     room = int(limit * 10**9 / FRAGMENTED) if free_ram else room_for(limit)
     closed = close(recipe)
     strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
-    own = Rung(closed.train.recompute, closed.optim.states, closed.train.micro_batches)
-    free = [name for name, field in OPEN.items() if field_of(recipe, field) in AUTOMATIC]
-    ladder = rungs(1, fixed=own, free=[name for name in free if name != "micro_batches"])
-    if workload.shards > 1:
-        ladder = [rung for rung in ladder if rung.states == own.states]  # 8-bit moments cannot be sharded
+    own, free = _own(closed), _free(recipe)
+    fixed = [name for name in free if name != "micro_batches"]
+    ladder = rungs(replace(workload, rows=1), strategy, fixed=own, free=fixed)
     most = LARGEST // (processes * own.micro_batches)
     of_rows = forecasts(policy, strategy, workload)
-    chosen = choose_rows(of_rows, ladder or [own], room, most)
+    chosen = choose_rows(of_rows, ladder, room, most)
     if chosen is None:
-        every = [rung for rung in rungs(1) if rung.states == "fp32" or workload.shards == 1]
+        every = rungs(replace(workload, rows=1), strategy)
         where = f"{where} even with train.batch_size = {processes * own.micro_batches}"
         of = forecaster(policy, strategy, replace(workload, rows=own.micro_batches))
         require_fit(own, every, of, limit, where)
@@ -162,7 +173,10 @@ def workload_of(recipe: Recipe, policy: Policy, data: Data, processes: int) -> W
         precision="bf16" if train.precision == "bf16" else "fp32",
         frozen="bf16" if train.frozen == "bf16" else "fp32",
         recompute=train.recompute,
+        trained="bf16" if train.weights == "bf16" else "fp32",
         states="8bit" if recipe.optim.states == "8bit" else "fp32",
+        in_backward=recipe.optim.in_backward is True,
+        processes=processes,
         ema=recipe.optim.ema > 0,
         shards=processes if train.shards else 1,
         shards_weights=train.sharding == "full",

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlafit.nn.batch import Batch
 from vlafit.nn.meta_kernels import MetaKernels
@@ -24,6 +24,7 @@ from vlafit.policies import family, family_name
 from vlafit.train.adam8bit import state_bytes
 from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
+from vlafit.train.piecewise_adamw import workspace
 from vlafit.tuning import Plan, Strategy, enter, preview
 from vlafit.tuning.inject import as_new, base_name, compute_adapters_in_bf16, inject, make_groups
 
@@ -43,9 +44,14 @@ class Workload:
     """Tokens of the prompt; 0: as many as the policy takes."""
     precision: Literal["fp32", "bf16"] = "bf16"
     frozen: Literal["fp32", "bf16"] = "bf16"
+    trained: Literal["fp32", "bf16"] = "fp32"
+    """How matrices that are trained are kept: `train.weights`."""
     recompute: Recompute = "none"
     states: Literal["fp32", "8bit"] = "fp32"
+    in_backward: bool = False
+    """Whether gradients are freed one by one, as `optim.in_backward` does."""
     ema: bool = False
+    processes: int = 1
     shards: int = 1
     """Processes that gradients and optimiser states are sharded over."""
     shards_weights: bool = False
@@ -62,7 +68,8 @@ class Forecast:
     activations: int
     """Bytes that the forward pass keeps for the backward pass, casts of weights included."""
     step: int
-    """The most that gradients, activations and workspace take at once; gradients take activations' place."""
+    """The most that gradients, activations and workspace take at once; gradients take activations' place.
+    Where gradients are freed one by one the optimiser's workspace is part of it."""
 
     @property
     def workspace(self) -> int:
@@ -112,10 +119,10 @@ def _largest_stage(plan: Plan) -> Plan:
 
 def prepare(policy: Policy, plan: Plan, workload: Workload, kernels: MetaKernels) -> None:
     """Apply the plan to a bare policy on the meta device, in the precision of the run."""
-    if workload.frozen == "bf16":
-        for name in narrow_names(policy, plan):
-            parameter = policy.get_parameter(name)
-            parameter.data = parameter.data.to(torch.bfloat16)
+    narrow = narrow_names(policy, plan, frozen=workload.frozen == "bf16", trained=workload.trained == "bf16")
+    for name in narrow:
+        parameter = policy.get_parameter(name)
+        parameter.data = parameter.data.to(torch.bfloat16)
     inject(policy, [as_new(group) for group in make_groups(plan.adapted)])
     enter(policy, plan)
     if workload.precision == "bf16":
@@ -134,20 +141,21 @@ def _within(kernels: MetaKernels, forward: Callable[..., Any], *args: Any, **kwa
 def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
     quantised = {f"{layer}.weight": how for layer, how in plan.quantised.items()}
     weights = sum(map(_bytes, policy.buffers()))
-    trained = 0
-    states = 0
+    gradients = [0]
+    states = average = 0
     for name, parameter in policy.named_parameters():
         how = quantised.get(base_name(name))
         weights += round(parameter.numel() * QUANTISED_BITS[how] / 8) if how else _bytes(parameter)
         if parameter.requires_grad:
-            trained += _bytes(parameter)
+            gradients.append(_bytes(parameter))
             states += state_bytes(parameter, workload.states)
+            average += 4 * parameter.numel()
     shards = workload.shards
     return Forecast(
         weights=weights // shards if workload.shards_weights else weights,
-        gradients=trained // shards,
+        gradients=(max(gradients) if workload.in_backward else sum(gradients)) // shards,
         optimiser=states // shards,
-        average=trained // shards if workload.ema else 0,
+        average=average // shards if workload.ema else 0,
         activations=0,
         step=0,
     )
@@ -162,6 +170,10 @@ def _step(policy: Policy, workload: Workload, kernels: MetaKernels) -> tuple[int
     rows = max(1, workload.rows // workload.micro_batches)
     live = LiveBytes([*policy.parameters(), *policy.buffers()])
     kept = 0
+    if workload.in_backward:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_stepped)
     with kernels, live:
         for _ in range(min(2, workload.micro_batches)):  # the second has all gradients beside it
             before = live.now
@@ -173,6 +185,12 @@ def _step(policy: Policy, workload: Workload, kernels: MetaKernels) -> tuple[int
             loss.backward()
             del batch, sums, loss
     return kept, live.peak
+
+
+def _stepped(parameter: nn.Parameter) -> None:
+    """Take and free what the optimiser's step of one parameter takes, and its gradient."""
+    torch.empty(workspace(parameter.numel()), dtype=torch.uint8, device=parameter.device)
+    parameter.grad = None
 
 
 def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:

@@ -1,8 +1,9 @@
-"""Keep weights that no stage trains in bfloat16, which is what a bf16 product reads them in anyway.
+"""Keep weights in bfloat16, which is what a bf16 product reads them in anyway: those that no stage trains
+(`train.frozen`), and trained matrices where asked for (`train.weights`).
 
 A tensor that its file holds in bfloat16 stays so. One that its file holds in float32 is rounded, and a line
 of the agreement says how many. Norms, the image tower's patches and positions, and projections stay float32,
-and so do weights that are quantised, which start from their full precision.
+and so do weights that are quantised, which start from their full precision, and biases that are trained.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,23 +18,39 @@ from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan, Strategy, preview
 from vlafit.tuning.inject import base_name
 
-ITEM = "frozen weights"
-"""Name of the line of the agreement."""
+FROZEN, TRAINED = "frozen weights", "trained weights"
+"""Names of the lines of the agreement."""
+REASONS = {
+    FROZEN: 'train.frozen = "bf16", as in bf16 products; train.frozen = "fp32" keeps them as they are',
+    TRAINED: 'train.weights = "bf16", each update rounded stochastically; train.weights = "fp32" keeps them '
+    "as they are",
+}
 
 
-def narrow_names(policy: Policy, plan: Plan) -> set[str]:
-    """Return the names of the base weights that a run keeps in bfloat16; `policy` has no adapters."""
-    trained = {
-        entry.name
-        for stage in range(len(plan.strategy.stages))
-        for entry in plan.at(stage).entries
-        if entry.trainable and not entry.adapts
-    }
+def narrow_names(policy: Policy, plan: Plan, *, frozen: bool = True, trained: bool = False) -> set[str]:
+    """Return the names of the base weights that a run keeps in bfloat16; `policy` has no adapters.
+
+    They are the weights that no stage trains if `frozen`, and matrices that a stage trains if `trained`.
+    """
+    learning = _trained(plan)
+    matrices = {entry.name for entry in plan.entries if len(entry.shape) >= 2}
     quantised = {f"{layer}.weight" for layer in plan.quantised}
     return {
         info.name
         for info in policy.parts()
-        if info.name not in trained | quantised and stored_as(info, torch.bfloat16) is torch.bfloat16
+        if info.name not in quantised
+        and stored_as(info, torch.bfloat16) is torch.bfloat16
+        and (trained and info.name in matrices if info.name in learning else frozen)
+    }
+
+
+def _trained(plan: Plan) -> set[str]:
+    """Return the names of the base weights that any stage trains."""
+    return {
+        entry.name
+        for stage in range(len(plan.strategy.stages))
+        for entry in plan.at(stage).entries
+        if entry.trainable and not entry.adapts
     }
 
 
@@ -41,12 +58,13 @@ def narrow_names(policy: Policy, plan: Plan) -> set[str]:
 class FrozenWeights:
     """Which weights of a run are kept in bfloat16, found out when the policy is loaded."""
 
-    def __init__(self, strategy: Strategy, *, wanted: bool) -> None:
-        """Keep the frozen weights of `strategy` in bfloat16 if `wanted`; else all stay float32."""
-        self._strategy, self._wanted = strategy, wanted
+    def __init__(self, strategy: Strategy, *, wanted: bool, trained: bool = False) -> None:
+        """Keep the frozen weights of `strategy` in bfloat16 if `wanted`, and its trained matrices if
+        `trained`; else all stay float32.
+        """
+        self._strategy, self._frozen, self._trained = strategy, wanted, trained
         self.names: frozenset[str] = frozenset()
-        self._rounded = 0
-        self._numbers = 0
+        self._rounded: dict[str, tuple[int, int]] = {}
 
     def at_first_load(self, policy: Policy, stored: Mapping[str, Tensor], adapted: bool) -> Collection[str]:
         """Return what `at_load` does, or nothing where adapters will be merged into the weights first."""
@@ -58,7 +76,7 @@ class FrozenWeights:
         `stored` are the file's tensors, by the policy's names. A weight that PiSSA splits is rounded only
         after it was split.
         """
-        if not self._wanted:
+        if not (self._frozen or self._trained):
             return ()
         plan = preview(policy, self._strategy)
         self._choose(policy, plan, stored)
@@ -67,7 +85,7 @@ class FrozenWeights:
 
     def in_memory(self, policy: Policy) -> None:
         """Choose among the weights of a bare policy that no file holds: fresh ones, or merged ones."""
-        if self._wanted:
+        if self._frozen or self._trained:
             self._choose(policy, preview(policy, self._strategy), dict(policy.named_parameters()))
 
     def finish(self, policy: Policy) -> None:
@@ -77,17 +95,23 @@ class FrozenWeights:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def items(self) -> Iterable[Item]:
-        """Return the line of the agreement, if a weight is rounded."""
-        if self._rounded:
+        """Return a line of the agreement for the frozen and the trained weights that are rounded."""
+        for name, (tensors, numbers) in self._rounded.items():
             yield Item(
-                ITEM,
-                {"checkpoint": f"float32 ({self._rounded} tensors, {self._numbers / 1e6:.0f} M numbers)"},
+                name,
+                {"checkpoint": f"float32 ({tensors} tensors, {numbers / 1e6:.0f} M numbers)"},
                 "bfloat16",
                 "chosen",
-                'train.frozen = "bf16", as in bf16 products; train.frozen = "fp32" keeps them as they are',
+                REASONS[name],
             )
 
     def _choose(self, policy: Policy, plan: Plan, stored: Mapping[str, Tensor]) -> None:
-        self.names = frozenset(narrow_names(policy, plan))
-        wide = [stored[n] for n in self.names if n in stored and stored[n].dtype is not torch.bfloat16]
-        self._rounded, self._numbers = len(wide), sum(tensor.numel() for tensor in wide)
+        self.names = frozenset(narrow_names(policy, plan, frozen=self._frozen, trained=self._trained))
+        wide = {n for n in self.names if n in stored and stored[n].dtype is not torch.bfloat16}
+        learning = _trained(plan)
+        chosen = {FROZEN: wide - learning, TRAINED: wide & learning}
+        self._rounded = {
+            line: (len(names), sum(stored[name].numel() for name in names))
+            for line, names in chosen.items()
+            if names
+        }

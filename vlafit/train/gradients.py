@@ -35,6 +35,8 @@ class GradientCheck:
         self._trained = {name: tensors[name] for name in plan.trainable}
         self._without = set(new)
         self._from_the_first = False
+        self._over = False
+        self._seen: dict[Tensor, Tensor] = {}
         quantised = {base_name(f"{layer}.weight") for layer in quantised_names(policy)}
         self._frozen = {
             entry.name: tensors[entry.name]
@@ -45,17 +47,25 @@ class GradientCheck:
         self._places = {e.name: (e.part, e.kind) for e in plan.entries}
         self._kinds = {e.name: f"{e.part}, {e.kind}{', adapter' if e.adapts else ''}" for e in plan.entries}
 
+    def see(self, parameter: Tensor) -> None:
+        """Note a gradient that will be freed before `look`."""
+        if not self._over:
+            self._seen[parameter] = _has_gradient(parameter)
+
     def look(self, step: int) -> None:
-        """Check the gradients before the optimiser uses them, in step 1, 2, ... of the stage.
+        """Check the gradients before the optimiser uses them, or all were seen, in step 1, 2, ... of the
+        stage.
 
         Every process must call it. Raises TrainingError naming the tensors that have no gradient at all (in
         the first step), or only zero gradients on all processes (in the third). A resumed run that did not do
         the first step of the stage is not checked.
         """
         self._from_the_first |= step == 1
+        seen, self._seen = self._seen, {}
         if step > STEPS or not self._from_the_first or not (step == 1 or self._without):
+            self._over = True
             return
-        counts = torch.stack([_has_gradient(parameter) for parameter in self._trained.values()])
+        counts = torch.stack([seen[p] if p in seen else _has_gradient(p) for p in self._trained.values()])
         counts = sum_over_processes(counts).tolist()
         for name, (_, nonzero) in zip(self._trained, counts, strict=True):
             if nonzero:

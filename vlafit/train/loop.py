@@ -18,8 +18,9 @@ from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import Keys, dropout_seed, sample_rng
 from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.batch_shape import BatchShape
-from vlafit.train.distributed import full, last_backward_only, sum_over_processes
-from vlafit.train.optim import rewarm, schedule, set_lr
+from vlafit.train.clipping import clip
+from vlafit.train.distributed import last_backward_only, sum_over_processes
+from vlafit.train.optim import begin_step, rewarm, schedule
 from vlafit.train.train_state import TrainState
 
 
@@ -64,7 +65,8 @@ def train(
 
     `batches` yields this process's micro-batches. Each term of a step's loss is its sum over all
     micro-batches and processes, divided by its count over all of them (see `Policy.loss`). A loss or gradient
-    that is not finite raises NotFinite before the weights are touched. `wants_stop` on any process stops all
+    that is not finite raises NotFinite before the weights are touched, or before anything of the step is
+    saved where steps are in the backward pass. `wants_stop` on any process stops all
     of them after the step, and so does `spent`, the share of a time budget, on average of them.
     """
     model, optimizer, ranks, device = state.model, state.optimizer, state.ranks, state.device
@@ -83,16 +85,18 @@ def train(
                 f"step {step + 1}: every action of the batch is masked, so there is nothing to learn from"
             )
         warm = rewarm(step - began_at, state.warmup_steps)
-        set_lr(optimizer, warm * schedule(step, recipe.steps, optim, gone))
+        begin_step(optimizer, step, warm * schedule(step, recipe.steps, optim, gone))
         sums = _backward(state, micro_batches, counts, recipe, step, world)
         totals = dict(zip(terms, sum_over_processes(sums).tolist(), strict=True))
         loss = mean_loss(terms, totals, counts)
-        norm = _clip(trainable, optim.clip_norm)
+        stepped = None if state.in_backward is None else state.in_backward.finish()
+        norm = clip(trainable, optim.clip_norm) if stepped is None else stepped.norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = [key for keys, _ in micro_batches for key in keys]
             raise NotFinite(
                 f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}, not finite; samples "
                 f"(epoch, index) {rows[:8]}{' ...' if len(rows) > 8 else ''}"
+                f"{'' if stepped is None else stepped.fault}"
             )
         state.check.look(step - began_at + 1)
         optimizer.step()
@@ -181,9 +185,3 @@ def _loss(
     bf16 = recipe.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=keep_casts):
         return model(batch.to(device), rng)
-
-
-def _clip(parameters: list[nn.Parameter], limit: float) -> float:
-    """Clip the gradient of all parameters together; return its norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    return float(full(norm))  # sharded gradients, sharded norm

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlafit.train.distributed import local
 from vlafit.train.optim import Ema
+from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.tuning.quantise import stored_bytes
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -98,7 +99,10 @@ def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | Non
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     averages = list(ema.average.values()) if ema is not None else []
     sizes = (sum(map(_bytes, of)) for of in (tensors, trained, states, averages))
-    return dict(zip(PARTS, sizes, strict=True))
+    parts: dict[str, int] = dict(zip(PARTS, sizes, strict=True))
+    if isinstance(optimizer, PiecewiseAdamW) and optimizer.frees_gradients:  # one exists at a time
+        parts["gradients"] = max(map(_bytes, trained))
+    return parts
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -2,13 +2,15 @@
 
 A rung is a way to recompute, AdamW's moments in fp32 or 8 bits, and a number of micro-batches. Their order
 is that of an estimate of their cost, not of a measurement: recompute repeats up to a third of a step's
-arithmetic, and few rows leave a GPU idle.
+arithmetic, and few rows leave a GPU idle. Trained weights in bf16, and optimiser steps in the backward pass,
+come after all of those whatever they cost, because they change how a run learns.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Policy
@@ -32,14 +34,31 @@ class Rung:
     recompute: Recompute = "none"
     states: str = "fp32"
     micro_batches: int = 1
+    trained: Literal["fp32", "bf16"] = "fp32"
+    """How matrices that are trained are kept: `train.weights`."""
+    in_backward: bool = False
 
     @property
     def options(self) -> str:
         """Return it as options of `vlafit train`."""
-        return (
-            f"--train.recompute {self.recompute} --optim.states {self.states} "
-            f"--train.accumulate {self.micro_batches}"
-        )
+        words = [f"--train.recompute {self.recompute}", f"--optim.states {self.states}"]
+        words += [f"--train.accumulate {self.micro_batches}"]
+        words += ["--train.weights bf16"] if self.trained == "bf16" else []
+        words += ["--optim.in_backward true"] if self.in_backward else []
+        return " ".join(words)
+
+    @property
+    def changes(self) -> int:
+        """Return how much it changes how a run learns: 0 nothing, 1 rounding, 2 clipping, 3 both."""
+        return (self.trained == "bf16") + 2 * self.in_backward
+
+    def is_possible(self, workload: Workload, strategy: Strategy) -> bool:
+        """Tell whether a run of the workload can be on this rung; `train/preflight.py` refuses others."""
+        if self.in_backward and (self.micro_batches > 1 or workload.processes > 1 or strategy.lowers_ranks):
+            return False
+        if self.trained == "bf16" and workload.precision != "bf16":
+            return False
+        return workload.shards == 1 or (self.states, self.changes) == ("fp32", 0)
 
     def cost(self, rows: int) -> float:
         """Return the estimated time of a step of `rows`, relative to the fastest rung."""
@@ -66,23 +85,29 @@ def parse_memory(text: str) -> float | None:
     return float(match[1])
 
 
-def rungs(rows: int, *, fixed: Rung | None = None, free: Sequence[str] = ()) -> list[Rung]:
-    """Return the rungs for `rows` of one process, the fastest first.
+def rungs(
+    workload: Workload, strategy: Strategy, *, fixed: Rung | None = None, free: Sequence[str] = ()
+) -> list[Rung]:
+    """Return the rungs that are possible for a workload, the fastest first.
 
     With `fixed` only the fields named in `free` differ from it.
     """
+    rows = workload.rows
     splits = [n for n in range(1, rows + 1) if rows % n == 0 and (n & (n - 1) == 0 or n == rows)]
     every = [
-        Rung(recompute, states, split)
+        Rung(recompute, states, split, trained, in_backward)
         for recompute in ("none", "selective", "full")
         for states in ("fp32", "8bit")
         for split in splits
+        for trained in ("fp32", "bf16")
+        for in_backward in (False, True)
     ]
+    every = [rung for rung in every if rung.is_possible(workload, strategy)]
     if fixed is not None:
         held = [name for name in vars(fixed) if name not in free]
         every = [rung for rung in every if all(getattr(rung, n) == getattr(fixed, n) for n in held)]
         every = every or [fixed]
-    return sorted(every, key=lambda rung: rung.cost(rows))
+    return sorted(every, key=lambda rung: (rung.changes, rung.cost(rows)))
 
 
 def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Forecaster:
@@ -93,10 +118,15 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
     """
 
     @cache
-    def step(recompute: Recompute, rows: int, several: bool) -> Forecast:
-        split = 2 if several else 1  # the second micro-batch has all gradients beside it
+    def step(rung: Rung, rows: int) -> Forecast:
         changed = replace(
-            workload, recompute=recompute, micro_batches=split, rows=rows * split, states="fp32"
+            workload,
+            recompute=rung.recompute,
+            micro_batches=rung.micro_batches,
+            rows=rows * rung.micro_batches,
+            states="fp32",
+            trained=rung.trained,
+            in_backward=rung.in_backward,
         )
         return forecast(policy, strategy, changed)
 
@@ -105,12 +135,13 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
         return optimiser_bytes(policy, strategy, replace(workload, states="8bit"))
 
     def of(rung: Rung) -> Forecast:
-        several = rung.micro_batches > 1
         rows = max(1, workload.rows // rung.micro_batches)
-        most = max(1, workload.rows // (2 if several else 1))
-        made = step(rung.recompute, most, several)
+        # The second micro-batch has all gradients beside it, and so have all after it.
+        like = replace(rung, states="fp32", micro_batches=min(2, rung.micro_batches))
+        most = max(1, workload.rows // like.micro_batches)
+        made = step(like, most)
         if rows < most:
-            one, share = step(rung.recompute, 1, several), (rows - 1) / (most - 1)
+            one, share = step(like, 1), (rows - 1) / (most - 1)
             made = replace(
                 made,
                 activations=_between(one.activations, made.activations, share),
@@ -126,8 +157,26 @@ def _between(low: int, high: int, share: float) -> int:
 
 
 def first_that_fits(candidates: Sequence[Rung], of: Forecaster, gigabytes: float) -> Rung | None:
-    """Return the first rung whose forecast fits a card of so many GB; None if there is none."""
-    return next((rung for rung in candidates if of(rung).total <= room_for(gigabytes)), None)
+    """Return the first rung whose forecast fits a card of so many GB; None if there is none.
+
+    Of the rungs that change as much in how a run learns, the smallest are looked at first: a forecast takes
+    seconds.
+    """
+    room = room_for(gigabytes)
+    for changes in sorted({rung.changes for rung in candidates}):
+        alike = [rung for rung in candidates if rung.changes == changes]
+        if any(of(rung).total <= room for rung in smallest(alike)):
+            return next(rung for rung in alike if of(rung).total <= room)
+    return None
+
+
+def smallest(candidates: Sequence[Rung]) -> list[Rung]:
+    """Return the rungs that recompute most and keep moments in the fewest bits, whatever else they do."""
+    least = (
+        max(SLOWER[rung.recompute] for rung in candidates),
+        min(rung.states == "fp32" for rung in candidates),
+    )
+    return [rung for rung in candidates if (SLOWER[rung.recompute], rung.states == "fp32") == least]
 
 
 def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabytes: float, where: str) -> None:
@@ -139,7 +188,7 @@ def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabyte
     if smaller is not None:
         remedy = f"this fits, by the forecast, with {gb(of(smaller).total)}: {smaller.options}"
     else:
-        least = min(candidates, key=lambda one: of(one).total)
+        least = min(smallest(candidates), key=lambda one: of(one).total)
         remedy = (
             f"not even {least.options} does ({gb(of(least).total)}): train less (--strategy expert or lora), "
             "or shard over several GPUs (--train.sharding full)"

@@ -8,35 +8,52 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.recipe import OptimRecipe
-from vlafit.train import adam8bit
-from vlafit.train.adam8bit import AdamW8bit
+from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.tuning import Plan
 
 
 def build_optimizer(
-    policy: nn.Module, plan: Plan, recipe: OptimRecipe, keep: torch.optim.Optimizer | None = None
+    policy: nn.Module,
+    plan: Plan,
+    recipe: OptimRecipe,
+    keep: torch.optim.Optimizer | None = None,
+    *,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Return AdamW over exactly the trainable parameters, its moments kept as the recipe says.
 
-    Parameters that `keep` already trains keep its states; all others begin without.
+    Parameters that `keep` already trains keep its states; all others begin without. `seed` is that of the
+    stochastic rounding of weights in bfloat16.
     """
     groups = [dict(group, peak_lr=group["lr"]) for group in plan.groups(policy, recipe)]
-    betas = (recipe.beta1, recipe.beta2)
-    if recipe.states == "8bit":
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, recipe.lr, betas, recipe.eps)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    betas, in_backward = (recipe.beta1, recipe.beta2), recipe.in_backward is True
+    optimizer: torch.optim.Optimizer
+    if recipe.states == "8bit" or in_backward or any(p.dtype is torch.bfloat16 for p in trained):
+        states = "8bit" if recipe.states == "8bit" else "fp32"
+        optimizer = PiecewiseAdamW(
+            groups, betas, recipe.eps, states=states, seed=seed, frees_gradients=in_backward
+        )
     else:
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
-    if keep is not None:
-        for parameter in (p for group in groups for p in group["params"]):
-            if parameter in keep.state:
-                optimizer.state[parameter] = keep.state[parameter]
+    for parameter in trained:
+        if keep is not None and parameter in keep.state:
+            optimizer.state[parameter] = _in_shape(keep.state[parameter], empty_state(optimizer, parameter))
     return optimizer
+
+
+def _in_shape(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a parameter's state in the shapes of `like`: PiecewiseAdamW keeps moments flat."""
+    return {
+        name: value if value.shape == like[name].shape else value.view(like[name].shape)
+        for name, value in state.items()
+    }
 
 
 def empty_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return the states of a parameter that has not been trained, by name, to be filled."""
-    if isinstance(optimizer, AdamW8bit):
-        return adam8bit.empty_state(parameter)
+    if isinstance(optimizer, PiecewiseAdamW):
+        return optimizer.empty_state(parameter)
     # A fused optimiser keeps its step count on the weights' device, never sharded.
     count = torch.zeros((), device=parameter.device)
     return {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -68,10 +85,12 @@ def rewarm(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate to `factor` times its peak."""
+def begin_step(optimizer: torch.optim.Optimizer, step: int, factor: float) -> None:
+    """Set each group's learning rate to `factor` times its peak, for the optimiser step `step`, from 0."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+    if isinstance(optimizer, PiecewiseAdamW):
+        optimizer.number = step
 
 
 class Ema:
@@ -101,7 +120,7 @@ class Ema:
             if name not in trainable:
                 p.copy_(self.average[name])
         self.average = {
-            name: self.average[name] if name in self.average else p.detach().clone()
+            name: self.average[name] if name in self.average else p.detach().clone().float()
             for name, p in trainable.items()
         }
         self.updates = {name: self.updates.get(name, 0) for name in trainable}
@@ -113,7 +132,7 @@ class Ema:
         for name, live in self._live.items():
             count = self.updates[name] = self.updates[name] + 1
             decay = min(self.decay, (1 + count) / (10 + count))
-            self.average[name].lerp_(live.detach(), 1 - decay)
+            self.average[name].lerp_(live.detach().float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

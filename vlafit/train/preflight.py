@@ -24,7 +24,7 @@ from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.stages import Place
-from vlafit.tuning import Plan, Strategy, preview
+from vlafit.tuning import Plan, Strategy, load_strategy, preview
 
 AT_LEAST_ONE = ("train.steps", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
@@ -50,6 +50,11 @@ def check(recipe: Recipe, processes: int) -> None:
     for problem in _problems(recipe):
         raise ConfigError(problem)
     parse_memory(recipe.train.memory)
+    if recipe.optim.in_backward is True and processes > 1:
+        raise ConfigError(
+            f"optim.in_backward = true needs one process, and there are {processes}: a gradient would be "
+            "used before it is summed over them; set it to false"
+        )
     if recipe.train.batch_size != "auto":
         rows_per_process(recipe.train.samples, recipe.train.micro_batches, processes)
 
@@ -119,6 +124,15 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             'train.recompute = "selective" cannot see into compiled blocks, which recompute what is cheap by '
             'themselves: use train.recompute = "none" or "full" with train.compile = "blocks"'
         )
+    if recipe.train.weights == "bf16" and recipe.train.shards:
+        yield (
+            f'train.weights = "bf16" cannot be sharded (train.sharding = {recipe.train.sharding!r}), because '
+            'norms stay fp32: use train.weights = "fp32", of which each process keeps a share with "full"'
+        )
+    if recipe.train.weights == "bf16" and recipe.train.precision == "fp32":
+        yield 'train.weights = "bf16" needs train.precision = "bf16", because fp32 products read fp32 weights'
+    if recipe.optim.in_backward is True:
+        yield from _in_backward(recipe)
     if recipe.train.batch_size == "auto" and recipe.train.memory == IGNORE:
         yield (
             f'train.batch_size = "auto" follows the forecast, which train.memory = "{IGNORE}" leaves out: '
@@ -154,6 +168,25 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"train.trackers: accelerate has no tracker {name!r}{did_you_mean(name, known)}"
         if name not in installed:
             yield f"train.trackers: {name} is not installed; pip install {name}, or remove the tracker"
+
+
+def _in_backward(recipe: Recipe) -> Iterator[str]:
+    """Yield why steps in the backward pass do not go with other settings."""
+    if recipe.train.accumulate > 1:
+        yield (
+            f"optim.in_backward = true frees each gradient at once, so none is left to add to: set "
+            f"train.accumulate to 1, it is {recipe.train.accumulate}, or optim.in_backward to false"
+        )
+    if recipe.train.shards:
+        yield (
+            f"optim.in_backward = true needs whole gradients (train.sharding = {recipe.train.sharding!r}): "
+            'set train.sharding to "none", or optim.in_backward to false'
+        )
+    if load_strategy(recipe.strategy).lowers_ranks:
+        yield (
+            f"optim.in_backward = true frees the gradients by which AdaLoRA in strategy {recipe.strategy!r} "
+            "chooses ranks: set it to false, or take another adapter"
+        )
 
 
 # ------------------------------------------------------------------------------------- policy and strategy

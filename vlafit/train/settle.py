@@ -15,9 +15,13 @@ from vlafit.train.launch import LaunchPlan
 
 EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the field
     "train.precision": "fp32", "train.sharding": "none", "train.accumulate": 1, "train.frozen": "fp32",
-    "train.recompute": "none", "optim.states": "fp32", "train.compile": "none",
+    "train.recompute": "none", "optim.states": "fp32", "train.weights": "fp32", "optim.in_backward": False,
+    "train.compile": "none",
 }  # fmt: skip
-AUTOMATIC = ("auto", 0)
+LEFT_TO_MEMORY = {  # what train.memory decides where neither recipe nor launcher does
+    "train.accumulate": 0, "train.recompute": "auto", "optim.states": "auto", "train.weights": "auto",
+    "optim.in_backward": "auto",
+}  # fmt: skip
 CHOSEN_LATER = ("train.batch_size", "train.checkpoints")  # from policy and data; a resumed run keeps them
 CLIP_NORM = next(field.default for field in fields(OptimRecipe) if field.name == "clip_norm")
 
@@ -89,14 +93,14 @@ def settle(
     precision = "bf16" if bf16 else "fp32"
     defaults = {**EARLIER, "train.precision": precision}
     if open_fields:
-        defaults |= {"train.accumulate": 0, "train.recompute": "auto", "optim.states": "auto"}
+        defaults |= LEFT_TO_MEMORY
     for field in EARLIER:
         own, launched = field_of(recipe, field), asked.get(field)
         if field == "train.frozen":  # rounding them changes nothing that a bf16 product sees
             defaults[field] = field_of(recipe, "train.precision")
-        sides = {} if own in AUTOMATIC else {"recipe": str(own)}
+        sides = {} if is_automatic(own) else {"recipe": str(own)}
         source = "the recipe"
-        if own in AUTOMATIC:
+        if is_automatic(own):
             if before is not None:
                 own, source = field_of(before, field), "the run that is resumed"
                 sides = {"run": str(own)}
@@ -140,9 +144,14 @@ def earlier(saved: Recipe) -> Recipe:
     A run writes a settled recipe, so an automatic value in it is a field that did not exist.
     """
     for field, value in EARLIER.items():
-        if field_of(saved, field) in AUTOMATIC:
+        if is_automatic(field_of(saved, field)):
             saved = with_field(saved, field, value)
     return saved
+
+
+def is_automatic(value: object) -> bool:
+    """Tell whether a field's value leaves it open; false does not."""
+    return value == "auto" or (value == 0 and not isinstance(value, bool))
 
 
 def field_of(recipe: Recipe, field: str) -> object:

@@ -24,7 +24,9 @@ from vlafit.nn.recompute import recompute_blocks
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
 from vlafit.train.gradients import GradientCheck
+from vlafit.train.in_backward import StepInBackward
 from vlafit.train.optim import Ema, build_optimizer
+from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan
 from vlafit.tuning.ranks import rank_schedule
@@ -51,10 +53,11 @@ class TrainState:
         recompute_blocks(policy, recipe.train.recompute)  # last: it recomputes whole compiled blocks
         before = plan.at(place.number - 1).trainable if place.number else ()
         self.model: nn.Module = wrap(policy, recipe.train.sharding, device)
-        self.optimizer = build_optimizer(policy, self.plan, recipe.optim)
+        self.optimizer = build_optimizer(policy, self.plan, recipe.optim, seed=recipe.train.seed)
         self.ema = Ema(policy, recipe.optim.ema) if recipe.optim.ema else None
         self.ranks = rank_schedule(policy, plan)
         self.check = self._begin(before)
+        self.in_backward = self._step_in_backward()
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -85,9 +88,21 @@ class TrainState:
         tuning.enter(self.policy, self.plan)
         if self.ema is not None:
             self.ema.follow(self.policy)
-        self.optimizer = build_optimizer(self.policy, self.plan, self.recipe.optim, keep=self.optimizer)
+        seed = self.recipe.train.seed
+        self.optimizer = build_optimizer(
+            self.policy, self.plan, self.recipe.optim, keep=self.optimizer, seed=seed
+        )
         self._rewrap()
         self.check = self._begin(before)
+        if self.in_backward is not None:
+            self.in_backward.close()
+        self.in_backward = self._step_in_backward()
+
+    def _step_in_backward(self) -> StepInBackward | None:
+        """Let the backward pass step the optimiser of the stage, if the recipe says so."""
+        if not (isinstance(self.optimizer, PiecewiseAdamW) and self.optimizer.frees_gradients):
+            return None
+        return StepInBackward(self.optimizer, self.recipe.optim.clip_norm, self.check)
 
     def _begin(self, before: Sequence[str]) -> GradientCheck:
         """Enter the stage in the rank schedule and return the gradient check of what it newly trains."""

@@ -72,6 +72,12 @@ class Strategy:
         """The rules of the first stage."""
         return self.stages[0].rules
 
+    @property
+    def lowers_ranks(self) -> bool:
+        """Whether AdaLoRA lowers the ranks of layers during training."""
+        rules = (rule for stage in self.stages for rule in stage.rules)
+        return any(rule.adapter is not None and rule.adapter.method == "adalora" for rule in rules)
+
     def title(self, stage: int) -> str:
         """Return the strategy's name, with the stage where there are several."""
         if len(self.stages) == 1:

@@ -249,15 +249,18 @@ def memory(policy: "Policy", codec: "Codec | None", options: Any) -> dict[str, A
     cameras = options.cameras or len(slots) or 3
     kept = options.precision
     workload = Workload(options.batch, cameras=cameras, precision=kept, frozen=kept)
-    of = forecaster(bare(policy), tuning.load_strategy(options.strategy), workload)
+    strategy = tuning.load_strategy(options.strategy)
+    of = forecaster(bare(policy), strategy, workload)
     shown = [Rung("none"), Rung("selective"), Rung("full"), Rung("full", "8bit")]
     if options.batch > 1:
         shown.append(Rung("full", "8bit", options.batch))
+    shown += [Rung("full", "8bit", trained="bf16"), Rung("full", "8bit", trained="bf16", in_backward=True)]
+    shown = [rung for rung in shown if rung.is_possible(workload, strategy)]
     rows = [
         {**vars(rung), **vars(made := of(rung)), "workspace": made.workspace, "total": made.total}
         for rung in shown
     ]
-    every = rungs(options.batch)
+    every = rungs(workload, strategy)
     fits = {f"{card}": first_that_fits(every, of, card) for card in CARDS_GB}
     return {
         "batch": options.batch,
@@ -271,8 +274,8 @@ def memory(policy: "Policy", codec: "Codec | None", options: Any) -> dict[str, A
 
 
 def _memory_text(memory: dict[str, Any]) -> list[str]:
-    heads = ("recompute", "optim.states", "accumulate", "weights", "gradients", "optimiser", "activations",
-             "workspace", "total")  # fmt: skip
+    heads = ("recompute", "optim.states", "accumulate", "train.weights", "in_backward", "weights",
+             "gradients", "optimiser", "activations", "workspace", "total")  # fmt: skip
     small = max(row["total"] for row in memory["rungs"]) < SMALL
     unit, scale = ("MB", 1e6) if small else ("GB", 1e9)
     lines = [
@@ -283,8 +286,8 @@ def _memory_text(memory: dict[str, Any]) -> list[str]:
         table(
             heads,
             [
-                (row["recompute"], row["states"], row["micro_batches"],
-                 *(f"{row[key] / scale:.1f}" for key in heads[3:]))
+                (row["recompute"], row["states"], row["micro_batches"], row["trained"],
+                 "yes" if row["in_backward"] else "no", *(f"{row[key] / scale:.1f}" for key in heads[5:]))
                 for row in memory["rungs"]
             ],
         ),
