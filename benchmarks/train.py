@@ -207,7 +207,9 @@ def measure(point: Row) -> Iterator[Row]:
         torch.cuda.empty_cache()
         if point["limit"]:
             whole = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, point["limit"] * 1e9 / whole), device)
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, point["limit"] * 1e9 / whole), device.index or 0
+            )
     batches = host_batches(state.policy.needs(), point["shape"], recipe.samples, recipe.micro_batches, device)
     yield steps_of(point, state, meter, batches)
 

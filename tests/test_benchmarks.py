@@ -57,8 +57,8 @@ def test_a_point_sets_the_recipe_of_the_product():
 
 
 def test_a_row_of_acting_holds_percentiles_of_the_actor_and_its_parts():
-    point = {"size": "pi0-tiny", "dtype": "bfloat16", "mode": "eager", "steps": 2, "calls": 3, "warm_up": 1, "device": "cpu",
-             "commit": "abc", "profile": ""}  # fmt: skip
+    point = {"size": "pi0-tiny", "dtype": "bfloat16", "mode": "eager", "steps": 2, "calls": 3, "warm_up": 1,
+             "device": "cpu", "commit": "abc", "profile": ""}  # fmt: skip
     values = rows.Row()
     for some in act.measure(point):
         values |= some
