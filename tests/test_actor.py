@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlafit.actor import PolicyActor
+from vlafit.actor import PolicyActor, accelerated
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch
@@ -120,8 +120,10 @@ def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
     assert len({first, changed, actor.fingerprint()}) == 3
     named = PolicyActor(actor.policy, actor.codec, identity="checkpoint 12")
     assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0 device=cpu"
+    accelerated(named.policy, compile=True)
+    assert named.fingerprint() == "checkpoint 12 steps=10 compiled width=16 seed=0 device=cpu"
     named.policy.to("meta")  # another device has other last bits, so half an evaluation each would be neither
-    assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0 device=meta"
+    assert named.fingerprint() == "checkpoint 12 steps=10 compiled width=16 seed=0 device=meta"
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"seed": -1}])

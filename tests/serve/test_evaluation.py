@@ -160,6 +160,8 @@ def test_the_command_line_serves_evaluates_and_stops(checkpoint: Path, tmp_path:
         (("eval", "--protocol", "metaworld-faucet"), "--actor"),
         (("eval", "x", "--actor", "ws://x", "--protocol", "metaworld-faucet"), "--actor"),
         (("eval", "--actor", "ws://x", "--steps", "3", "--protocol", "metaworld-faucet"), "--steps"),
+        (("eval", "--actor", "ws://x", "--compile", "--protocol", "metaworld-faucet"), "--compile"),
+        (("eval", "--actor", "ws://x", "--dtype", "bfloat16", "--protocol", "metaworld-faucet"), "--dtype"),
         (("eval", "x", "--token-file", "t", "--protocol", "metaworld-faucet"), "--token-file"),
     ],
 )

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from vlafit import config
+from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.experiment import Experiment, build
-from vlafit.train.preflight import never_began, run_warnings
+from vlafit.train.preflight import check, never_began, run_warnings
 from vlafit.tuning import Plan, parse, preview
 
 REST = {"mode": "frozen"}
@@ -88,3 +89,17 @@ def test_warnings_are_in_the_run_and_its_report(
     page = (tmp_path / "run" / "report.html").read_text()
     assert "never optim.lr" in page and "stage 2 of 2 never began" in page
     assert "never began" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "named"),
+    [
+        ({"sharding": "full"}, "train.sharding"),
+        ({"recompute": "selective"}, "train.recompute"),
+    ],
+)
+def test_what_compiled_blocks_do_not_go_with_is_refused(train: dict, named: str) -> None:
+    tables = {"train": {"compile": "blocks", **train}, "data": {"cards": ["a.toml"]}}
+    with pytest.raises(ConfigError, match=rf'train\.compile = "blocks"|{named}') as error:
+        check(config.build(Recipe, tables, "a recipe"), 2 if "sharding" in train else 1)
+    assert named in str(error.value) and "train.compile" in str(error.value)

@@ -126,6 +126,8 @@ def test_a_base_model_is_evaluated_with_the_recipe_that_would_fine_tune_it(
     assert chunk.actions.shape[1] == 2 and np.isfinite(chunk.actions).all()
     other = replace(made, data=replace(made.data, validation=0.5))
     assert load_untrained(other, str(base), steps=2, width=1).fingerprint() != actor.fingerprint()
+    narrow = load_untrained(made, str(base), steps=2, width=1, dtype="bfloat16")
+    assert narrow.fingerprint() == actor.fingerprint().replace("steps=2", "steps=2 dtype=bfloat16")
 
     (tmp_path / "recipe.toml").write_text(config.dump(made))
     command = ["eval", str(base), "--data", str(card), "--samples", "4", "--draws", "2", "--steps", "1"]
