@@ -51,9 +51,10 @@ imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
 # One thread each: two workers with torch's default of a thread per core would wait for each other. A third worker on
-# two cores makes it slower (LOG.md).
+# two cores makes it slower (LOG.md). Bytecode is kept, even where the environment forbids it (images of containers do):
+# set-up compiles nothing, and each of some 50 processes would compile torch anew, 6 s.
 unit: .venv/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile -m "not slow and not peer"
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.
