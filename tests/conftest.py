@@ -1,11 +1,14 @@
-"""For all tests: the same examples of hypothesis every time without a deadline, no garbage collection of what stays."""
+"""For all tests: hypothesis draws the same examples every time, and nothing waits without need."""
 
 import gc
 import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+from tests.forked import ForkedPopen
 
 settings.register_profile("vlafit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("vlafit")
@@ -34,4 +37,12 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_starts() -> Iterator[None]:
+    """Start `python -m vlafit` by a fork of a process that has imported torch (tests/forked.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", ForkedPopen)
         yield

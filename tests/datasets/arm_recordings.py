@@ -1,6 +1,7 @@
 """Recordings in memory of an arm that moves smoothly, seen by two cameras of unlike scenes."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,19 @@ class Recording(EpisodeStore):
 
 def recorded(seed: int = 0, episodes: int = EPISODES) -> list[Episode]:
     """Return episodes of an arm that moves smoothly at changing speed, seen by two unlike cameras."""
-    return [_episode(np.random.default_rng([seed, n])) for n in range(episodes)]
+    return [_episode(seed, number) for number in range(episodes)]
 
 
-def _episode(rng: np.random.Generator) -> Episode:
+@cache
+def _episode(seed: int, number: int) -> Episode:
+    """Draw an episode once; it is shared, so its arrays are read-only."""
+    episode = _drawn(np.random.default_rng([seed, number]))
+    for values in (episode.state, episode.actions, episode.front, episode.wrist):
+        values.flags.writeable = False
+    return episode
+
+
+def _drawn(rng: np.random.Generator) -> Episode:
     time = np.arange(STEPS + 1) / 20
     pulses = sum(np.exp(-(((time - c) / 0.25) ** 2)) for c in rng.uniform(0.4, 4.2, 4))
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.15, STEPS + 1))

@@ -216,7 +216,7 @@ def test_frames_of_a_dark_scene_are_a_warning_and_missing_ones_an_error():
 
 
 def test_values_beyond_the_limits_of_the_card_and_rows_of_zeros_are_found():
-    episodes = recorded()
+    episodes = [replace(e, actions=e.actions.copy(), state=e.state.copy()) for e in recorded()]
     episodes[2].actions[7, 0] = 3
     episodes[4].state[40:50] = 0
     episodes[4].actions[40:50] = 0

@@ -7,13 +7,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
+from tests.forked import ForkedPopen
 from tests.train.world import assert_same, learned, losses, metrics, start
 from tests.variants import variants
 from tests.waiting import wait_until
@@ -61,7 +64,7 @@ def without_times(out: Path) -> list[dict]:
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(
-    recipe: Recipe, whole: Path, tmp_path: Path
+    recipe: Recipe, whole: Path, tmp_path: Path, forked_starts: None
 ) -> None:
     out = tmp_path / "run"
     process = start(recipe, out)
@@ -106,8 +109,22 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     assert without_times(tmp_path / "run") == without_times(whole)
 
 
+def test_a_forked_command_is_a_process_as_any_other(tmp_path: Path, forked_starts: None) -> None:
+    """So that what is stopped and killed here is what a user would stop and kill (tests/forked.py)."""
+    command = [sys.executable, "-m", "vlafit", "list"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, text=True, **pipes)
+    assert type(process) is ForkedPopen
+    assert psutil.Process(process.pid).ppid() == os.getpid() and os.getsid(process.pid) == process.pid
+    assert "quickstart" in process.communicate()[0] and process.returncode == 0
+    (tmp_path / "broken.toml").write_text("[policy")
+    words = [*command[:3], "train", "broken.toml"]
+    wrong = subprocess.run(words, cwd=tmp_path, **pipes, env=os.environ | {"COLUMNS": "80"})
+    assert wrong.returncode == 2 and b"broken.toml" in wrong.stderr
+
+
 def test_the_command_line_ends_with_130_after_sigterm_and_says_how_to_go_on(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, forked_starts: None
 ) -> None:
     endless = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=100_000, report=True))
     process = start(endless, tmp_path / "run")

@@ -102,7 +102,10 @@ NAMES = variants(HOW, always=["copies", "frozen-sharded"])
 
 @pytest.fixture(scope="module")
 def runs(
-    request: pytest.FixtureRequest, recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    recipes: dict[str, Recipe],
+    tmp_path_factory: pytest.TempPathFactory,
+    forked_starts: None,
 ) -> Path:
     """Folders one/NAME and two/NAME of the selected recipes in one process and in two.
 
