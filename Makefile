@@ -51,8 +51,8 @@ imports: .venv/ready-dev
 	$(BIN)/lint-imports
 
 # One thread each: two workers with torch's default of a thread per core would wait for each other. A third worker on
-# two cores makes it slower (LOG.md). Bytecode is kept, even where the environment forbids it (images of containers do):
-# set-up compiles nothing, and each of some 50 processes would compile torch anew, 6 s.
+# two cores makes it slower (LOG.md). Bytecode is kept, also where the environment forbids it, as images of containers
+# do: set-up compiles nothing, and a training run would take 16 s of CPU to start instead of 7.
 unit: .venv/ready-dev
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile -m "not slow and not peer"
 

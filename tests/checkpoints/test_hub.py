@@ -230,7 +230,12 @@ def server() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def test_an_id_is_downloaded_once_and_only_what_is_read(server: tuple[str, list[str]], tmp_path: Path):
+def test_an_id_is_downloaded_once_and_only_what_is_read(
+    server: tuple[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
     address, asked = server
     home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
     done = run(home, "inspect", "acme/tiny", *WORDS, folder=tmp_path)
@@ -240,8 +245,8 @@ def test_an_id_is_downloaded_once_and_only_what_is_read(server: tuple[str, list[
     assert "model.safetensors" in fetched and "assets/my_robot/norm_stats.json" in fetched
     assert not fetched & {"README.md", "optimizer.pt", "training_state/step.json"}
     asked.clear()
-    again = run(home, "inspect", "acme/tiny", *WORDS, folder=tmp_path)
-    assert (again.stdout, asked) == (done.stdout, [])
+    assert ask(monkeypatch, address, tmp_path / "home", False, "inspect", "acme/tiny", *WORDS) == 0
+    assert (capsys.readouterr().out, asked) == (done.stdout, [])
 
 
 def ask(patch: pytest.MonkeyPatch, address: str, home: Path, offline: bool, *words: str) -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.rollout.actors import Interrupting, Obedient, Saying, Trained
 from tests.rollout.toy_env import robot
+from tests.variants import variants
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError, EmbodimentError, SimulationError, VlafitError
 from vlafit.rollout import Protocol, Record, evaluate
@@ -167,7 +168,7 @@ def test_a_finished_evaluation_is_read_and_not_played_again(protocol: Make, tmp_
     assert again.records == first.records and not mute.heard and again.seconds == first.seconds
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"seconds": "long"}'])
+@pytest.mark.parametrize("text", variants(["{", "[]", "{}", '{"seconds": "long"}'], always=["{", "{}"]))
 def test_a_damaged_result_is_named_and_can_be_made_again(protocol: Make, tmp_path: Path, text: str) -> None:
     evaluate(Obedient(), protocol(), tmp_path, workers=1, trials=1, videos=0)
     whole = result(tmp_path)

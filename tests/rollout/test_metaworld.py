@@ -35,10 +35,10 @@ def test_a_simulation_gives_the_same_episodes_in_any_process_and_order(
     protocol: Protocol, tmp_path: Path
 ) -> None:
     found = []
-    for workers, trials in ((1, 2), (2, 3)):
+    for workers, trials in ((1, 1), (2, 2)):
         out = tmp_path / f"{workers}_{trials}"
         options = {"workers": workers, "trials": trials, "videos": 0}
         evaluate(ScriptedExpert(), protocol, out, images=False, **options)
         lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
         found.append({(line["task"], line["seed"]): line["steps"] for line in lines})
-    assert len(found[0]) == 4 and found[0].items() <= found[1].items()
+    assert len(found[0]) == 2 and found[0].items() <= found[1].items()

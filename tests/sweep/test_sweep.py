@@ -397,7 +397,7 @@ def test_rules_are_set_wherever_they_have_the_key_those_of_stages_too(tmp_path: 
 def test_fields_of_every_depth_are_set(recipe: Recipe) -> None:
     made = recipe_with(recipe, {"strategy": "full", "optim.lr": 1, "policy.config.vision.depth": 3}, "here")
     assert made.strategy == "full" and made.optim.lr == 1.0
-    assert made.policy.config == {"max_tokens": 16, "vision": {"depth": 3}}
+    assert made.policy.config == {"max_tokens": 16, "vision": {"depth": 3}, "language": {"depth": 2}}
     check(Study({"strategy": Dimension(choices=("full", "expert"))}), recipe, "here")
 
 

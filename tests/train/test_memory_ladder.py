@@ -143,7 +143,8 @@ def test_the_size_of_the_pieces_changes_no_byte(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path) -> None:
     recipe = tiny(card, optim={"states": "8bit"}, train={"steps": 4, "save_every": 2, "validate_every": 0})
-    config = {"max_tokens": 16, "language.mlp": 256}  # so that there is a tensor of 4096 numbers
+    config = {"max_tokens": 16, "vision.depth": 1, "language.depth": 2}
+    config |= {"language.mlp": 256}  # so that there is a tensor of 4096 numbers
     recipe = replace(recipe, policy=replace(recipe.policy, config=config))
     run(recipe, tmp_path / "whole")
     with pytest.raises(test_interruptions.Interrupted):

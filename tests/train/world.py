@@ -84,11 +84,15 @@ def write_dots(
 
 
 def tiny(card: Path, **sections: dict[str, Any]) -> Recipe:
-    """A recipe of 8 steps on the card; `sections` replace fields: ``train={"steps": 4}``."""
+    """A recipe of 8 steps on the card; `sections` replace fields: ``train={"steps": 4}``.
+
+    Its policy has fewer layers than pi0-tiny, because a run's time goes by them: 1.2 s of CPU instead of 1.7.
+    """
+    shallow = {"max_tokens": 16, "vision": {"depth": 1}, "language": {"depth": 2}}
     plain = {"name", "purpose", "strategy"} & set(sections)
     recipe = Recipe(
         name="tiny",
-        policy=PolicyRecipe(family="pi0", size="pi0-tiny", config={"max_tokens": 16}),
+        policy=PolicyRecipe(family="pi0", size="pi0-tiny", config=shallow),
         data=DataRecipe(cards=(str(card),), validation=0.25),
         optim=OptimRecipe(lr=1e-3, warmup_steps=2, ema=0.9, weight_decay=0.01),
         train=TrainRecipe(
