@@ -48,6 +48,7 @@ READ_AT_START = (
 )
 NAMES = tuple(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]
 STARTED = subprocess.Popen
+STARTING = threading.Lock()
 FILES = (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2))
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
@@ -90,6 +91,7 @@ def _is_plain(asked: dict[str, Any]) -> bool:
         and args[:2] == [sys.executable, "-m"]
         and args[2] in MODULES
         and not any(asked[name] for name in unusual)
+        and os.path.isdir(asked["cwd"] or ".")
     )
 
 
@@ -125,8 +127,14 @@ class _Server:
                 _adopt_orphans(False)
 
 
-@cache
 def _server() -> _Server | None:
+    """Return the server of this process, or None where it cannot fork; threads that ask at once share one."""
+    with STARTING:
+        return _server_once()
+
+
+@cache
+def _server_once() -> _Server | None:
     server = _Server()
     return server if server.link.recv(1) == b"1" else None
 
