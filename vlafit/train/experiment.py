@@ -114,6 +114,7 @@ def build(
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)
         _require_room_for_prompts(store, codec)
+    values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
     if initial.plan is None:
@@ -153,7 +154,7 @@ def build(
             *renderers,
             *renderer_warnings(sets, data),
             *cameras,
-            *_values_of_sets(sets, data, codecs),
+            *values,
         ),
         base=saved.base,
         saved=saved.sentence,
@@ -164,17 +165,37 @@ def build(
     )
 
 
-def _values_of_sets(sets: ValidationSets, data: Data, codecs: CodecSet) -> Iterator[str]:
-    """Yield a sentence for each fault in the values of a validation set: its loss would say little."""
+SETS = replace(
+    value_faults.TRAINING,
+    refit="Else leave the set out: its loss would say little",
+    question="is the set in other units than the training data, or of another robot?",
+    side="statistics",
+)
+
+
+def _values_of_sets(
+    sets: ValidationSets, recipe: Recipe, data: Data, codecs: CodecSet, resumed: bool
+) -> Iterator[str]:
+    """Compare the values of validation sets with the statistics in use, as those of the training data are.
+
+    Raises EmbodimentError naming set, dimension and episode; a `resumed` run, which may have begun with such
+    a set, gets a sentence for each instead.
+    """
     for name, stores in sets.items():
         for embodiment in dict.fromkeys(data.name_of(store) for store in stores):
             some = [store for store in stores if data.name_of(store) == embodiment]
             every = [[info.id for info in store.episodes] for store in some]
-            codec = codecs.of_data(embodiment, where="the run")
-            for item in value_faults.items(some, every, codec, (), False):
-                if item.status == "conflict":
-                    sides = "; ".join(item.sides.values())
-                    yield f"validation set {name!r}: {item.name}: {sides}: its loss says little"
+            codec, permitted = (
+                codecs.of_data(embodiment, where="the run"),
+                recipe.adapt.of(embodiment).outside,
+            )
+            part = f"validation set {name!r}"
+            items = tuple(value_faults.items(some, every, codec, permitted, False, SETS, part))
+            agreement = Agreement(items, (), ())
+            if not resumed:
+                agreement.require(f"data.validation_sets.{name} and the statistics in use")
+            for item in agreement.conflicts:
+                yield f"{item.name}: {'; '.join(item.sides.values())}: its loss says little"
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:
@@ -206,6 +227,7 @@ def _for_data(
         _require_one_robot(part, codec, initial.source, resumed)
         before = initial.robots.get(name) or codec.embodiment
         warnings.append(renderer_notice("the checkpoint was trained on", before, "the dataset shows", robot))
+        warnings += _other_limits(part, codec, initial.source)
         codecs.append(_with_renderer(codec, robot))
     return CodecSet(codecs), list(filter(None, warnings))
 
@@ -218,6 +240,19 @@ def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | No
             raise
         remedy = "vlafit's agreement let this pass, which is a fault in vlafit: please report it."
         raise EmbodimentError(f"{error}\n{remedy}") from error
+
+
+def _other_limits(data: Data, codec: Codec, source: str) -> Iterator[str]:
+    """Yield a sentence where the card's limits are not those that the run's checkpoints keep."""
+    card, robot, kept = data.cards[0], data.embodiment, codec.embodiment
+    for mine, its in ((robot.state, kept.state), (robot.action, kept.action)):
+        for name, here, there in (("low", mine.low, its.low), ("high", mine.high, its.high)):
+            if tuple(here) != tuple(there):
+                yield (
+                    f"card {card.name!r}: robot.{mine.name}.{name} is {list(here) or 'not stated'}, in "
+                    f"{source} {list(there) or 'not stated'}: the run's checkpoints keep the latter, which "
+                    "vlafit.Limits.of reads"
+                )
 
 
 def _with_renderer(codec: Codec, data: Embodiment) -> Codec:
