@@ -53,11 +53,12 @@ REDUCED = {  # name: family, size and what is changed in it; many tokens of smal
         "language.depth": 4, "language.mlp": 384, "language.head_dim": 32, "expert.width": 96,
         "expert.mlp": 288,
     }),
-    # A quarter of pi0's widths at its depth, few tokens: most of it is weights, gradients and moments.
+    # A quarter of pi0's widths and few tokens: most of it is weights, gradients and moments.
     "pi0-quarter": ("pi0", "pi0", {
-        "vision.width": 288, "vision.mlp": 1076, "vision.heads": 4, "vision.image_size": 56,
-        "language.width": 512, "language.mlp": 4096, "language.head_dim": 64, "language.vocab": 64289,
-        "expert.width": 256, "expert.mlp": 1024, "max_tokens": 16,
+        "vision.width": 288, "vision.depth": 4, "vision.mlp": 1076, "vision.heads": 4,
+        "vision.image_size": 14, "language.width": 512, "language.depth": 4, "language.mlp": 4096,
+        "language.head_dim": 64, "language.vocab": 16384, "expert.width": 256, "expert.mlp": 1024,
+        "chunk": 4, "max_tokens": 4,
     }),
 }  # fmt: skip
 FULL = {"pi0": ("pi0", "pi0", {}), "pi05": ("pi0", "pi05", {}), "smolvla": ("smolvla", "smolvla", {})}
