@@ -17,7 +17,7 @@ from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, family
 from vlafit.recipe import Recipe
 from vlafit.train import piecewise_adamw, run
-from vlafit.train.adam8bit import state_bytes
+from vlafit.train.adam8bit import BLOCK, SIGNED, MomentsIn8Bits, state_bytes, table
 from vlafit.train.data import open_data
 from vlafit.train.fit import close, fit, workload_of
 from vlafit.train.forecast import Workload, forecast, full_batch
@@ -118,6 +118,24 @@ def test_8_bit_moments_follow_the_loss_of_fp32_over_200_steps() -> None:
     kinds = [sorted(state) for state in optimizer.state.values()]
     quantised = ["exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale", "step"]
     assert kinds == [quantised, ["exp_avg", "exp_avg_sq", "step"]] * 2  # weights and biases
+
+
+def test_codes_and_scales_are_those_of_torchao() -> None:
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    utils = pytest.importorskip("torchao.optim.quant_utils")
+    maps = {"exp_avg": subclass.get_qmap_signed(), "exp_avg_sq": subclass.get_qmap_unsigned()}
+    rng, numbers = torch.Generator().manual_seed(0), 2**16
+    for name, qmap in maps.items():
+        assert table(SIGNED[name]) == tuple(qmap)
+        codes = torch.randint(0, 256, (numbers,), generator=rng).to(torch.uint8)
+        scale = torch.rand(numbers // BLOCK, generator=rng)
+        value = torch.randn(numbers, generator=rng) if SIGNED[name] else torch.rand(numbers, generator=rng)
+        state = {f"{name}.codes": codes.clone(), f"{name}.scale": scale.clone()}
+        moment = MomentsIn8Bits().update(state, name, slice(0, numbers), value, 0.9)
+        theirs = utils.dequant_with_qmap(codes, torch.tensor(qmap), scale).lerp_(value, 1 - 0.9)
+        scaled, largest = utils.scale_tensor(theirs, BLOCK)
+        assert torch.equal(moment, theirs) and torch.equal(state[f"{name}.scale"], largest)
+        assert torch.equal(state[f"{name}.codes"], utils.quantize_8bit_with_qmap(scaled, torch.tensor(qmap)))
 
 
 def test_small_tensors_train_as_with_torchs_adamw() -> None:
