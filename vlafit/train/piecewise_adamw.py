@@ -16,7 +16,7 @@ from vlafit.train.adam8bit import MOMENTS, MomentsIn8Bits, is_quantised
 from vlafit.train.stochastic_rounding import RoundingBits, round_stochastically
 
 PIECE = 2**22  # numbers that are worked on at a time; a multiple of adam8bit.BLOCK
-WORKSPACE = 40  # bytes for a number of a piece: ten float32 copies, moments, codes as indices, or random bits
+WORKSPACE = 28  # bytes for a number of a piece: gradient, weight, moments, a square, one scaled, its code
 
 
 def workspace(numbers: int) -> int:
