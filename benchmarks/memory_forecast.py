@@ -53,6 +53,13 @@ REDUCED = {  # name: family, size and what is changed in it; many tokens of smal
         "language.depth": 4, "language.mlp": 384, "language.head_dim": 32, "expert.width": 96,
         "expert.mlp": 288,
     }),
+    # A quarter of pi0's widths and few tokens: most of it is weights, gradients and moments.
+    "pi0-quarter": ("pi0", "pi0", {
+        "vision.width": 288, "vision.depth": 4, "vision.mlp": 1076, "vision.heads": 4,
+        "vision.image_size": 14, "language.width": 512, "language.depth": 4, "language.mlp": 4096,
+        "language.head_dim": 64, "language.vocab": 16384, "expert.width": 256, "expert.mlp": 1024,
+        "chunk": 4, "max_tokens": 4,
+    }),
 }  # fmt: skip
 FULL = {"pi0": ("pi0", "pi0", {}), "pi05": ("pi0", "pi05", {}), "smolvla": ("smolvla", "smolvla", {})}
 STRATEGIES = ("full", "frozen-vision", "expert", "lora")
@@ -71,11 +78,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("forecast.jsonl"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--policies", nargs="+", default=list(REDUCED), choices=list(REDUCED))
+    parser.add_argument("--policies", nargs="+", default=list(FULL), choices=list(REDUCED))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
     parser.add_argument("--table", action="store_true", help="print the table of docs/hardware.md")
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     options = parser.parse_args()
+    if (options.table or options.device == "cuda") and not set(options.policies) <= set(FULL):
+        parser.error(f"at full size there are only --policies {' '.join(FULL)}")
     if options.table:
         return table(options.policies, options.strategies, options.rungs)
     if any(os.environ.get(name) != value for name, value in RETURN_AT_ONCE.items()):
@@ -85,7 +95,7 @@ def main() -> int:
         (policy, strategy, batch, rung)
         for policy in options.policies
         for strategy in options.strategies
-        for batch in BATCHES
+        for batch in options.batches
         for rung in options.rungs
         if strategy == "full" or rung not in OF_FULL
     ]

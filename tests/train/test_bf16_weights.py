@@ -1,6 +1,7 @@
 """Trained weights in bfloat16: rounded stochastically, without a bias, and the same in a resumed run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,16 +127,24 @@ def test_the_average_of_bf16_weights_is_kept_in_fp32() -> None:
 # --------------------------------------------------------------------------------------------------- runs
 
 
-def narrow(card: Path, states: str = "fp32", *, ema: float = 0.9, **train: object) -> Recipe:
+def narrow(card: Path, optim: Mapping[str, object], **train: object) -> Recipe:
     short = {"precision": "bf16", "weights": "bf16", "steps": 4, "save_every": 2, "validate_every": 0}
-    recipe = tiny(card, optim={"states": states, "ema": ema}, train=short | train)
+    recipe = tiny(card, optim=dict(optim), train=short | train)
     config = {"max_tokens": 16, "language.mlp": 256}  # so that there is a tensor with 8-bit moments
     return replace(recipe, policy=replace(recipe.policy, config=config))
 
 
-@pytest.mark.parametrize("states", variants(["fp32", "8bit"], always=["8bit"]))
-def test_a_run_of_bf16_weights_goes_on_bit_for_bit(states: str, card: Path, tmp_path: Path) -> None:
-    recipe = narrow(card, states)
+OPTIMISERS = {
+    "plain": {},
+    "8-bit moments": {"states": "8bit"},
+    "in the backward pass": {"in_backward": True},
+    "both": {"states": "8bit", "in_backward": True},
+}
+
+
+@pytest.mark.parametrize("kind", variants(OPTIMISERS, always=["both"]))
+def test_a_run_of_bf16_weights_goes_on_bit_for_bit(kind: str, card: Path, tmp_path: Path) -> None:
+    recipe = narrow(card, OPTIMISERS[kind])
     run(recipe, tmp_path / "whole")
     with pytest.raises(Interrupted):
         run(recipe, tmp_path / "pieces", callbacks=Until(3, crash))
@@ -178,6 +187,6 @@ def test_where_bf16_weights_cannot_be_kept_they_are_refused(
     train: dict[str, str], facts: list[str], card: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        run(narrow(card, **train), tmp_path / "run")
+        run(narrow(card, {}, **train), tmp_path / "run")
     assert all(fact in str(raised.value) for fact in facts)
     assert not (tmp_path / "run").exists()

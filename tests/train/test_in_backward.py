@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.train.test_interruptions import Interrupted, Until, crash
-from tests.train.world import assert_same, learned, losses, metrics, tiny
+from tests.train.world import metrics, tiny
 from vlafit.errors import ConfigError, TrainingError
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -106,19 +105,14 @@ def within(card: Path, **sections: dict) -> Recipe:
     return tiny(card, train=SHORT | train, optim={"in_backward": True} | optim, **sections)
 
 
-def test_such_a_run_goes_on_bit_for_bit_and_says_how_it_clips(card: Path, tmp_path: Path) -> None:
-    recipe = within(card, policy={"config": {"max_tokens": 16}})  # all layers: one tensor is little
-    run(recipe, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(recipe, tmp_path / "pieces", callbacks=Until(3, crash))
-    run(recipe, tmp_path / "pieces", resume=True)
-    assert_same(learned(tmp_path / "pieces", 4), learned(tmp_path / "whole", 4))
-    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
-    logged = [event for event in metrics(tmp_path / "whole") if "train/loss" in event]
+def test_such_a_run_logs_the_norm_of_its_gradients_and_says_how_it_clips(card: Path, tmp_path: Path) -> None:
+    recipe = within(card, train={"steps": 2}, policy={"config": {"max_tokens": 16}})  # all layers
+    run(recipe, tmp_path / "run")
+    logged = [event for event in metrics(tmp_path / "run") if "train/loss" in event]
     assert all(event["train/grad_norm"] > 0 for event in logged)
     # One tensor, not all of them.
     assert 0 < logged[-1]["train/memory/gradients_gb"] < 0.25 * logged[-1]["train/memory/weights_gb"]
-    items = json.loads((tmp_path / "whole" / "agreement.json").read_text())["items"]
+    items = json.loads((tmp_path / "run" / "agreement.json").read_text())["items"]
     (line,) = [item for item in items if item["name"] == "gradient clipping"]
     assert line["status"] == "chosen" and "optim.clip_norm = 1" in line["sides"]["recipe"]
 

@@ -17,7 +17,7 @@ from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, family
 from vlafit.recipe import Recipe
 from vlafit.train import piecewise_adamw, run
-from vlafit.train.adam8bit import state_bytes
+from vlafit.train.adam8bit import BLOCK, SIGNED, MomentsIn8Bits, state_bytes, table
 from vlafit.train.data import open_data
 from vlafit.train.fit import close, fit, workload_of
 from vlafit.train.forecast import Workload, forecast, full_batch
@@ -118,6 +118,24 @@ def test_8_bit_moments_follow_the_loss_of_fp32_over_200_steps() -> None:
     kinds = [sorted(state) for state in optimizer.state.values()]
     quantised = ["exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale", "step"]
     assert kinds == [quantised, ["exp_avg", "exp_avg_sq", "step"]] * 2  # weights and biases
+
+
+def test_codes_and_scales_are_those_of_torchao() -> None:
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    utils = pytest.importorskip("torchao.optim.quant_utils")
+    maps = {"exp_avg": subclass.get_qmap_signed(), "exp_avg_sq": subclass.get_qmap_unsigned()}
+    rng, numbers = torch.Generator().manual_seed(0), 2**16
+    for name, qmap in maps.items():
+        assert table(SIGNED[name]) == tuple(qmap)
+        codes = torch.randint(0, 256, (numbers,), generator=rng).to(torch.uint8)
+        scale = torch.rand(numbers // BLOCK, generator=rng)
+        value = torch.randn(numbers, generator=rng) if SIGNED[name] else torch.rand(numbers, generator=rng)
+        state = {f"{name}.codes": codes.clone(), f"{name}.scale": scale.clone()}
+        moment = MomentsIn8Bits().update(state, name, slice(0, numbers), value, 0.9)
+        theirs = utils.dequant_with_qmap(codes, torch.tensor(qmap), scale).lerp_(value, 1 - 0.9)
+        scaled, largest = utils.scale_tensor(theirs, BLOCK)
+        assert torch.equal(moment, theirs) and torch.equal(state[f"{name}.scale"], largest)
+        assert torch.equal(state[f"{name}.codes"], utils.quantize_8bit_with_qmap(scaled, torch.tensor(qmap)))
 
 
 def test_small_tensors_train_as_with_torchs_adamw() -> None:
@@ -227,7 +245,8 @@ def test_the_ladder_begins_with_the_fastest_and_ends_with_what_changes_how_a_run
     held = rungs(of_8, full, fixed=Rung("none", "8bit", 2), free=["recompute"])
     assert [rung.recompute for rung in held] == ["none", "selective", "full"]
     assert {(rung.states, rung.micro_batches, rung.changes) for rung in held} == {("8bit", 2, 0)}
-    assert {(rung.recompute, rung.states) for rung in smallest(every)} == {("full", "8bit")}
+    assert {rung.recompute for rung in smallest(every)} == {"full"}
+    assert smallest(rungs(of_8, full, fixed=Rung("none"))) == [Rung("none")]
 
 
 def test_rungs_that_a_run_cannot_be_on_are_left_out() -> None:
@@ -240,7 +259,8 @@ def test_rungs_that_a_run_cannot_be_on_are_left_out() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_rung_that_does() -> None:
-    policy = build_family("pi0", "pi0-tiny", {}, device="meta")
+    config = {"vision.depth": 1, "language.depth": 1}
+    policy = build_family("pi0", "pi0-small", config, device="meta")
     of = forecaster(policy, load_strategy("full"), Workload(8))
     every = [Rung("none"), Rung("full"), Rung("full", "8bit", 8), Rung("full", "8bit", 8, "bf16")]
     need = [of(rung).total for rung in every]
@@ -274,9 +294,10 @@ def test_a_run_picks_the_rung_that_fits_or_is_refused_before_it_loads(
 
 
 def test_a_memory_picks_bf16_weights_only_where_it_must_and_never_against_the_recipe(card: Path) -> None:
-    config = {"max_tokens": 16, "vision.depth": 1, "language.depth": 1, "language.vocab": 2**16}
+    config = {"vision.depth": 1, "language.depth": 1}
     train = {"precision": "bf16", "frozen": "bf16", "sharding": "none", "batch_size": 1}
-    recipe = tiny(card, policy={"config": config}, train=train, optim={"in_backward": False})
+    policy = {"size": "pi0-small", "config": config}
+    recipe = tiny(card, policy=policy, train=train, optim={"in_backward": False})
     data = open_data(recipe.data, 0)
     policy = meta_policy(recipe, data)
     of = forecaster(policy, load_strategy("full"), workload_of(close(recipe), policy, data, 1))

@@ -1,21 +1,22 @@
-"""AdamW's moments in 8 bits, block by block (arXiv 2110.02861), in torchao's format.
+"""AdamW's moments in 8 bits, block by block (arXiv 2110.02861), with the codes and scales of torchao.
 
-torchao's own optimiser compiles its step anew for every shape, or makes several float32 copies of a tensor
-without compilation. `piecewise_adamw.py` works on pieces of a tensor, with torchao's functions. Small tensors
-keep float32 moments, as in torchao.
+A code stands for a number of a fixed table; the largest number of a block is its scale. Small tensors keep
+float32 moments, as in torchao and bitsandbytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cache
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from vlafit.errors import ConfigError
-
 BLOCK = 256  # numbers that share a scale: torchao's AdamW8bit
 LEAST = 4096  # numbers of a tensor that is quantised: torchao, bitsandbytes
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+EXPONENTS = 7  # of the table: 10^0 to 10^-6
+LEAST_SCALE = 1e-12  # torchao
 
 
 def is_quantised(numbers: int) -> bool:
@@ -40,35 +41,46 @@ def empty_moments(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
+@cache
+def table(signed: bool) -> tuple[float, ...]:
+    """Return the 256 numbers from -1 (or 0) to 1 that codes stand for, in their order.
+
+    In each decade they are the middles of equal steps from a tenth to one, of which each larger decade has
+    twice as many: section 1.3 of the paper, and `create_dynamic_map` in bitsandbytes.
+    """
+    numbers = [0.0, 1.0]
+    for exponent in range(EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (0 if signed else 1)) + 1)
+        middles = (10 ** (exponent - EXPONENTS + 1) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        numbers += [*middles, *(-value for value in middles)] if signed else middles
+    return tuple(sorted(numbers))
+
+
 @final
 class MomentsIn8Bits:
-    """Reads, updates and writes moments in 8 bits, with the numbers that torchao's codes stand for."""
+    """Reads, updates and writes moments in 8 bits; it keeps a table on each device."""
 
     def __init__(self) -> None:
-        """Raise ConfigError where torchao is not installed."""
-        try:
-            from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
-        except ImportError as error:
-            raise ConfigError(
-                f'optim.states = "8bit" needs torchao: pip install "vlafit[quantise]" ({error})'
-            ) from error
-        signed, unsigned = get_qmap_signed(), get_qmap_unsigned()
-        self._numbers: Mapping[str, Sequence[float]] = dict(zip(MOMENTS, (signed, unsigned), strict=True))
-        self._maps: dict[tuple[torch.device, str], Tensor] = {}
+        self._tables: dict[tuple[torch.device, str], tuple[Tensor, Tensor]] = {}
 
     def update(
         self, state: Mapping[str, Tensor], name: str, piece: slice, value: Tensor, beta: float
     ) -> Tensor:
         """Move a piece of the moment `name` towards `value`, in place, and return it in float32."""
-        from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
-
         codes = state[f"{name}.codes"][piece]
         scale = state[f"{name}.scale"][piece.start // BLOCK : piece.stop // BLOCK]
-        key = (codes.device, name)
-        if key not in self._maps:
-            self._maps[key] = torch.tensor(self._numbers[name], device=codes.device)
-        moment = dequant_with_qmap(codes, self._maps[key], scale).lerp_(value, 1 - beta)
-        scaled, new_scale = scale_tensor(moment, BLOCK)
-        codes.copy_(quantize_8bit_with_qmap(scaled, self._maps[key]))
-        scale.copy_(new_scale)
+        numbers, borders = self._table(codes.device, name)
+        moment = numbers.index_select(0, codes.int()).view(-1, BLOCK).mul_(scale[:, None]).view(-1)
+        moment.lerp_(value, 1 - beta)
+        blocks = moment.view(-1, BLOCK)
+        scale.copy_(blocks.abs().amax(-1).clip(LEAST_SCALE))
+        scaled = (blocks / scale[:, None]).view(-1)
+        codes.copy_(torch.bucketize(scaled, borders, right=True, out_int32=True))
         return moment
+
+    def _table(self, device: torch.device, name: str) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the codes [256], and the borders [255] at which the nearest one changes."""
+        if (device, name) not in self._tables:
+            numbers = torch.tensor(table(SIGNED[name]), device=device)
+            self._tables[device, name] = numbers, numbers[:-1] + numbers.diff() * 0.5
+        return self._tables[device, name]

@@ -11,13 +11,14 @@ Format 1 had no stages, and one update count for the whole EMA; it can still be 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
@@ -49,7 +50,37 @@ class Saved:
 
     folder: Path
     progress: Progress
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+
+
+@final
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read into memory of its own whenever it is asked for.
+
+    A file that is mapped into memory would stay there whole for as long as a tensor of it is used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", backend="pread")
+        self._names = frozenset(self._file.keys())
+        self._added: dict[str, Tensor] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors that are not in the file."""
+        self._added |= tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._added:
+            return self._added[name]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names | self._added.keys()))
+
+    def __len__(self) -> int:
+        return len(self._names | self._added.keys())
 
 
 # ------------------------------------------------------------------------------ the checkpoints of a run
@@ -217,12 +248,12 @@ def read(folder: Path, data: str) -> Saved:
                 f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT} and 1: resume "
                 "with the version that began the run, or start a new run with --out"
             )
-        tensors = load_file(folder / TENSORS)
+        tensors = StoredTensors(folder / TENSORS)
         if files.sha256(folder / TENSORS) != facts["sha256"]:
             raise ValueError("the hash of state.safetensors differs from state.json")
         if facts["format"] == 1:
             count = torch.tensor(float(facts["ema_updates"] or 0))
-            tensors |= {f"ema.updates/{k[4:]}": count for k in [*tensors] if k.startswith("ema/")}
+            tensors.add({f"ema.updates/{k[4:]}": count for k in tensors if k.startswith("ema/")})
             facts["stage"] = asdict(Place())
         saved_data = facts["data"]
         values = {field.name: facts[field.name] for field in fields(Progress)}
@@ -246,14 +277,15 @@ def restore(saved: Saved, state: TrainState) -> None:
 
     Raises TrainingError naming what is missing or unused.
     """
-    stored, where = dict(saved.tensors), saved.folder / TENSORS
+    unused, where = set(saved.tensors), saved.folder / TENSORS
 
     def take(key: str, like: Tensor) -> Tensor:
-        if key not in stored:
+        if key not in unused:
             raise TrainingError(
                 f"{where}: {key!r} is missing; the file belongs to another strategy or policy"
             )
-        value = stored.pop(key)
+        unused.remove(key)
+        value = saved.tensors[key]
         if value.shape != like.shape:
             shapes = f"{tuple(value.shape)}, but {tuple(like.shape)} in the policy"
             raise TrainingError(f"{where}: {key!r} has shape {shapes}")
@@ -273,10 +305,11 @@ def restore(saved: Saved, state: TrainState) -> None:
                 value.copy_(take(f"ema/{name}", value))
                 state.ema.updates[name] = int(take(f"ema.updates/{name}", torch.tensor(0.0)))
     if state.ranks is not None:
-        scores = [key for key in stored if key.startswith("ranks/")]
-        state.ranks.load({key.removeprefix("ranks/"): stored.pop(key) for key in scores})
-    if stored:
+        scores = [key for key in unused if key.startswith("ranks/")]
+        state.ranks.load({key.removeprefix("ranks/"): saved.tensors[key] for key in scores})
+        unused.difference_update(scores)
+    if unused:
         raise TrainingError(
-            f"{where}: tensors that this run does not train: {', '.join(sorted(stored)[:5])}; the file "
+            f"{where}: tensors that this run does not train: {', '.join(sorted(unused)[:5])}; the file "
             "belongs to another strategy or policy"
         )

@@ -70,16 +70,22 @@ class Forecast:
     step: int
     """The most that gradients, activations and workspace take at once; gradients take activations' place.
     Where gradients are freed one by one the optimiser's workspace is part of it."""
+    update: int = 0
+    """Bytes that the optimiser takes for a moment beside the gradients."""
 
     @property
     def workspace(self) -> int:
         """Bytes that the step takes for a moment, beside the larger of gradients and activations."""
-        return max(0, self.step - max(self.gradients, self.activations))
+        return self._most - max(self.gradients, self.activations)
 
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.optimiser + self.average + max(self.step, self.gradients)
+        return self.weights + self.optimiser + self.average + self._most
+
+    @property
+    def _most(self) -> int:
+        return max(self.step, self.activations, self.gradients + self.update)
 
 
 def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast:
@@ -97,9 +103,9 @@ def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast
     return replace(static, activations=kept, step=peak)
 
 
-def optimiser_bytes(policy: Policy, strategy: Strategy, workload: Workload) -> int:
-    """Return the bytes of the optimiser's states, without a step."""
-    return _prepared(policy, strategy, workload, MetaKernels(bf16=False, cached=False))[1].optimiser
+def without_step(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast:
+    """Return the forecast of all but activations and what a step takes beside them."""
+    return _prepared(policy, strategy, workload, MetaKernels(bf16=False, cached=False))[1]
 
 
 def _prepared(
@@ -141,23 +147,25 @@ def _within(kernels: MetaKernels, forward: Callable[..., Any], *args: Any, **kwa
 def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
     quantised = {f"{layer}.weight": how for layer, how in plan.quantised.items()}
     weights = sum(map(_bytes, policy.buffers()))
-    gradients = [0]
-    states = average = 0
+    gradients, numbers = [0], [0]
+    states = 0
     for name, parameter in policy.named_parameters():
         how = quantised.get(base_name(name))
         weights += round(parameter.numel() * QUANTISED_BITS[how] / 8) if how else _bytes(parameter)
         if parameter.requires_grad:
             gradients.append(_bytes(parameter))
             states += state_bytes(parameter, workload.states)
-            average += 4 * parameter.numel()
+            numbers.append(parameter.numel())
+    piecewise = workload.states == "8bit" or workload.trained == "bf16" or workload.in_backward
     shards = workload.shards
     return Forecast(
         weights=weights // shards if workload.shards_weights else weights,
         gradients=(max(gradients) if workload.in_backward else sum(gradients)) // shards,
         optimiser=states // shards,
-        average=average // shards if workload.ema else 0,
+        average=4 * sum(numbers) // shards if workload.ema else 0,
         activations=0,
         step=0,
+        update=workspace(max(numbers)) if piecewise else 0,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Policy
 from vlafit.nn.recompute import Recompute
-from vlafit.train.forecast import Forecast, Workload, forecast, optimiser_bytes
+from vlafit.train.forecast import Forecast, Workload, forecast, without_step
 from vlafit.tuning import Strategy
 
 CARDS_GB = (16, 24, 48, 80, 141)
@@ -131,8 +131,8 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
         return forecast(policy, strategy, changed)
 
     @cache
-    def narrow_states() -> int:
-        return optimiser_bytes(policy, strategy, replace(workload, states="8bit"))
+    def narrow_states() -> Forecast:
+        return without_step(policy, strategy, replace(workload, states="8bit"))
 
     def of(rung: Rung) -> Forecast:
         rows = max(1, workload.rows // rung.micro_batches)
@@ -147,7 +147,9 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
                 activations=_between(one.activations, made.activations, share),
                 step=_between(one.step, made.step, share),
             )
-        return made if rung.states == "fp32" else replace(made, optimiser=narrow_states())
+        if rung.states == "fp32":
+            return made
+        return replace(made, optimiser=narrow_states().optimiser, update=narrow_states().update)
 
     return of
 
@@ -159,8 +161,8 @@ def _between(low: int, high: int, share: float) -> int:
 def first_that_fits(candidates: Sequence[Rung], of: Forecaster, gigabytes: float) -> Rung | None:
     """Return the first rung whose forecast fits a card of so many GB; None if there is none.
 
-    Of the rungs that change as much in how a run learns, the smallest are looked at first: a forecast takes
-    seconds.
+    Of the rungs that change as much in how a run learns, those that recompute most are looked at first,
+    because a forecast takes seconds.
     """
     room = room_for(gigabytes)
     for changes in sorted({rung.changes for rung in candidates}):
@@ -171,12 +173,9 @@ def first_that_fits(candidates: Sequence[Rung], of: Forecaster, gigabytes: float
 
 
 def smallest(candidates: Sequence[Rung]) -> list[Rung]:
-    """Return the rungs that recompute most and keep moments in the fewest bits, whatever else they do."""
-    least = (
-        max(SLOWER[rung.recompute] for rung in candidates),
-        min(rung.states == "fp32" for rung in candidates),
-    )
-    return [rung for rung in candidates if (SLOWER[rung.recompute], rung.states == "fp32") == least]
+    """Return the rungs that recompute most, whatever else they do."""
+    most = max(SLOWER[rung.recompute] for rung in candidates)
+    return [rung for rung in candidates if SLOWER[rung.recompute] == most]
 
 
 def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabytes: float, where: str) -> None:

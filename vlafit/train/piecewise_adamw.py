@@ -16,7 +16,7 @@ from vlafit.train.adam8bit import MOMENTS, MomentsIn8Bits, is_quantised
 from vlafit.train.stochastic_rounding import RoundingBits, round_stochastically
 
 PIECE = 2**22  # numbers that are worked on at a time; a multiple of adam8bit.BLOCK
-WORKSPACE = 64  # bytes for a number of a piece: float32 copies, and codes of moments as 64-bit indices
+WORKSPACE = 28  # bytes for a number of a piece: gradient, weight, moments, a square, one scaled, its code
 
 
 def workspace(numbers: int) -> int:
@@ -41,10 +41,7 @@ class PiecewiseAdamW(torch.optim.Optimizer):
         seed: int = 0,
         frees_gradients: bool = False,
     ) -> None:
-        """`seed` is that of stochastic rounding. `frees_gradients` tells that steps are in the backward pass.
-
-        Raises ConfigError where 8-bit moments need a library that is not installed.
-        """
+        """`seed` is that of stochastic rounding; `frees_gradients` says that the backward pass steps."""
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.number = 0
         self.frees_gradients = frees_gradients
