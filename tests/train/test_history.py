@@ -65,6 +65,7 @@ def test_a_checkpoint_says_what_it_learned_from(base: Path) -> None:
     (dots,) = history.datasets
     assert (history.base, dots.card, dots.episodes, dots.frames) == ("", "dots", 6, 60 - 6 - 7)
     assert dict(history.seeds) == {"left": (500, 501, 502, 503), "right": (500, 501, 502, 503)}
+    assert history.complete and len(history.episodes) == 2 * 6  # states and actions of each
 
 
 def test_the_seeds_of_the_base_are_those_of_what_is_fine_tuned_from_it(
@@ -76,6 +77,16 @@ def test_the_seeds_of_the_base_are_those_of_what_is_fine_tuned_from_it(
     history = checkpoints.read_lineage(tmp_path / "run" / "checkpoints" / "step_000001")
     assert history.base == checkpoints.digest(base)
     assert history.seeds["left"] == (500, 501, 502, 503, 600, 601, 602, 603)
+
+
+def test_held_out_episodes_that_the_base_learned_from_are_named(base: Path, seeded: Path) -> None:
+    assert not any("has learned from" in text for text in build(further(base, seeded), CPU).warnings)
+    other_split = further(base, seeded, train={"seed": 4})
+    seen = set(open_data(other_split.data, 4).validation[0])
+    seen -= set(open_data(other_split.data, 3).validation[0])
+    (warning,) = [text for text in build(other_split, CPU).warnings if "has learned from" in text]
+    assert f"card 'dots': checkpoint {str(base)!r} has learned from {len(seen)} of the 2 held-out" in warning
+    assert min(seen, key=list(open_data(other_split.data, 4).validation[0]).index) in warning
 
 
 @pytest.mark.parametrize("first", [497, 503])

@@ -5,7 +5,7 @@ wrong.
 from vlafit.checkpoints.assign import fit, keep_in, stored_as
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.native.adapters import Base, names_on_base, read_base
-from vlafit.checkpoints.history import Learned, Lineage, read_lineage
+from vlafit.checkpoints.history import Learned, Lineage, join_seeds, read_lineage
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.load import (
     Loaded,
@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "inspect",
     "inspect_all",
+    "join_seeds",
     "keep_in",
     "lasting_base",
     "load",

@@ -17,7 +17,7 @@ from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.formats.native.adapters import read_base
 from vlafit.checkpoints.formats.native.format import FORMAT as NATIVE
 from vlafit.checkpoints.formats.peft import write as peft
-from vlafit.checkpoints.history import Lineage, read_lineage
+from vlafit.checkpoints.history import Lineage, join_seeds, read_lineage
 from vlafit.checkpoints.load import load_all
 from vlafit.checkpoints.loaded import LoadedSet
 from vlafit.checkpoints.locate import digest, place
@@ -271,12 +271,15 @@ def _interpolated(history: Lineage | None, shares: Mapping[str, float], base: Pa
     kept = ", ".join(f"{share:g} of {part}" for part, share in shares.items())
     before = read_lineage(base) if native.recognise(base) else Lineage()
     own = history or Lineage()
-    seeds = {
-        task: tuple(sorted({*own.seeds.get(task, ()), *before.seeds.get(task, ())}))
-        for task in sorted({*own.seeds, *before.seeds})
-    }
+    seeds, episodes = join_seeds(own.seeds, before.seeds), tuple(sorted({*own.episodes, *before.episodes}))
     made = f"interpolated: from checkpoint {digest(base)[:12]} on, {kept}"
-    return replace(own, seeds=seeds, made=f"{own.made}; {made}" if own.made else made)
+    return replace(
+        own,
+        seeds=seeds,
+        episodes=episodes,
+        complete=own.complete and before.complete,
+        made=f"{own.made}; {made}" if own.made else made,
+    )
 
 
 def _require_free(out: Path) -> None:

@@ -41,6 +41,12 @@ class Lineage:
     """The datasets that it was trained on since `base`."""
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Task -> the seeds of its recorded episodes, those that `base` learned from among them."""
+    episodes: tuple[str, ...] = ()
+    """Digests of the states and of the actions of every episode that it learned from, those of `base` among
+    them; see `vlafit.datasets.content`."""
+    complete: bool = False
+    """Whether `episodes` are all that it ever learned from: not those of another program's checkpoint, or of
+    a run before episodes were recorded."""
     made: str = ""
     """The change made to the weights after training, such as an interpolation; empty: none."""
 
@@ -51,12 +57,31 @@ class Lineage:
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
     def followed_by(
-        self, base: str, datasets: Iterable[Learned], seeds: Mapping[str, Iterable[int]]
+        self,
+        base: str,
+        datasets: Iterable[Learned],
+        seeds: Mapping[str, Iterable[int]],
+        episodes: Iterable[str],
     ) -> "Lineage":
-        """Return the lineage of what learns from `datasets` when this, of checkpoint `base`, is its past."""
-        tasks = sorted({*self.seeds, *seeds})
-        joined = {t: tuple(sorted({*self.seeds.get(t, ()), *seeds.get(t, ())})) for t in tasks}
-        return Lineage(base=base, datasets=tuple(datasets), seeds=joined)
+        """Return the lineage of what learns from `datasets` when this, of checkpoint `base`, is its past.
+
+        `base` is "" where training begins with fresh weights. `episodes` are the digests of what is learned.
+        """
+        return Lineage(
+            base=base,
+            datasets=tuple(datasets),
+            seeds=join_seeds(self.seeds, seeds),
+            episodes=tuple(sorted({*self.episodes, *episodes})),
+            complete=self.complete or not base,
+        )
+
+
+def join_seeds(
+    first: Mapping[str, Iterable[int]], second: Mapping[str, Iterable[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the seeds of each task that either has."""
+    tasks = sorted({*first, *second})
+    return {task: tuple(sorted({*first.get(task, ()), *second.get(task, ())})) for task in tasks}
 
 
 def read_lineage(folder: Path) -> Lineage:

@@ -192,7 +192,7 @@ def _check_protocol(recipe: Recipe, data: Data) -> None:
         recipe.eval.protocol,
         data.of(recipe.eval.embodiment).embodiment,
         wrong_instruction=recipe.eval.wrong_instruction,
-        seeds=past.followed_by("", data.learned, data.seeds()).seeds,
+        seeds=checkpoints.join_seeds(past.seeds, data.seeds()),
     )
 
 

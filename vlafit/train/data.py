@@ -15,6 +15,7 @@ from itertools import compress
 from vlafit import checkpoints
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.card import with_relative_matches
+from vlafit.datasets.content import content_of
 from vlafit.datasets.framing import exchanged_keys, frames, frames_of, is_same
 from vlafit.datasets.leaks import require_apart
 from vlafit.datasets.order import shares
@@ -130,6 +131,16 @@ class Data:
                 frames=sum(store.episodes[store.index(i)].length for i in training),
             )
             for store, training, validation in zip(self.stores, self.training, self.validation, strict=True)
+        )
+
+    @cached_property
+    def contents(self) -> frozenset[str]:
+        """Digests by which the training episodes are recognised in other files; see `content_of`."""
+        return frozenset(
+            digest
+            for store, training in zip(self.stores, self.training, strict=True)
+            for identity in training
+            for digest in content_of(store, store.index(identity))
         )
 
     @property

@@ -15,6 +15,7 @@ from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
+from vlafit.datasets.leaks import learned_before
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import stack
@@ -102,7 +103,7 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
         return _from_checkpoint(recipe, data, generator, frozen)
     policy = _from_scratch(recipe.policy, generator)
     frozen.in_memory(policy)
-    history = checkpoints.Lineage().followed_by("", data.learned, data.seeds())
+    history = checkpoints.Lineage().followed_by("", data.learned, data.seeds(), data.contents)
     agreements = reconcile.agree_on_parts(recipe, data, {}, None)
     name, report = recipe.policy.tokenizer, "all weights are fresh"
     opened = tokenizers.open_named(name) if name and policy.needs().prompt is not None else None
@@ -218,6 +219,8 @@ def _from_checkpoint(
         tokenizer = LEARNED
         notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
         opened = _learned_tokenizer(recipe, policy, data)
+    past = checkpoints.read_lineage(path)
+    warnings += tuple(learned_before(data.stores, data.validation, past.episodes, chosen.checkpoint))
     codecs, slots = [], []
     for embodiment, part in data.parts().items():
         before, agreement = befores.get(embodiment), agreements[embodiment]
@@ -235,7 +238,7 @@ def _from_checkpoint(
         policy,
         CodecSet(codecs),
         "\n".join([report.text(), *dict.fromkeys(notes), *dict.fromkeys(slots)]),
-        checkpoints.read_lineage(path).followed_by(digest, data.learned, data.seeds()),
+        past.followed_by(digest, data.learned, data.seeds(), data.contents),
         f"checkpoint {path}",
         robots={name: codec.embodiment for name, codec in befores.items() if codec.embodiment.hz},
         base=base,
