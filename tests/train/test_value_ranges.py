@@ -11,11 +11,13 @@ import torch
 
 from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
 from vlafit import cli, config
+from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecConfig, Statistics
 from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
 from vlafit.offline.contract import permitted_by, require_values
+from vlafit.recipe import AdaptRecipe
 from vlafit.train.data import open_data
 from vlafit.train.experiment import build
 from vlafit.types import Embodiment, Feature
@@ -274,16 +276,99 @@ def test_an_evaluation_names_what_differs_and_is_no_error(tmp_path: Path):
         assert any(all(word in line for word in words) for line in lines), words
 
 
-def test_the_values_of_a_validation_set_are_compared_and_reported(tmp_path: Path):
+@pytest.mark.case(
+    section="data",
+    report="validation loss in the thousands",
+    user_has="a validation set in other units than the training data",
+    now="an error that names set, dimension and episode; `[adapt] outside` permits dimensions",
+)
+def test_the_values_of_a_validation_set_are_compared_as_those_of_the_training_data(tmp_path: Path):
     base = write_checkpoint(tmp_path / "base")
     card = write_card(tmp_path / "data")
     other = write_card(tmp_path / "other", scale=57.29578)
     other.write_text(other.read_text().replace('name = "joints"', 'name = "degrees"'))
-    sets = {"old": (str(other),)}
-    experiment = build(recipe_of(card, base, {}, validation_sets=sets), torch.device("cpu"))
-    named = [text for text in experiment.warnings if text.startswith("validation set 'old'")]
-    assert any("normalised action.b" in text and "degrees" in text for text in named)
-    assert not build(recipe_of(card, base, {}), torch.device("cpu")).warnings
+    recipe = recipe_of(card, base, {}, validation_sets={"old": (str(other),)})
+    with pytest.raises(EmbodimentError) as error:
+        build(recipe, torch.device("cpu"))
+    for word in (
+        "data.validation_sets.old",
+        "normalised action.b",
+        "degrees: ",
+        "reach_demo/demo_",
+        "outside",
+    ):
+        assert word in str(error.value)
+    every = ("state.a", "state.b", "action.a", "action.b")
+    build(replace(recipe, adapt=AdaptRecipe(outside=every)), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------- held-out episodes
+
+
+def in_degrees(card: Path, episode: str, columns: tuple[str, ...]) -> None:
+    """Scale the columns of one of the card's episodes."""
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        for column in columns:
+            rows = file[f"data/{episode.rpartition('/')[2]}/{column}"]
+            rows[...] = rows[...] * 57.29578  # type: ignore[index, operator]
+
+
+@pytest.mark.case(
+    section="data",
+    report="validation loss in the thousands",
+    user_has="a held-out episode in degrees among radians, or the only one where the gripper moves",
+    now="an error that names episode, step and dimension before training; `inspect --data` shows it",
+)
+@pytest.mark.parametrize("statistics", ["checkpoint", "data"])
+def test_the_values_of_held_out_episodes_are_compared_with_the_statistics_in_use(
+    statistics: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base, card = write_checkpoint(tmp_path / "base"), write_card(tmp_path / "data")
+    recipe = recipe_of(card, base, {}, statistics=statistics)
+    (held_out,) = open_data(recipe.data, recipe.train.seed).validation[0]
+    accepted = start(recipe).agreement
+    assert accepted is not None
+    assert "normalised action, held-out episodes" in {item.name for item in accepted.items}
+    in_degrees(card, held_out, ("actions", "obs/at"))
+    with pytest.raises(EmbodimentError) as error:
+        start(recipe)
+    text = str(error.value)
+    for word in ("normalised action.b, held-out episodes", f"in episode {held_out}, step", "episodes.skip"):
+        assert word in text
+    assert text.count("fix:") == 1 and 'outside = ["state.a", ' in text
+    every = ("state.a", "state.b", "action.a", "action.b")
+    start(replace(recipe, adapt=AdaptRecipe(outside=every)))
+    if statistics == "checkpoint":
+        assert cli.main(["inspect", str(base), "--data", str(card)]) == 1
+        table, errors = capsys.readouterr()
+        assert f"{held_out}, step" in table and "normalised action.b, held-out episodes" in errors
+        assert errors.count("episodes.skip") == 1
+
+
+def test_a_dimension_that_only_moves_in_a_held_out_episode_is_an_error(tmp_path: Path):
+    card = write_card(tmp_path / "data")
+    recipe = recipe_of(card, None, {})
+    (held_out,) = open_data(recipe.data, recipe.train.seed).validation[0]
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        for name, group in file["data"].items():  # type: ignore[union-attr]
+            group["actions"][:, 1] = float(held_out.endswith(name)) * (np.arange(6) > 2)
+    with pytest.raises(EmbodimentError, match="normalised action.b, held-out episodes") as error:
+        start(recipe)
+    assert f"1 in episode {held_out}, step 3" in str(error.value)
+
+
+def test_a_remedy_that_many_dimensions_share_is_given_once(tmp_path: Path):
+    codec = codec_of([1.0] * 13)
+    store = Recorded("arm", codec.embodiment, alternating(*[57.3] * 13))
+    items = tuple(value_faults.items([store], [["e0"]], codec, (), False))
+    agreement = Agreement(items, (), ())
+    with pytest.raises(EmbodimentError) as error:
+        agreement.require()
+    text = str(error.value)
+    assert text.count("fix:") == 1 and "disagree on 26 points" in text
+    assert all(f"normalised {column}.{i}: " in text for column in ("state", "action") for i in range(13))
+    assert all(f'"{column}.{i}"' in text for column in ("state", "action") for i in range(13))
+    assert [row[4].endswith("as above") for row in agreement.rows()].count(True) == 25
 
 
 def test_an_evaluation_permits_what_the_recipe_of_the_run_permitted(tmp_path: Path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -93,10 +94,12 @@ class Agreement:
         if not self.conflicts:
             return
         lines = []
-        for item in self.conflicts:
-            sides = "; ".join(f"{role}: {text}" for role, text in item.sides.items())
-            lines.append(f"  {item.name}: {sides}" + (f"\n    fix: {item.fix}" if item.fix else ""))
-        points = f"{len(lines)} point{'s' * (len(lines) > 1)}"
+        for fix, alike in groupby(self.conflicts, key=lambda item: item.fix):
+            for item in alike:
+                sides = "; ".join(f"{role}: {text}" for role, text in item.sides.items())
+                lines.append(f"  {item.name}: {sides}")
+            lines += [f"    fix: {fix}"] if fix else []
+        points = f"{len(self.conflicts)} point{'s' * (len(self.conflicts) > 1)}"
         raise EmbodimentError(f"{title} disagree on {points}:\n" + "\n".join(lines) + self._how_to_accept())
 
     def _how_to_accept(self) -> str:
@@ -130,11 +133,12 @@ class Agreement:
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Return (item, dataset, checkpoint, value, why) for tables; a further side is in the third."""
-        rows = []
+        rows, fix = [], ""
         for item in self.items:
             dataset, checkpoint = item.sides.get("dataset", ""), item.sides.get("checkpoint", "")
             others = [f"{role}: {text}" for role, text in item.sides.items() if role not in DATA]
-            why = item.reason or item.fix
+            why = item.reason or ("as above" if item.fix and item.fix == fix else item.fix)
+            fix = item.fix
             status = item.status if item.status != "same" else ""
             rows.append(
                 (

@@ -6,7 +6,7 @@ and with a useless policy, and an evaluation measures nothing, so both are an er
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,14 @@ class Remedies:
     quote: str = '"'
     """Around each name."""
     chosen: str = "adapt.outside"
+    question: str = (
+        "are the card's units those of the checkpoint (degrees, radians; m, mm; 0 to 1, 0 to 100), the "
+        "columns in its order, and the statistics this robot's? robot.state and robot.action of a card "
+        "convert units (`scale`)."
+    )
+    """What may be wrong with values that other data's statistics do not describe."""
+    side: str = "checkpoint"
+    """Whose the statistics are."""
 
     def permitting(self, names: Sequence[str]) -> str:
         """Return how to permit the dimensions `names`."""
@@ -50,6 +58,27 @@ class Remedies:
 
 
 TRAINING = Remedies()
+HELD_OUT = Remedies(
+    refit="Else leave the episode out (episodes.skip in the card)",
+    question="is a held-out episode in other units than those trained on, or of another robot or gripper?",
+    side="statistics",
+)
+
+
+def of_run(
+    stores: Sequence[EpisodeStore],
+    training: Sequence[Sequence[str]],
+    held_out: Sequence[Sequence[str]],
+    codec: Codec,
+    permitted: Sequence[str],
+    fitted: bool,
+) -> Iterator[Item]:
+    """Return the items of a run's training episodes, and of its held-out ones under the same statistics."""
+    yield from items(stores, training, codec, permitted, fitted)
+    if any(held_out):
+        remedies = HELD_OUT if fitted else replace(TRAINING, refit=HELD_OUT.refit)
+        every = items(stores, held_out, codec, permitted, fitted, remedies, "held-out episodes")
+        yield from (item for item in every if item.status != "differs")
 
 
 def items(
@@ -59,11 +88,13 @@ def items(
     permitted: Sequence[str],
     fitted: bool,
     remedies: Remedies = TRAINING,
+    part: str = "",
 ) -> Iterator[Item]:
     """Return an item for each column, and one for each fault: a conflict unless its dimensions are permitted.
 
-    `permitted` is `adapt.outside`, `fitted` whether the statistics are of these `episodes` of the `stores`.
-    Raises ConfigError for a permitted dimension that does not exist.
+    `permitted` is `adapt.outside`, `fitted` whether the statistics are of these `episodes` of the `stores`,
+    or, where `part` names them, of others in the same dataset. Raises ConfigError for a permitted dimension
+    that does not exist.
     """
     ranges = measure(stores, episodes, codec)
     known = [name for one in ranges for name in one.names]
@@ -73,6 +104,7 @@ def items(
                 f"{remedies.chosen}: the robot has no dimension {name!r}{did_you_mean(name, known)}; "
                 f"it has: {', '.join(dict.fromkeys(one.names[0] for one in ranges))}"
             )
+    own, of_part = fitted and not part, f", {part}" if part else ""
     datasets = list(dict.fromkeys(one.dataset for one in ranges))
     for column in ("state", "action"):
         mine = [one for one in ranges if one.column == column]
@@ -82,48 +114,50 @@ def items(
         ]
         largest = max(one.largest for one in mine)
         value = f"largest {largest:.3g}"
-        yield Item(f"normalised {column}", {"dataset": "; ".join(texts)}, value, "same")
+        yield Item(f"normalised {column}{of_part}", {"dataset": "; ".join(texts)}, value, "same")
     for column in ("state", "action"):
         for dataset in datasets:
             mine = [one for one in ranges if (one.column, one.dataset) == (column, dataset)]
-            if not fitted or len(datasets) > 1:  # one dataset's own statistics describe it
-                yield from _narrow(mine, codec, permitted, fitted, remedies)
+            if not own or len(datasets) > 1:  # one dataset's own statistics describe it
+                for item in _narrow(mine, codec, permitted, own, remedies):
+                    yield replace(item, name=f"{item.name}{of_part}")
     by_name = {store.card.name: (store, sample(ids)) for store, ids in zip(stores, episodes, strict=True)}
-    for one in ranges:
-        if one.is_extreme or (one.is_foreign and not fitted):
-            store, ids = by_name[one.dataset]
-            middle = float(codec.statistics[one.column].mean[one.index])
-            place = _furthest([store], [ids], codec, one.column, one.index, middle)[1]
-            yield _extreme(one, codec, permitted, fitted, place, remedies)
-        elif one.is_shifted:
-            yield _shifted(one)
-    if fitted:
+    extreme = [one for one in ranges if one.is_extreme or (one.is_foreign and not fitted)]
+    refused = [one.names[0] for one in extreme if not set(one.names) & set(permitted)]
+    for one in extreme:
+        store, ids = by_name[one.dataset]
+        middle = float(codec.statistics[one.column].mean[one.index])
+        place = _furthest([store], [ids], codec, one.column, one.index, middle)[1]
+        item = _extreme(one, codec, place, own, refused, remedies)
+        yield replace(item, name=f"{item.name}{of_part}")
+    yield from (_shifted(one) for one in ranges if one.is_shifted and one not in extreme)
+    if own:
         yield from _single_values(stores, episodes, codec, permitted, remedies)
 
 
 def _extreme(
-    one: Range, codec: Codec, permitted: Sequence[str], fitted: bool, place: str, remedies: Remedies
+    one: Range, codec: Codec, place: str, fitted: bool, refused: Sequence[str], remedies: Remedies
 ) -> Item:
+    """Return the item of an extreme dimension; the remedy is one for all that are `refused`."""
     name = f"normalised {one.names[0]}"
     text = f"{one.dataset}: {one.far:.1%} of the values beyond {FAR:g}, largest {one.largest:.3g} ({place})"
     if one.is_foreign:
         text += f", mean {one.mean:.3g}"
     sides = {"dataset": text}
-    if set(one.names) & set(permitted):
+    if one.names[0] not in refused:
         return Item(name, sides, "as it is", "chosen", remedies.chosen)
     if not fitted:
         seen = codec.statistics[one.column]
-        sides["checkpoint"] = (
+        sides[remedies.side] = (
             f"statistics of mean {seen.mean[one.index]:.3g}, std {seen.std[one.index]:.3g} in its units"
         )
     remedy = (
         'normalise otherwise (data.normalisation = "mean_std")'
         if fitted
-        else "are the card's units those of the checkpoint (degrees, radians; m, mm; 0 to 1, 0 to 100), "
-        "the columns in its order, and the statistics this robot's? robot.state and robot.action of a card "
-        f"convert units (`scale`). {remedies.refit}"
+        else f"{remedies.question} {remedies.refit}"
     )
-    return Item(name, sides, "", "conflict", fix=f"{remedy}; {remedies.permitting(one.names[:1])}")
+    permit = remedies.permitting(list(dict.fromkeys(refused)))
+    return Item(name, sides, "", "conflict", fix=f"{remedy}; {permit}")
 
 
 def _shifted(one: Range) -> Item:
@@ -165,7 +199,7 @@ def _narrow(
         return
     seen = codec.statistics[first.column].std
     own = ", ".join(f"{one.dimension} {seen[one.index]:.3g}" for one in narrow)
-    spread["checkpoint" if not fitted else "statistics"] = f"std {own}"
+    spread[remedies.side if not fitted else "statistics"] = f"std {own}"
     convert = f"robot.{first.column}.scale of the card"
     if fitted:
         remedy = f"the cards are of different units ({guess}): convert one of them by {convert}"

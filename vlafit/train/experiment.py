@@ -114,6 +114,7 @@ def build(
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)
         _require_room_for_prompts(store, codec)
+    values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
     if initial.plan is None:
@@ -153,7 +154,7 @@ def build(
             *renderers,
             *renderer_warnings(sets, data),
             *cameras,
-            *_values_of_sets(sets, data, codecs),
+            *values,
         ),
         base=saved.base,
         saved=saved.sentence,
@@ -164,17 +165,37 @@ def build(
     )
 
 
-def _values_of_sets(sets: ValidationSets, data: Data, codecs: CodecSet) -> Iterator[str]:
-    """Yield a sentence for each fault in the values of a validation set: its loss would say little."""
+SETS = replace(
+    value_faults.TRAINING,
+    refit="Else leave the set out: its loss would say little",
+    question="is the set in other units than the training data, or of another robot?",
+    side="statistics",
+)
+
+
+def _values_of_sets(
+    sets: ValidationSets, recipe: Recipe, data: Data, codecs: CodecSet, resumed: bool
+) -> Iterator[str]:
+    """Compare the values of validation sets with the statistics in use, as those of the training data are.
+
+    Raises EmbodimentError naming set, dimension and episode; a `resumed` run, which may have begun with such
+    a set, gets a sentence for each instead.
+    """
     for name, stores in sets.items():
         for embodiment in dict.fromkeys(data.name_of(store) for store in stores):
             some = [store for store in stores if data.name_of(store) == embodiment]
             every = [[info.id for info in store.episodes] for store in some]
-            codec = codecs.of_data(embodiment, where="the run")
-            for item in value_faults.items(some, every, codec, (), False):
-                if item.status == "conflict":
-                    sides = "; ".join(item.sides.values())
-                    yield f"validation set {name!r}: {item.name}: {sides}: its loss says little"
+            codec, permitted = (
+                codecs.of_data(embodiment, where="the run"),
+                recipe.adapt.of(embodiment).outside,
+            )
+            part = f"validation set {name!r}"
+            items = tuple(value_faults.items(some, every, codec, permitted, False, SETS, part))
+            agreement = Agreement(items, (), ())
+            if not resumed:
+                agreement.require(f"data.validation_sets.{name} and the statistics in use")
+            for item in agreement.conflicts:
+                yield f"{item.name}: {'; '.join(item.sides.values())}: its loss says little"
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:

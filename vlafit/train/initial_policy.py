@@ -306,8 +306,13 @@ def _with_codec(
         [
             *reconcile.other_cards(part.cards),
             *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
-            *value_faults.items(
-                part.stores, part.training, codec, recipe.adapt.outside, recipe.fits_statistics
+            *value_faults.of_run(
+                part.stores,
+                part.training,
+                part.validation,
+                codec,
+                recipe.adapt.outside,
+                recipe.fits_statistics,
             ),
         ]
     )

@@ -206,7 +206,12 @@ def outlook(
         *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk),
     ]
     return agreement.with_items(
-        [*items, *value_faults.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
+        [
+            *items,
+            *value_faults.of_run(
+                data.stores, data.training, data.validation, codec, recipe.adapt.outside, False
+            ),
+        ]
     )
 
 

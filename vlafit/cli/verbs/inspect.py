@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +93,8 @@ def run(arguments: Sequence[str]) -> int:
             print(f"\n{agreement_table(agreement)}")
     if agreement is None or not agreement.conflicts:
         return 0
-    for item in agreement.conflicts:
-        print(f"conflict: {item.name}: {item.fix}", file=sys.stderr)
+    for fix, alike in groupby(agreement.conflicts, key=lambda item: item.fix):
+        print(f"conflict: {'; '.join(item.name for item in alike)}: {fix}", file=sys.stderr)
     return 1
 
 
