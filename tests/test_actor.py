@@ -9,6 +9,7 @@ import torch
 
 from vlafit.actor import PolicyActor, accelerated
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
+from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch
 from vlafit.nn.rng import SampleRng
@@ -157,3 +158,29 @@ def test_a_policy_with_a_history_is_never_shown_only_the_newest_step_after_the_s
     later = [dataclasses.replace(keys[0], replan=1)]
     with pytest.raises(CodecError, match=r"2 observation steps.*Observation\.past"):
         PolicyActor(actor.policy, codec, width=8).act(observations, later)
+
+
+def test_a_state_far_outside_the_statistics_is_logged_once_for_each_dimension(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    actor = make_actor(width=1)
+    (observation,), (key,) = inputs(1, actor.embodiment.cameras[0].shape[0])
+    actor.act([observation], [key])
+    assert not caplog.records
+    degrees = dataclasses.replace(observation, state=np.float32([0.1, 143.0, 0.2, -99.0]))
+    for _ in range(2):
+        actor.act([degrees], [key])
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2 and "state.1 = 143" in texts[0] and "state.3 = -99" in texts[1]
+
+
+def test_a_rare_state_that_was_recorded_is_no_warning() -> None:
+    rows = np.zeros((400, 2))
+    rows[:, 0] = np.sin(np.arange(400))
+    rows[7, 1] = 1.0  # a gripper that opens once
+    robot = Embodiment("arm", (Feature("front", (16, 16, 3)),), *[Feature("state", (2,))] * 2, 10.0, "joint")
+    config = CodecConfig(("front",), 16, 2, 2, 4, prompt=None)
+    watch = StateWatch(Codec.fit(config, robot, rows, rows, None))
+    assert watch.sentences(np.float32([0.5, 1.0])) == []
+    (sentence,) = watch.sentences(np.float32([0.5, 3.0]))
+    assert "state.1 = 3" in sentence

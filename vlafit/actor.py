@@ -8,6 +8,7 @@ camera slots and one prompt length (the codec's), and each row's random numbers 
 import copy
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from vlafit import checkpoints
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
+from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.compiled import compile_blocks
@@ -28,6 +30,8 @@ from vlafit.nn.policy import Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
+
+log = logging.getLogger(__name__)
 
 MOST_SAMPLING_STEPS = 10**4
 WIDEST = 2**12  # observations in one call of the policy
@@ -40,7 +44,7 @@ class PolicyActor:
     the recorded ones, by task, that the policy has learned from.
 
     `codec` is a set for a policy of several embodiments; `embodiment` then names the one that is meant where
-    a call names none.
+    a call names none. A state far outside the statistics is logged once for each dimension.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class PolicyActor:
         self.seeds = seeds or {}
         self._identity = identity
         self._embodiment = embodiment
+        self._watches: dict[str, StateWatch] = {}  # by embodiment
         if embodiment:
             self.codecs.choose(embodiment, where="the policy")
 
@@ -81,6 +86,10 @@ class PolicyActor:
         actor._embodiment = embodiment
         actor.codecs.choose(embodiment, where="the policy")
         return actor
+
+    def state_watch(self) -> StateWatch:
+        """Return a new watch for states far outside the statistics, of one robot's client, say."""
+        return StateWatch(self.codec)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -159,6 +168,7 @@ class PolicyActor:
         self._require_past(observations, keys)
         codec = self.codec
         encoded = [codec.encode(observation) for observation in observations]
+        self._warn_of(observations)
         missing = self.width - len(keys)
         rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
         device = next(self.policy.parameters()).device
@@ -176,6 +186,14 @@ class PolicyActor:
             codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
+
+    def _warn_of(self, observations: Sequence[Observation]) -> None:
+        """Log states far outside the statistics, once for each dimension."""
+        name = self.embodiment.name
+        watch = self._watches.get(name) or self._watches.setdefault(name, self.state_watch())
+        for observation in observations:
+            for sentence in watch.sentences(observation.state):
+                log.warning("%s (this is logged once)", sentence)
 
     def _require_past(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> None:
         """Raise CodecError if only the newest step is given, after an episode's start, of several."""

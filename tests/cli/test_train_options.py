@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.world import write_dots
 from vlafit import cli, config
-from vlafit.cli.recipes import without
+from vlafit.cli.recipes import read_recipe, without
 from vlafit.cli.verbs.train import read
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -180,3 +181,12 @@ def test_a_value_that_reads_like_another_and_an_option_that_collects_are_given_a
 def test_a_command_line_without_an_option_is_the_rest():
     words = ["x", "--workers", "2", "--out", "a", "--workers=3"]
     assert without(words, "--workers") == ["x", "--out", "a"]
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_data_card_in_place_of_the_recipe_is_named_as_such(verb: str, tmp_path: Path):
+    card = write_dots(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        read_recipe(verb, "", "", [str(card)], lambda parser: None)
+    for word in (str(card), "data card", f"--data.cards {card}"):
+        assert word in str(error.value)

@@ -321,10 +321,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
         report.build(tmp_path / "nowhere")
 
 
-def test_a_damaged_line_of_metrics_is_refused_by_number(run: Path):
-    (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(VlafitError, match=r"metrics\.jsonl, line 2"):
-        report.build(run)
+def test_a_damaged_line_of_metrics_is_left_out_and_named_by_its_number(run: Path):
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 2.0}\n{"step\xff": 2}\n')
+    report.build(run)
+    assert "1 lines of metrics.jsonl are damaged and left out (line 2)." in (run / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------- pictures

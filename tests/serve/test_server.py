@@ -1,5 +1,6 @@
 """One port, three protocols: whoever asks properly is answered, and whoever does not harms nobody."""
 
+import dataclasses
 import socket
 import threading
 import urllib.error
@@ -15,6 +16,8 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
 
 from tests.serve.robots import ROBOT, Continuing, Summing, seen
+from vlafit.codec import Codec, CodecConfig, Statistics
+from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import ConfigError, EmbodimentError, RemoteError
 from vlafit.execution import Execution
 from vlafit.serve import wire
@@ -95,7 +98,42 @@ def test_a_missing_camera_is_passed_on_and_logged_once(
     with connect(serve().address) as remote:
         answers = [remote.act([one], [key])[0].actions.tobytes() for _ in range(3)]
     assert set(answers) == {Summing().act([one], [key])[0].actions.tobytes()}
-    assert sum("'wrist' is missing" in record.getMessage() for record in caplog.records) == 1
+    logged = [record.name for record in caplog.records if "'wrist' is missing" in record.getMessage()]
+    assert sorted(logged) == ["vlafit.serve.client", "vlafit.serve.session"]
+
+
+class Watching(Summing):
+    """Knows the statistics of its states: mean 0, deviation 1."""
+
+    def state_watch(self) -> StateWatch:
+        column = Statistics(9, np.zeros(3), np.ones(3))
+        config = CodecConfig(("front", "wrist"), 8, 3, 3, 6, prompt=None)
+        return StateWatch(Codec(config, ROBOT, {"state": column, "action": column}, None))
+
+
+@pytest.mark.case(
+    section="runs",
+    report="the robot moves wildly, and the server says nothing",
+    user_has="states in degrees for a policy trained on radians",
+    now="answered, and a warning once per dimension at server and client, in the answer and in `/metrics`",
+)
+def test_a_state_far_outside_the_statistics_is_answered_with_a_warning(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve(Watching())
+    one = dataclasses.replace(seen(), state=np.float32([0.5, 57.3, -1.0]))
+    key = EpisodeKey(1, "pick", 0)
+    with connect(running.address) as remote:
+        assert [len(remote.act([one], [key])) for _ in range(3)] == [1, 1, 1]
+    logged = [r.name for r in caplog.records if "state.elbow = 57.3" in r.getMessage()]
+    assert sorted(logged) == ["vlafit.serve.client", "vlafit.serve.session"]
+    with open_openpi(running) as connection:
+        answers = []
+        for _ in range(2):
+            connection.send(openpi(one))
+            answers.append(wire.unpack(connection.recv(timeout=10)))
+    assert "state.elbow" in answers[0]["warnings"][0] and "warnings" not in answers[1]
+    assert 'vlafit_warnings_total{about="state"} 2' in running.metrics.text()
 
 
 def test_an_observation_of_another_robot_is_refused_and_the_connection_goes_on(serve: Serve) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.report.test_report import Strict
+from tests.train.agreement_world import recipe_of, write_card, write_checkpoint
 from tests.train.world import REPOSITORY, tiny, write_dots
 from vlafit import config, shipped, sweep
 from vlafit.cli.verbs import sweep as verb
 from vlafit.cli.verbs.sweep import describe, read
-from vlafit.errors import ConfigError, StorageError, VlafitError
+from vlafit.errors import ConfigError, EmbodimentError, StorageError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.sweep import storage
 from vlafit.sweep.report import page
@@ -296,6 +297,16 @@ def test_a_value_that_an_adapter_cannot_have_is_refused(
     with pytest.raises(ConfigError, match=rf"study\.toml: invalid values in \[search\]:\n- {says}"):
         sweep.run(asked, "study.toml")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_disagrees_with_the_checkpoint_is_not_blamed_on_the_search(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base")
+    asked = recipe_of(write_card(tmp_path / "data", control="delta_position"), base, {})
+    study = Study({"optim.lr": Dimension(low=1e-5, high=1e-3), "train.steps": Dimension(choices=(4, 8))})
+    with pytest.raises(EmbodimentError) as error:
+        sweep.run(sweep.Sweep(asked, study, tmp_path / "out"), "study.toml")
+    assert "card 'joints' and checkpoint" in str(error.value) and "control mode" in str(error.value)
+    assert "[search]" not in str(error.value) and "study.toml" not in str(error.value)
 
 
 def test_all_that_no_trial_could_be_is_named_at_once(recipe: Recipe, tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_a_run_without_a_record_of_its_cameras_is_resumed_and_has_one_then(
     assert json.loads((out / "run.json").read_text())["data_read"] == recorded
 
 
+def test_limits_that_the_card_changes_before_a_resumption_are_named(
+    card: Path, trained: tuple[Recipe, Path]
+) -> None:
+    (recipe, out), before = trained, card.read_text()
+    checkpoint = max((out / "checkpoints").iterdir())
+    assert not build(recipe, torch.device("cpu"), checkpoint).warnings
+    card.write_text(
+        edited(
+            before, ('action = { keys = ["actions"],', 'action = { keys = ["actions"], low = [-9.0, -2.5],')
+        )
+    )
+    try:
+        (warning,) = build(recipe, torch.device("cpu"), checkpoint).warnings
+    finally:
+        card.write_text(before)
+    for fact in ("card 'joints'", "robot.action.low is [-9.0, -2.5]", "not stated", str(checkpoint), "keep"):
+        assert fact in warning
+
+
 def test_frames_of_several_cards_are_stated_for_each_where_they_differ(card: Path) -> None:
     plain = load_card(str(card))
     other = card.with_name("other.toml")
@@ -142,7 +161,8 @@ def test_exchanged_cameras_of_a_validation_set_are_refused_unless_confirmed(
     same.write_text(same.read_text().replace('"other"', '"same"'))
     with h5py.File(tmp_path / "same" / "joints" / "reach_demo.hdf5", "a") as file:
         for number in range(EPISODES):
-            file[f"data/demo_{number}/obs/at"][:] *= 1.1  # type: ignore[index]
+            for column in ("obs/at", "actions"):
+                file[f"data/demo_{number}/{column}"][:] *= 1.1  # type: ignore[index]
     assert warnings(base, {}, same) == (), "the training card has the keys confirmed"
 
 

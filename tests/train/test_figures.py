@@ -14,6 +14,7 @@ from vlafit import report
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
 from vlafit.report.films import Films
+from vlafit.report.logged import read_metrics
 from vlafit.train import dataloader, run
 from vlafit.train.experiment import build
 from vlafit.train.metrics import Metrics
@@ -90,6 +91,9 @@ def test_a_flipped_bit_in_the_metrics_loses_one_line(
     lines = [json.dumps({"step": step, "train/loss": 1.0}).encode() for step in range(1, 5)]
     lines[1] = lines[1][:5] + bytes([lines[1][5] | 0x80]) + lines[1][6:]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    points, caveats = read_metrics(tmp_path / "metrics.jsonl")  # of `vlafit report`
+    assert [point.step for point in points["train/loss"]] == [1, 3, 4]
+    assert caveats == ["1 lines of metrics.jsonl are damaged and left out (line 2)."]
     Metrics(tmp_path, OneProcess()).rewind(4)  # type: ignore[arg-type]
     assert [e["step"] for e in metrics(tmp_path)] == [1, 3, 4]
     assert "not a valid event" in caplog.text

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tests.datasets.layouts import demos
 from tests.report.test_report import parsed
 from vlafit import cli
 from vlafit.datasets import open_dataset, split_episodes
+from vlafit.datasets.content import content_of
+from vlafit.offline import choose_episodes
+from vlafit.pointers import in_run
 
 
 def vlafit(*words: object) -> tuple[int, str, str]:
@@ -94,7 +98,15 @@ def test_a_dataset_that_has_changed_since_training_is_not_taken_for_held_out(
 ) -> None:
     changed = tmp_path / "my robot"
     lerobot_files.write(changed, demos(4), "v2.1")
-    status, _, errors = vlafit("eval", journey.out, "--data", changed)
+    store, before = open_dataset(changed), open_dataset(journey.dataset)
+    chosen = choose_episodes(store, in_run(journey.out))
+    trained, _ = split_episodes(before, 0.1, 0)
+    learned = {digest for i in trained for digest in content_of(before, before.index(i))}
+    for ids, known in ((chosen.training, True), (chosen.evaluated, False)):
+        assert ids and all(bool(learned & set(content_of(store, store.index(i)))) is known for i in ids)
+    moved = [replace(one, position=one.position + 1, actions=one.actions / 2) for one in demos(4)]
+    lerobot_files.write(tmp_path / "other" / "my robot", moved, "v2.1")
+    status, _, errors = vlafit("eval", journey.out, "--data", tmp_path / "other" / "my robot")
     assert (
         status == 2
         and "'my robot'" in errors

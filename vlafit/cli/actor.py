@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vlafit import config, shipped
 from vlafit.cli.parser import add_base, add_embodiment, add_trust
 from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.recipes import load_values
 
 if TYPE_CHECKING:
     from vlafit.actor import PolicyActor
@@ -63,7 +64,7 @@ def load(
     from vlafit.train.step_zero import load_untrained
 
     path = shipped.find("recipe", options.recipe)
-    recipe = config.build(Recipe, config.load_toml(path, "recipe"), str(path))
+    recipe = config.build(Recipe, load_values(path), str(path))
     policy = recipe.policy
     policy = replace(policy, base=str(base or policy.base), trust=(*policy.trust, *options.trust))
     recipe = replace(recipe, policy=policy)

@@ -13,6 +13,8 @@ from vlafit.cli.parser import Parser, add_fields, overrides, split_tables
 from vlafit.errors import ConfigError, DataError
 from vlafit.recipe import Recipe
 
+CARD_ONLY = {"layout", "robot"}  # keys of every data card, and of no recipe
+
 
 def read_recipe(
     verb: str, about: str, usage: str, arguments: Sequence[str], add_options: Callable[[Parser], None]
@@ -30,7 +32,7 @@ def read_recipe(
         values = _of_dataset(Path(name))
     elif name and words[0] == name:
         path = shipped.find("recipe", name)
-        values = config.load_toml(path, "recipe")
+        values = load_values(path)
     elif words and not wants_help:
         raise ConfigError(f"the recipe comes first: vlafit {verb} RECIPE [options]")
     elif not wants_help:
@@ -50,6 +52,17 @@ def read_recipe(
     changes = config.merge_tables(changes, overrides(Recipe, original, options))
     config.build(Recipe, changes, "command line")  # so that its errors name the command line, not the file
     return config.build(Recipe, config.merge_tables(values, changes), where), options
+
+
+def load_values(path: Path) -> dict[str, Any]:
+    """Read a recipe's values. Raises ConfigError for a data card in its place, too."""
+    values = config.load_toml(path, "recipe")
+    if set(values) >= CARD_ONLY:
+        raise ConfigError(
+            f"{path}: is a data card, not a recipe; name it in the data.cards of a recipe: "
+            f'data.cards = ["{path}"], or: vlafit train RECIPE --data.cards {path}'
+        )
+    return values
 
 
 def _of_dataset(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A run may be unfinished or lack evaluations: each missing item is a sentence in 
 numbers (environment errors, another renderer, metrics that were not finite) are in `caveats`.
 """
 
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from vlafit.errors import VlafitError
 from vlafit.files import parse_json
 from vlafit.offline import read_result
 from vlafit.recipe import Recipe
+from vlafit.report.logged import Point, read_metrics
 from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, errors_notice
 from vlafit.tuning import Plan
@@ -25,15 +25,6 @@ FORMAT = 1  # of report.json
 STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
 OFFLINE = "held_out"  # folder of the evaluations without a simulator
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One logged value. `time_s` is training time without evaluations; None if it was not logged."""
-
-    step: int
-    time_s: float | None
-    value: float
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,9 @@ def read_facts(folder: Path) -> Facts:
     missing: list[str] = []
     run = _run(folder, missing)
     plan = _plan(folder, missing)
-    metrics, caveats = _metrics(folder, missing)
+    metrics, caveats = read_metrics(folder / "metrics.jsonl")
+    if not metrics:
+        missing.append("metrics.jsonl: nothing has been logged yet.")
     offline = _offline(folder, missing)
     evaluations = _evaluations(folder, recipe, missing, bool(offline))
     for name, evaluation in evaluations.items():
@@ -252,30 +245,6 @@ def _plan(folder: Path, missing: list[str]) -> Plan | None:
     except (VlafitError, UnicodeDecodeError) as error:
         missing.append(f"plan.json cannot be read ({error}).")
         return None
-
-
-def _metrics(folder: Path, missing: list[str]) -> tuple[dict[str, tuple[Point, ...]], list[str]]:
-    by_name: dict[str, list[Point]] = {}
-    not_finite: dict[str, int] = {}
-    for event in files.read_json_lines(folder / "metrics.jsonl"):
-        step, time_s = event.get("step"), event.get("time_s")
-        if not isinstance(step, int):
-            raise VlafitError(f"{folder / 'metrics.jsonl'}: an event has no step: {event}; remove this line")
-        for name, value in event.items():
-            if name in ("step", "time_s"):
-                continue
-            points = by_name.setdefault(name, [])
-            if isinstance(value, int | float) and math.isfinite(value):
-                points.append(Point(step, time_s if isinstance(time_s, int | float) else None, float(value)))
-            else:
-                not_finite[name] = not_finite.get(name, 0) + 1
-    if not by_name:
-        missing.append("metrics.jsonl: nothing has been logged yet.")
-    caveats = [
-        f"{count} logged values of {name} were not finite and are not drawn."
-        for name, count in not_finite.items()
-    ]
-    return {name: tuple(points) for name, points in by_name.items()}, caveats
 
 
 def _offline(folder: Path, missing: list[str]) -> dict[str, Mapping[str, Any]]:

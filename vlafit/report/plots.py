@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from vlafit.report.facts import Point
+from vlafit.report.logged import Point
 from vlafit.score import Score
 
 INK, GRID, LINE, FAINT, SECOND = "#010203", "#020304", "#030405", "#040506", "#050607"

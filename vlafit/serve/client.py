@@ -73,7 +73,10 @@ class RemoteActor:
             some = requests[begin : begin + MAX_OBSERVATIONS]
             frame = protocols.pack_requests(some, self._described.required)
             with self._turn:
-                chunks += protocols.read_chunks(self._ask(frame), len(some))
+                answer = self._ask(frame)
+                chunks += protocols.read_chunks(answer, len(some))
+            for sentence in protocols.read_warnings(answer):
+                log.warning("%s: %s", self.url, sentence)
         return chunks
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ class Metrics:
         self.clients = 0
         self.answered: dict[str, int] = defaultdict(int)  # requests by protocol
         self.refused: dict[str, int] = defaultdict(int)  # frames and connections by reason
+        self.warned: dict[str, int] = defaultdict(int)  # sentences to clients by what they are about
         self.request = Histogram("Seconds from a request's frame to its answer.", SECONDS)
         self.queue = Histogram("Seconds that an observation waited for the policy.", SECONDS)
         self.act = Histogram("Seconds of one call of the policy.", SECONDS)
@@ -60,6 +61,11 @@ class Metrics:
         with self._lock:
             self.refused[reason] += 1
 
+    def warn(self, about: str, count: int) -> None:
+        """Count warnings to a client."""
+        with self._lock:
+            self.warned[about] += count
+
     def call(self, seconds: float, waited: list[float]) -> None:
         """Count one call of the policy for observations that `waited` so many seconds each."""
         with self._lock:
@@ -76,6 +82,7 @@ class Metrics:
             for name, help_text, label, counts in (
                 ("vlafit_requests_total", "Answered requests.", "protocol", self.answered),
                 ("vlafit_refused_total", "Refused frames and connections.", "reason", self.refused),
+                ("vlafit_warnings_total", "Cameras missing, states far outside.", "about", self.warned),
             ):
                 lines += [f"# HELP {name} {help_text}", f"# TYPE {name} counter"]
                 lines += [f'{name}{{{label}="{key}"}} {count}' for key, count in sorted(counts.items())]

@@ -147,9 +147,16 @@ def _committed(values: Any, i: int, described: Described) -> Committed | None:
     return Committed(actions.astype(np.float32), delay, end, guidance)
 
 
-def pack_chunks(chunks: Sequence[ActionChunk]) -> bytes:
-    """Encode the answer to our own frame."""
-    return wire.pack({"type": "vlafit.chunks", "chunks": [chunk.actions for chunk in chunks]})
+def pack_chunks(chunks: Sequence[ActionChunk], warnings: Sequence[str] = ()) -> bytes:
+    """Encode the answer to our own frame, with sentences about what is unusual in the request."""
+    answer = {"type": "vlafit.chunks", "chunks": [chunk.actions for chunk in chunks]}
+    return wire.pack(answer | ({"warnings": list(warnings)} if warnings else {}))
+
+
+def read_warnings(frame: Any) -> list[str]:
+    """Return the sentences in the answer to our own frame about what is unusual in the request."""
+    warnings = frame.get("warnings") if isinstance(frame, Mapping) else None
+    return [str(text) for text in warnings] if isinstance(warnings, list) else []
 
 
 def read_chunks(frame: Any, count: int) -> list[ActionChunk]:
@@ -226,9 +233,13 @@ def _joined_state(states: Mapping[str, Any], names: Mapping[str, str]) -> Any:
         raise EmbodimentError(f"state: {', '.join(order)} cannot be joined: {error}") from error
 
 
-def pack_openpi(actions: np.ndarray, milliseconds: float) -> bytes:
-    """Encode the answer to openpi's client: actions [t, a] and the time that it took."""
-    return wire.pack({"actions": actions, "server_timing": {"infer_ms": milliseconds}})
+def pack_openpi(actions: np.ndarray, milliseconds: float, warnings: Sequence[str] = ()) -> bytes:
+    """Encode the answer to openpi's client: actions [t, a] and the time that it took.
+
+    Sentences about what is unusual in the request are a key of their own, only where there are any.
+    """
+    answer = {"actions": actions, "server_timing": {"infer_ms": milliseconds}}
+    return wire.pack(answer | ({"warnings": list(warnings)} if warnings else {}))
 
 
 def read_vla_eval(

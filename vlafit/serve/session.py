@@ -6,11 +6,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import VlafitError
 from vlafit.execution import Execution, Plan
 from vlafit.serve import protocols, wire
@@ -23,6 +24,15 @@ from vlafit.serve.wire import WireError
 from vlafit.types import EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class WatchesStates(Protocol):
+    """An actor that knows which states its policy was trained on."""
+
+    def state_watch(self) -> StateWatch:
+        """Return a new watch."""
+        ...
 
 
 class Session:
@@ -39,6 +49,8 @@ class Session:
         self._actions: deque[NDArray[np.float32]] = deque()  # to be sent before the policy is asked again
         self._newest: deque[Observation] = deque(maxlen=described.history)  # of vla-eval's episode
         self._missing: set[str] = set()  # cameras whose absence was logged
+        actor = batcher.actor
+        self._watch = actor.state_watch() if isinstance(actor, WatchesStates) else None
 
     async def answer(self, frame: bytes | str) -> bytes | str | None:
         """Return the answer to a frame: bytes, a text that says what is wrong with it, or None where none is
@@ -76,15 +88,14 @@ class Session:
         match name:
             case "vlafit":
                 requests = protocols.read_requests(values, self._described)
-                for request in requests:
-                    self._log_missing(request)
-                return protocols.pack_chunks(await self._batcher.act(self, requests))
+                warnings = [text for request in requests for text in self._warnings(request)]
+                return protocols.pack_chunks(await self._batcher.act(self, requests), warnings)
             case "openpi":
                 request = protocols.read_openpi(values, self._described, self._options.names, self._key)
-                self._log_missing(request)
+                warnings = self._warnings(request)
                 (chunk,) = await self._batcher.act(self, [request])
                 self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
-                return protocols.pack_openpi(chunk.actions, (time.perf_counter() - began) * 1000)
+                return protocols.pack_openpi(chunk.actions, (time.perf_counter() - began) * 1000, warnings)
             case "vla-eval":
                 return await self._vla_eval(values)
 
@@ -107,15 +118,22 @@ class Session:
             *past, newest = self._newest
             seen = dataclasses.replace(newest, past=tuple(past))
             request = Request(seen, self._key, self._plan.committed())
-            self._log_missing(request)
+            self._warnings(request)
             (chunk,) = await self._batcher.act(self, [request])
             self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
             self._actions = deque(self._plan.extend(chunk))
         return protocols.pack_vla_eval("action", {"actions": self._actions.popleft()}, values["seq"])
 
-    def _log_missing(self, request: Request) -> None:
-        seen = request.observation.images
+    def _warnings(self, request: Request) -> list[str]:
+        """Log and return, once for each, cameras that are missing and states far outside the statistics."""
+        sentences = []
         for name in self._described.required:
-            if name not in seen and name not in self._missing:
+            if name not in request.observation.images and name not in self._missing:
                 self._missing.add(name)
-                log.warning("a client's camera %r is missing; the policy acts without it from now on", name)
+                sentences.append(f"camera {name!r} is missing; the policy acts without it from now on")
+        unusual = self._watch.sentences(request.observation.state) if self._watch else []
+        self._metrics.warn("camera", len(sentences))
+        self._metrics.warn("state", len(unusual))
+        for sentence in (*sentences, *unusual):
+            log.warning("a client's %s", sentence)
+        return [*sentences, *unusual]

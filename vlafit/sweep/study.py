@@ -116,6 +116,7 @@ def check(
     """
     corners = [{name: dim.ends()[end] for name, dim in study.search.items()} for end in (0, -1)]
     faults: dict[str, str] = {}
+    texts: list[str] = []
     for name, dimension in study.search.items():
         for value in dimension.ends():
             errors = []
@@ -126,12 +127,27 @@ def check(
                         could_train(changed, strategy)
                 except VlafitError as error:
                     errors.append(str(error))
+            texts += [*errors, *[""] * (len(corners) - len(errors))]
             if len(errors) == len(corners):
                 # The fault of a value itself also occurs with all other names at their opposite ends.
                 faults.setdefault(errors[-1 if value == dimension.ends()[0] else 0], f"{name} = {value!r}")
     if faults:
+        own = _own_fault(recipe, could_train)
+        if own is not None and set(texts) == {str(own)}:
+            raise own
         listed = "\n".join(f"- {at}: {fault}".replace("\n", "\n  ") for fault, at in faults.items())
         raise ConfigError(f"{where}: invalid values in [search]:\n{listed}")
+
+
+def _own_fault(recipe: Recipe, could_train: Callable[[Recipe, Strategy], None] | None) -> VlafitError | None:
+    """Return the error of the recipe with its own values; None if it could train."""
+    try:
+        strategy = load_strategy(recipe.strategy)
+        if could_train is not None:
+            could_train(recipe, strategy)
+    except VlafitError as error:
+        return error
+    return None
 
 
 # --------------------------------------------------------------------------------------------- trials

@@ -227,6 +227,7 @@ def _for_data(
         _require_one_robot(part, codec, initial.source, resumed)
         before = initial.robots.get(name) or codec.embodiment
         warnings.append(renderer_notice("the checkpoint was trained on", before, "the dataset shows", robot))
+        warnings += _other_limits(part, codec, initial.source)
         codecs.append(_with_renderer(codec, robot))
     return CodecSet(codecs), list(filter(None, warnings))
 
@@ -239,6 +240,19 @@ def _require_one_robot(data: Data, codec: Codec, source: str, resumed: Path | No
             raise
         remedy = "vlafit's agreement let this pass, which is a fault in vlafit: please report it."
         raise EmbodimentError(f"{error}\n{remedy}") from error
+
+
+def _other_limits(data: Data, codec: Codec, source: str) -> Iterator[str]:
+    """Yield a sentence where the card's limits are not those that the run's checkpoints keep."""
+    card, robot, kept = data.cards[0], data.embodiment, codec.embodiment
+    for mine, its in ((robot.state, kept.state), (robot.action, kept.action)):
+        for name, here, there in (("low", mine.low, its.low), ("high", mine.high, its.high)):
+            if tuple(here) != tuple(there):
+                yield (
+                    f"card {card.name!r}: robot.{mine.name}.{name} is {list(here) or 'not stated'}, in "
+                    f"{source} {list(there) or 'not stated'}: the run's checkpoints keep the latter, which "
+                    "vlafit.Limits.of reads"
+                )
 
 
 def _with_renderer(codec: Codec, data: Embodiment) -> Codec:
