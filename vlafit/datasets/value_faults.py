@@ -148,9 +148,9 @@ def _extreme(
         return Item(name, sides, "as it is", "chosen", remedies.chosen)
     if not fitted:
         seen = codec.statistics[one.column]
-        sides[remedies.side] = (
-            f"statistics of mean {seen.mean[one.index]:.3g}, std {seen.std[one.index]:.3g} in its units"
-        )
+        of = "statistics of " if remedies.side == "checkpoint" else ""
+        mean, std = seen.mean[one.index], seen.std[one.index]
+        sides[remedies.side] = f"{of}mean {mean:.3g}, std {std:.3g} in its units"
     remedy = (
         'normalise otherwise (data.normalisation = "mean_std")'
         if fitted
