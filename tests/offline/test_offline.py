@@ -11,7 +11,7 @@ import pytest
 
 from tests.offline.actors import CHUNK, Recalling, Sampling, Still
 from tests.report.test_report import parsed
-from vlafit import files
+from vlafit import locks
 from vlafit.datasets import EpisodeStore
 from vlafit.errors import ConfigError, DataError, VlafitError
 from vlafit.offline import Episodes, Settings, evaluate, read_result
@@ -186,7 +186,7 @@ def test_another_evaluation_in_the_folder_is_refused_naming_what_differs(dots, s
 
 
 def test_an_evaluation_is_made_by_one_command_at_a_time(dots, split, tmp_path):
-    with files.exclusive(tmp_path, "vlafit eval --data"), pytest.raises(VlafitError) as caught:
+    with locks.exclusive(tmp_path, "vlafit eval --data"), pytest.raises(VlafitError) as caught:
         numbers(dots, split, tmp_path, Recalling(dots))
     assert all(fact in str(caught.value) for fact in (str(tmp_path), f"process {os.getpid()}"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlafit import files
+from vlafit import locks
 from vlafit.datasets import EpisodeStore, episodes_hash
 from vlafit.errors import ConfigError
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
@@ -91,7 +91,7 @@ def evaluate(
             "inputs": list(blanked),
         },
     )
-    with files.exclusive(folder.path, LOCKED_BY):
+    with locks.exclusive(folder.path, LOCKED_BY):
         folder.open(resume)
         folder.tidy()
         wanted = list(_parts(store, episodes, settings.samples))
