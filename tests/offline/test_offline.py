@@ -199,6 +199,14 @@ def test_a_damaged_part_is_named_with_its_file(dots, split, tmp_path):
         evaluate(Still(dots), dots, split, tmp_path, FEW, identity="Still", resume=True)
 
 
+def test_a_part_that_holds_other_samples_is_named_with_its_file(dots, split, tmp_path):
+    numbers(dots, split, tmp_path, Still(dots))
+    first, second = sorted((tmp_path / "samples").iterdir())[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ConfigError, match=rf"{second.name}.*other samples.*--resume"):
+        evaluate(Still(dots), dots, split, tmp_path, FEW, identity="Still", resume=True)
+
+
 def test_the_json_holds_every_sample_and_the_files_every_chunk(dots, split, tmp_path):
     actor = Recalling(dots, 0.25)
     numbers(dots, split, tmp_path, actor)

@@ -220,7 +220,9 @@ def _train(
         log.info("%s", experiment.saved)
     callbacks.setup(experiment)
 
-    metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
+    step = resumed and int(resumed.name.removeprefix("step_"))
+    goes_on = step is not None and step < recipe.train.steps and not recipe.train.max_seconds
+    metrics.rewind(step, recipe.train.log_every, goes_on)
     if trainer is None:
         context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
         evaluator = Evaluator(context)
