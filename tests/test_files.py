@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlafit import files
+from vlafit import files, locks
 from vlafit.errors import StorageError, VlafitError
 
 
@@ -107,9 +107,9 @@ def test_a_writable_folder_is_made_and_left_empty(tmp_path):
 
 
 def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
-    with files.exclusive(tmp_path, "vlafit compare"):
+    with locks.exclusive(tmp_path, "vlafit compare"):
         files.require_writable(tmp_path)
-        for attempt in (files.exclusive, files.require_unlocked):
+        for attempt in (locks.exclusive, locks.require_unlocked):
             facts = rf"{tmp_path}: another vlafit compare \(process {os.getpid()}\)"
             with (
                 pytest.raises(VlafitError, match=facts),
@@ -118,29 +118,29 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(tmp_path):
                 pass
         assert files.is_empty(tmp_path), "a lock is no content"
     assert list(tmp_path.iterdir()) == []
-    files.require_unlocked(tmp_path, "vlafit compare")
-    with files.exclusive(tmp_path, "vlafit compare"):
+    locks.require_unlocked(tmp_path, "vlafit compare")
+    with locks.exclusive(tmp_path, "vlafit compare"):
         pass
 
 
 def test_who_locks_a_folder_removes_what_a_killed_process_left_there(tmp_path):
     for name in (".result.json.4711.partial", ".probe.4711", "result.json"):
         (tmp_path / name).write_text("x")
-    with files.exclusive(tmp_path, "vlafit eval"):
+    with locks.exclusive(tmp_path, "vlafit eval"):
         assert sorted(p.name for p in tmp_path.iterdir()) == [files.LOCK, "result.json"]
 
 
 def test_the_lock_of_a_process_that_is_killed_is_free(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from vlafit import files\n"
-        f"with files.exclusive(Path({str(tmp_path)!r}), 'x'): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from pathlib import Path; from vlafit import files, locks\n"
+        f"with locks.exclusive(Path({str(tmp_path)!r}), 'x'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
-    files.require_unlocked(tmp_path, "x")
+    locks.require_unlocked(tmp_path, "x")
 
 
 def test_looking_for_a_lock_makes_nothing(tmp_path):
-    files.require_unlocked(tmp_path / "no", "x")
+    locks.require_unlocked(tmp_path / "no", "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,13 +186,13 @@ def test_every_file_and_folder_is_synced_before_it_gets_its_name(tmp_path, monke
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP], ids=["ENOLCK", "EOPNOTSUPP"])
 def without_flock(request, monkeypatch):
     """A file system that has no locks, as some network file systems; `set` gives them back."""
-    real = files.fcntl.flock
+    real = locks.fcntl.flock
 
     def refuse(*_):
         raise OSError(request.param, os.strerror(request.param))
 
-    def switch(locks: bool) -> None:
-        monkeypatch.setattr(files.fcntl, "flock", real if locks else refuse)
+    def switch(working: bool) -> None:
+        monkeypatch.setattr(locks.fcntl, "flock", real if working else refuse)
 
     switch(False)
     return switch
@@ -205,8 +205,8 @@ def without_flock(request, monkeypatch):
     now="a lock file with process and machine",
 )
 def test_without_locks_of_the_file_system_a_folder_is_still_worked_in_by_one_process(tmp_path, without_flock):
-    with files.exclusive(tmp_path, "vlafit train"):
-        for attempt in (files.exclusive, files.require_unlocked):
+    with locks.exclusive(tmp_path, "vlafit train"):
+        for attempt in (locks.exclusive, locks.require_unlocked):
             with (
                 pytest.raises(
                     VlafitError, match=rf"{tmp_path}: another vlafit train \(process {os.getpid()}"
@@ -221,18 +221,18 @@ def test_without_locks_of_the_file_system_a_folder_is_still_worked_in_by_one_pro
 def test_that_a_file_system_has_no_locks_is_said_with_the_file_that_takes_their_place(
     tmp_path, without_flock, caplog
 ):
-    with files.exclusive(tmp_path, "vlafit train"):
+    with locks.exclusive(tmp_path, "vlafit train"):
         pass
     assert all(fact in caplog.text for fact in (str(tmp_path), files.OWNER, "has no locks"))
 
 
 def test_who_gets_a_lock_still_minds_the_command_that_got_none(tmp_path, without_flock):
-    with files.exclusive(tmp_path, "vlafit train"):
+    with locks.exclusive(tmp_path, "vlafit train"):
         without_flock(True)  # as on another machine
-        with pytest.raises(VlafitError) as caught, files.exclusive(tmp_path, "vlafit train"):
+        with pytest.raises(VlafitError) as caught, locks.exclusive(tmp_path, "vlafit train"):
             pass
         assert f"process {os.getpid()}" in str(caught.value)
-    with files.exclusive(tmp_path, "vlafit train"):
+    with locks.exclusive(tmp_path, "vlafit train"):
         assert not (tmp_path / files.OWNER).exists()
 
 
@@ -243,10 +243,10 @@ def test_without_locks_the_folder_of_a_dead_process_is_free_and_that_of_another_
     dead.wait(timeout=60)
     owner = tmp_path / files.OWNER
     owner.write_text(f"{dead.pid} {socket.gethostname()}\n")
-    with files.exclusive(tmp_path, "x"):
+    with locks.exclusive(tmp_path, "x"):
         pass
     owner.write_text(f"{dead.pid} another-machine\n")
-    with pytest.raises(VlafitError) as caught, files.exclusive(tmp_path, "x"):
+    with pytest.raises(VlafitError) as caught, locks.exclusive(tmp_path, "x"):
         pass
     assert "another-machine" in str(caught.value) and f"delete {owner}" in str(caught.value)
 
@@ -257,7 +257,28 @@ def test_a_path_with_a_nul_character_is_refused_as_a_path(tmp_path: Path):
         lambda: files.require_writable(place),
         lambda: files.write_atomic(place / "file", "x"),
         lambda: files.new_folder(place).__enter__(),
-        lambda: files.exclusive(place, "test").__enter__(),
+        lambda: locks.exclusive(place, "test").__enter__(),
     ):
         with pytest.raises(StorageError, match="null"):
             write()
+
+
+def test_two_commands_that_create_one_path_exclude_each_other_and_leave_no_lock(tmp_path: Path):
+    place = tmp_path / "parent" / "out"
+    with locks.creating(place, "vlafit export"):
+        with pytest.raises(VlafitError) as caught, locks.creating(place, "vlafit export"):
+            pass
+        assert all(fact in str(caught.value) for fact in (str(place), f"process {os.getpid()}"))
+        with locks.creating(place.with_name("other"), "vlafit export"):
+            pass
+    assert list(place.parent.iterdir()) == []
+
+
+def test_a_folder_that_has_to_be_new_replaces_nothing(tmp_path: Path):
+    with (
+        pytest.raises(StorageError, match=str(tmp_path / "out")),
+        files.new_folder(tmp_path / "out", new=True),
+    ):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()  # of a program that knows no locks
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]

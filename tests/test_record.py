@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.waiting import alive, wait_until
-from vlafit import cli, files
+from vlafit import cli, locks
 from vlafit.datasets import Card, RecordSpec, load_card, open_dataset
 from vlafit.envs import EnvSpec, make
 from vlafit.errors import ConfigError, DataError, EmbodimentError, SimulationError, VlafitError
@@ -207,7 +207,7 @@ def test_resuming_with_other_settings_is_refused(recorded: Path, tmp_path: Path)
 
 
 def test_a_recording_is_made_by_one_command_at_a_time(recorded: Path, tmp_path: Path) -> None:
-    with files.exclusive(tmp_path / "out", "vlafit record"), pytest.raises(VlafitError, match="process"):
+    with locks.exclusive(tmp_path / "out", "vlafit record"), pytest.raises(VlafitError, match="process"):
         record(card_at(tmp_path), tmp_path / "out")
 
 

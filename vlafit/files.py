@@ -1,25 +1,20 @@
-"""Atomic writes of files and folders, appended lines that survive a crash, and folder locks.
+"""Atomic writes of files and folders, and appended lines that survive a crash.
 
 A file that cannot be written is a VlafitError saying where and why.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlafit.errors import StorageError, VlafitError
-
-log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # holds the id of the process that works in a folder; a killed process leaves the file behind
 OWNER = ".lock.owner"  # the same, on file systems without flock: whoever creates it holds the lock
@@ -177,8 +172,11 @@ def require_readable(path: Path) -> None:
         raise _cannot("read", path, error) from error
 
 
-def replace_folder(tmp: Path, final: Path) -> None:
-    """Replace the folder `final`, if it exists, by `tmp`. Both must be on one file system."""
+def replace_folder(tmp: Path, final: Path, new: bool = False) -> None:
+    """Replace the folder `final`, if it exists, by `tmp`. Both must be on one file system.
+
+    With `new`, anything at `final` but an empty folder is an OSError instead.
+    """
     old = final.with_name(f".{final.name}.old")
     try:
         for path in [*tmp.rglob("*"), tmp]:  # folders, too: their entries are what a crash loses
@@ -187,21 +185,24 @@ def replace_folder(tmp: Path, final: Path) -> None:
             elif path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+        if not new:
+            shutil.rmtree(old, ignore_errors=True)
+        if final.exists() and not new:
             os.rename(final, old)
         os.rename(tmp, final)
         _sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if not new:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise _cannot("write", final, error) from error
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, new: bool = False) -> Iterator[Path]:
     """Yield an empty folder that replaces `final` on success and is removed on any error.
 
-    A killed process leaves at most `.NAME.partial`, which the next attempt removes.
+    With `new`, nothing but an empty folder is replaced. Only one process at a time may create `final`: see
+    `locks.creating`. A killed process leaves at most `.NAME.partial`, which the next attempt removes.
     """
     final = Path(final)
     partial = final.with_name(f".{final.name}.partial")
@@ -212,7 +213,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise _cannot("create", final, error) from error
     try:
         yield partial
-        replace_folder(partial, final)
+        replace_folder(partial, final, new)
     except VlafitError:
         raise
     except OSError as error:
@@ -267,134 +268,3 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def require_unlocked(folder: Path, what: str) -> None:
-    """Raise VlafitError if another process holds the folder's lock. Writes nothing."""
-    if (folder / LOCK).is_file():
-        with _held(folder, what):
-            pass
-
-
-@contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[int]:
-    """Hold the folder's lock and yield its file descriptor; child processes that inherit it hold it too.
-
-    The system releases the lock when the last of them ends, even if it is killed. What a killed command left
-    is removed (see `tidy`). Raises VlafitError naming the folder and the process if another command holds the
-    lock; `what` is the kind of command.
-    """
-    made = not Path(folder).exists()
-    folder = require_writable(folder)
-    try:
-        with _locked(folder, what) as handle:
-            tidy(folder)
-            yield handle
-    except BaseException:
-        if made and folder.is_dir() and not (folder / LOCK).exists() and is_empty(folder):
-            shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
-        raise
-
-
-@contextmanager
-def _locked(folder: Path, what: str) -> Iterator[int]:
-    with _held(folder, what) as file:
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
-        file.flush()
-        try:
-            yield file.fileno()
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)  # while held: see `_is_at` for others who opened it
-
-
-@contextmanager
-def _held(folder: Path, what: str) -> Iterator[BinaryIO]:
-    path = folder / LOCK
-    while True:
-        with open(path, "ab+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                pid = file.read().strip().decode(errors="replace")
-                holder = f"another {what} (process {pid})" if pid.isdecimal() else f"another {what}"
-                raise VlafitError(
-                    f"{folder}: {holder}, or a run that it started, is working here; wait for it or stop it"
-                ) from error
-            except OSError as error:
-                log.warning(
-                    "%s: the file system has no locks (%s); %s marks the folder as in use until this command "
-                    "ends. Delete it if the machine stops before",
-                    folder, error.strerror, OWNER,
-                )  # fmt: skip
-                with _owned(folder, what):
-                    yield file
-                return
-            if not _is_at(file, path):  # its holder has just removed it
-                continue
-            if (
-                folder / OWNER
-            ).exists():  # of a command that got no lock: another machine, or a short failure
-                with _owned(folder, what):
-                    yield file
-            else:
-                yield file
-            return
-
-
-@contextmanager
-def _owned(folder: Path, what: str) -> Iterator[None]:
-    """Hold a lock by creating a file. That of a dead process of this machine is removed."""
-    path, own = folder / OWNER, f"{os.getpid()} {socket.gethostname()}\n".encode()
-    while True:
-        try:
-            with open(path, "xb") as file:
-                file.write(own)
-            break
-        except FileExistsError as error:
-            try:
-                holder = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            pid, _, host = holder.decode(errors="replace").strip().partition(" ")
-            if host == socket.gethostname() and pid.isdecimal() and not _is_running(int(pid)):
-                _remove_if(path, holder)
-                continue
-            raise VlafitError(
-                f"{folder}: another {what} (process {pid or 'unknown'} on {host or 'an unknown machine'}) is "
-                f"working here; wait for it or stop it. If it is gone, delete {path}"
-            ) from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove_if(path: Path, content: bytes) -> None:
-    """Remove a file unless another process has just replaced it."""
-    aside = path.with_name(f".{path.name.strip('.')}.{os.getpid()}.partial")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    if aside.read_bytes() != content:
-        os.link(aside, path)
-    aside.unlink()
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

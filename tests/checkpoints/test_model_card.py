@@ -1,6 +1,7 @@
 """The model card: what it says of a checkpoint, and how a run's results come into it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 
 from tests.checkpoints.test_export import codec_for, unpublished
 from tests.policies.tiny import random_policy
-from vlafit import checkpoints
+from vlafit import checkpoints, locks
 from vlafit.checkpoints import model_card
 from vlafit.checkpoints.export import export
 from vlafit.checkpoints.history import Learned, Lineage
 from vlafit.checkpoints.locate import digest
+from vlafit.errors import VlafitError
 
 RECIPE = """
 name = "mine"
@@ -78,6 +80,40 @@ def test_results_of_this_very_checkpoint_come_into_its_card_and_into_its_exports
         assert model_card.NONE not in text
     assert "library_name: lerobot" in (tmp_path / "out" / "README.md").read_text()
     assert "get_policy_class" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["vlafit", "lerobot"])
+def test_an_export_that_ends_once_its_folder_has_its_name_is_complete(
+    run: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, real = run / "checkpoints" / "step_000010", os.rename
+
+    def rename_and_die(old: Path, new: Path) -> None:
+        real(old, new)
+        if Path(new) == tmp_path / "out":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            export(saved, target, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    made = export(saved, target, tmp_path / "again")
+    assert sorted(made.files) == sorted(
+        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()
+    )
+    assert (tmp_path / "out" / "README.md").read_text() == (tmp_path / "again" / "README.md").read_text()
+    assert "47 of 50 succeed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_that_another_process_exports_to_is_left_alone(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        locks.creating(out, "vlafit export"),
+        pytest.raises(VlafitError, match=f"{out}.*process {os.getpid()}"),
+    ):
+        export(run / "checkpoints" / "step_000010", "vlafit", out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_of_the_hub_or_without_a_licence_says_where_to_find_out(tmp_path: Path) -> None:

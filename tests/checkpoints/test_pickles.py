@@ -1,5 +1,7 @@
 """Pickles become safetensors with the same numbers, or are refused with the reason; no code runs."""
 
+import os
+import resource
 import struct
 import warnings
 import zipfile
@@ -10,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlafit import locks
 from vlafit.checkpoints.pickles import convert
-from vlafit.errors import WeightsError
+from vlafit.errors import StorageError, VlafitError, WeightsError
 
 Edit = Callable[[str, bytes], bytes]
 
@@ -196,3 +199,50 @@ def test_an_older_pickle_that_is_refused_shows_no_advice_of_torch(tmp_path: Path
     with warnings.catch_warnings(), pytest.raises(WeightsError):
         warnings.simplefilter("error")
         convert(tmp_path / "w.bin", tmp_path / "w.safetensors")
+
+
+def test_a_tensor_named_as_the_metadata_of_safetensors_is_refused(tmp_path: Path):
+    torch.save({"__metadata__": torch.ones(2), "a": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"w\.pt.*'__metadata__'.*rename"):
+        convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_a_file_that_is_created_by_another_process_is_left_alone(tmp_path: Path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    target = tmp_path / "w.safetensors"
+    with (
+        locks.creating(target, "vlafit convert-pickle"),
+        pytest.raises(VlafitError, match=f"{target}.*process {os.getpid()}"),
+    ):
+        convert(tmp_path / "w.pt", target)
+    assert convert(tmp_path / "w.pt", target) == 1
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path):
+    torch.save({"a": torch.ones(2**16)}, tmp_path / "w.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"w\.safetensors.*free space"):
+            convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
+@pytest.mark.parametrize(
+    ("make", "facts"),
+    [
+        (lambda path: None, ("no such file", "check the path")),
+        (lambda path: path.mkdir(), ("a folder", "name a pickle")),
+        (lambda path: path.touch(), ("empty", "again")),
+        (os.mkfifo, ("pipe", "copy")),
+        (lambda path: path.write_text("hello\n"), ("not a pickle", "damaged", "fetch it again")),
+    ],
+)
+def test_what_is_no_file_with_a_pickle_is_named_with_the_remedy(tmp_path: Path, make, facts: tuple[str, ...]):
+    make(tmp_path / "w.pt")
+    with pytest.raises(WeightsError) as caught:
+        convert(tmp_path / "w.pt", tmp_path / "w.safetensors")
+    assert all(fact in str(caught.value) for fact in (str(tmp_path / "w.pt"), *facts))

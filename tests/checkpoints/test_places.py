@@ -62,6 +62,14 @@ def test_what_is_almost_a_checkpoint_is_refused_with_the_folder_to_name(
         assert all(text in str(caught.value) for text in (f"{place} ", fact, f": {folder}"))
 
 
+def test_a_checkpoint_that_its_run_deletes_is_told_from_a_foreign_one(tmp_path: Path):
+    gone = tmp_path / "run" / "checkpoints" / "step_000004"
+    gone.mkdir(parents=True)
+    with pytest.raises(WeightsError, match=f"{gone}.*train.keep") as caught:
+        checkpoints.load(gone)
+    assert "--format" not in str(caught.value)
+
+
 def test_a_checkpoint_is_never_taken_for_a_run(tmp_path: Path):
     vlafit.save_checkpoint(random_policy("pi0-tiny"), tmp_path / "c")
     lerobot_run(tmp_path / "c" / "run")

@@ -210,3 +210,14 @@ def test_everything_that_ships_is_listed(capsys):
 def test_an_empty_out_is_an_error(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert cli.main([*words, "--out", ""]) == 2
     assert "--out is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["data", "inspect", "b\udcff"], ["train", "quickstart", "--out", "b\udcff"]]
+)
+def test_a_path_that_is_not_utf8_is_refused_with_the_remedy(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(words) == 2
+    message = capsys.readouterr().err
+    assert all(fact in message for fact in (r"b'b\xff'", "not UTF-8", "rename"))

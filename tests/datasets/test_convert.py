@@ -1,6 +1,8 @@
 """Converting a dataset: what is read afterwards is what was read before, and nothing is half there."""
 
 import json
+import os
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,13 @@ import pytest
 from tests.datasets import hdf5_writers, lerobot_files
 from tests.datasets.layouts import demos, in_file_order
 from tests.datasets.writers import libero
+from vlafit import locks
 from vlafit.cli import main
 from vlafit.codec import Statistics
 from vlafit.datasets import EpisodeStore, arrays_for_statistics, describe, open_dataset
 from vlafit.datasets.convert import CARD, convert
 from vlafit.datasets.convert.lerobot_stats import PixelCounts, of_rows
-from vlafit.errors import DataError
+from vlafit.errors import DataError, StorageError, VlafitError
 
 EVERYTHING = in_file_order(demos(2))
 FIXTURES = Path("tests/fixtures/lerobot_datasets")
@@ -184,6 +187,28 @@ def test_a_conversion_that_fails_leaves_nothing_and_starts_anew(
     convert(source, out, to)
     assert not (out / "rest").exists() and not partial.exists()
     assert_same_samples(source, open_dataset(out / CARD))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(source: EpisodeStore, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"\.hdf5.*free space"):
+            convert(source, tmp_path / "new", "libero")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_process_converts_to_is_left_alone(source: EpisodeStore, tmp_path: Path):
+    out = tmp_path / "new"
+    for _ in range(2):  # the first refusal must not take the lock away
+        with (
+            locks.creating(out, "vlafit data convert"),
+            pytest.raises(VlafitError, match=f"{out}.*process {os.getpid()}"),
+        ):
+            convert(source, out, "libero")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_exists_or_belongs_to_the_dataset_is_refused(source: EpisodeStore, tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.offline.actors import CHUNK, Recalling, Sampling, Still
 from tests.report.test_report import parsed
-from vlafit import files
+from vlafit import locks
 from vlafit.datasets import EpisodeStore
 from vlafit.errors import ConfigError, DataError, VlafitError
 from vlafit.offline import Episodes, Settings, evaluate, read_result
@@ -186,7 +186,7 @@ def test_another_evaluation_in_the_folder_is_refused_naming_what_differs(dots, s
 
 
 def test_an_evaluation_is_made_by_one_command_at_a_time(dots, split, tmp_path):
-    with files.exclusive(tmp_path, "vlafit eval --data"), pytest.raises(VlafitError) as caught:
+    with locks.exclusive(tmp_path, "vlafit eval --data"), pytest.raises(VlafitError) as caught:
         numbers(dots, split, tmp_path, Recalling(dots))
     assert all(fact in str(caught.value) for fact in (str(tmp_path), f"process {os.getpid()}"))
 
@@ -196,6 +196,14 @@ def test_a_damaged_part_is_named_with_its_file(dots, split, tmp_path):
     path = sorted((tmp_path / "samples").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ConfigError, match=rf"{path.name}: damaged .*--resume"):
+        evaluate(Still(dots), dots, split, tmp_path, FEW, identity="Still", resume=True)
+
+
+def test_a_part_that_holds_other_samples_is_named_with_its_file(dots, split, tmp_path):
+    numbers(dots, split, tmp_path, Still(dots))
+    first, second = sorted((tmp_path / "samples").iterdir())[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ConfigError, match=rf"{second.name}.*other samples.*--resume"):
         evaluate(Still(dots), dots, split, tmp_path, FEW, identity="Still", resume=True)
 
 

@@ -182,9 +182,24 @@ def test_metrics_that_are_not_finite_are_left_out_of_the_curves_and_told(run: Pa
         file.write('{"step": 405, "time_s": 301, "train/loss": null, "train/grad_norm": NaN}\n')
         file.write('{"step": 410, "time_s": 302, "train/loss": null}\n')
     text, said = html_of(run), json_of(run)
-    assert "2 logged values of train/loss were not finite and are not drawn." in said["caveats"]
+    assert any("2 logged values of train/loss were not finite" in caveat for caveat in said["caveats"])
     assert "1 logged values of train/grad_norm were not finite" in text
     parsed(text)
+
+
+def test_metrics_that_no_chart_can_hold_are_left_out_and_told(run: Path):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 405, "time_s": 301, "train/loss": 1e308}\n')
+        file.write('{"step": 410, "time_s": 302, "train/loss": -1e308}\n')
+        file.write('{"step": 415, "time_s": 303, "train/loss": 2e38}\n')
+    assert "2 logged values of train/loss" in html_of(run)
+
+
+def test_a_history_that_was_emptied_is_told(run: Path):
+    (run / "metrics.jsonl").write_bytes(b"")
+    steps = json.loads((run / "run.json").read_text())["steps"]
+    assert any(f"{steps} steps: the history is lost" in text for text in json_of(run)["missing"])
+    assert "the history is lost" in html_of(run)
 
 
 @pytest.mark.parametrize(

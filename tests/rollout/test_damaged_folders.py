@@ -1,5 +1,6 @@
 """A damaged evaluation or checkpoint is one message that names the file, and nothing is written."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ RECORDS = [
     (EPISODES, lambda text: text.replace('"task"', '"tusk"', 1)),
     (EPISODES, lambda text: "3\n" + text),
     (EPISODES, lambda text: "\udcff" + text),
+    (EPISODES, lambda text: re.sub(r'"steps": \d+', '"steps": 9999', text, count=1)),
+    (EPISODES, lambda text: text + re.sub(r'"steps": (\d+)', r'"steps": 1', text.splitlines(True)[0])),
 ]
 OF_SHARDS = [
     (HEADER, lambda text: text.replace('"first_seed"', '"first_sed"')),

@@ -11,7 +11,7 @@ import pytest
 
 from tests.rollout.actors import Obedient, Trained
 from tests.rollout.toy_env import robot
-from vlafit import files
+from vlafit import locks
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError, SimulationError, VlafitError
 from vlafit.rollout import Protocol, evaluate, memory, policy_width, preflight
@@ -63,7 +63,7 @@ def test_a_renderer_that_cannot_draw_is_found_before_the_first_episode(
     now="refused, naming the folder and the process",
 )
 def test_an_evaluation_is_played_by_one_command_at_a_time(protocol: Make, tmp_path: Path) -> None:
-    with files.exclusive(tmp_path / "out", "vlafit eval"), pytest.raises(VlafitError) as caught:
+    with locks.exclusive(tmp_path / "out", "vlafit eval"), pytest.raises(VlafitError) as caught:
         evaluate(Obedient(), protocol("left", trials=1), tmp_path / "out", workers=1, videos=0)
     assert all(fact in str(caught.value) for fact in (str(tmp_path / "out"), f"process {os.getpid()}"))
 

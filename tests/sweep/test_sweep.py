@@ -22,7 +22,7 @@ from vlafit.errors import ConfigError, EmbodimentError, StorageError, VlafitErro
 from vlafit.recipe import Recipe
 from vlafit.sweep import storage
 from vlafit.sweep.report import page
-from vlafit.sweep.storage import RETRY_OF, Storage, started
+from vlafit.sweep.storage import RETRY_OF, Storage, number_of, started
 from vlafit.sweep.study import Dimension, Study, check, recipe_with, strategy_with
 from vlafit.sweep.worker import _Watcher, run_trials
 from vlafit.train.loop import StepResult
@@ -150,7 +150,32 @@ def test_the_trial_of_a_worker_that_died_is_marked_as_failed_and_tried_again(
     assert first.state.name == "FAIL" and again.state.name == "COMPLETE"
     assert again.user_attrs[RETRY_OF] == 0 and again.params == first.params
     (trial,) = sweep.read(one).trials
-    assert (trial.number, trial.folder, trial.retry_of) == (1, "trials/0000/run", 0)
+    assert (trial.number, trial.folder, trial.retry_of) == (0, "trials/0000/run", 0)
+
+
+def attempts(folder: Path, *, dies: set[int], startup: int = 2) -> list[tuple[int, dict[str, object]]]:
+    """Play a worker for trials that cost nothing and whose attempts in `dies` end it; return all of them."""
+    storage = Storage(folder, Study(SEARCH, trials=5, startup=startup), 4)
+    taken_trials = []
+    while (taken := storage.take(5)) is not None:
+        taken_trials.append((taken.number, taken.values))
+        if len(taken_trials) - 1 in dies:
+            taken.lock.close()
+        else:
+            storage.done(taken, float(str(taken.values["optim.lr"])))
+    assert [number_of(trial) for trial in started(storage.trials())] == [0, 1, 2, 3, 4]
+    return taken_trials
+
+
+@pytest.mark.parametrize("dies", [{0}, {1, 2}, {3}])
+def test_a_sweep_whose_workers_are_killed_has_the_trials_of_an_undisturbed_one(
+    tmp_path: Path, dies: set[int]
+) -> None:
+    undisturbed = attempts(tmp_path / "undisturbed", dies=set())
+    killed = attempts(tmp_path / "killed", dies=dies)
+    assert [number for number, _ in undisturbed] == [0, 1, 2, 3, 4]
+    assert [trial for n, trial in enumerate(killed) if n not in dies] == undisturbed
+    assert all(killed[n] == killed[n + 1] for n in dies), "the next attempt has the number and the values"
 
 
 def test_a_trial_that_kills_every_worker_is_given_up(recipe: Recipe, tmp_path: Path) -> None:

@@ -147,3 +147,29 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_run(
     summary = run(replace(recipe, train=replace(recipe.train, report=True)), tmp_path / "run", resume=True)
     assert summary.finished and summary.report is None
     assert "vlafit report" in caplog.text
+
+
+def events(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_checkpoint_between_two_logged_steps_loses_no_history(tmp_path: Path, caplog):
+    lines = [{"step": step, "train/loss": 1.0} for step in range(2, 16, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Metrics(tmp_path, OneProcess()).rewind(15, 2)  # type: ignore[arg-type]
+    assert events(tmp_path / "metrics.jsonl") == lines and not caplog.records
+    Metrics(tmp_path, OneProcess()).rewind(18, 2)  # type: ignore[arg-type]
+    assert "step 14" in caplog.text and "step 18" in caplog.text
+
+
+def test_a_run_that_goes_on_has_no_event_of_where_it_stopped(tmp_path: Path):
+    lines = [
+        {"step": 6, "train/loss": 1.0},
+        {"step": 7, "train/loss": 0.5},
+        {"step": 7, "validation/loss": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Metrics(tmp_path, OneProcess()).rewind(7, 2)  # type: ignore[arg-type]
+    assert events(tmp_path / "metrics.jsonl") == lines, "it has ended there"
+    Metrics(tmp_path, OneProcess()).rewind(7, 2, goes_on=True)  # type: ignore[arg-type]
+    assert events(tmp_path / "metrics.jsonl") == [lines[0], lines[2]]

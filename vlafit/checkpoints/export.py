@@ -1,13 +1,13 @@
 """Export a checkpoint to another program's format, or to vlafit's own."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vlafit import files
+from vlafit import files, locks
 from vlafit.checkpoints import interpolate as between
 from vlafit.checkpoints import model_card
 from vlafit.checkpoints.assign import Dtype
@@ -96,12 +96,45 @@ def export(
     `config` gives what the checkpoint does not
     record, and `trust` names packages of policy families, as in `load`.
 
-    The folder appears whole or not at all. Raises WeightsError where `out` exists already, or the target
-    cannot hold the policy, its codec or its adapters: every reason is named.
+    The folder appears whole or not at all. Raises WeightsError where `out` exists already or another process
+    is writing it, or the target cannot hold the policy, its codec or its adapters: every reason is named.
     """
     out = Path(out)
     writer = registry.writer(target)
     _require_free(out)
+    with locks.creating(out, "vlafit export"):
+        _require_free(out)  # another process may just have created it
+        return _export(
+            source,
+            target,
+            out,
+            writer,
+            merge=merge,
+            interpolate=interpolate,
+            base=base,
+            embodiment=embodiment,
+            config=config,
+            dtype=dtype,
+            format=format,
+            trust=trust,
+        )
+
+
+def _export(
+    source: str | Path,
+    target: str,
+    out: Path,
+    writer: Format,
+    *,
+    merge: bool,
+    interpolate: Mapping[str, float] | None,
+    base: str | Path | None,
+    embodiment: str,
+    config: Mapping[str, object] | None,
+    dtype: Dtype | torch.dtype | None,
+    format: str | None,
+    trust: Sequence[str],
+) -> Exported:
     location = place(source)
     path = location.path
     is_native = native.recognise(path)
@@ -134,32 +167,51 @@ def export(
     if narrow:
         notes += ("in bfloat16, because its run computed in bfloat16; --dtype float32 writes float32",)
     cast_error = round_measured(loaded.policy, writer) if dtype == "bfloat16" else None
+    results = () if interpolate else model_card.results_of(path)
     if writer is NATIVE:
         if cast_error is not None:
             cast_for(loaded.policy, writer)
-        save(loaded.policy, out, loaded.codecs, plan=loaded.plan, recipe=recipe, history=history)
-        exported = Exported(out, target, (), ())
+        save(
+            loaded.policy,
+            out,
+            loaded.codecs,
+            plan=loaded.plan,
+            recipe=recipe,
+            history=history,
+            results=results,
+            new=True,
+        )
+        exported = Exported(out, target, _files_of(out), ())
     else:
-        exported = _write(loaded, writer, target, out, str(path), dtype)
-    results = () if interpolate else model_card.results_of(path)
-    text = model_card.card(
-        loaded.policy, loaded.codecs, recipe=recipe, history=history, results=results, target=target
-    )
-    files.write_atomic(out / model_card.FILE, text)  # a native one again, now with results
-    exported = replace(exported, files=_files_of(out))
+
+        def readme() -> str:
+            return model_card.card(
+                loaded.policy, loaded.codecs, recipe=recipe, history=history, results=results, target=target
+            )
+
+        exported = _write(loaded, writer, target, out, str(path), dtype, readme)
     return replace(exported, notes=notes + exported.notes, merge_error=merge_error, cast_error=cast_error)
 
 
-def write(policy: Policy, codec: Codec | None, target: str, out: str | Path, where: str) -> Exported:
+def write(
+    policy: Policy,
+    codec: Codec | None,
+    target: str,
+    out: str | Path,
+    where: str,
+    readme: Callable[[], str] | None = None,
+) -> Exported:
     """Write a policy without adapters, and its codec, into the new folder `out`; see `export`.
 
-    `where` begins a refusal.
+    `where` begins a refusal; `readme` returns the text of the model card.
     """
     out, writer = Path(out), registry.writer(target)
     _require_free(out)
     _require_expressible(policy, codec, writer, target, where, [])
-    with files.new_folder(out) as partial:
+    with files.new_folder(out, new=True) as partial:
         notes = writer.write(partial, policy, codec, out.resolve())
+        if readme is not None:
+            files.write_atomic(partial / model_card.FILE, readme())
         written = _files_of(partial)
     return Exported(out, target, written, notes)
 
@@ -181,7 +233,16 @@ def _of(loaded: LoadedSet, embodiment: str, writer: Format, where: str) -> Loade
     return replace(loaded, codecs=None if codec is None else CodecSet([codec]))
 
 
-def _write(loaded: LoadedSet, writer: Format, target: str, out: Path, where: str, dtype: Dtype) -> Exported:
+def _write(
+    loaded: LoadedSet,
+    writer: Format,
+    target: str,
+    out: Path,
+    where: str,
+    dtype: Dtype,
+    readme: Callable[[], str],
+) -> Exported:
+    """Write a policy, its codec and the model card that `readme` returns into the new folder `out`."""
     policy, codec, plan, _ = loaded.of()
     if plan is None or not plan.adapted:
         rounded = ("quantised weights are written as the floats that they stand for",)
@@ -189,7 +250,7 @@ def _write(loaded: LoadedSet, writer: Format, target: str, out: Path, where: str
         policy = merge_adapters(policy)
         if dtype == "bfloat16":
             cast_for(policy, writer)
-        exported = write(policy, codec, target, out, where)
+        exported = write(policy, codec, target, out, where, readme)
         return replace(exported, notes=notes + exported.notes)
     reasons = peft.refusals(policy, plan, writer.adapters, target)
     _require_expressible(policy, codec, writer, target, where, reasons)
@@ -200,12 +261,13 @@ def _write(loaded: LoadedSet, writer: Format, target: str, out: Path, where: str
     remove(policy)
     if dtype == "bfloat16":
         cast_for(policy, writer)
-    with files.new_folder(out) as partial:
+    with files.new_folder(out, new=True) as partial:
         below, final = partial / peft.BASE, out.resolve() / peft.BASE
         below.mkdir()
         notes = writer.write(below, policy, codec, final)
         peft.write(partial, adapters, final)
         writer.adapters.write_beside(partial, below)
+        files.write_atomic(partial / model_card.FILE, readme())
         written = _files_of(partial)
     note = (
         f"adapters in peft's form; the weights below them are in {peft.BASE}/, and adapter_config.json "

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit import files
-from vlafit.errors import WeightsError, did_you_mean
+from vlafit import files, locks
+from vlafit.errors import StorageError, WeightsError, did_you_mean
 
 SMALL = 2**26  # bytes that any file may unfold to
+METADATA = "__metadata__"  # the key of a safetensors header that is not a tensor
 GROWTH = 16  # a larger file may unfold to this many times its size: tied weights are written apart
 
 
@@ -30,10 +32,35 @@ def convert(source: Path, target: Path, key: str = "") -> int:
     Raises WeightsError where `source` holds anything but named tensors, or far more bytes than its own size,
     or is damaged, or `target` is there already.
     """
-    if target.exists():
-        raise WeightsError(f"{target}: exists already; name another file")
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: the name must end in .safetensors")
+    _require_free(target)
+    _require_file(source)
+    with locks.creating(target, "vlafit convert-pickle"):
+        _require_free(target)  # another process may just have created it
+        return _convert(source, target, key)
+
+
+def _require_free(target: Path) -> None:
+    if target.exists():
+        raise WeightsError(f"{target}: exists already; name another file")
+
+
+def _require_file(source: Path) -> None:
+    """Raise WeightsError unless `source` is a file with content. A pipe would be waited for without end."""
+    if not source.exists():
+        raise WeightsError(f"{source}: no such file; check the path")
+    if source.is_dir():
+        raise WeightsError(f"{source}: a folder, not a file; name a pickle inside it")
+    if not source.is_file():
+        raise WeightsError(
+            f"{source}: neither a file nor a link to one (a pipe or a device); copy its content to a file"
+        )
+    if not source.stat().st_size:
+        raise WeightsError(f"{source}: empty; fetch or save the file again")
+
+
+def _convert(source: Path, target: Path, key: str) -> int:
     content = _open(source)
     if key:
         if not isinstance(content, Mapping) or key not in content:
@@ -64,8 +91,10 @@ def convert(source: Path, target: Path, key: str = "") -> int:
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
         except (KeyError, ValueError) as error:
-            raise WeightsError(
-                f"{source}: safetensors cannot hold these tensors: {_reason(error)}"
+            raise WeightsError(f"{source}: safetensors cannot hold these tensors: {error}") from error
+        except SafetensorError as error:  # such as a full disk
+            raise StorageError(
+                f"cannot write {target}: {_reason(error)}; choose another path, or free space"
             ) from error
     return len(tensors)
 
@@ -97,7 +126,8 @@ def _open(source: Path) -> object:
         pickle.UnpicklingError,
     ) as error:
         raise WeightsError(
-            f"{source}: not a pickle that holds only tensors, so it is not opened: {_reason(error)}"
+            f"{source}: not a pickle that holds only tensors, so it is not opened: {_reason(error)}; fetch "
+            "it again, or save only its tensors (torch.save of a state_dict)"
         ) from error
 
 
@@ -107,7 +137,9 @@ def _reason(error: Exception) -> str:
     name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text)
     if name:
         return f"it would run {name[1]}"
-    if "weights_only" in text or isinstance(error, pickle.UnpicklingError):
+    if "weights_only" in text or isinstance(
+        error, pickle.UnpicklingError | KeyError | IndexError | AttributeError | TypeError | EOFError
+    ):
         return "it holds more than tensors and plain containers, or is damaged"
     return text.split("\n")[0] or type(error).__name__
 
@@ -188,6 +220,10 @@ def _require_names(source: Path, content: Mapping[object, object]) -> None:
     for key in content:
         if not isinstance(key, str | int) or isinstance(key, bool):
             raise WeightsError(f"{source}: the key {key!r} is not a tensor's name; give every tensor a text")
+        if key == METADATA:
+            raise WeightsError(
+                f"{source}: a tensor is named {METADATA!r}, which safetensors keeps for itself; rename it"
+            )
         if str(key) in keys:
             raise WeightsError(
                 f"{source}: the keys {keys[str(key)]!r} and {key!r} would be one name; rename one"

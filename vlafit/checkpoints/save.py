@@ -39,12 +39,16 @@ def save(
     base: str | Path | Base | None = None,
     changed: Collection[str] | None = None,
     agreement: Agreement | None = None,
+    results: tuple[str, ...] = (),
+    new: bool = False,
 ) -> None:
-    """Write a checkpoint; `folder` appears whole, and an older one there is replaced.
+    """Write a checkpoint; `folder` appears whole, and an older one there is replaced, unless it has to be
+    `new`.
 
     `codec` is a set where the policy learned several embodiments. `plan` says what learned, and where
     adapters sit; a policy with adapters needs it. `recipe` is the resolved recipe's TOML, `history` what the
-    weights learned from, `agreement` what data and checkpoint agreed on. `weights` replace the policy's own
+    weights learned from, `agreement` what data and checkpoint agreed on, `results` the model card's sentences
+    on evaluations. `weights` replace the policy's own
     (a moving average, or what sharded processes gathered) and must have exactly its names and shapes; those
     that are not written (quantised ones, and what a Base holds that is given with `changed`) may be left out.
 
@@ -90,9 +94,9 @@ def save(
         changed = differing if changed is None else changed
     if base is not None and changed is not None:
         own = {name: tensor for name, tensor in own.items() if name in changed and name not in quantised}
-    with files.new_folder(folder) as partial:
+    with files.new_folder(folder, new=new) as partial:
         write_folder(partial, policy, own, codec, plan, recipe, history, given, base, agreement)
-        text = model_card.card(policy, codec, recipe=recipe, history=history)
+        text = model_card.card(policy, codec, recipe=recipe, history=history, results=results)
         (partial / model_card.FILE).write_text(text, encoding="utf-8")
 
 

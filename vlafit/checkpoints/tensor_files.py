@@ -74,7 +74,7 @@ def weight_files(path: Path) -> list[Path]:
             raise WeightsError(f"{path}: not a safetensors file, and no other kind of file is opened")
         return [path]
     if not path.is_dir():
-        raise WeightsError(f"{path}: neither a file nor a folder")
+        raise WeightsError(_deleted(path) or f"{path}: neither a file nor a folder")
     index = path / INDEX
     _require_one_set(path)
     if index.is_file():
@@ -87,9 +87,20 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         raise _pickled(pickles[0])
     raise WeightsError(
-        f"{path}: no checkpoint: none of {SINGLE}, {INDEX} and manifest.json is there; if another "
+        _deleted(path)
+        or f"{path}: no checkpoint: none of {SINGLE}, {INDEX} and manifest.json is there; if another "
         "program wrote this folder in a format of its own, name that with --format (inspect, export); to "
         "train from it, export it --to vlafit, or install its format with an entry point"
+    )
+
+
+def _deleted(path: Path) -> str:
+    """Return the message for a run's checkpoint that is gone or being deleted; "" for any other path."""
+    if path.parent.name != "checkpoints" or not path.name.startswith("step_"):
+        return ""
+    return (
+        f"{path}: this checkpoint of a run is gone: a run that goes on deletes all but its last train.keep "
+        "and its best ones; name the run's folder again for its last one, or copy a checkpoint first"
     )
 
 

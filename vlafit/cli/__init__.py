@@ -124,6 +124,14 @@ def _names_hint(text: str) -> str:
     return f"; this Python reads and writes names of files in {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes that Python keeps as surrogates
+        return False
+    return True
+
+
 def _open_standard_streams() -> None:
     """Open what was closed (`>&-`): else a file that is opened next is what child processes print into."""
     for number in (0, 1, 2):
@@ -161,6 +169,11 @@ def _run(arguments: list[str]) -> int:
     for word in [*arguments, os.getcwd()]:
         if hint := _names_hint(word):  # it was decoded, but recipes and files hold the same name in UTF-8
             raise ConfigError(f"{word!a} would be another name inside the files{hint}")
+        if not _is_utf8(word):
+            raise ConfigError(
+                f"{os.fsencode(word)!r}: a path that is not UTF-8, which HDF5 and safetensors cannot open; "
+                "rename the folder or file"
+            )
     verb, *rest = arguments
     if verb not in VERBS:
         raise ConfigError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlafit import config, files
+from vlafit import config, files, locks
 from vlafit.compare import arm_record, arms
 from vlafit.compare.arm_record import ArmRecord
 from vlafit.compare.arms import Arm, Candidate, Options
@@ -88,7 +88,7 @@ def run(
     rates = options.lr_grid or (recipe.optim.lr,)
     arms.require_possible(recipe, candidates, rates, data, play=not (out / IDENTITY).is_file())
     write_or_require_same(out / IDENTITY, "comparison", now)
-    with files.exclusive(out, "vlafit compare") as lock:
+    with locks.exclusive(out, "vlafit compare") as lock:
         runner = _Runner(recipe, options, out, digest(now), lock, observer or Observer())
         with stopping(runner.processes.stop):
             standings = runner.run_all(candidates)

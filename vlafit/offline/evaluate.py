@@ -1,14 +1,14 @@
 """Ask a policy for its chunks on recorded observations, and measure their distance from what was recorded."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlafit import files
+from vlafit import locks
 from vlafit.datasets import EpisodeStore, episodes_hash
 from vlafit.errors import ConfigError
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
@@ -91,7 +91,7 @@ def evaluate(
             "inputs": list(blanked),
         },
     )
-    with files.exclusive(folder.path, LOCKED_BY):
+    with locks.exclusive(folder.path, LOCKED_BY):
         folder.open(resume)
         folder.tidy()
         wanted = list(_parts(store, episodes, settings.samples))
@@ -99,6 +99,8 @@ def evaluate(
         parts: dict[str, list[Part]] = {}
         for episode, number, steps in wanted:
             part = folder.finished(episode, number)
+            if part is not None:
+                _require_of(part, store, episode, steps, folder.part(episode, number))
             if part is None:
                 part = ask(
                     actor, store, episode, steps, draws=settings.draws, seed=settings.seed, history=history,
@@ -124,6 +126,16 @@ def evaluate(
         }
         folder.finish(result)
         return folder.identity | result
+
+
+def _require_of(part: Part, store: EpisodeStore, episode: str, steps: Sequence[int], path: Path) -> None:
+    """Raise ConfigError unless a part that was answered earlier is of these steps of this episode."""
+    states = store.state(store.index(episode))[list(steps)].astype(np.float32)
+    if part.steps.tolist() != list(steps) or not np.array_equal(part.states, states, equal_nan=True):
+        raise ConfigError(
+            f"{path}: holds other samples than steps {list(steps)} of episode {episode!r}; remove this file, "
+            "and evaluate again with --resume"
+        )
 
 
 def _spread(episodes: Episodes, samples: int) -> Episodes:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlafit import envs, files
+from vlafit import envs, locks
 from vlafit.datasets.card import Card
 from vlafit.errors import ConfigError
 from vlafit.record.plan import plan_recording, require_recordable
@@ -72,7 +72,7 @@ def record(
         folder = RecordingFolder(Path(out), plan, env)
     finally:
         env.close()
-    with files.exclusive(folder.out, LOCKED_BY):
+    with locks.exclusive(folder.out, LOCKED_BY):
         folder.prepare(resume)
         tally = Tally(plan.record, progress, started)
         for task in plan.record.tasks:

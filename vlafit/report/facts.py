@@ -195,7 +195,11 @@ def read_facts(folder: Path) -> Facts:
     plan = _plan(folder, missing)
     metrics, caveats = read_metrics(folder / "metrics.jsonl")
     if not metrics:
-        missing.append("metrics.jsonl: nothing has been logged yet.")
+        missing.append(
+            f"metrics.jsonl holds nothing, though run.json says {run['steps']} steps: the history is lost."
+            if run.get("steps")
+            else "metrics.jsonl: nothing has been logged yet."
+        )
     offline = _offline(folder, missing)
     evaluations = _evaluations(folder, recipe, missing, bool(offline))
     for name, evaluation in evaluations.items():

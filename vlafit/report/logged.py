@@ -1,10 +1,11 @@
 """Read the logged values of a run, for its report. A damaged line is left out, and said."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlafit.files import parse_json
+
+LARGEST = 3e38  # about that of float32, in which training computes; matplotlib fails near that of float64
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def read_metrics(path: Path) -> tuple[dict[str, tuple[Point, ...]], list[str]]:
             if name in ("step", "time_s"):
                 continue
             points = by_name.setdefault(name, [])
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and abs(value) <= LARGEST:
                 points.append(Point(step, time_s if isinstance(time_s, int | float) else None, float(value)))
             else:
                 not_finite[name] = not_finite.get(name, 0) + 1
     caveats = [
-        f"{count} logged values of {name} were not finite and are not drawn."
+        f"{count} logged values of {name} were not finite, or beyond {LARGEST:g}, and are not drawn."
         for name, count in not_finite.items()
     ]
     if damaged:

@@ -14,7 +14,7 @@ from typing import Any
 from vlafit import files
 from vlafit.config import build
 from vlafit.errors import ConfigError
-from vlafit.rollout.evaluation_folder import Record
+from vlafit.rollout.evaluation_folder import read_records
 from vlafit.rollout.protocol import Protocol
 
 ALPHA = 0.05  # probability of telling two policies apart that are alike
@@ -128,7 +128,8 @@ def _of_evaluation(folder: Path) -> Earlier:
         raise ConfigError(
             f"{header}: damaged ({error!r}); compare with another evaluation, or play this one again"
         ) from error
-    return Earlier(folder, _outcomes(folder / "episodes.jsonl"), protocol, sha256, wrong)
+    outcomes = _outcomes(folder / "episodes.jsonl", protocol.get("horizon"))
+    return Earlier(folder, outcomes, protocol, sha256, wrong)
 
 
 def _of_published(folder: Path, name: str) -> Earlier:
@@ -138,14 +139,14 @@ def _of_published(folder: Path, name: str) -> Earlier:
         sha256 = str(facts["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({error!r})") from error
-    outcomes = _outcomes(folder / f"episodes_{name}.jsonl")
+    outcomes = _outcomes(folder / f"episodes_{name}.jsonl", None)
     return Earlier(folder, outcomes, {}, sha256, name == "wrong_instruction")
 
 
-def _outcomes(path: Path) -> dict[Start, bool | None]:
+def _outcomes(path: Path, horizon: object) -> dict[Start, bool | None]:
     if not path.is_file():
         raise ConfigError(f"{path}: missing; no episode of this evaluation has ended")
-    records = [build(Record, line, str(path)) for line in files.read_json_lines(path)]
+    records = read_records(path, horizon)
     return {(record.task, record.seed): record.success for record in records}
 
 

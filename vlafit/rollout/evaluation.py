@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vlafit import files
+from vlafit import files, locks
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
@@ -99,7 +99,7 @@ def evaluate(
     )
     protocol, robot = prepared.protocol, prepared.robot
     folder = EvaluationFolder(Path(out) / shard.folder if shard else Path(out), prepared.identity())
-    with files.exclusive(folder.path, LOCKED_BY):
+    with locks.exclusive(folder.path, LOCKED_BY):
         folder.open(resume)
         files.tidy(folder.path / "videos")
         wanted, order = prepared.wanted, prepared.order

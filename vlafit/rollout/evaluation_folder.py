@@ -185,8 +185,7 @@ class EvaluationFolder:
 
     def records(self) -> list[Record]:
         """Return the records of the episodes that have ended; the last one of an episode counts."""
-        path = self.path / "episodes.jsonl"
-        return [build(Record, line, str(path)) for line in files.read_json_lines(path)]
+        return read_records(self.path / "episodes.jsonl", self.identity["protocol"].get("horizon"))
 
     def keep(self, outcome: Outcome, hz: float) -> Record:
         """Write an episode's video, if it was filmed, and then its record."""
@@ -288,6 +287,32 @@ class EvaluationFolder:
         name = self.identity["protocol"]["name"]
         hz = float(self.described.get("hz", 0.0))
         return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds, hz)
+
+
+def read_records(path: Path, horizon: object) -> list[Record]:
+    """Read episodes.jsonl; the last record of an episode counts.
+
+    Raises ConfigError for an episode that ended in two ways, or after the protocol's horizon (None: unknown).
+    One that ended in an environment error may have been played again.
+    """
+    records = [build(Record, line, str(path)) for line in files.read_json_lines(path)]
+    ended: dict[tuple[str, int], Record] = {}
+    for number, record in enumerate(records, start=1):
+        place = f"{path}, line {number}: task {record.task}, seed {record.seed}"
+        if isinstance(horizon, int) and not 0 <= record.steps <= horizon:
+            raise ConfigError(
+                f"{place}: steps is {record.steps}, but the protocol's horizon is {horizon}; remove the "
+                "line, and evaluate again with --resume"
+            )
+        earlier = ended.get((record.task, record.seed), record)
+        if (earlier.success, earlier.steps) != (record.success, record.steps) and earlier.error is None:
+            raise ConfigError(
+                f"{place}: success {record.success} after {record.steps} steps, but an earlier line says "
+                f"{earlier.success} after {earlier.steps}; remove the wrong one, or both to play the episode "
+                "again with --resume"
+            )
+        ended[record.task, record.seed] = record
+    return records
 
 
 def _motion(records: list[Record], task: str) -> dict[str, float | None]:

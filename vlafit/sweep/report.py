@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from vlafit import files
 from vlafit.report import markup, plots
 from vlafit.report.markup import Content, Raw, figure, join, muted, section, table, tag
-from vlafit.sweep.storage import ERROR, FOLDER, RETRY_OF, Storage, started, values_of
+from vlafit.sweep.storage import ERROR, FOLDER, RETRY_OF, Storage, number_of, started, values_of
 from vlafit.sweep.study import prepare
 from vlafit.sweep.worker import Sweep, losses
 
@@ -41,6 +41,7 @@ class Trial:
     """The run's folder, relative to the sweep's."""
     error: str
     retry_of: int | None
+    """Its own number if an attempt before was killed or interrupted."""
     curve: tuple[tuple[int, float], ...]
     """(step, validation loss) from step 0 on."""
 
@@ -118,13 +119,13 @@ def read(sweep: Sweep, command: str = "") -> SweepResult:
         default_error = "the worker died" if stored.state.name == "FAIL" else ""
         trials.append(
             Trial(
-                number=stored.number,
+                number=number_of(stored),
                 state=STATES[stored.state.name],
                 values=values_of(stored.params, sweep.study),
                 loss=curve[-1][1] if curve and stored.state.name in ("COMPLETE", "PRUNED") else None,
                 folder=str(run.relative_to(sweep.folder)) if name else "",
                 error=str(stored.user_attrs.get(ERROR, default_error)),
-                retry_of=stored.user_attrs.get(RETRY_OF),
+                retry_of=number_of(stored) if RETRY_OF in stored.user_attrs else None,
                 curve=curve,
             )
         )

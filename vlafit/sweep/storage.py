@@ -1,7 +1,8 @@
 """Store a study's trials in Optuna's SQLite database: hand out the next trial, retry those of dead workers.
 
 A worker holds a lock file while its trial runs, and the system releases it when the worker dies. So a running
-trial whose lock is free is dead: it is marked as failed, and its values are tried again in the same folder.
+trial whose lock is free is dead: it is marked as failed, and tried again with its number, values and folder.
+Optuna cannot start a trial twice, so it counts the second attempt as another trial; our numbers do not.
 """
 
 import fcntl
@@ -31,14 +32,11 @@ class Taken:
     """A trial that this worker runs."""
 
     trial: "optuna.Trial"
+    number: int
+    """Its number, which a second attempt keeps; Optuna's is another one then."""
     values: dict[str, object]
     folder: Path
     lock: IO[str] = field(repr=False)
-
-    @property
-    def number(self) -> int:
-        """Its number in the study."""
-        return self.trial.number
 
 
 class Storage:
@@ -80,18 +78,19 @@ class Storage:
             waiting = any(t.state == self.optuna.trial.TrialState.WAITING for t in trials)
             if not waiting and len(started(trials)) >= wanted:
                 return None
-            number = len(trials)
-            # Seeded by the trial's number, so that a resumed study does not repeat its random values.
+            number = max((number_of(t) for t in trials), default=-1) + 1
+            # Seeded by the trial's number, so that a study that was interrupted draws the values that an
+            # undisturbed one would. A queued trial has its values already.
             self.optuna_study.sampler = self.optuna.samplers.TPESampler(
                 seed=self.study.seed * 1_000_003 + number, n_startup_trials=self.study.startup
             )
             trial = self.optuna_study.ask()
             values = {name: suggest(trial, name, dim) for name, dim in self.study.search.items()}
-            folder_name = trial.user_attrs.get(FOLDER) or f"{trial.number:04d}"
+            folder_name = trial.user_attrs.get(FOLDER) or f"{number:04d}"
             trial.set_user_attr(FOLDER, folder_name)
             lock = self._try_lock(trial.number)
             assert lock is not None, "a new trial's lock is free"
-            return Taken(trial, values, self.folder / "trials" / folder_name, lock)
+            return Taken(trial, int(folder_name), values, self.folder / "trials" / folder_name, lock)
 
     def done(self, taken: Taken, value: float) -> None:
         """Record a complete trial."""
@@ -131,14 +130,18 @@ class Storage:
                 self._requeue(trial.number, deaths=1)
 
     def _requeue(self, number: int, deaths: int) -> None:
-        trial = self.trials()[number]
+        """Queue a trial again, then mark it as failed: a kill between the two must not lose it."""
+        trials = self.trials()
+        trial = trials[number]
         tried = int(trial.user_attrs.get(TRIED, 0)) + deaths
-        self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
-        if tried <= RETRIES and FOLDER in trial.user_attrs:
+        queued = any(other.user_attrs.get(RETRY_OF) == number for other in trials)
+        if tried <= RETRIES and FOLDER in trial.user_attrs and not queued:
+            queued_values = trial.system_attrs.get("fixed_params", {})  # of an attempt that died at once
             self.optuna_study.enqueue_trial(
-                dict(trial.params),
+                {**queued_values, **trial.params},
                 user_attrs={FOLDER: trial.user_attrs[FOLDER], RETRY_OF: number, TRIED: tried},
             )
+        self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
 
     def _try_lock(self, number: int) -> IO[str] | None:
         file = open(self.folder / "locks" / str(number), "w", encoding="utf-8")  # noqa: SIM115
@@ -183,10 +186,16 @@ class Storage:
             ) from error
 
 
+def number_of(trial: "optuna.trial.FrozenTrial") -> int:
+    """Return a trial's number; -1 if it has none yet, or its worker died before it had."""
+    return int(trial.user_attrs.get(FOLDER, -1))
+
+
 def started(trials: Sequence["optuna.trial.FrozenTrial"]) -> list["optuna.trial.FrozenTrial"]:
-    """Return the trials that count: neither waiting nor retried under another number."""
+    """Return the last attempts of the trials that have a number and do not wait, by number."""
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-    return [t for t in trials if t.state.name != "WAITING" and t.number not in retried]
+    last = [t for t in trials if t.state.name != "WAITING" and t.number not in retried]
+    return sorted((t for t in last if number_of(t) >= 0), key=number_of)
 
 
 def suggest(trial: "optuna.Trial", name: str, dimension: Dimension) -> object:

@@ -166,7 +166,9 @@ class _Workers:
         workers = loader.num_workers
         try:
             if workers:
-                multiprocessing.get_context("spawn").Lock()  # fails before torch has a half-made loader
+                # As many locks as the loader has, or more: it fails here, before torch has a half-made one.
+                context = multiprocessing.get_context("spawn")
+                _ = [context.Lock() for _ in range(8 + 4 * workers)]
             with _sigint_blocked():
                 self.stream = iter(loader)
         except OSError as error:  # locks lie in shared memory, too

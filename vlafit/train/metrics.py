@@ -48,28 +48,35 @@ class Metrics:
         self._accelerator = accelerator
         self._main = accelerator.is_main_process
 
-    def rewind(self, step: int | None) -> None:
-        """Remove what was logged after `step` (None: everything), because the resumed run logs it again."""
+    def rewind(self, step: int | None, every: int = 1, goes_on: bool = False) -> None:
+        """Remove what was logged after `step` (None: everything), because the resumed run logs it again.
+
+        `every` is how often training is logged. A run that `goes_on` also loses what was only logged at
+        `step` because it stopped there, and has the events of one that did not stop.
+        """
         if not self._main:
             return
         if not self.path.is_file():
             if step:
                 log.warning("%s is missing: the history up to step %d is lost", self.path, step)
             return
-        kept, last = [], 0
+        kept, last, longest = [], 0, every
         for line in self.path.read_bytes().splitlines():
             try:
                 text = line.decode()
-                at = int(files.parse_json(text)["step"])
+                event = files.parse_json(text)
+                at = int(event["step"])
             except (ValueError, KeyError, TypeError, OverflowError):
                 log.warning(
                     "%s: removing a line that is not a valid event, perhaps cut off by a crash", self.path
                 )
                 continue
-            if step is not None and at <= step:
+            if step is None or at > step:
+                continue
+            longest, last = max(longest, at - last), max(last, at)  # `every` may have been larger before
+            if not (goes_on and at == step and step % every and "train/loss" in event):
                 kept.append(text + "\n")
-                last = max(last, at)
-        if step and last < step:
+        if step and step - last >= longest:
             log.warning(
                 "%s: holds nothing after step %d, but the run goes on from step %d: that history is lost",
                 self.path,

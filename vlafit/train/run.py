@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from vlafit import config, files, report
+from vlafit import config, files, locks, report
 from vlafit.checkpoints import model_card
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
@@ -117,12 +117,12 @@ def run(
     check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     first = os.environ.get("RANK", "0") == "0"  # the main process writes, and holds the lock for all
     if first:
-        files.require_unlocked(out, LOCKED_BY)
+        locks.require_unlocked(out, LOCKED_BY)
     settled = replace(settled, recipe=require_usable(recipe, out, saved))
     if first:
         for sentence in settled.sentences:
             log.info("%s", sentence)
-    with files.exclusive(out, LOCKED_BY) if first else nullcontext():
+    with locks.exclusive(out, LOCKED_BY) if first else nullcontext():
         try:
             return _run(settled, out, saved, resume_from, command, callbacks or Callbacks())
         except VlafitError:
@@ -220,7 +220,9 @@ def _train(
         log.info("%s", experiment.saved)
     callbacks.setup(experiment)
 
-    metrics.rewind(resumed and int(resumed.name.removeprefix("step_")))
+    step = resumed and int(resumed.name.removeprefix("step_"))
+    goes_on = step is not None and step < recipe.train.steps and not recipe.train.max_seconds
+    metrics.rewind(step, recipe.train.log_every, goes_on)
     if trainer is None:
         context = RunContext(experiment, out, accelerator, manager, metrics, callbacks, meter)
         evaluator = Evaluator(context)

@@ -4,13 +4,12 @@ States, actions and sentences are written as the store returns them: cut, scaled
 A card in the new folder (`card.toml`) says what its layout cannot: units, limits, control mode, license.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from vlafit import files
+from vlafit import files, locks
 from vlafit.datasets.convert.hdf5 import write_libero
 from vlafit.datasets.convert.lerobot import VIDEO_CODECS, write_lerobot
 from vlafit.datasets.convert.written import Written
@@ -52,9 +51,9 @@ def convert(
     out = Path(out).expanduser().resolve()
     _require_new(store, out)
     _require_names(store)
-    lock = out.with_name(f".{out.name}.converting")
-    try:
-        with files.exclusive(lock, "vlafit data convert"), files.new_folder(out) as partial:
+    with locks.creating(out, "vlafit data convert"):
+        _require_new(store, out)  # another process may just have created it
+        with files.new_folder(out, new=True) as partial:
             if to == "lerobot":
                 written = write_lerobot(store, partial, video, progress)
             else:
@@ -62,8 +61,6 @@ def convert(
             text = f"# What the files beside it do not say.\n{card_text(written.card)}"
             files.write_atomic(partial / CARD, text)
             _require_same(store, written, partial, lossless=not video)
-    finally:
-        shutil.rmtree(lock, ignore_errors=True)
     return written.lost
 
 

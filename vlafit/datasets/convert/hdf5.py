@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from vlafit.datasets.convert.written import Written, card_for
+from vlafit.datasets.hdf5_write import new_hdf5
 from vlafit.datasets.store import EpisodeStore
 
 STATE, ACTIONS = "obs/state", "actions"
@@ -25,7 +26,7 @@ def write_libero(store: EpisodeStore, folder: Path, progress: Callable[[int], No
     done = 0
     for name in sorted(by_name):
         (task, sentence), numbers = by_name[name]
-        with h5py.File(folder / name, "w") as file:
+        with new_hdf5(folder / name) as file:
             data = file.create_group("data")
             data.attrs["env_name"] = task
             data.attrs["problem_info"] = json.dumps({"language_instruction": sentence})

@@ -1,0 +1,171 @@
+"""Locks on folders that commands work in, and on paths that they create.
+
+The system releases a lock when its process ends. File systems without flock get a file that names the owner.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vlafit import files
+from vlafit.errors import VlafitError
+from vlafit.files import LOCK, OWNER
+
+log = logging.getLogger(__name__)
+
+
+def require_unlocked(folder: Path, what: str) -> None:
+    """Raise VlafitError if another process holds the folder's lock. Writes nothing."""
+    if (folder / LOCK).is_file():
+        with _held(folder / LOCK, folder, what):
+            pass
+
+
+@contextmanager
+def creating(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock beside `path`, a file or folder that a command creates and that must not exist.
+
+    Raises VlafitError, without touching anything, if another process is creating it, and StorageError if its
+    folder cannot be written.
+    """
+    path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
+    parent = files.require_writable(path.parent)
+    try:
+        with _locked(parent / f".{path.name}{LOCK}", path, what):
+            yield
+    except BaseException:
+        for folder in made:  # a command that failed before it wrote anything leaves no trace
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[int]:
+    """Hold the folder's lock and yield its file descriptor; child processes that inherit it hold it too.
+
+    The system releases the lock when the last of them ends, even if it is killed. What a killed command left
+    is removed (see `files.tidy`). Raises VlafitError naming the folder and the process if another command
+    holds the lock; `what` is the kind of command.
+    """
+    made = not Path(folder).exists()
+    folder = files.require_writable(folder)
+    try:
+        with _locked(folder / LOCK, folder, what) as handle:
+            files.tidy(folder)
+            yield handle
+    except BaseException:
+        if made and folder.is_dir() and not (folder / LOCK).exists() and files.is_empty(folder):
+            shutil.rmtree(folder)  # a command that failed before it wrote anything leaves no trace
+        raise
+
+
+@contextmanager
+def _locked(lock: Path, place: Path, what: str) -> Iterator[int]:
+    with _held(lock, place, what) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
+        try:
+            yield file.fileno()
+        finally:
+            lock.unlink(missing_ok=True)  # while held: see `_is_at` for others who opened it
+
+
+@contextmanager
+def _held(lock: Path, place: Path, what: str) -> Iterator[BinaryIO]:
+    """Open and lock the file `lock`; `place` is what an error names."""
+    owner = lock.with_name(lock.name + OWNER.removeprefix(LOCK))
+    while True:
+        with open(lock, "ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                pid = file.read().strip().decode(errors="replace")
+                holder = f"another {what} (process {pid})" if pid.isdecimal() else f"another {what}"
+                raise VlafitError(
+                    f"{place}: {holder}, or a run that it started, is working here; wait for it or stop it"
+                ) from error
+            except OSError as error:
+                log.warning(
+                    "%s: the file system has no locks (%s); %s marks it as in use until this command "
+                    "ends. Delete it if the machine stops before",
+                    place, error.strerror, owner.name,
+                )  # fmt: skip
+                with _owned(owner, place, what):
+                    yield file
+                return
+            if not _is_at(file, lock):  # its holder has just removed it
+                continue
+            if owner.exists():  # of a command that got no lock: another machine, or a short failure
+                with _owned(owner, place, what):
+                    yield file
+            else:
+                yield file
+            return
+
+
+@contextmanager
+def _owned(path: Path, place: Path, what: str) -> Iterator[None]:
+    """Hold a lock by creating a file. That of a dead process of this machine is removed."""
+    own = f"{os.getpid()} {socket.gethostname()}\n".encode()
+    while True:
+        try:
+            with open(path, "xb") as file:
+                file.write(own)
+            break
+        except FileExistsError as error:
+            try:
+                holder = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            pid, _, host = holder.decode(errors="replace").strip().partition(" ")
+            if host == socket.gethostname() and pid.isdecimal() and not _is_running(int(pid)):
+                _remove_if(path, holder)
+                continue
+            raise VlafitError(
+                f"{place}: another {what} (process {pid or 'unknown'} on {host or 'an unknown machine'}) is "
+                f"working here; wait for it or stop it. If it is gone, delete {path}"
+            ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_if(path: Path, content: bytes) -> None:
+    """Remove a file unless another process has just replaced it."""
+    aside = path.with_name(f".{path.name.strip('.')}.{os.getpid()}.partial")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if aside.read_bytes() != content:
+        os.link(aside, path)
+    aside.unlink()
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
