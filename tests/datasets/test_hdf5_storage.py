@@ -138,8 +138,8 @@ def of_shorter(file: h5py.Group, key: str, values: np.ndarray) -> None:
 @pytest.mark.case(
     section="data",
     report="some frames are black, or a column is zero",
-    user_has="HDF5 rows that were allocated and never written, or a virtual dataset with gaps",
-    now="refused when the dataset is opened, by file and key",
+    user_has="HDF5 chunks or frames that were never written, short raw files, or a virtual dataset with gaps",
+    now="refused when the dataset is opened, by file and key; docs/security.md lists what no file shows",
 )
 @pytest.mark.parametrize(
     ("key", "write", "fact"),

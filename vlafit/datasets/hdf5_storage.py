@@ -61,7 +61,7 @@ def _sources(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: 
 def _raw_files(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: str) -> set[Path]:
     """Return the files of raw bytes of a dataset; together they must hold all of it."""
     sources, held = set(), 0
-    for name, offset, size in dataset.external:
+    for name, offset, size in dataset.external or ():
         raw = _beside(opened, name, where, RAW_PREFIX)
         _require_inside(raw, roots, where)
         if not raw.is_file():
