@@ -289,7 +289,7 @@ def _require_consistent(progress: Progress, folder: Path, tensors: Mapping[str, 
     step, stage = progress.step, progress.stage
     if folder.name.removeprefix("step_").isdecimal() and step != int(folder.name.removeprefix("step_")):
         raise ValueError(f"state.json says step {step}, the folder's name is {folder.name}")
-    counts = [int(value.max()) for key, value in tensors.items() if key.startswith("adamw.step/")]
+    counts = [int(tensors[key].max()) for key in tensors if key.startswith("adamw.step/")]
     if counts and (max(counts) > step or (stage.number == 0 and max(counts) != step)):
         raise ValueError(f"state.json says step {step}, the optimiser counts {max(counts)} updates")
     if stage.number < 0 or not 0 <= stage.began <= step or stage.stalled < 0:
