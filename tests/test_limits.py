@@ -132,3 +132,43 @@ def test_every_number_of_an_execution_has_a_limit(name: str) -> None:
         Execution(**{name: FAR})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_weight must be a positive number"):
         Execution(guidance=Guidance(max_weight=float("inf")))
+
+
+def named(card: Any, column: str = "", **changes: Any) -> Any:
+    """Change a card's robot, or a column of it."""
+    if column:
+        changes = {column: replace(getattr(card.robot, column), **changes)}
+    return replace(card, robot=replace(card.robot, **changes))
+
+
+@pytest.mark.case(
+    section="data",
+    report="a terminal that changes colour, a table whose lines are torn",
+    user_has="control characters or 20,000 letters in a robot's, camera's or dimension's name",
+    now="refused by the field's name; the text is shown escaped and shortened",
+)
+@pytest.mark.parametrize("text", ["arm\x1b[31m", "two\nlines", "x" * 20_000])
+@pytest.mark.parametrize("field", ["robot.name", "robot.control", "robot.action.labels", "robot.state.unit"])
+def test_a_name_is_one_short_line_without_control_characters(field: str, text: str) -> None:
+    card = load_card(shipped.find("card", "metaworld-faucet"))
+    _, part, *rest = field.split(".")
+    labels = (text, *map(str, range(card.robot.action.dimensions - 1)))
+    if rest:
+        wrong = named(card, part, **{rest[0]: labels if rest[0] == "labels" else text})
+    else:
+        wrong = named(card, **{part: text})
+    with pytest.raises(ConfigError, match=rf"card\.toml: {field}") as caught:
+        check_card(wrong, "card.toml")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+def test_dimensions_have_names_of_their_own() -> None:
+    card = load_card(shipped.find("card", "metaworld-faucet"))
+    wrong = named(card, "action", labels=("a",) * card.robot.action.dimensions)
+    with pytest.raises(ConfigError, match=r"card\.toml: robot\.action\.labels: .*'a'"):
+        check_card(wrong, "card.toml")
+
+
+def test_the_purpose_of_a_recipe_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"purpose 'a\\x1b\[31m' holds"):
+        check_recipe(replace(Recipe(), purpose="a\x1b[31m"), 1)

@@ -1,19 +1,26 @@
 """Whatever the machine or a file does to a command, it ends in one sentence, and a long run goes on."""
 
+import dataclasses
 import io
+import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vlafit import config, files
+from vlafit.checkpoints import inspect
+from vlafit.checkpoints.formats.native.write import write_folder
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.cli import main
 from vlafit.cli.console import surviving_streams
 from vlafit.datasets import load_card
 from vlafit.errors import ConfigError, VlafitError, WeightsError
-from vlafit.policies import build_family
+from vlafit.policies import build_family, families, family, override
 from vlafit.recipe import Recipe
 from vlafit.rollout.protocol import load_protocol
 
@@ -80,11 +87,54 @@ def test_numbers_without_bounds_are_refused_by_name(tmp_path: Path, key: str, va
     assert key in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("language.depth", 10_000_000), ("language.width", 2**40)])
-def test_a_policy_of_absurd_size_is_refused_before_it_is_built(key: str, value: int):
+def sizes(family: str, config: Any, prefix: str = "") -> Iterator[tuple[str, str, int]]:
+    """Yield the sizes of a family's config: its fields of whole numbers, by dotted key."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from sizes(family, value, f"{prefix}{field.name}.")
+        elif type(value) is int:
+            yield family, f"{prefix}{field.name}", 10**9
+
+
+EVERY = [
+    row
+    for name in families()
+    for row in sizes(name, next(iter(family(name).SIZES.values())))
+    if row[1] != "expert.self_every"  # no size: every how many layers
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *EVERY,
+        ("act", "resnet_blocks", [1] * 10**6),
+        ("act", "resnet_blocks", [10**7, 1, 1, 1]),
+        ("act", "resnet_blocks", [600, 600]),
+    ],
+)
+def test_a_policy_of_absurd_size_is_refused_before_it_is_built(name: str, key: str, value: Any):
     with pytest.raises(ConfigError) as caught:
-        build_family("pi0", "pi0-tiny", {key: value}, device="meta")
-    assert str(value) in str(caught.value) and key.rpartition(".")[2] in str(caught.value)
+        override(next(iter(family(name).SIZES.values())), {key: value}, "here")
+    message = str(caught.value)
+    assert key.rpartition(".")[2] in message and len(message) < 300
+    assert re.search(r"at most \d+|no multiple|not a multiple", message), message
+
+
+def test_a_checkpoint_of_absurd_size_is_refused_before_memory_is_taken(tmp_path: Path):
+    policy = build_family("act", "act-tiny", device="cpu")
+    (tmp_path / "c").mkdir()
+    write_folder(tmp_path / "c", policy, dict(policy.named_parameters()), None)
+    path, manifest = tmp_path / "c" / "policy.json", tmp_path / "c" / "manifest.json"
+    facts, listed = json.loads(path.read_text()), json.loads(manifest.read_text())
+    path.write_text(json.dumps(facts | {"config": facts["config"] | {"resnet_width": 10**9}}))
+    listed["files"]["policy.json"] = files.sha256(path)
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(
+        ConfigError, match=rf"{path}: config.*policy config: resnet_width 1000000000 .*at most"
+    ):
+        inspect(tmp_path / "c")
 
 
 def test_an_out_folder_with_too_long_a_name_is_one_sentence(tmp_path: Path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.datasets.layouts import LIBERO, card, demos, write_one
 from vlafit.datasets import open_dataset
+from vlafit.datasets.hdf5_files import own_values
 from vlafit.datasets.layouts import libero
 from vlafit.errors import DataError
 
@@ -137,8 +138,8 @@ def of_shorter(file: h5py.Group, key: str, values: np.ndarray) -> None:
 @pytest.mark.case(
     section="data",
     report="some frames are black, or a column is zero",
-    user_has="HDF5 rows that were allocated and never written, or a virtual dataset with gaps",
-    now="refused when the dataset is opened, by file and key",
+    user_has="HDF5 chunks or frames that were never written, short raw files, or a virtual dataset with gaps",
+    now="refused when the dataset is opened, by file and key; docs/security.md lists what no file shows",
 )
 @pytest.mark.parametrize(
     ("key", "write", "fact"),
@@ -212,3 +213,85 @@ def test_a_source_of_frames_that_changes_while_the_dataset_is_open_is_noticed(
     with pytest.raises(DataError) as caught:
         opened.image(0, 1, "front")
     assert all(fact in str(caught.value) for fact in (f"{source}: changed", " 100"))
+
+
+def raw(*pieces: tuple[str, int]) -> Write:
+    """Write a dataset whose bytes are in raw files beside it; `pieces` are names and sizes."""
+
+    def write(file: h5py.Group, key: str, values: np.ndarray) -> None:
+        external = [(name, 0, size) for name, size in pieces]
+        file.create_dataset(key, values.shape, values.dtype, external=external)
+
+    return write
+
+
+ACTIONS = "data/demo_0/actions"
+
+
+@pytest.mark.parametrize("key", [KEY, ACTIONS])
+def test_raw_bytes_are_read_beside_their_file_wherever_the_command_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    values = DEMO.front if key == KEY else np.asarray(DEMO.actions, np.float64)
+
+    def write(file: h5py.Group, name: str, old: np.ndarray) -> None:
+        raw(("z.bin", h5py.h5f.UNLIMITED))(file, name, values)
+
+    file = dataset(tmp_path / "set", key, write)
+    values.tofile(tmp_path / "set" / "z.bin")
+    for folder in ("empty", "decoy"):
+        (tmp_path / folder).mkdir()
+        if folder == "decoy":
+            np.full_like(values, 7).tofile(tmp_path / folder / "z.bin")
+        monkeypatch.chdir(tmp_path / folder)
+        store = open_dataset(card(file))
+        if key == KEY:
+            np.testing.assert_array_equal(store.image(0, 1, "front"), DEMO.front[1][::-1, ::-1])
+        else:
+            np.testing.assert_allclose(store.actions(0), values, rtol=1e-6)
+
+
+def test_a_place_where_hdf5_would_look_for_other_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = dataset(tmp_path / "raw", KEY, raw(("z.bin", DEMO.front.nbytes)))
+    DEMO.front.tofile(tmp_path / "raw" / "z.bin")
+    outside(tmp_path / "virtual")
+    mapped = dataset(tmp_path / "virtual", KEY, lambda f, key, _: virtual(f, key, "ext.h5", "frames"))
+    for file, variable in ((stored, "HDF5_EXTFILE_PREFIX"), (mapped, "HDF5_VDS_PREFIX")):
+        open_dataset(card(file))
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, str(tmp_path / "elsewhere"))
+            with pytest.raises(DataError) as caught:
+                open_dataset(card(file))
+        assert all(fact in str(caught.value) for fact in (str(file), "agentview_rgb", f"unset {variable}"))
+
+
+def test_raw_bytes_with_a_relative_name_behind_a_virtual_dataset_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with h5py.File(tmp_path / "set" / "between.h5", "w") as between:
+        raw(("z.bin", DEMO.front.nbytes))(between, "frames", DEMO.front)
+    DEMO.front.tofile(tmp_path / "set" / "z.bin")
+    file = dataset(tmp_path / "set", KEY, lambda f, key, _: virtual(f, key, "between.h5", "frames"))
+    with pytest.raises(DataError, match=r"agentview_rgb: .*between\.h5 .*\(z\.bin\)"):
+        open_dataset(card(file))
+
+
+@pytest.mark.parametrize("first", [0, 100])
+def test_raw_files_with_fewer_bytes_than_the_shape_are_refused(tmp_path: Path, first: int) -> None:
+    pieces = [("y.bin", first), ("z.bin", h5py.h5f.UNLIMITED)]
+    file = dataset(tmp_path / "set", KEY, raw(*pieces[not first :]))
+    DEMO.front.ravel()[:first].tofile(tmp_path / "set" / "y.bin")
+    DEMO.front.ravel()[first:-5].tofile(tmp_path / "set" / "z.bin")
+    with pytest.raises(DataError) as caught:
+        open_dataset(card(file))
+    total = DEMO.front.nbytes
+    facts = (str(file), "agentview_rgb", "z.bin", f"{total} bytes", f"hold {total - 5}")
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+
+
+def test_labels_that_lie_in_other_files_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        raw(("z.bin", 8))(file, "success", np.zeros(1))
+        with pytest.raises(DataError, match="here: success is stored in other files"):
+            own_values(file, "success", "here")

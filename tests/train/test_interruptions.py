@@ -24,7 +24,7 @@ from vlafit import checkpoints
 from vlafit.errors import DataError, TrainingError, VlafitError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import run
+from vlafit.train import checkpointer, run
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.instruments import TIMED
 from vlafit.train.loop import StepResult
@@ -305,6 +305,74 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     assert_same(learned(out, 8), learned(whole, 8))
     assert without_times(out) == without_times(whole)
     assert json.loads((out / "checkpoints" / "last.json").read_text())["step"] == 8
+
+
+def state_of(whole: Path, folder: Path, hashed: bool = True) -> Path:
+    """Copy a checkpoint of step 8 to `folder`, without the hash of its numbers as early versions wrote it."""
+    shutil.copytree(whole / "checkpoints" / "step_000008", folder)
+    path = folder / checkpointer.FACTS
+    content = json.loads(path.read_text())
+    if not hashed:
+        del content["facts_sha256"]
+        path.write_text(json.dumps(content))
+    assert folder.name != "step_000008" or checkpointer.read(folder, content["data"]).progress.step == 8
+    return path
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"step": 8', '"step": 9'),
+        ('"step": 8', '"step": 1e30'),
+        ('"step": 8', '"step": -3'),
+        ('"best_loss": ', '"best_loss": NaN, "old": '),
+        ('"number": 0', '"number": -1'),
+    ],
+)
+def test_a_changed_number_in_a_training_state_is_noticed(
+    whole: Path, tmp_path: Path, before: str, after: str, hashed: bool
+) -> None:
+    path = state_of(whole, tmp_path / "step_000008", hashed)
+    text, data = path.read_text(), json.loads(path.read_text())["data"]
+    path.write_text(text.replace(before, after, 1))
+    assert path.read_text() != text
+    with pytest.raises(TrainingError, match=rf"{path.parent}: .*(state\.json|facts_sha256)"):
+        checkpointer.read(tmp_path / "step_000008", data)
+
+
+@pytest.mark.parametrize(("before", "after"), [('"seconds": ', '"seconds": 1'), ("facts_", "factr_")])
+def test_a_number_that_could_be_right_is_compared_by_hash(
+    whole: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    path = state_of(whole, tmp_path / "step_000008")
+    data = json.loads(path.read_text())["data"]
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(TrainingError, match=f"{path.parent}: .*{after[:6]}|facts_sha256"):
+        checkpointer.read(tmp_path / "step_000008", data)
+
+
+def test_a_step_that_the_optimiser_did_not_count_is_noticed(whole: Path, tmp_path: Path) -> None:
+    path = state_of(whole, tmp_path / "step_000009", hashed=False)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"step": 9}))
+    with pytest.raises(TrainingError, match="step 9, the optimiser counts 8"):
+        checkpointer.read(tmp_path / "step_000009", content["data"])
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 300])
+def test_an_emptied_recipe_of_a_run_is_named_with_the_copy_that_is_left(
+    recipe: Recipe, whole: Path, tmp_path: Path, left: bytes
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "recipe.toml").write_bytes(left)
+    copy = out / "checkpoints" / "step_000008" / "recipe.toml"
+    with pytest.raises(TrainingError) as caught:
+        run(recipe, out, resume=True)
+    assert all(fact in str(caught.value) for fact in (f"{out / 'recipe.toml'}: is empty", f"copy {copy}"))
+    shutil.copyfile(copy, out / "recipe.toml")
+    assert run(recipe, out, resume=True).finished
 
 
 def test_a_state_to_resume_from_must_be_there_and_whole_before_anything_is_removed(

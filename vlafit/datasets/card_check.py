@@ -1,6 +1,6 @@
 """Refuse values of a data card that are invalid in every layout."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from vlafit.agreement.columns import PAIR_FIX, mispaired
 from vlafit.datasets.card import Card, ColumnCard
@@ -9,13 +9,36 @@ from vlafit.errors import ConfigError
 
 LARGEST_SIDE = 2**14  # pixels
 MOST_DIMENSIONS = 2**12
+LONGEST_NAME, LONGEST_SHOWN = 500, 40  # characters
 MOST_RECORDED = 10**6  # episodes of a task, or steps of one
 SLOWEST_HZ, FASTEST_HZ = 1e-3, 10_000.0  # control rates beyond are units mixed up
+
+
+def _names(card: Card) -> Iterator[tuple[str, str]]:
+    """Yield every name that a card gives, which other people's files may hold, with what it names."""
+    robot = card.robot
+    yield from (("name", card.name), ("robot.name", robot.name), ("robot.control", robot.control))
+    for camera in robot.cameras:
+        yield from (("camera", camera.name), ("camera key", camera.key))
+    for what, column in (("robot.state", robot.state), ("robot.action", robot.action)):
+        yield f"{what}.unit", column.unit
+        yield from ((f"{what}.keys", key) for key in column.keys)
+        yield from ((f"{what}.labels", label) for label in column.labels)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
 
 
 def check(card: Card, where: str) -> None:
     """Raise ConfigError, beginning with `where`, if a value of the card is invalid in every layout."""
     robot = card.robot
+    for what, name in _names(card):
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ConfigError(
+                f"{where}: {what} {_shortened(name)!r}: a name is one line without control "
+                f"characters, of at most {LONGEST_NAME}"
+            )
     if not robot.cameras:
         raise ConfigError(f"{where}: robot.cameras is empty; a policy needs at least one camera")
     names = [camera.name for camera in robot.cameras]
@@ -26,10 +49,6 @@ def check(card: Card, where: str) -> None:
             raise ConfigError(
                 f"{where}: camera {camera.name!r} is {camera.height}x{camera.width} pixels; each side "
                 f"must be from 1 to {LARGEST_SIDE}"
-            )
-        if not camera.name.isprintable():
-            raise ConfigError(
-                f"{where}: camera {camera.name!r}: a name is one line without control characters"
             )
     if not SLOWEST_HZ <= robot.hz <= FASTEST_HZ:
         raise ConfigError(
@@ -57,6 +76,11 @@ def check(card: Card, where: str) -> None:
                 raise ConfigError(
                     f"{where}: robot.{name} has {len(values)} {what} for {column.dimensions} dimensions"
                 )
+        if column.dimensions > 1 and len(column.labels) > len(set(column.labels)) == 1:
+            raise ConfigError(
+                f"{where}: robot.{name}.labels: all {column.dimensions} dimensions are named "
+                f"{column.labels[0]!r}; give each a name of its own, or write a card without labels"
+            )
         if not all(column.scale):
             raise ConfigError(f"{where}: robot.{name}.scale holds 0, which would erase a dimension")
     if robot.relative and len(robot.relative) != robot.action.dimensions:

@@ -30,6 +30,7 @@ from vlafit.datasets.hdf5_files import (
     HDF5_ERRORS,
     SUFFIXES,
     damage_named,
+    item_at,
     names_of,
     natural,
     open_file,
@@ -177,7 +178,7 @@ class Hdf5Store(EpisodeStore):
 
     def _open_dataset(self, frames: Frames) -> h5py.Dataset:
         handle = self._handles.get(frames.file, lambda: open_file(Path(frames.file)))
-        dataset = handle[frames.dataset]
+        dataset = item_at(handle, frames.dataset)
         assert isinstance(dataset, h5py.Dataset)  # checked when the store was opened
         return dataset
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import join, parse_key, part
-from vlafit.datasets.hdf5_files import HDF5_ERRORS, find
+from vlafit.datasets.hdf5_files import HDF5_ERRORS, find, own_values
 from vlafit.datasets.hdf5_storage import require_readable
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
@@ -149,7 +149,7 @@ def lookup(group: Any, key: str, where: str) -> Any:
         if name in group.attrs:
             value = plain(group.attrs[name])
         elif isinstance(group.get(name), h5py.Dataset):
-            value = plain(group[name][()])
+            value = plain(own_values(group, name, where))
         else:
             continue
         if not inside:

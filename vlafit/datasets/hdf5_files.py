@@ -1,11 +1,13 @@
 """Open HDF5 files and find what is in them; errors name file, key and remedy."""
 
 import errno
+import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -14,6 +16,10 @@ from vlafit.errors import DataError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
 DEEPEST = 3  # folders below the one that is named
+ORIGIN = "${ORIGIN}"
+"""How HDF5 names the folder of the file that is read, in a prefix of file names."""
+RAW_PREFIX, VIRTUAL_PREFIX = PREFIXES = ("HDF5_EXTFILE_PREFIX", "HDF5_VDS_PREFIX")
+"""Environment variables by which HDF5 looks for raw files, and for sources of virtual datasets, elsewhere."""
 HDF5_ERRORS = (KeyError, OSError, RuntimeError, TypeError, ValueError)
 """Errors that h5py raises for damage inside a file."""
 
@@ -42,11 +48,12 @@ def names_of(paths: Sequence[Path], root: Path) -> list[str]:
 def open_file(path: Path) -> h5py.File:
     """Open a file to read. Raises DataError with the remedy that fits.
 
-    Without a chunk cache: a frame is a chunk, so a cache of 8 MiB for each dataset only costs memory.
+    Without a chunk cache: a frame is a chunk, so a cache of 8 MiB for each dataset only costs memory. By its
+    true path, because HDF5 looks for what a file names beside the path by which it was opened.
     """
     files.require_readable(path)
     try:
-        return h5py.File(path, "r", rdcc_nbytes=0)
+        return h5py.File(path.resolve(), "r", rdcc_nbytes=0)
     except OSError as error:
         raise DataError(f"{path}: {_remedy(str(error))}") from None
 
@@ -97,12 +104,40 @@ def _remedy(message: str) -> str:
 def item_at(group: h5py.Group, key: str) -> object:
     """Return what is at `key`; None if nothing is, or a link leads nowhere.
 
-    If it is damaged, an error of h5py is raised, which h5py's `get` hides.
+    Raw files that a dataset names by relative paths are those beside its file, where HDF5 would otherwise
+    read from the current folder. If it is damaged, an error of h5py is raised, which h5py's `get` hides.
     """
-    item = group.get(key)
-    if item is None and key in group and isinstance(group.get(key, getlink=True), h5py.HardLink):
-        return group[key]
-    return item
+    try:
+        item = group.get(key)
+        if item is None and key in group and isinstance(group.get(key, getlink=True), h5py.HardLink):
+            item = group[key]
+    except HDF5_ERRORS as error:
+        if "external file prefix" not in str(error):
+            raise
+        return _with_raw_files_beside(group, key)  # it is open already, in another store
+    if not isinstance(item, h5py.Dataset) or all(os.path.isabs(name) for name, *_ in item.external or ()):
+        return item
+    file, name = item.file, str(item.name)
+    del item  # HDF5 opens no dataset with two prefixes at once
+    return _with_raw_files_beside(file, name)
+
+
+def _with_raw_files_beside(group: h5py.Group, key: str) -> h5py.Dataset:
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    access.set_efile_prefix(ORIGIN.encode())
+    return h5py.Dataset(h5py.h5d.open(group.id, key.encode(), access))
+
+
+def own_values(group: h5py.Group, key: str, where: str) -> Any:
+    """Return the values of a small dataset of labels. Raises DataError if other files hold them."""
+    dataset = item_at(group, key)
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{where}: {key} is no dataset")
+    if dataset.external or dataset.is_virtual:
+        raise DataError(
+            f"{where}: {key} is stored in other files; write its values into {dataset.file.filename}"
+        )
+    return dataset[()]
 
 
 def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vlafit.datasets import layouts
 from vlafit.datasets.card import Card
 from vlafit.datasets.hdf5_demos import Episode, Frames
+from vlafit.datasets.hdf5_files import PREFIXES
 from vlafit.datasets.selection import LeftOut
 from vlafit.datasets.stamps import Stamp, stamp
 from vlafit.datasets.store import EpisodeInfo
@@ -29,7 +30,7 @@ from vlafit.files import new_file, parse_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # raise it if anything that is kept, or its meaning, changes
+FORMAT = 5  # raise it if anything that is kept, or its meaning, changes
 FEWEST = 200  # episodes that are worth it
 SWITCH = "VLAFIT_CACHE"  # a folder, or "off"
 
@@ -65,7 +66,8 @@ def key_of(card: Card, paths: Mapping[str, Stamp]) -> str:
     """
     if card.layout not in layouts.names():
         return ""
-    parts = [FORMAT, version("vlafit"), card_text(card), sorted(paths.items())]
+    prefixes = [os.environ.get(name, "") for name in PREFIXES]
+    parts = [FORMAT, version("vlafit"), card_text(card), sorted(paths.items()), prefixes]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -7,13 +7,14 @@ of raw bytes. What was allocated and not written reads as zeros, without an erro
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 
-from vlafit.datasets.hdf5_files import HDF5_ERRORS, item_at, reading
+from vlafit.datasets.hdf5_files import HDF5_ERRORS, ORIGIN, RAW_PREFIX, VIRTUAL_PREFIX, item_at, reading
 from vlafit.errors import DataError
 
 DEEPEST = 16  # virtual datasets of virtual datasets
@@ -32,56 +33,105 @@ def require_readable(dataset: h5py.Dataset, roots: Sequence[Path], where: str) -
 
     Raises DataError unless all of them can be read, lie below `roots`, and hold every row.
     """
-    return _sources(dataset, roots, where, DEEPEST)
+    return _sources(dataset, Path(dataset.file.filename), roots, where, DEEPEST)
 
 
-def _sources(dataset: h5py.Dataset, roots: Sequence[Path], where: str, depth: int) -> set[Path]:
-    file = Path(dataset.file.filename).resolve()
+def _sources(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: str, depth: int) -> set[Path]:
+    """Return the files of a dataset; `opened` is the path by which HDF5 opens its file."""
+    file = opened.resolve()
     sources = {file}
     _require_inside(file, roots, where)
     _require_filters(dataset, where)
     if dataset.is_virtual:
         if depth == 0:
             raise DataError(f"{where}: more than {DEEPEST} virtual datasets in a row; write the data out")
-        sources |= _virtual_sources(dataset, roots, where, depth)
+        sources |= _virtual_sources(dataset, opened, roots, where, depth)
     elif dataset.external:
-        for name, offset, size in dataset.external:
-            raw = file.parent / name
-            _require_inside(raw, roots, where)
-            if not raw.is_file():
-                raise DataError(f"{where}: its bytes are in {raw}, which is missing")
-            if size != h5py.h5f.UNLIMITED and raw.stat().st_size < offset + size:
-                raise DataError(
-                    f"{where}: {raw} has {raw.stat().st_size} bytes of {offset + size}; fetch it again"
-                )
-            sources.add(raw.resolve())
+        if depth < DEEPEST and not all(os.path.isabs(name) for name, *_ in dataset.external):
+            raise DataError(
+                f"{where}: a virtual dataset of values in a raw file that {file} names by a relative path "
+                f"({dataset.external[0][0]}); HDF5 would read it from the current folder. Write the data out"
+            )
+        sources |= _raw_files(dataset, opened, roots, where)
     else:
         _require_written(dataset, where)
     return sources
 
 
-def _virtual_sources(dataset: h5py.Dataset, roots: Sequence[Path], where: str, depth: int) -> set[Path]:
+def _raw_files(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: str) -> set[Path]:
+    """Return the files of raw bytes of a dataset; together they must hold all of it."""
+    sources, held = set(), 0
+    for name, offset, size in dataset.external or ():
+        raw = _beside(opened, name, where, RAW_PREFIX)
+        _require_inside(raw, roots, where)
+        if not raw.is_file():
+            raise DataError(f"{where}: its bytes are in {raw}, which is missing")
+        length = raw.stat().st_size
+        if size == h5py.h5f.UNLIMITED:
+            size = max(0, length - offset)
+        if length < offset + size:
+            raise DataError(f"{where}: {raw} has {length} bytes of {offset + size}; fetch it again")
+        held += size
+        sources.add(raw.resolve())
+    wanted = math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    if held < wanted:
+        names = ", ".join(map(str, sorted(sources)))
+        raise DataError(
+            f"{where}: its shape {dataset.shape} needs {wanted} bytes, and {names} hold {held}; the others "
+            "would be read as zeros. Fetch or record it again"
+        )
+    return sources
+
+
+def _beside(opened: Path, name: str, where: str, variable: str) -> Path:
+    """Return the file that HDF5 reads for a name in the file that it opens as `opened`.
+
+    Raises DataError where HDF5 would look in another folder than that of the file: the environment variable
+    comes first, and a link to the file is opened in the folder of the link here and in its own there.
+    """
+    if os.path.isabs(name):
+        return Path(name)
+    prefix = os.environ.get(variable, "")
+    if prefix not in ("", ORIGIN):
+        raise DataError(
+            f"{where}: is stored in {name}, which HDF5 would look for below {variable} = {prefix!r}, "
+            f"not beside {opened}; unset {variable}"
+        )
+    folder = opened.absolute().parent
+    if opened.resolve().parent != folder.resolve():
+        raise DataError(
+            f"{where}: is stored in {name}, which may lie beside {opened} or beside {opened.resolve()}, to "
+            "which it is a link; put the file itself there"
+        )
+    return folder / name
+
+
+def _virtual_sources(
+    dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: str, depth: int
+) -> set[Path]:
     """Return the files of a virtual dataset's sources; all of it must come from one of them."""
-    own = Path(dataset.file.filename).resolve()
     sources: set[Path] = set()
     mapped = 0
     for source in dataset.virtual_sources():
         if "%" in source.file_name:
             raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
-        file = own if source.file_name == "." else own.parent / source.file_name
+        inside = source.file_name == "."
+        file = opened if inside else _beside(opened, source.file_name, where, VIRTUAL_PREFIX)
         _require_inside(file, roots, where)
         if not file.is_file():
             raise DataError(
                 f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
             )
-        with reading(file) as opened:
+        with reading(file) as handle:
             try:
-                below = item_at(opened, source.dset_name)
+                below = item_at(handle, source.dset_name)
             except HDF5_ERRORS as error:
                 raise DataError(f"{where}: {source.dset_name} of its source {file}: {error}") from error
             if not isinstance(below, h5py.Dataset):
                 raise DataError(f"{where}: a virtual dataset whose source {file} has no {source.dset_name}")
-            sources |= {file.resolve()} | _sources(below, roots, where, depth - 1)
+            linked = below.file.filename != handle.filename
+            through = Path(below.file.filename) if linked else file
+            sources |= {file.resolve()} | _sources(below, through, roots, where, depth - 1)
             if not _holds(below, source):
                 raise DataError(
                     f"{where}: a virtual dataset of rows that its source {file}: {source.dset_name} has not "

@@ -101,19 +101,48 @@ def model_of(config: object) -> str:
 
 
 DEEPEST = 1024  # layers of one stack; building a module for each takes time even on the meta device
-WIDEST = 2**31 - 1
+LARGEST_IMAGE = 16384  # pixels along a side, as in a data card
+WIDEST = 2**20  # four times the largest vocabulary
+FARTHEST = 2**31 - 1  # whole numbers that no name marks as a size
+LONGEST = 64  # entries of a list: stages of a network
+LAYERS, IMAGES = ("depth", "layers", "blocks"), ("image_size",)
+SIZED = ("width", "mlp", "dim", "heads", "vocab", "chunk", "tokens", "latent", "hidden", "channels", "patch",
+         "shuffle")  # fmt: skip
+"""Last words of the names of fields, joined by an underscore or whole."""
 
 
 def require_bounded(config: object, where: str) -> None:
-    """Raise ConfigError if a size in a policy's config is one that no policy has. Builds nothing."""
+    """Raise ConfigError if a size in a policy's config is one that no policy has. Builds nothing.
+
+    A field's name says what it counts: layers, pixels, or the width of something.
+    """
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             require_bounded(value, f"{where}: {field.name}")
+        elif isinstance(value, list | tuple):
+            if len(value) > LONGEST:
+                raise ConfigError(
+                    f"{where}: {field.name} has {len(value)} entries; at most {LONGEST} are supported"
+                )
+            numbers = [entry for entry in value if type(entry) is int]
+            for number in numbers:
+                _require_at_most(number, field.name, where)
+            if _ends_in(field.name, LAYERS):
+                _require_at_most(sum(numbers), field.name, where)
         elif type(value) is int:
-            most = DEEPEST if field.name == "depth" else WIDEST
-            if not -WIDEST <= value <= most:
-                raise ConfigError(f"{where}: {field.name} is {value}; at most {most} is supported")
+            _require_at_most(value, field.name, where)
+
+
+def _require_at_most(value: int, name: str, where: str) -> None:
+    limits = ((LAYERS, DEEPEST), (IMAGES, LARGEST_IMAGE), (SIZED, WIDEST))
+    most = next((limit for names, limit in limits if _ends_in(name, names)), FARTHEST)
+    if not -FARTHEST <= value <= most:
+        raise ConfigError(f"{where}: {name} is {value}; at most {most} is supported")
+
+
+def _ends_in(name: str, words: Sequence[str]) -> bool:
+    return any(name == word or name.endswith(f"_{word}") for word in words)
 
 
 def build_config(module: ModuleType, values: Mapping[str, Any], where: str) -> Any:

@@ -24,6 +24,7 @@ from vlafit.policies._common import require, require_positive
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 L1, KL = "l1", "kl"
 UNREACHED = "decoder.layers.0.self_attn.v_proj.weight"  # reads the decoder's input, which is zero
+WIDEST = 2**14  # channels of the last stage; ResNet-18 has 512
 PARTS = {"vision": "vision", "encoder": "encoder", "decoder": "decoder", "vae": "vae"}
 
 
@@ -62,6 +63,11 @@ class ActConfig:
             (
                 min(self.resnet_blocks, default=0) > 0,
                 f"resnet_blocks are {self.resnet_blocks}; name at least one",
+            ),
+            (
+                self.resnet_width * 2 ** (len(self.resnet_blocks) - 1) <= WIDEST,
+                f"resnet_width {self.resnet_width} doubles in each of {len(self.resnet_blocks)} "
+                f"resnet_blocks; at most {WIDEST} channels are supported",
             ),
             (0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
             (self.kl_weight >= 0, f"kl_weight is {self.kl_weight}; it must be at least 0"),

@@ -8,11 +8,12 @@ functions of the step.
 Format 1 had no stages, and one update count for the whole EMA; it can still be read.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit import files
+from vlafit import config, files
 from vlafit.errors import StorageError, TrainingError
 from vlafit.files import parse_json
 from vlafit.train.distributed import gathered, scatter_like
@@ -31,6 +32,8 @@ from vlafit.train.train_state import TrainState
 
 FORMAT = 2
 FACTS, TENSORS = "training/state.json", "training/state.safetensors"
+OWN_HASH = "facts_sha256"
+"""Key of the hash of everything else in state.json; checkpoints of early versions have none."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, data: st
     (folder / "training").mkdir()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS)
     facts = {"format": FORMAT, "sha256": files.sha256(folder / TENSORS), "data": data, **asdict(progress)}
+    facts[OWN_HASH] = _hash_of(facts)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -251,13 +255,17 @@ def read(folder: Path, data: str) -> Saved:
         tensors = StoredTensors(folder / TENSORS)
         if files.sha256(folder / TENSORS) != facts["sha256"]:
             raise ValueError("the hash of state.safetensors differs from state.json")
+        if OWN_HASH in facts and facts.pop(OWN_HASH) != _hash_of(facts):
+            raise ValueError(f"the numbers in state.json are not those that were saved ({OWN_HASH} differs)")
         if facts["format"] == 1:
             count = torch.tensor(float(facts["ema_updates"] or 0))
             tensors.add({f"ema.updates/{k[4:]}": count for k in tensors if k.startswith("ema/")})
             facts["stage"] = asdict(Place())
-        saved_data = facts["data"]
-        values = {field.name: facts[field.name] for field in fields(Progress)}
-        progress = Progress(**{**values, "stage": Place(**values["stage"])})
+            del facts["ema_updates"]
+        saved_data = facts.pop("data")
+        values = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
+        progress = config.build(Progress, values, "state.json")
+        _require_consistent(progress, folder, tensors)
     except TrainingError:
         raise
     except Exception as error:  # of the file system, JSON or safetensors: the remedy is the same
@@ -270,6 +278,24 @@ def read(folder: Path, data: str) -> Saved:
             "split); restore the dataset, or start a new run with --out"
         )
     return Saved(folder, progress, tensors)
+
+
+def _hash_of(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _require_consistent(progress: Progress, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the finished steps are those of the folder's name and of AdamW's counts."""
+    step, stage = progress.step, progress.stage
+    if folder.name.removeprefix("step_").isdecimal() and step != int(folder.name.removeprefix("step_")):
+        raise ValueError(f"state.json says step {step}, the folder's name is {folder.name}")
+    counts = [int(tensors[key].max()) for key in tensors if key.startswith("adamw.step/")]
+    if counts and (max(counts) > step or (stage.number == 0 and max(counts) != step)):
+        raise ValueError(f"state.json says step {step}, the optimiser counts {max(counts)} updates")
+    if stage.number < 0 or not 0 <= stage.began <= step or stage.stalled < 0:
+        raise ValueError(f"state.json says stage {stage} at step {step}")
+    if progress.best_step is not None and not 0 <= progress.best_step <= step:
+        raise ValueError(f"state.json says best_step {progress.best_step} at step {step}")
 
 
 def restore(saved: Saved, state: TrainState) -> None:

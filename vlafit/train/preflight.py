@@ -109,6 +109,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"name {recipe.name!r} must be a single folder name, because the run's folder is runs/NAME"
     elif not recipe.name.isprintable():
         yield f"name {recipe.name!r} holds a line break or another control character; leave it out"
+    if not recipe.purpose.isprintable():
+        yield f"purpose {recipe.purpose[:80]!r} holds a line break or another control character; leave it out"
     if recipe.optim.states == "8bit" and recipe.train.shards:
         yield (
             f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '

@@ -44,9 +44,20 @@ PACKAGES = (
 
 
 def read_recipe(out: Path) -> Recipe | None:
-    """Return the recipe of the run in `out`; None if there is no run yet."""
+    """Return the recipe of the run in `out`; None if there is no run yet.
+
+    Raises TrainingError if its file is empty, as a machine that lost its power may leave it.
+    """
     path = out / "recipe.toml"
-    return config.read(Recipe, path, "recipe") if path.is_file() else None
+    if not path.is_file():
+        return None
+    if not path.read_bytes().strip(b"\0 \r\n\t"):
+        copies = sorted(out.glob("checkpoints/step_*/recipe.toml"))
+        remedy = f"copy {copies[-1]} there" if copies else "start a new run with --out"
+        raise TrainingError(
+            f"{path}: is empty, so the run's recipe is lost (a full disk, a power cut?); {remedy}"
+        )
+    return config.read(Recipe, path, "recipe")
 
 
 def require_usable(recipe: Recipe, out: Path, saved: Recipe | None) -> Recipe:

@@ -1,6 +1,7 @@
 """Train a policy, and do what is due between steps: stages, metrics, validation, checkpoints, evaluations."""
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -272,7 +273,7 @@ class Trainer:
         if step and "validation/loss" in values:
             loss, progress = from_main(values["validation/loss"], context.device), state.progress
             state.progress = replace(progress, stage=progress.stage.validated(loss))
-            if progress.best_loss is None or loss < progress.best_loss:
+            if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
                 state.progress = replace(state.progress, best_loss=loss, best_step=step)
         if values:
             context.metrics.log(step, {"time_s": round(state.progress.seconds, 3), **values})

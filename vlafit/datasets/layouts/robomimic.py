@@ -14,7 +14,7 @@ from vlafit.datasets.card import Card, Draft, InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_below
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Tell, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
-from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, reading
+from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, own_values, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json
@@ -118,8 +118,8 @@ def _masked(file: h5py.File, path: Path, key: str, demos: list[str]) -> list[str
         raise DataError(f"{path}: has no filter keys (no group 'mask'); leave `mask` out of the card")
     if key not in masks:
         raise DataError(f"{path}: no filter key {key!r}{did_you_mean(key, masks.keys())}")
-    rows: Any = masks[key]
-    chosen = {row.decode() if isinstance(row, bytes) else str(row) for row in rows[()]}
+    rows: Any = own_values(masks, key, f"{path}: filter keys")
+    chosen = {row.decode() if isinstance(row, bytes) else str(row) for row in rows}
     missing = sorted(chosen - set(demos), key=natural)
     if missing:
         raise DataError(
