@@ -311,3 +311,19 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     assert checkpoints.digest(copy) == checkpoints.digest(saved)
     assert vlafit.load_policy(copy)
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "codec.json"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused_though_its_hash_is_right(
+    copy: Path, tmp_path: Path, name: str
+):
+    moved = (copy / name).rename(tmp_path / "elsewhere")
+    (copy / name).symlink_to(moved)
+    with pytest.raises(WeightsError, match=name):
+        checkpoints.load(copy)
+
+
+def test_weights_may_be_a_link_to_another_disk(copy: Path, tmp_path: Path):
+    moved = (copy / "model.safetensors").rename(tmp_path / "elsewhere")
+    (copy / "model.safetensors").symlink_to(moved)
+    checkpoints.load(copy)

@@ -16,7 +16,7 @@ from vlafit import files
 from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
-from vlafit.checkpoints.tensor_files import read_json_object, read_text
+from vlafit.checkpoints.tensor_files import is_inside, read_json_object, read_text
 from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.policies import build_config, family
@@ -85,8 +85,13 @@ def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
     known += sorted(folder.glob("tokenizer/*")) + sorted(folder.glob(f"{ADAPTERS}/*/*"))
     present = {p.relative_to(folder).as_posix() for p in known if p.is_file()}
     outside = [name for name in listed if not _is_below(name)]
+    # The weights may be a link of the user's, to a larger disk: they hold numbers and nothing else.
+    outside += [n for n in listed if n not in (*outside, WEIGHTS) and not is_inside(folder, folder / n)]
     if outside:
-        raise WeightsError(f"{path}: lists files that are not in the checkpoint's folder: {outside[:3]}")
+        raise WeightsError(
+            f"{path}: lists files that are not in the checkpoint's folder, or are links out of it: "
+            f"{outside[:3]}; put the files themselves there"
+        )
     missing = [name for name in listed if not (folder / name).is_file()]
     read = {n: h for n, h in listed.items() if n not in missing and n not in unread}
     wrong = {
