@@ -24,12 +24,11 @@ from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
-MOST_SAMPLING_STEPS = 10**4
 WIDEST = 2**12  # observations in one call of the policy
 
 

@@ -101,9 +101,24 @@ def test_the_folder_for_lerobot_loads_with_its_codec(size: str, tmp_path: Path, 
     assert {n: (a.rank, a.scale) for n, a in again.plan.adapted.items()} == {
         n: (a.rank, a.scale) for n, a in plan.adapted.items()
     }
-    edit(tmp_path / "out" / "config.json", chunk_size=99)
-    with pytest.raises(WeightsError, match="chunk_size is 99.*adapters.*base"):
-        vlafit.load_policy(tmp_path / "out", config=given)
+    _settings_beside_adapters_hold_where_no_tensor_depends_on_them(tmp_path / "out", given)
+
+
+def _settings_beside_adapters_hold_where_no_tensor_depends_on_them(folder: Path, given: dict[str, object]):
+    """LeRobot runs adapters with the config.json beside them, whatever that of their base says."""
+    config = json.loads((folder / "config.json").read_text())
+    steps = "num_steps" if config["type"] == "smolvla" else "num_inference_steps"
+    edit(folder / "config.json", chunk_size=99, **{steps: 3})
+    policy = vlafit.load_policy(folder, config=given)
+    assert (policy.config.chunk, policy.steps) == (99, 3)
+    assert vlafit.load_policy(folder, config=given | {"chunk": 7}).config.chunk == 7
+    stated = {one.name: (one.stated, one.used) for one in checkpoints.declaration(folder).overruled}
+    for key, mine, other in (("chunk_size", config["chunk_size"], 99), (steps, 10, 3)):
+        assert stated[key][0].endswith(f"base/config.json: {mine}")
+        assert stated[key][1].endswith(f"out/config.json: {other}")
+    edit(folder / "config.json", max_action_dim=3)
+    with pytest.raises(WeightsError, match="max_action_dim is 3.*adapters.*base"):
+        vlafit.load_policy(folder, config=given)
 
 
 # ------------------------------------------------------------------------------------------------ foreign

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.train.agreement_world import (
@@ -331,10 +332,17 @@ def test_lerobots_checkpoint_that_names_a_tokenizer_of_the_hub_is_refused_withou
         start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
 
 
-def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(tmp_path: Path):
+@pytest.mark.parametrize(
+    "reason", [r"no statistics of observation\.state", r"action\.std is 0 in dimension 0"]
+)
+def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(tmp_path: Path, reason: str):
     base = lerobot(tmp_path / "base")
     for file in base.glob("policy_*.safetensors"):
-        tensors = {name: t for name, t in load_file(file).items() if not name.startswith("observation.state")}
+        tensors = load_file(file)
+        if "action" in reason:
+            tensors["action.std"][0] = 0.0
+        else:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("observation.state")}
         save_file(tensors, file)
     card = write_card(tmp_path / "data")
     adapt = {"cameras": MAPS, "resize": True, "robot": True}
@@ -343,8 +351,25 @@ def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(
     assert initial.agreement is not None
     (item,) = [one for one in initial.agreement.items if one.name == "tokenizer"]
     assert item.value.startswith("the checkpoint's")
-    with pytest.raises(ConfigError, match=r"gives none: .*no statistics of observation\.state"):
+    with pytest.raises(ConfigError, match=f"gives none: .*{reason}"):
         start(recipe_of(card, base, adapt))
+
+
+def test_statistics_of_one_column_among_the_weights_train_with_fitted_ones_and_a_tokenizer(tmp_path: Path):
+    base = lerobot(tmp_path / "base", processors=False)
+    tensors = load_file(base / "model.safetensors")
+    for module in ("normalize_targets", "unnormalize_outputs"):
+        tensors |= {f"{module}.buffer_action.{name}": torch.ones(6) for name in ("mean", "std")}
+    save_file(tensors, base / "model.safetensors")
+    recipe = recipe_of(
+        write_card(tmp_path / "data"),
+        base,
+        {"cameras": MAPS, "resize": True, "robot": True},
+        statistics="data",
+    )
+    words = str(SMOLVLA / "tokenizer")
+    policy = replace(recipe.policy, tokenizer=words, fresh=("language",))
+    assert start(replace(recipe, policy=policy)).codec.required_tokenizer.vocab_size == 106
 
 
 def test_a_tokenizer_folder_that_was_lost_is_named_and_no_other_tokenizer(tmp_path: Path):

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE, STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.processor_steps import STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE
 from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, Normalisation, Normaliser, Statistics
