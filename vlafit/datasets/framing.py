@@ -55,7 +55,9 @@ def differing(cards: Sequence[Card], learned: str, sources: Mapping[str, str]) -
     """
     texts = [text.partition(": ")[2] or text for text in learned.split("; ")]
     changes = [
-        {} if text == AS_STORED else dict(part.partition(" ")[::2] for part in text.split(", "))
+        {}
+        if text == AS_STORED
+        else {name: how for name, _, how in (p.partition(" ") for p in text.split(", "))}
         for text in texts
     ]
     return [

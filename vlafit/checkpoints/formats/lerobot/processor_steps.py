@@ -102,6 +102,10 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
 
 
+def _present_name(name: str) -> str:
+    return RENAMED.get(name, name)
+
+
 def read_steps(path: Path) -> list[Step]:
     """Read a pipeline. Raises WeightsError where it is none, or has parts that LeRobot does not write."""
     try:
@@ -118,7 +122,7 @@ def read_steps(path: Path) -> list[Step]:
         return [
             Step(
                 where=f"{path}: step {i} ({one['registry_name']})",
-                name=RENAMED.get(one["registry_name"], one["registry_name"]),
+                name=_present_name(one["registry_name"]),
                 config=dict(one["config"]),
                 state_file=beside(path, one["state_file"]) if "state_file" in one else None,
                 artifacts=dict(one.get("artifacts", {})),
