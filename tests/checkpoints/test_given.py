@@ -154,7 +154,7 @@ def test_another_dtype_is_one_error_that_lists_those_that_work(native: Path, sai
 
 
 def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture):
-    with pytest.raises(WeightsError, match="'vision.heads'; give it as config"):
+    with pytest.raises(WeightsError, match="'vision.heads'; give it: --config vision.heads=N"):
         export(OPENPI, "vlafit", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     export(OPENPI, "vlafit", tmp_path / "api", config=TOLD)

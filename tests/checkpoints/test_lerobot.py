@@ -679,7 +679,7 @@ def test_without_any_config_the_error_names_the_first_key_to_give(folder: Path):
     for path in folder.iterdir():
         if path.name != "model.safetensors":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(WeightsError, match="'vision.heads'; give it as config"):
+    with pytest.raises(WeightsError, match="'vision.heads'; give it: --config vision.heads=N"):
         vlafit.load_policy(folder)
     given = {"vision.heads": 4, "language.head_dim": 16, "image_size": 64, "chunk": 10, "max_tokens": 48}
     policy = vlafit.load_policy(folder, config=given)

@@ -159,7 +159,9 @@ def test_statistics_that_were_never_set_are_none(folder: Path):
         {n: torch.full_like(t, torch.inf) if "buffer_" in n else t for n, t in tensors.items()},
         folder / "model.safetensors",
     )
-    assert checkpoints.load(folder).codec is None and not checkpoints.wants_tokenizer(folder)
+    loaded = checkpoints.load(folder)
+    assert loaded.codec is None and not checkpoints.wants_tokenizer(folder)
+    assert "never set: normalize_inputs.buffer_observation_state.mean is infinite" in loaded.report.codec
 
 
 @pytest.mark.parametrize("kept", ["weights", "processors"])

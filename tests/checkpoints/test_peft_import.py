@@ -230,6 +230,7 @@ SETTINGS = {
         "target_modules .*qqq_proj",
     ),
     "no match": ({"target_modules": "nothing.*"}, "no module of the base matches target_modules 'nothing"),
+    "all linear": ({"target_modules": "all-linear"}, "'all-linear' is not resolved here: list the modules"),
     "no target": ({"target_modules": []}, "target_modules must be a list of modules or a pattern"),
     "a bias": ({"bias": "all"}, "settings that are not supported here: bias is 'all'"),
     "pissa": (
@@ -250,6 +251,12 @@ def test_settings_that_we_do_not_repeat_are_refused_by_name(copy: Path, case: st
     edit(copy / CONFIG, **values)
     with pytest.raises(WeightsError, match=message):
         vlafit.load_policy(copy)
+
+
+def test_adapters_that_began_with_eva_load_because_it_leaves_the_weights_below_alone(copy: Path):
+    before = answer(vlafit.load_policy(copy))
+    edit(copy / CONFIG, init_lora_weights="eva", eva_config={"rho": 2.0, "tau": 0.99})
+    assert torch.equal(answer(vlafit.load_policy(copy)), before)
 
 
 def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, tmp_path: Path):

@@ -138,7 +138,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
         {"cameras": {"right_wrist": "left_wrist"}}, "data", ("left_wrist", "right_wrist", "correct"),
     ),
     "more dimensions": ({}, {"dimensions": 3}, {}, "data", ("2", "3", "[adapt] robot = true")),
-    "more dimensions, old statistics": ({}, {"dimensions": 3}, {"robot": True}, "checkpoint", ('"data"',)),
+    "more dimensions, old statistics": (
+        {}, {"dimensions": 3}, {"robot": True}, "checkpoint",
+        ('[adapt] robot = true is set', 'set data.statistics = "data", too'),
+    ),
     "another unit": ({"unit": "deg"}, {}, {}, "checkpoint", ("deg", "rad")),
     "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "in another order")),
     "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
@@ -433,13 +436,13 @@ def test_lerobots_cameras_are_matched_by_name_whatever_their_order():
 )
 def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_card(tmp_path: Path):
     base = lerobot(tmp_path / "base")
-    for name, step in (
-        ("policy_preprocessor.json", {"registry_name": "relative_actions_processor"}),
-        ("policy_postprocessor.json", {"registry_name": "absolute_actions_processor"}),
+    for name, place, step in (
+        ("policy_preprocessor.json", 5, {"registry_name": "relative_actions_processor"}),
+        ("policy_postprocessor.json", 1, {"registry_name": "absolute_actions_processor"}),
     ):
         path = base / name
         values = json.loads(path.read_text())
-        values["steps"].append(step | {"config": {"enabled": True}})
+        values["steps"].insert(place, step | {"config": {"enabled": True}})
         path.write_text(json.dumps(values))
     recipe = recipe_of(write_card(tmp_path / "data"), base, {})
     with pytest.raises(EmbodimentError, match="relative actions: dataset: absolute; checkpoint: all"):
@@ -462,6 +465,8 @@ def test_a_dimension_may_be_extreme_only_where_the_recipe_lists_it(tmp_path: Pat
     initial = start(recipe_of(card, base, {"outside": every}))
     assert initial.agreement is not None
     assert {item.name for item in initial.agreement.chosen} >= {"normalised state.a", "normalised action.b"}
+    unnamed = write_card(tmp_path / "unnamed", scale=57.29578, labels="[]")
+    assert start(recipe_of(unnamed, base, {"outside": every})), "the checkpoint's names are accepted, too"
     with pytest.raises(ConfigError, match="no dimension 'action.c'"):
         start(recipe_of(card, base, {"outside": ("action.c",)}))
 

@@ -304,7 +304,11 @@ def _with_codec(
             *reconcile.other_cards(part.cards),
             *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
             *value_faults.items(
-                part.stores, part.training, codec, recipe.adapt.outside, recipe.fits_statistics
+                part.stores,
+                part.training,
+                codec,
+                reconcile.outside(recipe, agreement),
+                recipe.fits_statistics,
             ),
         ]
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
+from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
 from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
@@ -206,8 +207,19 @@ def outlook(
         *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk),
     ]
     return agreement.with_items(
-        [*items, *value_faults.items(data.stores, data.training, codec, recipe.adapt.outside, False)]
+        [*items, *value_faults.items(data.stores, data.training, codec, outside(recipe, agreement), False)]
     )
+
+
+def outside(recipe: Recipe, agreement: Agreement) -> tuple[str, ...]:
+    """Return `adapt.outside` with names that only the checkpoint gives its dimensions as numbers."""
+    named = {
+        column: item.sides["checkpoint"].split(", ")
+        for item in agreement.items
+        for column in ("state", "action")
+        if item.name == f"{column} names" and set(item.sides) == {"checkpoint"}
+    }
+    return by_number(recipe.adapt.outside, named)
 
 
 def sides(card: Card, checkpoint: str) -> str:

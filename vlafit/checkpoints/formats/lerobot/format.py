@@ -148,6 +148,12 @@ class LeRobot(Format):
             codec, reason = read_buffers.read(folder, opened.buffers, needs, words, asset)
         else:
             codec, reason = read_processors.read(folder, needs, words, asset)
+        unset = sorted(name for name, tensor in opened.buffers.items() if bool(tensor.isinf().any()))
+        if codec is None and unset:
+            reason += (
+                f"; the statistics among its weights were never set: {unset[0]} is infinite (and "
+                f"{len(unset) - 1} more)"
+            )
         if codec is not None:
             require_vocabulary(codec, policy, opened.path)
         elif words is not None:
