@@ -26,14 +26,13 @@ from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
 
-MOST_SAMPLING_STEPS = 10**4
 WIDEST = 2**12  # observations in one call of the policy
 
 

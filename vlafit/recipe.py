@@ -77,6 +77,8 @@ class AdaptRecipe:
     """Checkpoint camera = dataset camera that takes its place. Empty text leaves that camera out."""
     resize: bool = False
     """Whether frames may have another size or shape than those the checkpoint was trained on."""
+    frames: bool = False
+    """Whether frames may be turned or flipped otherwise than the checkpoint's were when they were read."""
     robot: bool = False
     """Whether the dataset may show another robot: dimensions, names, units, control mode and rate."""
     actions: Literal["", "checkpoint", "data"] = ""

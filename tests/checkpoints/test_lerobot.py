@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import vlafit
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from vlafit import checkpoints
+from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.lerobot import relative_actions
 from vlafit.checkpoints.formats.openpi import names as openpi
@@ -21,6 +22,8 @@ from vlafit.codec import Codec
 from vlafit.codec.images import bilinear, fit_image
 from vlafit.errors import CodecError, WeightsError
 from vlafit.nn.batch import Batch
+from vlafit.nn.rng import sample_rng
+from vlafit.policies.smolvla import SmolVLA
 from vlafit.types import Observation, Sample
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
@@ -256,11 +259,14 @@ JOINTS = ["grip", "j4", "j3", "j2", "j1", "j0"]
 
 def make_relative(folder: Path, **config: Any) -> None:
     steps = (
-        ("pre", {"registry_name": "relative_actions_processor", "config": {"enabled": True} | config}),
-        ("post", {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}),
+        ("pre", 5, {"registry_name": "relative_actions_processor", "config": {"enabled": True} | config}),
+        ("post", 1, {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}),
     )
-    for name, step in steps:
-        edit(folder / f"policy_{name}processor.json", lambda v, step=step: v["steps"].append(step))
+    for name, place, step in steps:
+        edit(
+            folder / f"policy_{name}processor.json",
+            lambda v, place=place, step=step: v["steps"].insert(place, step),
+        )
 
 
 def test_the_names_by_which_a_processor_finds_its_mask_are_those_of_the_action(folder: Path):
@@ -304,6 +310,75 @@ def test_two_files_that_contradict_each_other_on_relative_actions_are_refused(
         text = str(error.value)
         assert "config.json" in text and next(iter(config)) in text and "policy_preprocessor.json" in text
         assert "contradict" in text
+
+
+ORDERS = {  # a pipeline, two steps of it that change places, and what the error says of the result
+    "tokens before the newline": ("pre", "smolvla_new_line_processor", "tokenizer_processor", "the line's"),
+    "normalised before relative": (
+        "pre", "relative_actions_processor", "normalizer_processor", "a normalised state"
+    ),
+    "absolute before unnormalised": (
+        "post", "unnormalizer_processor", "absolute_actions_processor", "still normalised"
+    ),
+    "renamed after relative": (
+        "pre", "rename_observations_processor", "relative_actions_processor", "renamed"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="actions are offset, or the prompt has other tokens than in training",
+    user_has="a LeRobot checkpoint whose processors run in another order than LeRobot writes them",
+    now="refused, naming the file and both steps",
+)
+@pytest.mark.parametrize("name", ORDERS)
+def test_steps_in_an_order_that_the_codec_does_not_compute_are_refused(folder: Path, name: str):
+    where, first, second, effect = ORDERS[name]
+    make_relative(folder)
+    names = {"observation.images.front": "observation.images.cam_high"}
+    edit(folder / "policy_preprocessor.json", lambda v: v["steps"][0]["config"].update(rename_map=names))
+    assert vlafit.load_checkpoint(folder).codec is not None
+
+    def exchange(pipeline: dict[str, Any]) -> None:
+        steps = [step["registry_name"] for step in pipeline["steps"]]
+        pipeline["steps"].insert(steps.index(second), pipeline["steps"].pop(steps.index(first)))
+
+    edit(folder / f"policy_{where}processor.json", exchange)
+    for look in (vlafit.load_checkpoint, checkpoints.declaration):
+        with pytest.raises(WeightsError) as error:
+            look(folder)
+        for fact in (f"policy_{where}processor.json: step", first, second, effect):
+            assert fact in str(error.value)
+
+
+def test_steps_that_change_nothing_may_stand_anywhere(folder: Path):
+    edit(folder / "policy_preprocessor.json", lambda v: v["steps"].append(v["steps"].pop(0)))
+    edit(folder / "policy_postprocessor.json", lambda v: v["steps"].reverse())
+    step = {"registry_name": "relative_actions_processor", "config": {"enabled": False}}
+    edit(folder / "policy_preprocessor.json", lambda v: v["steps"].append(step))
+    assert vlafit.load_checkpoint(folder).codec is not None
+
+
+def test_relative_actions_have_another_name_in_lerobot_0_5_1(folder: Path):
+    make_relative(folder, action_names=JOINTS, exclude_joints=["grip"])
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda v: v["steps"][5].update(registry_name="delta_actions_processor"),
+    )
+    codec = vlafit.load_checkpoint(folder).codec
+    assert codec is not None and codec.config.relative == (False, True, True, True, True, True)
+
+
+def test_an_unknown_step_is_named_before_the_step_that_misses_its_effect(folder: Path):
+    make_relative(folder)
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda v: v["steps"][5].update(registry_name="change_actions_processor"),
+    )
+    for look in (vlafit.load_checkpoint, checkpoints.declaration):
+        with pytest.raises(WeightsError, match=r"step 5 .change_actions_processor.: this step is not known"):
+            look(folder)
 
 
 def test_two_files_that_agree_on_relative_actions_load(folder: Path):
@@ -517,6 +592,7 @@ BAD_PROCESSORS = {
         lambda v: v.update(type="pi0"),
         "type 'pi0', the tensors are those of smolvla",
     ),
+    "no steps": ("config.json", lambda v: v.update(num_steps=0), "num_steps is 0"),
     "other periods": ("config.json", lambda v: v.update(max_period=8.0), "max_period is 8.0"),
 }
 
@@ -550,7 +626,6 @@ def test_a_base_model_whose_statistics_are_of_its_datasets_loads_without_a_codec
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (0.0, "std is 0 in dimension 2: nothing"),
         (-1.0, "std is -1"),
         (float("nan"), "not finite"),
     ],
@@ -562,6 +637,26 @@ def test_statistics_by_which_nothing_can_be_divided_are_an_error(folder: Path, v
     save_file(tensors, path)
     with pytest.raises(WeightsError, match=message):
         vlafit.load_checkpoint(folder)
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="a checkpoint cannot even be opened, because a joint never moved",
+    user_has="a LeRobot checkpoint with a `std` of 0 in a dimension",
+    now="it opens without a codec and says why; new statistics train it",
+)
+@pytest.mark.parametrize("feature", ["action", "observation.state"])
+def test_a_deviation_of_0_leaves_the_checkpoint_without_a_codec(folder: Path, feature: str):
+    for path in folder.glob("policy_*normalizer_processor.safetensors"):
+        tensors = load_file(path)
+        tensors[f"{feature}.std"][2] = 0.0
+        save_file(tensors, path)
+    for look in (vlafit.load_checkpoint, checkpoints.inspect):
+        loaded = look(folder)
+        assert loaded.codec is None
+        for fact in (f"{feature}.std is 0 in dimension 2", 'data.statistics = "data"'):
+            assert fact in loaded.report.codec
+    assert checkpoints.declaration(folder).own_tokenizer == folder / "tokenizer"
 
 
 def test_a_foreign_instruction_that_is_too_long_is_refused_and_not_cut(codec: Codec):
@@ -584,7 +679,7 @@ def test_without_any_config_the_error_names_the_first_key_to_give(folder: Path):
     for path in folder.iterdir():
         if path.name != "model.safetensors":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(WeightsError, match="'vision.heads'; give it as config"):
+    with pytest.raises(WeightsError, match="'vision.heads'; give it: --config vision.heads=N"):
         vlafit.load_policy(folder)
     given = {"vision.heads": 4, "language.head_dim": 16, "image_size": 64, "chunk": 10, "max_tokens": 48}
     policy = vlafit.load_policy(folder, config=given)
@@ -634,6 +729,40 @@ def test_the_public_size_has_the_published_number_of_parameters_and_tensors():
     assert len(list(policy.parameters())) + 1 == 500
 
 
+@pytest.mark.case(
+    section="checkpoints",
+    report="a fine-tuned policy samples in other steps than the one it began with",
+    user_has="a LeRobot checkpoint whose `num_steps` or `num_inference_steps` is not 10",
+    now="the number is used, kept in checkpoints and exported",
+)
+def test_the_steps_of_config_json_are_sampled_kept_and_exported(folder: Path, tmp_path: Path):
+    edit(folder / "config.json", lambda v: v.update(num_steps=3))
+    policy, codec, _, report = vlafit.load_checkpoint(folder)
+    assert policy.steps == checkpoints.inspect(folder).policy.steps == 3
+    assert "in 3 steps" in report.text() and "in 3 steps" not in vlafit.load_checkpoint(FIXTURE).report.text()
+    vlafit.save_checkpoint(policy, tmp_path / "native", codec)
+    again = vlafit.load_checkpoint(tmp_path / "native")
+    batch, keys = random_batch(policy.config), [(0, i) for i in range(3)]
+    noise = sample_rng(keys, seed=0).normal(policy.config.chunk, policy.config.action_dim)
+    assert isinstance(again.policy, SmolVLA)
+    assert torch.equal(
+        again.policy.act(batch, sample_rng(keys, seed=0)), again.policy.sample(batch, noise, 3)
+    )
+    export(tmp_path / "native", "lerobot", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_steps"] == 3
+
+
+def test_a_checkpoint_without_a_number_of_steps_has_its_familys(tmp_path: Path):
+    policy = vlafit.load_policy(FIXTURE)
+    vlafit.save_checkpoint(policy, tmp_path / "native")
+    assert set(json.loads((tmp_path / "native" / "policy.json").read_text())) == {
+        "format",
+        "family",
+        "config",
+    }
+    assert vlafit.load_policy(tmp_path / "native").steps == 10
+
+
 # ------------------------------------------------------------------------------------- pi0 and pi0.5
 
 
@@ -680,3 +809,26 @@ def test_pi05_weights_beside_a_pi0_config_are_refused(tmp_path: Path):
     edit(tmp_path / "x" / "config.json", lambda v: v.update(type="pi0"))
     with pytest.raises(WeightsError, match="'pi0'.*tensors.*pi05"):
         vlafit.load_policy(tmp_path / "x")
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="training draws other times than the checkpoint was trained with",
+    user_has="a LeRobot pi0 whose `time_sampling_*` were changed",
+    now="refused, naming the key and the only value that is supported",
+)
+def test_settings_of_pi0_that_are_not_computed_are_refused_by_name(tmp_path: Path):
+    write_pi0(tmp_path / "x", "pi0-tiny", "hub")
+    path = tmp_path / "x" / "config.json"
+    stated = json.loads(path.read_text())
+    sampled = {"alpha": 1.5, "beta": 1.0}
+    own = {f"time_sampling_beta_{name}": value for name, value in sampled.items()}
+    own |= {"time_sampling_scale": 0.999, "time_sampling_offset": 0.001}
+    own |= {"min_period": 0.004, "max_period": 4.0, "num_inference_steps": 5}
+    heads = {"vision.heads": 2, "language.head_dim": 8}
+    path.write_text(json.dumps(stated | own))
+    assert vlafit.load_policy(tmp_path / "x", config=heads).steps == 5
+    for key in own:
+        path.write_text(json.dumps(stated | own | {key: 0}))
+        with pytest.raises(WeightsError, match=f"config.json: {key} is 0"):
+            vlafit.load_policy(tmp_path / "x", config=heads)

@@ -159,7 +159,27 @@ def test_statistics_that_were_never_set_are_none(folder: Path):
         {n: torch.full_like(t, torch.inf) if "buffer_" in n else t for n, t in tensors.items()},
         folder / "model.safetensors",
     )
-    assert checkpoints.load(folder).codec is None and not checkpoints.wants_tokenizer(folder)
+    loaded = checkpoints.load(folder)
+    assert loaded.codec is None and not checkpoints.wants_tokenizer(folder)
+    assert "never set: normalize_inputs.buffer_observation_state.mean is infinite" in loaded.report.codec
+
+
+@pytest.mark.parametrize("kept", ["weights", "processors"])
+def test_a_tokenizer_makes_no_codec_of_statistics_that_lack_a_column(folder: Path, kept: str):
+    """So training with fitted statistics takes the tokenizer, and does not pass it on to be refused."""
+    if kept == "weights":
+        among_the_weights(folder)
+        tensors = load_file(folder / "model.safetensors")
+        assert checkpoints.wants_tokenizer(folder)
+        save_file(
+            {n: t for n, t in tensors.items() if "buffer_observation" not in n}, folder / "model.safetensors"
+        )
+    else:
+        assert checkpoints.wants_tokenizer(folder)
+        for path in folder.glob("policy_*normalizer_processor.safetensors"):
+            save_file({n: t for n, t in load_file(path).items() if n.startswith("action.")}, path)
+    assert not checkpoints.wants_tokenizer(folder)
+    assert "no statistics of observation.state" in checkpoints.load(folder).report.codec
 
 
 def with_config(folder: Path, change) -> None:
@@ -175,7 +195,10 @@ NO_WIDTH = {"normalize_inputs.buffer_observation_state.std": torch.zeros(7)}
     ("change", "facts"),
     [
         (lambda f: among_the_weights(f, **OTHER_TARGETS), ("normalize_targets", "action.mean")),
-        (lambda f: among_the_weights(f, **NO_WIDTH), ("observation.state.std is 0", "dimension 0")),
+        (
+            lambda f: among_the_weights(f, **NO_WIDTH),
+            ("tokenizer would have no effect", "observation.state.std is 0", 'data.statistics = "data"'),
+        ),
         (lambda f: with_config(f, lambda v: v.update(adapt_to_pi_aloha=True)), ("adapt_to_pi_aloha",)),
         (lambda f: with_config(f, lambda v: v.pop("normalization_mapping")), ("normalization_mapping",)),
     ],

@@ -101,9 +101,24 @@ def test_the_folder_for_lerobot_loads_with_its_codec(size: str, tmp_path: Path, 
     assert {n: (a.rank, a.scale) for n, a in again.plan.adapted.items()} == {
         n: (a.rank, a.scale) for n, a in plan.adapted.items()
     }
-    edit(tmp_path / "out" / "config.json", chunk_size=99)
-    with pytest.raises(WeightsError, match="chunk_size is 99.*adapters.*base"):
-        vlafit.load_policy(tmp_path / "out", config=given)
+    _settings_beside_adapters_hold_where_no_tensor_depends_on_them(tmp_path / "out", given)
+
+
+def _settings_beside_adapters_hold_where_no_tensor_depends_on_them(folder: Path, given: dict[str, object]):
+    """LeRobot runs adapters with the config.json beside them, whatever that of their base says."""
+    config = json.loads((folder / "config.json").read_text())
+    steps = "num_steps" if config["type"] == "smolvla" else "num_inference_steps"
+    edit(folder / "config.json", chunk_size=99, **{steps: 3})
+    policy = vlafit.load_policy(folder, config=given)
+    assert (policy.config.chunk, policy.steps) == (99, 3)
+    assert vlafit.load_policy(folder, config=given | {"chunk": 7}).config.chunk == 7
+    stated = {one.name: (one.stated, one.used) for one in checkpoints.declaration(folder).overruled}
+    for key, mine, other in (("chunk_size", config["chunk_size"], 99), (steps, 10, 3)):
+        assert stated[key][0].endswith(f"base/config.json: {mine}")
+        assert stated[key][1].endswith(f"out/config.json: {other}")
+    edit(folder / "config.json", max_action_dim=3)
+    with pytest.raises(WeightsError, match="max_action_dim is 3.*adapters.*base"):
+        vlafit.load_policy(folder, config=given)
 
 
 # ------------------------------------------------------------------------------------------------ foreign
@@ -215,6 +230,7 @@ SETTINGS = {
         "target_modules .*qqq_proj",
     ),
     "no match": ({"target_modules": "nothing.*"}, "no module of the base matches target_modules 'nothing"),
+    "all linear": ({"target_modules": "all-linear"}, "'all-linear' is not resolved here: list the modules"),
     "no target": ({"target_modules": []}, "target_modules must be a list of modules or a pattern"),
     "a bias": ({"bias": "all"}, "settings that are not supported here: bias is 'all'"),
     "pissa": (
@@ -235,6 +251,12 @@ def test_settings_that_we_do_not_repeat_are_refused_by_name(copy: Path, case: st
     edit(copy / CONFIG, **values)
     with pytest.raises(WeightsError, match=message):
         vlafit.load_policy(copy)
+
+
+def test_adapters_that_began_with_eva_load_because_it_leaves_the_weights_below_alone(copy: Path):
+    before = answer(vlafit.load_policy(copy))
+    edit(copy / CONFIG, init_lora_weights="eva", eva_config={"rho": 2.0, "tau": 0.99})
+    assert torch.equal(answer(vlafit.load_policy(copy)), before)
 
 
 def test_a_part_of_our_own_checkpoint_and_half_a_folder_are_refused(copy: Path, tmp_path: Path):

@@ -29,7 +29,11 @@ def _json(capsys: pytest.CaptureFixture, *words: str) -> dict:
 
 def test_inspect_asks_for_what_the_tensors_do_not_tell_and_takes_it(capsys: pytest.CaptureFixture):
     assert cli.main(["inspect", str(OPENPI)]) == 2
-    assert "give it as config {'vision.heads': ...}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    for form in ("--config vision.heads=N", "--policy.config.vision.heads N", "config={'vision.heads': N}"):
+        assert form in error
+    assert cli.main(["inspect", "pi05", "--size", "x"]) == 2
+    assert "vlafit inspect pi0 --size pi05" in capsys.readouterr().err
     facts = _json(capsys, str(OPENPI), *TOLD)
     assert (facts["family"], facts["report"]["form"]) == ("pi0", "openpi")
     assert facts["report"]["unused"] == ["paligemma_with_expert.gemma_expert.lm_head.weight"]

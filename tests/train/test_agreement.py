@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.train.agreement_world import (
@@ -137,7 +138,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
         {"cameras": {"right_wrist": "left_wrist"}}, "data", ("left_wrist", "right_wrist", "correct"),
     ),
     "more dimensions": ({}, {"dimensions": 3}, {}, "data", ("2", "3", "[adapt] robot = true")),
-    "more dimensions, old statistics": ({}, {"dimensions": 3}, {"robot": True}, "checkpoint", ('"data"',)),
+    "more dimensions, old statistics": (
+        {}, {"dimensions": 3}, {"robot": True}, "checkpoint",
+        ('[adapt] robot = true is set', 'set data.statistics = "data", too'),
+    ),
     "another unit": ({"unit": "deg"}, {}, {}, "checkpoint", ("deg", "rad")),
     "another order": ({"labels": '["b", "a"]'}, {}, {}, "checkpoint", ("b, a", "a, b", "in another order")),
     "another control": ({"control": "joint_velocity"}, {}, {}, "data", ("joint_velocity", "joint_position")),
@@ -331,10 +335,17 @@ def test_lerobots_checkpoint_that_names_a_tokenizer_of_the_hub_is_refused_withou
         start(recipe_of(write_card(tmp_path / "data"), base, {}, statistics="data"))
 
 
-def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(tmp_path: Path):
+@pytest.mark.parametrize(
+    "reason", [r"no statistics of observation\.state", r"action\.std is 0 in dimension 0"]
+)
+def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(tmp_path: Path, reason: str):
     base = lerobot(tmp_path / "base")
     for file in base.glob("policy_*.safetensors"):
-        tensors = {name: t for name, t in load_file(file).items() if not name.startswith("observation.state")}
+        tensors = load_file(file)
+        if "action" in reason:
+            tensors["action.std"][0] = 0.0
+        else:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("observation.state")}
         save_file(tensors, file)
     card = write_card(tmp_path / "data")
     adapt = {"cameras": MAPS, "resize": True, "robot": True}
@@ -343,8 +354,25 @@ def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(
     assert initial.agreement is not None
     (item,) = [one for one in initial.agreement.items if one.name == "tokenizer"]
     assert item.value.startswith("the checkpoint's")
-    with pytest.raises(ConfigError, match=r"gives none: .*no statistics of observation\.state"):
+    with pytest.raises(ConfigError, match=f"gives none: .*{reason}"):
         start(recipe_of(card, base, adapt))
+
+
+def test_statistics_of_one_column_among_the_weights_train_with_fitted_ones_and_a_tokenizer(tmp_path: Path):
+    base = lerobot(tmp_path / "base", processors=False)
+    tensors = load_file(base / "model.safetensors")
+    for module in ("normalize_targets", "unnormalize_outputs"):
+        tensors |= {f"{module}.buffer_action.{name}": torch.ones(6) for name in ("mean", "std")}
+    save_file(tensors, base / "model.safetensors")
+    recipe = recipe_of(
+        write_card(tmp_path / "data"),
+        base,
+        {"cameras": MAPS, "resize": True, "robot": True},
+        statistics="data",
+    )
+    words = str(SMOLVLA / "tokenizer")
+    policy = replace(recipe.policy, tokenizer=words, fresh=("language",))
+    assert start(replace(recipe, policy=policy)).codec.required_tokenizer.vocab_size == 106
 
 
 def test_a_tokenizer_folder_that_was_lost_is_named_and_no_other_tokenizer(tmp_path: Path):
@@ -408,13 +436,13 @@ def test_lerobots_cameras_are_matched_by_name_whatever_their_order():
 )
 def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_card(tmp_path: Path):
     base = lerobot(tmp_path / "base")
-    for name, step in (
-        ("policy_preprocessor.json", {"registry_name": "relative_actions_processor"}),
-        ("policy_postprocessor.json", {"registry_name": "absolute_actions_processor"}),
+    for name, place, step in (
+        ("policy_preprocessor.json", 5, {"registry_name": "relative_actions_processor"}),
+        ("policy_postprocessor.json", 1, {"registry_name": "absolute_actions_processor"}),
     ):
         path = base / name
         values = json.loads(path.read_text())
-        values["steps"].append(step | {"config": {"enabled": True}})
+        values["steps"].insert(place, step | {"config": {"enabled": True}})
         path.write_text(json.dumps(values))
     recipe = recipe_of(write_card(tmp_path / "data"), base, {})
     with pytest.raises(EmbodimentError, match="relative actions: dataset: absolute; checkpoint: all"):
@@ -437,6 +465,8 @@ def test_a_dimension_may_be_extreme_only_where_the_recipe_lists_it(tmp_path: Pat
     initial = start(recipe_of(card, base, {"outside": every}))
     assert initial.agreement is not None
     assert {item.name for item in initial.agreement.chosen} >= {"normalised state.a", "normalised action.b"}
+    unnamed = write_card(tmp_path / "unnamed", scale=57.29578, labels="[]")
+    assert start(recipe_of(unnamed, base, {"outside": every})), "the checkpoint's names are accepted, too"
     with pytest.raises(ConfigError, match="no dimension 'action.c'"):
         start(recipe_of(card, base, {"outside": ("action.c",)}))
 

@@ -9,10 +9,10 @@ import h5py
 import pytest
 import torch
 
-from tests.train.agreement_world import EPISODES, recipe_of, write_card, write_checkpoint
+from tests.train.agreement_world import EPISODES, recipe_of, start, write_card, write_checkpoint
 from vlafit import cli
 from vlafit.datasets import load_card, open_dataset
-from vlafit.datasets.framing import frames, frames_of, is_same
+from vlafit.datasets.framing import differing, frames, frames_of, is_same
 from vlafit.errors import EmbodimentError, TrainingError
 from vlafit.offline.contract import frames_notice
 from vlafit.recipe import Recipe
@@ -186,3 +186,51 @@ def test_an_evaluation_names_frames_that_are_read_otherwise_than_in_training(
     assert cli.main(["eval", str(checkpoint), *words]) == 0
     assert "'other' are read front turned by 180" in capsys.readouterr().out
     assert frames_notice(tmp_path, open_dataset(str(other))) == "", "no agreement says how frames were read"
+
+
+@pytest.mark.case(
+    section="data",
+    report="the policy learns from pictures that are upside down",
+    user_has="a card that turns or flips a camera, and a checkpoint that learned from frames as stored",
+    now="refused, naming camera and both sides; `adapt.frames` accepts it",
+)
+def test_frames_that_a_checkpoint_learned_otherwise_are_refused_unless_accepted(
+    card: Path, trained: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, other = trained[1], other_card(card, tmp_path / "other", TURNED)
+    with pytest.raises(EmbodimentError) as caught:
+        start(recipe_of(other, checkpoint, {}))
+    for fact in ("frames: dataset: front turned by 180; checkpoint: as stored", "--adapt.frames true"):
+        assert fact in str(caught.value)
+    assert cli.main(["inspect", str(checkpoint), "--data", str(other)]) == 1
+    assert "[adapt] frames = true" in "".join(capsys.readouterr())
+    frames_of_run = {}
+    for name, on, base, adapt in (
+        ("chosen", other, checkpoint, {"frames": True}),
+        ("same", card, checkpoint, {}),
+        ("assumed", other, write_checkpoint(tmp_path / "base", cameras=("front", "back")), {}),
+    ):
+        agreement = start(recipe_of(on, base, adapt)).agreement
+        assert agreement is not None
+        [item] = [item for item in agreement.items if item.name == "frames"]
+        frames_of_run[name] = item.status
+        assert item.value.startswith("8x8") or item.value.startswith("16x16")
+    assert frames_of_run == {name: name for name in frames_of_run}
+
+
+@pytest.mark.parametrize(
+    ("learned_from", "sources", "names"),
+    [
+        ("as stored", {"front": "front"}, ["front"]),
+        ("front turned by 180", {"front": "front", "back": "back"}, []),
+        ("top turned by 180", {"top": "front", "back": "back"}, []),
+        ("one: as stored; two: front turned by 180, back flipped vertical", {"front": "front"}, []),
+        ("one: as stored; two: back turned by 180", {"front": "front", "back": "back"}, ["front"]),
+    ],
+)
+def test_frames_are_compared_camera_by_camera(
+    card: Path, tmp_path: Path, learned_from: str, sources: dict[str, str], names: list[str]
+) -> None:
+    turned = card.with_name("turned.toml")
+    turned.write_text(edited(card.read_text(), TURNED))
+    assert differing([load_card(str(turned))], learned_from, sources) == names

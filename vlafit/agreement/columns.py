@@ -1,6 +1,6 @@
 """Compare the names of a column's dimensions: which state an action is relative to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlafit.types import Embodiment
 
@@ -37,6 +37,16 @@ def by_name(mask: Sequence[bool], names: Sequence[str], wanted: Sequence[str]) -
     if sorted(have) != sorted(want) or len(set(have)) != len(have) or len(mask) != len(have):
         return None
     return tuple(mask[have.index(label)] for label in want)
+
+
+def by_number(dimensions: Sequence[str], named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return `dimensions` such as `action.j1` by number where `named` has the label: column -> labels."""
+    numbers = {
+        f"{column}.{label}": f"{column}.{number}"
+        for column, labels in named.items()
+        for number, label in enumerate(labels)
+    }
+    return tuple(numbers.get(name, name) for name in dimensions)
 
 
 PAIR_FIX = (

@@ -16,6 +16,11 @@ ROBOT = (
     'policy.resize = "keep" or "fresh"); else correct the card'
 )
 
+ROBOT_ONLY = (
+    "[adapt] robot = true is set, and the checkpoint's statistics are of its own robot: set "
+    'data.statistics = "data", too; '
+)
+
 ACCEPT_ROBOT = ("--adapt.robot true", "--data.statistics data")
 
 EVALUATION = "evaluation "
@@ -53,6 +58,8 @@ def agree(
             differences = any(relative) and not fresh_statistics
             items += _control(dataset.embodiment, checkpoint.embodiment, adapt, fresh_statistics, differences)
             items.append(_renderer(dataset.embodiment, checkpoint.embodiment))
+    if adapt.robot and not fresh_statistics:
+        items = [replace(item, fix=item.fix.replace(ROBOT, ROBOT_ONLY + ROBOT)) for item in items]
     return Agreement(tuple(items), cameras, relative)
 
 

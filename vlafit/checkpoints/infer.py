@@ -333,8 +333,9 @@ def _checked(
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
         first = next(iter(asked))
         raise WeightsError(
-            f"{where}: neither the tensors nor a config beside them determine {first!r}; give it as config "
-            f"{{{first!r}: ...}}"
+            f"{where}: neither the tensors nor a config beside them determine {first!r}; give it: --config "
+            f"{first}=N on the command line (train: --policy.config.{first} N), policy.config.{first} in a "
+            f"recipe, config={{{first!r}: N}} in Python"
         )
     return config
 

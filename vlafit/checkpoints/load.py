@@ -246,7 +246,7 @@ def wants_tokenizer(path: Path, base: str | Path | None = None) -> bool:
     """Whether the checkpoint holds statistics of another program, and no tokenizer beside them; see
     `declaration`.
     """
-    format, files = _describing(path, base)
+    format, files, _ = _describing(path, base)
     return format.wants_tokenizer(files)
 
 
@@ -256,23 +256,27 @@ def declaration(path: Path, base: str | Path | None = None) -> Declaration:
     Adapters say nothing of it: the files beside them do, or those of their base, which is `base` where
     they do not hold it.
     """
-    format, files = _describing(path, base)
-    return format.declaration(files)
+    format, files, below = _describing(path, base)
+    declared = format.declaration(files)
+    if below is None or format.adapters is None:
+        return declared
+    more = format.adapters.settings(path, below).overruled
+    return replace(declared, overruled=(*declared.overruled, *more))
 
 
-def _describing(path: Path, base: str | Path | None) -> tuple[Format, CheckpointFiles]:
-    """Return the files that describe a checkpoint's robot, and their format."""
+def _describing(path: Path, base: str | Path | None) -> tuple[Format, CheckpointFiles, Path | None]:
+    """Return the files that describe a checkpoint's robot, their format, and the base of adapters."""
     files = CheckpointFiles(path)
     format = registry.detect(files)
     below = format.base_of(files, base, _opener(()))
     if below is None:
-        return format, files
+        return format, files, None
     lower = CheckpointFiles(below)
     format = registry.detect(lower)
     if format.adapters is None:
-        return format, lower
+        return format, lower, below
     folder = format.adapters.codec_folder(path, lower.folder)
-    return format, lower if folder == lower.folder else CheckpointFiles(folder)
+    return format, lower if folder == lower.folder else CheckpointFiles(folder), below
 
 
 def open_checkpoint(path: Path, options: LoadOptions, format: str | None = None) -> OpenedCheckpoint:

@@ -119,10 +119,17 @@ def make_report(
         stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
         adapted=changes,
         resized=tuple(resized),
-        notes=notes + tuple(_describe_plan(plan) if plan is not None else ()),
+        notes=(*notes, *_sampling(policy), *(_describe_plan(plan) if plan is not None else ())),
         codec=no_codec,
         chunk=opened.chunk if isinstance(opened.chunk, int) else None,
     )
+
+
+def _sampling(policy: Policy) -> list[str]:
+    own = type(policy).steps
+    if policy.steps is None or policy.steps == own:
+        return []
+    return [f"samples actions in {policy.steps} steps, as its files say, not in the family's {own}"]
 
 
 def _describe_plan(plan: Plan) -> list[str]:

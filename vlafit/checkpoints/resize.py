@@ -64,6 +64,8 @@ def bare_policy(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[Sized, 
     sized = _resize(opened, options)
     policy = family(opened.family).build(sized.config, "meta")
     require_restorable(policy)
+    if opened.steps is not None and policy.steps is not None:
+        policy.steps = opened.steps
     return sized, policy
 
 

@@ -1,7 +1,9 @@
 """Say how a card reads its cameras and actions, to compare it with another card, or with itself later."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from vlafit.agreement import values as agreements
 from vlafit.agreement.cameras import misnamed
 from vlafit.datasets.card import CameraCard, Card
 
@@ -33,6 +35,38 @@ def is_same(frames: str, other: str) -> bool:
     """Whether `frames` of a card are among those that `other`, of one card or several, describes."""
     texts = [text.partition(": ")[2] or text for text in other.split("; ")]
     return set(frames.split(", ")) in [set(text.split(", ")) for text in texts]
+
+
+def learned(checkpoint: Path, embodiment: str = "") -> str:
+    """Return how the frames were read that a checkpoint learned from; "" where it does not say.
+
+    `embodiment` is the one of several.
+    """
+    agreed = agreements.read(checkpoint)
+    names = ("frames", f"{embodiment}: frames")
+    stated = [item.sides.get("dataset", "") for item in agreed.items if item.name in names] if agreed else []
+    return stated[0] if stated else ""
+
+
+def differing(cards: Sequence[Card], learned: str, sources: Mapping[str, str]) -> list[str]:
+    """Return the cameras that the `cards` turn or flip otherwise than the frames of a checkpoint were.
+
+    `learned` is that of the checkpoint, `sources` its cameras and those of the cards that take their place.
+    """
+    texts = [text.partition(": ")[2] or text for text in learned.split("; ")]
+    changes = [
+        {}
+        if text == AS_STORED
+        else {name: how for name, _, how in (p.partition(" ") for p in text.split(", "))}
+        for text in texts
+    ]
+    return [
+        source
+        for slot, source in sources.items()
+        for card in cards
+        for camera in card.robot.cameras
+        if camera.name == source and turned(camera) not in [one.get(slot, "") for one in changes]
+    ]
 
 
 def camera_keys(card: Card) -> dict[str, str]:

@@ -23,6 +23,7 @@ from vlafit.nn.rng import SampleRng
 if TYPE_CHECKING:
     from vlafit.nn.attached import Attached
 
+MOST_SAMPLING_STEPS = 10**4
 ERROR = "error"  # the name of the only term of a loss that does not name its terms
 
 
@@ -89,7 +90,8 @@ class Policy(nn.Module, ABC):
     compiled: bool = False
     """Whether its blocks are compiled, which changes the last bits; see `nn.compiled`."""
     steps: int | None = None
-    """Steps in which `act` samples, for the caller to set; None: it does not sample in steps."""
+    """Steps in which `act` samples, for the caller to set; None: it does not sample in steps. Checkpoints
+    keep a number that is not the family's."""
 
     @abstractmethod
     def parts(self) -> list[ParameterInfo]:
@@ -147,6 +149,11 @@ class Policy(nn.Module, ABC):
         `rng.draws` above 1, every sum runs over the draws too.
         """
         return self(batch, rng)
+
+
+def is_sampling_steps(value: object) -> bool:
+    """Whether `value` is a number of steps in which a policy can sample."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_SAMPLING_STEPS
 
 
 def mean_loss(terms: Mapping[str, float], sums: Mapping[str, float], counts: Mapping[str, float]) -> float:

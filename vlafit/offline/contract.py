@@ -6,10 +6,9 @@ from typing import Protocol, runtime_checkable
 
 from vlafit import config
 from vlafit.agreement import Agreement
-from vlafit.agreement.values import read as read_agreement
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, value_faults
-from vlafit.datasets.framing import exchanged_keys, frames, is_same
+from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned
 from vlafit.recipe import Recipe
 from vlafit.types import Actor, Embodiment, require_same
 
@@ -65,15 +64,13 @@ def frames_notice(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -
 
     It is "" where they are read alike, or the checkpoint has no agreement that says how its frames were read.
     """
-    agreed = read_agreement(checkpoint)
-    names = ("frames", f"{embodiment}: frames")
-    stated = [item.sides.get("dataset", "") for item in agreed.items if item.name in names] if agreed else []
+    stated = learned(checkpoint, embodiment)
     here = frames(store.card)
-    if not stated or not stated[0] or is_same(here, stated[0]):
+    if not stated or is_same(here, stated):
         return ""
     return (
         f"frames of dataset {store.card.name!r} are read {here}, those that the checkpoint learned from "
-        f"{stated[0]}: are all upright?"
+        f"{stated}: are all upright?"
     )
 
 

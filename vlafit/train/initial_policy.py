@@ -311,7 +311,7 @@ def _with_codec(
                 part.training,
                 part.validation,
                 codec,
-                recipe.adapt.outside,
+                reconcile.outside(recipe, agreement),
                 recipe.fits_statistics,
             ),
         ]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
+from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
-from vlafit.datasets.framing import camera_keys, exchanged_keys, frames_of
+from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
@@ -209,10 +210,21 @@ def outlook(
         [
             *items,
             *value_faults.of_run(
-                data.stores, data.training, data.validation, codec, recipe.adapt.outside, False
+                data.stores, data.training, data.validation, codec, outside(recipe, agreement), False
             ),
         ]
     )
+
+
+def outside(recipe: Recipe, agreement: Agreement) -> tuple[str, ...]:
+    """Return `adapt.outside` with names that only the checkpoint gives its dimensions as numbers."""
+    named = {
+        column: item.sides["checkpoint"].split(", ")
+        for item in agreement.items
+        for column in ("state", "action")
+        if item.name == f"{column} names" and set(item.sides) == {"checkpoint"}
+    }
+    return by_number(recipe.adapt.outside, named)
 
 
 def sides(card: Card, checkpoint: str) -> str:
@@ -253,9 +265,7 @@ def codec_items(
             chosen = bool(recipe.data.normalisation)
             reason = "data.normalisation" if chosen else "fitted statistics are divided by a floor"
         yield Item(f"{column} normalisation", stated, method, "chosen" if reason else "same", reason)
-    read = {"dataset": frames_of(data.cards)}
-    size = codec.config.image_size
-    yield Item("frames", read, f"{size}x{size}, framed as {codec.config.framing}", "same")
+    yield _frames(recipe, data, before, codec)
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -267,6 +277,32 @@ def codec_items(
     )
     recorded = {"dataset": f"episodes of {lengths[0]} to {lengths[-1]} steps"}
     yield _chunk(recipe, codec, recorded, own_chunk)
+
+
+def _frames(recipe: Recipe, data: Data, before: Codec | None, codec: Codec) -> Item:
+    """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise."""
+    sides = {"dataset": frames_of(data.cards)}
+    size = codec.config.image_size
+    value = f"{size}x{size}, framed as {codec.config.framing}"
+    if not recipe.policy.checkpoint:
+        return Item("frames", sides, value, "same")
+    path = checkpoints.place(recipe.policy.checkpoint).path
+    stated = learned(path, before.embodiment.name if before is not None else "")
+    if not stated:
+        return Item("frames", sides, value, "assumed", "the checkpoint does not say how its were read")
+    sides["checkpoint"] = stated
+    slots = codec.config.cameras if before is None else before.config.cameras
+    pairs = dict(zip(slots, codec.config.cameras, strict=False))  # a new camera takes no slot of the old
+    other = differing(data.cards, stated, pairs)
+    if not other:
+        return Item("frames", sides, value, "same")
+    if recipe.adapt.frames:
+        return Item("frames", sides, value, "chosen", "adapt.frames")
+    fix = (
+        f"does the policy see {' and '.join(other)} as before? If the two datasets store it differently: "
+        "[adapt] frames = true; else correct `rotate`, `flip` and `channels` in the card"
+    )
+    return Item("frames", sides, "", "conflict", fix=fix, accept=("--adapt.frames true",))
 
 
 def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
 from vlafit.checkpoints.codecs import ChosenCodec, fit_codec, refuse_codec_arguments
-from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.declaration import Declaration, Overruled
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap, Translated
@@ -67,6 +67,18 @@ class StoredAdapters(ABC):
         """Put them into the filled `policy`. Raises WeightsError naming every tensor that is wrong."""
 
 
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Settings that files beside adapters state and that no tensor of the base depends on: they hold."""
+
+    config: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the policy's config."""
+    steps: int | None = None
+    """Steps in which the policy samples actions; None where no file says."""
+    overruled: tuple[Overruled, ...] = ()
+    """The base's own settings that do not hold."""
+
+
 class AdapterSupport(ABC):
     """How a program loads PEFT adapters on a policy of this format."""
 
@@ -78,8 +90,12 @@ class AdapterSupport(ABC):
         """Return the reasons why the program cannot load adapters on these layers (the policy's names)."""
         return []
 
-    def require_same_policy(self, folder: Path, base: Path) -> None:  # noqa: B027 - most have nothing to compare
-        """Raise WeightsError where the files beside the adapters are not of the policy in `base`."""
+    def settings(self, folder: Path, base: Path) -> "AdapterSettings":
+        """Return the settings of the policy in the files beside the adapters.
+
+        Raises WeightsError where they are not of the policy in `base`.
+        """
+        return AdapterSettings()
 
     def codec_folder(self, folder: Path, base: Path) -> Path:
         """Return the folder of the codec's files: that of the adapters, or that of their base."""
@@ -105,6 +121,8 @@ class OpenedCheckpoint:
     """Reads the numbers where `tensors` are on the meta device."""
     chunk: object = None
     """Actions at once that the checkpoint itself records; None where it does not."""
+    steps: int | None = None
+    """Steps in which its policy samples actions; None where it does not say: the family's own number."""
     codec_folder: Path | None = None
     """Where the files lie that make its codec, for `Format.codec`."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)

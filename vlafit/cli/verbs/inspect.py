@@ -55,10 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     if is_family(options.checkpoint):
         return _inspect_family(options, config)
     if options.size:
-        raise ConfigError(
-            f"--size is of a policy family, and {options.checkpoint!r} is none (is its folder on "
-            "PYTHONPATH?); a checkpoint has a size of its own"
-        )
+        raise ConfigError(_no_family(options.checkpoint))
     folder = checkpoint_folder(options.checkpoint, foreign=True)
     from vlafit import checkpoints
 
@@ -144,6 +141,24 @@ def is_family(name: str) -> bool:
     if Path(name).exists() or name in shipped.names("checkpoint"):
         return False
     return name in families() or name in installed() or is_module(name)
+
+
+def _no_family(name: str) -> str:
+    """Return why --size has no effect with what is no policy family."""
+    from vlafit.policies import families, family
+
+    if not Path(name).exists():
+        for other in families():
+            sizes = [size for size in family(other).SIZES if size == name or size.startswith(f"{name}-")]
+            if sizes:
+                return (
+                    f"{name!r} is a size of the policy family {other}: vlafit inspect {other} --size "
+                    f"{' or '.join(sizes)}"
+                )
+    return (
+        f"--size is of a policy family, and {name!r} is none (is its folder on PYTHONPATH?); a "
+        "checkpoint has a size of its own"
+    )
 
 
 def _inspect_family(options: Namespace, config: dict[str, Any] | None) -> int:

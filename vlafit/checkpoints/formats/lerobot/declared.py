@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.declaration import Declaration, Overruled
 from vlafit.checkpoints.formats.lerobot import features, read_buffers, read_processors, relative_actions
-from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps
+from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps, require_known
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
 from vlafit.checkpoints.tensor_files import beside
@@ -29,6 +29,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         read_steps(folder / name) if (folder / name).is_file() else []
         for name in (read_processors.PRE, read_processors.POST)
     )
+    require_known(pre, post)
     relative_actions.action_names(lerobot, pre)  # a contradiction is not a lack of features
     try:
         slots, robot = read_processors.robot_of(lerobot, pre)

@@ -13,16 +13,25 @@ from torch import Tensor
 
 from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
-from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.declaration import Declaration, Overruled
 from vlafit.checkpoints.formats import unsupported
-from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.base import (
+    AdapterSettings,
+    AdapterSupport,
+    CheckpointFiles,
+    Format,
+    OpenedCheckpoint,
+    Opener,
+)
 from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
+    STEPS,
     LeRobotConfig,
     pi0_evidence,
     read_config,
     require_supported,
+    sampling_steps,
 )
 from vlafit.checkpoints.formats.lerobot.smolvla_config import smolvla_evidence
 from vlafit.checkpoints.formats.openpi import names as openpi
@@ -34,10 +43,8 @@ from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy
 
-DECIDING = (  # keys of config.json that decide what a policy computes
+DECIDING = (  # keys of config.json that decide what a policy computes from its weights
     "type",
-    "chunk_size",
-    "tokenizer_max_length",
     "max_state_dim",
     "max_action_dim",
     "paligemma_variant",
@@ -52,6 +59,13 @@ DECIDING = (  # keys of config.json that decide what a policy computes
 )
 
 
+OF_THE_ADAPTERS = {"chunk_size": "chunk", "tokenizer_max_length": "max_tokens"}
+"""Keys of config.json on which no tensor depends, and their fields: those beside adapters hold."""
+
+
+ADAPTED = "LeRobot runs adapters with the files beside them"
+
+
 class LeRobotAdapters(AdapterSupport):
     """LeRobot loads a PEFT folder with its own files beside the adapters."""
 
@@ -59,18 +73,35 @@ class LeRobotAdapters(AdapterSupport):
         """Return the names of the modules in LeRobot's classes."""
         return names.IN_MEMORY.get(family)
 
-    def require_same_policy(self, folder: Path, base: Path) -> None:
-        """Raise WeightsError where config.json beside adapters is of another policy than the base's."""
+    def settings(self, folder: Path, base: Path) -> AdapterSettings:
+        """Return the settings of config.json beside adapters, with which LeRobot runs them.
+
+        Raises WeightsError where it is of another policy than the base's.
+        """
         here, there = read_config(folder), read_config(base)
-        if here is None or there is None:
-            return
-        different = [key for key in DECIDING if here.values.get(key) != there.values.get(key)]
-        if different:
-            key = different[0]
-            raise WeightsError(
-                f"{here.path}: {key} is {here.values.get(key)!r}, and {there.values.get(key)!r} in"
-                f" {there.path}: the adapters are not of this base"
-            )
+        if here is None:
+            return AdapterSettings()
+        require_supported(here)
+        steps = sampling_steps(here)
+        config = {
+            field: value
+            for key, field in OF_THE_ADAPTERS.items()
+            if (value := here.get(key, int)) is not None
+        }
+        if there is None:
+            return AdapterSettings(config, steps)
+        for key in DECIDING:
+            if here.values.get(key) != there.values.get(key):
+                raise WeightsError(
+                    f"{here.path}: {key} is {here.values.get(key)!r}, and {there.values.get(key)!r} in"
+                    f" {there.path}: the adapters are not of this base"
+                )
+        overruled = [
+            Overruled(key, f"{there.path}: {there.values[key]}", f"{here.path}: {here.values[key]}", ADAPTED)
+            for key in (*OF_THE_ADAPTERS, *STEPS["pi0"])
+            if key in here.values and key in there.values and here.values[key] != there.values[key]
+        ]
+        return AdapterSettings(config, steps, tuple(overruled))
 
     def codec_folder(self, folder: Path, base: Path) -> Path:
         """Return the folder of the processors, which LeRobot writes beside adapters."""
@@ -117,6 +148,12 @@ class LeRobot(Format):
             codec, reason = read_buffers.read(folder, opened.buffers, needs, words, asset)
         else:
             codec, reason = read_processors.read(folder, needs, words, asset)
+        unset = sorted(name for name, tensor in opened.buffers.items() if bool(tensor.isinf().any()))
+        if codec is None and unset:
+            reason += (
+                f"; the statistics among its weights were never set: {unset[0]} is infinite (and "
+                f"{len(unset) - 1} more)"
+            )
         if codec is not None:
             require_vocabulary(codec, policy, opened.path)
         elif words is not None:
@@ -133,7 +170,7 @@ class LeRobot(Format):
         """Whether statistics are there, in processors or among the weights, and their tokenizer is not."""
         if read_config(files.folder) is None:
             return False
-        return read_processors.lacks_tokenizer(files.folder) or read_buffers.present(
+        return read_processors.lacks_tokenizer(files.folder) or read_buffers.lacks_tokenizer(
             files.folder, buffers_of(files)
         )
 
@@ -186,7 +223,14 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
     fixed = ("vision.heads", "image_size", "max_tokens")  # LeRobot's code has no other
     evidence = ConfigEvidence(values, stated, witnesses, fixed=fixed)
     return OpenedCheckpoint(
-        where, format, family, translated, evidence, codec_folder=files.folder, buffers=buffers_of(files)
+        where,
+        format,
+        family,
+        translated,
+        evidence,
+        steps=sampling_steps(config),
+        codec_folder=files.folder,
+        buffers=buffers_of(files),
     )
 
 

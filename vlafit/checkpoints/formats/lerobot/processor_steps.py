@@ -10,6 +10,30 @@ from vlafit.checkpoints.tensor_files import beside, read_json_object
 from vlafit.errors import WeightsError
 
 PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
+RENAME, NORMALISE, UNNORMALISE = (
+    "rename_observations_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+)
+RELATIVE_STEP, ABSOLUTE_STEP = "relative_actions_processor", "absolute_actions_processor"
+RENAMED = {"delta_actions_processor": RELATIVE_STEP}  # LeRobot 0.5.1's name of the same step, line by line
+TOKENIZE, STATE_PROMPT = "tokenizer_processor", "pi05_prepare_state_tokenizer_processor_step"
+NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
+NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
+BEFORE_POLICY = {RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL}
+AFTER_POLICY = {UNNORMALISE, ABSOLUTE_STEP, *NEUTRAL}
+ORDER = (  # (first, second, what LeRobot computes when they run the other way round)
+    *((newline, TOKENIZE, "the prompt's tokens then lack the line's end") for newline in NEWLINES),
+    (STATE_PROMPT, TOKENIZE, "the prompt's tokens then lack the state"),
+    (NORMALISE, STATE_PROMPT, "the state then enters the prompt before it is normalised"),
+    (RELATIVE_STEP, NORMALISE, "a normalised state is then subtracted from a normalised action"),
+    *(
+        (RENAME, second, "it then finds features by their names before they are renamed")
+        for second in (RELATIVE_STEP, NORMALISE, STATE_PROMPT)
+    ),
+    (UNNORMALISE, ABSOLUTE_STEP, "the state is then added to an action that is still normalised"),
+)
+"""Steps whose order decides what the policy sees; the codec computes them in this one."""
 NEVER = {  # keys of config.json: what they do inside the policy, when true
     "adapt_to_pi_aloha": "it converts Aloha's joints inside the policy",
     "use_delta_joint_actions_aloha": "it makes Aloha's joints relative inside the policy",
@@ -46,7 +70,7 @@ _NORMAL: dict[str, Callable[[Any], bool]] = {
     "normalize_observation_keys": lambda value: value is None or "observation.state" in value,
 }
 REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "rename_observations_processor": {"rename_map": _is_table},
+    RENAME: {"rename_map": _is_table},
     "to_batch_processor": {},
     "device_processor": {
         "device": _any,  # where it runs, not what it computes
@@ -54,11 +78,11 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "pi0_new_line_processor": {},
     "smolvla_new_line_processor": {},
-    "pi05_prepare_state_tokenizer_processor_step": {
+    STATE_PROMPT: {
         "max_state_dim": _any,  # the state is padded after it was written into the prompt
         "task_key": _any,  # where LeRobot finds the instruction; an observation has it
     },
-    "tokenizer_processor": {
+    TOKENIZE: {
         "max_length": _any,  # compared with config.json below
         "task_key": _any,  # as above
         "padding_side": _only("right"),
@@ -66,16 +90,20 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "truncation": _only(True),
         "tokenizer_name": _any,  # looked for in the folder
     },
-    "normalizer_processor": _NORMAL,
-    "unnormalizer_processor": _NORMAL,
-    "relative_actions_processor": {
+    NORMALISE: _NORMAL,
+    UNNORMALISE: _NORMAL,
+    RELATIVE_STEP: {
         "enabled": _only(True, False),
         "exclude_joints": _any,  # read
         "action_names": _any,  # read
     },
-    "absolute_actions_processor": {"enabled": _only(True, False)},
+    ABSOLUTE_STEP: {"enabled": _only(True, False)},
 }
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
+
+
+def _present_name(name: str) -> str:
+    return RENAMED.get(name, name)
 
 
 def read_steps(path: Path) -> list[Step]:
@@ -94,7 +122,7 @@ def read_steps(path: Path) -> list[Step]:
         return [
             Step(
                 where=f"{path}: step {i} ({one['registry_name']})",
-                name=one["registry_name"],
+                name=_present_name(one["registry_name"]),
                 config=dict(one["config"]),
                 state_file=beside(path, one["state_file"]) if "state_file" in one else None,
                 artifacts=dict(one.get("artifacts", {})),
@@ -103,6 +131,43 @@ def read_steps(path: Path) -> list[Step]:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({error!r})") from error
+
+
+def require_known(pre: Sequence[Step], post: Sequence[Step]) -> None:
+    """Raise WeightsError for a step that the codec does not have, or steps in another order than its own."""
+    for steps, known in ((pre, BEFORE_POLICY), (post, AFTER_POLICY)):
+        for step in steps:
+            if step.name not in known:
+                raise WeightsError(
+                    f"{step.where}: this step is not known here, and leaving it out would be a guess"
+                )
+        _require_order([step for step in steps if _acts(step)])
+
+
+def _require_order(steps: Sequence[Step]) -> None:
+    for first, second, effect in ORDER:
+        early = next((i for i, step in enumerate(steps) if step.name == second), len(steps))
+        for step in steps[early:]:
+            if step.name == first:
+                before = steps[early].where.rpartition(": ")[2]
+                raise WeightsError(
+                    f"{step.where} runs after {before}: {effect}. Only the other order is supported here: "
+                    f"{first}, then {second}; if the weights were trained in that order, correct the file"
+                )
+    prompts = [step for step in steps if step.name in (STATE_PROMPT, *NEWLINES)]
+    if len({step.name for step in prompts}) > 1:
+        listed = " and ".join(step.where.rpartition(": ")[2] for step in prompts)
+        raise WeightsError(
+            f"{prompts[0].where.rpartition(': ')[0]}: {listed} both write the prompt; only one of them is "
+            "supported here"
+        )
+
+
+def _acts(step: Step) -> bool:
+    """Whether the step changes anything."""
+    if step.name == RENAME:
+        return bool(step.config.get("rename_map"))
+    return step.name not in (RELATIVE_STEP, ABSOLUTE_STEP) or bool(step.config.get("enabled"))
 
 
 def require_repeated(steps: Sequence[Step], lerobot: LeRobotConfig) -> None:

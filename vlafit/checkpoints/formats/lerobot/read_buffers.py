@@ -31,6 +31,19 @@ def present(folder: Path, buffers: Mapping[str, Tensor]) -> bool:
     )
 
 
+def lacks_tokenizer(folder: Path, buffers: Mapping[str, Tensor]) -> bool:
+    """Whether the statistics among the weights make a codec once a tokenizer is given."""
+    lerobot = read_config(folder)
+    if lerobot is None or not present(folder, buffers):
+        return False
+    kinds: dict[str, Normalisation] = {
+        "state": _mode(lerobot, "STATE"),
+        "action": _mode(lerobot, "ACTION"),
+    }
+    own = sets_of(buffers).get("")
+    return own is None or not stored.lacking(own, kinds, "", None, str(lerobot.path.parent))
+
+
 def sets_of(buffers: Mapping[str, Tensor]) -> Sets:
     """Return the sets of statistics of state and action among the weights that are no weights."""
     sets: dict[str, dict[str, Tensor]] = {}

@@ -9,16 +9,24 @@ from vlafit.checkpoints.formats.openpi.variants import stated_by_variants
 from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.checkpoints.voting import Stated
 from vlafit.errors import WeightsError
+from vlafit.nn.flow import BETA_A, MAX_PERIOD, MIN_PERIOD, TIME_OFFSET, TIME_SCALE
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 
 TYPES = ("pi0", "pi05", "smolvla")
 CONVERT = (
     "; to train on: convert the dataset's states and actions as that program does, set it to false in a copy "
     'of the checkpoint\'s folder, and fit statistics: data.statistics = "data"'
 )
-ALWAYS: dict[str, object] = {
-    "min_period": 4e-3,
-    "max_period": 4.0,
-}  # of the time embedding; no other is written
+ALWAYS: dict[str, object] = {  # of the time embedding, and of the times drawn in training
+    "min_period": MIN_PERIOD,
+    "max_period": MAX_PERIOD,
+    "time_sampling_beta_alpha": BETA_A,
+    "time_sampling_beta_beta": 1.0,
+    "time_sampling_scale": TIME_SCALE,
+    "time_sampling_offset": TIME_OFFSET,
+}
+STEPS = {"smolvla": ("num_steps",), "pi0": ("num_inference_steps", "num_steps")}
+"""Keys of the steps in which actions are sampled, the second up to LeRobot 0.3; pi0.5's are pi0's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def read_config(folder: Path) -> LeRobotConfig | None:
 
 
 def require_supported(config: LeRobotConfig) -> None:
-    """Raise WeightsError for a type of policy or a time embedding that vlafit does not have."""
+    """Raise WeightsError for a type of policy, a time embedding or a draw of times that is not vlafit's."""
     for key, value in ALWAYS.items():
         if config.values.get(key, value) != value:
             raise WeightsError(
@@ -69,6 +77,25 @@ def require_supported(config: LeRobotConfig) -> None:
             f"{config.path}: type {config.values['type']!r} is not one that is supported here "
             f"({', '.join(TYPES)})"
         )
+
+
+def sampling_steps(config: LeRobotConfig | None) -> int | None:
+    """Return the steps in which LeRobot samples actions; None where config.json does not say.
+
+    Raises WeightsError for a number of steps in which nothing can be sampled.
+    """
+    if config is None:
+        return None
+    for key in STEPS["smolvla" if config.values["type"] == "smolvla" else "pi0"]:
+        steps = config.get(key, int)
+        if steps is None:
+            continue
+        if not is_sampling_steps(steps):
+            raise WeightsError(
+                f"{config.path}: {key} is {steps}; a policy samples in 1 to {MOST_SAMPLING_STEPS} steps"
+            )
+        return steps
+    return None
 
 
 def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, object], list[Stated]]:

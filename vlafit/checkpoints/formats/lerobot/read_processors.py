@@ -16,13 +16,16 @@ from vlafit.checkpoints.declaration import InputForm, Overruled
 from vlafit.checkpoints.formats.lerobot import features
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    NEWLINES,
+    STATE_PROMPT,
     Step,
     read_steps,
     require_kinds,
+    require_known,
     require_repeated,
 )
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
-from vlafit.checkpoints.formats.lerobot.relative_actions import RELATIVE_STEP, labels, relative_of
+from vlafit.checkpoints.formats.lerobot.relative_actions import labels, relative_of
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
@@ -43,9 +46,6 @@ MODES: dict[str, Normalisation] = {
     "MIN_MAX": "lerobot_min_max",
     "IDENTITY": "identity",
 }
-NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
-STATE_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
-NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
 NO_STATISTICS = (
     f"its processors hold no statistics of {STATE} and {ACTION}, like those of base models: fine-tuning"
     " fits them to the data"
@@ -70,13 +70,11 @@ def read(
     if lerobot is None or absent:
         return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + absent)}"
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
-    _require_known(pre, {"rename_observations_processor", "tokenizer_processor", "normalizer_processor",
-                         RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL})  # fmt: skip
-    _require_known(post, {"unnormalizer_processor", "absolute_actions_processor", *NEUTRAL})
+    require_known(pre, post)
     require_repeated([*pre, *post], lerobot)
     inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
     asking = _only_step(pre, "tokenizer_processor")
-    prompt = _prompt(pre, asking)
+    prompt = _prompt(pre)
     if holds_state(prompt) != holds_state(needs.prompt):
         raise WeightsError(
             f"{folder / PRE}: its steps make a {prompt} prompt, the weights want {needs.prompt}"
@@ -118,10 +116,13 @@ def read(
 
 
 def lacks_tokenizer(folder: Path) -> bool:
-    """Whether the processors in `folder` are there with statistics, and their tokenizer is not."""
+    """Whether the processors in `folder` are there with statistics, and only their tokenizer is not."""
     if not all((folder / name).is_file() for name in (PRE, POST)):
         return False
-    if not statistics_in(folder):
+    sets = statistics_in(folder)
+    inner = _only_step(read_steps(folder / PRE), "normalizer_processor")
+    kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
+    if not sets or ("" in sets and stored.lacking(sets[""], kinds, "", None, str(folder / PRE))):
         return False
     return _tokenizer(folder, _only_step(read_steps(folder / PRE), "tokenizer_processor"), None) is None
 
@@ -151,15 +152,7 @@ def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
         return None
     prompt: Prompt = "pi05" if lerobot.values["type"] == "pi05" else "line"
     asking = [step for step in steps if step.name == "tokenizer_processor"]
-    return InputForm(_prompt(steps, asking[0]) if asking else prompt, framing_of(lerobot), "tokenizer")
-
-
-def _require_known(steps: Sequence[Step], known: set[str]) -> None:
-    for step in steps:
-        if step.name not in known:
-            raise WeightsError(
-                f"{step.where}: this step is not known here, and leaving it out would be a guess"
-            )
+    return InputForm(_prompt(steps) if asking else prompt, framing_of(lerobot), "tokenizer")
 
 
 def overruled(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[Overruled, ...]:
@@ -182,13 +175,11 @@ def _only_step(steps: Sequence[Step], name: str) -> Step:
     return matching[0]
 
 
-def _prompt(steps: Sequence[Step], asking: Step) -> Prompt:
-    names = [step.name for step in steps]
+def _prompt(steps: Sequence[Step]) -> Prompt:
+    names = {step.name for step in steps}
     if STATE_PROMPT in names:
-        if names.index(STATE_PROMPT) < names.index("normalizer_processor"):
-            raise WeightsError(f"{asking.where}: the state enters the prompt before it is normalised")
         return "pi05"
-    return "line" if set(names) & set(NEWLINES) else "text"
+    return "line" if names & set(NEWLINES) else "text"
 
 
 def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:

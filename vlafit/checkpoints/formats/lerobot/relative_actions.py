@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from vlafit.checkpoints.declaration import Overruled
-from vlafit.checkpoints.formats.lerobot.processor_steps import Step
+from vlafit.checkpoints.formats.lerobot.processor_steps import ABSOLUTE_STEP, RELATIVE_STEP, Step
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
 from vlafit.errors import WeightsError
 
@@ -13,7 +13,6 @@ RELATIVE_KEYS = ("use_relative_actions", "use_delta_actions", "use_delta_joint_a
 EXCLUDE = "relative_exclude_joints"
 MADE_UP = re.compile(r"(relative|absolute)_\d+")
 """Names that an export gives dimensions whose own names cannot say which are relative; the robot has none."""
-RELATIVE_STEP = "relative_actions_processor"
 
 
 def mask_of(names: Sequence[str] | None, exclude: Sequence[str], dimensions: int) -> tuple[bool, ...]:
@@ -56,7 +55,7 @@ def relative_of(
     Raises WeightsError where config.json says otherwise: the weights learned one of the two.
     """
     on = [step for step in pre if step.name == RELATIVE_STEP and step.config.get("enabled")]
-    off = [step for step in post if step.name == "absolute_actions_processor" and step.config.get("enabled")]
+    off = [step for step in post if step.name == ABSOLUTE_STEP and step.config.get("enabled")]
     if len(on) != len(off) or len(on) > 1:
         where = [*on, *off][0].where
         raise WeightsError(f"{where}: relative actions are made and not undone, or undone and not made")

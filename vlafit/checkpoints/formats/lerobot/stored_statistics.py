@@ -81,23 +81,32 @@ def lacking(
     asset: str | Path | None,
     where: str,
 ) -> str:
-    """Return what a set of statistics lacks altogether; empty where it has something of state and action.
+    """Return why a set of statistics normalises nothing; empty where it has something of state and action.
 
-    `kinds` says how "state" and "action" are normalised. Raises WeightsError if the user chose this set.
+    `kinds` says how "state" and "action" are normalised. A standard deviation of 0 divides nothing. Raises
+    WeightsError if the user chose this set.
     """
     have = _features(tensors)
     features = {"state": STATE, "action": ACTION}
     absent = [features[key] for key, kind in kinds.items() if kind in NEEDED and features[key] not in have]
-    if not absent:
+    still = [
+        f"{key} is 0 in dimension {', '.join(map(str, zeros))}"
+        for kind, feature in features.items()
+        if kinds[kind] == "lerobot_mean_std" and (key := f"{feature}.std") in tensors
+        if (zeros := (tensors[key].reshape(-1) == 0).nonzero().flatten().tolist())
+    ]
+    if not absent and not still:
         return ""
     which = f"{name!r} has" if name else "there are"
     reason = f"{which} no statistics of {' and '.join(absent)}, only of {' and '.join(have) or 'nothing'}"
+    if not absent:
+        reason = f"{f'{name!r}: ' if name else ''}{' and '.join(still)}: nothing can be divided by it"
     if asset is not None:
         raise WeightsError(
             f"{where}: {reason}; leave `assets` empty and fit statistics to the data: data.statistics ="
             ' "data"'
         )
-    return f"{reason}; fine-tuning fits new ones to the data"
+    return f'{reason}; fine-tuning fits new ones to the data: data.statistics = "data"'
 
 
 def read(

@@ -21,6 +21,7 @@ from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 
+PERIODS = ("min_period", "max_period")  # SmolVLA's file has no more of the keys in ALWAYS
 Kind = Literal["pi0", "pi05", "smolvla"]
 LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see write.py
 WRITTEN: dict[Normalisation, str] = {
@@ -82,8 +83,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
         "max_action_dim": config.action_dim,
         "empty_cameras": sum(not name for name in c.cameras),
         "tokenizer_max_length": c.max_tokens,
-        "min_period": ALWAYS["min_period"],
-        "max_period": ALWAYS["max_period"],
+        **{key: value for key, value in ALWAYS.items() if kind != "smolvla" or key in PERIODS},
     }
     if isinstance(config, SmolVLAConfig):
         every = config.expert.self_every
@@ -91,7 +91,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
             "resize_imgs_with_padding": [config.image_size, config.image_size],
             "adapt_to_pi_aloha": False,
             "use_delta_joint_actions_aloha": False,
-            "num_steps": 10,
+            "num_steps": policy.steps,
             "use_cache": True,
             "freeze_vision_encoder": True,
             "train_expert_only": True,
@@ -113,7 +113,7 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
         "paligemma_variant": language,
         "action_expert_variant": expert,
         "dtype": dtype_name(policy),
-        "num_inference_steps": 10,
+        "num_inference_steps": policy.steps,
         "image_resolution": [c.image_size, c.image_size],
         "use_relative_actions": any(c.relative),
         "relative_exclude_joints": exclude,

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE, STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.processor_steps import STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE
 from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, Normalisation, Normaliser, Statistics
@@ -33,7 +34,10 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
             f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
         )
     if kind == "smolvla" and any(config.relative):
-        refusals.append("LeRobot's SmolVLA has no relative actions")
+        refusals.append(
+            "LeRobot makes SmolVLA's processors without a step for relative actions, so vlafit writes none "
+            "(processors that have such a step are read)"
+        )
     framing = "smolvla" if kind == "smolvla" else "lerobot"
     scaled = [c for c in codec.embodiment.cameras if c.shape[:2] != (config.image_size,) * 2]
     if scaled and (config.framing == "smolvla") != (framing == "smolvla"):

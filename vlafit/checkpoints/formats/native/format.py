@@ -49,6 +49,7 @@ class Native(Format):
             tensors=Translated(open_tensors([stored.weights])),
             config=config,
             chunk=stored.config.chunk,
+            steps=stored.steps,
             own_codec=stored.codec,
             plan=stored.plan,
             adapters=NativeAdapters(path, stored.plan, stored.base) if stored.plan and tuned else None,

@@ -7,7 +7,7 @@ sit on another checkpoint (base.json, trained.safetensors): see `adapters.py`.
 What others put beside them (a run's training/) is left alone. `vlafit.checkpoints.save` writes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from vlafit.checkpoints.history import FILE as HISTORY
 from vlafit.checkpoints.tensor_files import is_inside, read_json_object, read_text
 from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 from vlafit.policies import build_config, family
 from vlafit.tuning import Plan
 
@@ -26,6 +27,8 @@ VERSION = 1  # of policy.json and manifest.json
 MANIFEST = "manifest.json"
 """It holds the SHA-256 of every file, so its own stands for them all."""
 POLICY, WEIGHTS = "policy.json", "model.safetensors"
+STEPS = "steps"
+"""Key of policy.json: steps in which the policy samples, where that is not the family's number."""
 CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
 
 
@@ -40,6 +43,8 @@ class NativeFolder:
     codec: CodecSet | None
     plan: Plan | None
     base: Base | None = None
+    steps: int | None = None
+    """Steps in which the policy samples; None: the family's number."""
 
 
 def recognise(folder: Path) -> bool:
@@ -56,7 +61,12 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     """
     _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
     path = folder / POLICY
-    described = _read(path, {"format", "family", "config"})
+    described = _read(path, {"format", "family", "config"}, {STEPS})
+    steps = described.get(STEPS)
+    if steps is not None and not is_sampling_steps(steps):
+        raise WeightsError(
+            f"{path}: {STEPS} is {steps!r}; a policy samples in 1 to {MOST_SAMPLING_STEPS} steps"
+        )
     try:
         module = family(str(described["family"]), trust)
     except ConfigError as error:
@@ -69,7 +79,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     if (folder / ADAPTERS).is_dir() and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
     weights = folder / (WEIGHTS if base is None else TRAINED)
-    return NativeFolder(str(described["family"]), config, weights, codec, plan, base)
+    return NativeFolder(str(described["family"]), config, weights, codec, plan, base, steps)
 
 
 def _verify(folder: Path, unread: Sequence[str] = ()) -> None:
@@ -111,9 +121,9 @@ def _is_below(name: str) -> bool:
     return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
-def _read(path: Path, keys: set[str]) -> dict[str, Any]:
+def _read(path: Path, keys: set[str], optional: Collection[str] = ()) -> dict[str, Any]:
     values = read_json_object(path)
-    if set(values) != keys:
+    if set(values) - set(optional) != keys:
         raise WeightsError(f"{path}: must have exactly the keys {sorted(keys)}, there are {sorted(values)}")
     if values["format"] != VERSION:
         raise WeightsError(f"{path}: format {values['format']!r}; this version reads format {VERSION}")

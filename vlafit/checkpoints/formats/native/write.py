@@ -12,7 +12,7 @@ from vlafit import files
 from vlafit.agreement import Agreement
 from vlafit.checkpoints.formats.native import adapters
 from vlafit.checkpoints.formats.native.adapters import Base
-from vlafit.checkpoints.formats.native.read import MANIFEST, PLAN, POLICY, RECIPE, VERSION, WEIGHTS
+from vlafit.checkpoints.formats.native.read import MANIFEST, PLAN, POLICY, RECIPE, STEPS, VERSION, WEIGHTS
 from vlafit.checkpoints.history import Lineage
 from vlafit.codec import Codec, CodecSet
 from vlafit.nn.policy import Policy
@@ -39,6 +39,8 @@ def write_folder(
     not taken from it.
     """
     described = {"format": VERSION, "family": family_name(policy), "config": asdict(policy.config)}
+    if policy.steps != type(policy).steps:
+        described[STEPS] = policy.steps
     (folder / POLICY).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / (WEIGHTS if base is None else adapters.TRAINED), metadata={"format": "pt"})

@@ -52,7 +52,8 @@ def choose(available: Mapping[str, Path], assets: str | Path | None, where: str)
     if assets is None:
         if len(available) > 1:
             raise WeightsError(
-                f"{where}: several assets ({', '.join(available)}); say which: assets={min(available)!r}"
+                f"{where}: several assets ({', '.join(available)}); say which, such as "
+                f"{min(available)!r}: policy.assets in a recipe, --policy.assets for train, assets= in Python"
             )
         return next(iter(available.items()), None)
     if str(assets) in available:

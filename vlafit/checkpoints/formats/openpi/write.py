@@ -83,6 +83,8 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     notes = ["openpi's config must say pi05=True" if config.pi05 else "openpi's config must say pi05=False"]
     if config.pi05 and config.state_input == "none":
         notes.append("openpi's config must say discrete_state_input=False")
+    if policy.steps != type(policy).steps:
+        notes.append(f"openpi must sample with num_steps={policy.steps}")
     if codec is None:
         return (*notes, "no norm_stats.json: the checkpoint has no codec")
     named = codec.embodiment.name

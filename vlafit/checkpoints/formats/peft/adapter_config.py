@@ -24,8 +24,9 @@ UNREAD = {  # keys of adapter_config.json that change nothing here, and why
     "alpha_pattern": "read layer by layer",
     "total_step": "how long AdaLoRA trained",
     "lora_ga_config": "how it began",
+    "eva_config": "how it began",
 }
-BEGUN = (True, False, "gaussian", "orthogonal")  # ways to begin that leave the weights below alone
+BEGUN = (True, False, "gaussian", "orthogonal", "eva")  # ways to begin that leave the weights below alone
 
 
 def reader(config: Mapping[str, Any], path: Path) -> Callable[[str], dict[str, Any]]:
@@ -95,7 +96,7 @@ def require_repeated(group: Group, modules: Mapping[str, str], config: Mapping[s
         same = _ordered(value) == _ordered(written[key]) if key in written else not value
         if key not in unread and not same:
             unsupported.append(f"{key} is {value!r}")
-    if config.get("init_lora_weights", True) not in BEGUN:
+    if config.get("init_lora_weights", True) not in BEGUN:  # such as PiSSA: peft's tuners/lora/layer.py
         unsupported.append(
             f"init_lora_weights is {config['init_lora_weights']!r}, which changes the weights below"
         )

@@ -13,6 +13,7 @@ from vlafit.checkpoints.formats.peft.read import (
 )
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.errors import WeightsError
+from vlafit.policies import override
 
 
 class Peft(Format):
@@ -43,13 +44,18 @@ class Peft(Format):
         own = saved_modules(folder, names, below.tensors.weights)
         heads = unused_heads(folder, names)
         unused = (f"output heads beside the adapters feed no action: {', '.join(heads)}",) if heads else ()
-        support.require_same_policy(files.path, folder.base)
+        settings = support.settings(files.path, folder.base)
+        own_config = {k: v for k, v in settings.config.items() if k not in options.config.fields}
+        config = override(below.config, own_config, f"{files.path}: config") if own_config else below.config
         codec_folder = below.codec_folder
         if codec_folder is not None:
             codec_folder = support.codec_folder(files.path, codec_folder)
         return replace(
             below,
             path=str(files.path),
+            config=config,
+            chunk=settings.config.get("chunk", below.chunk),
+            steps=below.steps if settings.steps is None else settings.steps,
             tensors=replace(below.tensors, weights={**below.tensors.weights, **own}),
             codec_folder=codec_folder,
             adapters=PeftAdapters(folder, names, tuple(own)),

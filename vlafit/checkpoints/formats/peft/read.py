@@ -256,6 +256,11 @@ def _targets(modules: Mapping[str, str], config: Mapping[str, Any], path: Path) 
     target = config.get("target_modules")
     if isinstance(target, str):
         matched = [layer for layer, module in modules.items() if re.fullmatch(target, module)]
+        if not matched and target.lower() == "all-linear":
+            raise WeightsError(
+                f"{path}: target_modules {target!r} is not resolved here: list the modules that have "
+                "adapters, as peft does when it saves (get_peft_model(...).save_pretrained)"
+            )
         if not matched:
             raise WeightsError(f"{path}: no module of the base matches target_modules {target!r}")
         return matched
