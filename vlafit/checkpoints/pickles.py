@@ -58,6 +58,7 @@ def _require_file(source: Path) -> None:
         )
     if not source.stat().st_size:
         raise WeightsError(f"{source}: empty; fetch or save the file again")
+    files.require_readable(source)
 
 
 def _convert(source: Path, target: Path, key: str) -> int:
@@ -101,7 +102,6 @@ def _convert(source: Path, target: Path, key: str) -> int:
 
 def _open(source: Path) -> object:
     """Open the pickle. Raises WeightsError with the reason, without torch's advice to trust the file."""
-    files.require_readable(source)
     try:
         records = _records(source)
         mapped = records is not None and all(r.compress_type == zipfile.ZIP_STORED for r in records)
