@@ -102,11 +102,12 @@ def model_of(config: object) -> str:
 
 DEEPEST = 1024  # layers of one stack; building a module for each takes time even on the meta device
 LARGEST_IMAGE = 16384  # pixels along a side, as in a data card
-WIDEST = 2**20  # four times the largest vocabulary
+WIDEST = 2**20
+LARGEST_VOCABULARY = 2**22  # sixteen times that of pi0
 FARTHEST = 2**31 - 1  # whole numbers that no name marks as a size
 LONGEST = 64  # entries of a list: stages of a network
 LAYERS, IMAGES = ("depth", "layers", "blocks"), ("image_size",)
-SIZED = ("width", "mlp", "dim", "heads", "vocab", "chunk", "tokens", "latent", "hidden", "channels", "patch",
+SIZED = ("width", "mlp", "dim", "heads", "chunk", "tokens", "latent", "hidden", "channels", "patch",
          "shuffle")  # fmt: skip
 """Last words of the names of fields, joined by an underscore or whole."""
 
@@ -135,7 +136,12 @@ def require_bounded(config: object, where: str) -> None:
 
 
 def _require_at_most(value: int, name: str, where: str) -> None:
-    limits = ((LAYERS, DEEPEST), (IMAGES, LARGEST_IMAGE), (SIZED, WIDEST))
+    limits = (
+        (LAYERS, DEEPEST),
+        (IMAGES, LARGEST_IMAGE),
+        (("vocab",), LARGEST_VOCABULARY),
+        (SIZED, WIDEST),
+    )
     most = next((limit for names, limit in limits if _ends_in(name, names)), FARTHEST)
     if not -FARTHEST <= value <= most:
         raise ConfigError(f"{where}: {name} is {value}; at most {most} is supported")
