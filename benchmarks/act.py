@@ -21,7 +21,6 @@ kernels         of one call, by torch.profiler, with launches and the time in wh
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -71,12 +70,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", type=int, default=[10], help="sampling steps [10]")
     parser.add_argument("--calls", type=int, default=100, help="measured calls [100]")
     parser.add_argument("--warm-up", type=int, default=5, help="calls before them [5]")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which no row is begun")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
-    parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
-    parser.add_argument("--one", type=json.loads, metavar="POINT", help=argparse.SUPPRESS)
+    rows.add_options(parser)
     options = parser.parse_args()
     if options.one:
         return rows.print_values(measure(options.one))

@@ -4,6 +4,7 @@ A row is a dictionary. Its point says what is measured and goes to the process a
 what it measured. A process that fails, such as for want of memory, gives a row with its error.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -32,6 +33,16 @@ LAUNCHES = {
 COPIES = ("Memcpy", "Memset")
 SHOWN = 25  # operations in a profile's table
 LONGEST_ERROR = 400
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options that every benchmark of rows has."""
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which no row is begun")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
+    parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
+    parser.add_argument("--one", type=json.loads, metavar="POINT", help=argparse.SUPPRESS)
 
 
 def sizes() -> dict[str, str]:
@@ -85,7 +96,9 @@ def measured_rows(module: str, points: Sequence[Row], budget: float) -> Iterator
             print(f"--budget is spent: the last {len(points) - number} rows are not measured", flush=True)
             return
         command = [sys.executable, "-m", f"benchmarks.{module}", "--one", json.dumps(point)]
-        yield point | outcome(subprocess.run(command, capture_output=True, text=True))
+        # Where the profile was written says something of the machine; its name is enough.
+        named = {"profile": Path(point["profile"]).name} if point["profile"] else {}
+        yield point | named | outcome(subprocess.run(command, capture_output=True, text=True))
 
 
 def write(row: Mapping[str, object], out: Path | None) -> None:

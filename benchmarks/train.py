@@ -22,7 +22,6 @@ tflop       counted for a sample with attention, without what is recomputed; mfu
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -48,8 +47,9 @@ from vlafit.policies import build_family
 from vlafit.recipe import Recipe
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.dataloader import rows_per_process
+from vlafit.train.fit import workload
 from vlafit.train.flops import FlopCounter, peak_flops
-from vlafit.train.forecast import Workload, forecast
+from vlafit.train.forecast import forecast
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.launch import LaunchPlan
 from vlafit.train.loop import StepResult, train
@@ -83,12 +83,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=0.0, metavar="GB")
     parser.add_argument("--steps", type=int, default=10, help="measured steps [10]")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them [4]")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which no row is begun")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
-    parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
-    parser.add_argument("--one", type=json.loads, metavar="POINT", help=argparse.SUPPRESS)
+    rows.add_options(parser)
     options = parser.parse_args()
     if options.one:
         return rows.print_values(measure(options.one))
@@ -316,21 +311,7 @@ def counted(point: Row) -> Row:
     strategy = load_strategy(recipe.strategy)
     shape = BatchShape.of(host_batch(policy.needs(), point["shape"], 1, 0).trim())
     flops = FlopCounter(policy, preview(policy, strategy), recipe.train.draws)(replace(shape, rows=1))
-    workload = Workload(
-        rows=recipe.train.samples,
-        micro_batches=recipe.train.micro_batches,
-        draws=recipe.train.draws,
-        cameras=shape.cameras,
-        tokens=shape.tokens,
-        precision="bf16" if recipe.train.precision == "bf16" else "fp32",
-        frozen="bf16" if recipe.train.frozen == "bf16" else "fp32",
-        recompute=recipe.train.recompute,
-        states="8bit" if recipe.optim.states == "8bit" else "fp32",
-        ema=recipe.optim.ema > 0,
-        trained="bf16" if recipe.train.weights == "bf16" else "fp32",
-        in_backward=recipe.optim.in_backward is True,
-    )
-    made = forecast(policy, strategy, workload)
+    made = forecast(policy, strategy, workload(recipe, shape.cameras, shape.tokens))
     parts = {name: round(size / 1e9, 3) for name, size in vars(made).items()}
     return {"tflop": flops / 1e12, "forecast_gb": made.total / 1e9, "forecast_parts_gb": parts}
 

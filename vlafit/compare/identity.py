@@ -1,6 +1,5 @@
 """Identify a comparison or sweep by plain values: their hash, and their differences to a folder's."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def _has_bf16() -> bool:
 
 def digest(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of an identity."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return files.sha256_of_json(values)
 
 
 def require_same(folder: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

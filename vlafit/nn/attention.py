@@ -13,6 +13,7 @@ from vlafit.nn.precision import precise
 
 ROPE_BASE = 10_000.0  # Gemma: rotary base frequency
 QUERY_TILE = 128  # queries that a fused kernel gives to one multiprocessor
+HALF = (torch.bfloat16, torch.float16)
 FEW_TILES = 32  # of 132 on an H100
 ALIGNED = 8  # keys: products of rows that are no multiple of it take twice the time on an H200
 
@@ -58,7 +59,7 @@ def _is_small(q: Tensor) -> bool:
     """Tell whether `q` [b, g, s, d] leaves a GPU's fused kernels idle, where no gradient is wanted."""
     b, g, s, _ = q.shape
     few = b * g * -(-s // QUERY_TILE) < FEW_TILES
-    return few and q.is_cuda and q.dtype != torch.float32 and not torch.is_grad_enabled()
+    return few and q.is_cuda and q.dtype in HALF and not torch.is_grad_enabled()
 
 
 def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

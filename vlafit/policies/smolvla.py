@@ -11,6 +11,7 @@ noise and time are K blocks of one suffix, which do not see each other.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -176,8 +177,7 @@ class SmolVLA(FlowPolicy):
         self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
         with torch.device("cpu"):  # plain numbers: a buffer would be lost on the way from the meta device
             rows = patch_positions(config.image_size // v.patch, v.image_size // v.patch).tolist()
-        self._rows = None if rows == list(range((v.image_size // v.patch) ** 2)) else rows
-        self._rows_on: dict[torch.device, Tensor] = {}
+        self._rows = None if rows == list(range((v.image_size // v.patch) ** 2)) else tuple(rows)
 
     def parts(self) -> list[ParameterInfo]:
         """Describe every parameter exactly once."""
@@ -279,15 +279,14 @@ class SmolVLA(FlowPolicy):
         return per_query(mask, self.config.language.heads // self.config.language.kv_heads)
 
     def _positions(self, batch: Batch) -> Tensor | None:
-        """Return the row of the position table for each patch, on the batch's device.
+        return None if self._rows is None else _on_device(self._rows, batch.images.device)
 
-        It is copied there once: a copy waits for the GPU, and a CUDA graph cannot hold one.
-        """
-        device = batch.images.device
-        if self._rows is not None and device not in self._rows_on:
-            with torch.inference_mode(False):
-                self._rows_on[device] = torch.tensor(self._rows, device=device)
-        return self._rows_on.get(device)
+
+@cache
+def _on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as int64 on a device: a copy waits for the GPU, and a CUDA graph cannot hold one."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
 
 
 Config = SmolVLAConfig

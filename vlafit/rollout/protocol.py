@@ -5,7 +5,6 @@ nothing that only decides how fast it is computed.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vlafit import config, shipped
+from vlafit import config, files, shipped
 from vlafit.envs import RENDERER_VERSIONS, EnvSpec, Perturbation
 from vlafit.errors import ConfigError, SimulationError, did_you_mean
 from vlafit.types import Embodiment
@@ -182,7 +181,7 @@ class Protocol:
             del deciding["env"]["libero"]
         if self.env.renderer in RENDERER_VERSIONS:
             deciding["renderer_version"] = RENDERER_VERSIONS[self.env.renderer]
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        return files.sha256_of_json(deciding)
 
 
 def load_protocol(name_or_path: str | Path) -> Protocol:

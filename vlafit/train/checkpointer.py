@@ -8,7 +8,6 @@ functions of the step.
 Format 1 had no stages, and one update count for the whole EMA; it can still be read.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -234,7 +233,7 @@ def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, data: st
     (folder / "training").mkdir()
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS)
     facts = {"format": FORMAT, "sha256": files.sha256(folder / TENSORS), "data": data, **asdict(progress)}
-    facts[OWN_HASH] = _hash_of(facts)
+    facts[OWN_HASH] = files.sha256_of_json(facts)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -255,7 +254,7 @@ def read(folder: Path, data: str) -> Saved:
         tensors = StoredTensors(folder / TENSORS)
         if files.sha256(folder / TENSORS) != facts["sha256"]:
             raise ValueError("the hash of state.safetensors differs from state.json")
-        if OWN_HASH in facts and facts.pop(OWN_HASH) != _hash_of(facts):
+        if OWN_HASH in facts and facts.pop(OWN_HASH) != files.sha256_of_json(facts):
             raise ValueError(f"the numbers in state.json are not those that were saved ({OWN_HASH} differs)")
         if facts["format"] == 1:
             count = torch.tensor(float(facts["ema_updates"] or 0))
@@ -278,10 +277,6 @@ def read(folder: Path, data: str) -> Saved:
             "split); restore the dataset, or start a new run with --out"
         )
     return Saved(folder, progress, tensors)
-
-
-def _hash_of(facts: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _require_consistent(progress: Progress, folder: Path, tensors: Mapping[str, Tensor]) -> None:

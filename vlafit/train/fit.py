@@ -163,13 +163,18 @@ def _with_batch(
 
 def workload_of(recipe: Recipe, policy: Policy, data: Data, processes: int) -> Workload:
     """Return the recipe's workload on one of so many processes, with every camera and the longest prompt."""
+    return workload(recipe, max(1, len(_slots(recipe, data))), policy.needs().max_tokens, processes)
+
+
+def workload(recipe: Recipe, cameras: int, tokens: int, processes: int = 1) -> Workload:
+    """Return the recipe's workload on one of so many processes, for samples of that size."""
     train = recipe.train
     return Workload(
         rows=1 if train.batch_size == "auto" else max(1, train.batch_size // processes),
         micro_batches=train.micro_batches,
         draws=train.draws,
-        cameras=max(1, len(_slots(recipe, data))),
-        tokens=policy.needs().max_tokens,
+        cameras=cameras,
+        tokens=tokens,
         precision="bf16" if train.precision == "bf16" else "fp32",
         frozen="bf16" if train.frozen == "bf16" else "fp32",
         recompute=train.recompute,
