@@ -55,6 +55,15 @@ class RemoteError(VlafitError):
     """A server of actions that cannot be reached, or refuses what it was sent."""
 
 
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\r\t"}
+_CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # reorder a line
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters, which a terminal would obey, as escapes; line breaks and tabs stay."""
+    return text.translate(_CONTROLS)
+
+
 def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest option, or a list of the options if none is near.
 

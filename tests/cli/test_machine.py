@@ -168,6 +168,21 @@ def test_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     assert raw.getvalue() == b"runs/\\xe9 \\u2192 1\n"
 
 
+@pytest.mark.parametrize("survive", [True, False])
+def test_control_characters_are_escaped_and_line_breaks_are_not(monkeypatch, survive):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
+    with surviving_streams(survive):
+        print("\x1b[2Jclean\x07 \x9b31m a\u202eb\té", flush=True)
+    assert raw.getvalue().decode() == "\\x1b[2Jclean\\x07 \\x9b31m a\\u202eb\té\n"
+
+
+def test_an_error_that_names_a_control_character_shows_it_as_an_escape(capsys):
+    assert main(["inspect", "no\x1b[2Jsuch"]) == 2
+    error = capsys.readouterr().err
+    assert "no\\x1b[2Jsuch" in error and "\x1b" not in error
+
+
 def test_a_path_that_the_locale_cannot_decode_is_written_as_its_bytes(tmp_path: Path):
     path = os.fsencode("runs/é").decode("ascii", "surrogateescape")  # as LANG=C decodes it
     files.write_atomic(tmp_path / "a.txt", path)

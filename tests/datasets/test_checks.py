@@ -220,6 +220,7 @@ def test_values_beyond_the_limits_of_the_card_and_rows_of_zeros_are_found():
     episodes[2].actions[7, 0] = 3
     episodes[4].state[40:50] = 0
     episodes[4].actions[40:50] = 0
+    episodes[5].state[:] = episodes[5].actions[:] = 0  # allocated, never written
     store = Recording(episodes)
     limited = replace(store.card.robot.action, low=(-1, -1, -1), high=(1, 1, 1.5))
     store.card = replace(store.card, robot=replace(store.card.robot, action=limited))
@@ -227,6 +228,11 @@ def test_values_beyond_the_limits_of_the_card_and_rows_of_zeros_are_found():
     assert found["outside_limits", "episode_2"].step == 7
     assert "x is 3" in found["outside_limits", "episode_2"].message
     assert found["zero_rows", "episode_4"].step == 40
+    whole = found["zero_rows", "episode_5"]
+    assert (
+        whole.severity == "error"
+        and f"in {len(episodes[5].state)} of {len(episodes[5].state)} steps" in whole.message
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from vlafit.errors import ConfigError, VlafitError, did_you_mean
+from vlafit.errors import ConfigError, VlafitError, did_you_mean, printable
 
 VERBS = {  # module of vlafit.cli.verbs -> its line of help
     "train": "fine-tune a policy from a recipe, evaluate it before and after, write a report",
@@ -204,7 +204,7 @@ def _short(path: str) -> str:
 def _print_error(message: str) -> None:
     """Print one error message, first from the main process, because usually all fail with the same error."""
     if rank() == 0:
-        print(f"vlafit: {message}", file=sys.stderr)
+        print(f"vlafit: {printable(message)}", file=sys.stderr)
     else:
         time.sleep(3)  # by then the launcher has stopped this process, unless only this one failed
-        print(f"vlafit (process {rank()}): {message}", file=sys.stderr)
+        print(f"vlafit (process {rank()}): {printable(message)}", file=sys.stderr)

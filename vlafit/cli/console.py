@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from vlafit.errors import printable
+
 if TYPE_CHECKING:
     from vlafit.agreement import Agreement
 
@@ -27,18 +29,26 @@ IMPORT_NOISE = {  # logger -> part of its message
 }
 
 
-class _Surviving:
-    """A text stream that drops output once nobody can read it, so that a long run goes on."""
+class _Stream:
+    """A text stream that shows control characters as escapes; see `surviving_streams`.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._closed = stream, False
+    Names of tensors, cameras and episodes come from foreign files: an escape sequence in one of them could hide
+    or forge what a terminal shows.
+    """
+
+    def __init__(self, stream: TextIO, survive: bool) -> None:
+        self._stream, self._survive, self._closed = stream, survive, False
 
     def __getattr__(self, name: str) -> Any:  # isatty, encoding, fileno: those of the stream
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Write text; return its length."""
-        return self._do(lambda: self._stream.write(text), len(text))
+        return self._do(lambda: self._stream.write(printable(text)), len(text))
+
+    def terminal(self) -> TextIO:
+        """Return the stream for what draws with escape sequences itself."""
+        return self._stream
 
     def flush(self) -> None:
         """Flush the stream."""
@@ -54,6 +64,8 @@ class _Surviving:
             return
 
     def _do(self, action: Callable[[], T], otherwise: T) -> T:
+        if not self._survive:
+            return action()
         try:
             return otherwise if self._closed else action()
         except (OSError, ValueError):  # a broken pipe, a closed file, a terminal that is gone
@@ -61,23 +73,27 @@ class _Surviving:
             return otherwise
 
 
+def _terminal(stream: TextIO) -> TextIO:
+    return stream.terminal() if isinstance(stream, _Stream) else stream
+
+
 @contextmanager
 def surviving_streams(survive: bool) -> Iterator[None]:
-    """Escape what the terminal's encoding cannot show; with `survive`, go on without a reader."""
+    """Escape what a terminal cannot show; with `survive`, drop output once nobody can read it and go on."""
     old = sys.stdout, sys.stderr
     new = []
     for stream in old:
         stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as sys's
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-        new.append(_Surviving(stream) if survive else stream)
+        new.append(_Stream(stream, survive))
     sys.stdout, sys.stderr = new
     try:
         yield
     finally:
         sys.stdout, sys.stderr = old
         for stream in new:
-            if isinstance(stream, _Surviving):
+            if survive:
                 stream.close_quietly()
 
 
@@ -162,10 +178,10 @@ class Line:
             from rich.progress import BarColumn, Progress, TextColumn
 
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
-                console=Console(highlight=False, stderr=self._on_stderr),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}", markup=False),
+                console=Console(highlight=False, file=_terminal(self._stream)),
                 refresh_per_second=4,
             )
             self._task = self._progress.add_task(self.what, total=self.total, completed=self.done, text="")
@@ -186,7 +202,7 @@ class Line:
         """Show that `done` of the total are done, followed by `text`."""
         self.done, self.text = done, text
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=self._status())
+            self._progress.update(self._task, completed=done, text=printable(self._status()))
         elif time.monotonic() - self._printed >= QUIET_EVERY_S and done < self.total:
             self._printed = time.monotonic()
             self._lines += 1
@@ -195,7 +211,7 @@ class Line:
     def say(self, text: str) -> None:
         """Print a permanent line above the progress line."""
         if self._progress is not None:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(printable(text), markup=False)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from vlafit.errors import TrainingError
+from vlafit.errors import TrainingError, printable
 
 BEAT_S = 5.0
 SILENT_S = 300.0  # longer than any library holds Python's lock, such as while it writes a checkpoint
@@ -200,7 +200,7 @@ def _client() -> TCPStore:
 
 
 def _end(message: str) -> None:
-    sys.stderr.write(f"vlafit: {message}\n")
+    sys.stderr.write(f"vlafit: {printable(message)}\n")
     sys.stderr.flush()
     os._exit(2)  # the main thread waits in a collective, which nothing can interrupt
 

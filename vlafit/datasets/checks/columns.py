@@ -159,11 +159,11 @@ def _limits(store: EpisodeStore, columns: Columns) -> list[Finding]:
 
 
 def _holes(columns: Columns) -> list[Finding]:
-    """Find steps whose whole state and action are 0, in episodes where most are not: a hole in the file."""
+    """Find steps whose whole state and action are 0: a hole in the file, or an episode that was never written."""
     findings = []
     for episode, state, actions in columns:
         empty = np.abs(np.concatenate([state, actions], axis=1)).max(axis=1) == 0
-        if not 0 < empty.sum() < len(empty) or not state.any():
+        if not empty.any() or not (state.any() or empty.all()):
             continue
         longest = max(len(run) for run in "".join("x" if e else " " for e in empty.tolist()).split())
         if longest >= HOLE:
