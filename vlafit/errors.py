@@ -60,7 +60,7 @@ _CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters, which a terminal would obey, as escapes; line breaks and tabs stay."""
+    """Return `text` with control characters, which a terminal would obey, as escapes; not line breaks, tabs."""
     return text.translate(_CONTROLS)
 
 

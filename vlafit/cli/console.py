@@ -32,8 +32,8 @@ IMPORT_NOISE = {  # logger -> part of its message
 class _Stream:
     """A text stream that shows control characters as escapes; see `surviving_streams`.
 
-    Names of tensors, cameras and episodes come from foreign files: an escape sequence in one of them could hide
-    or forge what a terminal shows.
+    Names of tensors, cameras and episodes come from foreign files: an escape sequence in one of them could
+    hide or forge what a terminal shows.
     """
 
     def __init__(self, stream: TextIO, survive: bool) -> None:

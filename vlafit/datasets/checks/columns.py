@@ -159,7 +159,7 @@ def _limits(store: EpisodeStore, columns: Columns) -> list[Finding]:
 
 
 def _holes(columns: Columns) -> list[Finding]:
-    """Find steps whose whole state and action are 0: a hole in the file, or an episode that was never written."""
+    """Find steps whose whole state and action are 0: a hole in the file, or an episode never written."""
     findings = []
     for episode, state, actions in columns:
         empty = np.abs(np.concatenate([state, actions], axis=1)).max(axis=1) == 0
