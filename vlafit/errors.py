@@ -60,7 +60,7 @@ _CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 
 
 
 def printable(text: str) -> str:
-    """Return `text` with the control characters that a terminal obeys as escapes; line breaks and tabs stay."""
+    """Return `text` with control characters as escapes, so that no terminal obeys them."""
     return text.translate(_CONTROLS)
 
 
