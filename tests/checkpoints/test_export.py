@@ -41,7 +41,7 @@ def robot(side: int = 8) -> Embodiment:
         state=Feature("state", (4,)),
         action=Feature("action", (3,), labels=("x", "gripper", "y")),
         hz=10.0,
-        control="delta_position",
+        control="position",
     )
 
 

@@ -42,6 +42,8 @@ labels = ["x", "y", "z"]
 unit = "cm"
 """
 
+POSITIONS = SMALL.replace("delta_position", "position")  # whose actions can be relative to the state
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -170,11 +172,44 @@ def test_relative_dimensions_need_a_state_of_the_same_number(tmp_path: Path):
 
 def test_an_action_relative_to_a_state_of_another_name_is_refused(tmp_path: Path):
     path = tmp_path / "bad.toml"
-    text = SMALL.replace("hz = 20", "hz = 20\nrelative = [true, false, false]")
+    text = POSITIONS.replace("hz = 20", "hz = 20\nrelative = [true, false, false]")
     text = text.replace("dimensions = 4", 'dimensions = 4\nlabels = ["grip", "x", "y", "z"]')
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"robot.relative: action 'x' .* state 'grip' \(dimension 0\)"):
         load_card(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({'"position"': '"delta_position"'}, ("control is 'delta_position'", "robot.control")),
+        ({"= 4": '= 4\nunit = "rad"', '"cm"': '"deg"'}, ("in 'deg'", "state in 'rad'", "scale")),
+    ],
+)
+def test_an_action_that_is_a_difference_or_has_another_unit_is_not_relative(
+    changes: dict[str, str], facts: tuple[str, ...], tmp_path: Path
+):
+    path, text = tmp_path / "card.toml", POSITIONS.replace("= 4", '= 4\nlabels = ["x", "y", "z", "g"]')
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+    with pytest.raises(ConfigError) as matching:
+        with_relative_matches(load_card(path))
+    path.write_text(text.replace("hz = 20", "hz = 20\nrelative = [true, false, false]"))
+    with pytest.raises(ConfigError) as listed:
+        load_card(path)
+    for error in (listed, matching):
+        assert all(fact in str(error.value) for fact in facts)
+
+
+def test_relative_matches_are_refused_where_a_name_stands_at_another_place():
+    base = prepare(build(tomllib.loads(POSITIONS), "small.toml"))
+    state = ColumnCard(("s",), 4, ("x", "y", "z", "g"))
+    robot = replace(base.robot, state=state, action=ColumnCard(("a",), 4, ("x", "y", "g", "z")))
+    with pytest.raises(ConfigError) as error:
+        with_relative_matches(replace(base, robot=robot))
+    assert all(fact in str(error.value) for fact in ("'g'", "another place", "x, y, z, g", "x, y, g, z"))
 
 
 def test_a_card_without_cameras_is_refused(tmp_path: Path):
@@ -262,7 +297,7 @@ def test_a_layout_that_cannot_be_imported_or_lacks_part_of_the_contract_is_refus
 
 
 def test_relative_matches_are_the_actions_with_the_name_of_their_state_dimension():
-    base = prepare(build(tomllib.loads(SMALL), "small.toml"))
+    base = prepare(build(tomllib.loads(POSITIONS), "small.toml"))
 
     def mask(state: ColumnCard, action: ColumnCard) -> tuple[bool, ...]:
         robot = replace(base.robot, state=state, action=action)
@@ -275,5 +310,5 @@ def test_relative_matches_are_the_actions_with_the_name_of_their_state_dimension
     assert mask(suffixed, joints) == (True, True, False)
     unnamed = ColumnCard(("s",), 2)
     assert mask(unnamed, unnamed) == (True, True)
-    with pytest.raises(ConfigError, match=r"matching.*'small'.*a, b, c.*robot\.relative"):
+    with pytest.raises(ConfigError, match=r"matching.*'b'.*'small'.*a, b, c.*robot\.relative"):
         mask(joints, ColumnCard(("x",), 3, ("b", "c", "a")))

@@ -1,5 +1,6 @@
 """Chunks, splits, statistics, order and augmentation: what training draws from a store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from vlafit.errors import DataError
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    return open_dataset(card(write_libero(tmp_path_factory.mktemp("data") / "set", demos())))
+    shown = card(write_libero(tmp_path_factory.mktemp("data") / "set", demos()))
+    return open_dataset(replace(shown, robot=replace(shown.robot, control="position")))
 
 
 # --------------------------------------------------------------------------------------------------chunks

@@ -7,9 +7,16 @@ import pytest
 
 from tests.datasets.layouts import card, demos, in_file_order, write_libero
 from vlafit.codec import Statistics
-from vlafit.datasets import arrays_for_statistics, open_dataset, statistics_cache
+from vlafit.datasets import Card, arrays_for_statistics, open_dataset, statistics_cache
 from vlafit.datasets.hdf5_index import SWITCH
 from vlafit.datasets.statistics_cache import statistics_of
+
+
+def positions(path: Path) -> Card:
+    """The card, with actions that can be relative to the state."""
+    made = card(path)
+    return replace(made, robot=replace(made.robot, control="position"))
+
 
 EVERYTHING = in_file_order(demos(2))
 RELATIVE = (True, False, False, True)
@@ -29,7 +36,7 @@ def plain(statistics: dict[str, Statistics]) -> dict[str, object]:
 def test_the_second_time_they_are_read_and_bit_for_bit_those_of_the_rows(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    store = open_dataset(card(write_libero(tmp_path / "set", EVERYTHING)))
+    store = open_dataset(positions(write_libero(tmp_path / "set", EVERYTHING)))
     ids = [info.id for info in store.episodes]
     first = plain(statistics_of([store], [ids], 3, RELATIVE))
     arrays = arrays_for_statistics(store, ids, 3, RELATIVE)
@@ -38,14 +45,14 @@ def test_the_second_time_they_are_read_and_bit_for_bit_those_of_the_rows(
     monkeypatch.setattr(Statistics, "of_blocks", None)
     moved = tmp_path / "elsewhere"
     (tmp_path / "set").rename(moved)
-    again = open_dataset(card(moved))  # other paths and times, the same rows
+    again = open_dataset(positions(moved))  # other paths and times, the same rows
     assert plain(statistics_of([again], [ids], 3, RELATIVE)) == first
 
 
 def test_other_rows_episodes_or_windows_are_never_mistaken_for_them(cache: Path, tmp_path: Path):
-    store = open_dataset(card(write_libero(tmp_path / "set", EVERYTHING)))
+    store = open_dataset(positions(write_libero(tmp_path / "set", EVERYTHING)))
     changed = [replace(EVERYTHING[0], actions=EVERYTHING[0].actions + 1e-3), *EVERYTHING[1:]]
-    other = open_dataset(card(write_libero(tmp_path / "other", changed)))
+    other = open_dataset(positions(write_libero(tmp_path / "other", changed)))
     ids = [info.id for info in store.episodes]
     asked = [
         (store, ids, 3, RELATIVE),
@@ -66,7 +73,7 @@ def test_other_rows_episodes_or_windows_are_never_mistaken_for_them(cache: Path,
 def test_a_damaged_file_is_taken_again_with_a_warning_and_off_keeps_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    store = open_dataset(card(write_libero(tmp_path / "set", EVERYTHING)))
+    store = open_dataset(positions(write_libero(tmp_path / "set", EVERYTHING)))
     ids = [info.id for info in store.episodes]
     first = plain(statistics_of([store], [ids], 1))
     (path,) = cache.iterdir()

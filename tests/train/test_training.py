@@ -252,7 +252,11 @@ def test_fresh_statistics_come_from_the_training_episodes(card: Path, whole: Pat
 def test_pi05_with_relative_actions_and_quantiles_goes_the_whole_way(card: Path, tmp_path: Path) -> None:
     shutil.copytree(card.parent, tmp_path / "data")
     other = tmp_path / "data" / card.name
-    other.write_text(card.read_text().replace("[robot]\n", "[robot]\nrelative = [true, false]\n"))
+    other.write_text(
+        card.read_text()
+        .replace("delta_position", "")
+        .replace("[robot]\n", "[robot]\nrelative = [true, false]\n")
+    )
     recipe = tiny(
         other,
         policy={"size": "pi05-tiny", "config": {"max_tokens": 80}},

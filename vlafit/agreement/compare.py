@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vlafit.agreement import cameras as camera_slots
-from vlafit.agreement.columns import PAIR_FIX, by_name, mispaired
+from vlafit.agreement.columns import by_name, mispaired
 from vlafit.agreement.values import Agreement, Item, Party, Status
 from vlafit.errors import ConfigError
 from vlafit.recipe import AdaptRecipe
@@ -49,8 +49,8 @@ def agree(
         items += _columns(dataset.embodiment, checkpoint, adapt, fresh_statistics)
     relative, relative_item = _relative(dataset, checkpoint, adapt, fresh_statistics)
     if relative_item.status != "conflict" and (pair := mispaired(relative, dataset.embodiment)):
-        sides = {"dataset": pair, **{r: t for r, t in relative_item.sides.items() if r != "dataset"}}
-        relative_item = Item(relative_item.name, sides, "", "conflict", fix=PAIR_FIX)
+        sides = {"dataset": pair.text, **{r: t for r, t in relative_item.sides.items() if r != "dataset"}}
+        relative_item = Item(relative_item.name, sides, "", "conflict", fix=pair.fix)
     items.append(_paired_by_number(relative_item, relative, dataset.embodiment))
     if checkpoint is not None:
         items += _conversions(checkpoint, adapt.robot and fresh_statistics)

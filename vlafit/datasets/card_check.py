@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from vlafit.agreement.columns import PAIR_FIX, mispaired
+from vlafit.agreement.columns import mispaired
 from vlafit.datasets.card import Card, ColumnCard
 from vlafit.datasets.columns import parse_key
 from vlafit.errors import ConfigError
@@ -92,7 +92,7 @@ def check(card: Card, where: str) -> None:
     if beyond:
         raise ConfigError(f"{where}: robot.relative: there is no state for action dimensions {beyond}")
     if pair := mispaired(robot.relative, card.embodiment):
-        raise ConfigError(f"{where}: robot.relative: {pair}; {PAIR_FIX}")
+        raise ConfigError(f"{where}: robot.relative: {pair.text}; {pair.fix}")
     instruction = card.instruction
     if instruction.source == "card" and not instruction.text.strip() and not instruction.files:
         raise ConfigError(f'{where}: instruction.source is "card": set instruction.text or .files')

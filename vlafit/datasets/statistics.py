@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.agreement.columns import PAIR_FIX, mispaired
+from vlafit.agreement.columns import mispaired
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 
@@ -81,4 +81,4 @@ def _require_relative(relative: Sequence[bool], dimensions: NDArray[np.int64], s
             f"relative: action dimension {dimensions[-1]} has no state dimension to be relative to"
         )
     if pair := mispaired(relative, robot):
-        raise DataError(f"relative: {pair}; {PAIR_FIX}")
+        raise DataError(f"relative: {pair.text}; {pair.fix}")
