@@ -33,7 +33,7 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files beside this one last: they are short, so that no worker waits long for the other's last."""
+    """Run the files beside this one last: they are short, so no worker waits long for the other."""
     items.sort(key=lambda item: item.path.parent == HERE)
 
 

@@ -284,9 +284,7 @@ def test_an_evaluation_never_starts_where_a_demonstration_did(protocol: Make, tm
     assert fine.overall.episodes == 4
 
 
-def test_environment_processes_do_not_load_torch(
-    protocol: Make, tmp_path: Path, real_starts: None
-) -> None:
+def test_environment_processes_do_not_load_torch(protocol: Make, tmp_path: Path, real_starts: None) -> None:
     import torch  # loaded here, so that a fork, or an import of this script, would carry it over
 
     assert torch.__version__
