@@ -54,7 +54,7 @@ imports: .venv/ready-dev
 # two cores makes it slower (LOG.md). Bytecode is kept, also where the environment forbids it, as images of containers
 # do: set-up compiles nothing, and a training run would take 16 s of CPU to start instead of 7.
 unit: .venv/ready-dev
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile -m "not slow and not peer"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not peer"
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.

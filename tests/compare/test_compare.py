@@ -55,9 +55,7 @@ def options(strategies: tuple[str, str]) -> Options:
 
 
 @pytest.fixture(scope="module")
-def done(
-    recipe: Recipe, options: Options, tmp_path_factory: pytest.TempPathFactory, forked_starts: None
-) -> compare.Comparison:
+def done(recipe: Recipe, options: Options, tmp_path_factory: pytest.TempPathFactory) -> compare.Comparison:
     """A whole comparison, one of whose strategies breaks; tests only read it."""
     found = compare.run(
         recipe, options, tmp_path_factory.mktemp("compare") / "out", command="vlafit compare x"

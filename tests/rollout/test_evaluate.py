@@ -108,9 +108,9 @@ def test_an_environment_that_hangs_is_ended_and_an_error_of_that_episode_alone(
     protocol: Make, tmp_path: Path
 ) -> None:
     many = protocol("left", "hang", trials=2)
-    got = evaluate(Obedient(), many, tmp_path / "eval", workers=1, videos=0, timeout_s=5)
+    got = evaluate(Obedient(), many, tmp_path / "eval", workers=1, videos=0, timeout_s=2)
     assert got.tasks == {"left": Score(2, 2), "hang": Score(1, 1, errors=1)}
-    assert "did not answer within 5 s" in str(next(r.error for r in got.records if r.error))
+    assert "did not answer within 2 s" in str(next(r.error for r in got.records if r.error))
 
 
 def test_errors_are_not_retried_when_an_evaluation_is_resumed(protocol: Make, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_evaluation_never_starts_where_a_demonstration_did(protocol: Make, tm
     assert fine.overall.episodes == 4
 
 
-def test_environment_processes_do_not_load_torch(protocol: Make, tmp_path: Path) -> None:
+def test_environment_processes_do_not_load_torch(protocol: Make, tmp_path: Path, real_starts: None) -> None:
     import torch  # loaded here, so that a fork, or an import of this script, would carry it over
 
     assert torch.__version__

@@ -56,6 +56,6 @@ def test_an_evaluation_that_is_stopped_ends_its_processes_even_hanging_ones(
         run.wait(timeout=60)
     wait_until(lambda: not any(alive(pid) for pid in workers))
     kept = log.read_text().splitlines()
-    resumed = evaluate(Obedient(), protocol("left", "hang", trials=3), out, workers=2, videos=0, timeout_s=5)
+    resumed = evaluate(Obedient(), protocol("left", "hang", trials=3), out, workers=2, videos=0, timeout_s=2)
     assert resumed.overall.errors == 1 and resumed.overall.episodes == 5
     assert set(kept) <= set(log.read_text().splitlines())  # not one of them was played again

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from tests import few_steps
 from vlafit import config
 from vlafit.recipe import Recipe
 from vlafit.train import run
@@ -17,6 +18,7 @@ from vlafit.train import run
 
 def main() -> None:
     """Carry out the jobs of a JSON file: {"recipe": path, "out": path, "port": number}."""
+    few_steps.follow_environment()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["MASTER_PORT"] = str(job["port"])
         run(config.read(Recipe, Path(job["recipe"]), "recipe"), Path(job["out"]), resume=True)

@@ -64,7 +64,7 @@ def without_times(out: Path) -> list[dict]:
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(
-    recipe: Recipe, whole: Path, tmp_path: Path, forked_starts: None
+    recipe: Recipe, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     process = start(recipe, out)
@@ -109,7 +109,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     assert without_times(tmp_path / "run") == without_times(whole)
 
 
-def test_a_forked_command_is_a_process_as_any_other(tmp_path: Path, forked_starts: None) -> None:
+def test_a_forked_command_is_a_process_as_any_other(tmp_path: Path) -> None:
     """So that what is stopped and killed here is what a user would stop and kill (tests/forked.py)."""
     command = [sys.executable, "-m", "vlafit", "list"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -124,7 +124,7 @@ def test_a_forked_command_is_a_process_as_any_other(tmp_path: Path, forked_start
 
 
 def test_the_command_line_ends_with_130_after_sigterm_and_says_how_to_go_on(
-    recipe: Recipe, tmp_path: Path, forked_starts: None
+    recipe: Recipe, tmp_path: Path
 ) -> None:
     endless = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=100_000, report=True))
     process = start(endless, tmp_path / "run")

@@ -1,4 +1,6 @@
-"""Training with bf16 weights, and with steps in the backward pass, follows fp32's loss curve over 200 steps.
+"""Training with bf16 weights, and with steps in the backward pass, follows fp32's loss curve.
+
+Over 100 steps in `make test`, over 200 in `make test-all`.
 
 The bound is a share of the progress L(0) - L(t), and the sum of:
 - that of bf16 products. An update's relative error is its gradient's, whose path through the policy is
@@ -12,6 +14,7 @@ The bound is a share of the progress L(0) - L(t), and the sum of:
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -113,22 +116,24 @@ def bound(fp32: Curve, step: int, states: str) -> float:
     return (products + rounding) * (fp32[0] - fp32[step]) + moments
 
 
-@pytest.fixture(scope="module")
-def fp32() -> Curve:
-    curve = train(200)
-    assert curve[0] - curve[200] > 0.05 * curve[0]
+@cache
+def fp32_of(steps: int) -> Curve:
+    curve = train(steps)
+    assert curve[0] - curve[steps] > 0.05 * curve[0]
     return curve
 
 
+@pytest.mark.parametrize("steps", variants([100, 200], always=[100]))
 @pytest.mark.parametrize("kind", variants(KINDS, always=["both, and 8-bit moments"]))
-def test_the_loss_follows_fp32(kind: str, fp32: Curve) -> None:
-    curve = train(200, **KINDS[kind])
-    for step in LOOKS:
+def test_the_loss_follows_fp32(kind: str, steps: int) -> None:
+    curve, fp32 = train(steps, **KINDS[kind]), fp32_of(steps)
+    for step in LOOKS[: LOOKS.index(steps) + 1]:
         assert abs(curve[step] - fp32[step]) < bound(fp32, step, KINDS[kind].get("states", "")), step
 
 
 @pytest.mark.slow  # a variant; test_bf16_weights.py always tests that rounding to nearest loses updates
-def test_rounded_to_nearest_the_loss_does_not_follow(fp32: Curve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounded_to_nearest_the_loss_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32 = fp32_of(200)
     nearest: Callable[[Tensor, Tensor], Tensor] = lambda values, _: values.to(torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(piecewise_adamw, "round_stochastically", nearest)
     assert train(50, weights="bf16")[50] - fp32[50] > bound(fp32, 50, "fp32")

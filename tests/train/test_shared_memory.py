@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
+from tests.variants import variants
 from vlafit.errors import DataError
 from vlafit.train.dataloader import _death, _Workers
 
@@ -63,7 +64,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("mount", [READ_ONLY, SMALL])
+@pytest.mark.parametrize("mount", variants([READ_ONLY, SMALL], always=[SMALL]))
 def test_without_shared_memory_workers_are_refused_with_the_remedy(tmp_path: Path, mount: str):
     own = ["unshare", "--mount", "sh", "-c", f"{mount} && exec $2 $1/loader.py"]
     may = subprocess.run([*own[:3], "-c", mount, "sh", str(tmp_path)], capture_output=True, check=False)

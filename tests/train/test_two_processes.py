@@ -105,7 +105,6 @@ def runs(
     request: pytest.FixtureRequest,
     recipes: dict[str, Recipe],
     tmp_path_factory: pytest.TempPathFactory,
-    forked_starts: None,
 ) -> Path:
     """Folders one/NAME and two/NAME of the selected recipes in one process and in two.
 

@@ -121,7 +121,9 @@ def _named_special_tokens(backend: tokenizers.Tokenizer) -> dict[str, object]:
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    # Not from the package itself: for its names pyright reads all 400 models.
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

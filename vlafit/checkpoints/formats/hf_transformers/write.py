@@ -1,6 +1,8 @@
 """Write pi0 as transformers' PI0ForConditionalGeneration saves it, by that class itself."""
 
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +12,11 @@ from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config
+
+# Not from the package itself: for its names pyright reads all 400 models.
+if TYPE_CHECKING:
+    from transformers.models.pi0.configuration_pi0 import PI0Config
+    from transformers.models.pi0.modeling_pi0 import PI0ForConditionalGeneration
 
 SINCE = "5.23"  # the version whose names we know
 
@@ -23,8 +30,6 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
 
 def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
-    import transformers
-
     model = skeleton(policy.config)
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     embedding = weights["language.embed_tokens.weight"]
@@ -34,7 +39,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     if set(tensors) != expected:
         different = sorted(set(tensors) ^ expected)
         raise WeightsError(
-            f"transformers {transformers.__version__} names pi0's tensors otherwise than {SINCE}: "
+            f"transformers {version('transformers')} names pi0's tensors otherwise than {SINCE}: "
             f"{different[:4]}; install {SINCE}"
         )
     model.load_state_dict(tensors, assign=True)
@@ -45,21 +50,23 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     return ("transformers reads no codec: normalise states and actions, and tokenise, as codec.json says",)
 
 
-def skeleton(config: Pi0Config):
+def skeleton(config: Pi0Config) -> "PI0ForConditionalGeneration":
     """Return transformers' own model of these sizes on the meta device.
 
     Raises WeightsError where the installed version has none.
     """
-    import transformers
-
-    if not hasattr(transformers, "PI0ForConditionalGeneration"):
-        raise WeightsError(f"transformers {transformers.__version__} has no pi0; install {SINCE} or newer")
+    try:
+        from transformers.models.pi0.modeling_pi0 import PI0ForConditionalGeneration
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"transformers {version('transformers')} has no pi0; install {SINCE} or newer"
+        ) from error
     with torch.device("meta"):
-        return transformers.PI0ForConditionalGeneration(_config(config))
+        return PI0ForConditionalGeneration(_config(config))
 
 
-def _config(config: Pi0Config):
-    import transformers
+def _config(config: Pi0Config) -> "PI0Config":
+    from transformers.models.pi0.configuration_pi0 import PI0Config
 
     v, lang, expert = config.vision, config.language, config.expert
     text = {
@@ -82,7 +89,7 @@ def _config(config: Pi0Config):
         "image_size": v.image_size,
         "vision_use_head": False,
     }
-    return transformers.PI0Config(
+    return PI0Config(
         vlm_config={
             "model_type": "paligemma",
             "text_config": text,
