@@ -5,6 +5,7 @@
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
+# make dist         wheel and sdist in dist/, checked by twine; .github/workflows/release.yml publishes them
 # make docs         the site, with the API reference, in build/site; a warning is an error
 #
 # Each needs Python 3.11 to 3.13, and makes .venv when there is none. Another Python: make PYTHON=python3.12 test.
@@ -19,7 +20,7 @@ LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation libero test checks test-all tested lint types imports unit peers peers-serve docs clean
+.PHONY: help quickstart ablation libero test checks test-all tested lint types imports unit peers peers-serve dist docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,11 @@ peers: .venv/ready-dev .venv-lerobot/ready
 
 peers-serve: .venv/ready-dev .venv-peers/ready
 	VLAFIT_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/pytest -n 0 tests/serve/test_peers.py
+
+dist: .venv/ready-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict

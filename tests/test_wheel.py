@@ -1,14 +1,17 @@
 """The wheel, installed outside the checkout, brings all that ships and finds it by name."""
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vlafit import shipped
 
@@ -106,12 +109,61 @@ def test_the_package_is_typed_and_helps_with_its_public_functions(installed):
         assert name in done.stdout, name
 
 
-def test_extras_that_messages_name_exist():
+def test_extras_that_messages_and_documents_name_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [*(ROOT / "vlafit").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
     named = {
         extra
-        for path in (ROOT / "vlafit").rglob("*.py")
-        for group in re.findall(r"vlafit\[([a-z0-9,-]+)\]", path.read_text())
+        for path in texts
+        for group in re.findall(r"(?:vlafit|'\.)\[([a-z0-9,-]+)\]", path.read_text())
         for extra in group.split(",")
     }
-    assert named and named <= set(extras)
+    assert {"sweep", "quantise", "wandb", "trackio", "libero"} <= named <= set(extras)
+
+
+def test_help_has_every_public_name_with_a_sentence():
+    import vlafit
+
+    for name in vlafit.__all__:
+        assert (inspect.getdoc(getattr(vlafit, name)) or "").strip(), name
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_are_built_as_a_release_does_and_pass_twine(tmp_path: Path):
+    pytest.importorskip("build", reason="the extra dev")
+    pytest.importorskip("twine", reason="the extra dev")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    check = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "pyproject.toml", "constraints.txt", "Makefile", "tests/test_wheel.py"} <= inside
+    # The wheel is built from the sdist, so what it holds is in both. Does it install in a fresh environment?
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "fresh")], check=True, timeout=120)
+    fresh = tmp_path / "fresh" / "bin" / "python"
+    install = [fresh, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=120)
+    code = (
+        "import vlafit; from pathlib import Path; from vlafit import shipped\n"
+        "print((Path(vlafit.__file__).parent / 'py.typed').is_file())\n"
+        "print(*[f'{kind}:{name}' for kind in shipped.KINDS for name in shipped.names(kind)])"
+    )
+    done = subprocess.run([fresh, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    typed, names = done.stdout.splitlines()
+    assert typed == "True" and done.stderr == ""
+    assert names.split() == [f"{kind}:{name}" for kind in shipped.KINDS for name in shipped.names(kind)]
+
+
+def test_a_release_is_tested_then_built_and_checked_then_published_without_a_token():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    assert workflow[True]["push"] == {"tags": ["v*"]}  # YAML 1.1 reads the key `on` as true
+    test, build, publish = (workflow["jobs"][name] for name in ("test", "build", "publish"))
+    assert any(step.get("run") == "bash .ci/run" for step in test["steps"])
+    assert build["needs"] == "test" and publish["needs"] == "build"
+    commands = "\n".join(step.get("run", "") for step in build["steps"])
+    assert commands.index("python -m build") < commands.index("twine check --strict") < commands.index("venv")
+    assert publish["permissions"] == {"id-token": "write"} and "push" in publish["if"]
+    assert not any("password" in step.get("with", {}) for step in publish["steps"])

@@ -185,7 +185,7 @@ class TrainRecipe:
     threads: int = 0
     """CPU threads of each process. 0: torch's default."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate in addition to metrics.jsonl."""
+    """Trackers of accelerate in addition to metrics.jsonl: tensorboard, wandb, trackio or another."""
     report: bool = True
     """Write report.html at the end. `vlafit report RUN` writes it at any time."""
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from vlafit.codec import Codec, CodecConfig, Statistics
+from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError
 from vlafit.serve.metadata import Described
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Feature, Observation
@@ -69,6 +71,15 @@ class Continuing(Summing):
                 chunk.actions[: left.delay] = left.actions[: left.delay]
                 chunk.actions[-1] = left.delay, left.end, left.guidance.max_weight
         return chunks
+
+
+class Watching(Summing):
+    """Knows the statistics of its states: mean 0, deviation 1."""
+
+    def state_watch(self) -> StateWatch:
+        column = Statistics(9, np.zeros(3), np.ones(3))
+        config = CodecConfig(("front", "wrist"), 8, 3, 3, 6, prompt=None)
+        return StateWatch(Codec(config, ROBOT, {"state": column, "action": column}, None))
 
 
 def described(actor: Summing) -> Described:

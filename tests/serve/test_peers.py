@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect as dial
 
-from tests.serve.robots import Summing, seen
+from tests.serve.robots import Summing, Watching, seen
 from vlafit.execution import Execution
 from vlafit.serve import wire
 from vlafit.serve.server import Running
@@ -85,10 +85,33 @@ def test_openpis_own_client_drives_a_server(serve: Serve, tmp_path: Path) -> Non
     assert got["metadata"] == {"action_horizon": 6, "robot": "arm"}
     first, second, third, broker = got["answers"]
     assert first["actions"] == {"dtype": "<f4", "shape": [6, 3], "hex": expected(0, 0).hex()}
+    assert first["warnings"] is None and broker["warnings"] == [None] * 4
     assert second["actions"]["hex"] == expected(1, 1).hex()
     assert "camera 'wrist': missing" in third["error"]
     steps = "".join(step["hex"] for step in broker["steps"])
-    assert steps == expected(0, 2)[:24].hex() + expected(0, 3)[:24].hex()
+    assert steps == expected(0, 0)[:24].hex() + expected(0, 1)[:24].hex()
+
+
+@live
+def test_warnings_reach_openpis_client_once_and_leave_its_actions_as_they_are(
+    serve: Serve, tmp_path: Path
+) -> None:
+    port = str(serve(Watching()).server.port)  # type: ignore[union-attr]
+    source, target = tmp_path / "in.json", tmp_path / "out.json"
+    usual, unusual = observations()[0], observations()[0]
+    unusual["observation/state"] = np.float32([0.5, 57.3, -1.0])
+    far = {**usual, "observation/state": np.float32([100.0, 57.3, -1.0])}
+    source.write_text(
+        json.dumps([{k: plain(v) for k, v in one.items()} for one in (far, unusual, unusual, usual)])
+    )
+    side = [PYTHON, str(SIDES / "openpi_side.py"), "127.0.0.1", port, ""]
+    subprocess.run([*side, str(source), str(target)], check=True, timeout=120)
+    first, *others, broker = json.loads(target.read_text())["answers"]
+    assert len(first["warnings"]) == 2 and "state.base = 100" in first["warnings"][0]
+    assert "state.elbow = 57.3" in first["warnings"][1]
+    assert [one["warnings"] for one in others] == [None] * 3
+    assert others[-1]["actions"]["hex"] == expected(0, 3).hex()
+    assert broker["warnings"] == [first["warnings"]] * 2 + [None] * 2  # once, with each step of that chunk
 
 
 @live

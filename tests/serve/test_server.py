@@ -15,9 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
 
-from tests.serve.robots import ROBOT, Continuing, Summing, seen
-from vlafit.codec import Codec, CodecConfig, Statistics
-from vlafit.codec.state_watch import StateWatch
+from tests.serve.robots import ROBOT, Continuing, Summing, Watching, seen
 from vlafit.errors import ConfigError, EmbodimentError, RemoteError
 from vlafit.execution import Execution
 from vlafit.serve import wire
@@ -100,15 +98,6 @@ def test_a_missing_camera_is_passed_on_and_logged_once(
     assert set(answers) == {Summing().act([one], [key])[0].actions.tobytes()}
     logged = [record.name for record in caplog.records if "'wrist' is missing" in record.getMessage()]
     assert sorted(logged) == ["vlafit.serve.client", "vlafit.serve.session"]
-
-
-class Watching(Summing):
-    """Knows the statistics of its states: mean 0, deviation 1."""
-
-    def state_watch(self) -> StateWatch:
-        column = Statistics(9, np.zeros(3), np.ones(3))
-        config = CodecConfig(("front", "wrist"), 8, 3, 3, 6, prompt=None)
-        return StateWatch(Codec(config, ROBOT, {"state": column, "action": column}, None))
 
 
 @pytest.mark.case(

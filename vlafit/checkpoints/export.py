@@ -186,7 +186,13 @@ def _export(
 
         def readme() -> str:
             return model_card.card(
-                loaded.policy, loaded.codecs, recipe=recipe, history=history, results=results, target=target
+                loaded.policy,
+                loaded.codecs,
+                recipe=recipe,
+                history=history,
+                results=results,
+                target=target,
+                adapters=loaded.plan is not None and bool(loaded.plan.adapted),
             )
 
         exported = _write(loaded, writer, target, out, str(path), dtype, readme)

@@ -25,16 +25,37 @@ LICENCE = re.compile(
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 NONE = "None is recorded. Measure it before you use it: `vlafit eval FOLDER --protocol P` or `--data CARD`."
-LOAD = {
-    "vlafit": "```python\nimport vlafit\n\nactor = vlafit.load_actor({folder!r})\n```",
-    "lerobot": (
-        "```python\nfrom lerobot.configs.policies import PreTrainedConfig\n"
-        "from lerobot.policies.factory import get_policy_class\n\n"
-        "config = PreTrainedConfig.from_pretrained({folder!r})\n"
-        "policy = get_policy_class(config.type).from_pretrained({folder!r})\n```"
-    ),
-    "openpi": "Name the folder as `--policy.dir` of openpi's serve_policy.py, with a config of this size.",
-}
+FORMATS = ("vlafit", "lerobot", "openpi")  # that a card says how to load in
+VLAFIT = """```python
+import vlafit
+
+actor = vlafit.load_actor("{folder}")
+```"""
+LEROBOT = """```python
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+folder = "{folder}"
+config = PreTrainedConfig.from_pretrained(folder)
+{policy}
+before, after = {processors}
+
+
+def act(observation):  # tensors by the names in config.input_features, images from 0 to 1, and "task": a text
+    return after(policy.select_action(before(observation)))
+```"""
+LEROBOT_WHOLE = "policy = get_policy_class(config.type).from_pretrained(folder)"
+LEROBOT_ADAPTERS = """from peft import PeftConfig, PeftModel
+
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path  # an absolute path, in adapter_config.json
+policy = get_policy_class(config.type).from_pretrained(base, config=config)
+policy = PeftModel.from_pretrained(policy, folder).get_base_model().eval()"""
+# LeRobot up to 0.6.1 looks for the tokenizer in the working directory.
+LEROBOT_TOKENIZER = """make_pre_post_processors(
+    config, folder, preprocessor_overrides={"tokenizer_processor": {"tokenizer_name": f"{folder}/tokenizer"}}
+)"""
+LEROBOT_NO_TOKENIZER = "make_pre_post_processors(config, folder)"
+OPENPI = "Name the folder as `--policy.dir` of openpi's serve_policy.py, with a config of this size."
 
 
 def card(
@@ -45,8 +66,12 @@ def card(
     history: Lineage | None = None,
     results: tuple[str, ...] = (),
     target: str = "vlafit",
+    adapters: bool = False,
 ) -> str:
-    """Return the text of a model card. `target` is the format that the checkpoint is written in."""
+    """Return the text of a model card. `target` is the format that the checkpoint is written in.
+
+    `adapters` says that they are in a PEFT folder of their own, on weights beside it.
+    """
     values = _values(recipe or "")
     base = str(values.get("policy", {}).get("checkpoint") or "")
     licence = licence_of(base) if base else ""
@@ -63,7 +88,7 @@ def card(
         "## Results",
         listed,
         "## Load",
-        _load(target),
+        _load(target, codec, adapters),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -157,12 +182,27 @@ def _front(base: str, licence: str, target: str) -> str:
     return "\n".join([*lines, "tags: [robotics, vision-language-action, vlafit]", "---"])
 
 
-def _load(target: str) -> str:
-    kind = next((known for known in LOAD if target.startswith(known)), "")
-    own = LOAD[kind].format(folder="path/to/this/folder") if kind else f"This folder is for {target}."
+def _load(target: str, codec: Codec | CodecSet | None, adapters: bool) -> str:
+    """Return how to load the folder in the program that it is for, and how to write it for others."""
+    kind = next((known for known in FORMATS if target.startswith(known)), "")
+    folder = "path/to/this/folder"
+    match kind:
+        case "vlafit":
+            own = VLAFIT.replace("{folder}", folder)
+        case "lerobot":
+            has_prompt = codec is not None and any(one.config.prompt for one in CodecSet.of(codec))
+            own = (
+                LEROBOT.replace("{folder}", folder)
+                .replace("{policy}", LEROBOT_ADAPTERS if adapters else LEROBOT_WHOLE)
+                .replace("{processors}", LEROBOT_TOKENIZER if has_prompt else LEROBOT_NO_TOKENIZER)
+            )
+        case "openpi":
+            own = OPENPI
+        case _:
+            own = f"This folder is for {target}."
     others = [
-        f"For {other}: `vlafit export path/to/this/folder --to {other} --out exported`"
-        for other in LOAD
+        f"For {other}: `vlafit export {folder} --to {other} --out exported`"
+        for other in FORMATS
         if other != kind
     ]
     return "\n\n".join([own, *others])

@@ -7,6 +7,7 @@ from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
 from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier
+from vlafit.train.trackers import log_evaluation
 
 
 @final
@@ -87,5 +88,6 @@ class Evaluator:
                 progress=run.callbacks.episode,
             )
             self.success[name] = result.rate
-            run.metrics.log_once(step, {f"eval/{name}/success": result.rate})
+            if run.metrics.log_once(step, {f"eval/{name}/success": result.rate}):
+                log_evaluation(run.accelerator, name, step, result)
         barrier()

@@ -11,6 +11,7 @@ from vlafit.errors import VlafitError
 from vlafit.offline.folder import HEADER, read_object
 from vlafit.report.facts import OFFLINE
 from vlafit.train.context import RunContext
+from vlafit.train.trackers import log_held_out
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
                 resume=True,
             )
             sentences[name] = verdict(result)
+            log_held_out(context.accelerator, name, step, result)
         except VlafitError as error:
             again = f"vlafit eval {context.out} --data {store.card.file or store.card.path}"
             log.warning("held-out episodes of %s were not evaluated: %s. Later: %s", name, error, again)

@@ -85,13 +85,18 @@ class Metrics:
             )
         files.write_atomic(self.path, "".join(kept))
 
-    def log_once(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one event, unless the run already logged these names at this step before it was resumed."""
+    def log_once(self, step: int, values: Mapping[str, float]) -> bool:
+        """Write one event, unless the run already logged these names at this step before it was resumed.
+
+        Return whether it was written.
+        """
         if not self._main:
-            return
+            return False
         logged = files.read_json_lines(self.path)
-        if not any(event["step"] == step and set(values) <= set(event) for event in logged):
-            self.log(step, values)
+        if any(event["step"] == step and set(values) <= set(event) for event in logged):
+            return False
+        self.log(step, values)
+        return True
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one event; non-finite values become null, so that the line is valid JSON."""

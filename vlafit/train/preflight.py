@@ -24,6 +24,7 @@ from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.stages import Place
+from vlafit.train.trackers import EXTRAS
 from vlafit.tuning import Plan, Strategy, load_strategy, preview
 
 AT_LEAST_ONE = ("train.steps", "train.draws", "train.log_every",
@@ -169,7 +170,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         if name not in known:
             yield f"train.trackers: accelerate has no tracker {name!r}{did_you_mean(name, known)}"
         if name not in installed:
-            yield f"train.trackers: {name} is not installed; pip install {name}, or remove the tracker"
+            package = f"'{EXTRAS[name]}'" if name in EXTRAS else name
+            yield f"train.trackers: {name} is not installed; pip install {package}, or remove the tracker"
 
 
 def _in_backward(recipe: Recipe) -> Iterator[str]:

@@ -30,6 +30,7 @@ from vlafit.train import (
     processes,
     quantised_base,
     stages,
+    trackers,
 )
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
@@ -161,7 +162,7 @@ def _run(
         accelerator = Accelerator(
             mixed_precision="no",  # the loop computes in the recipe's precision
             cpu=launched > 1 and not torch.cuda.is_available(),  # else accelerate connects no CPU processes
-            log_with=list(settled.recipe.train.trackers) or None,
+            log_with=trackers.trackers(settled.recipe.train.trackers, out) or None,
             project_dir=str(out),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
         )
@@ -324,11 +325,11 @@ def _begin(
         extension.keep_evaluations(out, saved.train.steps)
         log.info("%s; %s keeps the new recipe", text, out / "recipe.toml")
     toml = config.dump(experiment.recipe)
+    trackers.begin(accelerator, out, toml)  # first, because one may refuse: then the folder is as it was
     files.write_atomic(out / "recipe.toml", toml)
     files.write_atomic(out / "plan.json", experiment.plan.at(0).to_json())
     if experiment.agreement is not None:
         experiment.agreement.write(out)
-    accelerator.init_trackers("tensorboard", config={"recipe": toml})
     write_record(out, record)
 
 

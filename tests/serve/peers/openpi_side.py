@@ -53,13 +53,16 @@ def main(host, port, token, source, target, record=None):
         observations = [{key: array(value) for key, value in one.items()} for one in json.load(file)]
     for observation in observations:
         try:
-            answers.append({"actions": plain(client.infer(observation)["actions"])})
+            answer = client.infer(observation)
+            answers.append({"actions": plain(answer["actions"]), "warnings": answer.get("warnings")})
         except RuntimeError as error:
             answers.append({"error": str(error)})
-    if not record:  # by the broker, which gives one action at a time
-        broker = ActionChunkBroker(client, action_horizon=2)
-        steps = [broker.infer(observations[0])["actions"] for _ in range(4)]
-        answers.append({"steps": [plain(step) for step in steps]})
+    if not record:  # by the broker, which gives one action at a time, over a connection of its own
+        other = WebsocketClientPolicy(host, int(port), token or None)
+        broker = ActionChunkBroker(other, action_horizon=2)
+        steps = [broker.infer(observations[0]) for _ in range(4)]
+        warnings = [step.get("warnings") for step in steps]
+        answers.append({"steps": [plain(step["actions"]) for step in steps], "warnings": warnings})
     metadata = client.get_server_metadata()
     facts = {"action_horizon": metadata["action_horizon"], "robot": metadata["embodiment"]["name"]}
     with open(target, "w") as file:
