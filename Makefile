@@ -16,7 +16,7 @@ PYTHON ?= python3
 PEER_PYTHON ?= python3.12
 BIN := .venv/bin
 SET_UP := pyproject.toml constraints.txt
-LEROBOT := lerobot[pi,smolvla,peft]==0.6.1
+LEROBOT := lerobot==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -127,11 +127,13 @@ clean:
 	@touch $@
 
 # Other versions than constraints.txt has, and another Python. Name it: make PEER_PYTHON=/path/to/python3.12 peers.
-.venv-lerobot/ready:
+# vlafit is in it too, for benchmarks/data.py and benchmarks/beside_lerobot.py. LeRobot decodes video by torchcodec where
+# FFmpeg's libraries are installed, else by PyAV.
+.venv-lerobot/ready: pyproject.toml
 	@$(PEER_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "LeRobot needs Python 3.12 or newer")'
-	@echo "Installing $(LEROBOT) into .venv-lerobot (once; several GB) ..."
+	@echo "Installing $(LEROBOT) and vlafit into .venv-lerobot (once; 6 GB) ..."
 	$(PEER_PYTHON) -m venv .venv-lerobot
-	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check '$(LEROBOT)'
+	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check -e '.[lerobot]' '$(LEROBOT)'
 	@touch $@
 
 # They need numpy below 2.

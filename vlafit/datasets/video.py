@@ -13,6 +13,7 @@ from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError
 
 NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on instead of seeking
+SEEK_ON = 1.5  # ticks of the file's clock beyond the wanted time, which is rounded
 
 
 class VideoFile:
@@ -35,6 +36,8 @@ class VideoFile:
         self._reformatter = VideoReformatter()  # one a stream: a new one each frame costs a fifth of the time
         self._frames: Iterator[av.VideoFrame] | None = None
         self._at_s = -np.inf  # of the last decoded frame
+        self.decoded = 0
+        """Frames decoded so far, wanted or on the way to a wanted one."""
 
     def read(self, times_s: Sequence[float], tolerance_s: float) -> list[NDArray[np.uint8]]:
         """Return the RGB frames [h, w, 3] at ascending times, each within `tolerance_s`.
@@ -69,23 +72,37 @@ class VideoFile:
         self._container.close()
 
     def _reach(self, wanted: float, tolerance_s: float) -> av.VideoFrame:
-        if self._frames is None or not self._at_s < wanted - tolerance_s <= self._at_s + NEAR_S:
-            self._container.seek(
-                max(0, int((wanted - tolerance_s) / self._base)) + self._first, stream=self._stream
-            )
-            self._frames = self._container.decode(self._stream)
-        for frame in self._frames:
+        if self._frames is not None and self._at_s < wanted - tolerance_s <= self._at_s + NEAR_S:
+            starts = []
+        else:  # a wanted key frame is itself the start: from the one before, a short group is decoded as well
+            starts = [wanted + SEEK_ON * self._base, wanted - tolerance_s]
+        while True:
+            if starts:
+                self._seek(starts.pop(0))
+            frame, passed = self._next(wanted - tolerance_s)
+            if frame is not None and self._at_s <= wanted + tolerance_s:
+                return frame
+            self._frames = None  # the frame before may be wanted next
+            if frame is None or passed or not starts:
+                raise DataError(f"{self.path}: has no frame at {wanted:.4f} s (within {tolerance_s:.4f} s)")
+
+    def _seek(self, to_s: float) -> None:
+        """Go to the last key frame that is shown at `to_s` or before."""
+        self._container.seek(max(0, int(to_s / self._base)) + self._first, stream=self._stream)
+        self._frames = self._container.decode(self._stream)
+
+    def _next(self, from_s: float) -> tuple[av.VideoFrame | None, int]:
+        """Return the next frame that is shown at `from_s` or later, None at the end; and how many came before."""
+        passed = 0
+        for frame in self._frames or ():
+            self.decoded += 1
             if frame.pts is None:
                 continue
             self._at_s = (frame.pts - self._first) * self._base
-            if self._at_s >= wanted - tolerance_s:
-                if self._at_s > wanted + tolerance_s:
-                    self._frames = None  # the frame before may be wanted next
-                    break
-                return frame
-        else:
-            self._frames = None
-        raise DataError(f"{self.path}: has no frame at {wanted:.4f} s (within {tolerance_s:.4f} s)")
+            if self._at_s >= from_s:
+                return frame, passed
+            passed += 1
+        return None, passed
 
 
 class VideoFiles:
