@@ -18,6 +18,7 @@ from vlafit.checkpoints.formats.groot import lerobot, names
 from vlafit.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
+from vlafit.nn.policy import required_actions
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import groot, override
@@ -70,7 +71,7 @@ def recorded_batch() -> Batch:
 
 
 def of_rows(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(**{name: value[rows] for name, value in batch.present().items()})
+    return replace(batch, **{name: value[rows] for name, value in batch.present().items()})
 
 
 TIME = 1 - IO["out.time"]  # LeRobot's runs the other way
@@ -87,7 +88,7 @@ def test_velocity_loss_and_features_are_those_that_lerobot_recorded():
     torch.testing.assert_close(x[real], IO["out.backbone_features"][valid], rtol=0.0, atol=BOUND)
     memory = policy.encode_prefix(batch).memory
     torch.testing.assert_close(memory[real], IO["out.vl_self_attention"][valid], rtol=0.0, atol=BOUND)
-    positions = policy.turn.positions(batch.image_mask, batch.token_mask)
+    positions = policy.turn.positions(batch.image_mask, batch.prompt()[1])
     assert torch.equal(positions[real], IO["out.position_ids_thw"].permute(1, 2, 0)[valid])
 
 
@@ -153,16 +154,17 @@ def test_the_codec_makes_and_undoes_what_lerobots_processors_did():
     codec, batch = recorded()[1], recorded_batch()
     samples = [_sample(row, task) for row, task in enumerate(RECORDED["tasks"])]
     made = stack([codec.encode(sample) for sample in samples])
-    length = batch.token_mask.shape[1]
     torch.testing.assert_close(made.to("cpu").images, batch.images, rtol=0, atol=1e-6)
     torch.testing.assert_close(made.state, batch.state, rtol=0, atol=1e-6)
-    assert torch.equal(made.action_mask, batch.action_mask)
-    shown = torch.where(batch.action_mask, made.actions, 0.0)  # the policy does it; LeRobot's processor there
+    mask = made.present()["action_mask"]
+    assert torch.equal(mask, batch.present()["action_mask"])
+    # The policy sets what is masked to 0, as LeRobot's processor does.
+    shown = torch.where(mask, required_actions(made), 0.0)
     torch.testing.assert_close(shown, batch.actions, rtol=0, atol=1e-6)
-    assert (
-        torch.equal(made.token_mask[:, :length], batch.token_mask) and not made.token_mask[:, length:].any()
-    )
-    assert torch.equal(made.tokens[made.token_mask], batch.tokens[batch.token_mask])
+    (tokens, seen), (recorded_tokens, recorded_seen) = made.prompt(), batch.prompt()
+    length = recorded_seen.shape[1]
+    assert torch.equal(seen[:, :length], recorded_seen) and not seen[:, length:].any()
+    assert torch.equal(tokens[seen], recorded_tokens[recorded_seen])
     for row, sample in enumerate(samples):
         chunk = np.pad(IO["in.policy_action"][row].numpy(), ((0, 0), (0, 6)))
         decoded = codec.decode(chunk, sample.observation).actions
@@ -194,7 +196,8 @@ def tiny_batch(rows: int = 3) -> Batch:
     """Row 0 lacks the last camera and has the shortest instruction."""
     batch = random_batch(tiny().needs(), rows)
     batch.image_mask[0, 1] = False
-    batch.token_mask[0, 7:] = batch.token_mask[1, 9:] = False
+    mask = batch.prompt()[1]
+    mask[0, 7:] = mask[1, 9:] = False
     return batch
 
 
@@ -210,13 +213,19 @@ def test_missing_cameras_and_padding_are_as_if_they_were_not_there():
     policy, batch = tiny(), tiny_batch()
     noise, time = random_draws(3, draws=1)
     every = policy.velocity(batch, noise[0], time[0])
-    alone = of_rows(batch, [0])
-    alone = Batch(**{
-        **alone.present(), "images": alone.images[:, :1], "image_mask": alone.image_mask[:, :1],
-        "tokens": alone.tokens[:, :7], "token_mask": alone.token_mask[:, :7],
-    })  # fmt: skip
+    tokens, mask = batch.prompt()
+    alone = replace(
+        batch,
+        images=batch.images[:1, :1],
+        image_mask=batch.image_mask[:1, :1],
+        tokens=tokens[:1, :7],
+        token_mask=mask[:1, :7],
+        state=batch.state[:1],
+        actions=required_actions(batch)[:1],
+        action_mask=None,
+    )
     torch.testing.assert_close(policy.velocity(alone, noise[0, :1], time[0, :1]), every[:1])
-    spoiled = Batch(**{**batch.present(), "tokens": torch.where(batch.token_mask, batch.tokens, 17)})
+    spoiled = replace(batch, tokens=torch.where(mask, tokens, 17))
     spoiled.images[0, 1] = torch.nan
     assert torch.equal(policy.velocity(spoiled, noise[0], time[0]), every)
     torch.testing.assert_close(policy.velocity(batch.trim(), noise[0], time[0]), every)
