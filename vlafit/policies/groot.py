@@ -42,6 +42,7 @@ from vlafit.policies._groot_parts import describe
 from vlafit.policies._groot_turn import Turn
 
 BUCKETS = 1000  # of time: reference implementation
+LARGEST_SIDE, MOST_EMBODIMENTS, MOST_POSITIONS = 4096, 1024, 2**20
 ROUNDING = 1e-4  # of a bucket: float32 times are this near, and no nearer, to the steps of a sampler
 
 
@@ -76,7 +77,7 @@ class LanguageConfig:
     vocab: int
     sections: tuple[int, int, int]
     """Rotary frequencies of time, row and column."""
-    rope_base: int = 5_000_000
+    rope_base: float = 5_000_000.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,21 @@ class GrootConfig:
     def __post_init__(self) -> None:
         v, lang, expert = self.vision, self.language, self.expert
         require_positive({"": self, "vision.": v, "language.": lang, "expert.": expert})
-        fold, ids = v.patch * v.merge, (*self.chat.opening, *self.chat.closing, self.chat.pad)
-        ids = (*ids, self.chat.image_start, self.chat.image_end)
+        fold = v.patch * v.merge
+        tokens = {f"chat.{key}": value for key, value in vars(self.chat).items()}
+        tokens = {key: value if isinstance(value, tuple) else (value,) for key, value in tokens.items()}
+        most = {
+            "vision.side": (v.side, LARGEST_SIDE),
+            "embodiments": (self.embodiments, MOST_EMBODIMENTS),
+            "positions": (self.positions, MOST_POSITIONS),
+            "chunk": (self.chunk, self.positions),
+            "expert.text_every": (expert.text_every, expert.depth),
+            **{key: (max(ids, default=0), lang.vocab - 1) for key, ids in tokens.items()},
+        }
+        require(*(
+            (value <= limit, f"{key} is {value}; at most {limit} is supported here")
+            for key, (value, limit) in most.items()
+        ))  # fmt: skip
         require(
             (
                 self.image_size % fold == 0,
@@ -166,8 +180,9 @@ class GrootConfig:
             ),
             (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
             (
-                sum(lang.sections) == lang.head_dim // 2,
-                f"language.sections {lang.sections} must add up to half of language.head_dim {lang.head_dim}",
+                2 * sum(lang.sections) == lang.head_dim and min(lang.sections) >= 0,
+                f"language.head_dim is {lang.head_dim}; language.sections {lang.sections} place at most "
+                f"{2 * sum(lang.sections)} of its dimensions, and must place all",
             ),
             (
                 expert.width % expert.heads == 0 and expert.width % 2 == 0,
@@ -179,10 +194,9 @@ class GrootConfig:
             ),
             (0 <= expert.dropout < 1, f"expert.dropout is {expert.dropout}; it must be 0 to below 1"),
             (0 <= self.state_dropout < 1, f"state_dropout is {self.state_dropout}; it must be 0 to below 1"),
-            (self.chunk <= self.positions, f"chunk {self.chunk} is more than positions {self.positions}"),
             (
-                all(0 <= i < lang.vocab for i in ids),
-                f"chat names the token {max(ids)}; language.vocab is {lang.vocab}",
+                min(min(ids, default=0) for ids in tokens.values()) >= 0,
+                f"chat {self.chat} names a token below 0",
             ),
             (
                 len({*self.embodiment_rows}) == len(self.embodiment_rows) > 0

@@ -215,13 +215,11 @@ def _backbone_sizes(
             )
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     base = rope.get("rope_theta", text.get("rope_theta"))
-    if not isinstance(base, int | float) or base != int(base):
-        raise WeightsError(
-            f"{file}: text_config: rope_theta is {base!r}; only whole numbers are supported here"
-        )
+    if not isinstance(base, int | float) or isinstance(base, bool):
+        raise WeightsError(f"{file}: text_config: rope_theta is {base!r}, which is no number")
     more = {
         "vision": {"heads": vision["num_heads"], "deepstack": list(vision["deepstack_visual_indexes"])},
-        "language": {"sections": list(rope["mrope_section"]), "rope_base": int(base)},
+        "language": {"sections": list(rope["mrope_section"]), "rope_base": float(base)},
     }
     stated = [
         Stated(f"{part}.{field}", section[key], f"{where} ({name}.{key})")
