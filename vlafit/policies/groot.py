@@ -4,7 +4,7 @@ The backbone reads one chat turn: all images, then the instruction. Its features
 self-attention ("memory"), and the transformer attends to them while it denoises. Time runs as in pi0, from 1
 (noise) to 0, so velocities have the opposite sign of the reference's; its time is cut into 1000 buckets.
 
-Decisions where the reference surprises (docs/policies.md):
+Decisions where the reference surprises (docs/groot.md):
 
 - Its self-attention over the features also sees the padding that a batch gives to its shorter samples, so a
   sample's result depends on its batch. `attend_padding` repeats that (the default, for the sake of equality);
@@ -339,7 +339,15 @@ class Groot(FlowPolicy):
         """Return what a codec for this policy must produce."""
         c = self.config
         return Needs(
-            c.image_size, c.state_dim, c.action_dim, c.chunk, "groot", c.max_tokens, c.language.vocab, "groot"
+            image_size=c.image_size,
+            state_dim=c.state_dim,
+            action_dim=c.action_dim,
+            chunk=c.chunk,
+            prompt="groot",
+            max_tokens=c.max_tokens,
+            vocabulary=c.language.vocab,
+            framing="groot",
+            normalisation="groot_min_max",
         )
 
     def prefix_modules(self) -> list[nn.Module]:
