@@ -12,15 +12,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.policies.tiny import random_policy
+from vlafit.checkpoints.formats.groot import lerobot as groot_lerobot
+from vlafit.checkpoints.formats.groot import names as groot_names
 from vlafit.checkpoints.formats.hf_transformers import names as transformers
 from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.name_map import NameMap, back
-from vlafit.policies import pi0, smolvla
+from vlafit.policies import groot, pi0, smolvla
 from vlafit.policies.pi0 import SIZES, Pi0Config
 
 Tensors = dict[str, Tensor]
 SMOLVLA = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
+GROOT = Path(__file__).parents[1] / "fixtures" / "lerobot_groot"
+GROOT_CHAT = {  # what the stand-in tokenizer of that folder tells
+    "chat": {
+        "opening": [190, 86, 84, 70, 83, 96],
+        "image_start": 192,
+        "image_end": 193,
+        "closing": [191, 96],
+        "pad": 196,
+    }
+}
 
 
 def dummy(family: str) -> Pi0Config:
@@ -117,6 +129,20 @@ def _write_smolvla(folder: Path) -> Tensors:
     return load_file(SMOLVLA / "model.safetensors")
 
 
+def _write_lerobot_groot(folder: Path) -> Tensors:
+    shutil.copytree(GROOT, folder, dirs_exist_ok=True)
+    return load_file(GROOT / "model.safetensors")
+
+
+def write_nvidia_groot(folder: Path) -> Tensors:
+    """Write the same policy as NVIDIA lays it out: no prefix, and the token table by its own name."""
+    shutil.copy(GROOT / "tiny_base" / "config.json", folder)
+    shutil.copytree(GROOT / "tiny_backbone", folder / "tiny_backbone", dirs_exist_ok=True)
+    words = "backbone.model.model.language_model.embed_tokens.weight"
+    stripped = {n.removeprefix("_groot_model."): t for n, t in load_file(GROOT / "model.safetensors").items()}
+    return {words if n == "backbone.model.lm_head.weight" else n: t for n, t in stripped.items()}
+
+
 PI0_CUT = (
     "language.width",
     "language.mlp",
@@ -128,6 +154,15 @@ PI0_CUT = (
 )
 WIDTHS = ("action_dim", "state_dim")
 HEADS = {"vision.heads": 2}
+GROOT_CUT = (
+    "vision.mlp",
+    "vision.depth",
+    "language.width",
+    "language.mlp",
+    "queries",
+    "depth",
+    "language.vocab",
+)
 ALL = ("vision.mlp", "vision.depth", "patches", *PI0_CUT, *WIDTHS)
 FORMS = [
     Form("openpi pi0", openpi.NAMES, pi0.SHAPES.axes, _write_openpi("pi0"), HEADS, (*PI0_CUT, *WIDTHS)),
@@ -147,6 +182,10 @@ FORMS = [
     ),
     Form("transformers", transformers.SAVED, pi0.SHAPES.axes, _write_transformers, {}, ALL),
     Form("SmolVLA", lerobot.SMOLVLA, smolvla.SHAPES.axes, _write_smolvla, {}, ALL),
+    Form(
+        "LeRobot GR00T", groot_lerobot.NAMES, groot.SHAPES.axes, _write_lerobot_groot, GROOT_CHAT, GROOT_CUT
+    ),
+    Form("NVIDIA GR00T", groot_names.NAMES, groot.SHAPES.axes, write_nvidia_groot, GROOT_CHAT, GROOT_CUT),
 ]
 FORMS = [replace(form, unused=form.names.unused) for form in FORMS]
 

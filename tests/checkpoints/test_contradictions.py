@@ -19,8 +19,7 @@ from vlafit.checkpoints.formats.lerobot import smolvla_config
 from vlafit.checkpoints.infer import ConfigEvidence, infer_config
 from vlafit.checkpoints.voting import Witness, contradictions, vote
 from vlafit.errors import WeightsError
-from vlafit.policies import pi0, smolvla
-from vlafit.policies.pi0 import SIZES, build
+from vlafit.policies import groot, pi0, smolvla
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ALWAYS = ("openpi pi05", "LeRobot pi0", "SmolVLA")
@@ -67,14 +66,10 @@ def test_every_damage_is_named_as_the_file_names_it(form: Form, tmp_path: Path):
         assert name in str(caught.value), (trial, damage, name, str(caught.value))
 
 
-@pytest.mark.parametrize("family", ["pi0", "pi05", "smolvla"])
-def test_every_axis_of_every_parameter_has_its_word(family: str):
-    axes = (smolvla if family == "smolvla" else pi0).SHAPES.axes
-    made = (
-        smolvla.build(smolvla.SIZES["smolvla"], "meta")
-        if family == "smolvla"
-        else build(SIZES[family], "meta")
-    )
+@pytest.mark.parametrize("size", ["pi0", "pi05", "smolvla", "groot-small"])
+def test_every_axis_of_every_parameter_has_its_word(size: str):
+    module = {"smolvla": smolvla, "groot-small": groot}.get(size, pi0)
+    axes, made = module.SHAPES.axes, module.build(module.SIZES[size], "meta")
     weights = {name: p.detach() for name, p in made.named_parameters()}
     for name, tensor in weights.items():
         assert len(axes[re.sub(r"\.layers\.\d+\.", ".layers.*.", name)].split()) == tensor.ndim

@@ -2,20 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Framing = Literal["openpi", "lerobot", "smolvla"]
+Framing = Literal["openpi", "lerobot", "smolvla", "groot"]
 """A way to give an image the model's size, named after the reference that it was taken from, because
 codec.json stores the name. LeRobot's differ between its policies: "lerobot" is that of its pi0 and pi0.5.
+"groot" keeps no aspect: it makes the image square, cuts the middle out and enlarges that.
 """
+GROOT_CROP = (
+    230,
+    256,
+)  # of the side, the middle that is left: GR00T N1.7's image_crop_size, image_target_size
 
 
 @dataclass(frozen=True)
 class FramingRule:
-    """One way to fit an image. All keep its aspect, interpolate bilinearly and pad with black.
+    """One way to fit an image that keeps its aspect, interpolates bilinearly and pads with black.
 
     Without antialiasing floats are interpolated, which are rounded to whole grey levels here.
     """
@@ -25,7 +31,7 @@ class FramingRule:
     """False: the image is at the bottom right."""
 
 
-FRAMINGS: Mapping[Framing, FramingRule] = {
+FRAMINGS: Mapping[str, FramingRule] = {
     "openpi": FramingRule(antialiased=True, centred=True),
     "lerobot": FramingRule(antialiased=False, centred=True),
     "smolvla": FramingRule(antialiased=False, centred=False),
@@ -33,7 +39,12 @@ FRAMINGS: Mapping[Framing, FramingRule] = {
 
 
 def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[np.uint8]:
-    """Return `image` [h, w, 3] as [size, size, 3]; one that has the size already is returned, not copied."""
+    """Return `image` [h, w, 3] as [size, size, 3].
+
+    One that has the size already is returned, not copied, unless the framing cuts a part out of it.
+    """
+    if framing == "groot":
+        return _middle(image, size)
     height, width = image.shape[:2]
     if height == size and width == size:
         return image
@@ -47,6 +58,56 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     padded = np.zeros((size, size, 3), dtype=np.uint8)
     padded[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return padded
+
+
+def groot_crop(size: int) -> int:
+    """Return the side of the middle that the framing "groot" cuts out of `size` pixels."""
+    return max(1, size * GROOT_CROP[0] // GROOT_CROP[1])
+
+
+def _middle(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return the middle of `image`, as LeRobot 0.6.1 cuts it out for GR00T N1.7."""
+    square = bicubic(image, size, size)
+    side = groot_crop(size)
+    first = (size - side) // 2
+    return bicubic(square[first : first + side, first : first + side], size, size)
+
+
+def bicubic(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Interpolate `image` [h, w, 3] with antialiasing, bit for bit as torch does with uint8 on a CPU."""
+    values = image
+    for axis, wanted in ((1, width), (0, height)):
+        if values.shape[axis] == wanted:
+            continue
+        weights, bits = _bicubic_weights(values.shape[axis], wanted)
+        rows = np.moveaxis(values, axis, 0)
+        # Whole numbers below 2^53, so that float64 sums are exact in any order.
+        sums = weights @ rows.reshape(len(rows), -1).astype(np.float64)
+        shifted = (sums.astype(np.int64) + (1 << (bits - 1))) >> bits
+        new = shifted.clip(0, 255).astype(np.uint8).reshape(wanted, *rows.shape[1:])
+        values = np.moveaxis(new, 0, axis)
+    return np.ascontiguousarray(values)
+
+
+@cache
+def _bicubic_weights(have: int, wanted: int) -> tuple[NDArray[np.float64], int]:
+    """Return whole-number weights [wanted, have], times 2^bits, and bits: torch's UpSampleKernel.cpp."""
+    scale = have / wanted
+    support, inverse = (2.0 * scale, 1.0 / scale) if scale >= 1 else (2.0, 1.0)
+    weights = np.zeros((wanted, have))
+    for i in range(wanted):
+        centre = scale * (i + 0.5)
+        first = max(int(centre - support + 0.5), 0)
+        last = min(int(centre + support + 0.5), have)
+        x = np.abs((np.arange(first, last) - centre + 0.5) * inverse)
+        near = (1.5 * x - 2.5) * x * x + 1  # a = -0.5, as Pillow has it
+        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        row = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        weights[i, first:last] = row / row.sum()
+    most = max(weights.max(), 0.0)
+    bits = next(b for b in range(23) if b == 22 or int(0.5 + most * (1 << (b + 1))) >= 1 << 15)
+    scaled = weights * (1 << bits)
+    return np.trunc(scaled + np.where(scaled < 0, -0.5, 0.5)), bits
 
 
 def bilinear(image: NDArray, height: int, width: int) -> NDArray[np.float32]:

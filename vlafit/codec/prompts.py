@@ -2,7 +2,7 @@
 
 A form is named after the reference that it was taken from, because codec.json stores the name: pi0 and pi05
 are openpi's (models/tokenizer.py); line is LeRobot's: the instruction as it is, made to end in a newline,
-tokenised in one piece.
+tokenised in one piece; groot is GR00T's, whose chat turn around the instruction is the policy's own.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Prompt = Literal["pi0", "pi05", "text", "line"]
+Prompt = Literal["pi0", "pi05", "text", "line", "groot"]
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # openpi: 256 bins over [-1, 1]
 
@@ -51,6 +51,11 @@ def _as_line(instruction: str, _: NDArray) -> tuple[str, ...]:
     return (instruction if instruction.endswith("\n") else f"{instruction}\n",)
 
 
+def formal(text: str) -> str:
+    """Return the instruction as GR00T writes it: lower case, only letters, digits, blanks and underscores."""
+    return "".join(c for c in text.lower() if c.isalnum() or c.isspace() or c == "_")
+
+
 FORMS: Mapping[Prompt, PromptForm] = {
     "pi0": PromptForm(lambda text, _: (clean(text), "\n"), ("\n",), begins_with_bos=True),
     "pi05": PromptForm(
@@ -61,6 +66,7 @@ FORMS: Mapping[Prompt, PromptForm] = {
     ),
     "text": PromptForm(lambda text, _: (text,)),
     "line": PromptForm(_as_line, ("\n",)),
+    "groot": PromptForm(lambda text, _: (formal(text),)),
 }
 
 

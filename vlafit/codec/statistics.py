@@ -20,10 +20,13 @@ Normalisation = Literal[
     "lerobot_mean_std",
     "lerobot_quantile",
     "lerobot_min_max",
+    "groot_quantile",
+    "groot_min_max",
     "identity",
 ]
 """How a column is normalised. The first three have floors that keep nearly constant dimensions from
-exploding (the first two are openpi's); the others repeat what LeRobot did when it trained a checkpoint."""
+exploding (the first two are openpi's); the others repeat what LeRobot did when it trained a checkpoint.
+GR00T's are clipped to [-1, 1] in both directions, and constant dimensions are 0."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
@@ -32,6 +35,8 @@ NEEDED: dict[Normalisation, tuple[str, str]] = {
     "lerobot_mean_std": ("mean", "std"),
     "lerobot_quantile": ("q01", "q99"),
     "lerobot_min_max": ("min", "max"),
+    "groot_quantile": ("q01", "q99"),
+    "groot_min_max": ("min", "max"),
 }
 """The statistics that each way of normalising reads; the first two also look at min and max."""
 
@@ -202,16 +207,21 @@ def _add_rows(total: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[
 
 @dataclass(frozen=True, eq=False)
 class Normaliser:
-    """An invertible map of each dimension: ``encode(x) = (x - offset) / scale * gain - shift``."""
+    """An invertible map of each dimension: ``encode(x) = (x - offset) / scale * gain - shift``.
+
+    Where it is `clipped`, to [-1, 1], only what lies in the range comes back; a scale of 0 gives 0, and comes
+    back as the offset.
+    """
 
     offset: NDArray[np.float64]
     scale: NDArray[np.float64]
     gain: float
     shift: float
+    clipped: bool = False
 
     @classmethod
     def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
-        """Return the normaliser of `method`; nothing is clipped.
+        """Return the normaliser of `method`; only GR00T's clip.
 
         Of vlafit's ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
         the divisor is never so small that a *recorded* value would land further than 50 from the centre: a
@@ -236,13 +246,22 @@ class Normaliser:
                 return cls(one, other + LEROBOT_EPSILON, 1.0, 0.0)
             case "lerobot_quantile" | "lerobot_min_max":
                 return cls(one, np.where(other == one, LEROBOT_EPSILON, other - one), 2.0, 1.0)
+            case "groot_quantile" | "groot_min_max":
+                return cls(one, other - one, 2.0, 1.0, clipped=True)
 
     def encode(self, values: NDArray) -> NDArray[np.float64]:
         """Normalise [..., d]."""
+        if self.clipped:
+            scaled = (values - self.offset) / np.where(
+                self.scale == 0, 1.0, self.scale
+            ) * self.gain - self.shift
+            return np.where(self.scale == 0, 0.0, scaled.clip(-1.0, 1.0))
         return (values - self.offset) / self.scale * self.gain - self.shift
 
     def decode(self, values: NDArray) -> NDArray[np.float64]:
         """Undo `encode`."""
+        if self.clipped:
+            values = values.clip(-1.0, 1.0)
         return (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset
 
 

@@ -27,6 +27,8 @@ class FlowPolicy(Policy):
     """Euler steps of `act`: pi0 paper."""
     stop_gradient: Literal["", "prefix"] = ""
     """"prefix": the flow loss leaves no gradient in `prefix_modules`; a strategy sets it."""
+    zero_masked_actions: bool = False
+    """Whether actions that the loss does not look at are 0 before noise is added, whatever they were."""
     graphs: CudaGraphs | None = None
     """Samples by CUDA graphs, on a GPU; an actor sets it."""
 
@@ -138,6 +140,8 @@ class FlowPolicy(Policy):
         """Return velocity and noise, both [b, k, t, a]."""
         self.check(batch)
         actions = required_actions(batch)
+        if self.zero_masked_actions and batch.action_mask is not None:
+            actions = torch.where(batch.action_mask, actions, 0.0)
         self._check_noise(batch, noise, time)
         noise = noise[:, None] if noise.ndim == 3 else noise.transpose(0, 1)  # [b, k, t, a]
         time = time[:, None] if time.ndim == 1 else time.transpose(0, 1)  # [b, k]

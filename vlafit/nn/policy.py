@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt
+from vlafit.codec.statistics import Normalisation
 from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch
 from vlafit.nn.kinds import Kind
@@ -62,6 +63,8 @@ class Needs:
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
     history: int = 1
     """Observation steps, the newest included."""
+    normalisation: Normalisation = "mean_std"
+    """How states and actions are normalised, unless its checkpoint or the recipe says otherwise."""
 
 
 @dataclass(frozen=True)

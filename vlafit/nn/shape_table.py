@@ -103,7 +103,7 @@ class ShapeTable:
     """Widths that must all be the public size's before `assumed` is taken from it."""
     assumed: tuple[str, ...] = ()
     """Config keys that no tensor tells, taken from the public size of the same widths."""
-    stand_ins: Mapping[str, Callable[[Sizes], int]] = field(default_factory=dict)
+    stand_ins: Mapping[str, Callable[[Sizes], Any]] = field(default_factory=dict)
     """Config keys that the user must give where nothing tells them -> a value to compare tensors with."""
 
 

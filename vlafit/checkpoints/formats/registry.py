@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import COMMON_FILES, CheckpointFiles, Format
+from vlafit.checkpoints.formats.groot import format as groot
+from vlafit.checkpoints.formats.groot import lerobot as lerobot_groot
 from vlafit.checkpoints.formats.hf_transformers import format as hf_transformers
 from vlafit.checkpoints.formats.lerobot import format as lerobot
 from vlafit.checkpoints.formats.native import format as native
@@ -28,7 +30,9 @@ BUILT_IN: tuple[Format, ...] = (
     native.FORMAT,
     peft.FORMAT,
     openpi.JAX,
+    lerobot_groot.FORMAT,
     lerobot.FORMAT,
+    groot.FORMAT,
     hf_transformers.FORMAT,
     openpi.FORMAT,
 )

@@ -23,6 +23,7 @@ from vlafit.checkpoints.formats.base import (
     OpenedCheckpoint,
     Opener,
 )
+from vlafit.checkpoints.formats.groot import write_lerobot
 from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
@@ -42,6 +43,7 @@ from vlafit.checkpoints.voting import Witness, depth_of
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy
+from vlafit.policies.groot import Groot
 
 DECIDING = (  # keys of config.json that decide what a policy computes from its weights
     "type",
@@ -185,6 +187,8 @@ class LeRobot(Format):
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
         """Write config.json, weights, both pipelines and the tokenizer."""
         assert codec is not None  # refusals ask for one
+        if isinstance(policy, Groot):
+            return write_lerobot.write(folder, policy, codec, final)
         return writing.write(folder, policy, codec) + writing.name_vlm(folder, final)
 
     def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:

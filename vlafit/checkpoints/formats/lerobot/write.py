@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
+from vlafit.checkpoints.formats.groot import write_lerobot as groot
 from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.lerobot.write_config import (
     LOCAL_VLM,
@@ -31,6 +32,7 @@ from vlafit.checkpoints.formats.lerobot.write_processors import (
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
+from vlafit.policies.groot import Groot
 from vlafit.policies.pi0 import Pi0
 from vlafit.policies.smolvla import SmolVLA, SmolVLAConfig
 
@@ -54,6 +56,8 @@ def kind_of(policy: Policy) -> Kind | None:
 
 def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     """Say why LeRobot cannot hold this policy or codec; empty where it can."""
+    if isinstance(policy, Groot):
+        return groot.refusals(policy, codec)
     kind = kind_of(policy)
     if kind is None:
         return ["LeRobot has no such family"]
@@ -109,7 +113,7 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
 
 def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     """Whether LeRobot keeps a parameter in float32 when the policy is bfloat16."""
-    if isinstance(policy, SmolVLA):  # which has no such setting there; as in vlafit
+    if isinstance(policy, SmolVLA | Groot):  # which have no such setting there; as in vlafit
         return stored_as(info, torch.bfloat16) == torch.float32
     return info.part in ("vision", "projector", "projections") or info.kind == "norm"
 

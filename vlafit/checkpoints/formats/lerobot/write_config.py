@@ -127,7 +127,7 @@ def _inputs(codec: Codec) -> dict[str, Any]:
     for name in codec.config.cameras:
         if name:
             height, width, _ = codec.embodiment.camera(name).shape
-            features[_key(name)] = {"type": "VISUAL", "shape": [3, height, width]}
+            features[image_key(name)] = {"type": "VISUAL", "shape": [3, height, width]}
     for name in codec.config.cameras:
         if not name:  # LeRobot puts missing cameras last; where they stand makes no difference
             side = codec.config.image_size
@@ -136,7 +136,8 @@ def _inputs(codec: Codec) -> dict[str, Any]:
     return features | {STATE: {"type": "STATE", "shape": list(codec.embodiment.state.shape)}}
 
 
-def _key(camera: str) -> str:
+def image_key(camera: str) -> str:
+    """Return LeRobot's name of the feature of a camera."""
     return camera if camera.startswith("observation.") else IMAGES + camera
 
 

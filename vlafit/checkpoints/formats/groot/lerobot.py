@@ -1,0 +1,187 @@
+"""LeRobot's checkpoints of GR00T N1.7.
+
+Its config.json has no sizes: they are those of `base_model_path`, which LeRobot opens first. They are read
+from that folder's config.json where it lies in the checkpoint or beside it, known for NVIDIA's public
+checkpoint, and else told by the tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.declaration import Declaration, InputForm
+from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.groot import config, names, processors
+from vlafit.checkpoints.formats.groot.format import FIXED, table_refusals
+from vlafit.checkpoints.formats.groot.write_lerobot import NAMES, PREFIX
+from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.infer import ConfigEvidence
+from vlafit.checkpoints.name_map import NameMap
+from vlafit.checkpoints.options import LoadOptions
+from vlafit.checkpoints.voting import Stated
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy, is_sampling_steps
+from vlafit.policies import merge_dotted
+from vlafit.policies.groot import SIZES
+
+FORM = NAMES.form
+TYPE = "groot"
+LAYOUT = {"LeRobot's GR00T": (PREFIX,)}
+PUBLIC = "nvidia/GR00T-N1.7"  # how the names of NVIDIA's checkpoints of these sizes begin
+REWRITTEN = {"max_state_dim": 64, "max_action_dim": 32, "chunk_size": 50}
+"""Values of config.json for which LeRobot takes those of the base without a word: N1.5's defaults."""
+
+
+class Adapters(LeRobotAdapters):
+    """LeRobot loads a PEFT folder with its own files beside the adapters."""
+
+    def names(self, family: str) -> NameMap | None:
+        """Return the names of the modules in LeRobot's class."""
+        return NAMES if family == "groot" else None
+
+    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
+        """Say which layers are no modules there."""
+        return table_refusals(policy, layers)
+
+
+class LeRobotGroot(Format):
+    """LeRobot's checkpoints of GR00T; `formats.lerobot` writes them through `write_lerobot`."""
+
+    name = FORM
+    layouts = LAYOUT
+    adapters = Adapters()
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether the tensor names are those of LeRobot's class."""
+        return names.recognise(files.tensor_names, PREFIX)
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Translate the names, read config.json, the processors' sizes and those of the base."""
+        lerobot = read_config(files.folder)
+        if lerobot is not None and lerobot.values["type"] != TYPE:
+            raise WeightsError(
+                f"{files.path}: config.json says type {lerobot.values['type']!r}, the tensors are those of "
+                f"{TYPE}: one of the two belongs to another checkpoint"
+            )
+        words = options.open_tokenizer() or config.own_tokenizer(files.folder)
+        values, stated, steps, notes = _evidence(files.folder, lerobot, words)
+        values.setdefault("max_tokens", config.MAX_TOKENS)
+        return OpenedCheckpoint(
+            str(files.path),
+            self,
+            "groot",
+            names.read(files.tensors, NAMES),
+            ConfigEvidence(values, stated, fixed=FIXED),
+            steps=steps,
+            codec_folder=files.folder,
+            notes=notes,
+        )
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Read the processors; the caller's tokenizer is used where the checkpoint does not hold its own."""
+        assert opened.codec_folder is not None
+        folder, words = opened.codec_folder, options.open_tokenizer()
+        own = config.own_tokenizer(folder)
+        if own is not None and words is not None:
+            raise WeightsError(f"{folder}: has a tokenizer of its own (tokenizer/); it takes no tokenizer")
+        codec, reason = processors.read(folder, policy.needs(), words or own, options.assets)
+        if codec is not None:
+            require_vocabulary(codec, policy, opened.path)
+            return ChosenCodec(codec)
+        for name in ("assets",) if words is None else ("tokenizer", "assets"):
+            if getattr(options, name) is not None:
+                raise WeightsError(f"{opened.path}: {name} would have no effect: {reason}")
+        return ChosenCodec(None, reason)
+
+    def codec_of_headers(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Read the processors, as `codec` does: they hold no weights."""
+        return self.codec(opened, policy, options)
+
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether statistics are there and their tokenizer is not."""
+        return read_config(files.folder) is not None and processors.lacks_tokenizer(files.folder)
+
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return what config.json and the processors say."""
+        lerobot = read_config(files.folder)
+        if lerobot is None:
+            return Declaration()
+        pre, post = processors.steps_in(files.folder)
+        processors.require_repeated(lerobot, pre, post)
+        try:
+            slots, robot = processors.robot_of(lerobot, pre)
+        except WeightsError:  # without features it says nothing of the robot; `load` needs none
+            slots, robot = (), None
+        pack, encode = (processors.step_of(pre, name) for name in (processors.PACK, processors.ENCODE))
+        sets = {} if pack is None else processors.sets_of(pack)
+        formal = pack is None or pack.config.get("formalize_language", True)
+        own = files.folder / "tokenizer"
+        named = "" if encode is None else str(encode.config.get("model_name", ""))
+        return Declaration(
+            embodiment=robot,
+            relative=None if robot is None else (),
+            slots=slots,
+            tokenizer="" if own.is_dir() else named,
+            own_tokenizer=own if own.is_dir() else None,
+            named_statistics=() if "" in sets else tuple(sorted(sets)),
+            form=InputForm("groot" if formal else "text", "groot", "prompt"),
+        )
+
+
+def _evidence(
+    folder: Path, lerobot: LeRobotConfig | None, words: Any
+) -> tuple[dict[str, Any], list[Stated], int | None, tuple[str, ...]]:
+    """Return config values, stated sizes, sampling steps and notes of the checkpoint's files."""
+    if lerobot is None:
+        return {}, [], None, ()
+    base = str(lerobot.values.get("base_model_path"))
+    place = config.find_folder(folder, base)
+    values: dict[str, Any] = {}
+    stated: list[Stated] = []
+    steps: int | None = None
+    if place is not None and config.read_config(place) is not None:
+        values, stated, steps = config.evidence(place, words)
+    elif base.startswith(PUBLIC):
+        values, stated = _public(f"{lerobot.path.name} (base_model_path {base!r})")
+    keys = {"max_state_dim": "state_dim", "max_action_dim": "action_dim"}
+    kept = {key: field for key, field in keys.items() if lerobot.values.get(key) != REWRITTEN[key]}
+    stated = [*(one for one in stated if one.key not in kept.values()), *lerobot.state(kept)]
+    chunk = lerobot.get("chunk_size", int)
+    if chunk is not None and chunk != REWRITTEN["chunk_size"]:
+        values = merge_dotted(values, {"chunk": chunk})
+    pre, _ = processors.steps_in(folder)
+    if (side := processors.image_size(pre)) is not None:
+        values["image_size"] = side
+    row, note = processors.row_of(lerobot, pre)
+    values["embodiment_rows"] = [row]
+    own = lerobot.get("num_inference_timesteps", int)
+    if own is not None and not is_sampling_steps(own):
+        raise WeightsError(
+            f"{lerobot.path}: num_inference_timesteps is {own}; a policy samples in 1 to "
+            f"{MOST_SAMPLING_STEPS} steps"
+        )
+    return values, stated, own or steps, (note,) if note else ()
+
+
+def _public(source: str) -> tuple[dict[str, Any], list[Stated]]:
+    """Return the values and sizes of NVIDIA's public checkpoint."""
+    public: Mapping[str, Any] = asdict(replace(SIZES["groot"]))
+    values: dict[str, Any] = {}
+    stated: list[Stated] = []
+    shapeless = ("vision.heads", "vision.deepstack", "language.sections", "language.rope_base",
+                 "expert.heads", "expert.memory_heads", "expert.text_every", "expert.dropout")  # fmt: skip
+    for part in ("vision", "language", "expert"):
+        for key, value in public[part].items():
+            if f"{part}.{key}" in shapeless:
+                values = merge_dotted(values, {f"{part}.{key}": value})
+            else:
+                stated.append(Stated(f"{part}.{key}", value, source))
+    for key in ("chat", "image_size", "chunk", "state_dropout"):
+        values[key] = public[key]
+    return values, stated
+
+
+FORMAT = LeRobotGroot()

@@ -1,0 +1,313 @@
+"""Read LeRobot's processors of GR00T N1.7 as a codec.
+
+One step packs state, actions and frames, one makes the chat turn, one undoes the normalisation. With
+`raw_stats`, which raw NVIDIA checkpoints bring, LeRobot normalises groups of dimensions apart; those are
+refused by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
+from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
+from vlafit.checkpoints.formats.lerobot.processor_steps import NEUTRAL, RENAME, Step, read_steps
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE
+from vlafit.checkpoints.tensor_files import open_tensors
+from vlafit.codec import Codec, CodecConfig, Tokenizer
+from vlafit.codec.images import groot_crop
+from vlafit.codec.prompts import Prompt
+from vlafit.codec.statistics import Normalisation
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import Needs
+from vlafit.types import Embodiment
+
+PRE, POST = lerobot_processors.PRE, lerobot_processors.POST
+PACK, ENCODE = "groot_n1_7_pack_inputs_v1", "groot_n1_7_vlm_encode_v1"
+UNPACK, GROUPED = "groot_action_unpack_unnormalize_v2", "groot_n1_7_action_decode_v1"
+EMBODIMENTS = {  # LeRobot 0.6.1's N1_7_EMBODIMENT_MAPPING: tag -> row of the embodiment tables
+    "oxe_droid_relative_eef_relative_joint": 24,
+    "xdof_relative_eef_relative_joint": 27,
+    "xdof_relative_eef_relative_joint_subtask": 27,
+    "real_g1_relative_eef_relative_joints": 25,
+    "real_r1_pro_sharpa_relative_eef": 26,
+    "real_r1_pro_sharpa_relative_eef_human": 26,
+    "real_r1_pro_sharpa_relative_eef_maxinsights": 26,
+    "real_r1_pro_sharpa_relative_eef_mecka": 26,
+    "unitree_g1_full_body_with_waist_height_nav_cmd": 25,
+    "simpler_env_google": 0,
+    "simpler_env_widowx": 1,
+    "libero_sim": 2,
+    "new_embodiment": 10,
+}
+UNKNOWN_ROW = 0  # LeRobot's for a tag that its table does not have
+WRIST = {"wrist_image": "image2"}  # a key of NVIDIA's LIBERO checkpoint -> LeRobot's name of that camera
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _only(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
+
+
+REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    RENAME: {"rename_map": lambda value: isinstance(value, dict)},
+    "to_batch_processor": {},
+    "device_processor": {"device": _any, "float_dtype": _only(None, "float32")},
+    PACK: {
+        "state_horizon": _only(1),
+        "action_horizon": _any,  # compared with the policy below, as the two widths are
+        "valid_action_horizon": _any,  # compared with action_horizon below
+        "video_horizon": _only(None, 1),
+        "max_state_dim": _any,
+        "max_action_dim": _any,
+        "language_key": _any,  # where LeRobot finds the instruction; an observation has it
+        "formalize_language": _only(True, False),
+        "embodiment_tag": _any,  # read
+        "embodiment_mapping": _any,  # read
+        "normalize_min_max": _only(True, False),
+        "state_dropout_prob": _any,  # only in training
+        "clip_outliers": _only(True),
+        "use_percentiles": _any,  # only of grouped statistics
+        "video_modality_keys": _any,  # read
+        "raw_stats": lambda value: not value,
+        "modality_config": lambda value: not value,
+    },
+    ENCODE: {
+        "model_name": _any,  # of the tokenizer; its tokens are compared with the policy's
+        "image_crop_size": _any,  # compared with the framing below, as the next three are
+        "image_target_size": _any,
+        "shortest_image_edge": _any,
+        "crop_fraction": _any,
+        "use_albumentations": _only(False),
+        "letter_box_transform": _only(False),
+        "device": _any,
+    },
+    UNPACK: {
+        "env_action_dim": _any,  # compared with config.json below
+        "normalize_min_max": _only(True, False),
+        "clip_normalized_action": _only(True),
+        "libero_gripper_action": _only(False),
+        "libero_gripper_binarize": _any,  # only with libero_gripper_action
+    },
+}
+"""Settings of each step, and which of their values we repeat; a comment says why any will do."""
+
+
+def steps_in(folder: Path) -> tuple[list[Step], list[Step]]:
+    """Return the steps of both pipelines; empty where there is no file."""
+    pre, post = (read_steps(folder / name) if (folder / name).is_file() else [] for name in (PRE, POST))
+    return pre, post
+
+
+def step_of(steps: Sequence[Step], name: str) -> Step | None:
+    """Return the step called `name`, None without one. Raises WeightsError for several."""
+    matching = [step for step in steps if step.name == name]
+    if len(matching) > 1:
+        raise WeightsError(f"{matching[1].where}: {name} is there {len(matching)} times")
+    return matching[0] if matching else None
+
+
+def read(
+    folder: Path, needs: Needs, tokenizer: Tokenizer | None = None, asset: str | Path | None = None
+) -> tuple[Codec | None, str]:
+    """Return the codec of config.json and the processors in `folder`, or None and why there is none.
+
+    Raises WeightsError naming a step, setting or feature that vlafit does not repeat.
+    """
+    lerobot = read_config(folder)
+    absent = [name for name in (PRE, POST) if not (folder / name).is_file()]
+    if lerobot is None or absent:
+        return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + absent)}"
+    pre, post = steps_in(folder)
+    require_repeated(lerobot, pre, post)
+    pack, encode, undo = step_of(pre, PACK), step_of(pre, ENCODE), step_of(post, UNPACK)
+    if pack is None or encode is None or undo is None:
+        lacking = PACK if pack is None else ENCODE if encode is None else UNPACK
+        raise WeightsError(
+            f"{folder / (POST if lacking == UNPACK else PRE)}: no step is {lacking}; one is needed"
+        )
+    _require_sizes(pack, encode, needs)
+    slots, robot = robot_of(lerobot, pre)
+    normalises = bool(pack.config.get("normalize_min_max", True))
+    kind: Normalisation = "groot_min_max" if normalises else "identity"
+    dims = undo.config.get("env_action_dim", 0)
+    if dims not in (0, robot.action.shape[0]):
+        raise WeightsError(
+            f"{undo.where}: env_action_dim is {dims}, and {lerobot.path} has {robot.action.shape[0]} action "
+            "dimensions: two files of one checkpoint contradict each other; correct the one that is wrong"
+        )
+    before, after = sets_of(pack), sets_of(undo)
+    name, reason = stored.choose({**after, **before}, asset, str(folder / PRE))
+    if normalises and not before and not after:
+        return None, lerobot_processors.NO_STATISTICS
+    if name is None:
+        return None, reason
+    kinds: dict[str, Normalisation] = {"state": kind, "action": kind}
+    chosen, undone = before.get(name, {}), after.get(name, {})
+    if lacking := stored.lacking(chosen, kinds, name, asset, str(folder / PRE)):
+        return None, lacking
+    statistics = stored.read_both(chosen, kinds, robot, pack.where)
+    _require_undone(undo, undone, kind, statistics["action"].array, robot.action.shape[0])
+    prompt: Prompt = "groot" if pack.config.get("formalize_language", True) else "text"
+    config = CodecConfig(
+        cameras=slots,
+        image_size=needs.image_size,
+        state_dim=needs.state_dim,
+        action_dim=needs.action_dim,
+        chunk=needs.chunk,
+        normalisation=kind,
+        prompt=prompt,
+        max_tokens=needs.max_tokens,
+        framing="groot",
+    )
+    if tokenizer is None:
+        wanted = encode.config.get("model_name")
+        return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
+    return Codec(config, robot, statistics, tokenizer), ""
+
+
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether the processors are there with statistics, and only their tokenizer is not."""
+    pre, post = steps_in(folder)
+    pack = step_of(pre, PACK)
+    return pack is not None and bool(post) and bool(sets_of(pack)) and not (folder / "tokenizer").is_dir()
+
+
+def row_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[int, str]:
+    """Return the row of the embodiment tables that LeRobot uses, and a note where it is the last resort."""
+    pack = step_of(pre, PACK)
+    settings: Mapping[str, Any] = lerobot.values if pack is None else pack.config
+    tag = settings.get("embodiment_tag", "new_embodiment")
+    mapping = EMBODIMENTS if pack is None else pack.config.get("embodiment_mapping", EMBODIMENTS)
+    where = lerobot.path if pack is None else pack.where
+    row = mapping.get(tag, UNKNOWN_ROW) if isinstance(mapping, Mapping) else None
+    if not isinstance(row, int) or isinstance(row, bool):
+        raise WeightsError(
+            f"{where}: embodiment_mapping is {mapping!r}, which is not what LeRobot writes there"
+        )
+    if tag in mapping:
+        return row, ""
+    return row, (
+        f"{where}: embodiment_tag {tag!r} is not in embodiment_mapping; LeRobot then takes row {row}, and so "
+        "does vlafit (another one: config embodiment_rows)"
+    )
+
+
+def robot_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
+    """Return the camera slots in LeRobot's order, and what config.json tells of the robot."""
+    _, robot = lerobot_processors.robot_of(lerobot, pre)
+    by_key = sorted(camera.name for camera in robot.cameras)  # LeRobot sorts the keys of its batch
+    pack = step_of(pre, PACK)
+    keys = None if pack is None else pack.config.get("video_modality_keys")
+    if not keys:
+        return tuple(by_key), robot
+    slots = [next((n for n in (key, WRIST.get(key)) if n in by_key), "") for key in keys]
+    if not all(slots) or len(slots) != len(by_key):
+        assert pack is not None
+        raise WeightsError(
+            f"{pack.where}: video_modality_keys are {', '.join(map(str, keys))}, and {lerobot.path} has the "
+            f"cameras {', '.join(by_key)}: LeRobot would leave some out; rename them, or correct the keys"
+        )
+    return tuple(slots), robot
+
+
+def require_repeated(lerobot: LeRobotConfig, pre: Sequence[Step], post: Sequence[Step]) -> None:
+    """Raise WeightsError naming the first step or setting that vlafit does not repeat."""
+    if lerobot.get("use_relative_actions", bool):
+        raise WeightsError(
+            f"{lerobot.path}: use_relative_actions is true: LeRobot normalises them by statistics of each "
+            "step, which is not supported here"
+        )
+    for steps, known in ((pre, (RENAME, *NEUTRAL, PACK, ENCODE)), (post, (UNPACK, *NEUTRAL))):
+        for step in steps:
+            if step.name not in known:
+                grouped = " (statistics of groups of dimensions)" if step.name == GROUPED else ""
+                raise WeightsError(
+                    f"{step.where}: this step{grouped} is not known here, and leaving it out would be a guess"
+                )
+            for key, value in step.config.items():
+                allowed = REPEATED[step.name].get(key)
+                if allowed is None:
+                    raise WeightsError(
+                        f"{step.where}: {key} is {value!r}; it is not known here, so that to ignore it is a "
+                        "guess"
+                    )
+                if not allowed(value):
+                    shown = repr(value)
+                    shown = f"{shown[:80]}..." if len(shown) > 80 else shown
+                    raise WeightsError(f"{step.where}: {key} is {shown}, which is not supported here")
+
+
+def sets_of(step: Step) -> stored.Sets:
+    """Return the statistics of state and action that a step holds."""
+    return stored.in_processors(open_tensors([step.state_file])) if step.state_file is not None else {}
+
+
+def image_size(pre: Sequence[Step]) -> int | None:
+    """Return the side of the images that the steps make; None where they do not say."""
+    encode = step_of(pre, ENCODE)
+    sides = None if encode is None else encode.config.get("image_target_size")
+    if encode is None or sides is None:
+        return None
+    if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int:
+        raise WeightsError(f"{encode.where}: image_target_size is {sides}; only squares are supported here")
+    return sides[0]
+
+
+def _require_sizes(pack: Step, encode: Step, needs: Needs) -> None:
+    wanted = {
+        "action_horizon": needs.chunk,
+        "max_state_dim": needs.state_dim,
+        "max_action_dim": needs.action_dim,
+    }
+    for key, size in wanted.items():
+        if pack.config.get(key, size) != size:
+            raise WeightsError(
+                f"{pack.where}: {key} is {pack.config[key]}, and {size} by the weights' config"
+            )
+    valid = pack.config.get("valid_action_horizon", needs.chunk)
+    if valid != needs.chunk:
+        raise WeightsError(
+            f"{pack.where}: valid_action_horizon is {valid} of {needs.chunk} actions; only all of them are "
+            "supported here"
+        )
+    target, crop = needs.image_size, groot_crop(needs.image_size)
+    allowed = {
+        "image_target_size": ([target, target],),
+        "image_crop_size": ([crop, crop],),
+        "shortest_image_edge": (None, target),
+        "crop_fraction": (None, crop / target),
+    }
+    for key, values in allowed.items():
+        value = encode.config.get(key, values[0])
+        if value not in values:
+            raise WeightsError(
+                f"{encode.where}: {key} is {value}; only {values[0]} is supported for {target} pixels"
+            )
+
+
+def _require_undone(
+    undo: Step,
+    undone: Mapping[str, Tensor],
+    kind: Normalisation,
+    array: Callable[[str], Any],
+    dimensions: int,
+) -> None:
+    same = bool(undo.config.get("normalize_min_max", True)) == (kind != "identity")
+    if same and kind != "identity":
+        there = stored.read(undone, ACTION, kind, dimensions, undo.where)
+        same = all(np.array_equal(array(name), there.array(name)) for name in ("min", "max"))
+    if not same:
+        raise WeightsError(
+            f"{undo.where}: it does not undo how {PRE} normalises actions; one of the two was exchanged"
+        )
+
+
+__all__ = ["ACTION", "STATE", "image_size", "lacks_tokenizer", "read", "robot_of", "row_of", "sets_of"]
