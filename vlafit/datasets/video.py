@@ -92,7 +92,7 @@ class VideoFile:
         self._frames = self._container.decode(self._stream)
 
     def _next(self, from_s: float) -> tuple[av.VideoFrame | None, int]:
-        """Return the next frame that is shown at `from_s` or later, None at the end; and how many came before."""
+        """Return the next frame shown at `from_s` or later (None at the end), and how many came before."""
         passed = 0
         for frame in self._frames or ():
             self.decoded += 1
