@@ -62,6 +62,9 @@ class Needs:
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
     history: int = 1
     """Observation steps, the newest included."""
+    embodiments: int = 0
+    """Embodiments that the policy has weights of their own for, which `Batch.embodiment_id` numbers; 0: it has
+    none."""
 
 
 @dataclass(frozen=True)
@@ -199,4 +202,12 @@ def check_batch(batch: Batch, needs: Needs) -> None:
             raise CodecError(
                 f"batch.tokens reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
                 " use the tokenizer that belongs to it"
+            )
+    ids = batch.embodiment_id
+    if needs.embodiments and ids is not None and ids.device.type == "cpu" and len(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= needs.embodiments:
+            raise CodecError(
+                f"batch.embodiment_id reaches from {low} to {high}; this policy has weights for embodiments 0 to "
+                f"{needs.embodiments - 1}"
             )
