@@ -31,7 +31,7 @@ FRAMINGS: Mapping[Framing, FramingRule] = {
     "openpi": FramingRule(antialiased=True, centred=True),
     "lerobot": FramingRule(antialiased=False, centred=True),
     "smolvla": FramingRule(antialiased=False, centred=False),
-    # LeRobot pads X-VLA's images with 0 after ImageNet's mean was subtracted: that is the mean, to a grey level.
+    # LeRobot pads X-VLA's images with 0 after ImageNet's mean was subtracted: with the mean, to a grey level.
     "xvla": FramingRule(antialiased=False, centred=False, fill=(124, 116, 104)),
 }
 

@@ -18,7 +18,7 @@ PERIOD = 10_000.0  # of the slowest sine in the table of times
 
 
 def conv_in_own_precision(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution in the dtype of its weights, or as autocast decides, and return the dtype of `x`."""
+    """Apply a convolution in its weights' dtype, or as autocast decides, and return the dtype of `x`."""
     weight = conv.weight
     assert isinstance(weight, Tensor)
     return conv(x.to(weight.dtype)).to(x.dtype)

@@ -24,7 +24,8 @@ def describe(policy: nn.Module, parts: Mapping[str, str], default: str) -> list[
     `parts` maps the first words of names to parts ("vision" or "vision.layers"; the longest match counts);
     other parameters are of the part `default`. A layer is the number after `.layers.`. The kind is that of
     the module that holds the parameter: convolutions (depthwise ones apart), norms and embeddings by their
-    class; linear layers are "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one called `mlp`.
+    class; linear layers are "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one
+    called `mlp`.
     """
     infos = []
     for name, _ in policy.named_parameters():

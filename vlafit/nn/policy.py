@@ -63,8 +63,9 @@ class Needs:
     history: int = 1
     """Observation steps, the newest included."""
     embodiments: int = 0
-    """Embodiments that the policy has weights of their own for, which `Batch.embodiment_id` numbers; 0: it has
-    none."""
+    """Embodiments that have weights of their own, by `Batch.embodiment_id`; 0: all weights are shared."""
+    cameras: int = 0
+    """Cameras that it takes at most; 0: any number."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def check_batch(batch: Batch, needs: Needs) -> None:
     if needs.history > 1 and batch.history_mask is None:
         raise CodecError(f"the batch has no history; this policy takes {needs.history} observation steps")
     n, size = batch.image_mask.shape[-1], needs.image_size
+    if needs.cameras and n > needs.cameras:
+        raise CodecError(f"batch.images has {n} cameras; this policy takes at most {needs.cameras}")
     wanted: dict[str, tuple[int, ...]] = {
         "images": (*rows, n, 3, size, size),
         "image_mask": (*rows, n),
@@ -208,6 +211,6 @@ def check_batch(batch: Batch, needs: Needs) -> None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= needs.embodiments:
             raise CodecError(
-                f"batch.embodiment_id reaches from {low} to {high}; this policy has weights for embodiments 0 to "
-                f"{needs.embodiments - 1}"
+                f"batch.embodiment_id reaches from {low} to {high}; this policy has weights for embodiments "
+                f"0 to {needs.embodiments - 1}"
             )

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlafit.errors import CodecError
+
 SpaceName = Literal["ee6d", "agibot_ee6d", "joint", "auto", "franka_joint7", "so101_bimanual"]
 
 
@@ -80,3 +86,50 @@ def space_of(name: SpaceName, action_dim: int, real_dim: int) -> ActionSpace:
     if name == "auto":
         return ActionSpace(0, {"joints": Term(_range(0, real_dim or action_dim), 1.0)})
     return SPACES[name]
+
+
+def error_sums(
+    space: ActionSpace, predicted: Tensor, actions: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the sum of each term of a space's loss; `predicted`, `actions` and `mask` are [..., a]."""
+    sums = {}
+    for name, term in space.terms.items():
+        channels = list(term.channels)
+        answer, wanted = predicted[..., channels], actions[..., channels]
+        if term.is_logit:
+            error = F.binary_cross_entropy_with_logits(answer, wanted, reduction="none")
+        else:
+            error = (answer - wanted).square()
+        sums[name] = (error if mask is None else torch.where(mask[..., channels], error, 0.0)).sum()
+    return sums
+
+
+def require_probabilities(space: ActionSpace, actions: Tensor, mask: Tensor) -> None:
+    """Raise CodecError for an action outside [0, 1] whose term is a cross entropy."""
+    for channel in (c for term in space.terms.values() if term.is_logit for c in term.channels):
+        values = actions[..., channel][mask[..., channel]]
+        if values.numel() and not bool(((values >= 0) & (values <= 1)).all()):
+            raise CodecError(
+                f"batch.actions: dimension {channel} is a gripper, whose loss takes values from 0 to 1, and "
+                f"reaches from {values.min():.3g} to {values.max():.3g}: the data must hold 0 and 1 there, "
+                "and a codec must not normalise it (normalisation 'identity')"
+            )
+
+
+def hidden(space: ActionSpace, x: Tensor) -> Tensor:
+    """Return a state or noisy action `x` [..., channels] with the channels 0 that the policy does not see."""
+    if not space.grippers:
+        return x
+    kept = torch.ones(x.shape[-1], dtype=x.dtype)
+    kept[list(space.grippers)] = 0.0
+    return x * kept.to(x.device)
+
+
+def outputs(space: ActionSpace, actions: Tensor) -> Tensor:
+    """Return predicted `actions` [..., a] with probabilities where the space has logits."""
+    if not space.grippers:
+        return actions
+    channels = list(space.grippers)
+    actions = actions.clone()
+    actions[..., channels] = actions[..., channels].sigmoid()
+    return actions

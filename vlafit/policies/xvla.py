@@ -2,12 +2,11 @@
 
 Each robot is a domain with soft prompts and action projections of its own. The head predicts the actions
 themselves, not a velocity, and sampling mixes its last answer with the same noise again. Zheng et al. 2025,
-arXiv 2510.10274; sizes, losses and sampling are those of LeRobot 0.6.1, but for three things: each sample draws
-its own time where LeRobot spreads one draw over the batch, the action mask counts (a codec with
+arXiv 2510.10274; sizes, losses and sampling are those of LeRobot 0.6.1, but for three things: each sample
+draws its own time where LeRobot spreads one draw over the batch, the action mask counts (a codec with
 `mask_padding = false` counts padding, as LeRobot does), and a missing camera is left out of its own row.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,67 +25,22 @@ from vlafit.nn.parameters import build_policy, describe, select
 from vlafit.nn.policy import Needs, ParameterInfo, Policy, required_actions
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.rng import SampleRng
-from vlafit.policies._common import require, require_positive
-from vlafit.policies._xvla_spaces import ActionSpace, SpaceName, space_of
+from vlafit.nn.soft_prompted import DomainLinear, JointTransformer, time_waves
+from vlafit.policies._xvla_config import ExpertConfig, LanguageConfig, VisionConfig, require_fitting
+from vlafit.policies._xvla_spaces import (
+    ActionSpace,
+    SpaceName,
+    error_sums,
+    hidden,
+    outputs,
+    require_probabilities,
+    space_of,
+)
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
-TIME_PERIOD = 100.0  # of the slowest wave of the time embedding: the authors' code
 TIME_BELOW = 1 - 1e-5  # times are drawn from [0, TIME_BELOW): the authors' code
 TIMES = "projector.visual_temporal_embed.weight"  # constant
 FRESH_STD = 0.02  # of fresh soft prompts and positions: the authors' code
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The DaViT image tower and the projector; tuples have an entry for each stage."""
-
-    stage_width: tuple[int, ...]
-    stage_blocks: tuple[int, ...]
-    """Pairs of a spatial and a channel block."""
-    stage_heads: tuple[int, ...]
-    stage_groups: tuple[int, ...]
-    """Groups of channels, each of which attends in itself."""
-    window: int
-    """Pixels along the side of an attention window."""
-    positions: int
-    """Rows, and columns, of features that the projector has positions for."""
-    frames: int
-    """Rows of the projector's constant table of times, of which only the first is read."""
-    kernel: tuple[int, ...] = (7, 3, 3, 3)
-    stride: tuple[int, ...] = (4, 2, 2, 2)
-    padding: tuple[int, ...] = (3, 1, 1, 1)
-    norm_first: tuple[bool, ...] = (False, True, True, True)
-    """Whether a stage's first norm is before its convolution."""
-    drop_path: float = 0.1
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """BART's encoder."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    vocab: int
-    positions: int
-    """Tokens of image and text together that it has positions for."""
-    dropout: float = 0.1
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """The transformer that predicts actions."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    time_dim: int
-    """Width of the embedded time."""
-    positions: int
-    """Tokens of actions, images and text together that it has positions for."""
-    dropout: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -126,97 +80,7 @@ class XVLAConfig:
     """The token that pads a prompt: BART's. Its embedding never learns."""
 
     def __post_init__(self) -> None:
-        v, lang, expert = self.vision, self.language, self.expert
-        require_positive({"vision.": v, "language.": lang, "expert.": expert})
-        sizes = ("image_size", "views", "state_dim", "action_dim", "chunk", "max_tokens", "domains")
-        for name in sizes:
-            value = getattr(self, name)
-            require((value >= 1, f"{name} is {value}; it must be at least 1"))
-        for name, most in (("real_dim", self.action_dim), ("domain", self.domains - 1)):
-            value = getattr(self, name)
-            require((0 <= value <= most, f"{name} is {value}; it must be at least 0 and at most {most}"))
-        require(
-            (self.prompts >= 0, f"prompts is {self.prompts}; it must be at least 0"),
-            (
-                0 <= self.pad_token < lang.vocab,
-                f"pad_token is {self.pad_token}; the vocabulary has tokens from 0 to at most {lang.vocab - 1}",
-            ),
-        )
-        _require_stages(v)
-        _require_parts(self)
-
-
-def _require_stages(v: VisionConfig) -> None:
-    """Raise ConfigError where the stages of the tower do not go together."""
-    stages = len(v.stage_width)
-    for name in ("stage_blocks", "stage_heads", "stage_groups", "kernel", "stride", "padding", "norm_first"):
-        value = getattr(v, name)
-        require(
-            (
-                len(value) == stages > 0,
-                f"vision.{name} has {len(value)} entries, vision.stage_width {stages}; give one for each stage",
-            )
-        )
-    for name in ("stage_width", "stage_blocks", "stage_heads", "stage_groups", "kernel", "stride"):
-        value = getattr(v, name)
-        require((min(value) >= 1, f"vision.{name} is {value}; every entry must be at least 1"))
-    for name in ("stage_heads", "stage_groups"):
-        for width, parts in zip(v.stage_width, getattr(v, name), strict=True):
-            require(
-                (width % parts == 0, f"vision.stage_width {width} is no multiple of vision.{name} {parts}")
-            )
-    require((0 <= v.drop_path < 1, f"vision.drop_path is {v.drop_path}; it must be at least 0 and below 1"))
-
-
-def _require_parts(config: XVLAConfig) -> None:
-    """Raise ConfigError where the parts do not go together."""
-    v, lang, expert = config.vision, config.language, config.expert
-    for where, part in (("language", lang), ("expert", expert)):
-        require(
-            (
-                part.width % part.heads == 0,
-                f"{where}.width {part.width} is no multiple of {where}.heads {part.heads}",
-            ),
-            (
-                0 <= part.dropout < 1,
-                f"{where}.dropout is {part.dropout}; it must be at least 0 and below 1",
-            ),
-        )
-    side = stage_side(config.image_size, v.kernel, v.stride, v.padding)
-    tokens = side * side + 1
-    read, length = tokens + config.max_tokens, config.chunk + tokens * config.views + config.max_tokens
-    space = space_of(config.action_space, config.action_dim, config.real_dim)
-    require(
-        (side >= 1, f"image_size {config.image_size} is too small for the stages of vision.stride"),
-        (
-            side <= v.positions,
-            f"image_size {config.image_size} gives {side} rows of features; vision.positions is {v.positions}",
-        ),
-        (
-            read <= lang.positions,
-            f"an image of {tokens} tokens and a prompt of {config.max_tokens} need {read} "
-            f"language.positions; there are {lang.positions}",
-        ),
-        (
-            length <= expert.positions,
-            f"chunk {config.chunk}, {config.views} views of {tokens} tokens and a prompt of "
-            f"{config.max_tokens} need {length} expert.positions; there are {expert.positions}",
-        ),
-        (
-            space.width in (0, config.action_dim),
-            f"action_dim is {config.action_dim}; the actions of action_space {config.action_space!r} have "
-            f"{space.width} dimensions",
-        ),
-        (
-            all(channel < config.state_dim for channel in space.grippers),
-            f"state_dim is {config.state_dim}; action_space {config.action_space!r} hides the dimensions "
-            f"{space.grippers} of the state",
-        ),
-        (
-            config.real_dim == 0 or config.action_space == "auto",
-            f"real_dim is for action_space 'auto', not {config.action_space!r}; leave it out",
-        ),
-    )
+        require_fitting(self)
 
 
 TOKENIZER = "facebook/bart-large"
@@ -245,7 +109,7 @@ SIZES: Mapping[str, XVLAConfig] = {
     ),
     "xvla-tiny": XVLAConfig(
         VisionConfig(
-            stage_width=(8, 16), stage_blocks=(1, 1), stage_heads=(2, 2), stage_groups=(2, 4), window=3,
+            stage_width=(16, 24), stage_blocks=(1, 1), stage_heads=(2, 2), stage_groups=(2, 4), window=3,
             positions=4, frames=3, kernel=(7, 3), stride=(4, 2), padding=(3, 1), norm_first=(False, True),
         ),
         LanguageConfig(width=24, depth=2, mlp=32, heads=4, vocab=300, positions=20),
@@ -255,103 +119,6 @@ SIZES: Mapping[str, XVLAConfig] = {
     ),
 }  # fmt: skip
 """The public size, one that two CPU cores train from scratch, and a tiny one for tests."""
-
-
-class DomainLinear(nn.Module):
-    """A linear layer whose weight and bias are those of each sample's domain, a row of two tables."""
-
-    def __init__(self, domains: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.fc = nn.Embedding(domains, inputs * outputs)
-        self.bias = nn.Embedding(domains, outputs)
-
-    @property
-    def weight(self) -> Tensor:
-        """The table of weights; a row is a matrix [inputs, outputs]."""
-        return self.fc.weight
-
-    def forward(self, x: Tensor, domain: Tensor) -> Tensor:
-        """Return [b, l, outputs] for `x` [b, l, inputs] and `domain` int64 [b]."""
-        weight, bias = self.fc(domain).unflatten(1, (self.inputs, -1)), self.bias(domain)
-        return torch.baddbmm(bias[:, None].to(x.dtype), x, weight.to(x.dtype))
-
-
-class ExpertAttention(nn.Module):
-    """Multi-head attention among all tokens."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the update of `x` [b, l, d]; `mask` bool [b, 1, 1, l]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class ExpertMlp(nn.Module):
-    """Two linear layers with GELU, approximated by tanh, between."""
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the update of `x` [b, l, d]."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate="tanh"))))
-
-
-class ExpertLayer(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, config: ExpertConfig) -> None:
-        super().__init__()
-        c = config
-        self.norm1 = nn.LayerNorm(c.width)
-        self.attn = ExpertAttention(c.width, c.heads, c.dropout)
-        self.norm2 = nn.LayerNorm(c.width)
-        self.mlp = ExpertMlp(c.width, c.mlp, c.dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the layer's output [b, l, d]."""
-        x = x + self.attn(layer_norm(self.norm1, x), mask)
-        return x + self.mlp(layer_norm(self.norm2, x))
-
-
-class Expert(nn.Module):
-    """The head without the projections of actions and the soft prompts."""
-
-    def __init__(self, config: XVLAConfig) -> None:
-        super().__init__()
-        c, width, features = config, config.expert.width, config.language.width
-        if c.hetero:
-            self.vlm_proj: nn.Module = DomainLinear(c.domains, features, width)
-            self.aux_visual_proj: nn.Module = DomainLinear(c.domains, features, width)
-        else:
-            self.vlm_proj = nn.Linear(features, width)
-            self.aux_visual_proj = nn.Linear(features, width)
-        self.position_embedding = nn.Embedding(c.expert.positions, width)
-        self.blocks = nn.ModuleList(ExpertLayer(c.expert) for _ in range(c.expert.depth))
-        self.norm = nn.LayerNorm(width)
-
-    def project(self, features: Tensor, views: Tensor, domain: Tensor) -> Tensor:
-        """Return the tokens [b, l, d] of the language model's `features` and of the other `views`."""
-        if isinstance(self.vlm_proj, DomainLinear) and isinstance(self.aux_visual_proj, DomainLinear):
-            first = in_own_precision(self.vlm_proj, features, domain)
-            rest = in_own_precision(self.aux_visual_proj, views, domain)
-        else:
-            first, rest = (
-                proj(x.to(proj.weight.dtype))
-                for proj, x in ((self.vlm_proj, features), (self.aux_visual_proj, views))
-            )
-        return torch.cat((first, rest.to(first.dtype)), 1)
 
 
 @dataclass(frozen=True)
@@ -383,9 +150,19 @@ class XVLA(Policy):
         )  # fmt: skip
         self.projector = Projector(v.stage_width[-1], lang.width, v.positions, v.frames)
         self.language = BartEncoder(
-            lang.width, lang.depth, lang.mlp, lang.heads, lang.vocab, lang.positions, lang.dropout, c.pad_token
+            lang.width,
+            lang.depth,
+            lang.mlp,
+            lang.heads,
+            lang.vocab,
+            lang.positions,
+            lang.dropout,
+            c.pad_token,
         )
-        self.expert = Expert(c)
+        self.expert = JointTransformer(
+            width, c.expert.depth, c.expert.heads, c.expert.mlp, c.expert.positions, c.expert.dropout,
+            lang.width, c.domains if c.hetero else 0,
+        )  # fmt: skip
         self.action_encoder = DomainLinear(c.domains, c.action_dim + c.state_dim + c.expert.time_dim, width)
         self.action_decoder = DomainLinear(c.domains, width, c.action_dim)
         self.soft_prompts = nn.Embedding(c.domains, c.prompts * width) if c.prompts else None
@@ -407,8 +184,8 @@ class XVLA(Policy):
         elif info.part == "expert" and words[1] == "blocks":
             info = replace(info, layer=int(words[2]))
         depths = {"vision": sum(stages), "expert": self.config.expert.depth}
-        kinds: dict[str, Kind] = {word: "mlp" for word in ("ffn", "fc1", "fc2")}
-        kinds |= {word: "attention" for word in ("attn", "window_attn", "channel_attn")}
+        kinds: dict[str, Kind] = dict.fromkeys(("ffn", "fc1", "fc2"), "mlp")
+        kinds |= dict.fromkeys(("attn", "window_attn", "channel_attn"), "attention")
         kind = next((kinds[word] for word in words if word in kinds), info.kind)
         return replace(
             info,
@@ -433,28 +210,29 @@ class XVLA(Policy):
             vocabulary=c.language.vocab,
             framing="xvla",
             embodiments=c.domains,
+            cameras=c.views,
         )
 
     def check(self, batch: Batch) -> None:
         """Raise CodecError naming the first field of `batch` that does not fit."""
         super().check(batch)
-        cameras, tokens = batch.image_mask.shape[1], batch.prompt()[0].shape[1]
-        for name, have, room in (
-            ("image_mask", cameras, self.config.views),
-            ("tokens", tokens, self.config.max_tokens),
-        ):
-            if have > room:
-                raise CodecError(f"batch.{name} has {have} columns; this policy takes at most {room}")
+        tokens, room = batch.prompt()[0].shape[1], self.config.max_tokens
+        if tokens > room:
+            raise CodecError(f"batch.tokens has {tokens} columns; this policy takes at most {room}")
 
     def terms(self) -> Mapping[str, float]:
         """Return the terms of the action space's loss and their weights."""
         return {name: term.weight for name, term in self.space.terms.items()}
 
     def counts(self, batch: Batch, draws: int) -> dict[str, float]:
-        """Count the values of each term that the action mask leaves."""
-        mask = batch.action_mask
+        """Count the values of each term that the action mask leaves.
+
+        Raises CodecError where a term is a cross entropy and its actions are not from 0 to 1.
+        """
+        actions, mask = required_actions(batch), batch.action_mask
         if mask is None:
-            mask = torch.ones(required_actions(batch).shape, dtype=torch.bool)
+            mask = torch.ones(actions.shape, dtype=torch.bool)
+        require_probabilities(self.space, actions, mask)
         return {
             name: float(int(mask[..., list(term.channels)].sum()) * draws)
             for name, term in self.space.terms.items()
@@ -532,8 +310,12 @@ class XVLA(Policy):
         """Return actions [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
         k, t = noisy.shape[1:3]
         state, noisy = hidden(self.space, state), hidden(self.space, noisy)
-        embedded = _time_embedding(time, self.config.expert.time_dim)  # [b, k, e]
-        inputs = (noisy, state[:, None, None].expand(-1, k, t, -1), embedded[:, :, None].expand(-1, -1, t, -1))
+        embedded = time_waves(time, self.config.expert.time_dim)  # [b, k, e]
+        inputs = (
+            noisy,
+            state[:, None, None].expand(-1, k, t, -1),
+            embedded[:, :, None].expand(-1, -1, t, -1),
+        )
         tokens = torch.cat([x.float() for x in inputs], -1).flatten(1, 2)  # [b, k * t, a + s + e]
         actions = in_own_precision(self.action_encoder, tokens, context.domain)
         dtype = matrix_dtype(self.expert.blocks[0])
@@ -566,49 +348,6 @@ class XVLA(Policy):
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             tokens = tokens.gather(1, order[:, :, None, None].expand_as(tokens))
         return F.pad(tokens, (0, 0, 0, 0, 0, self.config.views - n))
-
-
-def error_sums(
-    space: ActionSpace, predicted: Tensor, actions: Tensor, mask: Tensor | None
-) -> dict[str, Tensor]:
-    """Return the sum of each term of a space's loss; `predicted`, `actions` and `mask` are [..., a]."""
-    sums = {}
-    for name, term in space.terms.items():
-        channels = list(term.channels)
-        answer, wanted = predicted[..., channels], actions[..., channels]
-        if term.is_logit:
-            error = F.binary_cross_entropy_with_logits(answer, wanted, reduction="none")
-        else:
-            error = (answer - wanted).square()
-        sums[name] = (error if mask is None else torch.where(mask[..., channels], error, 0.0)).sum()
-    return sums
-
-
-def hidden(space: ActionSpace, x: Tensor) -> Tensor:
-    """Return a state or noisy action `x` [..., channels] with the channels 0 that the policy does not see."""
-    if not space.grippers:
-        return x
-    kept = torch.ones(x.shape[-1], dtype=x.dtype)
-    kept[list(space.grippers)] = 0.0
-    return x * kept.to(x.device)
-
-
-def outputs(space: ActionSpace, actions: Tensor) -> Tensor:
-    """Return predicted `actions` [..., a] with probabilities where the space has logits."""
-    if not space.grippers:
-        return actions
-    channels = list(space.grippers)
-    actions = actions.clone()
-    actions[..., channels] = actions[..., channels].sigmoid()
-    return actions
-
-
-def _time_embedding(time: Tensor, width: int) -> Tensor:
-    """Return cosines, then sines, [..., width] of `time` [...]; float32, the last 0 where `width` is odd."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=time.device)
-    angles = time.float()[..., None] * torch.exp(-math.log(TIME_PERIOD) * steps / half)
-    return F.pad(torch.cat((angles.cos(), angles.sin()), -1), (0, width % 2))
 
 
 Config = XVLAConfig
