@@ -45,6 +45,12 @@ def _resize(opened: OpenedCheckpoint, options: LoadOptions) -> Sized:
     resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
     fresh = [*options.fresh, *(resized if options.resize == "fresh" else ())]
     drawn = set(selected(policy, fresh))
+    tables = [i.name for i in policy.parts() if i.kind == "embedding" and i.name in resized]
+    if options.resize == "keep" and not set(tables) <= drawn:
+        raise WeightsError(
+            f"{opened.path}: resize='keep' cannot slice {', '.join(tables)}: each row is an embodiment's "
+            "matrix. Draw them anew: resize='fresh'"
+        )
     if options.resize == "refuse" and not set(resized) <= drawn:
         raise WeightsError(
             f"{opened.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"

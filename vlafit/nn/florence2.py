@@ -295,21 +295,24 @@ def sine_table(rows: int, width: int) -> Tensor:
 
 
 class BartLayer(nn.Module):
-    """Self-attention and an MLP with an exact GELU, each followed by a norm."""
+    """Self-attention and an MLP with an exact GELU, each followed by a norm.
 
-    def __init__(self, width: int, heads: int, mlp: int, dropout: float) -> None:
+    `dropouts` are those of the updates, of attention's weights, and of the MLP's activations.
+    """
+
+    def __init__(self, width: int, heads: int, mlp: int, dropouts: tuple[float, float, float]) -> None:
         super().__init__()
-        self.self_attn = Attention(width, heads, dropout)
+        self.self_attn = Attention(width, heads, dropouts[1])
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, mlp)
         self.fc2 = nn.Linear(mlp, width)
         self.final_layer_norm = nn.LayerNorm(width)
-        self.drop = nn.Dropout(dropout)
+        self.drop, self.drop_activations = nn.Dropout(dropouts[0]), nn.Dropout(dropouts[2])
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the layer's output; `x` [b, l, d], `mask` bool [b, l]."""
         x = layer_norm(self.self_attn_layer_norm, x + self.drop(self.self_attn(x, x, x, mask)))
-        update = self.fc2(self.drop(F.gelu(self.fc1(x))))
+        update = self.fc2(self.drop_activations(F.gelu(self.fc1(x))))
         return layer_norm(self.final_layer_norm, x + self.drop(update))
 
 
@@ -324,15 +327,15 @@ class BartEncoder(nn.Module):
         heads: int,
         vocab: int,
         positions: int,
-        dropout: float,
+        dropouts: tuple[float, float, float],
         pad: int,
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab, width, padding_idx=pad)
         self.embed_positions = nn.Embedding(positions + POSITION_OFFSET, width)
         self.layernorm_embedding = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(BartLayer(width, heads, mlp, dropout) for _ in range(depth))
-        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(BartLayer(width, heads, mlp, dropouts) for _ in range(depth))
+        self.drop = nn.Dropout(dropouts[0])
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Encode embeddings `x` [b, l, d]; `mask` bool [b, l] says which of them are attended to."""

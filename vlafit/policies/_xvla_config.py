@@ -47,6 +47,8 @@ class LanguageConfig:
     positions: int
     """Tokens of image and text together that it has positions for."""
     dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,10 @@ def _require_parts(config: "XVLAConfig") -> None:
                 part.width % part.heads == 0,
                 f"{where}.width {part.width} is no multiple of {where}.heads {part.heads}",
             ),
-            (
-                0 <= part.dropout < 1,
-                f"{where}.dropout is {part.dropout}; it must be at least 0 and below 1",
-            ),
         )
+        for name in (name for name in vars(part) if name.endswith("dropout")):
+            rate = getattr(part, name)
+            require((0 <= rate < 1, f"{where}.{name} is {rate}; it must be at least 0 and below 1"))
     side = stage_side(config.image_size, v.kernel, v.stride, v.padding)
     tokens = side * side + 1
     read, length = tokens + config.max_tokens, config.chunk + tokens * config.views + config.max_tokens

@@ -102,7 +102,10 @@ SIZES: Mapping[str, XVLAConfig] = {
             window=8, positions=8, frames=4, kernel=(7, 3, 3), stride=(4, 2, 2), padding=(3, 1, 1),
             norm_first=(False, True, True), drop_path=0.0,
         ),
-        LanguageConfig(width=128, depth=3, mlp=384, heads=4, vocab=512, positions=64, dropout=0.0),
+        LanguageConfig(
+            width=128, depth=3, mlp=384, heads=4, vocab=512, positions=64, dropout=0.0, attention_dropout=0.0,
+            activation_dropout=0.0,
+        ),
         ExpertConfig(width=128, depth=4, mlp=384, heads=4, time_dim=32, positions=96, dropout=0.0),
         image_size=64, views=1, state_dim=8, action_dim=8, chunk=8, max_tokens=32, domains=4, prompts=4,
         action_space="auto", pad_token=0,
@@ -156,7 +159,7 @@ class XVLA(Policy):
             lang.heads,
             lang.vocab,
             lang.positions,
-            lang.dropout,
+            (lang.dropout, lang.attention_dropout, lang.activation_dropout),
             c.pad_token,
         )
         self.expert = JointTransformer(
@@ -337,9 +340,7 @@ class XVLA(Policy):
         """Return the tokens of all views [b, v, m, d], each row's present cameras first, then zeros."""
         mask = batch.image_mask
         b, n = mask.shape
-        images = seen_images(batch.images, mask)
-        mean, std = images.new_tensor(PIXEL_MEAN), images.new_tensor(PIXEL_STD)
-        images = ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+        images = normalised(seen_images(batch.images, mask))
         # A quantised tower computes in its adapters' precision, the projector in its own.
         seen = self.vision(images)
         tokens = self.projector(seen.to(self.projector.image_projection.weight.dtype)).unflatten(0, (b, n))
@@ -348,6 +349,12 @@ class XVLA(Policy):
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             tokens = tokens.gather(1, order[:, :, None, None].expand_as(tokens))
         return F.pad(tokens, (0, 0, 0, 0, 0, self.config.views - n))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Return images [..., 3, h, w] in [-1, 1] with ImageNet's mean and deviation."""
+    mean, std = images.new_tensor(PIXEL_MEAN), images.new_tensor(PIXEL_STD)
+    return ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
 
 
 Config = XVLAConfig
