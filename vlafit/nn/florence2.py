@@ -213,8 +213,8 @@ class Davit(nn.Module):
         halves = 2 * sum(depths)
         rates = iter(drop_path * half / (halves - 1) for half in range(halves))  # they rise to the last
         self.blocks = nn.ModuleList(
-            nn.ModuleList(DavitBlock(*sizes, window, (next(rates), next(rates))) for _ in range(depth))
-            for *sizes, depth in zip(width, heads, groups, depths, strict=True)
+            nn.ModuleList(DavitBlock(w, h, g, window, (next(rates), next(rates))) for _ in range(depth))
+            for w, h, g, depth in zip(width, heads, groups, depths, strict=True)
         )
 
     @property

@@ -85,7 +85,7 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     save_file(_tensors(policy), folder / WEIGHTS, metadata={"format": "pt"})
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
-    if config.get("vlm_model_name") == LOCAL_VLM:
+    if isinstance(policy, SmolVLA) and config.get("vlm_model_name") == LOCAL_VLM:
         write_vlm(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
     write_processors(folder, codec, kind, config)
     tokenizer_for(codec).save(folder / "tokenizer")
