@@ -264,6 +264,34 @@ def test_without_its_tokenizer_the_folder_says_which_and_takes_the_callers(folde
         vlafit.load_checkpoint(folder, tokenizer=type(other)(other.backend, 0, other.bos, other.eos))
 
 
+def test_a_new_domain_starts_fresh_by_number_and_all_others_keep_their_weights(stored):
+    loaded = checkpoints.load(FIXTURE, config=SQUARE, fresh=["embodiment:4"])
+    tables = {"action_encoder.fc.weight", "action_encoder.bias.weight", "action_decoder.fc.weight"}
+    tables |= {"action_decoder.bias.weight", "soft_prompts.weight"}
+    assert set(loaded.report.fresh) == tables
+    for name, parameter in loaded.policy.named_parameters():
+        before = stored[NAMES.file_name(name)].view_as(parameter)
+        if name in tables:
+            assert torch.equal(parameter[:4], before[:4]) and not torch.equal(parameter[4], before[4])
+        else:
+            assert torch.equal(parameter, before)
+    assert set(checkpoints.inspect(FIXTURE, config=SQUARE, fresh=["embodiment:4"]).report.fresh) == tables
+    with pytest.raises(WeightsError, match="no embodiment 5; .* 0 to 4"):
+        checkpoints.load(FIXTURE, config=SQUARE, fresh=["embodiment:5"])
+    with pytest.raises(WeightsError, match="'embodiment:libero' must be embodiment:N"):
+        checkpoints.load(FIXTURE, config=SQUARE, fresh=["embodiment:libero"])
+
+
+def test_a_run_keeps_its_domain_and_another_one_cannot_be_asked_for_without_effect(
+    folder: Path, tmp_path: Path
+):
+    loaded = vlafit.load_checkpoint(folder, config={"domain": 1})
+    vlafit.save_checkpoint(loaded.policy, tmp_path / "saved", codec=loaded.codec)
+    assert vlafit.load_checkpoint(tmp_path / "saved").codec.embodiment_id == 1
+    with pytest.raises(WeightsError, match="domain would have no effect: codec.json names the embodiment 1"):
+        vlafit.load_checkpoint(tmp_path / "saved", config={"domain": 2})
+
+
 # ----------------------------------------------------------------------------------------------------- export
 
 

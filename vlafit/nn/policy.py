@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt
+from vlafit.codec.statistics import Normalisation
 from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch
 from vlafit.nn.kinds import Kind
@@ -64,6 +65,8 @@ class Needs:
     """Observation steps, the newest included."""
     embodiments: int = 0
     """Embodiments that have weights of their own, by `Batch.embodiment_id`; 0: all weights are shared."""
+    normalisation: Normalisation = "mean_std"
+    """How states and actions are normalised, unless recipe or checkpoint says otherwise."""
     cameras: int = 0
     """Cameras that it takes at most; 0: any number."""
 

@@ -213,6 +213,7 @@ class XVLA(Policy):
             vocabulary=c.language.vocab,
             framing="xvla",
             embodiments=c.domains,
+            normalisation="mean_std" if c.action_space == "auto" else "identity",  # metres and 0 or 1
             cameras=c.views,
         )
 
@@ -400,3 +401,17 @@ def _fresh_std(policy: XVLA, info: ParameterInfo, parameter: Tensor) -> float:
     std = parameter[0].numel() ** -0.5
     deep = info.name.endswith((".proj.weight", ".out_proj.weight", ".fc2.weight"))  # into the residual stream
     return std * (2 * info.layers) ** -0.5 if deep and info.layers else std
+
+
+@torch.no_grad()
+def init_embodiment(policy: XVLA, number: int, generator: torch.Generator) -> list[str]:
+    """Draw the rows of domain `number` anew, as `init_weights` does; return the names of their tables."""
+    names = [info.name for info in policy.parts() if info.part in ("projections", "soft_prompts")]
+    for name in names:
+        table = policy.get_parameter(name)
+        row = torch.zeros(table.shape[1])
+        if not name.endswith(".bias.weight"):
+            info = next(info for info in policy.parts() if info.name == name)
+            row.normal_(0.0, _fresh_std(policy, info, table), generator=generator)
+        table[number] = row.to(table)
+    return names

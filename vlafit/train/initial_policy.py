@@ -400,7 +400,7 @@ def _fit_codec(
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        normalisation=chosen or "mean_std",
+        normalisation=chosen or needs.normalisation,
         relative=agreement.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
