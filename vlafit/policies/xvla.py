@@ -177,7 +177,9 @@ class XVLA(Policy):
         if self.config.hetero:
             parts |= dict.fromkeys(("expert.vlm_proj", "expert.aux_visual_proj"), "projections")
         infos = describe(self, parts, default="projections")
-        return [self._placed(replace(info, dead=info.name == TIMES)) for info in infos]
+        # With one view there are no others to project.
+        dead = (TIMES, "expert.aux_visual_proj.") if self.config.views == 1 else (TIMES,)
+        return [self._placed(replace(info, dead=info.name.startswith(dead))) for info in infos]
 
     def _placed(self, info: ParameterInfo) -> ParameterInfo:
         """Return `info` with kind and layer where Florence-2's names tell them otherwise than ours."""
@@ -382,7 +384,7 @@ def init_weights(policy: XVLA, generator: torch.Generator, names: Sequence[str] 
     parameters = dict(policy.named_parameters())
     for info in chosen:
         parameter = parameters[info.name]
-        if info.dead:
+        if info.name == TIMES:
             parameter.copy_(sine_table(*parameter.shape))
         elif info.kind == "norm" or info.name.endswith((".bias", ".bias.weight")):
             parameter.fill_(1.0 if info.kind == "norm" and info.name.endswith(".weight") else 0.0)
