@@ -176,7 +176,7 @@ def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path
 # ----------------------------------------------------------------------------------------------- forecast
 
 
-# Not X-VLA: depthwise convolutions copy to other layouts on a CPU, which the forecast, of a GPU, does not hold.
+# Not X-VLA: on a CPU its depthwise convolutions copy layouts, which a GPU's forecast leaves out.
 @pytest.mark.parametrize("name", variants([n for n in SIZES if n != "xvla"], always=["pi0", "act"]))
 def test_a_step_on_the_meta_device_holds_what_a_step_on_the_cpu_does(name: str) -> None:
     strategy = load_strategy("full")
