@@ -24,7 +24,8 @@ class PolicyRecipe:
     config: dict[str, object] = field(default_factory=dict)
     """Fields of the family's config that differ from `size` (or from the checkpoint's config)."""
     fresh: tuple[str, ...] = ()
-    """Parts (or name patterns) that get fresh weights instead of the checkpoint's."""
+    """Parts (or name patterns) that get fresh weights instead of the checkpoint's. `embodiment:N`: those of
+    embodiment N, in a policy that has weights for each."""
     resize: Literal["refuse", "keep", "fresh"] = "refuse"
     """How to treat projections if `config` changes the checkpoint's action_dim or state_dim."""
     assets: str = ""

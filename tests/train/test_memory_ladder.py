@@ -36,7 +36,7 @@ from vlafit.train.piecewise_adamw import PiecewiseAdamW, workspace
 from vlafit.train.preflight import meta_policy
 from vlafit.tuning import enter, load_strategy, preview
 
-SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "act": "act-tiny"}
+SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "xvla": "xvla-tiny", "act": "act-tiny"}
 
 
 # ---------------------------------------------------------------------------------------------- recompute
@@ -176,7 +176,8 @@ def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path
 # ----------------------------------------------------------------------------------------------- forecast
 
 
-@pytest.mark.parametrize("name", variants(SIZES, always=["pi0", "act"]))
+# Not X-VLA: on a CPU its depthwise convolutions copy layouts, which a GPU's forecast leaves out.
+@pytest.mark.parametrize("name", variants([n for n in SIZES if n != "xvla"], always=["pi0", "act"]))
 def test_a_step_on_the_meta_device_holds_what_a_step_on_the_cpu_does(name: str) -> None:
     strategy = load_strategy("full")
     for how in ("none", "full"):

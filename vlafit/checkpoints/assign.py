@@ -150,7 +150,7 @@ def stored_as(info: ParameterInfo, dtype: torch.dtype) -> torch.dtype:
     Norms, the image tower's patches and positions, and the projections compute in float32, as in the
     reference.
     """
-    precise = info.kind in ("norm", "conv") or info.part == "projections"
+    precise = info.kind in ("norm", "conv", "depthwise") or info.part == "projections"
     return torch.float32 if precise or (info.part, info.kind) == ("vision", "embedding") else dtype
 
 

@@ -24,7 +24,7 @@ from vlafit.checkpoints.load_report import make_report
 from vlafit.checkpoints.loaded import Loaded, LoadedSet
 from vlafit.checkpoints.locate import digest, place
 from vlafit.checkpoints.options import ConfigOverrides, LoadOptions, Resize, parse_dtype, split_config
-from vlafit.checkpoints.resize import bare_policy, selected
+from vlafit.checkpoints.resize import bare_policy, draw_embodiments, selected, split_embodiments
 from vlafit.codec import CodecSet
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import ConfigError, WeightsError
@@ -66,7 +66,8 @@ def load(
     whose codec is returned, where the checkpoint learned several: without a name there is then none.
 
     `fresh` names parts (``"expert"``) or name patterns (``"action_*"``) that start from weights drawn from
-    `generator` (seed 0 without one), whatever the checkpoint holds for them. Where `config` gives the policy
+    `generator` (seed 0 without one), whatever the checkpoint holds for them; ``"embodiment:3"`` names the
+    rows of embodiment 3 in the tables of a policy that has weights for each. Where `config` gives the policy
     another action_dim or state_dim, `resize` must say what becomes of the projections: ``"keep"`` what both
     widths have, and begin with zeros beyond, or ``"fresh"`` ones. Norms and projections stay float32 when
     `dtype` is ``"bfloat16"``. `narrow` chooses weights to keep in bfloat16 whatever the `dtype`: it is called
@@ -113,6 +114,7 @@ def load_all(
     narrow: Narrow | None = None,
 ) -> LoadedSet:
     """Load a checkpoint as `load` does, with the codecs of all its embodiments."""
+    fresh, rows = split_embodiments(fresh)
     options = LoadOptions(
         parse_config(config, format),
         base,
@@ -144,6 +146,7 @@ def load_all(
         conflicts=opened.conflicts,
     )
     require_numbers(policy)
+    draw = [*draw, *draw_embodiments(policy, opened.family, rows, generator)]
     policy.to(device)  # buffers, which `fit` leaves on the CPU
     codec, reason, notes = opened.format.codec(opened, policy, options)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
@@ -193,6 +196,7 @@ def inspect_all(
     No number of a weight is read: damage inside the numbers is only found by `load`. Codecs are read where
     the checkpoint has its own.
     """
+    fresh, rows = split_embodiments(fresh)
     options = LoadOptions(
         parse_config(config, format),
         base,
@@ -211,6 +215,7 @@ def inspect_all(
     weights, fresh = opened.tensors.weights, selected(policy, sized.fresh)
     every = [info.name for info in policy.parts()] + list(weights)
     wrong = compare(policy, weights, fresh, sized.shapes)
+    fresh = [*fresh, *draw_embodiments(policy, opened.family, rows, None)]
     raise_mismatch(opened.path, wrong, opened.tensors.file_name, every, opened.conflicts)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
     codec, reason, more = opened.format.codec_of_headers(opened, policy, options)

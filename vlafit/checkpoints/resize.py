@@ -7,11 +7,14 @@ import torch
 
 from vlafit.checkpoints.formats.base import OpenedCheckpoint
 from vlafit.checkpoints.options import LoadOptions
-from vlafit.errors import WeightsError
+from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.construct import require_restorable
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, override
 from vlafit.policies._common import select
+
+EMBODIMENT = "embodiment:"
+"""In `fresh`, before the number of an embodiment."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ def _resize(opened: OpenedCheckpoint, options: LoadOptions) -> Sized:
     resized = {name: shape for name, shape in old.items() if name in new and new[name] != shape}
     fresh = [*options.fresh, *(resized if options.resize == "fresh" else ())]
     drawn = set(selected(policy, fresh))
+    tables = [i.name for i in policy.parts() if i.kind == "embedding" and i.name in resized]
+    if options.resize == "keep" and not set(tables) <= drawn:
+        raise WeightsError(
+            f"{opened.path}: resize='keep' cannot slice {', '.join(tables)}: each row is an embodiment's "
+            "matrix. Draw them anew: resize='fresh'"
+        )
     if options.resize == "refuse" and not set(resized) <= drawn:
         raise WeightsError(
             f"{opened.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
@@ -67,6 +76,49 @@ def bare_policy(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[Sized, 
     if opened.steps is not None and policy.steps is not None:
         policy.steps = opened.steps
     return sized, policy
+
+
+def split_embodiments(fresh: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Split `fresh` into parts and patterns, and the numbers of embodiments (``"embodiment:3"``).
+
+    Raises WeightsError for one that is no number.
+    """
+    if isinstance(fresh, str):
+        raise ConfigError(f"fresh is a list of parts and patterns: [{fresh!r}], not {fresh!r}")
+    names, numbers = [], []
+    for name in fresh:
+        number = name.removeprefix(EMBODIMENT)
+        if number == name:
+            names.append(name)
+        elif number.isdecimal():
+            numbers.append(int(number))
+        else:
+            raise WeightsError(f"fresh: {name!r} must be {EMBODIMENT}N, with the number of an embodiment")
+    return names, numbers
+
+
+def draw_embodiments(
+    policy: Policy, family_name: str, numbers: Sequence[int], generator: torch.Generator | None
+) -> list[str]:
+    """Draw the weights of single embodiments anew; return the names of the tables that hold them.
+
+    Raises WeightsError where the policy has none of that number.
+    """
+    if not numbers:
+        return []
+    draw, room = vars(family(family_name)).get("init_embodiment"), policy.needs().embodiments
+    if draw is None or not room:
+        raise WeightsError(f"fresh: {family_name} has no weights of single embodiments; name parts instead")
+    generator = generator or torch.Generator().manual_seed(0)
+    names: dict[str, None] = {}
+    for number in numbers:
+        if number >= room:
+            raise WeightsError(
+                f"fresh: there is no embodiment {number}; the policy has weights for embodiments 0 to "
+                f"{room - 1}"
+            )
+        names |= dict.fromkeys(draw(policy, number, generator))
+    return list(names)
 
 
 def selected(policy: Policy, fresh: Sequence[str]) -> list[str]:

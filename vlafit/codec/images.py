@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Framing = Literal["openpi", "lerobot", "smolvla", "groot"]
+Framing = Literal["openpi", "lerobot", "smolvla", "groot", "xvla"]
 """A way to give an image the model's size, named after the reference that it was taken from, because
 codec.json stores the name. LeRobot's differ between its policies: "lerobot" is that of its pi0 and pi0.5.
 "groot" keeps no aspect: it makes the image square, cuts the middle out and enlarges that.
@@ -29,12 +29,16 @@ class FramingRule:
     antialiased: bool
     centred: bool
     """False: the image is at the bottom right."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """The colour of the padding."""
 
 
 FRAMINGS: Mapping[str, FramingRule] = {
     "openpi": FramingRule(antialiased=True, centred=True),
     "lerobot": FramingRule(antialiased=False, centred=True),
     "smolvla": FramingRule(antialiased=False, centred=False),
+    # LeRobot pads X-VLA's images with 0 after ImageNet's mean was subtracted: with the mean, to a grey level.
+    "xvla": FramingRule(antialiased=False, centred=False, fill=(124, 116, 104)),
 }
 
 
@@ -55,7 +59,7 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     inner = np.rint(bilinear(image, max(1, int(height / ratio)), max(1, int(width / ratio))))
     rows, columns = size - inner.shape[0], size - inner.shape[1]
     top, left = (rows // 2, columns // 2) if rule.centred else (rows, columns)
-    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    padded = np.full((size, size, 3), rule.fill, dtype=np.uint8)
     padded[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return padded
 

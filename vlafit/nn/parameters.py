@@ -23,8 +23,9 @@ def describe(policy: nn.Module, parts: Mapping[str, str], default: str) -> list[
 
     `parts` maps the first words of names to parts ("vision" or "vision.layers"; the longest match counts);
     other parameters are of the part `default`. A layer is the number after `.layers.`. The kind is that of
-    the module that holds the parameter: convolutions, norms and embeddings by their class; linear layers are
-    "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one called `mlp`.
+    the module that holds the parameter: convolutions (depthwise ones apart), norms and embeddings by their
+    class; linear layers are "attention" inside a module called `self_attn` or `cross_attn`, "mlp" inside one
+    called `mlp`.
     """
     infos = []
     for name, _ in policy.named_parameters():
@@ -46,7 +47,7 @@ def _kind(policy: nn.Module, name: str) -> Kind:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "conv"
+        return "conv" if module.groups == 1 else "depthwise"
     words = name.split(".")
     if "self_attn" in words or "cross_attn" in words:
         return "attention"

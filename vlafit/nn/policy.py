@@ -65,6 +65,10 @@ class Needs:
     """Observation steps, the newest included."""
     normalisation: Normalisation = "mean_std"
     """How states and actions are normalised, unless its checkpoint or the recipe says otherwise."""
+    embodiments: int = 0
+    """Embodiments that have weights of their own, by `Batch.embodiment_id`; 0: all weights are shared."""
+    cameras: int = 0
+    """Cameras that it takes at most; 0: any number."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ def check_batch(batch: Batch, needs: Needs) -> None:
     if needs.history > 1 and batch.history_mask is None:
         raise CodecError(f"the batch has no history; this policy takes {needs.history} observation steps")
     n, size = batch.image_mask.shape[-1], needs.image_size
+    if needs.cameras and n > needs.cameras:
+        raise CodecError(f"batch.images has {n} cameras; this policy takes at most {needs.cameras}")
     wanted: dict[str, tuple[int, ...]] = {
         "images": (*rows, n, 3, size, size),
         "image_mask": (*rows, n),
@@ -202,4 +208,12 @@ def check_batch(batch: Batch, needs: Needs) -> None:
             raise CodecError(
                 f"batch.tokens reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
                 " use the tokenizer that belongs to it"
+            )
+    ids = batch.embodiment_id
+    if needs.embodiments and ids is not None and ids.device.type == "cpu" and len(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= needs.embodiments:
+            raise CodecError(
+                f"batch.embodiment_id reaches from {low} to {high}; this policy has weights for embodiments "
+                f"0 to {needs.embodiments - 1}"
             )

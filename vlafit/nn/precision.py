@@ -4,18 +4,21 @@ import torch
 from torch import Tensor, nn
 
 
-def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear `module` in its own weights' dtype (float32, as a rule), also under autocast."""
+def in_own_precision(module: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
+    """Call a linear `module` in its own weights' dtype (float32, as a rule), also under autocast.
+
+    `rest` are further arguments, which keep their dtype.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
     x = x.to(weight.dtype)
     if x.device.type == "meta":  # has no autocast of its own; see `meta_kernels`
         with torch._C.DisableTorchFunction():
-            return module(x)
+            return module(x, *rest)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return module(x)
-    return module(x)
+            return module(x, *rest)
+    return module(x, *rest)
 
 
 def precise(x: Tensor) -> Tensor:

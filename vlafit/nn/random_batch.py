@@ -13,10 +13,11 @@ def random_batch(needs: Needs, rows: int, seed: int = 0) -> Batch:
     """Return `rows` samples with actions on the CPU; every camera, token and step is there."""
     rng = torch.Generator().manual_seed(seed)
     side, shape = needs.image_size, (rows, needs.chunk, needs.action_dim)
+    cameras = min(CAMERAS, needs.cameras or CAMERAS)
     seen = (rows,) if needs.history == 1 else (rows, needs.history)
     batch = Batch(
-        images=torch.rand(*seen, CAMERAS, 3, side, side, generator=rng) * 2 - 1,
-        image_mask=torch.ones(*seen, CAMERAS, dtype=torch.bool),
+        images=torch.rand(*seen, cameras, 3, side, side, generator=rng) * 2 - 1,
+        image_mask=torch.ones(*seen, cameras, dtype=torch.bool),
         state=torch.randn(*seen, needs.state_dim, generator=rng),
         history_mask=None if needs.history == 1 else torch.ones(seen, dtype=torch.bool),
         actions=torch.randn(shape, generator=rng),

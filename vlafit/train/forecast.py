@@ -202,7 +202,11 @@ def _stepped(parameter: nn.Parameter) -> None:
 
 
 def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:
-    """Return a batch on the CPU whose cameras and tokens are all there, and whose numbers are zeros."""
+    """Return a batch on the CPU whose cameras and tokens are all there, and whose numbers are zeros.
+
+    It has at most the cameras that the policy takes.
+    """
+    cameras = min(cameras, needs.cameras or cameras)
     steps = () if needs.history == 1 else (needs.history,)
     side, shape = needs.image_size, (rows, needs.chunk, needs.action_dim)
     batch = Batch(

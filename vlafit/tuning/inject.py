@@ -60,7 +60,7 @@ def layer_kind(policy: nn.Module, name: str) -> Layer | None:
     module = policy.get_submodule(owner)
     if isinstance(module, nn.Linear):
         return "linear"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.groups == 1:  # peft cannot merge into groups
         return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else None
 

@@ -196,6 +196,12 @@ class Format(ABC):
         refuse_codec_arguments(options, opened.path, "has a codec of its own; it takes no {name}")
         resized = bool(options.config.fields or options.config.widths)
         own = CodecSet.of(opened.own_codec)
+        numbers = [codec.embodiment_id for codec in own if codec.embodiment_id is not None]
+        if numbers and policy.needs().embodiments and "domain" in options.config.fields:
+            raise WeightsError(
+                f"{opened.path}: config: domain would have no effect: codec.json names the embodiment "
+                f"{', '.join(map(str, numbers))}; change `id` there"
+            )
         return ChosenCodec(CodecSet([fit_codec(codec, policy, resized, opened.path) for codec in own]))
 
     def base_of(self, files: CheckpointFiles, base: str | Path | None, opener: Opener) -> Path | None:

@@ -16,7 +16,6 @@ KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LeRobot's diffusion policy", ("diffusion.unet.",)),  # modeling_diffusion.py
     ("VQ-BeT", ("vqbet.",)),  # LeRobot's modeling_vqbet.py
     ("TD-MPC", ("_dynamics.", "_Qs.")),  # LeRobot's modeling_tdmpc.py, and the original's TOLD
-    ("X-VLA", ("transformer.soft_prompt_hub.",)),  # modeling_xvla.py, soft_transformer.py
     ("LeRobot's first pi0-FAST", ("model.pi0_paligemma.",)),  # modeling_pi0fast.py
 )
 

@@ -1,8 +1,8 @@
-"""LeRobot's checkpoints of pi0, pi0.5 and SmolVLA.
+"""LeRobot's checkpoints of pi0, pi0.5, SmolVLA and X-VLA.
 
 pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
 both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
-openpi's).
+openpi's). X-VLA is read by `xvla`, the authors' own folders, too.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from vlafit.checkpoints.formats.base import (
     Opener,
 )
 from vlafit.checkpoints.formats.groot import write_lerobot
-from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors
+from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors, xvla
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
@@ -58,6 +58,18 @@ DECIDING = (  # keys of config.json that decide what a policy computes from its 
     "num_vlm_layers",
     "num_expert_layers",
     "expert_width_multiplier",
+    "florence_config",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "num_domains",
+    "len_soft_prompts",
+    "dim_time",
+    "max_len_seq",
+    "use_hetero_proj",
+    "action_mode",
+    "num_image_views",
 )
 
 
@@ -100,7 +112,7 @@ class LeRobotAdapters(AdapterSupport):
                 )
         overruled = [
             Overruled(key, f"{there.path}: {there.values[key]}", f"{here.path}: {here.values[key]}", ADAPTED)
-            for key in (*OF_THE_ADAPTERS, *STEPS["pi0"])
+            for key in (*OF_THE_ADAPTERS, *STEPS.get(here.values["type"], STEPS["pi0"]))
             if key in here.values and key in there.values and here.values[key] != there.values[key]
         ]
         return AdapterSettings(config, steps, tuple(overruled))
@@ -124,7 +136,7 @@ class LeRobot(Format):
 
     def detect(self, files: CheckpointFiles) -> bool:
         """Whether the tensor names are LeRobot's, or openpi's with LeRobot's config.json beside them."""
-        if names.has_own_names(files.tensor_names):
+        if names.has_own_names(files.tensor_names) or xvla.recognise(files.tensor_names):
             return True
         return openpi.recognise(files.tensor_names) and read_config(files.folder) is not None
 
@@ -135,7 +147,10 @@ class LeRobot(Format):
         family's weights lie beside it.
         """
         unsupported.refuse(files.tensors, str(files.path))
-        return _open(self, files, read_config(files.folder))
+        config = read_config(files.folder)
+        if xvla.recognise(files.tensor_names):
+            return xvla.open_checkpoint(self, files, config, options)
+        return _open(self, files, config)
 
     def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
         """Read the processors; the caller's tokenizer is used where the checkpoint does not hold its own."""
@@ -162,7 +177,8 @@ class LeRobot(Format):
             raise WeightsError(f"{opened.path}: tokenizer would have no effect: {reason}")
         elif asset is not None:
             raise WeightsError(f"{opened.path}: assets would have no effect: {reason}")
-        return ChosenCodec(codec, reason)
+        chosen = ChosenCodec(codec, reason)
+        return xvla.finish_codec(chosen, opened, policy, options) if opened.family == "xvla" else chosen
 
     def codec_of_headers(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
         """Read the processors, as `codec` does: they hold no weights."""

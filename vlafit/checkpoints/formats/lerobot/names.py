@@ -61,7 +61,27 @@ PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transfor
     ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
 )
 
-IN_MEMORY = {"pi0": PI0, "smolvla": SMOLVLA}
+_FLORENCE, _HEAD = "model.vlm.", "model.transformer."
+XVLA = NameMap(  # as LeRobot 0.6.1 writes it; see `xvla_names` for the layouts before
+    form=FORM,
+    prefixes=(
+        ("vision.", f"{_FLORENCE}vision_tower."),
+        (
+            "projector.visual_temporal_embed.weight",
+            f"{_FLORENCE}multi_modal_projector.visual_temporal_embed.pos_idx_to_embed",
+        ),
+        ("projector.", f"{_FLORENCE}multi_modal_projector."),
+        ("language.", f"{_FLORENCE}language_model.encoder."),
+        ("action_encoder.", f"{_HEAD}action_encoder."),
+        ("action_decoder.", f"{_HEAD}action_decoder."),
+        ("soft_prompts.", f"{_HEAD}soft_prompt_hub."),
+        ("expert.position_embedding.weight", f"{_HEAD}pos_emb"),
+        ("expert.", _HEAD),
+    ),
+    ties={"language.embed_tokens.weight": f"{_FLORENCE}language_model.shared.weight"},
+)
+
+IN_MEMORY = {"pi0": PI0, "smolvla": SMOLVLA, "xvla": XVLA}
 """Names of the modules in LeRobot's classes, by our family."""
 
 LAYOUTS = {"LeRobot's SmolVLA": (_WITH_EXPERT,), "LeRobot's pi0 or pi0.5": (_IN_MODEL,)}

@@ -20,7 +20,9 @@ RENAMED = {"delta_actions_processor": RELATIVE_STEP}  # LeRobot 0.5.1's name of 
 TOKENIZE, STATE_PROMPT = "tokenizer_processor", "pi05_prepare_state_tokenizer_processor_step"
 NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
 NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
-BEFORE_POLICY = {RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL}
+TO_FLOAT, IMAGENET, DOMAIN = "xvla_image_to_float", "xvla_imagenet_normalize", "xvla_add_domain_id"
+XVLA = (TO_FLOAT, IMAGENET, DOMAIN)
+BEFORE_POLICY = {RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL, *XVLA}
 AFTER_POLICY = {UNNORMALISE, ABSOLUTE_STEP, *NEUTRAL}
 ORDER = (  # (first, second, what LeRobot computes when they run the other way round)
     *((newline, TOKENIZE, "the prompt's tokens then lack the line's end") for newline in NEWLINES),
@@ -31,6 +33,7 @@ ORDER = (  # (first, second, what LeRobot computes when they run the other way r
         (RENAME, second, "it then finds features by their names before they are renamed")
         for second in (RELATIVE_STEP, NORMALISE, STATE_PROMPT)
     ),
+    (TO_FLOAT, IMAGENET, "images from 0 to 255 are then normalised as if they reached from 0 to 1"),
     (UNNORMALISE, ABSOLUTE_STEP, "the state is then added to an action that is still normalised"),
 )
 """Steps whose order decides what the policy sees; the codec computes them in this one."""
@@ -98,6 +101,12 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "action_names": _any,  # read
     },
     ABSOLUTE_STEP: {"enabled": _only(True, False)},
+    TO_FLOAT: {
+        "image_keys": _only(None),
+        "validate_range": _only(True, False),
+    },  # frames are always uint8 here
+    IMAGENET: {"image_keys": _only(None)},
+    DOMAIN: {"domain_id": _any},  # read
 }
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
 

@@ -12,7 +12,7 @@ from vlafit.errors import WeightsError
 from vlafit.nn.flow import BETA_A, MAX_PERIOD, MIN_PERIOD, TIME_OFFSET, TIME_SCALE
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 
-TYPES = ("pi0", "pi05", "smolvla")
+TYPES = ("pi0", "pi05", "smolvla", "xvla")
 CONVERT = (
     "; to train on: convert the dataset's states and actions as that program does, set it to false in a copy "
     'of the checkpoint\'s folder, and fit statistics: data.statistics = "data"'
@@ -25,8 +25,12 @@ ALWAYS: dict[str, object] = {  # of the time embedding, and of the times drawn i
     "time_sampling_scale": TIME_SCALE,
     "time_sampling_offset": TIME_OFFSET,
 }
-STEPS = {"smolvla": ("num_steps",), "pi0": ("num_inference_steps", "num_steps")}
-"""Keys of the steps in which actions are sampled, the second up to LeRobot 0.3; pi0.5's are pi0's."""
+STEPS = {
+    "smolvla": ("num_steps",),
+    "xvla": ("num_denoising_steps",),
+    "pi0": ("num_inference_steps", "num_steps"),
+}
+"""Keys of the steps in which actions are sampled, pi0's second up to LeRobot 0.3; pi0.5's are pi0's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def sampling_steps(config: LeRobotConfig | None) -> int | None:
     """
     if config is None:
         return None
-    for key in STEPS["smolvla" if config.values["type"] == "smolvla" else "pi0"]:
+    for key in STEPS.get(config.values["type"], STEPS["pi0"]):
         steps = config.get(key, int)
         if steps is None:
             continue

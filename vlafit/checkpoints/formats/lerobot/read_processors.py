@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import InputForm, Overruled
-from vlafit.checkpoints.formats.lerobot import features
+from vlafit.checkpoints.formats.lerobot import features, xvla_steps
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     NEWLINES,
@@ -50,8 +50,13 @@ NO_STATISTICS = (
     f"its processors hold no statistics of {STATE} and {ACTION}, like those of base models: fine-tuning"
     " fits them to the data"
 )
-FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla"}
-TOKENIZERS = {"pi0": "google/paligemma-3b-pt-224", "pi05": "google/paligemma-3b-pt-224"}
+FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla", "xvla": "xvla"}
+PROMPTS: dict[str, Prompt] = {"pi0": "line", "pi05": "pi05", "smolvla": "line", "xvla": "text"}
+TOKENIZERS = {
+    "pi0": "google/paligemma-3b-pt-224",
+    "pi05": "google/paligemma-3b-pt-224",
+    "xvla": "facebook/bart-large",
+}
 """Tokenizers that LeRobot's code loads where no file names one; SmolVLA's is that of its vlm_model_name."""
 
 
@@ -72,6 +77,8 @@ def read(
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
     require_known(pre, post)
     require_repeated([*pre, *post], lerobot)
+    xvla_steps.require_steps(lerobot, pre)
+    is_xvla = lerobot.values["type"] == "xvla"
     inner, outer = _only_step(pre, "normalizer_processor"), _only_step(post, "unnormalizer_processor")
     asking = _only_step(pre, "tokenizer_processor")
     prompt = _prompt(pre)
@@ -105,6 +112,7 @@ def read(
         relative=relative_of(lerobot, pre, post, embodiment.action.shape[0]),
         prompt=prompt,
         max_tokens=needs.max_tokens,
+        mask_padding=not is_xvla,  # whose loss counts steps past an episode's end
         framing=framing_of(lerobot),
         special_tokens="tokenizer",
     )
@@ -112,7 +120,7 @@ def read(
     if words is None:
         wanted = asking.config.get("tokenizer_name")
         return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
-    return Codec(config, embodiment, statistics, words), ""
+    return Codec(config, embodiment, statistics, words, xvla_steps.domain_of(pre) if is_xvla else None), ""
 
 
 def lacks_tokenizer(folder: Path) -> bool:
@@ -122,7 +130,9 @@ def lacks_tokenizer(folder: Path) -> bool:
     sets = statistics_in(folder)
     inner = _only_step(read_steps(folder / PRE), "normalizer_processor")
     kinds: dict[str, Normalisation] = {"state": _mode(inner, "STATE"), "action": _mode(inner, "ACTION")}
-    if not sets or ("" in sets and stored.lacking(sets[""], kinds, "", None, str(folder / PRE))):
+    if any(kind in NEEDED for kind in kinds.values()) and (
+        not sets or ("" in sets and stored.lacking(sets[""], kinds, "", None, str(folder / PRE)))
+    ):
         return False
     return _tokenizer(folder, _only_step(read_steps(folder / PRE), "tokenizer_processor"), None) is None
 
@@ -141,7 +151,8 @@ def sets_of(step: Step) -> Sets:
 
 def framing_of(lerobot: LeRobotConfig) -> Framing:
     """Return how LeRobot gives frames the policy's size; pi0 up to LeRobot 0.3 did it as SmolVLA does."""
-    if "resize_imgs_with_padding" in lerobot.values and "image_resolution" not in lerobot.values:
+    old_pi0 = "resize_imgs_with_padding" in lerobot.values and "image_resolution" not in lerobot.values
+    if old_pi0 and lerobot.values["type"] != "xvla":
         return "smolvla"
     return FRAMINGS[lerobot.values["type"]]
 
@@ -150,9 +161,9 @@ def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
     """Return how prompts and frames are made: by the processor's `steps`, without any by LeRobot's code."""
     if lerobot.values["type"] not in FRAMINGS:
         return None
-    prompt: Prompt = "pi05" if lerobot.values["type"] == "pi05" else "line"
     asking = [step for step in steps if step.name == "tokenizer_processor"]
-    return InputForm(_prompt(steps) if asking else prompt, framing_of(lerobot), "tokenizer")
+    prompt = _prompt(steps) if asking else PROMPTS[lerobot.values["type"]]
+    return InputForm(prompt, framing_of(lerobot), "tokenizer")
 
 
 def overruled(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[Overruled, ...]:

@@ -29,12 +29,14 @@ from vlafit.checkpoints.formats.lerobot.write_processors import (
     tokenizer_for,
     write_processors,
 )
+from vlafit.checkpoints.formats.lerobot.xvla import POSITIONS
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.groot import Groot
 from vlafit.policies.pi0 import Pi0
 from vlafit.policies.smolvla import SmolVLA, SmolVLAConfig
+from vlafit.policies.xvla import XVLA
 
 WEIGHTS = "model.safetensors"
 MARKS = {  # special tokens of SmolVLM's processor: its attribute, their text
@@ -47,6 +49,8 @@ MARKS = {  # special tokens of SmolVLM's processor: its attribute, their text
 
 def kind_of(policy: Policy) -> Kind | None:
     """Return LeRobot's name of the policy's family; None where it has none."""
+    if isinstance(policy, XVLA):
+        return "xvla"
     if isinstance(policy, SmolVLA):
         return "smolvla"
     if isinstance(policy, Pi0):
@@ -62,6 +66,12 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     if kind is None:
         return ["LeRobot has no such family"]
     reasons = size_refusals(policy)
+    words = None if codec is None else codec.tokenizer
+    if isinstance(policy, XVLA) and words is not None and words.pad != policy.config.pad_token:
+        reasons.append(
+            f"LeRobot pads X-VLA's prompts with the tokenizer's token {words.pad}, this policy with "
+            f"{policy.config.pad_token} (pad_token)"
+        )
     if codec is None:
         return [
             *reasons,
@@ -74,10 +84,12 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
     kind = kind_of(policy)
     assert kind is not None
+    if isinstance(policy, XVLA) and codec.embodiment_id is None:
+        codec = codec.with_changes(embodiment_id=policy.config.domain)
     save_file(_tensors(policy), folder / WEIGHTS, metadata={"format": "pt"})
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
-    if config.get("vlm_model_name") == LOCAL_VLM:
+    if isinstance(policy, SmolVLA) and config.get("vlm_model_name") == LOCAL_VLM:
         write_vlm(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
     write_processors(folder, codec, kind, config)
     tokenizer_for(codec).save(folder / "tokenizer")
@@ -90,6 +102,8 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
         notes.append(
             f"LeRobot scales images ({', '.join(scaled)}) without antialiasing; this codec did it with"
         )
+    if kind == "xvla" and codec.config.mask_padding:
+        notes.append("LeRobot counts steps past an episode's end in the loss, which this codec left out")
     if codec.config.prompt == "pi0":
         notes.append("LeRobot does not strip instructions, nor turn newlines inside them into blanks")
     return tuple(notes)
@@ -113,7 +127,7 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
 
 def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     """Whether LeRobot keeps a parameter in float32 when the policy is bfloat16."""
-    if isinstance(policy, SmolVLA | Groot):  # which have no such setting there; as in vlafit
+    if isinstance(policy, SmolVLA | Groot | XVLA):  # no such setting there, or it casts all; as in vlafit
         return stored_as(info, torch.bfloat16) == torch.float32
     return info.part in ("vision", "projector", "projections") or info.kind == "norm"
 
@@ -135,6 +149,9 @@ def repeat_beside_adapters(folder: Path, base: Path) -> None:
 
 def _tensors(policy: Policy) -> dict[str, Tensor]:
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
+    if isinstance(policy, XVLA):
+        weights[POSITIONS] = weights[POSITIONS][None]
+        return {lerobot.XVLA.file_name(name): tensor for name, tensor in weights.items()}
     embedding = weights["language.embed_tokens.weight"]
     names = lerobot.SMOLVLA if isinstance(policy, SmolVLA) else lerobot.PI0
     tensors = {names.file_name(name): tensor for name, tensor in weights.items()}

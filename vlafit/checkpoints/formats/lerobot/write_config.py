@@ -12,6 +12,7 @@ from vlafit.checkpoints.formats.lerobot.read_config import ALWAYS
 from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, EMPTY, IMAGES, MODES, STATE
 from vlafit.checkpoints.formats.lerobot.relative_actions import mask_of
 from vlafit.checkpoints.formats.lerobot.smolvla_config import PUBLIC_VLM, expert_mlp
+from vlafit.checkpoints.formats.lerobot.xvla_config import lerobot_values
 from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
@@ -20,9 +21,10 @@ from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
+from vlafit.policies.xvla import XVLAConfig
 
 PERIODS = ("min_period", "max_period")  # SmolVLA's file has no more of the keys in ALWAYS
-Kind = Literal["pi0", "pi05", "smolvla"]
+Kind = Literal["pi0", "pi05", "smolvla", "xvla"]
 LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see write.py
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
@@ -39,6 +41,10 @@ def size_refusals(policy: Policy) -> list[str]:
         if config.pi05 and config.state_input != "prompt":
             reasons.append("LeRobot's pi0.5 always writes the state into the prompt, this policy does not")
         return reasons
+    if isinstance(config, XVLAConfig):
+        if not config.attends_padding:
+            return ["LeRobot's X-VLA reads the padding of the prompt, this policy does not (attends_padding)"]
+        return []
     assert isinstance(config, SmolVLAConfig)
     reasons = []
     width, mlp = _expert_of(config)
@@ -83,8 +89,10 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
         "max_action_dim": config.action_dim,
         "empty_cameras": sum(not name for name in c.cameras),
         "tokenizer_max_length": c.max_tokens,
-        **{key: value for key, value in ALWAYS.items() if kind != "smolvla" or key in PERIODS},
     }
+    if isinstance(config, XVLAConfig):
+        return common | lerobot_values(config, len(common["input_features"]) - 1, policy.steps)
+    common |= {key: value for key, value in ALWAYS.items() if kind != "smolvla" or key in PERIODS}
     if isinstance(config, SmolVLAConfig):
         every = config.expert.self_every
         return common | {

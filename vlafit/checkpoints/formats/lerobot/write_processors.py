@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit.checkpoints.formats.lerobot.processor_steps import STATE_PROMPT
+from vlafit.checkpoints.formats.lerobot.processor_steps import DOMAIN, IMAGENET, STATE_PROMPT, TO_FLOAT
 from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE
 from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
 from vlafit.codec import Codec, Tokenizer
@@ -28,19 +28,20 @@ PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups
 def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     """Say what of the codec LeRobot's pipelines cannot do."""
     config, refusals = codec.config, []
-    wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",)}[kind]
+    wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",), "xvla": ("text",)}[kind]
     if config.prompt not in wanted:
         refusals.append(
             f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
         )
-    if kind == "smolvla" and any(config.relative):
+    if kind in ("smolvla", "xvla") and any(config.relative):
         refusals.append(
-            "LeRobot makes SmolVLA's processors without a step for relative actions, so vlafit writes none "
+            f"LeRobot makes {kind}'s processors without a step for relative actions, so vlafit writes none "
             "(processors that have such a step are read)"
         )
-    framing = "smolvla" if kind == "smolvla" else "lerobot"
+    own = kind if kind in ("smolvla", "xvla") else "lerobot"
+    places = "lerobot" if config.framing == "openpi" else config.framing
     scaled = [c for c in codec.embodiment.cameras if c.shape[:2] != (config.image_size,) * 2]
-    if scaled and (config.framing == "smolvla") != (framing == "smolvla"):
+    if scaled and places != own:
         refusals.append(
             f"LeRobot pads images of {kind} elsewhere than this codec ({config.framing}), and camera "
             f"{scaled[0].name!r} is {scaled[0].shape[0]}x{scaled[0].shape[1]}, not {config.image_size} "
@@ -99,15 +100,22 @@ def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str
             pre = [*opening, _step(NEWLINE[kind], {}), asking, device, relative, normal]
         case "pi05":
             pre = [*opening, relative, normal, step[STATE_PROMPT], asking, device]
+        case "xvla":
+            seen = [_step(TO_FLOAT, {"image_keys": None, "validate_range": True})]
+            seen += [_step(IMAGENET, {"image_keys": None})]
+            domain = _step(DOMAIN, {"domain_id": codec.embodiment_id or 0})
+            pre = [*opening, asking, *seen, domain, device, normal]
     undo = _step("unnormalizer_processor", {"eps": LEROBOT_EPSILON, "features": output, "norm_map": modes})
     post = [undo]
-    if kind != "smolvla":
+    if kind in ("pi0", "pi05"):
         post.append(_step("absolute_actions_processor", {"enabled": any(codec.config.relative)}))
     post.append(dict(device))
     statistics = _statistics(codec)
+    if kind == "xvla" and set(modes.values()) == {"IDENTITY"}:
+        statistics = {}  # nothing reads them
     for name, steps in ((PRE, pre), (POST, post)):
         for i, one in enumerate(steps):
-            if one["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
+            if statistics and one["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
                 stem = name.removesuffix(".json")
                 one["state_file"] = f"{stem}_step_{i}_{one['registry_name']}.safetensors"
                 save_file(statistics, folder / one["state_file"])
@@ -164,7 +172,7 @@ def tokenizer_for(codec: Codec) -> Tokenizer:
     if codec.config.special_tokens == "tokenizer":
         return words
     content = json.loads(words.backend.to_str())
-    if codec.config.prompt == "line":
+    if codec.config.prompt in ("line", "text"):
         content["post_processor"] = None
     else:
         assert words.bos is not None
