@@ -299,3 +299,14 @@ def test_names_go_there_and_back_for_every_parameter(loaded: checkpoints.Loaded)
             assert map.policy_name(map.file_name(name)) == name
             layer = name.rpartition(".")[0]
             assert map.file_name(f"{layer}.lora_A.weight").startswith(map.file_name(name).rpartition(".")[0])
+
+
+def test_adapters_are_refused_where_lerobot_and_nvidia_have_no_layer_for_them(loaded: checkpoints.Loaded):
+    policy = loaded.policy
+    assert isinstance(policy, Groot)
+    assert names.table_refusals(["expert.layers.0.attn.q_proj", "memory.layers.1.mlp.fc1"]) == []
+    for layer in ("state_encoder.first.layers.10", "vision.patch_embedding"):
+        assert layer in names.table_refusals(["expert.layers.0.attn.q_proj", layer])[0]
+    public = groot.build(SIZES["groot"], "meta")
+    assert write_lerobot.adapter_refusals(public, ["expert.layers.0.attn.q_proj"]) == []
+    assert "--merge" in write_lerobot.adapter_refusals(policy, ["expert.layers.0.attn.q_proj"])[0]

@@ -28,18 +28,7 @@ class GrootAdapters(AdapterSupport):
 
     def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
         """Say which layers are no modules there."""
-        return table_refusals(policy, layers)
-
-
-def table_refusals(policy: Policy, layers: Sequence[str]) -> list[str]:
-    """Say which layers are rows of a table there, which peft cannot adapt."""
-    rows = [layer for layer in layers if names.stored_name(names.NAMES.file_name(f"{layer}.weight")) !=
-            names.NAMES.file_name(f"{layer}.weight") or layer == "vision.patch_embedding"]  # fmt: skip
-    if rows:
-        return [
-            f"{rows[0]} is no linear layer there, but part of a larger tensor ({len(rows)} such): add --merge"
-        ]
-    return []
+        return names.table_refusals(layers)
 
 
 class Groot(Format):

@@ -5,7 +5,7 @@ from that folder's config.json where it lies in the checkpoint or beside it, kno
 checkpoint, and else told by the tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names, processors
-from vlafit.checkpoints.formats.groot.format import FIXED, table_refusals
+from vlafit.checkpoints.formats.groot.format import FIXED
 from vlafit.checkpoints.formats.groot.write_lerobot import NAMES, PREFIX
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.infer import ConfigEvidence
-from vlafit.checkpoints.name_map import NameMap
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.checkpoints.voting import Stated
 from vlafit.errors import WeightsError
@@ -35,24 +34,12 @@ REWRITTEN = {"max_state_dim": 64, "max_action_dim": 32, "chunk_size": 50}
 """Values of config.json for which LeRobot takes those of the base without a word: N1.5's defaults."""
 
 
-class Adapters(LeRobotAdapters):
-    """LeRobot loads a PEFT folder with its own files beside the adapters."""
-
-    def names(self, family: str) -> NameMap | None:
-        """Return the names of the modules in LeRobot's class."""
-        return NAMES if family == "groot" else None
-
-    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
-        """Say which layers are no modules there."""
-        return table_refusals(policy, layers)
-
-
 class LeRobotGroot(Format):
     """LeRobot's checkpoints of GR00T; `formats.lerobot` writes them through `write_lerobot`."""
 
     name = FORM
     layouts = LAYOUT
-    adapters = Adapters()
+    adapters = LeRobotAdapters()
 
     def detect(self, files: CheckpointFiles) -> bool:
         """Whether the tensor names are those of LeRobot's class."""

@@ -4,7 +4,7 @@ A table of an embodiment-specific layer, [embodiments, in, out], becomes one lay
 tower's patches are a 3-D convolution there and a linear layer here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -176,3 +176,15 @@ def recognise(names: Collection[str], prefix: str = "") -> bool:
     begins = (f"{prefix}{_HEAD}", f"{prefix}{_BACKBONE}", f"{prefix}backbone.model.lm_head.")
     own = sum(name.startswith(begins) for name in names)
     return 2 * own > len(names) and any(name.startswith(f"{prefix}{_BACKBONE}") for name in names)
+
+
+def table_refusals(layers: Sequence[str]) -> list[str]:
+    """Say which layers are part of a larger tensor in NVIDIA's classes, where peft cannot adapt them."""
+    inside = [
+        layer
+        for layer in layers
+        if f"{layer}.weight" == _PATCHES or stored_name(there := NAMES.file_name(f"{layer}.weight")) != there
+    ]
+    if not inside:
+        return []
+    return [f"{inside[0]} is no linear layer there, but part of a tensor ({len(inside)} such): add --merge"]

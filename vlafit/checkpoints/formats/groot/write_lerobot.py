@@ -4,6 +4,7 @@ LeRobot builds the network from the checkpoint that `base_model_path` names, and
 Where NVIDIA's public one has other sizes, a base lies beside, with the same weights.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,14 @@ def _write_image_processor(folder: Path, config: GrootConfig) -> None:
         folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor", **images}
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+def adapter_refusals(policy: Groot, layers: Sequence[str]) -> list[str]:
+    """Say why LeRobot cannot load adapters on these layers; empty where it can."""
+    reasons = names.table_refusals(layers)
+    if not has_public_sizes(policy.config):
+        reasons.append(
+            "LeRobot opens a checkpoint of these sizes before the adapters' base, because they are not those "
+            f"of {PUBLIC_BASE}, and vlafit writes only one below adapters: add --merge"
+        )
+    return reasons

@@ -5,7 +5,7 @@ both of the tied pair are there), or as on the Hub (openpi's names, which only c
 openpi's). X-VLA is read by `xvla`, the authors' own folders, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +85,11 @@ class LeRobotAdapters(AdapterSupport):
 
     def names(self, family: str) -> NameMap | None:
         """Return the names of the modules in LeRobot's classes."""
-        return names.IN_MEMORY.get(family)
+        return write_lerobot.NAMES if family == "groot" else names.IN_MEMORY.get(family)
+
+    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
+        """Say which of GR00T's layers peft cannot adapt there."""
+        return write_lerobot.adapter_refusals(policy, layers) if isinstance(policy, Groot) else []
 
     def settings(self, folder: Path, base: Path) -> AdapterSettings:
         """Return the settings of config.json beside adapters, with which LeRobot runs them.
