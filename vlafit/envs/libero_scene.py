@@ -14,9 +14,11 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 4)] * 3, indexing="ij"), -1).reshape(-1, 3)  # in a unit cube
-FINGER_PADS = ("gripper0_finger1_pad_collision", "gripper0_finger2_pad_collision")
-FINE, COARSE = 0.004, 0.01  # metres between points of the object, and of all else
+FINGERS = tuple(
+    (f"gripper0_finger{number}_pad_collision", f"gripper0_finger{number}_collision") for number in (1, 2)
+)  # a pad and the finger that holds it: a rim is often held by the latter
+FINE, COARSE = 0.004, 0.01  # metres between points that are kept of the object, and of all else
+SPACING, MOST_POINTS = 0.015, 40  # metres between points of a box, and most of them along a side
 
 
 class PickAndPlace:
@@ -29,7 +31,7 @@ class PickAndPlace:
         self._body = domain.obj_body_id[moved]
         geoms = domain.objects_dict[moved].contact_geoms
         data, model = domain.sim.data._data, domain.sim.model._model
-        self._geoms, self._pads = _ids(model, geoms), _ids(model, FINGER_PADS)
+        self._geoms, self._fingers = _ids(model, geoms), [_ids(model, finger) for finger in FINGERS]
         rotation = data.xmat[self._body].reshape(3, 3)
         self._points = (_thin(_points(model, data, geoms), FINE) - data.xpos[self._body]) @ rotation
         self._site = place if place in domain.object_sites_dict else ""
@@ -46,7 +48,7 @@ class PickAndPlace:
         `points` [n, 3]: the object's collision shapes; `object` [3]: its position; `place` [3]: where it is
         to be; `inside` [1]: 1 if in a container, whose rim is at the height `rim` [1]; `around` [m, 3]:
         collision shapes of all else at the start; `hand` [3] and `hand_rotation` [3, 3]; `fingers` [2, 3]:
-        their pads; `grasped` [1]: 1 if both pads touch the object.
+        their pads; `grasped` [1]: 1 if both touch the object.
         """
         domain, data = self._domain, self._domain.sim.data._data
         site = domain.robots[0].gripper.important_sites["grip_site"]
@@ -61,14 +63,14 @@ class PickAndPlace:
             "around": self._around,
             "hand": domain.sim.data.get_site_xpos(site),
             "hand_rotation": domain.sim.data.get_site_xmat(site),
-            "fingers": data.geom_xpos[self._pads],
-            "grasped": [all(self._touches(data, pad) for pad in self._pads)],
+            "fingers": data.geom_xpos[[pad for pad, _ in self._fingers]],
+            "grasped": [all(self._touches(data, finger) for finger in self._fingers)],
         }
         return {name: np.array(value, np.float64) for name, value in values.items()}
 
-    def _touches(self, data: mujoco.MjData, geom: int) -> bool:
+    def _touches(self, data: mujoco.MjData, finger: Sequence[int]) -> bool:
         pairs = data.contact.geom  # [contacts, 2]
-        other = pairs[:, ::-1][pairs == geom]
+        other = pairs[:, ::-1][np.isin(pairs, finger)]
         return bool(np.isin(other, self._geoms).any())
 
 
@@ -83,12 +85,15 @@ def _ids(model: mujoco.MjModel, geoms: Sequence[str]) -> list[int]:
 
 
 def _points(model: mujoco.MjModel, data: mujoco.MjData, geoms: Sequence[str]) -> NDArray[np.float64]:
-    """Return points [n, 3] of the boxes around some geoms, as they stand now."""
+    """Return points [n, 3] on the boxes around some geoms, as they stand now."""
     parts = [np.empty((0, 3))]
     for geom in _ids(model, geoms):
         centre, half = model.geom_aabb[geom].reshape(2, 3)
-        grid = np.unique(GRID * half + centre, axis=0)
-        parts.append(grid @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
+        counts = np.clip(np.ceil(2 * half / SPACING).astype(int) + 1, 4, MOST_POINTS)
+        sides = (np.linspace(-1, 1, count) for count in counts)
+        grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 3)
+        surface = grid[np.abs(grid).max(1) == 1] * half + centre
+        parts.append(surface @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
     return np.concatenate(parts)
 
 
