@@ -1,13 +1,17 @@
 """Count how often the scripted expert, or chance, solves LIBERO's tasks; one JSON line an episode.
 
-    python eval/libero_expert.py --suite libero-object --actor expert --first-seed 1000 --trials 5
+    python eval/libero_expert.py --suite libero-object --actor expert --first-seed 1000 --trials 10
+    python eval/libero_expert.py --suite libero-object --actor chance --first-seed 0 --trials 2
 
 Seeds 0 to 49 are the official initial states, those from 1000 on are sampled from the tasks' BDDL regions,
 as `vlafit record` samples them. Horizon, settle steps and tasks are those of the suite's openpi protocol; no
-picture is drawn. Episodes that the file holds already are not played again. Prints the table of all.
+picture is drawn. Episodes that the file holds already are not played again, so a stopped run goes on; those
+of another expert (`expert` is a hash of its code) are removed.
+Prints the table of all; `python eval/readme.py` writes it into eval/README.md.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -16,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlafit import envs
-from vlafit.envs.libero import SAMPLED
+from vlafit import envs, files
+from vlafit.envs import experts_libero, libero_scene
+from vlafit.envs.libero import SAMPLED, Libero
 from vlafit.rollout import Protocol, load_protocol
-from vlafit.types import ActionChunk, Actor, Env, EpisodeKey, Observation
+from vlafit.types import ActionChunk, Actor, EpisodeKey, Observation
 
 RESULTS = Path("eval/results/libero-expert.jsonl")
+CODE = (experts_libero, libero_scene)  # modules that decide what the expert does
 
 
 class Chance:
@@ -42,24 +48,31 @@ def main() -> None:
     parser.add_argument("--suite", default="libero-object")
     parser.add_argument("--actor", choices=("expert", "chance"), default="expert")
     parser.add_argument("--tasks", type=int, nargs="*", help="positions in the protocol [all]")
-    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no episode after so many")
     parser.add_argument("--first-seed", type=int, default=SAMPLED)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     protocol = load_protocol(f"{options.suite}-openpi")
     numbers = options.tasks if options.tasks is not None else range(len(protocol.tasks))
     lines = options.results.read_text().splitlines() if options.results.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in CODE)).hexdigest()[:12]
+    earlier = [json.loads(line) for line in lines]
+    rows = [row for row in earlier if row["actor"] == "chance" or row.get("expert") == code]
+    if len(rows) < len(earlier):
+        files.write_atomic(options.results, "".join(json.dumps(row) + "\n" for row in rows))
     played = {(row["actor"], row["task"], row["seed"]) for row in rows}
-    env = envs.make(envs.EnvSpec("libero", size=8, renderer="auto", cameras=("agentview",)))
+    env = Libero(envs.EnvSpec("libero", size=8, renderer="auto", cameras=("agentview",)))
+    until = time.monotonic() + 60 * options.minutes
     try:
         for task in (protocol.tasks[number] for number in numbers):
             for seed in range(options.first_seed, options.first_seed + options.trials):
-                if (options.actor, task, seed) in played:
+                if (options.actor, task, seed) in played or time.monotonic() > until:
                     continue
                 actor = envs.expert("libero") if options.actor == "expert" else Chance()
                 row = {"suite": options.suite, "actor": options.actor, "task": task, "seed": seed}
-                rows.append(row | play(env, actor, protocol, task, seed))
+                row |= play(env, actor, protocol, task, seed)
+                rows.append(row | ({"expert": code} if options.actor == "expert" else {}))
                 with options.results.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(json.dumps(rows[-1]), flush=True)
@@ -68,10 +81,10 @@ def main() -> None:
     show(rows)
 
 
-def play(env: Env, actor: Actor, protocol: Protocol, task: str, seed: int) -> dict[str, object]:
+def play(env: Libero, actor: Actor, protocol: Protocol, task: str, seed: int) -> dict[str, object]:
     """Play one episode; return its success, steps and CPU time."""
     started = time.process_time()
-    observation = env.reset(task, seed)
+    observation = env.reset(task, seed, render=False)
     if seed < SAMPLED:
         for _ in range(protocol.settle_steps):
             rest = np.array(protocol.settle_action, np.float32)

@@ -74,6 +74,30 @@ def shipped() -> str:
     )
 
 
+def libero_expert() -> str:
+    """One row for each task of LIBERO that the scripted expert, or chance, has played."""
+    counts: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for line in (RESULTS / "libero-expert.jsonl").read_text(encoding="utf-8").splitlines():
+        episode = json.loads(line)
+        actors = counts.setdefault((episode["suite"], episode["task"]), {"expert": [], "chance": []})
+        actors[episode["actor"]].append(episode)
+    rows = []
+    for suite in sorted({suite for suite, _ in counts}):
+        of_suite = [(task, actors) for (other, task), actors in counts.items() if other == suite]
+        pooled = {
+            actor: [e for _, actors in of_suite for e in actors[actor]] for actor in ("expert", "chance")
+        }
+        for task, actors in [*of_suite, ("**all**", pooled)]:
+            steps = [episode["steps"] for episode in actors["expert"] if episode["success"]]
+            shown = f"{min(steps)} to {max(steps)}" if steps else "-"
+            rows.append([suite, task.replace("_", " "), *map(_solved, actors.values()), shown])
+    return _table(["suite", "task", "scripted expert", "random actions", "steps of its successes"], rows)
+
+
+def _solved(episodes: list[dict[str, Any]]) -> str:
+    return f"{sum(e['success'] for e in episodes)} of {len(episodes)}" if episodes else "-"
+
+
 def provenance() -> str:
     """One row for each published run, of its evaluation after training, and for each comparison."""
     rows = []
@@ -99,6 +123,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "strategies": strategies,
     "pretraining": pretraining,
     "shipped": shipped,
+    "libero-expert": libero_expert,
     "provenance": provenance,
 }
 

@@ -96,6 +96,12 @@ def test_seeds_from_1000_on_are_starts_of_the_tasks_regions_and_never_official_o
         _require_another_start(states[3], states, task, 7)
 
 
+def test_a_goal_on_a_region_of_the_table_can_be_reset_too(env: Libero) -> None:
+    seen = env.reset("push_the_plate_to_the_front_of_the_stove", 0)
+    np.testing.assert_allclose(seen.privileged["rim"], seen.privileged["place"][2:])
+    assert not env.step(STILL, render=False)[1]
+
+
 def test_robosuites_own_errors_end_a_reset_which_liberos_wrapper_repeats_for_ever(
     env: Libero, monkeypatch: pytest.MonkeyPatch
 ) -> None:

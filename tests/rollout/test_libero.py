@@ -74,6 +74,21 @@ def test_what_breaks_is_an_error_of_its_episode_and_the_others_are_played(
     assert {record.seed for record in got.records if record.success is False} == {0, 4}
 
 
+def test_the_wrong_instruction_of_a_libero_pro_task_is_that_of_the_known_one(
+    robot: Embodiment, tmp_path: Path
+) -> None:
+    shipped = load_protocol("libero-object-task-openpi")
+    task = shipped.tasks[0]
+    short = replace(
+        shipped, tasks=(task,), swapped={task: shipped.swapped[task]}, trials=1, horizon=3, replan=3,
+        env=replace(shipped.env, size=32), timeout_s=90.0,
+    )  # fmt: skip
+    got = evaluate(Drifting(robot), short, tmp_path, workers=1, videos=0, wrong_instruction=True)
+    (record,) = got.records
+    assert record.error is None and record.success is False
+    assert record.instruction == "pick up the alphabet soup and place it in the basket"
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(
     protocol: Protocol, robot: Embodiment, tmp_path: Path
 ) -> None:

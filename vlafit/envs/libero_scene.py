@@ -38,9 +38,11 @@ class PickAndPlace:
         parent = domain.object_sites_dict[place].parent_name if self._site else place
         self._place = -1 if self._site else domain.obj_body_id[place]
         others = {**domain.objects_dict, **domain.fixtures_dict}
+        shapes = others[parent].contact_geoms if parent in others else ()  # regions of a table have no parent
         around = [_points(model, data, body.contact_geoms) for name, body in others.items() if name != moved]
         self._around = _thin(np.concatenate(around), COARSE)
-        self._top = float(_points(model, data, others[parent].contact_geoms)[:, 2].max())
+        top = _points(model, data, shapes)[:, 2].max(initial=-np.inf)
+        self._top = float(top if len(shapes) else self._position()[2])
 
     def facts(self) -> dict[str, NDArray[np.float64]]:
         """Return the facts at this step.
@@ -53,11 +55,10 @@ class PickAndPlace:
         domain, data = self._domain, self._domain.sim.data._data
         site = domain.robots[0].gripper.important_sites["grip_site"]
         rotation, position = data.xmat[self._body].reshape(3, 3), data.xpos[self._body]
-        place = domain.sim.data.get_site_xpos(self._site) if self._site else data.xpos[self._place]
         values = {
             "points": self._points @ rotation.T + position,
             "object": position,
-            "place": place,
+            "place": self._position(),
             "inside": [self._inside],
             "rim": [self._top],
             "around": self._around,
@@ -67,6 +68,11 @@ class PickAndPlace:
             "grasped": [all(self._touches(data, finger) for finger in self._fingers)],
         }
         return {name: np.array(value, np.float64) for name, value in values.items()}
+
+    def _position(self) -> NDArray[np.float64]:
+        """Return where the object is to be."""
+        data = self._domain.sim.data
+        return data.get_site_xpos(self._site) if self._site else data._data.xpos[self._place]
 
     def _touches(self, data: mujoco.MjData, finger: Sequence[int]) -> bool:
         pairs = data.contact.geom  # [contacts, 2]
