@@ -102,6 +102,19 @@ def test_a_goal_on_a_region_of_the_table_can_be_reset_too(env: Libero) -> None:
     assert not env.step(STILL, render=False)[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", (*SUITES, *PERTURBED_SUITES))
+def test_a_task_of_every_suite_is_reset_stepped_and_opened_again(env: Libero, suite: str) -> None:
+    tasks = [name for name, task in env._simulator.tasks.items() if task.problem_folder == suite]
+    task = tasks[len(suite) % len(tasks)]  # another position in most suites
+    first = env.reset(task, 7)
+    moved = env.step(STILL)[0]
+    again = env.reset(task, 7)
+    assert first.instruction == env.instruction(task) and first.images["agentview"].std() > 5
+    assert not np.array_equal(moved.privileged["full_state"], first.privileged["full_state"])
+    np.testing.assert_array_equal(again.privileged["full_state"], first.privileged["full_state"])
+
+
 def test_robosuites_own_errors_end_a_reset_which_liberos_wrapper_repeats_for_ever(
     env: Libero, monkeypatch: pytest.MonkeyPatch
 ) -> None:
