@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.utils import LoggerType
 
 from vlafit import files
 from vlafit.errors import TrainingError
@@ -33,9 +34,9 @@ GIF_PIXELS, GIF_FRAMES = 128, 60  # of a film in TensorBoard, at most: its files
 Cell = str | int | float | None
 
 
-def trackers(names: Sequence[str], out: Path) -> list[str | GeneralTracker]:
+def trackers(names: Sequence[str], out: Path) -> list[str | LoggerType | GeneralTracker]:
     """Return what `Accelerator(log_with=...)` takes for the trackers `names` of the run in `out`."""
-    listed: list[str | GeneralTracker] = []
+    listed: list[str | LoggerType | GeneralTracker] = []
     for name in names:
         match name:
             case "tensorboard":
@@ -134,7 +135,7 @@ def _log_film(accelerator: Accelerator, tag: str, step: int, path: Path, caption
 
 def _add_gif(tracker: TensorBoardTracker, tag: str, step: int, path: Path) -> None:
     """Add a film as an animated picture; `SummaryWriter.add_video` would need moviepy."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
     content, width, height = _gif(path)
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
@@ -179,7 +180,11 @@ def _identity(out: Path) -> str:
 
 
 def _name(tracker: object) -> str:
-    return str(tracker.name if isinstance(tracker, GeneralTracker) else tracker)
+    return (
+        type(tracker).__name__.removesuffix("Tracker").lower()
+        if isinstance(tracker, GeneralTracker)
+        else str(tracker)
+    )
 
 
 def _text(cell: Cell) -> str:
