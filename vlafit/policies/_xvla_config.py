@@ -1,14 +1,11 @@
 """X-VLA's config: the sizes of its parts, and whether they go together."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vlafit.nn.florence2 import stage_side
 from vlafit.policies._common import require, require_positive
 from vlafit.policies._xvla_spaces import space_of
-
-if TYPE_CHECKING:
-    from vlafit.policies.xvla import XVLAConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class ExpertConfig:
     dropout: float = 0.1
 
 
-def require_fitting(config: "XVLAConfig") -> None:
+def require_fitting(config: Any) -> None:
     """Raise ConfigError naming a size that is impossible or does not go with the others."""
     lang = config.language
     require_positive({"vision.": config.vision, "language.": lang, "expert.": config.expert})
@@ -107,7 +104,7 @@ def _require_stages(v: VisionConfig) -> None:
     require((0 <= v.drop_path < 1, f"vision.drop_path is {v.drop_path}; it must be at least 0 and below 1"))
 
 
-def _require_parts(config: "XVLAConfig") -> None:
+def _require_parts(config: Any) -> None:
     """Raise ConfigError where the parts do not go together."""
     v, lang, expert = config.vision, config.language, config.expert
     for where, part in (("language", lang), ("expert", expert)):
