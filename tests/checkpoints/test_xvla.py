@@ -22,6 +22,7 @@ from vlafit.checkpoints.formats.lerobot.names import XVLA as NAMES
 from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import ConfigError, VlafitError, WeightsError
 from vlafit.policies import xvla
+from vlafit.policies._common import imagenet_normalised
 from vlafit.types import Observation
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lerobot_xvla"
@@ -213,7 +214,7 @@ def test_the_processors_make_the_recorded_inputs(folder: Path):
     np.testing.assert_allclose(encoded.state, recorded["pre.observation.state"][0], atol=1e-6)
     for name in ("image", "image2"):
         raw = recorded[f"in.observation.images.{name}"]
-        made = xvla.normalised(raw / (255 if raw.max() > 1 else 1) * 2 - 1)
+        made = imagenet_normalised(raw / (255 if raw.max() > 1 else 1) * 2 - 1)
         torch.testing.assert_close(made, recorded[f"pre.observation.images.{name}"], rtol=0.0, atol=1e-5)
     with pytest.raises(VlafitError, match="the policy takes 12"):  # LeRobot would cut it off
         codec.encode(Observation({"image": frame, "image2": frame}, state, tasks[1]))

@@ -19,6 +19,7 @@ from vlafit.nn.policy import Needs, mean_loss
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import SampleRng, sample_rng
 from vlafit.policies import act
+from vlafit.policies._common import PIXEL_MEAN, PIXEL_STD
 from vlafit.tuning import apply, load_strategy, preview
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lerobot_act"
@@ -99,7 +100,7 @@ class Recorded:
 def recorded_batch(io: dict[str, Tensor], masked: bool = True) -> Batch:
     """The recorded inputs as a batch; its images are floats from before the normalisation by ImageNet's."""
     images = torch.stack([io["raw.observation.images.cam_high"], io["raw.observation.images.cam_wrist"]], 1)
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (act.PIXEL_MEAN, act.PIXEL_STD))
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
     images = ((images.double() * std + mean) * 2 - 1).float()
     mask = ~io["raw.action_is_pad"][..., None].expand(-1, -1, 6)
     return Batch(

@@ -17,7 +17,7 @@ from vlafit.nn.batch import Batch
 from vlafit.nn.policy import mean_loss
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
-from vlafit.policies import build_family, xvla
+from vlafit.policies import _common, build_family, xvla
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.flops import FlopCounter
 from vlafit.train.forecast import Workload, forecast
@@ -75,7 +75,7 @@ def recorded(io: dict[str, Tensor], cameras: tuple[str, ...] = ("image", "image2
     """The recorded inputs as a batch; its images are floats from before the normalisation by ImageNet's."""
     images = torch.stack([io[f"raw.observation.images.{name}"] for name in cameras], 1)
     mean, std = (
-        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (xvla.PIXEL_MEAN, xvla.PIXEL_STD)
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (_common.PIXEL_MEAN, _common.PIXEL_STD)
     )
     tokens = io["raw.observation.language.tokens"]
     return Batch(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.precision import layer_norm
+
 EPS = 1e-5  # torch's LayerNorm
 PERIOD = 10_000.0  # of the slowest sine: DETR
 
@@ -68,11 +70,6 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Apply `norm` in the precision of its weights."""
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class FeedForward(nn.Module):

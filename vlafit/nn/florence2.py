@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend
-from vlafit.nn.detr import Attention, layer_norm
-from vlafit.nn.precision import matrix_dtype
+from vlafit.nn.detr import Attention
+from vlafit.nn.precision import layer_norm, matrix_dtype
 
 MLP_RATIO = 4  # of every DaViT block
 POSITION_OFFSET = 2  # BART: the first position is row 2 of its table
@@ -95,14 +95,18 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class SpatialBlock(nn.Module):
-    """Attention in windows and an MLP, each after a depthwise convolution that adds positions."""
+class Block(nn.Module):
+    """Attention and an MLP, each after a depthwise convolution that adds positions.
 
-    def __init__(self, width: int, heads: int, window: int, drop_path: float) -> None:
+    `name` is that of the attention among the parameters.
+    """
+
+    def __init__(self, width: int, name: str, attention: nn.Module, drop_path: float) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm1 = nn.LayerNorm(width)
-        self.window_attn = WindowAttention(width, heads, window)
+        self.name = name
+        self.add_module(name, attention)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm2 = nn.LayerNorm(width)
         self.ffn = Mlp(width)
@@ -111,29 +115,7 @@ class SpatialBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for `x` [b, d, h, w]."""
         x = _to_last(x + conv_in_own_precision(self.conv1, x))  # [b, h, w, d]
-        x = x + self.drop_path(self.window_attn(layer_norm(self.norm1, x)))
-        x = _to_first(x)
-        x = _to_last(x + conv_in_own_precision(self.conv2, x))
-        return _to_first(x + self.drop_path(self.ffn(layer_norm(self.norm2, x))))
-
-
-class ChannelBlock(nn.Module):
-    """Attention among channels and an MLP, each after a depthwise convolution that adds positions."""
-
-    def __init__(self, width: int, groups: int, drop_path: float) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm1 = nn.LayerNorm(width)
-        self.channel_attn = ChannelAttention(width, groups)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm2 = nn.LayerNorm(width)
-        self.ffn = Mlp(width)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output for `x` [b, d, h, w]."""
-        x = _to_last(x + conv_in_own_precision(self.conv1, x))  # [b, h, w, d]
-        x = x + self.drop_path(self.channel_attn(layer_norm(self.norm1, x)))
+        x = x + self.drop_path(self.get_submodule(self.name)(layer_norm(self.norm1, x)))
         x = _to_first(x)
         x = _to_last(x + conv_in_own_precision(self.conv2, x))
         return _to_first(x + self.drop_path(self.ffn(layer_norm(self.norm2, x))))
@@ -156,8 +138,9 @@ class DavitBlock(nn.Module):
         self, width: int, heads: int, groups: int, window: int, drop_paths: tuple[float, float]
     ) -> None:
         super().__init__()
-        self.spatial_block = SpatialBlock(width, heads, window, drop_paths[0])
-        self.channel_block = ChannelBlock(width, groups, drop_paths[1])
+        windows, channels = WindowAttention(width, heads, window), ChannelAttention(width, groups)
+        self.spatial_block = Block(width, "window_attn", windows, drop_paths[0])
+        self.channel_block = Block(width, "channel_attn", channels, drop_paths[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of both blocks for `x` [b, d, h, w]."""

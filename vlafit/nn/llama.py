@@ -23,14 +23,15 @@ EPS = 1e-5  # SmolLM2: RMSNorm epsilon
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight; computes in float32 at least."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = EPS) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised `x` [b, s, w]."""
+        """Return the normalised `x` [..., w]."""
         y = precise(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * precise(self.weight)).to(x.dtype)
 
 

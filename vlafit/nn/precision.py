@@ -21,6 +21,11 @@ def in_own_precision(module: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
     return module(x, *rest)
 
 
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply `norm` in the precision of its weights."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 def precise(x: Tensor) -> Tensor:
     """Return `x` in float32, or in float64 where it is that already."""
     return x if x.dtype == torch.float64 else x.float()

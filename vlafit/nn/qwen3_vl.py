@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlafit.nn.attention import Rope, attend, rotate
-from vlafit.nn.llama import MLP
-from vlafit.nn.precision import in_own_precision, matrix_dtype, precise
+from vlafit.nn.attention import Rope, attend, per_query, rotate
+from vlafit.nn.llama import MLP, RMSNorm
+from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
+from vlafit.nn.siglip import SiglipMLP
 
 EPS = 1e-6  # Qwen3-VL: epsilon of every norm
 TOWER_BASE = 10_000.0  # Qwen3-VL: rotary base frequency of the image tower
@@ -37,19 +38,6 @@ class TowerAttention(nn.Module):
         return self.out_proj(attend(rotate(q, rope), rotate(k, rope), v))
 
 
-class TowerMLP(nn.Module):
-    """Feed-forward layer."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the update of `x` [b, l, w]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class TowerLayer(nn.Module):
     """One pre-norm transformer layer."""
 
@@ -58,7 +46,7 @@ class TowerLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.self_attn = TowerAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
-        self.mlp = TowerMLP(width, hidden)
+        self.mlp = SiglipMLP(width, hidden)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """Return the layer's output [b, l, w]."""
@@ -144,20 +132,6 @@ class Merger(nn.Module):
         return x.unflatten(1, (-1, self.fold)).flatten(2)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight; computes in float32 at least."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised `x` [..., w]."""
-        y = precise(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
-        return (y * precise(self.weight)).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with a norm for each head's queries and keys."""
 
@@ -168,8 +142,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        self.q_norm = RMSNorm(head_dim)
-        self.k_norm = RMSNorm(head_dim)
+        self.q_norm = RMSNorm(head_dim, EPS)
+        self.k_norm = RMSNorm(head_dim, EPS)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> Tensor:
         """Return the update of `x` [b, s, w]; `mask` is as `attend` takes it."""
@@ -187,8 +161,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(width, heads, kv_heads, head_dim)
         self.mlp = MLP(width, mlp)
-        self.input_layernorm = RMSNorm(width)
-        self.post_attention_layernorm = RMSNorm(width)
+        self.input_layernorm = RMSNorm(width, EPS)
+        self.post_attention_layernorm = RMSNorm(width, EPS)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor, valid: Tensor | None) -> Tensor:
         """Return the layer's output [b, s, w]. Tokens that are not `valid` [b, s] attend to nothing."""
@@ -217,7 +191,7 @@ class Decoder(nn.Module):
         self.base, self.group, self.head_dim = base, heads // kv_heads, head_dim
         self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(DecoderLayer(width, mlp, heads, kv_heads, head_dim) for _ in range(depth))
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, EPS)
         self.register_buffer("axis", _axis_of_frequency(head_dim, sections), persistent=False)
 
     axis: Tensor
@@ -237,18 +211,12 @@ class Decoder(nn.Module):
         mask = torch.ones(s, s, dtype=torch.bool, device=x.device).tril()[None]
         if valid is not None:  # a token that is not real has to see something, of which nothing is used
             mask = (mask & valid[:, None]) | torch.eye(s, dtype=torch.bool, device=x.device)
-        mask = mask.repeat_interleave(self.group, dim=1)[:, None]
+        mask = per_query(mask, self.group)
         for number, layer in enumerate(self.layers):
             x = layer(x, rope, mask, valid)
             if number < len(added):
                 x = x + added[number]
         return x
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Apply `norm` in the precision of its weights."""
-    dtype = x.dtype if norm.weight is None else norm.weight.dtype
-    return norm(x.to(dtype)).to(x.dtype)
 
 
 def _merge_order(grid: int, merge: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend
-from vlafit.nn.precision import in_own_precision, matrix_dtype
+from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
 
 EPS = 1e-6  # SigLIP: LayerNorm epsilon
 
@@ -52,8 +52,8 @@ class SiglipLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [b, l, w]."""
-        x = x + self.self_attn(_layer_norm(self.layer_norm1, x))
-        return x + self.mlp(_layer_norm(self.layer_norm2, x))
+        x = x + self.self_attn(layer_norm(self.layer_norm1, x))
+        return x + self.mlp(layer_norm(self.layer_norm2, x))
 
 
 class SiglipTower(nn.Module):
@@ -79,8 +79,4 @@ class SiglipTower(nn.Module):
         x = x.to(matrix_dtype(self.layers[0]))
         for layer in self.layers:
             x = layer(x)
-        return _layer_norm(self.post_layernorm, x)
-
-
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+        return layer_norm(self.post_layernorm, x)

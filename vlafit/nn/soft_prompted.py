@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlafit.nn.detr import layer_norm
-from vlafit.nn.precision import in_own_precision
+from vlafit.nn.precision import in_own_precision, layer_norm
 
 TIME_PERIOD = 100.0  # of the slowest wave of the embedded time: the authors' code
 

@@ -1,4 +1,4 @@
-"""Helpers that pi0 and SmolVLA share: checks of configs, what their parameters are."""
+"""Helpers that families share: checks of configs, what parameters are, ImageNet's normalisation."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,18 @@ from vlafit.nn.kinds import Kind
 from vlafit.nn.parameters import select
 from vlafit.nn.policy import ParameterInfo
 
-__all__ = ["all_true_on_cpu", "describe", "require", "require_positive", "select"]
+__all__ = [
+    "PIXEL_MEAN", "PIXEL_STD", "all_true_on_cpu", "describe", "imagenet_normalised", "require",
+    "require_positive", "select",
+]  # fmt: skip
+
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
+
+
+def imagenet_normalised(images: Tensor) -> Tensor:
+    """Return images [..., 3, h, w] in [-1, 1] with ImageNet's mean and deviation."""
+    mean, std = images.new_tensor(PIXEL_MEAN), images.new_tensor(PIXEL_STD)
+    return ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
 
 
 def require_positive(sections: Mapping[str, object]) -> None:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlafit.nn.attention import attend, key_mask
-from vlafit.nn.precision import in_own_precision, precise
-from vlafit.nn.qwen3_vl import layer_norm
+from vlafit.nn.precision import in_own_precision, layer_norm, precise
 
 EPS = 1e-5  # of the norms; reference implementation
 LAST_EPS = 1e-6  # of the last norm; reference implementation

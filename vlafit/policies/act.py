@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.nn.batch import Batch, seen_images
-from vlafit.nn.detr import DecoderLayer, EncoderLayer, layer_norm, sine_positions, sine_positions_2d
+from vlafit.nn.detr import DecoderLayer, EncoderLayer, sine_positions, sine_positions_2d
 from vlafit.nn.parameters import build_policy, describe, select
 from vlafit.nn.policy import Needs, ParameterInfo, Policy, required_actions
-from vlafit.nn.precision import in_own_precision, matrix_dtype
+from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
 from vlafit.nn.resnet import FrozenBatchNorm, Norm, ResNet
 from vlafit.nn.rng import SampleRng
-from vlafit.policies._common import require, require_positive
+from vlafit.policies._common import imagenet_normalised, require, require_positive
 
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 L1, KL = "l1", "kl"
 UNREACHED = "decoder.layers.0.self_attn.v_proj.weight"  # reads the decoder's input, which is zero
 WIDEST = 2**14  # channels of the last stage; ResNet-18 has 512
@@ -268,9 +267,7 @@ class Act(Policy):
 
 def _normalised(batch: Batch) -> Tensor:
     """Return the images [b, n, 3, h, w] with ImageNet's mean and deviation."""
-    images = (seen_images(batch.images, batch.image_mask) + 1) / 2
-    mean, std = images.new_tensor(PIXEL_MEAN), images.new_tensor(PIXEL_STD)
-    images = (images - mean[:, None, None]) / std[:, None, None]
+    images = imagenet_normalised(seen_images(batch.images, batch.image_mask))
     return images.unflatten(0, (len(batch), -1))
 
 

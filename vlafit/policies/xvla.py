@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from vlafit.errors import CodecError
 from vlafit.nn.attention import key_mask
 from vlafit.nn.batch import Batch, seen_images
-from vlafit.nn.detr import layer_norm
 from vlafit.nn.florence2 import BartEncoder, Davit, Projector, sine_table, stage_side
 from vlafit.nn.flow import interpolate
 from vlafit.nn.kinds import Kind
 from vlafit.nn.parameters import build_policy, describe, select
 from vlafit.nn.policy import Needs, ParameterInfo, Policy, required_actions
-from vlafit.nn.precision import in_own_precision, matrix_dtype
+from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
 from vlafit.nn.rng import SampleRng
 from vlafit.nn.soft_prompted import DomainLinear, JointTransformer, time_waves
+from vlafit.policies._common import imagenet_normalised
 from vlafit.policies._xvla_config import ExpertConfig, LanguageConfig, VisionConfig, require_fitting
 from vlafit.policies._xvla_spaces import (
     ActionSpace,
@@ -37,7 +37,6 @@ from vlafit.policies._xvla_spaces import (
     space_of,
 )
 
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 TIME_BELOW = 1 - 1e-5  # times are drawn from [0, TIME_BELOW): the authors' code
 TIMES = "projector.visual_temporal_embed.weight"  # constant
 FRESH_STD = 0.02  # of fresh soft prompts and positions: the authors' code
@@ -343,7 +342,7 @@ class XVLA(Policy):
         """Return the tokens of all views [b, v, m, d], each row's present cameras first, then zeros."""
         mask = batch.image_mask
         b, n = mask.shape
-        images = normalised(seen_images(batch.images, mask))
+        images = imagenet_normalised(seen_images(batch.images, mask))
         # A quantised tower computes in its adapters' precision, the projector in its own.
         seen = self.vision(images)
         tokens = self.projector(seen.to(self.projector.image_projection.weight.dtype)).unflatten(0, (b, n))
@@ -352,12 +351,6 @@ class XVLA(Policy):
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             tokens = tokens.gather(1, order[:, :, None, None].expand_as(tokens))
         return F.pad(tokens, (0, 0, 0, 0, 0, self.config.views - n))
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Return images [..., 3, h, w] in [-1, 1] with ImageNet's mean and deviation."""
-    mean, std = images.new_tensor(PIXEL_MEAN), images.new_tensor(PIXEL_STD)
-    return ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
 
 
 Config = XVLAConfig
@@ -408,12 +401,11 @@ def _fresh_std(policy: XVLA, info: ParameterInfo, parameter: Tensor) -> float:
 @torch.no_grad()
 def init_embodiment(policy: XVLA, number: int, generator: torch.Generator) -> list[str]:
     """Draw the rows of domain `number` anew, as `init_weights` does; return the names of their tables."""
-    names = [info.name for info in policy.parts() if info.part in ("projections", "soft_prompts")]
-    for name in names:
-        table = policy.get_parameter(name)
+    infos = [info for info in policy.parts() if info.part in ("projections", "soft_prompts")]
+    for info in infos:
+        table = policy.get_parameter(info.name)
         row = torch.zeros(table.shape[1])
-        if not name.endswith(".bias.weight"):
-            info = next(info for info in policy.parts() if info.name == name)
+        if not info.name.endswith(".bias.weight"):
             row.normal_(0.0, _fresh_std(policy, info, table), generator=generator)
         table[number] = row.to(table)
-    return names
+    return [info.name for info in infos]
