@@ -25,10 +25,17 @@ from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import Needs, ParameterInfo
-from vlafit.nn.precision import matrix_dtype
-from vlafit.nn.qwen3_vl import Decoder, Merger, Tower, layer_norm
+from vlafit.nn.precision import layer_norm, matrix_dtype
+from vlafit.nn.qwen3_vl import Decoder, Merger, Tower
 from vlafit.policies import _groot_shapes
-from vlafit.policies._common import all_true_on_cpu, require, require_positive
+from vlafit.policies._common import all_true_on_cpu
+from vlafit.policies._groot_config import (
+    ChatConfig,
+    ExpertConfig,
+    LanguageConfig,
+    VisionConfig,
+    require_fitting,
+)
 from vlafit.policies._groot_head import (
     EPS,
     ActionEncoder,
@@ -42,70 +49,7 @@ from vlafit.policies._groot_parts import describe
 from vlafit.policies._groot_turn import Turn
 
 BUCKETS = 1000  # of time: reference implementation
-LARGEST_SIDE, MOST_EMBODIMENTS, MOST_POSITIONS = 4096, 1024, 2**20
 ROUNDING = 1e-4  # of a bucket: float32 times are this near, and no nearer, to the steps of a sampler
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The image tower, and the mergers behind it."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    patch: int
-    """Pixels along a patch's side."""
-    side: int
-    """Rows of the square table of learned positions, which is interpolated to the grid of patches."""
-    deepstack: tuple[int, ...]
-    """Layers whose features the decoder's first layers add, the first of them to the first."""
-    merge: int = 2
-    """This many patches by this many become one token."""
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """The text decoder; `depth` counts the layers that are left."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    sections: tuple[int, int, int]
-    """Rotary frequencies of time, row and column."""
-    rope_base: float = 5_000_000.0
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """The layers over the backbone's features, and the diffusion transformer."""
-
-    width: int
-    depth: int
-    heads: int
-    memory_depth: int
-    memory_heads: int
-    hidden: int
-    """Width of the transformer's output, and inside the state's encoder and the actions' decoder."""
-    text_every: int = 2
-    """Of the blocks that attend to the features, every one whose number this divides sees the text, the
-    others the images."""
-    dropout: float = 0.2
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """Token ids around images and instruction; the instruction's own tokens come from the codec."""
-
-    opening: tuple[int, ...]
-    image_start: int
-    image_end: int
-    closing: tuple[int, ...]
-    pad: int
 
 
 @dataclass(frozen=True)
@@ -138,72 +82,7 @@ class GrootConfig:
     """Whether features of padding are seen, as in the reference. False: no sample depends on its batch."""
 
     def __post_init__(self) -> None:
-        v, lang, expert = self.vision, self.language, self.expert
-        require_positive({"": self, "vision.": v, "language.": lang, "expert.": expert})
-        fold = v.patch * v.merge
-        tokens = {f"chat.{key}": value for key, value in vars(self.chat).items()}
-        tokens = {key: value if isinstance(value, tuple) else (value,) for key, value in tokens.items()}
-        most = {
-            "vision.side": (v.side, LARGEST_SIDE),
-            "embodiments": (self.embodiments, MOST_EMBODIMENTS),
-            "positions": (self.positions, MOST_POSITIONS),
-            "chunk": (self.chunk, self.positions),
-            "expert.text_every": (expert.text_every, expert.depth),
-            **{key: (max(ids, default=0), lang.vocab - 1) for key, ids in tokens.items()},
-        }
-        require(*(
-            (value <= limit, f"{key} is {value}; at most {limit} is supported here")
-            for key, (value, limit) in most.items()
-        ))  # fmt: skip
-        require(
-            (
-                self.image_size % fold == 0,
-                f"image_size {self.image_size} is not a multiple of vision.patch times vision.merge, {fold}",
-            ),
-            (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
-            (
-                v.width // v.heads % 4 == 0,
-                f"vision.width / vision.heads is {v.width // v.heads}; rows and columns need pairs of it",
-            ),
-            (
-                all(0 <= i < v.depth for i in v.deepstack) and list(v.deepstack) == sorted({*v.deepstack}),
-                f"vision.deepstack {v.deepstack} are no ascending layers of {v.depth}",
-            ),
-            (
-                len(v.deepstack) < lang.depth,
-                f"language.depth {lang.depth} must be more than the {len(v.deepstack)} layers that "
-                "vision.deepstack is added to",
-            ),
-            (
-                lang.heads % lang.kv_heads == 0,
-                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
-            ),
-            (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
-            (
-                2 * sum(lang.sections) == lang.head_dim and min(lang.sections) >= 0,
-                f"language.head_dim is {lang.head_dim}; language.sections {lang.sections} place at most "
-                f"{2 * sum(lang.sections)} of its dimensions, and must place all",
-            ),
-            (
-                expert.width % expert.heads == 0 and expert.width % 2 == 0,
-                f"expert.width {expert.width} is odd, or no multiple of expert.heads {expert.heads}",
-            ),
-            (
-                lang.width % expert.memory_heads == 0,
-                f"language.width {lang.width} is no multiple of expert.memory_heads {expert.memory_heads}",
-            ),
-            (0 <= expert.dropout < 1, f"expert.dropout is {expert.dropout}; it must be 0 to below 1"),
-            (0 <= self.state_dropout < 1, f"state_dropout is {self.state_dropout}; it must be 0 to below 1"),
-            (
-                min(min(ids, default=0) for ids in tokens.values()) >= 0,
-                f"chat {self.chat} names a token below 0",
-            ),
-            (
-                len({*self.embodiment_rows}) == len(self.embodiment_rows) > 0
-                and all(0 <= row < self.embodiments for row in self.embodiment_rows),
-                f"embodiment_rows {self.embodiment_rows} must name different rows of {self.embodiments}",
-            ),
-        )
+        require_fitting(self)
 
     @property
     def grid(self) -> int:

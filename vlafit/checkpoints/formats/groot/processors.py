@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlafit.checkpoints.formats.lerobot import processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
-from vlafit.checkpoints.formats.lerobot.processor_steps import NEUTRAL, RENAME, Step, read_steps
+from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    NEUTRAL,
+    RENAME,
+    Step,
+    anything,
+    only,
+    read_steps,
+)
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
-from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE
+from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION
 from vlafit.checkpoints.tensor_files import open_tensors
 from vlafit.codec import Codec, CodecConfig, Tokenizer
 from vlafit.codec.images import groot_crop
@@ -48,53 +56,43 @@ UNKNOWN_ROW = 0  # LeRobot's for a tag that its table does not have
 WRIST = {"wrist_image": "image2"}  # a key of NVIDIA's LIBERO checkpoint -> LeRobot's name of that camera
 
 
-def _any(value: Any) -> bool:
-    return True
-
-
-def _only(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
-
-
 REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
-    RENAME: {"rename_map": lambda value: isinstance(value, dict)},
-    "to_batch_processor": {},
-    "device_processor": {"device": _any, "float_dtype": _only(None, "float32")},
+    **{name: processor_steps.REPEATED[name] for name in (RENAME, *NEUTRAL)},
     PACK: {
-        "state_horizon": _only(1),
-        "action_horizon": _any,  # compared with the policy below, as the two widths are
-        "valid_action_horizon": _any,  # compared with action_horizon below
-        "video_horizon": _only(None, 1),
-        "max_state_dim": _any,
-        "max_action_dim": _any,
-        "language_key": _any,  # where LeRobot finds the instruction; an observation has it
-        "formalize_language": _only(True, False),
-        "embodiment_tag": _any,  # read
-        "embodiment_mapping": _any,  # read
-        "normalize_min_max": _only(True, False),
-        "state_dropout_prob": _any,  # only in training
-        "clip_outliers": _only(True),
-        "use_percentiles": _any,  # only of grouped statistics
-        "video_modality_keys": _any,  # read
+        "state_horizon": only(1),
+        "action_horizon": anything,  # compared with the policy below, as the two widths are
+        "valid_action_horizon": anything,  # compared with action_horizon below
+        "video_horizon": only(None, 1),
+        "max_state_dim": anything,
+        "max_action_dim": anything,
+        "language_key": anything,  # where LeRobot finds the instruction; an observation has it
+        "formalize_language": only(True, False),
+        "embodiment_tag": anything,  # read
+        "embodiment_mapping": anything,  # read
+        "normalize_min_max": only(True, False),
+        "state_dropout_prob": anything,  # only in training
+        "clip_outliers": only(True),
+        "use_percentiles": anything,  # only of grouped statistics
+        "video_modality_keys": anything,  # read
         "raw_stats": lambda value: not value,
         "modality_config": lambda value: not value,
     },
     ENCODE: {
-        "model_name": _any,  # of the tokenizer; its tokens are compared with the policy's
-        "image_crop_size": _any,  # compared with the framing below, as the next three are
-        "image_target_size": _any,
-        "shortest_image_edge": _any,
-        "crop_fraction": _any,
-        "use_albumentations": _only(False),
-        "letter_box_transform": _only(False),
-        "device": _any,
+        "model_name": anything,  # of the tokenizer; its tokens are compared with the policy's
+        "image_crop_size": anything,  # compared with the framing below, as the next three are
+        "image_target_size": anything,
+        "shortest_image_edge": anything,
+        "crop_fraction": anything,
+        "use_albumentations": only(False),
+        "letter_box_transform": only(False),
+        "device": anything,
     },
     UNPACK: {
-        "env_action_dim": _any,  # compared with config.json below
-        "normalize_min_max": _only(True, False),
-        "clip_normalized_action": _only(True),
-        "libero_gripper_action": _only(False),
-        "libero_gripper_binarize": _any,  # only with libero_gripper_action
+        "env_action_dim": anything,  # compared with config.json below
+        "normalize_min_max": only(True, False),
+        "clip_normalized_action": only(True),
+        "libero_gripper_action": only(False),
+        "libero_gripper_binarize": anything,  # only with libero_gripper_action
     },
 }
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
@@ -308,6 +306,3 @@ def _require_undone(
         raise WeightsError(
             f"{undo.where}: it does not undo how {PRE} normalises actions; one of the two was exchanged"
         )
-
-
-__all__ = ["ACTION", "STATE", "image_size", "lacks_tokenizer", "read", "robot_of", "row_of", "sets_of"]

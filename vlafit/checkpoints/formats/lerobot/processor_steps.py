@@ -54,11 +54,13 @@ class Step:
     artifacts: Mapping[str, str]
 
 
-def _any(value: Any) -> bool:
+def anything(value: Any) -> bool:
+    """Return True: any value of the setting will do."""
     return True
 
 
-def _only(*values: Any) -> Callable[[Any], bool]:
+def only(*values: Any) -> Callable[[Any], bool]:
+    """Return a check that a setting has one of `values`, of the same type."""
     return lambda value: any(value is v or (type(value) is type(v) and value == v) for v in values)
 
 
@@ -67,7 +69,7 @@ def _is_table(value: Any) -> bool:
 
 
 _NORMAL: dict[str, Callable[[Any], bool]] = {
-    "eps": _any,  # compared where the mode is read
+    "eps": anything,  # compared where the mode is read
     "features": _is_table,  # their kinds are looked at below
     "norm_map": _is_table,
     "normalize_observation_keys": lambda value: value is None or "observation.state" in value,
@@ -76,37 +78,37 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     RENAME: {"rename_map": _is_table},
     "to_batch_processor": {},
     "device_processor": {
-        "device": _any,  # where it runs, not what it computes
-        "float_dtype": _only(None, "float32"),
+        "device": anything,  # where it runs, not what it computes
+        "float_dtype": only(None, "float32"),
     },
     "pi0_new_line_processor": {},
     "smolvla_new_line_processor": {},
     STATE_PROMPT: {
-        "max_state_dim": _any,  # the state is padded after it was written into the prompt
-        "task_key": _any,  # where LeRobot finds the instruction; an observation has it
+        "max_state_dim": anything,  # the state is padded after it was written into the prompt
+        "task_key": anything,  # where LeRobot finds the instruction; an observation has it
     },
     TOKENIZE: {
-        "max_length": _any,  # compared with config.json below
-        "task_key": _any,  # as above
-        "padding_side": _only("right"),
-        "padding": _only("max_length", "longest"),  # padding is masked, however long
-        "truncation": _only(True),
-        "tokenizer_name": _any,  # looked for in the folder
+        "max_length": anything,  # compared with config.json below
+        "task_key": anything,  # as above
+        "padding_side": only("right"),
+        "padding": only("max_length", "longest"),  # padding is masked, however long
+        "truncation": only(True),
+        "tokenizer_name": anything,  # looked for in the folder
     },
     NORMALISE: _NORMAL,
     UNNORMALISE: _NORMAL,
     RELATIVE_STEP: {
-        "enabled": _only(True, False),
-        "exclude_joints": _any,  # read
-        "action_names": _any,  # read
+        "enabled": only(True, False),
+        "exclude_joints": anything,  # read
+        "action_names": anything,  # read
     },
-    ABSOLUTE_STEP: {"enabled": _only(True, False)},
+    ABSOLUTE_STEP: {"enabled": only(True, False)},
     TO_FLOAT: {
-        "image_keys": _only(None),
-        "validate_range": _only(True, False),
+        "image_keys": only(None),
+        "validate_range": only(True, False),
     },  # frames are always uint8 here
-    IMAGENET: {"image_keys": _only(None)},
-    DOMAIN: {"domain_id": _any},  # read
+    IMAGENET: {"image_keys": only(None)},
+    DOMAIN: {"domain_id": anything},  # read
 }
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
 
