@@ -12,9 +12,11 @@ Prints the table of all; `python eval/readme.py` writes it into eval/README.md.
 
 import argparse
 import hashlib
+import inspect
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +35,7 @@ CODE = (experts_libero, libero_scene)  # modules that decide what the expert doe
 class Chance:
     """Draws actions evenly from [-1, 1]; each is held for five steps."""
 
-    def act(self, observations: list[Observation], keys: list[EpisodeKey]) -> list[ActionChunk]:
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         return [self._act(key) for key in keys]
 
     def _act(self, key: EpisodeKey) -> ActionChunk:
@@ -56,7 +58,9 @@ def main() -> None:
     protocol = load_protocol(f"{options.suite}-openpi")
     numbers = options.tasks if options.tasks is not None else range(len(protocol.tasks))
     lines = options.results.read_text().splitlines() if options.results.is_file() else []
-    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in CODE)).hexdigest()[:12]
+    code = hashlib.sha256(
+        b"".join(Path(inspect.getfile(module)).read_bytes() for module in CODE)
+    ).hexdigest()[:12]
     earlier = [json.loads(line) for line in lines]
     rows = [row for row in earlier if row["actor"] == "chance" or row.get("expert") == code]
     if len(rows) < len(earlier):
