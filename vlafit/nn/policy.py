@@ -45,6 +45,20 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True)
+class ActionTokens:
+    """How a policy that writes actions as tokens wants them."""
+
+    longest: int
+    """Tokens of the action part, special ones included."""
+    bos: int
+    """The token that begins a sequence, which must be the tokenizer's."""
+    eos: int
+    """The token that ends one, which must be the tokenizer's."""
+    begins_with_bos: bool = False
+    """Whether the action part begins with `bos`."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """A policy's requirements of the codec that feeds it."""
 
@@ -62,6 +76,8 @@ class Needs:
     """How images are fitted to `image_size`, unless its checkpoint says otherwise."""
     history: int = 1
     """Observation steps, the newest included."""
+    action_tokens: ActionTokens | None = None
+    """None: it predicts actions as numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,14 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, batch: Batch, rng: SampleRng) -> Tensor:
-        """Return actions [b, t, a], float, normalised and padded. Without gradients."""
+        """Return actions [b, t, a], float, normalised and padded. Without gradients.
+
+        Where `needs` has `action_tokens`: tokens, int64 [b, m], of which the codec makes actions.
+        """
+
+    def probe(self, batch: Batch, rng: SampleRng) -> Tensor:
+        """Return numbers that show how a change of the weights changes what the policy does: its actions."""
+        return self.act(batch, rng)
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers that sharding gathers one at a time; each is only used through its own call.
@@ -193,10 +216,13 @@ def check_batch(batch: Batch, needs: Needs) -> None:
         if name in wanted and tuple(value.shape) != wanted[name]:
             raise CodecError(f"batch.{name} has shape {tuple(value.shape)}; this policy takes {wanted[name]}")
     if needs.prompt is not None and batch.images.device.type == "cpu":
-        tokens, _ = batch.prompt()
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if low < 0 or high >= needs.vocabulary:
-            raise CodecError(
-                f"batch.tokens reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
-                " use the tokenizer that belongs to it"
+        for name in ("tokens", "target_tokens"):
+            tokens = getattr(batch, name)
+            low, high = (
+                (int(tokens.min()), int(tokens.max())) if tokens is not None and len(tokens) else (0, 0)
             )
+            if low < 0 or high >= needs.vocabulary:
+                raise CodecError(
+                    f"batch.{name} reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
+                    " use the tokenizer that belongs to it"
+                )
