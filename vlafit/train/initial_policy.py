@@ -9,24 +9,32 @@ import torch
 from torch import Tensor
 
 from vlafit import checkpoints
-from vlafit.agreement import Agreement, same_actions
+from vlafit.agreement import Agreement
 from vlafit.agreement.values import read as read_agreement
-from vlafit.codec import Codec, CodecConfig, CodecSet
-from vlafit.codec.statistics import FLOORED
-from vlafit.codec.tokenizer import Tokenizer
-from vlafit.datasets import value_faults
+from vlafit.codec import Codec, CodecSet
 from vlafit.datasets.leaks import learned_before
-from vlafit.datasets.statistics_cache import statistics_of
-from vlafit.errors import CodecError, ConfigError
+from vlafit.errors import ConfigError
 from vlafit.nn.batch import stack
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train import action_tokenizer as action_tokenizers
 from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.frozen import FrozenWeights
+from vlafit.train.initial_codec import (
+    adopt,
+    camera_slots,
+    fit_codec,
+    fitted_config,
+    floors,
+    learned_tokenizer,
+    renamed,
+    require_effect,
+    with_codec,
+)
 from vlafit.tuning import Plan
 from vlafit.tuning.merge import merge
 from vlafit.types import Embodiment, Observation
@@ -113,15 +121,27 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
         report += f"\ntokenizer: {LEARNED}"
     words = f"policy.tokenizer {name!r}" if opened else LEARNED
     if opened is None:
-        opened = _learned_tokenizer(recipe, policy, data)
+        opened = learned_tokenizer(recipe, policy, data)
+    actions = action_tokenizers.choose(
+        recipe.policy.action_tokenizer,
+        policy.needs(),
+        data.parts(),
+        {name: fitted_config(recipe, policy, None, agreement) for name, agreement in agreements.items()},
+        opened,
+        None,
+        pretrained="",
+    )
     codecs = []
     for embodiment, part in data.parts().items():
         agreement = agreements[embodiment]
-        codec = _fit_codec(recipe, policy, part, None, agreement, opened)
-        agreements[embodiment] = _with_codec(agreement, recipe, data, embodiment, None, codec, words)
+        codec = fit_codec(recipe, policy, part, None, agreement, opened, action_tokenizer=actions)
+        agreements[embodiment] = with_codec(agreement, recipe, data, embodiment, None, codec, words)
         codecs.append(codec)
     agreement = reconcile.joined(recipe, data, agreements)
-    return InitialPolicy(policy, CodecSet(codecs), report, history, "the policy", agreement=agreement)
+    warnings = action_tokenizers.faults_of(data.parts(), codecs)
+    return InitialPolicy(
+        policy, CodecSet(codecs), report, history, "the policy", warnings=warnings, agreement=agreement
+    )
 
 
 def probe(
@@ -142,7 +162,7 @@ def probe(
     def actions() -> Tensor:
         policy.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            answer = policy.act(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
+            answer = policy.probe(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
         policy.train()
         return answer
 
@@ -189,7 +209,7 @@ def _from_checkpoint(
         opened = tokenizers.open_named(str(own))
     befores = reconcile.codecs_before(recipe, data, own_codecs, path)
     for before in befores.values():
-        _require_effect(recipe, before, path, own_tokenizer=not passed)
+        require_effect(recipe, before, path, own_tokenizer=not passed)
     if policy.needs().prompt is not None:
         if opened is None and own_codecs is None and pretrained:
             tokenizers.require_given(policy, str(path), declared.tokenizer, declared.lost_tokenizer)
@@ -218,22 +238,36 @@ def _from_checkpoint(
     if opened is None and own_codecs is None and policy.needs().prompt is not None:
         tokenizer = LEARNED
         notes.append(f"tokenizer: {LEARNED}, because the language weights are fresh")
-        opened = _learned_tokenizer(recipe, policy, data)
+        opened = learned_tokenizer(recipe, policy, data)
     past = checkpoints.read_lineage(path)
     warnings += tuple(learned_before(data.stores, data.validation, past.episodes, chosen.checkpoint))
+    configs = {
+        name: fitted_config(recipe, policy, befores.get(name), agreement, declared.form)
+        for name, agreement in agreements.items()
+    }
+    actions = action_tokenizers.choose(
+        chosen.action_tokenizer,
+        policy.needs(),
+        data.parts(),
+        configs,
+        opened,
+        own_codecs,
+        pretrained=str(path) if pretrained else "",
+    )
     codecs, slots = [], []
     for embodiment, part in data.parts().items():
         before, agreement = befores.get(embodiment), agreements[embodiment]
         if fitted or before is None:
-            codec = _fit_codec(recipe, policy, part, before, agreement, opened, declared.form)
-            notes += _floors(recipe, before, codec)
+            codec = fit_codec(recipe, policy, part, before, agreement, opened, declared.form, actions)
+            notes += floors(recipe, before, codec)
         else:
-            codec = _adopt(before, part, agreement)
-        slots += _camera_slots(before, codec)
-        codecs.append(_named(codec, embodiment, own_codecs) if data.embodiments else codec)
-        agreements[embodiment] = _with_codec(
+            codec = adopt(before, part, agreement)
+        slots += camera_slots(before, codec)
+        codecs.append(renamed(codec, embodiment, own_codecs) if data.embodiments else codec)
+        agreements[embodiment] = with_codec(
             agreement, recipe, data, embodiment, before, codec, tokenizer, report.chunk
         )
+    warnings += action_tokenizers.faults_of(data.parts(), codecs)
     return InitialPolicy(
         policy,
         CodecSet(codecs),
@@ -246,27 +280,6 @@ def _from_checkpoint(
         warnings=warnings,
         agreement=reconcile.joined(recipe, data, agreements),
     )
-
-
-def _named(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
-    """Return the codec under the name that the recipe gives the embodiment, with the checkpoint's number.
-
-    A new embodiment gets no number that the checkpoint has given to another one.
-    """
-    robot, number = replace(codec.embodiment, name=embodiment), None
-    if before is not None and embodiment in before:
-        number = before[embodiment].embodiment_id
-    elif before is not None and any(one.embodiment_id is not None for one in before):
-        number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number)
-
-
-def _learned_tokenizer(recipe: Recipe, policy: Policy, data: Data) -> Tokenizer | None:
-    """Return a tokenizer of the instructions of all datasets; None if the policy reads none."""
-    needs = policy.needs()
-    if recipe.policy.tokenizer or needs.prompt is None:
-        return None
-    return tokenizers.learn(data, needs)
 
 
 def _takes_tokenizer(
@@ -290,142 +303,7 @@ def _merge_before_training(policy: Policy, plan: Plan, frozen: FrozenWeights, na
     return f"the {layers} of {name} were merged into its weights before training"
 
 
-def _with_codec(
-    agreement: Agreement,
-    recipe: Recipe,
-    data: Data,
-    embodiment: str,
-    before: Codec | None,
-    codec: Codec,
-    tokenizer: str,
-    own_chunk: int | None = None,
-) -> Agreement:
-    """Return the agreement with the codec's items, and how far the data goes under its statistics."""
-    part, recipe = data.of(embodiment), recipe.of(embodiment)
-    whole = agreement.with_items(
-        [
-            *reconcile.other_cards(part.cards),
-            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
-            *value_faults.of_run(
-                part.stores,
-                part.training,
-                part.validation,
-                codec,
-                reconcile.outside(recipe, agreement),
-                recipe.fits_statistics,
-            ),
-        ]
-    )
-    if len(data.names) > 1:
-        whole = whole.for_embodiment(embodiment)
-    whole.require("the dataset and the statistics in use")
-    return whole
-
-
-def _require_effect(recipe: Recipe, codec: Codec, base: Path, *, own_tokenizer: bool) -> None:
-    """Raise ConfigError for fields that the codec of the checkpoint `base` would silently override."""
-    if recipe.policy.tokenizer and own_tokenizer:
-        raise ConfigError(
-            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
-            'only work with their own tokenizer; set policy.tokenizer = ""'
-        )
-    requested, used = recipe.data.normalisation, codec.config.normalisation
-    if requested not in ("", used) and recipe.data.statistics == "checkpoint":
-        raise ConfigError(
-            f"data.normalisation {requested!r} has no effect with the statistics of checkpoint {base}, which "
-            f'normalises by {used!r}; set it to "", or fit new statistics: data.statistics = "data"'
-        )
-
-
-def _adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
-    """Return the checkpoint's codec with its statistics, for the robot and cameras that were agreed on."""
-    same_mask = same_actions(codec.config.relative, agreement.relative)
-    if codec.embodiment.hz and not agreement.chosen and same_mask:
-        return codec
-    relative = codec.config.relative if same_mask else agreement.relative
-    config = replace(codec.config, cameras=agreement.cameras, relative=relative)
-    return codec.with_changes(config=config, embodiment=data.embodiment)
-
-
-def _camera_slots(before: Codec | None, after: Codec) -> list[str]:
-    """Return a line of the load report about changed cameras."""
-    own = ", ".join(name or "(none)" for name in after.config.cameras)
-    if before is None:
-        return [f"adapted: cameras {own}"]
-    if before.config.cameras == after.config.cameras:
-        return []
-    old = ", ".join(name or "(none)" for name in before.config.cameras)
-    return [f"adapted: cameras {own}, in the checkpoint {old}"]
-
-
-def _floors(recipe: Recipe, before: Codec | None, codec: Codec) -> list[str]:
-    """Return a line of the load report about a normalisation that fitted statistics do not repeat."""
-    old, new = before and before.config.normalisation, codec.config.normalisation
-    if not old or old == new or recipe.data.normalisation:
-        return []
-    return [f"adapted: fitted statistics normalise by {new}, which has a floor; in the checkpoint {old}"]
-
-
 def _from_scratch(recipe: PolicyRecipe, generator: torch.Generator) -> Policy:
     if not recipe.family:
         raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
     return build_family(recipe.family, recipe.size, recipe.config, generator)
-
-
-def _fit_codec(
-    recipe: Recipe,
-    policy: Policy,
-    data: Data,
-    old: Codec | None,
-    agreement: Agreement,
-    tokenizer: Tokenizer | None,
-    form: checkpoints.InputForm | None = None,
-) -> Codec:
-    """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
-
-    `form` is that of the checkpoint's program, where it has no codec.
-    """
-    needs = policy.needs()
-    if recipe.policy.tokenizer and needs.prompt is None:
-        raise ConfigError(
-            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
-            'make it ""'
-        )
-    if old is not None:
-        tokenizer = old.tokenizer
-    chosen = recipe.data.normalisation
-    config = CodecConfig(
-        cameras=agreement.cameras,
-        image_size=needs.image_size,
-        state_dim=needs.state_dim,
-        action_dim=needs.action_dim,
-        chunk=needs.chunk,
-        normalisation=chosen or "mean_std",
-        relative=agreement.relative,
-        prompt=needs.prompt,
-        max_tokens=needs.max_tokens,
-        framing=needs.framing,
-        history=needs.history,
-    )
-    if old is None and form is not None and needs.prompt is not None:
-        config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
-    if old is not None:  # images and prompts keep the checkpoint's form, too
-        kept = old.config
-        config = replace(
-            config,
-            mask_padding=kept.mask_padding,
-            prompt=kept.prompt,
-            framing=kept.framing,
-            special_tokens=kept.special_tokens,
-        )
-        if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
-            states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))
-            config = replace(
-                config, normalisation=states, action_normalisation=actions if actions != states else None
-            )
-    try:
-        statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
-        number = None if old is None else old.embodiment_id
-        return Codec(config, data.embodiment, statistics, tokenizer, number)
-    except CodecError as error:
-        raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error

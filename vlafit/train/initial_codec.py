@@ -1,0 +1,189 @@
+"""Fit a run's codecs to its data, or adopt those of the checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlafit import checkpoints
+from vlafit.agreement import Agreement, same_actions
+from vlafit.codec import Codec, CodecConfig, CodecSet
+from vlafit.codec.fast import FastTokenizer
+from vlafit.codec.statistics import FLOORED
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.datasets import value_faults
+from vlafit.datasets.statistics_cache import statistics_of
+from vlafit.errors import CodecError, ConfigError
+from vlafit.nn.policy import Policy
+from vlafit.recipe import Recipe
+from vlafit.train import action_tokenizer as action_tokenizers
+from vlafit.train import reconcile
+from vlafit.train import tokenizer as tokenizers
+from vlafit.train.data import Data
+
+
+def fit_codec(
+    recipe: Recipe,
+    policy: Policy,
+    data: Data,
+    old: Codec | None,
+    agreement: Agreement,
+    tokenizer: Tokenizer | None,
+    form: checkpoints.InputForm | None = None,
+    action_tokenizer: FastTokenizer | None = None,
+) -> Codec:
+    """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
+
+    `form` is that of the checkpoint's program, where it has no codec.
+    """
+    if recipe.policy.tokenizer and policy.needs().prompt is None:
+        raise ConfigError(
+            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
+            'make it ""'
+        )
+    config = fitted_config(recipe, policy, old, agreement, form)
+    try:
+        statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
+        number = None if old is None else old.embodiment_id
+        words = tokenizer if old is None else old.tokenizer
+        return Codec(config, data.embodiment, statistics, words, number, action_tokenizer)
+    except CodecError as error:
+        raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
+
+
+def fitted_config(
+    recipe: Recipe,
+    policy: Policy,
+    old: Codec | None,
+    agreement: Agreement,
+    form: checkpoints.InputForm | None = None,
+) -> CodecConfig:
+    """Return the config of a codec that is fitted to the data; the arguments are those of `fit_codec`."""
+    needs, chosen = policy.needs(), recipe.data.normalisation
+    config = CodecConfig(
+        cameras=agreement.cameras,
+        image_size=needs.image_size,
+        state_dim=needs.state_dim,
+        action_dim=needs.action_dim,
+        chunk=needs.chunk,
+        normalisation=chosen or "mean_std",
+        relative=agreement.relative,
+        prompt=needs.prompt,
+        max_tokens=needs.max_tokens,
+        framing=needs.framing,
+        history=needs.history,
+        action_tokens=action_tokenizers.settings(needs),
+    )
+    if old is None and form is not None and needs.prompt is not None:
+        config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
+    if old is not None:  # images and prompts keep the checkpoint's form, too
+        kept = old.config
+        config = replace(
+            config,
+            mask_padding=kept.mask_padding,
+            prompt=kept.prompt,
+            framing=kept.framing,
+            special_tokens=kept.special_tokens,
+            action_tokens=kept.action_tokens,
+        )
+        if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
+            states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))
+            config = replace(
+                config, normalisation=states, action_normalisation=actions if actions != states else None
+            )
+    return config
+
+
+def adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
+    """Return the checkpoint's codec with its statistics, for the robot and cameras that were agreed on."""
+    same_mask = same_actions(codec.config.relative, agreement.relative)
+    if codec.embodiment.hz and not agreement.chosen and same_mask:
+        return codec
+    relative = codec.config.relative if same_mask else agreement.relative
+    config = replace(codec.config, cameras=agreement.cameras, relative=relative)
+    return codec.with_changes(config=config, embodiment=data.embodiment)
+
+
+def renamed(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
+    """Return the codec under the name that the recipe gives the embodiment, with the checkpoint's number.
+
+    A new embodiment gets no number that the checkpoint has given to another one.
+    """
+    robot, number = replace(codec.embodiment, name=embodiment), None
+    if before is not None and embodiment in before:
+        number = before[embodiment].embodiment_id
+    elif before is not None and any(one.embodiment_id is not None for one in before):
+        number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number, codec.action_tokenizer)
+
+
+def with_codec(
+    agreement: Agreement,
+    recipe: Recipe,
+    data: Data,
+    embodiment: str,
+    before: Codec | None,
+    codec: Codec,
+    tokenizer: str,
+    own_chunk: int | None = None,
+) -> Agreement:
+    """Return the agreement with the codec's items, and how far the data goes under its statistics."""
+    part, recipe = data.of(embodiment), recipe.of(embodiment)
+    whole = agreement.with_items(
+        [
+            *reconcile.other_cards(part.cards),
+            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
+            *value_faults.of_run(
+                part.stores,
+                part.training,
+                part.validation,
+                codec,
+                reconcile.outside(recipe, agreement),
+                recipe.fits_statistics,
+            ),
+        ]
+    )
+    if len(data.names) > 1:
+        whole = whole.for_embodiment(embodiment)
+    whole.require("the dataset and the statistics in use")
+    return whole
+
+
+def require_effect(recipe: Recipe, codec: Codec, base: Path, *, own_tokenizer: bool) -> None:
+    """Raise ConfigError for fields that the codec of the checkpoint `base` would silently override."""
+    if recipe.policy.tokenizer and own_tokenizer:
+        raise ConfigError(
+            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
+            'only work with their own tokenizer; set policy.tokenizer = ""'
+        )
+    requested, used = recipe.data.normalisation, codec.config.normalisation
+    if requested not in ("", used) and recipe.data.statistics == "checkpoint":
+        raise ConfigError(
+            f"data.normalisation {requested!r} has no effect with the statistics of checkpoint {base}, which "
+            f'normalises by {used!r}; set it to "", or fit new statistics: data.statistics = "data"'
+        )
+
+
+def learned_tokenizer(recipe: Recipe, policy: Policy, data: Data) -> Tokenizer | None:
+    """Return a tokenizer of the instructions of all datasets; None if the policy reads none."""
+    needs = policy.needs()
+    if recipe.policy.tokenizer or needs.prompt is None:
+        return None
+    return tokenizers.learn(data, needs)
+
+
+def camera_slots(before: Codec | None, after: Codec) -> list[str]:
+    """Return a line of the load report about changed cameras."""
+    own = ", ".join(name or "(none)" for name in after.config.cameras)
+    if before is None:
+        return [f"adapted: cameras {own}"]
+    if before.config.cameras == after.config.cameras:
+        return []
+    old = ", ".join(name or "(none)" for name in before.config.cameras)
+    return [f"adapted: cameras {own}, in the checkpoint {old}"]
+
+
+def floors(recipe: Recipe, before: Codec | None, codec: Codec) -> list[str]:
+    """Return a line of the load report about a normalisation that fitted statistics do not repeat."""
+    old, new = before and before.config.normalisation, codec.config.normalisation
+    if not old or old == new or recipe.data.normalisation:
+        return []
+    return [f"adapted: fitted statistics normalise by {new}, which has a floor; in the checkpoint {old}"]
