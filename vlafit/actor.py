@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from vlafit import checkpoints
@@ -71,6 +73,8 @@ class PolicyActor:
         self._identity = identity
         self._embodiment = embodiment
         self._watches: dict[str, StateWatch] = {}  # by embodiment
+        self.answers = self.invalid_answers = 0
+        """Answers of a policy that writes tokens, and how many of them were no chunk."""
         if embodiment:
             self.codecs.choose(embodiment, where="the policy")
 
@@ -180,11 +184,30 @@ class PolicyActor:
             continuation = self._continuation(observations, lefts, missing, device)
             actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()
         else:
-            actions = self.policy.act(batch, rng).float().cpu().numpy()  # [width, t, a]
+            answer = self.policy.act(batch, rng)  # [width, t, a], or tokens [width, m]
+            actions = (answer.float() if answer.is_floating_point() else answer).cpu().numpy()
+            if not answer.is_floating_point():
+                self._warn_of_tokens(actions[: len(keys)])
         return [
             codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
+
+    def _warn_of_tokens(self, tokens: NDArray[np.integer]) -> None:
+        """Log how many answers were no chunk of actions, at the first and when their number has doubled."""
+        self.answers += len(tokens)
+        for row in tokens:
+            if self.codec.detokenise(row).valid:
+                continue
+            self.invalid_answers += 1
+            if self.invalid_answers & (self.invalid_answers - 1) == 0:
+                fate = "cut or filled with zeros" if self.codec.config.fits_tokens else "0 (normalised)"
+                log.warning(
+                    "the policy's tokens make no chunk of actions in %d of %d answers; the chunk is then %s",
+                    self.invalid_answers,
+                    self.answers,
+                    fate,
+                )
 
     def _warn_of(self, observations: Sequence[Observation]) -> None:
         """Log states far outside the statistics, once for each dimension."""

@@ -37,6 +37,9 @@ class PolicyRecipe:
     """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""
     """Tokenizer if the checkpoint has none: a folder, or a shipped one's name. Empty: from the data."""
+    action_tokenizer: str = ""
+    """FAST action tokenizer of a policy that writes actions as tokens, if the checkpoint has none: a folder,
+    or an id of the Hub. Empty: fitted to the data, where the weights are fresh."""
 
 
 @dataclass(frozen=True)

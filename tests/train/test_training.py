@@ -87,9 +87,10 @@ def test_the_moving_average_is_what_is_validated(recipe: Recipe, whole: Path, tm
 
     logged = {e["step"]: e["validation/loss"] for e in metrics(whole) if "validation/loss" in e}
     assert sorted(logged) == [0, 4, 8]
-    exported = checkpoints.load(whole / "checkpoints" / "step_000008")
+    exported = checkpoints.load_all(whole / "checkpoints" / "step_000008")
+    assert exported.codecs is not None
     batches = dataloader.validation_batches(build(recipe, CPU), rank=0, world=1)
-    again = validate(exported.policy, batches, recipe.train, CPU)
+    again = validate(exported.policy, batches, recipe.train, CPU, exported.codecs)
     assert again["validation/loss"] == pytest.approx(logged[8], rel=1e-6)
 
 

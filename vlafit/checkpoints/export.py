@@ -318,7 +318,7 @@ def cast_for(policy: Policy, writer: Format) -> None:
 def probe(policy: Policy) -> torch.Tensor:
     """Return the policy's actions for two random samples, always the same."""
     batch = random_batch(policy.needs(), rows=2).to(next(policy.parameters()).device)
-    return policy.act(batch, sample_rng([(0, 0), (0, 1)], seed=0))
+    return policy.probe(batch, sample_rng([(0, 0), (0, 1)], seed=0))
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.codec import codec_file
+from vlafit.codec.action_text import ActionText
 from vlafit.codec.codec_config import CodecConfig, require_consistent
+from vlafit.codec.fast import Detokenised, FastTokenizer
 from vlafit.codec.images import fit_image
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.statistics import Normaliser, Statistics
@@ -60,14 +62,18 @@ class Codec:
         statistics: Mapping[str, Statistics],
         tokenizer: Tokenizer | None,
         embodiment_id: int | None = None,
+        action_tokenizer: FastTokenizer | None = None,
     ) -> None:
-        """Raises CodecError or EmbodimentError where the four do not belong together."""
+        """Raises CodecError or EmbodimentError where these do not belong together."""
         self.config = config
         self.embodiment = embodiment
         self.statistics = dict(statistics)
         self.tokenizer = tokenizer
         self.embodiment_id = embodiment_id
+        self.action_tokenizer = action_tokenizer
         require_consistent(config, embodiment, self.statistics, tokenizer)
+        self.action_text = self._made_action_text()
+        """How actions are written as tokens; None where they are numbers."""
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
         self._action = Normaliser.fit(self.statistics["action"], config.of_actions)
         self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
@@ -117,6 +123,9 @@ class Codec:
         actions, action_mask = (None, None) if sample is None else self._chunk(sample, state)
         key = None if sample is None else sample.key
         number = None if self.embodiment_id is None else np.asarray(self.embodiment_id)
+        targets, target_mask = None, None
+        if self.action_text is not None and actions is not None:
+            targets, target_mask = self.action_text.padded(actions[:, : self.embodiment.action.shape[0]])
         return Encoded(
             images,
             image_mask,
@@ -127,7 +136,9 @@ class Codec:
             action_mask,
             key,
             history_mask,
-            embodiment_id=number,
+            targets,
+            target_mask,
+            number,
         )
 
     def with_changes(
@@ -147,6 +158,7 @@ class Codec:
             self.statistics,
             self.tokenizer,
             self.embodiment_id if embodiment_id is None else embodiment_id,
+            self.action_tokenizer,
         )
 
     def _observed(
@@ -187,11 +199,27 @@ class Codec:
         padded[:, : actions.shape[1]] = self._action.encode(values)
         return padded
 
-    def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
-        """Turn a policy's output [t, A] for `observation` back into actions [t, a] in the robot's units.
+    def detokenise(self, tokens: NDArray[np.integer]) -> Detokenised:
+        """Turn a policy's action tokens [m] into its normalised, padded actions [t, A], and say if they are
+        valid.
 
+        Raises CodecError where the codec has no action tokens.
+        """
+        if self.action_text is None:
+            raise CodecError("the policy answers with tokens, and its codec has no action tokenizer")
+        chunk, valid = self.action_text.decode(tokens, self.config.chunk)
+        padded = np.zeros((self.config.chunk, self.config.action_dim))
+        padded[:, : chunk.shape[1]] = chunk
+        return Detokenised(padded, valid)
+
+    def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
+        """Turn a policy's output for `observation` back into actions [t, a] in the robot's units.
+
+        The output is actions [t, A], or action tokens [m] (see `detokenise` for what invalid ones become).
         Raises CodecError where the shape is wrong or a value is not finite.
         """
+        if actions.ndim == 1 and np.issubdtype(actions.dtype, np.integer):
+            actions = self.detokenise(actions).chunk
         wanted = (self.config.chunk, self.config.action_dim)
         if actions.shape != wanted:
             raise CodecError(f"actions to decode have shape {actions.shape}, this codec decodes {wanted}")
@@ -211,7 +239,7 @@ class Codec:
 
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
-        codec_file.write(folder, [self.parts], self.tokenizer)
+        codec_file.write(folder, [self.parts], self.tokenizer, self.action_tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
@@ -220,14 +248,25 @@ class Codec:
         Raises CodecError or ConfigError naming what is missing or malformed, or the embodiments if there are
         several; see `CodecSet`.
         """
-        parts, words = codec_file.read(folder)
+        parts, words, actions = codec_file.read(folder)
         if len(parts) > 1:
             names = ", ".join(one.embodiment.name for one in parts)
             raise ConfigError(
                 f"{folder / 'codec.json'}: holds {len(parts)} embodiments ({names}); read it by CodecSet.load"
             )
         one = parts[0]
-        return cls(one.config, one.embodiment, one.statistics, words, one.embodiment_id)
+        return cls(one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions)
+
+    def _made_action_text(self) -> ActionText | None:
+        """Raises CodecError where action tokens lack a tokenizer, or a tokenizer has no use."""
+        settings = self.config.action_tokens
+        if (settings is None) != (self.action_tokenizer is None):
+            has = "no action tokenizer" if self.action_tokenizer is None else "an action tokenizer"
+            raise CodecError(f"codec config: action_tokens is {settings}, and there is {has}")
+        if settings is None or self.action_tokenizer is None:
+            return None
+        dimensions = self.embodiment.action.shape[0]
+        return ActionText(settings, self.required_tokenizer, self.action_tokenizer, dimensions)
 
     def _column(self, name: str, values: NDArray, feature: Feature) -> NDArray:
         if values.shape != feature.shape:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import FORMS, Prompt
 from vlafit.codec.statistics import Normalisation, Statistics
@@ -44,11 +45,18 @@ class CodecConfig:
     """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
     history: int = 1
     """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
+    action_tokens: ActionTokenConfig | None = None
+    """How actions are written as tokens; None: they are numbers."""
 
     @property
     def of_actions(self) -> Normalisation:
         """How actions are normalised."""
         return self.action_normalisation or self.normalisation
+
+    @property
+    def fits_tokens(self) -> bool:
+        """Whether invalid action tokens are cut or filled with zeros."""
+        return self.action_tokens is not None and self.action_tokens.fit
 
     @property
     def begins_with_bos(self) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlafit import config as configuration
+from vlafit.codec import fast
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.codec_config import CodecConfig
+from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
@@ -34,16 +36,22 @@ class CodecParts(NamedTuple):
     embodiment_id: int | None
 
 
-def write(folder: Path, parts: Sequence[CodecParts], words: Tokenizer | None) -> None:
-    """Write codec.json and tokenizer/ into `folder`."""
+def write(
+    folder: Path, parts: Sequence[CodecParts], words: Tokenizer | None, actions: FastTokenizer | None
+) -> None:
+    """Write codec.json, tokenizer/ and action_tokenizer/ into `folder`."""
     write_atomic(folder / "codec.json", json.dumps(_content(parts), indent=2) + "\n")
     if words is not None:
         words.save(folder / "tokenizer")
+    if actions is not None:
+        actions.save(folder / "action_tokenizer")
 
 
 def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
     first = parts[0]
     shared = asdict(first.config)
+    if first.config.action_tokens is None:  # so that the files of other policies stay as they were
+        del shared["action_tokens"]
     if len(parts) == 1 and first.embodiment_id is None:
         return {
             "format": FORMAT,
@@ -66,7 +74,7 @@ def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
     }
 
 
-def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None]:
+def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None, FastTokenizer | None]:
     """Read what `write` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
     path = folder / "codec.json"
     content = _read(path)
@@ -80,14 +88,17 @@ def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None]:
     else:
         entries = [_entry(path, content, name) for name in _table(content["embodiments"], path)]
     words: Tokenizer | None = None
+    actions: FastTokenizer | None = None
     parts = []
     for number, settings, embodiment, values, where in entries:
         config = configuration.build(CodecConfig, settings, f"{path}: config")
         if config.prompt is not None and words is None:
             words = tokenizers.load(folder / "tokenizer")
+        if config.action_tokens is not None and actions is None:
+            actions = fast.load(folder / "action_tokenizer")
         statistics = {n: Statistics.from_json(v, f"{where}.{n}") for n, v in values.items()}
         parts.append(CodecParts(config, embodiment, statistics, number))
-    return parts, words
+    return parts, words, actions
 
 
 def _statistics(parts: CodecParts) -> dict[str, object]:

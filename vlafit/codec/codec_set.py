@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlafit.codec import codec_file
 from vlafit.codec.codec import Codec
 from vlafit.codec.codec_file import OWN
@@ -100,16 +103,35 @@ class CodecSet:
         """
         return self.choose(name if len(self) > 1 else "", where=where)
 
+    def detokenise(
+        self, tokens: NDArray[np.integer], embodiment_ids: NDArray[np.integer] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return the normalised actions [b, t, A] of action tokens [b, m], and which rows are valid [b].
+
+        `embodiment_ids` [b] are those of the batch; None where there is one embodiment.
+        """
+        numbers = [None] * len(tokens) if embodiment_ids is None else embodiment_ids.tolist()
+        by_number = {codec.embodiment_id: codec for codec in self}
+        rows = [
+            (by_number[n] if n in by_number else next(iter(self))).detokenise(row)
+            for row, n in zip(tokens, numbers, strict=True)
+        ]
+        return np.stack([row.chunk for row in rows]), np.asarray([row.valid for row in rows])
+
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
-        codec_file.write(folder, [codec.parts for codec in self], self.tokenizer)
+        first = next(iter(self))
+        codec_file.write(folder, [codec.parts for codec in self], self.tokenizer, first.action_tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> "CodecSet":
         """Read what `save` wrote. Raises CodecError or ConfigError naming what is missing or malformed."""
-        parts, words = codec_file.read(folder)
+        parts, words, actions = codec_file.read(folder)
         return cls(
-            [Codec(one.config, one.embodiment, one.statistics, words, one.embodiment_id) for one in parts]
+            [
+                Codec(one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions)
+                for one in parts
+            ]
         )
 
 
@@ -133,6 +155,8 @@ def _require_alike(codecs: Sequence[Codec]) -> None:
             raise CodecError(f"{pair} have {name} {one[name]!r} and {other[name]!r}; it must be the same")
         if codec.tokenizer is not first.tokenizer:
             raise CodecError(f"{pair} have different tokenizers; one policy has one")
+        if codec.action_tokenizer is not first.action_tokenizer:
+            raise CodecError(f"{pair} have different action tokenizers; one policy has one")
 
 
 def _numbered(codecs: Sequence[Codec]) -> list[Codec]:

@@ -1,18 +1,20 @@
 """The text a policy is asked with, exactly as the references write it.
 
 A form is named after the reference that it was taken from, because codec.json stores the name: pi0 and pi05
-are openpi's (models/tokenizer.py); line is LeRobot's: the instruction as it is, made to end in a newline,
+are openpi's (models/tokenizer.py), pi0_fast is that of its FAST tokenizer, and
+pi0_fast_lerobot LeRobot's; line is LeRobot's: the instruction as it is, made to end in a newline,
 tokenised in one piece; groot is GR00T's, whose chat turn around the instruction is the policy's own.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Prompt = Literal["pi0", "pi05", "text", "line", "groot"]
+Prompt = Literal["pi0", "pi05", "pi0_fast", "pi0_fast_lerobot", "text", "line", "groot"]
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # openpi: 256 bins over [-1, 1]
 
@@ -47,6 +49,16 @@ def _with_state(instruction: str, state: NDArray) -> tuple[str, ...]:
     return (f"Task: {clean(instruction)}, State: {bins};\nAction: ",)
 
 
+def _before_tokens(instruction: str, state: NDArray, *, clean: Callable[[str], str]) -> tuple[str, ...]:
+    bins = " ".join(map(str, state_bins(state).tolist()))
+    return (f"Task: {clean(instruction)}, State: {bins};\n",)
+
+
+def clean_lower(text: str) -> str:
+    """Return the instruction as openpi's FASTTokenizer cleans it: lower case, underscores as spaces."""
+    return text.lower().strip().replace("_", " ")
+
+
 def _as_line(instruction: str, _: NDArray) -> tuple[str, ...]:
     return (instruction if instruction.endswith("\n") else f"{instruction}\n",)
 
@@ -56,13 +68,21 @@ def formal(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum() or c.isspace() or c == "_")
 
 
+_STATE_WORDS = ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",)
+
 FORMS: Mapping[Prompt, PromptForm] = {
     "pi0": PromptForm(lambda text, _: (clean(text), "\n"), ("\n",), begins_with_bos=True),
     "pi05": PromptForm(
         _with_state,
-        ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",),
+        _STATE_WORDS,
         begins_with_bos=True,
         holds_state=True,
+    ),
+    "pi0_fast": PromptForm(
+        partial(_before_tokens, clean=clean_lower), _STATE_WORDS, begins_with_bos=True, holds_state=True
+    ),
+    "pi0_fast_lerobot": PromptForm(
+        partial(_before_tokens, clean=clean), _STATE_WORDS, begins_with_bos=True, holds_state=True
     ),
     "text": PromptForm(lambda text, _: (text,)),
     "line": PromptForm(_as_line, ("\n",)),

@@ -9,8 +9,8 @@ from vlafit import files
 from vlafit.errors import ConfigError, VlafitError
 
 ADDED: Mapping[str, Any] = {
-    "policy.base": "", "optim.schedule_steps": 0, "optim.schedule_from": 0, "optim.states": "auto",
-    "optim.in_backward": "auto", "train.weights": "auto",
+    "policy.base": "", "policy.action_tokenizer": "", "optim.schedule_steps": 0,
+    "optim.schedule_from": 0, "optim.states": "auto", "optim.in_backward": "auto", "train.weights": "auto",
     "train.frozen": "auto", "train.recompute": "auto", "train.memory": "", "data.relative": "card",
     "eval.samples": 16, "train.compile": "auto",
 }  # fmt: skip

@@ -46,6 +46,20 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True)
+class ActionTokens:
+    """How a policy that writes actions as tokens wants them."""
+
+    longest: int
+    """Tokens of the action part, special ones included."""
+    bos: int
+    """The token that begins a sequence, which must be the tokenizer's."""
+    eos: int
+    """The token that ends one, which must be the tokenizer's."""
+    begins_with_bos: bool = False
+    """Whether the action part begins with `bos`."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """A policy's requirements of the codec that feeds it."""
 
@@ -69,6 +83,8 @@ class Needs:
     """Embodiments that have weights of their own, by `Batch.embodiment_id`; 0: all weights are shared."""
     cameras: int = 0
     """Cameras that it takes at most; 0: any number."""
+    action_tokens: ActionTokens | None = None
+    """None: it predicts actions as numbers."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,14 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, batch: Batch, rng: SampleRng) -> Tensor:
-        """Return actions [b, t, a], float, normalised and padded. Without gradients."""
+        """Return actions [b, t, a], float, normalised and padded. Without gradients.
+
+        Where `needs` has `action_tokens`: tokens, int64 [b, m], of which the codec makes actions.
+        """
+
+    def probe(self, batch: Batch, rng: SampleRng) -> Tensor:
+        """Return numbers that show how a change of the weights changes what the policy does: its actions."""
+        return self.act(batch, rng)
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers that sharding gathers one at a time; each is only used through its own call.
@@ -202,13 +225,15 @@ def check_batch(batch: Batch, needs: Needs) -> None:
         if name in wanted and tuple(value.shape) != wanted[name]:
             raise CodecError(f"batch.{name} has shape {tuple(value.shape)}; this policy takes {wanted[name]}")
     if needs.prompt is not None and batch.images.device.type == "cpu":
-        tokens, _ = batch.prompt()
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if low < 0 or high >= needs.vocabulary:
-            raise CodecError(
-                f"batch.tokens reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
-                " use the tokenizer that belongs to it"
-            )
+        for name, tokens in (("tokens", batch.prompt()[0]), ("target_tokens", batch.target_tokens)):
+            if tokens is None or not tokens.numel():
+                continue
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= needs.vocabulary:
+                raise CodecError(
+                    f"batch.{name} reach from {low} to {high}; this policy knows 0 to {needs.vocabulary - 1}:"
+                    " use the tokenizer that belongs to it"
+                )
     ids = batch.embodiment_id
     if needs.embodiments and ids is not None and ids.device.type == "cpu" and len(ids):
         low, high = int(ids.min()), int(ids.max())

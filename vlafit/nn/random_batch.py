@@ -27,4 +27,8 @@ def random_batch(needs: Needs, rows: int, seed: int = 0) -> Batch:
         length = min(needs.max_tokens, TOKENS)
         batch.tokens = torch.randint(0, needs.vocabulary, (rows, length), generator=rng)
         batch.token_mask = torch.ones(rows, length, dtype=torch.bool)
+    if needs.action_tokens is not None:
+        length = min(needs.action_tokens.longest, TOKENS)
+        batch.target_tokens = torch.randint(0, needs.vocabulary, (rows, length), generator=rng)
+        batch.target_mask = torch.ones(rows, length, dtype=torch.bool)
     return batch

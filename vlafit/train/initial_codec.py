@@ -6,6 +6,7 @@ from pathlib import Path
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, same_actions
 from vlafit.codec import Codec, CodecConfig, CodecSet
+from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import FLOORED
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
@@ -13,6 +14,7 @@ from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
+from vlafit.train import action_tokenizer as action_tokenizers
 from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
@@ -26,20 +28,36 @@ def fit_codec(
     agreement: Agreement,
     tokenizer: Tokenizer | None,
     form: checkpoints.InputForm | None = None,
+    action_tokenizer: FastTokenizer | None = None,
 ) -> Codec:
     """Fit a codec to the training episodes; the codec `old`, if any, provides tokenizer and forms.
 
     `form` is that of the checkpoint's program, where it has no codec.
     """
-    needs = policy.needs()
-    if recipe.policy.tokenizer and needs.prompt is None:
+    if recipe.policy.tokenizer and policy.needs().prompt is None:
         raise ConfigError(
             f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
             'make it ""'
         )
-    if old is not None:
-        tokenizer = old.tokenizer
-    chosen = recipe.data.normalisation
+    config = fitted_config(recipe, policy, old, agreement, form)
+    try:
+        statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
+        number = None if old is None else old.embodiment_id
+        words = tokenizer if old is None else old.tokenizer
+        return Codec(config, data.embodiment, statistics, words, number, action_tokenizer)
+    except CodecError as error:
+        raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
+
+
+def fitted_config(
+    recipe: Recipe,
+    policy: Policy,
+    old: Codec | None,
+    agreement: Agreement,
+    form: checkpoints.InputForm | None = None,
+) -> CodecConfig:
+    """Return the config of a codec that is fitted to the data; the arguments are those of `fit_codec`."""
+    needs, chosen = policy.needs(), recipe.data.normalisation
     config = CodecConfig(
         cameras=agreement.cameras,
         image_size=needs.image_size,
@@ -52,6 +70,7 @@ def fit_codec(
         max_tokens=needs.max_tokens,
         framing=needs.framing,
         history=needs.history,
+        action_tokens=action_tokenizers.settings(needs),
     )
     if old is None and form is not None and needs.prompt is not None:
         config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
@@ -63,18 +82,14 @@ def fit_codec(
             prompt=kept.prompt,
             framing=kept.framing,
             special_tokens=kept.special_tokens,
+            action_tokens=kept.action_tokens,
         )
         if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
             states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))
             config = replace(
                 config, normalisation=states, action_normalisation=actions if actions != states else None
             )
-    try:
-        statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
-        number = None if old is None else old.embodiment_id
-        return Codec(config, data.embodiment, statistics, tokenizer, number)
-    except CodecError as error:
-        raise CodecError(f"card {data.cards[0].name!r} does not fit the policy: {error}") from error
+    return config
 
 
 def adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
@@ -97,7 +112,7 @@ def renamed(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
         number = before[embodiment].embodiment_id
     elif before is not None and any(one.embodiment_id is not None for one in before):
         number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number)
+    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number, codec.action_tokenizer)
 
 
 def with_codec(

@@ -19,6 +19,7 @@ from vlafit.nn.policy import Policy
 from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
+from vlafit.train import action_tokenizer as action_tokenizers
 from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
@@ -27,6 +28,7 @@ from vlafit.train.initial_codec import (
     adopt,
     camera_slots,
     fit_codec,
+    fitted_config,
     floors,
     learned_tokenizer,
     renamed,
@@ -120,14 +122,26 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
     words = f"policy.tokenizer {name!r}" if opened else LEARNED
     if opened is None:
         opened = learned_tokenizer(recipe, policy, data)
+    actions = action_tokenizers.choose(
+        recipe.policy.action_tokenizer,
+        policy.needs(),
+        data.parts(),
+        {name: fitted_config(recipe, policy, None, agreement) for name, agreement in agreements.items()},
+        opened,
+        None,
+        pretrained="",
+    )
     codecs = []
     for embodiment, part in data.parts().items():
         agreement = agreements[embodiment]
-        codec = fit_codec(recipe, policy, part, None, agreement, opened)
+        codec = fit_codec(recipe, policy, part, None, agreement, opened, action_tokenizer=actions)
         agreements[embodiment] = with_codec(agreement, recipe, data, embodiment, None, codec, words)
         codecs.append(codec)
     agreement = reconcile.joined(recipe, data, agreements)
-    return InitialPolicy(policy, CodecSet(codecs), report, history, "the policy", agreement=agreement)
+    warnings = action_tokenizers.faults_of(data.parts(), codecs)
+    return InitialPolicy(
+        policy, CodecSet(codecs), report, history, "the policy", warnings=warnings, agreement=agreement
+    )
 
 
 def probe(
@@ -148,7 +162,7 @@ def probe(
     def actions() -> Tensor:
         policy.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            answer = policy.act(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
+            answer = policy.probe(batch, sample_rng([(0, 0)], seed=0, stream=VALIDATION))
         policy.train()
         return answer
 
@@ -227,11 +241,24 @@ def _from_checkpoint(
         opened = learned_tokenizer(recipe, policy, data)
     past = checkpoints.read_lineage(path)
     warnings += tuple(learned_before(data.stores, data.validation, past.episodes, chosen.checkpoint))
+    configs = {
+        name: fitted_config(recipe, policy, befores.get(name), agreement, declared.form)
+        for name, agreement in agreements.items()
+    }
+    actions = action_tokenizers.choose(
+        chosen.action_tokenizer,
+        policy.needs(),
+        data.parts(),
+        configs,
+        opened,
+        own_codecs,
+        pretrained=str(path) if pretrained else "",
+    )
     codecs, slots = [], []
     for embodiment, part in data.parts().items():
         before, agreement = befores.get(embodiment), agreements[embodiment]
         if fitted or before is None:
-            codec = fit_codec(recipe, policy, part, before, agreement, opened, declared.form)
+            codec = fit_codec(recipe, policy, part, before, agreement, opened, declared.form, actions)
             notes += floors(recipe, before, codec)
         else:
             codec = adopt(before, part, agreement)
@@ -240,6 +267,7 @@ def _from_checkpoint(
         agreements[embodiment] = with_codec(
             agreement, recipe, data, embodiment, before, codec, tokenizer, report.chunk
         )
+    warnings += action_tokenizers.faults_of(data.parts(), codecs)
     return InitialPolicy(
         policy,
         CodecSet(codecs),

@@ -272,6 +272,11 @@ def codec_items(
         yield Item("prompt", {"checkpoint": old} if old else {}, form, "same")
         words = codec.required_tokenizer.vocab_size
         yield Item("tokenizer", {}, f"{tokenizer}, {words} tokens", "same")
+    if (text := codec.action_text) is not None:
+        kept = before is not None and before.action_tokenizer is not None
+        source = "the checkpoint's" if kept else recipe.policy.action_tokenizer or "fitted to the data"
+        value = f"FAST ({source}), {text.actions.vocab_size} tokens, at most {text.config.longest} a chunk"
+        yield Item("action tokenizer", {}, value, "same")
     lengths = sorted(
         s.episodes[s.index(i)].length for s, ids in zip(data.stores, data.training, strict=True) for i in ids
     )

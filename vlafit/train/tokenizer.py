@@ -15,6 +15,7 @@ from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import family, family_name
+from vlafit.train import action_tokenizer
 from vlafit.train.data import Data
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -90,7 +91,8 @@ def learn(data: Data, needs: Needs) -> Tokenizer:
     """Train a tokenizer on the data's instructions, for language weights that are fresh."""
     assert needs.prompt is not None
     words = [*data.instructions(), *prompts.FORMS[needs.prompt].vocabulary]
-    return train_word_tokenizer(words, needs.vocabulary)
+    size = needs.vocabulary if needs.action_tokens is None else action_tokenizer.room(needs)
+    return train_word_tokenizer(words, size)
 
 
 def of_family(policy: Policy) -> str:

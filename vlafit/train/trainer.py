@@ -269,7 +269,8 @@ class Trainer:
             for name, batches in state.validation.items():
                 if batches:
                     policy, recipe = context.experiment.policy, context.recipe.train
-                    values |= validate(policy, batches, recipe, context.device, name)
+                    codecs = context.experiment.codecs
+                    values |= validate(policy, batches, recipe, context.device, codecs, name)
         if step and "validation/loss" in values:
             loss, progress = from_main(values["validation/loss"], context.device), state.progress
             state.progress = replace(progress, stage=progress.stage.validated(loss))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vlafit.codec import CodecSet
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import VALIDATION, Keys, SampleRng, sample_rng
@@ -20,6 +21,7 @@ def validate(
     batches: Sequence[tuple[Keys, Batch]],
     recipe: TrainRecipe,
     device: torch.device,
+    codecs: CodecSet,
     name: str = "",
 ) -> dict[str, float]:
     """Return `validation/loss` and `validation/action_error` over all processes' batches.
@@ -28,11 +30,13 @@ def validate(
     several terms is followed by the mean of each, `validation/loss_TERM`.
 
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
-    between the demonstrated chunk and the one that the policy answers with.
+    between the demonstrated chunk and the one that the policy answers with. Of a policy that answers with
+    tokens, `validation/valid_actions` is the share of answers that are a chunk; the others count as the codec
+    would execute them.
     """
     policy.eval()
     terms = policy.terms()
-    sums = torch.zeros(2 * len(terms) + 2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2 * len(terms) + 4, dtype=torch.float64, device=device)
     for keys, batch in batches:
         counts = policy.counts(batch, draws=1)
         batch = batch.trim().to(device)
@@ -43,20 +47,34 @@ def validate(
             sampling = _rng(keys)
             sampling.uniform()  # so that flow policies sample from the noise of their loss
             sampled = policy.act(batch, sampling)
+        valid = sampled.new_ones(len(batch), dtype=torch.bool)
+        if not sampled.is_floating_point():
+            ids = None if batch.embodiment_id is None else batch.embodiment_id.cpu().numpy()
+            actions, decoded = codecs.detokenise(sampled.cpu().numpy(), ids)
+            sampled, valid = torch.from_numpy(actions).to(device), torch.from_numpy(decoded)
         error = ((sampled.float() - batch.actions).abs() * batch.action_mask).sum()
         sums[: len(terms)] += torch.stack([out[name] for name in terms])
-        sums[-2:] += torch.stack([error, batch.action_mask.sum()])
-        sums[len(terms) : -2] += torch.tensor(
+        sums[-4:] += torch.stack(
+            [
+                error,
+                batch.action_mask.sum(),
+                valid.sum().to(device),
+                valid.new_tensor(len(batch), dtype=torch.int64, device=device),
+            ]
+        )
+        sums[len(terms) : -4] += torch.tensor(
             [counts[name] for name in terms], dtype=sums.dtype, device=device
         )
     policy.train()
-    *values, error, compared = sum_over_processes(sums).tolist()
+    *values, error, compared, valid_rows, rows = sum_over_processes(sums).tolist()
     totals = dict(zip(terms, values[: len(terms)], strict=True))
     counts = dict(zip(terms, values[len(terms) :], strict=True))
     if compared == 0 or not any(counts.values()):
         return {}
     prefix = f"validation/{name}/" if name else "validation/"
     metrics = {f"{prefix}loss": mean_loss(terms, totals, counts), f"{prefix}action_error": error / compared}
+    if policy.needs().action_tokens is not None:
+        metrics[f"{prefix}valid_actions"] = valid_rows / rows
     if len(terms) > 1:
         metrics |= {f"{prefix}loss_{term}": totals[term] / counts[term] for term in terms if counts[term]}
     return metrics

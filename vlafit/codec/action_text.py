@@ -1,0 +1,102 @@
+"""Actions as tokens of a language model: "Action: ", the tokens of a FAST tokenizer, "|", end of sequence.
+
+The tokens of FAST take the place of the last ids of the vocabulary, counted down from its end (openpi,
+models/tokenizer.py). Everything here works on ids: going through text, as openpi does, can change them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.codec.fast import Detokenised, FastTokenizer
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError
+
+PREFIX, END = "Action: ", "|"
+SKIPPED = 128  # last ids of PaliGemma's vocabulary, which are special: openpi, models/tokenizer.py
+
+
+@dataclass(frozen=True)
+class ActionTokenConfig:
+    """How actions are written as tokens."""
+
+    longest: int
+    """Tokens of the action part, special ones included; what is longer is cut, as in openpi and LeRobot."""
+    vocabulary: int
+    """Tokens of the policy."""
+    begins_with_bos: bool = False
+    """Whether the part begins with the token that begins a sequence (LeRobot)."""
+    fit: bool = False
+    """What becomes of tokens that make another number of coefficients. True: they are cut or filled with
+    zeros (LeRobot). False: the normalised chunk is 0 (openpi)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActionText:
+    """Writes and reads the action part for chunks of `dimensions`."""
+
+    config: ActionTokenConfig
+    words: Tokenizer
+    actions: FastTokenizer
+    dimensions: int
+
+    def __post_init__(self) -> None:
+        """Raise CodecError where the vocabulary has no room, or the tokenizer lacks a token."""
+        room = self.config.vocabulary - SKIPPED
+        if self.actions.vocab_size > room:
+            raise CodecError(
+                f"the FAST action tokenizer has {self.actions.vocab_size} tokens; the policy's vocabulary of "
+                f"{self.config.vocabulary} has room for {room}"
+            )
+        for name in ("bos", "eos"):
+            if getattr(self.words, name) is None:
+                raise CodecError(f"action tokens need a tokenizer with a token {name}, and this one has none")
+
+    def encode(self, chunk: NDArray) -> list[int]:
+        """Return the ids of a normalised chunk [t, a], however many there are."""
+        assert self.words.bos is not None and self.words.eos is not None
+        first = [self.words.bos] if self.config.begins_with_bos else []
+        ids = [self._last - token for token in self.actions.encode(chunk)]
+        return [*first, *self.words.encode(PREFIX), *ids, *self.words.encode(END), self.words.eos]
+
+    def padded(self, chunk: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the ids of a normalised chunk [t, a] and their mask, both [longest]."""
+        longest = self.config.longest
+        ids = self.encode(chunk)[:longest]
+        tokens = np.full(longest, self.words.pad, dtype=np.int64)
+        tokens[: len(ids)] = ids
+        return tokens, np.arange(longest) < len(ids)
+
+    def decode(self, tokens: NDArray[np.integer], steps: int) -> Detokenised:
+        """Return the normalised chunk [steps, a] that the decoded ids [m] stand for.
+
+        It is not valid where the words around the actions, or the number of coefficients, are wrong.
+        """
+        ids, prefix, end = tokens.tolist(), self.words.encode(PREFIX), self.words.encode(END)
+        if self.config.begins_with_bos and ids[:1] == [self.words.bos]:
+            ids = ids[1:]
+        ended = _find(ids, end)
+        ids = ids[:ended] if ended is not None else _before(ids, self.words.eos)
+        begun = ids[: len(prefix)] == prefix
+        ids = ids[len(prefix) :] if begun else ids
+        if not begun and not self.config.fit:
+            return Detokenised(np.zeros((steps, self.dimensions)), valid=False)
+        chunk, valid = self.actions.decode(
+            [self._last - token for token in ids], steps, self.dimensions, fit=self.config.fit
+        )
+        return Detokenised(chunk, valid and begun and ended is not None)
+
+    @property
+    def _last(self) -> int:
+        """The id of FAST's token 0."""
+        return self.config.vocabulary - 1 - SKIPPED
+
+
+def _find(ids: list[int], wanted: list[int]) -> int | None:
+    """Return where `wanted` begins in `ids`; None where it does not occur."""
+    return next((i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted), None)
+
+
+def _before(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids

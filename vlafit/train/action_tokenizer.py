@@ -1,0 +1,173 @@
+"""Choose a run's FAST action tokenizer: the checkpoint's, the recipe's, or one fitted to the data.
+
+Pretrained weights know what each action token means, so for them none is ever made up.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlafit.checkpoints import hub
+from vlafit.codec import Codec, CodecConfig, CodecSet, fast
+from vlafit.codec.action_text import SKIPPED, ActionText, ActionTokenConfig
+from vlafit.codec.fast import FastTokenizer
+from vlafit.codec.statistics import Normaliser
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.datasets.statistics_cache import statistics_of
+from vlafit.errors import CodecError, ConfigError
+from vlafit.nn.policy import Needs
+from vlafit.train.data import Data
+
+FILES = (fast.FILE, fast.CONFIG)
+PUBLIC = "physical-intelligence/fast"
+MOST_CHUNKS = 20_000  # that a tokenizer is fitted to, spread evenly over all
+CHECKED = 512  # chunks that are encoded and decoded before a run
+SMALLEST = 256  # every byte is a token
+
+
+def choose(
+    name: str,
+    needs: Needs,
+    data: Mapping[str, Data],
+    configs: Mapping[str, CodecConfig],
+    words: Tokenizer | None,
+    own: CodecSet | None,
+    pretrained: str,
+) -> FastTokenizer | None:
+    """Return the action tokenizer of a run; None where the policy predicts numbers.
+
+    `name` is `policy.action_tokenizer`, `own` the checkpoint's codecs, `pretrained` names the checkpoint
+    where its language weights are kept. Raises ConfigError for a name without effect, and where there is none
+    for pretrained weights; CodecError where the tokenizers do not fit the policy.
+    """
+    if needs.action_tokens is None:
+        if name:
+            raise ConfigError(
+                f"policy.action_tokenizer {name!r} has no effect: the policy predicts actions as numbers; "
+                'make it ""'
+            )
+        return None
+    words = next(iter(own)).tokenizer if own is not None else words
+    assert words is not None  # such a policy has a prompt
+    require_special(words, needs)
+    kept = None if own is None else next(iter(own)).action_tokenizer
+    if kept is not None:
+        if name:
+            raise ConfigError(
+                f"policy.action_tokenizer {name!r} has no effect: the weights of {pretrained} only work "
+                'with their own; set policy.action_tokenizer = ""'
+            )
+        return kept
+    if name:
+        return open_named(name)
+    if pretrained:
+        raise ConfigError(
+            f"{pretrained}: its weights are pretrained, and it holds no action tokenizer; set "
+            f"policy.action_tokenizer to the one that they were trained with ({PUBLIC} on the Hub for the "
+            "public ones: a folder with tokenizer.json and processor_config.json, or the id). To train from "
+            'fresh weights: policy.fresh = ["language"]'
+        )
+    return fit(data, configs, needs, words)
+
+
+def open_named(name: str) -> FastTokenizer:
+    """Return the tokenizer that `policy.action_tokenizer` names: a folder, or an id of the Hub.
+
+    Raises ConfigError or WeightsError saying where it was looked for, CodecError where it is damaged.
+    """
+    local = Path(name).expanduser()
+    if local.exists() or hub.parse(name) is None:
+        return fast.load(local)
+    return fast.load(hub.place(name, FILES).path)
+
+
+def settings(needs: Needs) -> ActionTokenConfig | None:
+    """Return how a policy wants actions written; None where it predicts numbers."""
+    tokens = needs.action_tokens
+    if tokens is None:
+        return None
+    return ActionTokenConfig(
+        tokens.longest, needs.vocabulary, begins_with_bos=tokens.begins_with_bos, fit=tokens.begins_with_bos
+    )
+
+
+def require_special(words: Tokenizer, needs: Needs) -> None:
+    """Raise CodecError where the policy's bos and eos are not those of the tokenizer."""
+    tokens = needs.action_tokens
+    if tokens is not None and (words.bos, words.eos) != (tokens.bos, tokens.eos):
+        raise CodecError(
+            f"the tokenizer begins and ends a sequence with tokens {words.bos} and {words.eos}, the policy's "
+            f"bos and eos are {tokens.bos} and {tokens.eos}; set policy.config.bos and policy.config.eos"
+        )
+
+
+def room(needs: Needs) -> int:
+    """Return how many text tokens leave the last ids of the vocabulary to action tokens."""
+    return needs.vocabulary - SKIPPED - SMALLEST
+
+
+def fit(
+    data: Mapping[str, Data], configs: Mapping[str, CodecConfig], needs: Needs, words: Tokenizer
+) -> FastTokenizer:
+    """Fit a tokenizer to the training chunks of every embodiment, for weights that are fresh.
+
+    It takes the ids that `words` leaves free, at most as many as the published one's default.
+    """
+    free = needs.vocabulary - SKIPPED - words.vocab_size
+    if free < SMALLEST:
+        raise CodecError(
+            f"the policy's vocabulary of {needs.vocabulary} leaves {free} tokens for actions, beside "
+            f"{words.vocab_size} of text and {SKIPPED} special ones; at least {SMALLEST} are needed"
+        )
+    chunks = [chunk for name, part in data.items() for chunk in normalised_chunks(part, configs[name])]
+    return fast.fit(chunks[:: -(-len(chunks) // MOST_CHUNKS)], min(free, fast.VOCABULARY))
+
+
+def normalised_chunks(data: Data, config: CodecConfig) -> Iterator[NDArray[np.float32]]:
+    """Yield the normalised chunk [t, a] of every training step, the last action repeated past the end."""
+    statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
+    normaliser = Normaliser.fit(statistics["action"], config.of_actions)
+    relative = np.flatnonzero(config.relative)
+    for store, ids in zip(data.stores, data.training, strict=True):
+        for episode in map(store.index, ids):
+            actions, states = store.actions(episode).astype(np.float64), store.state(episode)
+            for step in range(len(actions)):
+                rows = np.minimum(np.arange(step, step + config.chunk), len(actions) - 1)
+                window = actions[rows]
+                window[:, relative] -= states[step, relative]
+                yield normaliser.encode(window).astype(np.float32)
+
+
+def faults_of(data: Mapping[str, Data], codecs: Sequence[Codec]) -> tuple[str, ...]:
+    """Return warnings about training chunks that tokens do not hold; `codecs` are in the order of `data`."""
+    return tuple(
+        warning
+        for part, codec in zip(data.values(), codecs, strict=True)
+        if codec.action_text is not None
+        for warning in _faults(part, codec.config, codec.action_text)
+    )
+
+
+def _faults(data: Data, config: CodecConfig, text: ActionText) -> list[str]:
+    """Return warnings of a sample of the chunks."""
+    chunks = list(normalised_chunks(data, config))
+    chunks = chunks[:: -(-len(chunks) // CHECKED)]
+    lengths = [len(text.encode(chunk)) for chunk in chunks]
+    lost = sum(not text.actions.decode(text.actions.encode(c), *c.shape).valid for c in chunks)
+    cut = sum(length > text.config.longest for length in lengths)
+    warnings = []
+    if cut:
+        warnings.append(
+            f"{cut} of {len(chunks)} sampled action chunks have more than {text.config.longest} tokens, up "
+            f"to {max(lengths)}, and are cut, so that the policy learns unfinished actions; "
+            "raise policy.config.action_tokens"
+        )
+    if lost:
+        warnings.append(
+            f"{lost} of {len(chunks)} sampled action chunks hold coefficients that the action tokenizer "
+            "has no token for, so that the policy learns other actions; fit one to the data, or take other "
+            "statistics"
+        )
+    return warnings
