@@ -24,8 +24,8 @@ def differences(lerobot: LeRobotConfig, steps: Sequence[Step]) -> Iterator[tuple
 
     LeRobot writes both from one table. It fills the policy's cameras by config.json and normalises the state
     only where the step lists it, so that neither file can be followed without guessing. Cameras that are
-    always empty may be missing from either, and of any size, because LeRobot gives config.json its own when it
-    saves a checkpoint that it has loaded. A step may list nothing.
+    always empty may be missing from either, and of any size, because LeRobot gives config.json its own when
+    it saves a checkpoint that it has loaded. A step may list nothing.
     """
     inputs, outputs = (lerobot.values.get(key) for key in ("input_features", "output_features"))
     if not isinstance(inputs, Mapping) or not isinstance(outputs, Mapping):
