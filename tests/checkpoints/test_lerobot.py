@@ -471,6 +471,20 @@ def test_a_camera_that_is_always_empty_need_not_be_among_the_processors_features
     assert checkpoints.declaration(folder).slots == ("cam_high", "cam_wrist", "")
 
 
+def test_a_camera_that_is_always_empty_may_have_another_size_in_the_processors(folder: Path):
+    """As LeRobot 0.6.1 saves what it loaded: config.json gets its own size, the processors keep theirs."""
+    for file, size in (("config.json", [3, 480, 640]), ("policy_preprocessor.json", [3, 16, 16])):
+        empty = {"observation.images.empty_camera_0": {"type": "VISUAL", "shape": size}}
+
+        def add(values: dict, empty: dict = empty, config: bool = file == "config.json") -> None:
+            table = values["input_features"] if config else values["steps"][5]["config"]["features"]
+            table.update(empty)
+
+        edit(folder / file, add)
+    assert vlafit.load_checkpoint(folder).codec is not None
+    assert checkpoints.declaration(folder).slots == ("cam_high", "cam_wrist", "")
+
+
 def test_a_normalisation_of_config_json_that_the_processors_do_not_follow_is_named(folder: Path):
     assert checkpoints.declaration(folder).overruled == ()
     edit(folder / "config.json", lambda v: v["normalization_mapping"].update(STATE="MIN_MAX"))

@@ -91,7 +91,7 @@ class EpisodeStore(ABC):
         """
         self.require_step(episode, step)
         info = self.episodes[episode]
-        cameras = [camera.name for camera in self.embodiment.cameras]
+        cameras = [camera.name for camera in self.card.robot.cameras]
         states = self.state(episode)
         past: tuple[Observation, ...] = ()
         if history > 1 and step > 0:
