@@ -80,8 +80,11 @@ def _verdict(comparison: Comparison, content: dict[str, Any]) -> Raw:
 
 
 def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]]) -> Raw:
-    heads = ("strategy", "learning rate", "trained", "of", "checkpoint", "peak memory", "samples/s",
+    heads = ("strategy", "learning rate", "trained", "of", "checkpoint, MB", "peak memory, MB", "samples/s",
              "training", "to best", "last loss", "action error", "forgetting", "merge error")  # fmt: skip
+    wrapped = ("training", "to best")
+    kinds = [f"number{' wrapped' if head in wrapped else ''}" for head in heads]
+    kinds[0], kinds[-2] = "name", "long"
     rows = []
     for standing, values in zip(standings, strategies, strict=True):
         held_out = values["validation"].get(HELD_OUT, {})
@@ -93,8 +96,8 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
                 _or_dash(values["lr"], rate),
                 _or_dash(values["trainable"], count),
                 _or_dash(values["parameters"], count),
-                _or_dash(values["checkpoint_mb"], _mb),
-                _or_dash(values["memory"], lambda m: _mb(m["peak_mb"])),
+                _or_dash(values["checkpoint_mb"], _number),
+                _or_dash(values["memory"], lambda m: _number(m["peak_mb"])),
                 _or_dash(values["samples_per_s"], _three_digits),
                 _or_dash(values["train_seconds"], duration),
                 _or_dash(values["seconds_to_best"], duration),
@@ -108,9 +111,7 @@ def _overview(standings: Sequence[Standing], strategies: Sequence[dict[str, Any]
         "Means over seeds; memory is the maximum. Forgetting is the increase of the loss on a named "
         "validation set from step 0 to the end."
     )
-    return section(
-        "At a glance", table(heads, rows, ("", *("number" for _ in heads[1:]))), tag("p", muted(legend))
-    )
+    return section("At a glance", table(heads, rows, kinds), tag("p", muted(legend)))
 
 
 def _state(strategy: dict[str, Any]) -> str:
@@ -134,7 +135,10 @@ def _success(standings: Sequence[Standing]) -> Raw:
             scores: list[Score | None] = [*by_task, standing.pooled(name), *by_seed]
             cells = [markup.rate_cell(score, charts.tone(index)) for score in scores]
             rows.append([standing.strategy, *cells])
-        parts += [tag("h3", title.capitalize()), table(heads, rows, ("", *("rate" for _ in heads[1:])))]
+        parts += [
+            tag("h3", title.capitalize()),
+            markup.wide_table(heads, rows, ("name", *("rate" for _ in heads[1:]))),
+        ]
         if name == WRONG:
             legend = "Each task with its partner's instruction: a policy that follows it fails here."
             parts.append(tag("p", muted(legend)))
@@ -181,7 +185,7 @@ def _differences(pairs: Sequence[dict[str, Any]]) -> Raw:
         "these training runs; the second also for new training runs, and is wide because there are few "
         "seeds. The anytime p-value stays valid if trials are added and the comparison is looked at again."
     )
-    shown = table(heads, rows, ("", *("number" for _ in heads[1:])))
+    shown = table(heads, rows, ("name", *("number" for _ in heads[1:])))
     return section("Differences at shared starts", shown, tag("p", muted(legend))) if rows else Raw("")
 
 
@@ -206,8 +210,8 @@ def _curves(standings: Sequence[Standing]) -> Raw:
         for i, standing in enumerate(standings)
     ]
     legend = (
-        "One line per seed, at the chosen learning rate. Validation samples, noise and flow times are the "
-        "same at every step and in all arms."
+        "Line: the mean of a strategy's seeds at the chosen learning rate; band: from the lowest to the "
+        "highest seed. Validation samples, noise and flow times are the same at every step and in all arms."
     )
     return section(
         "Loss",
@@ -239,18 +243,18 @@ def _memory(strategies: Sequence[dict[str, Any]]) -> Raw:
         return Raw("")
     names = list(dict.fromkeys(name for strategy in measured for name in strategy["memory"]["parts_mb"]))
     on_gpu = any(strategy["memory"]["allocated_mb"] for strategy in measured)
-    heads = ["strategy", "peak", *names, *(["reserved", "process"] if on_gpu else [])]
+    heads = ["strategy", "peak", *names, *(["reserved", "process"] if on_gpu else [])]  # MB
     rows = []
     for strategy in measured:
         memory = strategy["memory"]
-        gpu_only = [_mb(memory["reserved_mb"]), _mb(memory["rss_mb"])] if on_gpu else []
-        parts = [_mb(memory["parts_mb"].get(name, 0.0)) for name in names]
-        rows.append([strategy["strategy"], _mb(memory["peak_mb"]), *parts, *gpu_only])
+        gpu_only = [_number(memory["reserved_mb"]), _number(memory["rss_mb"])] if on_gpu else []
+        parts = [_number(memory["parts_mb"].get(name, 0.0)) for name in names]
+        rows.append([strategy["strategy"], _number(memory["peak_mb"]), *parts, *gpu_only])
     legend = (
-        "Memory of the training process during training. Program: resident before the policy was created (0 "
-        "on a GPU, where the peak is the allocator's). Rest: activations and other memory."
+        "MB (10^6 bytes), of the training process during training. Program: resident before the policy was "
+        "created (0 on a GPU, where the peak is the allocator's). Rest: activations and other memory."
     )
-    shown = table(heads, rows, ("", *("number" for _ in heads[1:])))
+    shown = markup.wide_table(heads, rows, ("name", *("number" for _ in heads[1:])))
     return section("Memory", shown, tag("p", muted(legend)))
 
 
@@ -306,8 +310,8 @@ def _three_digits(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _mb(value: float) -> str:
-    return f"{value:,.1f} MB" if value < 100 else f"{value:,.0f} MB"
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _signed(value: float | None) -> str:

@@ -65,6 +65,22 @@ def table(
     return tag("div", tag("table", tag("thead", head) if heads else "", tag("tbody", *body)), class_="scroll")
 
 
+def wide_table(
+    heads: Sequence[Content], rows: Iterable[Sequence[Content]], kinds: Sequence[str], at_most: int = 10
+) -> Raw:
+    """Return a table, or where it has more than `at_most` columns several, which share the first column."""
+    if len(heads) <= at_most:
+        return table(heads, rows, kinds)
+    lines = list(rows)
+    count = -(-(len(heads) - 1) // (at_most - 1))
+    size = -(-(len(heads) - 1) // count)
+    parts = [slice(start, start + size) for start in range(1, len(heads), size)]
+    return join(
+        table([heads[0], *heads[part]], [[line[0], *line[part]] for line in lines], [kinds[0], *kinds[part]])
+        for part in parts
+    )
+
+
 def figure(title: str, unit: str, svg: str, kind: str = "") -> Raw:
     """Return a chart with its caption."""
     caption = tag("figcaption", title, " ", tag("span", unit))

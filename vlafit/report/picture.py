@@ -19,7 +19,7 @@ from vlafit.rollout.evaluation import Record
 from vlafit.score import Score, overall
 
 INK, MUTED, GRID = "#1c2024", "#667078", "#e3e6e8"
-COLOURS = {BEFORE: "#868e96", AFTER: "#0b7285", WRONG: "#b35900"}
+COLOURS = {BEFORE: "#868e96", AFTER: "#0b5f70", WRONG: "#b35900"}
 NAMES = {BEFORE: "before", AFTER: "after", WRONG: "after,\nwrong instruction"}
 DOTS_PER_INCH = 160
 

@@ -15,15 +15,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from vlafit.report.labels import Box, place
 from vlafit.report.logged import Point
 from vlafit.score import Score
 
 INK, GRID, LINE, FAINT, SECOND = "#010203", "#020304", "#030405", "#040506", "#050607"
 VARIABLES = {INK: "muted", GRID: "grid", LINE: "accent", FAINT: "accent-faint", SECOND: "second"}
 SIZE = (5.2, 2.7)  # inches at 72 points: the SVG scales with its column
-MARGINS = (0.105, 0.185, 0.88, 0.775)  # left, bottom, width, height, as shares of the figure
+MARGINS = (0.105, 0.185, 0.85, 0.775)  # left, bottom, width, height, as shares of the figure
+LABEL = 8.0  # points
 SMOOTHING = 0.9  # exponential, bias-corrected, of noisy training curves
 
 Axis = Literal["step", "time"]
@@ -132,8 +135,10 @@ def frame(xlabel: str) -> tuple[Figure, Axes]:
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(6))  # as many as fit on a phone
     axes.tick_params(which="both", length=0, labelsize=9, labelcolor=INK)
-    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+    axes.tick_params(axis="x", pad=7)  # below the lowest label of the other axis
+    axes.set_xlabel(xlabel, fontsize=9, color=INK, labelpad=2)
     return figure, axes
 
 
@@ -143,11 +148,46 @@ def _figure(axis: Axis) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic, with few and short tick labels."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def label_points(
+    axes: Axes, labels: Sequence[tuple[str, float, float, str]], spans: Sequence[tuple[float, float, float]]
+) -> None:
+    """Write (text, x, y, colour) beside each point, where it covers no other label, point or vertical span.
+
+    Call it when the limits of the axes are final. `spans` are (x, lowest y, highest y).
+    """
+    scale = 72 / axes.figure.dpi
+
+    def points(x: float, y: float) -> tuple[float, float]:
+        across, up = axes.transData.transform((x, y))
+        return float(across) * scale, float(up) * scale
+
+    ends = [(points(x, low), points(x, high)) for x, low, high in spans]
+    obstacles = [Box(x, (low + high) / 2, 7.0, max(7.0, high - low)) for (x, low), (_, high) in ends]
+    widths = [TextPath((0, 0), text.replace("$", "S"), size=LABEL).get_extents().width for text, *_ in labels]
+    bounds = axes.bbox
+    frame = Box(
+        scale * (bounds.x0 + bounds.width / 2), scale * (bounds.y0 + bounds.height / 2),
+        scale * bounds.width, scale * bounds.height,
+    )  # fmt: skip
+    anchors = [points(x, y) for _, x, y, _ in labels]
+    # The page's font is the reader's, and may be wider than the one that is measured here.
+    boxes = place(anchors, [(1.25 * width + 4, 1.5 * LABEL) for width in widths], obstacles, frame)
+    for (text, x, y, colour), (anchor, box) in zip(labels, zip(anchors, boxes, strict=True), strict=True):
+        offset = (box.x - anchor[0], box.y - anchor[1])
+        far = max(abs(offset[0]) - box.width / 2, abs(offset[1]) - box.height / 2) > 12
+        axes.annotate(
+            text, (x, y), offset, textcoords="offset points", ha="center", va="center", fontsize=LABEL,
+            color=colour, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if far else None,
+        )  # fmt: skip
+
+
+def log_scale(axes: Axes, which: Literal["x", "y"] = "y") -> None:
+    """Make an axis logarithmic, with few and short tick labels."""
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(tick))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def html_id(name: str) -> str:

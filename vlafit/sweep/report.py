@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vlafit import files
@@ -17,6 +18,8 @@ from vlafit.sweep.study import prepare
 from vlafit.sweep.worker import Sweep, losses
 
 FORMAT = 1
+FEWEST = 4  # complete trials that make a band of the middle half
+CURVES = "against optimiser steps; thick: the best; band: middle half of the complete trials; faint: pruned"
 STATES = {  # Optuna's state -> the state in sweep.json
     "COMPLETE": "whole",
     "PRUNED": "pruned",
@@ -200,7 +203,8 @@ def _table(result: SweepResult) -> Raw:
         )
         for t in result.ordered
     ]
-    return table(heads, rows, ("number", *("number" for _ in names), "number", "", ""))
+    kinds = ("number", *("number" for _ in names), "number", "long", "long")
+    return markup.wide_table(heads, rows, kinds, at_most=11)
 
 
 def value_text(value: object) -> str:
@@ -214,7 +218,7 @@ def _charts(result: SweepResult) -> Raw:
         return Raw("")
     drawn = [
         figure("Every trial", "last validation loss; faint: pruned; line: best so far", _history(ended)),
-        figure("Validation loss", "against optimiser steps; faint: pruned", _curves(ended)),
+        figure("Validation loss", CURVES, _curves(ended)),
     ]
     for name, dimension in result.sweep.study.search.items():
         points = [(t, v) for t in ended if isinstance(v := t.values.get(name), int | float)]
@@ -235,10 +239,19 @@ def _history(trials: Sequence[Trial]) -> str:
 
 
 def _curves(trials: Sequence[Trial]) -> str:
+    """Draw every trial's validation loss, the best on top, over the band of the middle half of all."""
     figure, axes = plots.frame("optimiser step")
-    for trial in sorted(trials, key=lambda t: t.state == "whole"):
-        colour = plots.LINE if trial.state == "whole" else plots.FAINT
-        axes.plot([s for s, _ in trial.curve], [v for _, v in trial.curve], color=colour, linewidth=1.2)
+    complete = [t for t in trials if t.state == "whole"]
+    steps = sorted(set.intersection(*({step for step, _ in t.curve} for t in complete))) if complete else []
+    if len(complete) >= FEWEST and steps:
+        losses = np.array([[dict(t.curve)[step] for step in steps] for t in complete])
+        low, high = np.quantile(losses, (0.25, 0.75), axis=0)
+        axes.fill_between(steps, low, high, color=plots.FAINT, alpha=0.6, linewidth=0)
+    best = min(complete, key=lambda t: t.loss or 0.0, default=None)
+    for trial in sorted(trials, key=lambda t: (t is best, t.state == "whole")):
+        colour = plots.SECOND if trial is best else plots.LINE if trial.state == "whole" else plots.FAINT
+        width = 2.0 if trial is best else 0.9
+        axes.plot([s for s, _ in trial.curve], [v for _, v in trial.curve], color=colour, linewidth=width)
     return _finish(figure, axes, "curves", whole_numbers=True)
 
 
@@ -248,7 +261,7 @@ def _scatter(name: str, points: Sequence[tuple[Trial, int | float]], log: bool) 
         colour = plots.LINE if trial.state == "whole" else plots.FAINT
         axes.plot([value], [trial.loss or 0.0], "o", color=colour, markersize=4)
     if log:
-        axes.set_xscale("log")
+        plots.log_scale(axes, "x")
     return _finish(figure, axes, plots.html_id(name), whole_numbers=None if log else False)
 
 
