@@ -1,6 +1,7 @@
 """pi0-FAST against what LeRobot and openpi recorded (tests/fixtures/lerobot_pi0_fast), and its contract."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlafit import shipped
 from vlafit.checkpoints.formats.lerobot import names
-from vlafit.errors import CodecError, ConfigError
+from vlafit.errors import CodecError, ConfigError, StrategyError
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import mean_loss
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import pi0_fast
 from vlafit.policies.pi0 import LanguageConfig, VisionConfig
+from vlafit.tuning import load_strategy, preview
 
 RECORDED = Path(__file__).parent.parent / "fixtures" / "lerobot_pi0_fast"
 META = json.loads((RECORDED / "meta.json").read_text())
@@ -228,6 +231,22 @@ def test_a_batch_without_action_tokens_and_sizes_that_do_not_fit_are_refused():
     batch.target_tokens = None
     with pytest.raises(CodecError, match="action tokens"):
         policy.loss(batch, rng())
-    for change, words in (({"eos": 700}, "vocabulary of 700"), ({"temperature": -1.0}, "temperature is -1")):
+    for change, words in (({"eos": 700}, "eos 700 .*at most 699"), ({"temperature": -1.0}, "temperature is -1")):
         with pytest.raises(ConfigError, match=words):
             replace(TINY, **change)
+
+
+@pytest.mark.parametrize("size", pi0_fast.SIZES)
+def test_a_shipped_strategy_trains_something_or_names_the_part_that_pi0_fast_lacks(size: str):
+    with torch.device("meta"):
+        policy = pi0_fast.build(pi0_fast.SIZES[size])
+    fitting = set()
+    for name in shipped.names("strategy"):
+        try:
+            plan = preview(policy, load_strategy(name))
+        except StrategyError as error:
+            assert re.search(r"'(expert|projections)'|never used.*language", str(error)), error
+        else:
+            fitting.add(name)
+            assert plan.trainable and not any(e.trainable and e.dead for e in plan.entries)
+    assert {"full", "lora-all", "frozen-vision"} <= fitting

@@ -22,8 +22,8 @@ from vlafit.tuning import load_strategy, preview
 from vlafit.tuning.rules import resolve
 from vlafit.tuning.strategy_toml import parse
 
-# Families without language and action expert; tests/policies/test_act.py says what the strategies do there.
-WITHOUT_EXPERT = ("act",)
+# Families without action expert; test_act.py and test_pi0_fast.py in tests/policies say what strategies do there.
+WITHOUT_EXPERT = ("act", "pi0_fast")
 FAMILIES = [
     m.name
     for m in pkgutil.iter_modules(policies.__path__)

@@ -49,6 +49,11 @@ class EpisodeStore(ABC):
         return self.card.embodiment
 
     @cached_property
+    def _cameras(self) -> tuple[str, ...]:
+        # Kept: a card makes its embodiment anew each time, which is a good part of a sample's time.
+        return tuple(camera.name for camera in self.embodiment.cameras)
+
+    @cached_property
     def _positions(self) -> dict[str, int]:
         return {info.id: position for position, info in enumerate(self.episodes)}
 
@@ -91,7 +96,7 @@ class EpisodeStore(ABC):
         """
         self.require_step(episode, step)
         info = self.episodes[episode]
-        cameras = [camera.name for camera in self.card.robot.cameras]
+        cameras = self._cameras
         states = self.state(episode)
         past: tuple[Observation, ...] = ()
         if history > 1 and step > 0:

@@ -85,7 +85,8 @@ class Pi0FastConfig:
             (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
             (
                 all(0 <= token < lang.vocab for token in (self.bos, self.eos)),
-                f"bos {self.bos} and eos {self.eos} must be tokens of the vocabulary of {lang.vocab}",
+                f"bos {self.bos} and eos {self.eos} must be tokens of the vocabulary: at least 0, at most "
+                f"{lang.vocab - 1}",
             ),
             (0 <= self.temperature < 1e6, f"temperature is {self.temperature}; it must be at least 0"),
         )
