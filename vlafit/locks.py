@@ -49,6 +49,32 @@ def creating(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
+def waiting(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock beside `path`, a folder that several processes need and one creates; wait for its turn.
+
+    On a file system without locks another process that holds it is an error, as in `creating`.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.parent / f".{path.name}{LOCK}", "ab")  # noqa: SIM115
+    except OSError:
+        files.require_writable(path.parent)  # says why not
+        raise
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s: waiting for another process that is %s", path, what)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            with creating(path, what):
+                yield
+            return
+        yield  # the lock's file stays: whoever waits has it open
+
+
+@contextmanager
 def exclusive(folder: Path, what: str) -> Iterator[int]:
     """Hold the folder's lock and yield its file descriptor; child processes that inherit it hold it too.
 

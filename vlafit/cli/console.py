@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WIDEST = 46  # characters of a cell in the agreement's table
+NEWS = (
+    "vlafit.datasets.remote"  # the logger of what is about to be copied over a network, and of its progress
+)
 QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
 # Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
 # other Pythons and GPUs, which vlafit does not use, and a deprecated call of torch.
@@ -99,7 +102,7 @@ def surviving_streams(survive: bool) -> Iterator[None]:
 
 @contextmanager
 def logging_to_stderr(main_process: bool) -> Iterator[None]:
-    """Show the library's warnings on stderr while a verb runs, without `IMPORT_NOISE`."""
+    """Show the library's warnings, and `NEWS`, on stderr while a verb runs, without `IMPORT_NOISE`."""
     for name, noise in IMPORT_NOISE.items():
         logging.getLogger(name).addFilter(_Without(noise))  # never removed: a process imports these once
     logger = logging.getLogger("vlafit")
@@ -107,12 +110,16 @@ def logging_to_stderr(main_process: bool) -> Iterator[None]:
     old_level, old_propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
+    news = logging.getLogger(NEWS)
+    old_news = news.level
+    news.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(old_level)
+        news.setLevel(old_news)
         logger.propagate = old_propagate
 
 

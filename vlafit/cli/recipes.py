@@ -28,7 +28,9 @@ def read_recipe(
     wants_help = "-h" in words or "--help" in words
     values: dict[str, Any] = {}
     path: Path | None = None
-    if name and words[0] == name and Path(name).is_dir():
+    if name and words[0] == name and "://" in name:
+        values = _of_url(name)
+    elif name and words[0] == name and Path(name).is_dir():
         values = _of_dataset(Path(name))
     elif name and words[0] == name:
         path = shipped.find("recipe", name)
@@ -80,8 +82,16 @@ def _of_dataset(folder: Path) -> dict[str, Any]:
             f"{error}. A recipe can be one of: {', '.join(shipped.names('recipe'))}"
         ) from error
     path = folder.resolve()
-    name = re.sub(r"[^\w.-]", "_", path.name).strip(".") or "run"
-    return {"name": name, "data": {"cards": [str(path)]}}
+    return {"name": _run_name(path.name), "data": {"cards": [str(path)]}}
+
+
+def _of_url(url: str) -> dict[str, Any]:
+    """Return the recipe of a dataset at a URL."""
+    return {"name": _run_name(url.rstrip("/").rsplit("/", 1)[-1]), "data": {"cards": [url]}}
+
+
+def _run_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text).strip(".") or "run"
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -172,14 +172,18 @@ def first_file(path: Path) -> Path | None:
     """Return the HDF5 file at `path`, or the first in or below a folder; None if there is none."""
     if not path.is_dir():
         return path if path.suffix in SUFFIXES else None
-    folders = [path]
+    folders = [str(path)]
     for _ in range(DEEPEST + 1):
-        entries = [entry for folder in folders for entry in sorted(folder.iterdir())]
-        entries = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in entries:
-            if entry.suffix in SUFFIXES and entry.is_file():
-                return entry
-        folders = [entry for entry in entries if not entry.suffix and entry.is_dir()]
+        below: list[str] = []
+        for folder in folders:  # os.scandir: a LeRobot dataset has tens of thousands of other files
+            with os.scandir(folder) as listing:
+                entries = [e for e in listing if e.name.endswith(SUFFIXES) or "." not in e.name]
+            for entry in sorted(entries, key=lambda e: e.name):
+                if "." not in entry.name and entry.is_dir():
+                    below.append(entry.path)
+                elif "." in entry.name[1:] and not entry.name.startswith(".") and entry.is_file():
+                    return Path(entry.path)
+        folders = below
     return None
 
 

@@ -1,12 +1,27 @@
-"""Datasets of the Hugging Face Hub: ``org/name`` or ``org/name@revision``."""
+"""Datasets of the Hugging Face Hub: ``org/name``, ``org/name@revision``, or ``hf://datasets/org/name``.
 
+A commit is looked up first and its files are copied into huggingface_hub's cache, whose folder names the
+commit. The list of what was copied is kept, so that a copy is known to be whole where there is no network.
+"""
+
+import json
+import logging
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from vlafit.errors import DataError
+from vlafit.datasets.hdf5_index import folder
+from vlafit.datasets.remote import Needed, announce, require_inside
+from vlafit.errors import DataError, VlafitError
+from vlafit.files import parse_json, write_atomic
+
+log = logging.getLogger(__name__)
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _FILES = (".toml", ".hdf5", ".h5", ".parquet")
+AT_ONCE = 8  # files
 
 
 def is_id(text: str) -> bool:
@@ -14,23 +29,173 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.endswith(_FILES) and ".." not in text
 
 
-def fetch(text: str) -> Path:
-    """Return the local copy of a dataset, downloaded if the cache lacks it; its folder names the commit.
-
-    A tag or branch that is not given is the default branch: LeRobot's own version tags are often missing or
-    stale. Raises DataError if the Hub has no such dataset or cannot be reached.
-    """
-    from huggingface_hub import constants, snapshot_download
-
+def fetch_id(text: str) -> Path:
+    """Return the local copy of the dataset that an id names; see `fetch`."""
     match = _ID.fullmatch(text)
     assert match is not None
+    return fetch(match["repo"], match["revision"] or "")
+
+
+def at_commit(url: str, local: Path) -> str:
+    """Return a URL of the Hub that names no revision with the commit of the files in `local`."""
+    parts = url.split("/")  # hf:, "", datasets, org, name, folders below
+    if parts[0] != "hf:" or "@" in parts[4] or "snapshots" not in local.parts:
+        return url
+    commit = local.parts[local.parts.index("snapshots") + 1]
+    return "/".join([*parts[:4], f"{parts[4]}@{commit}", *parts[5:]])
+
+
+def fetch(repo: str, revision: str, below: str = "", needed: Needed | None = None) -> Path:
+    """Return a folder with the files of a dataset (`below` a folder of it): all, or those `needed`.
+
+    Without a revision it is the default branch: LeRobot's own version tags are often missing or stale. Where
+    the Hub cannot be reached, the copy in the cache is used, if it is whole. Raises DataError if the Hub has
+    no such dataset, or a file of it is missing.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(match["repo"], revision=match["revision"], repo_type="dataset"))
+        commit, listed = _listed(repo, revision)
     except Exception as error:  # the clients that huggingface_hub is built on have errors of their own
-        reason = str(error).strip().split("\n")[0]
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:  # it has answered
+            raise _no_such(where, repo, error) from error
+        return _kept(repo, revision, where, error) / below
+    inside = f"{below}/" if below else ""
+    names = {name.removeprefix(inside) for name in listed if name.startswith(inside)}
+    if not names:
+        raise DataError(f"{where}: the dataset has no files in {below or 'its folder'}")
+    if needed is not None:
+        first = [f"{inside}{name}" for name in names if name.startswith(needed.first)]
+        if not first and not needed.optional:
+            raise DataError(f"{where}: holds {len(names):,} files, but none at {inside}{needed.first}")
+        if first:
+            some = _copy(repo, commit, {name: listed[name] for name in first}, where)
+            names = set(needed.choose(some / below, names))
+    wanted = {name: size for name, size in listed.items() if name.removeprefix(inside) in names}
+    root = _copy(repo, commit, wanted, where)
+    _keep(repo, revision, commit, wanted, whole=len(wanted) == len(listed))
+    return root / below
+
+
+def _listed(repo: str, revision: str) -> tuple[str, Mapping[str, int | None]]:
+    """Return the commit that a revision names now, and its files with their sizes."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(repo, revision=revision or None, files_metadata=True)
+    files = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+    for name in files:
+        require_inside(name, repo)
+    return info.sha or "", files
+
+
+def _copy(repo: str, commit: str, files: Mapping[str, int | None], where: str) -> Path:
+    """Return the cache's folder of a commit, once it has all `files` with the sizes of the list."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    paths = {name: try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset") for name in files}
+    missing = [name for name, path in paths.items() if not isinstance(path, str)]
+    sizes = {name: size or 0 for name, size in files.items()}
+    cache = Path(constants.HF_HUB_CACHE)
+    announce(
+        where, len(files), sum(sizes.values()), len(missing), sum(sizes[name] for name in missing), cache
+    )
+
+    def download(name: str) -> str:
+        return hf_hub_download(repo, name, revision=commit, repo_type="dataset")
+
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            paths |= dict(zip(missing, pool.map(download, missing), strict=True))
+    except Exception as error:
         raise DataError(
-            f"{text}: no such path exists here, no card of that name ships, and as a dataset of the Hugging "
-            f"Face Hub ({constants.ENDPOINT}, cache {constants.HF_HUB_CACHE}) it cannot be had: "
-            f"{type(error).__name__}: {reason}. Use the path of a local folder, or, with a network: "
-            f"hf download --repo-type dataset {match['repo']}"
+            f"{where}: could not be copied: {_reason(error)}. Run the command again: files that are "
+            "complete are not copied again"
         ) from error
+    for name, path in paths.items():
+        size = Path(str(path)).stat().st_size if Path(str(path)).is_file() else -1
+        if size < 0 or files[name] not in (None, size):
+            raise DataError(
+                f"{path}: has {size:,} bytes, the Hub lists {files[name]} for {name} of {where}; delete it "
+                "and run the command again"
+            )
+    name, path = next(iter(paths.items()))
+    return Path(*Path(str(path)).parts[: -len(Path(name).parts)])
+
+
+def _record(repo: str) -> Path | None:
+    """Return the file that says which commit each revision was, and which of its files are in the cache."""
+    place = folder()
+    return None if place is None else place.with_name("hub") / f"{repo.replace('/', '--')}.json"
+
+
+def _keep(repo: str, revision: str, commit: str, sizes: Mapping[str, int | None], *, whole: bool) -> None:
+    """Record that these files of a commit are in the cache, and whether they are all that it has."""
+    path, before = _record(repo), _recorded(repo)
+    if path is None:
+        return
+    known = before["commits"].get(commit, {"whole": False, "sizes": {}})
+    entry = {"whole": whole or known["whole"], "sizes": {**known["sizes"], **sizes}}
+    after = {
+        "revisions": {**before["revisions"], revision: commit},
+        "commits": {**before["commits"], commit: entry},
+    }
+    try:
+        if after != before:
+            write_atomic(path, json.dumps(after))
+    except VlafitError as error:  # only matters without a network
+        log.warning("the list of %s's files cannot be kept (%s)", repo, error)
+
+
+def _recorded(repo: str) -> dict[str, Any]:
+    path = _record(repo)
+    try:
+        values = parse_json(path.read_text(encoding="utf-8")) if path is not None else None
+    except (OSError, ValueError):
+        values = None
+    return values if isinstance(values, dict) else {"revisions": {}, "commits": {}}
+
+
+def _kept(repo: str, revision: str, where: str, cause: Exception) -> Path:
+    """Return the copy in the cache, if it has every file. Raises DataError naming what is not known of it."""
+    from huggingface_hub import snapshot_download
+
+    recorded = _recorded(repo)
+    commit = recorded["revisions"].get(revision, revision) or None
+    try:
+        kept = snapshot_download(repo, revision=commit, repo_type="dataset", local_files_only=True)
+    except Exception as error:
+        raise _no_such(where, repo, cause) from error
+    root, unreachable = Path(kept), f"{where}: the Hub cannot be reached ({_reason(cause)})"
+    known = recorded["commits"].get(root.name, {"whole": False, "sizes": {}})
+    sizes: Mapping[str, int | None] = known["sizes"]
+    bad = [
+        n for n, s in sizes.items() if not (root / n).is_file() or s not in (None, (root / n).stat().st_size)
+    ]
+    if bad:
+        raise DataError(
+            f"{unreachable}, and {len(bad)} files of the copy at {root} are missing or damaged, for example "
+            f"{bad[0]}; run the command again with a network"
+        )
+    if not known["whole"] and not (root / "meta" / "info.json").is_file():  # LeRobot's names its files
+        raise DataError(
+            f"{unreachable}, and nothing tells whether the copy at {root} is whole; run the command again "
+            "with a network, or, if you know that it is, name that folder"
+        )
+    log.warning("%s; reading the copy at %s", unreachable, root)
+    return root
+
+
+def _no_such(where: str, repo: str, error: Exception) -> DataError:
+    from huggingface_hub import constants
+
+    return DataError(
+        f"{where}: no such path exists here, no card of that name ships, and as a dataset of the Hugging "
+        f"Face Hub ({constants.ENDPOINT}, cache {constants.HF_HUB_CACHE}) it cannot be had: "
+        f"{_reason(error)}. Use the path of a local folder, or, with a network: "
+        f"hf download --repo-type dataset {repo}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

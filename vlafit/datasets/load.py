@@ -4,12 +4,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vlafit import config, shipped
-from vlafit.datasets import hub, layouts
+from vlafit.datasets import hub, layouts, remote
 from vlafit.datasets.aligned import Aligned
 from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
@@ -20,12 +21,14 @@ from vlafit.errors import ConfigError, DataError, did_you_mean
 def load_card(name_or_path: str | Path) -> Card:
     """Read a card: a path, the name of one that ships, or a dataset that needs none.
 
-    A folder or file of data (or ``org/name[@revision]`` of the Hugging Face Hub) needs no card if its layout
-    can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
+    A folder, a file or a URL of data (or ``org/name[@revision]`` of the Hugging Face Hub) needs no card if
+    its layout can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
     """
     data = _data_at(name_or_path)
     if data is not None:
         draft = describe(data)
+        if remote.is_url(str(name_or_path)):
+            draft = replace(draft, card=replace(draft.card, source=str(name_or_path)))
         if draft.missing:
             listed = "".join(f"\n  {key}: {reason}" for key, reason in draft.missing.items())
             raise DataError(
@@ -48,6 +51,8 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     """
     source = card_path_or_hub_id
     card = prepare(source) if isinstance(source, Card) else load_card(source)
+    if remote.is_url(card.path):
+        card = _fetched(card)
     store = layouts.load(card.layout).open(card)
     if card.episodes != EpisodesCard() and not store.selects:
         raise ConfigError(
@@ -58,6 +63,17 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
         store = Aligned(store, card.rows.action_shift)
     _check_expectations(store)
     return store
+
+
+def _fetched(card: Card) -> Card:
+    """Copy the files that a card at a URL needs, and return the card of the copy."""
+    module = layouts.load(card.layout)
+    fixed, pattern = remote.split_pattern(card.path)
+    needed = None
+    if "needed" in vars(module) and not pattern:
+        needed = remote.Needed(module.NEEDED_FIRST, partial(module.needed, card))
+    folder = remote.fetch(fixed, needed)
+    return replace(card, path=str(folder / pattern), source=card.source or card.path)
 
 
 def open_draft(draft: Draft) -> EpisodeStore:
@@ -90,6 +106,32 @@ def describe(path: Path, layout: str = "") -> Draft:
     if layout and not module.recognise(path):
         raise DataError(f"{path}: is not of layout {layout!r}")
     return module.describe(path)
+
+
+def describe_remote(url_or_id: str, layout: str = "") -> Draft:
+    """Draft the card of a dataset at a URL, or of an id of the Hub, copying no more than that takes.
+
+    The card's path is the URL, of the commit that was looked at if it is on the Hub.
+    """
+    url = url_or_id if remote.is_url(url_or_id) else f"hf://datasets/{url_or_id}"
+    local = remote.fetch(url, remote.METADATA)
+    draft = describe(local, layout)
+    path = draft.card.path.replace(str(local.resolve()), hub.at_commit(url.rstrip("/"), local))
+    name = url_or_id.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
+    return replace(draft, card=replace(draft.card, name=name, path=path))
+
+
+def is_remote(text: str) -> bool:
+    """Whether `text` is the URL of a dataset, or an id of the Hub that is neither a path nor a card here."""
+    if remote.is_url(text):
+        return not text.endswith(".toml")
+    if Path(text).expanduser().exists() or not hub.is_id(text):
+        return False
+    try:
+        shipped.find("card", text)
+    except ConfigError:
+        return True
+    return False
 
 
 def build(values: Mapping[str, Any], where: str) -> Card:
@@ -163,15 +205,13 @@ def _check_section(module: ModuleType, card: Card, where: str) -> None:
 
 
 def _data_at(name_or_path: str | Path) -> Path | None:
-    """Return the data that stands in for a card: an existing folder or file that is no TOML, or a hub id."""
+    """Return the data that stands in for a card: a folder or file that is no TOML, a URL, or a hub id."""
+    if isinstance(name_or_path, str) and is_remote(name_or_path):
+        fetch = remote.fetch if remote.is_url(name_or_path) else hub.fetch_id
+        return fetch(name_or_path)
     local = Path(name_or_path).expanduser()
     if str(name_or_path) and local.exists():
         return local if local.is_dir() or local.suffix != ".toml" else None
-    if isinstance(name_or_path, str) and hub.is_id(name_or_path):
-        try:
-            shipped.find("card", name_or_path)
-        except ConfigError:
-            return hub.fetch(name_or_path)
     return None
 
 

@@ -25,7 +25,7 @@ ABOUT = {
     "check": "Check a dataset. Exit status: 0 clean, 1 findings of severity error, 2 it cannot be opened.",
     **data_tools.ABOUT,
 }
-PATH = "a card, the name of one that ships, a dataset that needs no card, or its id on the Hugging Face Hub"
+PATH = "a card, the name of one that ships, or a dataset: its path, URL, or id on the Hugging Face Hub"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -75,17 +75,23 @@ def _data(path: str) -> "Path | None":
     """Return the files or folder that `path` is, None if it is a card or a name."""
     from pathlib import Path
 
+    from vlafit.datasets import remote
+
+    if remote.is_url(path) and not path.endswith(".toml"):
+        return remote.fetch(path)
     local = Path(path).expanduser()
     return local if local.exists() and local.suffix != ".toml" else None
 
 
 def _card(path: str, layout: str) -> int:
     from vlafit.datasets import describe, load_card
+    from vlafit.datasets.load import describe_remote, is_remote
     from vlafit.datasets.write import card_text
 
-    local = _data(path)
-    if local is not None:
-        draft = describe(local, layout)
+    remote = is_remote(path)
+    local = None if remote else _data(path)
+    if remote or local is not None:
+        draft = describe_remote(path, layout) if local is None else describe(local, layout)
         print(card_text(draft.card, draft.guesses, draft.missing), end="")
     else:
         print(card_text(load_card(path)), end="")

@@ -7,7 +7,9 @@ path of a module elsewhere. The module offers
 - `INSTRUCTIONS`: the values of `instruction.source` that the layout can read, its default first ("": none);
 - `recognise(path) -> bool`: whether the file or folder at `path` has this layout, by its content;
 - `open(card) -> EpisodeStore`: the dataset of a card, or DataError saying where the files differ from it;
-- `describe(path) -> Draft` (optional): a card drafted from the files, what was guessed and what is missing.
+- `describe(path) -> Draft` (optional): a card drafted from the files, what was guessed and what is missing;
+- `needed(card, root, names)` and `NEEDED_FIRST` (optional): of a dataset at a URL, the names of the files
+  that the card reads, once those beginning with `NEEDED_FIRST` are in the folder `root`. Without it all are.
 """
 
 import pkgutil

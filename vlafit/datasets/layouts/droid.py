@@ -4,6 +4,7 @@
 robot, so a camera's key is "wrist", "ext1" or "ext2", whose serial number is in the metadata, or a number.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,6 +209,7 @@ def _first(path: Path) -> Path | None:
             seen += 1
             if seen > MOST_FOLDERS:
                 return None
-            below += sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+            with os.scandir(folder) as listing:
+                below += sorted(Path(e.path) for e in listing if e.is_dir() and not e.name.startswith("."))
         folders = below
     return None

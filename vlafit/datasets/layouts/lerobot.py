@@ -3,7 +3,7 @@
 Keys of cameras and columns are features of meta/info.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.meta import labels
 from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
+from vlafit.datasets.selection import Selection
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 
 INSTRUCTIONS = ("task",)
 """task: the text of the rows' task_index."""
 PREFIX = "observation.images."
+NEEDED_FIRST = "meta/"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,35 @@ def open(card: Card) -> EpisodeStore:
         raise DataError(f"{root}: no meta/info.json there, so no LeRobot dataset{hint}")
     section = card.options(Section)
     return LeRobotStore(card, root, lambda meta: _chosen(meta, section), section.tolerance_s)
+
+
+def needed(card: Card, root: Path, names: Collection[str]) -> set[str]:
+    """Return the names of the files that a card reads of a remote dataset, of whose files `root` has meta/.
+
+    Raises DataError for episodes whose files are not among `names`.
+    """
+    meta = read_meta(root)
+    chosen, selection = set(_chosen(meta, card.options(Section))), Selection(card)
+    keys = [camera.key for camera in card.robot.cameras]
+    files = {name for name in names if name.startswith(NEEDED_FIRST)}
+    lacking: list[str] = []
+    for entry in meta.episodes:
+        if entry.index not in chosen or not selection.wants(f"episode_{entry.index:06d}"):
+            continue
+        paths = [entry.data, *(entry.videos[key].path for key in keys if key in entry.videos)]
+        for name in (path.relative_to(root).as_posix() for path in paths):
+            if name in names:
+                files.add(name)
+            else:
+                lacking.append(f"{name} (episode {entry.index})")
+    if lacking and card.episodes.on_bad == "stop":
+        raise DataError(
+            f"{card.path}: {len(lacking)} files that its metadata names do not exist there: "
+            f"{', '.join(lacking[:5])}; complete the dataset, or leave these episodes out (skip in the card)"
+        )
+    if any(meta.features.get(key, {}).get("dtype") == "image" for key in keys):
+        files |= {name for name in names if name.startswith("images/")}  # those that parquet only names
+    return files
 
 
 def describe(path: Path) -> Draft:

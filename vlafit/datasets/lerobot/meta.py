@@ -4,10 +4,12 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vlafit.datasets.lerobot.tables import open_parquet, read_table, require_file
+from vlafit.datasets.stamps import stamp
 from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json, read_json_object
 
@@ -61,6 +63,15 @@ class Meta:
     def fps(self) -> float:
         return float(self.info["fps"])
 
+    def task(self, number: int, entry: Entry) -> str:
+        """Return the sentence of a task_index. Raises DataError naming the episode if there is none."""
+        if number not in self.tasks:
+            raise DataError(
+                f"{entry.data}: episode {entry.index}: task_index {number} is not among the "
+                f"{len(self.tasks)} tasks in meta/"
+            )
+        return self.tasks[number]
+
     def feature(self, key: str, where: str) -> Mapping[str, Any]:
         """Return a feature of info.json. Raises DataError naming the nearest if there is none."""
         if key not in self.features:
@@ -70,6 +81,13 @@ class Meta:
 
 def read_meta(root: Path) -> Meta:
     """Read `root`/meta. Raises DataError naming the file that is missing, damaged or contradicts another."""
+    paths = sorted(path for path in (root / "meta").rglob("*") if path.is_file())
+    return _read(root, tuple((path, *stamp(path)) for path in paths))
+
+
+@lru_cache(maxsize=1)  # a card is drafted from it before its dataset is opened
+def _read(root: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Meta:
+    """Read `root`/meta, whose files have these `stamps`."""
     info = read_json(root / "meta" / "info.json")
     for key, kind in (
         ("codebase_version", str),
@@ -172,14 +190,12 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
     size = int(info.get("chunks_size", 1000))
     if size < 1:
         raise ValueError(f"chunks_size in info.json is {size}")
-    entries = []
+    entries, places = [], _Places(root, info)
     for row in _json_lines(root / "meta" / "episodes.jsonl"):
         index = int(row["episode_index"])
         names = {"episode_chunk": index // size, "episode_index": index}
-        films = {
-            key: Video(_place(root, info, "video_path", names | {"video_key": key}), 0.0) for key in videos
-        }
-        data = _place(root, info, "data_path", names)
+        films = {key: Video(places.get("video_path", names | {"video_key": key}), 0.0) for key in videos}
+        data = places.get("data_path", names)
         entries.append(Entry(index, int(row["length"]), data, films, _texts(row.get("tasks"))))
     return entries
 
@@ -188,7 +204,7 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
     paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not paths:
         raise DataError(f"{root}/meta/episodes: holds no parquet file; fetch the dataset again")
-    entries = []
+    entries, places = [], _Places(root, info)
     for path in paths:
         wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         for key in videos:
@@ -202,9 +218,9 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
             for key in videos:
                 at = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
                 start = float(row[f"videos/{key}/from_timestamp"])
-                films[key] = Video(_place(root, info, "video_path", at | {"video_key": key}), start)
+                films[key] = Video(places.get("video_path", at | {"video_key": key}), start)
             at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-            data = _place(root, info, "data_path", at)
+            data = places.get("data_path", at)
             texts = _texts(row.get("tasks"))
             entries.append(Entry(row["episode_index"], row["length"], data, films, texts))
     return entries
@@ -215,17 +231,41 @@ def _texts(tasks: Any) -> tuple[str, ...]:
     return tuple(text for text in tasks if isinstance(text, str)) if isinstance(tasks, list) else ()
 
 
-def _place(root: Path, info: Mapping[str, Any], key: str, names: Mapping[str, object]) -> Path:
-    """Return the file that the template at `key` of info.json names; a dataset reads none outside its folder.
+class _Places:
+    """The files that the templates of info.json name; a dataset reads none outside its folder."""
 
-    Raises DataError for another place, and for a template that is more than names and their widths.
-    """
-    template = info[key]
-    where = f"{root}/meta/info.json: {key} is {template!r}"
-    for _, name, width, conversion in string.Formatter().parse(template):
-        if name is not None and (name not in names or conversion or not WIDTH.fullmatch(width or "")):
-            raise DataError(f"{where}; between braces may be {', '.join(names)}, with a width such as :06d")
-    return file_below(root, template.format(**names), where)
+    def __init__(self, root: Path, info: Mapping[str, Any]) -> None:
+        self._root, self._info = root, info
+        self._known: dict[tuple[object, ...], Path] = {}  # episodes of one file share its path
+        self._harmless: set[tuple[object, ...]] = set()  # templates and cameras of which one path was checked
+
+    def get(self, key: str, names: Mapping[str, object]) -> Path:
+        """Return the file that the template at `key` names.
+
+        Raises DataError for another place, and for a template that is more than names and their widths.
+        """
+        at = (key, *names.values())
+        path = self._known.get(at)
+        if path is None:
+            numbers = all(isinstance(names[name], int) for name in names if name != "video_key")
+            kind = (key, names.get("video_key"))
+            if numbers and kind in self._harmless:  # numbers lead nowhere else
+                path = Path(f"{self._root}/{self._info[key].format(**names)}")
+            else:
+                path = self._checked(key, names)
+                self._harmless.add(kind)
+            self._known[at] = path
+        return path
+
+    def _checked(self, key: str, names: Mapping[str, object]) -> Path:
+        template = self._info[key]
+        where = f"{self._root}/meta/info.json: {key} is {template!r}"
+        for _, name, width, conversion in string.Formatter().parse(template):
+            if name is not None and (name not in names or conversion or not WIDTH.fullmatch(width or "")):
+                raise DataError(
+                    f"{where}; between braces may be {', '.join(names)}, with a width such as :06d"
+                )
+        return file_below(self._root, template.format(**names), where)
 
 
 def file_below(root: Path, name: str, where: str) -> Path:

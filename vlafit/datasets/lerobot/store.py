@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import parse_key, scaled
-from vlafit.datasets.lerobot.clock import TOLERANCE_S, require_clock
+from vlafit.datasets.lerobot import index
+from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
 from vlafit.datasets.selection import Selection
-from vlafit.datasets.stamps import Stamps
+from vlafit.datasets.stamps import Stamps, stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
 from vlafit.errors import DataError
@@ -25,7 +26,6 @@ from vlafit.errors import DataError
 COLUMN_BYTES = 2**30  # of states and actions that a process keeps
 IMAGE_BYTES = 2**28  # of encoded images that a process keeps
 OPEN_VIDEOS = 32
-INDEX = ("episode_index", "frame_index", "timestamp", "task_index")
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,29 @@ class LeRobotStore(EpisodeStore):
         selection = Selection(card)
         names = {entry.index: f"episode_{entry.index:06d}" for entry in meta.episodes}
         entries = [e for e in meta.episodes if e.index in wanted and selection.wants(names[e.index])]
-        if card.episodes.on_bad == "stop":
+        key = self._index_key(entries, tolerance_s)
+        kept = index.load(key, entries) if key else None
+        if card.episodes.on_bad == "stop" and kept is None:
             self._require_files(entries)
         self._rows: list[_Rows] = []
         infos: list[EpisodeInfo] = []
-        indices: dict[Path, _FileIndex] = {}
+        indices: dict[Path, index.FileIndex] = {}
+        places: dict[int, index.Place] = {}
         self._reset()
         for entry in entries:
             with selection.guard(names[entry.index]):
                 if card.episodes.on_bad == "skip":
                     self._require_files([entry])
-                self._stamps.require_unchanged(entry.data)
-                if entry.data not in indices:
-                    indices = {entry.data: _FileIndex(entry.data)}  # episodes of a file follow one another
-                rows, task = indices[entry.data].episode(entry, meta, tolerance_s)
+                if kept is not None:
+                    place = kept[entry.index]
+                else:
+                    self._stamps.require_unchanged(entry.data)
+                    if entry.data not in indices:
+                        indices = {
+                            entry.data: index.FileIndex(entry.data)
+                        }  # episodes of a file follow one another
+                    place = places[entry.index] = indices[entry.data].episode(entry, meta, tolerance_s)
+                rows, task = _Rows(entry, place.first, place.times_s), meta.task(place.task, entry)
                 if not self._succeeds(rows):
                     selection.fails(names[entry.index])
                     continue
@@ -89,6 +98,24 @@ class LeRobotStore(EpisodeStore):
         self.episodes = tuple(infos)
         for path in self.files():
             self._stamps.require_unchanged(path)
+        if key and kept is None:
+            index.save(key, entries, places)
+
+    def _index_key(self, entries: Sequence[Entry], tolerance_s: float) -> str:
+        """Return the key of the index on disk; empty where none is worth it, or a file is missing."""
+        keys = [camera.key for camera in self.card.robot.cameras]
+        paths = dict.fromkeys(entry.data for entry in entries)
+        if self.card.episodes.on_bad == "skip" or len(paths) < index.FEWEST:
+            return ""
+        paths |= dict.fromkeys(
+            entry.videos[key].path for key in keys for entry in entries if key in entry.videos
+        )
+        try:
+            stamps = {path: stamp(path) for path in paths}
+        except DataError:  # which one, and for which episode, is said where each is required
+            return ""
+        self._stamps = Stamps(stamps)
+        return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
         return self._column(episode, self.card.robot.state)
@@ -196,9 +223,9 @@ class LeRobotStore(EpisodeStore):
         plain = [plain_label(label) for label in stored]
         if len(stored) != len(column.labels) or len(set(plain)) != len(plain):
             return  # no names, or names that do not tell dimensions apart
-        for index, label in enumerate(column.labels):
+        for position, label in enumerate(column.labels):
             wanted = plain_label(label)
-            if wanted and wanted != plain[index] and wanted in plain:
+            if wanted and wanted != plain[position] and wanted in plain:
                 raise DataError(
                     f"{self._meta.root}: {name}.labels of the card are {', '.join(column.labels)}, info.json "
                     f"names these dimensions {', '.join(stored)}: {label} is dimension {plain.index(wanted)} "
@@ -318,49 +345,6 @@ class LeRobotStore(EpisodeStore):
                 data = path.read_bytes()
             frames.append(decode_image(data, where))
         return frames
-
-
-class _FileIndex:
-    """The bookkeeping columns of one data file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        table = read_table(path, INDEX)
-        self.columns = {name: as_rows(table[name], 1, f"{path}: {name}")[:, 0] for name in INDEX}
-        self.episodes = self.columns["episode_index"]
-        if len(self.episodes) and (np.diff(self.episodes) < 0).any():
-            raise DataError(f"{path}: the rows of its episodes are not in order")
-
-    def episode(self, entry: Entry, meta: Meta, tolerance_s: float) -> tuple[_Rows, str]:
-        """Return the rows of an episode and its task. Raises DataError where rows and metadata disagree."""
-        where = f"{self.path}: episode {entry.index}"
-        first = int(np.searchsorted(self.episodes, entry.index, "left"))
-        count = int(np.searchsorted(self.episodes, entry.index, "right")) - first
-        if count != entry.length:
-            raise DataError(f"{where} has {count} rows, the metadata says {entry.length}; which is right?")
-        if count == 0:
-            raise DataError(f"{where} is empty; leave it out (skip in the card)")
-        some = slice(first, first + count)
-        if (self.columns["frame_index"][some] != np.arange(count)).any():
-            raise DataError(
-                f"{where}: frame_index does not count 0 to {count - 1}; rows are missing or twice there"
-            )
-        numbers = np.unique(self.columns["task_index"][some]).tolist()
-        if len(numbers) > 1:
-            raise DataError(
-                f"{where} has {len(numbers)} tasks, {numbers}; one sentence an episode is read: split it, or "
-                "leave it out (skip in the card)"
-            )
-        if numbers[0] not in meta.tasks:
-            raise DataError(
-                f"{where}: task_index {numbers[0]} is not among the {len(meta.tasks)} tasks in meta/"
-            )
-        times = self.columns["timestamp"][some].astype(np.float64)
-        if not np.isfinite(times).all():
-            raise DataError(f"{where}: a timestamp is not finite")
-        require_clock(times, meta.fps, tolerance_s, where)
-        regular = np.abs(times - np.arange(count) / meta.fps).max() < 0.1 / meta.fps
-        return _Rows(entry, first, None if regular else times), meta.tasks[numbers[0]]
 
 
 def width_of(feature: object, key: str, root: Path) -> int:
