@@ -18,7 +18,7 @@ from tests.datasets.layouts import card as libero_card
 from tests.datasets.layouts import demos, write_libero
 from tests.datasets.lerobot_files import key_of
 from vlafit import cli
-from vlafit.datasets import EpisodeStore, load_card, open_dataset, remote, storage
+from vlafit.datasets import EpisodeStore, downloads, load_card, open_dataset, remote, storage
 from vlafit.datasets.layouts import lerobot
 from vlafit.errors import ConfigError, DataError
 
@@ -132,11 +132,13 @@ def test_a_card_at_a_url_copies_only_the_episodes_and_cameras_that_it_reads(
     assert names(root) == {n for n in names(folder) if n.startswith("meta/")} | data | videos
     assert_same(store, open_dataset(replace(card, path=str(folder))))
 
-    needed = remote.Needed("meta/", lambda root, every: lerobot.needed(card, root, every))
+    needed = downloads.Needed("meta/", lambda root, every: lerobot.needed(card, root, every))
     storage.fetch(bucket, URL, needed)
     before = len(bucket.read)
     more = replace(card, section=lerobot.Section(episodes=(1, 5, 9)))
-    storage.fetch(bucket, URL, remote.Needed("meta/", lambda root, every: lerobot.needed(more, root, every)))
+    storage.fetch(
+        bucket, URL, downloads.Needed("meta/", lambda root, every: lerobot.needed(more, root, every))
+    )
     assert sorted(bucket.read[before:]) == [  # what is here already is linked
         "data/chunk-000/file-002.parquet",
         f"videos/{wrist}/chunk-000/file-002.mp4",
@@ -250,15 +252,15 @@ def test_two_processes_that_open_it_at_once_copy_it_once(bucket: Bucket):
 def test_sizes_are_told_before_anything_is_copied_and_a_full_disk_is_refused(
     bucket: Bucket, cache: Path, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level(logging.INFO, logger="vlafit.datasets.remote"):
+    with caplog.at_level(logging.INFO, logger="vlafit.datasets.downloads"):
         storage.fetch(bucket, URL)
         size = sum(len(bucket.cat_file(name)) for name in bucket.store)
-        assert f"{URL}: 13 files, {remote.as_text(size)}; copying 13" in caplog.text
+        assert f"{URL}: 13 files, {downloads.as_text(size)}; copying 13" in caplog.text
         caplog.clear()
         storage.fetch(bucket, URL)
         assert not caplog.text
     with pytest.raises(DataError, match=r"4 files, 9.0 EB|4 files, 9000000.0 TB.*has room for.*VLAFIT_CACHE"):
-        remote.announce(URL, 4, 9 * 10**18, 2, 9 * 10**18, cache)
+        downloads.announce(URL, 4, 9 * 10**18, 2, 9 * 10**18, cache)
 
 
 def test_metadata_that_names_a_file_which_is_not_there_stops_before_the_rest_is_copied(

@@ -231,7 +231,10 @@ def test_a_batch_without_action_tokens_and_sizes_that_do_not_fit_are_refused():
     batch.target_tokens = None
     with pytest.raises(CodecError, match="action tokens"):
         policy.loss(batch, rng())
-    for change, words in (({"eos": 700}, "eos 700 .*at most 699"), ({"temperature": -1.0}, "temperature is -1")):
+    for change, words in (
+        ({"eos": 700}, "eos 700 .*at most 699"),
+        ({"temperature": -1.0}, "temperature is -1"),
+    ):
         with pytest.raises(ConfigError, match=words):
             replace(TINY, **change)
 

@@ -22,7 +22,7 @@ from vlafit.tuning import load_strategy, preview
 from vlafit.tuning.rules import resolve
 from vlafit.tuning.strategy_toml import parse
 
-# Families without action expert; test_act.py and test_pi0_fast.py in tests/policies say what strategies do there.
+# Families without action expert; their own tests in tests/policies try the strategies on them.
 WITHOUT_EXPERT = ("act", "pi0_fast")
 FAMILIES = [
     m.name

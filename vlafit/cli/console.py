@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WIDEST = 46  # characters of a cell in the agreement's table
-NEWS = (
-    "vlafit.datasets.remote"  # the logger of what is about to be copied over a network, and of its progress
-)
+NEWS = "vlafit.datasets.downloads"  # the logger of what is copied over a network, and of its progress
 QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
 # Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
 # other Pythons and GPUs, which vlafit does not use, and a deprecated call of torch.

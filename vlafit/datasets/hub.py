@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vlafit.datasets.downloads import Needed, announce, require_inside
 from vlafit.datasets.hdf5_index import folder
-from vlafit.datasets.remote import Needed, announce, require_inside
 from vlafit.errors import DataError, VlafitError
 from vlafit.files import parse_json, write_atomic
 

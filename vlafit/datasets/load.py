@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from vlafit import config, shipped
-from vlafit.datasets import hub, layouts, remote
+from vlafit.datasets import downloads, hub, layouts, remote
 from vlafit.datasets.aligned import Aligned
 from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
@@ -71,7 +71,7 @@ def _fetched(card: Card) -> Card:
     fixed, pattern = remote.split_pattern(card.path)
     needed = None
     if "needed" in vars(module) and not pattern:
-        needed = remote.Needed(module.NEEDED_FIRST, partial(module.needed, card))
+        needed = downloads.Needed(module.NEEDED_FIRST, partial(module.needed, card))
     folder = remote.fetch(fixed, needed)
     return replace(card, path=str(folder / pattern), source=card.source or card.path)
 
@@ -114,7 +114,7 @@ def describe_remote(url_or_id: str, layout: str = "") -> Draft:
     The card's path is the URL, of the commit that was looked at if it is on the Hub.
     """
     url = url_or_id if remote.is_url(url_or_id) else f"hf://datasets/{url_or_id}"
-    local = remote.fetch(url, remote.METADATA)
+    local = remote.fetch(url, downloads.METADATA)
     draft = describe(local, layout)
     path = draft.card.path.replace(str(local.resolve()), hub.at_commit(url.rstrip("/"), local))
     name = url_or_id.rstrip("/").rsplit("/", 1)[-1].split("@")[0]

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import locks
+from vlafit.datasets.downloads import Needed, announce, progress, require_inside
 from vlafit.datasets.hdf5_index import SWITCH, folder
-from vlafit.datasets.remote import Needed, announce, progress, require_inside
 from vlafit.errors import ConfigError, DataError
 from vlafit.files import parse_json, replace_folder, write_atomic
 
