@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,13 +169,27 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def require_readable(path: Path) -> None:
-    """Raise StorageError if a file is there and cannot be opened; it need not be damaged."""
+    """Raise StorageError if a file is there and cannot be opened; it may be damaged."""
+    require_regular(path)
     try:
         path.open("rb").close()
     except FileNotFoundError:
         return
     except OSError as error:
         raise _cannot("read", path, error) from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise StorageError for a pipe, a socket or a device: reading one may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StorageError(
+            f"cannot read {path}: not a regular file but a pipe, a socket or a device; "
+            "put the file itself there"
+        )
 
 
 def replace_folder(tmp: Path, final: Path, new: bool = False) -> None:

@@ -1,6 +1,8 @@
 """Other families are refused by name, whatever lies beside their weights, and ours are not taken for one."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlafit
+from vlafit import checkpoints
 from vlafit.checkpoints.formats.hf_transformers.names import SAVED
 from vlafit.checkpoints.formats.lerobot.names import SMOLVLA
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.formats.unsupported import name_family
 from vlafit.checkpoints.name_map import back
-from vlafit.errors import WeightsError
+from vlafit.errors import StorageError, WeightsError
 from vlafit.policies import smolvla
 from vlafit.policies.pi0 import SIZES, build
 
@@ -67,3 +70,25 @@ def test_none_of_ours_is_taken_for_another():
     meta = {n: p.detach() for n, p in small.named_parameters()}
     names += [{*meta}, {*back(meta, SMOLVLA)}]
     assert [name_family(one) for one in names] == [""] * len(names)
+
+
+@pytest.mark.parametrize("name", ["config.json", "policy_preprocessor.json", "tokenizer.json", "README.md"])
+def test_a_pipe_in_a_checkpoint_is_refused_instead_of_waited_for(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(FIXTURES / "lerobot_smolvla", folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(StorageError) as caught:
+        checkpoints.load(folder)
+    assert all(fact in str(caught.value) for fact in (str(folder / name), "not a regular file", "pipe"))
+
+
+def test_a_link_to_nothing_never_passes_for_a_file_that_a_checkpoint_does_not_have(tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(FIXTURES / "lerobot_smolvla", folder)
+    (folder / "policy_preprocessor.json").unlink(missing_ok=True)
+    (folder / "policy_preprocessor.json").symlink_to("../blobs/0123")
+    with pytest.raises(WeightsError) as caught:
+        checkpoints.load(folder)
+    facts = (str(folder / "policy_preprocessor.json"), "../blobs/0123", "not there", "download")
+    assert all(fact in str(caught.value) for fact in facts)

@@ -55,6 +55,19 @@ def _incomplete(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
 
 
+def require_regular(folder: Path) -> None:
+    """Raise WeightsError where a file of a checkpoint's folder is a link to nothing, or no regular file.
+
+    Such a file would be waited for without end, or pass for one that the checkpoint does not have.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() and not path.exists():
+            raise WeightsError(
+                f"{path}: a link to {path.readlink()}, which is not there; copy or download the file again"
+            )
+        files.require_regular(path)
+
+
 def has_weight_files(path: Path) -> bool:
     """Whether `path` is a safetensors file, or a folder that holds the weights in such files."""
     if path.is_file():

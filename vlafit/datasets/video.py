@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError
+from vlafit.files import require_regular
 
 NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on instead of seeking
 SEEK_ON = 1.5  # ticks of the file's clock beyond the wanted time, which is rounded
@@ -20,8 +21,9 @@ class VideoFile:
     """One open video. Times are in seconds from its first frame."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError if the file is no video that can be decoded."""
+        """Raises DataError for a file that is no video, StorageError for one that is no regular file."""
         self.path = path
+        require_regular(path)
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]

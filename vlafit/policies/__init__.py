@@ -104,6 +104,7 @@ DEEPEST = 1024  # layers of one stack; building a module for each takes time eve
 LARGEST_IMAGE = 16384  # pixels along a side, as in a data card
 WIDEST = 2**20
 LARGEST_VOCABULARY = 2**22  # sixteen times that of pi0
+LONGEST_CHUNK = 2**13  # steps; 82 s at 100 Hz
 FARTHEST = 2**31 - 1  # whole numbers that no name marks as a size
 LONGEST = 64  # entries of a list: stages of a network
 LAYERS, IMAGES = ("depth", "layers", "blocks"), ("image_size",)
@@ -140,6 +141,7 @@ def _require_at_most(value: int, name: str, where: str) -> None:
         (LAYERS, DEEPEST),
         (IMAGES, LARGEST_IMAGE),
         (("vocab",), LARGEST_VOCABULARY),
+        (("chunk",), LONGEST_CHUNK),
         (SIZED, WIDEST),
     )
     most = next((limit for names, limit in limits if _ends_in(name, names)), FARTHEST)

@@ -124,13 +124,17 @@ def with_codec(
     codec: Codec,
     tokenizer: str,
     own_chunk: int | None = None,
+    owner: str = "the checkpoint",
 ) -> Agreement:
-    """Return the agreement with the codec's items, and how far the data goes under its statistics."""
+    """Return the agreement with the codec's items, and how far the data goes under its statistics.
+
+    The arguments are those of `reconcile.codec_items`.
+    """
     part, recipe = data.of(embodiment), recipe.of(embodiment)
     whole = agreement.with_items(
         [
             *reconcile.other_cards(part.cards),
-            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk),
+            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk, owner),
             *value_faults.of_run(
                 part.stores,
                 part.training,

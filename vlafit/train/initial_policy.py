@@ -265,7 +265,7 @@ def _from_checkpoint(
         slots += camera_slots(before, codec)
         codecs.append(renamed(codec, embodiment, own_codecs) if data.embodiments else codec)
         agreements[embodiment] = with_codec(
-            agreement, recipe, data, embodiment, before, codec, tokenizer, report.chunk
+            agreement, recipe, data, embodiment, before, codec, tokenizer, report.chunk, declared.owner
         )
     warnings += action_tokenizers.faults_of(data.parts(), codecs)
     return InitialPolicy(

@@ -191,12 +191,12 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
 
 
 def outlook(
-    recipe: Recipe, codec: Codec, agreement: Agreement, chunk: int, own_chunk: int | None
+    recipe: Recipe, codec: Codec, agreement: Agreement, chunk: int, own_chunk: int | None, owner: str
 ) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
-    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files. The dataset is opened: files
-    that are not what the card says are a DataError. Nothing is fitted.
+    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files, `owner` whose codec it is. The
+    dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
     """
     codec = codec.with_changes(config=replace(codec.config, chunk=chunk))
     data = open_data(recipe.data, recipe.train.seed)
@@ -204,7 +204,7 @@ def outlook(
         return agreement
     items = [
         *other_cards(data.cards),
-        *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk),
+        *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk, owner),
     ]
     return agreement.with_items(
         [
@@ -239,11 +239,12 @@ def codec_items(
     codec: Codec,
     tokenizer: str,
     own_chunk: int | None = None,
+    owner: str = "the checkpoint",
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
-    `before` is the checkpoint's codec, `tokenizer` where the tokenizer comes from, `own_chunk` the steps of a
-    chunk in the checkpoint's files.
+    `before` is the checkpoint's codec and `owner` whose files give it, `tokenizer` where the tokenizer comes
+    from, `own_chunk` the steps of a chunk in the checkpoint's files.
     """
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
@@ -254,7 +255,7 @@ def codec_items(
         assert before is not None
         own = f"of {before.embodiment.name!r}, {before.statistics['state'].count or '?'} values"
         reason = 'data.statistics = "checkpoint"'
-        yield Item("statistics", {"checkpoint": own}, "of the checkpoint", "same", reason)
+        yield Item("statistics", {"checkpoint": own}, f"of {owner}", "same", reason)
     for column, method, old in (
         ("state", codec.config.normalisation, before and before.config.normalisation),
         ("action", codec.config.of_actions, before and before.config.of_actions),

@@ -22,7 +22,7 @@ from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap, Translated
 from vlafit.checkpoints.options import LoadOptions, OptionTable
-from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, weight_files
+from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, require_regular, weight_files
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy, Source
@@ -36,6 +36,9 @@ class CheckpointFiles:
     """The files at a path, of which the tensors are mapped once when a format first asks for them."""
 
     def __init__(self, path: Path) -> None:
+        """Raises WeightsError or StorageError where a file of the folder is none that can be read."""
+        if path.is_dir():
+            require_regular(path)
         self.path = path
         self.folder = path if path.is_dir() else path.parent
 

@@ -225,7 +225,12 @@ def _agree(
         agreement = agreement.with_items([item])
     elif loaded.codec is not None:
         agreement = reconcile.outlook(
-            recipe, loaded.codec, agreement, loaded.policy.needs().chunk, loaded.report.chunk
+            recipe,
+            loaded.codec,
+            agreement,
+            loaded.policy.needs().chunk,
+            loaded.report.chunk,
+            declared.owner,
         )
     else:
         open_dataset(card)  # so that files that are not what the card says are named first
