@@ -166,6 +166,9 @@ class TrainRecipe:
     compile: Literal["auto", "none", "blocks"] = "auto"
     """Compile each block of the policy by torch.compile: faster steps after a minute or more of compiling,
     and other last bits. auto: none."""
+    cache: str = "off"
+    """Where features of what no stage trains are kept, so that they are computed once for each sample: memory
+    (of each process), or a folder, which processes and runs share. off: nowhere."""
     memory: str = ""
     """Memory to fit into, such as 24GB: picks recompute, optim.states, accumulate, and where it must weights
     and optim.in_backward. Empty: refuse what the GPU has no room for. ignore: start whatever the forecast

@@ -69,6 +69,7 @@ HOW = {  # what each recipe of the tests changes
     "sharded-gradients": {"train": {"sharding": "gradients", "validate_every": 4}},
     "frozen": {"strategy": "expert", "train": {"accumulate": 2}},
     "frozen-sharded": {"strategy": "expert", "train": {"sharding": "full", "accumulate": 2}},
+    "cached": {"strategy": "expert", "train": {"cache": "memory"}},
     "lora": {"strategy": "lora"},
     "dora-sharded": {"strategy": "dora", "train": {"sharding": "full"}},
     "nf4": {"strategy": "qlora"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlafit.errors import CodecError
+from vlafit.nn.features import Features
 
 if TYPE_CHECKING:
     from vlafit.codec import Encoded
@@ -72,6 +73,8 @@ class Batch:
     all_real: bool = False
     """True: it is known that no camera is missing and no token is padding, so no mask is needed. `trim` sets
     it, because a GPU would have to wait for what its masks hold."""
+    features: Features | None = None
+    """Output of frozen modules for images and prompt; the images are then not read, and hold nothing."""
 
     def __post_init__(self) -> None:
         """Raise CodecError naming the first field that is of another kind or has another number of axes."""
@@ -110,8 +113,13 @@ class Batch:
 
         `dtype` (float32 unless given) is that of the images; state and actions stay float32.
         """
-        moved = {name: value.to(device, non_blocking=True) for name, value in self.present().items()}
-        return replace(self, **(moved | {"images": unit_images(moved["images"], dtype or torch.float32)}))
+        values = self.present()
+        images = values.pop("images")
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+        if self.features is not None:
+            return replace(self, **moved, **no_images(images, device), features=self.features.to(device))
+        images = unit_images(images.to(device, non_blocking=True), dtype or torch.float32)
+        return replace(self, **moved, images=images)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (a DataLoader calls this by name)."""
@@ -135,6 +143,11 @@ class Batch:
                 values |= {name: values[name][:, :length] for name in (tokens, mask)}
         read = [values[name] for name in ("image_mask", "token_mask", "history_mask") if name in values]
         return replace(self, **values, all_real=all(bool(mask.all()) for mask in read))
+
+
+def no_images(like: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+    """Return the field `images` in the shape of `like`, without memory, for a batch with features."""
+    return {"images": torch.zeros((), dtype=torch.uint8, device=device).expand(like.shape)}
 
 
 def _used_length(mask: Tensor, multiple: int) -> int:

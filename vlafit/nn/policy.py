@@ -6,7 +6,7 @@ through `__call__`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -18,6 +18,7 @@ from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch
+from vlafit.nn.features import Cacheable, Features
 from vlafit.nn.kinds import Kind
 from vlafit.nn.rng import SampleRng
 
@@ -170,6 +171,17 @@ class Policy(nn.Module, ABC):
         It only measures speed; 0 where a family counts none.
         """
         return 0
+
+    def cacheable(self) -> Sequence[Cacheable]:
+        """Return what can be kept while it is frozen, that which saves most first; empty: nothing.
+
+        `forward` and `act` of a policy that returns any read `Batch.features`.
+        """
+        return ()
+
+    def features(self, kind: str, batch: Batch) -> Features:
+        """Compute the features of this kind of `cacheable` for a batch, without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} declares no features of the kind {kind!r}")
 
     @final
     def loss(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:

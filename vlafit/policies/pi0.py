@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
+from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import Rounding, time_embedding
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import Decoder, KeysValues
@@ -217,12 +218,14 @@ class Pi0(FlowPolicy):
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
+        if batch.features is not None and batch.features.kind == "prefix":
+            return _kept_prefix(batch.features)
         learns = any(p.requires_grad for m in self.prefix_modules() for p in m.parameters())
         trains = torch.is_grad_enabled() and learns
         with torch.set_grad_enabled(trains):
             n = batch.images.shape[1]
             tokens, token_mask = batch.prompt()
-            seen = self.vision(seen_images(batch.images, batch.image_mask))
+            seen = self._patches(batch)
             # A quantised tower computes in its adapters' precision, the projector in its own.
             images = self.projector(seen.to(self.projector.weight.dtype))  # [b*n, patches, d]
             patches = images.shape[1]
@@ -239,6 +242,26 @@ class Pi0(FlowPolicy):
                 positions = valid.cumsum(1) - 1
             _, layers = self.language(x, positions, None if valid is None else key_mask(valid), output=False)
         return Prefix(layers, valid, count)
+
+    def _patches(self, batch: Batch) -> Tensor:
+        """Return the image tower's output [b*n, patches, d], or what a cache kept of it."""
+        if batch.features is not None:
+            return batch.features.tensors[0].flatten(0, 1)
+        return self.vision(seen_images(batch.images, batch.image_mask))
+
+    def cacheable(self) -> tuple[Cacheable, ...]:
+        """Keys and values of the prefix, or the output of the image tower."""
+        prefix = Cacheable("prefix", tuple(self.prefix_modules()), of="tokens")
+        return prefix, Cacheable("vision", (self.vision,), of="cameras")
+
+    @torch.no_grad()
+    def features(self, kind: str, batch: Batch) -> Features:
+        """Compute keys and values [b, l, layers, g, d], or patches [b, n, patches, d]."""
+        if kind == "vision":
+            patches = self._patches(batch).unflatten(0, batch.image_mask.shape)
+            return Features(kind, (patches,), batch.image_mask)
+        prefix = self.encode_prefix(batch)
+        return Features(kind, stacked(prefix.layers), prefix.valid)
 
     def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
@@ -280,6 +303,15 @@ class Pi0(FlowPolicy):
         if keys is not None:
             mask = mask & keys[:, None]
         return per_query(mask, self.config.language.heads // self.config.language.kv_heads)
+
+
+def _kept_prefix(features: Features) -> Prefix:
+    layers, valid = unstacked(features.tensors), features.valid
+    if valid is None:
+        count = torch.full((len(layers[0][0]), 1), layers[0][0].shape[1], device=layers[0][0].device)
+    else:
+        count = valid.sum(1, keepdim=True)
+    return Prefix(layers, valid, count)
 
 
 Config = Pi0Config

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
+from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import time_embedding
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import KeysValues
@@ -215,41 +216,77 @@ class SmolVLA(FlowPolicy):
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
-        backbone = [p for m in (self.vision, self.projector, self.language) for p in m.parameters()]
-        training = torch.is_grad_enabled()
-        frozen = not any(p.requires_grad for p in backbone)
-        scale = math.sqrt(self.config.language.width)
-        with torch.set_grad_enabled(training and not frozen):
-            n = batch.images.shape[1]
-            prompt, prompt_mask = batch.prompt()
-            patches = self.vision(seen_images(batch.images, batch.image_mask), self._positions(batch))
-            # A quantised tower computes in its adapters' precision, the projector in its own.
-            images = self.projector(patches.to(self.projector.proj.weight.dtype)) * scale  # [b*n, tokens, d]
-            tokens = images.shape[1]
-            images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
-            words = self.language.embed_tokens(prompt) * scale
-            x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
-            mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), prompt_mask), 1)
-            # Leaving out an all-true mask is faster, but changes the last bits.
-            valid = None if not fixed and (batch.all_real or all_true_on_cpu(mask)) else mask
-            count = mask.sum(1, keepdim=True)
-            if valid is None:
-                view = View(torch.arange(x.shape[1], device=x.device)[None], None)
-            else:
-                view = View(valid.cumsum(1) - 1, key_mask(valid))
-            _, layers = self.language(x, view, output=False)
+        training, frozen = torch.is_grad_enabled(), self._backbone_is_frozen()
+        features = batch.features
+        if features is not None and features.kind == "prefix":
+            layers, valid = unstacked(features.tensors), features.valid
+            keys = layers[0][0]
+            mask = keys.new_ones(keys.shape[:2], dtype=torch.bool) if valid is None else valid
+        else:
+            with torch.set_grad_enabled(training and not frozen):
+                layers, valid, mask = self._images_and_prompt(batch, fixed)
+        count = mask.sum(1, keepdim=True)
         with torch.set_grad_enabled(
             training and (not frozen or any(p.requires_grad for p in self.state_proj.parameters()))
         ):
-            token = in_own_precision(self.state_proj, batch.state)[:, None].to(x.dtype)  # [b, 1, d]
+            token = in_own_precision(self.state_proj, batch.state)[:, None]  # [b, 1, d]
             valid = None if valid is None else F.pad(valid, (0, 1), value=True)
             view = View(count, None if valid is None else key_mask(valid))
+            token = token.to(self.language.embed_tokens.weight.dtype)
             _, own = self.language(token, view, layers, output=False)
             layers = [
                 (torch.cat((k, own_k), 1), torch.cat((v, own_v), 1))
                 for (k, v), (own_k, own_v) in zip(layers, own, strict=True)
             ]
         return Prefix(layers, valid, count + 1)
+
+    def _images_and_prompt(self, batch: Batch, fixed: bool) -> tuple[list[KeysValues], Tensor | None, Tensor]:
+        """Return keys and values of each layer, which tokens are real, None where all, and their mask."""
+        n = batch.images.shape[1]
+        scale = math.sqrt(self.config.language.width)
+        prompt, prompt_mask = batch.prompt()
+        patches = self._patches(batch)
+        # A quantised tower computes in its adapters' precision, the projector in its own.
+        images = self.projector(patches.to(self.projector.proj.weight.dtype)) * scale  # [b*n, tokens, d]
+        tokens = images.shape[1]
+        images = images.unflatten(0, (-1, n)).flatten(1, 2)  # [b, n*tokens, d]
+        words = self.language.embed_tokens(prompt) * scale
+        x = torch.cat((images.to(words.dtype), words), 1)  # [b, l, d]
+        mask = torch.cat((batch.image_mask.repeat_interleave(tokens, 1), prompt_mask), 1)
+        # Leaving out an all-true mask is faster, but changes the last bits.
+        valid = None if not fixed and (batch.all_real or all_true_on_cpu(mask)) else mask
+        if valid is None:
+            view = View(torch.arange(x.shape[1], device=x.device)[None], None)
+        else:
+            view = View(valid.cumsum(1) - 1, key_mask(valid))
+        _, layers = self.language(x, view, output=False)
+        return layers, valid, mask
+
+    def _patches(self, batch: Batch) -> Tensor:
+        """Return the image tower's output [b*n, patches, d], or what a cache kept of it."""
+        if batch.features is not None:
+            return batch.features.tensors[0].flatten(0, 1)
+        return self.vision(seen_images(batch.images, batch.image_mask), self._positions(batch))
+
+    def _backbone_is_frozen(self) -> bool:
+        return not any(p.requires_grad for module in self._backbone() for p in module.parameters())
+
+    def _backbone(self) -> tuple[nn.Module, ...]:
+        return self.vision, self.projector, self.language
+
+    def cacheable(self) -> tuple[Cacheable, ...]:
+        """Keys and values of images and prompt, without the state's token, or the image tower's output."""
+        prefix = Cacheable("prefix", self._backbone(), of="tokens")
+        return prefix, Cacheable("vision", (self.vision,), of="cameras")
+
+    @torch.no_grad()
+    def features(self, kind: str, batch: Batch) -> Features:
+        """Compute keys and values [b, l, layers, g, d], or patches [b, n, patches, d]."""
+        if kind == "vision":
+            patches = self._patches(batch).unflatten(0, batch.image_mask.shape)
+            return Features(kind, (patches,), batch.image_mask)
+        layers, valid, _ = self._images_and_prompt(batch, fixed=False)
+        return Features(kind, stacked(layers), valid)
 
     def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k].

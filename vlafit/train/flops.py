@@ -5,6 +5,7 @@ recomputing activations repeats does not count: these are the operations that th
 of a policy of billions of parameters takes seconds, so it is counted once, when it is first logged.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -51,9 +52,12 @@ def peak_flops(given: float, device: torch.device, precision: str) -> float | No
 class FlopCounter:
     """Counts the operations of forward and backward pass for the stage of a plan, once for each shape."""
 
-    def __init__(self, policy: Policy, plan: Plan, draws: int) -> None:
-        """Count for the plan's stage of `policy`; nothing is copied before the first count."""
-        self._policy, self._plan, self._draws = policy, plan, draws
+    def __init__(self, policy: Policy, plan: Plan, draws: int, *, kept: str | None = None) -> None:
+        """Count for the plan's stage of `policy`; nothing is copied before the first count.
+
+        Features of the kind `kept` come from a cache, and are not counted.
+        """
+        self._policy, self._plan, self._draws, self._kept = policy, plan, draws, kept
         self._copy = cache(self._bare)
         self._of_row = cache(self._count)
 
@@ -70,6 +74,9 @@ class FlopCounter:
     def _count(self, cameras: int, tokens: int) -> int:
         bare = self._copy()
         batch = full_batch(bare.needs(), 1, cameras, tokens).to("meta")
+        if self._kept is not None:
+            with _kernels():
+                batch = replace(batch, features=bare.features(self._kept, batch))
         with _kernels(), FlopCounterMode(display=False) as counter:
             sums = bare(batch, sample_rng([(0, 0)], seed=0, draws=self._draws))
             torch.stack(list(sums.values())).sum().backward()

@@ -76,7 +76,7 @@ def train(
         began = time.perf_counter()
         micro_batches = next(batches)
         loaded = time.perf_counter()
-        micro_batches = [(keys, batch.trim(state.text_multiple)) for keys, batch in micro_batches]
+        micro_batches = [(keys, state.prepare(keys, batch)) for keys, batch in micro_batches]
         counts, tokens, stop, gone = _agree(
             state.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
         )

@@ -22,6 +22,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import reconcile, stages
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
+from vlafit.train.feature_cache import folder_problem
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.stages import Place
 from vlafit.train.trackers import EXTRAS
@@ -134,6 +135,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.train.weights == "bf16" and recipe.train.precision == "fp32":
         yield 'train.weights = "bf16" needs train.precision = "bf16", because fp32 products read fp32 weights'
+    if problem := folder_problem(recipe.train.cache):
+        yield problem
     if recipe.optim.in_backward is True:
         yield from _in_backward(recipe)
     if recipe.train.batch_size == "auto" and recipe.train.memory == IGNORE:

@@ -114,10 +114,13 @@ def _why(error: Exception, where: str, world: int) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """Return a hash of the source of this package, which must be the same in every process."""
+def code_hash(*folders: str) -> str:
+    """Return a hash of the source of this package, which must be the same in every process.
+
+    With `folders`, only of what is below these.
+    """
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for folder in folders or (".",) for path in (root / folder).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -38,6 +38,7 @@ from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment
+from vlafit.train.feature_cache import require_cache
 from vlafit.train.initial_policy import merge_error
 from vlafit.train.memory_ladder import parse_memory
 from vlafit.train.metrics import Metrics
@@ -201,6 +202,7 @@ def _train(
         rewritten = data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
+    require_cache(experiment, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if main:
         experiment = with_protocol(with_extension(experiment, saved))
     metrics = Metrics(out, accelerator)

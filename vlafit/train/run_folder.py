@@ -105,7 +105,7 @@ def changes(before: Recipe, now: Recipe) -> list[str]:
     return [
         f"{name} was {a!r}, is now {b!r}"
         for name, a, b in differing
-        if not _is_harmless(name) or (decides and name in VALIDATION)
+        if not (_is_harmless(name) or _is_another_place(name, a, b)) or (decides and name in VALIDATION)
     ]
 
 
@@ -119,6 +119,11 @@ def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 def _is_harmless(name: str) -> bool:
     return any(name == field or name.startswith(field + ".") for field in HARMLESS)
+
+
+def _is_another_place(name: str, before: object, now: object) -> bool:
+    """Whether features are only kept elsewhere, which changes no bit of them."""
+    return name == "train.cache" and "off" not in (before, now)
 
 
 def new_record(out: Path, facts: Mapping[str, Any], resumed: Path | None) -> dict[str, object]:

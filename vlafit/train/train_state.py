@@ -18,11 +18,14 @@ import torch
 from torch import nn
 
 from vlafit import tuning
+from vlafit.nn.batch import Batch
 from vlafit.nn.compiled import compile_blocks, text_multiple
 from vlafit.nn.policy import Policy
 from vlafit.nn.recompute import recompute_blocks
+from vlafit.nn.rng import Keys
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
+from vlafit.train.feature_cache import indices_of, open_cache
 from vlafit.train.gradients import GradientCheck
 from vlafit.train.in_backward import StepInBackward
 from vlafit.train.optim import Ema, build_optimizer
@@ -58,6 +61,12 @@ class TrainState:
         self.ranks = rank_schedule(policy, plan)
         self.check = self._begin(before)
         self.in_backward = self._step_in_backward()
+        self.cache = open_cache(policy, plan, recipe, device, self.text_multiple)
+
+    def prepare(self, keys: Keys, batch: Batch) -> Batch:
+        """Return a micro-batch as it goes into the policy: trimmed, and with features, if they are kept."""
+        trimmed = batch.trim(self.text_multiple)
+        return trimmed if self.cache is None else self.cache.attach(batch, trimmed, indices_of(keys))
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -121,6 +121,8 @@ class Trainer:
         except NotFinite as error:
             raise NotFinite(f"{error}. {self._how_to_continue()}") from error
         context.meter.pause()
+        if context.main and self.train_state.cache is not None:
+            log.info("%s", self.train_state.cache.sentence)
         optimizer, ema = self.train_state.optimizer, self.train_state.ema
         state.memory = context.meter.facts(context.experiment.policy, optimizer, ema)
         return state.status
@@ -223,7 +225,10 @@ class Trainer:
 
     def _flops_of_stage(self) -> FlopCounter:
         context = self.context
-        return FlopCounter(context.experiment.policy, self.train_state.plan, context.recipe.train.draws)
+        cache = self.train_state.cache
+        kept = None if cache is None else cache.cacheable.kind
+        draws = context.recipe.train.draws
+        return FlopCounter(context.experiment.policy, self.train_state.plan, draws, kept=kept)
 
     def _announce_stage(self) -> None:
         """Log and show the current stage, if there are several."""
@@ -269,8 +274,8 @@ class Trainer:
             for name, batches in state.validation.items():
                 if batches:
                     policy, recipe = context.experiment.policy, context.recipe.train
-                    codecs = context.experiment.codecs
-                    values |= validate(policy, batches, recipe, context.device, codecs, name)
+                    codecs, cache = context.experiment.codecs, self.train_state.cache
+                    values |= validate(policy, batches, recipe, context.device, codecs, name, cache)
         if step and "validation/loss" in values:
             loss, progress = from_main(values["validation/loss"], context.device), state.progress
             state.progress = replace(progress, stage=progress.stage.validated(loss))

@@ -13,6 +13,7 @@ from vlafit.nn.policy import Policy, mean_loss
 from vlafit.nn.rng import VALIDATION, Keys, SampleRng, sample_rng
 from vlafit.recipe import TrainRecipe
 from vlafit.train.distributed import gathered_anew, sum_over_processes
+from vlafit.train.feature_cache import FeatureCache
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def validate(
     device: torch.device,
     codecs: CodecSet,
     name: str = "",
+    cache: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Return `validation/loss` and `validation/action_error` over all processes' batches.
 
@@ -32,14 +34,15 @@ def validate(
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
     between the demonstrated chunk and the one that the policy answers with. Of a policy that answers with
     tokens, `validation/valid_actions` is the share of answers that are a chunk; the others count as the codec
-    would execute them.
+    would execute them. `cache` is that of the training.
     """
     policy.eval()
     terms = policy.terms()
     sums = torch.zeros(2 * len(terms) + 4, dtype=torch.float64, device=device)
     for keys, batch in batches:
         counts = policy.counts(batch, draws=1)
-        batch = batch.trim().to(device)
+        trimmed = batch.trim()
+        batch = (trimmed if cache is None else cache.attach(batch, trimmed)).to(device)
         assert batch.actions is not None and batch.action_mask is not None
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         with autocast, gathered_anew(policy, recipe.sharding):
