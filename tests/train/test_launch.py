@@ -1,10 +1,13 @@
 """What `accelerate config` wrote becomes values of the recipe, or is refused."""
 
+import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.launch
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -13,6 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tests.train.world import REPOSITORY
 from vlafit.errors import ConfigError
 from vlafit.recipe import OptimRecipe, Recipe, TrainRecipe
+from vlafit.train import launch
 from vlafit.train.launch import LaunchPlan, read
 from vlafit.train.settle import settle
 
@@ -126,7 +130,7 @@ def test_a_deepspeed_file_is_read(tmp_path: Path) -> None:
     ("changes", "facts"),
     [
         ({"mixed_precision": "fp16"}, ["fp16", "bf16"]),
-        ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, ["dynamo_backend"]),
+        ({"dynamo_config": {"dynamo_backend": "TENSORRT"}}, ["dynamo_backend", "train.compile blocks"]),
         ({"distributed_type": "FSDP", "fsdp_config": FSDP2 | {"fsdp_offload_params": True}},
          ["fsdp_offload_params", "recompute", "optim.states 8bit"]),
         ({"distributed_type": "FSDP", "fsdp_config": FSDP1 | {"fsdp_sharding_strategy": "HYBRID_SHARD"}},
@@ -143,6 +147,158 @@ def test_what_cannot_be_honoured_is_refused_with_an_equivalent(
     with pytest.raises(ConfigError) as raised:
         read(environment(tmp_path, **changes))
     assert all(fact in str(raised.value) for fact in facts), raised.value
+
+
+# Files as users have them, by what they are for -> fields of the plan that differ from its defaults, and
+# words that its notes must have. "fsdp_config" and "deepspeed_config" are added to those above.
+FILES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "DDP in bf16": ({"mixed_precision": "bf16"}, {"precision": "bf16"}, []),
+    "several machines": (
+        {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29500,
+         "rdzv_backend": "static", "same_network": True, "mixed_precision": "bf16"},
+        {"precision": "bf16"}, [],
+    ),
+    "torch.compile": (
+        {"dynamo_config": {"dynamo_backend": "INDUCTOR", "dynamo_mode": "max-autotune",
+                           "dynamo_use_fullgraph": True, "dynamo_use_dynamic": True}},
+        {"compile": "blocks"}, ["dynamo_mode", "dynamo_use_fullgraph", "dynamo_use_dynamic"],
+    ),
+    "torch.compile by its defaults": (
+        {"dynamo_config": {"dynamo_backend": "INDUCTOR", "dynamo_mode": "default"}},
+        {"compile": "blocks"}, [],
+    ),
+    "FSDP 2 with every option": (
+        {"fsdp_config": {"fsdp_activation_checkpointing": True, "fsdp_backward_prefetch": "BACKWARD_PRE",
+                         "fsdp_forward_prefetch": True, "fsdp_use_orig_params": False,
+                         "fsdp_sync_module_states": True}},
+        {"sharding": "full", "recompute": "full"},
+        ["fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap", "fsdp_state_dict_type",
+         "fsdp_cpu_ram_efficient_loading", "fsdp_backward_prefetch", "fsdp_forward_prefetch",
+         "fsdp_use_orig_params", "fsdp_sync_module_states"],
+    ),
+    "FSDP 2 wrapped by size": (
+        {"fsdp_config": {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 1000}},
+        {"sharding": "full"}, ["fsdp_auto_wrap_policy", "fsdp_min_num_params"],
+    ),
+    "ZeRO-1 with accumulation": (
+        {"deepspeed_config": {"zero_stage": 1, "gradient_accumulation_steps": 4}},
+        {"sharding": "gradients", "accumulate": 4}, ["gradients are sharded, too"],
+    ),
+    "ZeRO-3 as accelerate writes it": (
+        {"deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True,
+                              "gradient_clipping": 1.0, "deepspeed_multinode_launcher": "standard"}},
+        {"sharding": "full", "clip_norm": 1.0}, ["zero3_init_flag", "zero3_save_16bit_model"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_of_a_users_file_is_honoured_or_named(tmp_path: Path, name: str) -> None:
+    values, expected, named = FILES[name]
+    values = dict(values)
+    if "fsdp_config" in values:
+        values |= {"distributed_type": "FSDP", "fsdp_config": FSDP2 | values["fsdp_config"]}
+    if "deepspeed_config" in values:
+        values |= {"distributed_type": "DEEPSPEED", "deepspeed_config": ZERO | values["deepspeed_config"]}
+    plan = read(environment(tmp_path, **values))
+    assert plan == replace(LaunchPlan(plan.launcher, notes=plan.notes), **expected)
+    notes = " ".join(plan.notes)
+    assert all(word in notes for word in named), notes
+
+
+HUGGING_FACE: dict[str, Any] = {  # as transformers' page on ZeRO-3 has it, with parts of DeepSpeed's own page
+    "fp16": {"enabled": False}, "bf16": {"enabled": "auto"}, "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "steps_per_print": 2000, "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False, "amp": {"enabled": False},
+    "activation_checkpointing": {"partition_activations": True},
+    "zero_optimization": {
+        "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True, "offload_optimizer": {"device": "none"},
+    },
+}  # fmt: skip
+
+
+def with_file(folder: Path, content: dict[str, Any], **values: Any) -> LaunchPlan:
+    file = folder / "zero.json"
+    file.write_text(json.dumps(content))
+    config = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(file)}}
+    return read(environment(folder, **config, **values))
+
+
+def test_every_key_of_a_deepspeed_file_is_honoured_or_named(tmp_path: Path) -> None:
+    plan = with_file(tmp_path, HUGGING_FACE, mixed_precision="bf16")
+    assert (plan.precision, plan.sharding, plan.accumulate, plan.clip_norm) == ("bf16", "full", None, None)
+    honoured = {"fp16", "bf16", "gradient_accumulation_steps", "gradient_clipping", "zero_optimization"}
+    honoured |= {"amp", "train_micro_batch_size_per_gpu"}
+    zero = {f"zero_optimization.{key}" for key in HUGGING_FACE["zero_optimization"]}
+    honoured |= {"zero_optimization.stage", "zero_optimization.offload_optimizer"}
+    notes = " ".join(plan.notes)
+    assert [key for key in {*HUGGING_FACE, *zero} - honoured if key not in notes] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "[optim]"]),
+        ({"amp": {"enabled": True}}, ["amp", "train.precision bf16"]),
+        ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning", "train.seed"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+         ["offload_optimizer", "optim.states 8bit"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param", "nvme"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
+    ],
+)  # fmt: skip
+def test_a_deepspeed_file_that_would_change_what_is_learned_is_refused(
+    tmp_path: Path, content: dict[str, Any], facts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        with_file(tmp_path, content)
+    assert all(fact in str(raised.value) for fact in facts), raised.value
+
+
+@pytest.mark.parametrize(
+    ("variables", "facts"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["fp8", "train.precision bf16"]),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["Megatron-LM", "train.sharding full"]),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["parallelism_config", "train.sharding full"]),
+        ({"XLA_DOWNCAST_BF16": "1"}, ["downcast_bf16", "GPUs and CPUs"]),
+        ({"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Experts"}, ["deepspeed_moe_layer_cls_names"]),
+    ],
+)  # what accelerate's launcher only sets where the hardware or the library is there
+def test_other_hardware_and_libraries_are_refused(variables: dict[str, str], facts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read({"ACCELERATE_MIXED_PRECISION": "no"} | variables)
+    assert all(fact in str(raised.value) for fact in facts), raised.value
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "npu"])
+def test_a_device_that_vlafit_does_not_train_on_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"device '{device}'.*use_cpu"):
+        launch.require_device(device)
+    launch.require_device("cpu")
+    launch.require_device("cuda")
+
+
+BY_OTHERS = {  # variables of accelerate's launcher that torch, OpenMP or accelerate itself act on
+    "ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "KMP_AFFINITY", "KMP_BLOCKTIME",
+    "OMP_NUM_THREADS", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
+    # Devices that `require_device` refuses.
+    "ZE_AFFINITY_MASK", "MLU_VISIBLE_DEVICES", "SDAA_VISIBLE_DEVICES", "MUSA_VISIBLE_DEVICES",
+    "ASCEND_RT_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES", "NEURON_RT_VISIBLE_CORES",
+    "ACCELERATE_CONFIG_DS_FIELDS",  # names of keys
+    # Blocks are compiled one at a time, which is what it asks for.
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
+}  # fmt: skip
+
+
+def test_no_variable_of_accelerates_launcher_is_unknown() -> None:
+    """The launcher's own source lists them; those of Megatron-LM and fp8 have prefixes, and are refused."""
+    launcher = inspect.getsource(accelerate.utils.launch)
+    variables = set(re.findall(r'current_env\["(\w+)"\]', launcher))
+    assert len(variables) > 40
+    source = inspect.getsource(launch)
+    assert {name for name in variables - BY_OTHERS if f'"{name}"' not in source} == set()
 
 
 PLAN = LaunchPlan("accelerate (FSDP 2)", "bf16", "full", 4, "full", 0.5)

@@ -7,9 +7,9 @@ each setting becomes a value of the recipe. `read` is a function of the environm
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,49 @@ LESS_MEMORY = (
     "--train.recompute full, --optim.states 8bit and a higher --train.accumulate lower the memory on the "
     "GPU; --train.memory 24GB picks them for a card"
 )
-HIDDEN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+FSDP_WITHOUT_EFFECT = {  # variables -> the YAML's key, and the values with which it asks for nothing
+    "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", ("", "NO_WRAP")),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ("fsdp_transformer_layer_cls_to_wrap", ("",)),
+    "FSDP_MIN_NUM_PARAMS": ("fsdp_min_num_params", ("", "100000000")),  # what accelerate sets by itself
+    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", ("",)),
+    "FSDP_BACKWARD_PREFETCH": ("fsdp_backward_prefetch", ("", "NO_PREFETCH")),
+    "FSDP_FORWARD_PREFETCH": ("fsdp_forward_prefetch", ("", "false")),
+    "FSDP_USE_ORIG_PARAMS": ("fsdp_use_orig_params", ("", "true")),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", ("", "false")),
+    "FSDP_SYNC_MODULE_STATES": ("fsdp_sync_module_states", ("", "false")),
+}
+DYNAMO_WITHOUT_EFFECT = {
+    "ACCELERATE_DYNAMO_MODE": ("dynamo_mode", ("", "default")),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": ("dynamo_use_fullgraph", ("", "false")),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": ("dynamo_use_dynamic", ("", "false")),
+}
+DEEPSPEED_WITHOUT_EFFECT = {
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": ("zero3_init_flag", ("", "false")),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": ("zero3_save_16bit_model", ("", "false")),
+}
+READ_OF_A_FILE = ("bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "zero_optimization")
+"""Keys of a DeepSpeed file that become values of the recipe."""
+READ_OF_ZERO = ("stage", "offload_optimizer", "offload_param")
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu")
+REFUSED_IN_A_FILE = {
+    "optimizer": "the recipe's [optim] sets AdamW and its schedule",
+    "scheduler": "the recipe's [optim] sets AdamW and its schedule",
+    "amp": "vlafit computes in bf16 (--train.precision bf16)",
+    "fp8": "vlafit computes in bf16 (--train.precision bf16)",
+    "compression_training": "a strategy with `quantise` keeps frozen weights in 4 or 8 bits",
+    "quantize_training": "a strategy with `quantise` keeps frozen weights in 4 or 8 bits",
+    "tensor_parallel": "vlafit splits no layer over GPUs (--train.sharding full shards the weights)",
+    "pipeline": "vlafit splits no layer over GPUs (--train.sharding full shards the weights)",
+    "curriculum_learning": "the order of samples follows from train.seed",
+    "data_efficiency": "the order of samples follows from train.seed",
+}
+"""Keys of a DeepSpeed file that would change what is learned, or how -> what comes closest."""
+HIDDEN = (
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +83,7 @@ class LaunchPlan:
     accumulate: int | None = None
     recompute: Literal["none", "full"] | None = None
     clip_norm: float | None = None
+    compile: Literal["blocks"] | None = None
     notes: tuple[str, ...] = ()
     """Sentences about settings that have no effect."""
 
@@ -53,6 +96,21 @@ def read(environ: Mapping[str, str]) -> LaunchPlan:
     if "ACCELERATE_MIXED_PRECISION" not in environ:  # `accelerate launch` always sets it
         return LaunchPlan()
     _refuse_others(environ)
+    compiles, notes = _dynamo(environ)
+    plan = _sharding(environ)
+    return replace(plan, compile=compiles, notes=(*plan.notes, *notes))
+
+
+def require_device(device: str) -> None:
+    """Raise ConfigError for a type of device that vlafit does not train on."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"accelerate chose the device {device!r}; vlafit trains on GPUs of CUDA or ROCm, and on CPUs: "
+            "set use_cpu to true in `accelerate config`, or ACCELERATE_USE_CPU=true in the environment"
+        )
+
+
+def _sharding(environ: Mapping[str, str]) -> LaunchPlan:
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed(environ)
     accumulate = _accumulate(environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
@@ -76,11 +134,16 @@ def hidden_from_accelerate() -> Iterator[None]:
 
 
 def _refuse_others(environ: Mapping[str, str]) -> None:
-    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() not in ("no", ""):
+    for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
+        if environ.get(name) == "1":
+            raise ConfigError(
+                f"accelerate: {name} = 1, which it sets for TPUs (downcast_bf16), cannot be honoured: vlafit "
+                "trains on GPUs and CPUs; on a GPU, mixed_precision bf16 (--train.precision bf16) is like it"
+            )
+    if environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "None").lower() not in ("none", ""):
         raise ConfigError(
-            f"accelerate: dynamo_backend {backend!r} cannot be honoured: vlafit compiles no policies; set it "
-            "to 'no'"
+            "accelerate (DeepSpeed): deepspeed_moe_layer_cls_names cannot be honoured: no policy has layers "
+            "of experts that are sharded by themselves; remove the key"
         )
     for name, key in (
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
@@ -92,6 +155,35 @@ def _refuse_others(environ: Mapping[str, str]) -> None:
                 "states (--train.sharding full), and splits no layer over GPUs; choose MULTI_GPU or FSDP in "
                 "`accelerate config`"
             )
+
+
+def _dynamo(environ: Mapping[str, str]) -> tuple[Literal["blocks"] | None, list[str]]:
+    """Return what torch.compile is asked for, and sentences about keys without effect."""
+    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    match backend.lower():
+        case "no" | "":
+            return None, []
+        case "inductor":
+            keys = _keys(environ, DYNAMO_WITHOUT_EFFECT)
+            own = "accelerate: torch.compile compiles each block of the policy by itself, as shapes come"
+            return "blocks", [f"{own}, so {_have_no_effect(keys)}"] if keys else []
+    raise ConfigError(
+        f"accelerate: dynamo_backend {backend!r} cannot be honoured: vlafit compiles by inductor "
+        '(--train.compile blocks); set it to "inductor" or "no"'
+    )
+
+
+def _keys(environ: Mapping[str, str], known: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[str]:
+    """Return those of the `known` keys that ask for something."""
+    return [
+        key
+        for variable, (key, nothing) in known.items()
+        if environ.get(variable, "").lower() not in (*map(str.lower, nothing), "none")
+    ]
+
+
+def _have_no_effect(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
 
 
 def _precision(name: str, where: str) -> Literal["fp32", "bf16"] | None:
@@ -148,14 +240,8 @@ def _fsdp(
             "remove the key"
         )
     notes = [f"{name}: every block of the policy is sharded by itself, and checkpoints are written whole"]
-    without_effect = {
-        "FSDP_AUTO_WRAP_POLICY": "fsdp_auto_wrap_policy",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
-        "FSDP_STATE_DICT_TYPE": "fsdp_state_dict_type",
-    }
-    keys = [key for variable, key in without_effect.items() if environ.get(variable)]
-    if keys:
-        notes[0] += f", so {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect"
+    if keys := _keys(environ, FSDP_WITHOUT_EFFECT):
+        notes[0] += f", so {_have_no_effect(keys)}"
     recompute = "full" if _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING") else None
     return LaunchPlan(name, precision, sharding, accumulate, recompute, notes=tuple(notes))
 
@@ -183,11 +269,10 @@ def _deepspeed(environ: Mapping[str, str]) -> LaunchPlan:
             raise ConfigError(
                 f"{name}: {key}_device {device!r} cannot be honoured: set it to 'none'. {LESS_MEMORY}"
             )
-    for key in ("optimizer", "scheduler"):
-        if key in file:
+    for key, instead in REFUSED_IN_A_FILE.items():
+        if key in file and not _is_off(file[key]):
             raise ConfigError(
-                f"{path}: the {key} of a DeepSpeed file cannot be honoured: remove it; the recipe's [optim] "
-                "sets AdamW and its schedule"
+                f"{path}: the {key} of a DeepSpeed file cannot be honoured: remove it; {instead}"
             )
     mixed = environ["ACCELERATE_MIXED_PRECISION"]
     if _enabled(file, "fp16"):
@@ -204,10 +289,16 @@ def _deepspeed(environ: Mapping[str, str]) -> LaunchPlan:
     note = f"{name}: torch's FSDP2 shards in DeepSpeed's place, and checkpoints are written whole"
     if stage == 1:
         note += "; gradients are sharded, too"
-    rows = file.get("train_micro_batch_size_per_gpu", "auto")
+    if keys := _keys(environ, DEEPSPEED_WITHOUT_EFFECT):
+        note += f"; {_have_no_effect(keys)}"
     notes = [note]
-    if rows != "auto":
-        notes.append(f"{path}: train_micro_batch_size_per_gpu {rows} has no effect: train.batch_size holds")
+    for key in BATCHES:
+        if (rows := file.get(key, "auto")) != "auto":
+            notes.append(f"{path}: {key} {rows} has no effect: train.batch_size holds")
+    others = [key for key in file if key not in (*READ_OF_A_FILE, *REFUSED_IN_A_FILE, *BATCHES)]
+    others += [f"zero_optimization.{key}" for key in zero if key not in READ_OF_ZERO]
+    if others:
+        notes.append(f"{path}: {_have_no_effect(others)}")
     return LaunchPlan(
         name,
         _precision(mixed, name),
@@ -238,6 +329,10 @@ def _stage(value: Any) -> int:
 def _enabled(file: Mapping[str, Any], key: str) -> bool:
     table = file.get(key, {})
     return isinstance(table, Mapping) and table.get("enabled") is True
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, Mapping) and value.get("enabled") is False)
 
 
 def _clip(value: Any, where: str) -> float | None:

@@ -167,6 +167,7 @@ def _run(
             project_dir=str(out),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=ONE_DAY)],
         )
+    launch.require_device(accelerator.device.type)
     del store
     with processes.together():
         return _train(settled, out, saved, accelerator, resume_from, command, callbacks)

@@ -89,6 +89,7 @@ def settle(
         "train.sharding": launch.sharding,
         "train.accumulate": launch.accumulate,
         "train.recompute": launch.recompute,
+        "train.compile": launch.compile,
     }
     precision = "bf16" if bf16 else "fp32"
     defaults = {**EARLIER, "train.precision": precision}
