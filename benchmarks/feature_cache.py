@@ -21,6 +21,7 @@ from pathlib import Path
 from vlafit import config, shipped
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.data import open_data
 
 TOLERANCE = 1e-6
 
@@ -33,6 +34,16 @@ def measure(recipe: Recipe, out: Path) -> tuple[float, float, list[float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     return json.loads((out / "run.json").read_text())["train_seconds"], cpu, losses
+
+
+def samples_of(recipe: Recipe) -> int:
+    """Return the number of training samples of the recipe."""
+    data = open_data(recipe.data, recipe.train.seed)
+    return sum(
+        store.episodes[store.index(identity)].length
+        for store, ids in zip(data.stores, data.training, strict=True)
+        for identity in ids
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -54,6 +65,8 @@ def main(words: Sequence[str] | None = None) -> None:
         train=replace(recipe.train, steps=options.steps, batch_size=options.batch, log_every=1, threads=1,
                       validate_every=0, validation_batches=1, save_every=0, trackers=(), report=False),
     )  # fmt: skip
+    passes = options.steps * options.batch / (rows := samples_of(recipe))
+    print(f"{options.recipe}, {options.strategy}: {rows} samples, each seen {passes:.1f} times", flush=True)
     wall, cpu = [], []
     for number in range(options.rounds):
         results = {}

@@ -1,9 +1,10 @@
 """Keep the features of frozen towers, or the frozen prefix's keys and values, over the epochs of a run.
 
-A sample's features are computed from that sample only, in a batch of one, so they depend neither on the batch
-that first needs them nor on the number of processes: a run that is resumed, with a full cache or an empty
-one, has the same bits as one that never stopped. They are kept under a hash of the sample's pixels, prompt
-and masks; in a folder, below a hash of the frozen weights and of whatever else decides them.
+Features are computed in batches of one width, which samples of the same shape fill, so those of a sample
+depend neither on the batch that first needs them nor on the number of processes: a run that is resumed, with
+a full cache or an empty one, has the same bits as one that never stopped. They are kept under a hash of the
+sample's pixels, prompt and masks; in a folder, below a hash of the frozen weights and of whatever else decides
+them.
 """
 
 import logging
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 OFF, MEMORY = "off", "memory"
 HASHED = ("images", "image_mask", "tokens", "token_mask")  # of a sample: what features may depend on
+FILLED_TOKENS = 1024  # in a batch that is computed: a CPU's products are then as fast as they get
+WIDEST = 32
 NAMES = {"prefix": "keys and values of the frozen prefix", "vision": "features of the frozen image tower"}
 
 
@@ -80,8 +83,15 @@ class FeatureCache:
         `indices` name the samples where a name always means the same pixels and prompt: they are then hashed
         only once.
         """
-        rows = [self._row(batch, i, None if indices is None else indices[i]) for i in range(len(batch))]
-        features = self._together(rows, trimmed)
+        digests = [self._digest(batch, i, None if indices is None else indices[i]) for i in range(len(batch))]
+        kept = {digest: self.storage.get(digest) for digest in dict.fromkeys(digests)}
+        missing = [digests.index(digest) for digest, row in kept.items() if row is None]
+        for number, row in self._compute(batch, missing):
+            kept[digests[number]] = row
+            self.storage.put(digests[number], row)
+        self.computed += len(missing)
+        self.read += len(batch) - len(missing)
+        features = self._together([row for digest in digests if (row := kept[digest]) is not None], trimmed)
         return replace(trimmed, **no_images(trimmed.images, "cpu"), features=features)
 
     @property
@@ -90,34 +100,49 @@ class FeatureCache:
         total = self.computed + self.read
         return f"train.cache: features were computed for {self.computed} of {total} samples, else kept"
 
-    def _row(self, batch: Batch, number: int, index: int | None) -> Row:
+    def _digest(self, batch: Batch, number: int, index: int | None) -> str:
         digest = None if index is None else self._digests.get(index)
         if digest is None:
             present = batch.present()
             digest = digest_of_row({name: present[name][number] for name in HASHED if name in present})
             if index is not None:
                 self._digests[index] = digest
-        row = self.storage.get(digest)
-        if row is not None:
-            self.read += 1
-            return row
-        row = self._compute(batch, number)
-        self.storage.put(digest, row)
-        self.computed += 1
-        return row
+        return digest
 
-    def _compute(self, batch: Batch, number: int) -> Row:
-        values = {name: value[number : number + 1] for name, value in batch.present().items()}
-        single = replace(batch, **values).trim()
+    def _compute(self, batch: Batch, numbers: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """Yield the features of these samples of a batch, in batches of samples of one shape."""
+        shapes: dict[tuple[object, ...], list[int]] = {}
+        for number in numbers:
+            single = _rows_of(batch, [number]).trim()
+            length = 0 if single.tokens is None else single.tokens.shape[1]
+            shapes.setdefault((*batch.image_mask[number].tolist(), length, single.all_real), []).append(
+                number
+            )
+        for some in shapes.values():
+            width = self._width(_rows_of(batch, some[:1]).trim())
+            for begin in range(0, len(some), width):
+                group = some[begin : begin + width]
+                filled = group + group[:1] * (width - len(group))
+                yield from zip(group, self._features(_rows_of(batch, filled).trim()), strict=False)
+
+    def _width(self, single: Batch) -> int:
+        """Return how many samples of a shape are computed at once: a power of two."""
+        most = FILLED_TOKENS // max(1, self.policy.tokens(single, draws=0))
+        return 1 << (min(WIDEST, max(1, most)).bit_length() - 1)
+
+    def _features(self, batch: Batch) -> list[Row]:
         training = self.policy.training
         self.policy.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            features = self.policy.features(self.cacheable.kind, single.to(self.device))
+            features = self.policy.features(self.cacheable.kind, batch.to(self.device))
         self.policy.train(training)
-        valid = None if features.valid is None else features.valid[0].cpu()
-        tensors = (tensor[0].cpu() for tensor in features.tensors)
-        # A copy: a view would keep the storage of all of it.
-        return tuple(tensor.clone() if valid is None else tensor[valid] for tensor in tensors)
+        tensors = [tensor.cpu() for tensor in features.tensors]
+        valid = None if features.valid is None else features.valid.cpu()
+        # Copies: a view would keep the storage of all rows.
+        return [
+            tuple(tensor[row].clone() if valid is None else tensor[row][valid[row]] for tensor in tensors)
+            for row in range(len(batch))
+        ]
 
     def _together(self, rows: Sequence[Row], trimmed: Batch) -> Features:
         if self.cacheable.of == "cameras":
@@ -145,6 +170,10 @@ class FeatureCache:
 
 def _pad(row: Tensor, missing: int) -> Tensor:
     return F.pad(row, (0, 0) * (row.ndim - 1) + (0, missing)) if missing else row
+
+
+def _rows_of(batch: Batch, numbers: Sequence[int]) -> Batch:
+    return replace(batch, **{name: value[list(numbers)] for name, value in batch.present().items()})
 
 
 # ------------------------------------------------------------------------------------- what can be cached
@@ -335,6 +364,7 @@ def _key(policy: Policy, cacheable: Cacheable, bf16: bool, device: torch.device)
         "config": repr(policy.config),
         "weights": digest_of_weights(cacheable.modules),
         "precision": "bf16" if bf16 else "fp32",
+        "width": [FILLED_TOKENS, WIDEST],
         "code": code_hash("nn", "policies"),
         "modules": outside_hashes(),
         "torch": torch.__version__,
