@@ -1,5 +1,7 @@
 """A policy computes the same from kept features of its frozen modules as from images and prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_the_loss_from_kept_features_is_that_from_images(
     policy: Policy, mixed: Batch, kind: str, rows: slice
 ) -> None:
     values = {name: value[rows] for name, value in mixed.present().items()}
-    batch, cache = Batch(**values), cache_of(policy, kind)
+    batch, cache = replace(mixed, **values), cache_of(policy, kind)
     expected = loss_of(policy, batch.trim())
     for _ in range(2):  # computed, then kept
         assert loss_of(policy, cache.attach(batch, batch.trim())) == pytest.approx(expected, rel=1e-6)
@@ -94,7 +96,7 @@ def test_features_of_a_sample_do_not_depend_on_the_batch_that_first_needs_them(
     first, second = cache_of(policy, "prefix"), cache_of(policy, "prefix")
     together = first.attach(mixed, mixed.trim()).features
     for row in reversed(range(ROWS)):
-        single = Batch(**{name: value[row : row + 1] for name, value in mixed.present().items()})
+        single = replace(mixed, **{name: value[row : row + 1] for name, value in mixed.present().items()})
         second.attach(single, single.trim())
     again = second.attach(mixed, mixed.trim()).features
     assert together is not None and again is not None

@@ -162,6 +162,7 @@ def test_the_command_line_serves_evaluates_and_stops(checkpoint: Path, tmp_path:
         (("eval", "--actor", "ws://x", "--steps", "3", "--protocol", "metaworld-faucet"), "--steps"),
         (("eval", "--actor", "ws://x", "--compile", "--protocol", "metaworld-faucet"), "--compile"),
         (("eval", "--actor", "ws://x", "--dtype", "bfloat16", "--protocol", "metaworld-faucet"), "--dtype"),
+        (("eval", "--actor", "ws://x", "--quantise", "int8", "--protocol", "metaworld-faucet"), "--quantise"),
         (("eval", "x", "--token-file", "t", "--protocol", "metaworld-faucet"), "--token-file"),
     ],
 )

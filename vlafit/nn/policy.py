@@ -113,6 +113,8 @@ class Policy(nn.Module, ABC):
     """Data that came with its adapters; see `vlafit.nn.attached`."""
     compiled: bool = False
     """Whether its blocks are compiled, which changes the last bits; see `nn.compiled`."""
+    quantised: str = ""
+    """"int8": matrices were quantised for acting, which changes actions; see `tuning.int8_weights`."""
     steps: int | None = None
     """Steps in which `act` samples, for the caller to set; None: it does not sample in steps. Checkpoints
     keep a number that is not the family's."""

@@ -3,8 +3,8 @@
 Features are computed in batches of one width, which samples of the same shape fill, so those of a sample
 depend neither on the batch that first needs them nor on the number of processes: a run that is resumed, with
 a full cache or an empty one, has the same bits as one that never stopped. They are kept under a hash of the
-sample's pixels, prompt and masks; in a folder, below a hash of the frozen weights and of whatever else decides
-them.
+sample's pixels, prompt and masks; in a folder, below a hash of the frozen weights and of all else that
+decides them.
 """
 
 import logging

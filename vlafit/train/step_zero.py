@@ -31,6 +31,7 @@ def load_untrained(
     embodiment: str = "",
     dtype: str = "float32",
     compile: bool = False,
+    quantise: str = "",
 ) -> PolicyActor:
     """Return `checkpoint`, in place of the recipe's, as an actor with the codec of a run's first step.
 
@@ -47,7 +48,7 @@ def load_untrained(
     policy = with_steps(initial.policy, steps)
     checkpoints.keep_in(policy, parse_dtype(dtype))
     return PolicyActor(
-        accelerated(policy.to(place), compile),
+        accelerated(policy.to(place), compile, quantise),
         initial.codecs,
         width=width,
         seed=seed,

@@ -254,7 +254,7 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
         if getattr(options, name) is not None
     ]
     here += ["--embodiment"] * bool(options.embodiment) + ["--compile"] * options.compile
-    here += ["--dtype"] * (options.dtype != "float32")
+    here += ["--dtype"] * (options.dtype != "float32") + ["--quantise"] * bool(options.quantise)
     here += ["--trust"] * bool(options.trust) + ["--base"] * bool(options.base)
     if here:
         listed = ", ".join(here).replace("_", "-")
