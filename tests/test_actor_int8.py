@@ -10,11 +10,16 @@ from tests.test_actor import inputs, make_actor
 from vlafit import shipped
 from vlafit.actor import PolicyActor, accelerated, load_actor
 from vlafit.errors import ConfigError
+from vlafit.policies import build_family
 from vlafit.tuning import apply, load_strategy
 from vlafit.tuning.inject import compute_adapters_in_bf16
+from vlafit.tuning.int8_weights import quantise_weights
 from vlafit.tuning.quantise import quantised_names, stored_bytes
 
 pytest.importorskip("torchao")
+
+
+OTHERS = {"smolvla": "smolvla-tiny", "act": "act-tiny", "xvla": "xvla-tiny", "groot": "groot-tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +97,17 @@ def test_the_random_numbers_of_the_caller_are_left_alone() -> None:
     state = torch.random.get_rng_state()
     accelerated(make_actor().policy, quantise="int8")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_measured_too(family: str) -> None:
+    policy = build_family(family, OTHERS[family], {}, torch.Generator().manual_seed(0))
+    assert 0 < quantise_weights(policy) < 0.1
+    assert quantised_names(policy)
+
+
+def test_a_policy_that_answers_with_tokens_is_refused() -> None:
+    policy = build_family("pi0_fast", "pi0-fast-tiny", {}, torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="Pi0Fast answers with tokens"):
+        accelerated(policy, quantise="int8")
+    assert not quantised_names(policy)

@@ -24,13 +24,18 @@ def quantise_weights(policy: Policy) -> float:
     """Merge adapters, quantise the matrices of attention and MLP layers in place, and return the error.
 
     It is the norm of the difference of the actions, as a share of their norm, on two random observations.
-    Raises ConfigError where torchao is not installed, or the policy has no such matrices, compiled blocks, or
-    matrices that are quantised already.
+    Raises ConfigError where torchao is not installed, or the policy has no such matrices, compiled blocks,
+    matrices that are quantised already, or answers with tokens.
     """
     if quantised_names(policy):
         raise ConfigError(
             "quantise = 'int8': the checkpoint's matrices are quantised already (its strategy says how); "
             "leave the option out"
+        )
+    if policy.needs().action_tokens is not None:
+        raise ConfigError(
+            f"quantise = 'int8': {type(policy).__name__} answers with tokens, so what 8 bits change in its "
+            "actions cannot be measured; leave it out"
         )
     if policy.compiled:
         raise ConfigError("quantise = 'int8' was not tried with compile; use one of the two")
