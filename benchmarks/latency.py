@@ -63,8 +63,7 @@ def main() -> None:
         write_demonstrations(options.out, EPISODES)
     for max_delay in (0, LARGEST):
         run = options.out / f"run-{max_delay}"
-        if not (run / "run.json").is_file():
-            train.run(recipe(card, max_delay, options.steps), run)
+        train.run(recipe(card, max_delay, options.steps), run, resume=run.is_dir())
     protocol = Protocol(
         name="pillar", env=EnvSpec("benchmarks.latency_env", size=8), tasks=(TASK,), trials=options.trials,
         first_seed=10**6, horizon=80, replan=REPLAN,
