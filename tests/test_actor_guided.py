@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests.test_actor import bits, inputs, make_actor
-from vlafit.types import ActionChunk, Committed, Guidance
+from vlafit.actor import PolicyActor
+from vlafit.errors import ConfigError
+from vlafit.nn.flow_policy import FlowPolicy
+from vlafit.types import ActionChunk, Committed, Guidance, Prefix
 
 
 @pytest.mark.parametrize("jacobian", [True, False])
@@ -50,3 +53,40 @@ def test_actions_encoded_and_decoded_are_the_same_relative_ones_too() -> None:
         back = made.decode(made.encode_actions(actions, observation), observation)
         assert isinstance(back, ActionChunk)
         np.testing.assert_allclose(back.actions, actions, rtol=0, atol=2e-6)
+
+
+def test_a_policy_that_was_trained_with_delays_is_given_what_is_committed_where_it_learned_to_be() -> None:
+    plain, actor = make_actor(width=4), make_actor(width=4)
+    assert isinstance(actor.policy, FlowPolicy)
+    actor.policy.max_delay = 2
+    observations, keys = inputs(3, 8)
+    old = [chunk.actions + 1.0 for chunk in actor.act(observations, keys)]
+
+    def held(by: PolicyActor, delay: int, prefix: Prefix = "auto") -> list[ActionChunk]:
+        committed = [Committed(actions, delay, 4, Guidance(prefix=prefix)) for actions in old]
+        return by.act_guided(observations, keys, committed)
+
+    for chunk, actions in zip(held(actor, 2), old, strict=True):
+        # The first steps go through the codec both ways, which rounds numbers of up to 4 three times.
+        np.testing.assert_allclose(chunk.actions[:2], actions[:2], rtol=0, atol=3 * 4 * 2**-24)
+    assert bits(held(actor, 2)) == bits(held(actor, 2, "clean"))
+    assert bits(held(actor, 0)) == bits(actor.act(observations, keys))  # nothing is committed
+    assert bits(held(actor, 3)) == bits(held(plain, 3))  # it did not learn to be given three
+    assert bits(held(actor, 2, "inpaint")) == bits(held(plain, 2))
+    with pytest.raises(ConfigError, match=r"3 steps of its chunk, but it was trained for at most 2"):
+        held(actor, 3, "clean")
+    with pytest.raises(ConfigError, match=r"2 steps of its chunk, but it was not trained for it"):
+        held(plain, 2, "clean")
+
+
+def test_a_chunk_after_given_steps_is_the_same_in_any_batch() -> None:
+    actor = make_actor(width=4)
+    assert isinstance(actor.policy, FlowPolicy)
+    actor.policy.max_delay = 3
+    observations, keys = inputs(7, 8)
+    rows = np.random.default_rng(0).normal(size=(7, 4, 4)).astype(np.float32)
+    committed = [Committed(actions, i % 4, 4) if i else None for i, actions in enumerate(rows)]
+    mixed = bits(actor.act_guided(observations, keys, committed))
+    for i in range(7):
+        (one,) = bits(actor.act_guided([observations[i]], [keys[i]], [committed[i]]))
+        assert one == mixed[i]

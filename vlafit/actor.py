@@ -12,6 +12,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack
+from vlafit.nn.committed import clean_prefix, continuation
 from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
-from vlafit.nn.guidance import Continuation, GuidedPolicy, prefix_weights
+from vlafit.nn.guidance import GuidedPolicy
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
@@ -37,6 +39,8 @@ from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observa
 log = logging.getLogger(__name__)
 
 WIDEST = 2**12  # observations in one call of the policy
+GoOn = Literal["clean", "jacobian", "direct"]
+"""How a chunk goes on after committed steps: given clean, or by guidance through the network, or directly."""
 
 
 class PolicyActor:
@@ -152,7 +156,7 @@ class PolicyActor:
         """
         if len(observations) != len(keys):
             raise CodecError(f"{len(observations)} observations with {len(keys)} keys: each needs its own")
-        kinds = [None if left is None else left.guidance.jacobian for left in committed]
+        kinds: list[GoOn | None] = [None if left is None else self._how_to_go_on(left) for left in committed]
         chunks: dict[int, ActionChunk] = {}
         with _evaluating(self._modules):
             for kind in dict.fromkeys(kinds):
@@ -160,7 +164,7 @@ class PolicyActor:
                 for begin in range(0, len(rows), self.width):
                     some = rows[begin : begin + self.width]
                     lefts = [committed[i] for i in some]
-                    batch = self._batch([observations[i] for i in some], [keys[i] for i in some], lefts)
+                    batch = self._batch([observations[i] for i in some], [keys[i] for i in some], lefts, kind)
                     chunks |= zip(some, batch, strict=True)
         return [chunks[i] for i in range(len(keys))]
 
@@ -170,6 +174,7 @@ class PolicyActor:
         observations: Sequence[Observation],
         keys: Sequence[EpisodeKey],
         committed: Sequence[Committed | None],
+        kind: GoOn | None,
     ) -> list[ActionChunk]:
         self._require_past(observations, keys)
         codec = self.codec
@@ -180,17 +185,21 @@ class PolicyActor:
         device = next(self.policy.parameters()).device
         batch = self._cut(stack(encoded + encoded[:1] * missing)).to(device)
         lefts = [left for left in committed if left is not None]
-        if lefts:
-            if not isinstance(self.policy, GuidedPolicy):
-                kind = type(self.policy).__name__
-                raise ConfigError(f"real-time chunking needs a policy with act_guided, which {kind} has not")
-            continuation = self._continuation(observations, lefts, missing, device)
-            actions = self.policy.act_guided(batch, rng, continuation).float().cpu().numpy()
-        else:
+        if kind is None:
             answer = self.policy.act(batch, rng)  # [width, t, a], or tokens [width, m]
             actions = (answer.float() if answer.is_floating_point() else answer).cpu().numpy()
             if not answer.is_floating_point():
                 self._warn_of_tokens(actions[: len(keys)])
+        elif kind == "clean":
+            assert isinstance(self.policy, FlowPolicy)
+            prefix = clean_prefix(codec, observations, lefts, missing, device)
+            actions = self.policy.act_after(batch, rng, prefix).float().cpu().numpy()
+        else:
+            if not isinstance(self.policy, GuidedPolicy):
+                name = type(self.policy).__name__
+                raise ConfigError(f"real-time chunking needs a policy with act_guided, which {name} has not")
+            guided = continuation(codec, observations, lefts, missing, device)
+            actions = self.policy.act_guided(batch, rng, guided).float().cpu().numpy()
         return [
             codec.decode(row, observation)
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
@@ -212,6 +221,24 @@ class PolicyActor:
                     fate,
                 )
 
+    def _how_to_go_on(self, left: Committed) -> GoOn | None:
+        """Return how a chunk goes on after what is committed; None: it need not.
+
+        Raises ConfigError where the committed steps are to be given clean, and the policy is not trained so.
+        """
+        wanted, most = left.guidance.prefix, 0
+        if isinstance(self.policy, FlowPolicy):
+            most = self.policy.max_delay
+        if wanted == "clean" and left.delay > most:
+            trained = f"was trained for at most {most}" if most else "was not trained for it"
+            raise ConfigError(
+                f'execution: guidance.prefix = "clean" gives the policy {left.delay} steps of its chunk, but '
+                f'it {trained} (train.max_delay); take "auto"'
+            )
+        if wanted != "inpaint" and most and left.delay <= most:
+            return "clean" if left.delay else None
+        return "jacobian" if left.guidance.jacobian else "direct"
+
     def _warn_of(self, observations: Sequence[Observation]) -> None:
         """Log states far outside the statistics, once for each dimension."""
         name = self.embodiment.name
@@ -230,34 +257,6 @@ class PolicyActor:
                     "only has the newest: fill Observation.past (openpi's frames hold no earlier steps; "
                     "vlafit's and vla-eval's clients do)"
                 )
-
-    def _continuation(
-        self,
-        observations: Sequence[Observation],
-        lefts: Sequence[Committed],
-        missing: int,
-        device: torch.device,
-    ) -> Continuation:
-        """Return what the rows have to continue, encoded for their observations; the first fills the
-        batch."""
-        config, dimensions = self.codec.config, self.embodiment.action.shape[0]
-        actions = torch.zeros(len(lefts), config.chunk, config.action_dim)
-        weights = torch.zeros_like(actions)
-        for row, (left, observation) in enumerate(zip(lefts, observations, strict=True)):
-            known = min(len(left.actions), config.chunk)
-            encoded = self.codec.encode_actions(left.actions[:known], observation)
-            actions[row, :known] = torch.from_numpy(encoded)
-            end = min(left.end, known)
-            steps = prefix_weights(left.guidance.schedule, left.delay, end, config.chunk)
-            weights[row, :, :dimensions] = steps[:, None]
-        strength = torch.tensor([left.guidance.max_weight for left in lefts])
-        rows = torch.tensor([*range(len(lefts)), *[0] * missing])
-        return Continuation(
-            actions[rows].to(device),
-            weights[rows].to(device),
-            strength[rows].to(device),
-            lefts[0].guidance.jacobian,
-        )
 
     def _cut(self, batch: Batch) -> Batch:
         """Drop the camera slots that are always missing; nothing here looks at what the rows hold."""

@@ -147,6 +147,9 @@ class TrainRecipe:
     """Micro-batches of each process in one optimiser step. 0: the launcher's, or 1."""
     draws: int = 1
     """(noise, time) draws for each sample; they share one pass over images and prompt."""
+    max_delay: int = 0
+    """Training-time real-time chunking: each draw gives the first 0 to this many steps of its chunk clean, as
+    executed already. For pi0, pi0.5 and SmolVLA; 0: none."""
     seed: int = 0
     """Seed of initial weights, sample order, augmentation and noise."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

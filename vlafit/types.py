@@ -203,6 +203,7 @@ def history_of(actor: Actor) -> int:
 
 
 Schedule = Literal["exponential", "linear", "ones", "zeros"]
+Prefix = Literal["auto", "inpaint", "clean"]
 """How the weights of real-time chunking fall from 1 (committed steps) to 0 (steps that are free)."""
 
 
@@ -214,11 +215,15 @@ class Guidance:
     Policies", table 2 and section 4.3). With `jacobian` the error is propagated back through the network as
     in the paper; without, it is applied to the actions directly, which costs no backward pass (LeRobot 0.6.1
     does so).
+
+    A policy that was trained for it (train.max_delay) is given the committed steps clean instead, which costs
+    nothing; `prefix` = "inpaint" guides that one, too, and "clean" refuses every other.
     """
 
     schedule: Schedule = "exponential"
     max_weight: float = 5.0
     jacobian: bool = True
+    prefix: Prefix = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vlafit.compare import stored
 from vlafit.compare.page import page as compare_page
 from vlafit.datasets import open_dataset
 from vlafit.offline import Episodes, Settings, evaluate
-from vlafit.report import offline
+from vlafit.report import offline, training_data
 from vlafit.sweep.report import SweepResult, Trial
 from vlafit.sweep.report import page as sweep_page
 from vlafit.sweep.study import Dimension, Study
@@ -33,11 +33,18 @@ def write_pages(folder: Path) -> dict[str, Path]:
     (folder / "compare.html").write_text(compare_page(published))
     (folder / "sweep.html").write_text(sweep_page(_sweep(folder)))
     return {
-        "run": report.build(write_run(folder / "run")),
+        "run": _run(folder),
         "offline": _offline(folder),
         "compare": folder / "compare.html",
         "sweep": folder / "sweep.html",
     }
+
+
+def _run(folder: Path) -> Path:
+    run, dots = write_run(folder / "run"), open_dataset(write_dots(folder / "learned", episodes=3))
+    names = [info.id for info in dots.episodes]
+    training_data.write(run, [(dots, names[1:], names[:1])])
+    return report.build(run)
 
 
 def _offline(folder: Path) -> Path:

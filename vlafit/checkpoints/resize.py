@@ -9,6 +9,7 @@ from vlafit.checkpoints.formats.base import OpenedCheckpoint
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.construct import require_restorable
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
 from vlafit.policies import family, override
 from vlafit.policies._common import select
@@ -75,6 +76,8 @@ def bare_policy(opened: OpenedCheckpoint, options: LoadOptions) -> tuple[Sized, 
     require_restorable(policy)
     if opened.steps is not None and policy.steps is not None:
         policy.steps = opened.steps
+    if opened.max_delay and isinstance(policy, FlowPolicy):
+        policy.max_delay = min(opened.max_delay, policy.needs().chunk - 1)
     return sized, policy
 
 

@@ -39,6 +39,11 @@ def time_embedding(time: Tensor, width: int, rounding: Rounding = "float64") -> 
     return torch.cat((angles.sin(), angles.cos()), -1).float()
 
 
+def of_steps(embedded: Tensor, steps: int) -> Tensor:
+    """Return embedded times for each step of a chunk [b, k, t, d], of [b, k, d] or already of each step."""
+    return embedded if embedded.ndim == 4 else embedded[:, :, None].expand(-1, -1, steps, -1)
+
+
 @cache
 def _float32_frequencies(count: int, device: torch.device) -> Tensor:
     """Return 2 pi / period as `jax.numpy` rounds it; computed on the CPU, so that every device has the same.

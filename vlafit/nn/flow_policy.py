@@ -1,6 +1,7 @@
 """A flow-matching policy of two passes: encode a prefix once, denoise actions against it.
 
 A family writes `encode_prefix` and `denoise`; the loss, the velocity and the sampler are written here once.
+With `max_delay`, the first steps of a chunk may be given clean (`nn.clean_prefix`).
 """
 
 from abc import abstractmethod
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vlafit.errors import CodecError
 from vlafit.nn import flow
 from vlafit.nn.batch import FIELDS, Batch
+from vlafit.nn.clean_prefix import CleanPrefix, draw_known
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.guidance import Continuation
 from vlafit.nn.policy import ERROR, Policy, required_actions
@@ -29,6 +31,11 @@ class FlowPolicy(Policy):
     """"prefix": the flow loss leaves no gradient in `prefix_modules`; a strategy sets it."""
     zero_masked_actions: bool = False
     """Whether actions that the loss does not look at are 0 before noise is added, whatever they were."""
+    takes_prefix: bool = False
+    """Whether `denoise` also takes a time for each step, [b, k, t], so that some steps can be given clean."""
+    max_delay: int = 0
+    """Most steps of a chunk that training gives clean (real-time chunking), and that `act_after` may be
+    given; checkpoints keep it."""
     graphs: CudaGraphs | None = None
     """Samples by CUDA graphs, on a GPU; an actor sets it."""
 
@@ -42,15 +49,36 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def denoise(self, prefix: Any, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k].
+
+        With `takes_prefix`, `time` is [b, k, t] where steps have times of their own.
+        """
 
     @final
     def forward(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
-        """Return the sum of mask * error^2 over actions and draws; see `Policy.loss`."""
-        noise, time = self.draw(rng)
+        """Return the sum of mask * error^2 over actions and draws; see `Policy.loss`.
+
+        In training, each draw's first 0 to `max_delay` steps are given clean, and left out of the sum.
+        """
         device = batch.state.device
-        error, _ = self._masked_error(batch, noise.to(device), time.to(device))
+        known = self._known(batch, rng).to(device) if self.training and self.max_delay else None
+        noise, time = self.draw(rng)
+        error, _ = self._masked_error(batch, noise.to(device), time.to(device), known)
         return {ERROR: error.sum()}
+
+    def drawn_counts(self, batch: Batch, rng: SampleRng) -> dict[str, float]:
+        """Count what a training step's loss looks at: of every draw, all but what is given clean."""
+        if not self.max_delay:
+            return self.counts(batch, rng.draws)
+        left = ~self._known(batch, rng)[..., None]  # [b, k, t, 1]
+        counted = (
+            required_actions(batch).new_ones(()).bool() if batch.action_mask is None else batch.action_mask
+        )
+        shape = required_actions(batch).shape
+        return {ERROR: float(int((left & counted.expand(shape)[:, None]).sum()))}
+
+    def _known(self, batch: Batch, rng: SampleRng) -> Tensor:
+        return draw_known(rng, self.max_delay, self.config.chunk, batch.action_mask)
 
     @final
     @torch.no_grad()
@@ -98,12 +126,23 @@ class FlowPolicy(Policy):
 
     @final
     @torch.no_grad()
+    def act_after(self, batch: Batch, rng: SampleRng, prefix: CleanPrefix) -> Tensor:
+        """Sample actions [b, t, a] as `act` does, that begin with `prefix` and go on after it."""
+        noise = rng.normal(self.config.chunk, self.config.action_dim).to(batch.state.device)
+        return self.sample(batch, noise, self.steps or 0, prefix)
+
+    @final
+    @torch.no_grad()
     def sample(
-        self, batch: Batch, noise: Tensor, steps: int = 10, continuation: Continuation | None = None
+        self,
+        batch: Batch,
+        noise: Tensor,
+        steps: int = 10,
+        continuation: Continuation | CleanPrefix | None = None,
     ) -> Tensor:
         """Sample actions [b, t, a] (normalised, padded) from `noise` [b, t, a] by `steps` Euler steps.
 
-        With a `continuation`, the sampler is guided by it (real-time chunking).
+        With a `continuation` (real-time chunking) the sampler is guided by it, or begins with it.
         """
         if steps < 1:
             raise CodecError(f"sampling needs at least 1 step, not {steps}")
@@ -119,8 +158,17 @@ class FlowPolicy(Policy):
         key = (steps, torch.is_autocast_enabled("cuda"))
         return self.graphs.run(function, {**batch.present(), "noise": noise.float()}, key)
 
-    def _sample(self, batch: Batch, noise: Tensor, steps: int, continuation: Continuation | None) -> Tensor:
+    def _sample(
+        self, batch: Batch, noise: Tensor, steps: int, continuation: Continuation | CleanPrefix | None
+    ) -> Tensor:
         prefix = self.encode_prefix(batch, fixed=True)
+        if isinstance(continuation, CleanPrefix):
+            given = continuation
+
+            def going_on(x: Tensor, t: float) -> Tensor:
+                return self.denoise(prefix, batch.state, given.put(x)[:, None], given.times(t))[:, 0]
+
+            return given.put(flow.euler(going_on, noise, steps))
         time = noise.new_empty(len(batch), 1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -128,16 +176,22 @@ class FlowPolicy(Policy):
 
         return flow.euler(continuation.guided(velocity) if continuation else velocity, noise, steps)
 
-    def _masked_error(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, int]:
-        """Return squared errors [b, k, t, a], 0 where masked, and k."""
-        velocity, noise = self._velocity(batch, noise, time)  # both [b, k, t, a]
+    def _masked_error(
+        self, batch: Batch, noise: Tensor, time: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Return squared errors [b, k, t, a], 0 where masked or `known` [b, k, t], and k."""
+        velocity, noise = self._velocity(batch, noise, time, known)  # both [b, k, t, a]
         error = (noise - required_actions(batch)[:, None] - velocity).square()
         if batch.action_mask is not None:
             error = torch.where(batch.action_mask[:, None], error, 0.0)
+        if known is not None:
+            error = torch.where(known[..., None], 0.0, error)
         return error, error.shape[1]
 
-    def _velocity(self, batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return velocity and noise, both [b, k, t, a]."""
+    def _velocity(
+        self, batch: Batch, noise: Tensor, time: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return velocity and noise, both [b, k, t, a]; actions that are `known` [b, k, t] have no noise."""
         self.check(batch)
         actions = required_actions(batch)
         if self.zero_masked_actions and batch.action_mask is not None:
@@ -146,6 +200,9 @@ class FlowPolicy(Policy):
         noise = noise[:, None] if noise.ndim == 3 else noise.transpose(0, 1)  # [b, k, t, a]
         time = time[:, None] if time.ndim == 1 else time.transpose(0, 1)  # [b, k]
         noisy = flow.interpolate(actions[:, None], noise, time)
+        if known is not None:
+            noisy = torch.where(known[..., None], actions[:, None], noisy)
+            time = torch.where(known, 0.0, time[..., None])  # [b, k, t]
         # No other loss reads this pass, so what gradients are stopped for need not be kept either.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stop_gradient != "prefix"):
             prefix = self.encode_prefix(batch)

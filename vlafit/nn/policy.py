@@ -167,6 +167,10 @@ class Policy(nn.Module, ABC):
             return {ERROR: float(int(batch.action_mask.sum()) * draws)}
         return {ERROR: float(required_actions(batch).numel() * draws)}
 
+    def drawn_counts(self, batch: Batch, rng: SampleRng) -> dict[str, float]:
+        """Count as `counts` does, for the random numbers of a training step: they may leave something out."""
+        return self.counts(batch, rng.draws)
+
     def tokens(self, batch: Batch, draws: int) -> int:
         """Count the tokens that a training step on a trimmed `batch` reads, padding included.
 

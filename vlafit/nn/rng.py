@@ -7,7 +7,7 @@ the rest of the batch, nor an interruption changes what a sample is trained on o
 
 import hashlib
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from vlafit.types import EpisodeKey
 
 TRAINING, VALIDATION, DROPOUT = 0, 1, 2  # streams that never share a draw
+
+BESIDE = 2**32  # added to a stream's number for `SampleRng.side`
 
 Keys = Sequence[tuple[int, int]]
 """(epoch, sample index) of each row."""
@@ -36,6 +38,13 @@ class SampleRng:
     def __len__(self) -> int:
         return len(self._generators)
 
+    def side(self) -> "SampleRng":
+        """Return other random numbers of the same rows, which change none of these.
+
+        They depend on what has been drawn before, so ask before the first draw.
+        """
+        return SampleRng([_beside(generator) for generator in self._generators], self.draws)
+
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal float32 [b, *shape]."""
         values = np.empty((len(self), *shape), np.float32)
@@ -49,6 +58,15 @@ class SampleRng:
         for row, generator in enumerate(self._generators):
             values[row] = generator.random(shape)
         return torch.from_numpy(values)
+
+
+def _beside(generator: np.random.Generator) -> np.random.Generator:
+    """Return a generator of the same key, whose counter no other stream reaches."""
+    state: Any = generator.bit_generator.state["state"]
+    counter = [int(word) for word in state["counter"]]
+    counter[3] += BESIDE
+    key = [int(word) for word in state["key"]]
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def sample_rng(keys: Keys, *, seed: int, draws: int = 1, stream: int = TRAINING) -> SampleRng:

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
+<<<<<<< HEAD
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import Rounding, time_embedding
+=======
+from vlafit.nn.flow import Rounding, of_steps, time_embedding
+>>>>>>> a2df504
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.parameters import build_policy, draw_weights
@@ -166,6 +170,7 @@ class Pi0(FlowPolicy):
     """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
 
     config: Pi0Config
+    takes_prefix = True
 
     def __init__(self, config: Pi0Config) -> None:
         super().__init__()
@@ -264,19 +269,25 @@ class Pi0(FlowPolicy):
         return Features(kind, stacked(prefix.layers), prefix.valid)
 
     def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k]."""
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k] or [b, k, t].
+
+        A time of each step is for a chunk whose first steps are given.
+        """
         _, k, t, _ = noisy.shape
         width = self.config.expert.width
         tokens = in_own_precision(self.action_in_proj, noisy)  # [b, k, t, d]
-        embedded = time_embedding(time, width, self.config.time_angles).to(tokens.dtype)  # [b, k, d]
+        embedded = time_embedding(time, width, self.config.time_angles).to(
+            tokens.dtype
+        )  # [b, k, d] or [b, k, t, d]
         cond = None
         if self.config.pi05:
             cond = F.silu(
                 in_own_precision(self.time_mlp_out, F.silu(in_own_precision(self.time_mlp_in, embedded)))
             )
+            cond = cond.flatten(1, 2) if cond.ndim == 4 else cond  # a condition for each draw, or each step
             x = tokens.flatten(1, 2)
         else:
-            tokens = torch.cat((tokens, embedded[:, :, None].expand(-1, -1, t, -1)), -1)
+            tokens = torch.cat((tokens, of_steps(embedded, t)), -1)
             tokens = in_own_precision(
                 self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
             )

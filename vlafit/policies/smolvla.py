@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
+<<<<<<< HEAD
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import time_embedding
+=======
+from vlafit.nn.flow import of_steps, time_embedding
+>>>>>>> a2df504
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import KeysValues
 from vlafit.nn.llama import Decoder, View
@@ -161,6 +165,7 @@ class SmolVLA(FlowPolicy):
     """The network. Freshly constructed, its weights are undefined: see `build`, or load a checkpoint."""
 
     config: SmolVLAConfig
+    takes_prefix = True
 
     def __init__(self, config: SmolVLAConfig) -> None:
         super().__init__()
@@ -289,14 +294,16 @@ class SmolVLA(FlowPolicy):
         return Features(kind, stacked(layers), valid)
 
     def denoise(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k].
+        """Return velocities [b, k, t, a] in float32 for `noisy` [b, k, t, a] at `time` [b, k] or [b, k, t].
 
         The state is in `prefix`; `state` itself is not looked at.
         """
         _, k, t, _ = noisy.shape
         tokens = in_own_precision(self.action_in_proj, noisy)  # [b, k, t, d]
-        embedded = time_embedding(time, self.config.expert.width).to(tokens.dtype)  # [b, k, d]
-        tokens = torch.cat((tokens, embedded[:, :, None].expand(-1, -1, t, -1)), -1)
+        embedded = time_embedding(time, self.config.expert.width).to(
+            tokens.dtype
+        )  # [b, k, d] or [b, k, t, d]
+        tokens = torch.cat((tokens, of_steps(embedded, t)), -1)
         tokens = in_own_precision(
             self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
         )

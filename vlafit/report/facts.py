@@ -23,6 +23,7 @@ from vlafit.tuning import Plan
 
 FORMAT = 1  # of report.json
 STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
+DATA = "data/summary.json"  # written by `training_data`
 OFFLINE = "held_out"  # folder of the evaluations without a simulator
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
 
@@ -75,6 +76,7 @@ class Facts:
     metrics: Mapping[str, tuple[Point, ...]]
     evaluations: Mapping[str, Evaluation]
     offline: Mapping[str, Mapping[str, Any]]  # folder in held_out/ -> its result.json
+    data: tuple[Mapping[str, Any], ...]  # summaries of the training sets; see `training_data`
     hashes: Mapping[str, str]  # file -> sha256
     missing: tuple[str, ...]
     caveats: tuple[str, ...]
@@ -141,6 +143,7 @@ class Facts:
                 name: {key: value for key, value in result.items() if key != "samples"}
                 for name, result in self.offline.items()
             },
+            "data": list(self.data),
             "training": {
                 "steps": self.steps,
                 "steps_wanted": self.recipe.train.steps,
@@ -215,6 +218,7 @@ def read_facts(folder: Path) -> Facts:
         metrics=metrics,
         evaluations=evaluations,
         offline=offline,
+        data=_data(folder, missing),
         hashes=_hashes(folder, run),
         missing=tuple(missing),
         caveats=tuple(caveats),
@@ -249,6 +253,16 @@ def _plan(folder: Path, missing: list[str]) -> Plan | None:
     except (VlafitError, UnicodeDecodeError) as error:
         missing.append(f"plan.json cannot be read ({error}).")
         return None
+
+
+def _data(folder: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
+    path = folder / DATA
+    try:
+        datasets = parse_json(path.read_text(encoding="utf-8"))["datasets"] if path.is_file() else []
+        return tuple(dict(dataset) for dataset in datasets)
+    except (ValueError, KeyError, TypeError) as error:
+        missing.append(f"{DATA} cannot be read ({error!r}): the training data are not shown.")
+        return ()
 
 
 def _offline(folder: Path, missing: list[str]) -> dict[str, Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 Styles, curves, film strips and videos are all inside the text: no script, font or picture is loaded.
 """
 
-from vlafit.report import markup
+from vlafit.report import markup, training_data
 from vlafit.report.facts import AFTER, BEFORE, OFFLINE, Facts, verdict
 from vlafit.report.markup import Raw, count, duration, folded, join, muted, percent, section, table, tag
 from vlafit.report.offline import summary
@@ -36,6 +36,7 @@ def page(facts: Facts) -> str:
             markup.notices(markup.MISSING, facts.missing),
             *(summary(result, facts.folder / OFFLINE / name) for name, result in facts.offline.items()),
             tasks(facts),
+            _training_data(facts),
             probe(facts),
             episodes(facts),
             curves(facts),
@@ -127,6 +128,14 @@ def _commands(facts: Facts) -> Raw:
         folded("The resolved recipe", tag("pre", facts.recipe_toml)),
         folded("How the weights were loaded", tag("pre", load_report)) if load_report else "",
     )
+
+
+def _training_data(facts: Facts) -> Raw:
+    """Return the section about the training data; where its file is damaged, a sentence."""
+    try:
+        return training_data.show(facts.folder, facts.data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it only documents
+        return section("Training data", tag("p", muted(f"data/summary.json is damaged ({error!r}).")))
 
 
 def _provenance(facts: Facts) -> Raw:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, runtime_checkable
 from typing import Protocol as Structure
-from typing import runtime_checkable
 
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
@@ -71,7 +71,7 @@ class PreparedEvaluation:
             "tasks": list(self.tasks),
             "trials": self.trials,
             "wrong_instruction": self.wrong_instruction,
-            **({"execution": dataclasses.asdict(self.execution)} if self.execution else {}),
+            **({"execution": _plain(self.execution)} if self.execution else {}),
             **({"shard": [self.shard.number, self.shard.count]} if self.shard else {}),
             **({"stop_early": {"against": rival.sha256(), "alpha": ALPHA}} if rival and early else {}),
         }
@@ -168,6 +168,14 @@ def _rival(
     rival = read_earlier(against, wrong_instruction)
     require_comparable(rival, protocol, wrong_instruction, starts)
     return rival
+
+
+def _plain(execution: Execution) -> dict[str, Any]:
+    """Return an execution as plain values; evaluations are older than `guidance.prefix`."""
+    values = dataclasses.asdict(execution)
+    if execution.guidance.prefix == "auto":
+        del values["guidance"]["prefix"]
+    return values
 
 
 def _execution(execution: Execution | None, protocol: Protocol, actor: Actor) -> Execution | None:

@@ -19,8 +19,8 @@ from vlafit.codec import Codec, Encoded
 from vlafit.datasets import ChunkDataset, EpisodeStore, MixtureOrder, SampleOrder, shift_images
 from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
+from vlafit.nn.rng import Keys
 from vlafit.train.experiment import Experiment
-from vlafit.train.loop import Keys
 
 VALIDATION_ROWS = 32  # of one unit of train.validation_batches, whatever the batch size of training
 KEPT_BYTES = 2**30  # of encoded samples, over all workers of a process

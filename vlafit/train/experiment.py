@@ -24,6 +24,7 @@ from vlafit.train.data import (
     open_validation_sets,
     renderer_warnings,
 )
+from vlafit.train.delays import train_with_delays
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.settle import with_field
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
@@ -110,6 +111,7 @@ def build(
         else initial_policy.initialise(recipe, data, frozen)
     )
     policy = initial.policy
+    train_with_delays(policy, recipe.train.max_delay)
     codecs, renderers = _for_data(initial, data, resumed)
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)

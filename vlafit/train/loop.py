@@ -78,7 +78,7 @@ def train(
         loaded = time.perf_counter()
         micro_batches = [(keys, state.prepare(keys, batch)) for keys, batch in micro_batches]
         counts, tokens, stop, gone = _agree(
-            state.policy, micro_batches, recipe.draws, wants_stop(), spent() / world, device
+            state.policy, micro_batches, recipe, wants_stop(), spent() / world, device
         )
         if not any(counts.values()):
             raise TrainingError(
@@ -147,7 +147,7 @@ def _backward(
 def _agree(
     policy: Policy,
     micro_batches: list[tuple[Keys, Batch]],
-    draws: int,
+    recipe: TrainRecipe,
     stop: bool,
     spent: float,
     device: torch.device,
@@ -156,9 +156,12 @@ def _agree(
     `spent`.
     """
     names = list(policy.terms())
-    counted = [policy.counts(batch, draws) for _, batch in micro_batches]  # on the CPU: no waiting
+    counted = [  # on the CPU: no waiting
+        policy.drawn_counts(batch, sample_rng(keys, seed=recipe.seed, draws=recipe.draws))
+        for keys, batch in micro_batches
+    ]
     own = [sum(counts[name] for counts in counted) for name in names]
-    tokens = sum(policy.tokens(batch, draws) for _, batch in micro_batches)
+    tokens = sum(policy.tokens(batch, recipe.draws) for _, batch in micro_batches)
     sums = torch.tensor([*own, tokens, stop, spent], dtype=torch.float64, device=device)
     *totals, tokens, stops, gone = sum_over_processes(sums).tolist()
     return dict(zip(names, totals, strict=True)), tokens, stops > 0, gone

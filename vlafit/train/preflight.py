@@ -22,6 +22,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import reconcile, stages
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
+from vlafit.train.delays import train_with_delays
 from vlafit.train.feature_cache import folder_problem
 from vlafit.train.memory_ladder import IGNORE, parse_memory
 from vlafit.train.stages import Place
@@ -30,7 +31,7 @@ from vlafit.tuning import Plan, Strategy, load_strategy, preview
 
 AT_LEAST_ONE = ("train.steps", "train.draws", "train.log_every",
                 "train.validation_batches", "eval.every_trials")  # fmt: skip
-NOT_NEGATIVE = ("train.seed", "train.accumulate",
+NOT_NEGATIVE = ("train.seed", "train.max_delay", "train.accumulate",
                 "train.validate_every", "train.save_every", "train.keep", "train.threads",
                 "data.episodes_per_task", "data.shift_pixels", "data.workers", "optim.warmup_steps",
                 "optim.schedule_steps", "optim.schedule_from", "optim.weight_decay", "optim.clip_norm",
@@ -209,7 +210,9 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     if not spec.checkpoint:
         if not spec.family:
             raise ConfigError("policy: give either `checkpoint` or `family` (with `size` or `config`)")
-        return build_family(spec.family, spec.size, spec.config, device="meta")
+        policy = build_family(spec.family, spec.size, spec.config, device="meta")
+        train_with_delays(policy, recipe.train.max_delay)
+        return policy
     path = checkpoints.place(spec.checkpoint).path
     # Headers do not contain a codec, so its options do not apply.
     options = {key: value for key, value in spec.config.items() if key.partition(".")[0] != "codec"}
@@ -222,6 +225,7 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     reconcile.agree_on_parts(
         recipe, data, reconcile.codecs_before(recipe, data, inspected.codecs, path), declared
     )
+    train_with_delays(inspected.policy, recipe.train.max_delay)
     return inspected.policy
 
 

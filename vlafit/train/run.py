@@ -35,6 +35,7 @@ from vlafit.train import (
 from vlafit.train.callbacks import Callbacks
 from vlafit.train.checkpointer import CheckpointManager
 from vlafit.train.context import RunContext
+from vlafit.train.data import Data
 from vlafit.train.distributed import barrier
 from vlafit.train.evaluator import Evaluator
 from vlafit.train.experiment import Experiment
@@ -249,7 +250,7 @@ def _train(
             model_card.refresh(manager.path(trainer.state.progress.step))
         if recipe.train.report:
             callbacks.phase("report")
-            page = _report(out)
+            page = _report(out, experiment.data)
     accelerator.end_training()
     return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
 
@@ -273,9 +274,15 @@ def _open_folder(out: Path, keep: int, main: bool) -> CheckpointManager:
     return manager
 
 
-def _report(out: Path) -> Path | None:
-    """Write the report. Whatever is wrong with it, the run is finished, so an error is a warning."""
+def _report(out: Path, data: Data) -> Path | None:
+    """Write what the report shows of the training data, and the report.
+
+    Whatever is wrong with it, the run is finished, so an error is a warning.
+    """
+    from vlafit.report import training_data  # matplotlib, as `report.build` does
+
     try:
+        training_data.write(out, list(zip(data.stores, data.training, data.validation, strict=True)))
         return report.build(out)
     except Exception as error:  # of pictures, fonts, files that others damaged
         log.warning("the report could not be written: %r. Once fixed: vlafit report %s", error, out)

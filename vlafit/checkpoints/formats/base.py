@@ -126,6 +126,8 @@ class OpenedCheckpoint:
     """Actions at once that the checkpoint itself records; None where it does not."""
     steps: int | None = None
     """Steps in which its policy samples actions; None where it does not say: the family's own number."""
+    max_delay: int = 0
+    """Most steps of a chunk that its policy was trained to be given; see `vlafit.nn.clean_prefix`."""
     codec_folder: Path | None = None
     """Where the files lie that make its codec, for `Format.codec`."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)

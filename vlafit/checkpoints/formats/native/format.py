@@ -50,6 +50,7 @@ class Native(Format):
             config=config,
             chunk=stored.config.chunk,
             steps=stored.steps,
+            max_delay=stored.max_delay,
             own_codec=stored.codec,
             plan=stored.plan,
             adapters=NativeAdapters(path, stored.plan, stored.base) if stored.plan and tuned else None,

@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 """It holds the SHA-256 of every file, so its own stands for them all."""
 POLICY, WEIGHTS = "policy.json", "model.safetensors"
 STEPS = "steps"
+MAX_DELAY = "max_delay"
+MOST_DELAY = 2**12  # steps of a chunk
 """Key of policy.json: steps in which the policy samples, where that is not the family's number."""
 CODEC, PLAN, RECIPE = "codec.json", "plan.json", "recipe.toml"
 
@@ -45,6 +47,8 @@ class NativeFolder:
     base: Base | None = None
     steps: int | None = None
     """Steps in which the policy samples; None: the family's number."""
+    max_delay: int = 0
+    """Most steps of a chunk that the policy was trained to be given."""
 
 
 def recognise(folder: Path) -> bool:
@@ -61,11 +65,16 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     """
     _verify(folder, () if hash_weights else (WEIGHTS, TRAINED))
     path = folder / POLICY
-    described = _read(path, {"format", "family", "config"}, {STEPS})
+    described = _read(path, {"format", "family", "config"}, {STEPS, MAX_DELAY})
     steps = described.get(STEPS)
     if steps is not None and not is_sampling_steps(steps):
         raise WeightsError(
             f"{path}: {STEPS} is {steps!r}; a policy samples in 1 to {MOST_SAMPLING_STEPS} steps"
+        )
+    max_delay = described.get(MAX_DELAY, 0)
+    if type(max_delay) is not int or not 0 <= max_delay <= MOST_DELAY:
+        raise WeightsError(
+            f"{path}: {MAX_DELAY} is {max_delay!r}; it must be a whole number from 0 to {MOST_DELAY}"
         )
     try:
         module = family(str(described["family"]), trust)
@@ -79,7 +88,7 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
     if (folder / ADAPTERS).is_dir() and not tuned:
         raise WeightsError(f"{folder}: has adapters, but {PLAN} does not say where they sit")
     weights = folder / (WEIGHTS if base is None else TRAINED)
-    return NativeFolder(str(described["family"]), config, weights, codec, plan, base, steps)
+    return NativeFolder(str(described["family"]), config, weights, codec, plan, base, steps, max_delay)
 
 
 def _verify(folder: Path, unread: Sequence[str] = ()) -> None:

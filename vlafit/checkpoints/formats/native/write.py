@@ -12,9 +12,19 @@ from vlafit import files
 from vlafit.agreement import Agreement
 from vlafit.checkpoints.formats.native import adapters
 from vlafit.checkpoints.formats.native.adapters import Base
-from vlafit.checkpoints.formats.native.read import MANIFEST, PLAN, POLICY, RECIPE, STEPS, VERSION, WEIGHTS
+from vlafit.checkpoints.formats.native.read import (
+    MANIFEST,
+    MAX_DELAY,
+    PLAN,
+    POLICY,
+    RECIPE,
+    STEPS,
+    VERSION,
+    WEIGHTS,
+)
 from vlafit.checkpoints.history import Lineage
 from vlafit.codec import Codec, CodecSet
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning import Plan
@@ -41,6 +51,8 @@ def write_folder(
     described = {"format": VERSION, "family": family_name(policy), "config": asdict(policy.config)}
     if policy.steps != type(policy).steps:
         described[STEPS] = policy.steps
+    if isinstance(policy, FlowPolicy) and policy.max_delay:
+        described[MAX_DELAY] = policy.max_delay
     (folder / POLICY).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / (WEIGHTS if base is None else adapters.TRAINED), metadata={"format": "pt"})
