@@ -16,12 +16,8 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
-<<<<<<< HEAD
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
-from vlafit.nn.flow import Rounding, time_embedding
-=======
 from vlafit.nn.flow import Rounding, of_steps, time_embedding
->>>>>>> a2df504
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.parameters import build_policy, draw_weights

@@ -19,12 +19,8 @@ from torch import Tensor, nn
 
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
-<<<<<<< HEAD
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
-from vlafit.nn.flow import time_embedding
-=======
 from vlafit.nn.flow import of_steps, time_embedding
->>>>>>> a2df504
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import KeysValues
 from vlafit.nn.llama import Decoder, View
