@@ -6,6 +6,7 @@
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
 # make dist         wheel and sdist in dist/, checked by twine; .github/workflows/release.yml publishes them
+# make screenshots  the pictures of pages in docs/pictures (needs Chromium)
 # make docs         the site, with the API reference, in build/site; a warning is an error
 #
 # Each needs Python 3.11 to 3.13, and makes .venv when there is none. Another Python: make PYTHON=python3.12 test.
@@ -20,7 +21,7 @@ LEROBOT := lerobot==0.6.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation libero test checks test-all tested lint types imports unit peers peers-serve dist docs clean
+.PHONY: help quickstart ablation libero test checks test-all tested lint types imports unit peers peers-serve dist screenshots docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -84,6 +85,9 @@ dist: .venv/ready-dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+screenshots: .venv/ready-dev
+	$(BIN)/python -m tests.report.screenshots
 
 docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict
