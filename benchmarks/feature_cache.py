@@ -22,8 +22,8 @@ from vlafit import config, shipped
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.callbacks import Callbacks
-from vlafit.train.loop import StepResult
 from vlafit.train.data import open_data
+from vlafit.train.loop import StepResult
 
 TOLERANCE = 1e-6
 
