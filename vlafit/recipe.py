@@ -125,8 +125,9 @@ class OptimRecipe:
     """Maximum norm of the whole gradient, or with `in_backward` of each tensor's. 0: no clipping."""
     ema: float = 0.0
     """Decay of the EMA of the trainable weights. 0: no EMA."""
-    states: Literal["auto", "fp32", "8bit"] = "auto"
-    """How AdamW keeps its moments; 8bit takes a quarter. auto: what train.memory picks, or fp32."""
+    states: Literal["auto", "fp32", "8bit", "cpu"] = "auto"
+    """How AdamW keeps its moments; 8bit takes a quarter, cpu keeps those of fp32 in the host's memory, at the
+    price of moving them in every step. auto: what train.memory picks, or fp32."""
     in_backward: bool | Literal["auto"] = "auto"
     """Step each tensor in the backward pass and free its gradient at once; `clip_norm` then holds for each
     tensor. One process, no accumulation. auto: what train.memory picks, or false."""

@@ -102,7 +102,9 @@ def test_keys_of_fsdp_without_effect_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "sharding"), [(0, "none"), (1, "gradients"), (2, "gradients"), (3, "full")]
 )
-def test_a_zero_stage_becomes_the_recipes_sharding(tmp_path: Path, stage: int, sharding: str) -> None:
+def test_a_zero_stage_becomes_the_recipes_sharding(
+    tmp_path: Path, stage: int, sharding: launch.Sharding
+) -> None:
     plan = deepspeed(tmp_path, zero_stage=stage, gradient_accumulation_steps=4, gradient_clipping=0.5)
     assert plan == LaunchPlan(
         f"accelerate (DeepSpeed ZeRO-{stage})", "bf16", sharding, 4, clip_norm=0.5, notes=plan.notes

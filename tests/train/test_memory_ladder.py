@@ -17,7 +17,7 @@ from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, family
 from vlafit.recipe import Recipe
 from vlafit.train import piecewise_adamw, run
-from vlafit.train.adam8bit import BLOCK, SIGNED, MomentsIn8Bits, state_bytes, table
+from vlafit.train.adam8bit import BLOCK, SIGNED, MomentsIn8Bits, States, state_bytes, table
 from vlafit.train.data import open_data
 from vlafit.train.fit import close, fit, workload_of
 from vlafit.train.forecast import Workload, forecast, full_batch
@@ -109,6 +109,42 @@ def in_8_bits(groups: list[dict]) -> PiecewiseAdamW:
     return PiecewiseAdamW(named, (0.9, 0.95), 1e-8, states="8bit")
 
 
+def kept(groups: list[dict], states: States) -> PiecewiseAdamW:
+    """AdamW with moments in fp32, beside the weights or on the host."""
+    named = [{**group, "names": [f"{n}" for n, _ in enumerate(group["params"])]} for group in groups]
+    return PiecewiseAdamW(named, (0.9, 0.95), 1e-8, states=states)
+
+
+def test_moments_on_the_host_follow_fp32_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piecewise_adamw, "PIECE", 1024)  # so that a tensor has several
+    curves, weights = [], []
+    for states in ("fp32", "cpu"):
+        curve, optimizer = _regression(lambda groups, states=states: kept(groups, states), 200)
+        curves.append(curve)
+        weights.append([p for group in optimizer.param_groups for p in group["params"]])
+    assert curves[0] == curves[1] and curves[0][-1] < 0.05 * curves[0][0]
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    torchs, _ = _regression(lambda g: torch.optim.AdamW(g, betas=(0.9, 0.95), eps=1e-8), 200)
+    assert curves[1] == pytest.approx(torchs, abs=1e-4 * torchs[0])
+
+
+def test_moments_on_the_host_take_nothing_of_the_gpu_by_the_forecast() -> None:
+    policy, workload = build_family("pi0", "pi0-tiny", {}, device="meta"), Workload(rows=2)
+    beside, host = (
+        forecast(policy, load_strategy("full"), replace(workload, states=states))
+        for states in ("fp32", "cpu")
+    )
+    assert beside.optimiser > 0 and host.optimiser == 0
+    assert host.update > 0  # the piece that is worked on
+    assert (host.weights, host.gradients, host.activations) == (
+        beside.weights, beside.gradients, beside.activations,
+    )  # fmt: skip
+    asked = Rung(states="cpu")
+    ladder = rungs(workload, load_strategy("full"), fixed=asked, free=["recompute"])
+    assert {rung.states for rung in ladder} == {"cpu"} and len(ladder) == 3
+    assert "cpu" not in {rung.states for rung in rungs(workload, load_strategy("full"))}  # only by hand
+
+
 def test_8_bit_moments_follow_the_loss_of_fp32_over_200_steps() -> None:
     wide, _ = _regression(lambda g: torch.optim.AdamW(g, betas=(0.9, 0.95), eps=1e-8), 200)
     narrow, optimizer = _regression(in_8_bits, 200)
@@ -159,8 +195,11 @@ def test_the_size_of_the_pieces_changes_no_byte(monkeypatch: pytest.MonkeyPatch)
     assert curves[0] == curves[1]
 
 
-def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path) -> None:
-    recipe = tiny(card, optim={"states": "8bit"}, train={"steps": 4, "save_every": 2, "validate_every": 0})
+@pytest.mark.parametrize(("states", "kept_as"), [("8bit", "exp_avg.codes"), ("cpu", "exp_avg")])
+def test_a_run_with_other_moments_goes_on_bit_for_bit(
+    card: Path, tmp_path: Path, states: str, kept_as: str
+) -> None:
+    recipe = tiny(card, optim={"states": states}, train={"steps": 4, "save_every": 2, "validate_every": 0})
     config = {"max_tokens": 16, "vision.depth": 1, "language.depth": 2}
     config |= {"language.mlp": 256}  # so that there is a tensor of 4096 numbers
     recipe = replace(recipe, policy=replace(recipe.policy, config=config))
@@ -168,9 +207,9 @@ def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(card: Path, tmp_path: Path
     with pytest.raises(test_interruptions.Interrupted):
         run(recipe, tmp_path / "pieces", callbacks=test_interruptions.Until(3, test_interruptions.crash))
     run(recipe, tmp_path / "pieces", resume=True)
-    states = learned(tmp_path / "whole", 4)
-    assert any(name.startswith("adamw.exp_avg.codes/") for name in states)
-    assert_same(learned(tmp_path / "pieces", 4), states)
+    whole = learned(tmp_path / "whole", 4)
+    assert any(name.startswith(f"adamw.{kept_as}/") for name in whole)
+    assert_same(learned(tmp_path / "pieces", 4), whole)
 
 
 # ----------------------------------------------------------------------------------------------- forecast

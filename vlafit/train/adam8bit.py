@@ -13,6 +13,8 @@ from torch import Tensor
 
 BLOCK = 256  # numbers that share a scale: torchao's AdamW8bit
 LEAST = 4096  # numbers of a tensor that is quantised: torchao, bitsandbytes
+States = Literal["fp32", "8bit", "cpu"]
+"""How moments are kept; "cpu": in float32, in the host's memory."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 EXPONENTS = 7  # of the table: 10^0 to 10^-6
@@ -24,9 +26,11 @@ def is_quantised(numbers: int) -> bool:
     return numbers >= LEAST and numbers % BLOCK == 0
 
 
-def state_bytes(parameter: Tensor, states: Literal["fp32", "8bit"]) -> int:
-    """Return the bytes of a parameter's two moments."""
+def state_bytes(parameter: Tensor, states: States) -> int:
+    """Return the bytes of a parameter's two moments beside it; none where they are kept on the host."""
     numbers = parameter.numel()
+    if states == "cpu":
+        return 0
     if states == "8bit" and is_quantised(numbers):
         return 2 * (numbers + 4 * numbers // BLOCK)
     return 8 * numbers

@@ -28,7 +28,7 @@ def forecasts(policy: Policy, strategy: Strategy, workload: Workload) -> OfRows:
             rows=rows * rung.micro_batches,
             micro_batches=rung.micro_batches,
             recompute=rung.recompute,
-            states="8bit" if rung.states == "8bit" else "fp32",
+            states=rung.states,
             trained=rung.trained,
             in_backward=rung.in_backward,
         )

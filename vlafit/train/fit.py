@@ -25,6 +25,7 @@ from vlafit.train.memory_ladder import (
     room_for,
     rungs,
 )
+from vlafit.train.optim import states_of
 from vlafit.train.settle import EARLIER, field_of, is_automatic, with_field
 from vlafit.tuning import load_strategy
 
@@ -110,7 +111,7 @@ def _own(closed: Recipe) -> Rung:
     """Return the rung of a recipe without open values."""
     train, optim = closed.train, closed.optim
     trained = "bf16" if train.weights == "bf16" else "fp32"
-    return Rung(train.recompute, optim.states, train.micro_batches, trained, optim.in_backward is True)
+    return Rung(train.recompute, states_of(optim), train.micro_batches, trained, optim.in_backward is True)
 
 
 def _free(recipe: Recipe) -> list[str]:
@@ -138,6 +139,8 @@ def _with_batch(
     closed = close(recipe)
     strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
     own, free = _own(closed), _free(recipe)
+    if on_cpu and own.states == "cpu":  # where they would be in any case
+        own, workload = replace(own, states="fp32"), replace(workload, states="fp32")
     fixed = [name for name in free if name != "micro_batches"]
     ladder = rungs(replace(workload, rows=1), strategy, fixed=own, free=fixed)
     most = LARGEST // (processes * own.micro_batches)
@@ -179,7 +182,7 @@ def workload(recipe: Recipe, cameras: int, tokens: int, processes: int = 1) -> W
         frozen="bf16" if train.frozen == "bf16" else "fp32",
         recompute=train.recompute,
         trained="bf16" if train.weights == "bf16" else "fp32",
-        states="8bit" if recipe.optim.states == "8bit" else "fp32",
+        states=states_of(recipe.optim),
         in_backward=recipe.optim.in_backward is True,
         processes=processes,
         ema=recipe.optim.ema > 0,

@@ -21,7 +21,7 @@ from vlafit.nn.policy import Needs, Policy
 from vlafit.nn.recompute import Recompute, recompute_blocks
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import family, family_name
-from vlafit.train.adam8bit import state_bytes
+from vlafit.train.adam8bit import States, state_bytes
 from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.piecewise_adamw import workspace
@@ -47,7 +47,7 @@ class Workload:
     trained: Literal["fp32", "bf16"] = "fp32"
     """How matrices that are trained are kept: `train.weights`."""
     recompute: Recompute = "none"
-    states: Literal["fp32", "8bit"] = "fp32"
+    states: States = "fp32"
     in_backward: bool = False
     """Whether gradients are freed one by one, as `optim.in_backward` does."""
     ema: bool = False
@@ -156,7 +156,7 @@ def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
             gradients.append(_bytes(parameter))
             states += state_bytes(parameter, workload.states)
             numbers.append(parameter.numel())
-    piecewise = workload.states == "8bit" or workload.trained == "bf16" or workload.in_backward
+    piecewise = workload.states != "fp32" or workload.trained == "bf16" or workload.in_backward
     shards = workload.shards
     return Forecast(
         weights=weights // shards if workload.shards_weights else weights,

@@ -24,8 +24,8 @@ FSDP1_STRATEGIES: Mapping[str, Sharding] = {  # torch.distributed.fsdp.ShardingS
 }  # fmt: skip
 ZERO: Mapping[int, Sharding] = {0: "none", 1: "gradients", 2: "gradients", 3: "full"}
 LESS_MEMORY = (
-    "--train.recompute full, --optim.states 8bit and a higher --train.accumulate lower the memory on the "
-    "GPU; --train.memory 24GB picks them for a card"
+    "--train.recompute full, --optim.states 8bit (or cpu, without sharding) and a higher --train.accumulate "
+    "lower the memory on the GPU; --train.memory 24GB picks them for a card"
 )
 FSDP_WITHOUT_EFFECT = {  # variables -> the YAML's key, and the values with which it asks for nothing
     "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", ("", "NO_WRAP")),

@@ -96,7 +96,12 @@ def parts_of(policy: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | Non
     """Return the bytes of weights, gradients of what is trained, optimiser states and EMA."""
     tensors = [*policy.parameters(), *policy.buffers()]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    states = [
+        value
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.device == parameter.device  # not kept on the host
+    ]
     averages = list(ema.average.values()) if ema is not None else []
     sizes = (sum(map(_bytes, of)) for of in (tensors, trained, states, averages))
     parts: dict[str, int] = dict(zip(PARTS, sizes, strict=True))

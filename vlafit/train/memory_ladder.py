@@ -7,7 +7,7 @@ come after all of those whatever they cost, because they change how a run learns
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Policy
 from vlafit.nn.recompute import Recompute
+from vlafit.train.adam8bit import States
 from vlafit.train.forecast import Forecast, Workload, forecast, without_step
 from vlafit.tuning import Strategy
 
@@ -22,7 +23,8 @@ CARDS_GB = (16, 24, 48, 80, 141)
 FIXED = 800 * 10**6  # of a GPU's driver and libraries: an assumption, not measured
 FRAGMENTED = 1.05  # what an allocator holds over what tensors hold: an assumption, not measured
 SLOWER = {"none": 1.0, "selective": 1.05, "full": 1.33}  # full repeats the forward pass, a third of a step
-SLOWER_8BIT = 1.05
+SLOWER_STATES: Mapping[States, float] = {"fp32": 1.0, "8bit": 1.05, "cpu": 4.0}
+"""cpu: 16 bytes a parameter at some 25 GB/s, an assumption; so no rung is on it that was not asked for."""
 FEW_ROWS = 4  # below this many a GPU is taken to be idle for part of the time
 IGNORE = "ignore"
 
@@ -32,7 +34,7 @@ class Rung:
     """One way to spend less memory."""
 
     recompute: Recompute = "none"
-    states: str = "fp32"
+    states: States = "fp32"
     micro_batches: int = 1
     trained: Literal["fp32", "bf16"] = "fp32"
     """How matrices that are trained are kept: `train.weights`."""
@@ -64,7 +66,7 @@ class Rung:
         """Return the estimated time of a step of `rows`, relative to the fastest rung."""
         few = max(1.0, (FEW_ROWS / max(1, rows // self.micro_batches)) ** 0.5)
         split = 1 + 0.01 * (self.micro_batches - 1).bit_length()
-        return SLOWER[self.recompute] * (SLOWER_8BIT if self.states == "8bit" else 1.0) * few * split
+        return SLOWER[self.recompute] * SLOWER_STATES[self.states] * few * split
 
 
 Forecaster = Callable[[Rung], Forecast]
@@ -94,10 +96,13 @@ def rungs(
     """
     rows = workload.rows
     splits = [n for n in range(1, rows + 1) if rows % n == 0 and (n & (n - 1) == 0 or n == rows)]
+    states_of: tuple[States, ...] = ("fp32", "8bit")
+    if fixed is not None and fixed.states == "cpu":
+        states_of = ("cpu",)
     every = [
         Rung(recompute, states, split, trained, in_backward)
         for recompute in ("none", "selective", "full")
-        for states in ("fp32", "8bit")
+        for states in states_of
         for split in splits
         for trained in ("fp32", "bf16")
         for in_backward in (False, True)
@@ -131,8 +136,8 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
         return forecast(policy, strategy, changed)
 
     @cache
-    def narrow_states() -> Forecast:
-        return without_step(policy, strategy, replace(workload, states="8bit"))
+    def other_states(states: States) -> Forecast:
+        return without_step(policy, strategy, replace(workload, states=states))
 
     def of(rung: Rung) -> Forecast:
         rows = max(1, workload.rows // rung.micro_batches)
@@ -149,7 +154,8 @@ def forecaster(policy: Policy, strategy: Strategy, workload: Workload) -> Foreca
             )
         if rung.states == "fp32":
             return made
-        return replace(made, optimiser=narrow_states().optimiser, update=narrow_states().update)
+        other = other_states(rung.states)
+        return replace(made, optimiser=other.optimiser, update=other.update)
 
     return of
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.recipe import OptimRecipe
+from vlafit.train.adam8bit import States
 from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.tuning import Plan
 
@@ -29,8 +30,8 @@ def build_optimizer(
     trained = [parameter for group in groups for parameter in group["params"]]
     betas, in_backward = (recipe.beta1, recipe.beta2), recipe.in_backward is True
     optimizer: torch.optim.Optimizer
-    if recipe.states == "8bit" or in_backward or any(p.dtype is torch.bfloat16 for p in trained):
-        states = "8bit" if recipe.states == "8bit" else "fp32"
+    states = states_of(recipe)
+    if states != "fp32" or in_backward or any(p.dtype is torch.bfloat16 for p in trained):
         optimizer = PiecewiseAdamW(
             groups, betas, recipe.eps, states=states, seed=seed, frees_gradients=in_backward
         )
@@ -40,6 +41,11 @@ def build_optimizer(
         if keep is not None and parameter in keep.state:
             optimizer.state[parameter] = _in_shape(keep.state[parameter], empty_state(optimizer, parameter))
     return optimizer
+
+
+def states_of(recipe: OptimRecipe) -> States:
+    """Return how the moments are kept, also where that is still automatic."""
+    return "fp32" if recipe.states == "auto" else recipe.states
 
 
 def _in_shape(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

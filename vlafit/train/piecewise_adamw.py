@@ -1,18 +1,18 @@
-"""AdamW for weights in float32 or bfloat16 and moments in float32 or 8 bits, on pieces of a tensor.
+"""AdamW for weights in float32 or bfloat16 and moments in float32, here or on the host, or 8 bits, by pieces.
 
 Whatever the tensors are kept in, an update is computed in float32 copies of a piece, so that the workspace
 has a bound on every device. bfloat16 weights are rounded stochastically (`stochastic_rounding.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from vlafit.train import adam8bit
-from vlafit.train.adam8bit import MOMENTS, MomentsIn8Bits, is_quantised
+from vlafit.train.adam8bit import MOMENTS, MomentsIn8Bits, States, is_quantised
 from vlafit.train.stochastic_rounding import RoundingBits, round_stochastically
 
 PIECE = 2**22  # numbers that are worked on at a time; a multiple of adam8bit.BLOCK
@@ -37,7 +37,7 @@ class PiecewiseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         *,
-        states: Literal["fp32", "8bit"] = "fp32",
+        states: States = "fp32",
         seed: int = 0,
         frees_gradients: bool = False,
     ) -> None:
@@ -47,6 +47,7 @@ class PiecewiseAdamW(torch.optim.Optimizer):
         self.frees_gradients = frees_gradients
         self._seed = seed
         self._moments = MomentsIn8Bits() if states == "8bit" else None
+        self._on_host = states == "cpu"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -65,6 +66,8 @@ class PiecewiseAdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         state = self.state[parameter] or self.empty_state(parameter)
         self.state[parameter] = state
+        if self._on_host and parameter.is_cuda:
+            state |= {name: state[name].pin_memory() for name in MOMENTS if not state[name].is_pinned()}
         before = state["step"].clone()
         state["step"] += 1
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
@@ -79,7 +82,12 @@ class PiecewiseAdamW(torch.optim.Optimizer):
             if self._in_8_bits(parameter):
                 self._update_8bit(values, gradient, state, piece, group)
             else:
-                _update(values, gradient, state, piece, group, before.clone())
+                moments = [state[name][piece] for name in MOMENTS]
+                own = [self._here(moment, parameter.device) for moment in moments]
+                _update(values, gradient, own, group, before.clone())
+                if self._on_host:
+                    for kept, moved in zip(moments, own, strict=True):
+                        kept.copy_(moved)  # which waits: a checkpoint may read it next
             if bits is not None:
                 weights[piece] = round_stochastically(values, bits.draw(len(values)))
 
@@ -88,7 +96,12 @@ class PiecewiseAdamW(torch.optim.Optimizer):
         count = {"step": torch.zeros((), device=parameter.device)}
         if self._in_8_bits(parameter):
             return count | adam8bit.empty_moments(parameter)
-        return count | {name: torch.zeros(parameter.numel(), device=parameter.device) for name in MOMENTS}
+        place = torch.device("cpu") if self._on_host else parameter.device
+        return count | {name: torch.zeros(parameter.numel(), device=place) for name in MOMENTS}
+
+    def _here(self, moment: Tensor, device: torch.device) -> Tensor:
+        """Return a piece of a moment where the update is computed: a copy, if it is kept on the host."""
+        return moment.to(device, non_blocking=True, copy=True) if self._on_host else moment
 
     def _in_8_bits(self, parameter: Tensor) -> bool:
         return self._moments is not None and is_quantised(parameter.numel())
@@ -113,13 +126,12 @@ class PiecewiseAdamW(torch.optim.Optimizer):
 def _update(
     values: Tensor,
     gradient: Tensor,
-    state: Mapping[str, Tensor],
-    piece: slice,
+    moments: Sequence[Tensor],
     group: Mapping[str, Any],
     count: Tensor,
 ) -> None:
     """Update a piece as torch's fused AdamW does after `count` steps, which it raises by one."""
-    first, second = (state[name][piece] for name in MOMENTS)
+    first, second = moments
     beta1, beta2 = group["betas"]
     adamw(
         [values], [gradient], [first], [second], [], [count], fused=True, amsgrad=False, maximize=False,

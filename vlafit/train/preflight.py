@@ -114,9 +114,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"name {recipe.name!r} holds a line break or another control character; leave it out"
     if not recipe.purpose.isprintable():
         yield f"purpose {recipe.purpose[:80]!r} holds a line break or another control character; leave it out"
-    if recipe.optim.states == "8bit" and recipe.train.shards:
+    if recipe.optim.states in ("8bit", "cpu") and recipe.train.shards:
         yield (
-            f'optim.states = "8bit" cannot be sharded (train.sharding = {recipe.train.sharding!r}): use '
+            f'optim.states = "{recipe.optim.states}" cannot be sharded (train.sharding = '
+            f"{recipe.train.sharding!r}): use "
             'optim.states = "fp32", of which each process then keeps a share'
         )
     if recipe.train.compile == "blocks" and recipe.train.shards:
