@@ -7,7 +7,7 @@ from vlafit import checkpoints
 from vlafit.agreement import Agreement, same_actions
 from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.statistics import FLOORED
+from vlafit.codec.statistics import FLOORED, OPENVLA
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
 from vlafit.datasets.statistics_cache import statistics_of
@@ -89,6 +89,8 @@ def fitted_config(
             config = replace(
                 config, normalisation=states, action_normalisation=actions if actions != states else None
             )
+        if config.of_actions in OPENVLA and len(kept.unchanged) == data.embodiment.action.shape[0]:
+            config = replace(config, unchanged=kept.unchanged)
     return config
 
 
