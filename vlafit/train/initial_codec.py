@@ -40,6 +40,8 @@ def fit_codec(
             'make it ""'
         )
     config = fitted_config(recipe, policy, old, agreement, form)
+    if len(config.unchanged) != data.embodiment.action.shape[0]:  # a mask of another robot's grippers
+        config = replace(config, unchanged=())
     try:
         statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
         number = None if old is None else old.embodiment_id
@@ -89,7 +91,7 @@ def fitted_config(
             config = replace(
                 config, normalisation=states, action_normalisation=actions if actions != states else None
             )
-        if config.of_actions in OPENVLA and len(kept.unchanged) == data.embodiment.action.shape[0]:
+        if config.of_actions in OPENVLA:
             config = replace(config, unchanged=kept.unchanged)
     return config
 
