@@ -77,24 +77,6 @@ def _image_size(sizes: Sizes) -> int | None:
     return math.isqrt(patches) * sizes["vision.patch"]
 
 
-def _kv_heads(sizes: Sizes) -> int | None:
-    """Return the heads of keys: their rows over those of one head."""
-    heads, keys, stated = sizes["language.heads"], sizes.voted("keys"), sizes.stated("language.kv_heads")
-    if keys is None or not heads:
-        return stated[0] if stated else heads
-    return max(1, keys * heads // sizes["language.width"])
-
-
-def _given(key: str) -> Derived:
-    """Return the rule for a size that no tensor shows."""
-
-    def compute(sizes: Sizes) -> int | None:
-        stated = sizes.stated(key)
-        return stated[0] if stated else None
-
-    return Derived(key, compute, user_first=True, guess=lambda sizes: 1)
-
-
 SHAPES = ShapeTable(
     axes=AXES,
     keys=(
@@ -121,4 +103,11 @@ SHAPES = ShapeTable(
     derived=(
         Derived("vision.image_size", _image_size, "patches", guess=lambda sizes: sizes["vision.patch"]),
     ),
+    assumed_if=("vision.dino.width", "vision.siglip.width", "language.width"),
+    assumed=("vision.dino.heads", "vision.siglip.heads"),
+    stand_ins={
+        "vision.dino.heads": lambda sizes: 1,
+        "vision.siglip.heads": lambda sizes: 1,
+        "chunk": lambda sizes: 1,
+    },
 )

@@ -25,18 +25,18 @@ _BLOCK = (
     ("film.scale", "scale"),
     ("film.shift", "shift"),
 )
-_TABLES = (  # of one or more tokens -> how many axes of size 1 are in front in the file
-    ("position_embedding.weight", "pos_embed", 1),
-    ("class_embedding.weight", "cls_token", 1),
-    ("register_embedding.weight", "reg_token", 1),
-    ("pooling.latent.weight", "attn_pool.latent", 1),
+_TABLES = (  # of tokens, with an axis of size 1 in front in the file
+    ("position_embedding.weight", "pos_embed"),
+    ("class_embedding.weight", "cls_token"),
+    ("register_embedding.weight", "reg_token"),
+    ("pooling.latent.weight", "attn_pool.latent"),
 )
 _PREFIXES = tuple(
     (f"{ours}{inner}", f"{theirs}{there}")
     for ours, theirs in _TOWERS.items()
     for inner, there in (
         ("patch_embedding.", "patch_embed.proj."),
-        *((one, other) for one, other, _ in _TABLES),
+        *_TABLES,
         ("pooling.out_proj.", "attn_pool.proj."),
         ("pooling.", "attn_pool."),
         ("layers.", "blocks."),
@@ -87,21 +87,24 @@ NAMES = OpenVLANames(
         ("expert.", f"{HEAD}model."),
         ("proprio_proj.", PROPRIO),
     ),
+    apart=(HEAD, PROPRIO),
 )
 
 
 def _is_table(name: str) -> bool:
-    return any(name == f"{tower}{table}" for tower in _TOWERS for table, _, _ in _TABLES)
+    return any(name == f"{tower}{table}" for tower in _TOWERS for table, _ in _TABLES)
 
 
 def read(tensors: Mapping[str, Tensor]) -> Translated:
     """Return the file's tensors under our names. No number is read."""
     plain = translate(tensors, NAMES)
-    weights = {
-        name: tensor[0] if _is_table(name) and tensor.ndim == 3 and len(tensor) == 1 else tensor
-        for name, tensor in plain.weights.items()
-    }
+    weights = {name: _table(tensor) if _is_table(name) else tensor for name, tensor in plain.weights.items()}
     return replace(plain, weights=weights)
+
+
+def _table(tensor: Tensor) -> Tensor:
+    """Return a table without its axis of size 1; one of another shape keeps a shape that `fit` refuses."""
+    return tensor[0] if tensor.ndim == 3 and len(tensor) == 1 else tensor[None]
 
 
 def written(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
