@@ -60,9 +60,12 @@ class DataRecipe:
     """Maximum number of training episodes of each task. 0: all."""
     statistics: Literal["checkpoint", "data"] = "checkpoint"
     """Normalisation statistics: the checkpoint's, or computed from the training episodes."""
-    normalisation: Literal["", "mean_std", "quantile", "groot_min_max", "groot_quantile"] = ""
+    normalisation: Literal[
+        "", "mean_std", "quantile", "groot_min_max", "groot_quantile", "openvla_min_max", "openvla_quantile"
+    ] = ""
     """How computed statistics normalise states and actions. Empty: the checkpoint's method, else the
-    family's: mean_std, or for GR00T groot_min_max, the range clipped to [-1, 1]."""
+    family's: mean_std, or for GR00T groot_min_max, the range clipped to [-1, 1], and for OpenVLA
+    openvla_quantile."""
     relative: Literal["card", "matching"] = "card"
     """Actions to learn minus the state at the chunk's start: as the card says, or "matching": each whose
     dimension has the state's name (absolute joint targets). A LeRobot dataset without a card says none."""

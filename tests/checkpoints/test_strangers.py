@@ -34,12 +34,6 @@ OTHERS = {
         "_groot_model.backbone.eagle_model.mlp1.0.weight",
         "_groot_model.action_head.state_encoder.layer1.W",
     ],
-    "OpenVLA": [
-        "vision_backbone.featurizer.blocks.0.attn.qkv.weight",
-        "vision_backbone.fused_featurizer.blocks.0.attn.qkv.weight",
-        "projector.fc1.weight",
-        "language_model.model.layers.0.mlp.up_proj.weight",
-    ],
     "OpenVLA-OFT's action head": ["module.model.mlp_resnet_blocks.0.ffn.0.weight", "module.model.fc1.weight"],
     "ACT": ["model.vae_encoder.layers.0.linear1.weight", "model.encoder.layers.0.linear1.weight"],
     "ACT (no VAE)": ["model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.weight"],

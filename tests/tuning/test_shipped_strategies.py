@@ -31,6 +31,9 @@ FAMILIES = [
 ]
 SIZES = [(f, size) for f in FAMILIES for size in importlib.import_module(f"vlafit.policies.{f}").SIZES]
 
+# `progressive` unfreezes six layers at a time, and before its last stage there is time for 18.
+TOO_DEEP = ("progressive", "openvla-oft")
+
 
 @functools.cache
 def on_meta(family: str, size: str) -> Policy:
@@ -43,6 +46,10 @@ def on_meta(family: str, size: str) -> Policy:
 @pytest.mark.parametrize("name", shipped.names("strategy"))
 def test_every_shipped_strategy_covers_every_family_and_size(name: str, family: str, size: str):
     policy, strategy = on_meta(family, size), load_strategy(name)
+    if (name, size) == TOO_DEEP:
+        with pytest.raises(StrategyError, match="stage 9 begins at 60% of the steps"):
+            strategy.expand(policy.parts())
+        return
     if size.endswith("-tiny") or name in (
         "openpi-lora",
         "full",

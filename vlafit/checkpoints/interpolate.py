@@ -149,13 +149,18 @@ def _differing(codec: Codec, base: Codec) -> list[str]:
         name
         for name in ("state", "action")
         if not _alike(_normaliser(codec, name), _normaliser(base, name))
-        or (name == "action" and codec.config.relative != base.config.relative)
+        or (
+            name == "action"
+            and (codec.config.relative, codec.config.unchanged)
+            != (base.config.relative, base.config.unchanged)
+        )
     ]
 
 
 def _normaliser(codec: Codec, name: str) -> Normaliser:
     method = codec.config.normalisation if name == "state" else codec.config.of_actions
-    return Normaliser.fit(codec.statistics[name], method)
+    unchanged = () if name == "state" else codec.config.unchanged
+    return Normaliser.fit(codec.statistics[name], method, unchanged)
 
 
 def _alike(one: Normaliser, other: Normaliser) -> bool:

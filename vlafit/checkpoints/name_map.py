@@ -12,13 +12,15 @@ class NameMap:
 
     `prefixes` are pairs (policy, file); the first that fits decides, and a name that none fits is the same on
     both sides. `ties` gives, for a policy's name, a further file name under which the same tensor may be
-    found. `unused` are tensors of the file that feed nothing.
+    found. `unused` are tensors of the file that feed nothing. `apart` are the beginnings of the file names of
+    modules that are not inside the model that peft wraps.
     """
 
     form: str
     prefixes: tuple[tuple[str, str], ...]
     ties: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def file_name(self, name: str) -> str:
         """Return the file's name for a policy's parameter."""

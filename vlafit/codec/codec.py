@@ -75,7 +75,7 @@ class Codec:
         self.action_text = self._made_action_text()
         """How actions are written as tokens; None where they are numbers."""
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
-        self._action = Normaliser.fit(self.statistics["action"], config.of_actions)
+        self._action = Normaliser.fit(self.statistics["action"], config.of_actions, config.unchanged)
         self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
         self._relative = np.flatnonzero(config.relative)
         self._prompts: dict[tuple[str, ...], tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}

@@ -7,7 +7,7 @@ from typing import Literal
 from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import FORMS, Prompt
-from vlafit.codec.statistics import Normalisation, Statistics
+from vlafit.codec.statistics import OPENVLA, Normalisation, Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
 from vlafit.types import Embodiment
@@ -47,6 +47,8 @@ class CodecConfig:
     """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
     action_tokens: ActionTokenConfig | None = None
     """How actions are written as tokens; None: they are numbers."""
+    unchanged: tuple[bool, ...] = ()
+    """For each action dimension: whether it is not normalised (OpenVLA's grippers). Empty: all are."""
 
     @property
     def of_actions(self) -> Normalisation:
@@ -114,6 +116,15 @@ def _require_dimensions(config: CodecConfig, robot: Embodiment, statistics: Mapp
     if config.relative and len(config.relative) != robot.action.shape[0]:
         raise CodecError(
             f"relative has {len(config.relative)} entries for {robot.action.shape[0]} action dimensions"
+        )
+    if config.unchanged and len(config.unchanged) != robot.action.shape[0]:
+        raise CodecError(
+            f"unchanged has {len(config.unchanged)} entries for {robot.action.shape[0]} action dimensions"
+        )
+    if any(config.unchanged) and config.of_actions not in OPENVLA:
+        raise CodecError(
+            f"codec config: unchanged has no effect with the normalisation {config.of_actions!r}; only "
+            f"{' and '.join(OPENVLA)} leave dimensions as they are"
         )
     beyond = [d for d, on in enumerate(config.relative) if on and d >= robot.state.shape[0]]
     if beyond:

@@ -19,8 +19,9 @@ from vlafit.types import Embodiment
 
 FORMAT = 1  # of codec.json with one embodiment, which has no number
 SEVERAL = 2  # of codec.json whose embodiments have numbers
-OWN = ("cameras", "normalisation", "action_normalisation", "relative")
+OWN = ("cameras", "normalisation", "action_normalisation", "relative", "unchanged")
 """Fields of the config that may differ between embodiments; the others describe the policy's input."""
+ADDED = {"unchanged"}  # fields that codecs of earlier versions lack
 KEYS = {
     FORMAT: {"format", "config", "embodiment", "statistics"},
     SEVERAL: {"format", "config", "embodiments"},
@@ -142,7 +143,7 @@ def _entry(
     number, own = value["id"], value["config"]
     if type(number) is not int or number < 0:
         raise CodecError(f"{where}: id must be a whole number from 0, is {number!r}")
-    if not isinstance(own, dict) or set(own) != set(OWN):
+    if not isinstance(own, dict) or not set(OWN) - ADDED <= set(own) <= set(OWN):
         have = sorted(own) if isinstance(own, dict) else type(own).__name__
         raise CodecError(f"{where}: config must have exactly the keys {sorted(OWN)}, there are {have}")
     if not isinstance(content["config"], dict) or not isinstance(value["statistics"], dict):

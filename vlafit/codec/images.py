@@ -8,15 +8,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Framing = Literal["openpi", "lerobot", "smolvla", "groot", "xvla"]
+Framing = Literal["openpi", "lerobot", "smolvla", "groot", "xvla", "openvla"]
 """A way to give an image the model's size, named after the reference that it was taken from, because
 codec.json stores the name. LeRobot's differ between its policies: "lerobot" is that of its pi0 and pi0.5.
-"groot" keeps no aspect: it makes the image square, cuts the middle out and enlarges that.
+"groot" keeps no aspect: it makes the image square, cuts the middle out and enlarges that,
+and so does "openvla", whose authors also send frames through JPEG, which is left out here.
 """
 GROOT_CROP = (
     230,
     256,
 )  # of the side, the middle that is left: GR00T N1.7's image_crop_size, image_target_size
+OPENVLA_CROP = 0.9  # of the area: openvla-oft, openvla_utils.py: center_crop_image
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[
     """
     if framing == "groot":
         return _middle(image, size)
+    if framing == "openvla":
+        return cut_middle(lanczos(image, size, size), OPENVLA_CROP**0.5)
     height, width = image.shape[:2]
     if height == size and width == size:
         return image
@@ -75,6 +79,41 @@ def _middle(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     side = groot_crop(size)
     first = (size - side) // 2
     return bicubic(square[first : first + side, first : first + side], size, size)
+
+
+def cut_middle(image: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
+    """Return the middle of `image` [h, w, 3], `share` of each side, enlarged to [h, w, 3].
+
+    As TensorFlow's crop_and_resize does with images in [0, 1], which are then scaled back to grey levels.
+    """
+    values: NDArray[np.float32] = image.astype(np.float32) / 255
+    for axis in (0, 1):
+        have = image.shape[axis]
+        at = np.linspace((1 - share) / 2, (1 + share) / 2, have) * (have - 1)
+        low = np.clip(at.astype(np.int64), 0, max(have - 2, 0))
+        part = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        first, second = values.take(low, axis), values.take(np.minimum(low + 1, have - 1), axis)
+        values = first + (second - first) * part
+    return np.floor(values * 255.5).clip(0, 255).astype(np.uint8)
+
+
+def lanczos(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Interpolate `image` [h, w, 3] with antialiasing, as TensorFlow's resize with "lanczos3"."""
+    values: NDArray[np.float32] = image.astype(np.float32)
+    for axis, wanted in ((0, height), (1, width)):
+        if values.shape[axis] != wanted:
+            weights = _lanczos_weights(values.shape[axis], wanted)
+            values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def _lanczos_weights(have: int, wanted: int) -> NDArray[np.float32]:
+    """Return weights [wanted, have]; a window of 3 lobes each way is as wide as the pixels that it joins."""
+    scale = have / wanted
+    distance = (np.arange(have) + 0.5 - (np.arange(wanted)[:, None] + 0.5) * scale) / max(scale, 1.0)
+    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def bicubic(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -3,7 +3,8 @@
 A form is named after the reference that it was taken from, because codec.json stores the name: pi0 and pi05
 are openpi's (models/tokenizer.py), pi0_fast is that of its FAST tokenizer, and
 pi0_fast_lerobot LeRobot's; line is LeRobot's: the instruction as it is, made to end in a newline,
-tokenised in one piece; groot is GR00T's, whose chat turn around the instruction is the policy's own.
+tokenised in one piece; groot is GR00T's, whose chat turn around the instruction is the policy's own; openvla
+is OpenVLA's, where Llama's tokenizer makes a token of the last space, which its authors add if it is missing.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Prompt = Literal["pi0", "pi05", "pi0_fast", "pi0_fast_lerobot", "text", "line", "groot"]
+Prompt = Literal["pi0", "pi05", "pi0_fast", "pi0_fast_lerobot", "text", "line", "groot", "openvla"]
 
 BIN_EDGES = np.linspace(-1, 1, 256 + 1)[:-1]  # openpi: 256 bins over [-1, 1]
 
@@ -68,6 +69,10 @@ def formal(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum() or c.isspace() or c == "_")
 
 
+def _as_question(instruction: str, _: NDArray) -> tuple[str, ...]:
+    return (f"In: What action should the robot take to {instruction.lower()}?\nOut: ",)
+
+
 _STATE_WORDS = ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",)
 
 FORMS: Mapping[Prompt, PromptForm] = {
@@ -87,6 +92,9 @@ FORMS: Mapping[Prompt, PromptForm] = {
     "text": PromptForm(lambda text, _: (text,)),
     "line": PromptForm(_as_line, ("\n",)),
     "groot": PromptForm(lambda text, _: (formal(text),)),
+    "openvla": PromptForm(
+        _as_question, ("In: What action should the robot take to ?\nOut: ",), begins_with_bos=True
+    ),
 }
 
 

@@ -22,11 +22,14 @@ Normalisation = Literal[
     "lerobot_min_max",
     "groot_quantile",
     "groot_min_max",
+    "openvla_quantile",
+    "openvla_min_max",
     "identity",
 ]
 """How a column is normalised. The first three have floors that keep nearly constant dimensions from
 exploding (the first two are openpi's); the others repeat what LeRobot did when it trained a checkpoint.
-GR00T's are clipped to [-1, 1] in both directions, and constant dimensions are 0."""
+GR00T's are clipped to [-1, 1] in both directions, and constant dimensions are 0; OpenVLA's are clipped where
+they are encoded only, and may leave some dimensions as they are."""
 
 NEEDED: dict[Normalisation, tuple[str, str]] = {
     "mean_std": ("mean", "std"),
@@ -37,6 +40,8 @@ NEEDED: dict[Normalisation, tuple[str, str]] = {
     "lerobot_min_max": ("min", "max"),
     "groot_quantile": ("q01", "q99"),
     "groot_min_max": ("min", "max"),
+    "openvla_quantile": ("q01", "q99"),
+    "openvla_min_max": ("min", "max"),
 }
 """The statistics that each way of normalising reads; the first two also look at min and max."""
 
@@ -47,6 +52,8 @@ FLOORED: Mapping[Normalisation, Normalisation] = {
 }
 """Another program's way of normalising -> vlafit's with a floor, which fitted statistics use."""
 
+OPENVLA: tuple[Normalisation, ...] = ("openvla_quantile", "openvla_min_max")
+OPENVLA_EPSILON = 1e-8  # openvla-oft, data_utils.py: 2 * (x - low) / (high - low + 1e-8) - 1
 LEROBOT_EPSILON = 1e-8  # LeRobot, normalize_processor.py: (x - mean) / (std + 1e-8); ranges of 0 become 1e-8
 EPSILON = 1e-6  # openpi, transforms.py: (x - mean) / (std + 1e-6), (x - q01) / (q99 - q01 + 1e-6) * 2 - 1
 FURTHEST = 50.0  # no recorded value is normalised to something further from the centre (see `Normaliser.fit`)
@@ -210,7 +217,8 @@ class Normaliser:
     """An invertible map of each dimension: ``encode(x) = (x - offset) / scale * gain - shift``.
 
     Where it is `clipped`, to [-1, 1], only what lies in the range comes back; a scale of 0 gives 0, and comes
-    back as the offset.
+    back as the offset. `clips_input` clips only what is encoded. Dimensions in `zeroed` become 0, those in
+    `unchanged` are left as they are.
     """
 
     offset: NDArray[np.float64]
@@ -218,10 +226,16 @@ class Normaliser:
     gain: float
     shift: float
     clipped: bool = False
+    clips_input: bool = False
+    zeroed: NDArray[np.bool_] | None = None
+    unchanged: NDArray[np.bool_] | None = None
 
     @classmethod
-    def fit(cls, statistics: Statistics, method: Normalisation) -> "Normaliser":
-        """Return the normaliser of `method`; only GR00T's clip.
+    def fit(
+        cls, statistics: Statistics, method: Normalisation, unchanged: Sequence[bool] = ()
+    ) -> "Normaliser":
+        """Return the normaliser of `method`; only GR00T's and OpenVLA's clip, and only the latter's leaves
+        the dimensions `unchanged` as they are.
 
         Of vlafit's ("mean_std": z-scores; "quantile": q01 to q99 mapped to [-1, 1]; "min_max": its range)
         the divisor is never so small that a *recorded* value would land further than 50 from the centre: a
@@ -248,6 +262,12 @@ class Normaliser:
                 return cls(one, np.where(other == one, LEROBOT_EPSILON, other - one), 2.0, 1.0)
             case "groot_quantile" | "groot_min_max":
                 return cls(one, other - one, 2.0, 1.0, clipped=True)
+            case "openvla_quantile" | "openvla_min_max":
+                low, high = statistics.min, statistics.max
+                zeroed = None if low is None or high is None else low == high
+                kept = np.asarray(unchanged, dtype=np.bool_) if any(unchanged) else None
+                scale = other - one + OPENVLA_EPSILON
+                return cls(one, scale, 2.0, 1.0, clips_input=True, zeroed=zeroed, unchanged=kept)
 
     def encode(self, values: NDArray) -> NDArray[np.float64]:
         """Normalise [..., d]."""
@@ -256,13 +276,19 @@ class Normaliser:
                 self.scale == 0, 1.0, self.scale
             ) * self.gain - self.shift
             return np.where(self.scale == 0, 0.0, scaled.clip(-1.0, 1.0))
-        return (values - self.offset) / self.scale * self.gain - self.shift
+        scaled = (values - self.offset) / self.scale * self.gain - self.shift
+        if self.clips_input:
+            scaled = scaled.clip(-1.0, 1.0)
+        if self.zeroed is not None:
+            scaled = np.where(self.zeroed, 0.0, scaled)
+        return scaled if self.unchanged is None else np.where(self.unchanged, values, scaled)
 
     def decode(self, values: NDArray) -> NDArray[np.float64]:
         """Undo `encode`."""
         if self.clipped:
             values = values.clip(-1.0, 1.0)
-        return (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset
+        decoded = (values.astype(np.float64) + self.shift) / self.gain * self.scale + self.offset
+        return decoded if self.unchanged is None else np.where(self.unchanged, values, decoded)
 
 
 def _constant(statistics: Statistics) -> NDArray[np.bool_]:

@@ -83,14 +83,21 @@ class DecoderLayer(nn.Module):
     """One layer; with `cross` it attends only to the earlier pass."""
 
     def __init__(
-        self, width: int, mlp: int, heads: int, kv_heads: int, head_dim: int, cross: bool = False
+        self,
+        width: int,
+        mlp: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        cross: bool = False,
+        eps: float = EPS,
     ) -> None:
         super().__init__()
         kind = CrossAttention if cross else Attention
         self.self_attn = kind(width, heads, kv_heads, head_dim)
         self.mlp = MLP(width, mlp)
-        self.input_layernorm = RMSNorm(width)
-        self.post_attention_layernorm = RMSNorm(width)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeysValues | None, output: bool = True
@@ -125,6 +132,7 @@ class Decoder(nn.Module):
         head_dim: int,
         self_every: int = 1,
         vocab: int | None = None,
+        eps: float = EPS,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -132,9 +140,9 @@ class Decoder(nn.Module):
         if vocab is not None:
             self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(
-            DecoderLayer(width, mlp, heads, kv_heads, head_dim, cross) for cross in self.crosses
+            DecoderLayer(width, mlp, heads, kv_heads, head_dim, cross, eps) for cross in self.crosses
         )
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, eps)
 
     def forward(
         self,

@@ -109,7 +109,7 @@ FARTHEST = 2**31 - 1  # whole numbers that no name marks as a size
 LONGEST = 64  # entries of a list: stages of a network
 LAYERS, IMAGES = ("depth", "layers", "blocks"), ("image_size",)
 SIZED = ("width", "mlp", "dim", "heads", "chunk", "tokens", "latent", "hidden", "channels", "patch",
-         "shuffle", "views", "domains", "prompts", "positions", "frames", "window")  # fmt: skip
+         "shuffle", "registers", "views", "domains", "prompts", "positions", "frames", "window")  # fmt: skip
 """Last words of the names of fields, joined by an underscore or whole."""
 
 

@@ -7,7 +7,7 @@ from vlafit import checkpoints
 from vlafit.agreement import Agreement, same_actions
 from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.statistics import FLOORED
+from vlafit.codec.statistics import FLOORED, OPENVLA
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
 from vlafit.datasets.statistics_cache import statistics_of
@@ -40,6 +40,8 @@ def fit_codec(
             'make it ""'
         )
     config = fitted_config(recipe, policy, old, agreement, form)
+    if len(config.unchanged) != data.embodiment.action.shape[0]:  # a mask of another robot's grippers
+        config = replace(config, unchanged=())
     try:
         statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
         number = None if old is None else old.embodiment_id
@@ -89,6 +91,8 @@ def fitted_config(
             config = replace(
                 config, normalisation=states, action_normalisation=actions if actions != states else None
             )
+        if config.of_actions in OPENVLA:
+            config = replace(config, unchanged=kept.unchanged)
     return config
 
 

@@ -19,6 +19,7 @@ from vlafit.checkpoints.formats.hf_transformers import format as hf_transformers
 from vlafit.checkpoints.formats.lerobot import format as lerobot
 from vlafit.checkpoints.formats.native import format as native
 from vlafit.checkpoints.formats.openpi import format as openpi
+from vlafit.checkpoints.formats.openvla import format as openvla
 from vlafit.checkpoints.formats.peft import format as peft
 from vlafit.checkpoints.options import OptionTable
 from vlafit.entry_points import import_outside, is_module, note_outside, offered
@@ -33,6 +34,7 @@ BUILT_IN: tuple[Format, ...] = (
     lerobot_groot.FORMAT,
     lerobot.FORMAT,
     groot.FORMAT,
+    openvla.FORMAT,
     hf_transformers.FORMAT,
     openpi.FORMAT,
 )

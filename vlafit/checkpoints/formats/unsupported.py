@@ -9,7 +9,6 @@ from vlafit.errors import WeightsError
 # Each is an attribute in the family's own code, which the comment names.
 KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("GR00T", ("action_head.", "backbone.eagle_model.")),  # gr00t/model: gr00t_n1.py, eagle_backbone.py
-    ("OpenVLA", ("vision_backbone.featurizer.", "language_model.model.layers.")),  # modeling_prismatic.py
     ("OpenVLA-OFT's action head", ("mlp_resnet_blocks.",)),  # action_heads.py: a file of its own
     ("ACT", ("model.vae_encoder.",)),  # LeRobot's modeling_act.py
     ("ACT", ("model.encoder.layers.0.self_attn.in_proj_weight", "model.action_head.")),  # without its VAE

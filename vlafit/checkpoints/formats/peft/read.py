@@ -248,7 +248,12 @@ class PeftAdapters(StoredAdapters):
 def _modules(policy: Policy, names: NameMap) -> dict[str, str]:
     """Return, for every layer of the policy that could carry an adapter, the other program's module."""
     weights = [name for name, _ in policy.named_parameters() if layer_kind(policy, name)]
-    return {name.removesuffix(".weight"): names.file_name(name).removesuffix(".weight") for name in weights}
+    modules = {name: names.file_name(name).removesuffix(".weight") for name in weights}
+    return {
+        name.removesuffix(".weight"): module
+        for name, module in modules.items()
+        if not module.startswith(names.apart)
+    }
 
 
 def _targets(modules: Mapping[str, str], config: Mapping[str, Any], path: Path) -> list[str]:

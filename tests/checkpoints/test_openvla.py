@@ -1,0 +1,269 @@
+"""OpenVLA's folders: OFT's files beside the weights, statistics by name, adapters, export and damage."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import vlafit
+from tests.checkpoints.test_damage import DAMAGES, _mix
+from tests.policies.test_openvla import FIXTURE, KEYS, recorded
+from vlafit import checkpoints
+from vlafit.checkpoints.export import export
+from vlafit.checkpoints.formats.openvla import names
+from vlafit.checkpoints.pickles import convert
+from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
+from vlafit.errors import CodecError, WeightsError
+from vlafit.nn.rng import sample_rng
+from vlafit.policies import openvla
+
+UNTOLD = {"chunk": 8, "vision.dino.heads": 2, "vision.siglip.heads": 2}  # what no file records
+CAMERAS = {"openvla.cameras": ["front", "wrist"]}
+FILES = {
+    "action_head_l1": "action_head--10_checkpoint",
+    "proprio_projector": "proprio_projector--10_checkpoint",
+}
+TRIALS = 15
+
+
+def write(folder: Path) -> Path:
+    """Lay the recorded policy out as OFT does, its component files already converted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "dataset_statistics.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copy(FIXTURE / name, folder)
+    for name, file in FILES.items():
+        tensors = {f"module.{n}": t for n, t in load_file(FIXTURE / f"{name}.safetensors").items()}
+        save_file(tensors, folder / f"{file}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("oft") / "whole")
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return train_word_tokenizer(["put the bowl on the plate"], 300)
+
+
+@pytest.fixture(scope="module")
+def io() -> dict[str, Tensor]:
+    return load_file(FIXTURE / "io.safetensors")
+
+
+def test_a_folder_with_ofts_files_answers_as_recorded_in_the_robots_units(whole: Path, words, io):
+    loaded = checkpoints.load(whole, config=UNTOLD | CAMERAS, tokenizer=words, assets="tiny_no_noops")
+    assert (loaded.report.form, loaded.report.family, loaded.report.unused) == ("OpenVLA", "openvla", ())
+    policy, codec = loaded.policy, loaded.codec
+    assert isinstance(policy, openvla.OpenVLA) and codec is not None
+    assert policy.config.proprio and not policy.config.film
+    assert codec.config.normalisation == "openvla_quantile"
+    assert codec.config.unchanged == (False,) * 6 + (True,)
+    answers = policy.act(recorded(io), sample_rng(KEYS[:2], seed=0)).double().numpy()
+    for row in range(2):
+        decoded = codec._action.decode(answers[row])
+        np.testing.assert_allclose(decoded, io[f"predict.l1.{row}"].numpy(), rtol=0, atol=1e-4)
+
+
+def test_what_no_file_records_is_asked_for_by_its_key(whole: Path, words):
+    for key in UNTOLD:
+        with pytest.raises(WeightsError, match=key):
+            vlafit.load_policy(whole, config={k: v for k, v in UNTOLD.items() if k != key})
+    loaded = checkpoints.load(whole, config=UNTOLD)
+    assert loaded.codec is None and "openvla.cameras" in str(loaded.report)
+    with pytest.raises(WeightsError, match="'tiny_no_noop'.*tiny_no_noops"):
+        checkpoints.load(whole, config=UNTOLD | CAMERAS, tokenizer=words, assets="tiny_no_noop")
+
+
+def test_of_several_datasets_statistics_are_chosen_by_name(whole: Path, words, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "several")
+    path = folder / "dataset_statistics.json"
+    values = json.loads(path.read_text())
+    other = json.loads(json.dumps(values["tiny_no_noops"]))
+    other["action"]["q99"][0] = 5.0
+    path.write_text(json.dumps(values | {"other": other}))
+    with pytest.raises(WeightsError, match="tiny_no_noops, other"):
+        checkpoints.load(folder, config=UNTOLD | CAMERAS, tokenizer=words)
+    codec = checkpoints.load(folder, config=UNTOLD | CAMERAS, tokenizer=words, assets="other").codec
+    assert codec is not None and codec.statistics["action"].array("q99")[0] == 5.0
+    del other["action"]["q01"]
+    path.write_text(json.dumps({"other": other}))
+    with pytest.raises(CodecError, match="statistics of other: action.*q01"):
+        checkpoints.load(folder, config=UNTOLD | CAMERAS, tokenizer=words)
+
+
+def test_a_component_that_is_a_pickle_is_refused_with_the_command_that_converts_it(
+    whole: Path, tmp_path: Path
+):
+    folder = shutil.copytree(whole, tmp_path / "pickled")
+    file = folder / f"{FILES['action_head_l1']}.safetensors"
+    pickle = file.with_suffix(".pt")
+    torch.save(load_file(file), pickle)
+    file.unlink()
+    with pytest.raises(WeightsError) as caught:
+        vlafit.load_policy(folder, config=UNTOLD)
+    assert f"vlafit convert-pickle {pickle} --out {file}" in str(caught.value)
+    convert(pickle, file)
+    assert vlafit.load_policy(folder, config=UNTOLD).config.chunk == 8  # the pickle beside it is not opened
+    shutil.copy(file, folder / "action_head--20_checkpoint.safetensors")
+    with pytest.raises(WeightsError, match="action_head is there of several steps, 10, 20"):
+        vlafit.load_policy(folder, config=UNTOLD)
+
+
+def test_the_diffusion_head_and_settings_that_are_not_computed_are_refused(whole: Path, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "other")
+    extra = folder / "noisy_action_projector--10_checkpoint.safetensors"
+    save_file({"fc1.weight": torch.zeros(4, 1)}, extra)
+    with pytest.raises(WeightsError, match="diffusion head"):
+        vlafit.load_policy(folder, config=UNTOLD)
+    extra.unlink()
+    values = json.loads((folder / "config.json").read_text())
+    for change, key in (
+        ({"arch_specifier": "linear"}, "arch_specifier"),
+        ({"image_sizes": [42, 56]}, "image_sizes"),
+    ):
+        (folder / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(WeightsError, match=key):
+            vlafit.load_policy(folder, config=UNTOLD)
+
+
+def test_film_and_its_towers_come_from_the_file_that_oft_saves_them_in(whole: Path, tmp_path: Path, io):
+    folder = shutil.copytree(whole, tmp_path / "film")
+    towers = {n: t for n, t in load_file(FIXTURE / "model.safetensors").items() if n.startswith("vision_")}
+    wrapped = {
+        n.replace(".blocks.0.", ".blocks.0.block.")
+        .replace(".blocks.1.", ".blocks.1.block.")
+        .replace(".blocks.2.", ".blocks.2.block."): t
+        for n, t in towers.items()
+    }
+    tensors = wrapped | load_file(FIXTURE / "film.safetensors")
+    save_file(
+        {f"module.{n}": t for n, t in tensors.items()}, folder / "vision_backbone--10_checkpoint.safetensors"
+    )
+    policy = vlafit.load_policy(folder, config=UNTOLD)
+    assert policy.config.film
+    mean = io["film.average_language_embedding"]
+    with torch.no_grad():
+        error = (policy.predict(recorded(io), mean) - io["in.actions"]).abs().mean()
+    assert error.item() == pytest.approx(io["film.l1_loss"].item(), rel=1e-6)
+
+
+def test_a_base_without_a_head_starts_one_afresh(whole: Path, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "base")
+    for file in FILES.values():
+        (folder / f"{file}.safetensors").unlink()
+    own = {"expert.width": 48, "expert.blocks": 2, "state_dim": 8, "action_dim": 7, "proprio": True}
+    loaded = checkpoints.load(folder, config=UNTOLD | own, fresh=["expert", "projections"])
+    assert {name.split(".")[0] for name in loaded.report.fresh} == {"expert", "proprio_proj"}
+
+
+def adapters(folder: Path, base: Path) -> dict[str, Tensor]:
+    """Write adapters on all that OFT's "all-linear" reaches: convolutions, output layer, unused blocks."""
+    folder.mkdir()
+    weights = load_file(base / "model.safetensors")
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    modules = [
+        n.removesuffix(".weight") for n, t in weights.items() if n.endswith(".weight") and t.ndim in (2, 4)
+    ]
+    for module in modules:
+        if module.endswith("embed_tokens"):
+            continue
+        shape = weights[f"{module}.weight"].shape
+        inner, outer = (shape[1:], (1, 1)) if len(shape) == 4 else (shape[1:], ())
+        tensors[f"base_model.model.{module}.lora_A.weight"] = (
+            torch.randn(4, *inner, generator=generator) * 0.1
+        )
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (
+            torch.randn(shape[0], 4, *outer, generator=generator) * 0.1
+        )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = [
+        "qkv",
+        "proj",
+        "q",
+        "kv",
+        "fc1",
+        "fc2",
+        "fc3",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "lm_head",
+    ]
+    targets += ["gate_proj", "up_proj", "down_proj"]
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "lora_dropout": 0.0, "bias": "none"}
+    described |= {
+        "init_lora_weights": "gaussian",
+        "base_model_name_or_path": "openvla/openvla-7b",
+        "target_modules": targets,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return tensors
+
+
+def test_ofts_adapters_are_merged_as_oft_merges_them(whole: Path, tmp_path: Path):
+    tensors = adapters(tmp_path / "lora_adapter", whole)
+    policy = vlafit.load_policy(tmp_path / "lora_adapter", base=whole, config=UNTOLD)
+    merged = vlafit.merge(policy)
+    weights = load_file(whole / "model.safetensors")
+    adapted = 0
+    for info in merged.parts():
+        module = names.NAMES.file_name(info.name).removesuffix(".weight")
+        a = tensors.get(f"base_model.model.{module}.lora_A.weight")
+        value = names.written({info.name: merged.get_parameter(info.name)})[names.NAMES.file_name(info.name)]
+        if a is None or info.dead:
+            continue
+        b = tensors[f"base_model.model.{module}.lora_B.weight"]
+        expected = weights[f"{module}.weight"] + 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(value)
+        torch.testing.assert_close(value.detach(), expected, rtol=0, atol=1e-6)
+        adapted += 1
+    assert adapted == 2 * 2 * 4 + 2 + 3 + 3 * 7  # two blocks of each tower, patches, projector, decoder
+
+
+def test_an_export_reads_back_the_same_and_says_what_oft_needs(whole: Path, words, tmp_path: Path):
+    source = checkpoints.load(whole, config=UNTOLD | CAMERAS, tokenizer=words)
+    vlafit.save_checkpoint(source.policy, tmp_path / "native", source.codec)
+    export(tmp_path / "native", "openvla", tmp_path / "out")
+    again = checkpoints.load(tmp_path / "out")  # our table in config.json records what OpenVLA does not
+    assert again.policy.config == source.policy.config
+    for (name, one), other in zip(source.policy.named_parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert again.codec is not None and source.codec is not None
+    assert again.codec.config == source.codec.config
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(whole / "model.safetensors")
+    assert set(stored) == set(original) and all(torch.equal(stored[n], t) for n, t in original.items())
+    said = json.loads((tmp_path / "out" / "dataset_statistics.json").read_text())["tiny_no_noops"]
+    meant = json.loads((whole / "dataset_statistics.json").read_text())["tiny_no_noops"]
+    assert said["action"] == meant["action"] and said["proprio"] == meant["proprio"]
+    (tmp_path / "out" / "codec.json").unlink()
+    (tmp_path / "out" / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "out" / "config.json").read_text()))
+    )
+    read = checkpoints.load(tmp_path / "out", config=CAMERAS, tokenizer=words).codec
+    assert read is not None and read.config == source.codec.config
+
+
+def test_every_damage_to_a_folder_is_caught(whole: Path, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    files = ["model.safetensors", *(f"{file}.safetensors" for file in FILES.values())]
+    for trial in range(TRIALS):
+        rng = random.Random(trial)
+        file = rng.choice(files)
+        tensors = load_file(whole / file)
+        damage = rng.choice([one for one in DAMAGES if one is not _mix])
+        name = damage(tensors, rng, {})
+        save_file({n: t.clone() for n, t in tensors.items()}, folder / file)
+        with pytest.raises(WeightsError) as caught:
+            vlafit.load_policy(folder, config=UNTOLD)
+        assert name.removeprefix("module.") in str(caught.value), (trial, damage, name)
+        shutil.copy(whole / file, folder / file)
+    vlafit.load_policy(folder, config=UNTOLD)

@@ -1,0 +1,170 @@
+"""Find the files of an OpenVLA folder, and read its config.json.
+
+OFT keeps action head, state projection and FiLM in files of their own, which are pickles: they are refused
+with the command that converts them. Nothing records the chunk, nor how many cameras a policy has.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlafit.checkpoints.tensor_files import beside, open_tensors, read_json_if_present
+from vlafit.checkpoints.voting import Stated
+from vlafit.errors import WeightsError
+
+MODEL_TYPE = "openvla"
+TIMM = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
+OWN = "vlafit"  # table of config.json with what OpenVLA's programs do not record
+COMPONENT = re.compile(r"(?P<module>\w+?)--(?P<step>[\w-]+)_checkpoint\.(pt|safetensors)")
+PREFIXES = {"action_head": "action_head.", "proprio_projector": "proprio_projector.", "vision_backbone": ""}
+COMPUTED: dict[str, object] = {  # what vlafit computes; a key that is not there is silent
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive",
+    "n_action_bins": 256,
+    "timm_model_ids": list(TIMM),
+    "text_config.model_type": "llama",
+    "text_config.hidden_act": "silu",
+    "text_config.rope_theta": 10000.0,
+    "text_config.rope_scaling": None,
+    "text_config.attention_bias": False,
+    "text_config.tie_word_embeddings": False,
+}
+SIZES_OF = {
+    "text_config.hidden_size": "language.width",
+    "text_config.intermediate_size": "language.mlp",
+    "text_config.num_hidden_layers": "language.depth",
+    "text_config.vocab_size": "language.vocab",
+}
+HEADS, EPS, EOS = 32, 1e-6, 2  # transformers' LlamaConfig where text_config is silent
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Return config.json; empty where there is none of OpenVLA. Raises WeightsError if it is damaged."""
+    values = read_json_if_present(folder / "config.json")
+    return values if values is not None and values.get("model_type") == MODEL_TYPE else {}
+
+
+def at(values: Mapping[str, Any], key: str, default: object = None) -> Any:
+    """Return the value at a dotted key."""
+    inside: Any = values
+    for word in key.split("."):
+        if not isinstance(inside, Mapping) or word not in inside:
+            return default
+        inside = inside[word]
+    return inside
+
+
+def evidence(folder: Path) -> tuple[dict[str, Any], list[Stated]]:
+    """Return config values and stated sizes of config.json. Raises WeightsError for what is not computed."""
+    path, values = folder / "config.json", read_config(folder)
+    for key, computed in COMPUTED.items():
+        value = at(values, key, computed)
+        if value != computed:
+            raise WeightsError(f"{path}: {key} is {value!r}; only {computed!r} is supported here")
+    heads = _whole(path, values, "text_config.num_attention_heads", HEADS)
+    eps = at(values, "text_config.rms_norm_eps", EPS)
+    if type(eps) is not float or not 0 < eps < 1:
+        raise WeightsError(f"{path}: text_config.rms_norm_eps is {eps!r}; it must lie between 0 and 1")
+    language = {
+        "heads": heads,
+        "kv_heads": _whole(path, values, "text_config.num_key_value_heads", heads),
+        "eps": eps,
+    }
+    stated = [
+        Stated(field, _whole(path, values, key, 0), f"{path.name} ({key})")
+        for key, field in SIZES_OF.items()
+        if at(values, key) is not None
+    ]
+    sides = at(values, "image_sizes")
+    if sides is not None:
+        if not isinstance(sides, list) or len(set(map(str, sides))) != 1 or type(sides[0]) is not int:
+            raise WeightsError(f"{path}: image_sizes is {sides!r}; both towers must see the same squares")
+        stated.append(Stated("vision.image_size", sides[0], f"{path.name} (image_sizes)"))
+    own = at(values, OWN, {})
+    if not isinstance(own, Mapping):
+        raise WeightsError(f"{path}: {OWN} is {own!r}; it must be a table")
+    eos = _whole(path, values, "text_config.eos_token_id", EOS)
+    made: dict[str, Any] = {"language": language, "eos": eos}
+    for key in ("chunk", "max_tokens", "vision.dino.heads", "vision.siglip.heads"):
+        if key in own:
+            _put(made, key, _whole(path, {OWN: own}, f"{OWN}.{key}", 0, own[key]))
+    return made, stated
+
+
+def _put(values: dict[str, Any], key: str, value: int) -> None:
+    *tables, leaf = key.split(".")
+    for word in tables:
+        values = values.setdefault(word, {})
+    values[leaf] = value
+
+
+def _whole(path: Path, values: Mapping[str, Any], key: str, default: int, value: Any = None) -> int:
+    value = at(values, key, default) if value is None else value
+    if type(value) is not int or value < 1:
+        raise WeightsError(f"{path}: {key} is {value!r}; it must be a whole number above 0")
+    return value
+
+
+def components(folder: Path) -> dict[str, Path]:
+    """Return OFT's component files by module, all as safetensors.
+
+    Raises WeightsError for a pickle that is not converted, several files of a module, and a module that
+    vlafit does not have (the diffusion head's).
+    """
+    named: dict[str, dict[str, set[str]]] = {}
+    for file in sorted(folder.iterdir()):
+        match = COMPONENT.fullmatch(file.name)
+        if match:
+            named.setdefault(match["module"], {}).setdefault(match["step"], set()).add(file.suffix)
+    chosen = {}
+    for module, steps in named.items():
+        if module not in PREFIXES:
+            raise WeightsError(
+                f"{folder}: holds {module}--{min(steps)}_checkpoint, of OpenVLA-OFT's diffusion head, which "
+                "vlafit does not have; only checkpoints with the L1 head are read"
+            )
+        if len(steps) > 1:
+            raise WeightsError(
+                f"{folder}: {module} is there of several steps, {', '.join(sorted(steps))}; move the files "
+                "that you do not mean out of the folder"
+            )
+        ((step, suffixes),) = steps.items()
+        file = f"{module}--{step}_checkpoint"
+        if ".safetensors" not in suffixes:
+            pickle = folder / f"{file}.pt"
+            raise WeightsError(
+                f"{pickle}: a pickle, which could run any program. Convert it safely, then load again: "
+                f"vlafit convert-pickle {pickle} --out {folder / file}.safetensors"
+            )
+        chosen[module] = beside(folder / "config.json", f"{file}.safetensors")
+    return chosen
+
+
+def component_tensors(module: str, file: Path) -> dict[str, Tensor]:
+    """Return a component's tensors as they are called in one file with the others."""
+    prefix = PREFIXES[module]
+    return unwrapped(
+        {prefix + name.removeprefix("module."): t for name, t in open_tensors([file]).items()}, str(file)
+    )
+
+
+def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return tensors by their plain names. Raises WeightsError where two have the same."""
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if plain(name) in made:
+            raise WeightsError(
+                f"{where}: {plain(name)} is there twice, with and without FiLM's wrapper: {name}"
+            )
+        made[plain(name)] = tensor
+    return made
+
+
+def plain(name: str) -> str:
+    """Return the name of a tensor without the words that FiLM's wrappers add to those of the towers."""
+    name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.", 1)
+    return re.sub(r"^(vision_backbone\.\w+\.blocks\.\d+)\.block\.", r"\1.", name)

@@ -1,0 +1,221 @@
+"""OpenVLA's folders, with OFT's component files beside them; written back in the same layout."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.native.read import CODEC
+from vlafit.checkpoints.formats.openvla import files as layout
+from vlafit.checkpoints.formats.openvla import names, statistics
+from vlafit.checkpoints.infer import ConfigEvidence
+from vlafit.checkpoints.name_map import NameMap
+from vlafit.checkpoints.options import LoadOptions, OptionTable
+from vlafit.codec import Codec, CodecSet, Tokenizer
+from vlafit.codec import tokenizer as tokenizers
+from vlafit.codec.statistics import OPENVLA
+from vlafit.errors import WeightsError
+from vlafit.nn.policy import Policy
+from vlafit.policies.openvla import OpenVLA
+
+MAX_TOKENS = 96  # of a prompt; no program limits it
+STEP = "vlafit"  # in the names of component files, where OFT has the training step
+COMPONENTS = {"action_head": names.HEAD, "proprio_projector": names.PROPRIO}
+
+
+class OpenVLAAdapters(AdapterSupport):
+    """peft puts adapters on the modules of OpenVLA's class."""
+
+    def names(self, family: str) -> NameMap | None:
+        """Return the names of the modules in memory."""
+        return names.NAMES if family == "openvla" else None
+
+    def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
+        """Say which layers are none of the base's, to which OFT adds adapters only."""
+        own = [one for one in layers if not one.startswith(("vision.", "projector.", "language."))]
+        films = [one for one in layers if ".film." in one]
+        return [f"{(own + films)[0]} is in a file of its own there: add --merge"] if own or films else []
+
+
+class OpenVLAFormat(Format):
+    """The checkpoints that OpenVLA and OpenVLA-OFT publish and save."""
+
+    name = names.FORM
+    target = "openvla"
+    files = ("*--*_checkpoint.pt", "tokenizer.model")
+    options = (
+        OptionTable(
+            "openvla", "OpenVLA's checkpoints: the cameras and bounds of a codec, which none records"
+        ),
+    )
+    layouts = {"OpenVLA": ("vision_backbone.", "language_model.model.layers.")}  # noqa: RUF012
+    adapters = OpenVLAAdapters()
+
+    def detect(self, files: CheckpointFiles) -> bool:
+        """Whether the tensor names are OpenVLA's."""
+        return names.recognise(files.tensor_names)
+
+    def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
+        """Translate the names of the base and OFT's files, and read config.json."""
+        tensors = layout.unwrapped(files.tensors, str(files.path))
+        parts = layout.components(files.folder)
+        for module, file in parts.items():
+            more = layout.component_tensors(module, file)
+            twice = sorted(set(more) & set(tensors)) if module != "vision_backbone" else []
+            if twice:
+                raise WeightsError(f"{file}: tensor {twice[0]!r} is also in another file of the checkpoint")
+            tensors |= more
+        values, stated = layout.evidence(files.folder)
+        values.setdefault("max_tokens", MAX_TOKENS)
+        values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
+        values["film"] = any(".blocks.0.scale." in name for name in tensors)
+        notes = []
+        if not any(name.startswith(names.HEAD) for name in tensors):
+            notes.append('there is no action head: train one with policy.fresh = ["expert"]')
+        own = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
+        return OpenedCheckpoint(
+            str(files.path),
+            self,
+            "openvla",
+            names.read(tensors),
+            ConfigEvidence(values, stated, fixed=("max_tokens", "eos")),
+            codec_folder=files.folder,
+            own_codec=own,
+            notes=tuple(notes),
+        )
+
+    def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
+        """Return our own codec where it lies beside, else that of the statistics that the caller chooses."""
+        where, table = opened.path, options.config.table("openvla")
+        if opened.own_codec is not None:
+            options.config.refuse("openvla", where, "codec.json lies beside the weights")
+            return super().codec(opened, policy, options)
+        assert opened.codec_folder is not None
+        available = statistics.sets(opened.codec_folder)
+        words = _tokenizer(opened.codec_folder, options)
+        chosen = statistics.parse_options(table, where)
+        lacks = [
+            *(["statistics (dataset_statistics.json)"] if not available else []),
+            *(["a tokenizer: give one"] if words is None else []),
+            *(
+                ["the names of its cameras: give config {'openvla.cameras': [...]}"]
+                if not chosen.cameras
+                else []
+            ),
+        ]
+        if lacks or words is None:
+            reason = f"the checkpoint lacks {'; and '.join(lacks)}"
+            if options.assets is not None or table:
+                raise WeightsError(f"{where}: {reason}")
+            return ChosenCodec(None, reason)
+        name = statistics.choose(available, options.assets, where)
+        codec = statistics.make_codec(name, available[name], policy.needs(), words, chosen, where)
+        require_vocabulary(codec, policy, where)
+        return ChosenCodec(codec, notes=(f"statistics of {name}",))
+
+    def declaration(self, files: CheckpointFiles) -> Declaration:
+        """Return the names of the statistics; the files do not describe the robot."""
+        return Declaration(
+            says_relative=False,
+            says_frame_sizes=False,
+            named_statistics=tuple(statistics.sets(files.folder)),
+        )
+
+    def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
+        """Say what OpenVLA-OFT's files cannot hold."""
+        if not isinstance(policy, OpenVLA):
+            return ["it only holds OpenVLA-OFT"]
+        if codec is None:
+            return []
+        c, reasons = codec.config, []
+        for what, method in (("states", c.normalisation), ("actions", c.of_actions)):
+            if method not in OPENVLA:
+                reasons.append(f"it normalises {what} by {' or '.join(OPENVLA)}, this codec by {method}")
+        if (c.prompt, c.framing) != ("openvla", "openvla"):
+            reasons.append(f"its prompts and frames are its own, this codec's are {c.prompt} and {c.framing}")
+        if any(c.relative):
+            reasons.append("its actions are never relative to the state")
+        return reasons
+
+    def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
+        """Write config.json, weights, OFT's files as safetensors, statistics, and our codec."""
+        assert isinstance(policy, OpenVLA)
+        tensors = names.written({n: p.detach().cpu() for n, p in policy.named_parameters()})
+        saved = []
+        for module, prefix in COMPONENTS.items():
+            own = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+            if own:
+                saved.append(f"{module}--{STEP}_checkpoint")
+                save_file({n: t.contiguous() for n, t in own.items()}, folder / f"{saved[-1]}.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+        described = describe(policy)
+        notes = [
+            "OpenVLA-OFT reads pickles: torch.save(safetensors.torch.load_file('X.safetensors'), 'X.pt') "
+            f"for {' and '.join(saved)}"
+        ]
+        if codec is None:
+            notes.append("there is no codec: states and actions are in the units that the policy takes")
+        else:
+            codec.save(folder)
+            text = statistics.written(codec)
+            (folder / statistics.FILE).write_text(text, encoding="utf-8")
+            described["norm_stats"] = json.loads(text)
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        return tuple(notes)
+
+
+def describe(policy: OpenVLA) -> dict[str, object]:
+    """Return config.json: what OpenVLA's class reads, and in a table of ours what it does not record."""
+    c, lang = policy.config, policy.config.language
+    side = c.vision.image_size
+    return {
+        "model_type": layout.MODEL_TYPE,
+        "architectures": ["OpenVLAForActionPrediction"],
+        "arch_specifier": layout.COMPUTED["arch_specifier"],
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "hf_llm_id": "meta-llama/Llama-2-7b-hf",
+        "use_fused_vision_backbone": True,
+        "image_resize_strategy": "resize-naive",
+        "image_sizes": [side, side],
+        "timm_model_ids": list(layout.TIMM),
+        "timm_override_act_layers": [None, None],
+        "n_action_bins": 256,
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": lang.width,
+            "intermediate_size": lang.mlp,
+            "num_hidden_layers": lang.depth,
+            "num_attention_heads": lang.heads,
+            "num_key_value_heads": lang.kv_heads,
+            "rms_norm_eps": lang.eps,
+            "vocab_size": lang.vocab,
+            "eos_token_id": c.eos,
+        },
+        layout.OWN: {
+            "chunk": c.chunk,
+            "max_tokens": c.max_tokens,
+            **{f"vision.{t}.heads": asdict(c.vision)[t]["heads"] for t in ("dino", "siglip")},
+        },
+    }
+
+
+def _tokenizer(folder: Path, options: LoadOptions) -> Tokenizer | None:
+    """Return the caller's tokenizer, else the one in the folder."""
+    words = options.open_tokenizer()
+    if words is None:
+        own = next(
+            (folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None
+        )
+        words = None if own is None else tokenizers.load(own)
+    return words
+
+
+FORMAT = OpenVLAFormat()

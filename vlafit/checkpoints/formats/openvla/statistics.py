@@ -1,0 +1,122 @@
+"""Turn the statistics of an OpenVLA folder into a codec: one set for each dataset, chosen by its name.
+
+The files tell neither the cameras nor the robot's rate and control mode.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlafit import config as configuration
+from vlafit.checkpoints.formats.openvla.files import read_config
+from vlafit.checkpoints.tensor_files import read_json_if_present
+from vlafit.codec import Codec, CodecConfig
+from vlafit.codec.statistics import Statistics
+from vlafit.codec.tokenizer import Tokenizer
+from vlafit.errors import CodecError, WeightsError, did_you_mean
+from vlafit.nn.policy import Needs
+from vlafit.types import Embodiment, Feature
+
+FILE = "dataset_statistics.json"
+ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """Settings that the files do not record: the table `openvla` of `load`'s config."""
+
+    cameras: tuple[str, ...] = ()
+    """Names of the cameras in order, the third person's first."""
+    normalisation: Literal["openvla_quantile", "openvla_min_max"] = "openvla_quantile"
+    """openvla_min_max is OFT's for ALOHA."""
+
+
+def sets(folder: Path) -> Mapping[str, Any]:
+    """Return the sets of statistics by dataset: of dataset_statistics.json, else of config.json."""
+    values = read_json_if_present(folder / FILE)
+    found = read_config(folder).get("norm_stats", {}) if values is None else values
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{folder}: norm_stats is no table of datasets but {type(found).__name__}")
+    return found
+
+
+def choose(available: Mapping[str, Any], name: str | Path | None, where: str) -> str:
+    """Return the dataset that `name` means, without one the only one. Raises WeightsError otherwise."""
+    if name is None and len(available) == 1:
+        return next(iter(available))
+    if name is None:
+        raise WeightsError(
+            f"{where}: statistics of several datasets ({', '.join(available)}); say which, such as "
+            f"{min(available)!r}: policy.assets in a recipe, --policy.assets for train, assets= in Python"
+        )
+    if str(name) not in available:
+        raise WeightsError(
+            f"{where}: there are no statistics of {str(name)!r}{did_you_mean(str(name), available)}"
+        )
+    return str(name)
+
+
+def make_codec(
+    name: str, values: Any, needs: Needs, words: Tokenizer, options: CodecOptions, where: str
+) -> Codec:
+    """Return the codec of the set of statistics called `name`. Raises CodecError where it is malformed."""
+    made, masks = {}, {}
+    for column, key in (("state", "proprio"), ("action", "action")):
+        here = f"{where}: statistics of {name}: {key}"
+        numbers = values.get(key) if isinstance(values, Mapping) else None
+        if not isinstance(numbers, Mapping):
+            raise CodecError(f"{here}: not there")
+        arrays = {n: numbers.get(n) for n in ARRAYS}
+        if missing := [n for n, array in arrays.items() if array is None]:
+            raise CodecError(f"{here}: {', '.join(missing)} not there; copy or download the file again")
+        made[column] = Statistics.from_json({"count": 0, **arrays}, here)
+        mask = numbers.get("mask", [True] * made[column].dimensions)
+        if not isinstance(mask, list) or [type(one) for one in mask] != [bool] * made[column].dimensions:
+            raise CodecError(f"{here}: mask is {mask!r}; it must say true or false of each dimension")
+        masks[column] = tuple(not one for one in mask)
+    if any(masks["state"]):
+        raise CodecError(f"{where}: statistics of {name}: proprio: OpenVLA-OFT ignores its mask; remove it")
+    size = needs.image_size
+    robot = Embodiment(
+        name=name,
+        cameras=tuple(Feature(camera, (size, size, 3)) for camera in options.cameras),
+        state=Feature("state", (made["state"].dimensions,)),
+        action=Feature("actions", (made["action"].dimensions,)),
+        hz=0.0,
+        control="",
+    )
+    config = CodecConfig(
+        cameras=options.cameras,
+        image_size=size,
+        state_dim=needs.state_dim,
+        action_dim=needs.action_dim,
+        chunk=needs.chunk,
+        normalisation=options.normalisation,
+        prompt=needs.prompt,
+        max_tokens=needs.max_tokens,
+        framing=needs.framing,
+        unchanged=masks["action"] if any(masks["action"]) else (),
+    )
+    return Codec(config, robot, made, words)
+
+
+def parse_options(values: Mapping[str, Any], where: str) -> CodecOptions:
+    """Return the caller's options. Raises ConfigError for an unknown one."""
+    return configuration.build(CodecOptions, values, f"{where}: config: openvla")
+
+
+def written(codec: Codec) -> str:
+    """Return dataset_statistics.json with the codec's statistics, under its robot's name."""
+    columns: dict[str, Any] = {}
+    for key, column in (("action", "action"), ("proprio", "state")):
+        arrays = {n: codec.statistics[column].array(n) for n in ARRAYS}
+        columns[key] = {n: array.tolist() for n, array in arrays.items()}
+    dimensions = codec.statistics["action"].dimensions
+    mask = ~np.asarray(codec.config.unchanged or (False,) * dimensions)
+    columns["action"]["mask"] = mask.tolist()
+    columns |= {"num_transitions": codec.statistics["action"].count, "num_trajectories": 0}
+    return json.dumps({codec.embodiment.name: columns}, indent=2) + "\n"
