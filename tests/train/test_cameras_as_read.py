@@ -204,6 +204,12 @@ def test_frames_that_a_checkpoint_learned_otherwise_are_refused_unless_accepted(
         assert fact in str(caught.value)
     assert cli.main(["inspect", str(checkpoint), "--data", str(other)]) == 1
     assert "[adapt] frames = true" in "".join(capsys.readouterr())
+    front = 'name = "front"'
+    renamed = other_card(card, tmp_path / "renamed", TURNED, (front, front.replace('t"', 't_rgb"')))
+    with pytest.raises(EmbodimentError) as caught:
+        start(recipe_of(renamed, checkpoint, {}))
+    for option in ("--adapt.cameras.front front_rgb", "--adapt.frames true"):
+        assert option in str(caught.value), "one error for all that cameras need"
     frames_of_run = {}
     for name, on, base, adapt in (
         ("chosen", other, checkpoint, {"frames": True}),

@@ -128,6 +128,8 @@ class OpenedCheckpoint:
     """Steps in which its policy samples actions; None where it does not say: the family's own number."""
     codec_folder: Path | None = None
     """Where the files lie that make its codec, for `Format.codec`."""
+    statistics_of: str = ""
+    """The base whose statistics and tokenizer its codec has; empty: its own."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of the file that are no weights and make its codec, for `Format.codec`."""
     own_codec: Codec | CodecSet | None = None
