@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vlafit.errors import ConfigError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 WHOLE = (
     "policy.json",
@@ -55,7 +55,7 @@ def _of_another_program(run: Path) -> Path | None:
 
 def _follow(pointer: Path) -> Path:
     try:
-        name = parse_json(pointer.read_text(encoding="utf-8"))["path"]
+        name = parse_json(plain_text(pointer))["path"]
         if Path(name).name != name:
             raise ValueError(f"path {name!r} is not the name of a folder beside it")
         folder = pointer.parent / name

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from vlafit import files
 from vlafit.errors import ConfigError, EmbodimentError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 from vlafit.types import Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
@@ -194,7 +194,7 @@ def read(folder: Path) -> Agreement | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(plain_text(path))
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
         items = tuple(Item(**{**item, "accept": tuple(item.get("accept", ()))}) for item in content["items"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlafit import files
 from vlafit.errors import WeightsError
-from vlafit.files import parse_json, require_readable
+from vlafit.files import parse_json, plain_text, require_readable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,19 +53,6 @@ def tensor_names(path: Path) -> list[str]:
 
 def _incomplete(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
-
-
-def require_regular(folder: Path) -> None:
-    """Raise WeightsError where a file of a checkpoint's folder is a link to nothing, or no regular file.
-
-    Such a file would be waited for without end, or pass for one that the checkpoint does not have.
-    """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_symlink() and not path.exists():
-            raise WeightsError(
-                f"{path}: a link to {path.readlink()}, which is not there; copy or download the file again"
-            )
-        files.require_regular(path)
 
 
 def has_weight_files(path: Path) -> bool:
@@ -167,7 +154,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def _map(index: Path) -> dict[str, str]:
-    return dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
+    return dict(parse_json(plain_text(index))["weight_map"])
 
 
 def _require_listed(index: Path, shards: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ from vlafit.compare.arms import Options, candidates
 from vlafit.compare.comparison import Comparison
 from vlafit.compare.standing import Choice, Standing
 from vlafit.errors import VlafitError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 from vlafit.recipe import Recipe
 
 FILE = "compare.json"
@@ -28,7 +28,7 @@ def read(folder: Path) -> Comparison:
     """
     path = folder / FILE
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
         stored = content["arms"]
         records = {
             record.name: _with_outcomes(folder, record)

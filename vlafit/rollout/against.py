@@ -14,6 +14,7 @@ from typing import Any
 from vlafit import files
 from vlafit.config import build
 from vlafit.errors import ConfigError
+from vlafit.files import plain_text
 from vlafit.rollout.evaluation_folder import read_records
 from vlafit.rollout.protocol import Protocol
 
@@ -121,7 +122,7 @@ def read_earlier(path: str | Path, wrong_instruction: bool = False) -> Earlier:
 def _of_evaluation(folder: Path) -> Earlier:
     header = folder / "evaluation.json"
     try:
-        identity = files.parse_json(header.read_text(encoding="utf-8"))["identity"]
+        identity = files.parse_json(plain_text(header))["identity"]
         protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
         sha256 = str(identity["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
@@ -135,7 +136,7 @@ def _of_evaluation(folder: Path) -> Earlier:
 def _of_published(folder: Path, name: str) -> Earlier:
     report = folder / "report.json"
     try:
-        facts = files.parse_json(report.read_text(encoding="utf-8"))["evaluations"][name]
+        facts = files.parse_json(plain_text(report))["evaluations"][name]
         sha256 = str(facts["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({error!r})") from error

@@ -15,6 +15,7 @@ import torch
 
 from vlafit import config, files
 from vlafit.errors import TrainingError
+from vlafit.files import plain_bytes
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
 from vlafit.train.settle import earlier
@@ -52,7 +53,7 @@ def read_recipe(out: Path) -> Recipe | None:
     path = out / "recipe.toml"
     if not path.is_file():
         return None
-    if not path.read_bytes().strip(b"\0 \r\n\t"):
+    if not plain_bytes(path).strip(b"\0 \r\n\t"):
         copies = sorted(out.glob("checkpoints/step_*/recipe.toml"))
         remedy = f"copy {copies[-1]} there" if copies else "start a new run with --out"
         raise TrainingError(

@@ -16,7 +16,7 @@ from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, natural, reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
@@ -98,7 +98,7 @@ def _beside(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = parse_json(file.read_text(encoding="utf-8"))
+        value = parse_json(plain_text(file))
         rows = inside_json(value, "episodes", str(file))
         if not all(isinstance(row["episode_id"], int) for row in rows):
             raise ValueError("an episode_id is no whole number")

@@ -22,6 +22,7 @@ from vlafit.datasets.stamps import Stamps, stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
 from vlafit.errors import DataError
+from vlafit.files import plain_bytes
 
 COLUMN_BYTES = 2**30  # of states and actions that a process keeps
 IMAGE_BYTES = 2**28  # of encoded images that a process keeps
@@ -342,7 +343,7 @@ class LeRobotStore(EpisodeStore):
             if data is None:
                 path = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
                 require_file(path)
-                data = path.read_bytes()
+                data = plain_bytes(path)
             frames.append(decode_image(data, where))
         return frames
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.tensor_files import is_inside
 from vlafit.errors import WeightsError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
@@ -184,7 +184,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
             " there; copy or download the folder again"
         )
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
         entries = content["tree_metadata"].values()
         stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
         pieces = {
