@@ -137,10 +137,9 @@ def require_regular(path: Path) -> None:
 
 
 def require_regular_files(folder: Path, suffixes: Collection[str], deep: int = 0) -> None:
-    """Raise StorageError for a pipe, socket or device in `folder`, and `deep` levels below.
+    """Raise StorageError for an entry of `folder` with one of the suffixes that is no regular file.
 
-    So are folders and dangling links with one of the suffixes: a reader that asks whether a file is there
-    would take it for absent.
+    A reader that asks whether a file is there would take it for absent. `deep` levels of folders below count.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         kind = irregular(path)

@@ -33,7 +33,7 @@ COMMON_FILES = ("*.safetensors", "*.json", "*.toml", "tokenizer/*")
 """Patterns of files that any format may read; `*` matches folders, too."""
 
 
-SUFFIXES = (".json", ".jsonl", ".model", ".safetensors", ".toml", ".txt")
+SUFFIXES = (".json", ".jsonl", ".md", ".model", ".safetensors", ".toml", ".txt")
 """Of files that some format reads or asks for."""
 
 
