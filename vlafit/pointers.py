@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, brief
 from vlafit.files import parse_json, plain_text
 
 WHOLE = (
@@ -60,7 +60,7 @@ def _follow(pointer: Path) -> Path:
             raise ValueError(f"path {name!r} is not the name of a folder beside it")
         folder = pointer.parent / name
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
+        raise ConfigError(f"{pointer}: damaged ({brief(error)}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():
         raise ConfigError(f"{pointer} points to {folder}, which is no checkpoint; name another one")
     return folder

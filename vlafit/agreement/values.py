@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from vlafit import files
-from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.errors import ConfigError, EmbodimentError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.types import Embodiment
 
@@ -204,5 +204,6 @@ def read(folder: Path) -> Agreement | None:
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not an agreement as vlafit writes it ({error!r}); delete the file, it only documents"
+            f"{path}: not an agreement as vlafit writes it ({brief(error)}); delete the file, which only "
+            "documents"
         ) from error

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlafit import files
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 from vlafit.files import parse_json, plain_text, require_readable
 
 INDEX = "model.safetensors.index.json"
@@ -124,10 +124,15 @@ def beside(path: Path, name: object) -> Path:
 
 
 def is_inside(folder: Path, file: Path) -> bool:
-    """Whether a file lies in `folder` once links are followed; those of the Hub's cache count as inside."""
-    path = file.resolve()
-    in_cache = path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
-    return path.is_relative_to(folder.resolve()) or in_cache
+    """Whether a file lies in `folder` once links are followed.
+
+    A download of the Hub (models--ORG--NAME/snapshots/REVISION) consists of links to the blobs of its own
+    repository, which count as inside.
+    """
+    path, own = file.resolve(), folder.resolve()
+    caches = [one for one in own.parents if one.name.startswith("models--")]
+    blobs = [one / "blobs" for one in caches if (one / "snapshots") in own.parents]
+    return any(path.is_relative_to(one) for one in (own, *blobs))
 
 
 def read_text(path: Path) -> str:
@@ -150,7 +155,7 @@ def _listed(index: Path) -> list[str]:
     try:
         return sorted(set(_map(index).values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
+        raise WeightsError(f"{index}: not an index of safetensors files ({brief(error)})") from error
 
 
 def _map(index: Path) -> dict[str, str]:

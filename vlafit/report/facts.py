@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit import config, files
-from vlafit.errors import VlafitError
+from vlafit.errors import VlafitError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.offline import read_result
 from vlafit.recipe import Recipe
@@ -278,7 +278,9 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
         try:
             evaluations[name] = _evaluation(name, path, records)
         except (ValueError, KeyError, TypeError) as error:
-            missing.append(f"Evaluation {name!r} is left out: its result.json cannot be read ({error!r}).")
+            missing.append(
+                f"Evaluation {name!r} is left out: its result.json cannot be read ({brief(error)})."
+            )
     if not recipe.eval.protocol:
         if not evaluations and not offline:
             missing.append("The recipe names no protocol, so the policy was not evaluated.")

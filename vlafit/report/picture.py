@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlafit.errors import VlafitError
+from vlafit.errors import VlafitError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
@@ -50,7 +50,7 @@ def read_scores(report: Path) -> dict[str, Score]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VlafitError(
-            f"{path} is not a report ({error!r}); write it again with `vlafit report RUN`"
+            f"{path} is not a report ({brief(error)}); write it again with `vlafit report RUN`"
         ) from error
 
 

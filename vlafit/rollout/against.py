@@ -13,7 +13,7 @@ from typing import Any
 
 from vlafit import files
 from vlafit.config import build
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, brief
 from vlafit.files import plain_text
 from vlafit.rollout.evaluation_folder import read_records
 from vlafit.rollout.protocol import Protocol
@@ -127,7 +127,7 @@ def _of_evaluation(folder: Path) -> Earlier:
         sha256 = str(identity["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{header}: damaged ({error!r}); compare with another evaluation, or play this one again"
+            f"{header}: damaged ({brief(error)}); compare with another evaluation, or play this one again"
         ) from error
     outcomes = _outcomes(folder / "episodes.jsonl", protocol.get("horizon"))
     return Earlier(folder, outcomes, protocol, sha256, wrong)
@@ -139,7 +139,7 @@ def _of_published(folder: Path, name: str) -> Earlier:
         facts = files.parse_json(plain_text(report))["evaluations"][name]
         sha256 = str(facts["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({error!r})") from error
+        raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({brief(error)})") from error
     outcomes = _outcomes(folder / f"episodes_{name}.jsonl", None)
     return Earlier(folder, outcomes, {}, sha256, name == "wrong_instruction")
 

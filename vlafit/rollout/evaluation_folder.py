@@ -20,7 +20,7 @@ from typing import Any
 
 from vlafit import files, score
 from vlafit.config import build
-from vlafit.errors import ConfigError, SimulationError
+from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.rollout import video
 from vlafit.rollout.play import Outcome
@@ -154,7 +154,7 @@ class EvaluationFolder:
             return identity, environment
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.header}: damaged ({error!r}); evaluate into another folder, or restore the file"
+                f"{self.header}: damaged ({brief(error)}); evaluate into another folder, or restore the file"
             ) from error
 
     def _write_header(self) -> None:
@@ -232,8 +232,8 @@ class EvaluationFolder:
             return float(parse_json(plain_text(result_file))["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "
-                "which keeps every episode"
+                f"{result_file}: damaged ({brief(error)}); remove this file and evaluate again with "
+                "--resume, which keeps every episode"
             ) from error
 
     def finish(

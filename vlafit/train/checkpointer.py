@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import config, files
-from vlafit.errors import StorageError, TrainingError
+from vlafit.errors import StorageError, TrainingError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.train.distributed import gathered, scatter_like
 from vlafit.train.optim import empty_state
@@ -270,7 +270,7 @@ def read(folder: Path, data: str) -> Saved:
         raise
     except Exception as error:  # of the file system, JSON or safetensors: the remedy is the same
         raise TrainingError(
-            f"{folder / 'training'}: cannot read the training state ({error!r}): {how_to_resume(folder)}"
+            f"{folder / 'training'}: cannot read the training state ({brief(error)}): {how_to_resume(folder)}"
         ) from error
     if saved_data != data:
         raise TrainingError(

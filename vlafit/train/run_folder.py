@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlafit import config, files
-from vlafit.errors import TrainingError
+from vlafit.errors import TrainingError, brief
 from vlafit.files import plain_bytes
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
@@ -137,7 +137,7 @@ def new_record(out: Path, facts: Mapping[str, Any], resumed: Path | None) -> dic
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured
             seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
         except (KeyError, TypeError) as error:
-            raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
+            raise TrainingError(f"{path}: damaged ({brief(error)}); delete the file to continue") from error
         resumed_from = resumed.name if resumed else None
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
     return now

@@ -15,7 +15,7 @@ from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Linke
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, natural, reading
 from vlafit.datasets.store import EpisodeStore
-from vlafit.errors import DataError
+from vlafit.errors import DataError, brief
 from vlafit.files import parse_json, plain_text
 
 INSTRUCTIONS = ("", *SOURCES)
@@ -103,5 +103,5 @@ def _beside(path: Path) -> dict[str, Any]:
         if not all(isinstance(row["episode_id"], int) for row in rows):
             raise ValueError("an episode_id is no whole number")
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: is no list of episodes as ManiSkill writes it ({error!r})") from error
+        raise DataError(f"{file}: is no list of episodes as ManiSkill writes it ({brief(error)})") from error
     return value

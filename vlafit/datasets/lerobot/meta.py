@@ -10,7 +10,7 @@ from typing import Any
 
 from vlafit.datasets.lerobot.tables import open_parquet, read_table, require_file
 from vlafit.datasets.stamps import stamp
-from vlafit.errors import DataError, did_you_mean
+from vlafit.errors import DataError, brief, did_you_mean
 from vlafit.files import parse_json, plain_text, read_json_object, require_regular_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -124,7 +124,7 @@ def _read(root: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Meta:
     try:
         episodes = tuple(sorted(read(root, info, videos), key=lambda entry: entry.index))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{root}/meta: the episodes cannot be read ({error!r})") from error
+        raise DataError(f"{root}/meta: the episodes cannot be read ({brief(error)})") from error
     return Meta(root, version, info, features, tasks, episodes)
 
 

@@ -288,7 +288,15 @@ class LeRobotStore(EpisodeStore):
         width = width_of(self._meta.features[key], key, self._meta.root)
         raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
         with np.errstate(over="ignore"):
-            return raw.astype(np.float32)
+            values = raw.astype(np.float32)
+        huge = np.isinf(values) & np.isfinite(raw)
+        if huge.any():
+            row, dimension = (int(i) for i in np.argwhere(huge)[0])
+            raise DataError(
+                f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which is "
+                "beyond float32 (3.4e38); fix the file"
+            )
+        return values
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]

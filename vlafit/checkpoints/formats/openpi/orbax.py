@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlafit.checkpoints.tensor_files import is_inside
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 from vlafit.files import parse_json, plain_text
 
 METADATA = "_METADATA"
@@ -193,7 +193,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
         }
         return pieces, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
+        raise WeightsError(f"{path}: not Orbax's list of arrays ({brief(error)}); copy it again") from error
 
 
 def _tensor(array: Any) -> Tensor:
