@@ -142,9 +142,7 @@ def require_regular_files(folder: Path, suffixes: Collection[str], deep: int = 0
     A reader that asks whether a file is there would take it for absent. `deep` levels of folders below count.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        kind = irregular(path)
-        named = path.suffix in suffixes
-        if kind and (named or not (path.is_dir() or (path.is_symlink() and not path.exists()))):
+        if path.suffix in suffixes and (kind := irregular(path)):
             raise StorageError(
                 f"{path}: not a regular file but {kind}; copy or download the file again, or remove it"
             )

@@ -283,14 +283,15 @@ def test_a_truncated_or_missing_data_file_is_an_error(tmp_path: Path):
 
 def test_a_link_out_of_an_orbax_folder_is_refused_unless_it_leads_into_the_hubs_cache(tmp_path: Path):
     params = FIXTURES / "openpi_jax" / "ckpt_pure_bf16" / "params"
-    folder = Path(shutil.copytree(params, tmp_path / "params"))
+    hub = tmp_path / "models--org--name"
+    folder = Path(shutil.copytree(params, hub / "snapshots" / "1" / "params"))
     data = next(path for path in sorted(folder.rglob("d/*")) if path.is_file())
-    for place in ("private", "models--org--name/blobs"):
+    for place in ("private", "models--other--name/blobs", "models--org--name/blobs"):
         moved = tmp_path / place / "0123"
         moved.parent.mkdir(parents=True)
         data.rename(moved)
         data.symlink_to(moved)
-        if place == "private":
+        if moved.parent != hub / "blobs":
             with pytest.raises(WeightsError, match=f"{data.name}: is a link to {moved}"):
                 open_leaves(folder)
             data.unlink()
