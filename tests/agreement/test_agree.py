@@ -215,7 +215,10 @@ def test_only_cameras_that_their_names_tell_are_proposed(slots, recorded, propos
     assert ("order is not known" in fix) == bool(unknown)
     with pytest.raises(EmbodimentError) as error:
         agreement.require()
-    assert ("--adapt.cameras." in str(error.value)) == (not unknown)
+    for slot, name in proposed.items():
+        option = f"--adapt.cameras.{slot} {'CAMERA' if name is None else name or repr('')}"
+        assert (option in str(error.value)) == bool(any(proposed.values()) or unknown), option
+    assert ("in the place of each CAMERA:" in str(error.value)) == bool(unknown)
 
 
 def test_a_proposal_keeps_what_the_recipe_maps_and_says_resize_where_frames_have_another_size():
@@ -458,7 +461,7 @@ def test_another_robot_is_accepted_by_the_options_at_the_end_of_the_error():
     with pytest.raises(EmbodimentError) as error:
         agreed(own, other).require()
     assert set(str(error.value).splitlines()[-1].strip().split(" --")) == {
-        "--adapt.cameras.front head", "adapt.resize true", "adapt.robot true", "data.statistics data",
+        "--adapt.cameras.front CAMERA", "adapt.resize true", "adapt.robot true", "data.statistics data",
         "policy.config.state_dim 5", "policy.resize fresh",
     }  # fmt: skip
     accepted = agreed(own, other, True, robot=True, resize=True, cameras={"front": "head"})

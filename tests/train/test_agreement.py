@@ -132,8 +132,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
     "card's actions on old statistics": (
         {"relative": BOTH}, {}, {"actions": "data"}, "checkpoint", ('data.statistics = "data"',),
     ),
-    "another camera": ({"cameras": ("top",)}, {}, {}, "checkpoint", ("top", 'front = "top"')),
-    "another camera, fitted": ({"cameras": ("top",)}, {}, {}, "data", ("top", 'front = "top"')),
+    "another camera": ({"cameras": ("top",)}, {}, {}, "checkpoint", ("top", 'front = "CAMERA"')),
+    "another camera, fitted": ({"cameras": ("top",)}, {}, {}, "data", ("top", 'front = "CAMERA"')),
     "one of two cameras": ({}, {"cameras": ("front", "wrist")}, {}, "checkpoint", ("wrist", 'wrist = ""')),
     "one of two cameras, fitted": ({}, {"cameras": ("front", "wrist")}, {}, "data", ("wrist", 'wrist = ""')),
     "another size": ({"size": 32}, {}, {}, "checkpoint", ("32x32", "16x16", "[adapt] resize = true")),

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from vlafit.agreement.values import PLACEHOLDER
 from vlafit.types import Feature
 
 NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
-PLACEHOLDER = "CAMERA"
-"""Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _LIMBS = ("wrist", "hand", "arm", "gripper", "cam", "camera")
 _MOUNTED = {"wrist", "hand", "gripper"}
@@ -135,13 +134,13 @@ def accept(
 ) -> tuple[str, ...]:
     """Return a proposal as options of the command line.
 
-    There are none if it is not complete, no camera would be used, or a name needs quotes.
+    There are none if no camera would be used, or a name needs quotes.
     """
-    names = [*proposal, *filter(None, proposal.values())]
-    complete = None not in proposal.values() and any(proposal.values())
-    if not complete or not all(re.fullmatch(NAME, name) for name in names):
+    sources = {slot: PLACEHOLDER if name is None else name for slot, name in proposal.items()}
+    names = [*sources, *filter(None, sources.values())]
+    if not any(sources.values()) or not all(re.fullmatch(NAME, name) for name in names):
         return ()
-    options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in proposal.items()]
+    options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in sources.items()]
     wanted = not resize and _resized(proposal, recorded, trained)
     return (*options, *["--adapt.resize true"] * wanted)
 

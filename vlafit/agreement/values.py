@@ -18,6 +18,8 @@ DATA = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
+PLACEHOLDER = "CAMERA"
+"""Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Agreement:
         if not all(item.accept for item in self.conflicts):
             return ""
         options = " ".join(dict.fromkeys(option for item in self.conflicts for option in item.accept))
-        return f"\nIf all of this is meant, add to the command:\n  {options}"
+        left = f", with a camera of the dataset in the place of each {PLACEHOLDER}"
+        unknown = any(option.endswith(f" {PLACEHOLDER}") for option in options.split(" --"))
+        return f"\nIf all of this is meant, add to the command{left if unknown else ''}:\n  {options}"
 
     def with_items(self, items: Sequence[Item]) -> "Agreement":
         """Return the agreement with further items."""
