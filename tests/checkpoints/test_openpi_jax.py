@@ -1,6 +1,7 @@
 """openpi's JAX checkpoints: the tree, exact weights in every form, and LoRA merged as openpi computes it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -279,6 +280,16 @@ def test_a_truncated_or_missing_data_file_is_an_error(tmp_path: Path):
     largest.unlink()
     with pytest.raises(WeightsError, match="again"):
         vlafit.load_policy(folder, config=CHUNK)
+
+
+def test_a_pipe_in_an_orbax_folder_is_named_and_not_waited_for(tmp_path: Path):
+    folder = tmp_path / "params"
+    shutil.copytree(FIXTURES / "openpi_jax" / "ckpt_pure_bf16" / "params", folder)
+    data = next(path for path in sorted(folder.rglob("d/*")) if path.is_file())
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(WeightsError, match=f"{data.name}: not a regular file but a pipe"):
+        open_leaves(folder)
 
 
 def test_a_link_out_of_an_orbax_folder_is_refused_unless_it_leads_into_the_hubs_cache(tmp_path: Path):

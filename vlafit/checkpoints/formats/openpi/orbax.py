@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.tensor_files import is_inside
 from vlafit.errors import WeightsError, brief
-from vlafit.files import parse_json, plain_text
+from vlafit.files import irregular, parse_json, plain_text
 
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
@@ -126,6 +126,9 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             f"{links[0]}: is a link to {links[0].resolve()}; a checkpoint may only read files in its own "
             "folder: put the file itself there"
         )
+    for path in sorted(folder.rglob("*")):  # tensorstore would wait for a pipe
+        if not path.is_dir() and (kind := irregular(path)):
+            raise WeightsError(f"{path}: not a regular file but {kind}; copy or download it again")
     written, filled = _listed(folder)
     # Mapped, the packed bytes of an array are not a second copy of it in memory.
     mapped = {"file_io_mode": {"mode": "memmap"}}
