@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from vlafit import shipped
 from vlafit.errors import ConfigError, VlafitError, did_you_mean
+from vlafit.files import plain_text
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ LARGEST = 2**63 - 1  # whole numbers of numpy and torch; seeds are among them
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(plain_text(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:

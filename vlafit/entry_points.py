@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from vlafit.errors import ConfigError, VlafitError
+from vlafit.errors import ConfigError, VlafitError, brief
 
 _OUTSIDE: dict[str, str] = {}
 """Modules outside vlafit that were imported by their name -> what they are, such as a layout."""
@@ -56,7 +56,7 @@ def import_outside(path: str, what: str) -> ModuleType:
     except (ImportError, VlafitError):
         raise
     except Exception as error:  # whatever the code of somebody else raises
-        raise ConfigError(f"{what}: importing {path} fails: {error!r}; fix the module") from error
+        raise ConfigError(f"{what}: importing {path} fails: {brief(error)}; fix the module") from error
 
 
 def outside_hashes() -> dict[str, str]:

@@ -7,9 +7,21 @@ traceback, and exits with status 2; anything that is not a `VlafitError` is a bu
 import difflib
 from collections.abc import Iterable, Mapping
 
+LONGEST_LINE = 4000  # characters of a line of a message; what a damaged file holds may be far longer
+
 
 class VlafitError(Exception):
     """Base class of all errors that the user can fix."""
+
+    def __str__(self) -> str:
+        """Return the message, of which the middle of a very long line is left out."""
+        return "\n".join(map(_shortened, super().__str__().split("\n")))
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[:3000]} ... ({len(line) - 3800} characters left out) ... {line[-800:]}"
 
 
 class ConfigError(VlafitError):
@@ -62,6 +74,14 @@ _CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 
 def printable(text: str) -> str:
     """Return `text` with control characters as escapes, so that no terminal obeys them."""
     return text.translate(_CONTROLS)
+
+
+def brief(error: Exception) -> str:
+    """Return kind and message of another library's error, without all that a damaged file holds."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text: {error.reason} at byte {error.start}"
+    text = printable(repr(error))
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:

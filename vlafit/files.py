@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,68 @@ def append_line(path: Path, text: str) -> None:
         raise _cannot("write", Path(path), error) from error
 
 
+LARGEST_TEXT = 2**30
+
+
+class NotRegularError(OSError):
+    """A folder, pipe, socket or device where a file is read; reading might never end."""
+
+    def __str__(self) -> str:
+        """Return the fault without number and path, for sentences that name the file."""
+        return str(self.strerror)
+
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def irregular(path: Path) -> str:
+    """Return what lies at `path` instead of a regular file, such as "a pipe"; "" for a file or nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else ""
+    return next((name for is_kind, name in KINDS if is_kind(mode)), "")
+
+
+def require_regular(path: Path) -> None:
+    """Raise NotRegularError if something else than a regular file is there."""
+    if kind := irregular(path):
+        raise NotRegularError(errno.EINVAL, f"not a regular file but {kind}", str(path))
+
+
+def require_regular_files(folder: Path, suffixes: Collection[str], deep: int = 0) -> None:
+    """Raise StorageError for an entry of `folder` with one of the suffixes that is no regular file.
+
+    A reader that asks whether a file is there would take it for absent. `deep` levels of folders below count.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in suffixes and (kind := irregular(path)):
+            raise StorageError(
+                f"{path}: not a regular file but {kind}; copy or download the file again, or remove it"
+            )
+        if deep and path.is_dir():
+            require_regular_files(path, suffixes, deep - 1)
+
+
+def plain_bytes(path: Path) -> bytes:
+    """Return what a regular file holds. Raises OSError for a pipe, say, or for a file of more than 1 GiB."""
+    require_regular(path)
+    if os.stat(path).st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, "larger than 1 GiB, which no file of this kind is", str(path))
+    return Path(path).read_bytes()
+
+
+def plain_text(path: Path) -> str:
+    """Return the text of a regular UTF-8 file. Raises OSError as `plain_bytes` does."""
+    return plain_bytes(path).decode("utf-8")
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON of unknown origin. Raises ValueError if it is invalid or nested too deeply."""
     try:
@@ -122,7 +184,7 @@ def read_text(path: Path, error_class: type[VlafitError], fix: str) -> str:
     """
     require_readable(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return plain_text(path)
     except UnicodeDecodeError as error:
         raise error_class(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); {fix}") from error
     except OSError as error:
@@ -137,7 +199,7 @@ def read_json_object(path: Path, error_class: type[VlafitError], fix: str) -> di
     """
     require_readable(path)
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(plain_text(path))
     except (OSError, ValueError) as error:
         raise error_class(f"{path}: cannot be read as JSON ({error}); {fix}") from error
     if not isinstance(value, dict):
@@ -169,27 +231,14 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def require_readable(path: Path) -> None:
-    """Raise StorageError if a file is there and cannot be opened; it may be damaged."""
-    require_regular(path)
+    """Raise StorageError if something is there that cannot be read, or is no regular file."""
     try:
+        require_regular(path)
         path.open("rb").close()
     except FileNotFoundError:
         return
     except OSError as error:
         raise _cannot("read", path, error) from error
-
-
-def require_regular(path: Path) -> None:
-    """Raise StorageError for a pipe, a socket or a device: reading one may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise StorageError(
-            f"cannot read {path}: not a regular file but a pipe, a socket or a device; "
-            "put the file itself there"
-        )
 
 
 def replace_folder(tmp: Path, final: Path, new: bool = False) -> None:
@@ -249,6 +298,7 @@ def new_folder(final: Path, new: bool = False) -> Iterator[Path]:
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     try:
+        require_regular(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

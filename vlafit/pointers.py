@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vlafit.errors import ConfigError
-from vlafit.files import parse_json
+from vlafit.errors import ConfigError, brief
+from vlafit.files import parse_json, plain_text
 
 WHOLE = (
     "policy.json",
@@ -55,12 +55,12 @@ def _of_another_program(run: Path) -> Path | None:
 
 def _follow(pointer: Path) -> Path:
     try:
-        name = parse_json(pointer.read_text(encoding="utf-8"))["path"]
+        name = parse_json(plain_text(pointer))["path"]
         if Path(name).name != name:
             raise ValueError(f"path {name!r} is not the name of a folder beside it")
         folder = pointer.parent / name
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{pointer}: damaged ({error!r}); name the checkpoint's own folder") from error
+        raise ConfigError(f"{pointer}: damaged ({brief(error)}); name the checkpoint's own folder") from error
     if not (folder / "policy.json").is_file():
         raise ConfigError(f"{pointer} points to {folder}, which is no checkpoint; name another one")
     return folder

@@ -67,8 +67,9 @@ class DataRecipe:
     family's: mean_std, or for GR00T groot_min_max, the range clipped to [-1, 1], and for OpenVLA
     openvla_quantile."""
     relative: Literal["card", "matching"] = "card"
-    """Actions to learn minus the state at the chunk's start: as the card says, or "matching": each whose
-    dimension has the state's name (absolute joint targets). A LeRobot dataset without a card says none."""
+    """Which actions are learned minus the state at the chunk's start. card: those of the card's
+    robot.relative (without a card: none). matching: each that has the name of a state (absolute joint
+    targets); one whose state stands at another place is refused."""
     shift_pixels: int = 0
     """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
     workers: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vlafit.errors import ConfigError, did_you_mean
+from vlafit.files import irregular
 
 Kind = Literal["recipe", "strategy", "study", "launcher", "card", "protocol", "checkpoint", "tokenizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -76,6 +77,8 @@ def find(kind: str, name_or_path: str | Path) -> Path:
         fault = f"{text!r} is a folder, but a {kind} is a {location.suffix} file"
     elif Path(text).is_file():
         fault = f"{text!r} is a file, but a {kind} is a folder"
+    elif kind_of_entry := irregular(Path(text)):
+        fault = f"{text!r} is not a regular file but {kind_of_entry}"
     near = did_you_mean(Path(text).name.removesuffix(location.suffix or ".toml"), names(kind))
     raise ConfigError(f"{fault}{near}" if near else f"{fault}, and none ships with vlafit")
 

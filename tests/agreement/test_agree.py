@@ -7,7 +7,7 @@ import pytest
 
 from tests.agreement.world import ROBOT, cameras, checkpoint, dataset
 from vlafit.agreement import Agreement, Party, agree, protocol_items
-from vlafit.agreement.cameras import hands
+from vlafit.agreement.camera_map import hands, propose
 from vlafit.agreement.values import FILE, read
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.recipe import AdaptRecipe
@@ -186,6 +186,48 @@ def test_openpis_slots_are_filled_by_name_only_and_its_sizes_are_not_compared():
     agreement = agreed(own, OPENPI, cameras=pairs)
     agreement.require()
     assert agreement.cameras == ("top", "wrist_left", "wrist_right")
+
+
+@pytest.mark.parametrize(
+    ("slots", "recorded", "proposed"),
+    [
+        # Names tell: the same words and hand in another order or spelling, or the only ones left of a place.
+        (("cam_high", "left_wrist_0_rgb", "rightWrist"), ("wrist_r", "high", "wrist_l"),
+         {"cam_high": "high", "left_wrist_0_rgb": "wrist_l", "rightWrist": "wrist_r"}),
+        (("base_0_rgb", "wrist"), ("gripper_cam", "front"), {"base_0_rgb": None, "wrist": None}),
+        (("base_0_rgb", "wrist"), ("wrist_cam", "front"), {"base_0_rgb": "front", "wrist": "wrist_cam"}),
+        (("wrist", "front"), ("front",), {"wrist": "", "front": "front"}),
+        # Names do not tell, whatever the order.
+        (("front", "wrist"), ("cam0", "cam1"), {"front": None, "wrist": None}),
+        (("left_wrist", "right_wrist"), ("wrist_1", "wrist_2"), {"left_wrist": None, "right_wrist": None}),
+        (("front", "left_wrist"), ("front", "right_wrist"), {"front": "front", "left_wrist": None}),
+        (("left_wrist",), ("left_wrist_1", "left_wrist_2"), {"left_wrist": None}),
+        (("left_wrist",), ("left_shoulder",), {"left_wrist": None}),
+        (("front", "top"), ("side", "top"), {"front": None, "top": "top"}),
+    ],
+)  # fmt: skip
+def test_only_cameras_that_their_names_tell_are_proposed(slots, recorded, proposed):
+    assert propose(slots, recorded, {}) == proposed
+    agreement = agreed(dataset(cameras=cameras(*recorded)), checkpoint(slots=slots, cameras=cameras(*slots)))
+    unknown = [slot for slot, name in proposed.items() if name is None]
+    fix = {one.fix for one in agreement.conflicts if one.name.startswith("camera slot")}.pop()
+    assert all(f'{slot} = "CAMERA"' in fix for slot in unknown)
+    assert ("order is not known" in fix) == bool(unknown)
+    with pytest.raises(EmbodimentError) as error:
+        agreement.require()
+    for slot, name in proposed.items():
+        option = f"--adapt.cameras.{slot} {'CAMERA' if name is None else name or repr('')}"
+        assert (option in str(error.value)) == bool(any(proposed.values()) or unknown), option
+    assert ("in the place of each CAMERA:" in str(error.value)) == bool(unknown)
+
+
+def test_a_proposal_keeps_what_the_recipe_maps_and_says_resize_where_frames_have_another_size():
+    own = dataset(cameras=cameras("front", "wrist", size=(24, 32)))
+    fix = agreed(own, checkpoint(), cameras={"front": "wrist"}).conflicts[1].fix
+    assert 'cameras = { front = "wrist", wrist = "CAMERA" } and resize = true' in fix
+    refused = agreed(dataset(cameras=cameras("wrist", size=(24, 32))), checkpoint())
+    with pytest.raises(EmbodimentError, match="--adapt.resize true"):
+        refused.require()
 
 
 @pytest.mark.case(
@@ -419,7 +461,7 @@ def test_another_robot_is_accepted_by_the_options_at_the_end_of_the_error():
     with pytest.raises(EmbodimentError) as error:
         agreed(own, other).require()
     assert set(str(error.value).splitlines()[-1].strip().split(" --")) == {
-        "--adapt.cameras.front head", "adapt.resize true", "adapt.robot true", "data.statistics data",
+        "--adapt.cameras.front CAMERA", "adapt.resize true", "adapt.robot true", "data.statistics data",
         "policy.config.state_dim 5", "policy.resize fresh",
     }  # fmt: skip
     accepted = agreed(own, other, True, robot=True, resize=True, cameras={"front": "head"})

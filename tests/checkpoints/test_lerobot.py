@@ -485,6 +485,14 @@ def test_a_camera_that_is_always_empty_may_have_another_size_in_the_processors(f
     assert checkpoints.declaration(folder).slots == ("cam_high", "cam_wrist", "")
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("STATE", "MEAN"), ("STAT", "MEAN_STD"), ("ACTION", "none")])
+def test_a_normalisation_that_lerobot_does_not_know_is_refused_naming_it(folder: Path, kind: str, mode: str):
+    edit(folder / "config.json", lambda v: v["normalization_mapping"].update({kind: mode}))
+    for look in (checkpoints.inspect, checkpoints.declaration):
+        with pytest.raises(WeightsError, match=f"config.json: normalization_mapping: {kind} is '{mode}'"):
+            look(folder)
+
+
 def test_a_normalisation_of_config_json_that_the_processors_do_not_follow_is_named(folder: Path):
     assert checkpoints.declaration(folder).overruled == ()
     edit(folder / "config.json", lambda v: v["normalization_mapping"].update(STATE="MIN_MAX"))

@@ -1,6 +1,7 @@
 """openpi's JAX checkpoints: the tree, exact weights in every form, and LoRA merged as openpi computes it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -281,16 +282,27 @@ def test_a_truncated_or_missing_data_file_is_an_error(tmp_path: Path):
         vlafit.load_policy(folder, config=CHUNK)
 
 
+def test_a_pipe_in_an_orbax_folder_is_named_and_not_waited_for(tmp_path: Path):
+    folder = tmp_path / "params"
+    shutil.copytree(FIXTURES / "openpi_jax" / "ckpt_pure_bf16" / "params", folder)
+    data = next(path for path in sorted(folder.rglob("d/*")) if path.is_file())
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(WeightsError, match=f"{data.name}: not a regular file but a pipe"):
+        open_leaves(folder)
+
+
 def test_a_link_out_of_an_orbax_folder_is_refused_unless_it_leads_into_the_hubs_cache(tmp_path: Path):
     params = FIXTURES / "openpi_jax" / "ckpt_pure_bf16" / "params"
-    folder = Path(shutil.copytree(params, tmp_path / "params"))
+    hub = tmp_path / "models--org--name"
+    folder = Path(shutil.copytree(params, hub / "snapshots" / "1" / "params"))
     data = next(path for path in sorted(folder.rglob("d/*")) if path.is_file())
-    for place in ("private", "models--org--name/blobs"):
+    for place in ("private", "models--other--name/blobs", "models--org--name/blobs"):
         moved = tmp_path / place / "0123"
         moved.parent.mkdir(parents=True)
         data.rename(moved)
         data.symlink_to(moved)
-        if place == "private":
+        if moved.parent != hub / "blobs":
             with pytest.raises(WeightsError, match=f"{data.name}: is a link to {moved}"):
                 open_leaves(folder)
             data.unlink()

@@ -82,7 +82,7 @@ def test_a_link_to_nothing_never_passes_for_a_file_that_a_checkpoint_does_not_ha
     shutil.copytree(FIXTURES / "lerobot_smolvla", folder)
     (folder / "policy_preprocessor.json").unlink(missing_ok=True)
     (folder / "policy_preprocessor.json").symlink_to("../blobs/0123")
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(StorageError) as caught:
         checkpoints.load(folder)
     facts = (str(folder / "policy_preprocessor.json"), "../blobs/0123", "not there", "download")
     assert all(fact in str(caught.value) for fact in facts)

@@ -203,24 +203,26 @@ def test_a_tokenizer_outside_a_lerobot_folder_is_refused(tmp_path: Path):
     section="checkpoints",
     report="statistics from elsewhere",
     user_has="LeRobot's `state_file` or its tokenizer as a link out of the folder",
-    now="refused with the link's target; a file of the Hub's cache is read",
+    now="refused with the link's target; a blob of the same download of the Hub is read",
 )
 @pytest.mark.parametrize("kind", ["state_file", "tokenizer"])
-def test_a_link_out_of_a_lerobot_folder_is_refused_unless_it_leads_into_the_hubs_cache(
+def test_a_link_out_of_a_lerobot_folder_is_refused_unless_it_leads_into_its_own_download(
     tmp_path: Path, kind: str
 ):
-    folder = Path(shutil.copytree(FIXTURE, tmp_path / "copy"))
+    folder, hub = Path(shutil.copytree(FIXTURE, tmp_path / "copy")), tmp_path / "models--org--name"
+    (hub / "snapshots").mkdir(parents=True)
     steps = json.loads((folder / "policy_preprocessor.json").read_text())["steps"]
     if kind == "state_file":
         name = next(one for one in steps if "state_file" in one)["state_file"]
     else:
         name = next(one["artifacts"] for one in steps if "artifacts" in one)["tokenizer_name"]
-    for place in ("private", "models--org--name/blobs"):
+    folder = folder.rename(hub / "snapshots" / "1")
+    for place in ("private", "models--other--name/blobs", "models--org--name/blobs"):
         moved = tmp_path / place / "0123"
         moved.parent.mkdir(parents=True)
         (folder / name).rename(moved)
         (folder / name).symlink_to(moved)
-        if place == "private":
+        if moved.parent != hub / "blobs":
             with pytest.raises(WeightsError) as caught:
                 checkpoints.load(folder)
             assert all(fact in str(caught.value) for fact in (repr(name), str(moved)))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import Any
 
 import pytest
 
-from vlafit import config, files
-from vlafit.checkpoints import inspect
+from vlafit import config, files, load_actor
+from vlafit.checkpoints import inspect, load
 from vlafit.checkpoints.formats.native.write import write_folder
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.cli import main
 from vlafit.cli.console import surviving_streams
+from vlafit.cli.places import checkpoint_folder, checkpoint_stays
 from vlafit.datasets import load_card
-from vlafit.errors import ConfigError, VlafitError, WeightsError
+from vlafit.errors import ConfigError, VlafitError, WeightsError, brief
 from vlafit.policies import build_family, families, family, override
 from vlafit.recipe import Recipe
 from vlafit.rollout.protocol import load_protocol
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 NESTED = "[" * 100_000
 
 
@@ -135,6 +138,64 @@ def test_a_checkpoint_of_absurd_size_is_refused_before_memory_is_taken(tmp_path:
         ConfigError, match=rf"{path}: config.*policy config: resnet_width 1000000000 .*at most"
     ):
         inspect(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "file", "key", "value"),
+    [
+        ("lerobot_smolvla", "config.json", "chunk_size", 10**9),
+        ("lerobot_smolvla", "config.json", "tokenizer_max_length", 10**9),
+        ("lerobot_smolvla", "config.json", "num_steps", 10**9),
+        ("lerobot_smolvla", "config.json", "resize_imgs_with_padding", [10**6, 10**6]),
+        ("openpi_pi0", "config.json", "action_horizon", 10**9),
+    ],
+)
+def test_a_foreign_config_of_absurd_size_is_refused_before_memory_is_taken(
+    fixture: str, file: str, key: str, value: Any, tmp_path: Path
+):
+    folder = Path(shutil.copytree(FIXTURES / fixture, tmp_path / "c"))
+    path = folder / file
+    if fixture == "openpi_pi0":
+        shutil.copy(folder / "openpi_config.json", path)
+    facts = json.loads(path.read_text())
+    assert key in facts
+    path.write_text(json.dumps(facts | {key: value}))
+    given = {"vision.heads": 2} if fixture == "openpi_pi0" else None
+    for look in (inspect, load):
+        with pytest.raises(VlafitError) as caught:
+            look(folder, config=given)
+        largest = value[0] if isinstance(value, list) else value
+        assert str(largest) in str(caught.value) and re.search("at most|in 1 to", str(caught.value))
+
+
+def test_a_message_quotes_no_more_of_a_file_than_a_person_reads():
+    assert len(brief(KeyError("x" * 10**6))) < 400 and "\x1b" not in brief(ValueError("\x1b[31m"))
+    long = str(VlafitError(f"file: key is {'x' * 10**6}; correct it\nsecond line"))
+    assert len(long) < 4100 and long.startswith("file: key") and long.endswith("correct it\nsecond line")
+    assert str(VlafitError("short")) == "short"
+
+
+def test_a_checkpoint_that_its_run_deletes_while_it_is_read_is_one_sentence(tmp_path: Path):
+    folder = tmp_path / "checkpoints" / "step_000001"
+    folder.mkdir(parents=True)
+    with pytest.raises(WeightsError, match="damaged"), checkpoint_stays(folder):
+        raise WeightsError("damaged")
+    with (
+        pytest.raises(ConfigError, match=r"step_000001: its run deleted .*train\.keep"),
+        checkpoint_stays(folder),
+    ):
+        folder.rmdir()
+        (folder / "policy.json").read_text()
+    with pytest.raises(WeightsError, match="damaged"), checkpoint_stays(Path("org/name@1234")):
+        raise WeightsError("damaged")
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.safetensors"])
+def test_a_checkpoint_that_is_not_there_is_one_error(name: str):
+    for find in (load_actor, load, lambda text: checkpoint_folder(text, foreign=True)):
+        with pytest.raises(VlafitError, match=f"there is no checkpoint {name!r}") as error:
+            find(name)
+        assert error.value.__context__ is None and error.value.__cause__ is None
 
 
 def test_an_out_folder_with_too_long_a_name_is_one_sentence(tmp_path: Path, capsys, monkeypatch):

@@ -1,10 +1,14 @@
 """The interval of a mean over episodes holds what it promises, also with few of them."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from vlafit.significance.clusters import mean_interval
+
+FREE = (-math.inf, math.inf)
 
 
 def test_the_interval_is_students_over_the_episodes():
@@ -12,6 +16,13 @@ def test_the_interval_is_students_over_the_episodes():
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     mean = mean_interval(values)
     assert (mean.value, mean.low, mean.high) == pytest.approx((np.mean(values), low, high))
+
+
+def test_the_interval_of_what_has_a_least_or_largest_value_ends_there():
+    wide = [0.01, 0.02, 0.97]
+    free, errors, shares = (mean_interval(wide, within=w) for w in (FREE, (0, math.inf), (0, 1)))
+    assert free.low is not None and free.high is not None and free.low < 0 and free.high > 1
+    assert (errors.low, errors.high) == (0, free.high) and (shares.low, shares.high) == (0, 1)
 
 
 def test_one_episode_has_a_mean_and_no_interval():

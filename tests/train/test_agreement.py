@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vlafit
+from tests.checkpoints.test_export import GIVEN
 from tests.train.agreement_world import (
     EPISODES,
     STEPS,
@@ -26,6 +28,8 @@ from tests.train.agreement_world import (
     write_checkpoint,
 )
 from vlafit import agreement, checkpoints, cli
+from vlafit.checkpoints.export import export
+from vlafit.checkpoints.formats.lerobot import write as lerobot_write
 from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
 from vlafit.codec.statistics import FLOORED
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, VlafitError
@@ -128,8 +132,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, tupl
     "card's actions on old statistics": (
         {"relative": BOTH}, {}, {"actions": "data"}, "checkpoint", ('data.statistics = "data"',),
     ),
-    "another camera": ({"cameras": ("top",)}, {}, {}, "checkpoint", ("top", 'front = "top"')),
-    "another camera, fitted": ({"cameras": ("top",)}, {}, {}, "data", ("top", 'front = "top"')),
+    "another camera": ({"cameras": ("top",)}, {}, {}, "checkpoint", ("top", 'front = "CAMERA"')),
+    "another camera, fitted": ({"cameras": ("top",)}, {}, {}, "data", ("top", 'front = "CAMERA"')),
     "one of two cameras": ({}, {"cameras": ("front", "wrist")}, {}, "checkpoint", ("wrist", 'wrist = ""')),
     "one of two cameras, fitted": ({}, {"cameras": ("front", "wrist")}, {}, "data", ("wrist", 'wrist = ""')),
     "another size": ({"size": 32}, {}, {}, "checkpoint", ("32x32", "16x16", "[adapt] resize = true")),
@@ -447,6 +451,40 @@ def test_lerobots_processors_that_make_actions_relative_are_compared_with_the_ca
     recipe = recipe_of(write_card(tmp_path / "data"), base, {})
     with pytest.raises(EmbodimentError, match="relative actions: dataset: absolute; checkpoint: all"):
         start(recipe)
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="normalised by statistics that nobody chose",
+    user_has="adapters of LeRobot without processors beside them",
+    now="the base's statistics hold, and load report and agreement name the base",
+)
+def test_statistics_of_the_base_of_adapters_are_said_to_be_the_bases(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(lerobot_write, "refusals", lambda policy, codec: [])  # no tiny size has a name there
+    policy, codec, *_ = vlafit.load_checkpoint(write_checkpoint(tmp_path / "own"))
+    rule = {"select": {"part": "expert", "kind": "mlp"}, "mode": "lora", "rank": 2}
+    plan = vlafit.apply_strategy(policy, [rule, {"mode": "frozen"}])
+    vlafit.save_checkpoint(policy, tmp_path / "adapted", codec, plan=plan)
+    folder = tmp_path / "out"
+    export(tmp_path / "adapted", "lerobot", folder)
+    card = write_card(tmp_path / "data")
+    recipe = recipe_of(card, folder, {}, statistics="checkpoint")
+    recipe = replace(recipe, policy=replace(recipe.policy, config=GIVEN))
+
+    def statistics() -> tuple[str, str, str]:
+        initial = start(recipe)
+        assert initial.agreement is not None
+        of = {item.name: item.value for item in initial.agreement.items}
+        return of["statistics"], of["tokenizer"], initial.report
+
+    whose, tokenizer, report = statistics()
+    assert whose == "of the checkpoint" and "base" not in tokenizer and "statistics are" not in report
+    for file in folder.glob("policy_p*"):
+        file.unlink()
+    whose, tokenizer, report = statistics()
+    assert whose == f"of the base {folder / 'base'}" and f"of the base {folder / 'base'}" in tokenizer
+    assert f"statistics are of the base {folder / 'base'}" in report
+    assert checkpoints.inspect(folder, config=GIVEN).report.statistics_of == str(folder / "base")
 
 
 # ------------------------------------------------------------------------------------- values and floors

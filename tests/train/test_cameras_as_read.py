@@ -18,6 +18,7 @@ from vlafit.offline.contract import frames_notice
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.data import camera_warnings, open_data, open_validation_sets
+from vlafit.train.data_files import require_same_readings
 from vlafit.train.experiment import build
 
 RIGHT = 'key = "obs/front"'
@@ -83,10 +84,26 @@ def test_a_run_without_a_record_of_its_cameras_is_resumed_and_has_one_then(
     recipe, out = trained
     content = json.loads((out / "run.json").read_text())
     recorded = content.pop("data_read")
-    assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative"}
+    units = {"state unit", "action unit"}
+    assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative", *units}
     (out / "run.json").write_text(json.dumps(content))
     assert run(recipe, out, resume=True).finished
     assert json.loads((out / "run.json").read_text())["data_read"] == recorded
+
+
+def test_a_unit_that_the_card_states_only_since_the_run_began_is_named(tmp_path: Path) -> None:
+    def record(**stated: str) -> Path:
+        (tmp_path / "run.json").write_text(json.dumps({"data_read": {"joints": stated}}))
+        return tmp_path
+
+    now = {"joints": {"state unit": "rad", "robot.relative": "none"}}
+    (warning,) = require_same_readings(record(**{"state unit": "not stated", "robot.relative": "none"}), now)
+    for fact in ("card 'joints'", "state unit", "'rad'", "do not state it"):
+        assert fact in warning
+    assert require_same_readings(record(**now["joints"]), now) == []
+    assert require_same_readings(record(**{"robot.relative": "none"}), now) == [], "a run of before"
+    with pytest.raises(TrainingError, match="state unit was 'deg', is now 'rad'"):
+        require_same_readings(record(**{"state unit": "deg", "robot.relative": "none"}), now)
 
 
 def test_limits_that_the_card_changes_before_a_resumption_are_named(
@@ -204,6 +221,12 @@ def test_frames_that_a_checkpoint_learned_otherwise_are_refused_unless_accepted(
         assert fact in str(caught.value)
     assert cli.main(["inspect", str(checkpoint), "--data", str(other)]) == 1
     assert "[adapt] frames = true" in "".join(capsys.readouterr())
+    front = 'name = "front"'
+    renamed = other_card(card, tmp_path / "renamed", TURNED, (front, front.replace('t"', 't_rgb"')))
+    with pytest.raises(EmbodimentError) as caught:
+        start(recipe_of(renamed, checkpoint, {}))
+    for option in ("--adapt.cameras.front front_rgb", "--adapt.frames true"):
+        assert option in str(caught.value), "one error for all that cameras need"
     frames_of_run = {}
     for name, on, base, adapt in (
         ("chosen", other, checkpoint, {"frames": True}),

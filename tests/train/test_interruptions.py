@@ -307,6 +307,17 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     assert json.loads((out / "checkpoints" / "last.json").read_text())["step"] == 8
 
 
+def test_what_a_damaged_state_holds_is_not_printed(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step_000008"
+    path = state_of(whole, folder)
+    content = bytearray(path.read_bytes())
+    content[100] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match="not UTF-8 text: invalid start byte at byte 100") as error:
+        checkpointer.read(folder, "")
+    assert "sha256" not in str(error.value) and len(str(error.value)) < 800
+
+
 def state_of(whole: Path, folder: Path, hashed: bool = True) -> Path:
     """Copy a checkpoint of step 8 to `folder`, without the hash of its numbers as early versions wrote it."""
     shutil.copytree(whole / "checkpoints" / "step_000008", folder)

@@ -5,6 +5,7 @@ that changes what the policy sees is a conflict, and a conflict is an error that
 recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a policy.
 """
 
+from vlafit.agreement.camera_map import propose
 from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
 from vlafit.agreement.values import Agreement, Item, Party, Status, join
@@ -17,6 +18,7 @@ __all__ = [
     "Status",
     "agree",
     "join",
+    "propose",
     "protocol_items",
     "same_actions",
     "shared_slots",

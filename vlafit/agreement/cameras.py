@@ -3,25 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from vlafit.agreement.camera_map import NAME, accept, hands, propose, remedy, table
 from vlafit.agreement.values import Item, Party
 from vlafit.errors import ConfigError, did_you_mean
 from vlafit.recipe import AdaptRecipe
 from vlafit.types import Embodiment, Feature
 
 HANDS = (("left", "right"), ("right", "left"))
-NAME = r"[A-Za-z0-9_-]+"  # what a command line takes without quotes
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
-_LIMBS = ("wrist", "hand", "arm", "gripper", "cam", "camera")
-_SHORT = {
-    short: {hand}
-    for hand, letter in (("left", "l"), ("right", "r"))
-    for short in (
-        letter,
-        *(f"{letter}{limb}" for limb in ("h", *_LIMBS)),
-        *(f"{limb}{letter}" for limb in _LIMBS),
-    )
-}
-"""Words that mean a hand in short: l, lh, lwrist, wristl; r likewise."""
 
 
 def decide(
@@ -62,24 +50,35 @@ def decide(
     slots, chosen = checkpoint.slots, dict(adapt.cameras)
     _require_known(chosen, slots, recorded, checkpoint, dataset)
     trained = {c.name: c for c in checkpoint.embodiment.cameras} if checkpoint.embodiment else {}
-    proposal = _proposal(slots, recorded)
-    accept = _accept(proposal, recorded, trained if checkpoint.frame_sizes_known else {})
+    proposal = propose(slots, recorded, chosen)
+    sized = trained if checkpoint.frame_sizes_known else {}
+    options = accept(proposal, recorded, sized, adapt.resize)
+    fix = remedy(proposal, recorded, {} if adapt.resize else sized)
     filled: list[str] = []
     items = []
     for number, slot in enumerate(slots):
         source = chosen.get(slot, slot if slot in recorded and slot not in chosen.values() else "")
         filled.append(source)
-        size = trained[slot] if slot in trained and checkpoint.frame_sizes_known else None
         items.append(
-            _slot(number, slot, recorded.get(source), size, recorded, adapt, proposal, accept, dataset.keys)
+            _slot(
+                number,
+                slot,
+                recorded.get(source),
+                sized.get(slot),
+                recorded,
+                adapt,
+                fix,
+                options,
+                dataset.keys,
+            )
         )
     for name in [name for name in recorded if name not in filled]:
         sides = {"dataset": f"{name} {_frame(recorded[name])}", "checkpoint": "no slot of this name"}
         if chosen:
             items.append(Item(f"camera {name}", sides, "not used", "chosen", "adapt.cameras leaves it out"))
             continue
-        fix = f"name the cameras to use, [adapt] cameras = {_table(proposal)}, or remove it from the card"
-        items.append(Item(f"camera {name}", sides, "", "conflict", fix=fix, accept=accept))
+        removal = f"remove it from the card, or name the cameras to use, {fix}"
+        items.append(Item(f"camera {name}", sides, "", "conflict", fix=removal, accept=options))
     return tuple(filled), items
 
 
@@ -173,8 +172,8 @@ def _slot(
     trained: Feature | None,
     recorded: Mapping[str, Feature],
     adapt: AdaptRecipe,
-    proposal: Mapping[str, str],
-    accept: tuple[str, ...],
+    unfilled: str,
+    options: tuple[str, ...],
     keys: Mapping[str, str],
 ) -> Item:
     name = f"camera slot {number}"
@@ -190,8 +189,7 @@ def _slot(
             if taker
             else f"no camera of this name (has: {', '.join(recorded)})"
         )
-        fix = f'[adapt] cameras = {_table(proposal)} ("" leaves a slot empty)'
-        return Item(name, sides, "", "conflict", fix=fix, accept=accept)
+        return Item(name, sides, "", "conflict", fix=unfilled, accept=options)
     sides["dataset"] = f"{source.name} {_frame(source)}"
     for here, there in HANDS:
         if hands(slot) == {here} and hands(source.name) == {there}:
@@ -201,7 +199,7 @@ def _slot(
             )
             return Item(name, sides, "", "conflict", fix=fix)
     if slot not in adapt.cameras and (text := misnamed(source.name, keys)):
-        fix = f"correct the card; if it is right: [adapt] cameras = {_table({slot: source.name})}"
+        fix = f"correct the card; if it is right: [adapt] cameras = {table({slot: source.name})}"
         return Item(
             name,
             sides | {"dataset": text},
@@ -239,71 +237,6 @@ def misnamed(name: str, keys: Mapping[str, str]) -> str:
         if hands(part) and hands(name) and not hands(part) & hands(name):
             return f"camera {name} reads {key}, which is of the other hand"
     return ""
-
-
-def _proposal(slots: Sequence[str], recorded: Mapping[str, Feature]) -> dict[str, str]:
-    """Return a complete `adapt.cameras`: the same names, then the right hands, then what is left."""
-    named = [slot for slot in slots if slot]
-    chosen = {slot: slot for slot in named if slot in recorded}
-    for slot in named:
-        free = [name for name in recorded if name not in chosen.values()]
-        if slot not in chosen and hands(slot):
-            of_this_hand = [name for name in free if hands(name) == hands(slot)]
-            chosen.update({slot: of_this_hand[0]} if of_this_hand else {})
-    for slot in named:
-        free = [n for n in recorded if n not in chosen.values() and (not hands(n) or not hands(slot))]
-        if slot not in chosen:
-            chosen[slot] = free[0] if free else ""
-    return {slot: chosen[slot] for slot in named}
-
-
-def _table(proposal: Mapping[str, str]) -> str:
-    """Return a proposal as a TOML inline table."""
-    return "{ " + ", ".join(f'{_key(slot)} = "{source}"' for slot, source in proposal.items()) + " }"
-
-
-def _accept(
-    proposal: Mapping[str, str], recorded: Mapping[str, Feature], trained: Mapping[str, Feature]
-) -> tuple[str, ...]:
-    """Return a proposal as options of the command line; none if no camera would be used, or a name is odd."""
-    names = [*proposal, *filter(None, proposal.values())]
-    if not any(proposal.values()) or not all(re.fullmatch(NAME, name) for name in names):
-        return ()
-    options = [f"--adapt.cameras.{slot} {source or repr('')}" for slot, source in proposal.items()]
-    resized = any(
-        source and slot in trained and trained[slot].shape != recorded[source].shape
-        for slot, source in proposal.items()
-    )
-    return (*options, *["--adapt.resize true"] * resized)
-
-
-def _key(name: str) -> str:
-    return name if name.isascii() and name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
-
-
-def hands(name: str) -> set[str]:
-    """Return the hands that a camera's name mentions: "wrist_l" and "wristLeft" the left, "upright" none.
-
-    A letter with a number at the end counts where nothing else tells: "l1" and "wrist_r2", but not the robot
-    of "R1_head".
-    """
-    mentioned: set[str] = set()
-    for part in re.split(r"[^A-Za-z0-9]+", name):
-        mentioned |= _SHORT.get(part.lower(), set())
-        for word in _WORD.findall(part):
-            plain = word.lower()
-            for hand in ("left", "right"):
-                first = plain.startswith(hand) and plain.removeprefix(hand).startswith(_LIMBS)
-                last = plain.endswith(hand) and plain.removesuffix(hand) in ("", *_LIMBS)
-                if first or last:
-                    mentioned.add(hand)
-            # A letter of its own inside a word is a hand only beside lower case: "camL", but not "L515".
-            if len(word) == 1 and word.isupper() and part.endswith(word) and part != word:
-                mentioned |= _SHORT.get(plain, set())
-    if mentioned:
-        return mentioned
-    numbered = re.search(r"(?<![A-Za-z0-9])([lr])\d{1,2}([_-](rgb|image|color|cam|camera))?$", name.lower())
-    return {"left" if numbered[1] == "l" else "right"} if numbered else set()
 
 
 def _frame(camera: Feature) -> str:

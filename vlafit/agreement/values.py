@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from vlafit import files
-from vlafit.errors import ConfigError, EmbodimentError
-from vlafit.files import parse_json
+from vlafit.errors import ConfigError, EmbodimentError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.types import Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
@@ -18,6 +18,8 @@ DATA = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
+PLACEHOLDER = "CAMERA"
+"""Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Agreement:
         if not all(item.accept for item in self.conflicts):
             return ""
         options = " ".join(dict.fromkeys(option for item in self.conflicts for option in item.accept))
-        return f"\nIf all of this is meant, add to the command:\n  {options}"
+        left = f", with a camera of the dataset in the place of each {PLACEHOLDER}"
+        unknown = any(option.endswith(f" {PLACEHOLDER}") for option in options.split(" --"))
+        return f"\nIf all of this is meant, add to the command{left if unknown else ''}:\n  {options}"
 
     def with_items(self, items: Sequence[Item]) -> "Agreement":
         """Return the agreement with further items."""
@@ -194,7 +198,7 @@ def read(folder: Path) -> Agreement | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(plain_text(path))
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
         items = tuple(Item(**{**item, "accept": tuple(item.get("accept", ()))}) for item in content["items"])
@@ -204,5 +208,6 @@ def read(folder: Path) -> Agreement | None:
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not an agreement as vlafit writes it ({error!r}); delete the file, it only documents"
+            f"{path}: not an agreement as vlafit writes it ({brief(error)}); delete the file, which only "
+            "documents"
         ) from error

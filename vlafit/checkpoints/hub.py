@@ -57,9 +57,10 @@ def place(reference: str | Path, patterns: Sequence[str]) -> Place:
         return Place(local, str(local.resolve()))
     try:
         return Place(shipped.find("checkpoint", reference), str(reference))
-    except ConfigError:
-        if not isinstance(reference, str) or parse(reference) is None:
-            raise
+    except ConfigError as error:
+        unknown = error
+    if not isinstance(reference, str) or parse(reference) is None:
+        raise unknown
     return _on_hub(reference, patterns)
 
 

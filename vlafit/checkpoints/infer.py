@@ -27,7 +27,7 @@ from vlafit.checkpoints.voting import (
 )
 from vlafit.errors import ConfigError, WeightsError
 from vlafit.nn.shape_table import GUESS, ShapeTable, Sizes, Variant
-from vlafit.policies import family, merge_dotted, override
+from vlafit.policies import family, merge_dotted, override, require_bounded
 
 DEEPEST = 256  # layers that a file may state beyond those that are there; nobody has more
 
@@ -327,6 +327,7 @@ def _checked(
         lines = [f"its tensors' shapes do not go together: {error}", *conflicts]
         raise_mismatch(where, differences, file_name, every, lines)
         raise AssertionError from error  # one line is always there
+    require_bounded(config, f"{where}: config")
     if asked:
         policy = build(config, "meta")
         every = [info.name for info in policy.parts()] + list(weights)

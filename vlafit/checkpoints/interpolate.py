@@ -24,6 +24,7 @@ from vlafit.checkpoints.locate import digest, place
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.statistics import Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.files import plain_text
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning.merge import merge
@@ -211,7 +212,7 @@ def _recipe_checkpoint(source: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        return str(tomllib.loads(path.read_text(encoding="utf-8"))["policy"]["checkpoint"])
+        return str(tomllib.loads(plain_text(path))["policy"]["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -343,7 +343,8 @@ def _located(path: str | Path) -> Place:
     try:
         return place(path)
     except ConfigError as error:
-        raise WeightsError(f"{path}: there is no such checkpoint") from error
+        reason = str(error)
+    raise WeightsError(f"{path}: there is no such checkpoint ({reason})")
 
 
 def _place_note(note: str) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ class LoadReport:
     codec: str = ""
     chunk: int | None = None
     """Steps of a chunk in the checkpoint's own files; None where they do not say."""
+    statistics_of: str = ""
+    """The base whose statistics and tokenizer the codec has; empty: the checkpoint's own, or no codec."""
 
     @property
     def parameters(self) -> int:
@@ -98,6 +100,7 @@ def make_report(
     no_codec: str,
 ) -> LoadReport:
     """Return the report of a checkpoint whose tensors have been compared with its bare policy."""
+    statistics_of = "" if no_codec else opened.statistics_of
     parts: dict[str, int] = {}
     size = 0
     for info in policy.parts():
@@ -119,10 +122,20 @@ def make_report(
         stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
         adapted=changes,
         resized=tuple(resized),
-        notes=(*notes, *_sampling(policy), *(_describe_plan(plan) if plan is not None else ())),
+        notes=(
+            *notes,
+            *_statistics(statistics_of),
+            *_sampling(policy),
+            *(_describe_plan(plan) if plan is not None else ()),
+        ),
         codec=no_codec,
+        statistics_of=statistics_of,
         chunk=opened.chunk if isinstance(opened.chunk, int) else None,
     )
+
+
+def _statistics(base: str) -> list[str]:
+    return [f"statistics are of the base {base}: the adapters have none of their own"] if base else []
 
 
 def _sampling(policy: Policy) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -25,11 +26,10 @@ def place(reference: str | Path) -> Place:
         return hub.place(inside, ())
     if Path(reference).expanduser().exists() and str(reference):
         return hub.place(reference, ())
-    try:
+    with suppress(ConfigError):
         shipped.find("checkpoint", reference)
-    except ConfigError:
-        return hub.place(reference, registry.download_patterns())
-    return hub.place(reference, ())
+        return hub.place(reference, ())
+    return hub.place(reference, registry.download_patterns())
 
 
 def lasting_base(folder: Path, moved: str | Path | None = None) -> Base | None:

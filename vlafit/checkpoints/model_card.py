@@ -16,6 +16,7 @@ from vlafit.checkpoints.locate import digest
 from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import VlafitError
+from vlafit.files import plain_text
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 
@@ -211,7 +212,7 @@ def _load(target: str, codec: Codec | CodecSet | None, adapters: bool) -> str:
 def _result(path: Path, own: str) -> Iterator[str]:
     """Yield the sentence of one evaluation, if it is of the checkpoint with this digest."""
     try:
-        value = files.parse_json(path.read_text(encoding="utf-8"))
+        value = files.parse_json(plain_text(path))
         if own not in str(value["actor"]):
             return
         if value.get("kind") == "offline":

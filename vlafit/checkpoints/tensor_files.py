@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlafit import files
-from vlafit.errors import WeightsError
-from vlafit.files import parse_json, require_readable
+from vlafit.errors import WeightsError, brief
+from vlafit.files import parse_json, plain_text, require_readable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,19 +53,6 @@ def tensor_names(path: Path) -> list[str]:
 
 def _incomplete(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
-
-
-def require_regular(folder: Path) -> None:
-    """Raise WeightsError where a file of a checkpoint's folder is a link to nothing, or no regular file.
-
-    Such a file would be waited for without end, or pass for one that the checkpoint does not have.
-    """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_symlink() and not path.exists():
-            raise WeightsError(
-                f"{path}: a link to {path.readlink()}, which is not there; copy or download the file again"
-            )
-        files.require_regular(path)
 
 
 def has_weight_files(path: Path) -> bool:
@@ -137,10 +124,15 @@ def beside(path: Path, name: object) -> Path:
 
 
 def is_inside(folder: Path, file: Path) -> bool:
-    """Whether a file lies in `folder` once links are followed; those of the Hub's cache count as inside."""
-    path = file.resolve()
-    in_cache = path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
-    return path.is_relative_to(folder.resolve()) or in_cache
+    """Whether a file lies in `folder` once links are followed.
+
+    A download of the Hub (models--ORG--NAME/snapshots/REVISION) consists of links to the blobs of its own
+    repository, which count as inside.
+    """
+    path, own = file.resolve(), folder.resolve()
+    caches = [one for one in own.parents if one.name.startswith("models--")]
+    blobs = [one / "blobs" for one in caches if (one / "snapshots") in own.parents]
+    return any(path.is_relative_to(one) for one in (own, *blobs))
 
 
 def read_text(path: Path) -> str:
@@ -163,11 +155,11 @@ def _listed(index: Path) -> list[str]:
     try:
         return sorted(set(_map(index).values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index}: not an index of safetensors files ({error!r})") from error
+        raise WeightsError(f"{index}: not an index of safetensors files ({brief(error)})") from error
 
 
 def _map(index: Path) -> dict[str, str]:
-    return dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
+    return dict(parse_json(plain_text(index))["weight_map"])
 
 
 def _require_listed(index: Path, shards: Sequence[Path]) -> None:

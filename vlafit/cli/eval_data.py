@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit.cli.console import Line, table
-from vlafit.cli.places import default_out
+from vlafit.cli.places import default_out, deleted_by_run, gone
 
 if TYPE_CHECKING:
     from vlafit.types import Actor
@@ -42,6 +42,8 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
             actor.codec, store, str(name), (*permitted_by(name, actor.embodiment.name), *permitted)
         )
         values += tuple(filter(None, [frames_notice(name, store, actor.embodiment.name)]))
+    if checkpoint is not None and deleted_by_run(checkpoint):
+        raise gone(checkpoint)  # what it says of its data was incomplete
     with Line("observations", 1) as line:
 
         def progress(done: int, total: int, episode: str) -> None:

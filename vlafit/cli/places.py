@@ -1,10 +1,12 @@
 """Resolve checkpoints named on the command line (folders, runs, shipped names, Hub ids), and name outputs."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlafit import pointers, shipped
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, VlafitError
 
 
 def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
@@ -35,12 +37,13 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
         )
     try:
         return shipped.find("checkpoint", text)
-    except ConfigError:
-        from vlafit.checkpoints import hub, locate
+    except ConfigError as error:
+        unknown = error
+    from vlafit.checkpoints import hub, locate
 
-        if hub.parse(text) is None:
-            raise
-        return locate.place(text).name
+    if hub.parse(text) is None:
+        raise unknown
+    return locate.place(text).name
 
 
 def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Path:
@@ -52,3 +55,27 @@ def default_out(checkpoint: Path, protocol: Path, wrong_instruction: bool) -> Pa
     name = f"{parts[0]}_{parts[2]}" if len(parts) == 3 and parts[1] == "checkpoints" else parts[-1]
     ending = "_wrong_instruction" if wrong_instruction else ""
     return Path("runs/eval") / re.sub(r"[^\w.-]", "_", name) / f"{protocol.stem}{ending}"
+
+
+@contextmanager
+def checkpoint_stays(folder: Path) -> Iterator[None]:
+    """Name the reason where this block fails because the checkpoint's run deleted it meanwhile."""
+    try:
+        yield
+    except (VlafitError, OSError) as error:
+        if deleted_by_run(folder):
+            raise gone(folder) from error
+        raise
+
+
+def deleted_by_run(folder: Path) -> bool:
+    """Whether `folder` was a checkpoint of a run and is no more."""
+    return folder.parent.name == "checkpoints" and folder.parent.is_dir() and not folder.exists()
+
+
+def gone(folder: Path) -> ConfigError:
+    """Return the error for a checkpoint that its run deleted while it was read."""
+    return ConfigError(
+        f"{folder}: its run deleted this checkpoint while it was read (train.keep says how many stay): name "
+        f"{folder.parent}/best or last, wait for the end of the run, or copy the checkpoint first"
+    )

@@ -14,7 +14,7 @@ from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
-from vlafit.files import parse_json, write_atomic
+from vlafit.files import parse_json, plain_text, write_atomic
 from vlafit.types import Embodiment
 
 FORMAT = 1  # of codec.json with one embodiment, which has no number
@@ -108,7 +108,7 @@ def _statistics(parts: CodecParts) -> dict[str, object]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
     except OSError as error:
         raise CodecError(
             f"{path}: cannot be read: {error.strerror}; is this a checkpoint's folder?"

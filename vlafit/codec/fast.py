@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from vlafit.codec import tokenizer_limits as limits
-from vlafit.errors import CodecError
-from vlafit.files import parse_json, write_atomic
+from vlafit.errors import CodecError, brief
+from vlafit.files import parse_json, plain_text, write_atomic
 
 SCALE = 10.0  # published processor: coefficients are rounded to a tenth
 VOCABULARY = 1024  # published processor: default of `fit`
@@ -93,15 +93,15 @@ def load(folder: Path | str) -> FastTokenizer:
             raise CodecError(f"{folder}: no FAST action tokenizer: {name} is missing")
     limits.require_small_files(folder)
     try:
-        text = (folder / FILE).read_text(encoding="utf-8")
+        text = plain_text(folder / FILE)
         limits.require_bounded(parse_json(text), folder / FILE)
         backend = tokenizers.Tokenizer.from_str(text)
-        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json(plain_text(folder / CONFIG))
         scale, least = config["scale"], config["min_token"]
     except CodecError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files
-        raise CodecError(f"{folder}: not a readable FAST action tokenizer: {error!r}") from error
+        raise CodecError(f"{folder}: not a readable FAST action tokenizer: {brief(error)}") from error
     if type(scale) not in (int, float) or not 0 < scale < 1e6:
         raise CodecError(f"{folder / CONFIG}: scale is {scale!r}; it must be a number above 0")
     if type(least) is not int or abs(least) > MOST_CHARACTERS:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from vlafit.errors import CodecError
+from vlafit.files import plain_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 MODELS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
@@ -44,7 +45,7 @@ class SpecialIds:
 def read(path: Path) -> tuple[Tokenizer, SpecialIds]:
     """Return the tokenizer in a `.model` file. Raises CodecError for damage, or a kind that is not read."""
     try:
-        model = _fields(path.read_bytes())
+        model = _fields(plain_bytes(path))
         pieces = [_piece(_bytes(value)) for value in model.get(1, [])]
         trainer, rules = (_fields(_bytes(model[number][-1])) if number in model else {} for number in (2, 3))
         bos, eos, pad = (_id(trainer, *default) for default in ((41, 1), (42, 2), (43, None)))

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from vlafit.codec import sentencepiece
 from vlafit.codec import tokenizer_limits as limits
 from vlafit.errors import CodecError
-from vlafit.files import parse_json, write_atomic
+from vlafit.files import irregular, parse_json, plain_text, require_regular_files, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so that any sentence can be encoded
@@ -80,12 +80,15 @@ def load(folder: Path | str) -> Tokenizer:
             )
         folder = folder.parent
     if not folder.is_dir():
-        raise CodecError(f"{folder}: no such tokenizer folder")
+        kind = irregular(folder)
+        fault = f"not a regular file but {kind}" if kind else "no such tokenizer folder"
+        raise CodecError(f"{folder}: {fault}")
+    require_regular_files(folder, (".json", ".model", ".txt"))
     limits.require_small_files(folder)
     if not (folder / "tokenizer.json").is_file():
         return _through_transformers(folder)
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = plain_text(folder / "tokenizer.json")
         limits.require_bounded(parse_json(text), folder / "tokenizer.json")
         backend = tokenizers.Tokenizer.from_str(text)
         config: dict[str, object] = {}
@@ -94,7 +97,7 @@ def load(folder: Path | str) -> Tokenizer:
             config = _named_special_tokens(backend)
         for name in listed:
             if (folder / name).is_file():
-                config |= parse_json((folder / name).read_text(encoding="utf-8"))
+                config |= parse_json(plain_text(folder / name))
     except CodecError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception on malformed files

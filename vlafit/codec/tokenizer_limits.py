@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.errors import CodecError
-from vlafit.files import require_regular
+from vlafit.files import require_readable
 
 LARGEST_FILE = 128 * 2**20  # bytes; Gemma 3's tokenizer.json, the largest in common use, has 33 MB
 LARGEST_GROWTH = 32.0  # of a text by a normaliser; Unicode's own (NFKD) is 18 at most
@@ -26,7 +26,7 @@ def require_small_files(folder: Path) -> None:
 
 def require_small(path: Path) -> None:
     """Raise CodecError if a file is too large for a tokenizer, StorageError if it is no regular file."""
-    require_regular(path)
+    require_readable(path)
     if path.stat().st_size > LARGEST_FILE:
         raise CodecError(
             f"{path}: {path.stat().st_size:,} bytes are too many for a tokenizer (at most"

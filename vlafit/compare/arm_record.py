@@ -9,7 +9,7 @@ from vlafit import config, files, report
 from vlafit.compare.arms import Arm
 from vlafit.compare.process import reason
 from vlafit.errors import VlafitError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 from vlafit.report.facts import Facts
 from vlafit.score import Score, overall
 
@@ -152,7 +152,7 @@ def read(path: Path) -> ArmRecord | None:
     if not path.is_file():
         return None
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(plain_text(path))
     except ValueError as error:
         raise VlafitError(f"{path}: not JSON ({error}); remove the arm's folder to run it again") from error
     record = config.build(ArmRecord, values, str(path))

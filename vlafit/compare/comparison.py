@@ -20,6 +20,7 @@ from vlafit.compare.identity import digest, write_or_require_same
 from vlafit.compare.process import Ended, Processes, stopping, vlafit
 from vlafit.compare.standing import Choice, Standing, choose_lr
 from vlafit.errors import ConfigError, VlafitError
+from vlafit.files import plain_text
 from vlafit.recipe import Recipe
 from vlafit.train.data import open_data
 from vlafit.train.preflight import check
@@ -215,7 +216,7 @@ class _Runner:
         hash_file = self.out / "recipes" / f"{arm.name}.sha256"
         initial = None
         if hash_file.is_file():
-            initial = hash_file.read_text(encoding="utf-8").strip()
+            initial = plain_text(hash_file).strip()
         elif existing is not None and existing.strategy_sha256 != current:
             initial = existing.strategy_sha256
         if initial not in (None, current):

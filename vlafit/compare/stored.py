@@ -12,8 +12,8 @@ from vlafit.compare.arm_record import AFTER, WRONG, ArmRecord
 from vlafit.compare.arms import Options, candidates
 from vlafit.compare.comparison import Comparison
 from vlafit.compare.standing import Choice, Standing
-from vlafit.errors import VlafitError
-from vlafit.files import parse_json
+from vlafit.errors import VlafitError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.recipe import Recipe
 
 FILE = "compare.json"
@@ -28,7 +28,7 @@ def read(folder: Path) -> Comparison:
     """
     path = folder / FILE
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
         stored = content["arms"]
         records = {
             record.name: _with_outcomes(folder, record)
@@ -50,7 +50,7 @@ def read(folder: Path) -> Comparison:
         raise VlafitError(f"{path}: no such file; name a folder that `vlafit compare` wrote") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VlafitError(
-            f"{path}: damaged ({error!r}); run the command of the comparison again to write it anew"
+            f"{path}: damaged ({brief(error)}); run the command of the comparison again to write it anew"
         ) from error
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vlafit.agreement.columns import NAMES_FIX, mispaired, plain_label
 from vlafit.errors import ConfigError, DataError, did_you_mean
+from vlafit.files import irregular, require_regular_files
 from vlafit.types import Embodiment, Feature
 
 T = TypeVar("T")
@@ -345,7 +346,13 @@ class Card:
             paths = [p for p in paths if not p.name.startswith(".")]
         else:
             paths = [root]
+        for path in sorted(paths):
+            kind = "" if path.is_dir() and path.suffix not in suffixes else irregular(path)
+            if kind:
+                raise DataError(f"dataset {self.name!r}: {path}: not a regular file but {kind}")
         paths = sorted(p for p in paths if p.is_file())
+        for folder in {path.parent for path in paths}:
+            require_regular_files(folder, (".json",))  # what lies beside a file, which may be absent
         if not paths:
             raise DataError(f"dataset {self.name!r}: {self._no_files(root, suffixes)}")
         return paths

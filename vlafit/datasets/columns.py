@@ -72,9 +72,10 @@ def require_finite(values: NDArray, key: str, where: str) -> None:
         bad = ~np.isfinite(values.astype(np.float32))
     if bad.any():
         step, dimension = (int(i) for i in np.argwhere(bad)[0])
-        value = values[step, dimension] if not np.isfinite(values[step, dimension]) else np.inf
+        value = values[step, dimension]
+        beyond = ", which is beyond float32 (3.4e38)" if np.isfinite(value) else ""
         raise DataError(
-            f"{where}: {key} holds {value} at step {step}, dimension {dimension}; "
+            f"{where}: {key} holds {value} at step {step}, dimension {dimension}{beyond}; "
             "fix the file or leave the demonstration out"
         )
 
@@ -107,7 +108,16 @@ def scaled(values: NDArray, column: ColumnCard, first: int = 0) -> NDArray[np.fl
         made = made * np.asarray(column.scale[some])
     if column.offset:
         made = made + np.asarray(column.offset[some])
-    return made.astype(np.float32)
+    with np.errstate(over="ignore"):
+        small = made.astype(np.float32)
+    if np.isinf(small).any():
+        step, dimension = (int(i) for i in np.argwhere(np.isinf(small))[0])
+        raise DataError(
+            f"scale and offset of the card make {made[step, dimension]} of {values[step, dimension]} at step "
+            f"{step}, dimension {first + dimension} of {', '.join(column.keys)}, which is beyond float32 "
+            "(3.4e38); correct them"
+        )
+    return small
 
 
 def _starts(parts: Sequence[NDArray]) -> list[int]:

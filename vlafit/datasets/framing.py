@@ -7,6 +7,7 @@ from vlafit.agreement import values as agreements
 from vlafit.agreement.cameras import misnamed
 from vlafit.datasets.card import CameraCard, Card
 
+NOT_STATED = "not stated"
 AS_STORED = "as stored"
 
 
@@ -89,10 +90,14 @@ def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence
 
 
 def reading(card: Card) -> dict[str, str]:
-    """Return what the card says about each camera and relative actions, which no hash of states covers."""
+    """Return what the card says about cameras, relative actions and units, which no hash of states covers."""
     stated = {
         f"camera {c.name}": f"key {c.key}, {c.height}x{c.width}, {turned(c) or AS_STORED}"
         for c in card.robot.cameras
+    }
+    stated |= {
+        f"{column.name} unit": column.unit or NOT_STATED
+        for column in (card.embodiment.state, card.embodiment.action)
     }
     dimensions = [str(number) for number, on in enumerate(card.robot.relative) if on]
     return stated | {"robot.relative": f"dimensions {', '.join(dimensions)}" if dimensions else "none"}

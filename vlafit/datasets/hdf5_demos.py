@@ -17,7 +17,7 @@ from vlafit.datasets.hdf5_files import HDF5_ERRORS, find, own_values
 from vlafit.datasets.hdf5_storage import require_readable
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ def sentence(card: Card, file: h5py.File, path: Path, demo: Demonstration, tell:
             if not beside.is_file():
                 raise DataError(f"{where}: instruction.file is {beside}, which is missing")
             try:
-                text = inside_json(
-                    parse_json(beside.read_text(encoding="utf-8")), instruction.key, str(beside)
-                )
+                text = inside_json(parse_json(plain_text(beside)), instruction.key, str(beside))
             except ValueError as error:
                 raise DataError(f"{beside}: is not JSON ({error})") from error
         case _:

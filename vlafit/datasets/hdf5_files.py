@@ -181,7 +181,7 @@ def first_file(path: Path) -> Path | None:
             for entry in sorted(entries, key=lambda e: e.name):
                 if "." not in entry.name and entry.is_dir():
                     below.append(entry.path)
-                elif "." in entry.name[1:] and not entry.name.startswith(".") and entry.is_file():
+                elif "." in entry.name[1:] and not entry.name.startswith("."):
                     return Path(entry.path)
         folders = below
     return None

@@ -15,7 +15,7 @@ from typing import Any
 from vlafit.datasets.downloads import Needed, announce, require_inside
 from vlafit.datasets.hdf5_index import folder
 from vlafit.errors import DataError, VlafitError
-from vlafit.files import parse_json, write_atomic
+from vlafit.files import parse_json, plain_text, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _keep(repo: str, revision: str, commit: str, sizes: Mapping[str, int | None]
 def _recorded(repo: str) -> dict[str, Any]:
     path = _record(repo)
     try:
-        values = parse_json(path.read_text(encoding="utf-8")) if path is not None else None
+        values = parse_json(plain_text(path)) if path is not None else None
     except (OSError, ValueError):
         values = None
     return values if isinstance(values, dict) else {"revisions": {}, "commits": {}}

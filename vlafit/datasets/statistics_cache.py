@@ -14,7 +14,7 @@ from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import CodecError, VlafitError
-from vlafit.files import parse_json, write_atomic
+from vlafit.files import parse_json, plain_text, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _content_hash(
 
 def _kept(path: Path) -> dict[str, Statistics] | None:
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(plain_text(path))
         return {name: Statistics.from_json(values[name], f"{path}: {name}") for name in ("state", "action")}
     except (OSError, ValueError, KeyError, TypeError, CodecError) as error:
         log.warning("%s: is damaged (%s), so statistics are taken again", path, error)

@@ -24,7 +24,7 @@ from vlafit import locks
 from vlafit.datasets.downloads import Needed, announce, progress, require_inside
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.errors import ConfigError, DataError
-from vlafit.files import parse_json, replace_folder, write_atomic
+from vlafit.files import parse_json, plain_text, replace_folder, write_atomic
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -265,7 +265,7 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
 
 def _facts(path: Path) -> Mapping[str, Any]:
     try:
-        facts = parse_json(path.read_text(encoding="utf-8"))
+        facts = parse_json(plain_text(path))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -21,10 +21,10 @@ class VideoFile:
     """One open video. Times are in seconds from its first frame."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a file that is no video, StorageError for one that is no regular file."""
+        """Raises DataError if the file is no video that can be decoded."""
         self.path = path
-        require_regular(path)
         try:
+            require_regular(path)
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
         except (OSError, ValueError, IndexError, FFmpegError) as error:
@@ -61,6 +61,7 @@ class VideoFile:
     def times(self) -> list[float]:
         """Return the presentation time of every frame, ascending, without decoding."""
         try:
+            require_regular(self.path)
             with av.open(str(self.path)) as container:
                 stream = container.streams.video[0]
                 stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)

@@ -118,11 +118,18 @@ def _scaled(errors: Values, scale: Values, moving: NDArray[np.bool_]) -> Values:
     return (errors / scale)[..., moving]
 
 
-def _over(by_episode: Sequence[Values]) -> Mean | None:
-    """Return the mean over episodes, each the mean of its values; None where nothing applies."""
+ERROR, SHARE, DIFFERENCE = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
+"""Least and largest value of errors and spreads, of shares, and of differences of errors."""
+
+
+def _over(by_episode: Sequence[Values], within: tuple[float, float] = ERROR) -> Mean | None:
+    """Return the mean over episodes, each the mean of its values; None where nothing applies.
+
+    `within` are the least and largest value that there can be.
+    """
     if any(np.isnan(values).all() for values in by_episode):
         return None
-    return mean_interval([float(np.nanmean(values)) for values in by_episode])
+    return mean_interval([float(np.nanmean(values)) for values in by_episode], within=within)
 
 
 def _json(mean: Mean | None) -> dict[str, float | None] | None:
@@ -143,7 +150,7 @@ def _compare(
 ) -> dict[str, Any] | None:
     """Return the policy's error minus a baseline's, paired by episode, and what that shows."""
     differences = [_scaled(e.errors["policy"] - e.errors[who], scale, moving) for e in episodes]
-    mean = _over(differences)
+    mean = _over(differences, DIFFERENCE)
     if mean is None:
         return None
     observations = np.concatenate([np.nanmean(d, axis=(1, 2)) for d in differences])
@@ -210,7 +217,7 @@ def _calibration(episodes: Sequence[Episode], moving: NDArray[np.bool_], scale: 
     ratio = math.sqrt(float(squares) * (1 + 1 / draws) / float(misses)) if misses > 0 else math.nan
     return {
         "deterministic": all(bool((e.spread[~np.isnan(e.spread)] == 0).all()) for e in episodes),
-        "inside": _json(_over([e.inside[..., moving] for e in episodes])),
+        "inside": _json(_over([e.inside[..., moving] for e in episodes], SHARE)),
         "inside_expected": (draws - 1) / (draws + 1),
         "ranks": histogram.tolist(),
         "spread": _json(_over([_scaled(e.spread, scale, moving) for e in episodes])),
@@ -232,7 +239,7 @@ def _sensitivity(
     return {
         "input": name,
         "change": _json(_over(changes)),
-        "error_change": _json(_over(worse)),
+        "error_change": _json(_over(worse, DIFFERENCE)),
         "ignored": all(bool((np.nan_to_num(change) == 0).all()) for change in changes),
     }
 

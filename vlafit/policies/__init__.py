@@ -103,13 +103,15 @@ def model_of(config: object) -> str:
 DEEPEST = 1024  # layers of one stack; building a module for each takes time even on the meta device
 LARGEST_IMAGE = 16384  # pixels along a side, as in a data card
 WIDEST = 2**20
+LONGEST_PROMPT = 2**15  # tokens; attention takes memory with the square of both
+MOST_VIEWS = 1024
 LARGEST_VOCABULARY = 2**22  # sixteen times that of pi0
 LONGEST_CHUNK = 2**13  # steps; 82 s at 100 Hz
 FARTHEST = 2**31 - 1  # whole numbers that no name marks as a size
 LONGEST = 64  # entries of a list: stages of a network
 LAYERS, IMAGES = ("depth", "layers", "blocks"), ("image_size",)
-SIZED = ("width", "mlp", "dim", "heads", "chunk", "tokens", "latent", "hidden", "channels", "patch",
-         "shuffle", "registers", "views", "domains", "prompts", "positions", "frames", "window")  # fmt: skip
+SIZED = ("width", "mlp", "dim", "heads", "latent", "hidden", "channels", "patch", "shuffle", "registers",
+         "domains", "prompts", "positions", "frames", "window")  # fmt: skip
 """Last words of the names of fields, joined by an underscore or whole."""
 
 
@@ -142,6 +144,8 @@ def _require_at_most(value: int, name: str, where: str) -> None:
         (IMAGES, LARGEST_IMAGE),
         (("vocab",), LARGEST_VOCABULARY),
         (("chunk",), LONGEST_CHUNK),
+        (("tokens",), LONGEST_PROMPT),
+        (("views",), MOST_VIEWS),
         (SIZED, WIDEST),
     )
     most = next((limit for names, limit in limits if _ends_in(name, names)), FARTHEST)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vlafit import config, files
-from vlafit.errors import VlafitError
-from vlafit.files import parse_json
+from vlafit.errors import VlafitError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.offline import read_result
 from vlafit.recipe import Recipe
 from vlafit.report.logged import Point, read_metrics
@@ -212,7 +212,7 @@ def read_facts(folder: Path) -> Facts:
     facts = Facts(
         folder=folder,
         recipe=recipe,
-        recipe_toml=recipe_file.read_text(encoding="utf-8"),
+        recipe_toml=plain_text(recipe_file),
         run=run,
         plan=plan,
         metrics=metrics,
@@ -229,7 +229,7 @@ def read_facts(folder: Path) -> Facts:
 def _run(folder: Path, missing: list[str]) -> Mapping[str, Any]:
     path = folder / "run.json"
     try:
-        run = parse_json(path.read_text(encoding="utf-8"))
+        run = parse_json(plain_text(path))
         if not isinstance(run, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
@@ -249,7 +249,7 @@ def _plan(folder: Path, missing: list[str]) -> Plan | None:
         missing.append("plan.json: the tuning strategy has not been applied yet.")
         return None
     try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
+        return Plan.from_json(plain_text(path))
     except (VlafitError, UnicodeDecodeError) as error:
         missing.append(f"plan.json cannot be read ({error}).")
         return None
@@ -292,7 +292,9 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
         try:
             evaluations[name] = _evaluation(name, path, records)
         except (ValueError, KeyError, TypeError) as error:
-            missing.append(f"Evaluation {name!r} is left out: its result.json cannot be read ({error!r}).")
+            missing.append(
+                f"Evaluation {name!r} is left out: its result.json cannot be read ({brief(error)})."
+            )
     if not recipe.eval.protocol:
         if not evaluations and not offline:
             missing.append("The recipe names no protocol, so the policy was not evaluated.")
@@ -304,7 +306,7 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
 
 
 def _evaluation(name: str, path: Path, records: tuple[Record, ...]) -> Evaluation:
-    values = parse_json((path / "result.json").read_text(encoding="utf-8"))
+    values = parse_json(plain_text(path / "result.json"))
     return Evaluation(
         name=name,
         folder=path,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlafit.files import plain_bytes
 from vlafit.report.facts import Evaluation
 from vlafit.report.markup import Raw, muted, tag
 from vlafit.rollout.evaluation import Record
@@ -44,7 +45,7 @@ class Films:
         path = evaluation.folder / (record.video or "")
         if not record.video or not path.is_file():
             return Raw("")
-        data = self._data(path.read_bytes(), "video/mp4")
+        data = self._data(plain_bytes(path), "video/mp4")
         if not data:
             return Raw("")
         video = Raw(f'<video controls muted loop playsinline preload="metadata" src="{data}"></video>')

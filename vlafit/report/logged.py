@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_bytes
 
 LARGEST = 3e38  # about that of float32, in which training computes; matplotlib fails near that of float64
 
@@ -25,7 +25,7 @@ def read_metrics(path: Path) -> tuple[dict[str, tuple[Point, ...]], list[str]]:
     by_name: dict[str, list[Point]] = {}
     not_finite: dict[str, int] = {}
     damaged: list[int] = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = plain_bytes(path).split(b"\n")[:-1] if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             event = parse_json(line.decode())

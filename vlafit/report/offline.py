@@ -8,6 +8,7 @@ from typing import Any
 
 from vlafit import files
 from vlafit.errors import VlafitError
+from vlafit.files import plain_bytes
 from vlafit.offline import read_result
 from vlafit.offline.strips import strip_file
 from vlafit.report import markup, offline_charts
@@ -204,7 +205,7 @@ def _episodes(result: Result, folder: Path) -> list[Content]:
             continue
         parts.append(tag("h3", identity))
         try:
-            data = base64.b64encode(path.read_bytes()).decode()
+            data = base64.b64encode(plain_bytes(path)).decode()
             curves = offline_charts.joints(result, folder, identity)
         except (OSError, VlafitError) as error:
             log.warning("%s: episode %s is left out of the page (%s)", folder, identity, error)

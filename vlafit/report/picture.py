@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlafit.errors import VlafitError
-from vlafit.files import parse_json
+from vlafit.errors import VlafitError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
 from vlafit.report.plots import read_literally
@@ -39,7 +39,7 @@ def read_scores(report: Path) -> dict[str, Score]:
     """
     path = report / "report.json" if report.is_dir() else report
     try:
-        success = parse_json(path.read_text(encoding="utf-8"))["success"]
+        success = parse_json(plain_text(path))["success"]
         return {
             name: Score(int(counts["successes"]), int(counts["episodes"]), int(counts["errors"]))
             for name, counts in success.items()
@@ -50,7 +50,7 @@ def read_scores(report: Path) -> dict[str, Score]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VlafitError(
-            f"{path} is not a report ({error!r}); write it again with `vlafit report RUN`"
+            f"{path} is not a report ({brief(error)}); write it again with `vlafit report RUN`"
         ) from error
 
 

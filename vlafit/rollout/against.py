@@ -13,7 +13,8 @@ from typing import Any
 
 from vlafit import files
 from vlafit.config import build
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, brief
+from vlafit.files import plain_text
 from vlafit.rollout.evaluation_folder import read_records
 from vlafit.rollout.protocol import Protocol
 
@@ -121,12 +122,12 @@ def read_earlier(path: str | Path, wrong_instruction: bool = False) -> Earlier:
 def _of_evaluation(folder: Path) -> Earlier:
     header = folder / "evaluation.json"
     try:
-        identity = files.parse_json(header.read_text(encoding="utf-8"))["identity"]
+        identity = files.parse_json(plain_text(header))["identity"]
         protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
         sha256 = str(identity["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{header}: damaged ({error!r}); compare with another evaluation, or play this one again"
+            f"{header}: damaged ({brief(error)}); compare with another evaluation, or play this one again"
         ) from error
     outcomes = _outcomes(folder / "episodes.jsonl", protocol.get("horizon"))
     return Earlier(folder, outcomes, protocol, sha256, wrong)
@@ -135,10 +136,10 @@ def _of_evaluation(folder: Path) -> Earlier:
 def _of_published(folder: Path, name: str) -> Earlier:
     report = folder / "report.json"
     try:
-        facts = files.parse_json(report.read_text(encoding="utf-8"))["evaluations"][name]
+        facts = files.parse_json(plain_text(report))["evaluations"][name]
         sha256 = str(facts["protocol_sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({error!r})") from error
+        raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({brief(error)})") from error
     outcomes = _outcomes(folder / f"episodes_{name}.jsonl", None)
     return Earlier(folder, outcomes, {}, sha256, name == "wrong_instruction")
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from vlafit import files, score
 from vlafit.config import build
-from vlafit.errors import ConfigError, SimulationError
-from vlafit.files import parse_json
+from vlafit.errors import ConfigError, SimulationError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.rollout import video
 from vlafit.rollout.play import Outcome
 from vlafit.rollout.worker import Ready
@@ -142,7 +142,7 @@ class EvaluationFolder:
 
     def _written(self) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
-            written = parse_json(self.header.read_text(encoding="utf-8"))
+            written = parse_json(plain_text(self.header))
             identity, environment = dict(written["identity"]), dict(written["environment"])
             protocol = dict(identity["protocol"])
             kinds = [(protocol, "name", str), (protocol, "first_seed", int)]
@@ -154,7 +154,7 @@ class EvaluationFolder:
             return identity, environment
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.header}: damaged ({error!r}); evaluate into another folder, or restore the file"
+                f"{self.header}: damaged ({brief(error)}); evaluate into another folder, or restore the file"
             ) from error
 
     def _write_header(self) -> None:
@@ -229,11 +229,11 @@ class EvaluationFolder:
         if not result_file.is_file():
             return 0.0
         try:
-            return float(parse_json(result_file.read_text(encoding="utf-8"))["seconds"])
+            return float(parse_json(plain_text(result_file))["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{result_file}: damaged ({error!r}); remove this file and evaluate again with --resume, "
-                "which keeps every episode"
+                f"{result_file}: damaged ({brief(error)}); remove this file and evaluate again with "
+                "--resume, which keeps every episode"
             ) from error
 
     def finish(

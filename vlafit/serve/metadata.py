@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlafit import config
-from vlafit.errors import RemoteError, VlafitError
+from vlafit.errors import RemoteError, VlafitError, brief
 from vlafit.types import Embodiment
 
 PROTOCOL = 1
@@ -112,5 +112,5 @@ def read_greeting(frame: Any, url: str) -> Described:
         )
     except (KeyError, TypeError, ValueError, AttributeError, VlafitError) as error:
         raise RemoteError(
-            f"{url}: the server's description of its policy cannot be read: {error!r}"
+            f"{url}: the server's description of its policy cannot be read: {brief(error)}"
         ) from error

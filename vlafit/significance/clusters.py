@@ -27,8 +27,15 @@ class Mean:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def mean_interval(by_episode: Sequence[float] | NDArray[np.float64], confidence: float = 0.95) -> Mean:
-    """Return the mean of the episodes' values and its interval. Raises ValueError without episodes."""
+def mean_interval(
+    by_episode: Sequence[float] | NDArray[np.float64],
+    confidence: float = 0.95,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Mean:
+    """Return the mean of the episodes' values and its interval. Raises ValueError without episodes.
+
+    `within` are the least and largest value that there can be; the interval ends there.
+    """
     values = np.asarray(by_episode, np.float64)
     if not values.size:
         raise ValueError("no episodes to take a mean over")
@@ -37,4 +44,5 @@ def mean_interval(by_episode: Sequence[float] | NDArray[np.float64], confidence:
         return Mean(mean, None, None)
     error = float(values.std(ddof=1)) / math.sqrt(count)
     half = float(stdtrit(count - 1, 1 - (1 - confidence) / 2)) * error
-    return Mean(mean, mean - half, mean + half)
+    least, largest = within
+    return Mean(mean, max(mean - half, least), min(mean + half, largest))

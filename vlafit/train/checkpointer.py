@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import config, files
-from vlafit.errors import StorageError, TrainingError
-from vlafit.files import parse_json
+from vlafit.errors import StorageError, TrainingError, brief
+from vlafit.files import parse_json, plain_text
 from vlafit.train.distributed import gathered, scatter_like
 from vlafit.train.optim import empty_state
 from vlafit.train.stages import Place
@@ -63,6 +63,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
+        files.require_readable(path)
         self._file = safe_open(path, framework="pt", backend="pread")
         self._names = frozenset(self._file.keys())
         self._added: dict[str, Tensor] = {}
@@ -154,7 +155,7 @@ class CheckpointManager:
     def _leads(self, pointer: Path) -> bool:
         """Whether a pointer names a checkpoint that is there; one that is damaged does not."""
         try:
-            return (self.folder / parse_json(pointer.read_text("utf-8"))["path"]).is_dir()
+            return (self.folder / parse_json(plain_text(pointer))["path"]).is_dir()
         except (ValueError, KeyError, TypeError):
             return False
 
@@ -245,7 +246,7 @@ def read(folder: Path, data: str) -> Saved:
     for name in (FACTS, TENSORS):
         files.require_readable(folder / name)
     try:
-        facts = parse_json((folder / FACTS).read_text(encoding="utf-8"))
+        facts = parse_json(plain_text(folder / FACTS))
         if facts["format"] not in (1, FORMAT):
             raise TrainingError(
                 f"{folder / FACTS}: format {facts['format']!r}; this version reads {FORMAT} and 1: resume "
@@ -269,7 +270,7 @@ def read(folder: Path, data: str) -> Saved:
         raise
     except Exception as error:  # of the file system, JSON or safetensors: the remedy is the same
         raise TrainingError(
-            f"{folder / 'training'}: cannot read the training state ({error!r}): {how_to_resume(folder)}"
+            f"{folder / 'training'}: cannot read the training state ({brief(error)}): {how_to_resume(folder)}"
         ) from error
     if saved_data != data:
         raise TrainingError(

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlafit.datasets.framing import reading
+from vlafit.datasets.framing import NOT_STATED, reading
 from vlafit.datasets.stamps import stamp
-from vlafit.errors import TrainingError
+from vlafit.errors import TrainingError, brief
 from vlafit.files import read_json_object, require_readable
 from vlafit.train.data import Data
 
@@ -43,12 +43,14 @@ def readings(data: Data) -> dict[str, dict[str, str]]:
     return {card.name: reading(card) for card in data.cards}
 
 
-def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare with what run.json in `out` says of the run's last session.
+def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Compare with what run.json in `out` says of the run's last session, and return warnings.
 
-    Raises TrainingError for a card that says something else about a camera or relative actions. A run that is
-    older than such a record has none.
+    Raises TrainingError for a card that says something else about a camera, relative actions or a unit; where
+    it said nothing before, that is a warning, as the values are the same. A run that is older than such a
+    record has none, or none of units.
     """
+    warnings = []
     recorded = _content(out).get("data_read", {})
     if not isinstance(recorded, dict) or not all(isinstance(stated, dict) for stated in recorded.values()):
         raise TrainingError(f"{out / 'run.json'}: data_read is damaged; {DELETE}")
@@ -58,12 +60,21 @@ def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> No
             f"{point} was {then.get(point, 'not there')!r}, is now {current.get(point, 'not there')!r}"
             for point in dict.fromkeys([*then, *current])
             if then.get(point) != current.get(point)
+            and then.get(point) != NOT_STATED
+            and not (point.endswith(" unit") and point not in then)
+        ]
+        warnings += [
+            f"card {name!r} says since the run began that the {point} is {current.get(point)!r}; the run's "
+            "checkpoints do not state it, and its values are taken as before"
+            for point, stated in then.items()
+            if stated == NOT_STATED != current.get(point, NOT_STATED)
         ]
         if changed:
             raise TrainingError(
                 f"{out}: card {name!r} changed since the run began: {'; '.join(changed)}. Restore the card, "
                 "or start a new run with --out"
             )
+    return warnings
 
 
 def changes(out: Path, now: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -102,7 +113,9 @@ def _recorded(out: Path) -> dict[str, dict[str, int]]:
     try:
         return {str(name): asdict(DataFiles(**value)) for name, value in recorded.items()}
     except (TypeError, AttributeError) as error:
-        raise TrainingError(f"{out / 'run.json'}: data_files is damaged ({error!r}); {DELETE}") from error
+        raise TrainingError(
+            f"{out / 'run.json'}: data_files is damaged ({brief(error)}); {DELETE}"
+        ) from error
 
 
 def _text(totals: Mapping[str, int]) -> str:

@@ -233,7 +233,11 @@ def _from_checkpoint(
     elif not foreign and (below := checkpoints.lasting_base(path, base_of)) is not None:
         base = below  # not on the checkpoint of another run, which holds only what that run trained
         changed.update(checkpoints.names_on_base(path))
-    tokenizer = f"policy.tokenizer {chosen.tokenizer!r}" if chosen.tokenizer else "the checkpoint's"
+    tokenizer = (
+        f"policy.tokenizer {chosen.tokenizer!r}"
+        if chosen.tokenizer
+        else reconcile.tokenizer_of(declared.owner)
+    )
     notes = [f"note: {place.note}"] if place.note else []
     if opened is None and own_codecs is None and policy.needs().prompt is not None:
         tokenizer = LEARNED

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlafit.errors import ConfigError
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 Sharding = Literal["none", "gradients", "full"]
 
@@ -311,7 +311,7 @@ def _deepspeed(environ: Mapping[str, str]) -> LaunchPlan:
 
 def _deepspeed_file(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the DeepSpeed file of accelerate ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):

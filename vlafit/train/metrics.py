@@ -36,6 +36,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from vlafit import files
+from vlafit.files import plain_bytes
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Metrics:
                 log.warning("%s is missing: the history up to step %d is lost", self.path, step)
             return
         kept, last, longest = [], 0, every
-        for line in self.path.read_bytes().splitlines():
+        for line in plain_bytes(self.path).splitlines():
             try:
                 text = line.decode()
                 event = files.parse_json(text)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlafit import checkpoints
-from vlafit.agreement import Agreement, Item, Party, agree, join, shared_slots
+from vlafit.agreement import Agreement, Item, Party, agree, join, propose, shared_slots
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import Card, value_faults
@@ -67,6 +67,11 @@ def agree_on(
     if declared is not None:
         checkpoint = checkpoint_party(recipe.policy.checkpoint, codec, declared, recipe)
     agreement = agree(dataset, checkpoint, recipe.adapt, fresh_statistics=recipe.fits_statistics, slots=slots)
+    if agreement.conflicts and checkpoint is not None and dataset.embodiment is not None:
+        recorded = [camera.name for camera in dataset.embodiment.cameras]
+        pairs = propose(checkpoint.slots, recorded, recipe.adapt.cameras)
+        frames = _frames(recipe, (card,), codec, {slot: name or "" for slot, name in pairs.items()}, "")
+        agreement = agreement.with_items([frames] * (frames.status == "conflict"))  # both in one error
     return agreement.with_items(
         [
             Item(
@@ -204,7 +209,7 @@ def outlook(
         return agreement
     items = [
         *other_cards(data.cards),
-        *codec_items(recipe, data, codec, codec, "the checkpoint's", own_chunk, owner),
+        *codec_items(recipe, data, codec, codec, tokenizer_of(owner), own_chunk, owner),
     ]
     return agreement.with_items(
         [
@@ -266,7 +271,11 @@ def codec_items(
             chosen = bool(recipe.data.normalisation)
             reason = "data.normalisation" if chosen else "fitted statistics are divided by a floor"
         yield Item(f"{column} normalisation", stated, method, "chosen" if reason else "same", reason)
-    yield _frames(recipe, data, before, codec)
+    slots = codec.config.cameras if before is None else before.config.cameras
+    pairs = dict(zip(slots, codec.config.cameras, strict=False))  # a new camera takes no slot of the old
+    size = codec.config.image_size
+    framed = f"{size}x{size}, framed as {codec.config.framing}"
+    yield _frames(recipe, data.cards, before, pairs, framed)
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -285,11 +294,19 @@ def codec_items(
     yield _chunk(recipe, codec, recorded, own_chunk)
 
 
-def _frames(recipe: Recipe, data: Data, before: Codec | None, codec: Codec) -> Item:
-    """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise."""
-    sides = {"dataset": frames_of(data.cards)}
-    size = codec.config.image_size
-    value = f"{size}x{size}, framed as {codec.config.framing}"
+def tokenizer_of(owner: str) -> str:
+    """Return whose tokenizer a codec has that is the `owner`'s; see `Declaration.owner`."""
+    return "the checkpoint's" if owner == "the checkpoint" else f"that of {owner}"
+
+
+def _frames(
+    recipe: Recipe, cards: Sequence[Card], before: Codec | None, pairs: Mapping[str, str], value: str
+) -> Item:
+    """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise.
+
+    `before` is the checkpoint's codec, `pairs` its cameras and those of the cards that take their place.
+    """
+    sides = {"dataset": frames_of(cards)}
     if not recipe.policy.checkpoint:
         return Item("frames", sides, value, "same")
     path = checkpoints.place(recipe.policy.checkpoint).path
@@ -297,9 +314,7 @@ def _frames(recipe: Recipe, data: Data, before: Codec | None, codec: Codec) -> I
     if not stated:
         return Item("frames", sides, value, "assumed", "the checkpoint does not say how its were read")
     sides["checkpoint"] = stated
-    slots = codec.config.cameras if before is None else before.config.cameras
-    pairs = dict(zip(slots, codec.config.cameras, strict=False))  # a new camera takes no slot of the old
-    other = differing(data.cards, stated, pairs)
+    other = differing(cards, stated, pairs)
     if not other:
         return Item("frames", sides, value, "same")
     if recipe.adapt.frames:

@@ -200,9 +200,9 @@ def _train(
     data_facts = data_files.facts(experiment.data)
     processes.require_equal(identity(experiment, data_facts), accelerator.device)
     if resumed is not None:
-        data_files.require_same_readings(out, data_files.readings(experiment.data))
-        rewritten = data_files.changes(out, data_facts)
-        experiment = replace(experiment, warnings=(*experiment.warnings, *rewritten))
+        changed = data_files.require_same_readings(out, data_files.readings(experiment.data))
+        changed += data_files.changes(out, data_facts)
+        experiment = replace(experiment, warnings=(*experiment.warnings, *changed))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
     require_cache(experiment, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if main:

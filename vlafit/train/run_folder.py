@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from vlafit import config, files
-from vlafit.errors import TrainingError
+from vlafit.errors import TrainingError, brief
+from vlafit.files import plain_bytes
 from vlafit.recipe import Recipe
 from vlafit.train import extension, stages
 from vlafit.train.settle import earlier
@@ -52,7 +53,7 @@ def read_recipe(out: Path) -> Recipe | None:
     path = out / "recipe.toml"
     if not path.is_file():
         return None
-    if not path.read_bytes().strip(b"\0 \r\n\t"):
+    if not plain_bytes(path).strip(b"\0 \r\n\t"):
         copies = sorted(out.glob("checkpoints/step_*/recipe.toml"))
         remedy = f"copy {copies[-1]} there" if copies else "start a new run with --out"
         raise TrainingError(
@@ -141,7 +142,7 @@ def new_record(out: Path, facts: Mapping[str, Any], resumed: Path | None) -> dic
             now["memory"] = before.get("memory")  # if nothing more is trained, nothing is measured
             seconds = before.get("seconds")  # None: that session was killed, so its time is unknown
         except (KeyError, TypeError) as error:
-            raise TrainingError(f"{path}: damaged ({error!r}); delete the file to continue") from error
+            raise TrainingError(f"{path}: damaged ({brief(error)}); delete the file to continue") from error
         resumed_from = resumed.name if resumed else None
         now |= {"resumed": facts["started"], "resumed_from": resumed_from, "seconds_before": seconds}
     return now

@@ -21,6 +21,7 @@ from accelerate.utils import LoggerType
 
 from vlafit import files
 from vlafit.errors import TrainingError
+from vlafit.files import plain_bytes
 from vlafit.rollout import Result
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def _identity(out: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        return re.fullmatch(r"[0-9a-f]+", str(files.parse_json(path.read_bytes())["id"]))[0]  # type: ignore[index]
+        return re.fullmatch(r"[0-9a-f]+", str(files.parse_json(plain_bytes(path))["id"]))[0]  # type: ignore[index]
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: damaged (%s); wandb and trackio begin another run", path, error)
         return ""

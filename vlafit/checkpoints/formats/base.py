@@ -22,9 +22,10 @@ from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap, Translated
 from vlafit.checkpoints.options import LoadOptions, OptionTable
-from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, require_regular, weight_files
+from vlafit.checkpoints.tensor_files import has_weight_files, open_tensors, weight_files
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
+from vlafit.files import irregular, require_regular_files
 from vlafit.nn.policy import ParameterInfo, Policy, Source
 from vlafit.tuning import Plan
 
@@ -32,15 +33,23 @@ COMMON_FILES = ("*.safetensors", "*.json", "*.toml", "tokenizer/*")
 """Patterns of files that any format may read; `*` matches folders, too."""
 
 
+SUFFIXES = (".json", ".jsonl", ".md", ".model", ".safetensors", ".toml", ".txt")
+"""Of files that some format reads or asks for."""
+
+
 class CheckpointFiles:
-    """The files at a path, of which the tensors are mapped once when a format first asks for them."""
+    """The files at a path, of which the tensors are mapped once when a format first asks for them.
+
+    Raises VlafitError for a folder, pipe, socket or device in the place of a file.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises WeightsError or StorageError where a file of the folder is none that can be read."""
-        if path.is_dir():
-            require_regular(path)
         self.path = path
         self.folder = path if path.is_dir() else path.parent
+        if self.folder == path:
+            require_regular_files(path, SUFFIXES, deep=2)
+        elif kind := irregular(path):
+            raise WeightsError(f"{path}: not a regular file but {kind}; name a checkpoint's folder or file")
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -130,6 +139,8 @@ class OpenedCheckpoint:
     """Most steps of a chunk that its policy was trained to be given; see `vlafit.nn.clean_prefix`."""
     codec_folder: Path | None = None
     """Where the files lie that make its codec, for `Format.codec`."""
+    statistics_of: str = ""
+    """The base whose statistics and tokenizer its codec has; empty: its own."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of the file that are no weights and make its codec, for `Format.codec`."""
     own_codec: Codec | CodecSet | None = None

@@ -23,7 +23,7 @@ from vlafit.checkpoints.formats.openvla import format as openvla
 from vlafit.checkpoints.formats.peft import format as peft
 from vlafit.checkpoints.options import OptionTable
 from vlafit.entry_points import import_outside, is_module, note_outside, offered
-from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.errors import ConfigError, WeightsError, brief, did_you_mean
 
 GROUP = "vlafit.formats"
 
@@ -164,7 +164,9 @@ def _from_entry_point(point: EntryPoint) -> Format:
     try:
         target = point.load()
     except Exception as error:  # a package's import may fail in any way; it is named, not passed over
-        raise ConfigError(f"{where}: cannot load {point.value}: {error!r}; fix or uninstall it") from error
+        raise ConfigError(
+            f"{where}: cannot load {point.value}: {brief(error)}; fix or uninstall it"
+        ) from error
     return _require_format(target, f"{where}: {point.value}")
 
 

@@ -10,7 +10,7 @@ from vlafit import shipped
 from vlafit.cli import actor as actors
 from vlafit.cli.console import Line
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
-from vlafit.cli.places import checkpoint_folder, default_out
+from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
 from vlafit.errors import ConfigError
 
@@ -137,7 +137,10 @@ def _add_data(parser: Parser) -> None:
         "--samples", metavar="N", type=at_most(10**6), help="with --data: observations of all episodes [64]"
     )
     parser.add_argument(
-        "--draws", metavar="N", type=at_most(2**12), help="with --data: seeds of noise of each [8]"
+        "--draws",
+        metavar="N",
+        type=at_most(2**12),
+        help="with --data: seeds of noise of each, at least 2 [8]",
     )
     parser.add_argument(
         "--outside",
@@ -159,7 +162,8 @@ def run(arguments: Sequence[str]) -> int:
         from vlafit.cli.eval_data import evaluate_on_data
 
         name, load = _actor(options)
-        return evaluate_on_data(options, name, lambda: load(options.max_batch or 16))
+        with checkpoint_stays(name):
+            return evaluate_on_data(options, name, lambda: load(options.max_batch or 16))
     if options.timeout is not None and not options.timeout > 0:
         raise ConfigError(f"--timeout: must be positive, not {options.timeout}")
     name, load = _actor(options)

@@ -138,7 +138,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _names(pairs: Sequence[str]) -> dict[str, str]:
-    from vlafit.agreement.cameras import hands
+    from vlafit.agreement.camera_map import hands
 
     names: dict[str, str] = {}
     for pair in pairs:

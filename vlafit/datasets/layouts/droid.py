@@ -27,7 +27,7 @@ from vlafit.datasets.hdf5_files import reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.video import VideoFile
 from vlafit.errors import DataError, did_you_mean
-from vlafit.files import parse_json
+from vlafit.files import parse_json, plain_text
 
 INSTRUCTIONS = ("current_task", "demo", "beside")
 """current_task: of the metadata beside."""
@@ -156,7 +156,7 @@ def _metadata_file(folder: Path) -> Path:
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(plain_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):

@@ -23,6 +23,7 @@ from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
+from vlafit.files import irregular
 
 INSTRUCTIONS = ("task",)
 """task: the text of the rows' task_index."""
@@ -44,7 +45,8 @@ class Section:
 
 def recognise(path: Path) -> bool:
     """Whether `path` is a folder with LeRobot's meta/info.json."""
-    return (path / "meta" / "info.json").is_file()
+    info = path / "meta" / "info.json"
+    return info.is_file() or bool(irregular(info))  # what is no file is named when it is read
 
 
 def open(card: Card) -> EpisodeStore:

@@ -18,7 +18,7 @@ from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Linke
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, observations, reading
 from vlafit.datasets.store import EpisodeStore
-from vlafit.errors import DataError
+from vlafit.errors import DataError, brief
 from vlafit.files import parse_json
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _tell(card: Card, file: h5py.File, path: Path, demo: Demonstration) -> str:
         text = value if isinstance(value, str) else "".join(value)  # LIBERO joins lists so, too
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: problem_info of /data is not JSON with a language_instruction ({error!r})"
+            f"{path}: problem_info of /data is not JSON with a language_instruction ({brief(error)})"
         ) from None
     if not text.strip():
         raise DataError(f'{path}: language_instruction is empty; use instruction.source = "card"')

@@ -15,8 +15,8 @@ from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Linke
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, natural, reading
 from vlafit.datasets.store import EpisodeStore
-from vlafit.errors import DataError
-from vlafit.files import parse_json
+from vlafit.errors import DataError, brief
+from vlafit.files import parse_json, plain_text
 
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
@@ -98,10 +98,10 @@ def _beside(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = parse_json(file.read_text(encoding="utf-8"))
+        value = parse_json(plain_text(file))
         rows = inside_json(value, "episodes", str(file))
         if not all(isinstance(row["episode_id"], int) for row in rows):
             raise ValueError("an episode_id is no whole number")
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: is no list of episodes as ManiSkill writes it ({error!r})") from error
+        raise DataError(f"{file}: is no list of episodes as ManiSkill writes it ({brief(error)})") from error
     return value

@@ -10,8 +10,8 @@ from typing import Any
 
 from vlafit.datasets.lerobot.tables import open_parquet, read_table, require_file
 from vlafit.datasets.stamps import stamp
-from vlafit.errors import DataError, did_you_mean
-from vlafit.files import parse_json, read_json_object
+from vlafit.errors import DataError, brief, did_you_mean
+from vlafit.files import parse_json, plain_text, read_json_object, require_regular_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 WIDTH = re.compile(r"(0?\d{1,2}d?)?")  # of a number in a file's name
@@ -107,6 +107,7 @@ def _read(root: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Meta:
     if not info["fps"] > 0:
         raise DataError(f"{root}/meta/info.json: fps is {info['fps']!r}, which must be above 0")
     new = (root / "meta" / "episodes").is_dir()
+    require_regular_files(root / "meta", (".json", ".jsonl", ".parquet"))
     old = (root / "meta" / "episodes.jsonl").is_file()
     if not (new if version == "v3.0" else old):
         there = "meta/episodes.jsonl" if old else "meta/episodes/" if new else "neither is there"
@@ -123,7 +124,7 @@ def _read(root: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Meta:
     try:
         episodes = tuple(sorted(read(root, info, videos), key=lambda entry: entry.index))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{root}/meta: the episodes cannot be read ({error!r})") from error
+        raise DataError(f"{root}/meta: the episodes cannot be read ({brief(error)})") from error
     return Meta(root, version, info, features, tasks, episodes)
 
 
@@ -149,7 +150,7 @@ def labels(names: Any) -> tuple[str, ...]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     require_file(path)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(plain_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -22,6 +22,7 @@ from vlafit.datasets.stamps import Stamps, stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
 from vlafit.errors import DataError
+from vlafit.files import plain_bytes
 
 COLUMN_BYTES = 2**30  # of states and actions that a process keeps
 IMAGE_BYTES = 2**28  # of encoded images that a process keeps
@@ -287,7 +288,15 @@ class LeRobotStore(EpisodeStore):
         width = width_of(self._meta.features[key], key, self._meta.root)
         raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
         with np.errstate(over="ignore"):
-            return raw.astype(np.float32)
+            values = raw.astype(np.float32)
+        huge = np.isinf(values) & np.isfinite(raw)
+        if huge.any():
+            row, dimension = (int(i) for i in np.argwhere(huge)[0])
+            raise DataError(
+                f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which is "
+                "beyond float32 (3.4e38); fix the file"
+            )
+        return values
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]
@@ -342,7 +351,7 @@ class LeRobotStore(EpisodeStore):
             if data is None:
                 path = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
                 require_file(path)
-                data = path.read_bytes()
+                data = plain_bytes(path)
             frames.append(decode_image(data, where))
         return frames
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError, did_you_mean
+from vlafit.files import irregular
 
 LFS_POINTER = b"version https://git-lfs"
 OPEN_PARQUET = 32  # parquet files kept open by a process
@@ -18,6 +19,8 @@ OPEN_PARQUET = 32  # parquet files kept open by a process
 
 def require_file(path: Path) -> None:
     """Raise DataError unless a file is there, is not empty and is no Git LFS pointer."""
+    if kind := irregular(path):
+        raise DataError(f"{path}: not a regular file but {kind}; fetch the dataset again")
     if not path.is_file():
         raise DataError(f"{path}: is missing; fetch the dataset again")
     with open(path, "rb") as file:

@@ -15,7 +15,7 @@ from vlafit.checkpoints.tensor_files import read_json_if_present, read_json_obje
 from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Tokenizer
 from vlafit.codec import tokenizer as tokenizers
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 from vlafit.nn.flow import BETA_A, TIME_SCALE
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 from vlafit.policies import merge_dotted
@@ -188,7 +188,7 @@ def _backbone(
     try:
         more, stated = _backbone_sizes(content, file, where)
     except (KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{file}: not the config.json of a Qwen3-VL ({error!r})") from error
+        raise WeightsError(f"{file}: not the config.json of a Qwen3-VL ({brief(error)})") from error
     marks = content.get("vision_start_token_id"), content.get("vision_end_token_id")
     words = tokenizer or own_tokenizer(folder) or own_tokenizer(place)
     if marks == (CHAT.image_start, CHAT.image_end):

@@ -11,7 +11,7 @@ from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.checkpoints.voting import Stated, Witness
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 
 _ACTION = "embed_action_time."
 _VLM = "model.vlm."
@@ -142,6 +142,6 @@ def config_evidence(tensors: Mapping[str, Tensor], folder: Path) -> ConfigEviden
                 raise WeightsError(f"{path}: {name}.rope_theta is not {ROPE_BASE:g}, the only one supported")
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{path}: not the config.json that transformers writes for pi0 ({error!r})"
+            f"{path}: not the config.json that transformers writes for pi0 ({brief(error)})"
         ) from error
     return ConfigEvidence(known, stated, witnesses)

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlafit.checkpoints.formats.lerobot.read_config import CONVERT, LeRobotConfig
 from vlafit.checkpoints.tensor_files import beside, read_json_object
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 
 PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
 RENAME, NORMALISE, UNNORMALISE = (
@@ -141,7 +141,7 @@ def read_steps(path: Path) -> list[Step]:
             for i, one in enumerate(listed)
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({error!r})") from error
+        raise WeightsError(f"{path}: not a pipeline as LeRobot writes it ({brief(error)})") from error
 
 
 def require_known(pre: Sequence[Step], post: Sequence[Step]) -> None:

@@ -32,6 +32,10 @@ STEPS = {
 }
 """Keys of the steps in which actions are sampled, pi0's second up to LeRobot 0.3; pi0.5's are pi0's."""
 
+FEATURES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")
+NORMALISATIONS = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+"""What LeRobot's normalization_mapping can hold, whether vlafit computes it or not."""
+
 
 @dataclass(frozen=True)
 class LeRobotConfig:
@@ -65,8 +69,24 @@ def read_config(folder: Path) -> LeRobotConfig | None:
     path = folder / "config.json"
     values = read_json_if_present(path)
     if values is not None and "type" in values and {"input_features", "chunk_size"} & set(values):
-        return LeRobotConfig(path, values)
+        config = LeRobotConfig(path, values)
+        _require_known_modes(config)
+        return config
     return None
+
+
+def _require_known_modes(config: LeRobotConfig) -> None:
+    """Raise WeightsError for an entry of normalization_mapping that LeRobot does not know.
+
+    Where there are processors, they hold; but what nobody knows may be a slip that changes every number.
+    """
+    for kind, mode in (config.get("normalization_mapping", dict) or {}).items():
+        for text, known in ((kind, FEATURES), (mode, NORMALISATIONS)):
+            if text not in known:
+                raise WeightsError(
+                    f"{config.path}: normalization_mapping: {kind} is {mode!r}: {text!r} is not one of "
+                    f"LeRobot's {', '.join(known)}"
+                )
 
 
 def require_supported(config: LeRobotConfig) -> None:

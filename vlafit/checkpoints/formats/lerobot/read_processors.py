@@ -33,7 +33,7 @@ from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import Prompt, holds_state
 from vlafit.codec.statistics import LEROBOT_EPSILON, NEEDED, Normalisation
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
@@ -244,7 +244,9 @@ def _features(lerobot: LeRobotConfig, key: str) -> dict[str, tuple[str, tuple[in
             for name, one in listed.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{lerobot.path}: {key} is not what LeRobot writes there ({error!r})") from error
+        raise WeightsError(
+            f"{lerobot.path}: {key} is not what LeRobot writes there ({brief(error)})"
+        ) from error
 
 
 def _mode(step: Step, kind: str) -> Normalisation:

@@ -12,7 +12,7 @@ from typing import Any
 from vlafit.checkpoints.formats.lerobot.read_config import CONVERT, LeRobotConfig
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.checkpoints.voting import Stated
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, brief
 from vlafit.policies import merge_dotted
 from vlafit.policies.smolvla import SIZES
 
@@ -151,7 +151,7 @@ def _vlm_evidence(path: Path, layers: int) -> tuple[dict[str, Any], list[Stated]
             source = f"{path.parent.name}/{path.name} (text_config.num_hidden_layers)"
             stated.append(Stated("language.depth", text["num_hidden_layers"], source))
     except (KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: not the config.json of a SmolVLM ({error!r})") from error
+        raise WeightsError(f"{path}: not the config.json of a SmolVLM ({brief(error)})") from error
     return known, stated
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
 from vlafit.checkpoints.voting import value_at
-from vlafit.errors import WeightsError, did_you_mean
+from vlafit.errors import WeightsError, brief, did_you_mean
 from vlafit.nn.florence2 import MLP_RATIO
 from vlafit.policies import build_config, family, merge_dotted
 from vlafit.policies._xvla_spaces import SPACES
@@ -319,7 +319,9 @@ def robot_facts(lerobot: LeRobotConfig) -> tuple[int, list[tuple[int, int]], int
         action = outputs.get("action")
         actions = None if action is None else int(action["shape"][-1])
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise WeightsError(f"{lerobot.path}: its features are not what LeRobot writes ({error!r})") from error
+        raise WeightsError(
+            f"{lerobot.path}: its features are not what LeRobot writes ({brief(error)})"
+        ) from error
     missing = sum(1 for key in visual if ".empty_camera_" in key)
     more = max(0, (lerobot.get("empty_cameras", int) or 0) - missing)
     return len(visual) + more, frames, actions

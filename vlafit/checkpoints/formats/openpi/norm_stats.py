@@ -15,7 +15,7 @@ from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.statistics import Normalisation, Statistics
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError, WeightsError, did_you_mean
+from vlafit.errors import CodecError, WeightsError, brief, did_you_mean
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Statistics]:
             empty = {"count": 0, "min": None, "max": None}
             made[name] = Statistics.from_json(numbers | empty, f"{path}: {name}")
     except (WeightsError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CodecError(f"{path}: not openpi's statistics of state and actions ({error!r})") from error
+        raise CodecError(f"{path}: not openpi's statistics of state and actions ({brief(error)})") from error
     for name, statistics in made.items():
         if (statistics.std < 0).any():
             raise CodecError(f"{path}: {name}: a standard deviation is below 0")

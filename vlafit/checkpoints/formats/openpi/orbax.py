@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vlafit.checkpoints.tensor_files import is_inside
-from vlafit.errors import WeightsError
-from vlafit.files import parse_json
+from vlafit.errors import WeightsError, brief
+from vlafit.files import irregular, parse_json, plain_text
 
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"
@@ -126,6 +126,9 @@ def open_leaves(folder: Path) -> dict[str, Leaf]:
             f"{links[0]}: is a link to {links[0].resolve()}; a checkpoint may only read files in its own "
             "folder: put the file itself there"
         )
+    for path in sorted(folder.rglob("*")):  # tensorstore would wait for a pipe
+        if not path.is_dir() and (kind := irregular(path)):
+            raise WeightsError(f"{path}: not a regular file but {kind}; copy or download it again")
     written, filled = _listed(folder)
     # Mapped, the packed bytes of an array are not a second copy of it in memory.
     mapped = {"file_io_mode": {"mode": "memmap"}}
@@ -184,7 +187,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
             " there; copy or download the folder again"
         )
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(plain_text(path))
         entries = content["tree_metadata"].values()
         stored = [e for e in entries if e["value_metadata"]["value_type"] != "None"]
         pieces = {
@@ -193,7 +196,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[int] | None], bool]:
         }
         return pieces, bool(content.get("store_array_data_equal_to_fill_value"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: not Orbax's list of arrays ({error!r}); copy it again") from error
+        raise WeightsError(f"{path}: not Orbax's list of arrays ({brief(error)}); copy it again") from error
 
 
 def _tensor(array: Any) -> Tensor:

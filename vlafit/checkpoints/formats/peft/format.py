@@ -50,6 +50,7 @@ class Peft(Format):
         codec_folder = below.codec_folder
         if codec_folder is not None:
             codec_folder = support.codec_folder(files.path, codec_folder)
+        of_base = codec_folder is not None and codec_folder != files.path
         return replace(
             below,
             path=str(files.path),
@@ -58,6 +59,7 @@ class Peft(Format):
             steps=below.steps if settings.steps is None else settings.steps,
             tensors=replace(below.tensors, weights={**below.tensors.weights, **own}),
             codec_folder=codec_folder,
+            statistics_of=str(folder.base) if of_base else "",
             adapters=PeftAdapters(folder, names, tuple(own)),
             on_base=True,
             notes=(
