@@ -10,9 +10,13 @@ import pytest
 from tests.train.test_interruptions import Interrupted, Until, crash
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit.errors import ConfigError, TrainingError
+from vlafit.policies import build_family
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.batch_shape import BatchShape
 from vlafit.train.feature_cache import CacheSize, require_room
+from vlafit.train.flops import FlopCounter
+from vlafit.tuning import load_strategy, preview
 
 SEEN = {"steps": 8, "batch_size": 8}
 """Steps that see each sample of the dots more than once."""
@@ -154,3 +158,13 @@ def test_features_without_room_are_refused_with_both_sizes() -> None:
     require_room("train.cache", size, size.total, size.total, "free memory")
     with pytest.raises(ConfigError, match=r"270,000 samples, at most 2,619\.0 GB .* 128\.0 GB free memory"):
         require_room("train.cache", size, size.total, 128 * 10**9, "free memory")
+
+
+def test_the_arithmetic_of_kept_features_is_not_counted() -> None:
+    policy = build_family("pi0", "pi0-tiny", {}, device="meta")
+    plan = preview(policy, load_strategy("expert"))
+    shape = BatchShape(rows=2, cameras=2, tokens=8)
+    whole, without_tower, without_prefix = (
+        FlopCounter(policy, plan, draws=1, kept=kept)(shape) for kept in (None, "vision", "prefix")
+    )
+    assert 0 < without_prefix < without_tower < whole

@@ -7,7 +7,6 @@ sample's pixels, prompt and masks; in a folder, below a hash of the frozen weigh
 decides them.
 """
 
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +43,6 @@ from vlafit.train.fit import workload_of
 from vlafit.train.forecast import full_batch
 from vlafit.train.processes import code_hash
 from vlafit.tuning import Plan
-
-log = logging.getLogger(__name__)
 
 OFF, MEMORY = "off", "memory"
 HASHED = ("images", "image_mask", "tokens", "token_mask")  # of a sample: what features may depend on
@@ -287,14 +284,14 @@ def size_of(experiment: Experiment, kind: str) -> CacheSize:
     return CacheSize(kind, samples, numbers * (2 if recipe.train.precision == "bf16" else 4))
 
 
-def require_cache(experiment: Experiment, processes: int) -> None:
-    """Name the size of the cache that the recipe asks for, and raise ConfigError where it cannot be.
+def require_cache(experiment: Experiment, processes: int) -> str:
+    """Return a sentence with the size of the cache that the recipe asks for; "" without one.
 
-    `processes` are those of this machine.
+    `processes` are those of this machine. Raises ConfigError where there can be no cache.
     """
     recipe = experiment.recipe
     if recipe.train.cache == OFF:
-        return
+        return ""
     for problem in problems(recipe, experiment.policy, experiment.plan):
         raise ConfigError(problem)
     cacheable = cacheable_of(experiment.policy, experiment.plan)
@@ -308,8 +305,9 @@ def require_cache(experiment: Experiment, processes: int) -> None:
         folder = Path(recipe.train.cache)
         needed, place = size.total - stored_bytes(folder), f"free on the disk of {folder}"
         free = shutil.disk_usage(_existing(folder)).free
-    log.info("train.cache = %r: %s; %s %s", recipe.train.cache, size.sentence, _size(free), place)
-    require_room(f"train.cache = {recipe.train.cache!r}", size, needed, free, place)
+    where = f"train.cache = {recipe.train.cache!r}"
+    require_room(where, size, needed, free, place)
+    return f"{where}: {size.sentence}; {_size(free)} {place}"
 
 
 def require_room(where: str, size: CacheSize, needed: int, free: int, place: str) -> None:

@@ -204,8 +204,10 @@ def _train(
         changed += data_files.changes(out, data_facts)
         experiment = replace(experiment, warnings=(*experiment.warnings, *changed))
     stages.require_reachable(experiment.plan, recipe.train, held_out=any(experiment.data.validation))
-    require_cache(experiment, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cached = require_cache(experiment, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if main:
+        if cached:
+            log.info("%s", cached)
         experiment = with_protocol(with_extension(experiment, saved))
     metrics = Metrics(out, accelerator)
     trainer, record = None, {}
