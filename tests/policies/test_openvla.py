@@ -20,6 +20,9 @@ from vlafit.nn.prismatic import TowerSizes
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, openvla
+from vlafit.train.batch_shape import BatchShape
+from vlafit.train.flops import FlopCounter
+from vlafit.train.forecast import Workload, forecast
 from vlafit.tuning import load_strategy, preview
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openvla_oft"
@@ -313,3 +316,12 @@ def test_the_tokens_of_a_step_are_counted():
     batch = random_batch(policy.needs(), 2)
     per_sample = 2 * (8 // 4) ** 2 + batch.prompt()[0].shape[1] + 1 + 4 * 5 + 1
     assert policy.tokens(batch, 1) == 2 * per_sample
+
+
+def test_memory_and_arithmetic_are_counted_on_the_meta_device():
+    policy = build_family("openvla", "openvla-oft-tiny", device="meta")
+    made = forecast(policy, load_strategy("full"), Workload(2, cameras=2, precision="fp32", frozen="fp32"))
+    live = [policy.get_parameter(i.name) for i in policy.parts() if not i.dead]
+    assert made.activations > 0 and made.gradients == 4 * sum(p.numel() for p in live)
+    count = FlopCounter(policy, preview(policy, load_strategy("full")), draws=1)
+    assert count(BatchShape(rows=2, cameras=2, tokens=12)) == 2 * count(BatchShape(1, 2, 12)) > 0

@@ -36,7 +36,13 @@ from vlafit.train.piecewise_adamw import PiecewiseAdamW, workspace
 from vlafit.train.preflight import meta_policy
 from vlafit.tuning import enter, load_strategy, preview
 
-SIZES = {"pi0": "pi0-small", "smolvla": "smolvla-tiny", "xvla": "xvla-tiny", "act": "act-tiny"}
+SIZES = {
+    "pi0": "pi0-small",
+    "smolvla": "smolvla-tiny",
+    "xvla": "xvla-tiny",
+    "openvla": "openvla-oft-tiny",
+    "act": "act-tiny",
+}
 
 
 # ---------------------------------------------------------------------------------------------- recompute
