@@ -1,6 +1,6 @@
 """Measure success and smoothness against latency: chunks as they come, guided, and given their first steps.
 
-    python -m benchmarks.latency --out runs/latency               # some 5 minutes on one core
+    python -m benchmarks.latency --out runs/latency               # some 15 minutes on one core
 
 Trains two tiny policies on 200 made-up demonstrations of a point that passes a pillar on either side, one of
 them with `train.max_delay = 8`, and plays both from the same 100 starts with chunks that arrive 0 to 8 steps
@@ -18,7 +18,6 @@ from vlafit.envs import EnvSpec
 from vlafit.execution import Execution
 from vlafit.recipe import DataRecipe, EvalRecipe, OptimRecipe, PolicyRecipe, Recipe, TrainRecipe
 from vlafit.rollout import Protocol
-from vlafit.types import Guidance
 
 DELAYS = (0, 1, 2, 4, 6, 8)
 CHUNK, REPLAN, LARGEST = 16, 4, 8
@@ -30,7 +29,6 @@ CONFIG = {
 WAYS = {  # name -> largest delay in training, execution
     "as they come": (0, Execution("chunk", replan=REPLAN)),
     "guided": (0, Execution("real_time", replan=REPLAN)),
-    "guided directly": (0, Execution("real_time", replan=REPLAN, guidance=Guidance(jacobian=False))),
     "given (max_delay)": (LARGEST, Execution("real_time", replan=REPLAN)),
     "max_delay, as they come": (LARGEST, Execution("chunk", replan=REPLAN)),
 }

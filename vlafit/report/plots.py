@@ -27,6 +27,7 @@ VARIABLES = {INK: "muted", GRID: "grid", LINE: "accent", FAINT: "accent-faint", 
 SIZE = (5.2, 2.7)  # inches at 72 points: the SVG scales with its column
 MARGINS = (0.105, 0.185, 0.85, 0.775)  # left, bottom, width, height, as shares of the figure
 LABEL = 8.0  # points
+NEIGHBOURS = 10  # logged values on either side whose spread is a noisy curve's band
 SMOOTHING = 0.9  # exponential, bias-corrected, of noisy training curves
 
 Axis = Literal["step", "time"]
@@ -34,7 +35,7 @@ Axis = Literal["step", "time"]
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. A `noisy` curve is drawn faint, with its smoothed values on top."""
+    """One line of a chart. A `noisy` curve is drawn smoothed, on the band of its spread."""
 
     label: str
     points: tuple[Point, ...]
@@ -61,7 +62,8 @@ def curves(
     figure, axes = _figure(axis)
     for line, x, y in drawn:
         if line.noisy and len(x) > 5:
-            axes.plot(x, y, color=FAINT, linewidth=1)
+            low, high = _spread(y)
+            axes.fill_between(x, low, high, color=FAINT, linewidth=0)
             axes.plot(x, _smooth(y), color=LINE, linewidth=1.8, label=line.label)
         else:
             few = len(x) < 40
@@ -105,7 +107,7 @@ def success_curve(name: str, points: Sequence[tuple[int, Score]]) -> str:
 def tick(value: float, _: int | None = None) -> str:
     """Return a short tick label: 0.25, 2.5e-4, 12,000."""
     if 0 < abs(value) < 1e-3:
-        return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
+        return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1).replace(".e", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -124,6 +126,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
         average = SMOOTHING * average + (1 - SMOOTHING) * value
         smoothed[i] = average / (1 - SMOOTHING ** (i + 1))
     return smoothed
+
+
+def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 10 and 90 % quantiles of the values logged around each."""
+    around = [values[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1] for i in range(len(values))]
+    low, high = np.array([np.quantile(window, (0.1, 0.9)) for window in around]).T
+    return low, high
 
 
 def frame(xlabel: str) -> tuple[Figure, Axes]:

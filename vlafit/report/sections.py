@@ -28,6 +28,7 @@ from vlafit.tuning import Plan
 TITLES = {BEFORE: "before", AFTER: "after", WRONG: "after, wrong instruction"}
 TONES = {BEFORE: "before", AFTER: "after", WRONG: "wrong"}
 OUTCOMES = {True: ("success", "good"), False: ("failure", "bad"), None: ("error", "warn")}
+LOSS = "smoothed; band: 80 % of the batches logged around each step"
 CHARTS = {  # metric -> title, unit, whether to smooth it
     "validation/action_error": ("Action error", "mean absolute, normalised units, held-out episodes", False),
     "train/lr": ("Learning rate", "of the first group of parameters", False),
@@ -186,7 +187,7 @@ def curves(facts: Facts) -> Raw:
             ),
         ]
         svg = plots.curves(f"loss-{axis}", lines, axis, log=True, marks=_marks(facts))
-        drawn.append(figure("Loss", "flow matching", svg, f"by-{axis}") if svg else Raw(""))
+        drawn.append(figure("Loss", LOSS, svg, f"by-{axis}") if svg else Raw(""))
         drawn.append(_ranks(facts, axis))
         for metric in (*CHARTS, *others):
             name, unit, noisy = CHARTS.get(metric, (metric, "", False))
