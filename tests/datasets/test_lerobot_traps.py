@@ -189,3 +189,14 @@ def test_statistics_of_the_folder_are_never_used(card: Card):
     taken = statistics_of([store], [[info.id for info in store.episodes]], 1)["action"]
     rows = np.concatenate([demo.actions for demo in EVERYTHING])
     np.testing.assert_allclose(taken.mean, rows.mean(0), rtol=1e-5)
+
+
+def test_state_and_action_of_one_feature_are_scaled_each_by_its_own(card: Card):
+    state = replace(card.robot.state, keys=("action",), dimensions=4, labels=())
+    action = replace(state, scale=(2.0, -1.0, 1.0, 1.0), offset=(0.0, 0.0, 0.5, 0.0))
+    store = open_dataset(replace(card, robot=replace(card.robot, state=state, action=action)))
+    for number, demo in enumerate(EVERYTHING):
+        rows = demo.actions.astype(np.float32)
+        np.testing.assert_array_equal(store.state(number), rows)
+        expected = (rows.astype(np.float64) * [2, -1, 1, 1] + [0, 0, 0.5, 0]).astype(np.float32)
+        np.testing.assert_array_equal(store.actions(number), expected)

@@ -38,6 +38,15 @@ class _Rows:
     """The recorded timestamps, if they are not frame_index / fps."""
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A state or action column of all episodes of a file."""
+
+    values: NDArray[np.float32]
+    bad: NDArray[np.bool_] | None
+    """Which rows hold a value that is not finite, if any does."""
+
+
 class LeRobotStore(EpisodeStore):
     """The episodes of a LeRobot dataset of any of the three formats."""
 
@@ -118,10 +127,10 @@ class LeRobotStore(EpisodeStore):
         return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.state)
+        return self._cut(self._rows[episode], self.card.robot.state)
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.action)
+        return self._cut(self._rows[episode], self.card.robot.action)
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         return self.images(episode, [step], camera)[0]
@@ -141,7 +150,8 @@ class LeRobotStore(EpisodeStore):
                     f"{self._where(rows)}, step {step}: {declared.key} is {frame.shape}, the card "
                     f"says {shape}, as info.json does; correct the shape in both"
                 )
-        stacked = declared.upright(np.stack([frames[step] for step in steps]))
+        several = np.stack([frames[step] for step in steps]) if len(steps) != 1 else frames[steps[0]][None]
+        stacked = declared.upright(several)
         stacked.flags.writeable = False
         return stacked
 
@@ -166,8 +176,8 @@ class LeRobotStore(EpisodeStore):
     def _reset(self) -> None:
         self._videos = VideoFiles(OPEN_VIDEOS)
         self._images = ImageColumns(IMAGE_BYTES)
-        self._columns: LruCache[tuple[Path, str], NDArray[np.float32]] = LruCache(
-            COLUMN_BYTES, size=lambda column: column.nbytes, least=2
+        self._columns: LruCache[tuple[object, ...], _Column] = LruCache(
+            COLUMN_BYTES, size=lambda column: column.values.nbytes, least=2
         )
         self._times: dict[tuple[int, str], list[float]] = {}  # of irregular episodes
 
@@ -251,36 +261,42 @@ class LeRobotStore(EpisodeStore):
             more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
             raise DataError("\n".join(faults[:5]) + more)
 
-    def _column(self, episode: int, column: ColumnCard) -> NDArray[np.float32]:
-        return self._cut(self._rows[episode], column)
-
     def _cut(self, rows: _Rows, column: ColumnCard) -> NDArray[np.float32]:
         some = slice(rows.first, rows.first + rows.entry.length)
-        keys = [parse_key(key, str(self._meta.root)) for key in column.keys]
-        parts = [self._file_column(rows.entry.data, key.path)[some, key.some] for key in keys]
-        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        bad = ~np.isfinite(values)
-        if bad.any():
-            step, dimension = (int(i) for i in np.argwhere(bad)[0])
+        path = rows.entry.data
+        key = (path, column.keys, column.scale, column.offset)  # state and action may share their keys
+        whole = self._columns.get(key, lambda: self._join(path, column))
+        if whole.bad is not None and whole.bad[some].any():
+            values = np.concatenate(self._parts(path, column), axis=1)[some]
+            step, dimension = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise DataError(
                 f"{self._where(rows)}: {', '.join(column.keys)} holds {values[step, dimension]} at step "
                 f"{step}, dimension {dimension}; fix the file, or leave the episode out (skip in the card)"
             )
-        values = scaled(values, column)
-        values.flags.writeable = False
-        return values
+        return whole.values[some]
+
+    def _join(self, path: Path, column: ColumnCard) -> _Column:
+        """Read a column of all episodes of a file."""
+        parts = self._parts(path, column)
+        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        bad = ~np.isfinite(values).all(axis=1)
+        made = scaled(values, column)
+        made.flags.writeable = False
+        return _Column(made, bad if bad.any() else None)
+
+    def _parts(self, path: Path, column: ColumnCard) -> list[NDArray[np.float32]]:
+        keys = [parse_key(key, str(self._meta.root)) for key in column.keys]
+        return [self._read_column(path, key.path)[:, key.some] for key in keys]
 
     def _succeeds(self, rows: _Rows) -> bool:
         key = self.card.episodes.success
         if not key:
             return True
         self._meta.feature(key, "episodes.success")
-        return bool(
-            self._file_column(rows.entry.data, key)[rows.first : rows.first + rows.entry.length].any()
+        column = self._columns.get(
+            (rows.entry.data, key), lambda: _Column(self._read_column(rows.entry.data, key), None)
         )
-
-    def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
-        return self._columns.get((path, key), lambda: self._read_column(path, key))
+        return bool(column.values[rows.first : rows.first + rows.entry.length].any())
 
     def _read_column(self, path: Path, key: str) -> NDArray[np.float32]:
         self._stamps.require_unchanged(path)
