@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SIZE = 32  # pixels of the small frames that are compared
 BATCH = 64  # frames read at once
 FEWEST_FRAMES = 50_000  # of all cameras, that are worth keeping: some minutes of decoding
+AT_ONCE = 64  # episodes whose measurements are written to the disk together: it takes some 30 ms
 FORMAT = 1  # raise it if a measurement changes
 
 
@@ -75,12 +76,16 @@ def measured(
         return
     with locks.exclusive(kept, "vlafit data check"):
         arrays = {camera: _Arrays(kept / str(n), store, camera) for n, camera in enumerate(cameras)}
-        for number, info in enumerate(store.episodes):
+        try:
+            for number, info in enumerate(store.episodes):
+                for camera in cameras:
+                    if arrays[camera].has(number):
+                        count(info.length)
+                    else:
+                        arrays[camera].put(number, measure(store, number, camera, count))
+        finally:
             for camera in cameras:
-                if arrays[camera].has(number):
-                    count(info.length)
-                else:
-                    arrays[camera].put(number, measure(store, number, camera, count))
+                arrays[camera].flush()
         yield {
             camera: [arrays[camera].get(number) for number in range(len(store.episodes))]
             for camera in cameras
@@ -114,6 +119,7 @@ class _Arrays:
         self._features = _array(place / "features.npy", np.float32, (frames, late.FEATURES))
         self._sharpness = _array(place / "sharpness.npy", np.float64, (count,))
         self._done = _array(place / "done.npy", np.uint8, (count,))
+        self._new: list[int] = []  # measured, and perhaps not on the disk yet
 
     def has(self, number: int) -> bool:
         """Whether an episode was measured."""
@@ -125,10 +131,17 @@ class _Arrays:
         self._mean[number], self._sharpness[number] = clip.mean, clip.sharpness
         self._change[some][: len(clip.change)] = clip.change
         self._level[some], self._features[some] = clip.level, clip.features
+        self._new.append(number)
+        if len(self._new) == AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was measured to the disk; then it counts as done, also after a loss of power."""
         for array in (self._mean, self._sharpness, self._change, self._level, self._features):
-            array.flush()  # before it counts as done
-        self._done[number] = 1
+            array.flush()
+        self._done[self._new] = 1
         self._done.flush()
+        self._new.clear()
 
     def get(self, number: int) -> Clip:
         """Return an episode's measurements; those of its frames stay on disk until they are read."""

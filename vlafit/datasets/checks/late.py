@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,13 @@ RIDGE = 1e-3  # times the mean variance of a feature
 STILL = 1e-6  # a state dimension that varies less says nothing
 
 
+@cache
 def projection() -> NDArray[np.float32]:
     """Return the matrix [GRID * GRID * 3, FEATURES] that makes features of cells, always the same."""
     size = GRID * GRID * 3
-    return (np.random.default_rng(0).normal(size=(size, FEATURES)) / np.sqrt(size)).astype(np.float32)
+    matrix = (np.random.default_rng(0).normal(size=(size, FEATURES)) / np.sqrt(size)).astype(np.float32)
+    matrix.flags.writeable = False
+    return matrix
 
 
 @dataclass(frozen=True)
