@@ -1,7 +1,6 @@
 """Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from numpy.typing import NDArray
 
 from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
-from vlafit.datasets.columns import parse_key, scaled
+from vlafit.datasets.columns import Key, parse_key, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
+from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
@@ -264,10 +264,10 @@ class LeRobotStore(EpisodeStore):
     def _cut(self, rows: _Rows, column: ColumnCard) -> NDArray[np.float32]:
         some = slice(rows.first, rows.first + rows.entry.length)
         path = rows.entry.data
-        key = (path, column.keys, column.scale, column.offset)  # state and action may share their keys
-        whole = self._columns.get(key, lambda: self._join(path, column))
+        whole = self._columns.get(_at(path, column), lambda: self._read_both(path, column))
         if whole.bad is not None and whole.bad[some].any():
-            values = np.concatenate(self._parts(path, column), axis=1)[some]
+            keys = self._parsed(column)
+            values = _joined(self._read(path, [key.path for key in keys]), keys)[some]
             step, dimension = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise DataError(
                 f"{self._where(rows)}: {', '.join(column.keys)} holds {values[step, dimension]} at step "
@@ -275,35 +275,43 @@ class LeRobotStore(EpisodeStore):
             )
         return whole.values[some]
 
-    def _join(self, path: Path, column: ColumnCard) -> _Column:
-        """Read a column of all episodes of a file."""
-        parts = self._parts(path, column)
-        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        bad = ~np.isfinite(values).all(axis=1)
-        made = scaled(values, column)
-        made.flags.writeable = False
-        return _Column(made, bad if bad.any() else None)
+    def _read_both(self, path: Path, wanted: ColumnCard) -> _Column:
+        """Read state and action of all episodes of a file, because opening it takes longer than reading."""
+        columns = (self.card.robot.state, self.card.robot.action)
+        keys = {column: self._parsed(column) for column in columns}
+        raw = self._read(path, dict.fromkeys(key.path for column in columns for key in keys[column]))
+        made: dict[ColumnCard, _Column] = {}
+        for column in columns:
+            values = _joined(raw, keys[column])
+            bad = ~np.isfinite(values).all(axis=1)
+            rows = scaled(values, column)
+            rows.flags.writeable = False
+            made[column] = _Column(rows, bad if bad.any() else None)
+            if column != wanted:
+                self._columns.get(_at(path, column), lambda column=column: made[column])
+        return made[wanted]
 
-    def _parts(self, path: Path, column: ColumnCard) -> list[NDArray[np.float32]]:
-        keys = [parse_key(key, str(self._meta.root)) for key in column.keys]
-        return [self._read_column(path, key.path)[:, key.some] for key in keys]
+    def _parsed(self, column: ColumnCard) -> list[Key]:
+        return [parse_key(key, str(self._meta.root)) for key in column.keys]
 
     def _succeeds(self, rows: _Rows) -> bool:
-        key = self.card.episodes.success
+        key, path = self.card.episodes.success, rows.entry.data
         if not key:
             return True
         self._meta.feature(key, "episodes.success")
-        column = self._columns.get(
-            (rows.entry.data, key), lambda: _Column(self._read_column(rows.entry.data, key), None)
-        )
+        column = self._columns.get((path, key), lambda: _Column(self._read(path, [key])[key], None))
         return bool(column.values[rows.first : rows.first + rows.entry.length].any())
 
-    def _read_column(self, path: Path, key: str) -> NDArray[np.float32]:
+    def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Read features of all rows of a file, each [n, d]."""
         self._stamps.require_unchanged(path)
-        width = width_of(self._meta.features[key], key, self._meta.root)
-        raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
-        with np.errstate(over="ignore"):
-            return raw.astype(np.float32)
+        table, read = read_table(path, list(keys)), {}
+        for key in keys:
+            width = width_of(self._meta.features[key], key, self._meta.root)
+            raw = as_rows(table[key], width, f"{path}: {key}")
+            with np.errstate(over="ignore"):
+                read[key] = raw.astype(np.float32)
+        return read
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]
@@ -363,36 +371,10 @@ class LeRobotStore(EpisodeStore):
         return frames
 
 
-def width_of(feature: object, key: str, root: Path) -> int:
-    """Return the dimensions of a column. Raises DataError if it is no list of numbers."""
-    shape = feature.get("shape") if isinstance(feature, dict) else None
-    if not isinstance(shape, list) or len(shape) > 1 or not all(isinstance(n, int) for n in shape):
-        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a column has one axis")
-    return shape[0] if shape else 1
+def _at(path: Path, column: ColumnCard) -> tuple[object, ...]:
+    return path, column.keys, column.scale, column.offset  # state and action may share their keys
 
 
-def size_of(feature: object, key: str, root: Path) -> tuple[int, int]:
-    """Return (height, width) of a camera, whose axes are in the order that `names` says."""
-    shape = feature.get("shape") if isinstance(feature, dict) else None
-    names = feature.get("names") if isinstance(feature, dict) else None
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a camera has three axes")
-    flat = [str(name).lower().rstrip("s") for name in names] if isinstance(names, list) else []
-    if len(flat) == 3 and {"height", "width"} <= set(flat):
-        return shape[flat.index("height")], shape[flat.index("width")]
-    if (shape[0] == 3) != (shape[2] == 3):
-        return (shape[1], shape[2]) if shape[0] == 3 else (shape[0], shape[1])
-    raise DataError(f"{root}/meta/info.json: {key}: names {json.dumps(names)} do not say which axis is which")
-
-
-def is_depth(feature: object) -> bool:
-    """Whether an image feature is a depth map."""
-    if not isinstance(feature, dict):
-        return False
-    info = feature.get("info") or feature.get("video_info") or {}
-    return bool(
-        feature.get("dtype") == "depth"
-        or feature.get("is_depth_map")
-        or info.get("is_depth_map")
-        or info.get("video.is_depth_map")
-    )
+def _joined(raw: Mapping[str, NDArray[np.float32]], keys: Sequence[Key]) -> NDArray[np.float32]:
+    parts = [raw[key.path][:, key.some] for key in keys]
+    return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
