@@ -283,7 +283,7 @@ class LeRobotStore(EpisodeStore):
         made: dict[ColumnCard, _Column] = {}
         for column in columns:
             values = _joined(raw, keys[column])
-            bad = ~np.isfinite(values).all(axis=1)
+            bad: NDArray[np.bool_] = np.logical_not(np.isfinite(values).all(axis=1))
             rows = scaled(values, column)
             rows.flags.writeable = False
             made[column] = _Column(rows, bad if bad.any() else None)
