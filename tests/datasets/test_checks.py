@@ -1,7 +1,7 @@
 """`vlafit data check`: no finding on clean recordings, and each kind of damage in the right episode."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from vlafit.cli import console, main
 from vlafit.datasets import open_dataset
 from vlafit.datasets.bench import Bench
 from vlafit.datasets.checks import Finding, check_store, late, pixels
+from vlafit.datasets.checks.clips import measure, measured
+from vlafit.errors import VlafitError
 
 BAD = 5  # the episode that is damaged
 
@@ -241,7 +243,7 @@ def test_nothing_is_late_in_the_sample_that_ships_and_a_shifted_video_in_it_is_f
     camera = store.embodiment.cameras[0].name
     tracks = []
     for n, info in enumerate(store.episodes):
-        clip = pixels._clip(store, n, info.id, camera, lambda frames: None)
+        clip = measure(store, n, camera, lambda frames: None)
         speed = pixels._speed(store.state(n))
         tracks.append(late.Track(info.id, store.state(n), clip.features, clip.change, speed))
     assert late.check_shift(camera, tracks) == []
@@ -254,6 +256,62 @@ def test_nothing_is_late_in_the_sample_that_ships_and_a_shifted_video_in_it_is_f
         findings = late.check_shift(camera, some)
         assert [f.episode for f in findings] == [tracks[number].episode]
         assert f"{shift} frames late" in findings[0].message
+
+
+class Counting(Recording):
+    """A recording that counts the frames which are read."""
+
+    read = 0
+
+    def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+        self.read += len(steps)
+        return super().images(episode, steps, camera)
+
+
+def test_a_check_that_was_stopped_goes_on_and_finds_what_one_in_memory_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLAFIT_CACHE", str(tmp_path / "cache"))
+    episodes = recorded()
+    episodes[BAD] = replace(freeze(6)(episodes[BAD]), wrist=episodes[BAD].wrist[..., ::-1])
+    expected = pixels.check_pixels(Recording(episodes))
+    assert {finding.kind for finding in expected} >= {"frozen_frames", "channel_order"}
+    total = 2 * EPISODES * STEPS
+
+    def stop(done: int, of: int) -> None:
+        assert of == total
+        if done >= total // 2:
+            raise KeyboardInterrupt
+
+    first, second = Counting(episodes), Counting(episodes)
+    with pytest.raises(KeyboardInterrupt):
+        pixels.check_pixels(first, stop, fewest=total)
+    seen: list[int] = []
+    assert pixels.check_pixels(second, lambda done, _: seen.append(done), fewest=total) == expected
+    assert total // 2 <= second.read <= total // 2 + STEPS and seen[-1] == total
+    assert not [p for p in (tmp_path / "cache" / "checks").rglob("*") if p.is_file()]  # it is done
+
+
+def test_two_checks_of_a_large_dataset_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLAFIT_CACHE", str(tmp_path / "cache"))
+    store = Recording(recorded(episodes=2))
+    with measured(store, None, fewest=1), pytest.raises(VlafitError, match="another vlafit data check"):
+        pixels.check_pixels(store, fewest=1)
+
+
+def test_measurements_that_are_damaged_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLAFIT_CACHE", str(tmp_path / "cache"))
+    store = Counting(recorded(episodes=2))
+    with pytest.raises(RuntimeError), measured(store, None, fewest=1):
+        raise RuntimeError
+    (damaged,) = (tmp_path / "cache" / "checks").glob("*/0/level.npy")
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with measured(store, None, fewest=1) as again, measured(Recording(recorded(episodes=2)), None) as clips:
+        assert store.read == 2 * 2 * STEPS + 2 * STEPS  # one camera's again
+        for ours, theirs in zip(
+            again["front"] + again["wrist"], clips["front"] + clips["wrist"], strict=True
+        ):
+            assert np.array_equal(ours.level, theirs.level) and np.array_equal(ours.features, theirs.features)
 
 
 def test_progress_goes_to_stderr_with_what_remains_only_where_it_takes_long(

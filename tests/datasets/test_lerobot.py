@@ -22,8 +22,8 @@ from tests.datasets.lerobot_files import FPS, write
 from vlafit.codec import Statistics
 from vlafit.datasets import EpisodeStore, blocks_for_statistics, load_card, open_dataset
 from vlafit.datasets.layouts import lerobot
+from vlafit.datasets.lerobot import index, tables
 from vlafit.datasets.lerobot import store as reader
-from vlafit.datasets.lerobot import tables
 from vlafit.datasets.video import VideoFile
 from vlafit.errors import DataError
 
@@ -611,3 +611,56 @@ def test_an_image_outside_the_dataset_is_refused(tmp_path: Path, name: str):
     with pytest.raises(DataError) as caught:
         store.image(0, 0, store.embodiment.cameras[0].name)
     assert name in str(caught.value) and "step 0" in str(caught.value)
+
+
+def test_many_files_are_not_read_again_until_one_of_them_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("VLAFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "FEWEST", 3)
+    read: list[Path] = []
+
+    class Read(index.FileIndex):
+        def __init__(self, path: Path) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(index, "FileIndex", Read)
+    everything = demos(3)
+    jitter = np.random.default_rng(0).uniform(-0.2, 0.2, 20) / FPS
+    stamps = lambda n: np.arange(n) / FPS + jitter[:n]  # noqa: E731
+    card = write(tmp_path / "many", everything, "v2.1", stamps=stamps)
+    card = replace(card, section=lerobot.Section(tolerance_s=1.0))
+
+    def assert_right(store: EpisodeStore) -> None:
+        assert len(store.episodes) == len(everything)
+        for number, demo in enumerate(everything):
+            assert store.episodes[number].instruction == demo.instruction
+            np.testing.assert_array_equal(store.state(number), demo.state)
+            assert (store.images(number, [1], "wrist")[0] == demo.wrist[1]).all()
+
+    for times in (1, 1):
+        store = open_dataset(card)
+        assert_right(store)
+        assert len(read) == times * len(everything)
+        rows = store._rows[2]  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(rows.times_s, stamps(6).astype(np.float32))
+    some = replace(card, section=lerobot.Section(episodes=(1, 2, 4), tolerance_s=1.0))
+    assert [e.length for e in open_dataset(some).episodes] == [5, 6, 5]
+    assert len(read) == len(everything) + 3
+
+    read.clear()
+    path = next((tmp_path / "many").glob("data/*/*000003.parquet"))
+    table = pq.read_table(path)
+    shorter = table.set_column(table.column_names.index("frame_index"), "frame_index", pa.array([0, 1, 2, 2]))
+    pq.write_table(shorter, path)
+    with pytest.raises(DataError, match="episode 3: frame_index does not count"):
+        open_dataset(card)
+    assert path in read
+
+    pq.write_table(table, path)
+    assert_right(open_dataset(card))
+    for kept in (tmp_path / "cache").rglob("*.npz"):
+        kept.write_bytes(kept.read_bytes()[:-40])
+    assert_right(open_dataset(card))
+    assert "the index is damaged" in caplog.text

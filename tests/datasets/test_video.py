@@ -63,3 +63,13 @@ def test_a_time_without_a_frame_is_named(tmp_path: Path):
             video.read([missing], 0.5 / FPS)
     (picture,) = video.read([1.0], 0.5 / FPS)
     np.testing.assert_array_equal(picture, frames[10])
+
+
+@pytest.mark.parametrize(("group", "most"), [(2, 1.6), (12, 6.6)])
+def test_frames_at_random_are_sought_and_no_group_between_is_decoded(group: int, most: float, tmp_path: Path):
+    film(tmp_path / "film.mp4", {"g": f"{group}", "bf": "0"})
+    video = VideoFile(tmp_path / "film.mp4")
+    order = np.random.default_rng(2).integers(0, COUNT, 200).tolist()
+    for number in order:
+        video.read([number / FPS], 0.5 / FPS)
+    assert video.decoded / len(order) <= most  # half a group and a half of a frame, by random starts in it

@@ -86,7 +86,7 @@ def cut_middle(image: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
 
     As TensorFlow's crop_and_resize does with images in [0, 1], which are then scaled back to grey levels.
     """
-    values: NDArray[np.float32] = image.astype(np.float32) / 255
+    values: NDArray[np.float32] = image.astype(np.float32) / np.float32(255)
     for axis in (0, 1):
         have = image.shape[axis]
         at = np.linspace((1 - share) / 2, (1 + share) / 2, have) * (have - 1)

@@ -13,7 +13,7 @@ from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError
 from vlafit.files import require_regular
 
-NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on instead of seeking
+NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on, where the rate is unknown
 SEEK_ON = 1.5  # ticks of the file's clock beyond the wanted time, which is rounded
 
 
@@ -38,6 +38,9 @@ class VideoFile:
         self._reformatter = VideoReformatter()  # one a stream: a new one each frame costs a fifth of the time
         self._frames: Iterator[av.VideoFrame] | None = None
         self._at_s = -np.inf  # of the last decoded frame
+        self._key_s = np.inf  # of the last decoded key frame
+        rate = self._stream.average_rate
+        self._ahead_s = 1.5 / float(rate) if rate else NEAR_S  # the next frame, and as far as groups reach
         self.decoded = 0
         """Frames decoded so far, wanted or on the way to a wanted one."""
 
@@ -75,8 +78,8 @@ class VideoFile:
         self._container.close()
 
     def _reach(self, wanted: float, tolerance_s: float) -> av.VideoFrame:
-        if self._frames is not None and self._at_s < wanted - tolerance_s <= self._at_s + NEAR_S:
-            starts = []
+        if self._frames is not None and self._at_s < wanted - tolerance_s <= self._at_s + self._ahead_s:
+            starts = []  # farther ahead a key frame is nearer, as the groups decoded so far tell
         else:  # a wanted key frame is itself the start: from the one before, a short group is decoded as well
             starts = [wanted + SEEK_ON * self._base, wanted - tolerance_s]
         while True:
@@ -102,6 +105,9 @@ class VideoFile:
             if frame.pts is None:
                 continue
             self._at_s = (frame.pts - self._first) * self._base
+            if frame.key_frame:
+                self._key_s = self._at_s
+            self._ahead_s = max(self._ahead_s, self._at_s - self._key_s)
             if self._at_s >= from_s:
                 return frame, passed
             passed += 1

@@ -154,7 +154,7 @@ class Tower(nn.Module):
         ]
         count = sum(len(tokens) for tokens in first)
         x = torch.cat([*(tokens[None].expand(len(x), -1, -1) for tokens in first), x], 1)
-        x = x.to(matrix_dtype(self.layers[0].self_attn))
+        x = x.to(matrix_dtype(self.layers[0].get_submodule("self_attn")))
         for layer in self.layers[:-1]:
             x = layer(x, words)
         return x[:, count:]

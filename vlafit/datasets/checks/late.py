@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,13 @@ RIDGE = 1e-3  # times the mean variance of a feature
 STILL = 1e-6  # a state dimension that varies less says nothing
 
 
+@cache
 def projection() -> NDArray[np.float32]:
     """Return the matrix [GRID * GRID * 3, FEATURES] that makes features of cells, always the same."""
     size = GRID * GRID * 3
-    return (np.random.default_rng(0).normal(size=(size, FEATURES)) / np.sqrt(size)).astype(np.float32)
+    matrix = (np.random.default_rng(0).normal(size=(size, FEATURES)) / np.sqrt(size)).astype(np.float32)
+    matrix.flags.writeable = False
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ def _motion(track: Track) -> NDArray[np.float64]:
     return np.asarray(heights)
 
 
+def _inputs(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
+
+
 def _predicted(features: list[NDArray[np.float32]], states: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Return the correlation of each episode's states with their prediction, for each shift [n, shifts].
 
@@ -120,16 +128,17 @@ def _predicted(features: list[NDArray[np.float32]], states: list[NDArray[np.floa
     spread = np.concatenate(states).std(axis=0)
     moving = spread > STILL
     targets = [rows[:, moving] / spread[moving] for rows in states]
-    inputs = [np.concatenate([f, np.ones((len(f), 1))], axis=1).astype(np.float64) for f in features]
-    grams = [x.T @ x for x in inputs]
-    products = [x.T @ y for x, y in zip(inputs, targets, strict=True)]
-    gram, product = np.sum(grams, axis=0), np.sum(products, axis=0)
-    sums = np.zeros((3, len(inputs), 2 * FURTHEST + 1, int(moving.sum())))  # of a * b, a * a and b * b
-    for n, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        others = gram - grams[n]
+    gram, product = np.zeros((FEATURES + 1,) * 2), np.zeros((FEATURES + 1, int(moving.sum())))
+    for f, y in zip(features, targets, strict=True):
+        x = _inputs(f)
+        gram, product = gram + x.T @ x, product + x.T @ y
+    sums = np.zeros((3, len(features), 2 * FURTHEST + 1, int(moving.sum())))  # of a * b, a * a and b * b
+    for n, (f, y) in enumerate(zip(features, targets, strict=True)):
+        x = _inputs(f)  # again, because all episodes' would take gigabytes
+        others = gram - x.T @ x
         penalty = np.full(len(others), RIDGE * np.trace(others[:-1, :-1]) / FEATURES + 1e-9)
         penalty[-1] = 1e-9  # the constant term is free
-        predicted = x @ np.linalg.solve(others + np.diag(penalty), product - products[n])
+        predicted = x @ np.linalg.solve(others + np.diag(penalty), product - x.T @ y)
         for place, shift in enumerate(range(-FURTHEST, FURTHEST + 1)):
             a = y[max(0, -shift) : len(y) - max(0, shift)]
             b = predicted[max(0, shift) : len(y) + min(0, shift)]

@@ -2,17 +2,15 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.checks import late, looks
+from vlafit.datasets.checks.clips import FEWEST_FRAMES, Clip, measured
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.store import EpisodeStore
 
-SIZE = 32  # pixels of the small frames that are compared
-BATCH = 64  # frames read at once
 FEWEST = 4  # episodes that must agree before one of them is called different
 CLEARER = 0.5  # a transformed episode must be this much nearer to the others than it is untransformed
 BLACK = 4.0  # mean grey level (of 255) below which a frame is dark
@@ -20,39 +18,24 @@ LIT = 16.0  # median level of an episode from which on a dark frame in it is mis
 FREEZE = 4  # equal frames in a row, while the robot moves
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """The small frames of one camera of one episode."""
-
-    episode: str
-    camera: str
-    mean: NDArray[np.float32]  # [SIZE, SIZE, 3], over the episode
-    change: NDArray[np.float64]  # [T - 1], mean absolute difference of neighbouring frames
-    level: NDArray[np.float64]  # [T], mean grey level
-    features: NDArray[np.float32]  # [T, late.FEATURES], see checks/late.py
-    sharpness: float  # mean absolute difference of neighbouring pixels of a row
+def check_pixels(
+    store: EpisodeStore,
+    progress: Callable[[int, int], None] | None = None,
+    fewest: int = FEWEST_FRAMES,
+) -> list[Finding]:
+    """Return what is suspicious in the frames. Decodes each frame once; see `clips.measured` for `fewest`."""
+    with measured(store, progress, fewest) as clips:
+        return _findings(store, clips)
 
 
-def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """Return what is suspicious in the frames. Decodes each frame once."""
-    cameras = [camera.name for camera in store.embodiment.cameras]
-    clips: dict[str, list[_Clip]] = {camera: [] for camera in cameras}
+def _findings(store: EpisodeStore, clips: dict[str, list[Clip]]) -> list[Finding]:
+    cameras = list(clips)
     speeds = [_speed(store.state(n)) for n in range(len(store.episodes))]
-    total, done = len(cameras) * sum(info.length for info in store.episodes), 0
-
-    def count(frames: int) -> None:
-        nonlocal done
-        done += frames
-        if progress is not None:
-            progress(done, total)
-
-    for number, info in enumerate(store.episodes):
-        for camera in cameras:
-            clips[camera].append(_clip(store, number, info.id, camera, count))
     findings: list[Finding] = []
     for camera in cameras:
+        usual = float(np.median(np.concatenate([clip.change for clip in clips[camera]])))
         for clip, speed in zip(clips[camera], speeds, strict=True):
-            findings += _black(clip) + _frozen(clip, speed, clips[camera])
+            findings += _black(clip) + _frozen(clip, speed, usual)
         findings += late.check_shift(
             camera,
             [
@@ -72,7 +55,7 @@ def check_pixels(store: EpisodeStore, progress: Callable[[int, int], None] | Non
     return findings
 
 
-def _looks(store: EpisodeStore, clips: list[_Clip], speeds: list[NDArray[np.float64]]) -> list[looks.Look]:
+def _looks(store: EpisodeStore, clips: list[Clip], speeds: list[NDArray[np.float64]]) -> list[looks.Look]:
     made = []
     for number, (clip, speed) in enumerate(zip(clips, speeds, strict=True)):
         frames = hashlib.sha256(clip.features.tobytes()).hexdigest() if clip.change.any() else ""
@@ -102,49 +85,7 @@ def _speed(state: NDArray) -> NDArray[np.float64]:
     return (steps / np.where(size > 0, size, 1)).sum(axis=1)
 
 
-def _clip(store: EpisodeStore, number: int, episode: str, camera: str, count: Callable[[int], None]) -> _Clip:
-    length = store.episodes[number].length
-    total, changes, levels, features, edges = np.zeros((SIZE, SIZE, 3)), [], [], [], 0.0
-    project = late.projection()
-    last: NDArray | None = None
-    for first in range(0, length, BATCH):
-        frames = store.images(number, list(range(first, min(first + BATCH, length))), camera)
-        small = _sampled(frames, SIZE).astype(np.float64)
-        features.append(_cells(_sampled(frames, 4 * late.GRID)) @ project)
-        total += small.sum(axis=0)
-        rows = frames[:, :: max(1, frames.shape[1] // SIZE)].astype(np.int16)
-        edges += float(np.abs(np.diff(rows, axis=2)).mean()) * len(frames)
-        levels.append(small.mean(axis=(1, 2, 3)))
-        joined = small if last is None else np.concatenate([last[None], small])
-        changes.append(np.abs(np.diff(joined, axis=0)).mean(axis=(1, 2, 3)))
-        last = small[-1]
-        count(len(frames))
-    mean = (total / length).astype(np.float32)
-    return _Clip(
-        episode,
-        camera,
-        mean,
-        np.concatenate(changes),
-        np.concatenate(levels),
-        np.concatenate(features),
-        edges / length,
-    )
-
-
-def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Return `size` x `size` evenly spaced pixels of each frame."""
-    rows = np.linspace(0, frames.shape[1] - 1, size).round().astype(int)
-    columns = np.linspace(0, frames.shape[2] - 1, size).round().astype(int)
-    return frames[:, rows][:, :, columns]
-
-
-def _cells(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return frames [n, 4 * GRID, 4 * GRID, 3] averaged over 4 x 4 pixels, [n, GRID * GRID * 3]."""
-    cells = frames.reshape(len(frames), late.GRID, 4, late.GRID, 4, 3).mean(axis=(2, 4), dtype=np.float32)
-    return cells.reshape(len(frames), -1) - 128
-
-
-def _black(clip: _Clip) -> list[Finding]:
+def _black(clip: Clip) -> list[Finding]:
     dark = np.flatnonzero(clip.level < BLACK)
     if not len(dark):
         return []
@@ -171,8 +112,8 @@ def _black(clip: _Clip) -> list[Finding]:
     ]
 
 
-def _frozen(clip: _Clip, speed: NDArray[np.float64], clips: list[_Clip]) -> list[Finding]:
-    usual = np.median(np.concatenate([c.change for c in clips]))
+def _frozen(clip: Clip, speed: NDArray[np.float64], usual: float) -> list[Finding]:
+    """Find frames that repeat in motion. `usual` is the median change of the camera's frames."""
     if usual <= 0:
         return []
     moving = speed > 0.5 * np.median(speed)
@@ -207,7 +148,7 @@ TRANSFORMS: dict[str, tuple[str, Callable[[NDArray], NDArray]]] = {
 }
 
 
-def _transformed(clips: dict[str, list[_Clip]]) -> list[Finding]:
+def _transformed(clips: dict[str, list[Clip]]) -> list[Finding]:
     """Find episodes whose mean frame is nearer to the others' when undone what may have happened to it."""
     count = min(map(len, clips.values()), default=0)
     if count < FEWEST:
@@ -242,7 +183,7 @@ def _distance(one: NDArray, other: NDArray) -> float:
     return float(np.abs(one - other).mean())
 
 
-def _transformation(clip: _Clip, kind: str) -> Finding:
+def _transformation(clip: Clip, kind: str) -> Finding:
     swapped = kind.partition(":")[2]
     what = f"shows what {swapped!r} shows elsewhere" if swapped else TRANSFORMS[kind][0]
     return Finding(

@@ -18,8 +18,8 @@ from vlafit.datasets.card import (
 )
 from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
+from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
 from vlafit.datasets.lerobot.meta import labels
-from vlafit.datasets.lerobot.store import is_depth, size_of, width_of
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError

@@ -1,7 +1,6 @@
 """Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from numpy.typing import NDArray
 
 from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
-from vlafit.datasets.columns import parse_key, scaled
+from vlafit.datasets.columns import Key, parse_key, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
+from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
 from vlafit.datasets.lru import LruCache
@@ -37,6 +37,15 @@ class _Rows:
     first: int
     times_s: NDArray[np.float64] | None
     """The recorded timestamps, if they are not frame_index / fps."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A state or action column of all episodes of a file."""
+
+    values: NDArray[np.float32]
+    bad: NDArray[np.bool_] | None
+    """Which rows hold a value that is not finite, if any does."""
 
 
 class LeRobotStore(EpisodeStore):
@@ -119,10 +128,10 @@ class LeRobotStore(EpisodeStore):
         return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.state)
+        return self._cut(self._rows[episode], self.card.robot.state)
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.action)
+        return self._cut(self._rows[episode], self.card.robot.action)
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         return self.images(episode, [step], camera)[0]
@@ -142,7 +151,8 @@ class LeRobotStore(EpisodeStore):
                     f"{self._where(rows)}, step {step}: {declared.key} is {frame.shape}, the card "
                     f"says {shape}, as info.json does; correct the shape in both"
                 )
-        stacked = declared.upright(np.stack([frames[step] for step in steps]))
+        several = np.stack([frames[step] for step in steps]) if len(steps) != 1 else frames[steps[0]][None]
+        stacked = declared.upright(several)
         stacked.flags.writeable = False
         return stacked
 
@@ -167,8 +177,8 @@ class LeRobotStore(EpisodeStore):
     def _reset(self) -> None:
         self._videos = VideoFiles(OPEN_VIDEOS)
         self._images = ImageColumns(IMAGE_BYTES)
-        self._columns: LruCache[tuple[Path, str], NDArray[np.float32]] = LruCache(
-            COLUMN_BYTES, size=lambda column: column.nbytes, least=2
+        self._columns: LruCache[tuple[object, ...], _Column] = LruCache(
+            COLUMN_BYTES, size=lambda column: column.values.nbytes, least=2
         )
         self._times: dict[tuple[int, str], list[float]] = {}  # of irregular episodes
 
@@ -252,51 +262,65 @@ class LeRobotStore(EpisodeStore):
             more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
             raise DataError("\n".join(faults[:5]) + more)
 
-    def _column(self, episode: int, column: ColumnCard) -> NDArray[np.float32]:
-        return self._cut(self._rows[episode], column)
-
     def _cut(self, rows: _Rows, column: ColumnCard) -> NDArray[np.float32]:
         some = slice(rows.first, rows.first + rows.entry.length)
-        keys = [parse_key(key, str(self._meta.root)) for key in column.keys]
-        parts = [self._file_column(rows.entry.data, key.path)[some, key.some] for key in keys]
-        values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        bad = ~np.isfinite(values)
-        if bad.any():
-            step, dimension = (int(i) for i in np.argwhere(bad)[0])
+        path = rows.entry.data
+        whole = self._columns.get(_at(path, column), lambda: self._read_both(path, column))
+        if whole.bad is not None and whole.bad[some].any():
+            keys = self._parsed(column)
+            values = _joined(self._read(path, [key.path for key in keys]), keys)[some]
+            step, dimension = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise DataError(
                 f"{self._where(rows)}: {', '.join(column.keys)} holds {values[step, dimension]} at step "
                 f"{step}, dimension {dimension}; fix the file, or leave the episode out (skip in the card)"
             )
-        values = scaled(values, column)
-        values.flags.writeable = False
-        return values
+        return whole.values[some]
+
+    def _read_both(self, path: Path, wanted: ColumnCard) -> _Column:
+        """Read state and action of all episodes of a file, because opening it takes longer than reading."""
+        columns = (self.card.robot.state, self.card.robot.action)
+        keys = {column: self._parsed(column) for column in columns}
+        raw = self._read(path, dict.fromkeys(key.path for column in columns for key in keys[column]))
+        made: dict[ColumnCard, _Column] = {}
+        for column in columns:
+            values = _joined(raw, keys[column])
+            bad: NDArray[np.bool_] = np.logical_not(np.isfinite(values).all(axis=1))
+            rows = scaled(values, column)
+            rows.flags.writeable = False
+            made[column] = _Column(rows, bad if bad.any() else None)
+            if column != wanted:
+                self._columns.get(_at(path, column), lambda column=column: made[column])
+        return made[wanted]
+
+    def _parsed(self, column: ColumnCard) -> list[Key]:
+        return [parse_key(key, str(self._meta.root)) for key in column.keys]
 
     def _succeeds(self, rows: _Rows) -> bool:
-        key = self.card.episodes.success
+        key, path = self.card.episodes.success, rows.entry.data
         if not key:
             return True
         self._meta.feature(key, "episodes.success")
-        return bool(
-            self._file_column(rows.entry.data, key)[rows.first : rows.first + rows.entry.length].any()
-        )
+        column = self._columns.get((path, key), lambda: _Column(self._read(path, [key])[key], None))
+        return bool(column.values[rows.first : rows.first + rows.entry.length].any())
 
-    def _file_column(self, path: Path, key: str) -> NDArray[np.float32]:
-        return self._columns.get((path, key), lambda: self._read_column(path, key))
-
-    def _read_column(self, path: Path, key: str) -> NDArray[np.float32]:
+    def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Read features of all rows of a file, each [n, d]."""
         self._stamps.require_unchanged(path)
-        width = width_of(self._meta.features[key], key, self._meta.root)
-        raw = as_rows(read_table(path, [key])[key], width, f"{path}: {key}")
-        with np.errstate(over="ignore"):
-            values = raw.astype(np.float32)
-        huge = np.isinf(values) & np.isfinite(raw)
-        if huge.any():
-            row, dimension = (int(i) for i in np.argwhere(huge)[0])
-            raise DataError(
-                f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which is "
-                "beyond float32 (3.4e38); fix the file"
-            )
-        return values
+        table, read = read_table(path, list(keys)), {}
+        for key in keys:
+            width = width_of(self._meta.features[key], key, self._meta.root)
+            raw = as_rows(table[key], width, f"{path}: {key}")
+            with np.errstate(over="ignore"):
+                values = raw.astype(np.float32)
+            huge = np.isinf(values) & np.isfinite(raw)
+            if huge.any():
+                row, dimension = (int(i) for i in np.argwhere(huge)[0])
+                raise DataError(
+                    f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which is "
+                    "beyond float32 (3.4e38); fix the file"
+                )
+            read[key] = values
+        return read
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]
@@ -356,36 +380,10 @@ class LeRobotStore(EpisodeStore):
         return frames
 
 
-def width_of(feature: object, key: str, root: Path) -> int:
-    """Return the dimensions of a column. Raises DataError if it is no list of numbers."""
-    shape = feature.get("shape") if isinstance(feature, dict) else None
-    if not isinstance(shape, list) or len(shape) > 1 or not all(isinstance(n, int) for n in shape):
-        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a column has one axis")
-    return shape[0] if shape else 1
+def _at(path: Path, column: ColumnCard) -> tuple[object, ...]:
+    return path, column.keys, column.scale, column.offset  # state and action may share their keys
 
 
-def size_of(feature: object, key: str, root: Path) -> tuple[int, int]:
-    """Return (height, width) of a camera, whose axes are in the order that `names` says."""
-    shape = feature.get("shape") if isinstance(feature, dict) else None
-    names = feature.get("names") if isinstance(feature, dict) else None
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise DataError(f"{root}/meta/info.json: {key} has shape {shape}, a camera has three axes")
-    flat = [str(name).lower().rstrip("s") for name in names] if isinstance(names, list) else []
-    if len(flat) == 3 and {"height", "width"} <= set(flat):
-        return shape[flat.index("height")], shape[flat.index("width")]
-    if (shape[0] == 3) != (shape[2] == 3):
-        return (shape[1], shape[2]) if shape[0] == 3 else (shape[0], shape[1])
-    raise DataError(f"{root}/meta/info.json: {key}: names {json.dumps(names)} do not say which axis is which")
-
-
-def is_depth(feature: object) -> bool:
-    """Whether an image feature is a depth map."""
-    if not isinstance(feature, dict):
-        return False
-    info = feature.get("info") or feature.get("video_info") or {}
-    return bool(
-        feature.get("dtype") == "depth"
-        or feature.get("is_depth_map")
-        or info.get("is_depth_map")
-        or info.get("video.is_depth_map")
-    )
+def _joined(raw: Mapping[str, NDArray[np.float32]], keys: Sequence[Key]) -> NDArray[np.float32]:
+    parts = [raw[key.path][:, key.some] for key in keys]
+    return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
