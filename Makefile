@@ -60,7 +60,7 @@ unit: .venv/ready-dev
 
 # A file that passed leaves a stamp, so a stopped run goes on with the others. Any change to what is tested, or to a
 # test, makes every stamp old. Files that fail do not stop the others.
-test-all: lint types imports
+test-all: lint types imports .venv/ready-dist
 	$(MAKE) --no-print-directory --keep-going --jobs 2 tested
 
 TEST_FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/parity/*'))
@@ -81,7 +81,7 @@ peers: .venv/ready-dev .venv-lerobot/ready
 peers-serve: .venv/ready-dev .venv-peers/ready
 	VLAFIT_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/pytest -n 0 tests/serve/test_peers.py
 
-dist: .venv/ready-dev
+dist: .venv/ready-dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
@@ -113,11 +113,20 @@ clean:
 
 # gym-pusht asks for the OpenCV that needs X libraries; this way it gets the headless one (see pyproject.toml).
 # All of .venv/ready is in it. What the tests import is compiled then; most of what is installed they never import.
+# First two pips at once install the pinned versions that have no comment in constraints.txt, without looking at what
+# these need: a single pip uses one core of two. What they lack (on another system, perhaps all of it) is installed by
+# the pip that follows, which also checks the versions.
 .venv/ready-dev: .venv/made $(SET_UP)
 	@echo "Installing vlafit, Meta-World, PushT and the tools for the tests into .venv (once; some minutes) ..."
+	-@grep -v '#' constraints.txt | sort -r | xargs -n 12 -P 2 $(BIN)/python -m pip install -q \
+	  --disable-pip-version-check --no-compile --no-deps
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[metaworld,pusht-headless,sweep,quantise,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps gym-pusht
 	@touch .venv/ready $@
+
+.venv/ready-dist: .venv/ready-dist
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[release]'
+	@touch $@
 
 # As for PushT: robosuite asks for the OpenCV that needs X libraries; where they lack, the headless one replaces its files.
 .venv/ready-libero: .venv/ready

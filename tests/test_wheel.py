@@ -130,8 +130,8 @@ def test_help_has_every_public_name_with_a_sentence():
 
 @pytest.mark.slow
 def test_wheel_and_sdist_are_built_as_a_release_does_and_pass_twine(tmp_path: Path):
-    pytest.importorskip("build", reason="the extra dev")
-    pytest.importorskip("twine", reason="the extra dev")
+    pytest.importorskip("build", reason="the extra release")
+    pytest.importorskip("twine", reason="the extra release")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
     (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
