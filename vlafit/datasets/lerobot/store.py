@@ -316,8 +316,8 @@ class LeRobotStore(EpisodeStore):
             if huge.any():
                 row, dimension = (int(i) for i in np.argwhere(huge)[0])
                 raise DataError(
-                    f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which is "
-                    "beyond float32 (3.4e38); fix the file"
+                    f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which "
+                    "is beyond float32 (3.4e38); fix the file"
                 )
             read[key] = values
         return read
