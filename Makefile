@@ -124,7 +124,7 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps gym-pusht
 	@touch .venv/ready $@
 
-.venv/ready-dist: .venv/ready-dist
+.venv/ready-dist: .venv/ready-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[release]'
 	@touch $@
 
