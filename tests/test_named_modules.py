@@ -22,7 +22,8 @@ OTHER_PROGRAMS = {  # accelerate, torchrun, apt-get, git, hf, aws, docker, openp
     "--multi_gpu", "--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node", "--cpu",
     "--main_process_port", "--config_file", "--config-file", "--no-install-recommends", "--porcelain",
     "--revision", "--repo-type", "--recursive", "--shm-size", "--policy.dir", "--dir", "--local-dir",
-    "--budget", "--tone",  # the beginning of three options; CSS
+    "--budget", "--tone", "--ink",  # the beginning of three options; CSS
+    "--no-parent",  # wget
 }  # fmt: skip
 
 

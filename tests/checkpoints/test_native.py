@@ -286,7 +286,7 @@ def test_other_forms_are_refused_by_name(tmp_path: Path):
         ("adapter_config.json", "cannot be read as JSON"),
         ("pytorch_model.bin", "a pickle"),
     ):
-        folder = tmp_path / sign.replace("/", "_")
+        folder = tmp_path / sign.replace("/", "_").replace(".", "_")
         (folder / sign).parent.mkdir(parents=True)
         (folder / sign).write_text("")
         with pytest.raises(WeightsError, match=message):

@@ -211,7 +211,7 @@ ROBOTS = {
     "another camera": (
         'name = "front"',
         'name = "top"',
-        r'front 16x16; dataset: no camera of this name \(has: top\).*front = "top"',
+        r'front 16x16; dataset: no camera of this name \(has: top\).*front = "CAMERA".*put top, or',
         {"cameras": {"front": "top"}},
     ),
     "rate": (

@@ -102,8 +102,8 @@ def remedy(
     if None not in proposal.values():
         return text
     return (
-        f'{text}: put one of {", ".join(free)}, or "", in the place of each {PLACEHOLDER}; the names do '
-        "not tell which is which, and the order is not known"
+        f'{text}: put {"one of " * (len(free) > 1)}{", ".join(free)}, or "", in the place of each '
+        f"{PLACEHOLDER}; the names do not tell which is which, and the order is not known"
     )
 
 

@@ -20,6 +20,7 @@ from vlafit.codec import Codec, CodecSet, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.statistics import OPENVLA
 from vlafit.errors import WeightsError
+from vlafit.files import parse_json
 from vlafit.nn.policy import Policy
 from vlafit.policies.openvla import OpenVLA
 
@@ -166,7 +167,7 @@ class OpenVLAFormat(Format):
             codec.save(folder)
             text = statistics.written(codec)
             (folder / statistics.FILE).write_text(text, encoding="utf-8")
-            described["norm_stats"] = json.loads(text)
+            described["norm_stats"] = parse_json(text)
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         return tuple(notes)
 
