@@ -1,0 +1,104 @@
+"""A small pi0-FAST: the run fits its action tokenizer, validates decoded actions, resumes to the last bit."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.train.world import assert_same, learned, losses, metrics, tiny
+from vlafit import checkpoints
+from vlafit.codec import fast
+from vlafit.errors import ConfigError
+from vlafit.recipe import Recipe
+from vlafit.train import run
+
+POLICY = {"family": "pi0_fast", "size": "pi0-fast-tiny", "config": {}}
+
+
+def tokens(card: Path, **sections: dict[str, Any]) -> Recipe:
+    train = {"steps": 6, "validate_every": 3, "save_every": 3, "keep": 3, "draws": 1}
+    sections["policy"] = POLICY | sections.get("policy", {})
+    sections["train"] = train | sections.get("train", {})
+    return tiny(card, **sections)
+
+
+@pytest.fixture(scope="module")
+def finished(card: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody interrupted; nobody may change it."""
+    out = tmp_path_factory.mktemp("tokens") / "run"
+    assert run(tokens(card), out).finished
+    return out
+
+
+def test_the_run_learns_and_reports_how_many_answers_are_actions(finished: Path) -> None:
+    history = losses(finished)
+    assert list(history) == list(range(1, 7)) and all(np.isfinite(list(history.values())))
+    validated = [event for event in metrics(finished) if "validation/loss" in event]
+    assert [event["step"] for event in validated] == [0, 3, 6]
+    assert validated[-1]["validation/loss"] < validated[0]["validation/loss"]
+    for event in validated:
+        assert 0 <= event["validation/valid_actions"] <= 1 and event["validation/action_error"] > 0
+
+
+def test_the_checkpoint_holds_the_fitted_action_tokenizer(finished: Path) -> None:
+    loaded = checkpoints.load_all(finished / "checkpoints" / "step_000006")
+    assert loaded.codecs is not None
+    codec = next(iter(loaded.codecs))
+    assert codec.action_tokenizer is not None and codec.action_text is not None
+    rng = np.random.default_rng(0)
+    chunk = rng.normal(0, 0.5, (codec.config.chunk, codec.embodiment.action.shape[0]))
+    ids = codec.action_text.encode(chunk)
+    answer = codec.detokenise(np.array(ids))
+    width = chunk.shape[1]
+    assert answer.valid and np.abs(answer.chunk[:, :width] - chunk).max() < 0.5
+    assert not answer.chunk[:, width:].any()
+
+
+def test_a_run_that_resumes_from_its_middle_ends_with_the_same_bits(
+    finished: Path, card: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of step 3 is the newest, as after an interruption before step 6."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "step_000006")
+    for pointer in (out / "checkpoints").iterdir():
+        if pointer.is_file() or pointer.is_symlink():
+            pointer.unlink()
+    assert run(tokens(card), out, resume=True).finished
+    assert_same(learned(out, 6), learned(finished, 6))
+    folders = [folder / "checkpoints" / "step_000006" for folder in (out, finished)]
+    names = [sorted(path.name for path in folder.rglob("*") if path.is_file()) for folder in folders]
+    assert names[0] == names[1]
+    assert losses(out) == losses(finished)
+
+
+def test_a_given_action_tokenizer_is_used_and_the_checkpoints_own_is_kept(
+    finished: Path, card: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    fast.fit([np.random.default_rng(1).normal(0, 1, (4, 2)) for _ in range(50)], 270).save(folder)
+    short = {"steps": 1, "validate_every": 0, "save_every": 0}
+    out = tmp_path / "run"
+    run(tokens(card, policy={"action_tokenizer": str(folder)}, train=short), out)
+    loaded = checkpoints.load_all(out / "checkpoints" / "step_000001")
+    assert loaded.codecs is not None
+    used = next(iter(loaded.codecs)).action_tokenizer
+    assert used is not None and used.backend.to_str() == fast.load(folder).backend.to_str()
+    own = finished / "checkpoints" / "step_000006"
+    chosen = {"family": "", "size": "", "checkpoint": str(own), "action_tokenizer": str(folder)}
+    with pytest.raises(ConfigError, match="action_tokenizer") as caught:
+        run(tokens(card, policy=chosen, train=short), tmp_path / "other")
+    assert str(folder) in str(caught.value)
+
+
+def test_an_action_tokenizer_for_a_policy_that_predicts_numbers_is_refused(
+    card: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(card)
+    recipe = replace(recipe, policy=replace(recipe.policy, action_tokenizer="somewhere"))
+    with pytest.raises(ConfigError, match=r"policy\.action_tokenizer 'somewhere' has no effect"):
+        run(recipe, tmp_path / "run")
