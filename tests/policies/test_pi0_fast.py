@@ -253,3 +253,9 @@ def test_a_shipped_strategy_trains_something_or_names_the_part_that_pi0_fast_lac
             fitting.add(name)
             assert plan.trainable and not any(e.trainable and e.dead for e in plan.entries)
     assert {"full", "lora-all", "frozen-vision"} <= fitting
+
+
+def test_states_are_normalised_to_the_range_whose_bins_the_prompt_writes():
+    assert {pi0_fast.build(size, "meta").needs().normalisation for size in pi0_fast.SIZES.values()} == {
+        "quantile"
+    }

@@ -165,6 +165,7 @@ class Pi0Fast(Policy):
             form,
             c.max_tokens,
             c.language.vocab,
+            normalisation="quantile",  # openpi's; the prompt writes states in bins over [-1, 1]
             action_tokens=tokens,
         )
 
