@@ -393,3 +393,8 @@ def test_families_are_found_by_name_or_dotted_path():
         build_family("vlafit.errors")
     with pytest.raises(ConfigError, match="missing key"):
         build_family("pi0", config={"chunk": 3})
+
+
+def test_what_is_fitted_to_data_is_normalised_as_openpi_does_for_each_model():
+    wanted = {size: "quantile" if config.pi05 else "mean_std" for size, config in SIZES.items()}
+    assert {size: build(config, "meta").needs().normalisation for size, config in SIZES.items()} == wanted

@@ -203,7 +203,15 @@ class Pi0(FlowPolicy):
         c = self.config
         prompt = "pi05" if c.state_input == "prompt" else "pi0"
         return Needs(
-            c.vision.image_size, c.state_dim, c.action_dim, c.chunk, prompt, c.max_tokens, c.language.vocab
+            c.vision.image_size,
+            c.state_dim,
+            c.action_dim,
+            c.chunk,
+            prompt,
+            c.max_tokens,
+            c.language.vocab,
+            # openpi's for pi0.5, whose prompt writes states in bins over [-1, 1].
+            normalisation="quantile" if c.pi05 else "mean_std",
         )
 
     def prefix_modules(self) -> list[nn.Module]:
