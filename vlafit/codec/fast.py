@@ -60,7 +60,7 @@ class FastTokenizer:
 
     def coefficients(self, chunk: NDArray) -> NDArray[np.float64]:
         """Return the rounded coefficients [t, a], slow ones first."""
-        return np.rint(_cosines(len(chunk)) @ np.asarray(chunk, np.float64) * self.scale)
+        return _coefficients(chunk, self.scale)
 
     def decode(self, ids: Sequence[int], steps: int, dimensions: int, *, fit: bool = False) -> Detokenised:
         """Return the chunk [steps, dimensions] that `ids` stand for.
@@ -114,7 +114,7 @@ def fit(chunks: Iterable[NDArray], vocab_size: int = VOCABULARY, scale: float = 
 
     Raises CodecError without chunks, and where their coefficients have a wider range than `vocab_size`.
     """
-    texts = [np.rint(_cosines(len(chunk)) @ np.asarray(chunk, np.float64) * scale) for chunk in chunks]
+    texts = [_coefficients(chunk, scale) for chunk in chunks]
     if not texts:
         raise CodecError("a FAST action tokenizer cannot be fitted: there are no action chunks")
     least = int(min(values.min() for values in texts))
@@ -140,6 +140,11 @@ def fit(chunks: Iterable[NDArray], vocab_size: int = VOCABULARY, scale: float = 
     )
     backend.train_from_iterator((_text(values, least) for values in texts), trainer=trainer)
     return FastTokenizer(backend, scale, least)
+
+
+def _coefficients(chunk: NDArray, scale: float) -> NDArray[np.float64]:
+    """Return the rounded coefficients [t, a] of a chunk [t, a], slow ones first."""
+    return np.rint(_cosines(len(chunk)) @ np.asarray(chunk, np.float64) * scale)
 
 
 @cache

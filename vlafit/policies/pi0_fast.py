@@ -204,7 +204,7 @@ class Pi0Fast(Policy):
         tokens, mask = _action_part(batch)
         before, given = tokens[:, :-1], mask[:, :-1]
         prefix = self._prefix(batch)
-        x, _ = self._continue(prefix, before, given, [])
+        x, _ = self._continue(prefix, prefix.layers, before, given)
         if prefix.last is not None:
             x = torch.cat((prefix.last, x), 1)
         return self._head(x)
@@ -220,11 +220,10 @@ class Pi0Fast(Policy):
         c, b = self.config, len(batch)
         uniform = rng.uniform(c.action_tokens) if c.temperature else None
         prefix = self._prefix(batch)
-        grown: list[KeysValues] = []
-        count = 0
+        past, count = prefix.layers, 0
         if prefix.last is None:
             first = torch.full((b, 1), c.bos, device=batch.state.device)
-            x, grown = self._continue(prefix, first, torch.ones_like(first, dtype=torch.bool), grown)
+            x, past = self._extend(prefix, past, first, count)
             count = 1
         else:
             x = prefix.last
@@ -236,8 +235,7 @@ class Pi0Fast(Policy):
             open_rows = open_rows & (token != c.eos)
             if not open_rows.any() or step + 1 == c.action_tokens:
                 break
-            known = torch.ones(b, count + 1, dtype=torch.bool, device=token.device)
-            x, grown = self._continue(prefix, token[:, None], known, grown)
+            x, past = self._extend(prefix, past, token[:, None], count)
             count += 1
         return out
 
@@ -249,7 +247,7 @@ class Pi0Fast(Policy):
         if prefix.last is not None:
             return self._head(prefix.last)
         first = torch.full((len(batch), 1), self.config.bos, device=batch.state.device)
-        x, _ = self._continue(prefix, first, torch.ones_like(first, dtype=torch.bool), [])
+        x, _ = self._continue(prefix, prefix.layers, first, torch.ones_like(first, dtype=torch.bool))
         return self._head(x)
 
     def _targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -276,12 +274,23 @@ class Pi0Fast(Policy):
             last = y[torch.arange(len(y), device=y.device), place][:, None]
         return _Prefix(layers, valid, valid.sum(1, keepdim=True), last)
 
-    def _continue(
-        self, prefix: _Prefix, tokens: Tensor, real: Tensor, grown: list[KeysValues]
+    def _extend(
+        self, prefix: _Prefix, past: list[KeysValues], token: Tensor, count: int
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Run action tokens [b, s] after the prefix and those in `grown`, and return the cache of both.
+        """Run one more action token [b, 1] after `count` others; return the output and the longer past."""
+        real = torch.ones(len(token), count + 1, dtype=torch.bool, device=token.device)
+        y, new = self._continue(prefix, past, token, real)
+        return y, [
+            (torch.cat((k, a), 1), torch.cat((v, b), 1)) for (k, v), (a, b) in zip(past, new, strict=True)
+        ]
 
-        `real` [b, e + s] says which tokens count, those in `grown` first.
+    def _continue(
+        self, prefix: _Prefix, past: list[KeysValues], tokens: Tensor, real: Tensor
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Run action tokens [b, s] after `past`: the prefix, and the action tokens before them.
+
+        `real` [b, e + s] says which action tokens count, earlier ones first. Returns the output and the new
+        tokens' own keys and values.
         """
         s = tokens.shape[1]
         earlier = real.shape[1] - s
@@ -289,24 +298,12 @@ class Pi0Fast(Policy):
         causal = torch.ones(s, earlier + s, dtype=torch.bool, device=tokens.device).tril(earlier)
         own = causal[None] & real[:, None]  # [b, s, e + s]
         mask = torch.cat((prefix.valid[:, None].expand(-1, s, -1), own), 2)
-        past = (
-            [
-                (torch.cat((k, more[0]), 1), torch.cat((v, more[1]), 1))
-                for (k, v), more in zip(prefix.layers, grown, strict=True)
-            ]
-            if grown
-            else prefix.layers
-        )
         lang = self.config.language
         y, new = self.language(
             self._embedded(tokens), positions, per_query(mask, lang.heads // lang.kv_heads), past
         )
         assert y is not None
-        if not grown:
-            return y, new
-        return y, [
-            (torch.cat((k, a), 1), torch.cat((v, b), 1)) for (k, v), (a, b) in zip(grown, new, strict=True)
-        ]
+        return y, new
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.language.embed_tokens(tokens) * math.sqrt(self.config.language.width)

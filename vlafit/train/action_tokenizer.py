@@ -4,6 +4,8 @@ Pretrained weights know what each action token means, so for them none is ever m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -121,23 +123,38 @@ def fit(
             f"the policy's vocabulary of {needs.vocabulary} leaves {free} tokens for actions, beside "
             f"{words.vocab_size} of text and {SKIPPED} special ones; at least {SMALLEST} are needed"
         )
-    chunks = [chunk for name, part in data.items() for chunk in normalised_chunks(part, configs[name])]
-    return fast.fit(chunks[:: -(-len(chunks) // MOST_CHUNKS)], min(free, fast.VOCABULARY))
+    return fast.fit(normalised_chunks(data, configs, MOST_CHUNKS), min(free, fast.VOCABULARY))
 
 
-def normalised_chunks(data: Data, config: CodecConfig) -> Iterator[NDArray[np.float32]]:
-    """Yield the normalised chunk [t, a] of every training step, the last action repeated past the end."""
-    statistics = statistics_of(data.stores, data.training, config.chunk, config.relative)
-    normaliser = Normaliser.fit(statistics["action"], config.of_actions)
-    relative = np.flatnonzero(config.relative)
-    for store, ids in zip(data.stores, data.training, strict=True):
-        for episode in map(store.index, ids):
-            actions, states = store.actions(episode).astype(np.float64), store.state(episode)
-            for step in range(len(actions)):
-                rows = np.minimum(np.arange(step, step + config.chunk), len(actions) - 1)
-                window = actions[rows]
-                window[:, relative] -= states[step, relative]
-                yield normaliser.encode(window).astype(np.float32)
+def normalised_chunks(
+    data: Mapping[str, Data], configs: Mapping[str, CodecConfig], most: int
+) -> Iterator[NDArray[np.float32]]:
+    """Yield at most `most` normalised chunks [t, a], of training steps evenly spread over all embodiments.
+
+    The last action is repeated past the end of an episode. Only what is yielded is read.
+    """
+    normalisers = {}
+    for name, part in data.items():
+        config = configs[name]
+        statistics = statistics_of(part.stores, part.training, config.chunk, config.relative)
+        normalisers[name] = Normaliser.fit(statistics["action"], config.of_actions)
+    steps = [
+        (name, store, episode, step)
+        for name, part in data.items()
+        for store, ids in zip(part.stores, part.training, strict=True)
+        for episode in map(store.index, ids)
+        for step in range(store.episodes[episode].length)
+    ]
+    sampled = steps[:: -(-len(steps) // most)]
+    for (name, store, episode), some in groupby(sampled, key=itemgetter(0, 1, 2)):
+        config = configs[name]
+        relative = np.flatnonzero(config.relative)
+        actions, states = store.actions(episode).astype(np.float64), store.state(episode)
+        for *_, step in some:
+            rows = np.minimum(np.arange(step, step + config.chunk), len(actions) - 1)
+            window = actions[rows]
+            window[:, relative] -= states[step, relative]
+            yield normalisers[name].encode(window).astype(np.float32)
 
 
 def faults_of(data: Mapping[str, Data], codecs: Sequence[Codec]) -> tuple[str, ...]:
@@ -152,8 +169,7 @@ def faults_of(data: Mapping[str, Data], codecs: Sequence[Codec]) -> tuple[str, .
 
 def _faults(data: Data, config: CodecConfig, text: ActionText) -> list[str]:
     """Return warnings of a sample of the chunks."""
-    chunks = list(normalised_chunks(data, config))
-    chunks = chunks[:: -(-len(chunks) // CHECKED)]
+    chunks = list(normalised_chunks({"": data}, {"": config}, CHECKED))
     lengths = [len(text.encode(chunk)) for chunk in chunks]
     lost = sum(not text.actions.decode(text.actions.encode(c), *c.shape).valid for c in chunks)
     cut = sum(length > text.config.longest for length in lengths)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlafit.errors import TrainingError
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Policy, mean_loss
-from vlafit.nn.rng import Keys, dropout_seed, sample_rng
+from vlafit.nn.rng import Keys, SampleRng, dropout_seed, sample_rng
 from vlafit.recipe import OptimRecipe, TrainRecipe
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.clipping import clip
@@ -77,8 +77,9 @@ def train(
         micro_batches = next(batches)
         loaded = time.perf_counter()
         micro_batches = [(keys, state.prepare(keys, batch)) for keys, batch in micro_batches]
+        rngs = [sample_rng(keys, seed=recipe.seed, draws=recipe.draws) for keys, _ in micro_batches]
         counts, tokens, stop, gone = _agree(
-            state.policy, micro_batches, recipe, wants_stop(), spent() / world, device
+            state.policy, micro_batches, rngs, wants_stop(), spent() / world, device
         )
         if not any(counts.values()):
             raise TrainingError(
@@ -86,7 +87,7 @@ def train(
             )
         warm = rewarm(step - began_at, state.warmup_steps)
         begin_step(optimizer, step, warm * schedule(step, recipe.steps, optim, gone))
-        sums = _backward(state, micro_batches, counts, recipe, step, world)
+        sums = _backward(state, micro_batches, rngs, counts, recipe, step, world)
         totals = dict(zip(terms, sum_over_processes(sums).tolist(), strict=True))
         loss = mean_loss(terms, totals, counts)
         stepped = None if state.in_backward is None else state.in_backward.finish()
@@ -123,6 +124,7 @@ def train(
 def _backward(
     state: TrainState,
     micro_batches: Sequence[tuple[Keys, Batch]],
+    rngs: Sequence[SampleRng],
     counts: Mapping[str, float],
     recipe: TrainRecipe,
     step: int,
@@ -131,11 +133,11 @@ def _backward(
     """Add up the gradients of trimmed micro-batches; return this process's sum of each term, [terms]."""
     model, device, terms = state.model, state.device, state.policy.terms()
     sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
-    for number, (keys, batch) in enumerate(micro_batches):
+    for number, ((keys, batch), rng) in enumerate(zip(micro_batches, rngs, strict=True)):
         last = number == len(micro_batches) - 1
         torch.manual_seed(dropout_seed(keys, seed=recipe.seed, step=step))
         with last_backward_only(model, last):
-            out = _loss(model, batch, keys, recipe, device)
+            out = _loss(model, batch, rng, recipe, device)
             share_of_loss = _share(terms, out, counts, world)
             if state.ranks is not None and last:
                 share_of_loss = share_of_loss + state.ranks.penalty()  # the same on all processes
@@ -146,8 +148,8 @@ def _backward(
 
 def _agree(
     policy: Policy,
-    micro_batches: list[tuple[Keys, Batch]],
-    recipe: TrainRecipe,
+    micro_batches: Sequence[tuple[Keys, Batch]],
+    rngs: Sequence[SampleRng],
     stop: bool,
     spent: float,
     device: torch.device,
@@ -156,12 +158,10 @@ def _agree(
     `spent`.
     """
     names = list(policy.terms())
-    counted = [  # on the CPU: no waiting
-        policy.drawn_counts(batch, sample_rng(keys, seed=recipe.seed, draws=recipe.draws))
-        for keys, batch in micro_batches
-    ]
+    drawn = [(batch, rng) for (_, batch), rng in zip(micro_batches, rngs, strict=True)]
+    counted = [policy.drawn_counts(batch, rng) for batch, rng in drawn]  # on the CPU: no waiting
     own = [sum(counts[name] for counts in counted) for name in names]
-    tokens = sum(policy.tokens(batch, recipe.draws) for _, batch in micro_batches)
+    tokens = sum(policy.tokens(batch, rng.draws) for batch, rng in drawn)
     sums = torch.tensor([*own, tokens, stop, spent], dtype=torch.float64, device=device)
     *totals, tokens, stops, gone = sum_over_processes(sums).tolist()
     return dict(zip(names, totals, strict=True)), tokens, stops > 0, gone
@@ -180,9 +180,8 @@ def _share(
 
 
 def _loss(
-    model: nn.Module, batch: Batch, keys: Keys, recipe: TrainRecipe, device: torch.device
+    model: nn.Module, batch: Batch, rng: SampleRng, recipe: TrainRecipe, device: torch.device
 ) -> dict[str, Tensor]:
-    rng = sample_rng(keys, seed=recipe.seed, draws=recipe.draws)
     # Kept casts of weights would be memory that recompute is to save; each weight is read once anyway.
     keep_casts = recipe.recompute not in ("selective", "full")
     bf16 = recipe.precision == "bf16"
