@@ -30,6 +30,7 @@ from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.guidance import GuidedPolicy
+from vlafit.nn.parameters import bytes_of
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.pointers import in_run
@@ -116,7 +117,7 @@ class PolicyActor:
             digest = hashlib.sha256()
             for name, value in sorted(self.policy.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                digest.update(bytes_of(value))
             identity = f"sha256:{digest.hexdigest()}"
         device = next(self.policy.parameters()).device
         made = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -66,6 +66,16 @@ def merge_tables(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str,
     return merged
 
 
+def at(nested: Mapping[str, Any], dotted: str, default: object = None) -> Any:
+    """Return ``nested["a"]["b"]`` for the key ``a.b``; `default` where there is no such value."""
+    value: Any = nested
+    for section in dotted.split("."):
+        if not isinstance(value, Mapping) or section not in value:
+            return default
+        value = value[section]
+    return value
+
+
 def put(nested: dict[str, Any], dotted: str, value: object, where: str) -> None:
     """Set ``nested["a"]["b"] = value`` for the key ``a.b``.
 

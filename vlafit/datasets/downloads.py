@@ -25,6 +25,21 @@ class Needed:
     optional: bool = False
     """Whether all files are read if there is none in `first`; else that is an error."""
 
+    def names(
+        self, listed: Collection[str], copy: Callable[[Collection[str]], Path], where: str, below: str = ""
+    ) -> Collection[str]:
+        """Return which of the `listed` names are read; `copy` fetches some and returns their folder.
+
+        Messages name `where` the files are, and the folder `below` that the names begin in. Raises DataError
+        if a file that is needed does not exist.
+        """
+        first = [name for name in listed if name.startswith(self.first)]
+        if first:
+            return self.choose(copy(first), listed)
+        if not self.optional:
+            raise DataError(f"{where}: holds {len(listed):,} files, but none at {below}{self.first}")
+        return listed
+
 
 METADATA = Needed("meta/", lambda _, names: {n for n in names if n.startswith("meta/")}, optional=True)
 """All that a card is drafted from: LeRobot's metadata, or every file of another layout."""
@@ -63,3 +78,9 @@ def as_text(size: int) -> str:
         if size >= limit:
             return f"{size / limit:.1f} {unit}"
     return f"{size} bytes"
+
+
+def reason(error: BaseException) -> str:
+    """Return kind and first line of a client's error."""
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,12 +7,12 @@ commit. The list of what was copied is kept, so that a copy is known to be whole
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vlafit.datasets.downloads import Needed, announce, require_inside
+from vlafit.datasets.downloads import Needed, announce, reason, require_inside
 from vlafit.datasets.hdf5_index import folder
 from vlafit.errors import DataError, VlafitError
 from vlafit.files import parse_json, plain_text, write_atomic
@@ -66,12 +66,11 @@ def fetch(repo: str, revision: str, below: str = "", needed: Needed | None = Non
     if not names:
         raise DataError(f"{where}: the dataset has no files in {below or 'its folder'}")
     if needed is not None:
-        first = [f"{inside}{name}" for name in names if name.startswith(needed.first)]
-        if not first and not needed.optional:
-            raise DataError(f"{where}: holds {len(names):,} files, but none at {inside}{needed.first}")
-        if first:
-            some = _copy(repo, commit, {name: listed[name] for name in first}, where)
-            names = set(needed.choose(some / below, names))
+
+        def copy(some: Collection[str]) -> Path:
+            return _copy(repo, commit, {inside + name: listed[inside + name] for name in some}, where) / below
+
+        names = set(needed.names(names, copy, where, inside))
     wanted = {name: size for name, size in listed.items() if name.removeprefix(inside) in names}
     root = _copy(repo, commit, wanted, where)
     _keep(repo, revision, commit, wanted, whole=len(wanted) == len(listed))
@@ -109,7 +108,7 @@ def _copy(repo: str, commit: str, files: Mapping[str, int | None], where: str) -
             paths |= dict(zip(missing, pool.map(download, missing), strict=True))
     except Exception as error:
         raise DataError(
-            f"{where}: could not be copied: {_reason(error)}. Run the command again: files that are "
+            f"{where}: could not be copied: {reason(error)}. Run the command again: files that are "
             "complete are not copied again"
         ) from error
     for name, path in paths.items():
@@ -166,7 +165,7 @@ def _kept(repo: str, revision: str, where: str, cause: Exception) -> Path:
         kept = snapshot_download(repo, revision=commit, repo_type="dataset", local_files_only=True)
     except Exception as error:
         raise _no_such(where, repo, cause) from error
-    root, unreachable = Path(kept), f"{where}: the Hub cannot be reached ({_reason(cause)})"
+    root, unreachable = Path(kept), f"{where}: the Hub cannot be reached ({reason(cause)})"
     known = recorded["commits"].get(root.name, {"whole": False, "sizes": {}})
     sizes: Mapping[str, int | None] = known["sizes"]
     bad = [
@@ -192,10 +191,6 @@ def _no_such(where: str, repo: str, error: Exception) -> DataError:
     return DataError(
         f"{where}: no such path exists here, no card of that name ships, and as a dataset of the Hugging "
         f"Face Hub ({constants.ENDPOINT}, cache {constants.HF_HUB_CACHE}) it cannot be had: "
-        f"{_reason(error)}. Use the path of a local folder, or, with a network: "
+        f"{reason(error)}. Use the path of a local folder, or, with a network: "
         f"hf download --repo-type dataset {repo}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

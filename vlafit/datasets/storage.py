@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import locks
-from vlafit.datasets.downloads import Needed, announce, progress, require_inside
+from vlafit.datasets.downloads import Needed, announce, progress, reason, require_inside
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.errors import ConfigError, DataError
 from vlafit.files import parse_json, plain_text, replace_folder, write_atomic
@@ -83,12 +83,11 @@ def fetch(
     listed, is_file = _list(system, url)
     wanted = listed
     if needed is not None:
-        first = {name: file for name, file in listed.items() if name.startswith(needed.first)}
-        if not first and not needed.optional:
-            raise DataError(f"{url}: holds {len(listed):,} files, but none at {needed.first}")
-        if first:
-            some = _copy(system, url, first, cache, wait)
-            wanted = {name: listed[name] for name in sorted(needed.choose(some, listed.keys()))}
+
+        def copy(names: Collection[str]) -> Path:
+            return _copy(system, url, {name: listed[name] for name in names}, cache, wait)
+
+        wanted = {name: listed[name] for name in sorted(needed.names(listed.keys(), copy, url))}
     whole = _copy(system, url, wanted, cache, wait)
     return whole / next(iter(wanted)) if is_file else whole
 
@@ -141,7 +140,7 @@ def _list(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile]
         entries: Mapping[str, Mapping[str, Any]] = system.find(root, detail=True)  # type: ignore[assignment]
     except Exception as error:  # the clients that fsspec is built on have errors of their own
         raise DataError(
-            f"{url}: cannot be listed: {_reason(error)}. Check the address and the credentials in the "
+            f"{url}: cannot be listed: {reason(error)}. Check the address and the credentials in the "
             f"environment; or copy the files to a folder and name it{_kept(url)}"
         ) from error
     files: dict[str, RemoteFile] = {}
@@ -204,11 +203,11 @@ def _copy_one(
             os.replace(partial, target)
             return
         except (FileNotFoundError, PermissionError) as error:
-            raise DataError(f"{file.path}: cannot be read: {_reason(error)}") from error
+            raise DataError(f"{file.path}: cannot be read: {reason(error)}") from error
         except Exception as error:  # the clients' own: a dropped connection, a time-out, a server's 503
             if pause is None:
                 raise DataError(
-                    f"{file.path}: could not be copied in {len(WAITS_S) + 1} attempts: {_reason(error)}. "
+                    f"{file.path}: could not be copied in {len(WAITS_S) + 1} attempts: {reason(error)}. "
                     "Run the command again: files that are complete are not copied again"
                 ) from error
             wait(pause)
@@ -291,8 +290,3 @@ def _md5(info: Mapping[str, Any]) -> str:
         return base64.b64decode(value, validate=True).hex() if isinstance(value, str) else ""
     except (binascii.Error, ValueError):
         return ""
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

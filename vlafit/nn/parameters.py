@@ -54,6 +54,11 @@ def _kind(policy: nn.Module, name: str) -> Kind:
     return "mlp" if "mlp" in words else "linear"
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, to hash them."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def select(infos: Sequence[ParameterInfo], names: Sequence[str] | None) -> list[ParameterInfo]:
     """Return the parameters in the parts or under the name patterns `names` (None: all), in order."""
     if names is None:

@@ -12,8 +12,8 @@ from vlafit.nn.parameters import select
 from vlafit.nn.policy import ParameterInfo
 
 __all__ = [
-    "PIXEL_MEAN", "PIXEL_STD", "all_true_on_cpu", "describe", "imagenet_normalised", "require",
-    "require_positive", "select",
+    "PIXEL_MEAN", "PIXEL_STD", "all_true_on_cpu", "describe", "imagenet_normalised", "multiple",
+    "require", "require_positive", "select",
 ]  # fmt: skip
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
@@ -38,6 +38,11 @@ def require(*checks: tuple[bool, str]) -> None:
     for holds, message in checks:
         if not holds:
             raise ConfigError(f"policy config: {message}")
+
+
+def multiple(name: str, value: int, other: str, divisor: int) -> tuple[bool, str]:
+    """Return the check that one field of a config is a multiple of another one, for `require`."""
+    return value % divisor == 0, f"{name} {value} is no multiple of {other} {divisor}"
 
 
 def describe(name: str, layers: Mapping[str, int]) -> ParameterInfo:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vlafit.policies._common import require, require_positive
+from vlafit.policies._common import multiple, require, require_positive
 
 LARGEST_SIDE, MOST_EMBODIMENTS, MOST_POSITIONS = 4096, 1024, 2**20
 
@@ -94,7 +94,7 @@ def require_fitting(config: Any) -> None:
             config.image_size % fold == 0,
             f"image_size {config.image_size} is not a multiple of vision.patch times vision.merge, {fold}",
         ),
-        (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
+        multiple("vision.width", v.width, "vision.heads", v.heads),
         (
             v.width // v.heads % 4 == 0,
             f"vision.width / vision.heads is {v.width // v.heads}; rows and columns need pairs of it",
@@ -108,10 +108,7 @@ def require_fitting(config: Any) -> None:
             f"language.depth {lang.depth} must be more than the {len(v.deepstack)} layers that "
             "vision.deepstack is added to",
         ),
-        (
-            lang.heads % lang.kv_heads == 0,
-            f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
-        ),
+        multiple("language.heads", lang.heads, "language.kv_heads", lang.kv_heads),
         (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
         (
             2 * sum(lang.sections) == lang.head_dim and min(lang.sections) >= 0,
@@ -122,10 +119,7 @@ def require_fitting(config: Any) -> None:
             expert.width % expert.heads == 0 and expert.width % 2 == 0,
             f"expert.width {expert.width} is odd, or no multiple of expert.heads {expert.heads}",
         ),
-        (
-            lang.width % expert.memory_heads == 0,
-            f"language.width {lang.width} is no multiple of expert.memory_heads {expert.memory_heads}",
-        ),
+        multiple("language.width", lang.width, "expert.memory_heads", expert.memory_heads),
         (0 <= expert.dropout < 1, f"expert.dropout is {expert.dropout}; it must be 0 to below 1"),
         (0 <= config.state_dropout < 1, f"state_dropout is {config.state_dropout}; it must be 0 to below 1"),
         (

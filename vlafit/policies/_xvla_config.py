@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlafit.nn.florence2 import stage_side
-from vlafit.policies._common import require, require_positive
+from vlafit.policies._common import multiple, require, require_positive
 from vlafit.policies._xvla_spaces import space_of
 
 
@@ -98,9 +98,7 @@ def _require_stages(v: VisionConfig) -> None:
         require((min(value) >= 1, f"vision.{name} is {value}; every entry must be at least 1"))
     for name in ("stage_heads", "stage_groups"):
         for width, parts in zip(v.stage_width, getattr(v, name), strict=True):
-            require(
-                (width % parts == 0, f"vision.stage_width {width} is no multiple of vision.{name} {parts}")
-            )
+            require(multiple("vision.stage_width", width, f"vision.{name}", parts))
     require((0 <= v.drop_path < 1, f"vision.drop_path is {v.drop_path}; it must be at least 0 and below 1"))
 
 
@@ -109,10 +107,7 @@ def _require_parts(config: Any) -> None:
     v, lang, expert = config.vision, config.language, config.expert
     for where, part in (("language", lang), ("expert", expert)):
         require(
-            (
-                part.width % part.heads == 0,
-                f"{where}.width {part.width} is no multiple of {where}.heads {part.heads}",
-            ),
+            multiple(f"{where}.width", part.width, f"{where}.heads", part.heads),
         )
         for name in (name for name in vars(part) if name.endswith("dropout")):
             rate = getattr(part, name)

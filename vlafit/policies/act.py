@@ -19,7 +19,7 @@ from vlafit.nn.policy import Needs, ParameterInfo, Policy, required_actions
 from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
 from vlafit.nn.resnet import FrozenBatchNorm, Norm, ResNet
 from vlafit.nn.rng import SampleRng
-from vlafit.policies._common import imagenet_normalised, require, require_positive
+from vlafit.policies._common import imagenet_normalised, multiple, require, require_positive
 
 L1, KL = "l1", "kl"
 UNREACHED = "decoder.layers.0.self_attn.v_proj.weight"  # reads the decoder's input, which is zero
@@ -57,7 +57,7 @@ class ActConfig:
     def __post_init__(self) -> None:
         require_positive({"": self})
         require(
-            (self.width % self.heads == 0, f"width {self.width} is no multiple of heads {self.heads}"),
+            multiple("width", self.width, "heads", self.heads),
             (self.width % 4 == 0, f"width {self.width} is no multiple of 4, which sine positions need"),
             (
                 min(self.resnet_blocks, default=0) > 0,

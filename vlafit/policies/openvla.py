@@ -21,7 +21,7 @@ from vlafit.nn.policy import ERROR, Needs, ParameterInfo, Policy, required_actio
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.prismatic import MLP, FusedProjector, LayerScale, Towers, TowerSizes
 from vlafit.nn.rng import SampleRng
-from vlafit.policies._common import imagenet_normalised, require, require_positive
+from vlafit.policies._common import imagenet_normalised, multiple, require, require_positive
 from vlafit.policies._openvla_shapes import SHAPES as SHAPES
 
 TOKENIZER = "openvla/openvla-7b"
@@ -105,17 +105,14 @@ class OpenVLAConfig:
                 f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
             ),
             *(
-                (t.width % t.heads == 0, f"{name}.width {t.width} is no multiple of {name}.heads {t.heads}")
+                multiple(f"{name}.width", t.width, f"{name}.heads", t.heads)
                 for name, t in (("vision.dino", v.dino), ("vision.siglip", v.siglip))
             ),
             (
                 lang.width % (2 * lang.heads) == 0,
                 f"language.width {lang.width} is no multiple of twice language.heads {lang.heads}",
             ),
-            (
-                lang.heads % lang.kv_heads == 0,
-                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
-            ),
+            multiple("language.heads", lang.heads, "language.kv_heads", lang.kv_heads),
             (0 < lang.eps < 1, f"language.eps is {lang.eps}; it must be above 0 and below 1"),
             (
                 self.eos < lang.vocab,

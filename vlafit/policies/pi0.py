@@ -25,7 +25,7 @@ from vlafit.nn.policy import Needs, ParameterInfo
 from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.siglip import SiglipTower
 from vlafit.policies import _pi0_shapes
-from vlafit.policies._common import all_true_on_cpu, describe, require, require_positive
+from vlafit.policies._common import all_true_on_cpu, describe, multiple, require, require_positive
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,8 @@ class Pi0Config:
                 v.image_size % v.patch == 0,
                 f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
             ),
-            (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
-            (
-                lang.heads % lang.kv_heads == 0,
-                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
-            ),
+            multiple("vision.width", v.width, "vision.heads", v.heads),
+            multiple("language.heads", lang.heads, "language.kv_heads", lang.kv_heads),
             (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
             (
                 self.expert.width % 2 == 0,

@@ -26,7 +26,7 @@ from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import ActionTokens, Needs, ParameterInfo, Policy
 from vlafit.nn.rng import SampleRng
 from vlafit.nn.siglip import SiglipTower
-from vlafit.policies._common import describe, require, require_positive
+from vlafit.policies._common import describe, multiple, require, require_positive
 from vlafit.policies.pi0 import LanguageConfig, VisionConfig
 
 TOKEN = "token"  # the only term of the loss: cross-entropy
@@ -77,11 +77,8 @@ class Pi0FastConfig:
                 v.image_size % v.patch == 0,
                 f"vision.image_size {v.image_size} is not a multiple of patch {v.patch}",
             ),
-            (v.width % v.heads == 0, f"vision.width {v.width} is no multiple of vision.heads {v.heads}"),
-            (
-                lang.heads % lang.kv_heads == 0,
-                f"language.heads {lang.heads} is no multiple of language.kv_heads {lang.kv_heads}",
-            ),
+            multiple("vision.width", v.width, "vision.heads", v.heads),
+            multiple("language.heads", lang.heads, "language.kv_heads", lang.kv_heads),
             (lang.head_dim % 2 == 0, f"language.head_dim {lang.head_dim} is odd; rotation needs pairs"),
             (
                 all(0 <= token < lang.vocab for token in (self.bos, self.eos)),

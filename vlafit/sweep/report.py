@@ -242,9 +242,10 @@ def _curves(trials: Sequence[Trial]) -> str:
     """Draw every trial's validation loss, the best on top, over the band of the middle half of all."""
     figure, axes = plots.frame("optimiser step")
     complete = [t for t in trials if t.state == "whole"]
-    steps = sorted(set.intersection(*({step for step, _ in t.curve} for t in complete))) if complete else []
+    by_step = [dict(t.curve) for t in complete]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
     if len(complete) >= FEWEST and steps:
-        losses = np.array([[dict(t.curve)[step] for step in steps] for t in complete])
+        losses = np.array([[curve[step] for step in steps] for curve in by_step])
         low, high = np.quantile(losses, (0.25, 0.75), axis=0)
         axes.fill_between(steps, low, high, color=plots.FAINT, alpha=0.6, linewidth=0)
     best = min(complete, key=lambda t: t.loss or 0.0, default=None)

@@ -120,7 +120,8 @@ class FeatureCache:
             for begin in range(0, len(some), width):
                 group = some[begin : begin + width]
                 filled = group + group[:1] * (width - len(group))
-                yield from zip(group, self._features(_rows_of(batch, filled).trim()), strict=False)
+                rows = self._features(_rows_of(batch, filled).trim())[: len(group)]
+                yield from zip(group, rows, strict=True)
 
     def _width(self, single: Batch) -> int:
         """Return how many samples of a shape are computed at once: a power of two."""

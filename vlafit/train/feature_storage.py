@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlafit import files
+from vlafit.nn.parameters import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def digest_of_row(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -100,9 +100,5 @@ def digest_of_weights(modules: tuple[nn.Module, ...]) -> str:
     for number, module in enumerate(modules):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(_bytes_of(tensor.detach().cpu()))
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -15,6 +15,7 @@ from vlafit.checkpoints.tensor_files import read_json_if_present, read_json_obje
 from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Tokenizer
 from vlafit.codec import tokenizer as tokenizers
+from vlafit.config import at
 from vlafit.errors import WeightsError, brief
 from vlafit.nn.flow import BETA_A, TIME_SCALE
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
@@ -118,7 +119,7 @@ def evidence(
         return {}, [], None
     path, values = found
     for key, allowed in COMPUTED.items():
-        value = _at(values, key, allowed[0])
+        value = at(values, key, allowed[0])
         if value not in allowed or type(value) is not type(allowed[0]):
             raise WeightsError(f"{path}: {key} is {value!r}; only {allowed[0]!r} is supported here")
     own: dict[str, Any] = {}
@@ -209,9 +210,9 @@ def _backbone_sizes(
 ) -> tuple[dict[str, Any], list[Stated]]:
     vision, text = content["vision_config"], content["text_config"]
     for key, value in _BACKBONE_COMPUTED.items():
-        if _at(content, key, value) != value:
+        if at(content, key, value) != value:
             raise WeightsError(
-                f"{file}: {key} is {_at(content, key, value)!r}; only {value!r} is supported here"
+                f"{file}: {key} is {at(content, key, value)!r}; only {value!r} is supported here"
             )
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     base = rope.get("rope_theta", text.get("rope_theta"))
@@ -253,17 +254,8 @@ def _public(source: str) -> tuple[dict[str, Any], list[Stated]]:
     return more | {"chat": asdict(CHAT)}, stated
 
 
-def _at(values: Mapping[str, Any], key: str, silent: object) -> Any:
-    value: Any = values
-    for piece in key.split("."):
-        if not isinstance(value, Mapping) or piece not in value:
-            return silent
-        value = value[piece]
-    return value
-
-
 def _number(path: Path, values: Mapping[str, Any], key: str) -> float | int | None:
-    value = _at(values, key, None)
+    value = at(values, key, None)
     whole = key not in ("state_dropout_prob", "diffusion_model_cfg.dropout")
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int if whole else int | float)

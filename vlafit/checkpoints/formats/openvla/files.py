@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.tensor_files import beside, open_tensors, read_json_if_present
 from vlafit.checkpoints.voting import Stated
+from vlafit.config import at, put
 from vlafit.errors import WeightsError
 
 MODEL_TYPE = "openvla"
@@ -48,16 +49,6 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return values if values is not None and values.get("model_type") == MODEL_TYPE else {}
 
 
-def at(values: Mapping[str, Any], key: str, default: object = None) -> Any:
-    """Return the value at a dotted key."""
-    inside: Any = values
-    for word in key.split("."):
-        if not isinstance(inside, Mapping) or word not in inside:
-            return default
-        inside = inside[word]
-    return inside
-
-
 def evidence(folder: Path) -> tuple[dict[str, Any], list[Stated]]:
     """Return config values and stated sizes of config.json. Raises WeightsError for what is not computed."""
     path, values = folder / "config.json", read_config(folder)
@@ -91,15 +82,8 @@ def evidence(folder: Path) -> tuple[dict[str, Any], list[Stated]]:
     made: dict[str, Any] = {"language": language, "eos": eos}
     for key in ("chunk", "max_tokens", "vision.dino.heads", "vision.siglip.heads"):
         if key in own:
-            _put(made, key, _whole(path, {OWN: own}, f"{OWN}.{key}", 0, own[key]))
+            put(made, key, _whole(path, {OWN: own}, f"{OWN}.{key}", 0, own[key]), str(path))
     return made, stated
-
-
-def _put(values: dict[str, Any], key: str, value: int) -> None:
-    *tables, leaf = key.split(".")
-    for word in tables:
-        values = values.setdefault(word, {})
-    values[leaf] = value
 
 
 def _whole(path: Path, values: Mapping[str, Any], key: str, default: int, value: Any = None) -> int:
