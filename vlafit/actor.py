@@ -188,9 +188,10 @@ class PolicyActor:
         lefts = [left for left in committed if left is not None]
         if kind is None:
             answer = self.policy.act(batch, rng)  # [width, t, a], or tokens [width, m]
-            actions = (answer.float() if answer.is_floating_point() else answer).cpu().numpy()
-            if not answer.is_floating_point():
-                self._warn_of_tokens(actions[: len(keys)])
+            if answer.is_floating_point():
+                actions = answer.float().cpu().numpy()
+            else:
+                actions = self._detokenised(answer[: len(keys)].cpu().numpy())
         elif kind == "clean":
             assert isinstance(self.policy, FlowPolicy)
             prefix = clean_prefix(codec, observations, lefts, missing, device)
@@ -206,11 +207,15 @@ class PolicyActor:
             for row, observation in zip(actions[: len(keys)], observations, strict=True)
         ]
 
-    def _warn_of_tokens(self, tokens: NDArray[np.integer]) -> None:
-        """Log how many answers were no chunk of actions, at the first and when their number has doubled."""
+    def _detokenised(self, tokens: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Return the normalised actions [b, t, a] of tokens [b, m].
+
+        How many were no chunk of actions is logged at the first, and when their number has doubled.
+        """
         self.answers += len(tokens)
-        for row in tokens:
-            if self.codec.detokenise(row).valid:
+        rows = [self.codec.detokenise(row) for row in tokens]
+        for row in rows:
+            if row.valid:
                 continue
             self.invalid_answers += 1
             if self.invalid_answers & (self.invalid_answers - 1) == 0:
@@ -221,6 +226,7 @@ class PolicyActor:
                     self.answers,
                     fate,
                 )
+        return np.stack([row.chunk for row in rows])
 
     def _how_to_go_on(self, left: Committed) -> GoOn | None:
         """Return how a chunk goes on after what is committed; None: it need not.

@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit import checkpoints
+from vlafit.actor import load_actor
 from vlafit.codec import fast
 from vlafit.errors import ConfigError
+from vlafit.nn.batch import Batch
+from vlafit.nn.rng import SampleRng
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.types import EpisodeKey, Observation
 
 POLICY = {"family": "pi0_fast", "size": "pi0-fast-tiny", "config": {}}
 
@@ -55,6 +60,32 @@ def test_the_checkpoint_holds_the_fitted_action_tokenizer(finished: Path) -> Non
     width = chunk.shape[1]
     assert answer.valid and np.abs(answer.chunk[:, :width] - chunk).max() < 0.5
     assert not answer.chunk[:, width:].any()
+
+
+def test_an_actor_executes_what_the_tokens_stand_for_and_counts_answers_that_are_no_chunk(
+    finished: Path,
+) -> None:
+    actor = load_actor(finished / "checkpoints" / "step_000006", width=2)
+    codec, robot = actor.codec, actor.embodiment
+    rng = np.random.default_rng(4)
+    pictures = {camera.name: rng.integers(0, 256, camera.shape, np.uint8) for camera in robot.cameras}
+    state = rng.normal(size=robot.state.shape).astype(np.float32)
+    observations = [Observation(pictures, state, f"move {word}") for word in ("left", "right", "up")]
+    keys = [EpisodeKey(number, "dots", 0) for number in range(3)]
+    answers: list[np.ndarray] = []
+    act = actor.policy.act
+
+    def watched(batch: Batch, rng: SampleRng) -> Tensor:
+        answers.extend((answer := act(batch, rng)).numpy())
+        return answer
+
+    actor.policy.act = watched  # type: ignore[method-assign]
+    chunks = actor.act(observations, keys)
+    decoded = [codec.detokenise(row) for row in answers]  # the last of them fills the second batch
+    assert len(decoded) == 4 and (actor.answers, len(chunks)) == (3, 3)
+    assert actor.invalid_answers == sum(not row.valid for row in decoded[:3])
+    for chunk, row, observation in zip(chunks, decoded[:3], observations, strict=True):
+        assert np.array_equal(chunk.actions, codec.decode(row.chunk, observation).actions)
 
 
 def test_a_run_that_resumes_from_its_middle_ends_with_the_same_bits(

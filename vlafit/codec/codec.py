@@ -213,13 +213,10 @@ class Codec:
         return Detokenised(padded, valid)
 
     def decode(self, actions: NDArray, observation: Observation) -> ActionChunk:
-        """Turn a policy's output for `observation` back into actions [t, a] in the robot's units.
+        """Turn a policy's output [t, A] for `observation` back into actions [t, a] in the robot's units.
 
-        The output is actions [t, A], or action tokens [m] (see `detokenise` for what invalid ones become).
         Raises CodecError where the shape is wrong or a value is not finite.
         """
-        if actions.ndim == 1 and np.issubdtype(actions.dtype, np.integer):
-            actions = self.detokenise(actions).chunk
         wanted = (self.config.chunk, self.config.action_dim)
         if actions.shape != wanted:
             raise CodecError(f"actions to decode have shape {actions.shape}, this codec decodes {wanted}")
