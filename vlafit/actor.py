@@ -24,6 +24,7 @@ from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError, ConfigError
+from vlafit.nn.activations import same_rows
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.committed import clean_prefix, continuation
 from vlafit.nn.compiled import compile_blocks
@@ -159,7 +160,7 @@ class PolicyActor:
             raise CodecError(f"{len(observations)} observations with {len(keys)} keys: each needs its own")
         kinds: list[GoOn | None] = [None if left is None else self._how_to_go_on(left) for left in committed]
         chunks: dict[int, ActionChunk] = {}
-        with _evaluating(self._modules):
+        with _evaluating(self._modules), same_rows(self.width):
             for kind in dict.fromkeys(kinds):
                 rows = [i for i, other in enumerate(kinds) if other == kind]
                 for begin in range(0, len(rows), self.width):

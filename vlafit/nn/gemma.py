@@ -8,9 +8,9 @@ layers compute in float32 at least, whatever the precision around them.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import gelu_tanh
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
 from vlafit.nn.precision import in_own_precision, precise
 
@@ -96,7 +96,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of `x` [b, s, w]."""
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):

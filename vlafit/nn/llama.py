@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import silu
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
 from vlafit.nn.gemma import Attention, KeysValues
 from vlafit.nn.precision import precise
@@ -46,7 +46,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of `x` [b, s, w]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class CrossAttention(nn.Module):

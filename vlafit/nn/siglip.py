@@ -1,9 +1,9 @@
 """The SigLIP image tower: patches to tokens, no pooling. Parameter names are those of transformers."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import gelu_tanh
 from vlafit.nn.attention import attend
 from vlafit.nn.precision import in_own_precision, layer_norm, matrix_dtype
 
@@ -37,7 +37,7 @@ class SiglipMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of `x` [b, l, w]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class SiglipLayer(nn.Module):

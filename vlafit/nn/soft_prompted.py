@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import gelu_tanh
 from vlafit.nn.precision import in_own_precision, layer_norm
 
 TIME_PERIOD = 100.0  # of the slowest wave of the embedded time: the authors' code
@@ -67,7 +68,7 @@ class JointMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of `x` [b, l, d]."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate="tanh"))))
+        return self.drop(self.fc2(self.drop(gelu_tanh(self.fc1(x)))))
 
 
 class JointLayer(nn.Module):

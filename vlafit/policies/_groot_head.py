@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import gelu_tanh, silu
 from vlafit.nn.attention import attend, key_mask
 from vlafit.nn.precision import in_own_precision, layer_norm, precise
 
@@ -79,7 +80,7 @@ class ActionEncoder(nn.Module):
         x = self.first(actions, rows)
         time = action_time(bucket, self.width).to(x.dtype)[:, :, None]
         x = torch.cat((x, time.expand_as(x)), -1)
-        return self.third(F.silu(self.second(x, rows)), rows)
+        return self.third(silu(self.second(x, rows)), rows)
 
 
 class TimeEncoder(nn.Module):
@@ -93,7 +94,7 @@ class TimeEncoder(nn.Module):
     def forward(self, bucket: Tensor) -> Tensor:
         """Return [b, k, w] for the time `bucket` [b, k]."""
         x = in_own_precision(self.fc1, transformer_time(bucket))
-        return in_own_precision(self.fc2, F.silu(x))
+        return in_own_precision(self.fc2, silu(x))
 
 
 def action_time(bucket: Tensor, width: int) -> Tensor:
@@ -156,7 +157,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of `x` [..., w]."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate="tanh"))))
+        return self.drop(self.fc2(self.drop(gelu_tanh(self.fc1(x)))))
 
 
 class MemoryLayer(nn.Module):
@@ -245,7 +246,7 @@ class Transformer(nn.Module):
 
         `masks` are those of the text's and of the images' features in `memory` [b, l, v], each bool [b, l].
         """
-        cond = F.silu(time)
+        cond = silu(time)
         for i, layer in enumerate(self.layers):
             x = layer(x, cond, memory, masks[0 if i % (2 * self.text_every) == 0 else 1])
         # The reference has the shift before the scale here, and the scale before the shift in the blocks.

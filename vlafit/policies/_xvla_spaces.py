@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlafit.errors import CodecError
+from vlafit.nn.activations import sigmoid
 
 SpaceName = Literal["ee6d", "agibot_ee6d", "joint", "auto", "franka_joint7", "so101_bimanual"]
 
@@ -131,5 +132,5 @@ def outputs(space: ActionSpace, actions: Tensor) -> Tensor:
         return actions
     channels = list(space.grippers)
     actions = actions.clone()
-    actions[..., channels] = actions[..., channels].sigmoid()
+    actions[..., channels] = sigmoid(actions[..., channels])
     return actions

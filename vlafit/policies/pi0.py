@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import silu
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
@@ -282,15 +283,15 @@ class Pi0(FlowPolicy):
         )  # [b, k, d] or [b, k, t, d]
         cond = None
         if self.config.pi05:
-            cond = F.silu(
-                in_own_precision(self.time_mlp_out, F.silu(in_own_precision(self.time_mlp_in, embedded)))
+            cond = silu(
+                in_own_precision(self.time_mlp_out, silu(in_own_precision(self.time_mlp_in, embedded)))
             )
             cond = cond.flatten(1, 2) if cond.ndim == 4 else cond  # a condition for each draw, or each step
             x = tokens.flatten(1, 2)
         else:
             tokens = torch.cat((tokens, of_steps(embedded, t)), -1)
             tokens = in_own_precision(
-                self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
+                self.action_time_mlp_out, silu(in_own_precision(self.action_time_mlp_in, tokens))
             )
             x = torch.cat((in_own_precision(self.state_proj, state)[:, None], tokens.flatten(1, 2)), 1)
         shared = x.shape[1] - k * t  # 1 with a state token, which no draw changes: it does not see actions

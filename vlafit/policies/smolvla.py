@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlafit.nn.activations import silu
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
@@ -298,7 +299,7 @@ class SmolVLA(FlowPolicy):
         )  # [b, k, d] or [b, k, t, d]
         tokens = torch.cat((tokens, of_steps(embedded, t)), -1)
         tokens = in_own_precision(
-            self.action_time_mlp_out, F.silu(in_own_precision(self.action_time_mlp_in, tokens))
+            self.action_time_mlp_out, silu(in_own_precision(self.action_time_mlp_in, tokens))
         )
         x = tokens.flatten(1, 2).to(matrix_dtype(self.expert.layers[0]))
         own = torch.arange(t, device=x.device).repeat(k)[None]  # each draw counts anew
