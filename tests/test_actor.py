@@ -184,3 +184,17 @@ def test_a_rare_state_that_was_recorded_is_no_warning() -> None:
     assert watch.sentences(np.float32([0.5, 1.0])) == []
     (sentence,) = watch.sentences(np.float32([0.5, 3.0]))
     assert "state.1 = 3" in sentence
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"), [(1, 1), (2, 4), (3, 4), (4, 4), (5, 8), (7, 8), (9, 16), (16, 16)]
+)
+def test_a_batch_has_one_row_or_a_power_of_two_from_four_on(width: int, rows: int) -> None:
+    actor = make_actor(width=width)
+    seen: list[int] = []
+    act = actor.policy.act
+    actor.policy.act = lambda batch, rng: (seen.append(len(batch.images)), act(batch, rng))[1]  # pyright: ignore
+    observations, keys = inputs(width, 8)
+    together = bits(actor.act(observations, keys))
+    assert seen == [rows] and f"width={rows} " in actor.fingerprint()
+    assert [bits(actor.act([o], [k]))[0] for o, k in zip(observations, keys, strict=True)] == together

@@ -2,7 +2,9 @@
 
 What it returns for an observation depends only on that observation, its key and the seed: not on what else
 is in the batch, nor on how much. So every batch has one width (a row is repeated to fill it), one set of
-camera slots and one prompt length (the codec's), and each row's random numbers belong to its own key.
+camera slots and one prompt length (the codec's), and each row's random numbers belong to its own key. On a
+CPU, matrix products of 2, 3, 5, 6 or 7 rows by several threads round a row by its place (MKL 2024.2 on an
+AMD EPYC, LOG.md), so a batch has 1 row, or a power of two of at least 4.
 """
 
 import copy
@@ -46,8 +48,9 @@ GoOn = Literal["clean", "jacobian", "direct"]
 
 
 class PolicyActor:
-    """Acts with `policy` through `codec`: `width` rows a batch, random numbers from `seed`.
+    """Acts with `policy` through `codec`: up to `width` rows a batch, random numbers from `seed`.
 
+    Batches have `rows` rows: `width`, rounded up to 4, 8, 16 and so on if it is not 1.
     `identity` names the weights (a checkpoint's hash, say); without it `fingerprint` hashes them. `seeds` are
     the recorded ones, by task, that the policy has learned from.
 
@@ -75,6 +78,7 @@ class PolicyActor:
         self._modules = list(policy.modules())  # walking the tree takes as long as a sampling step
         self.codecs = CodecSet.of(codec)
         self.width = width
+        self.rows = 1 if width == 1 else max(4, 1 << (width - 1).bit_length())
         self.seed = seed
         self.seeds = seeds or {}
         self._identity = identity
@@ -131,7 +135,7 @@ class PolicyActor:
             steps += " compiled"
         if len(self.codecs) > 1:
             steps += f" embodiment={self.embodiment.name}"
-        return f"{identity}{steps} width={self.width} seed={self.seed} device={made}"
+        return f"{identity}{steps} width={self.rows} seed={self.seed} device={made}"
 
     def act(
         self, observations: Sequence[Observation], keys: Sequence[EpisodeKey], embodiment: str = ""
@@ -160,7 +164,7 @@ class PolicyActor:
             raise CodecError(f"{len(observations)} observations with {len(keys)} keys: each needs its own")
         kinds: list[GoOn | None] = [None if left is None else self._how_to_go_on(left) for left in committed]
         chunks: dict[int, ActionChunk] = {}
-        with _evaluating(self._modules), same_rows(self.width):
+        with _evaluating(self._modules), same_rows(self.rows):
             for kind in dict.fromkeys(kinds):
                 rows = [i for i, other in enumerate(kinds) if other == kind]
                 for begin in range(0, len(rows), self.width):
@@ -182,13 +186,13 @@ class PolicyActor:
         codec = self.codec
         encoded = [codec.encode(observation) for observation in observations]
         self._warn_of(observations)
-        missing = self.width - len(keys)
+        missing = self.rows - len(keys)
         rng = rollout_rng([*keys, *list(keys[:1]) * missing], seed=self.seed)
         device = next(self.policy.parameters()).device
         batch = self._cut(stack(encoded + encoded[:1] * missing)).to(device)
         lefts = [left for left in committed if left is not None]
         if kind is None:
-            answer = self.policy.act(batch, rng)  # [width, t, a], or tokens [width, m]
+            answer = self.policy.act(batch, rng)  # [rows, t, a], or tokens [rows, m]
             if answer.is_floating_point():
                 actions = answer.float().cpu().numpy()
             else:
@@ -291,9 +295,9 @@ def load_actor(
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
-    `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width` rows,
-    whatever it is asked for: 1 is fastest for one robot, and the same bytes are promised at one width only.
-    `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
+    `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width` rows
+    (2, 3, 5 and so on are rounded up to 4, 8, 16, ...), whatever it is asked for: 1 is fastest for one robot,
+    and the same bytes are promised at one width only. `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
     halves memory and suits a GPU; norms and projections stay float32. `trust`, `base`: see
     `checkpoints.load`. `embodiment` names the robot where the checkpoint learned several; without a name,
     each call of `act` names it. On a GPU a flow policy samples by CUDA graphs, whose bits are those of the
