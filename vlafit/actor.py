@@ -295,15 +295,16 @@ def load_actor(
 ) -> PolicyActor:
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
-    `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width` rows
-    (2, 3, 5 and so on are rounded up to 4, 8, 16, ...), whatever it is asked for: 1 is fastest for one robot,
-    and the same bytes are promised at one width only. `device` is torch's name; the GPU if there is one when empty. `dtype` is "float32" or "bfloat16", which
-    halves memory and suits a GPU; norms and projections stay float32. `trust`, `base`: see
-    `checkpoints.load`. `embodiment` names the robot where the checkpoint learned several; without a name,
-    each call of `act` names it. On a GPU a flow policy samples by CUDA graphs, whose bits are those of the
-    same kernels without them; `compile` also compiles its blocks, which takes a minute or more and changes
-    the last bits. `quantise` "int8" keeps matrices of attention and MLPs in 8 bits, a quarter of float32;
-    what that changes in the actions is measured and logged, and it is part of an evaluation's identity.
+    `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width`
+    rows (2, 3, 5 and so on are rounded up to 4, 8, 16, ...), whatever it is asked for: 1 is fastest for
+    one robot, and the same bytes are promised at one width only. `device` is torch's name; the GPU if
+    there is one when empty. `dtype` is "float32" or "bfloat16", which halves memory and suits a GPU;
+    norms and projections stay float32. `trust`, `base`: see `checkpoints.load`. `embodiment` names the
+    robot where the checkpoint learned several; without a name, each call of `act` names it. On a GPU a
+    flow policy samples by CUDA graphs, whose bits are those of the same kernels without them; `compile`
+    also compiles its blocks, which takes a minute or more and changes the last bits. `quantise` "int8"
+    keeps matrices of attention and MLPs in 8 bits, a quarter of float32; what that changes in the actions
+    is measured and logged, and it is part of an evaluation's identity.
 
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.

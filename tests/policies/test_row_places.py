@@ -31,7 +31,7 @@ def rolled(batch: Batch, by: int) -> Batch:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrix products into 24 numbers, a width that only these sizes have, differ where threads share them."""
+    """Threads that share a product into 24 numbers, a width of these sizes only, round by the place."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
