@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -62,7 +63,8 @@ def new_file(path: Path) -> Iterator[Path]:
     Missing parent folders are created.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the process id alone, which containers that share a folder often have in common.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         _make_folder(path.parent)
         try:

@@ -37,6 +37,7 @@ from vlafit.train.feature_storage import (
     Row,
     digest_of_row,
     digest_of_weights,
+    folder_of,
     stored_bytes,
 )
 from vlafit.train.fit import workload_of
@@ -304,7 +305,11 @@ def require_cache(experiment: Experiment, processes: int) -> str:
             place += f" for {processes} processes that keep one each (a folder is shared)"
     else:
         folder = Path(recipe.train.cache)
-        needed, place = size.total - stored_bytes(folder), f"free on the disk of {folder}"
+        needed, place = size.total, f"free on the disk of {folder}"
+        if folder.is_dir():  # only then: the key has a hash of all frozen weights
+            device = next(experiment.policy.parameters()).device
+            key = _key(experiment.policy, cacheable, recipe.train.precision == "bf16", device)
+            needed -= stored_bytes(folder_of(folder, key))
         free = shutil.disk_usage(_existing(folder)).free
     where = f"train.cache = {recipe.train.cache!r}"
     require_room(where, size, needed, free, place)
