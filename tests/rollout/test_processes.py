@@ -34,7 +34,7 @@ def children(pid: int) -> set[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     "how",
-    variants([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], always=[signal.SIGTERM, signal.SIGKILL]),
+    variants([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], always=[signal.SIGKILL]),
 )
 def test_an_evaluation_that_is_stopped_ends_its_processes_even_hanging_ones(
     how: signal.Signals, protocol: Callable[..., Protocol], tmp_path: Path
