@@ -134,6 +134,12 @@ def test_what_is_exported_is_read_back_bit_for_bit(target: str, loaded: checkpoi
     assert_same_weights(loaded.policy, again.policy)
     assert again.policy.config == loaded.policy.config and again.policy.steps == 4
     assert_same_codec(loaded.codec, again.codec)
+    if target != "native":  # LeRobot looks for image patches by this token, of this tokenizer, in a prompt
+        mine, theirs = (
+            json.loads((path / "config.json").read_text())
+            for path in (out / "backbone", GROOT / "tiny_backbone")
+        )
+        assert mine["image_token_id"] == theirs["image_token_id"] != mine["video_token_id"]
     if target == "lerobot":
         written = load_file(out / "model.safetensors")
         recorded = load_file(GROOT / "model.safetensors")

@@ -26,6 +26,7 @@ MODEL_TYPE = "Gr00tN1d7"
 MAX_TOKENS = SIZES["groot"].max_tokens  # of an instruction; no program limits it
 PUBLIC_BACKBONES = ("nvidia/Cosmos-Reason2-2B", "Qwen/Qwen3-VL-2B-Instruct")  # of the same sizes
 CHAT = SIZES["groot"].chat
+IMAGE_PAD = "<|image_pad|>"
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
 
 COMPUTED: dict[str, tuple[object, ...]] = {  # what vlafit computes; a key that is not there is silent
@@ -155,6 +156,11 @@ def chat_of(tokenizer: Tokenizer, where: str) -> ChatConfig:
     start, end, image_start, image_end, pad = (vocabulary[mark] for mark in MARKS)
     opening, closing = (start, *tokenizer.encode("user\n")), (end, *tokenizer.encode("\n"))
     return ChatConfig(opening, image_start, image_end, closing, pad)
+
+
+def image_pad(tokenizer: Tokenizer | None) -> int | None:
+    """Return the token that stands for image patches in the prompts of GR00T's programs; None without one."""
+    return None if tokenizer is None else tokenizer.backend.token_to_id(IMAGE_PAD)
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:

@@ -9,10 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from vlafit.checkpoints.formats.groot import names
-from vlafit.checkpoints.formats.groot.config import MODEL_TYPE, PUBLIC_BACKBONES, chat_of
+from vlafit.checkpoints.formats.groot.config import MODEL_TYPE, PUBLIC_BACKBONES, chat_of, image_pad
 from vlafit.checkpoints.formats.lerobot.write_config import write_json
 from vlafit.codec import Codec
 from vlafit.codec.images import groot_crop
+from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import WeightsError
 from vlafit.nn.flow import BETA_A, TIME_SCALE
 from vlafit.nn.policy import Policy
@@ -51,7 +52,7 @@ def write(folder: Path, policy: Policy, codec: Codec | None) -> tuple[str, ...]:
     assert isinstance(policy, Groot)
     write_model(folder, policy, f"./{BACKBONE}")
     if not has_public_backbone(policy.config):
-        write_backbone(folder / BACKBONE, policy.config)
+        write_backbone(folder / BACKBONE, policy.config, codec.tokenizer if codec else None)
     if codec is None:
         return ("there is no codec: states and actions are in the units that the policy takes",)
     codec.save(folder)
@@ -129,16 +130,23 @@ def has_public_backbone(config: GrootConfig) -> bool:
     return same and config.vision == public.vision and config.chat == public.chat
 
 
-def write_backbone(folder: Path, config: GrootConfig) -> None:
-    """Write the config.json of a Qwen3-VL of these sizes."""
+def write_backbone(folder: Path, config: GrootConfig, tokenizer: Tokenizer | None) -> None:
+    """Write the config.json of a Qwen3-VL of these sizes.
+
+    `image_token_id` is the tokenizer's token of image patches, which programs look for in a prompt; without
+    one, the last of the vocabulary that has no other use.
+    """
     v, lang, chat = config.vision, config.language, config.chat
     taken = {*chat.opening, *chat.closing, chat.image_start, chat.image_end, chat.pad}
     free = [number for number in reversed(range(lang.vocab)) if number not in taken]
+    given = image_pad(tokenizer)
+    pad = free.pop(0) if given is None else given
+    free = [number for number in free if number != pad]
     folder.mkdir()
     write_json(folder / "config.json", {
         "model_type": "qwen3_vl",
-        "image_token_id": free[0],
-        "video_token_id": free[1],
+        "image_token_id": pad,
+        "video_token_id": free[0],
         "vision_start_token_id": chat.image_start,
         "vision_end_token_id": chat.image_end,
         "tie_word_embeddings": True,

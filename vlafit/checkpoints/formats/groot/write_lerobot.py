@@ -95,7 +95,7 @@ def write(folder: Path, policy: Policy, codec: Codec, final: Path) -> tuple[str,
         f"LeRobot takes the tokenizer of {backbone}, not the one in tokenizer/",
     ]
     if not has_public_backbone(policy.config):
-        write_backbone(folder / BACKBONE, policy.config)
+        write_backbone(folder / BACKBONE, policy.config, words)
         words.save(folder / BACKBONE)
         _write_image_processor(folder / BACKBONE, policy.config)
     if own_base:
