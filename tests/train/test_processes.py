@@ -1,10 +1,12 @@
 """Processes of one run agree before the first step, and the loss of one is one sentence."""
 
+import gc
 import os
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.train.test_two_processes import free_port
 from tests.train.world import REPOSITORY
@@ -216,3 +220,23 @@ def test_what_the_processes_of_a_run_compare_covers_frames_agreement_and_modules
     (tmp_path / "own_layout.py").write_text("changed = True")
     after = identity(experiment, facts)
     assert before["modules"] != between["modules"] != after["modules"]
+
+
+def test_the_wrapper_of_a_policy_goes_before_the_group_of_processes_does() -> None:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    gone: list[str] = []
+
+    def train() -> None:
+        wrapper = DistributedDataParallel(torch.nn.Linear(2, 2))
+        wrapper.itself = wrapper  # pyright: ignore[reportAttributeAccessIssue]  # a circle, as hooks make one
+        weakref.finalize(wrapper, gone.append, "wrapper")
+        weakref.finalize(dist.group.WORLD, gone.append, "group")
+        dist.destroy_process_group()  # as Accelerator.end_training does
+
+    gc.disable()
+    try:
+        with processes.group_kept_longest():
+            train()
+        assert gone[:1] == ["wrapper"]
+    finally:
+        gc.enable()

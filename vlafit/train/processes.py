@@ -4,6 +4,7 @@ A collective may wait for a day, because the main process evaluates meanwhile. S
 of collectives, finds a process that hangs: a thread of each process counts up in the launch's own store.
 """
 
+import gc
 import hashlib
 import os
 import re
@@ -193,6 +194,22 @@ def together(lose: Callable[[str], None] | None = None) -> Iterator[None]:
         ) from error
     finally:
         heart.stop()
+
+
+@contextmanager
+def group_kept_longest() -> Iterator[None]:
+    """Keep the group of processes until nothing else made in this block holds it.
+
+    `Accelerator.end_training` leaves the group to whoever holds it last. Where that was the wrapper of a policy
+    (DDP's Reducer), its destructor waited, with Python's lock held, for a thread of gloo that wanted the lock:
+    now and then a finished run never ended. The group's own destructor gives the lock away.
+    """
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    try:
+        yield
+    finally:
+        gc.collect()  # wrappers are in circles of references
+        del group
 
 
 def _client() -> TCPStore:

@@ -170,7 +170,7 @@ def _run(
         )
     launch.require_device(accelerator.device.type)
     del store
-    with processes.together():
+    with processes.group_kept_longest(), processes.together():
         return _train(settled, out, saved, accelerator, resume_from, command, callbacks)
 
 
