@@ -12,11 +12,4 @@ def variants(names: Iterable[Any], always: Iterable[Any]) -> list:
     missing = [name for name in always if name not in names]
     if missing:
         raise ValueError(f"no variants of this test: {', '.join(map(str, missing))}")
-    return [
-        name if name in always else pytest.param(*_values(name), marks=pytest.mark.slow) for name in names
-    ]
-
-
-def _values(name: Any) -> tuple:
-    """Return the parameters that one entry stands for: a tuple has several."""
-    return name if isinstance(name, tuple) else (name,)
+    return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -65,13 +65,15 @@ def test_the_checkpoint_holds_the_fitted_action_tokenizer(finished: Path) -> Non
 def test_an_actor_executes_what_the_tokens_stand_for_and_counts_answers_that_are_no_chunk(
     finished: Path,
 ) -> None:
-    actor = load_actor(finished / "checkpoints" / "step_000006", width=2)
+    actor = load_actor(finished / "checkpoints" / "step_000006", width=4)
     codec, robot = actor.codec, actor.embodiment
     rng = np.random.default_rng(4)
     pictures = {camera.name: rng.integers(0, 256, camera.shape, np.uint8) for camera in robot.cameras}
     state = rng.normal(size=robot.state.shape).astype(np.float32)
-    observations = [Observation(pictures, state, f"move {word}") for word in ("left", "right", "up")]
-    keys = [EpisodeKey(number, "dots", 0) for number in range(3)]
+    observations = [
+        Observation(pictures, state, f"move {word}") for word in ("left", "right", "up", "on", "back")
+    ]
+    keys = [EpisodeKey(number, "dots", 0) for number in range(5)]
     answers: list[np.ndarray] = []
     act = actor.policy.act
 
@@ -81,10 +83,10 @@ def test_an_actor_executes_what_the_tokens_stand_for_and_counts_answers_that_are
 
     actor.policy.act = watched  # type: ignore[method-assign]
     chunks = actor.act(observations, keys)
-    decoded = [codec.detokenise(row) for row in answers]  # the last of them fills the second batch
-    assert len(decoded) == 4 and (actor.answers, len(chunks)) == (3, 3)
-    assert actor.invalid_answers == sum(not row.valid for row in decoded[:3])
-    for chunk, row, observation in zip(chunks, decoded[:3], observations, strict=True):
+    decoded = [codec.detokenise(row) for row in answers]  # the last three fill the second batch
+    assert len(decoded) == 8 and (actor.answers, len(chunks)) == (5, 5)
+    assert actor.invalid_answers == sum(not row.valid for row in decoded[:5])
+    for chunk, row, observation in zip(chunks, decoded[:5], observations, strict=True):
         assert np.array_equal(chunk.actions, codec.decode(row.chunk, observation).actions)
 
 

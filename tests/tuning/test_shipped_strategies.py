@@ -14,7 +14,6 @@ import torch
 
 import vlafit
 from tests.policies.outside_policy import Config, Regression, init_weights
-from tests.variants import variants
 from vlafit import policies, shipped
 from vlafit.errors import StrategyError
 from vlafit.nn.parameters import build_policy
@@ -31,8 +30,9 @@ FAMILIES = [
     if not m.name.startswith("_") and m.name not in WITHOUT_EXPERT
 ]
 SIZES = [(f, size) for f in FAMILIES for size in importlib.import_module(f"vlafit.policies.{f}").SIZES]
-# Sizes between the tiny and the public one have the same parts.
-ALWAYS = [(f, size) for f, size in SIZES if not size.endswith("-small")]
+MORE = [
+    size for _, size in SIZES if size.endswith("-small")
+]  # with the parts of the tiny and the public size
 
 # `progressive` unfreezes six layers at a time, and before its last stage there is time for 18.
 TOO_DEEP = ("progressive", "openvla-oft")
@@ -45,7 +45,10 @@ def on_meta(family: str, size: str) -> Policy:
         return module.build(module.SIZES[size])
 
 
-@pytest.mark.parametrize(("family", "size"), variants(SIZES, ALWAYS))
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [pytest.param(*pair, marks=pytest.mark.slow if pair[1] in MORE else ()) for pair in SIZES],
+)
 @pytest.mark.parametrize("name", shipped.names("strategy"))
 def test_every_shipped_strategy_covers_every_family_and_size(name: str, family: str, size: str):
     policy, strategy = on_meta(family, size), load_strategy(name)

@@ -200,9 +200,9 @@ def together(lose: Callable[[str], None] | None = None) -> Iterator[None]:
 def group_kept_longest() -> Iterator[None]:
     """Keep the group of processes until nothing else made in this block holds it.
 
-    `Accelerator.end_training` leaves the group to whoever holds it last. Where that was the wrapper of a policy
-    (DDP's Reducer), its destructor waited, with Python's lock held, for a thread of gloo that wanted the lock:
-    now and then a finished run never ended. The group's own destructor gives the lock away.
+    `Accelerator.end_training` leaves the group to whoever holds it last. Where that was the wrapper of a
+    policy (DDP's Reducer), its destructor waited, with Python's lock held, for a thread of gloo that wanted
+    the lock: now and then a finished run never ended. The group's own destructor gives the lock away.
     """
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     try:
