@@ -70,6 +70,9 @@ class DataRecipe:
     """Which actions are learned minus the state at the chunk's start. card: those of the card's
     robot.relative (without a card: none). matching: each that has the name of a state (absolute joint
     targets); one whose state stands at another place is refused."""
+    mixed_files: int = 0
+    """How many files' samples are shuffled together, and then those of the next; which, is drawn for each
+    epoch. 0: all samples. For a dataset at a URL that is larger than the cache."""
     shift_pixels: int = 0
     """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
     workers: int = 0

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from tests.datasets import corruptions
 from tests.datasets.layouts import demos, write_libero
 from tests.datasets.test_remote import assert_same, names
+from tests.datasets.web_server import serving
 from vlafit import cli
 from vlafit.datasets import load_card, open_dataset
 from vlafit.datasets.layouts import lerobot
@@ -33,6 +34,10 @@ class Hub:
     lies: dict[str, int] = field(default_factory=dict)
     """Sizes that the list gives and the files do not have."""
     address: str = ""
+    redirect: str = ""
+    """Another server that has the files' content, as the Hub's does."""
+    tokens: set[str] = field(default_factory=set)
+    """What requests for files were authorised by."""
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -57,6 +62,13 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 name = path.split(f"{COMMIT}/")[1]
                 if self.command == "GET":
                     hub.read.append(name)
+                    hub.tokens.add(self.headers.get("Authorization", ""))
+                if hub.redirect:
+                    self.send_response(302)
+                    self.send_header("Location", f"{hub.redirect}/{name}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 self.answer(hub.files[name])
             else:
                 self.send_response(404)
@@ -112,7 +124,7 @@ def disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.close_session()
 
 
-@pytest.mark.parametrize("text", ["org/arm", "org/arm@main", "hf://datasets/org/arm"])
+@pytest.mark.parametrize("text", ["org/arm", "org/arm@main"])
 def test_a_dataset_of_the_hub_is_copied_at_a_commit_once_and_reads_as_its_folder(
     hub: Hub, folder: Path, text: str
 ):
@@ -122,6 +134,38 @@ def test_a_dataset_of_the_hub_is_copied_at_a_commit_once_and_reads_as_its_folder
     assert sorted(hub.read) == sorted(hub.files)
     open_dataset(text)
     assert len(hub.read) == len(hub.files)
+
+
+def test_a_url_of_the_hub_is_read_in_place_at_a_commit(hub: Hub, folder: Path):
+    store = open_dataset("hf://datasets/org/arm")
+    assert {name for name in hub.read if "videos" in name} == set()
+    assert store.card.source == f"hf://datasets/org/arm@{COMMIT}"
+    assert_same(store, open_dataset(folder))
+    before = len(hub.read)
+    assert_same(open_dataset("hf://datasets/org/arm@main"), store)
+    assert len(hub.read) == before
+
+
+def test_without_a_network_files_of_the_hub_that_are_kept_are_read(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    store = open_dataset("hf://datasets/org/arm")
+    assert_same(store, open_dataset(folder))
+    disconnect(monkeypatch)
+    before = len(hub.read)
+    assert_same(open_dataset("hf://datasets/org/arm"), store)
+    assert "the Hub cannot be reached" in caplog.text and len(hub.read) == before
+
+
+def test_a_token_is_sent_to_the_hub_and_not_where_it_redirects_to(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with serving(dict(hub.files)) as other:
+        hub.redirect = other.address
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert_same(open_dataset("hf://datasets/org/arm"), open_dataset(folder))
+        assert set(other.names()) == set(hub.files)
+        assert hub.tokens == {"Bearer hf_secret"} and other.tokens == {""}
 
 
 def test_a_card_of_the_hub_names_the_commit_and_copies_what_it_reads(

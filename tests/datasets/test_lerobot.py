@@ -621,9 +621,9 @@ def test_many_files_are_not_read_again_until_one_of_them_changes(
     read: list[Path] = []
 
     class Read(index.FileIndex):
-        def __init__(self, path: Path) -> None:
+        def __init__(self, path: Path, table: pa.Table) -> None:
             read.append(path)
-            super().__init__(path)
+            super().__init__(path, table)
 
     monkeypatch.setattr(index, "FileIndex", Read)
     everything = demos(3)

@@ -12,7 +12,8 @@ ADDED: Mapping[str, Any] = {
     "policy.base": "", "policy.action_tokenizer": "", "optim.schedule_steps": 0,
     "optim.schedule_from": 0, "optim.states": "auto", "optim.in_backward": "auto", "train.weights": "auto",
     "train.frozen": "auto", "train.recompute": "auto", "train.memory": "", "data.relative": "card",
-    "eval.samples": 16, "train.compile": "auto", "train.cache": "off", "train.max_delay": 0,
+    "data.mixed_files": 0, "eval.samples": 16, "train.compile": "auto", "train.cache": "off",
+    "train.max_delay": 0,
 }  # fmt: skip
 """Recipe fields that are younger than folders that must still open -> the value that changes nothing."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
 
@@ -46,6 +47,18 @@ class Aligned(EpisodeStore):
 
     def files(self) -> tuple[Path, ...]:
         return self._store.files()
+
+    def stamps(self) -> list[tuple[Path, Stamp]]:
+        return self._store.stamps()
+
+    def ahead(self) -> int:
+        return self._store.ahead()
+
+    def files_of(self, episode: int) -> list[tuple[Path, int]]:
+        return self._store.files_of(episode)
+
+    def copy_ahead(self, path: Path) -> None:
+        self._store.copy_ahead(path)
 
     def close(self) -> None:
         self._store.close()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
@@ -47,14 +48,37 @@ class ChunkDataset:
         """Return the number of the store that a position belongs to."""
         return self._where[int(np.searchsorted(self._ends, position, side="right"))][0]
 
+    def place(self, position: int) -> tuple[int, int, int]:
+        """Return (number of the store, position of the episode in it, step) of a sample."""
+        at = int(np.searchsorted(self._ends, position, side="right"))
+        number, episode = self._where[at]
+        length = self.stores[number].episodes[episode].length
+        return number, episode, position - (int(self._ends[at]) - length)
+
+    def episodes(self) -> Sequence[tuple[int, int]]:
+        """Return (number of the store, position in it) of every episode."""
+        return self._where
+
+    def files(self) -> NDArray[np.int64]:
+        """Return the number of the file that each sample is in: of its first video, or of its rows.
+
+        An episode whose layout tells none is a file of its own.
+        """
+        numbers: dict[object, int] = {}
+        counts, lengths = [], []
+        for number, episode in self._where:
+            store = self.stores[number]
+            own = store.files_of(episode)
+            key = (number, own[0][0] if own else episode)
+            counts.append(numbers.setdefault(key, len(numbers)))
+            lengths.append(store.episodes[episode].length)
+        return np.repeat(np.asarray(counts, np.int64), lengths)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, position: int) -> Sample:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
-        place = int(np.searchsorted(self._ends, position, side="right"))
-        number, episode = self._where[place]
-        store = self.stores[number]
-        step = position - (int(self._ends[place]) - store.episodes[episode].length)
-        return store.sample(episode, step, self.chunk, self.history)
+        number, episode, step = self.place(position)
+        return self.stores[number].sample(episode, step, self.chunk, self.history)

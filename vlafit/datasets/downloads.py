@@ -1,14 +1,29 @@
-"""Choose, check and announce the files of a dataset that are copied from the Hub or from object storage."""
+"""Choose, check, announce and try again to copy the files of a dataset that is not on this machine."""
 
+import errno
 import logging
 import shutil
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from vlafit.errors import DataError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+Wait = Callable[[float], None]
+
+WAITS_S = (1.0, 4.0, 16.0)  # before a file is tried again
+
+
+class FinalError(DataError):
+    """A file that another attempt would not copy."""
+
+
+class ChangedError(FinalError):
+    """A file that was written again after it was listed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,29 @@ def require_inside(name: str, url: str) -> None:
         raise DataError(f"{url}: holds a file called {name!r}, which leads out of the dataset's folder")
 
 
+def attempts(path: str, copy: Callable[[], T], fix: str, wait: Wait = time.sleep) -> T:
+    """Return what `copy` does, which is called again after a dropped connection or a server's failure.
+
+    Raises DataError naming the file at `path` and, after the last attempt, the reason and the `fix`.
+    """
+    for pause in (*WAITS_S, None):
+        try:
+            return copy()
+        except (FileNotFoundError, PermissionError) as error:
+            raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        except FinalError:
+            raise
+        except Exception as error:  # the clients' own: a dropped connection, a time-out, a server's 503
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"{path}: the disk is full ({error}); free space") from error
+            if pause is None:
+                raise DataError(
+                    f"{path}: could not be copied in {len(WAITS_S) + 1} attempts: {reason(error)}. {fix}"
+                ) from error
+            wait(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
 def announce(url: str, files: int, size: int, missing: int, missing_size: int, folder: Path) -> None:
     """Log what is about to be copied. Raises DataError if the disk has no room for it."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -65,6 +103,16 @@ def announce(url: str, files: int, size: int, missing: int, missing_size: int, f
         )
     if missing:
         log.info("%s; copying %d (%s) to %s", text, missing, as_text(missing_size), folder)
+
+
+def announce_in_place(
+    url: str, files: int, size: int, limit: int, switch: str, used: int, folder: Path
+) -> None:
+    """Log that files are read at their URL, and how many bytes of copies are kept."""
+    log.info(
+        "%s: is read in place, %s files of %s; at most %s are kept at %s (%s), %s are now",
+        url, f"{files:,}", as_text(size), as_text(limit), folder, switch, as_text(used),
+    )  # fmt: skip
 
 
 def progress(url: str, done: int, total: int) -> None:

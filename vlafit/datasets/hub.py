@@ -14,6 +14,9 @@ from typing import Any
 
 from vlafit.datasets.downloads import Needed, announce, reason, require_inside
 from vlafit.datasets.hdf5_index import folder
+from vlafit.datasets.lerobot.in_place import Listing
+from vlafit.datasets.storage import RemoteFile, UnreachableError
+from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import DataError, VlafitError
 from vlafit.files import parse_json, plain_text, write_atomic
 
@@ -75,6 +78,40 @@ def fetch(repo: str, revision: str, below: str = "", needed: Needed | None = Non
     root = _copy(repo, commit, wanted, where)
     _keep(repo, revision, commit, wanted, whole=len(wanted) == len(listed))
     return root / below
+
+
+def listing(repo: str, revision: str, below: str) -> Listing:
+    """Return the files of a dataset, or of a folder of it, to be read in place.
+
+    Raises UnreachableError without a network, DataError if the Hub has no such dataset.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        commit, listed = _listed(repo, revision)
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise _no_such(where, repo, error) from error
+        raise UnreachableError(f"{where}: the Hub cannot be reached ({reason(error)})") from error
+    inside = f"{below}/" if below else ""
+    files = {
+        name.removeprefix(inside): RemoteFile(
+            hf_hub_url(repo, name, repo_type="dataset", revision=commit), size or 0, commit, ""
+        )
+        for name, size in listed.items()
+        if name.startswith(inside)
+    }
+    url = f"hf://datasets/{repo}@{commit}" + (f"/{below}" if below else "")
+    return Listing(url, files, connect, pinned=True)
+
+
+def connect() -> HttpFiles:
+    """Return access to the Hub's files, with the token of its own client if there is one."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return HttpFiles(build_hf_headers())
 
 
 def _listed(repo: str, revision: str) -> tuple[str, Mapping[str, int | None]]:

@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +23,12 @@ def load_card(name_or_path: str | Path) -> Card:
     A folder, a file or a URL of data (or ``org/name[@revision]`` of the Hugging Face Hub) needs no card if
     its layout can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
     """
-    data = _data_at(name_or_path)
+    data, url = _data_at(name_or_path)
     if data is not None:
         draft = describe(data)
         if remote.is_url(str(name_or_path)):
-            draft = replace(draft, card=replace(draft.card, source=str(name_or_path)))
+            card = replace(draft.card, source=url or str(name_or_path), path=url or draft.card.path)
+            draft = replace(draft, card=card)
         if draft.missing:
             listed = "".join(f"\n  {key}: {reason}" for key, reason in draft.missing.items())
             raise DataError(
@@ -51,9 +51,7 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     """
     source = card_path_or_hub_id
     card = prepare(source) if isinstance(source, Card) else load_card(source)
-    if remote.is_url(card.path):
-        card = _fetched(card)
-    store = layouts.load(card.layout).open(card)
+    store = _open(card)
     if card.episodes != EpisodesCard() and not store.selects:
         raise ConfigError(
             f"{card.file or card.name}: layout {card.layout!r} knows no [episodes] (skip, success, on_bad); "
@@ -65,15 +63,19 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     return store
 
 
-def _fetched(card: Card) -> Card:
-    """Copy the files that a card at a URL needs, and return the card of the copy."""
+def _open(card: Card) -> EpisodeStore:
+    """Open the files of a card: here, at a URL in place, or as a copy of what is at a URL."""
     module = layouts.load(card.layout)
+    if not remote.is_url(card.path):
+        return module.open(card)
+    if "open_in_place" in vars(module):
+        files = remote.in_place(card.path)
+        if files is not None:
+            local = replace(card, path=str(files.root), source=card.source or card.path)
+            return module.open_in_place(local, files)
     fixed, pattern = remote.split_pattern(card.path)
-    needed = None
-    if "needed" in vars(module) and not pattern:
-        needed = downloads.Needed(module.NEEDED_FIRST, partial(module.needed, card))
-    folder = remote.fetch(fixed, needed)
-    return replace(card, path=str(folder / pattern), source=card.source or card.path)
+    local = remote.fetch(fixed) / pattern
+    return module.open(replace(card, path=str(local), source=card.source or card.path))
 
 
 def open_draft(draft: Draft) -> EpisodeStore:
@@ -114,9 +116,11 @@ def describe_remote(url_or_id: str, layout: str = "") -> Draft:
     The card's path is the URL, of the commit that was looked at if it is on the Hub.
     """
     url = url_or_id if remote.is_url(url_or_id) else f"hf://datasets/{url_or_id}"
-    local = remote.fetch(url, downloads.METADATA)
+    files = remote.in_place(url) if remote.is_url(url_or_id) else None
+    local = files.root if files else remote.fetch(url, downloads.METADATA)
     draft = describe(local, layout)
-    path = draft.card.path.replace(str(local.resolve()), hub.at_commit(url.rstrip("/"), local))
+    pinned = files.url if files else hub.at_commit(url.rstrip("/"), local)
+    path = draft.card.path.replace(str(local.resolve()), pinned)
     name = url_or_id.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
     return replace(draft, card=replace(draft.card, name=name, path=path))
 
@@ -204,15 +208,20 @@ def _check_section(module: ModuleType, card: Card, where: str) -> None:
         raise ConfigError(f"{where}: its options are not those of layout {card.layout!r}")
 
 
-def _data_at(name_or_path: str | Path) -> Path | None:
-    """Return the data that stands in for a card: a folder or file that is no TOML, a URL, or a hub id."""
+def _data_at(name_or_path: str | Path) -> tuple[Path | None, str]:
+    """Return the data that stands in for a card, and its URL if it is read in place.
+
+    That is a folder or file that is no TOML, the copy of a hub id, or what is here of a URL's files.
+    """
     if isinstance(name_or_path, str) and is_remote(name_or_path):
-        fetch = remote.fetch if remote.is_url(name_or_path) else hub.fetch_id
-        return fetch(name_or_path)
+        if not remote.is_url(name_or_path):
+            return hub.fetch_id(name_or_path), ""
+        files = remote.in_place(name_or_path)
+        return (files.root, files.url) if files else (remote.fetch(name_or_path), "")
     local = Path(name_or_path).expanduser()
-    if str(name_or_path) and local.exists():
-        return local if local.is_dir() or local.suffix != ".toml" else None
-    return None
+    if str(name_or_path) and local.exists() and (local.is_dir() or local.suffix != ".toml"):
+        return local, ""
+    return None, ""
 
 
 def _check_expectations(store: EpisodeStore) -> None:

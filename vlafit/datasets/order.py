@@ -19,10 +19,18 @@ class SampleOrder:
     batch k, and nothing needs to be stored.
     """
 
-    def __init__(self, size: int, seed: int, *key: int) -> None:
-        """`size` samples; another `key` gives another order. Raises DataError where there are none."""
+    def __init__(
+        self, size: int, seed: int, *key: int, files: NDArray[np.int64] | None = None, mixed: int = 0
+    ) -> None:
+        """`size` samples; another `key` gives another order. Raises DataError where there are none.
+
+        With `files`, the number of each sample's file, the samples of `mixed` files at a time are shuffled
+        together, and then those of the next; which files come together is drawn for each epoch.
+        """
         if size < 1:
             raise DataError("there are no samples to order")
+        self._mixed = mixed
+        self._files = np.unique(files, return_inverse=True)[1] if files is not None and mixed else None
         self.size = size
         self.seed = seed
         self._key = key
@@ -42,8 +50,15 @@ class SampleOrder:
             while len(self._permutations) >= 2:  # a batch rarely spans more than two epochs
                 del self._permutations[next(iter(self._permutations))]
             rng = np.random.default_rng([self.seed, epoch, *self._key])
-            self._permutations[epoch] = rng.permutation(self.size)
+            self._permutations[epoch] = self._drawn(rng)
         return self._permutations[epoch]
+
+    def _drawn(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        order = rng.permutation(self.size)
+        if self._files is None:
+            return order
+        ranks = rng.permutation(int(self._files.max()) + 1) // self._mixed  # of each file: its group
+        return order[np.argsort(ranks[self._files[order]], kind="stable")]
 
 
 class MixtureOrder:
@@ -54,15 +69,30 @@ class MixtureOrder:
     (to 1 in `BLOCK`), and evenly spread, so that every batch has about its share of each.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        files: NDArray[np.int64] | None = None,
+        mixed: int = 0,
+    ) -> None:
         """`sizes` are the samples of the datasets, numbered one dataset after the other.
 
+        `files` and `mixed`: as for SampleOrder, in the stream of each dataset.
         Raises DataError for an empty dataset, or a weight that is not positive or too small to be drawn.
         """
         self.seed = seed
         self.counts = shares(weights)
-        self._orders = [SampleOrder(size, seed, STREAM, number) for number, size in enumerate(sizes)]
         self._offsets = [0, *accumulate(sizes)]
+        parts = [
+            None if files is None else files[at : at + n]
+            for at, n in zip(self._offsets[:-1], sizes, strict=True)
+        ]
+        self._orders = [
+            SampleOrder(size, seed, STREAM, number, files=part, mixed=mixed)
+            for number, (size, part) in enumerate(zip(sizes, parts, strict=True))
+        ]
         self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def sample(self, k: int) -> tuple[int, int]:

@@ -1,18 +1,28 @@
-"""Datasets at a URL: ``s3://``, ``gs://`` and ``az://`` by fsspec, ``hf://`` by huggingface_hub.
+"""Datasets at a URL: ``s3://``, ``gs://`` and ``az://`` by fsspec, ``hf://`` of the Hub, ``https://``.
 
-All files that are read are copied to this machine first, so that training depends on no connection, and no
-dataset is opened that lacks a file. Sizes are logged before a copy starts.
+A LeRobot dataset is read in place: its files are copied when they are needed, into a cache of limited size.
+Of another layout all files are copied first, so that no dataset is opened that lacks a file; their sizes are
+logged before. A web server lists no files: it can only serve LeRobot's, whose names its metadata tells.
 """
 
+import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-from vlafit.datasets import hub, storage
+from vlafit.datasets import hub, storage, web
 from vlafit.datasets.downloads import Needed
-from vlafit.errors import ConfigError
+from vlafit.datasets.hdf5_index import SWITCH, folder
+from vlafit.datasets.lerobot.in_place import INFO, FilesInPlace, Listing, Storage, kept_listing
+from vlafit.datasets.web_files import HttpFiles
+from vlafit.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 STORAGE = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}  # scheme -> package
-HUB = "hf"
+HUB, WEB = "hf", ("https", "http")
 URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>.+)", re.DOTALL)
 HUB_PATH = re.compile(r"datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<below>.+))?")
 WILD = re.compile(r"[*?\[]")
@@ -23,35 +33,93 @@ def is_url(text: str) -> bool:
     return URL.fullmatch(text) is not None
 
 
+def in_place(url: str) -> FilesInPlace | None:
+    """Return the files of the LeRobot dataset at `url`, with its metadata here; None for another layout.
+
+    Where the storage cannot be reached, the files are those that it had when it was opened last. Raises
+    DataError if it has no such files, ConfigError for a scheme that is not read.
+    """
+    place = folder()
+    if place is None:
+        raise ConfigError(
+            f"{url}: files are copied before they are read, but {SWITCH} is off; set {SWITCH} to a folder"
+        )
+    place = place.with_name("in_place")
+    scheme, rest = _split(url)
+    try:
+        listing = _listing(scheme, rest, url)
+    except storage.UnreachableError as error:
+        kept = kept_listing(place, partial(_same, f"{scheme}://{rest}"))
+        if kept is None:
+            raise
+        log.warning("%s; reading on from the copies at %s", error, place)
+        listing = Listing(kept[0], kept[1], partial(_connect, scheme, url))
+    return FilesInPlace(listing, place) if INFO in listing.files else None
+
+
 def fetch(url: str, needed: Needed | None = None) -> Path:
     """Return a local folder (or file) with the files at `url`: all, or those that are `needed`.
 
     A copy whose files are still what the storage holds is used again. Raises DataError if the storage has no
     such files or cannot be reached, ConfigError for a scheme that is not read.
     """
+    scheme, rest = _split(url)
+    if scheme == HUB:
+        repo, revision, below = _of_hub(rest, url)
+        return hub.fetch(repo, revision, below, needed)
+    if scheme in STORAGE:
+        return storage.fetch(storage.connect(scheme, STORAGE[scheme], url), f"{scheme}://{rest}", needed)
+    raise DataError(
+        f"{url}: has no {INFO}, so it is no LeRobot dataset, and a web server lists no files of another. "
+        f"Copy them to a folder (wget --recursive --no-parent {url}) and name the folder"
+    )
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Return scheme and the rest of a URL. Raises ConfigError for a scheme that is not read."""
     match = URL.fullmatch(url)
     assert match is not None
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
+    if scheme not in (*STORAGE, HUB, *WEB):
+        way = f"its path, {rest}" if scheme == "file" else "rclone copy, for example"
+        known = ", ".join(f"{name}://" for name in (*STORAGE, HUB, *WEB))
+        raise ConfigError(
+            f"{url}: a dataset cannot be read from {scheme}://, only from {known}. Copy it to a folder "
+            f"({way}) and name the folder"
+        )
+    return scheme, rest
+
+
+def _of_hub(rest: str, url: str) -> tuple[str, str, str]:
+    """Return repository, revision and folder of a URL of the Hub."""
+    place = HUB_PATH.fullmatch(rest)
+    if place is None:
+        raise ConfigError(f"{url}: write a dataset of the Hub as hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    return place["repo"], (place["revision"] or "").replace("%2F", "/"), place["below"] or ""
+
+
+def _listing(scheme: str, rest: str, url: str) -> Listing:
     if scheme == HUB:
-        place = HUB_PATH.fullmatch(rest)
-        if place is None:
-            raise ConfigError(
-                f"{url}: write a dataset of the Hub as hf://datasets/ORG/NAME[@REVISION][/FOLDER]"
-            )
-        revision = (place["revision"] or "").replace("%2F", "/")
-        return hub.fetch(place["repo"], revision, place["below"] or "", needed)
-    if scheme in STORAGE:
-        return storage.fetch(storage.connect(scheme, STORAGE[scheme], url), f"{scheme}://{rest}", needed)
-    ways = {
-        "http": f"wget --recursive --no-parent {url}",
-        "https": f"wget --recursive --no-parent {url}",
-        "file": f"its path, {rest}",
-    }
-    known = ", ".join(f"{name}://" for name in (*STORAGE, HUB))
-    raise ConfigError(
-        f"{url}: a dataset cannot be read from {scheme}://, only from {known}. Copy it to a folder "
-        f"({ways.get(scheme, 'rclone copy, for example')}) and name the folder"
-    )
+        return hub.listing(*_of_hub(rest, url))
+    connect: Callable[[], Storage] = partial(_connect, scheme, url)
+    plain = f"{scheme}://{rest}"
+    if scheme in WEB:
+        return web.listing(plain)
+    files, is_file = storage.list_files(storage.connect(scheme, STORAGE[scheme], url), plain)
+    return Listing(plain, {} if is_file else files, connect)
+
+
+def _connect(scheme: str, url: str) -> Storage:
+    if scheme == HUB:
+        return hub.connect()
+    if scheme in WEB:
+        return HttpFiles()
+    return cast(Storage, storage.connect(scheme, STORAGE[scheme], url))
+
+
+def _same(url: str, kept: str) -> bool:
+    """Whether a kept listing is that of `url`, which may name no commit."""
+    return kept == url or ("@" not in url and re.sub(r"@[^/]+", "", kept, count=1) == url)
 
 
 def split_pattern(url: str) -> tuple[str, str]:

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import locks
-from vlafit.datasets.downloads import Needed, announce, progress, reason, require_inside
+from vlafit.datasets.downloads import Needed, announce, attempts, progress, reason, require_inside
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.errors import ConfigError, DataError
 from vlafit.files import parse_json, plain_text, replace_folder, write_atomic
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 FILES = "files.json"  # beside the dataset's folder: which files are there, and where they are from
-WAITS_S = (1.0, 4.0, 16.0)  # before a file is tried again
 AT_ONCE = 8  # files
 PROGRESS_S = 15.0
 VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "created", "mtime")
+
+
+class UnreachableError(DataError):
+    """Storage that cannot be asked which files it has."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def connect(scheme: str, package: str, url: str) -> "AbstractFileSystem":
         ) from error
     import fsspec
 
-    return fsspec.filesystem(scheme)
+    return fsspec.filesystem(scheme, skip_instance_cache=True)  # one made before a fork would not answer
 
 
 def fetch(
@@ -80,7 +84,7 @@ def fetch(
             f"{url}: is copied before it is read, but {SWITCH} is off; set {SWITCH} to a folder"
         )
     cache = cache.with_name("remote")
-    listed, is_file = _list(system, url)
+    listed, is_file = list_files(system, url)
     wanted = listed
     if needed is not None:
 
@@ -119,7 +123,7 @@ def _copy(
         size = sum(file.size for file in wanted.values())
         announce(url, len(wanted), size, len(missing), sum(f.size for f in missing.values()), final)
         _copy_all(system, url, missing, partial / name, wait)
-        after, _ = _list(system, url)
+        after, _ = list_files(system, url)
         changed = sorted(n for n, file in wanted.items() if after.get(n) != file)
         if changed:
             shutil.rmtree(partial)
@@ -132,14 +136,14 @@ def _copy(
     return final / name
 
 
-def _list(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile], bool]:
+def list_files(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile], bool]:
     """Return all files below `url` by their names from there on, and whether it is a file itself."""
     try:
         system.invalidate_cache()
         root = str(system._strip_protocol(url)).rstrip("/")
         entries: Mapping[str, Mapping[str, Any]] = system.find(root, detail=True)  # type: ignore[assignment]
     except Exception as error:  # the clients that fsspec is built on have errors of their own
-        raise DataError(
+        raise UnreachableError(
             f"{url}: cannot be listed: {reason(error)}. Check the address and the credentials in the "
             f"environment; or copy the files to a folder and name it{_kept(url)}"
         ) from error
@@ -153,7 +157,7 @@ def _list(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile]
         name = path.rsplit("/", 1)[-1] if is_file else path[len(root) + 1 :]
         require_inside(name, url)
         size = info.get("size")
-        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
+        version = version_of(info)
         if not isinstance(size, int) or not version:
             raise DataError(
                 f"{url}: the storage does not tell size and version of {name}; copy the files to a "
@@ -163,6 +167,12 @@ def _list(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile]
     if not files:
         raise DataError(f"{url}: nothing is there; check the address")
     return files, is_file
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return what differs once a file is written again, of its storage's entry; empty if nothing does."""
+    value = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
+    return str(value.timestamp() if isinstance(value, datetime) else value)
 
 
 def _copy_all(
@@ -196,26 +206,20 @@ def _copy_one(
     """Copy one file, again after a dropped connection. Raises DataError naming it."""
     partial = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for pause in (*WAITS_S, None):
+
+    def copy() -> None:
         try:
             system.get_file(file.path, str(partial))
-            _require_content(partial, file)
+            require_content(partial, file)
             os.replace(partial, target)
-            return
-        except (FileNotFoundError, PermissionError) as error:
-            raise DataError(f"{file.path}: cannot be read: {reason(error)}") from error
-        except Exception as error:  # the clients' own: a dropped connection, a time-out, a server's 503
-            if pause is None:
-                raise DataError(
-                    f"{file.path}: could not be copied in {len(WAITS_S) + 1} attempts: {reason(error)}. "
-                    "Run the command again: files that are complete are not copied again"
-                ) from error
-            wait(pause)
         finally:
             partial.unlink(missing_ok=True)
 
+    attempts(file.path, copy, "Run the command again: files that are complete are not copied again", wait)
 
-def _require_content(path: Path, file: RemoteFile) -> None:
+
+def require_content(path: Path, file: RemoteFile) -> None:
+    """Raise DataError unless the copy at `path` has size and checksum of `file`."""
     with open(path, "rb") as copy:
         os.fsync(copy.fileno())
     size = path.stat().st_size

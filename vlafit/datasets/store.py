@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.card import Card
 from vlafit.datasets.selection import LeftOut
+from vlafit.datasets.stamps import Stamp, stamp
 from vlafit.errors import DataError, did_you_mean
 from vlafit.types import Embodiment, Observation, Sample
 
@@ -84,6 +85,21 @@ class EpisodeStore(ABC):
     def files(self) -> tuple[Path, ...]:
         """Return the files that hold the data."""
         return tuple(self.card.files())
+
+    def stamps(self) -> list[tuple[Path, Stamp]]:
+        """Return the files with their sizes and times. Raises DataError if one is missing."""
+        return [(path, stamp(path)) for path in self.files()]
+
+    def ahead(self) -> int:
+        """Return how many bytes of files may be copied before they are read; 0 if all files are here."""
+        return 0
+
+    def files_of(self, episode: int) -> list[tuple[Path, int]]:
+        """Return the files of an episode with their sizes, if its store copies them when it reads them."""
+        return []
+
+    def copy_ahead(self, path: Path) -> None:  # noqa: B027
+        """Copy a file that will be read soon, if it is not here. Raises DataError if that fails."""
 
     def close(self) -> None:  # noqa: B027
         """Close open files; they reopen when needed. The default is for stores that keep none open."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.datasets.framing import NOT_STATED, reading
-from vlafit.datasets.stamps import stamp
 from vlafit.errors import TrainingError, brief
 from vlafit.files import read_json_object, require_readable
 from vlafit.train.data import Data
@@ -32,7 +31,7 @@ def facts(data: Data) -> dict[str, dict[str, int]]:
     """Return the facts about each dataset's files for run.json, by the card's name."""
     totals = {}
     for store in data.stores:
-        stamps = [stamp(path) for path in store.files()]
+        stamps = [at for _, at in store.stamps()]
         sizes, times = [size for size, _ in stamps], [time for _, time in stamps]
         totals[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
     return totals

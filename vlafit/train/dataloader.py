@@ -21,6 +21,7 @@ from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.rng import Keys
 from vlafit.train.experiment import Experiment
+from vlafit.train.prefetch import Prefetcher, warn_of_repeated_copies
 
 VALIDATION_ROWS = 32  # of one unit of train.validation_batches, whatever the batch size of training
 KEPT_BYTES = 2**30  # of encoded samples, over all workers of a process
@@ -106,12 +107,16 @@ def training_batches(
     keep_bytes = KEPT_BYTES // max(1, workers)
     own = [experiment.codec_of(store) for store in data.stores]
     samples = EncodedSamples(chunks, own, recipe.data.shift_pixels, train.seed, keep_bytes)
-    order = order_of(chunks, data.weights, train.seed)
-    wanted = (
-        rows
-        for step in range(first_step, train.steps)
-        for rows in rows_of(order.batch(step, train.samples), train.micro_batches, rank, world)
-    )
+    warn_of_repeated_copies(chunks, recipe.data.mixed_files)
+    order, ahead_of = (order_of(chunks, data.weights, train.seed, recipe.data.mixed_files) for _ in range(2))
+
+    def rows_at(step: int, order: SampleOrder | MixtureOrder) -> list[list[tuple[int, int]]]:
+        return rows_of(order.batch(step, train.samples), train.micro_batches, rank, world)
+
+    def samples_at(step: int) -> list[int]:  # called by another thread, so with an order of its own
+        return [index for rows in rows_at(step, ahead_of) for _, index in rows]
+
+    wanted = (rows for step in range(first_step, train.steps) for rows in rows_at(step, order))
     loader = DataLoader(
         samples,
         batch_sampler=_Rows(wanted),
@@ -123,16 +128,24 @@ def training_batches(
     )
 
     def steps() -> Iterator[list[tuple[Keys, Batch]]]:
-        processes = _Workers(loader)
-        for _ in range(first_step, train.steps):
-            yield [processes.next() for _ in range(train.micro_batches)]
+        with Prefetcher(chunks, samples_at) as ahead:
+            ahead.go_on(first_step, train.steps)
+            processes = _Workers(loader)
+            for step in range(first_step, train.steps):
+                ahead.go_on(step, train.steps)
+                yield [processes.next() for _ in range(train.micro_batches)]
 
     return steps()
 
 
-def order_of(chunks: ChunkDataset, weights: Sequence[float], seed: int) -> SampleOrder | MixtureOrder:
+def order_of(
+    chunks: ChunkDataset, weights: Sequence[float], seed: int, mixed_files: int = 0
+) -> SampleOrder | MixtureOrder:
     """Return the order of the samples of all processes; `weights`, if any, are those of the stores."""
-    return MixtureOrder(chunks.sizes, weights, seed) if weights else SampleOrder(len(chunks), seed)
+    files = chunks.files() if mixed_files else None
+    if weights:
+        return MixtureOrder(chunks.sizes, weights, seed, files, mixed_files)
+    return SampleOrder(len(chunks), seed, files=files, mixed=mixed_files)
 
 
 def _start_worker(_: int) -> None:

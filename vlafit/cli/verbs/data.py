@@ -78,7 +78,7 @@ def _data(path: str) -> "Path | None":
     from vlafit.datasets import remote
 
     if remote.is_url(path) and not path.endswith(".toml"):
-        return remote.fetch(path)
+        return None if remote.in_place(path) else remote.fetch(path)
     local = Path(path).expanduser()
     return local if local.exists() and local.suffix != ".toml" else None
 

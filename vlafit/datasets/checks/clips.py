@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from vlafit import files, locks
 from vlafit.datasets.checks import late
 from vlafit.datasets.hdf5_index import folder
-from vlafit.datasets.stamps import stamp
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.write import card_text
 from vlafit.errors import StorageError
@@ -188,7 +187,7 @@ def _key(store: EpisodeStore) -> str:
     states = hashlib.sha256()
     for number in range(len(store.episodes)):
         states.update(np.ascontiguousarray(store.state(number)).data)
-    stamps = sorted((str(path), *stamp(path)) for path in store.files())
+    stamps = sorted((str(path), *at) for path, at in store.stamps())
     episodes = [[info.id, info.length] for info in store.episodes]
     parts = [FORMAT, version("vlafit"), card_text(store.card), episodes, stamps, states.hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

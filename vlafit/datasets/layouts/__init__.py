@@ -8,8 +8,8 @@ path of a module elsewhere. The module offers
 - `recognise(path) -> bool`: whether the file or folder at `path` has this layout, by its content;
 - `open(card) -> EpisodeStore`: the dataset of a card, or DataError saying where the files differ from it;
 - `describe(path) -> Draft` (optional): a card drafted from the files, what was guessed and what is missing;
-- `needed(card, root, names)` and `NEEDED_FIRST` (optional): of a dataset at a URL, the names of the files
-  that the card reads, once those beginning with `NEEDED_FIRST` are in the folder `root`. Without it all are.
+- `open_in_place(card, files)` (optional): the dataset of a card whose path is the URL of a folder with
+  meta/info.json, of which each file is copied when it is read. Of other layouts all files are copied first.
 """
 
 import pkgutil

@@ -16,9 +16,10 @@ from vlafit.datasets.card import (
     InstructionCard,
     RobotCard,
 )
-from vlafit.datasets.lerobot import LeRobotStore, Meta, read_meta
+from vlafit.datasets.lerobot import Entry, LeRobotStore, Meta, read_meta
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
+from vlafit.datasets.lerobot.in_place import FilesInPlace
 from vlafit.datasets.lerobot.meta import labels
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.store import EpisodeStore
@@ -28,7 +29,6 @@ from vlafit.files import irregular
 INSTRUCTIONS = ("task",)
 """task: the text of the rows' task_index."""
 PREFIX = "observation.images."
-NEEDED_FIRST = "meta/"
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,12 @@ def open(card: Card) -> EpisodeStore:
     return LeRobotStore(card, root, lambda meta: _chosen(meta, section), section.tolerance_s)
 
 
-def needed(card: Card, root: Path, names: Collection[str]) -> set[str]:
-    """Return the names of the files that a card reads of a remote dataset, of whose files `root` has meta/.
-
-    Raises DataError for episodes whose files are not among `names`.
-    """
-    meta = read_meta(root)
-    chosen, selection = set(_chosen(meta, card.options(Section))), Selection(card)
-    keys = [camera.key for camera in card.robot.cameras]
-    files = {name for name in names if name.startswith(NEEDED_FIRST)}
-    lacking: list[str] = []
-    for entry in meta.episodes:
-        if entry.index not in chosen or not selection.wants(f"episode_{entry.index:06d}"):
-            continue
-        paths = [entry.data, *(entry.videos[key].path for key in keys if key in entry.videos)]
-        for name in (path.relative_to(root).as_posix() for path in paths):
-            if name in names:
-                files.add(name)
-            else:
-                lacking.append(f"{name} (episode {entry.index})")
-    if lacking and card.episodes.on_bad == "stop":
-        raise DataError(
-            f"{card.path}: {len(lacking)} files that its metadata names do not exist there: "
-            f"{', '.join(lacking[:5])}; complete the dataset, or leave these episodes out (skip in the card)"
-        )
-    if any(meta.features.get(key, {}).get("dtype") == "image" for key in keys):
-        files |= {name for name in names if name.startswith("images/")}  # those that parquet only names
-    return files
+def open_in_place(card: Card, files: FilesInPlace) -> EpisodeStore:
+    """Open the dataset of a card whose files are copied when they are read. Raises as `open` does."""
+    section, meta = card.options(Section), read_meta(files.root)
+    chosen, selection = set(_chosen(meta, section)), Selection(card)
+    files.announce([_files_of(e, card) for e in meta.episodes if _is_wanted(e, chosen, selection)])
+    return LeRobotStore(card, files.root, lambda meta: _chosen(meta, section), section.tolerance_s, files)
 
 
 def describe(path: Path) -> Draft:
@@ -119,6 +98,16 @@ def describe(path: Path) -> Draft:
         ),
     )
     return Draft(card, guesses)
+
+
+def _is_wanted(entry: Entry, chosen: Collection[int], selection: Selection) -> bool:
+    return entry.index in chosen and selection.wants(f"episode_{entry.index:06d}")
+
+
+def _files_of(entry: Entry, card: Card) -> list[Path]:
+    """Return the files of an episode that a card reads."""
+    keys = [camera.key for camera in card.robot.cameras]
+    return [entry.data, *(entry.videos[key].path for key in keys if key in entry.videos)]
 
 
 def _chosen(meta: Meta, section: Section) -> list[int]:

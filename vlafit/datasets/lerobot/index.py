@@ -14,12 +14,13 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.lerobot.clock import require_clock
 from vlafit.datasets.lerobot.meta import Entry, Meta
-from vlafit.datasets.lerobot.tables import as_rows, read_table
+from vlafit.datasets.lerobot.tables import as_rows
 from vlafit.datasets.stamps import Stamp
 from vlafit.errors import DataError, VlafitError
 from vlafit.files import new_file
@@ -45,9 +46,9 @@ class Place:
 class FileIndex:
     """The bookkeeping columns of one data file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, table: pa.Table) -> None:
+        """`table` has the `COLUMNS` of the file at `path`."""
         self.path = path
-        table = read_table(path, COLUMNS)
         self.columns = {name: as_rows(table[name], 1, f"{path}: {name}")[:, 0] for name in COLUMNS}
         self.episodes = self.columns["episode_index"]
         if len(self.episodes) and (np.diff(self.episodes) < 0).any():

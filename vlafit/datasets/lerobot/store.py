@@ -3,22 +3,24 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.agreement.columns import plain_label
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import Key, parse_key, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
-from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
-from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, labels, read_meta
-from vlafit.datasets.lerobot.tables import ImageColumns, as_rows, read_table, require_file
+from vlafit.datasets.lerobot.features import width_of
+from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles
+from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, read_meta
+from vlafit.datasets.lerobot.requirements import require_features
+from vlafit.datasets.lerobot.tables import ImageColumns, as_rows
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
 from vlafit.datasets.selection import Selection
-from vlafit.datasets.stamps import Stamps, stamp
+from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
 from vlafit.datasets.video import VideoFiles
 from vlafit.errors import DataError
@@ -27,6 +29,8 @@ from vlafit.files import plain_bytes
 COLUMN_BYTES = 2**30  # of states and actions that a process keeps
 IMAGE_BYTES = 2**28  # of encoded images that a process keeps
 OPEN_VIDEOS = 32
+ATTEMPTS = 3  # to read a file of a cache that other processes delete files of
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,18 @@ class LeRobotStore(EpisodeStore):
         root: Path,
         choose: Callable[[Meta], Sequence[int]],
         tolerance_s: float = TOLERANCE_S,
+        files: DatasetFiles | None = None,
     ) -> None:
         """`choose` returns the episode numbers to use, of those that the metadata lists.
 
-        `tolerance_s` is how much the time between two rows may differ from 1 / fps.
+        `tolerance_s` is how much the time between two rows may differ from 1 / fps. `files` are those
+        below `root`, if they are not all there.
         """
         self.card = card
         self._meta = meta = read_meta(root)
-        self._stamps = Stamps()
-        self._require_features()
+        self._files = files or LocalFiles()
+        self._few = any(feature.get("dtype") == "image" for feature in meta.features.values())
+        require_features(card.robot, meta)
         wanted = set(choose(meta))
         selection = Selection(card)
         names = {entry.index: f"episode_{entry.index:06d}" for entry in meta.episodes}
@@ -88,11 +95,9 @@ class LeRobotStore(EpisodeStore):
                 if kept is not None:
                     place = kept[entry.index]
                 else:
-                    self._stamps.require_unchanged(entry.data)
-                    if entry.data not in indices:
-                        indices = {
-                            entry.data: index.FileIndex(entry.data)
-                        }  # episodes of a file follow one another
+                    if entry.data not in indices:  # episodes of a file follow one another
+                        table = self._files.table(entry.data, index.COLUMNS, few=self._few)
+                        indices = {entry.data: index.FileIndex(entry.data, table)}
                     place = places[entry.index] = indices[entry.data].episode(entry, meta, tolerance_s)
                 rows, task = _Rows(entry, place.first, place.times_s), meta.task(place.task, entry)
                 if not self._succeeds(rows):
@@ -106,8 +111,9 @@ class LeRobotStore(EpisodeStore):
                 infos.append(EpisodeInfo(names[entry.index], task, sentence, entry.length))
         self.left_out = selection.finish(f"{root}", len(infos))
         self.episodes = tuple(infos)
-        for path in self.files():
-            self._stamps.require_unchanged(path)
+        if not self._files.in_place:
+            for path in self.files():
+                self._files.fetch(path)
         if key and kept is None:
             index.save(key, entries, places)
 
@@ -115,16 +121,17 @@ class LeRobotStore(EpisodeStore):
         """Return the key of the index on disk; empty where none is worth it, or a file is missing."""
         keys = [camera.key for camera in self.card.robot.cameras]
         paths = dict.fromkeys(entry.data for entry in entries)
-        if self.card.episodes.on_bad == "skip" or len(paths) < index.FEWEST:
+        fewest = 1 if self._files.in_place else index.FEWEST
+        if self.card.episodes.on_bad == "skip" or len(paths) < fewest:
             return ""
         paths |= dict.fromkeys(
             entry.videos[key].path for key in keys for entry in entries if key in entry.videos
         )
         try:
-            stamps = {path: stamp(path) for path in paths}
+            stamps = {path: self._files.stamp(path) for path in paths}
         except DataError:  # which one, and for which episode, is said where each is required
             return ""
-        self._stamps = Stamps(stamps)
+        self._files.expect(stamps)
         return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
@@ -162,6 +169,20 @@ class LeRobotStore(EpisodeStore):
             paths |= {r.entry.videos[camera.key].path for r in self._rows if camera.key in r.entry.videos}
         return (self._meta.root / "meta" / "info.json", *sorted(paths))
 
+    def stamps(self) -> list[tuple[Path, Stamp]]:
+        return [(path, self._files.stamp(path)) for path in self.files()]
+
+    def ahead(self) -> int:
+        return self._files.limit()
+
+    def files_of(self, episode: int) -> list[tuple[Path, int]]:
+        entry, cameras = self._rows[episode].entry, self.card.robot.cameras
+        paths = {entry.videos[c.key].path: None for c in cameras if c.key in entry.videos}
+        return [(path, self._files.stamp(path)[0]) for path in [*paths, entry.data]]
+
+    def copy_ahead(self, path: Path) -> None:
+        self._files.prefetch(path)
+
     def close(self) -> None:
         self._videos.close()
         self._images.close()
@@ -196,54 +217,6 @@ class LeRobotStore(EpisodeStore):
             )
         return task
 
-    def _require_features(self) -> None:
-        robot, meta = self.card.robot, self._meta
-        if abs(robot.hz - meta.fps) > 0.01 * meta.fps:
-            raise DataError(
-                f"{meta.root}: info.json says fps {meta.fps:g}, the card robot.hz {robot.hz:g}; rows are "
-                "read one by one, so correct the one that is wrong"
-            )
-        for name, column in (("robot.state", robot.state), ("robot.action", robot.action)):
-            parsed = [parse_key(key, f"{meta.root}: {name}") for key in column.keys]
-            widths = [k.width(width_of(meta.feature(k.path, name), k.path, meta.root)) for k in parsed]
-            if sum(widths) != column.dimensions:
-                raise DataError(
-                    f"{meta.root}: {name} has {sum(widths)} dimensions ({', '.join(column.keys)}), the card "
-                    f"says {column.dimensions}"
-                )
-            self._require_order(name, column)
-        for camera in robot.cameras:
-            feature = meta.feature(camera.key, f"camera {camera.name!r}")
-            if feature.get("dtype") not in ("image", "video") or is_depth(feature):
-                raise DataError(
-                    f"{meta.root}: camera {camera.name!r}: {camera.key} is "
-                    f"{'a depth map' if is_depth(feature) else feature.get('dtype')}, no RGB image or video"
-                )
-            size = size_of(feature, camera.key, meta.root)
-            if size != (camera.height, camera.width):
-                raise DataError(
-                    f"{meta.root}: camera {camera.name!r}: {camera.key} has frames {size}, the card says "
-                    f"{(camera.height, camera.width)}"
-                )
-
-    def _require_order(self, name: str, column: ColumnCard) -> None:
-        """Raise DataError where the card gives a dimension the name that info.json gives another."""
-        parsed = [parse_key(key, name) for key in column.keys]
-        every = [labels(self._meta.features[key.path].get("names")) for key in parsed]
-        stored = [label for key, names in zip(parsed, every, strict=True) for label in names[key.some]]
-        plain = [plain_label(label) for label in stored]
-        if len(stored) != len(column.labels) or len(set(plain)) != len(plain):
-            return  # no names, or names that do not tell dimensions apart
-        for position, label in enumerate(column.labels):
-            wanted = plain_label(label)
-            if wanted and wanted != plain[position] and wanted in plain:
-                raise DataError(
-                    f"{self._meta.root}: {name}.labels of the card are {', '.join(column.labels)}, info.json "
-                    f"names these dimensions {', '.join(stored)}: {label} is dimension {plain.index(wanted)} "
-                    f"there. Write the labels in the order of the files, or reorder the dimensions by keys, "
-                    f'such as "{parsed[0].path}[:, {plain.index(wanted)}]"'
-                )
-
     def _require_files(self, entries: Sequence[Entry]) -> None:
         keys = [camera.key for camera in self.card.robot.cameras]
         wanted: dict[Path, str] = {}
@@ -255,7 +228,7 @@ class LeRobotStore(EpisodeStore):
         faults = []
         for path, what in wanted.items():
             try:
-                require_file(path)
+                self._files.require(path)
             except DataError as error:
                 faults.append(f"{error} ({what})")
         if faults:
@@ -305,8 +278,7 @@ class LeRobotStore(EpisodeStore):
 
     def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray[np.float32]]:
         """Read features of all rows of a file, each [n, d]."""
-        self._stamps.require_unchanged(path)
-        table, read = read_table(path, list(keys)), {}
+        table, read = self._files.table(path, list(keys), few=self._few), {}
         for key in keys:
             width = width_of(self._meta.features[key], key, self._meta.root)
             raw = as_rows(table[key], width, f"{path}: {key}")
@@ -324,19 +296,32 @@ class LeRobotStore(EpisodeStore):
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         video = rows.entry.videos[camera.key]
-        self._stamps.require_unchanged(video.path)
         fps = self._meta.fps
         if rows.times_s is None:  # whole frames of the file, so that rounding never adds up
             wanted = [round((video.start_s + step / fps) * fps) / fps for step in steps]
         else:
-            times = self._irregular(rows, camera, rows.times_s)
+            irregular = rows.times_s
+            times = self._reading(video.path, lambda: self._irregular(rows, camera, irregular))
             wanted = [times[step] for step in steps]
         try:
-            return self._videos.get(video.path).read(wanted, 0.5 / fps)
+            return self._reading(video.path, lambda: self._videos.get(video.path).read(wanted, 0.5 / fps))
         except DataError as error:
             raise DataError(
                 f"{error}; episode {rows.entry.index}, {camera.key}, steps {list(steps)}"
             ) from error
+
+    def _reading(self, path: Path, read: Callable[[], T]) -> T:
+        """Return what `read` reads of a file, which is copied before if it is not here."""
+        for _ in range(ATTEMPTS):
+            if self._files.fetch(path):  # the disk only has the room of deleted files once they are closed
+                self._videos.close()
+                self._images.close_files()
+            try:
+                return read()
+            except (DataError, OSError):
+                if path.exists():
+                    raise
+        raise DataError(f"{path}: is deleted by other processes before it can be read; enlarge the cache")
 
     def _irregular(self, rows: _Rows, camera: CameraCard, stamps: NDArray[np.float64]) -> list[float]:
         """Return when each frame of an episode is in its video, whose rows are not stamped frame_index / fps.
@@ -368,14 +353,15 @@ class LeRobotStore(EpisodeStore):
 
     def _image_rows(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
         frames = []
-        self._stamps.require_unchanged(rows.entry.data)
+        path = rows.entry.data
         for step in steps:
-            data, name = self._images.row(rows.entry.data, camera.key, rows.first + step)
+            row = rows.first + step
+            data, name = self._reading(path, lambda row=row: self._images.row(path, camera.key, row))
             where = f"{self._where(rows)}, step {step}, {camera.key}"
             if data is None:
-                path = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
-                require_file(path)
-                data = plain_bytes(path)
+                own = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
+                self._files.require(own)
+                data = self._reading(own, lambda own=own: plain_bytes(own))
             frames.append(decode_image(data, where))
         return frames
 

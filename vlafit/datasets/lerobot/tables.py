@@ -43,14 +43,19 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read columns of a parquet file. Raises DataError naming one that is missing, or the damage."""
     file = open_parquet(path)
-    present = file.schema_arrow.names
-    for name in columns or ():
-        if name not in present:
-            raise DataError(f"{path}: no column {name!r}{did_you_mean(name, present)}")
     try:
-        return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
+        return read_columns(file, path, columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is damaged ({error}); fetch it again") from error
+
+
+def read_columns(file: pq.ParquetFile, name: Path | str, columns: Sequence[str] | None) -> pa.Table:
+    """Read columns of an open parquet file called `name`. Raises DataError naming one that is missing."""
+    present = file.schema_arrow.names
+    for column in columns or ():
+        if column not in present:
+            raise DataError(f"{name}: no column {column!r}{did_you_mean(column, present)}")
+    return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
 
 
 def as_rows(column: pa.ChunkedArray, width: int, where: str) -> NDArray:
@@ -103,6 +108,10 @@ class ImageColumns:
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise DataError(f"{path}: {column}, row {row} holds no image")
         return value.get("bytes"), value.get("path") or ""
+
+    def close_files(self) -> None:
+        """Close all files; what was read of them is kept."""
+        self._files.clear()
 
     def close(self) -> None:
         """Let go of everything."""

@@ -1,0 +1,160 @@
+"""A folder of copied files with a limited size: beyond it, the least recently used files are deleted.
+
+Several processes may use one folder. Whoever has a deleted file open can still read it; the disk is free
+again once it is closed, so that readers close what was deleted (`BoundedCache.deleted_since`).
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlafit.datasets.downloads import as_text
+from vlafit.datasets.stamps import Stamp
+from vlafit.errors import ConfigError, DataError
+
+SIZE_SWITCH = "VLAFIT_CACHE_SIZE"
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SLOTS = 64  # files with locks, each for the files whose names hash to it
+ROOM = "room"  # the lock of whoever counts and deletes
+DELETED = ".deleted"  # its time is that of the last deletion
+KEPT = "meta"  # folders of this name are never deleted
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<size>\d+)\.partial")
+
+
+class BoundedCache:
+    """Files below `folder`, of at most `limit` bytes together, those that are being copied included."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def get(self, path: Path, wanted: Stamp, copy: Callable[[Path], None]) -> bool:
+        """Have a file with a size and time at `path`; return whether it had to be copied.
+
+        `copy` writes it to the path that it is given. Raises DataError if there is no room.
+        """
+        if self._touch(path, wanted):
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(_slot(path)):
+            if self._touch(path, wanted):  # another process has just copied it
+                return False
+            partial = path.with_name(f".{path.name}.{wanted[0]}.partial")
+            with self._locked(ROOM):
+                self._make_room(path, wanted[0])
+                partial.touch()
+            try:
+                copy(partial)
+                os.utime(partial, ns=(time.time_ns(), wanted[1]))
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+        return True
+
+    def deleted_since(self, then: int) -> int:
+        """Return when a file was last deleted, in ns, if that was after `then`, else `then`."""
+        try:
+            return max(then, (self.folder / DELETED).stat().st_mtime_ns)
+        except OSError:
+            return then
+
+    def used(self) -> int:
+        """Return the bytes of all files."""
+        return sum(size for _, size, _ in self._files()) + self._arriving()
+
+    def _touch(self, path: Path, wanted: Stamp) -> bool:
+        """Whether the file is there, which is then the most recently used."""
+        try:
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != wanted:
+                return False
+            os.utime(path, ns=(time.time_ns(), wanted[1]))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Delete files until one of `size` bytes has room, which counts unless it is never deleted."""
+        limit = float("inf") if KEPT in path.parts else self.limit
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files) + self._arriving()
+        for _, freed, oldest in files:
+            if total + size <= limit and size <= shutil.disk_usage(self.folder).free:
+                break
+            oldest.unlink(missing_ok=True)
+            total -= freed
+            (self.folder / DELETED).touch()
+        free = shutil.disk_usage(self.folder).free
+        if size > min(limit - total, free):
+            raise DataError(
+                f"{path.name}: has {as_text(size)}, and the cache at {self.folder} may hold "
+                f"{as_text(self.limit)} ({as_text(total)} are in use, the disk has {as_text(free)} free); "
+                f"set {SIZE_SWITCH} to more, lower data.workers, or free space"
+            )
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """Yield (time of last use, size, path) of every file that may be deleted."""
+        for folder, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if name != KEPT]
+            for name in names:
+                if name.startswith(".") or Path(folder) == self.folder:
+                    continue
+                path = Path(folder, name)
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield stat.st_atime_ns, stat.st_size, path
+
+    def _arriving(self) -> int:
+        """Return the bytes of the files that are being copied; delete what a killed process left of one."""
+        total = 0
+        for partial in self.folder.rglob(".*.partial"):
+            match = PARTIAL.fullmatch(partial.name)
+            if match is None:
+                continue
+            slot = self._lock_file(_slot(partial.with_name(match["name"])))
+            with open(slot, "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    total += int(match["size"])
+                    continue
+                partial.unlink(missing_ok=True)
+        return total
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self._lock_file(name), "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _lock_file(self, name: str) -> Path:
+        folder = self.folder / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+
+def chosen_limit(folder: Path, used: int) -> int:
+    """Return the bytes that the cache in `folder` may hold, of which it holds `used`.
+
+    That is VLAFIT_CACHE_SIZE, or half of what the disk has free without the cache. Raises ConfigError for a
+    value that is no size.
+    """
+    text = os.environ.get(SIZE_SWITCH, "")
+    if not text:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        return (shutil.disk_usage(existing).free + used) // 2
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:B|)\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"{SIZE_SWITCH} is {text!r}; write a size above 0, such as 50GB or 800MB")
+    return int(float(match[1]) * UNITS[f"{match[2].upper()}B" if match[2] else ""])
+
+
+def _slot(path: Path) -> str:
+    return str(int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:4]) % SLOTS)

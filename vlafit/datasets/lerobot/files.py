@@ -1,0 +1,74 @@
+"""The files of a LeRobot dataset: in a folder, or elsewhere, from where each is copied when it is read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from vlafit.datasets.lerobot.tables import read_table, require_file
+from vlafit.datasets.stamps import Stamp, Stamps, stamp
+
+
+class DatasetFiles(ABC):
+    """Files by their paths below one folder. Each is asked for with `fetch` before every read of it."""
+
+    in_place = False
+    """Whether files are copied when they are read, and may be deleted again."""
+
+    @abstractmethod
+    def stamp(self, path: Path) -> Stamp:
+        """Return size in bytes and a time that changes with the file. Raises DataError if it is missing."""
+
+    @abstractmethod
+    def require(self, path: Path) -> None:
+        """Raise DataError unless there is such a file."""
+
+    @abstractmethod
+    def expect(self, stamps: Mapping[Path, Stamp]) -> None:
+        """Take these stamps for those that the files must keep."""
+
+    @abstractmethod
+    def fetch(self, path: Path) -> bool:
+        """Have a file ready to be opened; return whether files that are open may be deleted by now.
+
+        Raises DataError if it changed since the dataset was opened, or cannot be had.
+        """
+
+    @abstractmethod
+    def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
+        """Read columns of a parquet file, which are a `few` of its bytes, or most.
+
+        Raises DataError naming a column that is missing, or the damage.
+        """
+
+    def prefetch(self, path: Path) -> None:  # noqa: B027
+        """Copy a file that will be read soon, if that is not done."""
+
+    def limit(self) -> int:
+        """Return the bytes of which `prefetch` may copy ahead; 0 if there is nothing to copy."""
+        return 0
+
+
+class LocalFiles(DatasetFiles):
+    """Files of a folder."""
+
+    def __init__(self) -> None:
+        self._stamps = Stamps()
+
+    def stamp(self, path: Path) -> Stamp:
+        return stamp(path)
+
+    def require(self, path: Path) -> None:
+        require_file(path)
+
+    def expect(self, stamps: Mapping[Path, Stamp]) -> None:
+        self._stamps = Stamps(stamps)
+
+    def fetch(self, path: Path) -> bool:
+        self._stamps.require_unchanged(path)
+        return False
+
+    def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
+        self._stamps.require_unchanged(path)
+        return read_table(path, columns)
