@@ -401,3 +401,13 @@ def test_a_small_share_is_written_without_an_exponent():
         "1/1000",
         "1/57.3",
     ]
+
+
+def test_a_console_names_the_largest_of_many_dimensions_and_those_with_a_note():
+    codec = codec_of([1.0] * 13)
+    values = [1.0 + i / 100 for i in range(12)] + [0.01]
+    store = Recorded("arm", codec.embodiment, alternating(*values))
+    state, *_ = value_faults.items([store], [["e0"]], codec, ("state.12", "action.12"), False)
+    whole = state.sides["dataset"]
+    assert all(f"{i} {value:.3g}" in whole for i, value in enumerate(values))
+    assert state.short[whole] == "arm: 9 1.09, 10 1.1, 11 1.11, 12 0.01 (spread 1/100); 9 more"

@@ -273,9 +273,10 @@ def rate(low: float, high: float) -> str:
 
 
 def agreement_table(agreement: "Agreement") -> str:
-    """Return what the sides say, what holds and why; long texts go on below themselves, none is cut."""
+    """Return what the sides say, what holds and why; long texts go on below themselves, long lists of
+    names are shortened (the report and agreement.json have them whole)."""
     rows: list[list[str]] = []
-    for row in agreement.rows():
+    for row in agreement.rows(short=True):
         cells = [textwrap.wrap(cell, WIDEST) or [""] for cell in row]
         height = max(len(lines) for lines in cells)
         rows += [[lines[i] if i < len(lines) else "" for lines in cells] for i in range(height)]
