@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from vlafit import files
 from vlafit.errors import ConfigError, EmbodimentError, brief
@@ -15,7 +15,7 @@ from vlafit.types import Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
 Role = Literal["dataset", "checkpoint", "protocol"]
-DATA = ("dataset", "checkpoint")
+DATA: tuple[Role, Role] = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
@@ -81,9 +81,17 @@ class Item:
 
     def to_json(self) -> dict[str, Any]:
         """Return the item as agreement.json holds it."""
-        content = asdict(self) | {"sides": dict(self.sides)}
+        content = asdict(self) | {"sides": dict(self.sides), "accept": list(self.accept)}
         del content["short"]
         return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Item":
+        """Return the item that `to_json` wrote. Raises TypeError or ValueError for anything else."""
+        item = cls(**{**content, "accept": tuple(content.get("accept", ()))})
+        if item.status not in get_args(Status):
+            raise ValueError(f"status {item.status!r}")
+        return item
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,13 @@ class Agreement:
     relative: tuple[bool, ...]
     """For each action dimension: whether actions are relative. Empty: none is."""
 
-    HEADS: ClassVar = ("item", "dataset", "checkpoint", "holds", "why")
-    """Column heads of `rows`."""
+    columns: tuple[Role, Role] = DATA
+    """The sides that have a column in tables."""
+
+    @property
+    def heads(self) -> tuple[str, str, str, str, str]:
+        """Column heads of `rows`."""
+        return ("item", *self.columns, "holds", "why")
 
     @property
     def conflicts(self) -> tuple[Item, ...]:
@@ -154,21 +167,21 @@ class Agreement:
         return Agreement(tuple(items), self.cameras, self.relative)
 
     def rows(self, *, short: bool = False) -> list[tuple[str, str, str, str, str]]:
-        """Return (item, dataset, checkpoint, value, why) for tables; a further side is in the third.
+        """Return (item, one side, the other, value, why) for tables; a further side is in the third.
 
         `short`: as a console shows them, long statements shortened, one row for what is the same of state and
         action, and remedies left out, which are said below the table.
         """
         rows, fix = [], ""
         for item in _state_with_action(self.items) if short else self.items:
-            dataset, checkpoint = item.sides.get("dataset", ""), item.sides.get("checkpoint", "")
-            others = [f"{role}: {text}" for role, text in item.sides.items() if role not in DATA]
+            first, second = (item.sides.get(role, "") for role in self.columns)
+            others = [f"{role}: {text}" for role, text in item.sides.items() if role not in self.columns]
             why = item.reason or ("as above" if item.fix and item.fix == fix else item.fix)
             if short and item.status == "conflict":
                 why = "see below"
             fix = item.fix
             status = item.status if item.status != "same" else ""
-            said = (dataset, checkpoint or ", ".join(others), item.value)
+            said = (first, second or ", ".join(others), item.value)
             cells = tuple(item.short.get(text, text) for text in said) if short else said
             rows.append((item.name, *cells, ": ".join(filter(None, (status, why)))))
         return rows
@@ -235,10 +248,7 @@ def read(folder: Path) -> Agreement | None:
         content: dict[str, Any] = parse_json(plain_text(path))
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
-        items = tuple(Item(**{**item, "accept": tuple(item.get("accept", ()))}) for item in content["items"])
-        unknown = {item.status for item in items} - set(get_args(Status))
-        if unknown:
-            raise ValueError(f"status {sorted(unknown)[0]!r}")
+        items = tuple(map(Item.from_json, content["items"]))
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
