@@ -9,6 +9,7 @@ from tests.agreement.world import ROBOT, cameras, checkpoint, dataset
 from vlafit.agreement import Agreement, Party, agree, protocol_items
 from vlafit.agreement.camera_map import hands, propose
 from vlafit.agreement.values import FILE, read
+from vlafit.cli.console import agreement_table
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.recipe import AdaptRecipe
 from vlafit.types import Feature, differences
@@ -482,3 +483,49 @@ def test_a_checkpoints_unit_and_control_mode_do_not_hold_for_another_robot_that_
     assert by_name["action unit"].value == by_name["control mode"].value == "not stated"
     assumed = {item.name: item for item in agreed(own, other).items}
     assert assumed["action unit"].value == "rad" and assumed["action unit"].status == "assumed"
+
+
+# ----------------------------------------------------------------------------------------- on a console
+
+
+def humanoid(prefix: str = "joint") -> Feature:
+    return Feature("state", (26,), "", tuple(f"{prefix}{i}" for i in range(26)))
+
+
+def test_a_console_shows_long_lists_short_and_one_row_for_state_and_action():
+    joints = humanoid()
+    agreement = agreed(dataset(state=joints, action=joints), checkpoint(), fresh=True, robot=True)
+    rows = {row[0]: row for row in agreement.rows(short=True)}
+    names = rows["state and action names"]
+    assert names[1] == names[3] == "joint0, joint1, ... joint25 (26 names)"
+    assert names[2] == "shoulder, elbow, gripper"
+    assert rows["state and action dimensions"][1:4] == ("26", "3", "26")
+    assert not {"state names", "action names", "state dimensions"} & set(rows)
+    whole = {row[0]: row for row in agreement.rows()}
+    assert whole["state names"][1] == whole["action names"][1] == ", ".join(joints.labels)
+    assert len(agreement_table(agreement).splitlines()) == 1 + len(rows)
+
+
+def test_names_that_differ_in_part_are_shown_whole_because_each_may_matter():
+    joints, other = humanoid(), list(humanoid().labels)
+    other[13] = "thumb"
+    agreement = agreed(
+        dataset(state=joints), checkpoint(state=replace(joints, labels=tuple(other))), fresh=False
+    )
+    assert "joint13" in str(agreement.rows(short=True)) and "thumb" in str(agreement.rows(short=True))
+    with pytest.raises(EmbodimentError, match="joint12, joint13, joint14.*joint12, thumb, joint14"):
+        agreement.require()
+
+
+def test_state_and_action_that_differ_keep_their_rows():
+    agreement = agreed(dataset(), checkpoint(state=replace(ROBOT.state, unit="deg")), fresh=True, robot=True)
+    assert {"state unit", "action unit"} <= {row[0] for row in agreement.rows(short=True)}
+
+
+def test_what_a_console_shortens_is_whole_in_the_file(tmp_path: Path):
+    joints = humanoid()
+    agreement = agreed(dataset(state=joints, action=joints), checkpoint(), fresh=True, robot=True)
+    agreement.write(tmp_path)
+    assert "short" not in (tmp_path / FILE).read_text()
+    kept = read(tmp_path)
+    assert kept is not None and kept.rows() == agreement.rows()

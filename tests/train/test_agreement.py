@@ -614,7 +614,14 @@ def test_inspect_shows_all_that_train_compares_and_refuses_files_that_are_not_th
     base, card = write_checkpoint(tmp_path / "base"), write_card(tmp_path / "data")
     assert cli.main(["inspect", str(base), "--data", str(card)]) == 0
     shown = capsys.readouterr().out
-    for item in ("statistics", "action normalisation", "prompt", "tokenizer", "chunk", "normalised action"):
+    for item in (
+        "statistics",
+        "state and action normalisation",
+        "prompt",
+        "tokenizer",
+        "chunk",
+        "normalised action",
+    ):
         assert f"\n{item} " in shown
     assert "…" not in shown
     other = card.with_name("other.toml")

@@ -14,7 +14,7 @@ from vlafit import cli
 from vlafit.datasets import load_card, open_dataset
 from vlafit.datasets.framing import differing, frames, frames_of, is_same
 from vlafit.errors import EmbodimentError, TrainingError
-from vlafit.offline.contract import frames_notice
+from vlafit.offline.contract import compare_frames
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.data import camera_warnings, open_data, open_validation_sets
@@ -197,12 +197,20 @@ def test_an_evaluation_names_frames_that_are_read_otherwise_than_in_training(
     card: Path, trained: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = trained[1]
-    assert frames_notice(checkpoint, open_dataset(str(card))) == ""
+    [same] = compare_frames(checkpoint, open_dataset(str(card)))
+    assert same.status == "same"
     other = other_card(card, tmp_path / "other", TURNED)
     words = ("--data", str(other), "--out", str(tmp_path / "out"), "--samples", "1", "--draws", "2")
     assert cli.main(["eval", str(checkpoint), *words]) == 0
-    assert "'other' are read front turned by 180" in capsys.readouterr().out
-    assert frames_notice(tmp_path, open_dataset(str(other))) == "", "no agreement says how frames were read"
+    [shown] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frames ")]
+    assert "front turned by 180" in shown and "as stored" in shown
+    [kept] = [
+        i
+        for i in json.loads((tmp_path / "out/result.json").read_text())["agreement"]
+        if i["name"] == "frames"
+    ]
+    assert kept["status"] == "differs" and kept["sides"]["checkpoint"] == "as stored"
+    assert not [*compare_frames(tmp_path, open_dataset(str(other)))], "no agreement says how frames were read"
 
 
 @pytest.mark.case(

@@ -16,7 +16,7 @@ from vlafit.codec import Codec, CodecConfig, Statistics
 from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
-from vlafit.offline.contract import permitted_by, require_values
+from vlafit.offline.contract import compare_values, permitted_by
 from vlafit.recipe import AdaptRecipe
 from vlafit.train.data import open_data
 from vlafit.train.experiment import build
@@ -266,7 +266,8 @@ def test_an_evaluation_names_what_differs_and_is_no_error(tmp_path: Path):
     store = Recorded("arm", codec.embodiment, alternating(1, 1, 1, 0.01))
     cameras = tuple(CameraCard(name, f"obs/{key}", 16, 16) for name, key in (("a", "b"), ("b", "a")))
     store.card = replace(store.card, robot=replace(store.card.robot, cameras=cameras))
-    lines = require_values(codec, store, "base")
+    items = compare_values(codec, store, "base")
+    lines = [f"{item.name}: {item.sides}" for item in items if item.status == "differs"]
     for words in (
         ("spread of state", "3 1/100"),
         ("spread of action",),
@@ -401,3 +402,13 @@ def test_a_small_share_is_written_without_an_exponent():
         "1/1000",
         "1/57.3",
     ]
+
+
+def test_a_console_names_the_largest_of_many_dimensions_and_those_with_a_note():
+    codec = codec_of([1.0] * 13)
+    values = [1.0 + i / 100 for i in range(12)] + [0.01]
+    store = Recorded("arm", codec.embodiment, alternating(*values))
+    state, *_ = value_faults.items([store], [["e0"]], codec, ("state.12", "action.12"), False)
+    whole = state.sides["dataset"]
+    assert all(f"{i} {value:.3g}" in whole for i, value in enumerate(values))
+    assert state.short[whole] == "arm: 9 1.09, 10 1.1, 11 1.11, 12 0.01 (spread 1/100); 9 more"

@@ -8,6 +8,7 @@ recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a
 from vlafit.agreement.camera_map import propose
 from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
+from vlafit.agreement.evaluation import chosen, evaluation_items
 from vlafit.agreement.values import Agreement, Item, Party, Status, join
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Party",
     "Status",
     "agree",
+    "chosen",
+    "evaluation_items",
     "join",
     "propose",
     "protocol_items",

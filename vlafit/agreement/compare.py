@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vlafit.agreement import cameras as camera_slots
 from vlafit.agreement.columns import by_name, mispaired
-from vlafit.agreement.values import Agreement, Item, Party, Status
+from vlafit.agreement.values import Agreement, Item, Party, Status, short_list
 from vlafit.errors import ConfigError
 from vlafit.recipe import AdaptRecipe
 from vlafit.types import Embodiment, Feature, differences, plain_unit
@@ -93,6 +93,15 @@ def _columns(here: Embodiment, checkpoint: Party, adapt: AdaptRecipe, fresh: boo
 
 
 def _labels(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
+    """Compare names of dimensions. Long lists are short on a console, unless both sides have names in common
+    and differ: then each name may matter."""
+    made = _names(name, here, there, permitted)
+    if made.status in ("chosen", "conflict") and set(here.labels) & set(there.labels):
+        return made
+    return replace(made, short={", ".join(side): short_list(side) for side in (here.labels, there.labels)})
+
+
+def _names(name: str, here: Feature, there: Feature, permitted: bool) -> Item:
     item = f"{name} names"
     sides = {
         role: ", ".join(feature.labels)

@@ -1,11 +1,12 @@
 """One side's statement about the robot, one compared item, and the agreement as a whole."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from vlafit import files
 from vlafit.errors import ConfigError, EmbodimentError, brief
@@ -14,10 +15,12 @@ from vlafit.types import Embodiment
 
 Status = Literal["same", "chosen", "assumed", "differs", "conflict"]
 Role = Literal["dataset", "checkpoint", "protocol"]
-DATA = ("dataset", "checkpoint")
+DATA: tuple[Role, Role] = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
+MOST_NAMES = 8
+"""In a list on the console."""
 PLACEHOLDER = "CAMERA"
 """Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
 
@@ -50,6 +53,13 @@ class Party:
         return f"{self.role} {self.name!r}"
 
 
+def short_list(names: Sequence[str]) -> str:
+    """Return names in a line, only the first and the last where there are more than `MOST_NAMES`."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    return f"{names[0]}, {names[1]}, ... {names[-1]} ({len(names)} names)"
+
+
 @dataclass(frozen=True)
 class Item:
     """One point that the sides must agree on."""
@@ -66,6 +76,22 @@ class Item:
     """How to solve a conflict."""
     accept: tuple[str, ...] = ()
     """Options of the command line that accept the difference, if one choice is usual."""
+    short: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Long statement, or value -> what a console shows in its place; not written into files."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the item as agreement.json holds it."""
+        content = asdict(self) | {"sides": dict(self.sides), "accept": list(self.accept)}
+        del content["short"]
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Item":
+        """Return the item that `to_json` wrote. Raises TypeError or ValueError for anything else."""
+        item = cls(**{**content, "accept": tuple(content.get("accept", ()))})
+        if item.status not in get_args(Status):
+            raise ValueError(f"status {item.status!r}")
+        return item
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,13 @@ class Agreement:
     relative: tuple[bool, ...]
     """For each action dimension: whether actions are relative. Empty: none is."""
 
-    HEADS: ClassVar = ("item", "dataset", "checkpoint", "holds", "why")
-    """Column heads of `rows`."""
+    columns: tuple[Role, Role] = DATA
+    """The sides that have a column in tables."""
+
+    @property
+    def heads(self) -> tuple[str, str, str, str, str]:
+        """Column heads of `rows`."""
+        return ("item", *self.columns, "holds", "why")
 
     @property
     def conflicts(self) -> tuple[Item, ...]:
@@ -98,7 +129,7 @@ class Agreement:
         lines = []
         for fix, alike in groupby(self.conflicts, key=lambda item: item.fix):
             for item in alike:
-                sides = "; ".join(f"{role}: {text}" for role, text in item.sides.items())
+                sides = "; ".join(f"{role}: {item.short.get(t, t)}" for role, t in item.sides.items())
                 lines.append(f"  {item.name}: {sides}")
             lines += [f"    fix: {fix}"] if fix else []
         points = f"{len(self.conflicts)} point{'s' * (len(self.conflicts) > 1)}"
@@ -135,31 +166,31 @@ class Agreement:
         ]
         return Agreement(tuple(items), self.cameras, self.relative)
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Return (item, dataset, checkpoint, value, why) for tables; a further side is in the third."""
+    def rows(self, *, short: bool = False) -> list[tuple[str, str, str, str, str]]:
+        """Return (item, one side, the other, value, why) for tables; a further side is in the third.
+
+        `short`: as a console shows them, long statements shortened, one row for what is the same of state and
+        action, and remedies left out, which are said below the table.
+        """
         rows, fix = [], ""
-        for item in self.items:
-            dataset, checkpoint = item.sides.get("dataset", ""), item.sides.get("checkpoint", "")
-            others = [f"{role}: {text}" for role, text in item.sides.items() if role not in DATA]
+        for item in _state_with_action(self.items) if short else self.items:
+            first, second = (item.sides.get(role, "") for role in self.columns)
+            others = [f"{role}: {text}" for role, text in item.sides.items() if role not in self.columns]
             why = item.reason or ("as above" if item.fix and item.fix == fix else item.fix)
+            if short and item.status == "conflict":
+                why = "see below"
             fix = item.fix
             status = item.status if item.status != "same" else ""
-            rows.append(
-                (
-                    item.name,
-                    dataset,
-                    checkpoint or ", ".join(others),
-                    item.value,
-                    ": ".join(filter(None, (status, why))),
-                )
-            )
+            said = (first, second or ", ".join(others), item.value)
+            cells = tuple(item.short.get(text, text) for text in said) if short else said
+            rows.append((item.name, *cells, ": ".join(filter(None, (status, why)))))
         return rows
 
     def to_json(self) -> str:
         """Return the content of agreement.json."""
         content = {
             "format": FORMAT,
-            "items": [asdict(item) | {"sides": dict(item.sides)} for item in self.items],
+            "items": [item.to_json() for item in self.items],
             "cameras": list(self.cameras),
             "relative": list(self.relative),
         }
@@ -168,6 +199,22 @@ class Agreement:
     def write(self, folder: Path) -> None:
         """Write agreement.json into `folder`."""
         files.write_atomic(folder / FILE, self.to_json())
+
+
+def _state_with_action(items: Sequence[Item]) -> list[Item]:
+    """Return the items, with one for state and action where all but the name is the same."""
+
+    def content(item: Item) -> tuple[Any, ...]:
+        return item.sides, item.value, item.status, item.reason, item.fix
+
+    by_name = {item.name: item for item in items}
+    shown = {}
+    for item in items:
+        action = by_name.get(re.sub(r"\bstate\b", "action", item.name), item)
+        if action is not item and content(action) == content(item):
+            shown[action.name] = ""
+            shown[item.name] = re.sub(r"\bstate\b", "state and action", item.name)
+    return [replace(item, name=name) for item in items if (name := shown.get(item.name, item.name))]
 
 
 def join(agreements: Mapping[str, Agreement]) -> Agreement:
@@ -201,10 +248,7 @@ def read(folder: Path) -> Agreement | None:
         content: dict[str, Any] = parse_json(plain_text(path))
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
-        items = tuple(Item(**{**item, "accept": tuple(item.get("accept", ()))}) for item in content["items"])
-        unknown = {item.status for item in items} - set(get_args(Status))
-        if unknown:
-            raise ValueError(f"status {sorted(unknown)[0]!r}")
+        items = tuple(map(Item.from_json, content["items"]))
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

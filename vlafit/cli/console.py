@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -273,13 +273,23 @@ def rate(low: float, high: float) -> str:
 
 
 def agreement_table(agreement: "Agreement") -> str:
-    """Return what the sides say, what holds and why; long texts go on below themselves, none is cut."""
+    """Return what the sides say, what holds and why; long texts go on below themselves, long lists of
+    names are shortened (the report and agreement.json have them whole)."""
     rows: list[list[str]] = []
-    for row in agreement.rows():
+    for row in agreement.rows(short=True):
         cells = [textwrap.wrap(cell, WIDEST) or [""] for cell in row]
         height = max(len(lines) for lines in cells)
         rows += [[lines[i] if i < len(lines) else "" for lines in cells] for i in range(height)]
-    return table(agreement.HEADS, rows)
+    return table(agreement.heads, rows)
+
+
+def differences_table(agreement: "Agreement") -> str:
+    """Return the agreement's points that are not the same on both sides, and how many are."""
+    from vlafit.agreement.evaluation import statement
+
+    rest = tuple(item for item in agreement.items if item.status != "same")
+    shown = [agreement_table(replace(agreement, items=rest))] if rest else []
+    return "\n".join(filter(None, [*shown, statement(agreement.items)]))
 
 
 def plan_table(rows: list[dict]) -> str:

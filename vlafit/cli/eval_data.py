@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlafit.cli.console import Line, table
+from vlafit.agreement import Agreement
+from vlafit.cli.console import Line, differences_table, table
 from vlafit.cli.places import default_out, deleted_by_run, gone
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     from vlafit.actor import PolicyActor
     from vlafit.datasets import open_dataset
     from vlafit.offline import Settings, choose_episodes, evaluate
-    from vlafit.offline.contract import frames_notice, permitted_by, require_robot, require_values
+    from vlafit.offline.contract import agree, compare_frames, compare_values, permitted_by, require_robot
     from vlafit.report import offline as report
 
     settings = Settings(
@@ -35,13 +36,11 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     )
     actor = load()
     identity = require_robot(actor, store)
-    permitted = tuple(options.outside or ())
-    values: tuple[str, ...] = ()
+    items = agree(actor, store)
     if isinstance(actor, PolicyActor):
-        values = require_values(
-            actor.codec, store, str(name), (*permitted_by(name, actor.embodiment.name), *permitted)
-        )
-        values += tuple(filter(None, [frames_notice(name, store, actor.embodiment.name)]))
+        permitted = (*permitted_by(name, actor.embodiment.name), *(options.outside or ()))
+        items += compare_frames(name, store, actor.embodiment.name)
+        items += compare_values(actor.codec, store, str(name), permitted)
     if checkpoint is not None and deleted_by_run(checkpoint):
         raise gone(checkpoint)  # what it says of its data was incomplete
     with Line("observations", 1) as line:
@@ -60,12 +59,15 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
             history=actor.codec.config.history if isinstance(actor, PolicyActor) else 1,
             resume=options.resume,
             progress=progress,
+            agreement=items,
         )
+    if items:
+        print(differences_table(Agreement(tuple(items), (), ())))
     page = report.build(out)
     print(f"{len(result['episodes'])} episodes of {store.card.name}: {result['chosen']}")
     print(_table(result))
     print(report.verdict(result))
-    for notice in (*result["notices"], *values):
+    for notice in result["notices"]:
         print(notice)
     print(f"report: {page}")
     return 0

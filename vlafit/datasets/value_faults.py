@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.agreement import Item
+from vlafit.agreement.values import MOST_NAMES
 from vlafit.codec import Codec
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.value_ranges import FAR, SHIFTED, Range, fraction, measure, plain, sample
 from vlafit.errors import ConfigError, did_you_mean
 
+LARGEST_SHOWN = 3  # dimensions in a console's line about a column of many
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
 WILD = 1e4  # a value as many times further away than the others are large is an error: no robot records it
 ABSURD = 1e9  # and one beyond this, however many there are, is of no unit
@@ -108,13 +110,11 @@ def items(
     datasets = list(dict.fromkeys(one.dataset for one in ranges))
     for column in ("state", "action"):
         mine = [one for one in ranges if one.column == column]
-        texts = [
-            f"{dataset}: " + ", ".join(one.text() for one in mine if one.dataset == dataset)
-            for dataset in datasets
-        ]
-        largest = max(one.largest for one in mine)
-        value = f"largest {largest:.3g}"
-        yield Item(f"normalised {column}{of_part}", {"dataset": "; ".join(texts)}, value, "same")
+        of_each = [[one for one in mine if one.dataset == dataset] for dataset in datasets]
+        text, short = ("; ".join(map(say, of_each)) for say in (_every_range, _notable_ranges))
+        value = f"largest {max(one.largest for one in mine):.3g}"
+        name = f"normalised {column}{of_part}"
+        yield Item(name, {"dataset": text}, value, "same", short={text: short})
     for column in ("state", "action"):
         for dataset in datasets:
             mine = [one for one in ranges if (one.column, one.dataset) == (column, dataset)]
@@ -133,6 +133,21 @@ def items(
     yield from (_shifted(one) for one in ranges if one.is_shifted and one not in extreme)
     if own:
         yield from _single_values(stores, episodes, codec, permitted, remedies)
+
+
+def _every_range(ranges: Sequence[Range]) -> str:
+    return f"{ranges[0].dataset}: " + ", ".join(one.text() for one in ranges)
+
+
+def _notable_ranges(ranges: Sequence[Range]) -> str:
+    """Return the largest of many ranges, and those that have something to say, for a console."""
+    if len(ranges) <= MOST_NAMES:
+        return _every_range(ranges)
+    largest = sorted(ranges, key=lambda one: -one.largest)[:LARGEST_SHOWN]
+    chosen = [one for one in ranges if one in largest or one.has_note]
+    if len(chosen) > MOST_NAMES:
+        chosen = largest
+    return f"{_every_range(chosen)}; {len(ranges) - len(chosen)} more"
 
 
 def _extreme(

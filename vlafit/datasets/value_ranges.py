@@ -69,6 +69,11 @@ class Range:
         """Whether it moves, by a small part of what the statistics describe."""
         return self.moves and self.spread < NARROW
 
+    @property
+    def has_note(self) -> bool:
+        """Whether `text` says more than the largest value."""
+        return bool(self.far) or self.is_shifted or self.is_narrow or not self.moves
+
     def text(self) -> str:
         """Return the range in a few words."""
         share = f" ({self.far:.2%} beyond {FAR:g})" if self.far else ""

@@ -1,11 +1,11 @@
 """Compare an actor's robot, and its statistics, with the dataset before anything is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from vlafit import config
-from vlafit.agreement import Agreement
+from vlafit.agreement import Agreement, Item, evaluation_items
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned
@@ -40,38 +40,41 @@ EVALUATION = value_faults.Remedies(
 )
 
 
-def require_values(
+def agree(actor: Actor, store: EpisodeStore) -> list[Item]:
+    """Return what the actor's robot and that of the dataset, which `require_robot` has let pass, say of each
+    other."""
+    return (
+        evaluation_items(actor.embodiment, store.embodiment, "dataset") if isinstance(actor, OfRobot) else []
+    )
+
+
+def compare_values(
     codec: Codec, store: EpisodeStore, title: str, permitted: Sequence[str] = ()
-) -> tuple[str, ...]:
+) -> list[Item]:
     """Compare the values of a dataset with the statistics of a codec, as training does.
 
-    `title` names the checkpoint, `permitted` are dimensions whose values may be extreme. Returns a sentence
-    for each difference that is no error. Raises EmbodimentError naming every dimension that is.
+    `title` names the checkpoint, `permitted` are dimensions whose values may be extreme. Raises
+    EmbodimentError naming every dimension that is extreme and not permitted.
     """
     every = tuple(info.id for info in store.episodes)
     items = tuple(value_faults.items([store], [every], codec, permitted, False, EVALUATION))
     Agreement(items, (), ()).require(f"dataset {store.card.name!r} and the statistics of {title}")
-    lines = (
-        f"{item.name}: {'; '.join(item.sides.values())}: {item.reason}"
-        for item in items
-        if item.status == "differs"
-    )
-    return (*lines, *(f"{text}: are the cameras exchanged?" for text in exchanged_keys(store.card).values()))
+    return [*items, *_exchanged(store)]
 
 
-def frames_notice(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -> str:
-    """Return a sentence where a dataset's frames are read otherwise than those a checkpoint learned from.
+def _exchanged(store: EpisodeStore) -> Iterator[Item]:
+    for camera, text in exchanged_keys(store.card).items():
+        yield Item(f"camera {camera}", {"dataset": text}, "as it is", "differs", "are the cameras exchanged?")
 
-    It is "" where they are read alike, or the checkpoint has no agreement that says how its frames were read.
-    """
-    stated = learned(checkpoint, embodiment)
-    here = frames(store.card)
-    if not stated or is_same(here, stated):
-        return ""
-    return (
-        f"frames of dataset {store.card.name!r} are read {here}, those that the checkpoint learned from "
-        f"{stated}: are all upright?"
-    )
+
+def compare_frames(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -> Iterator[Item]:
+    """Yield how the dataset's frames are read, and those a checkpoint learned from, where it says."""
+    stated, here = learned(checkpoint, embodiment), frames(store.card)
+    if stated and is_same(here, stated):
+        yield Item("frames", {"dataset": here, "checkpoint": stated}, here, "same")
+    elif stated:
+        sides = {"dataset": here, "checkpoint": stated}
+        yield Item("frames", sides, here, "differs", "are all upright?")
 
 
 def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:

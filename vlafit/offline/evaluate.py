@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlafit import locks
+from vlafit.agreement import Item
 from vlafit.datasets import EpisodeStore, episodes_hash
 from vlafit.errors import ConfigError
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
@@ -62,11 +63,13 @@ def evaluate(
     history: int = 1,
     resume: bool = False,
     progress: Progress | None = None,
+    agreement: Sequence[Item] = (),
 ) -> dict[str, Any]:
     """Evaluate `actor` on recorded episodes in the folder `out`; return what result.json holds.
 
     Only the contract of an Actor is used, so any policy can be measured. `identity` names it (a checkpoint's
     hash, say): an evaluation resumes only with the same one. `history` is how many observed steps it reads.
+    `agreement` is what policy and dataset say of one another, which the result keeps.
     The result does not depend on interruptions. Raises ConfigError for another evaluation in `out`.
     """
     started = time.monotonic()
@@ -121,6 +124,7 @@ def evaluate(
             "chosen": episodes.why,
             "hold_still": hold.why if isinstance(hold, HoldStill) else hold,
             "mean_chunk": "of the training episodes" if episodes.training else "of all other episodes",
+            "agreement": [item.to_json() for item in agreement],
             "notices": _notices(episodes),
             "seconds": round(time.monotonic() - started, 1),
         }

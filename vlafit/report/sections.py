@@ -79,7 +79,7 @@ def agreement(facts: Facts) -> Raw:
     if agreed is None:
         return Raw("")
     rows = [list(row) for row in agreed.rows()]
-    return section(title, table(list(agreed.HEADS), rows, [""] * 5))
+    return section(title, table(list(agreed.heads), rows, [""] * 5))
 
 
 def tasks(facts: Facts) -> Raw:

@@ -110,7 +110,8 @@ def evaluate(
             with EnvPool(_env(protocol), timeout_s or protocol.timeout_s) as pool:
                 ready = pool.describe(list(dict.fromkeys([remaining[0], remaining[-1]])) if remaining else ())
                 _require_playable(protocol, ready, robot, wrong_instruction)
-                folder.describe(ready, _renderer_notice(robot, ready.embodiment))
+                notice = _renderer_notice(robot, ready.embodiment)
+                folder.describe(ready, notice, prepared.agreement(ready.embodiment))
                 width = prepared.trained.width if prepared.trained else IN_FLIGHT
                 in_flight = min(width, len(remaining))
                 pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from vlafit import files, score
+from vlafit.agreement import Item
 from vlafit.config import build
 from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
@@ -70,6 +71,8 @@ class Result:
     seconds: float
     hz: float = 0.0
     """Control rate of the robot; 0 for an evaluation of an earlier version."""
+    agreement: tuple[Item, ...] = ()
+    """What policy and protocol say of the robot, and what was chosen; empty for an earlier version's."""
 
     @property
     def steps_to_success(self) -> float | None:
@@ -151,6 +154,7 @@ class EvaluationFolder:
             for values, key, kind in kinds:
                 if not isinstance(values[key], kind):
                     raise TypeError(f"{key} is {values[key]!r}")
+            _agreement(environment)
             return identity, environment
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
@@ -161,7 +165,7 @@ class EvaluationFolder:
         header = {"identity": self.identity, "environment": self.described}
         files.write_atomic(self.header, json.dumps(header, indent=2) + "\n")
 
-    def describe(self, ready: Ready, notice: str) -> None:
+    def describe(self, ready: Ready, notice: str, agreement: Sequence[Item]) -> None:
         """Write evaluation.json, or check that the environment has not changed since it was written."""
         environment = {
             "versions": dict(sorted(ready.versions.items())),
@@ -170,11 +174,13 @@ class EvaluationFolder:
             "hz": ready.embodiment.hz,
             "instructions": {task: ready.instructions[task] for task in self.identity["tasks"]},
             "notices": [notice] if notice else [],
+            "agreement": [item.to_json() for item in agreement],
         }
         for line in environment["notices"]:
             log.warning("%s", line)
         kept = {"hz": environment["hz"], **self.described}  # an earlier version did not write it
-        changed = [key for key in environment if self.described and environment[key] != kept.get(key)]
+        decides = environment.keys() - {"agreement"}
+        changed = [key for key in sorted(decides) if self.described and environment[key] != kept.get(key)]
         if changed:
             raise ConfigError(
                 f"{self.path}: cannot resume: {', '.join(changed)} changed since this evaluation started; "
@@ -278,6 +284,7 @@ class EvaluationFolder:
                 for task, task_score in scores.items()
             },
             **(more or {}),
+            "agreement": self.described.get("agreement", []),
             "complete": not incomplete,
             "notices": notices,
             **{key: self.described[key] for key in ("versions", "software", "renderer")},
@@ -286,7 +293,12 @@ class EvaluationFolder:
         files.write_atomic(result_file, json.dumps(content, indent=2) + "\n")
         name = self.identity["protocol"]["name"]
         hz = float(self.described.get("hz", 0.0))
-        return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds, hz)
+        agreed = _agreement(self.described)
+        return Result(self.path, name, scores, total, tuple(records), tuple(notices), seconds, hz, agreed)
+
+
+def _agreement(environment: Mapping[str, Any]) -> tuple[Item, ...]:
+    return tuple(map(Item.from_json, environment.get("agreement", ())))
 
 
 def read_records(path: Path, horizon: object) -> list[Record]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Structure
 
+from vlafit.agreement import Item, chosen, evaluation_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.rollout.against import ALPHA, Earlier, Start, read_earlier, require_comparable, stop_after
@@ -75,6 +76,19 @@ class PreparedEvaluation:
             **({"shard": [self.shard.number, self.shard.count]} if self.shard else {}),
             **({"stop_early": {"against": rival.sha256(), "alpha": ALPHA}} if rival and early else {}),
         }
+
+    def agreement(self, robot: Embodiment) -> list[Item]:
+        """Return what policy and protocol say of the `robot`, and what was chosen in the protocol's place."""
+        items = evaluation_items(self.robot, robot, "protocol") if self.robot else []
+        own, used = Execution(replan=self.protocol.replan), self.execution
+        if used is not None:
+            for name, stated in _plain(own).items():
+                items += chosen(f"execution: {name}", str(stated), str(_plain(used)[name]), "protocol")
+        trials = str(self.protocol.trials), str(self.trials)
+        items += chosen("episodes of each task", *trials, "protocol")
+        told = "the partner's" if self.wrong_instruction else "the task's"
+        items += chosen("instruction", "the task's", told, "protocol")
+        return items
 
     def end(self, done: Mapping[Start, Record]) -> int | None:
         """Return after how many starts of `order` the two evaluations are told apart; None: not yet."""

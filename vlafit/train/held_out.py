@@ -8,6 +8,7 @@ from pathlib import Path
 from vlafit import offline
 from vlafit.actor import load_actor
 from vlafit.errors import VlafitError
+from vlafit.offline.contract import agree
 from vlafit.offline.folder import HEADER, read_object
 from vlafit.report.facts import OFFLINE
 from vlafit.train.context import RunContext
@@ -58,6 +59,7 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
                 identity=identity,
                 history=context.experiment.codecs.history,
                 resume=True,
+                agreement=agree(actor, store),
             )
             sentences[name] = verdict(result)
             log_held_out(context.accelerator, name, step, result)

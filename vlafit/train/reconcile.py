@@ -312,7 +312,7 @@ def _frames(
     path = checkpoints.place(recipe.policy.checkpoint).path
     stated = learned(path, before.embodiment.name if before is not None else "")
     if not stated:
-        return Item("frames", sides, value, "assumed", "the checkpoint does not say how its were read")
+        return Item("frames", sides, value, "assumed", "the checkpoint does not say how its frames were read")
     sides["checkpoint"] = stated
     other = differing(cards, stated, pairs)
     if not other:
