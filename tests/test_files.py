@@ -282,3 +282,25 @@ def test_a_folder_that_has_to_be_new_replaces_nothing(tmp_path: Path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").touch()  # of a program that knows no locks
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_who_creates_a_path_removes_what_killed_processes_left_of_it(tmp_path: Path):
+    mine = [".out.partial", ".out.41.partial", ".out.ab.41.partial", ".other.41.partial"]
+    for name in mine:
+        (tmp_path / name).touch()
+    with locks.creating(tmp_path / "out", "vlafit export"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.41.partial", ".out.ab.41.partial"]
+
+
+def test_a_kill_while_it_is_tried_whether_a_folder_can_be_written_leaves_no_file(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from vlafit import files\n"
+        "def die(event, args):\n"
+        "    if event in ('os.remove', 'end'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(die)\n"
+        "files.require_writable(Path(sys.argv[1])); sys.audit('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])  # killed before anything is removed
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from vlafit.errors import StorageError, VlafitError
 
 LOCK = ".lock"  # holds the id of the process that works in a folder; a killed process leaves the file behind
 OWNER = ".lock.owner"  # the same, on file systems without flock: whoever creates it holds the lock
-STRAY = re.compile(r"\.probe\.\d+|\..+\.partial|\..+\.old")  # what a killed process leaves behind
+STRAY = re.compile(r"\.probe\.\d+|\..+\.(partial|old|removed)")  # what a killed process leaves behind
 
 
 def _cannot(what: str, path: Path, error: OSError) -> StorageError:
@@ -310,11 +311,10 @@ def sha256(path: Path) -> str:
 def require_writable(folder: Path) -> Path:
     """Create `folder` if it is missing, check that files can be written there, and return it."""
     folder = Path(folder)
-    probe = folder / f".probe.{os.getpid()}"
     try:
         _make_folder(folder)
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # has no name that a kill could leave
+            probe.write(b"x")
     except OSError as error:
         raise _cannot("write to folder", folder, error) from error
     return folder
@@ -323,6 +323,18 @@ def require_writable(folder: Path) -> Path:
 def is_empty(folder: Path) -> bool:
     """Return whether a folder is empty, except for what a killed process left behind (see `tidy`)."""
     return all(path.name in (LOCK, OWNER) or STRAY.fullmatch(path.name) for path in folder.iterdir())
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes left of writing `path`. No other process may be writing it."""
+    stray = re.compile(rf"\.{re.escape(path.name)}(\.\d+)?\.partial")
+    for other in list(path.parent.iterdir()):
+        if not stray.fullmatch(other.name):
+            continue
+        if other.is_dir() and not other.is_symlink():
+            shutil.rmtree(other)
+        else:
+            other.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:

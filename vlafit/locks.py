@@ -6,6 +6,7 @@ The system releases a lock when its process ends. File systems without flock get
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def require_unlocked(folder: Path, what: str) -> None:
 
 @contextmanager
 def creating(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock beside `path`, a file or folder that a command creates and that must not exist.
+    """Hold a lock beside `path`, a file or folder that a command creates. What a killed one left is removed.
 
     Raises VlafitError, without touching anything, if another process is creating it, and StorageError if its
     folder cannot be written.
@@ -39,6 +40,7 @@ def creating(path: Path, what: str) -> Iterator[None]:
     parent = files.require_writable(path.parent)
     try:
         with _locked(parent / f".{path.name}{LOCK}", path, what):
+            files.remove_partials(path)
             yield
     except BaseException:
         for folder in made:  # a command that failed before it wrote anything leaves no trace
@@ -166,6 +168,14 @@ def _owned(path: Path, place: Path, what: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove half-written files of dead processes of this machine from a folder that living ones work in."""
+    for path in list(folder.iterdir()):
+        named = re.fullmatch(r"\..+\.(\d+)\.partial", path.name)
+        if named and path.is_file() and not _is_running(int(named[1])):
+            path.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

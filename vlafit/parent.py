@@ -1,4 +1,4 @@
-"""End a child process that trains when the process that started it has gone, however that ended.
+"""What asks a command to end: signals, and for a child process the end of the one that started it.
 
 The parent gives the child a pipe as standard input and never writes to it: the pipe ends with the parent,
 even if that is killed.
@@ -11,6 +11,12 @@ import threading
 
 VARIABLE = "VLAFIT_PARENT_ON_STDIN"  # set by a parent whose end is to be noticed
 STDIN = subprocess.PIPE
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return Ctrl-C's, SIGTERM, and that of a terminal which is closed, unless `nohup` has it ignored."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 def watch() -> None:

@@ -1,14 +1,16 @@
 """The command line as a stranger meets it: help, wrong words, exit statuses."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from tests.variants import variants
-from vlafit import cli
+from vlafit import cli, files, locks
 from vlafit.errors import VlafitError
 
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "mujoco", "h5py", "matplotlib"}
@@ -115,6 +117,32 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", interrupt)
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == "vlafit: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_asks_to_end_is_as_ctrl_c_so_that_nothing_half_written_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def write(_: list[str]) -> int:
+        with locks.creating(tmp_path / "out", "test"), files.new_folder(tmp_path / "out") as partial:
+            (partial / "half").touch()
+            signal.raise_signal(getattr(signal, name))
+        return 0
+
+    monkeypatch.setattr(cli, "_run", write)
+    assert cli.main(["list"]) == 130
+    assert capsys.readouterr().err == "vlafit: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(getattr(signal, name)) is signal.SIG_DFL
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "_run", lambda _: signal.raise_signal(signal.SIGHUP) or 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["list"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_other_processes_of_a_launch_speak_last_and_say_who_they_are(monkeypatch, capsys):

@@ -170,6 +170,16 @@ def test_a_finished_arm_is_never_run_again(
     assert again.standings[0].records == done.standings[0].records
 
 
+def test_what_killed_processes_left_in_a_comparison_is_removed(
+    done: compare.Comparison, out: Path, recipe: Recipe, options: Options
+) -> None:
+    half = [out / "recipes" / f".{LOW}.toml.41.partial", out / "arms" / f".{LOW}.removed"]
+    half[0].touch()
+    half[1].mkdir()
+    compare.run(recipe, replace(options, strategies=options.strategies[:1]), out)
+    assert not any(path.exists() for path in half)
+
+
 @pytest.mark.slow
 def test_an_arm_that_broke_is_tried_again(out: Path, recipe: Recipe, options: Options) -> None:
     seen = Seen()

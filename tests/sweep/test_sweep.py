@@ -178,6 +178,29 @@ def test_a_sweep_whose_workers_are_killed_has_the_trials_of_an_undisturbed_one(
     assert all(killed[n] == killed[n + 1] for n in dies), "the next attempt has the number and the values"
 
 
+def test_a_trial_that_saves_between_the_kills_is_never_given_up(recipe: Recipe, tmp_path: Path) -> None:
+    storage = Storage(tmp_path, Study(SEARCH, trials=1, startup=1), recipe.train.steps)
+    for step in range(1, 6):  # the machine is taken away again and again
+        taken = storage.take(1)
+        assert taken is not None and taken.number == 0
+        (taken.folder / "run" / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        taken.lock.close()
+    assert storage.take(1) is not None
+
+
+def test_half_written_files_of_dead_processes_are_removed_from_a_sweep(
+    done: sweep.SweepResult, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(done.sweep.folder, tmp_path / "out"))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = (folder / f".sweep.html.{pid}.partial" for pid in (ended.pid, os.getpid()))
+    for path in (dead, alive):
+        path.touch()
+    assert sweep.run(replace(done.sweep, folder=folder), "study.toml")
+    assert not dead.exists() and alive.exists()
+
+
 def test_a_trial_that_kills_every_worker_is_given_up(recipe: Recipe, tmp_path: Path) -> None:
     storage = Storage(tmp_path, Study(SEARCH, trials=1, startup=1), recipe.train.steps)
     deaths = 0

@@ -96,7 +96,9 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     assert record["resumed_from"] == (None if step == 1 else "step_000004") and record["finished"] is True
 
 
-@pytest.mark.parametrize("how", variants([signal.SIGTERM, signal.SIGINT], always=[signal.SIGTERM]))
+@pytest.mark.parametrize(
+    "how", variants([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], always=[signal.SIGTERM])
+)
 def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     recipe: Recipe, whole: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

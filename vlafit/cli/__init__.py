@@ -9,10 +9,13 @@ import importlib
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from vlafit.errors import ConfigError, VlafitError, did_you_mean, printable
 
@@ -65,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = arguments[show:]
     try:
         try:
-            status = _run(arguments)
+            with _signals_as_ctrl_c():
+                status = _run(arguments)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where an error can be answered, and not when the interpreter ends
@@ -89,6 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             "interrupted; continue with the same command and --resume" if resumable else "interrupted"
         )
         return 130
+
+
+@contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP of a terminal that is closed, end a verb as Ctrl-C does: nothing half stays.
+
+    A process of an `accelerate launch` ends at once: while it waits for another one, Python sees no signal.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from vlafit import parent
+
+    default = [number for number in parent.ending_signals() if signal.getsignal(number) is signal.SIG_DFL]
+    for number in default:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in default:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _message(error: Exception, arguments: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlafit import locks
 from vlafit.cli.console import Line, table
 from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError
@@ -80,7 +81,8 @@ def _view(options: Namespace) -> int:
     store = open_dataset(options.path)
     episode = position_of(store, options.episode)
     draw = draw_film if options.video else draw_strip
-    draw(store, episode, path)
+    with locks.creating(path, "vlafit data view"):
+        draw(store, episode, path)
     info = store.episodes[episode]
     print(f"{path}: episode {info.id}, {info.length} steps: {info.instruction}")
     return 0

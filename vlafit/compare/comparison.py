@@ -90,6 +90,8 @@ def run(
     arms.require_possible(recipe, candidates, rates, data, play=not (out / IDENTITY).is_file())
     write_or_require_same(out / IDENTITY, "comparison", now)
     with locks.exclusive(out, "vlafit compare") as lock:
+        for name in ("arms", "recipes"):
+            files.tidy(out / name)
         runner = _Runner(recipe, options, out, digest(now), lock, observer or Observer())
         with stopping(runner.processes.stop):
             standings = runner.run_all(candidates)

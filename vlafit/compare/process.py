@@ -148,11 +148,11 @@ def _last_output(log: Path, start: int) -> str:
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """Within this block SIGINT and SIGTERM call `stop` instead of ending the process."""
+    """Within this block a signal that asks to end calls `stop` instead of ending the process."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can catch signals
         yield
         return
-    old = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, lambda *_: stop()) for number in parent.ending_signals()}
     try:
         yield
     finally:

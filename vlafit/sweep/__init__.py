@@ -8,6 +8,7 @@ JSON, the best recipe).
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from vlafit import locks
 from vlafit.compare.identity import write_or_require_same
 from vlafit.compare.process import Ended, Processes, reason, stopping
 from vlafit.errors import VlafitError
@@ -37,6 +38,7 @@ def run(
     workers died so often that trials are left.
     """
     write_or_require_same(sweep.folder / IDENTITY, "sweep", require_possible(sweep, where))
+    locks.remove_abandoned(sweep.folder)
     if workers <= 1 or worker_command is None:
         return run_trials(sweep, tell)
     processes = Processes(workers)

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 NAME = "sweep"
 DATABASE = "study.db"
-RETRIES = 2  # of a trial whose worker died
-FOLDER, RETRY_OF, TRIED, ERROR = "folder", "retry_of", "tried", "error"  # user attributes of a trial
+RETRIES = 2  # of a trial whose worker died, since its last checkpoint
+FOLDER, RETRY_OF, TRIED, SAVED, ERROR = (
+    "folder",
+    "retry_of",
+    "tried",
+    "saved",
+    "error",
+)  # attributes of a trial
 WAIT_S = 60.0  # time-out of SQLite's own lock
 
 
@@ -133,15 +139,22 @@ class Storage:
         """Queue a trial again, then mark it as failed: a kill between the two must not lose it."""
         trials = self.trials()
         trial = trials[number]
-        tried = int(trial.user_attrs.get(TRIED, 0)) + deaths
+        saved = self._saved(trial.user_attrs.get(FOLDER, ""))
+        earlier = 0 if saved > trial.user_attrs.get(SAVED, 0) else int(trial.user_attrs.get(TRIED, 0))
+        tried = earlier + deaths
         queued = any(other.user_attrs.get(RETRY_OF) == number for other in trials)
         if tried <= RETRIES and FOLDER in trial.user_attrs and not queued:
             queued_values = trial.system_attrs.get("fixed_params", {})  # of an attempt that died at once
             self.optuna_study.enqueue_trial(
                 {**queued_values, **trial.params},
-                user_attrs={FOLDER: trial.user_attrs[FOLDER], RETRY_OF: number, TRIED: tried},
+                user_attrs={FOLDER: trial.user_attrs[FOLDER], RETRY_OF: number, TRIED: tried, SAVED: saved},
             )
         self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
+
+    def _saved(self, name: str) -> int:
+        """Return the step of the last checkpoint in a trial's run; 0 without one."""
+        folders = (self.folder / "trials" / name / "run" / "checkpoints").glob("step_*")
+        return max((int(path.name.removeprefix("step_")) for path in folders), default=0)
 
     def _try_lock(self, number: int) -> IO[str] | None:
         file = open(self.folder / "locks" / str(number), "w", encoding="utf-8")  # noqa: SIM115

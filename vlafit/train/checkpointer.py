@@ -161,8 +161,6 @@ class CheckpointManager:
 
     def tidy(self) -> None:
         """Remove half-written and half-removed checkpoints of a killed process."""
-        for path in self.folder.glob(".*step_*.removed"):
-            shutil.rmtree(path)
         for folder in (self.folder.parent, self.folder):
             files.tidy(folder)
         newest = self.resumable()

@@ -14,6 +14,7 @@ from typing import final
 
 import torch
 
+from vlafit import parent
 from vlafit.nn.batch import Batch
 from vlafit.train import checkpointer, dataloader, saved_weights, stages
 from vlafit.train.checkpointer import Progress
@@ -342,7 +343,7 @@ class Trainer:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Within this block SIGINT and SIGTERM ask for a stop after the current step.
+    """Within this block SIGINT, SIGTERM and SIGHUP ask for a stop after the current step.
 
     A second SIGINT interrupts at once.
     """
@@ -358,7 +359,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield lambda: False
         return
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, ask) for number in parent.ending_signals()}
     try:
         yield lambda: asked
     finally:
