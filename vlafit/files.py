@@ -124,6 +124,14 @@ KINDS = (
 )
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return the path with ``~`` as the user's folder; as it is where ``~NAME`` is no user but a file."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def irregular(path: Path) -> str:
     """Return what lies at `path` instead of a regular file, such as "a pipe"; "" for a file or nothing."""
     try:

@@ -9,6 +9,7 @@ import vlafit
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints, pointers
 from vlafit.cli.places import checkpoint_folder
+from vlafit.datasets import load_card
 from vlafit.errors import ConfigError, WeightsError
 
 LEROBOT = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
@@ -35,6 +36,17 @@ def test_a_run_of_lerobot_means_its_last_checkpoint(tmp_path: Path, named: str):
     assert checkpoints.place(run / named).path == last
     assert checkpoint_folder(str(run / named), foreign=True) == last
     assert checkpoints.inspect(run / named).report.form == "LeRobot"
+
+
+def test_the_last_checkpoint_of_lerobot_is_the_one_that_its_link_names(tmp_path: Path):
+    run = lerobot_run(tmp_path / "run")
+    (run / "checkpoints" / "last").symlink_to("000500")  # resumed from an earlier step
+    earlier = run / "checkpoints" / "000500" / "pretrained_model"
+    assert checkpoints.place(run).path == checkpoints.place(run / "checkpoints").path == earlier
+    assert checkpoints.place(run / "checkpoints" / "last").path.resolve() == earlier
+    (run / "checkpoints" / "last").unlink()
+    (run / "checkpoints" / "last").symlink_to("002000")  # deleted since, or not copied
+    assert checkpoints.place(run).path == run / "checkpoints" / "001000" / "pretrained_model"
 
 
 def test_an_earlier_step_of_lerobot_is_that_step(tmp_path: Path):
@@ -106,3 +118,20 @@ def test_an_address_is_answered_with_the_way_to_its_files(address: str, facts: l
         with pytest.raises(WeightsError) as caught:
             ask(address)
         assert all(fact in str(caught.value) for fact in (address, *facts))
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="`vlafit opens local folders and ids of the Hub`, or a traceback of pathlib",
+    user_has="a checkpoint's folder that is called s3, gs or http, or begins with `~`",
+    now="it is a folder like any other",
+)
+@pytest.mark.parametrize("name", ["s3", "gs", "http", "hf", "~old-robot"])
+def test_a_folder_may_be_called_like_a_scheme_or_begin_with_a_tilde(name: str, tmp_path: Path, monkeypatch):
+    shutil.copytree(LEROBOT, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.place(name).path == Path(name)
+    with pytest.raises(ConfigError, match="~nobody-here"):
+        checkpoints.place("~nobody-here")
+    with pytest.raises(ConfigError, match="~nobody-here"):
+        load_card("~nobody-here/card.toml")

@@ -15,6 +15,7 @@ from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, did_you_mean
+from vlafit.files import expand_user
 
 
 def load_card(name_or_path: str | Path) -> Card:
@@ -100,7 +101,7 @@ def describe(path: Path, layout: str = "") -> Draft:
     A layout is given the absolute path: a relative one in a card is looked for elsewhere. Raises DataError if
     their layout is unknown or cannot do it.
     """
-    path = path.expanduser().resolve()
+    path = expand_user(path).resolve()
     name = layout or layouts.recognise(path)
     module = layouts.load(name)
     if "describe" not in vars(module):
@@ -129,7 +130,7 @@ def is_remote(text: str) -> bool:
     """Whether `text` is the URL of a dataset, or an id of the Hub that is neither a path nor a card here."""
     if remote.is_url(text):
         return not text.endswith(".toml")
-    if Path(text).expanduser().exists() or not hub.is_id(text):
+    if expand_user(text).exists() or not hub.is_id(text):
         return False
     try:
         shipped.find("card", text)
@@ -218,7 +219,7 @@ def _data_at(name_or_path: str | Path) -> tuple[Path | None, str]:
             return hub.fetch_id(name_or_path), ""
         files = remote.in_place(name_or_path)
         return (files.root, files.url) if files else (remote.fetch(name_or_path), "")
-    local = Path(name_or_path).expanduser()
+    local = expand_user(name_or_path)
     if str(name_or_path) and local.exists() and (local.is_dir() or local.suffix != ".toml"):
         return local, ""
     return None, ""

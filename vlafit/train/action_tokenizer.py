@@ -6,7 +6,6 @@ Pretrained weights know what each action token means, so for them none is ever m
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from vlafit.codec.statistics import Normaliser
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
+from vlafit.files import expand_user
 from vlafit.nn.policy import Needs
 from vlafit.train.data import Data
 
@@ -79,7 +79,7 @@ def open_named(name: str) -> FastTokenizer:
 
     Raises ConfigError or WeightsError saying where it was looked for, CodecError where it is damaged.
     """
-    local = Path(name).expanduser()
+    local = expand_user(name)
     if local.exists() or hub.parse(name) is None:
         return fast.load(local)
     return fast.load(hub.place(name, FILES).path)

@@ -10,6 +10,7 @@ from vlafit.cli import data_tools
 from vlafit.cli.console import Line, table
 from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError, did_you_mean
+from vlafit.files import expand_user
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,13 +74,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _data(path: str) -> "Path | None":
     """Return the files or folder that `path` is, None if it is a card or a name."""
-    from pathlib import Path
 
     from vlafit.datasets import remote
 
     if remote.is_url(path) and not path.endswith(".toml"):
         return None if remote.in_place(path) else remote.fetch(path)
-    local = Path(path).expanduser()
+    local = expand_user(path)
     return local if local.exists() and local.suffix != ".toml" else None
 
 
