@@ -5,6 +5,9 @@ from every import statement: at module level, inside functions and under TYPE_CH
 """
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -73,3 +76,11 @@ def test_a_circle_is_found_in_functions_under_type_checking_and_through_a_third_
     (package / "c.py").write_text("import pkg.a\nclass C: ...\n")
     (package / "d.py").write_text("from pkg import a\n")
     assert cycles(package) == {frozenset({"pkg.a", "pkg.b", "pkg.c"})}
+
+
+def test_what_a_training_run_imports_starts_no_thread():
+    """A loader's process is forked from it, and with the tests each command (tests/forked.py)."""
+    code = "import os, vlafit.cli.verbs.train, vlafit.train; print(len(os.listdir('/proc/self/task')))"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlafit.datasets.downloads import Needed, announce, reason, require_inside
 from vlafit.datasets.hdf5_index import folder
-from vlafit.datasets.lerobot.in_place import Listing
+from vlafit.datasets.listing import Listing
 from vlafit.datasets.storage import RemoteFile, UnreachableError
 from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import DataError, VlafitError

@@ -10,14 +10,17 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from vlafit.datasets import hub, storage, web
 from vlafit.datasets.downloads import Needed
 from vlafit.datasets.hdf5_index import SWITCH, folder
-from vlafit.datasets.lerobot.in_place import INFO, FilesInPlace, Listing, Storage, kept_listing
+from vlafit.datasets.listing import INFO, Listing, Storage, kept_listing
 from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vlafit.datasets.lerobot.in_place import FilesInPlace
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ def is_url(text: str) -> bool:
     return URL.fullmatch(text) is not None
 
 
-def in_place(url: str) -> FilesInPlace | None:
+def in_place(url: str) -> "FilesInPlace | None":
     """Return the files of the LeRobot dataset at `url`, with its metadata here; None for another layout.
 
     Where the storage cannot be reached, the files are those that it had when it was opened last. Raises
@@ -54,7 +57,11 @@ def in_place(url: str) -> FilesInPlace | None:
             raise
         log.warning("%s; reading on from the copies at %s", error, place)
         listing = Listing(kept[0], kept[1], partial(_connect, scheme, url))
-    return FilesInPlace(listing, place) if INFO in listing.files else None
+    if INFO not in listing.files:
+        return None
+    from vlafit.datasets.lerobot.in_place import FilesInPlace  # pyarrow, and with it a thread
+
+    return FilesInPlace(listing, place)
 
 
 def fetch(url: str, needed: Needed | None = None) -> Path:

@@ -6,7 +6,7 @@ from functools import partial
 from urllib.parse import quote
 
 from vlafit.datasets.downloads import attempts, reason
-from vlafit.datasets.lerobot.in_place import INFO, Listing
+from vlafit.datasets.listing import INFO, Listing
 from vlafit.datasets.storage import RemoteFile, UnreachableError, version_of
 from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import DataError

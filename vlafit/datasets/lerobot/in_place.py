@@ -12,51 +12,27 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlafit.datasets.bounded_cache import SIZE_SWITCH, BoundedCache, chosen_limit
-from vlafit.datasets.downloads import ChangedError, Wait, announce_in_place, as_text, attempts, require_inside
+from vlafit.datasets.downloads import ChangedError, Wait, announce_in_place, as_text, attempts
 from vlafit.datasets.lerobot.files import DatasetFiles
 from vlafit.datasets.lerobot.tables import read_columns, read_table
+from vlafit.datasets.listing import LISTED, Listing, Storage
 from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.storage import RemoteFile, require_content, version_of
 from vlafit.datasets.web_files import NoRangesError
 from vlafit.errors import DataError
-from vlafit.files import parse_json, plain_text, require_writable, write_atomic
+from vlafit.files import require_writable, write_atomic
 
 META = "meta/"
-INFO = f"{META}info.json"
-LISTED = ".files.json"  # beside the dataset's folder: which files there are
 AT_ONCE = 8  # files of the metadata
 FIX = "Run the command again (a training run with --resume): files that are here are not copied again"
-
-
-class Storage(Protocol):
-    """What is used of a file system of fsspec."""
-
-    def info(self, path: str) -> Mapping[str, Any]: ...
-    def get_file(self, path: str, target: str, /) -> object: ...
-    def cat_file(self, path: str, start: int, end: int) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a dataset, and how they are reached."""
-
-    url: str
-    """As what it is named, with the commit if it has one."""
-    files: Mapping[str, RemoteFile]
-    connect: Callable[[], Storage]
-    """Called once in each process."""
-    look_up: Callable[[Collection[str]], Mapping[str, RemoteFile]] | None = None
-    """Returns those of some names that exist. For storage that lists none: `files` are metadata only."""
-    pinned: bool = False
-    """Whether files at these paths never change, as those of a commit."""
 
 
 class FilesInPlace(DatasetFiles):
@@ -244,18 +220,3 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._at = end
         return len(data)
-
-
-def kept_listing(place: Path, matches: Callable[[str], bool]) -> tuple[str, dict[str, RemoteFile]] | None:
-    """Return URL and files of the dataset that was opened last, of those whose URL `matches`."""
-    for path in sorted(place.glob(f"*/{LISTED}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            facts = parse_json(plain_text(path))
-            if matches(facts["url"]):
-                files = {name: RemoteFile(*values) for name, values in facts["files"].items()}
-                for name in files:
-                    require_inside(name, facts["url"])
-                return facts["url"], files
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
