@@ -123,6 +123,14 @@ KINDS = (
 )
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return the path with ``~`` as the user's folder; unchanged where ``~NAME`` is no user, but a file's name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def irregular(path: Path) -> str:
     """Return what lies at `path` instead of a regular file, such as "a pipe"; "" for a file or nothing."""
     try:

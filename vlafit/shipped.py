@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vlafit.errors import ConfigError, did_you_mean
-from vlafit.files import irregular
+from vlafit.files import expand_user, irregular
 
 Kind = Literal["recipe", "strategy", "study", "launcher", "card", "protocol", "checkpoint", "tokenizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -62,7 +62,7 @@ def find(kind: str, name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if not text:
         raise ConfigError(f"the name of the {kind} is empty{did_you_mean('', names(kind))}")
-    candidates = [Path(text).expanduser()]
+    candidates = [expand_user(text)]
     for root in roots():
         folder = root / location.folder
         candidates += [folder / text, folder / (text + location.suffix), root / text]

@@ -9,6 +9,7 @@ import vlafit
 from tests.policies.tiny import random_policy
 from vlafit import checkpoints, pointers
 from vlafit.cli.places import checkpoint_folder
+from vlafit.datasets import load_card
 from vlafit.errors import ConfigError, WeightsError
 
 LEROBOT = Path(__file__).parents[1] / "fixtures" / "lerobot_smolvla"
@@ -106,3 +107,20 @@ def test_an_address_is_answered_with_the_way_to_its_files(address: str, facts: l
         with pytest.raises(WeightsError) as caught:
             ask(address)
         assert all(fact in str(caught.value) for fact in (address, *facts))
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="`vlafit opens local folders and ids of the Hub`, or a traceback of pathlib",
+    user_has="a checkpoint's folder that is called s3, gs or http, or begins with `~`",
+    now="it is a folder like any other",
+)
+@pytest.mark.parametrize("name", ["s3", "gs", "http", "hf", "~old-robot"])
+def test_a_folder_may_be_called_like_a_scheme_or_begin_with_a_tilde(name: str, tmp_path: Path, monkeypatch):
+    shutil.copytree(LEROBOT, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.place(name).path == Path(name)
+    with pytest.raises(ConfigError, match="~nobody-here"):
+        checkpoints.place("~nobody-here")
+    with pytest.raises(ConfigError, match="~nobody-here"):
+        load_card("~nobody-here/card.toml")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vlafit import shipped
 from vlafit.errors import ConfigError, WeightsError
+from vlafit.files import expand_user
 
 IGNORED = (
     ".*",
@@ -52,7 +53,7 @@ def place(reference: str | Path, patterns: Sequence[str]) -> Place:
     ConfigError where it can be none of them, and WeightsError where the Hub does not have it or cannot be
     asked.
     """
-    local = Path(reference).expanduser()
+    local = expand_user(reference)
     if local.exists() and str(reference):
         return Place(local, str(local.resolve()))
     try:
@@ -66,8 +67,8 @@ def place(reference: str | Path, patterns: Sequence[str]) -> Place:
 
 def refuse_address(reference: str) -> None:
     """Raise WeightsError for an address such as gs:// or https://, and tell how to get its files."""
-    scheme, _, rest = reference.partition("://")
-    if scheme not in ("gs", "s3", "http", "https", "hf"):
+    scheme, mark, rest = reference.partition("://")
+    if not mark or scheme not in ("gs", "s3", "http", "https", "hf"):
         return
     match = re.match(r"(?:https?://(?:www\.)?(?:huggingface|hf)\.co/|hf://)([\w.-]+/[\w.-]+)", reference)
     if match:

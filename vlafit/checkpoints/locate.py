@@ -21,10 +21,10 @@ def place(reference: str | Path) -> Place:
     The folder of a run means its last checkpoint.
     """
     hub.refuse_address(str(reference))
-    inside = pointers.in_run(Path(reference).expanduser()) if str(reference) else None
+    inside = pointers.in_run(files.expand_user(reference)) if str(reference) else None
     if inside is not None:
         return hub.place(inside, ())
-    if Path(reference).expanduser().exists() and str(reference):
+    if files.expand_user(reference).exists() and str(reference):
         return hub.place(reference, ())
     with suppress(ConfigError):
         shipped.find("checkpoint", reference)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlafit.agreement.columns import NAMES_FIX, mispaired, plain_label
 from vlafit.errors import ConfigError, DataError, did_you_mean
-from vlafit.files import irregular, require_regular_files
+from vlafit.files import expand_user, irregular, require_regular_files
 from vlafit.types import Embodiment, Feature
 
 T = TypeVar("T")
@@ -307,7 +307,7 @@ class Card:
 
         For a glob pattern this is the folder part before the first wildcard.
         """
-        whole = Path(self.path).expanduser()
+        whole = expand_user(self.path)
         fixed = Path(*_before_wildcards(whole))
         if whole.is_absolute():
             return fixed
@@ -321,7 +321,7 @@ class Card:
         Raises DataError for one that does not exist, or that holds the whole file system.
         """
         beside = self.file.parent if self.file else Path()
-        folders = [(beside / Path(name).expanduser()).resolve() for name in names]
+        folders = [(beside / expand_user(name)).resolve() for name in names]
         for name, folder in zip(names, folders, strict=True):
             if not folder.is_dir() or folder == Path(folder.anchor):
                 problem = "holds every file of this machine" if folder.is_dir() else "is no folder"
@@ -338,7 +338,7 @@ class Card:
         it looked if there is none.
         """
         root = self.location()
-        parts = Path(self.path).expanduser().parts[len(_before_wildcards(Path(self.path).expanduser())) :]
+        parts = expand_user(self.path).parts[len(_before_wildcards(expand_user(self.path))) :]
         if parts:
             paths = [Path(p) for p in glob.glob(str(root.joinpath(*parts)), recursive=True)]
         elif root.is_dir():

@@ -26,7 +26,7 @@ from vlafit.datasets.stamps import Stamp, stamp
 from vlafit.datasets.store import EpisodeInfo
 from vlafit.datasets.write import card_text
 from vlafit.errors import DataError, VlafitError
-from vlafit.files import new_file, parse_json
+from vlafit.files import expand_user, new_file, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def folder() -> Path | None:
     if chosen == "off":
         return None
     if chosen:
-        return Path(chosen).expanduser() / "datasets"
+        return expand_user(chosen) / "datasets"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "vlafit" / "datasets"
+    return expand_user(base) / "vlafit" / "datasets"
 
 
 def key_of(card: Card, paths: Mapping[str, Stamp]) -> str:

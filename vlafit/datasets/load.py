@@ -16,6 +16,7 @@ from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, did_you_mean
+from vlafit.files import expand_user
 
 
 def load_card(name_or_path: str | Path) -> Card:
@@ -98,7 +99,7 @@ def describe(path: Path, layout: str = "") -> Draft:
     A layout is given the absolute path: a relative one in a card is looked for elsewhere. Raises DataError if
     their layout is unknown or cannot do it.
     """
-    path = path.expanduser().resolve()
+    path = expand_user(path).resolve()
     name = layout or layouts.recognise(path)
     module = layouts.load(name)
     if "describe" not in vars(module):
@@ -125,7 +126,7 @@ def is_remote(text: str) -> bool:
     """Whether `text` is the URL of a dataset, or an id of the Hub that is neither a path nor a card here."""
     if remote.is_url(text):
         return not text.endswith(".toml")
-    if Path(text).expanduser().exists() or not hub.is_id(text):
+    if expand_user(text).exists() or not hub.is_id(text):
         return False
     try:
         shipped.find("card", text)
@@ -209,7 +210,7 @@ def _data_at(name_or_path: str | Path) -> Path | None:
     if isinstance(name_or_path, str) and is_remote(name_or_path):
         fetch = remote.fetch if remote.is_url(name_or_path) else hub.fetch_id
         return fetch(name_or_path)
-    local = Path(name_or_path).expanduser()
+    local = expand_user(name_or_path)
     if str(name_or_path) and local.exists():
         return local if local.is_dir() or local.suffix != ".toml" else None
     return None

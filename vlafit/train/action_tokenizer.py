@@ -19,6 +19,7 @@ from vlafit.codec.statistics import Normaliser
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import CodecError, ConfigError
+from vlafit.files import expand_user
 from vlafit.nn.policy import Needs
 from vlafit.train.data import Data
 
@@ -79,7 +80,7 @@ def open_named(name: str) -> FastTokenizer:
 
     Raises ConfigError or WeightsError saying where it was looked for, CodecError where it is damaged.
     """
-    local = Path(name).expanduser()
+    local = expand_user(name)
     if local.exists() or hub.parse(name) is None:
         return fast.load(local)
     return fast.load(hub.place(name, FILES).path)

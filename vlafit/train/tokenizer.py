@@ -13,6 +13,7 @@ from vlafit.codec import prompts
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import CodecError, ConfigError
+from vlafit.files import expand_user
 from vlafit.nn.policy import Needs, Policy
 from vlafit.policies import family, family_name
 from vlafit.train import action_tokenizer
@@ -37,7 +38,7 @@ def open_named(name: str) -> Tokenizer:
 
     Raises ConfigError or WeightsError saying where it was looked for, CodecError where it is damaged.
     """
-    local = Path(name).expanduser()
+    local = expand_user(name)
     if local.exists():
         return load_tokenizer(local)
     try:

@@ -10,6 +10,7 @@ from vlafit.cli import data_tools
 from vlafit.cli.console import Line, table
 from vlafit.cli.parser import Parser, at_most
 from vlafit.errors import ConfigError, did_you_mean
+from vlafit.files import expand_user
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +80,7 @@ def _data(path: str) -> "Path | None":
 
     if remote.is_url(path) and not path.endswith(".toml"):
         return remote.fetch(path)
-    local = Path(path).expanduser()
+    local = expand_user(path)
     return local if local.exists() and local.suffix != ".toml" else None
 
 

@@ -48,7 +48,7 @@ def convert(
     if video and video not in VIDEO_CODECS:
         known = ", ".join(VIDEO_CODECS)
         raise DataError(f"video {video!r} is none of {known}{did_you_mean(video, VIDEO_CODECS)}")
-    out = Path(out).expanduser().resolve()
+    out = files.expand_user(out).resolve()
     _require_new(store, out)
     _require_names(store)
     with locks.creating(out, "vlafit data convert"):
