@@ -124,7 +124,7 @@ KINDS = (
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return the path with ``~`` as the user's folder; unchanged where ``~NAME`` is no user, but a file's name."""
+    """Return the path with ``~`` as the user's folder; as it is where ``~NAME`` is no user but a file."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,5 +1,6 @@
 """Find the checkpoint that a run's folder, or one of its pointers (last, best), leads to."""
 
+import os
 from pathlib import Path
 
 from vlafit.errors import ConfigError, brief
@@ -43,10 +44,16 @@ def in_run(path: Path) -> Path | None:
 
 
 def _of_another_program(run: Path) -> Path | None:
-    """Return the last checkpoint of LeRobot (checkpoints/005000/pretrained_model) or openpi (4999/)."""
+    """Return the last checkpoint of LeRobot (checkpoints/005000/pretrained_model) or openpi (4999/).
+
+    LeRobot's link ``checkpoints/last`` says which it is: not the one of the highest step where a run was
+    resumed from an earlier one.
+    """
     for steps in (run, run / "checkpoints"):
         numbered = [p for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
-        for folder in [steps, *sorted(numbered, key=lambda p: int(p.name), reverse=True)]:
+        numbered.sort(key=lambda p: int(p.name), reverse=True)
+        last = Path(os.path.realpath(steps / "last")).name
+        for folder in [steps, *sorted(numbered, key=lambda p: p.name != last)]:
             for inner in (folder / "pretrained_model", folder):
                 if inner != run and any((inner / mark).exists() for mark in WHOLE):
                     return inner

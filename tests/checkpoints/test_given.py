@@ -154,7 +154,9 @@ def test_another_dtype_is_one_error_that_lists_those_that_work(native: Path, sai
 
 
 def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture):
-    with pytest.raises(WeightsError, match="'vision.heads'; give it: --config vision.heads=N"):
+    with pytest.raises(
+        WeightsError, match="'vision.heads' and 'chunk'; give them: --config vision.heads=N --config chunk=N"
+    ):
         export(OPENPI, "vlafit", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     export(OPENPI, "vlafit", tmp_path / "api", config=TOLD)
@@ -184,6 +186,20 @@ def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Pat
         with pytest.raises(WeightsError, match="determine 'chunk'"):
             vlafit.load_policy(folder, config={"vision.heads": 2})
         place.unlink()
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="one error after another asks for a value of the config",
+    user_has="an openpi checkpoint of no public size, without a config",
+    now="one error names every value that is missing, as options to copy",
+)
+def test_all_that_a_checkpoint_does_not_tell_is_asked_for_at_once(tmp_path: Path):
+    shutil.copy(OPENPI / "model.safetensors", tmp_path)
+    options = "--config vision.heads=N --config chunk=N"
+    with pytest.raises(WeightsError, match=f"'vision.heads' and 'chunk'; give them: {options}"):
+        checkpoints.inspect(tmp_path)
+    assert checkpoints.inspect(tmp_path, config={"vision.heads": 2, "chunk": 6}).policy.config.chunk == 6
 
 
 def test_what_comes_from_the_public_size_is_noted():

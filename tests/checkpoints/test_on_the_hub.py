@@ -1,6 +1,7 @@
 """LeRobot checkpoints as they lie on the Hub: old names, statistics by dataset or among the weights."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -274,12 +275,18 @@ def test_a_lost_tensor_of_an_old_pi0_is_named_as_its_file_names_it(tmp_path: Pat
 @pytest.mark.case(
     section="checkpoints",
     report="every tensor is missing, and every tensor is unexpected",
-    user_has="names that begin with `module.`, `_orig_mod.` or `policy.`",
+    user_has="names that begin with `module.`, `_orig_mod.`, `policy.` or `base_model.model.`",
     now="an error that names the prefix, with a command that takes it off",
 )
-@pytest.mark.parametrize("prefix", ["module.", "policy.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("layout", ["hub", "save_pretrained"])
-def test_the_prefix_of_a_wrapper_is_named_with_the_remedy(tmp_path: Path, prefix: str, layout: str):
+@pytest.mark.parametrize(
+    ("layout", "prefix"),
+    [
+        *product(("hub", "save_pretrained"), ("module.", "policy.", "_orig_mod.", "module._orig_mod.")),
+        *product(("hub", "save_pretrained"), ("base_model.model.", "module._fsdp_wrapped_module.")),
+        ("save_pretrained", "model."),  # before a name of the Hub it makes LeRobot's own
+    ],
+)
+def test_the_prefix_of_a_wrapper_is_named_with_the_remedy(tmp_path: Path, layout: str, prefix: str):
     policy = write_pi0(tmp_path / "x", "pi0-tiny", layout)
     file = tmp_path / "x" / "model.safetensors"
     tensors = load_file(file)

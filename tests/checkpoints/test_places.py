@@ -38,6 +38,17 @@ def test_a_run_of_lerobot_means_its_last_checkpoint(tmp_path: Path, named: str):
     assert checkpoints.inspect(run / named).report.form == "LeRobot"
 
 
+def test_the_last_checkpoint_of_lerobot_is_the_one_that_its_link_names(tmp_path: Path):
+    run = lerobot_run(tmp_path / "run")
+    (run / "checkpoints" / "last").symlink_to("000500")  # resumed from an earlier step
+    earlier = run / "checkpoints" / "000500" / "pretrained_model"
+    assert checkpoints.place(run).path == checkpoints.place(run / "checkpoints").path == earlier
+    assert checkpoints.place(run / "checkpoints" / "last").path.resolve() == earlier
+    (run / "checkpoints" / "last").unlink()
+    (run / "checkpoints" / "last").symlink_to("002000")  # deleted since, or not copied
+    assert checkpoints.place(run).path == run / "checkpoints" / "001000" / "pretrained_model"
+
+
 def test_an_earlier_step_of_lerobot_is_that_step(tmp_path: Path):
     run = lerobot_run(tmp_path / "run")
     assert checkpoints.place(run / "checkpoints" / "000500").path.parent.name == "000500"

@@ -143,6 +143,9 @@ def test_a_dataset_is_chosen_by_name(card: Path, base: Path, words: str, name: s
     initial = start(recipe(card, base, "checkpoint", tokenizer=words, assets=name))
     assert initial.codec.statistics["state"].mean.tolist() == [mean, mean]
     assert initial.codec.statistics["action"].mean.tolist() == [mean, mean]
+    assert initial.agreement is not None
+    (item,) = [item for item in initial.agreement.items if item.name == "statistics"]
+    assert item.value == f"{name} of the checkpoint" and f'policy.assets = "{name}"' in item.reason
 
 
 def test_a_dataset_that_is_not_there_is_refused_with_the_names_that_are(card: Path, base: Path, words: str):

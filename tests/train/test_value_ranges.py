@@ -193,7 +193,8 @@ def test_one_wild_value_under_its_own_statistics_is_an_error_that_says_where_it_
 
 
 @pytest.mark.parametrize(
-    ("value", "status"), [(1e30, "conflict"), (-65535.0, "conflict"), (300.0, "differs"), (3.0, None)]
+    ("value", "status"),
+    [(1e30, "conflict"), (-65535.0, "conflict"), (1000.0, "conflict"), (300.0, "differs"), (3.0, None)],
 )
 def test_a_value_counts_as_wild_by_how_far_it_is_from_the_others(value: float, status: str | None):
     rows = np.random.default_rng(5).uniform(-1, 1, (400, 2))
@@ -208,6 +209,53 @@ def test_a_value_counts_as_wild_by_how_far_it_is_from_the_others(value: float, s
         items = value_faults.items([store], [["e0", "e1"]], codec, (), True)
         texts = [item.sides["dataset"] for item in items if item.status == status]
         assert all(text.startswith(f"arm: {value:.4g} in episode e1, step 23;") for text in texts)
+
+
+def test_a_noisy_signal_that_is_on_for_a_while_is_no_wild_value():
+    rows = np.random.default_rng(5).normal(0, 1e-4, (400, 2))  # an encoder at rest
+    rows[:, 0] = np.sin(np.arange(400))
+    rows[390:, 1] += 1.0  # the gripper closes at the end
+    fitted = Statistics.of(rows)
+    codec = codec_of([1.0, 1.0])
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    assert "conflict" not in faults(codec, Recorded("arm", codec.embodiment, rows), fitted=True).values()
+
+
+@pytest.mark.case(
+    section="data",
+    report="the policy hardly moves, and training looked fine",
+    user_has="one episode in degrees among a hundred in radians, statistics fitted to all",
+    now="an error that names the episode and how many times as far it moves",
+)
+@pytest.mark.parametrize(
+    ("scale", "free", "word"),
+    [
+        (57.29578, 1, "degrees among radians?"),
+        (1000.0, 1, "mm among m?"),
+        (30.0, 0, "degrees among radians?"),
+        (57.29578, 2, None),  # two of five joints are no unit
+        (10.0, 0, None),
+    ],
+)
+def test_an_episode_in_another_unit_is_found_under_statistics_of_all(
+    scale: float, free: int, word: str | None
+):
+    random = np.random.default_rng(3)
+    rows = [random.normal(0, random.uniform(0.3, 0.9), (60, 5)) for _ in range(100)]
+    rows[41][:, free:] *= scale
+    codec = codec_of([1.0] * 5)
+    fitted = Statistics.of(np.concatenate(rows))
+    codec = Codec(codec.config, codec.embodiment, {"state": fitted, "action": fitted}, None)
+    store = Recorded("arm", codec.embodiment, *rows)
+    every = [[info.id for info in store.episodes]]
+    found = [i for i in value_faults.items([store], every, codec, (), True) if i.name.startswith("episodes")]
+    assert [item.status for item in found] == (["conflict"] * 2 if word else [])
+    for item in found:
+        assert "arm: episode e41 moves" in item.sides["dataset"] and word and word in item.fix
+        assert "episodes.skip" in item.fix
+    names = [f"{column}.{i}" for column in ("state", "action") for i in range(5)]
+    again = value_faults.items([store], every, codec, names, True)
+    assert {i.status for i in again if i.name.startswith("episodes")} <= {"chosen"}
 
 
 def test_values_of_no_unit_are_wild_however_many_there_are():

@@ -332,11 +332,14 @@ def _checked(
         policy = build(config, "meta")
         every = [info.name for info in policy.parts()] + list(weights)
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
-        first = next(iter(asked))
+        given = " ".join(f"--config {key}=N" for key in asked)
+        trained = " ".join(f"--policy.config.{key} N" for key in asked)
+        recipe = " and ".join(f"policy.config.{key}" for key in asked)
         raise WeightsError(
-            f"{where}: neither the tensors nor a config beside them determine {first!r}; give it: --config "
-            f"{first}=N on the command line (train: --policy.config.{first} N), policy.config.{first} in a "
-            f"recipe, config={{{first!r}: N}} in Python"
+            f"{where}: neither the tensors nor a config beside them determine "
+            f"{' and '.join(map(repr, asked))}; give {'it' if len(asked) == 1 else 'them'}: {given} on the "
+            f"command line (train: {trained}), {recipe} in a recipe, "
+            f"config={{{', '.join(f'{key!r}: N' for key in asked)}}} in Python"
         )
     return config
 

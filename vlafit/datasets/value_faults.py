@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.agreement import Item
-from vlafit.codec import Codec
+from vlafit.codec import Codec, Normaliser
+from vlafit.datasets import episode_units
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.value_ranges import FAR, SHIFTED, Range, fraction, measure, plain, sample
@@ -21,6 +22,10 @@ from vlafit.errors import ConfigError, did_you_mean
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
 WILD = 1e4  # a value as many times further away than the others are large is an error: no robot records it
 ABSURD = 1e9  # and one beyond this, however many there are, is of no unit
+LONE = (
+    3.0  # rows up to which what stretches the statistics is a fault of recording, and no gripper that closed
+)
+ALIKE = 0.1  # width of all other values, normalised, by which these are alike: 1/20 of -1 to 1, as `NARROW`
 SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
 FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
 EXACT = 1.25  # times from a factor of `SCALES` up to which it is that factor
@@ -133,6 +138,11 @@ def items(
     yield from (_shifted(one) for one in ranges if one.is_shifted and one not in extreme)
     if own:
         yield from _single_values(stores, episodes, codec, permitted, remedies)
+        features = (codec.embodiment.state, codec.embodiment.action)
+        for store, ids in zip(stores, episodes, strict=True):
+            yield from episode_units.items(
+                store, ids, features, FREE, permitted, remedies.permitting, remedies.chosen
+            )
 
 
 def _extreme(
@@ -234,12 +244,17 @@ def _single_values(
     """
     for column, feature in (("state", codec.embodiment.state), ("action", codec.embodiment.action)):
         statistics = codec.statistics[column]
-        low, high = _usual(stores, episodes, codec, column)
+        repeated = _repeated(codec, column)
+        low, high = _usual(stores, episodes, codec, column, repeated)
         least, most = statistics.array("min"), statistics.array("max")
         width, distance = high - low, np.maximum(most - high, low - least)
         usual = np.max([np.ones_like(width), width, np.abs(low), np.abs(high)], axis=0)
         wild = (distance > WILD * usual) | (np.maximum(most, -least) > ABSURD)
         single = (width > 0) & (distance > SINGLE * width)
+        # Their share of the squared deviations tells how many rows lie that far out.
+        rows = np.divide(statistics.std**2, distance**2, out=np.ones_like(width), where=distance > 0)
+        lone = rows * statistics.count <= LONE * repeated
+        wild |= single & lone & (_normalised_width(codec, column, low, high) < ALIKE)
         for index in np.flatnonzero(wild | single).tolist():
             label = feature.labels[index] if feature.labels else str(index)
             names = (f"{column}.{label}", f"{column}.{index}")
@@ -263,16 +278,39 @@ def _single_values(
                 yield Item(name, sides, "as it is", "differs", reason)
 
 
+def _normalised_width(
+    codec: Codec, column: str, low: NDArray[np.float64], high: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return how far apart two values of each dimension [d] are, normalised; infinite where nothing is."""
+    config = codec.config
+    method = config.normalisation if column == "state" else config.of_actions
+    if method == "identity":
+        return np.full_like(low, np.inf)
+    normaliser = Normaliser.fit(codec.statistics[column], method)
+    return np.abs(normaliser.encode(high) - normaliser.encode(low))
+
+
+def _repeated(codec: Codec, column: str) -> int:
+    """Return how often statistics count a row: a relative action is in every chunk that covers it."""
+    return codec.config.chunk if column == "action" and any(codec.config.relative) else 1
+
+
 def _usual(
-    stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec, column: str
+    stores: Sequence[EpisodeStore],
+    episodes: Sequence[Sequence[str]],
+    codec: Codec,
+    column: str,
+    repeated: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return between which values [d] all but few lie: 98 %, or all but two at each end of few rows."""
+    """Return between which values [d] all but few lie: 98 %, or all but two at each end of few rows.
+
+    Each row counts `repeated` times.
+    """
     statistics, config = codec.statistics[column], codec.config
     if statistics.count > FEW:
         return statistics.array("q01"), statistics.array("q99")
     blocks = blocks_for_statistics(stores, episodes, config.chunk, config.relative)
     rows = np.sort(np.concatenate([*blocks[column == "action"]]).astype(np.float64), axis=0)
-    repeated = config.chunk if column == "action" and any(config.relative) else 1  # times that a row counts
     ends = min(max(2 * repeated, -(-len(rows) // 100)), (len(rows) - 1) // 2)
     return rows[ends], rows[-1 - ends]
 

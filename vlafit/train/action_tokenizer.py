@@ -6,7 +6,6 @@ Pretrained weights know what each action token means, so for them none is ever m
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray

@@ -259,8 +259,11 @@ def codec_items(
     else:
         assert before is not None
         own = f"of {before.embodiment.name!r}, {before.statistics['state'].count or '?'} values"
-        reason = 'data.statistics = "checkpoint"'
-        yield Item("statistics", {"checkpoint": own}, f"of {owner}", "same", reason)
+        value, status, reason = f"of {owner}", "same", 'data.statistics = "checkpoint"'
+        if recipe.policy.assets:
+            value, status = f"{recipe.policy.assets} {value}", "chosen"
+            reason = f'policy.assets = "{recipe.policy.assets}", {reason}'
+        yield Item("statistics", {"checkpoint": own}, value, status, reason)
     for column, method, old in (
         ("state", codec.config.normalisation, before and before.config.normalisation),
         ("action", codec.config.of_actions, before and before.config.of_actions),

@@ -70,29 +70,33 @@ def detect(files: CheckpointFiles) -> Format:
 
 
 class _Unwrapped(CheckpointFiles):
-    """The same files with the prefixes of wrappers taken off the tensors' names."""
+    """The same files with the prefix of wrappers taken off the tensors' names."""
+
+    prefix: str = ""
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by their names without such prefixes."""
-        return {unsupported.unwrap(name)[1]: tensor for name, tensor in super().tensors.items()}
+        """Tensors by their names without the prefix."""
+        return {name.removeprefix(self.prefix): tensor for name, tensor in super().tensors.items()}
 
 
 def _refuse_wrapped(files: CheckpointFiles) -> None:
     """Raise WeightsError where only a wrapper's prefix keeps the names from being those of a known format."""
-    wrapped = [name for name in files.tensors if unsupported.unwrap(name)[0]]
-    if not wrapped:
-        return
-    plain = _Unwrapped(files.path)
-    format = next((one for one in all_formats() if one.detect(plain)), None)
-    if format is not None:
-        prefix = unsupported.unwrap(wrapped[0])[0]
-        writers = " and ".join(unsupported.WRAPPERS[word] for word in prefix.split(".") if word)
-        raise WeightsError(
-            f"{files.path}: {len(wrapped)} of {len(files.tensors)} tensor names begin with {prefix!r} (from"
-            f" {writers}), such as {wrapped[0]!r}; without it they are those of a {format.name} checkpoint."
-            f" Rename them: {unsupported.rename_command(prefix)}"
-        )
+    prefixes = {
+        words: f"{'.'.join(words)}." for name in files.tensors for words in unsupported.wrappers(name)
+    }
+    for words, prefix in sorted(prefixes.items(), key=lambda item: len(item[0])):
+        wrapped = [name for name in files.tensors if name.startswith(prefix)]
+        plain = _Unwrapped(files.path)
+        plain.prefix = prefix
+        format = next((one for one in all_formats() if one.detect(plain)), None)
+        if format is not None:
+            writers = " and ".join(dict.fromkeys(unsupported.WRAPPERS[word] for word in words))
+            raise WeightsError(
+                f"{files.path}: {len(wrapped)} of {len(files.tensors)} tensor names begin with {prefix!r} "
+                f"(from {writers}), such as {wrapped[0]!r}; without it they are those of a {format.name} "
+                f"checkpoint. Rename them: {unsupported.rename_command(prefix)}"
+            )
 
 
 def named(name: str) -> Format:

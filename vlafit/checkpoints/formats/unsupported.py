@@ -22,17 +22,25 @@ KNOWN: tuple[tuple[str, tuple[str, ...]], ...] = (
 WRAPPERS = {
     "module": "DistributedDataParallel",
     "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_forward_module": "Lightning Fabric",
+    "base_model.model": "PEFT, whose merged model was saved with its wrapper",
     "policy": "a program that held the policy in an attribute of that name",
+    "model": "a program that held the policy in an attribute of that name",
 }
-"""First words of tensor names that say nothing of the policy -> what writes them."""
+"""First words of tensor names that say nothing of the policy -> what writes them. A policy's own names may
+begin with ``model``, too.
+"""
 
 
-def unwrap(name: str) -> tuple[str, str]:
-    """Split a tensor's name into the prefixes of wrappers, such as ``module.``, and the rest."""
-    rest = name
-    while (parts := rest.partition("."))[0] in WRAPPERS and parts[2]:
-        rest = parts[2]
-    return name.removesuffix(rest), rest
+def wrappers(name: str) -> list[tuple[str, ...]]:
+    """Return the keys of WRAPPERS that a tensor's name begins with, one after the other, the fewest first."""
+    found: list[tuple[str, ...]] = []
+    words: tuple[str, ...] = ()
+    while word := next((w for w in WRAPPERS if name.startswith(f"{w}.") and name != f"{w}."), ""):
+        words, name = (*words, word), name.removeprefix(f"{word}.")
+        found.append(words)
+    return found
 
 
 def rename_command(prefix: str) -> str:

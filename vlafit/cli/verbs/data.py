@@ -74,7 +74,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _data(path: str) -> "Path | None":
     """Return the files or folder that `path` is, None if it is a card or a name."""
-    from pathlib import Path
 
     from vlafit.datasets import remote
 
