@@ -155,7 +155,7 @@ def test_another_dtype_is_one_error_that_lists_those_that_work(native: Path, sai
 
 def test_export_takes_what_a_checkpoint_does_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(
-        WeightsError, match="'vision.heads' and 'chunk'; give them: --config vision.heads=N --config chunk=N"
+        WeightsError, match="'vision.heads', 'chunk'; give them: --config vision.heads=N --config chunk=N"
     ):
         export(OPENPI, "vlafit", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +197,7 @@ def test_the_chunk_of_a_jax_checkpoint_is_openpis_own_or_asked_for(tmp_path: Pat
 def test_all_that_a_checkpoint_does_not_tell_is_asked_for_at_once(tmp_path: Path):
     shutil.copy(OPENPI / "model.safetensors", tmp_path)
     options = "--config vision.heads=N --config chunk=N"
-    with pytest.raises(WeightsError, match=f"'vision.heads' and 'chunk'; give them: {options}"):
+    with pytest.raises(WeightsError, match=f"'vision.heads', 'chunk'; give them: {options}"):
         checkpoints.inspect(tmp_path)
     assert checkpoints.inspect(tmp_path, config={"vision.heads": 2, "chunk": 6}).policy.config.chunk == 6
 

@@ -157,6 +157,28 @@ def test_of_several_sessions_the_highest_peak_is_kept(recipe: Recipe, whole: Pat
     assert larger({"peak": 3}, {"peak": 4}) == {"peak": 4} and larger(None, None) is None
 
 
+# -------------------------------------------------------------------------------------- nothing is held out
+
+
+@pytest.mark.case(
+    section="runs",
+    report="no validation loss, and no best checkpoint",
+    user_has="a dataset whose episodes all have instructions of their own, or a single episode",
+    now="a warning: no task has an episode to spare; kept in run.json",
+)
+def test_a_split_that_holds_nothing_out_is_reported(tmp_path: Path, other: Path):
+    alone = write_dots(tmp_path / "alone", episodes=1)
+    (warning,) = build(tiny(alone), torch.device("cpu")).warnings
+    assert "data.validation = 0.25 holds no episode out, because each of the 2 tasks has one" in warning
+    assert "data.validation_sets" in warning and "best" in warning
+    sets = tiny(alone, data={"validation_sets": {"old": str(other)}})
+    (warning,) = build(sets, torch.device("cpu")).warnings
+    assert "only the validation sets tell" in warning
+    assert build(tiny(alone, data={"validation": 0.0}), torch.device("cpu")).warnings == ()
+    with pytest.raises(DataError, match="has no episode 'demo_7'; it can be one of: left_demo/demo_0"):
+        open_dataset(load_card(alone)).index("demo_7")
+
+
 # ------------------------------------------------------------------------------------------------------ time
 
 

@@ -334,12 +334,12 @@ def _checked(
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
         given = " ".join(f"--config {key}=N" for key in asked)
         trained = " ".join(f"--policy.config.{key} N" for key in asked)
-        recipe = " and ".join(f"policy.config.{key}" for key in asked)
+        first = next(iter(asked))
+        recipe = f"policy.config.{first} in a recipe, config={{{first!r}: N}} in Python"
         raise WeightsError(
-            f"{where}: neither the tensors nor a config beside them determine "
-            f"{' and '.join(map(repr, asked))}; give {'it' if len(asked) == 1 else 'them'}: {given} on the "
-            f"command line (train: {trained}), {recipe} in a recipe, "
-            f"config={{{', '.join(f'{key!r}: N' for key in asked)}}} in Python"
+            f"{where}: neither the tensors nor a config beside them determine {', '.join(map(repr, asked))}; "
+            f"give {'it' if len(asked) == 1 else 'them'}: {given} on the command line (train: {trained}), "
+            f"{recipe}"
         )
     return config
 

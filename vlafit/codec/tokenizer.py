@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlafit.codec import sentencepiece
 from vlafit.codec import tokenizer_limits as limits
-from vlafit.errors import CodecError
+from vlafit.errors import CodecError, brief
 from vlafit.files import irregular, parse_json, plain_text, require_regular_files, write_atomic
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0, 1, 2 of a tokenizer trained here
@@ -114,6 +114,7 @@ def load(folder: Path | str) -> Tokenizer:
             raise CodecError(f"{folder}: {name} {token!r} is not in the vocabulary of tokenizer.json")
         return index
 
+    _require_words(backend, folder)
     return Tokenizer(backend, special("pad_token") or 0, special("bos_token"), special("eos_token"))
 
 
@@ -133,7 +134,8 @@ def _through_transformers(folder: Path) -> Tokenizer:
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and others here
         have = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise CodecError(
-            f"{folder}: no tokenizer.json, and transformers finds no tokenizer in {have}: {error}"
+            f"{folder}: no tokenizer.json, and transformers makes no tokenizer of {have} "
+            f"({brief(error)}); copy or download the folder again, with its tokenizer.json"
         ) from error
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise CodecError(
@@ -144,7 +146,22 @@ def _through_transformers(folder: Path) -> Tokenizer:
         return token_id if isinstance(token_id, int) else None
 
     pad, bos, eos = map(special, (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id))
+    _require_words(loaded.backend_tokenizer, folder)
     return Tokenizer(loaded.backend_tokenizer, pad or 0, bos, eos)
+
+
+def _require_words(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Raise CodecError where special tokens are all there is: every text would be one unknown token.
+
+    Without a vocabulary beside it, transformers makes such a tokenizer of a tokenizer_config.json.
+    """
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    if not backend.get_vocab().keys() - special:
+        have = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise CodecError(
+            f"{folder}: the tokenizer has special tokens only, and no word; it has {have}: copy or download "
+            "the folder again, with its tokenizer.json"
+        )
 
 
 def train_word_tokenizer(sentences: Sequence[str], vocab_size: int) -> Tokenizer:

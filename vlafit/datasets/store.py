@@ -63,7 +63,8 @@ class EpisodeStore(ABC):
         try:
             return self._positions[episode_id]
         except KeyError:
-            near = did_you_mean(episode_id, self._positions) if len(self._positions) < 20 else ""
+            near = did_you_mean(episode_id, self._positions, listed=len(self._positions) < 20)
+            near = near or f"; it has {len(self._positions)}, such as {next(iter(self._positions), '-')!r}"
             raise DataError(f"dataset {self.card.name!r} has no episode {episode_id!r}{near}") from None
 
     @abstractmethod

@@ -23,6 +23,7 @@ from vlafit.train.data import (
     open_data,
     open_validation_sets,
     renderer_warnings,
+    split_warnings,
 )
 from vlafit.train.delays import train_with_delays
 from vlafit.train.frozen import FrozenWeights
@@ -156,6 +157,7 @@ def build(
             *renderers,
             *renderer_warnings(sets, data),
             *cameras,
+            *split_warnings(recipe.data, data),
             *values,
         ),
         base=saved.base,

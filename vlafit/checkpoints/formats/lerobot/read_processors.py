@@ -261,10 +261,18 @@ def _mode(step: Step, kind: str) -> Normalisation:
 def normalisation(modes: Mapping[str, Any], kind: str, where: str) -> Normalisation:
     """Return how LeRobot's table of modes normalises STATE or ACTION. Raises WeightsError for another way."""
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise WeightsError(f"{where}: images are normalised ({modes['VISUAL']}); no policy here expects that")
+        raise WeightsError(
+            f"{where}: images are normalised ({modes['VISUAL']}); no policy here expects that. LeRobot's "
+            "pi0, pi0.5 and SmolVLA learn from images as they are (IDENTITY): correct it in a copy if it was "
+            "set by mistake"
+        )
     mode = modes.get(kind, "IDENTITY")
     if mode not in MODES:
-        raise WeightsError(f"{where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}")
+        raise WeightsError(
+            f"{where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}. To train on, "
+            "write MEAN_STD in a copy of the processors and config.json, and fit new statistics: "
+            'data.statistics = "data"'
+        )
     return MODES[mode]
 
 
