@@ -18,6 +18,7 @@ from vlafit.types import EpisodeKey
 SIZES = [
     (module.name, size)
     for module in pkgutil.iter_modules(vlafit.policies.__path__)
+    if not module.name.startswith("_")
     for size in getattr(importlib.import_module(f"vlafit.policies.{module.name}"), "SIZES", ())
     if size.endswith("-tiny")
 ]
