@@ -150,6 +150,17 @@ def test_what_is_exported_is_read_back_bit_for_bit(target: str, loaded: checkpoi
         assert [mine[key] for key in same] == [theirs[key] for key in same]
 
 
+def test_a_tokenizer_without_a_token_for_images_is_refused(loaded: checkpoints.Loaded, tmp_path: Path):
+    words = Path(shutil.copytree(TOKENIZER, tmp_path / "words"))
+    text = (words / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other|>")
+    (words / "tokenizer.json").write_text(text)
+    other = checkpoints.load(GROOT, tokenizer=words)
+    for target in ("lerobot", "groot"):
+        with pytest.raises(WeightsError, match=r"<\|image_pad\|>"):
+            write(other.policy, other.codec, target, tmp_path / target, "the recorded policy")
+        assert not (tmp_path / target).exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "fact"),
     [

@@ -26,7 +26,7 @@ MODEL_TYPE = "Gr00tN1d7"
 MAX_TOKENS = SIZES["groot"].max_tokens  # of an instruction; no program limits it
 PUBLIC_BACKBONES = ("nvidia/Cosmos-Reason2-2B", "Qwen/Qwen3-VL-2B-Instruct")  # of the same sizes
 CHAT = SIZES["groot"].chat
-IMAGE_PAD = "<|image_pad|>"
+IMAGE_MARK, PUBLIC_IMAGE_TOKEN = "<|image_pad|>", 151655  # at each place of an image; Qwen's vocabulary
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
 
 COMPUTED: dict[str, tuple[object, ...]] = {  # what vlafit computes; a key that is not there is silent
@@ -158,9 +158,11 @@ def chat_of(tokenizer: Tokenizer, where: str) -> ChatConfig:
     return ChatConfig(opening, image_start, image_end, closing, pad)
 
 
-def image_pad(tokenizer: Tokenizer | None) -> int | None:
-    """Return the token that stands for image patches in the prompts of GR00T's programs; None without one."""
-    return None if tokenizer is None else tokenizer.backend.token_to_id(IMAGE_PAD)
+def image_token(tokenizer: Tokenizer | None, chat: ChatConfig) -> int | None:
+    """Return the token at each place of an image, by which programs find those places; None where unknown."""
+    if tokenizer is None:
+        return PUBLIC_IMAGE_TOKEN if chat == CHAT else None
+    return tokenizer.backend.get_vocab(with_added_tokens=True).get(IMAGE_MARK)
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:

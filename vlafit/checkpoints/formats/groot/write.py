@@ -9,11 +9,16 @@ from typing import Any
 from safetensors.torch import save_file
 
 from vlafit.checkpoints.formats.groot import names
-from vlafit.checkpoints.formats.groot.config import MODEL_TYPE, PUBLIC_BACKBONES, chat_of, image_pad
+from vlafit.checkpoints.formats.groot.config import (
+    IMAGE_MARK,
+    MODEL_TYPE,
+    PUBLIC_BACKBONES,
+    chat_of,
+    image_token,
+)
 from vlafit.checkpoints.formats.lerobot.write_config import write_json
-from vlafit.codec import Codec
+from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.images import groot_crop
-from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import WeightsError
 from vlafit.nn.flow import BETA_A, TIME_SCALE
 from vlafit.nn.policy import Policy
@@ -31,7 +36,13 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
 
 def chat_refusals(policy: Groot, codec: Codec | None) -> list[str]:
     """Say whether the program would write other tokens around the instruction than the policy does."""
-    chat = policy.config.chat
+    chat, vocabulary = policy.config.chat, policy.config.language.vocab
+    words = None if codec is None else codec.tokenizer
+    if not has_public_backbone(policy.config) and (words is not None or chat == SIZES["groot"].chat):
+        token = image_token(words, chat)
+        if token is None or token >= vocabulary:
+            found = "it has none" if token is None else f"it is {token} of {vocabulary}"
+            return [f"its tokenizer needs a token {IMAGE_MARK!r}, where programs put an image; {found}"]
     if chat == SIZES["groot"].chat:
         return []
     if codec is None or codec.tokenizer is None:
@@ -52,7 +63,7 @@ def write(folder: Path, policy: Policy, codec: Codec | None) -> tuple[str, ...]:
     assert isinstance(policy, Groot)
     write_model(folder, policy, f"./{BACKBONE}")
     if not has_public_backbone(policy.config):
-        write_backbone(folder / BACKBONE, policy.config, codec.tokenizer if codec else None)
+        write_backbone(folder / BACKBONE, policy.config, None if codec is None else codec.tokenizer)
     if codec is None:
         return ("there is no codec: states and actions are in the units that the policy takes",)
     codec.save(folder)
@@ -131,22 +142,17 @@ def has_public_backbone(config: GrootConfig) -> bool:
 
 
 def write_backbone(folder: Path, config: GrootConfig, tokenizer: Tokenizer | None) -> None:
-    """Write the config.json of a Qwen3-VL of these sizes.
-
-    `image_token_id` is the tokenizer's token of image patches, which programs look for in a prompt; without
-    one, the last of the vocabulary that has no other use.
-    """
+    """Write the config.json of a Qwen3-VL of these sizes, whose prompts `tokenizer` makes."""
     v, lang, chat = config.vision, config.language, config.chat
-    taken = {*chat.opening, *chat.closing, chat.image_start, chat.image_end, chat.pad}
-    free = [number for number in reversed(range(lang.vocab)) if number not in taken]
-    given = image_pad(tokenizer)
-    pad = free.pop(0) if given is None else given
-    free = [number for number in free if number != pad]
+    image = image_token(tokenizer, chat)
+    assert image is not None  # refusals ask for one
+    taken = {*chat.opening, *chat.closing, chat.image_start, chat.image_end, chat.pad, image}
+    video = next(number for number in reversed(range(lang.vocab)) if number not in taken)  # no prompt has one
     folder.mkdir()
     write_json(folder / "config.json", {
         "model_type": "qwen3_vl",
-        "image_token_id": pad,
-        "video_token_id": free[0],
+        "image_token_id": image,
+        "video_token_id": video,
         "vision_start_token_id": chat.image_start,
         "vision_end_token_id": chat.image_end,
         "tie_word_embeddings": True,
