@@ -18,6 +18,7 @@ PEER_PYTHON ?= python3.12
 BIN := .venv/bin
 SET_UP := pyproject.toml constraints.txt
 LEROBOT := lerobot==0.6.1
+OF_GROOT := diffusers==0.39.0 dm-tree  # what its extra [groot] adds and runs without a GPU
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -148,7 +149,7 @@ clean:
 	@$(PEER_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "LeRobot needs Python 3.12 or newer")'
 	@echo "Installing $(LEROBOT) and vlafit into .venv-lerobot (once; 6 GB) ..."
 	$(PEER_PYTHON) -m venv .venv-lerobot
-	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check -e '.[lerobot]' '$(LEROBOT)'
+	.venv-lerobot/bin/python -m pip install -q --disable-pip-version-check -e '.[lerobot]' '$(LEROBOT)' $(OF_GROOT)
 	@touch $@
 
 # They need numpy below 2.
