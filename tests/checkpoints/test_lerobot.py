@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlafit
+from tests.checkpoints.forms import GROOT_CHAT
 from tests.policies.tiny import random_batch, random_draws, random_policy
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export
@@ -750,6 +751,27 @@ def test_the_public_size_has_the_published_number_of_parameters_and_tensors():
     count = sum(p.numel() for p in policy.parameters()) + config.language.vocab * config.language.width
     assert round(count / 1e6, 2) == 450.05
     assert len(list(policy.parameters())) + 1 == 500
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="fewer successes than LeRobot measures",
+    user_has="a LeRobot checkpoint that executes part of a chunk (`n_action_steps` below `chunk_size`)",
+    now="a note: the protocol says how many steps, or `--replan`; an export has the whole chunk",
+)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("lerobot_smolvla", {}), ("lerobot_xvla", {"image_size": 64}), ("lerobot_groot", GROOT_CHAT)],
+)
+def test_a_part_of_the_chunk_that_lerobot_executes_is_a_note(tmp_path: Path, name: str, config: Any):
+    copy = Path(shutil.copytree(FIXTURE.parent / name, tmp_path / name))
+    notes = checkpoints.inspect(copy, config=config).report.notes
+    assert not any("n_action_steps" in note for note in notes)
+    chunk = json.loads((copy / "config.json").read_text())["chunk_size"]
+    edit(copy / "config.json", lambda v: v.update(n_action_steps=5))
+    notes = checkpoints.inspect(copy, config=config).report.notes
+    (note,) = [note for note in notes if "n_action_steps" in note]
+    assert f"executes 5 of the {chunk} steps" in note and "--replan 5" in note
 
 
 @pytest.mark.case(

@@ -17,7 +17,7 @@ from vlafit.checkpoints.formats.groot import config, names, processors
 from vlafit.checkpoints.formats.groot.format import FIXED
 from vlafit.checkpoints.formats.groot.write_lerobot import NAMES, PREFIX
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, execution_notes, read_config
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.checkpoints.voting import Stated
@@ -64,7 +64,7 @@ class LeRobotGroot(Format):
             ConfigEvidence(values, stated, fixed=FIXED),
             steps=steps,
             codec_folder=files.folder,
-            notes=notes,
+            notes=notes + execution_notes(lerobot),
         )
 
     def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:

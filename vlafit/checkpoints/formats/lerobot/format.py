@@ -29,6 +29,7 @@ from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
     LeRobotConfig,
+    execution_notes,
     pi0_evidence,
     read_config,
     require_supported,
@@ -255,6 +256,7 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
         steps=sampling_steps(config),
         codec_folder=files.folder,
         buffers=buffers_of(files),
+        notes=execution_notes(config),
     )
 
 

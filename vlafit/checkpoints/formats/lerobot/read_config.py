@@ -122,6 +122,19 @@ def sampling_steps(config: LeRobotConfig | None) -> int | None:
     return None
 
 
+def execution_notes(config: LeRobotConfig | None) -> tuple[str, ...]:
+    """Return a note where LeRobot executes fewer steps of a chunk than it has: nothing here repeats that."""
+    if config is None:
+        return ()
+    steps, chunk = config.get("n_action_steps", int), config.get("chunk_size", int)
+    if not steps or not chunk or steps >= chunk:
+        return ()
+    return (
+        f"LeRobot executes {steps} of the {chunk} steps of a chunk before it asks again (n_action_steps in "
+        f"{config.path.name}); here the protocol says how many, or --replan {steps}; an export has {chunk}",
+    )
+
+
 def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, object], list[Stated]]:
     """Return the config values that no shape has, and the stated sizes of those that do."""
     if config is None:

@@ -17,6 +17,7 @@ from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheck
 from vlafit.checkpoints.formats.lerobot import names
 from vlafit.checkpoints.formats.lerobot.read_config import (
     LeRobotConfig,
+    execution_notes,
     read_config,
     require_supported,
     sampling_steps,
@@ -128,6 +129,7 @@ def open_checkpoint(
         steps=sampling_steps(config),
         codec_folder=files.folder,
         conflicts=translated.conflicts,
+        notes=execution_notes(config),
     )
 
 
