@@ -10,12 +10,18 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
 
 from tests.train.world import tiny
 from vlafit import cli, config
-from vlafit.errors import VlafitError
+from vlafit.errors import CodecError, VlafitError
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.experiment import build
 from vlafit.train.preflight import check
 
 NAN = float("nan")
@@ -297,3 +303,43 @@ def test_the_command_line_tells_it_in_one_line_and_ends_with_2(
     assert cli.main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("vlafit: ") and "did you mean 'expert'" in errors and "Traceback" not in errors
+
+
+# ------------------------------------------------------------------------------------------ instructions
+
+
+def words(folder: Path, *known: str) -> Path:
+    """Write a tokenizer that knows these words only; every other is <unk>."""
+    vocabulary = {
+        word: number for number, word in enumerate(("<pad>", "<bos>", "<eos>", "<unk>", "\n", *known))
+    }
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.normalizer = Lowercase()  # type: ignore[assignment]
+    backend.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    backend.add_special_tokens(["<pad>", "<bos>", "<eos>", "<unk>"])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.case(
+    section="data",
+    report="the policy ignores the instruction",
+    user_has="instructions in words or a language that the tokenizer does not know",
+    now="two instructions of the same tokens are an error that names both",
+)
+def test_instructions_that_the_tokenizer_does_not_tell_apart_are_refused(card: Path, tmp_path: Path) -> None:
+    for name, known in (("half", ("go", "to", "the", "left")), ("none", ("go", "to", "the"))):
+        recipe = tiny(card, policy={"tokenizer": str(words(tmp_path / name, *known))})
+        if name == "half":
+            assert build(recipe, torch.device("cpu")).codec.tokenizer is not None
+            continue
+        with pytest.raises(CodecError) as caught:
+            run(recipe, tmp_path / "run")
+        for fact in ("card 'dots', episode", "'go to the left'", "'go to the right'", "policy.tokenizer"):
+            assert fact in str(caught.value)
+    assert not list(tmp_path.glob("run/*"))
+    sentences = 'source = "card"\nfiles.left_demo = "Go  there"\nfiles.right_demo = "go there"'
+    alike = card.parent / "alike.toml"
+    alike.write_text(card.read_text().replace('source = "attrs"', sentences))
+    build(tiny(alike, policy={"tokenizer": str(tmp_path / "none")}), torch.device("cpu"))  # one sentence

@@ -114,9 +114,10 @@ def build(
     policy = initial.policy
     train_with_delays(policy, recipe.train.max_delay)
     codecs, renderers = _for_data(initial, data, resumed)
+    told: dict[tuple[int, ...], str] = {}
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)
-        _require_room_for_prompts(store, codec)
+        _require_prompts(store, codec, told)
     values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
@@ -267,8 +268,12 @@ def _with_renderer(codec: Codec, data: Embodiment) -> Codec:
     return codec.with_changes(embodiment=robot)
 
 
-def _require_room_for_prompts(store: EpisodeStore, codec: Codec) -> None:
-    """Encode each instruction once, so that a too long one is an error now and not days later."""
+def _require_prompts(store: EpisodeStore, codec: Codec, told: dict[tuple[int, ...], str]) -> None:
+    """Encode each instruction once, so that a too long one is an error now and not days later.
+
+    `told` has the instructions of other datasets by their tokens, and takes those of this one. Raises
+    CodecError for two that the tokenizer does not tell apart, unless only case and blanks do.
+    """
     images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in store.embodiment.cameras}
     encoded: set[str] = set()
     for number, episode in enumerate(store.episodes):
@@ -278,3 +283,13 @@ def _require_room_for_prompts(store: EpisodeStore, codec: Codec) -> None:
                 codec.encode(Observation(images, store.state(number)[0], episode.instruction))
             except CodecError as error:
                 raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
+            if codec.tokenizer is None:
+                continue
+            other = told.setdefault(tuple(codec.tokenizer.encode(episode.instruction)), episode.instruction)
+            if other.casefold().split() != episode.instruction.casefold().split():
+                raise CodecError(
+                    f"card {store.card.name!r}, episode {episode.id}: the tokenizer makes the same tokens of "
+                    f"{episode.instruction!r} and {other!r}, whose words it does not know: no policy could "
+                    "tell the tasks apart. Is it the tokenizer of these weights (policy.tokenizer)? Else "
+                    "write the instructions in words that it knows"
+                )
