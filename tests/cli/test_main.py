@@ -250,3 +250,22 @@ def test_a_path_that_is_not_utf8_is_refused_with_the_remedy(
     assert cli.main(words) == 2
     message = capsys.readouterr().err
     assert all(fact in message for fact in (r"b'b\xff'", "not UTF-8", "rename"))
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval metaworld-base --data metaworld-faucet --steps",
+        "eval metaworld-base --protocol metaworld-faucet --trials",
+        "eval metaworld-base --protocol metaworld-faucet --max-batch",
+        "serve metaworld-base --steps",
+        "serve metaworld-base --replan",
+        "inspect metaworld-base --strategy lora --batch 8 --cameras",
+        "data replay metaworld-faucet --episodes",
+    ],
+)
+def test_a_number_below_the_least_is_refused_and_never_taken_for_the_default(words: str, value: str, capsys):
+    assert cli.main([*words.split(), value]) == 2
+    error = capsys.readouterr().err
+    assert f"{words.split()[-1]}: must be at least 1, is {value}" in error

@@ -42,7 +42,7 @@ def add_arguments(verb: str, parser: Parser) -> None:
         )
         parser.add_argument("--protocol", default="", help="a protocol whose simulation to use")
         parser.add_argument(
-            "--episodes", type=at_most(10**9), default=0, metavar="N", help="the first N [all]"
+            "--episodes", type=at_most(10**9, least=1), default=0, metavar="N", help="the first N [all]"
         )
 
 

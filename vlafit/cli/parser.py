@@ -20,13 +20,20 @@ MOST_STEPS = 10**9
 LONGEST_S = 7 * 86_400.0  # seconds of any waiting
 
 
-def at_most(most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
-    """Return the type of an option that is a number: beyond `most` it is a slip, and named as one."""
+def at_most(
+    most: float, kind: type[int] | type[float] = int, least: float | None = None
+) -> Callable[[str], Any]:
+    """Return the type of an option that is a number: beyond `most` it is a slip, and named as one.
+
+    So is one below `least`, which would otherwise pass for an option that was not given.
+    """
 
     def read(text: str) -> int | float:
         value = kind(text)
         if not value <= most:
             raise argparse.ArgumentTypeError(f"must be at most {most:.16g}, is {text}")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least:.16g}, is {text}")
         return value
 
     read.__name__ = kind.__name__  # argparse names it where the text is no number

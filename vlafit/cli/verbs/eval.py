@@ -67,7 +67,7 @@ def _parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
     parser.add_argument("--device", help="torch device [the GPU if there is one]")
     parser.add_argument(
-        "--steps", metavar="N", type=at_most(10**4), help="steps of sampling [the policy's, 10]"
+        "--steps", metavar="N", type=at_most(10**4, least=1), help="steps of sampling [the policy's, 10]"
     )
     _add_simulation(parser)
     _add_data(parser)
@@ -80,7 +80,7 @@ def _add_simulation(parser: Parser) -> None:
         "--retry-errors", action="store_true", help="play episodes that ended in an error again"
     )
     parser.add_argument(
-        "--trials", metavar="N", type=at_most(10**5), help="episodes of each task [the protocol's]"
+        "--trials", metavar="N", type=at_most(10**5, least=1), help="episodes of each task [the protocol's]"
     )
     parser.add_argument(
         "--workers",
@@ -115,7 +115,7 @@ def _add_simulation(parser: Parser) -> None:
     parser.add_argument(
         "--max-batch",
         metavar="N",
-        type=at_most(2**12),
+        type=at_most(2**12, least=1),
         help="observations in one call of the policy, padded to N [16, or as many as there are episodes]",
     )
     parser.add_argument(

@@ -114,7 +114,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--cameras",
         metavar="N",
-        type=at_most(1024),
+        type=at_most(1024, least=1),
         default=0,
         help="with --batch: cameras [the checkpoint's, or 3]",
     )

@@ -72,12 +72,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--replan",
         metavar="N",
-        type=at_most(10**6),
+        type=at_most(10**6, least=1),
         default=0,
         help="steps until they replan [the whole chunk]",
     )
     parser.add_argument(
-        "--steps", metavar="N", type=at_most(10**4), default=0, help="steps of sampling [the policy's, 10]"
+        "--steps",
+        metavar="N",
+        type=at_most(10**4, least=1),
+        default=0,
+        help="steps of sampling [the policy's, 10]",
     )
     parser.add_argument(
         "--seed", metavar="N", type=at_most(2**63 - 1), default=0, help="of the sampling noise [0]"
