@@ -10,6 +10,8 @@ numbers in pinned memory of the host. Loading, augmenting and encoding samples i
 
 --shapes    padded: three cameras and the longest prompt. libero: the third camera is missing in every row,
             and a third of the prompt is real (16 of 48 tokens), which the loop's trimming makes use of.
+            mixed: every second row has one camera and a third of the prompt, the others are whole; with --set
+            train.packing=none they are padded.
 --set       any field of a recipe, such as train.draws=4 (train.memory, which picks fields, is not asked).
 --limit     gigabytes that training may hold on the GPU: whether a step runs on a smaller card.
 samples/s   of the median step, after the warm-up; low and high are those of the slowest and fastest step.
@@ -30,7 +32,6 @@ import tomllib
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from vlafit.train.frozen import FrozenWeights
 from vlafit.train.launch import LaunchPlan
 from vlafit.train.loop import StepResult, train
 from vlafit.train.memory import MemoryMeter
+from vlafit.train.packer import packer_of
 from vlafit.train.settle import has_bf16, settle
 from vlafit.train.stages import Place
 from vlafit.train.train_state import TrainState
@@ -73,7 +75,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["pi0"], choices=list(rows.sizes()))
     parser.add_argument("--strategies", nargs="+", default=["full", "expert", "lora"])
-    parser.add_argument("--shapes", nargs="+", default=["padded", "libero"], choices=("padded", "libero"))
+    parser.add_argument(
+        "--shapes", nargs="+", default=["padded", "libero"], choices=("padded", "libero", "mixed")
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[8], help="samples of a step; a row for each")
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=("none", "selective", "full"))
     parser.add_argument("--states", nargs="+", default=["fp32"], choices=("fp32", "8bit"))
@@ -291,6 +295,9 @@ def host_batch(needs: Needs, shape: str, samples: int, seed: int) -> Batch:
         image_mask[:, -1] = False
         token_mask[:, max(1, length // 3) :] = False
         action_mask[..., LIBERO_DIMENSIONS:] = False
+    if shape == "mixed":
+        image_mask[::2, 1:] = False
+        token_mask[::2, max(1, length // 3) :] = False
     images = torch.randint(0, 256, (samples, CAMERAS, 3, side, side), dtype=torch.uint8, generator=rng)
     return Batch(
         images=images,
@@ -309,8 +316,12 @@ def counted(point: Row) -> Row:
     recipe = recipe_of(point, point["device"] != "cpu")  # not asked: it would take memory of the GPU
     policy = build_family(rows.sizes()[point["size"]], point["size"], device="meta")
     strategy = load_strategy(recipe.strategy)
-    shape = BatchShape.of(host_batch(policy.needs(), point["shape"], 1, 0).trim())
-    flops = FlopCounter(policy, preview(policy, strategy), recipe.train.draws)(replace(shape, rows=1))
+    batch = host_batch(policy.needs(), point["shape"], recipe.train.samples, 0).trim()
+    shape = BatchShape.of(batch)
+    packer = packer_of(policy, recipe, torch.device("cpu"))
+    parts = BatchShape.parts_of(batch if packer is None else packer.pack(batch))
+    count = FlopCounter(policy, preview(policy, strategy), recipe.train.draws)
+    flops = sum(count(part) for part in parts) / recipe.train.samples
     made = forecast(policy, strategy, workload(recipe, shape.cameras, shape.tokens))
     parts = {name: round(size / 1e9, 3) for name, size in vars(made).items()}
     return {"tflop": flops / 1e12, "forecast_gb": made.total / 1e9, "forecast_parts_gb": parts}

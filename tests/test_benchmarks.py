@@ -41,6 +41,16 @@ def test_the_libero_shape_is_trimmed_to_two_cameras_and_a_third_of_the_prompt():
     assert (BatchShape.of(padded), BatchShape.of(libero)) == (BatchShape(2, 3, 48), BatchShape(2, 2, 16))
 
 
+def test_the_mixed_shape_is_counted_without_its_padding():
+    mixed = POINT | {"strategy": "full", "shape": "mixed", "batch": 4, "micro_batches": 1}
+    packed, padded = (mixed | {"set": [f"train.packing={how}"]} for how in ("rows", "none"))
+    short, long, whole = (
+        train.counted(point)["tflop"] for point in (packed, padded, padded | {"shape": "padded"})
+    )
+    assert long == whole  # padded to the longest row
+    assert short < 0.95 * long  # half of the rows have 4 of 12 patches
+
+
 def test_a_step_has_its_micro_batches_and_no_key_comes_twice():
     needs = build_family("pi0", "pi0-tiny", device="meta").needs()
     steps = train.host_batches(needs, "padded", 4, 2, torch.device("cpu"))

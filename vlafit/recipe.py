@@ -177,6 +177,10 @@ class TrainRecipe:
     compile: Literal["auto", "none", "blocks"] = "auto"
     """Compile each block of the policy by torch.compile: faster steps after a minute or more of compiling,
     and other last bits. auto: none."""
+    packing: Literal["auto", "none", "rows"] = "auto"
+    """How batches of rows with missing cameras or short prompts are computed: padded to the longest (none),
+    or row after row without padding (rows), where that leaves out a sixteenth or more; other last bits. For
+    pi0, pi0.5, pi0-FAST and SmolVLA. auto: rows, or none with compile."""
     cache: str = "off"
     """Where features of what no stage trains are kept, so that they are computed once for each sample: memory
     (of each process), or a folder, which processes and runs share. off: nowhere."""

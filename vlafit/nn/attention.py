@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlafit.nn.packing import Segments, attend_packed
 from vlafit.nn.precision import precise
 
 ROPE_BASE = 10_000.0  # Gemma: rotary base frequency
@@ -37,11 +38,14 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None = None) -> Tensor:
     """Attend from `q` [b, s, h, d] to `k`, `v` [b, l, g, d], where g divides h; return [b, s, h*d].
 
-    `mask` is bool [b or 1, 1, 1, l] (only keys), or [b or 1, 1, s*h/g, l]: see `per_query`.
+    `mask` is bool [b or 1, 1, 1, l] (only keys), or [b or 1, 1, s*h/g, l]: see `per_query`. With `Segments`
+    q, k and v are packed rows.
     """
+    if isinstance(mask, Segments):
+        return attend_packed(q, k, v, mask, attend)
     b, s, h, d = q.shape
     g = k.shape[2]
     if g == 1 or h == g:

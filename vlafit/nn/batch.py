@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlafit.errors import CodecError
 from vlafit.nn.features import Features
+from vlafit.nn.packing import Packing
 
 if TYPE_CHECKING:
     from vlafit.codec import Encoded
@@ -75,6 +76,8 @@ class Batch:
     it, because a GPU would have to wait for what its masks hold."""
     features: Features | None = None
     """Output of frozen modules for images and prompt; the images are then not read, and hold nothing."""
+    packing: Packing | None = None
+    """Which images and words are real, for a prefix pass that leaves out the others; see `nn.packing`."""
 
     def __post_init__(self) -> None:
         """Raise CodecError naming the first field that is of another kind or has another number of axes."""
@@ -116,10 +119,12 @@ class Batch:
         values = self.present()
         images = values.pop("images")
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+        packing = None if self.packing is None else self.packing.to(device)
         if self.features is not None:
-            return replace(self, **moved, **no_images(images, device), features=self.features.to(device))
+            moved |= no_images(images, device)
+            return replace(self, **moved, features=self.features.to(device), packing=packing)
         images = unit_images(images.to(device, non_blocking=True), dtype or torch.float32)
-        return replace(self, **moved, images=images)
+        return replace(self, **moved, images=images, packing=packing)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (a DataLoader calls this by name)."""

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from vlafit.nn.activations import gelu_tanh
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
+from vlafit.nn.packing import Segments
 from vlafit.nn.precision import in_own_precision, precise
 
 EPS = 1e-6  # Gemma: RMSNorm epsilon
 
 KeysValues = tuple[Tensor, Tensor]
 """Rotated keys, and values, of one layer: each [b, l, g, d]."""
+Mask = Tensor | Segments | None
+"""As `attend` takes it: which keys are seen, or the rows that are packed."""
 
 
 def _normalise(x: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeysValues | None, output: bool
+        self, x: Tensor, rope: Rope, mask: Mask, past: KeysValues | None, output: bool
     ) -> tuple[Tensor | None, KeysValues]:
         """Return the update of `x` [b, s, w] (None unless `output`), and the layer's own keys and values."""
         own_k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
@@ -115,7 +118,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None,
+        mask: Mask,
         past: KeysValues | None = None,
         cond: Tensor | None = None,
         output: bool = True,
@@ -157,7 +160,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         past: Sequence[KeysValues] | None = None,
         cond: Tensor | None = None,
         output: bool = True,

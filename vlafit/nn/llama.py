@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlafit.nn.activations import silu
 from vlafit.nn.attention import Rope, attend, rope_tables, rotate
-from vlafit.nn.gemma import Attention, KeysValues
+from vlafit.nn.gemma import Attention, KeysValues, Mask
 from vlafit.nn.precision import precise
 
 EPS = 1e-5  # SmolLM2: RMSNorm epsilon
@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(rows, rows, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeysValues) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, past: KeysValues) -> Tensor:
         """Return the update of `x` [b, s, w]; `mask` is over the keys of `past`."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
         k, v = (
@@ -76,7 +76,7 @@ class View:
     """Where the tokens of a pass stand, and what they see: `mask` is as `attend` takes it."""
 
     positions: Tensor  # int64 [b or 1, s]
-    mask: Tensor | None
+    mask: Mask
 
 
 class DecoderLayer(nn.Module):
@@ -100,7 +100,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeysValues | None, output: bool = True
+        self, x: Tensor, rope: Rope, mask: Mask, past: KeysValues | None, output: bool = True
     ) -> tuple[Tensor | None, KeysValues | None]:
         """Return the layer's output [b, s, w] (None unless `output`), and its own keys and values if any."""
         y = self.input_layernorm(x)

@@ -20,6 +20,7 @@ from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch
 from vlafit.nn.features import Cacheable, Features
 from vlafit.nn.kinds import Kind
+from vlafit.nn.packing import PrefixShape
 from vlafit.nn.rng import SampleRng
 
 if TYPE_CHECKING:
@@ -172,11 +173,15 @@ class Policy(nn.Module, ABC):
         return self.counts(batch, rng.draws)
 
     def tokens(self, batch: Batch, draws: int) -> int:
-        """Count the tokens that a training step on a trimmed `batch` reads, padding included.
+        """Count the tokens that a training step on a trimmed `batch` reads, with padding that is computed.
 
         It only measures speed; 0 where a family counts none.
         """
         return 0
+
+    def packs(self) -> PrefixShape | None:
+        """Return the shape of a prefix pass that takes packed rows (`Batch.packing`); None: it takes none."""
+        return None
 
     def cacheable(self) -> Sequence[Cacheable]:
         """Return what can be kept while it is frozen, that which saves most first; empty: nothing.

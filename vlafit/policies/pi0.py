@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from vlafit.nn.activations import silu
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
-from vlafit.nn.batch import Batch, seen_images
+from vlafit.nn.batch import Batch, seen_images, unit_images
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import Rounding, of_steps, time_embedding
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import Decoder, KeysValues
+from vlafit.nn.packing import Packing, PrefixShape
 from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import Needs, ParameterInfo
 from vlafit.nn.precision import in_own_precision, matrix_dtype
@@ -221,7 +222,16 @@ class Pi0(FlowPolicy):
         c = self.config
         images = batch.image_mask.shape[1] * (c.vision.image_size // c.vision.patch) ** 2
         state = 1 if c.state_input == "continuous" else 0
-        return len(batch) * (images + batch.prompt()[0].shape[1] + state + draws * c.chunk)
+        suffix = len(batch) * (state + draws * c.chunk)
+        if batch.packing is not None:
+            return sum(batch.packing.segments.lengths) + suffix
+        return len(batch) * (images + batch.prompt()[0].shape[1]) + suffix
+
+    def packs(self) -> PrefixShape:
+        """Return the shape of the prefix: rows of images and words."""
+        c = self.config
+        patches = (c.vision.image_size // c.vision.patch) ** 2
+        return PrefixShape(patches, c.language.heads, c.language.kv_heads, c.language.head_dim)
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt once. Without a trainable prefix parameter, nothing is kept for backward."""
@@ -230,6 +240,8 @@ class Pi0(FlowPolicy):
         learns = any(p.requires_grad for m in self.prefix_modules() for p in m.parameters())
         trains = torch.is_grad_enabled() and learns
         with torch.set_grad_enabled(trains):
+            if batch.packing is not None and not fixed:
+                return self._packed_prefix(batch, batch.packing)
             n = batch.images.shape[1]
             tokens, token_mask = batch.prompt()
             seen = self._patches(batch)
@@ -249,6 +261,22 @@ class Pi0(FlowPolicy):
                 positions = valid.cumsum(1) - 1
             _, layers = self.language(x, positions, None if valid is None else key_mask(valid), output=False)
         return Prefix(layers, valid, count)
+
+    def _packed_prefix(self, batch: Batch, packing: Packing) -> Prefix:
+        """Run the real images and words, and spread their keys and values over rows for the suffix."""
+        images = self.projector(self._real_patches(batch, packing).to(self.projector.weight.dtype))
+        words = self.language.embed_tokens(packing.real_words(batch.prompt()[0]))
+        x = packing.joined(images, words * math.sqrt(self.config.language.width))
+        segments = packing.segments
+        _, layers = self.language(x, packing.positions, segments, output=False)
+        spread = [(segments.spread(keys), segments.spread(values)) for keys, values in layers]
+        return Prefix(spread, segments.valid(), segments.count())
+
+    def _real_patches(self, batch: Batch, packing: Packing) -> Tensor:
+        """Return the image tower's output [m, patches, d] for real images, or what a cache kept of it."""
+        if batch.features is not None:
+            return packing.real_images(batch.features.tensors[0])
+        return self.vision(unit_images(packing.real_images(batch.images)))
 
     def _patches(self, batch: Batch) -> Tensor:
         """Return the image tower's output [b*n, patches, d], or what a cache kept of it."""

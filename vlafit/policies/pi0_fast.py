@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from vlafit.errors import CodecError
 from vlafit.nn.attention import key_mask, per_query
-from vlafit.nn.batch import Batch, seen_images
+from vlafit.nn.batch import Batch, seen_images, unit_images
 from vlafit.nn.gemma import Decoder, KeysValues
+from vlafit.nn.packing import Packing, PrefixShape
 from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import ActionTokens, Needs, ParameterInfo, Policy
 from vlafit.nn.rng import SampleRng
@@ -181,7 +182,15 @@ class Pi0Fast(Policy):
         c = self.config
         images = batch.image_mask.shape[1] * (c.vision.image_size // c.vision.patch) ** 2
         targets = 0 if batch.target_tokens is None else batch.target_tokens.shape[1]
+        if batch.packing is not None:
+            return sum(batch.packing.segments.lengths) + len(batch) * targets
         return len(batch) * (images + batch.prompt()[0].shape[1] + targets)
+
+    def packs(self) -> PrefixShape:
+        """Return the shape of the prefix: rows of images and words."""
+        c = self.config
+        patches = (c.vision.image_size // c.vision.patch) ** 2
+        return PrefixShape(patches, c.language.heads, c.language.kv_heads, c.language.head_dim)
 
     def forward(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Return the sum of the cross-entropy, or of each sample's mean (openpi's rules)."""
@@ -255,6 +264,8 @@ class Pi0Fast(Policy):
 
     def _prefix(self, batch: Batch) -> _Prefix:
         """Run images and prompt once."""
+        if batch.packing is not None:
+            return self._packed_prefix(batch, batch.packing)
         c, n = self.config, batch.images.shape[1]
         tokens, token_mask = batch.prompt()
         seen = self.vision(seen_images(batch.images, batch.image_mask))
@@ -270,6 +281,20 @@ class Pi0Fast(Policy):
             place = n * patches + token_mask.sum(1) - 1  # prompts are padded on the right
             last = y[torch.arange(len(y), device=y.device), place][:, None]
         return _Prefix(layers, valid, valid.sum(1, keepdim=True), last)
+
+    def _packed_prefix(self, batch: Batch, packing: Packing) -> _Prefix:
+        """Run the real images and words, and spread their keys and values over rows."""
+        segments, wanted = packing.segments, self.config.rules == "openpi"
+        patches = self.vision(unit_images(packing.real_images(batch.images)))
+        images = self.projector(patches.to(self.projector.weight.dtype))
+        x = packing.joined(images, self._embedded(packing.real_words(batch.prompt()[0])))
+        y, layers = self.language(x, packing.positions, segments, output=wanted)
+        spread = [(segments.spread(keys), segments.spread(values)) for keys, values in layers]
+        valid, keys = segments.valid(), spread[0][0]
+        if valid is None:
+            valid = keys.new_ones(keys.shape[:2], dtype=torch.bool)
+        last = None if y is None else y[0].index_select(0, segments.bounds[1:].long() - 1)[:, None]
+        return _Prefix(spread, valid, segments.count(), last)
 
     def _extend(
         self, prefix: _Prefix, past: list[KeysValues], token: Tensor, count: int

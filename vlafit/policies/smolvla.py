@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from vlafit.nn.activations import silu
 from vlafit.nn.attention import draw_blocks, key_mask, per_query
-from vlafit.nn.batch import Batch, seen_images
+from vlafit.nn.batch import Batch, seen_images, unit_images
 from vlafit.nn.features import Cacheable, Features, stacked, unstacked
 from vlafit.nn.flow import of_steps, time_embedding
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.gemma import KeysValues
 from vlafit.nn.llama import Decoder, View
+from vlafit.nn.packing import Packing, PrefixShape
 from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import Needs, ParameterInfo
 from vlafit.nn.precision import in_own_precision, matrix_dtype
@@ -211,7 +212,16 @@ class SmolVLA(FlowPolicy):
         """Count the connector's tokens and the prompt, the state's token, and the actions of every draw."""
         c = self.config
         images = batch.image_mask.shape[1] * (c.image_size // (c.vision.patch * c.vision.shuffle)) ** 2
-        return len(batch) * (images + batch.prompt()[0].shape[1] + 1 + draws * c.chunk)
+        suffix = len(batch) * (1 + draws * c.chunk)
+        if batch.packing is not None:
+            return sum(batch.packing.segments.lengths) + suffix
+        return len(batch) * (images + batch.prompt()[0].shape[1]) + suffix
+
+    def packs(self) -> PrefixShape:
+        """Return the shape of the pass over images and words, before the state's token."""
+        c = self.config
+        tokens = (c.image_size // (c.vision.patch * c.vision.shuffle)) ** 2
+        return PrefixShape(tokens, c.language.heads, c.language.kv_heads, c.language.head_dim)
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and prompt, then the state. Only what a trainable part needs is kept for backward."""
@@ -241,6 +251,8 @@ class SmolVLA(FlowPolicy):
 
     def _images_and_prompt(self, batch: Batch, fixed: bool) -> tuple[list[KeysValues], Tensor | None, Tensor]:
         """Return keys and values of each layer, which tokens are real, None where all, and their mask."""
+        if batch.packing is not None and not fixed:
+            return self._packed_images_and_prompt(batch, batch.packing)
         n = batch.images.shape[1]
         scale = math.sqrt(self.config.language.width)
         prompt, prompt_mask = batch.prompt()
@@ -260,6 +272,23 @@ class SmolVLA(FlowPolicy):
             view = View(valid.cumsum(1) - 1, key_mask(valid))
         _, layers = self.language(x, view, output=False)
         return layers, valid, mask
+
+    def _packed_images_and_prompt(
+        self, batch: Batch, packing: Packing
+    ) -> tuple[list[KeysValues], Tensor | None, Tensor]:
+        """Run the real images and words, and spread their keys and values over rows."""
+        scale, segments = math.sqrt(self.config.language.width), packing.segments
+        if batch.features is not None:
+            patches = packing.real_images(batch.features.tensors[0])
+        else:
+            patches = self.vision(unit_images(packing.real_images(batch.images)), self._positions(batch))
+        images = self.projector(patches.to(self.projector.proj.weight.dtype)) * scale
+        words = self.language.embed_tokens(packing.real_words(batch.prompt()[0])) * scale
+        view = View(packing.positions, segments)
+        _, layers = self.language(packing.joined(images, words), view, output=False)
+        spread = [(segments.spread(keys), segments.spread(values)) for keys, values in layers]
+        valid, keys = segments.valid(), spread[0][0]
+        return spread, valid, keys.new_ones(keys.shape[:2], dtype=torch.bool) if valid is None else valid
 
     def _patches(self, batch: Batch) -> Tensor:
         """Return the image tower's output [b*n, patches, d], or what a cache kept of it."""

@@ -27,6 +27,7 @@ from vlafit.train.data import (
 )
 from vlafit.train.delays import train_with_delays
 from vlafit.train.frozen import FrozenWeights
+from vlafit.train.packer import chosen_packing
 from vlafit.train.settle import with_field
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
 from vlafit.tuning.inject import compute_adapters_in_bf16
@@ -112,6 +113,7 @@ def build(
         else initial_policy.initialise(recipe, data, frozen)
     )
     policy = initial.policy
+    recipe = with_field(recipe, "train.packing", chosen_packing(recipe, policy))
     train_with_delays(policy, recipe.train.max_delay)
     codecs, renderers = _for_data(initial, data, resumed)
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:

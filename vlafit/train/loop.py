@@ -44,9 +44,9 @@ class StepResult:
     terms: Mapping[str, float] = field(default_factory=dict)
     """Mean of each term of the loss; empty where the loss has only one."""
     tokens: float = 0.0
-    """Tokens that the policy read, padding included; 0 where its family counts none."""
+    """Tokens that the policy computed, padding included; 0 where its family counts none."""
     shapes: tuple[BatchShape, ...] = ()
-    """Of this process's micro-batches, as they went into the policy."""
+    """Of this process's micro-batches, as they went into the policy; packed ones count by rows."""
 
 
 def train(
@@ -111,7 +111,7 @@ def train(
         lr = optimizer.param_groups[0]["lr"]
         ended = time.perf_counter()
         means = {name: totals[name] / counts[name] for name in terms if counts[name] and len(terms) > 1}
-        shapes = tuple(BatchShape.of(batch) for _, batch in micro_batches)
+        shapes = tuple(part for _, batch in micro_batches for part in BatchShape.parts_of(batch))
         result = StepResult(
             step + 1, loss, norm, lr, ended - began, loaded - began, stop, gone, means, tokens, shapes
         )

@@ -130,6 +130,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             'train.recompute = "selective" cannot see into compiled blocks, which recompute what is cheap by '
             'themselves: use train.recompute = "none" or "full" with train.compile = "blocks"'
         )
+    if recipe.train.compile == "blocks" and recipe.train.packing == "rows":
+        yield (
+            'train.packing = "rows" makes batches of as many lengths as there are batches, and train.compile '
+            '= "blocks" would compile each: use train.packing = "none", or train.compile = "none"'
+        )
     if recipe.train.weights == "bf16" and recipe.train.shards:
         yield (
             f'train.weights = "bf16" cannot be sharded (train.sharding = {recipe.train.sharding!r}), because '

@@ -16,13 +16,17 @@ from vlafit.train.launch import LaunchPlan
 EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the field
     "train.precision": "fp32", "train.sharding": "none", "train.accumulate": 1, "train.frozen": "fp32",
     "train.recompute": "none", "optim.states": "fp32", "train.weights": "fp32", "optim.in_backward": False,
-    "train.compile": "none",
+    "train.compile": "none", "train.packing": "none",
 }  # fmt: skip
 LEFT_TO_MEMORY = {  # what train.memory decides where neither recipe nor launcher does
     "train.accumulate": 0, "train.recompute": "auto", "optim.states": "auto", "train.weights": "auto",
     "optim.in_backward": "auto",
 }  # fmt: skip
-CHOSEN_LATER = ("train.batch_size", "train.checkpoints")  # from policy and data; a resumed run keeps them
+CHOSEN_LATER = (  # from policy and data; a resumed run keeps them
+    "train.batch_size",
+    "train.checkpoints",
+    "train.packing",
+)
 CLIP_NORM = next(field.default for field in fields(OptimRecipe) if field.name == "clip_norm")
 
 
@@ -95,7 +99,7 @@ def settle(
     defaults = {**EARLIER, "train.precision": precision}
     if open_fields:
         defaults |= LEFT_TO_MEMORY
-    for field in EARLIER:
+    for field in (name for name in EARLIER if name not in CHOSEN_LATER):
         own, launched = field_of(recipe, field), asked.get(field)
         if field == "train.frozen":  # rounding them changes nothing that a bf16 product sees
             defaults[field] = field_of(recipe, "train.precision")

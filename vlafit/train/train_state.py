@@ -29,6 +29,7 @@ from vlafit.train.feature_cache import indices_of, open_cache
 from vlafit.train.gradients import GradientCheck
 from vlafit.train.in_backward import StepInBackward
 from vlafit.train.optim import Ema, build_optimizer
+from vlafit.train.packer import packer_of
 from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.train.stages import Place
 from vlafit.tuning import Plan
@@ -62,11 +63,16 @@ class TrainState:
         self.check = self._begin(before)
         self.in_backward = self._step_in_backward()
         self.cache = open_cache(policy, plan, recipe, device, self.text_multiple)
+        self.packer = packer_of(policy, recipe, device)
 
     def prepare(self, keys: Keys, batch: Batch) -> Batch:
-        """Return a micro-batch as it goes into the policy: trimmed, and with features, if they are kept."""
+        """Return a micro-batch as it goes into the policy: trimmed, with features, if they are kept, and
+        packed, where that pays.
+        """
         trimmed = batch.trim(self.text_multiple)
-        return trimmed if self.cache is None else self.cache.attach(batch, trimmed, indices_of(keys))
+        if self.cache is not None:
+            trimmed = self.cache.attach(batch, trimmed, indices_of(keys))
+        return trimmed if self.packer is None else self.packer.pack(trimmed)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -124,6 +124,9 @@ class Trainer:
         context.meter.pause()
         if context.main and self.train_state.cache is not None:
             log.info("%s", self.train_state.cache.sentence)
+        packer = self.train_state.packer
+        if context.main and packer is not None and packer.sentence:
+            log.info("%s", packer.sentence)
         optimizer, ema = self.train_state.optimizer, self.train_state.ema
         state.memory = context.meter.facts(context.experiment.policy, optimizer, ema)
         return state.status
