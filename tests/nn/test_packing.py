@@ -11,7 +11,7 @@ from tests.rounding import drift, unit_roundoff
 from vlafit.nn import packing
 from vlafit.nn.attention import attend, key_mask
 from vlafit.nn.batch import Batch
-from vlafit.nn.packing import Kernel, PrefixShape, _flash_works, kernel_for, packed
+from vlafit.nn.packing import Kernel, PrefixShape, _flash_works, kernel_for
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family
@@ -83,7 +83,7 @@ def loss_and_gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict
 def test_loss_and_gradients_are_those_of_the_padded_batch(name: str, kernel: Kernel) -> None:
     policy = policy_of(name).double()
     batch = mixed_batch(policy).trim()
-    short = packed(batch, shape_of(policy), kernel)
+    short = batch.packed(shape_of(policy), kernel)
     assert short.packing is not None
     loss, gradients = loss_and_gradients(policy, batch)
     other, others = loss_and_gradients(policy, short)
@@ -100,17 +100,13 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(name: str, kernel: Ker
 def test_padding_has_no_influence_and_is_not_computed(name: str) -> None:
     policy = policy_of(name)
     batch = mixed_batch(policy).trim()
-    short = packed(batch, shape_of(policy), "rows")
+    short = batch.packed(shape_of(policy), "rows")
     assert short.packing is not None
-    other = packed(
-        replace(
-            batch,
-            images=torch.where(batch.image_mask[:, :, None, None, None], batch.images, 7),
-            tokens=torch.where(batch.token_mask, batch.tokens, 0),
-        ),
-        shape_of(policy),
-        "rows",
-    )
+    other = replace(
+        batch,
+        images=torch.where(batch.image_mask[:, :, None, None, None], batch.images, 7),
+        tokens=torch.where(batch.token_mask, batch.tokens, 0),
+    ).packed(shape_of(policy), "rows")
     assert loss_and_gradients(policy, short)[0].equal(loss_and_gradients(policy, other)[0])
     counts = []
     for one in (batch, short):
@@ -131,9 +127,9 @@ def test_a_batch_with_little_padding_stays_as_it_is() -> None:
     batch = mixed_batch(policy)
     whole = replace(batch, image_mask=torch.ones_like(batch.image_mask))
     whole = replace(whole, token_mask=torch.arange(whole.token_mask.shape[1]) < torch.tensor([[11]] * 4))
-    assert packed(whole.trim(), shape_of(policy), "rows").packing is None
+    assert whole.trim().packed(shape_of(policy), "rows").packing is None
     nothing = replace(batch, image_mask=torch.zeros_like(batch.image_mask))
-    assert packed(nothing.trim(), shape_of(policy), "rows").packing is None
+    assert nothing.trim().packed(shape_of(policy), "rows").packing is None
 
 
 def test_rows_of_equal_length_need_no_mask_in_the_suffix() -> None:
@@ -141,7 +137,7 @@ def test_rows_of_equal_length_need_no_mask_in_the_suffix() -> None:
     batch = mixed_batch(policy, rows=2)
     cameras = torch.tensor([[True, False, False], [False, True, False]])
     batch = replace(batch, image_mask=cameras, token_mask=torch.ones_like(batch.token_mask)).trim()
-    short = packed(batch, shape_of(policy), "rows")
+    short = batch.packed(shape_of(policy), "rows")
     assert short.packing is not None and short.packing.segments.valid() is None
     near = drift(unit_roundoff(torch.float32), 200, 1.0)
     torch.testing.assert_close(
@@ -153,7 +149,7 @@ def test_rows_of_equal_length_need_no_mask_in_the_suffix() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_packed_attention_is_attention_with_a_mask(groups: int, kernel: Kernel) -> None:
     policy = policy_of("pi0")
-    short = packed(mixed_batch(policy).trim(), shape_of(policy), kernel)
+    short = mixed_batch(policy).trim().packed(shape_of(policy), kernel)
     assert short.packing is not None
     segments = short.packing.segments
     generator = torch.Generator().manual_seed(0)
@@ -171,12 +167,12 @@ def test_a_cpu_attends_row_by_row_where_rows_are_long_and_differ(monkeypatch: py
     assert kernel_for(torch.device("cpu"), torch.bfloat16, shape_of(policy)) == "rows"
     batch = mixed_batch(policy).trim()
     monkeypatch.setattr(packing, "SHORT", 25)  # the longest has 24
-    assert _packing(packed(batch, shape_of(policy), "rows")).segments.kernel == "padded"
+    assert _packing(batch.packed(shape_of(policy), "rows")).segments.kernel == "padded"
     monkeypatch.setattr(packing, "SHORT", 24)
-    assert _packing(packed(batch, shape_of(policy), "rows")).segments.kernel == "rows"
+    assert _packing(batch.packed(shape_of(policy), "rows")).segments.kernel == "rows"
     same = replace(batch, image_mask=batch.image_mask[[1]].expand(4, -1), token_mask=batch.token_mask[[3]])
     same = replace(same, token_mask=same.token_mask.expand(4, -1))
-    assert _packing(packed(same, shape_of(policy), "rows")).segments.kernel == "padded"
+    assert _packing(same.packed(shape_of(policy), "rows")).segments.kernel == "padded"
 
 
 def _packing(batch: Batch) -> packing.Packing:
@@ -197,7 +193,7 @@ def test_loss_and_gradients_on_a_gpu_are_those_of_the_padded_batch() -> None:
     batch = mixed_batch(policy).trim()
     results = []
     for kernel in (None, "padded", kernel_for(torch.device("cuda", 0), torch.bfloat16, shape_of(policy))):
-        one = batch if kernel is None else packed(batch, shape_of(policy), kernel)
+        one = batch if kernel is None else batch.packed(shape_of(policy), kernel)
         policy.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
             sums = policy(one.to("cuda"), sample_rng([(0, row) for row in range(4)], seed=0, draws=1))

@@ -18,7 +18,7 @@ from vlafit.errors import ConfigError
 from vlafit.recipe import OptimRecipe, Recipe, TrainRecipe
 from vlafit.train import launch
 from vlafit.train.launch import LaunchPlan, read
-from vlafit.train.settle import settle
+from vlafit.train.settle import settle, with_field
 
 FSDP2 = {
     "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -339,7 +339,8 @@ def test_by_default_the_device_decides_the_precision() -> None:
 
 
 def test_a_resumed_run_keeps_its_values_whatever_the_launcher_and_the_device_are() -> None:
-    saved = settle(Recipe(), LaunchPlan(), bf16=False).recipe
+    begun = settle(Recipe(), LaunchPlan(), bf16=False).recipe
+    saved = with_field(begun, "train.packing", "rows")  # chosen when the policy was built
     settled = settle(Recipe(), PLAN, bf16=True, saved=saved)
     assert settled.recipe == saved
     assert all(setting.source == "the run that is resumed" for setting in settled.settings[:4])
@@ -351,6 +352,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_did() -> None:
     )  # all the fields it had
     train = settle(Recipe(), LaunchPlan(), bf16=True, saved=saved).recipe.train
     assert (train.precision, train.frozen, train.accumulate) == ("bf16", "fp32", 2)
+    assert train.packing == "none"
 
 
 def test_the_shipped_launcher_files_are_honoured() -> None:

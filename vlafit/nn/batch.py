@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlafit.errors import CodecError
 from vlafit.nn.features import Features
-from vlafit.nn.packing import Packing
+from vlafit.nn.packing import Kernel, Packing, PrefixShape, packing_of
 
 if TYPE_CHECKING:
     from vlafit.codec import Encoded
@@ -148,6 +148,13 @@ class Batch:
                 values |= {name: values[name][:, :length] for name in (tokens, mask)}
         read = [values[name] for name in ("image_mask", "token_mask", "history_mask") if name in values]
         return replace(self, **values, all_real=all(bool(mask.all()) for mask in read))
+
+    def packed(self, shape: PrefixShape, kernel: Kernel) -> Batch:
+        """Return this trimmed batch, which is on the CPU, with its packing, where that saves enough."""
+        kept = self.features is not None and self.features.kind == "prefix"
+        if self.all_real or kept or self.history_mask is not None or self.token_mask is None:
+            return self
+        return replace(self, packing=packing_of(self.image_mask, self.token_mask, shape, kernel))
 
 
 def no_images(like: Tensor, device: torch.device | str) -> dict[str, Tensor]:

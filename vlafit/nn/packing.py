@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vlafit.nn.batch import Batch
-
-    Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -120,22 +117,17 @@ class Packing:
         return every.index_select(0, self.order)[None]
 
 
-def packed(batch: Batch, shape: PrefixShape, kernel: Kernel) -> Batch:
-    """Return a trimmed `batch`, which is on the CPU, with its packing, where that saves enough.
+def packing_of(image_mask: Tensor, token_mask: Tensor, shape: PrefixShape, kernel: Kernel) -> Packing | None:
+    """Return the packing of a batch by its masks [b, n] and [b, l] on the CPU; None if it saves little.
 
     `kernel` "rows" is for rows that are long and of several lengths; others are padded for attention.
     """
-    if batch.all_real or batch.history_mask is not None or batch.tokens is None:
-        return batch
-    if batch.features is not None and batch.features.kind == "prefix":
-        return batch
-    image_mask, (_, token_mask) = batch.image_mask, batch.prompt()
     tokens = shape.image_tokens
     of_images = image_mask.repeat_interleave(tokens, 1)
     mask = torch.cat((of_images, token_mask), 1)  # [b, l]
     lengths = mask.sum(1)
     if not int(lengths.min()) or not image_mask.any() or int(lengths.sum()) > (1 - LEAST) * mask.numel():
-        return batch
+        return None
     images, words = (m.flatten().nonzero()[:, 0] for m in (image_mask, token_mask))
     # Each real token's number among the images' tokens and the words, at its place in the padded batch.
     numbers = torch.cat((of_images.flatten().cumsum(0), token_mask.flatten().cumsum(0))) - 1
@@ -147,7 +139,7 @@ def packed(batch: Batch, shape: PrefixShape, kernel: Kernel) -> Batch:
     bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
     if kernel == "rows" and (longest < SHORT or len(set(sizes)) == 1):
         kernel = "padded"
-    packing = Packing(
+    return Packing(
         images,
         words,
         torch.cat(by_row, 1)[mask],
@@ -155,7 +147,6 @@ def packed(batch: Batch, shape: PrefixShape, kernel: Kernel) -> Batch:
         Segments(tuple(sizes), kernel, slots, bounds),
         tuple(image_mask.sum(1).tolist()),
     )
-    return replace(batch, packing=packing)
 
 
 # ------------------------------------------------------------------------------------------- attention

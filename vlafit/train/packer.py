@@ -6,7 +6,7 @@ import torch
 
 from vlafit.errors import ConfigError
 from vlafit.nn.batch import Batch
-from vlafit.nn.packing import Kernel, PrefixShape, kernel_for, packed
+from vlafit.nn.packing import Kernel, PrefixShape, kernel_for
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.recipe import Recipe
@@ -32,7 +32,7 @@ class Packer:
     def pack(self, batch: Batch) -> Batch:
         """Return a trimmed batch, packed where that leaves out enough."""
         self.batches += 1
-        short = packed(batch, self.shape, self.kernel)
+        short = batch.packed(self.shape, self.kernel)
         if short.packing is not None:
             self.packed += 1
             self._kernels.add(short.packing.segments.kernel)
