@@ -10,10 +10,11 @@ removed at the end.
 
 rungs       expert, lora: those strategies, as they are in bf16. full: full fine-tuning on the last rung of
             the ladder: full recompute, 8-bit moments, weights in bf16, steps in the backward pass.
-peak        of the resident set of the command and its children, read every 20 ms, in 10^9 bytes; pages of
-            files that are mapped count.
---limit     gigabytes at which a command is ended, and its row says so. It is also ended when the machine has
-            less than 1.5 GB left, because others may work on it.
+peak        of the anonymous memory of the command and its children, read every 20 ms, in 10^9 bytes.
+resident    of their resident set, in which pages of files that are mapped count, too; the system takes those
+            back where memory is short.
+--limit     gigabytes of anonymous memory at which a command is ended, and its row says so. It is also ended
+            when the machine has less than 1.5 GB left, because others may work on it.
 step_s      seconds of each training step, loading of the sample included.
 The full size takes 40 GB of disk.
 """
@@ -58,7 +59,7 @@ RUNGS = {
     ),
 }
 """Name -> strategy, fields of [train], fields of [optim]."""
-COLUMNS = ("rung", "command", "peak_gb", "seconds", "step_s", "disk_gb", "loss")
+COLUMNS = ("rung", "command", "peak_gb", "resident_gb", "seconds", "step_s", "disk_gb", "loss")
 CARD = """
 name = "random-frames"
 layout = "libero"
@@ -218,14 +219,15 @@ def recipe_of(name: str, folder: Path, config: Pi0Config) -> str:
 def watched(words: Sequence[str], limit: float) -> Row:
     """Run a command of vlafit, and return its seconds, its peak and, where it failed, the last it said."""
     environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
-    began, peak, why = time.perf_counter(), 0, ""
+    began, peak, largest, why = time.perf_counter(), 0, 0, ""
     process = subprocess.Popen(
         [sys.executable, "-m", "vlafit", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
     own = psutil.Process(process.pid)
     while process.poll() is None:
-        peak = max(peak, resident(own))
+        anonymous, everything = resident(own)
+        peak, largest = max(peak, anonymous), max(largest, everything)
         free = psutil.virtual_memory().available
         if peak > limit * 1e9 or free < FREE_AT_LEAST:
             why = f"ended at {peak / 1e9:.2f} GB (limit {limit} GB; {free / 1e9:.2f} GB were free)"
@@ -233,20 +235,22 @@ def watched(words: Sequence[str], limit: float) -> Row:
         time.sleep(EVERY_S)
     said = process.stdout.read() if process.stdout else ""
     row: Row = {"seconds": round(time.perf_counter() - began, 1), "peak_gb": round(peak / 1e9, 2)}
+    row["resident_gb"] = round(largest / 1e9, 2)
     if process.returncode:
         row["error"] = why or " ".join(said.split())[-rows.LONGEST_ERROR :]
     return row
 
 
-def resident(process: psutil.Process) -> int:
-    """Return the resident set of a process and its children."""
-    total = 0
+def resident(process: psutil.Process) -> tuple[int, int]:
+    """Return the anonymous memory and the resident set of a process and its children."""
+    anonymous = everything = 0
     for one in (process, *_children(process)):
         try:
-            total += one.memory_info().rss
+            held = one.memory_info()
         except psutil.Error:
             continue
-    return total
+        anonymous, everything = anonymous + held.rss - held.shared, everything + held.rss
+    return anonymous, everything
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

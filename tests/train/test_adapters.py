@@ -1,8 +1,10 @@
 """Runs with adapters: saved on what they began from, resumed bit for bit, merged, gone on from."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor
 import vlafit
 from tests.train.test_interruptions import Interrupted, Until, crash
 from tests.train.world import assert_same, losses, tiny
+from tests.variants import variants
 from vlafit import checkpoints, report
 from vlafit.errors import StrategyError
 from vlafit.recipe import PolicyRecipe, Recipe
-from vlafit.train import run
+from vlafit.train import Callbacks, run
+from vlafit.train.experiment import Experiment
 from vlafit.tuning.quantise import is_rounded_from
 
 RULES = """
@@ -214,3 +218,42 @@ def test_dropout_of_adapters_draws_the_same_again_and_after_an_interruption(
     run(recipe, tmp_path / "cut", resume=True)
     for name in ("other", "cut"):
         assert_same(everything(tmp_path / name, 6), everything(tmp_path / "one", 6))
+
+
+@pytest.mark.parametrize("precision", variants(["fp32", "bf16"], always=["bf16"]))
+@pytest.mark.parametrize("strategy", variants(["lora", "qlora"], always=["lora"]))
+def test_the_merge_is_measured_when_the_trained_policy_is_no_longer_in_memory(
+    base: Path, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, precision: str
+):
+    """A second whole policy beside the first would not fit the card that the run was chosen for."""
+    running = importlib.import_module("vlafit.train.run")  # the package's name `run` is the function
+    built: list[Experiment] = []
+    held: list[int] = []
+    dtypes: set[torch.dtype] = set()
+    real, load = running.merge_error, checkpoints.load_all
+
+    def measured(*values: Any, **options: Any) -> float:
+        held.append(sum(p.nbytes for p in built[0].policy.parameters() if type(p.data) is Tensor))
+        return real(*values, **options)
+
+    def loaded(*values: Any, **options: Any) -> Any:
+        made = load(*values, **options)
+        parameters = made.policy.named_parameters()
+        dtypes.update(p.dtype for name, p in parameters if name.endswith("q_proj.base_layer.weight"))
+        return made
+
+    class Setup(Callbacks):
+        def setup(self, experiment: Experiment) -> None:
+            built.append(experiment)
+
+    recipe = tiny(
+        card, strategy=strategy, train={"steps": 2, "precision": precision, "save_every": 0},
+        policy={"checkpoint": str(base), "family": "", "size": "", "config": {}},
+    )  # fmt: skip
+    monkeypatch.setattr(running, "merge_error", measured)
+    monkeypatch.setattr("vlafit.train.initial_policy.checkpoints.load_all", loaded)
+    assert run(recipe, tmp_path / "run", callbacks=Setup()).finished
+    assert held == [0]
+    assert 0 <= json.loads((tmp_path / "run" / "run.json").read_text())["merge_error"] < 0.2
+    if strategy == "lora":
+        assert torch.bfloat16 in dtypes if precision == "bf16" else dtypes == {torch.float32}

@@ -258,12 +258,42 @@ def test_a_deepspeed_file_that_would_change_what_is_learned_is_refused(
     assert all(fact in str(raised.value) for fact in facts), raised.value
 
 
+PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "variables", "sharding"),
+    [
+        ({"DP_REPLICATE": 1, "DP_SHARD": 4, "TP": 1, "CP": 1, "SP": 1}, {}, "full"),
+        ({"DP_REPLICATE": 4, "DP_SHARD": 1}, {}, "none"),
+        ({"DP_REPLICATE": 1, "DP_SHARD": 1}, {}, None),
+        ({"DP_SHARD": 4}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+                           "FSDP_RESHARD_AFTER_FORWARD": "false"}, "gradients"),
+    ],
+)  # fmt: skip
+def test_a_parallelism_config_of_copies_or_shards_is_honoured(
+    sizes: dict[str, int], variables: dict[str, str], sharding: str | None
+) -> None:
+    written = {f"PARALLELISM_CONFIG_{name}_SIZE": str(size) for name, size in sizes.items()}
+    assert read({"ACCELERATE_MIXED_PRECISION": "no"} | PARALLEL | written | variables).sharding == sharding
+
+
 @pytest.mark.parametrize(
     ("variables", "facts"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["fp8", "train.precision bf16"]),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["Megatron-LM", "train.sharding full"]),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["parallelism_config", "train.sharding full"]),
+        (
+            {
+                **PARALLEL,
+                "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+                "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
+            },
+            ["HSDP", "dp_shard_size to 8", "train.sharding full"],
+        ),
+        ({**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "2"}, ["tensor parallelism", "tp_size 2"]),
+        ({**PARALLEL, "PARALLELISM_CONFIG_CP_SIZE": "4"}, ["context parallelism", "train.sharding full"]),
+        ({**PARALLEL, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "auto"}, ["dp_shard_size 'auto'"]),
         ({"XLA_DOWNCAST_BF16": "1"}, ["downcast_bf16", "GPUs and CPUs"]),
         ({"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Experts"}, ["deepspeed_moe_layer_cls_names"]),
     ],

@@ -94,12 +94,12 @@ def test_warnings_are_in_the_run_and_its_report(
 @pytest.mark.parametrize(
     ("train", "named"),
     [
-        ({"sharding": "full"}, "train.sharding"),
+        ({"packing": "rows"}, "train.packing"),
         ({"recompute": "selective"}, "train.recompute"),
     ],
 )
 def test_what_compiled_blocks_do_not_go_with_is_refused(train: dict, named: str) -> None:
     tables = {"train": {"compile": "blocks", **train}, "data": {"cards": ["a.toml"]}}
     with pytest.raises(ConfigError, match=rf'train\.compile = "blocks"|{named}') as error:
-        check(config.build(Recipe, tables, "a recipe"), 2 if "sharding" in train else 1)
+        check(config.build(Recipe, tables, "a recipe"), 1)
     assert named in str(error.value) and "train.compile" in str(error.value)

@@ -172,6 +172,16 @@ def test_accumulation_changes_nothing_but_memory(card: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_compiled_blocks_that_are_sharded_have_the_losses_of_one_process(card: Path, tmp_path: Path) -> None:
+    """By inductor, which takes four minutes."""
+    recipe = tiny(card, train={"steps": 3, "batch_size": 8, "save_every": 0, "validate_every": 0})
+    run(recipe, tmp_path / "one")
+    train = replace(recipe.train, compile="blocks", sharding="full")
+    run_in_two([(replace(recipe, train=train), tmp_path / "two")], tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_accelerate_launch_starts_them(card: Path, tmp_path: Path) -> None:
     recipe = tiny(card, train={"steps": 3, "sharding": "full", "report": True})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))

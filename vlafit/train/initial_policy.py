@@ -169,11 +169,14 @@ def probe(
     return actions
 
 
-def merge_error(folder: Path, data: Data, device: torch.device) -> float:
-    """Return the largest change of an action that merging makes to the adapted checkpoint `folder`."""
-    loaded = checkpoints.load_all(folder, device=device)
+def merge_error(folder: Path, data: Data, device: torch.device, *, bf16: bool = False) -> float:
+    """Return the largest change of an action that merging makes to the adapted checkpoint `folder`.
+
+    With `bf16` in the precision in which such a run is exported, which takes half of the memory.
+    """
+    loaded = checkpoints.load_all(folder, device=device, dtype="bfloat16" if bf16 else "float32")
     assert loaded.codecs is not None
-    actions = probe(loaded.policy, loaded.codecs, data, device)
+    actions = probe(loaded.policy, loaded.codecs, data, device, bf16=bf16)
     before = actions()
     merge(loaded.policy)
     return float((actions() - before).abs().max())

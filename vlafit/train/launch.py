@@ -64,7 +64,10 @@ REFUSED_IN_A_FILE = {
     "data_efficiency": "the order of samples follows from train.seed",
 }
 """Keys of a DeepSpeed file that would change what is learned, or how -> what comes closest."""
+SPLITS = {"TP": "tensor parallelism", "CP": "context parallelism", "SP": "sequence parallelism"}
+"""Sizes of accelerate's parallelism_config that divide the work on one sample."""
 HIDDEN = (
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
     "ACCELERATE_DYNAMO_BACKEND",
     "ACCELERATE_USE_FSDP",
     "ACCELERATE_USE_DEEPSPEED",
@@ -97,7 +100,7 @@ def read(environ: Mapping[str, str]) -> LaunchPlan:
         return LaunchPlan()
     _refuse_others(environ)
     compiles, notes = _dynamo(environ)
-    plan = _sharding(environ)
+    plan = _parallel(environ, _sharding(environ))
     return replace(plan, compile=compiles, notes=(*plan.notes, *notes))
 
 
@@ -145,16 +148,47 @@ def _refuse_others(environ: Mapping[str, str]) -> None:
             "accelerate (DeepSpeed): deepspeed_moe_layer_cls_names cannot be honoured: no policy has layers "
             "of experts that are sharded by themselves; remove the key"
         )
-    for name, key in (
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config"),
-    ):
-        if _is_on(environ, name):
+    if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
+        raise ConfigError(
+            "accelerate: Megatron-LM cannot be honoured: vlafit shards weights, gradients and optimiser "
+            "states (--train.sharding full), and splits no layer over GPUs; choose MULTI_GPU or FSDP in "
+            "`accelerate config`"
+        )
+
+
+def _parallel(environ: Mapping[str, str], plan: LaunchPlan) -> LaunchPlan:
+    """Return the plan with what accelerate's `parallelism_config` says of copies and shards."""
+    if not _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return plan
+    where = "accelerate (parallelism_config)"
+    sizes = {name: _size(environ, name, where) for name in ("DP_REPLICATE", "DP_SHARD", *SPLITS)}
+    for name, what in SPLITS.items():
+        if sizes[name] > 1:
             raise ConfigError(
-                f"accelerate: {key} cannot be honoured: vlafit shards weights, gradients and optimiser "
-                "states (--train.sharding full), and splits no layer over GPUs; choose MULTI_GPU or FSDP in "
-                "`accelerate config`"
+                f"{where}: {name.lower()}_size {sizes[name]} ({what}) cannot be honoured: vlafit splits no "
+                "layer and no sequence over GPUs; set it to 1, and dp_shard_size to the number of processes "
+                "(--train.sharding full)"
             )
+    copies, shards = sizes["DP_REPLICATE"], sizes["DP_SHARD"]
+    if copies > 1 and shards > 1:
+        raise ConfigError(
+            f"{where}: hybrid sharding (HSDP: dp_replicate_size {copies}, dp_shard_size {shards}) cannot be "
+            f"honoured: vlafit shards over all processes; set dp_shard_size to {copies * shards} and "
+            "dp_replicate_size to 1 (--train.sharding full, or gradients: weights gathered once a step), "
+            f"or dp_replicate_size to {copies * shards} for a copy on each (--train.sharding none)"
+        )
+    if copies > 1:
+        return replace(plan, launcher=where, sharding="none")
+    if shards > 1 and plan.sharding is None:
+        return replace(plan, launcher=where, sharding="full")
+    return plan
+
+
+def _size(environ: Mapping[str, str], name: str, where: str) -> int:
+    value = environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{where}: {name.lower()}_size {value!r} is not a number of at least 1")
+    return int(value)
 
 
 def _dynamo(environ: Mapping[str, str]) -> tuple[Literal["blocks"] | None, list[str]]:

@@ -120,11 +120,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"{recipe.train.sharding!r}): use "
             'optim.states = "fp32", of which each process then keeps a share'
         )
-    if recipe.train.compile == "blocks" and recipe.train.shards:
-        yield (
-            f'train.compile = "blocks" was not tried with sharding (train.sharding = '
-            f'{recipe.train.sharding!r}): use train.compile = "none"'
-        )
     if recipe.train.compile == "blocks" and recipe.train.recompute == "selective":
         yield (
             'train.recompute = "selective" cannot see into compiled blocks, which recompute what is cheap by '

@@ -372,7 +372,9 @@ def _end(record: dict[str, object], trainer: Trainer, seconds: float) -> None:
         facts["ranks"] = train_state.ranks.ranks()
     if state.status.finished and train_state.plan.adapted:
         last = context.manager.path(state.progress.step)
-        facts["merge_error"] = merge_error(last, context.experiment.data, context.device)
+        train_state.release()  # the checkpoint is loaded in its place
+        bf16 = context.recipe.train.precision == "bf16"
+        facts["merge_error"] = merge_error(last, context.experiment.data, context.device, bf16=bf16)
     if isinstance(seconds_before, int | float):
         facts["seconds"] = round(seconds_before + seconds, 1)
     end_record(context.out, record, facts)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlafit import tuning
 from vlafit.nn.batch import Batch
@@ -112,6 +112,17 @@ class TrainState:
         if self.in_backward is not None:
             self.in_backward.close()
         self.in_backward = self._step_in_backward()
+
+    def release(self) -> None:
+        """Free what training holds: weights, optimiser states, averages, features. Nothing works after it."""
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema = self.cache = self.ranks = None
+        for tensor in (*self.policy.parameters(), *self.policy.buffers()):
+            if type(tensor.data) is Tensor:  # quantised weights are small, and sharded ones a share
+                tensor.data = tensor.data.new_empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _step_in_backward(self) -> StepInBackward | None:
         """Let the backward pass step the optimiser of the stage, if the recipe says so."""
