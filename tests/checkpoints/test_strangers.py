@@ -41,8 +41,7 @@ OTHERS = {
     "VQ-BeT": ["vqbet.policy.transformer.wte.weight", "vqbet.action_head.vqvae_model.encoder.net.0.weight"],
     "TD-MPC": ["model._dynamics.0.weight", "model._Qs.0.0.weight", "model._pi.0.weight"],
     "LeRobot's first pi0-FAST": ["model.pi0_paligemma.language_model.model.norm.weight"],
-    "pi0-FAST": [f"model.paligemma_with_expert.{TOWER}", f"model.paligemma_with_expert.{DECODER}"],
-    "pi0-FAST (openpi's names)": [f"paligemma_with_expert.{TOWER}", f"paligemma_with_expert.{DECODER}"],
+    "PaliGemma alone": [f"paligemma_with_expert.{TOWER}", f"paligemma_with_expert.{DECODER}"],
 }
 
 

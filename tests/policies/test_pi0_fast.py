@@ -102,6 +102,77 @@ def test_loss_and_logits_are_those_that_lerobot_recorded():
     torch.testing.assert_close(loss_of(policy, batch), io["out.loss"], rtol=1e-5, atol=1e-5)
 
 
+def test_every_layer_on_the_way_gives_what_lerobot_recorded():
+    policy, (batch, io) = loaded(tied=False, rules="openpi"), recorded()  # which reads the prompt's end, too
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    policy.language.register_forward_hook(lambda _, args, out: seen.append((*args[:2], out[0])))
+    policy.logits(batch)
+    (given, places, prompt), (_, places_of_actions, actions) = seen
+    patches = policy.vision(batch.images.flatten(0, 1)).unflatten(0, (2, 2))
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    for camera in range(2):
+        torch.testing.assert_close(patches[:, camera], io[f"out.vision.{camera}"], **near)
+        projected = policy.projector(patches[:, camera])
+        torch.testing.assert_close(projected, io[f"out.projector.{camera}"], **near)
+        theirs = load_file(RECORDED / "openpi_jax.safetensors")
+        if camera == 0:
+            torch.testing.assert_close(projected, theirs["projector.0"], **near)
+    torch.testing.assert_close(given[:, 8:], io["out.lang_embeddings"], **near)
+    valid = torch.cat((torch.ones(2, 8, dtype=torch.bool), batch.token_mask), 1)
+    assert batch.target_mask is not None
+    real = torch.cat((valid, batch.target_mask), 1)
+    assert torch.equal(real, io["out.prefix_pad_masks"])
+    ours = torch.cat((places, places_of_actions), 1)  # the last action token predicts nothing
+    assert torch.equal(ours[real[:, :-1]], io["out.position_ids"][:, :-1][real[:, :-1]])
+    last = batch.token_mask[:, -8:]
+    torch.testing.assert_close(prompt[:, -8:][last], io["out.hidden_last_prompt"][last], **near)
+    counted = batch.target_mask[:, :-1]
+    torch.testing.assert_close(actions[counted], io["out.hidden_actions"][:, :-1][counted], **near)
+
+
+def test_who_sees_whom_is_as_recorded():
+    """What a token changes shows in the gradients of its input."""
+    policy, (batch, io) = loaded(tied=False), recorded()
+    allowed = io["out.attention_mask_2d"]
+    given: list[Tensor] = []
+
+    def watched(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(args[0].detach().requires_grad_())
+        return (given[-1], *args[1:])
+
+    policy.language.register_forward_pre_hook(watched)
+    logits = policy.logits(batch)
+    for query in (0, 5, 20):
+        sources = torch.autograd.grad(logits[:, query].square().sum(), given, retain_graph=True)
+        moved = torch.cat([source.abs().sum(-1) > 0 for source in sources], 1)  # [b, prefix + actions - 1]
+        assert torch.equal(moved, allowed[:, 72 + query, :-1])
+
+
+@pytest.mark.parametrize("folder", ["", "overfit"])
+def test_losses_of_tokens_and_samples_are_those_that_lerobot_recorded(folder: str):
+    policy, (batch, io) = loaded(folder, tied=False), recorded()
+    logits = policy.logits(batch)
+    if folder:
+        torch.testing.assert_close(loss_of(policy, batch), io["overfit.loss"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[:, :4], io["overfit.logits_actions_first4"], rtol=1e-4, atol=1e-4)
+        cached, full = (io[f"overfit.greedy_tokens_{how}"].tolist() for how in ("kv", "nocache"))
+        for one, other in zip(cached, full, strict=True):  # LeRobot ends a row at "|" with the cache alone
+            end = one.index(META["ids"]["bar_plain"]) + 1
+            assert one[:end] == other[:end]
+        return
+    assert batch.target_tokens is not None and batch.target_mask is not None
+    each = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.target_tokens[:, 1:], reduction="none"
+    )
+    mask = batch.target_mask[:, 1:]
+    assert torch.equal(mask, io["out.loss_mask"].bool())
+    torch.testing.assert_close(each[mask], io["out.loss_per_token"][mask], rtol=1e-4, atol=1e-4)
+    samples = torch.where(mask, each, 0.0).sum(1) / mask.sum(1)
+    torch.testing.assert_close(samples, io["out.loss_per_sample"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(io["out.greedy_tokens_nocache"], io["out.greedy_tokens_kv"])
+    assert io["out.loss_recomputed"].item() == pytest.approx(META["loss"], rel=1e-6)
+
+
 def test_padding_in_the_middle_changes_nothing_when_it_is_cut():
     batch, io = recorded()
     torch.testing.assert_close(
@@ -150,8 +221,13 @@ def check_gradients(policy: pi0_fast.Pi0Fast, io: dict[str, Tensor], tied: bool)
     for name, norm in norms.items():
         got = gradients[renamed(name)].norm().item()
         assert got == pytest.approx(norm, rel=1e-4, abs=1e-6), name  # of key biases it is 0 but for rounding
-    for name in (key.removeprefix("grad.") for key in io if key.startswith("grad.")):
-        torch.testing.assert_close(gradients[renamed(name)], io[f"grad.{name}"], rtol=1e-4, atol=1e-6)
+    recorded = {
+        renamed(key.removeprefix("grad.")): value for key, value in io.items() if key.startswith("grad.")
+    }
+    if tied:
+        recorded["language.embed_tokens.weight"] += recorded.pop("lm_head.weight")
+    for name, gradient in recorded.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_greedy_decoding_gives_the_recorded_tokens():

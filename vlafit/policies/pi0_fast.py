@@ -26,6 +26,7 @@ from vlafit.nn.parameters import build_policy, draw_weights
 from vlafit.nn.policy import ActionTokens, Needs, ParameterInfo, Policy
 from vlafit.nn.rng import SampleRng
 from vlafit.nn.siglip import SiglipTower
+from vlafit.policies import _pi0_fast_shapes
 from vlafit.policies._common import describe, multiple, require, require_positive
 from vlafit.policies.pi0 import LanguageConfig, VisionConfig
 
@@ -327,6 +328,7 @@ def _action_part(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 Config = Pi0FastConfig
+SHAPES = _pi0_fast_shapes.SHAPES
 
 
 def build(

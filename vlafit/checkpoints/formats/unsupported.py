@@ -62,7 +62,7 @@ def name_family(names: Iterable[str]) -> str:
     language = any("language_model." in n and ".layers." in n for n in every)
     expert = any("gemma_expert" in n or "lm_expert" in n or ".dit." in n for n in every)
     if tower and language and not expert:
-        return "pi0-FAST (or of PaliGemma alone): there is no action expert"
+        return "PaliGemma alone: there is no action expert, and no config.json of LeRobot's pi0-FAST"
     return ""
 
 

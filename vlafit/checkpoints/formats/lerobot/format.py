@@ -1,8 +1,8 @@
-"""LeRobot's checkpoints of pi0, pi0.5, SmolVLA and X-VLA.
+"""LeRobot's checkpoints of pi0, pi0.5, pi0-FAST, SmolVLA and X-VLA.
 
 pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
 both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
-openpi's). X-VLA is read by `xvla`, the authors' own folders, too.
+openpi's). pi0-FAST is opened by `pi0_fast`; X-VLA is read by `xvla`, the authors' own folders, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, Overruled
 from vlafit.checkpoints.formats import unsupported
@@ -24,7 +23,7 @@ from vlafit.checkpoints.formats.base import (
     Opener,
 )
 from vlafit.checkpoints.formats.groot import write_lerobot
-from vlafit.checkpoints.formats.lerobot import declared, names, read_buffers, read_processors, xvla
+from vlafit.checkpoints.formats.lerobot import declared, names, pi0_fast, read_buffers, read_processors, xvla
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
@@ -142,7 +141,10 @@ class LeRobot(Format):
         """Whether the tensor names are LeRobot's, or openpi's with LeRobot's config.json beside them."""
         if names.has_own_names(files.tensor_names) or xvla.recognise(files.tensor_names):
             return True
-        return openpi.recognise(files.tensor_names) and read_config(files.folder) is not None
+        config = read_config(files.folder)
+        if config is None:
+            return False
+        return openpi.recognise(files.tensor_names) or pi0_fast.recognise(files.tensor_names, config)
 
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names and read config.json.
@@ -150,8 +152,10 @@ class LeRobot(Format):
         Raises WeightsError where config.json asks for something that vlafit does not compute, or another
         family's weights lie beside it.
         """
-        unsupported.refuse(files.tensors, str(files.path))
         config = read_config(files.folder)
+        if pi0_fast.recognise(files.tensor_names, config):
+            return pi0_fast.open_checkpoint(self, files, config)
+        unsupported.refuse(files.tensors, str(files.path))
         if xvla.recognise(files.tensor_names):
             return xvla.open_checkpoint(self, files, config, options)
         return _open(self, files, config)
@@ -218,10 +222,7 @@ class LeRobot(Format):
 
 def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None) -> OpenedCheckpoint:
     tensors, where = files.tensors, str(files.path)
-    stored = {names.plain(name): name for name in tensors}
-    twice = sorted(name for name in tensors if stored[names.plain(name)] != name)
-    if twice:
-        raise_mismatch(where, {"surplus": [f"{name} beside {stored[names.plain(name)]}" for name in twice]})
+    stored = names.unmarked(tensors, where)
     buffers = tuple(name for name in stored if name.startswith(names.BUFFERS))
     rest = {name: tensors[stored[name]] for name in stored if name not in buffers}
     layout = names.layout_of(rest)

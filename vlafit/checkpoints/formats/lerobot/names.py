@@ -1,18 +1,21 @@
-"""LeRobot's tensor names of pi0, pi0.5 and SmolVLA.
+"""LeRobot's tensor names of pi0, pi0.5, pi0-FAST and SmolVLA.
 
 pi0 and pi0.5 come in two layouts: as `save_pretrained` writes them (every name begins with ``model.``, and
 both of the tied pair are there), or as on the Hub (openpi's names, which only config.json tells apart from
 openpi's). LeRobot 0.1 to 0.3 wrote pi0 with the names of older versions of transformers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
+from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.name_map import NameMap
 
 _WITH_EXPERT = "model.vlm_with_expert."
-_IN_MODEL = f"model.{openpi.PREFIX}"
+IN_MODEL = f"model.{openpi.PREFIX}"
 _VLM = f"{_WITH_EXPERT}vlm.model."
 _PROJECTIONS = (
     "state_proj.",
@@ -51,7 +54,7 @@ PI0 = NameMap(  # as save_pretrained writes it
     unused=tuple(f"model.{name}" for name in openpi.NAMES.unused),
 )
 
-_OLD = f"{_IN_MODEL}paligemma."
+_OLD = f"{IN_MODEL}paligemma."
 PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transformers before 4.52
     PI0,
     prefixes=(
@@ -59,6 +62,18 @@ PI0_OLD = replace(  # as LeRobot 0.1 to 0.3 wrote it, with the names of transfor
         *((own, other.replace(f"{_OLD}model.", _OLD)) for own, other in PI0.prefixes),
     ),
     ties={"language.embed_tokens.weight": f"{_OLD}language_model.lm_head.weight"},
+)
+
+PI0_FAST = NameMap(  # without an expert; its output layer is a tensor of its own
+    form=FORM,
+    prefixes=(
+        *(
+            (own, other)
+            for own, other in PI0.prefixes
+            if own.split(".")[0] in ("vision", "projector", "language")
+        ),
+        ("lm_head.", f"{IN_MODEL}paligemma.lm_head."),
+    ),
 )
 
 _FLORENCE, _HEAD = "model.vlm.", "model.transformer."
@@ -81,10 +96,10 @@ XVLA = NameMap(  # as LeRobot 0.6.1 writes it; see `xvla_names` for the layouts 
     ties={"language.embed_tokens.weight": f"{_FLORENCE}language_model.shared.weight"},
 )
 
-IN_MEMORY = {"pi0": PI0, "smolvla": SMOLVLA, "xvla": XVLA}
+IN_MEMORY = {"pi0": PI0, "pi0_fast": PI0_FAST, "smolvla": SMOLVLA, "xvla": XVLA}
 """Names of the modules in LeRobot's classes, by our family."""
 
-LAYOUTS = {"LeRobot's SmolVLA": (_WITH_EXPERT,), "LeRobot's pi0 or pi0.5": (_IN_MODEL,)}
+LAYOUTS = {"LeRobot's SmolVLA": (_WITH_EXPERT,), "LeRobot's pi0, pi0.5 or pi0-FAST": (IN_MODEL,)}
 
 BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 """Statistics that LeRobot stored among the weights until its processors came (0.4)."""
@@ -95,6 +110,18 @@ def plain(name: str) -> str:
     return name.replace("._orig_mod.", ".")
 
 
+def unmarked(tensors: Mapping[str, Tensor], where: str) -> dict[str, str]:
+    """Return the names without what torch.compile puts into them, and the files' own.
+
+    Raises WeightsError where two names differ in that alone.
+    """
+    stored = {plain(name): name for name in tensors}
+    twice = sorted(name for name in tensors if stored[plain(name)] != name)
+    if twice:
+        raise_mismatch(where, {"surplus": [f"{name} beside {stored[plain(name)]}" for name in twice]})
+    return stored
+
+
 def layout_of(names: Iterable[str]) -> tuple[str, NameMap] | None:
     """Return our family and the name map of most of these names (without `torch.compile`'s marks).
 
@@ -102,14 +129,13 @@ def layout_of(names: Iterable[str]) -> tuple[str, NameMap] | None:
     """
     every = list(names)
     count = {
-        sign: sum(name.startswith(sign) for name in every)
-        for sign in (_WITH_EXPERT, _IN_MODEL, openpi.PREFIX)
+        sign: sum(name.startswith(sign) for name in every) for sign in (_WITH_EXPERT, IN_MODEL, openpi.PREFIX)
     }
     if not any(count.values()):
         return None
-    if count[_WITH_EXPERT] > count[_IN_MODEL] + count[openpi.PREFIX]:
+    if count[_WITH_EXPERT] > count[IN_MODEL] + count[openpi.PREFIX]:
         return "smolvla", SMOLVLA
-    if count[_IN_MODEL] > count[openpi.PREFIX]:
+    if count[IN_MODEL] > count[openpi.PREFIX]:
         old = sum(name.startswith((f"{_OLD}language_model.", f"{_OLD}vision_tower.")) for name in every)
         return "pi0", PI0_OLD if old > sum(name.startswith(f"{_OLD}model.") for name in every) else PI0
     return "pi0", replace(openpi.NAMES, form=FORM)
@@ -118,5 +144,5 @@ def layout_of(names: Iterable[str]) -> tuple[str, NameMap] | None:
 def has_own_names(names: Iterable[str]) -> bool:
     """Whether most of these names are LeRobot's own, and not openpi's as on the Hub."""
     every = [plain(name) for name in names]
-    own = sum(name.startswith((_WITH_EXPERT, _IN_MODEL)) for name in every)
+    own = sum(name.startswith((_WITH_EXPERT, IN_MODEL)) for name in every)
     return own > sum(name.startswith(openpi.PREFIX) for name in every)

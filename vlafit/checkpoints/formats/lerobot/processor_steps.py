@@ -18,20 +18,29 @@ RENAME, NORMALISE, UNNORMALISE = (
 RELATIVE_STEP, ABSOLUTE_STEP = "relative_actions_processor", "absolute_actions_processor"
 RENAMED = {"delta_actions_processor": RELATIVE_STEP}  # LeRobot 0.5.1's name of the same step, line by line
 TOKENIZE, STATE_PROMPT = "tokenizer_processor", "pi05_prepare_state_tokenizer_processor_step"
+FAST_PROMPT, ACTION_TOKENS = "pi0_fast_prepare_state_tokenizer_processor_step", "action_tokenizer_processor"
 NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
 NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
 TO_FLOAT, IMAGENET, DOMAIN = "xvla_image_to_float", "xvla_imagenet_normalize", "xvla_add_domain_id"
 XVLA = (TO_FLOAT, IMAGENET, DOMAIN)
-BEFORE_POLICY = {RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, STATE_PROMPT, *NEWLINES, *NEUTRAL, *XVLA}
+STATE_PROMPTS = (STATE_PROMPT, FAST_PROMPT)
+BEFORE_POLICY = {
+    *(RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, ACTION_TOKENS),
+    *(*STATE_PROMPTS, *NEWLINES, *NEUTRAL, *XVLA),
+}
 AFTER_POLICY = {UNNORMALISE, ABSOLUTE_STEP, *NEUTRAL}
 ORDER = (  # (first, second, what LeRobot computes when they run the other way round)
     *((newline, TOKENIZE, "the prompt's tokens then lack the line's end") for newline in NEWLINES),
-    (STATE_PROMPT, TOKENIZE, "the prompt's tokens then lack the state"),
-    (NORMALISE, STATE_PROMPT, "the state then enters the prompt before it is normalised"),
+    *((prompt, TOKENIZE, "the prompt's tokens then lack the state") for prompt in STATE_PROMPTS),
+    *(
+        (NORMALISE, prompt, "the state then enters the prompt before it is normalised")
+        for prompt in STATE_PROMPTS
+    ),
+    (NORMALISE, ACTION_TOKENS, "the tokens are then those of actions that are not normalised"),
     (RELATIVE_STEP, NORMALISE, "a normalised state is then subtracted from a normalised action"),
     *(
         (RENAME, second, "it then finds features by their names before they are renamed")
-        for second in (RELATIVE_STEP, NORMALISE, STATE_PROMPT)
+        for second in (RELATIVE_STEP, NORMALISE, *STATE_PROMPTS)
     ),
     (TO_FLOAT, IMAGENET, "images from 0 to 255 are then normalised as if they reached from 0 to 1"),
     (UNNORMALISE, ABSOLUTE_STEP, "the state is then added to an action that is still normalised"),
@@ -83,9 +92,19 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "pi0_new_line_processor": {},
     "smolvla_new_line_processor": {},
-    STATE_PROMPT: {
-        "max_state_dim": anything,  # the state is padded after it was written into the prompt
-        "task_key": anything,  # where LeRobot finds the instruction; an observation has it
+    **dict.fromkeys(
+        STATE_PROMPTS,
+        {
+            "max_state_dim": anything,  # the state is padded after it was written into the prompt
+            "task_key": anything,  # where LeRobot finds the instruction; an observation has it
+        },
+    ),
+    ACTION_TOKENS: {
+        "action_tokenizer_name": anything,  # looked for in the folder; compared with config.json
+        "max_action_tokens": anything,  # compared with config.json
+        "trust_remote_code": anything,  # none is run here
+        "fast_skip_tokens": only(128),
+        "paligemma_tokenizer_name": anything,  # the prompt's
     },
     TOKENIZE: {
         "max_length": anything,  # compared with config.json below
@@ -165,7 +184,7 @@ def _require_order(steps: Sequence[Step]) -> None:
                     f"{step.where} runs after {before}: {effect}. Only the other order is supported here: "
                     f"{first}, then {second}; if the weights were trained in that order, correct the file"
                 )
-    prompts = [step for step in steps if step.name in (STATE_PROMPT, *NEWLINES)]
+    prompts = [step for step in steps if step.name in (*STATE_PROMPTS, *NEWLINES)]
     if len({step.name for step in prompts}) > 1:
         listed = " and ".join(step.where.rpartition(": ")[2] for step in prompts)
         raise WeightsError(

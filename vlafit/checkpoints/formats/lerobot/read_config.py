@@ -12,7 +12,7 @@ from vlafit.errors import WeightsError
 from vlafit.nn.flow import BETA_A, MAX_PERIOD, MIN_PERIOD, TIME_OFFSET, TIME_SCALE
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 
-TYPES = ("pi0", "pi05", "smolvla", "xvla")
+TYPES = ("pi0", "pi05", "pi0_fast", "smolvla", "xvla")
 CONVERT = (
     "; to train on: convert the dataset's states and actions as that program does, set it to false in a copy "
     'of the checkpoint\'s folder, and fit statistics: data.statistics = "data"'
@@ -133,6 +133,15 @@ def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, obj
     }
     stated = config.state({"max_action_dim": "action_dim"})
     stated += config.state({"max_state_dim": "state_dim"}) if kind == "pi0" else []
+    stated += stated_images(config)
+    stated += config.state({"proj_width": "expert.width"})  # up to LeRobot 0.3
+    stated += stated_by_variants(config.values, config.path.name)
+    return {key: value for key, value in values.items() if value is not None}, stated
+
+
+def stated_images(config: LeRobotConfig) -> list[Stated]:
+    """Return the side of an image that the file states. Raises WeightsError where it is no square."""
+    stated = []
     for key in ("image_resolution", "resize_imgs_with_padding"):  # the second up to LeRobot 0.3
         sides = config.get(key, list)
         if sides is None:
@@ -140,6 +149,4 @@ def pi0_evidence(config: LeRobotConfig | None, kind: str) -> tuple[dict[str, obj
         if len(sides) != 2 or sides[0] != sides[1]:
             raise WeightsError(f"{config.path}: {key} is {sides}; only squares are supported here")
         stated.append(Stated("vision.image_size", sides[0], f"{config.path.name} ({key})"))
-    stated += config.state({"proj_width": "expert.width"})  # up to LeRobot 0.3
-    stated += stated_by_variants(config.values, config.path.name)
-    return {key: value for key, value in values.items() if value is not None}, stated
+    return stated

@@ -6,6 +6,7 @@ out would feed the policy something it was not trained on.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import InputForm, Overruled
-from vlafit.checkpoints.formats.lerobot import features, xvla_steps
+from vlafit.checkpoints.formats.lerobot import action_tokens, features, xvla_steps
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    ACTION_TOKENS,
+    FAST_PROMPT,
     NEWLINES,
     STATE_PROMPT,
     Step,
@@ -50,11 +53,24 @@ NO_STATISTICS = (
     f"its processors hold no statistics of {STATE} and {ACTION}, like those of base models: fine-tuning"
     " fits them to the data"
 )
-FRAMINGS: dict[str, Framing] = {"pi0": "lerobot", "pi05": "lerobot", "smolvla": "smolvla", "xvla": "xvla"}
-PROMPTS: dict[str, Prompt] = {"pi0": "line", "pi05": "pi05", "smolvla": "line", "xvla": "text"}
+FRAMINGS: dict[str, Framing] = {
+    "pi0": "lerobot",
+    "pi05": "lerobot",
+    "pi0_fast": "lerobot",
+    "smolvla": "smolvla",
+    "xvla": "xvla",
+}
+PROMPTS: dict[str, Prompt] = {
+    "pi0": "line",
+    "pi05": "pi05",
+    "pi0_fast": "pi0_fast_lerobot",
+    "smolvla": "line",
+    "xvla": "text",
+}
 TOKENIZERS = {
     "pi0": "google/paligemma-3b-pt-224",
     "pi05": "google/paligemma-3b-pt-224",
+    "pi0_fast": "google/paligemma-3b-pt-224",
     "xvla": "facebook/bart-large",
 }
 """Tokenizers that LeRobot's code loads where no file names one; SmolVLA's is that of its vlm_model_name."""
@@ -120,7 +136,16 @@ def read(
     if words is None:
         wanted = asking.config.get("tokenizer_name")
         return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
-    return Codec(config, embodiment, statistics, words, xvla_steps.domain_of(pre) if is_xvla else None), ""
+    actions = None
+    if needs.action_tokens is not None:
+        _only_step(pre, ACTION_TOKENS)
+        action_tokens.require_special(words, needs, str(folder))
+        actions, reason = action_tokens.find(folder, lerobot, pre)
+        if actions is None:
+            return None, reason
+        config = replace(config, action_tokens=action_tokens.settings(needs, words))
+    domain = xvla_steps.domain_of(pre) if is_xvla else None
+    return Codec(config, embodiment, statistics, words, domain, actions), ""
 
 
 def lacks_tokenizer(folder: Path) -> bool:
@@ -188,6 +213,8 @@ def _only_step(steps: Sequence[Step], name: str) -> Step:
 
 def _prompt(steps: Sequence[Step]) -> Prompt:
     names = {step.name for step in steps}
+    if FAST_PROMPT in names:
+        return "pi0_fast_lerobot"
     if STATE_PROMPT in names:
         return "pi05"
     return "line" if names & set(NEWLINES) else "text"

@@ -17,8 +17,13 @@ from torch import Tensor
 from vlafit.checkpoints.assign import stored_as
 from vlafit.checkpoints.formats.groot import write_lerobot as groot
 from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import write_action_tokenizer
+from vlafit.checkpoints.formats.lerobot.processor_steps import ACTION_TOKENS
+from vlafit.checkpoints.formats.lerobot.read_processors import PRE
 from vlafit.checkpoints.formats.lerobot.write_config import (
+    ACTION_TOKENIZER,
     LOCAL_VLM,
+    TEXT_TOKENIZER,
     Kind,
     describe,
     size_refusals,
@@ -35,6 +40,7 @@ from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.groot import Groot
 from vlafit.policies.pi0 import Pi0
+from vlafit.policies.pi0_fast import Pi0Fast
 from vlafit.policies.smolvla import SmolVLA, SmolVLAConfig
 from vlafit.policies.xvla import XVLA
 
@@ -53,6 +59,8 @@ def kind_of(policy: Policy) -> Kind | None:
         return "xvla"
     if isinstance(policy, SmolVLA):
         return "smolvla"
+    if isinstance(policy, Pi0Fast):
+        return "pi0_fast"
     if isinstance(policy, Pi0):
         return "pi05" if policy.config.pi05 else "pi0"
     return None
@@ -93,6 +101,8 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
         write_vlm(folder / LOCAL_VLM, policy.config, tokenizer_for(codec))
     write_processors(folder, codec, kind, config)
     tokenizer_for(codec).save(folder / "tokenizer")
+    if codec.action_tokenizer is not None:
+        write_action_tokenizer.write(folder / ACTION_TOKENIZER, codec.action_tokenizer)
     notes = [
         "LeRobot up to 0.6.1 does not look for the tokenizer in the folder: give make_pre_post_processors"
         " preprocessor_overrides={'tokenizer_processor': {'tokenizer_name': '<folder>/tokenizer'}}"
@@ -104,6 +114,8 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
         )
     if kind == "xvla" and codec.config.mask_padding:
         notes.append("LeRobot counts steps past an episode's end in the loss, which this codec left out")
+    if isinstance(policy, Pi0Fast) and policy.config.tied:
+        notes.append("LeRobot trains output layer and embedding apart, which are one tensor here")
     if codec.config.prompt == "pi0":
         notes.append("LeRobot does not strip instructions, nor turn newlines inside them into blanks")
     return tuple(notes)
@@ -116,12 +128,31 @@ def name_vlm(folder: Path, place: Path) -> tuple[str, ...]:
     """
     path = folder / "config.json"
     config = read_json_object(path)
+    if config["type"] == "pi0_fast":
+        return _name_tokenizers(folder, place, config)
     if config.get("vlm_model_name") != LOCAL_VLM:
         return ()
     write_json(path, config | {"vlm_model_name": str(place / LOCAL_VLM)})
     return (
         f"config.json names the vision-language model, of a size that nobody published, by its absolute path:"
         f" {place / LOCAL_VLM}. Where the folder moves, change vlm_model_name there",
+    )
+
+
+def _name_tokenizers(folder: Path, place: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """Name pi0-FAST's tokenizers by where they will lie, in config.json and the preprocessor; say so."""
+    text, actions = (str(place / name) for name in (TEXT_TOKENIZER, ACTION_TOKENIZER))
+    named = {"text_tokenizer_name": text, "action_tokenizer_name": actions}
+    write_json(folder / "config.json", config | named)
+    pipeline = read_json_object(folder / PRE)
+    for step in pipeline["steps"]:
+        if step["registry_name"] == ACTION_TOKENS:
+            step["config"] |= {"action_tokenizer_name": actions, "paligemma_tokenizer_name": text}
+    write_json(folder / PRE, pipeline)
+    return (
+        f"config.json and {PRE} name both tokenizers by their absolute paths: {text} and {actions}. Where the "
+        "folder moves, change text_tokenizer_name, action_tokenizer_name and paligemma_tokenizer_name there; "
+        f"LeRobot runs {write_action_tokenizer.CODE} in the second",
     )
 
 
@@ -153,6 +184,9 @@ def _tensors(policy: Policy) -> dict[str, Tensor]:
         weights[POSITIONS] = weights[POSITIONS][None]
         return {lerobot.XVLA.file_name(name): tensor for name, tensor in weights.items()}
     embedding = weights["language.embed_tokens.weight"]
+    if isinstance(policy, Pi0Fast):
+        weights.setdefault("lm_head.weight", embedding.clone())
+        return {lerobot.PI0_FAST.file_name(name): tensor for name, tensor in weights.items()}
     names = lerobot.SMOLVLA if isinstance(policy, SmolVLA) else lerobot.PI0
     tensors = {names.file_name(name): tensor for name, tensor in weights.items()}
     if isinstance(policy, SmolVLA):

@@ -16,15 +16,18 @@ from vlafit.checkpoints.formats.lerobot.xvla_config import lerobot_values
 from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
+from vlafit.codec.action_text import SKIPPED
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0Config
+from vlafit.policies.pi0_fast import Pi0FastConfig
 from vlafit.policies.smolvla import SIZES, SmolVLAConfig
 from vlafit.policies.xvla import XVLAConfig
 
 PERIODS = ("min_period", "max_period")  # SmolVLA's file has no more of the keys in ALWAYS
-Kind = Literal["pi0", "pi05", "smolvla", "xvla"]
+Kind = Literal["pi0", "pi05", "pi0_fast", "smolvla", "xvla"]
+TEXT_TOKENIZER, ACTION_TOKENIZER = "tokenizer", "action_tokenizer"  # folders that pi0-FAST names
 LOCAL_VLM = "vlm"  # folder of the vision-language model, where no public one has the size; see write.py
 WRITTEN: dict[Normalisation, str] = {
     "mean_std": "MEAN_STD",
@@ -45,6 +48,14 @@ def size_refusals(policy: Policy) -> list[str]:
         if not config.attends_padding:
             return ["LeRobot's X-VLA reads the padding of the prompt, this policy does not (attends_padding)"]
         return []
+    if isinstance(config, Pi0FastConfig):
+        reasons = gemma_refusals(config, "LeRobot")
+        if config.rules != "lerobot":
+            reasons.append(
+                "LeRobot's pi0-FAST begins the action part with the token that begins a sequence, this policy "
+                f"(rules {config.rules!r}) does not"
+            )
+        return reasons
     assert isinstance(config, SmolVLAConfig)
     reasons = []
     width, mlp = _expert_of(config)
@@ -92,6 +103,25 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
     }
     if isinstance(config, XVLAConfig):
         return common | lerobot_values(config, len(common["input_features"]) - 1, policy.steps)
+    if isinstance(config, Pi0FastConfig):
+        names, exclude = _relative_names(codec)
+        return common | {
+            "paligemma_variant": variants(config)["language"],
+            "action_expert_variant": "gemma_300m",  # a field that LeRobot does not read
+            "dtype": dtype_name(policy),
+            "image_resolution": [c.image_size, c.image_size],
+            "use_relative_actions": any(c.relative),
+            "relative_exclude_joints": exclude,
+            "action_feature_names": names,
+            "max_action_tokens": config.action_tokens,
+            "max_decoding_steps": config.action_tokens,
+            "text_tokenizer_name": TEXT_TOKENIZER,
+            "action_tokenizer_name": ACTION_TOKENIZER,
+            "temperature": config.temperature,
+            "fast_skip_tokens": SKIPPED,
+            "validate_action_token_prefix": False,  # a chunk that cannot be decoded ends no evaluation
+            "use_kv_cache": True,
+        }
     common |= {key: value for key, value in ALWAYS.items() if kind != "smolvla" or key in PERIODS}
     if isinstance(config, SmolVLAConfig):
         every = config.expert.self_every
@@ -116,10 +146,10 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
             "expert_width_multiplier": _multiplier(config),
         }
     names, exclude = _relative_names(codec)
-    language, expert = variants(config)
+    sizes = variants(config)
     return common | {
-        "paligemma_variant": language,
-        "action_expert_variant": expert,
+        "paligemma_variant": sizes["language"],
+        "action_expert_variant": sizes["expert"],
         "dtype": dtype_name(policy),
         "num_inference_steps": policy.steps,
         "image_resolution": [c.image_size, c.image_size],

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlafit.checkpoints.formats.lerobot.processor_steps import DOMAIN, IMAGENET, STATE_PROMPT, TO_FLOAT
+from vlafit.checkpoints.formats.lerobot.action_tokens import base_vocabulary
+from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    ACTION_TOKENS,
+    DOMAIN,
+    FAST_PROMPT,
+    IMAGENET,
+    STATE_PROMPT,
+    TO_FLOAT,
+)
 from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE
 from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
 from vlafit.codec import Codec, Tokenizer
@@ -28,7 +36,13 @@ PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups
 def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
     """Say what of the codec LeRobot's pipelines cannot do."""
     config, refusals = codec.config, []
-    wanted = {"pi0": ("line", "pi0"), "pi05": ("pi05",), "smolvla": ("line",), "xvla": ("text",)}[kind]
+    wanted = {
+        "pi0": ("line", "pi0"),
+        "pi05": ("pi05",),
+        "pi0_fast": ("pi0_fast_lerobot",),
+        "smolvla": ("line",),
+        "xvla": ("text",),
+    }[kind]
     if config.prompt not in wanted:
         refusals.append(
             f"LeRobot asks {kind} with a prompt of the form {wanted[0]!r}, this codec with {config.prompt!r}"
@@ -55,6 +69,13 @@ def codec_refusals(codec: Codec, kind: Kind) -> list[str]:
                 f"LeRobot keeps statistics in float32, in which the range of {name} dimension {lost[0]} "
                 "beside its offset is lost"
             )
+    if config.action_tokens is not None:
+        have, counted = config.action_tokens.vocabulary, base_vocabulary(codec.required_tokenizer)
+        if have != counted:
+            refusals.append(
+                f"LeRobot counts action tokens down from the tokenizer's {counted} tokens, this codec from "
+                f"{have}"
+            )
     if config.prompt == "pi0" and not _in_one_piece(codec.required_tokenizer):
         refusals.append(
             "LeRobot tokenises the prompt in one piece, which this tokenizer does not do as it does the "
@@ -75,6 +96,7 @@ def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str
         "device_processor": {"device": "cpu", "float_dtype": None},
         "normalizer_processor": normaliser,
         STATE_PROMPT: {},
+        FAST_PROMPT: {},
     }.items()}  # fmt: skip
     asking = _step("tokenizer_processor", {
         "max_length": codec.config.max_tokens,
@@ -100,6 +122,15 @@ def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str
             pre = [*opening, _step(NEWLINE[kind], {}), asking, device, relative, normal]
         case "pi05":
             pre = [*opening, relative, normal, step[STATE_PROMPT], asking, device]
+        case "pi0_fast":
+            actions = _step(ACTION_TOKENS, {
+                "trust_remote_code": True,
+                "max_action_tokens": config["max_action_tokens"],
+                "action_tokenizer_name": config["action_tokenizer_name"],
+                "fast_skip_tokens": config["fast_skip_tokens"],
+                "paligemma_tokenizer_name": config["text_tokenizer_name"],
+            })  # fmt: skip
+            pre = [*opening, relative, normal, step[FAST_PROMPT], asking, actions, device]
         case "xvla":
             seen = [_step(TO_FLOAT, {"image_keys": None, "validate_range": True})]
             seen += [_step(IMAGENET, {"image_keys": None})]
@@ -107,7 +138,7 @@ def write_processors(folder: Path, codec: Codec, kind: Kind, config: Mapping[str
             pre = [*opening, asking, *seen, domain, device, normal]
     undo = _step("unnormalizer_processor", {"eps": LEROBOT_EPSILON, "features": output, "norm_map": modes})
     post = [undo]
-    if kind in ("pi0", "pi05"):
+    if kind in ("pi0", "pi05", "pi0_fast"):
         post.append(_step("absolute_actions_processor", {"enabled": any(codec.config.relative)}))
     post.append(dict(device))
     statistics = _statistics(codec)

@@ -1,10 +1,11 @@
-"""Gemma sizes of pi0 and pi0.5 that openpi and LeRobot have names for; they know no others."""
+"""Gemma sizes of pi0, pi0.5 and pi0-FAST that openpi and LeRobot have names for; they know no others."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlafit.checkpoints.voting import Stated
 from vlafit.policies.pi0 import SIZES, Pi0Config
+from vlafit.policies.pi0_fast import Pi0FastConfig
 
 # width, depth, mlp, heads, kv_heads, head_dim: openpi, models/gemma.py
 VARIANTS: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -32,24 +33,27 @@ def stated_by_variants(values: Mapping[str, Any], file: str) -> list[Stated]:
     return stated
 
 
-def variants(config: Pi0Config) -> tuple[str, str]:
-    """Return the names of the language model's and the expert's size; empty where there is none."""
-    lang, expert = config.language, config.expert
-    shared = (lang.depth, lang.heads, lang.kv_heads, lang.head_dim)
+def variants(config: Pi0Config | Pi0FastConfig) -> dict[str, str]:
+    """Return the names of the sizes of "language" and, where there is one, "expert"; empty for no known
+    one.
+    """
+    lang = config.language
+    parts = {"language": (lang.width, lang.mlp)}
+    if isinstance(config, Pi0Config):
+        parts["expert"] = (config.expert.width, config.expert.mlp)
 
     def name(width: int, mlp: int) -> str:
-        depth, *heads = shared
-        return next((n for n, v in VARIANTS.items() if v == (width, depth, mlp, *heads)), "")
+        size = (width, lang.depth, mlp, lang.heads, lang.kv_heads, lang.head_dim)
+        return next((n for n, v in VARIANTS.items() if v == size), "")
 
-    return name(lang.width, lang.mlp), name(expert.width, expert.mlp)
+    return {part: name(*sizes) for part, sizes in parts.items()}
 
 
-def gemma_refusals(config: Pi0Config, program: str) -> list[str]:
+def gemma_refusals(config: Pi0Config | Pi0FastConfig, program: str) -> list[str]:
     """Say which sizes of `config` cannot be given to `program`."""
     reasons = []
     public = SIZES["pi0"]
-    names = variants(config)
-    for part, name in zip(("language", "expert"), names, strict=True):
+    for part, name in variants(config).items():
         if not name:
             reasons.append(
                 f"{program} builds the {part} model as {' or '.join(VARIANTS)}, and this one is neither"

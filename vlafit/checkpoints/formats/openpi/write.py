@@ -71,12 +71,12 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     save_file(
         tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.file_name(name): tied}
     )
-    language, expert = variants(config)
+    sizes = variants(config)
     described = {
         "action_dim": config.action_dim,
         "action_horizon": config.chunk,
-        "paligemma_variant": language,
-        "action_expert_variant": expert,
+        "paligemma_variant": sizes["language"],
+        "action_expert_variant": sizes["expert"],
         "precision": dtype_name(policy),
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
