@@ -180,11 +180,6 @@ def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def test_pi0_fast_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(WeightsError, match="pi0-FAST .* no action expert"):
-        _full_size(monkeypatch, "pi0_fast")
-
-
 def test_a_full_size_tree_that_lacks_a_layer_is_not_taken_for_a_shallower_one(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -97,9 +97,8 @@ def test_its_codec_writes_the_recorded_prompts_states_and_action_tokens(opened: 
     assert torch.equal(batch.target_tokens, IO["batch.action.tokens"])
     assert torch.equal(batch.target_mask, IO["batch.action.token_mask"])
     assert batch.target_mask.sum(1).tolist() == META["action_token_counts"]
-    decoded = [
-        codec_in(opened).required_tokenizer.decode(t[m]) for t, m in zip(batch.tokens, batch.token_mask)
-    ]
+    words = codec_in(opened).required_tokenizer
+    decoded = [words.decode(t[m].tolist()) for t, m in zip(batch.tokens, batch.token_mask, strict=True)]
     assert decoded == META["prompts"]
     for slot, name in enumerate(CAMERAS):
         # Half a grey level is lost on the way in, and half on the way out.
@@ -273,9 +272,11 @@ def test_what_is_written_back_is_the_same_checkpoint(opened: Loaded, tmp_path: P
     stated = json.loads((RECORDED / "config.json").read_text())
     wrote = json.loads((again / "config.json").read_text())
     places = ("text_tokenizer_name", "action_tokenizer_name", "paligemma_variant", "action_expert_variant")
-    read = ("type", "chunk_size", "max_state_dim", "max_action_dim", "max_action_tokens", "temperature",
-            "tokenizer_max_length", "max_decoding_steps", "fast_skip_tokens", "image_resolution", "input_features",
-            "output_features", "normalization_mapping", "use_relative_actions")  # fmt: skip
+    read = (
+        *("type", "chunk_size", "max_state_dim", "max_action_dim", "max_action_tokens", "temperature"),
+        *("tokenizer_max_length", "max_decoding_steps", "fast_skip_tokens", "image_resolution"),
+        *("input_features", "output_features", "normalization_mapping", "use_relative_actions"),
+    )
     assert {key: wrote[key] for key in read} == {key: stated[key] for key in read}
     assert set(places) <= set(wrote) and wrote["action_tokenizer_name"] == str(again / "action_tokenizer")
     assert (again / "action_tokenizer" / "processing_action_tokenizer.py").is_file()

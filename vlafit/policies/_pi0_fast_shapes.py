@@ -40,7 +40,14 @@ SHAPES = ShapeTable(
         "language.vocab",
     ),
     depths={"vision.depth": ("vision",), "language.depth": ("language",)},
-    variants=(Variant("pi0-FAST", public="pi0-fast", tiny="pi0-fast-tiny"),),
+    variants=(
+        Variant(
+            "pi0-FAST",
+            public="pi0-fast",
+            tiny="pi0-fast-tiny",
+            values={"state_dim": 32, "action_dim": 32},  # room that no tensor has: reference implementation
+        ),
+    ),
     derived=(VLA_IMAGE, Derived("language.head_dim", _head_dim, user_first=True), *VLA_HEADS),
     constants=(
         Constant(
@@ -48,6 +55,7 @@ SHAPES = ShapeTable(
             IMAGE_SIZE,
             f"every known pi0-FAST checkpoint (patches of {PATCH})",
             {"vision.patch": PATCH},
+            unless="vision.image_size",
         ),
         Constant(
             "language.heads",
@@ -58,9 +66,6 @@ SHAPES = ShapeTable(
     ),
     public_if={"vision": "vision.width", "language": "language.width"},
     assumed_if=("vision.width", "language.width"),
-    assumed=("chunk", "vision.heads", "state_dim", "action_dim", "max_tokens", "action_tokens"),
-    stand_ins={
-        key: lambda sizes: 1
-        for key in ("vision.heads", "chunk", "state_dim", "action_dim", "max_tokens", "action_tokens")
-    },
+    assumed=("chunk", "vision.heads", "max_tokens", "action_tokens"),
+    stand_ins={key: lambda sizes: 1 for key in ("vision.heads", "chunk", "max_tokens", "action_tokens")},
 )

@@ -54,8 +54,9 @@ class Pi0FastConfig:
     action_tokens: int
     """Longest action part, in tokens; decoding stops there."""
     rules: Literal["openpi", "lerobot"] = "openpi"
-    """openpi: the prompt's last token predicts the first of the action part; every sample weighs the same.
-    lerobot: a token that begins a sequence does; every token of a batch weighs the same."""
+    """openpi: the prompt's last token predicts the first of the action part; every sample weighs the same;
+    a missing camera is seen as a black image. lerobot: a token that begins a sequence predicts the first;
+    every token of a batch weighs the same; a missing camera is masked."""
     tied: bool = True
     """Whether the output layer is the token embedding. LeRobot trains the two apart."""
     bos: int = 2
@@ -258,12 +259,14 @@ class Pi0Fast(Policy):
         """Run images and prompt once."""
         c, n = self.config, batch.images.shape[1]
         tokens, token_mask = batch.prompt()
-        seen = self.vision(seen_images(batch.images, batch.image_mask))
+        # openpi, models/pi0_fast.py: the black image of a missing camera is seen like any other.
+        cameras = batch.image_mask | (c.rules == "openpi")
+        seen = self.vision(seen_images(batch.images, cameras))
         images = self.projector(seen.to(self.projector.weight.dtype))  # [b*n, patches, d]
         patches = images.shape[1]
         words = self._embedded(tokens)
         x = torch.cat((images.unflatten(0, (-1, n)).flatten(1, 2).to(words.dtype), words), 1)  # [b, l, d]
-        valid = torch.cat((batch.image_mask.repeat_interleave(patches, 1), token_mask), 1)
+        valid = torch.cat((cameras.repeat_interleave(patches, 1), token_mask), 1)
         wanted = c.rules == "openpi"
         y, layers = self.language(x, valid.cumsum(1) - 1, key_mask(valid), output=wanted)
         last = None

@@ -36,8 +36,8 @@ def find(folder: Path, lerobot: LeRobotConfig, steps: Sequence[Step]) -> Found:
         here, there = lerobot.values.get(key), step.config.get(name)
         if here is not None and there is not None and here != there:
             raise WeightsError(
-                f"{lerobot.path}: {key} is {here!r}, and {there!r} in {step.where}: two files of one checkpoint "
-                "contradict each other; correct the one that is wrong"
+                f"{lerobot.path}: {key} is {here!r}, and {there!r} in {step.where}: two files of one "
+                "checkpoint contradict each other; correct the one that is wrong"
             )
     named = step.config.get(NAME) or lerobot.values.get(NAME)
     if not isinstance(named, str) or not named:

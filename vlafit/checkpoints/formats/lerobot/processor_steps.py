@@ -83,6 +83,10 @@ _NORMAL: dict[str, Callable[[Any], bool]] = {
     "norm_map": _is_table,
     "normalize_observation_keys": lambda value: value is None or "observation.state" in value,
 }
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "max_state_dim": anything,  # the state is padded after it was written into the prompt
+    "task_key": anything,  # where LeRobot finds the instruction; an observation has it
+}
 REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     RENAME: {"rename_map": _is_table},
     "to_batch_processor": {},
@@ -92,13 +96,8 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "pi0_new_line_processor": {},
     "smolvla_new_line_processor": {},
-    **dict.fromkeys(
-        STATE_PROMPTS,
-        {
-            "max_state_dim": anything,  # the state is padded after it was written into the prompt
-            "task_key": anything,  # where LeRobot finds the instruction; an observation has it
-        },
-    ),
+    STATE_PROMPT: _STATE,
+    FAST_PROMPT: _STATE,
     ACTION_TOKENS: {
         "action_tokenizer_name": anything,  # looked for in the folder; compared with config.json
         "max_action_tokens": anything,  # compared with config.json

@@ -150,8 +150,8 @@ def _name_tokenizers(folder: Path, place: Path, config: dict[str, Any]) -> tuple
             step["config"] |= {"action_tokenizer_name": actions, "paligemma_tokenizer_name": text}
     write_json(folder / PRE, pipeline)
     return (
-        f"config.json and {PRE} name both tokenizers by their absolute paths: {text} and {actions}. Where the "
-        "folder moves, change text_tokenizer_name, action_tokenizer_name and paligemma_tokenizer_name there; "
+        f"config.json and {PRE} name both tokenizers by their absolute paths: {text} and {actions}. Where "
+        "the folder moves, change text_tokenizer_name, action_tokenizer_name and paligemma_tokenizer_name; "
         f"LeRobot runs {write_action_tokenizer.CODE} in the second",
     )
 

@@ -13,7 +13,7 @@ from vlafit.codec.fast import FastTokenizer
 
 CODE = "processing_action_tokenizer.py"
 CLASS = "UniversalActionProcessor"
-SOURCE = '''"""FAST action tokenizer for transformers, written by vlafit: discrete cosine transform, then byte pairs."""
+SOURCE = '''"""FAST action tokenizer for transformers, by vlafit: discrete cosine transform, byte pairs."""
 
 import numpy as np
 from scipy.fft import dct, idct

@@ -52,8 +52,8 @@ def size_refusals(policy: Policy) -> list[str]:
         reasons = gemma_refusals(config, "LeRobot")
         if config.rules != "lerobot":
             reasons.append(
-                "LeRobot's pi0-FAST begins the action part with the token that begins a sequence, this policy "
-                f"(rules {config.rules!r}) does not"
+                "LeRobot's pi0-FAST begins the action part with the token that begins a sequence, this "
+                f"policy (rules {config.rules!r}) does not"
             )
         return reasons
     assert isinstance(config, SmolVLAConfig)

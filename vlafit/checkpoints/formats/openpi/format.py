@@ -109,7 +109,7 @@ class OpenPiJax(Format):
         opened = OpenedCheckpoint(
             path=str(params),
             format=self,
-            family="pi0",
+            family=tree.family,
             tensors=Translated(tree.weights, file_name=tree.file_name),
             evidence=replace(evidence, values=values),
             contents=tree.contents,
@@ -159,7 +159,7 @@ def codec_of_statistics(opened: OpenedCheckpoint, policy: Policy, options: LoadO
             "give assets, too"
         )
     chosen = options.config.table("codec")
-    codec, notes = norm_stats.make_codec(asset, policy.needs(), words, policy.config.pi05, chosen)
+    codec, notes = norm_stats.make_codec(asset, policy.needs(), words, chosen)
     require_vocabulary(codec, policy, opened.path)
     return ChosenCodec(codec, notes=notes)
 

@@ -1,4 +1,4 @@
-"""Read openpi's JAX checkpoints of pi0 and pi0.5: their tree becomes our parameters one layer at a time.
+"""Read openpi's JAX checkpoints of pi0, pi0.5 and pi0-FAST: their tree becomes our parameters by layers.
 
 A leaf below a stack of layers has the layers as its first axis. LoRA factors, of which both are random at
 the start, are merged into the weight beside them. What a leaf becomes is written once, as a function on one
@@ -189,6 +189,13 @@ class Tree:
     conflicts: tuple[str, ...] = ()
     """Lines about leaves that are not weights: LoRA's factors."""
 
+    @property
+    def family(self) -> str:
+        """The family of these leaves: pi0-FAST has neither an expert nor projections of actions."""
+        shared = ("vision.", "projector.", "language.", UNKNOWN)
+        own = [name for name in self.weights if not name.startswith(shared)]
+        return "pi0" if len(own) > 1 else "pi0_fast"
+
     def file_name(self, name: str) -> str:
         """Return the leaf that holds one of our parameters, or an unknown leaf."""
         leaf = _LEAVES.get(_LAYER.sub(".layers.{}.", name)) or name.removeprefix(UNKNOWN)
@@ -197,7 +204,8 @@ class Tree:
     @property
     def evidence(self) -> ConfigEvidence:
         """Facts beside the parameters' shapes: heads, which have an axis here, and JAX's rounding."""
-        values: dict[str, Any] = {"time_angles": "float32"}
+        fast = self.family == "pi0_fast"
+        values: dict[str, Any] = {"rules": "openpi", "tied": True} if fast else {"time_angles": "float32"}
         axes = {key: _on_axis(self.leaves, places) for key, places in _HEAD_AXES.items()}
         lines = [
             f"contradicted: {key} is {', '.join(f'{size} by {leaf}' for size, leaf in sizes.items())}"
@@ -207,7 +215,7 @@ class Tree:
         for key, sizes in axes.items():
             if sizes:
                 values = merge_dotted(values, {key: next(iter(sizes))})
-        return ConfigEvidence(values, padded_as=PADDED, conflicts=(*self.conflicts, *lines))
+        return ConfigEvidence(values, padded_as={} if fast else PADDED, conflicts=(*self.conflicts, *lines))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -245,8 +253,8 @@ class Tree:
 def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
     """Read the tree's metadata. `lora` has the fields of `LoraConfig`.
 
-    Leaves that cannot be what their names say are left to be compared. Raises WeightsError for families that
-    are not pi0.
+    Leaves that cannot be what their names say are left to be compared. Raises WeightsError for other
+    families.
     """
     leaves = {name.removeprefix("params/"): leaf for name, leaf in open_leaves(params).items()}
     if any(name.split("/")[0] in ("opt_state", "ema_params", "step") for name in leaves):
@@ -304,13 +312,7 @@ def _refuse_others(leaves: Mapping[str, Leaf], where: Path) -> None:
         raise WeightsError(f"{where}: these are the weights of Octo, and vlafit has no such family")
     tower = any(name.startswith(_IMG) for name in leaves)
     language = any(name.startswith(f"{_LLM}layers/") for name in leaves)
-    expert = any(_stream(name) == "_1" for name in leaves)
     heads = any(name.split("/")[0] in ("action_in_proj", "action_out_proj") for name in leaves)
-    if tower and language and not expert and not heads:
-        raise WeightsError(
-            f"{where}: these are the weights of pi0-FAST (or of PaliGemma alone): there is no action expert."
-            " pi0-FAST predicts action tokens, and vlafit has no such family; use pi0 or pi0.5"
-        )
     if not tower and not language and not heads:
         first = min(leaves, default="-")
         raise WeightsError(f"{where}: not openpi's tree: {len(leaves)} arrays, such as {first!r}")

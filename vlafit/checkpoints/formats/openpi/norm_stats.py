@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from vlafit import config as configuration
+from vlafit.checkpoints import hub
 from vlafit.checkpoints.tensor_files import read_json_object
-from vlafit.codec import Codec, CodecConfig
+from vlafit.codec import Codec, CodecConfig, fast
+from vlafit.codec.action_text import ActionTokenConfig
+from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import Normalisation, Statistics
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError, WeightsError, brief, did_you_mean
+from vlafit.errors import CodecError, VlafitError, WeightsError, brief, did_you_mean
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
 FILE = "norm_stats.json"
+PUBLISHED = "physical-intelligence/fast"  # openpi, models/tokenizer.py
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi, models/model.py: the fixed order
+FAST_CAMERAS = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")  # openpi, models/pi0_fast.py
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,15 @@ class CodecOptions:
     """Settings of a codec that openpi's files do not record: the table `codec` of `load`'s config."""
 
     normalisation: Normalisation | None = None
-    """None: mean_std for pi0 and quantile for pi0.5, as openpi has wired it."""
+    """None: mean_std for pi0, quantile for pi0.5 and pi0-FAST, as openpi has wired it."""
     relative: tuple[bool, ...] = ()
     """For each action dimension: whether it is minus the state's at the start of the chunk."""
     state_dims: int | None = None
     """The robot's own dimensions. None: as many as the statistics have before trailing padding."""
     action_dims: int | None = None
     """Likewise, of an action."""
+    action_tokenizer: str = ""
+    """pi0-FAST's FAST action tokenizer: a folder, or an id of the Hub. Empty: the published one."""
 
 
 def find_assets(folder: Path) -> dict[str, Path]:
@@ -85,7 +92,7 @@ def read(path: Path) -> dict[str, Statistics]:
 
 
 def make_codec(
-    asset: tuple[str, Path], needs: Needs, tokenizer: Tokenizer, pi05: bool, options: Mapping[str, object]
+    asset: tuple[str, Path], needs: Needs, tokenizer: Tokenizer, options: Mapping[str, object]
 ) -> tuple[Codec, tuple[str, ...]]:
     """Return the codec of an asset's statistics for a policy that needs `needs`, and notes for the report.
 
@@ -106,32 +113,57 @@ def make_codec(
                 f" {{'codec.{name}_dims': ...}} says otherwise"
             )
         statistics[name] = _cut(statistics[name], kept)
-    size = needs.image_size
+    size, tokens = needs.image_size, needs.action_tokens
+    if chosen.action_tokenizer and tokens is None:
+        raise WeightsError(
+            f"{path}: config: codec.action_tokenizer would have no effect: the policy predicts numbers"
+        )
+    actions, writing = None, None
+    if tokens is not None:
+        actions = _action_tokenizer(chosen.action_tokenizer or PUBLISHED)
+        writing = ActionTokenConfig(tokens.longest, needs.vocabulary, tokens.begins_with_bos)
+    cameras = CAMERAS if tokens is None else FAST_CAMERAS
     robot = Embodiment(
         name=robot_name,
-        cameras=tuple(Feature(name, (size, size, 3)) for name in CAMERAS),
+        cameras=tuple(Feature(name, (size, size, 3)) for name in cameras),
         state=Feature("state", (statistics["state"].dimensions,)),
         action=Feature("actions", (statistics["action"].dimensions,)),
         hz=0.0,
         control="",
     )
     config = CodecConfig(
-        cameras=CAMERAS,
+        cameras=cameras,
         image_size=size,
         state_dim=needs.state_dim,
         action_dim=needs.action_dim,
         chunk=needs.chunk,
-        normalisation=chosen.normalisation or ("quantile" if pi05 else "mean_std"),
+        normalisation=chosen.normalisation or needs.normalisation,
         relative=chosen.relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
+        action_tokens=writing,
     )
     if not chosen.relative:
         notes.append(
             "openpi's files do not tell whether actions are relative to the state; they count as absolute,"
             " unless config {'codec.relative': [...]} says otherwise"
         )
-    return Codec(config, robot, statistics, tokenizer), tuple(notes)
+    return Codec(config, robot, statistics, tokenizer, action_tokenizer=actions), tuple(notes)
+
+
+def _action_tokenizer(name: str) -> FastTokenizer:
+    """Return the FAST tokenizer in a folder or on the Hub. Raises CodecError saying how to give one."""
+    folder = Path(name).expanduser()
+    try:
+        if folder.exists() or hub.parse(name) is None:
+            return fast.load(folder)
+        return fast.load(hub.place(name, (fast.FILE, fast.CONFIG)).path)
+    except VlafitError as error:
+        raise CodecError(
+            f"{error}; another place of pi0-FAST's action tokenizer: --config codec.action_tokenizer=FOLDER "
+            "on the command line (train: --policy.config.codec.action_tokenizer), "
+            "config={'codec.action_tokenizer': FOLDER} in Python"
+        ) from error
 
 
 def _without_padding(statistics: Statistics) -> int:
