@@ -13,9 +13,12 @@ class BatchShape:
     cameras: int
     tokens: int
     """Of the prompt; 0 without one."""
+    targets: int = 0
+    """Action tokens; 0 where actions are numbers."""
 
     @classmethod
     def of(cls, batch: Batch) -> "BatchShape":
         """Return the shape of a batch that was trimmed."""
         tokens = 0 if batch.tokens is None else batch.tokens.shape[-1]
-        return cls(len(batch), batch.image_mask.shape[-1], tokens)
+        targets = 0 if batch.target_tokens is None else batch.target_tokens.shape[-1]
+        return cls(len(batch), batch.image_mask.shape[-1], tokens, targets)
