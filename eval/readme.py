@@ -65,6 +65,16 @@ def pretraining() -> str:
     return _table(["start", "recipe", "after"], rows)
 
 
+def families() -> str:
+    """One row for each small run of another family from scratch."""
+    rows = []
+    for path in sorted((RESULTS / "families").glob("*/report.json")):
+        name, success = path.parent.name, _json(path)["success"]
+        counts = [_count(success[key]) for key in ("after", "wrong_instruction")]
+        rows.append([f"`{name}`", *counts, _link(f"results/families/{name}/report.json", "report")])
+    return _table(["recipe", "after", "other task's instruction (lower is better)", "files"], rows)
+
+
 def shipped() -> str:
     """The success of the shipped checkpoint."""
     result = _json(SHIPPED / "success.json")
@@ -122,6 +132,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "strategies": strategies,
     "pretraining": pretraining,
+    "families": families,
     "shipped": shipped,
     "libero-expert": libero_expert,
     "provenance": provenance,

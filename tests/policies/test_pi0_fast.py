@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlafit import shipped
 from vlafit.checkpoints.formats.lerobot import names
@@ -19,6 +20,10 @@ from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import pi0_fast
 from vlafit.policies.pi0 import LanguageConfig, VisionConfig
+from vlafit.train.batch_shape import BatchShape
+from vlafit.train.flops import FlopCounter
+from vlafit.train.forecast import Workload, forecast
+from vlafit.train.live_bytes import LiveBytes
 from vlafit.tuning import load_strategy, preview
 
 RECORDED = Path(__file__).parent.parent / "fixtures" / "lerobot_pi0_fast"
@@ -335,3 +340,31 @@ def test_states_are_normalised_to_the_range_whose_bins_the_prompt_writes():
     assert {pi0_fast.build(size, "meta").needs().normalisation for size in pi0_fast.SIZES.values()} == {
         "quantile"
     }
+
+
+def test_memory_and_arithmetic_of_a_step_are_those_that_were_forecast():
+    policy, strategy = pi0_fast.build(TINY, "cpu"), load_strategy("full")
+    policy.train()
+    batch = random_batch(policy.needs(), 4)
+    made = forecast(
+        pi0_fast.build(TINY, "meta"),
+        strategy,
+        Workload(4, cameras=2, tokens=16, precision="fp32", frozen="fp32"),
+    )
+    longest = torch.zeros(4, TINY.action_tokens, dtype=torch.int64)  # which is what a forecast takes
+    full = replace(batch, target_tokens=longest, target_mask=torch.ones_like(longest, dtype=torch.bool))
+    live = LiveBytes([*policy.parameters(), *policy.buffers()])
+    with live:
+        policy.loss(full, rng(4))["token"].backward()
+    assert made.step == pytest.approx(live.peak, rel=0.1)
+    count = FlopCounter(pi0_fast.build(TINY, "meta"), preview(policy, strategy), draws=1)
+    for one in (full, batch):
+        with FlopCounterMode(display=False) as counter:
+            policy.loss(one, rng(4))["token"].backward()
+        # torch does not count attention on a CPU: two products forward, five backward.
+        queries, prefix = one.target_tokens.shape[1] - 1, 2 * 4 + 16
+        heads = TINY.language.heads * TINY.language.head_dim
+        pairs = TINY.language.depth * heads * (prefix**2 + queries * (prefix + queries))
+        pairs += TINY.vision.depth * TINY.vision.width * 2 * 4**2  # two images of four patches
+        assert count(BatchShape.of(one)) == counter.get_total_flops() + 4 * 7 * 2 * pairs
+    assert count(BatchShape.of(batch)) < count(BatchShape.of(full))

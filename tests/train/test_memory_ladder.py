@@ -41,6 +41,7 @@ SIZES = {
     "smolvla": "smolvla-tiny",
     "xvla": "xvla-tiny",
     "openvla": "openvla-oft-tiny",
+    "pi0_fast": "pi0-fast-tiny",
     "act": "act-tiny",
 }
 

@@ -63,7 +63,7 @@ class FlopCounter:
 
     def __call__(self, shape: BatchShape) -> int:
         """Return the operations of a micro-batch. They grow with its rows, which do not see each other."""
-        return shape.rows * self._of_row(shape.cameras, shape.tokens)
+        return shape.rows * self._of_row(shape.cameras, shape.tokens, shape.targets)
 
     def _bare(self) -> Policy:
         bare = family(family_name(self._policy)).build(self._policy.config, "meta").to("meta")
@@ -71,9 +71,9 @@ class FlopCounter:
         prepare(bare, self._plan, workload, _kernels())
         return bare
 
-    def _count(self, cameras: int, tokens: int) -> int:
+    def _count(self, cameras: int, tokens: int, targets: int) -> int:
         bare = self._copy()
-        batch = full_batch(bare.needs(), 1, cameras, tokens).to("meta")
+        batch = full_batch(bare.needs(), 1, cameras, tokens, targets).to("meta")
         if self._kept is not None:
             with _kernels():
                 batch = replace(batch, features=bare.features(self._kept, batch))

@@ -201,10 +201,10 @@ def _stepped(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:
+def full_batch(needs: Needs, rows: int, cameras: int, tokens: int, targets: int = 0) -> Batch:
     """Return a batch on the CPU whose cameras and tokens are all there, and whose numbers are zeros.
 
-    It has at most the cameras that the policy takes.
+    It has at most the cameras that the policy takes; 0 `tokens` or `targets` are as many as it takes.
     """
     cameras = min(cameras, needs.cameras or cameras)
     steps = () if needs.history == 1 else (needs.history,)
@@ -221,4 +221,8 @@ def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:
         length = tokens or needs.max_tokens
         batch.tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         batch.token_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
+    if needs.action_tokens is not None:
+        length = targets or needs.action_tokens.longest
+        batch.target_tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+        batch.target_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
     return batch
