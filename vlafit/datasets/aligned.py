@@ -1,6 +1,6 @@
 """Episodes whose actions are taken from other rows than their observations (a card's rows.action_shift)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +50,9 @@ class Aligned(EpisodeStore):
 
     def stamps(self) -> list[tuple[Path, Stamp]]:
         return self._store.stamps()
+
+    def recorded_statistics(self) -> Mapping[str, Mapping[str, Sequence[float]]]:
+        return {}  # of other rows
 
     def ahead(self) -> int:
         return self._store.ahead()

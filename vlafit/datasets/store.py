@@ -1,7 +1,7 @@
 """Recorded episodes, whatever their layout: the interface of a store."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,13 @@ class EpisodeStore(ABC):
     def stamps(self) -> list[tuple[Path, Stamp]]:
         """Return the files with their sizes and times. Raises DataError if one is missing."""
         return [(path, stamp(path)) for path in self.files()]
+
+    def recorded_statistics(self) -> Mapping[str, Mapping[str, Sequence[float]]]:
+        """Return min, max, mean and std of "state" and "action" that the files themselves state of all rows.
+
+        Empty where they state none, or of other rows than those of the episodes.
+        """
+        return {}
 
     def ahead(self) -> int:
         """Return how many bytes of files may be copied before they are read; 0 if all files are here."""
