@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlafit.significance.paired import Pairs, paired_interval
+
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
@@ -108,6 +110,38 @@ def _solved(episodes: list[dict[str, Any]]) -> str:
     return f"{sum(e['success'] for e in episodes)} of {len(episodes)}" if episodes else "-"
 
 
+def latency() -> str:
+    """One row for each way of execution: success, difference from plain chunks, and smoothness by delay."""
+    episodes: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in (RESULTS / "latency" / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
+        episode = json.loads(line)
+        episodes.setdefault((episode["way"], episode["delay"]), []).append(episode)
+    delays = sorted({delay for _, delay in episodes})
+    rows = []
+    for way in dict.fromkeys(way for way, _ in episodes):
+        cells = [_late(episodes[way, delay], episodes["plain", delay]) for delay in delays]
+        rows.append([way, *cells])
+    return _table(["chunks", *(f"{delay} steps late" for delay in delays)], rows)
+
+
+def _late(episodes: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
+    """Return successes, the paired difference from plain chunks with its interval, and smoothness."""
+    change = sum(e["action_change"] for e in episodes) / len(episodes)
+    text = _solved(episodes)
+    if episodes is not plain:
+        pairs = Pairs.of(_outcomes(episodes), _outcomes(plain))
+        low, high = paired_interval(pairs)
+        text += f", {100 * pairs.mean:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+    return f"{text}; {change:.3f}"
+
+
+def _outcomes(episodes: list[dict[str, Any]]) -> list[dict[str, bool | None]]:
+    """Return start -> success for each training seed."""
+    seeds = sorted({e["training_seed"] for e in episodes})
+    of_seed = [[e for e in episodes if e["training_seed"] == seed] for seed in seeds]
+    return [{f"{e['task']} {e['seed']}": e["success"] for e in some} for some in of_seed]
+
+
 def provenance() -> str:
     """One row for each published run, of its evaluation after training, and for each comparison."""
     rows = []
@@ -135,6 +169,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "shipped": shipped,
     "libero-expert": libero_expert,
+    "latency": latency,
     "provenance": provenance,
 }
 
