@@ -221,4 +221,7 @@ def full_batch(needs: Needs, rows: int, cameras: int, tokens: int) -> Batch:
         length = tokens or needs.max_tokens
         batch.tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         batch.token_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
+    if (written := needs.action_tokens or needs.action_bins) is not None:
+        batch.target_tokens = torch.zeros(rows, written.longest, dtype=torch.int64, device="meta")
+        batch.target_mask = torch.ones(rows, written.longest, dtype=torch.bool, device="meta")
     return batch
