@@ -1,4 +1,4 @@
-"""OpenVLA's tokens, OFT's parallel tokens and its diffusion head, against what their authors' code recorded."""
+"""OpenVLA's tokens, OFT's parallel tokens and its diffusion head against its authors' numbers."""
 
 import json
 from dataclasses import replace

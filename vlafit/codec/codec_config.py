@@ -86,8 +86,8 @@ def require_consistent(
     bins = config.action_bins
     if bins is not None and bins.longest <= (count := config.chunk * robot.action.shape[0]):
         raise CodecError(
-            f"codec config: action_bins.longest is {bins.longest}; {count} values of a chunk and the end need "
-            f"{count + 1}"
+            f"codec config: action_bins.longest is {bins.longest}; {count} values of a chunk and the end "
+            f"need {count + 1}"
         )
 
 

@@ -51,8 +51,8 @@ NO_EXPERT = ExpertConfig(0, 0)
 
 
 @dataclass(frozen=True)
-class OpenVLAConfig:
-    """Every size of an OpenVLA policy."""
+class OpenVLASizes:
+    """Every size of an OpenVLA policy; the family's config is a class of its own module."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -75,7 +75,7 @@ class OpenVLAConfig:
     The others write all in one pass in which every token sees every other (OpenVLA-OFT): parallel_tokens as
     tokens, l1 as numbers, diffusion as noise that is taken away in steps."""
     text_vocab: int = 32_000
-    """Tokens of the tokenizer, Llama's. Actions are its last 256; what the vocabulary has beyond is padding."""
+    """Tokens of the tokenizer, Llama's: actions are its last 256, and what the vocabulary has beyond pads."""
 
     @property
     def writes_tokens(self) -> bool:
@@ -94,8 +94,8 @@ class OpenVLAConfig:
             ),
             (
                 not self.writes_tokens or BINS < self.text_vocab <= lang.vocab,
-                f"text_vocab is {self.text_vocab}; its last {BINS} tokens are actions, so it must be more, and "
-                f"at most language.vocab, {lang.vocab}",
+                f"text_vocab is {self.text_vocab}; its last {BINS} tokens are actions, so it must be more, "
+                f"and at most language.vocab, {lang.vocab}",
             ),
             (v.patch >= 1, f"vision.patch is {v.patch}; it must be at least 1"),
             (v.registers >= 0, f"vision.registers is {v.registers}; it must be at least 0"),
@@ -127,33 +127,33 @@ _LLAMA = LanguageConfig(width=4096, depth=32, mlp=11008, heads=32, kv_heads=32, 
 _SMALL = VisionConfig(TowerSizes(96, 4, 256, 4), TowerSizes(96, 4, 256, 4), patch=16, image_size=64)
 _TINY = VisionConfig(TowerSizes(16, 3, 24, 2), TowerSizes(24, 3, 40, 2), patch=4, image_size=8, registers=2)
 
-SIZES: Mapping[str, OpenVLAConfig] = {
-    "openvla-oft": OpenVLAConfig(
+PUBLIC: Mapping[str, OpenVLASizes] = {
+    "openvla-oft": OpenVLASizes(
         _VISION, _LLAMA, ExpertConfig(width=4096), state_dim=8, action_dim=7, chunk=8, max_tokens=96
     ),
-    "openvla-oft-small": OpenVLAConfig(
+    "openvla-oft-small": OpenVLASizes(
         _SMALL,
         LanguageConfig(width=128, depth=4, mlp=384, heads=4, kv_heads=4, vocab=512),
         ExpertConfig(width=128),
         state_dim=8, action_dim=8, chunk=8, max_tokens=64,
     ),
-    "openvla-oft-tiny": OpenVLAConfig(
+    "openvla-oft-tiny": OpenVLASizes(
         _TINY,
         LanguageConfig(width=32, depth=2, mlp=48, heads=4, kv_heads=4, vocab=300),
         ExpertConfig(width=16),
         state_dim=6, action_dim=5, chunk=4, max_tokens=48, film=True,
     ),
-    "openvla": OpenVLAConfig(
+    "openvla": OpenVLASizes(
         _VISION, _LLAMA, NO_EXPERT, state_dim=8, action_dim=7, chunk=1, max_tokens=96, proprio=False,
         head="tokens",
     ),
-    "openvla-small": OpenVLAConfig(
+    "openvla-small": OpenVLASizes(
         _SMALL,
         LanguageConfig(width=128, depth=4, mlp=384, heads=4, kv_heads=4, vocab=1024),
         NO_EXPERT,
         state_dim=8, action_dim=8, chunk=1, max_tokens=64, proprio=False, head="tokens", text_vocab=1024,
     ),
-    "openvla-tiny": OpenVLAConfig(
+    "openvla-tiny": OpenVLASizes(
         _TINY,
         LanguageConfig(width=32, depth=2, mlp=48, heads=4, kv_heads=4, vocab=576),
         NO_EXPERT,

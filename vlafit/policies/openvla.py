@@ -29,10 +29,10 @@ from vlafit.nn.precision import in_own_precision, matrix_dtype
 from vlafit.nn.prismatic import MLP, FusedProjector, LayerScale, Towers
 from vlafit.nn.rng import SampleRng
 from vlafit.policies._common import imagenet_normalised
-from vlafit.policies._openvla_config import SIZES as SIZES
+from vlafit.policies._openvla_config import PUBLIC, OpenVLASizes
+from vlafit.policies._openvla_config import TOKEN_HEADS as TOKEN_HEADS
 from vlafit.policies._openvla_config import ExpertConfig as ExpertConfig
 from vlafit.policies._openvla_config import LanguageConfig as LanguageConfig
-from vlafit.policies._openvla_config import OpenVLAConfig
 from vlafit.policies._openvla_config import VisionConfig as VisionConfig
 from vlafit.policies._openvla_shapes import SHAPES as SHAPES
 
@@ -45,8 +45,16 @@ PARTS = {
 
 
 @dataclass(frozen=True)
+class OpenVLAConfig(OpenVLASizes):
+    """Every size of an OpenVLA policy."""
+
+
+SIZES: Mapping[str, OpenVLAConfig] = {name: OpenVLAConfig(**vars(sizes)) for name, sizes in PUBLIC.items()}
+
+
+@dataclass(frozen=True)
 class Prefix:
-    """Embeddings of the first token, images, state, time and prompt, in this order, prompts padded at the end."""
+    """Embeddings of the first token, images, state, time and prompt, in this order, padded at the end."""
 
     x: Tensor  # [b, l, d]
     valid: Tensor  # bool [b, l]
@@ -298,7 +306,7 @@ class OpenVLA(Policy):
         return torch.cat((before, y[:, first : first + actions]), 1)
 
     def _causal(self, valid: Tensor, tokens: int) -> View:
-        """Return the view of the last `tokens` of `valid` [b, l]: each sees itself and the real ones before."""
+        """Return the view of the last `tokens` of `valid` [b, l]: each sees the real ones up to itself."""
         length = valid.shape[1]
         lower = torch.ones(tokens, length, dtype=torch.bool, device=valid.device).tril(length - tokens)
         lang = self.config.language
