@@ -224,12 +224,11 @@ class PolicyActor:
                 continue
             self.invalid_answers += 1
             if self.invalid_answers & (self.invalid_answers - 1) == 0:
-                fate = "cut or filled with zeros" if self.codec.config.fits_tokens else "0 (normalised)"
                 log.warning(
                     "the policy's tokens make no chunk of actions in %d of %d answers; the chunk is then %s",
                     self.invalid_answers,
                     self.answers,
-                    fate,
+                    self.codec.config.fate_of_invalid,
                 )
         return np.stack([row.chunk for row in rows])
 

@@ -117,13 +117,15 @@ def test_a_component_that_is_a_pickle_is_refused_with_the_command_that_converts_
         vlafit.load_policy(folder, config=UNTOLD)
 
 
-def test_the_diffusion_head_and_settings_that_are_not_computed_are_refused(whole: Path, tmp_path: Path):
+def test_settings_that_are_not_computed_and_foreign_modules_are_refused(whole: Path, tmp_path: Path):
     folder = shutil.copytree(whole, tmp_path / "other")
-    extra = folder / "noisy_action_projector--10_checkpoint.safetensors"
+    extra = folder / "value_head--10_checkpoint.safetensors"
     save_file({"fc1.weight": torch.zeros(4, 1)}, extra)
-    with pytest.raises(WeightsError, match="diffusion head"):
+    with pytest.raises(WeightsError, match="value_head"):
         vlafit.load_policy(folder, config=UNTOLD)
     extra.unlink()
+    with pytest.raises(WeightsError, match="'diffusion'.*'l1'"):
+        vlafit.load_policy(folder, config=UNTOLD | {"head": "diffusion"})
     values = json.loads((folder / "config.json").read_text())
     for change, key in (
         ({"arch_specifier": "linear"}, "arch_specifier"),
@@ -267,3 +269,95 @@ def test_every_damage_to_a_folder_is_caught(whole: Path, tmp_path: Path):
         assert name.removeprefix("module.") in str(caught.value), (trial, damage, name)
         shutil.copy(whole / file, folder / file)
     vlafit.load_policy(folder, config=UNTOLD)
+
+
+# ---------------------------------------------------------------------------- OpenVLA, and OFT's other heads
+
+
+def write_plain(folder: Path) -> Path:
+    """Lay the recorded OpenVLA out as its authors publish it: no files beside config, weights, statistics."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copy(FIXTURE / name, folder)  # the statistics are in config.json, as in openvla-7b
+    return folder
+
+
+PLAIN = {"vision.dino.heads": 2, "vision.siglip.heads": 2}
+FRONT = {"openvla.cameras": ["front"]}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain(tmp_path_factory.mktemp("openvla") / "plain")
+
+
+def test_a_plain_folder_is_openvla_and_answers_with_the_recorded_actions(plain: Path, words, io):
+    from tests.policies.test_openvla_heads import one_image
+
+    loaded = checkpoints.load(plain, config=PLAIN | FRONT, tokenizer=words, assets="tiny_no_noops")
+    policy, codec = loaded.policy, loaded.codec
+    assert isinstance(policy, openvla.OpenVLA) and codec is not None and codec.action_bins is not None
+    c = policy.config
+    assert (c.head, c.chunk, c.text_vocab, c.proprio, c.state_dim, c.action_dim) == (
+        "tokens", 1, 512, False, 8, 7,
+    )  # fmt: skip
+    assert "actions are OpenVLA's tokens" in loaded.report.text()
+    recorded_plain = load_file(FIXTURE / "openvla_plain.safetensors")
+    answers = policy.act(one_image(io, recorded_plain), sample_rng(KEYS[:2], seed=0)).numpy()
+    for row in range(2):
+        decoded = codec._action.decode(codec.detokenise(answers[row]).chunk)[0]
+        expected = recorded_plain[f"predict.actions.{row}"].numpy()
+        np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_beyond_the_text_vocabulary_is_refused(plain: Path):
+    wide = train_word_tokenizer(["a b"], 400)
+    short = {"text_vocab": 257}
+    with pytest.raises(CodecError, match="text_vocab"):
+        checkpoints.load(plain, config=PLAIN | FRONT | short, tokenizer=wide, assets="tiny_no_noops")
+
+
+@pytest.mark.parametrize("head", ["tokens", "parallel_tokens"])
+def test_policies_that_write_tokens_are_exported_and_read_back(plain: Path, words, tmp_path: Path, head: str):
+    config = PLAIN | FRONT | ({"head": head, "chunk": 8} if head == "parallel_tokens" else {})
+    source = checkpoints.load(plain, config=config, tokenizer=words)
+    vlafit.save_checkpoint(source.policy, tmp_path / "native", source.codec)
+    export(tmp_path / "native", "openvla", tmp_path / "out")
+    names_there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not any("--" in name for name in names_there)
+    original, made = load_file(plain / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert set(original) == set(made) and all(torch.equal(made[n], t) for n, t in original.items())
+    again = checkpoints.load(tmp_path / "out")
+    assert again.policy.config == source.policy.config
+    assert again.codec is not None and source.codec is not None
+    assert again.codec.config == source.codec.config
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    meant = json.loads((plain / "config.json").read_text())
+    assert said["pad_to_multiple_of"] == meant["pad_to_multiple_of"] == 64
+    assert said["norm_stats"]["tiny_no_noops"]["action"] == meant["norm_stats"]["tiny_no_noops"]["action"]
+
+
+def test_a_folder_with_the_diffusion_head_is_read_and_exported(whole: Path, tmp_path: Path, io):
+    folder = shutil.copytree(whole, tmp_path / "diffusion")
+    for module, stem in (
+        ("action_head_diffusion", "action_head"),
+        ("noisy_action_projector", "noisy_action_projector"),
+    ):
+        tensors = {f"module.{n}": t for n, t in load_file(FIXTURE / f"{module}.safetensors").items()}
+        save_file(tensors, folder / f"{stem}--10_checkpoint.safetensors")
+    policy = vlafit.load_policy(folder, config=UNTOLD)
+    assert policy.config.head == "diffusion" and policy.steps == 50
+    more = load_file(FIXTURE / "diffusion.safetensors")
+    with torch.no_grad():
+        noise = policy.noise(recorded(io), more["diffusion.noisy_actions"], more["in.diffusion_timesteps"])
+    torch.testing.assert_close(noise, more["diffusion.noise_pred"], rtol=0, atol=1e-4)
+    vlafit.save_checkpoint(policy, tmp_path / "native", None)
+    export(tmp_path / "native", "openvla", tmp_path / "out")
+    for module, stem in (
+        ("action_head_diffusion", "action_head"),
+        ("noisy_action_projector", "noisy_action_projector"),
+    ):
+        made = load_file(tmp_path / "out" / f"{stem}--vlafit_checkpoint.safetensors")
+        meant = load_file(FIXTURE / f"{module}.safetensors")
+        assert set(made) == set(meant) and all(torch.equal(made[n], t) for n, t in meant.items())
+    assert vlafit.load_policy(tmp_path / "out").config == policy.config

@@ -102,7 +102,20 @@ def test_features_hidden_states_and_actions_are_those_that_the_authors_code_reco
         torch.testing.assert_close(features[:, :9, :32], io["out.vision_dino.0"], **CLOSE)
         torch.testing.assert_close(features[:, :9, 32:], io["out.vision_siglip.0"], **CLOSE)
         torch.testing.assert_close(policy.images(batch, None), io["out.projector"], **CLOSE)
+        projected = torch.cat((policy.images(batch, None), io["out.proprio_token"][:, None]), 1)
+        torch.testing.assert_close(projected, io["out.projector_features_with_proprio"], **CLOSE)
+        prefix = policy.prefix(batch)
+        torch.testing.assert_close(prefix.x[:, 1:20], projected, **CLOSE)
         torch.testing.assert_close(policy.action_states(batch), io["out.action_hidden"], **CLOSE)
+        # Recorded are the places 31 to 36 of both rows; the first prompt ends at 33.
+        logits = policy.lm_head(policy.action_states(batch)[0, :4])
+        torch.testing.assert_close(logits, io["out.logits_first_action_positions"][0, 2:], **CLOSE)
+        counted = io["out.action_mask_of_labels_1"]
+        assert counted.sum(1).tolist() == [8 * 7] * 2
+        first = (
+            counted.int().argmax(1) + 18 + 1
+        )  # the place before the first action's, images and state in front
+        assert first.tolist() == prefix.last.tolist()
     actions = policy.act(batch, sample_rng(KEYS[:2], seed=0))
     torch.testing.assert_close(actions, io["out.predicted_actions"], **CLOSE)
 

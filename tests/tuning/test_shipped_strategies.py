@@ -29,7 +29,13 @@ FAMILIES = [
     for m in pkgutil.iter_modules(policies.__path__)
     if not m.name.startswith("_") and m.name not in WITHOUT_EXPERT
 ]
-SIZES = [(f, size) for f in FAMILIES for size in importlib.import_module(f"vlafit.policies.{f}").SIZES]
+NO_EXPERT = ("openvla", "openvla-small", "openvla-tiny")  # sizes that write actions as tokens: likewise
+SIZES = [
+    (f, size)
+    for f in FAMILIES
+    for size in importlib.import_module(f"vlafit.policies.{f}").SIZES
+    if size not in NO_EXPERT
+]
 MORE = [
     size for _, size in SIZES if size.endswith("-small")
 ]  # with the parts of the tiny and the public size

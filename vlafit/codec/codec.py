@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.codec import codec_file
+from vlafit.codec.action_bins import ActionBins
 from vlafit.codec.action_text import ActionText
 from vlafit.codec.codec_config import CodecConfig, require_consistent
 from vlafit.codec.fast import Detokenised, FastTokenizer
@@ -73,7 +74,10 @@ class Codec:
         self.action_tokenizer = action_tokenizer
         require_consistent(config, embodiment, self.statistics, tokenizer)
         self.action_text = self._made_action_text()
-        """How actions are written as tokens; None where they are numbers."""
+        """How actions are written as tokens of the action tokenizer; None where they are not."""
+        bins = config.action_bins
+        self.action_bins = None if bins is None else ActionBins(bins, embodiment.action.shape[0])
+        """How each value of an action is written as a token; None where it is not."""
         self._state = Normaliser.fit(self.statistics["state"], config.normalisation)
         self._action = Normaliser.fit(self.statistics["action"], config.of_actions, config.unchanged)
         self._shapes = {camera.name: camera.shape for camera in embodiment.cameras}
@@ -126,6 +130,9 @@ class Codec:
         targets, target_mask = None, None
         if self.action_text is not None and actions is not None:
             targets, target_mask = self.action_text.padded(actions[:, : self.embodiment.action.shape[0]])
+        elif self.action_bins is not None and actions is not None and action_mask is not None:
+            own = slice(self.embodiment.action.shape[0])
+            targets, target_mask = self.action_bins.padded(actions[:, own], action_mask[:, own])
         return Encoded(
             images,
             image_mask,
@@ -205,9 +212,10 @@ class Codec:
 
         Raises CodecError where the codec has no action tokens.
         """
-        if self.action_text is None:
-            raise CodecError("the policy answers with tokens, and its codec has no action tokenizer")
-        chunk, valid = self.action_text.decode(tokens, self.config.chunk)
+        reader = self.action_text or self.action_bins
+        if reader is None:
+            raise CodecError("the policy answers with tokens, and its codec has neither tokenizer nor bins")
+        chunk, valid = reader.decode(tokens, self.config.chunk)
         padded = np.zeros((self.config.chunk, self.config.action_dim))
         padded[:, : chunk.shape[1]] = chunk
         return Detokenised(padded, valid)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.images import Framing
 from vlafit.codec.prompts import FORMS, Prompt
@@ -46,7 +47,9 @@ class CodecConfig:
     history: int = 1
     """Observation steps, o, the newest last; before an episode's start its first one is repeated."""
     action_tokens: ActionTokenConfig | None = None
-    """How actions are written as tokens; None: they are numbers."""
+    """How actions are written as tokens of a FAST tokenizer; None: they are not."""
+    action_bins: ActionBinConfig | None = None
+    """How each value of an action is written as a token; None: it is not."""
     unchanged: tuple[bool, ...] = ()
     """For each action dimension: whether it is not normalised (OpenVLA's grippers). Empty: all are."""
 
@@ -56,9 +59,12 @@ class CodecConfig:
         return self.action_normalisation or self.normalisation
 
     @property
-    def fits_tokens(self) -> bool:
-        """Whether invalid action tokens are cut or filled with zeros."""
-        return self.action_tokens is not None and self.action_tokens.fit
+    def fate_of_invalid(self) -> str:
+        """What becomes of answered tokens that are no chunk of actions."""
+        if self.action_bins is not None:
+            return "an end of the range for each token that is no action"
+        fits = self.action_tokens is not None and self.action_tokens.fit
+        return "cut or filled with zeros" if fits else "0 (normalised)"
 
     @property
     def begins_with_bos(self) -> bool:
@@ -77,6 +83,12 @@ def require_consistent(
     """Raise CodecError or EmbodimentError where the four do not belong together."""
     _require_inputs(config, robot, tokenizer)
     _require_dimensions(config, robot, statistics)
+    bins = config.action_bins
+    if bins is not None and bins.longest <= (count := config.chunk * robot.action.shape[0]):
+        raise CodecError(
+            f"codec config: action_bins.longest is {bins.longest}; {count} values of a chunk and the end "
+            f"need {count + 1}"
+        )
 
 
 def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer | None) -> None:
@@ -92,6 +104,14 @@ def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer
     if (config.prompt is None) != (tokenizer is None):
         has = "no tokenizer" if tokenizer is None else "a tokenizer"
         raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")
+    bins = config.action_bins
+    if bins is not None and config.action_tokens is not None:
+        raise CodecError("codec config: action_bins and action_tokens are both there; give one")
+    if bins is not None and tokenizer is not None and tokenizer.vocab_size > bins.end:
+        raise CodecError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens; the policy's actions are the last {BINS} of "
+            f"{bins.end} (text_vocab), so it is not the policy's tokenizer"
+        )
     if tokenizer is not None and config.begins_with_bos and tokenizer.bos is None:
         raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
 

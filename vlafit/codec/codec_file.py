@@ -51,8 +51,9 @@ def write(
 def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
     first = parts[0]
     shared = asdict(first.config)
-    if first.config.action_tokens is None:  # so that the files of other policies stay as they were
-        del shared["action_tokens"]
+    for name in ("action_tokens", "action_bins"):
+        if shared[name] is None:  # so that the files of other policies stay as they were
+            del shared[name]
     if len(parts) == 1 and first.embodiment_id is None:
         return {
             "format": FORMAT,

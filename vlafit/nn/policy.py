@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST_SAMPLING_STEPS = 10**4
 ERROR = "error"  # the name of the only term of a loss that does not name its terms
+TOKEN = "token"  # the name of the cross-entropy of action tokens
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ class ActionTokens:
 
 
 @dataclass(frozen=True)
+class ActionBins:
+    """How a policy that writes each value of an action as one of 256 tokens wants them."""
+
+    end: int
+    """Tokens of its tokenizer, of which the bins are the last."""
+    longest: int
+    """Tokens of the longest chunk, with the one that ends the sequence."""
+    eos: int
+    """The token that ends the sequence."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """A policy's requirements of the codec that feeds it."""
 
@@ -86,7 +99,14 @@ class Needs:
     cameras: int = 0
     """Cameras that it takes at most; 0: any number."""
     action_tokens: ActionTokens | None = None
-    """None: it predicts actions as numbers."""
+    """How it writes actions as tokens of a FAST tokenizer; None: it does not."""
+    action_bins: ActionBins | None = None
+    """How it writes each value as a token; None: it does not."""
+
+    @property
+    def writes_tokens(self) -> bool:
+        """Whether `Policy.act` returns tokens instead of numbers."""
+        return self.action_tokens is not None or self.action_bins is not None
 
 
 @dataclass(frozen=True)
@@ -136,12 +156,20 @@ class Policy(nn.Module, ABC):
     def act(self, batch: Batch, rng: SampleRng) -> Tensor:
         """Return actions [b, t, a], float, normalised and padded. Without gradients.
 
-        Where `needs` has `action_tokens`: tokens, int64 [b, m], of which the codec makes actions.
+        Where `needs` says that it `writes_tokens`: int64 [b, m], of which the codec makes actions.
         """
 
     def probe(self, batch: Batch, rng: SampleRng) -> Tensor:
         """Return numbers that show how a change of the weights changes what the policy does: its actions."""
         return self.act(batch, rng)
+
+    def measured(self) -> tuple[str, ...]:
+        """Return the names of the figures that `measures` returns."""
+        return ()
+
+    def measures(self, batch: Batch) -> Sequence[tuple[Tensor, float]]:
+        """Return further figures of a validation batch: the sum of each, and what it is divided by."""
+        return ()
 
     def blocks(self) -> list[nn.Module]:
         """Return the layers that sharding gathers one at a time; each is only used through its own call.

@@ -2,6 +2,7 @@
 
 import torch
 
+from vlafit.codec.action_bins import BINS
 from vlafit.nn.batch import Batch
 from vlafit.nn.policy import Needs
 
@@ -31,4 +32,9 @@ def random_batch(needs: Needs, rows: int, seed: int = 0) -> Batch:
         length = min(needs.action_tokens.longest, TOKENS)
         batch.target_tokens = torch.randint(0, needs.vocabulary, (rows, length), generator=rng)
         batch.target_mask = torch.ones(rows, length, dtype=torch.bool)
+    if (bins := needs.action_bins) is not None:
+        values = needs.chunk * needs.action_dim
+        batch.target_tokens = torch.randint(bins.end - BINS, bins.end, (rows, values + 1), generator=rng)
+        batch.target_tokens[:, -1] = bins.eos
+        batch.target_mask = torch.ones(rows, values + 1, dtype=torch.bool)
     return batch

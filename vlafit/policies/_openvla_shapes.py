@@ -67,7 +67,12 @@ AXES: dict[str, str] = {
     **linear_axes("expert.fc2", "action_dim", "expert.width"),
     **linear_axes("proprio_proj.fc1", _L, "state_dim"),
     **linear_axes("proprio_proj.fc2", _L, _L),
+    **linear_axes("noise_proj.fc1", _L, "1"),
+    **linear_axes("noise_proj.fc2", _L, _L),
 }
+
+
+_OF_HEAD = frozenset(name for name in AXES if name.startswith("expert."))
 
 
 def _image_size(sizes: Sizes) -> int | None:
@@ -99,7 +104,15 @@ SHAPES = ShapeTable(
         "language.depth": ("language",),
         "expert.blocks": ("expert",),
     },
-    variants=(Variant("OpenVLA-OFT", public="openvla-oft", tiny="openvla-oft-tiny"),),
+    variants=(
+        Variant(
+            "OpenVLA",
+            public="openvla",
+            tiny="openvla-tiny",
+            padded_as={"expert.width": _L},  # there is no action head: the format or the user says so
+        ),
+        Variant("OpenVLA-OFT", public="openvla-oft", tiny="openvla-oft-tiny", only=_OF_HEAD),
+    ),
     derived=(
         Derived("vision.image_size", _image_size, "patches", guess=lambda sizes: sizes["vision.patch"]),
     ),

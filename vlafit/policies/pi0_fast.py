@@ -24,14 +24,13 @@ from vlafit.nn.batch import Batch, seen_images, unit_images
 from vlafit.nn.gemma import Decoder, KeysValues
 from vlafit.nn.packing import Packing, PrefixShape
 from vlafit.nn.parameters import build_policy, draw_weights
-from vlafit.nn.policy import ActionTokens, Needs, ParameterInfo, Policy
+from vlafit.nn.policy import TOKEN, ActionTokens, Needs, ParameterInfo, Policy
 from vlafit.nn.rng import SampleRng
 from vlafit.nn.siglip import SiglipTower
 from vlafit.policies import _pi0_fast_shapes
 from vlafit.policies._common import describe, multiple, require, require_positive
 from vlafit.policies.pi0 import LanguageConfig, VisionConfig
 
-TOKEN = "token"  # the only term of the loss: cross-entropy
 TOKENIZER = (
     "google/paligemma-3b-pt-224 (gated on the Hugging Face Hub: accept its terms there, `hf auth login`)"
 )

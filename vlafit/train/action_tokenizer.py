@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vlafit.checkpoints import hub
 from vlafit.codec import Codec, CodecConfig, CodecSet, fast
+from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import SKIPPED, ActionText, ActionTokenConfig
 from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import Normaliser
@@ -47,8 +48,8 @@ def choose(
     if needs.action_tokens is None:
         if name:
             raise ConfigError(
-                f"policy.action_tokenizer {name!r} has no effect: the policy predicts actions as numbers; "
-                'make it ""'
+                f"policy.action_tokenizer {name!r} has no effect: the policy predicts actions as "
+                f'{"numbers" if needs.action_bins is None else "bins"}; make it ""'
             )
         return None
     words = next(iter(own)).tokenizer if own is not None else words
@@ -95,6 +96,12 @@ def settings(needs: Needs) -> ActionTokenConfig | None:
     )
 
 
+def bins(needs: Needs) -> ActionBinConfig | None:
+    """Return how a policy wants each value written as a token; None where it does not."""
+    wanted = needs.action_bins
+    return None if wanted is None else ActionBinConfig(wanted.end, wanted.longest, wanted.eos)
+
+
 def require_special(words: Tokenizer, needs: Needs) -> None:
     """Raise CodecError where the policy's bos and eos are not those of the tokenizer."""
     tokens = needs.action_tokens
@@ -106,8 +113,10 @@ def require_special(words: Tokenizer, needs: Needs) -> None:
 
 
 def room(needs: Needs) -> int:
-    """Return how many text tokens leave the last ids of the vocabulary to action tokens."""
-    return needs.vocabulary - SKIPPED - SMALLEST
+    """Return how many text tokens leave the last ids to action tokens: all where actions are numbers."""
+    if needs.action_bins is not None:
+        return needs.action_bins.end - BINS
+    return needs.vocabulary if needs.action_tokens is None else needs.vocabulary - SKIPPED - SMALLEST
 
 
 def fit(
@@ -164,7 +173,25 @@ def faults_of(data: Mapping[str, Data], codecs: Sequence[Codec]) -> tuple[str, .
         for part, codec in zip(data.values(), codecs, strict=True)
         if codec.action_text is not None
         for warning in _faults(part, codec.config, codec.action_text)
+    ) + tuple(
+        warning
+        for part, codec in zip(data.values(), codecs, strict=True)
+        if codec.action_bins is not None
+        for warning in _beyond_bins(part, codec.config)
     )
+
+
+def _beyond_bins(data: Data, config: CodecConfig) -> list[str]:
+    """Return a warning where normalised actions lie outside [-1, 1], of a sample of the chunks."""
+    values = np.abs(np.concatenate(list(normalised_chunks({"": data}, {"": config}, CHECKED))))
+    beyond = float((values > 1).mean())
+    if not beyond:
+        return []
+    return [
+        f"{beyond:.1%} of sampled action values lie outside [-1, 1] after normalisation by "
+        f"{config.of_actions}, up to {values.max():.3g}, and are cut there, because each value is one of "
+        f"{BINS} bins; normalise by openvla_quantile or openvla_min_max (data.normalisation)"
+    ]
 
 
 def _faults(data: Data, config: CodecConfig, text: ActionText) -> list[str]:

@@ -221,8 +221,8 @@ def full_batch(needs: Needs, rows: int, cameras: int, tokens: int, targets: int 
         length = tokens or needs.max_tokens
         batch.tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         batch.token_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
-    if needs.action_tokens is not None:
-        length = targets or needs.action_tokens.longest
+    if (written := needs.action_tokens or needs.action_bins) is not None:
+        length = targets or written.longest
         batch.target_tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
         batch.target_mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
     return batch

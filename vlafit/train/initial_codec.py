@@ -73,6 +73,7 @@ def fitted_config(
         framing=needs.framing,
         history=needs.history,
         action_tokens=action_tokenizers.settings(needs),
+        action_bins=action_tokenizers.bins(needs),
     )
     if old is None and form is not None and needs.prompt is not None:
         config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
@@ -85,6 +86,7 @@ def fitted_config(
             framing=kept.framing,
             special_tokens=kept.special_tokens,
             action_tokens=kept.action_tokens,
+            action_bins=kept.action_bins,
         )
         if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
             states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))

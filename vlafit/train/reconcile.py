@@ -8,6 +8,7 @@ from vlafit import checkpoints
 from vlafit.agreement import Agreement, Item, Party, agree, join, propose, shared_slots
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
+from vlafit.codec.action_bins import BINS
 from vlafit.datasets import Card, value_faults
 from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
 from vlafit.datasets.order import BLOCK, shares
@@ -290,6 +291,9 @@ def codec_items(
         source = "the checkpoint's" if kept else recipe.policy.action_tokenizer or "fitted to the data"
         value = f"FAST ({source}), {text.actions.vocab_size} tokens, at most {text.config.longest} a chunk"
         yield Item("action tokenizer", {}, value, "same")
+    if (bins := codec.config.action_bins) is not None:
+        value = f"{BINS} bins over [-1, 1] (normalised), tokens {bins.end - BINS} to {bins.end - 1}"
+        yield Item("action tokens", {}, value, "same")
     lengths = sorted(
         s.episodes[s.index(i)].length for s, ids in zip(data.stores, data.training, strict=True) for i in ids
     )

@@ -92,8 +92,7 @@ def learn(data: Data, needs: Needs) -> Tokenizer:
     """Train a tokenizer on the data's instructions, for language weights that are fresh."""
     assert needs.prompt is not None
     words = [*data.instructions(), *prompts.FORMS[needs.prompt].vocabulary]
-    size = needs.vocabulary if needs.action_tokens is None else action_tokenizer.room(needs)
-    return train_word_tokenizer(words, size)
+    return train_word_tokenizer(words, action_tokenizer.room(needs))
 
 
 def of_family(policy: Policy) -> str:

@@ -34,11 +34,14 @@ def validate(
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
     between the demonstrated chunk and the one that the policy answers with. Of a policy that answers with
     tokens, `validation/valid_actions` is the share of answers that are a chunk; the others count as the codec
-    would execute them. `cache` is that of the training.
+    would execute them. What else the policy `measures` is there under its name. `cache` is that of the
+    training.
     """
     policy.eval()
     terms = policy.terms()
     sums = torch.zeros(2 * len(terms) + 4, dtype=torch.float64, device=device)
+    names = policy.measured()
+    further = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for keys, batch in batches:
         counts = policy.counts(batch, draws=1)
         trimmed = batch.trim()
@@ -50,6 +53,9 @@ def validate(
             sampling = _rng(keys)
             sampling.uniform()  # so that flow policies sample from the noise of their loss
             sampled = policy.act(batch, sampling)
+            measures = policy.measures(batch)
+        for row, (total, count) in zip(further, measures, strict=True):
+            row += torch.stack([total.double(), row.new_tensor(count)])
         valid = sampled.new_ones(len(batch), dtype=torch.bool)
         if not sampled.is_floating_point():
             ids = None if batch.embodiment_id is None else batch.embodiment_id.cpu().numpy()
@@ -76,8 +82,10 @@ def validate(
         return {}
     prefix = f"validation/{name}/" if name else "validation/"
     metrics = {f"{prefix}loss": mean_loss(terms, totals, counts), f"{prefix}action_error": error / compared}
-    if policy.needs().action_tokens is not None:
+    if policy.needs().writes_tokens:
         metrics[f"{prefix}valid_actions"] = valid_rows / rows
+    for figure, (total, count) in zip(names, sum_over_processes(further).tolist(), strict=True):
+        metrics |= {f"{prefix}{figure}": total / count} if count else {}
     if len(terms) > 1:
         metrics |= {f"{prefix}loss_{term}": totals[term] / counts[term] for term in terms if counts[term]}
     return metrics

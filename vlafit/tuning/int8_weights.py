@@ -32,7 +32,7 @@ def quantise_weights(policy: Policy) -> float:
             "quantise = 'int8': the checkpoint's matrices are quantised already (its strategy says how); "
             "leave the option out"
         )
-    if policy.needs().action_tokens is not None:
+    if policy.needs().writes_tokens:
         raise ConfigError(
             f"quantise = 'int8': {type(policy).__name__} answers with tokens, so what 8 bits change in its "
             "actions cannot be measured; leave it out"

@@ -20,7 +20,12 @@ MODEL_TYPE = "openvla"
 TIMM = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 OWN = "vlafit"  # table of config.json with what OpenVLA's programs do not record
 COMPONENT = re.compile(r"(?P<module>\w+?)--(?P<step>[\w-]+)_checkpoint\.(pt|safetensors)")
-PREFIXES = {"action_head": "action_head.", "proprio_projector": "proprio_projector.", "vision_backbone": ""}
+PREFIXES = {
+    "action_head": "action_head.",
+    "proprio_projector": "proprio_projector.",
+    "noisy_action_projector": "noisy_action_projector.",
+    "vision_backbone": "",
+}
 COMPUTED: dict[str, object] = {  # what vlafit computes; a key that is not there is silent
     "arch_specifier": "no-align+fused-gelu-mlp",
     "use_fused_vision_backbone": True,
@@ -40,6 +45,7 @@ SIZES_OF = {
     "text_config.num_hidden_layers": "language.depth",
     "text_config.vocab_size": "language.vocab",
 }
+PADDED = 64  # OpenVLA's pad_to_multiple_of, which the vocabulary has beyond the tokenizer
 HEADS, EPS, EOS = 32, 1e-6, 2  # transformers' LlamaConfig where text_config is silent
 
 
@@ -80,6 +86,16 @@ def evidence(folder: Path) -> tuple[dict[str, Any], list[Stated]]:
         raise WeightsError(f"{path}: {OWN} is {own!r}; it must be a table")
     eos = _whole(path, values, "text_config.eos_token_id", EOS)
     made: dict[str, Any] = {"language": language, "eos": eos}
+    vocabulary = at(values, "text_config.vocab_size")
+    if type(vocabulary) is int:
+        padding = at(values, "pad_to_multiple_of", PADDED)
+        if type(padding) is not int or padding < 0:
+            raise WeightsError(
+                f"{path}: pad_to_multiple_of is {padding!r}; it must be a whole number from 0 on"
+            )
+        made["text_vocab"] = vocabulary - padding
+    if "head" in own:
+        made["head"] = own["head"]
     for key in ("chunk", "max_tokens", "vision.dino.heads", "vision.siglip.heads"):
         if key in own:
             put(made, key, _whole(path, {OWN: own}, f"{OWN}.{key}", 0, own[key]), str(path))
@@ -96,8 +112,8 @@ def _whole(path: Path, values: Mapping[str, Any], key: str, default: int, value:
 def components(folder: Path) -> dict[str, Path]:
     """Return OFT's component files by module, all as safetensors.
 
-    Raises WeightsError for a pickle that is not converted, several files of a module, and a module that
-    vlafit does not have (the diffusion head's).
+    Raises WeightsError for a pickle that is not converted, several files of a module, and a module that is
+    none of OpenVLA-OFT's.
     """
     named: dict[str, dict[str, set[str]]] = {}
     for file in sorted(folder.iterdir()):
@@ -108,8 +124,8 @@ def components(folder: Path) -> dict[str, Path]:
     for module, steps in named.items():
         if module not in PREFIXES:
             raise WeightsError(
-                f"{folder}: holds {module}--{min(steps)}_checkpoint, of OpenVLA-OFT's diffusion head, which "
-                "vlafit does not have; only checkpoints with the L1 head are read"
+                f"{folder}: holds {module}--{min(steps)}_checkpoint, which is no module of OpenVLA-OFT; it "
+                f"saves {', '.join(PREFIXES)}"
             )
         if len(steps) > 1:
             raise WeightsError(

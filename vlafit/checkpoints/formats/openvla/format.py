@@ -1,11 +1,13 @@
 """OpenVLA's folders, with OFT's component files beside them; written back in the same layout."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
@@ -22,11 +24,15 @@ from vlafit.codec.statistics import OPENVLA
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json
 from vlafit.nn.policy import Policy
-from vlafit.policies.openvla import OpenVLA
+from vlafit.policies.openvla import TOKEN_HEADS, OpenVLA
 
 MAX_TOKENS = 96  # of a prompt; no program limits it
 STEP = "vlafit"  # in the names of component files, where OFT has the training step
-COMPONENTS = {"action_head": names.HEAD, "proprio_projector": names.PROPRIO}
+COMPONENTS = {
+    "action_head": names.HEAD,
+    "proprio_projector": names.PROPRIO,
+    "noisy_action_projector": names.NOISE,
+}
 
 
 class OpenVLAAdapters(AdapterSupport):
@@ -73,11 +79,11 @@ class OpenVLAFormat(Format):
             tensors |= more
         values, stated = layout.evidence(files.folder)
         values.setdefault("max_tokens", MAX_TOKENS)
+        notes = _head(values, tensors, parse_head(options), str(files.path))
+        if values["head"] in TOKEN_HEADS:
+            stated += statistics.widths(files.folder, options.assets)
         values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
         values["film"] = any(".blocks.0.scale." in name for name in tensors)
-        notes = []
-        if not any(name.startswith(names.HEAD) for name in tensors):
-            notes.append('there is no action head: train one with policy.fresh = ["expert"]')
         own = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
         return OpenedCheckpoint(
             str(files.path),
@@ -128,9 +134,9 @@ class OpenVLAFormat(Format):
         )
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
-        """Say what OpenVLA-OFT's files cannot hold."""
+        """Say what OpenVLA's files cannot hold."""
         if not isinstance(policy, OpenVLA):
-            return ["it only holds OpenVLA-OFT"]
+            return ["it only holds OpenVLA and OpenVLA-OFT"]
         if codec is None:
             return []
         c, reasons = codec.config, []
@@ -157,10 +163,12 @@ class OpenVLAFormat(Format):
             {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
         )
         described = describe(policy)
-        notes = [
-            "OpenVLA-OFT reads pickles: torch.save(safetensors.torch.load_file('X.safetensors'), 'X.pt') "
-            f"for {' and '.join(saved)}"
-        ]
+        notes = []
+        if saved:
+            notes.append(
+                "OpenVLA-OFT reads pickles: torch.save(safetensors.torch.load_file('X.safetensors'), 'X.pt') "
+                f"for {' and '.join(saved)}"
+            )
         if codec is None:
             notes.append("there is no codec: states and actions are in the units that the policy takes")
         else:
@@ -189,6 +197,7 @@ def describe(policy: OpenVLA) -> dict[str, object]:
         "timm_model_ids": list(layout.TIMM),
         "timm_override_act_layers": [None, None],
         "n_action_bins": 256,
+        "pad_to_multiple_of": max(lang.vocab - c.text_vocab, 0),
         "text_config": {
             "model_type": "llama",
             "hidden_size": lang.width,
@@ -201,11 +210,50 @@ def describe(policy: OpenVLA) -> dict[str, object]:
             "eos_token_id": c.eos,
         },
         layout.OWN: {
+            "head": c.head,
             "chunk": c.chunk,
             "max_tokens": c.max_tokens,
             **{f"vision.{t}.heads": asdict(c.vision)[t]["heads"] for t in ("dino", "siglip")},
         },
     }
+
+
+def parse_head(options: LoadOptions) -> str:
+    """Return the head that the caller asks for (by its sizes: the L1 head); "" where he does not."""
+    fields = options.config.fields
+    return str(fields.get("head", "l1" if "expert" in fields else ""))
+
+
+def _head(values: dict[str, Any], tensors: Mapping[str, Tensor], asked: str, where: str) -> list[str]:
+    """Add to `values` how actions are written, and what follows from it; return notes.
+
+    Raises WeightsError where the caller asks for a head other than the one that is there.
+    """
+    there = ""
+    if any(name.startswith(names.DIFFUSION) for name in tensors):
+        there = "diffusion"
+    elif any(name.startswith(names.HEAD) for name in tensors):
+        there = "l1"
+    if there:
+        if asked not in ("", there):
+            raise WeightsError(
+                f"{where}: config: head is {asked!r}; the action head in the folder is {there!r}"
+            )
+        values["head"] = there
+        return []
+    asked = asked or values.get("head", "")
+    values["head"] = asked or "tokens"
+    if values["head"] not in TOKEN_HEADS:
+        return []
+    values["expert"] = {"width": 0, "blocks": 0}
+    if values["head"] == "tokens":
+        values.setdefault("chunk", 1)
+    if asked:
+        return []
+    return [
+        "there is no action head: actions are OpenVLA's tokens. OFT's tokens in parallel: config head = "
+        '"parallel_tokens"; to train an action head: head = "l1" and policy.fresh = ["expert"]'
+    ]
 
 
 def _tokenizer(folder: Path, options: LoadOptions) -> Tokenizer | None:

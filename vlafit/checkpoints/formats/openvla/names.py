@@ -12,7 +12,8 @@ from torch import Tensor
 from vlafit.checkpoints.name_map import NameMap, Translated, translate
 
 FORM = "OpenVLA"
-HEAD, PROPRIO = "action_head.", "proprio_projector."
+HEAD, PROPRIO, NOISE = "action_head.", "proprio_projector.", "noisy_action_projector."
+L1, DIFFUSION = f"{HEAD}model.", f"{HEAD}noise_predictor.mlp_resnet."
 _TOWERS = {
     "vision.dino.": "vision_backbone.featurizer.",
     "vision.siglip.": "vision_backbone.fused_featurizer.",
@@ -75,20 +76,27 @@ def _changed(name: str, there: bool) -> str:
     return name
 
 
-NAMES = OpenVLANames(
-    form=FORM,
-    prefixes=(
-        *_PREFIXES,
-        ("language.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("expert.norm1.", f"{HEAD}model.layer_norm1."),
-        ("expert.norm2.", f"{HEAD}model.layer_norm2."),
-        ("expert.layers.", f"{HEAD}model.mlp_resnet_blocks."),
-        ("expert.", f"{HEAD}model."),
-        ("proprio_proj.", PROPRIO),
-    ),
-    apart=(HEAD, PROPRIO),
-)
+def _names(head: str) -> OpenVLANames:
+    """Return the names of a policy whose action head's begin with `head` in the file."""
+    return OpenVLANames(
+        form=FORM,
+        prefixes=(
+            *_PREFIXES,
+            ("language.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("expert.norm1.", f"{head}layer_norm1."),
+            ("expert.norm2.", f"{head}layer_norm2."),
+            ("expert.layers.", f"{head}mlp_resnet_blocks."),
+            ("expert.", head),
+            ("proprio_proj.", PROPRIO),
+            ("noise_proj.", NOISE),
+        ),
+        apart=(HEAD, PROPRIO, NOISE),
+    )
+
+
+NAMES, OF_DIFFUSION = _names(L1), _names(DIFFUSION)
+"""With the L1 head or none, and with the diffusion head."""
 
 
 def _is_table(name: str) -> bool:
@@ -97,7 +105,7 @@ def _is_table(name: str) -> bool:
 
 def read(tensors: Mapping[str, Tensor]) -> Translated:
     """Return the file's tensors under our names. No number is read."""
-    plain = translate(tensors, NAMES)
+    plain = translate(tensors, OF_DIFFUSION if any(n.startswith(DIFFUSION) for n in tensors) else NAMES)
     weights = {name: _table(tensor) if _is_table(name) else tensor for name, tensor in plain.weights.items()}
     return replace(plain, weights=weights)
 
@@ -109,8 +117,9 @@ def _table(tensor: Tensor) -> Tensor:
 
 def written(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a policy's tensors as files hold them."""
+    names = OF_DIFFUSION if any(name.startswith("noise_proj.") for name in weights) else NAMES
     return {
-        NAMES.file_name(name): tensor[None] if _is_table(name) else tensor for name, tensor in weights.items()
+        names.file_name(name): tensor[None] if _is_table(name) else tensor for name, tensor in weights.items()
     }
 
 

@@ -14,9 +14,12 @@ import numpy as np
 from vlafit import config as configuration
 from vlafit.checkpoints.formats.openvla.files import read_config
 from vlafit.checkpoints.tensor_files import read_json_if_present
+from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Codec, CodecConfig
+from vlafit.codec.action_bins import ActionBinConfig
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
+from vlafit.config import at
 from vlafit.errors import CodecError, WeightsError, did_you_mean
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
@@ -60,6 +63,22 @@ def choose(available: Mapping[str, Any], name: str | Path | None, where: str) ->
     return str(name)
 
 
+def widths(folder: Path, name: str | Path | None) -> list[Stated]:
+    """Return the dimensions of states and actions: of the chosen statistics, else of all if they agree."""
+    found = sets(folder)
+    chosen = found if name is None or str(name) not in found else {str(name): found[str(name)]}
+    stated = []
+    for key, column in (("state_dim", "proprio"), ("action_dim", "action")):
+        sizes = {
+            len(mean)
+            for values in chosen.values()
+            if isinstance(mean := at(values, f"{column}.mean") if isinstance(values, Mapping) else None, list)
+        }
+        if len(sizes) == 1:
+            stated.append(Stated(key, sizes.pop(), f"the statistics ({column})"))
+    return stated
+
+
 def make_codec(
     name: str, values: Any, needs: Needs, words: Tokenizer, options: CodecOptions, where: str
 ) -> Codec:
@@ -80,7 +99,7 @@ def make_codec(
         masks[column] = tuple(not one for one in mask)
     if any(masks["state"]):
         raise CodecError(f"{where}: statistics of {name}: proprio: OpenVLA-OFT ignores its mask; remove it")
-    size = needs.image_size
+    size, bins = needs.image_size, needs.action_bins
     robot = Embodiment(
         name=name,
         cameras=tuple(Feature(camera, (size, size, 3)) for camera in options.cameras),
@@ -100,6 +119,7 @@ def make_codec(
         max_tokens=needs.max_tokens,
         framing=needs.framing,
         unchanged=masks["action"] if any(masks["action"]) else (),
+        action_bins=None if bins is None else ActionBinConfig(bins.end, bins.longest, bins.eos),
     )
     return Codec(config, robot, made, words)
 
