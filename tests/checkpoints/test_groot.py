@@ -15,7 +15,8 @@ from tests.checkpoints.forms import GROOT, GROOT_CHAT, save, write_nvidia_groot
 from vlafit import checkpoints
 from vlafit.checkpoints.assign import compare
 from vlafit.checkpoints.export import write
-from vlafit.checkpoints.formats.groot import names, write_lerobot
+from vlafit.checkpoints.formats.groot import names
+from vlafit.checkpoints.formats.lerobot import write_groot as write_lerobot
 from vlafit.checkpoints.infer import ConfigEvidence, infer_config
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
-from vlafit.checkpoints.formats.groot import write_lerobot as groot
 from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import write_groot as groot
 from vlafit.checkpoints.formats.lerobot.write_config import (
     LOCAL_VLM,
     Kind,
     describe,
     size_refusals,
-    write_json,
 )
 from vlafit.checkpoints.formats.lerobot.write_processors import (
     codec_refusals,
@@ -30,7 +29,7 @@ from vlafit.checkpoints.formats.lerobot.write_processors import (
     write_processors,
 )
 from vlafit.checkpoints.formats.lerobot.xvla import POSITIONS
-from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.tensor_files import read_json_object, write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.groot import Groot
