@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.policies.tiny import random_policy
-from vlafit.checkpoints.formats.groot import lerobot as groot_lerobot
 from vlafit.checkpoints.formats.groot import names as groot_names
 from vlafit.checkpoints.formats.hf_transformers import names as transformers
 from vlafit.checkpoints.formats.lerobot import names as lerobot
+from vlafit.checkpoints.formats.lerobot import write_groot as groot_lerobot
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.name_map import NameMap, back
 from vlafit.policies import groot, pi0, smolvla

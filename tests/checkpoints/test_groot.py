@@ -15,7 +15,8 @@ from tests.checkpoints.forms import GROOT, GROOT_CHAT, save, write_nvidia_groot
 from vlafit import checkpoints
 from vlafit.checkpoints.assign import compare
 from vlafit.checkpoints.export import write
-from vlafit.checkpoints.formats.groot import names, write_lerobot
+from vlafit.checkpoints.formats.groot import names
+from vlafit.checkpoints.formats.lerobot import write_groot as write_lerobot
 from vlafit.checkpoints.infer import ConfigEvidence, infer_config
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
@@ -254,6 +255,27 @@ def test_the_row_of_an_embodiment_comes_from_the_processors_and_an_unknown_tag_i
         info.name for info in fresh.policy.parts() if ".layers.11." in info.name and "coder." in info.name
     }
     assert set(fresh.report.fresh) == used
+
+
+def test_a_new_embodiment_starts_fresh_by_number_and_one_that_is_not_in_use_is_named(
+    loaded: checkpoints.Loaded, folder: Path
+):
+    config = {"embodiment_rows": [11]}
+    new = checkpoints.load(folder, tokenizer=TOKENIZER, config=config, fresh=["embodiment:11"])
+    parts = {
+        info.name for info in new.policy.parts() if info.part == "projections" and ".layers.11." in info.name
+    }
+    assert set(new.report.fresh) == parts and len(parts) == 14
+    before = dict(loaded.policy.named_parameters())
+    changed = {name for name, p in new.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in parts if name.endswith("weight")} | {
+        name for name in parts if before[name].any() and name.endswith("bias")
+    }
+    bare = checkpoints.inspect(folder, config=GROOT_CHAT | config, fresh=["embodiment:11"])
+    assert set(bare.report.fresh) == parts
+    for number, fact in ((12, "embodiment_rows is .11."), (32, "0 to 31")):
+        with pytest.raises(WeightsError, match=f"embodiment.{number}.*{fact}"):
+            checkpoints.inspect(folder, config=GROOT_CHAT | config, fresh=[f"embodiment:{number}"])
 
 
 def test_cameras_come_in_lerobots_order(folder: Path):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlafit import checkpoints
-from vlafit.checkpoints.formats.groot import lerobot, names
+from vlafit.checkpoints.formats.groot import names
+from vlafit.checkpoints.formats.lerobot import write_groot as lerobot
 from vlafit.codec import Codec
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn.batch import Batch, stack

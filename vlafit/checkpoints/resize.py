@@ -109,7 +109,8 @@ def draw_embodiments(
     """
     if not numbers:
         return []
-    draw, room = vars(family(family_name)).get("init_embodiment"), policy.needs().embodiments
+    draw, needs = vars(family(family_name)).get("init_embodiment"), policy.needs()
+    room, used = needs.embodiments, needs.embodiment_rows
     if draw is None or not room:
         raise WeightsError(f"fresh: {family_name} has no weights of single embodiments; name parts instead")
     generator = generator or torch.Generator().manual_seed(0)
@@ -119,6 +120,11 @@ def draw_embodiments(
             raise WeightsError(
                 f"fresh: there is no embodiment {number}; the policy has weights for embodiments 0 to "
                 f"{room - 1}"
+            )
+        if used and number not in used:
+            raise WeightsError(
+                f"fresh: {EMBODIMENT}{number} would have no effect: the config's {needs.embodiment_field} is "
+                f"{list(used)}; name {number} there, too: policy.config.{needs.embodiment_field} = [{number}]"
             )
         names |= dict.fromkeys(draw(policy, number, generator))
     return list(names)

@@ -3,6 +3,7 @@
 Pickles are refused, with the command that converts them.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_json_if_present(path: Path) -> dict[str, Any] | None:
     """Return what `read_json_object` does; None where there is no file."""
     return read_json_object(path) if path.exists() else None
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write `values`; raises WeightsError where that cannot be done."""
+    try:
+        path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _listed(index: Path) -> list[str]:

@@ -96,6 +96,10 @@ class Needs:
     """How states and actions are normalised, unless its checkpoint or the recipe says otherwise."""
     embodiments: int = 0
     """Embodiments that have weights of their own, by `Batch.embodiment_id`; 0: all weights are shared."""
+    embodiment_field: str = ""
+    """The field of the config that says whose weights are used."""
+    embodiment_rows: tuple[int, ...] = ()
+    """Its numbers where it may name several: `Batch.embodiment_id` is an index into them."""
     cameras: int = 0
     """Cameras that it takes at most; 0: any number."""
     action_tokens: ActionTokens | None = None
@@ -287,9 +291,13 @@ def check_batch(batch: Batch, needs: Needs) -> None:
                 )
     ids = batch.embodiment_id
     if needs.embodiments and ids is not None and ids.device.type == "cpu" and len(ids):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= needs.embodiments:
+        low, high, rows_used = int(ids.min()), int(ids.max()), needs.embodiment_rows
+        reached = f"batch.embodiment_id reaches from {low} to {high}; "
+        if rows_used and not 0 <= low <= high < len(rows_used):
+            field = needs.embodiment_field
             raise CodecError(
-                f"batch.embodiment_id reaches from {low} to {high}; this policy has weights for embodiments "
-                f"0 to {needs.embodiments - 1}"
+                f"{reached}{field} of this policy's config is {list(rows_used)}: name one row for each "
+                f"embodiment, such as policy.config.{field} = {list(range(10, 11 + high))}"
             )
+        if low < 0 or high >= needs.embodiments:
+            raise CodecError(f"{reached}this policy has weights for embodiments 0 to {needs.embodiments - 1}")

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch, seen_images
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.parameters import build_policy, draw_weights
@@ -227,6 +226,9 @@ class Groot(FlowPolicy):
             vocabulary=c.language.vocab,
             framing="groot",
             normalisation="groot_min_max",
+            embodiments=c.embodiments,
+            embodiment_field="embodiment_rows",
+            embodiment_rows=tuple(c.embodiment_rows),
         )
 
     def prefix_modules(self) -> list[nn.Module]:
@@ -238,21 +240,6 @@ class Groot(FlowPolicy):
         c = self.config
         turn = self.turn.length(batch.image_mask.shape[1], batch.prompt()[0].shape[1])
         return len(batch) * (turn + draws * (1 + c.chunk))
-
-    def check(self, batch: Batch) -> None:
-        """Raise CodecError naming the first field of `batch` that does not fit."""
-        super().check(batch)
-        ids, rows = batch.embodiment_id, self.config.embodiment_rows
-        if (
-            ids is not None
-            and ids.device.type == "cpu"
-            and (int(ids.max()) >= len(rows) or int(ids.min()) < 0)
-        ):
-            raise CodecError(
-                f"batch.embodiment_id reaches from {int(ids.min())} to {int(ids.max())}; embodiment_rows of "
-                f"this policy's config is {list(rows)}: name one row for each embodiment, such as "
-                f"policy.config.embodiment_rows = {list(range(10, 11 + int(ids.max())))}"
-            )
 
     def encode_prefix(self, batch: Batch, fixed: bool = False) -> Prefix:
         """Run images and instruction once. Only what a trainable part needs is kept for backward."""
@@ -338,3 +325,8 @@ def init_weights(policy: Groot, generator: torch.Generator, names: Sequence[str]
             if name.startswith("memory") and "norm" in name and name.endswith(".weight"):
                 policy.get_parameter(name).fill_(1.0)
     return drawn
+
+
+def init_embodiment(policy: Groot, number: int, generator: torch.Generator) -> list[str]:
+    """Draw row `number` of the tables of embodiments anew; return the names of its layers."""
+    return init_weights(policy, generator, [f"*coder.*.layers.{number}.*"])

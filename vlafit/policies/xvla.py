@@ -214,6 +214,7 @@ class XVLA(Policy):
             vocabulary=c.language.vocab,
             framing="xvla",
             embodiments=c.domains,
+            embodiment_field="domain",
             normalisation="mean_std" if c.action_space == "auto" else "identity",  # metres and 0 or 1
             cameras=c.views,
         )

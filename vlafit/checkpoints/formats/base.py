@@ -213,9 +213,11 @@ class Format(ABC):
         resized = bool(options.config.fields or options.config.widths)
         own = CodecSet.of(opened.own_codec)
         numbers = [codec.embodiment_id for codec in own if codec.embodiment_id is not None]
-        if numbers and policy.needs().embodiments and "domain" in options.config.fields:
+        needs = policy.needs()
+        if numbers and not needs.embodiment_rows and needs.embodiment_field in options.config.fields:
             raise WeightsError(
-                f"{opened.path}: config: domain would have no effect: codec.json names the embodiment "
+                f"{opened.path}: config: {needs.embodiment_field} would have no effect: "
+                "codec.json names the embodiment "
                 f"{', '.join(map(str, numbers))}; change `id` there"
             )
         return ChosenCodec(CodecSet([fit_codec(codec, policy, resized, opened.path) for codec in own]))

@@ -14,9 +14,9 @@ from torch import Tensor
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import COMMON_FILES, CheckpointFiles, Format
 from vlafit.checkpoints.formats.groot import format as groot
-from vlafit.checkpoints.formats.groot import lerobot as lerobot_groot
 from vlafit.checkpoints.formats.hf_transformers import format as hf_transformers
 from vlafit.checkpoints.formats.lerobot import format as lerobot
+from vlafit.checkpoints.formats.lerobot import groot as lerobot_groot
 from vlafit.checkpoints.formats.native import format as native
 from vlafit.checkpoints.formats.openpi import format as openpi
 from vlafit.checkpoints.formats.openvla import format as openvla

@@ -16,7 +16,7 @@ from vlafit.checkpoints.formats.groot.config import (
     chat_of,
     image_token,
 )
-from vlafit.checkpoints.formats.lerobot.write_config import write_json
+from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.images import groot_crop
 from vlafit.errors import WeightsError

@@ -22,9 +22,9 @@ from vlafit.checkpoints.formats.base import (
     OpenedCheckpoint,
     Opener,
 )
-from vlafit.checkpoints.formats.groot import write_lerobot
 from vlafit.checkpoints.formats.lerobot import declared, names, pi0_fast, read_buffers, read_processors, xvla
 from vlafit.checkpoints.formats.lerobot import write as writing
+from vlafit.checkpoints.formats.lerobot import write_groot as write_lerobot
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
     LeRobotConfig,

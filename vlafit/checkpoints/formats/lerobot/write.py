@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
-from vlafit.checkpoints.formats.groot import write_lerobot as groot
 from vlafit.checkpoints.formats.lerobot import names as lerobot
 from vlafit.checkpoints.formats.lerobot import write_action_tokenizer
+from vlafit.checkpoints.formats.lerobot import write_groot as groot
 from vlafit.checkpoints.formats.lerobot.processor_steps import ACTION_TOKENS
 from vlafit.checkpoints.formats.lerobot.read_processors import PRE
 from vlafit.checkpoints.formats.lerobot.write_config import (
@@ -27,7 +27,6 @@ from vlafit.checkpoints.formats.lerobot.write_config import (
     Kind,
     describe,
     size_refusals,
-    write_json,
 )
 from vlafit.checkpoints.formats.lerobot.write_processors import (
     codec_refusals,
@@ -35,7 +34,7 @@ from vlafit.checkpoints.formats.lerobot.write_processors import (
     write_processors,
 )
 from vlafit.checkpoints.formats.lerobot.xvla import POSITIONS
-from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.tensor_files import read_json_object, write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.groot import Groot

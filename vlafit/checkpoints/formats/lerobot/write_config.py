@@ -3,9 +3,7 @@
 LeRobot builds a network from names of sizes, so only those it can name go there (`size_refusals`).
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 from vlafit.checkpoints.formats.lerobot.read_config import ALWAYS
@@ -18,7 +16,6 @@ from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
 from vlafit.codec.action_text import SKIPPED
 from vlafit.codec.statistics import Normalisation
-from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.pi0_fast import Pi0FastConfig
@@ -210,11 +207,3 @@ def _expert_of(config: SmolVLAConfig) -> tuple[int, int]:
     """Return the width and MLP of the expert that LeRobot makes (its get_intermediate_size)."""
     width = int(config.language.width * _multiplier(config))
     return width, expert_mlp(width)
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write `values`; raises WeightsError where that cannot be done."""
-    try:
-        path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written: {error.strerror}") from error

@@ -25,7 +25,8 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     TO_FLOAT,
 )
 from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE, STATE
-from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of, write_json
+from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of
+from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, Normalisation, Normaliser, Statistics
 

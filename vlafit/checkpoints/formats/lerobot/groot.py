@@ -13,11 +13,12 @@ from typing import Any
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
-from vlafit.checkpoints.formats.groot import config, names, processors
+from vlafit.checkpoints.formats.groot import config, names
 from vlafit.checkpoints.formats.groot.format import FIXED
-from vlafit.checkpoints.formats.groot.write_lerobot import NAMES, PREFIX
+from vlafit.checkpoints.formats.lerobot import groot_processors as processors
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, execution_notes, read_config
+from vlafit.checkpoints.formats.lerobot.write_groot import NAMES, PREFIX
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.checkpoints.voting import Stated
@@ -35,7 +36,7 @@ REWRITTEN = {"max_state_dim": 64, "max_action_dim": 32, "chunk_size": 50}
 
 
 class LeRobotGroot(Format):
-    """LeRobot's checkpoints of GR00T; `formats.lerobot` writes them through `write_lerobot`."""
+    """LeRobot's checkpoints of GR00T; `formats.lerobot` writes them through `write_groot`."""
 
     name = FORM
     layouts = LAYOUT

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vlafit.checkpoints.formats.groot import names
 from vlafit.checkpoints.formats.groot.config import PUBLIC_BACKBONES
-from vlafit.checkpoints.formats.groot.processors import EMBODIMENTS, ENCODE, PACK, POST, PRE, UNPACK
 from vlafit.checkpoints.formats.groot.write import (
     BACKBONE,
     chat_refusals,
@@ -23,9 +22,11 @@ from vlafit.checkpoints.formats.groot.write import (
     write_backbone,
     write_model,
 )
+from vlafit.checkpoints.formats.lerobot.groot_processors import EMBODIMENTS, ENCODE, PACK, POST, PRE, UNPACK
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE
-from vlafit.checkpoints.formats.lerobot.write_config import image_key, write_json
+from vlafit.checkpoints.formats.lerobot.write_config import image_key
 from vlafit.checkpoints.precision import dtype_name
+from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec
 from vlafit.codec.images import groot_crop
 from vlafit.codec.statistics import ARRAYS
