@@ -272,6 +272,8 @@ class PolicyActor:
     def _cut(self, batch: Batch) -> Batch:
         """Drop the camera slots that are always missing; nothing here looks at what the rows hold."""
         # Slots that no camera of this robot fills are missing in every observation; a policy may drop those.
+        if self.policy.needs().sees_missing:
+            return batch
         slots = [i for i, name in enumerate(self.codec.config.cameras) if name] or [0]
         return dataclasses.replace(
             batch, images=batch.images[..., slots, :, :, :], image_mask=batch.image_mask[..., slots]

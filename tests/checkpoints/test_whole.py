@@ -183,7 +183,7 @@ def test_copies_that_hold_nan_are_not_taken_for_equal(form: Form, tmp_path: Path
         (
             "SmolVLA",
             "LeRobot pi0",
-            r"(?s)a mix of several.*LeRobot's SmolVLA \(\d+\): .*pi0 or pi0.5 \(\d+\): ",
+            r"(?s)a mix of several.*LeRobot's SmolVLA \(\d+\): .*pi0, pi0.5 or pi0-FAST \(\d+\): ",
         ),
         ("SmolVLA", "openpi pi0", r"(?s)a mix of several.*LeRobot's SmolVLA.*openpi's pi0 or pi0.5"),
         (

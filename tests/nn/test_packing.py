@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.rounding import drift, unit_roundoff
@@ -102,9 +103,10 @@ def test_padding_has_no_influence_and_is_not_computed(name: str) -> None:
     batch = mixed_batch(policy).trim()
     short = batch.packed(shape_of(policy), "rows")
     assert short.packing is not None
+    seen = batch.image_mask | policy.needs().sees_missing
     other = replace(
         batch,
-        images=torch.where(batch.image_mask[:, :, None, None, None], batch.images, 7),
+        images=torch.where(seen[:, :, None, None, None], batch.images, 7),
         tokens=torch.where(batch.token_mask, batch.tokens, 0),
     ).packed(shape_of(policy), "rows")
     assert loss_and_gradients(policy, short)[0].equal(loss_and_gradients(policy, other)[0])
@@ -114,11 +116,11 @@ def test_padding_has_no_influence_and_is_not_computed(name: str) -> None:
             loss_and_gradients(policy, one)
         counts.append(counter.get_total_flops())
     assert counts[1] < counts[0]
-    assert policy.tokens(short, 2) == policy.tokens(batch, 2) - _padding(batch, shape_of(policy))
+    assert policy.tokens(short, 2) == policy.tokens(batch, 2) - _padding(seen, batch, shape_of(policy))
 
 
-def _padding(batch: Batch, shape: PrefixShape) -> int:
-    missing = int((~batch.image_mask).sum()) * shape.image_tokens
+def _padding(seen: Tensor, batch: Batch, shape: PrefixShape) -> int:
+    missing = int((~seen).sum()) * shape.image_tokens
     return missing + int((~batch.prompt()[1]).sum())
 
 

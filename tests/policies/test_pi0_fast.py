@@ -192,6 +192,19 @@ def test_a_missing_camera_gives_the_recorded_loss():
     torch.testing.assert_close(loss, io["missing_wrist.loss"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rules", ["openpi", "lerobot"])
+def test_a_camera_that_all_rows_lack_is_trimmed_only_where_it_is_not_seen(rules: str):
+    policy = loaded(tied=False)
+    policy.config = replace(policy.config, rules=rules)
+    batch, _ = recorded()
+    batch.image_mask[:, 1] = False
+    trimmed = batch.trim(sees_missing=policy.needs().sees_missing)
+    assert trimmed.image_mask.shape[1] == batch.image_mask.shape[1] - (rules == "lerobot")
+    torch.testing.assert_close(loss_of(policy, trimmed), loss_of(policy, batch), rtol=1e-5, atol=1e-5)
+    without = replace(batch, images=batch.images[:, :1], image_mask=batch.image_mask[:, :1])
+    assert (loss_of(policy, without) - loss_of(policy, batch)).abs() > 1e-4 or rules == "lerobot"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_and_three_steps_of_adamw_are_the_recorded_ones(tied: bool):
     policy = loaded(tied=tied)

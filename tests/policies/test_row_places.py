@@ -54,7 +54,7 @@ def test_a_row_has_the_same_answer_at_each_place_in_a_batch(family: str, size: s
     if batch.token_mask is not None:
         batch.token_mask[1, -3:] = False
     if needs.embodiments:
-        batch.embodiment_id = torch.arange(ROWS) % needs.embodiments
+        batch.embodiment_id = torch.arange(ROWS) % (len(needs.embodiment_rows) or needs.embodiments)
     keys = [EpisodeKey(i, "left", 0) for i in range(ROWS)]
     with torch.no_grad(), same_rows(ROWS):
         answer = policy.act(batch, rollout_rng(keys, seed=0))

@@ -130,15 +130,18 @@ class Batch:
         """Return the batch in page-locked memory (a DataLoader calls this by name)."""
         return replace(self, **{name: value.pin_memory() for name, value in self.present().items()})
 
-    def trim(self, multiple: int = 16) -> Batch:
+    def trim(self, multiple: int = 16, *, sees_missing: bool = False) -> Batch:
         """Drop cameras that are missing in every row, and token padding beyond a multiple of `multiple`.
 
+        A policy that `sees_missing` cameras (`Needs`) keeps them, and counts their images as real.
         Positions count real tokens only, so the result of a policy does not change. Call it while the batch
         is on the CPU: it looks at the masks. One camera and `multiple` tokens always stay.
         """
         values = self.present()
         seen = self.image_mask.flatten(0, -2).any(0)
-        if not seen.any():
+        if sees_missing:
+            seen[:] = True
+        elif not seen.any():
             seen[0] = True
         if not seen.all():
             values |= {"images": self.images[..., seen, :, :, :], "image_mask": self.image_mask[..., seen]}
@@ -146,7 +149,10 @@ class Batch:
             if mask in values:
                 length = _used_length(values[mask], multiple)
                 values |= {name: values[name][:, :length] for name in (tokens, mask)}
-        read = [values[name] for name in ("image_mask", "token_mask", "history_mask") if name in values]
+        masks = (
+            ("token_mask", "history_mask") if sees_missing else ("image_mask", "token_mask", "history_mask")
+        )
+        read = [values[name] for name in masks if name in values]
         return replace(self, **values, all_real=all(bool(mask.all()) for mask in read))
 
     def packed(self, shape: PrefixShape, kernel: Kernel) -> Batch:
@@ -154,7 +160,8 @@ class Batch:
         kept = self.features is not None and self.features.kind == "prefix"
         if self.all_real or kept or self.history_mask is not None or self.token_mask is None:
             return self
-        return replace(self, packing=packing_of(self.image_mask, self.token_mask, shape, kernel))
+        seen = self.image_mask | shape.sees_missing
+        return replace(self, packing=packing_of(seen, self.token_mask, shape, kernel))
 
 
 def no_images(like: Tensor, device: torch.device | str) -> dict[str, Tensor]:

@@ -41,6 +41,8 @@ class PrefixShape:
     heads: int
     kv_heads: int
     head_dim: int
+    sees_missing: bool = False
+    """Whether the image of a missing camera is seen like any other."""
 
 
 @dataclass(frozen=True)

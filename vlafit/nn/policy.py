@@ -102,6 +102,8 @@ class Needs:
     """Its numbers where it may name several: `Batch.embodiment_id` is an index into them."""
     cameras: int = 0
     """Cameras that it takes at most; 0: any number."""
+    sees_missing: bool = False
+    """Whether the black image of a missing camera is seen like any other; else missing cameras are masked."""
     action_tokens: ActionTokens | None = None
     """How it writes actions as tokens of a FAST tokenizer; None: it does not."""
     action_bins: ActionBins | None = None

@@ -165,6 +165,7 @@ class Pi0Fast(Policy):
             c.max_tokens,
             c.language.vocab,
             normalisation="quantile",  # openpi's; the prompt writes states in bins over [-1, 1]
+            sees_missing=c.rules == "openpi",  # openpi, models/pi0_fast.py
             action_tokens=tokens,
         )
 
@@ -191,7 +192,8 @@ class Pi0Fast(Policy):
         """Return the shape of the prefix: rows of images and words."""
         c = self.config
         patches = (c.vision.image_size // c.vision.patch) ** 2
-        return PrefixShape(patches, c.language.heads, c.language.kv_heads, c.language.head_dim)
+        lang = c.language
+        return PrefixShape(patches, lang.heads, lang.kv_heads, lang.head_dim, self.needs().sees_missing)
 
     def forward(self, batch: Batch, rng: SampleRng) -> dict[str, Tensor]:
         """Return the sum of the cross-entropy, or of each sample's mean (openpi's rules)."""
@@ -269,8 +271,7 @@ class Pi0Fast(Policy):
             return self._packed_prefix(batch, batch.packing)
         c, n = self.config, batch.images.shape[1]
         tokens, token_mask = batch.prompt()
-        # openpi, models/pi0_fast.py: the black image of a missing camera is seen like any other.
-        cameras = batch.image_mask | (c.rules == "openpi")
+        cameras = batch.image_mask | self.needs().sees_missing
         seen = self.vision(seen_images(batch.images, cameras))
         images = self.projector(seen.to(self.projector.weight.dtype))  # [b*n, patches, d]
         patches = images.shape[1]

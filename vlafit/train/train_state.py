@@ -64,12 +64,13 @@ class TrainState:
         self.in_backward = self._step_in_backward()
         self.cache = open_cache(policy, plan, recipe, device, self.text_multiple)
         self.packer = packer_of(policy, recipe, device)
+        self.sees_missing = policy.needs().sees_missing
 
     def prepare(self, keys: Keys, batch: Batch) -> Batch:
         """Return a micro-batch as it goes into the policy: trimmed, with features, if they are kept, and
         packed, where that pays.
         """
-        trimmed = batch.trim(self.text_multiple)
+        trimmed = batch.trim(self.text_multiple, sees_missing=self.sees_missing)
         if self.cache is not None:
             trimmed = self.cache.attach(batch, trimmed, indices_of(keys))
         return trimmed if self.packer is None else self.packer.pack(trimmed)

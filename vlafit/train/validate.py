@@ -40,11 +40,11 @@ def validate(
     policy.eval()
     terms = policy.terms()
     sums = torch.zeros(2 * len(terms) + 4, dtype=torch.float64, device=device)
-    names = policy.measured()
+    names, sees_missing = policy.measured(), policy.needs().sees_missing
     further = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for keys, batch in batches:
         counts = policy.counts(batch, draws=1)
-        trimmed = batch.trim()
+        trimmed = batch.trim(sees_missing=sees_missing)
         batch = (trimmed if cache is None else cache.attach(batch, trimmed)).to(device)
         assert batch.actions is not None and batch.action_mask is not None
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")

@@ -6,8 +6,7 @@ runs no such file.
 
 from pathlib import Path
 
-from vlafit.checkpoints.formats.lerobot.write_config import write_json
-from vlafit.checkpoints.tensor_files import read_json_object
+from vlafit.checkpoints.tensor_files import read_json_object, write_json
 from vlafit.codec import fast
 from vlafit.codec.fast import FastTokenizer
 
