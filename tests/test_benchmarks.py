@@ -41,6 +41,7 @@ def test_the_libero_shape_is_trimmed_to_two_cameras_and_a_third_of_the_prompt():
     assert (BatchShape.of(padded), BatchShape.of(libero)) == (BatchShape(2, 3, 48), BatchShape(2, 2, 16))
 
 
+@pytest.mark.slow
 def test_the_mixed_shape_is_counted_without_its_padding():
     mixed = POINT | {"strategy": "full", "shape": "mixed", "batch": 4, "micro_batches": 1}
     packed, padded = (mixed | {"set": [f"train.packing={how}"]} for how in ("rows", "none"))

@@ -48,6 +48,7 @@ def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_wheel_lists_what_the_checkout_has(installed):
     done = run(installed, "-m", "vlafit", "list")
     assert done.returncode == 0, done.stderr

@@ -101,6 +101,7 @@ def test_errors_can_be_played_again_and_nothing_else_is(
     assert len(lines) == 2  # the attempt that failed is not kept beside the one that counts
 
 
+@pytest.mark.slow
 def test_the_time_limit_belongs_to_the_protocol_and_decides_no_result(protocol: Make, tmp_path: Path) -> None:
     hanging = protocol("left", "hang", trials=2, timeout_s=3.0)
     got = evaluate(Obedient(), hanging, tmp_path, workers=1, videos=0)

@@ -56,6 +56,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 def test_two_runs_that_fill_one_folder_at_once_are_each_the_run_alone(
     card: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def _first(code: str, port: int) -> str:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.case(
     section="machines",
     report="the launch hangs in training",
