@@ -1,7 +1,7 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
 # make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
 # make libero       scripted demonstrations of four tasks of real LIBERO, a small policy, its evaluation (needs OpenGL)
-# make test         lint, types, import contracts, the tests (what .ci/run calls; some 13 minutes on two cores)
+# make test         lint, types, import contracts, the tests (what .ci/run calls; 4 to 12 minutes on two cores, by the machine)
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
