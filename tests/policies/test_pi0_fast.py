@@ -193,6 +193,26 @@ def test_a_missing_camera_gives_the_recorded_loss():
 
 
 @pytest.mark.parametrize("rules", ["openpi", "lerobot"])
+def test_the_accuracy_counts_the_tokens_of_the_loss_but_for_the_end(rules: str):
+    policy = loaded(tied=False)
+    policy.config = replace(policy.config, rules=rules)
+    batch, _ = recorded()
+    likeliest = policy.logits(batch).argmax(-1)
+    assert batch.target_tokens is not None and batch.target_mask is not None
+    begin = batch.target_tokens.shape[1] - likeliest.shape[1]
+    right = every = 0
+    for row, (tokens, mask) in enumerate(
+        zip(batch.target_tokens.tolist(), batch.target_mask.tolist(), strict=True)
+    ):
+        for place, (token, real) in enumerate(zip(tokens[begin:], mask[begin:], strict=True)):
+            if real and token != policy.config.eos:
+                every += 1
+                right += int(likeliest[row, place]) == token
+    ((hits, count),) = policy.measures(batch)
+    assert (int(hits), count) == (right, every) and every > 0
+
+
+@pytest.mark.parametrize("rules", ["openpi", "lerobot"])
 def test_a_camera_that_all_rows_lack_is_trimmed_only_where_it_is_not_seen(rules: str):
     policy = loaded(tied=False)
     policy.config = replace(policy.config, rules=rules)

@@ -46,6 +46,7 @@ def test_the_run_learns_and_reports_how_many_answers_are_actions(finished: Path)
     assert validated[-1]["validation/loss"] < validated[0]["validation/loss"]
     for event in validated:
         assert 0 <= event["validation/valid_actions"] <= 1 and event["validation/action_error"] > 0
+        assert 0 <= event["validation/token_accuracy"] <= 1
 
 
 def test_the_checkpoint_holds_the_fitted_action_tokenizer(finished: Path) -> None:

@@ -204,6 +204,18 @@ class Pi0Fast(Policy):
             error = error.sum(1) / mask.sum(1).clamp(min=1)
         return {TOKEN: error.sum()}
 
+    def measured(self) -> tuple[str, ...]:
+        """Return the name of the share of tokens that are the likeliest ones, given those before."""
+        return ("token_accuracy",)
+
+    @torch.no_grad()
+    def measures(self, batch: Batch) -> Sequence[tuple[Tensor, float]]:
+        """Return how many tokens of the loss, without ends, are the likeliest ones, and how many there are."""
+        targets, mask = self._targets(batch)
+        counted = mask & (targets != self.config.eos)
+        hits = (self.logits(batch).argmax(-1) == targets) & counted
+        return ((hits.sum(), float(int(counted.sum()))),)
+
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits [b, m, v] of the tokens that `batch.target_tokens` should be predicted as.
 
