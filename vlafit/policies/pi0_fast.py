@@ -210,7 +210,7 @@ class Pi0Fast(Policy):
 
     @torch.no_grad()
     def measures(self, batch: Batch) -> Sequence[tuple[Tensor, float]]:
-        """Return how many tokens of the loss, without ends, are the likeliest ones, and how many there are."""
+        """Return how many tokens of the loss, without ends, are the likeliest, and how many there are."""
         targets, mask = self._targets(batch)
         counted = mask & (targets != self.config.eos)
         hits = (self.logits(batch).argmax(-1) == targets) & counted
