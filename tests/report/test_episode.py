@@ -65,6 +65,7 @@ def test_the_verb_draws_both_and_refuses_a_name_of_the_other_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     view = ["data", "view", DATASET, "--episode", "4", "--out"]
+    (tmp_path / ".a.png.41.partial").touch()  # of a process that was killed
     assert main([*view, str(tmp_path / "a.png")]) == 0
     assert "episode_000004, 10 steps" in capsys.readouterr().out
     assert main([*view, str(tmp_path / "a.mp4")]) == 2
