@@ -288,6 +288,8 @@ def test_who_creates_a_path_removes_what_killed_processes_left_of_it(tmp_path: P
     mine = [".out.partial", ".out.41.partial", ".out.ab.41.partial", ".other.41.partial"]
     for name in mine:
         (tmp_path / name).touch()
+    unfinished = files.new_file(tmp_path / "out")
+    unfinished.__enter__().touch()
     with locks.creating(tmp_path / "out", "vlafit export"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.41.partial", ".out.ab.41.partial"]

@@ -22,6 +22,7 @@ from vlafit.errors import StorageError, VlafitError
 LOCK = ".lock"  # holds the id of the process that works in a folder; a killed process leaves the file behind
 OWNER = ".lock.owner"  # the same, on file systems without flock: whoever creates it holds the lock
 STRAY = re.compile(r"\.probe\.\d+|\..+\.(partial|old|removed)")  # what a killed process leaves behind
+WRITER = r"(\d+)(?:-[0-9a-f]+)?"  # in the name of a file in work: the process, and one of its threads
 
 
 def _cannot(what: str, path: Path, error: OSError) -> StorageError:
@@ -335,7 +336,7 @@ def is_empty(folder: Path) -> bool:
 
 def remove_partials(path: Path) -> None:
     """Remove what killed processes left of writing `path`. No other process may be writing it."""
-    stray = re.compile(rf"\.{re.escape(path.name)}(\.\d+)?\.partial")
+    stray = re.compile(rf"\.{re.escape(path.name)}(\.{WRITER})?\.partial")
     for other in list(path.parent.iterdir()):
         if not stray.fullmatch(other.name):
             continue

@@ -173,7 +173,7 @@ def _owned(path: Path, place: Path, what: str) -> Iterator[None]:
 def remove_abandoned(folder: Path) -> None:
     """Remove half-written files of dead processes of this machine from a folder that living ones work in."""
     for path in list(folder.iterdir()):
-        named = re.fullmatch(r"\..+\.(\d+)\.partial", path.name)
+        named = re.fullmatch(rf"\..+\.{files.WRITER}\.partial", path.name)
         if named and path.is_file() and not _is_running(int(named[1])):
             path.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ import pytest
 from tests.report.test_report import Strict
 from tests.train.agreement_world import recipe_of, write_card, write_checkpoint
 from tests.train.world import REPOSITORY, tiny, write_dots
-from vlafit import config, shipped, sweep
+from vlafit import config, files, shipped, sweep
 from vlafit.cli.verbs import sweep as verb
 from vlafit.cli.verbs.sweep import describe, read
 from vlafit.errors import ConfigError, EmbodimentError, StorageError, VlafitError
@@ -194,11 +194,12 @@ def test_half_written_files_of_dead_processes_are_removed_from_a_sweep(
     folder = Path(shutil.copytree(done.sweep.folder, tmp_path / "out"))
     ended = subprocess.Popen(["true"])
     ended.wait()
-    dead, alive = (folder / f".sweep.html.{pid}.partial" for pid in (ended.pid, os.getpid()))
-    for path in (dead, alive):
-        path.touch()
-    assert sweep.run(replace(done.sweep, folder=folder), "study.toml")
-    assert not dead.exists() and alive.exists()
+    with files.new_file(folder / "sweep.html") as alive:
+        alive.touch()
+        dead = alive.with_name(alive.name.replace(str(os.getpid()), str(ended.pid)))
+        dead.touch()
+        assert sweep.run(replace(done.sweep, folder=folder), "study.toml")
+        assert not dead.exists() and alive.exists()
 
 
 def test_a_trial_that_kills_every_worker_is_given_up(recipe: Recipe, tmp_path: Path) -> None:
