@@ -247,7 +247,8 @@ def test_special_tokens_of_another_tokenizer_are_an_error_with_the_keys_to_set(c
 def test_where_lerobot_decodes_otherwise_a_note_says_so(copy: Path):
     edit(copy / "config.json", lambda values: values.update(n_action_steps=5, max_decoding_steps=20))
     notes = vlafit.load_checkpoint(copy, TOLD).report.notes
-    assert any("n_action_steps is 5" in note and "chunks of 10" in note for note in notes)
+    (note,) = [note for note in notes if "n_action_steps" in note]
+    assert all(text in note for text in ("n_action_steps is 5", "chunks of 10", "--replan 5"))
     assert any("max_decoding_steps is 20" in note and "48" in note for note in notes)
 
 

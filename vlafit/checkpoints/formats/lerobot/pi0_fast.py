@@ -122,6 +122,7 @@ def _notes(config: LeRobotConfig) -> tuple[str, ...]:
         notes.append(
             f"n_action_steps is {steps}: LeRobot decodes tokens as a chunk of so many steps, although it is "
             f"trained on chunks of {chunk}; here they are decoded as {chunk}"
+            + (f", and the protocol says how many are executed, or --replan {steps}" if steps < chunk else "")
         )
     most, longest = config.get("max_decoding_steps", int), config.get("max_action_tokens", int)
     if most is not None and longest is not None and most != longest:
