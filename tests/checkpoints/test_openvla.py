@@ -361,3 +361,13 @@ def test_a_folder_with_the_diffusion_head_is_read_and_exported(whole: Path, tmp_
         meant = load_file(FIXTURE / f"{module}.safetensors")
         assert set(made) == set(meant) and all(torch.equal(made[n], t) for n, t in meant.items())
     assert vlafit.load_policy(tmp_path / "out").config == policy.config
+
+
+def test_a_folder_with_statistics_takes_the_tokenizer_of_a_recipe(plain: Path, whole: Path, tmp_path: Path):
+    assert checkpoints.wants_tokenizer(plain) and checkpoints.wants_tokenizer(whole)
+    bare = shutil.copytree(whole, tmp_path / "bare")
+    (bare / "dataset_statistics.json").unlink()
+    values = json.loads((bare / "config.json").read_text())
+    values.pop("norm_stats", None)
+    (bare / "config.json").write_text(json.dumps(values))
+    assert not checkpoints.wants_tokenizer(bare)

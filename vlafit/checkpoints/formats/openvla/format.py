@@ -125,6 +125,10 @@ class OpenVLAFormat(Format):
         require_vocabulary(codec, policy, where)
         return ChosenCodec(codec, notes=(f"statistics of {name}",))
 
+    def wants_tokenizer(self, files: CheckpointFiles) -> bool:
+        """Whether there are statistics."""
+        return bool(statistics.sets(files.folder))
+
     def declaration(self, files: CheckpointFiles) -> Declaration:
         """Return the names of the statistics; the files do not describe the robot."""
         return Declaration(
