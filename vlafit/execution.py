@@ -7,7 +7,7 @@ clocks: its unit is the control step. Nothing here imports torch; how a flow pol
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,11 @@ class Execution:
     """real_time: how strongly a new chunk is held to the old one."""
 
     def __post_init__(self) -> None:
+        _require_one_of("execution: mode", self.mode, Mode)
         for name, least in (("replan", 1), ("delay", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise ConfigError(f"execution: {name} must be a whole number, not {value!r}")
             if getattr(self, name) < least:
                 raise ConfigError(f"execution: {name} must be at least {least}, not {getattr(self, name)}")
             if getattr(self, name) > MOST_STEPS:
@@ -153,6 +157,29 @@ class Limits:
     labels: tuple[str, ...] = ()
     on_violation: OnViolation = "clip"
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for limits that limit nothing, or that no action can keep."""
+        _require_one_of("limits: on_violation", self.on_violation, OnViolation)
+        for name in ("low", "high", "change"):
+            try:
+                values = np.array(getattr(self, name), np.float64)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"limits: {name} must be numbers, not {getattr(self, name)!r}") from error
+            if values.ndim != 1 or np.isnan(values).any():
+                raise ConfigError(
+                    f"limits: {name} must be a number for each dimension, not {values.tolist()}"
+                )
+            object.__setattr__(self, name, values)
+        if not len(self.low) == len(self.high) == len(self.change):
+            counts = f"{len(self.low)}, {len(self.high)} and {len(self.change)}"
+            raise ConfigError(
+                f"limits: low, high and change have {counts} values; each dimension needs all three"
+            )
+        if (self.low > self.high).any():
+            raise ConfigError(f"limits: low {self.low.tolist()} is above high {self.high.tolist()}")
+        if (self.change < 0).any():
+            raise ConfigError(f"limits: change must be 0 or more, not {self.change.tolist()}")
+
     @classmethod
     def of(
         cls, embodiment: Embodiment, on_violation: OnViolation = "clip", change: float | None = None
@@ -174,10 +201,14 @@ class Limits:
                     f"embodiment {embodiment.name!r}: action.{name} has {len(values)} values "
                     f"for {dimensions} dimensions"
                 )
+        try:
+            limit = float("inf") if change is None else float(change)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"limits: change must be a number, not {change!r}") from error
         return cls(
             np.array(action.low or [-np.inf] * dimensions),
             np.array(action.high or [np.inf] * dimensions),
-            np.full(dimensions, np.inf if change is None else change),
+            np.full(dimensions, limit),
             action.labels,
             on_violation,
         )
@@ -189,6 +220,8 @@ class Limits:
         """
         if not np.isfinite(action).all():
             raise EmbodimentError(f"stopped: the action is not finite: {action.tolist()}")
+        if action.shape != self.low.shape:
+            raise EmbodimentError(f"stopped: an action of shape {action.shape}, and {len(self.low)} limits")
         low, high = self.low, self.high
         if before is not None:
             low, high = np.maximum(low, before - self.change), np.minimum(high, before + self.change)
@@ -203,6 +236,12 @@ class Limits:
             )
             raise EmbodimentError(f"stopped: the action is outside the limits: {listed}")
         return allowed
+
+
+def _require_one_of(where: str, value: object, names: Any) -> None:
+    if value not in get_args(names):
+        known = ", ".join(map(repr, get_args(names)))
+        raise ConfigError(f"{where} must be one of {known}, not {value!r}")
 
 
 def with_replan(execution: Execution, replan: int) -> Execution:

@@ -140,3 +140,33 @@ def test_a_robot_without_limits_is_not_called_safe() -> None:
     short = dataclasses.replace(ROBOT, action=dataclasses.replace(ROBOT.action, low=(0.0,)))
     with pytest.raises(EmbodimentError, match=r"action\.low .*1 values.* 3"):
         Limits.of(short)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "change", "mode"),
+    [
+        ([0.0], [1.0], [float("nan")], "clip"),
+        ([float("nan")], [1.0], [1.0], "clip"),
+        ([0.0], [1.0], [-1.0], "clip"),
+        ([1.0], [-1.0], [1.0], "clip"),
+        ([0.0], [1.0], [0.1, 0.2], "clip"),
+        ([0.0], [1.0], ["a"], "clip"),
+        ([0.0], [1.0], [1.0], "Stop"),
+    ],
+)
+def test_limits_that_would_let_anything_through_are_refused(low, high, change, mode):
+    with pytest.raises(ConfigError, match="limits: "):
+        Limits(low, high, change, on_violation=mode)
+
+
+def test_limits_of_another_length_stop():
+    with pytest.raises(EmbodimentError, match="2 limits"):
+        Limits(np.zeros(2), np.ones(2), np.ones(2)).apply(np.zeros(3, np.float32), None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "real-time"}, {"mode": "Ensemble"}, {"replan": 1.5}, {"replan": True}, {"delay": "1"}]
+)
+def test_an_execution_that_does_not_exist_is_refused(wrong):
+    with pytest.raises(ConfigError, match="execution: "):
+        Execution(**wrong)
