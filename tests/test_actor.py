@@ -121,7 +121,7 @@ def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
     changed = actor.fingerprint()
     actor.policy.steps = 10
     assert len({first, changed, actor.fingerprint()}) == 3
-    named = PolicyActor(actor.policy, actor.codec, identity="checkpoint 12")
+    named = PolicyActor(actor.policy, actor.codec, width=16, identity="checkpoint 12")
     assert named.fingerprint() == "checkpoint 12 steps=10 width=16 seed=0 device=cpu"
     accelerated(named.policy, compile=True)
     assert named.fingerprint() == "checkpoint 12 steps=10 compiled width=16 seed=0 device=cpu"

@@ -62,7 +62,7 @@ class PolicyActor:
         policy: Policy,
         codec: Codec | CodecSet,
         *,
-        width: int = 16,
+        width: int = 1,
         seed: int = 0,
         identity: str = "",
         seeds: Mapping[str, Collection[int]] | None = None,
@@ -306,7 +306,7 @@ def load_actor(
     path: str | Path,
     *,
     steps: int = 0,
-    width: int = 16,
+    width: int = 1,
     seed: int = 0,
     device: str = "",
     dtype: str = "float32",
@@ -319,8 +319,10 @@ def load_actor(
     """Load a checkpoint (a folder, a run, the name of one that ships, or an id of the Hub) as an actor.
 
     `steps` is for a policy that samples in steps: how many; 0: its own number. Every batch has `width`
-    rows (2, 3, 5 and so on are rounded up to 4, 8, 16, ...), whatever it is asked for: 1 is fastest for
-    one robot, and the same bytes are promised at one width only. `device` is torch's name; the GPU if
+    rows (2, 3, 5 and so on are rounded up to 4, 8, 16, ...), whatever it is asked for. 1 is fastest for
+    one robot, and the default of `vlafit serve`, too; many observations a call are answered faster with
+    more. The same bytes are promised at one width only: an evaluation's is that of
+    `vlafit.rollout.policy_width`. `device` is torch's name; the GPU if
     there is one when empty. `dtype` is "float32" or "bfloat16", which halves memory and suits a GPU;
     norms and projections stay float32. `trust`, `base`: see `checkpoints.load`. `embodiment` names the
     robot where the checkpoint learned several; without a name, each call of `act` names it. On a GPU a

@@ -51,6 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean = {"value": 0.25, "low": 0.2, "high": 0.3}
     offline = {
         "actor": actor, "kind": "offline", "dataset": "cups", "episodes": ["a", "b"],
+        "settings": {"samples": 16, "draws": 4}, "chosen": "Held out from training (data.validation).",
+        "measured_over": "16 observations of 2 episodes, 4 draws of noise each (seeds 0 to 3)",
         "overall": {"policy": mean, "hold_still": None, "mean_chunk": mean | {"value": 0.5}},
     }  # fmt: skip
     other = rollouts | {"actor": "checkpoint sha256:of-another", "protocol": {"name": "unrelated"}}
@@ -143,7 +145,9 @@ def test_results_of_this_very_checkpoint_come_into_its_card_and_into_its_exports
     for folder in (saved, tmp_path / "out"):
         text = (folder / "README.md").read_text()
         assert "protocol cups-in-simulation: 47 of 50 succeed, 94 % (95 %: 84 to 98 %)" in text
-        assert "cups, 2 held-out episodes" in text and "policy 0.250 (95 %: 0.200 to 0.300)" in text
+        assert "Measured over 16 observations of 2 episodes, 4 draws of noise each (seeds 0 to 3)." in text
+        assert "Held out from training" in text and "`--samples 16 --draws 4`" in text
+        assert "cups, mean absolute error" in text and "policy 0.250 (95 %: 0.200 to 0.300)" in text
         assert "mean chunk 0.500" in text and "hold still" not in text and "unrelated" not in text
         assert model_card.NONE not in text
     assert "library_name: lerobot" in (tmp_path / "out" / "README.md").read_text()

@@ -20,6 +20,7 @@ from vlafit.actor import load_actor
 from vlafit.errors import RemoteError
 from vlafit.rollout import evaluate
 from vlafit.serve.client import connect
+from vlafit.serve.control import Controller
 from vlafit.serve.describe import describe
 from vlafit.serve.options import Options
 from vlafit.serve.server import serving
@@ -135,6 +136,20 @@ def vlafit(*words: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def test_a_local_and_a_served_actor_compute_the_same_bytes_by_default(checkpoint: Path) -> None:
+    local = load_actor(checkpoint)
+    assert local.width == local.rows == 1  # one robot, for which more rows only take longer
+    seen = {"front": np.full(robot().cameras[0].shape, 7, np.uint8)}
+    sent = []
+    with command(str(checkpoint)) as (_, address), connect(address) as remote:
+        assert remote.fingerprint() == local.fingerprint()
+        for actor in (local, remote):
+            with Controller(actor) as control:
+                control.start("go to the left")
+                sent.append([control.step(seen, np.float32([0.1, i / 9])).tobytes() for i in range(10)])
+    assert sent[0] == sent[1]
 
 
 @pytest.mark.slow

@@ -82,6 +82,26 @@ def test_eval_measures_the_episodes_that_training_held_out(journey: Journey, tmp
     assert vlafit(*words, "--out", tmp_path / "eval", "--resume")[0] == 0
 
 
+def test_report_card_and_evaluation_agree_and_say_what_their_numbers_are_over(
+    journey: Journey, tmp_path: Path
+) -> None:
+    words = ["eval", journey.out, "--data", journey.dataset, "--samples", "8", "--draws", "4"]
+    status, printed, _ = vlafit(*words, "--device", "cpu", "--out", tmp_path / "eval")
+    assert status == 0
+    measured = json.loads((tmp_path / "eval" / "result.json").read_text())
+    reported = json.loads((journey.out / "held_out" / "my_robot" / "result.json").read_text())
+    assert {**measured, "seconds": 0, "agreement": 0} == {**reported, "seconds": 0, "agreement": 0}
+    over = (
+        "8 observations of 2 episodes, 4 draws of noise each (seeds 0 to 3), sampled in 2 steps; "
+        "standard deviations over the training episodes (4)"
+    )
+    value = f"policy {measured['overall']['policy']['value']:.3f}"
+    card = (in_run(journey.out) / "README.md").read_text()
+    assert over in printed and over in (journey.out / "report.html").read_text()
+    assert over in (tmp_path / "eval" / "report.html").read_text()
+    assert over in card and value in card and "`--samples 8 --draws 4`" in card
+
+
 def test_episodes_named_on_the_command_line_are_told_from_learned_ones(
     journey: Journey, tmp_path: Path
 ) -> None:

@@ -239,9 +239,13 @@ def _result(path: Path, own: str) -> Iterator[str]:
         if value.get("kind") == "offline":
             means = {who: value["overall"][who] for who in ("policy", "hold_still", "mean_chunk")}
             numbers = [f"{who.replace('_', ' ')} {_mean(mean)}" for who, mean in means.items() if mean]
+            settings = value["settings"]
+            over = value.get("measured_over") or f"{value['observations']} observations"
             yield (
-                f"{value['dataset']}, {len(value['episodes'])} held-out episodes, mean absolute error of "
-                f"chunks in standard deviations of each joint: {'; '.join(numbers)}"
+                f"{value['dataset']}, mean absolute error of chunks in standard deviations of each joint: "
+                f"{'; '.join(numbers)}. Measured over {over}. {value['chosen']} Measure it again with "
+                f"`--samples {settings['samples']} --draws {settings['draws']}`: other observations or draws "
+                "give other numbers."
             )
             return
         total = value["overall"]

@@ -75,6 +75,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     page = report.build(out)
     count = len(result["episodes"])
     print(f"{count} episode{'s' * (count != 1)} of {store.card.name}: {result['chosen']}")
+    print(f"measured over {result['measured_over']}")
     print(_table(result))
     print(report.verdict(result))
     for notice in result["notices"]:

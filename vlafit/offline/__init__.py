@@ -5,7 +5,7 @@ and whether its spread is honest (calibration). It does not show success: small 
 """
 
 from vlafit.offline.episodes import Episodes, choose_episodes
-from vlafit.offline.evaluate import Settings, evaluate
+from vlafit.offline.evaluate import WIDTH, Settings, evaluate
 from vlafit.offline.folder import RESULT, read_result
 
-__all__ = ["RESULT", "Episodes", "Settings", "choose_episodes", "evaluate", "read_result"]
+__all__ = ["RESULT", "WIDTH", "Episodes", "Settings", "choose_episodes", "evaluate", "read_result"]

@@ -100,7 +100,10 @@ def _seen(store: EpisodeStore, checkpoint: Path | None) -> Seen:
     if split is not None:
         training, held_out = split
         return Seen(tuple(dict.fromkeys((*training, *recognised))), held_out)
-    doubt = "" if lineage.complete else "the checkpoint does not say what it learned from"
+    unsaid = "the server does not say what its policy learned from"
+    if checkpoint is not None:
+        unsaid = "the checkpoint does not say what it learned from"
+    doubt = "" if lineage.complete else unsaid
     if doubt and lineage.datasets:
         doubt = (
             "its history does not name every episode that it, or the checkpoint it began with, learned from"

@@ -1,5 +1,6 @@
 """Ask a policy for its chunks on recorded observations, and measure their distance from what was recorded."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from vlafit.types import Actor
 
 LOCKED_BY = "vlafit eval --data"  # in messages about a folder that is in use
 PART = 8  # observations that are asked and saved together
+WIDTH = 16  # observations in a batch of a local policy, which decides the last bits of its actions
 Progress = Callable[[int, int, str], None]
 """Called with (observations that are answered, all observations, a text about the newest)."""
 
@@ -122,6 +124,7 @@ def evaluate(
             "robot": robot.name,
             "hz": robot.hz,
             "chosen": episodes.why,
+            "measured_over": _measured_over(measured, settings, episodes.training, len(learned), identity),
             "hold_still": hold.why if isinstance(hold, HoldStill) else hold,
             "mean_chunk": "of the training episodes" if episodes.training else "of all other episodes",
             "agreement": [item.to_json() for item in agreement],
@@ -130,6 +133,21 @@ def evaluate(
         }
         folder.finish(result)
         return folder.identity | result
+
+
+def _measured_over(
+    measured: Measured, settings: Settings, training: Sequence[str], learned: int, identity: str
+) -> str:
+    """Return what the errors are means over. Numbers over other observations or draws differ."""
+    observations, count = sum(len(episode.steps) for episode in measured.episodes), len(measured.episodes)
+    draws, last = settings.draws, settings.seed + settings.draws - 1
+    sampled = re.search(r" steps=(\d+)", identity)  # in the fingerprint of a policy that samples in steps
+    return (
+        f"{observations} observations of {count} episode{'s' * (count != 1)}, {draws} draws of noise each "
+        f"(seeds {settings.seed} to {last})"
+        + (f", sampled in {sampled[1]} steps" if sampled else "")
+        + f"; standard deviations over {'the training' if training else 'all'} episodes ({learned})"
+    )
 
 
 def _require_of(part: Part, store: EpisodeStore, episode: str, steps: Sequence[int], path: Path) -> None:

@@ -48,9 +48,10 @@ def page(result: Result, folder: Path) -> str:
         ("chunk", f"{result['chunk']} steps{_seconds(result)}"),
     ]
     title = f"{result['dataset']}: predicted against recorded"
+    settings_line = f"{result['chosen']} Measured over {measured_over(result)}."
     body = join(
         [
-            markup.header("vlafit eval --data", title, result["chosen"], items),
+            markup.header("vlafit eval --data", title, settings_line, items),
             headline(result),
             markup.notices(markup.CAVEATS, result["notices"]),
             details(result, folder),
@@ -65,14 +66,17 @@ def summary(result: Result, folder: Path) -> Raw:
     """Return the section of a run's page."""
     return section(
         "Held-out episodes: predicted against recorded",
-        tag(
-            "p",
-            muted(f"{result['observations']} observations, {result['draws']} draws each. {result['chosen']}"),
-        ),
+        tag("p", muted(f"{result['chosen']} Measured over {measured_over(result)}.")),
         headline(result),
         *(tag("p", muted(notice)) for notice in result["notices"]),
         details(result, folder, inner=True),
     )
+
+
+def measured_over(result: Result) -> str:
+    """Return what the errors are means over; of a result of an earlier version, what it holds."""
+    earlier = f"{result['observations']} observations, {result['draws']} draws each"
+    return result.get("measured_over") or earlier
 
 
 def verdict(result: Result) -> str:

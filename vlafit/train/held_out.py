@@ -44,6 +44,7 @@ def evaluate(context: RunContext, step: int) -> dict[str, str]:
             several = len(context.experiment.codecs) > 1
             actor = load_actor(
                 context.manager.path(step),
+                width=offline.WIDTH,
                 device=str(context.device),
                 trust=context.recipe.policy.trust,
                 embodiment=data.name_of(store) if several else "",

@@ -26,7 +26,7 @@ def load_untrained(
     checkpoint: str,
     *,
     steps: int = 0,
-    width: int = 16,
+    width: int = 1,
     seed: int = 0,
     device: str = "",
     embodiment: str = "",

@@ -166,10 +166,11 @@ def run(arguments: Sequence[str]) -> int:
     _require_one_kind(options)
     if options.data is not None:
         from vlafit.cli.eval_data import evaluate_on_data
+        from vlafit.offline import WIDTH
 
         name, load = _actor(options)
         with checkpoint_stays(name):
-            return evaluate_on_data(options, name, lambda: load(options.max_batch or 16))
+            return evaluate_on_data(options, name, lambda: load(options.max_batch or WIDTH))
     if options.timeout is not None and not options.timeout > 0:
         raise ConfigError(f"--timeout: must be positive, not {options.timeout}")
     name, load = _actor(options)
