@@ -33,19 +33,24 @@ class NpzStore(EpisodeStore):
         self._paths = card.files((".npz",))
         key = card.options(Section).sentence_key
         self.episodes = tuple(
-            EpisodeInfo(path.stem, path.stem.split("-")[0], str(self._read(n, key)), len(self.actions(n)))
+            EpisodeInfo(
+                path.stem,
+                path.stem.split("-")[0],
+                str(self._read(n, key)),
+                len(self._column(n, self.card.robot.action.keys)),
+            )
             for n, path in enumerate(self._paths)
         )
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.state.keys)
+        return self._column(self.require_episode(episode), self.card.robot.state.keys)
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._column(episode, self.card.robot.action.keys)
+        return self._column(self.require_episode(episode), self.card.robot.action.keys)
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         declared = self.card.robot.cameras[self.camera_slot(camera)]
-        self.require_step(episode, step)
+        step = self.require_step(episode, step)
         frame = declared.upright(self._read(episode, declared.key)[step])
         frame.flags.writeable = False
         return frame

@@ -261,7 +261,7 @@ def test_asking_for_what_a_store_does_not_have_is_refused_by_name(file: Path):
     with pytest.raises(DataError, match="camera 'frnt'.*'front'"):
         store.image(0, 0, "frnt")
     for step in (-1, 4):
-        with pytest.raises(DataError, match=f"0 to 3.*no step {step}"):
+        with pytest.raises(DataError, match=f"step must be .* 0 to 3, not {step}"):
             store.image(0, step, "front")
     with pytest.raises(DataError, match="no episode 'demo_0'"):
         store.index("demo_0")

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.datasets import hdf5_writers, lerobot_files
+from tests.datasets import hdf5_writers, lerobot_files, npz_layout
 from tests.datasets.hdf5_writers import aloha, aloha_encoded, encoded, maniskill, padded, robocasa, robotwin
 from tests.datasets.layouts import SIZE, TASKS, card, demos, in_file_order, write_libero
+from tests.datasets.writers import WRITERS
 from vlafit.datasets import Card, layouts, load_card, open_dataset
 from vlafit.datasets.card import CameraCard, EpisodesCard, InstructionCard, RowsCard
 from vlafit.datasets.pictures import RGB_MARK
@@ -84,7 +85,7 @@ def test_the_action_of_a_step_can_be_in_another_row(
         assert len(shifted.state(number)) == len(moved) == shifted.episodes[number].length
         last = shifted.sample(number, len(moved) - 1, 2)
         np.testing.assert_array_equal(last.observation.state, plain.state(number)[len(moved) - 1])
-        with pytest.raises(DataError, match="no step"):
+        with pytest.raises(DataError, match="step must be"):
             shifted.image(number, info.length - max(0, shift), "front")
     with pytest.raises(DataError, match=r"action_shift = 4 leaves no step"):
         open_dataset(replace(made, rows=RowsCard(action_shift=4)))
@@ -109,6 +110,43 @@ def test_one_row_more_of_observations_must_be_declared_and_a_contradicting_json_
     path.write_text(path.read_text().replace('"episode_id": 2', '"episode_id": 9'))
     with pytest.raises(DataError, match=r"JSON file lists traj_9"):
         open_dataset(made)
+
+
+@pytest.mark.case(
+    section="data",
+    report="every action belongs to the observation of another step",
+    user_has='a card that says `rows.observations = "T+1"` for files with as many observations as actions',
+    now="refused with the rows of each key and the value that fits",
+)
+def test_rows_are_counted_against_what_the_card_declares_in_both_directions(tmp_path: Path) -> None:
+    one_more = RowsCard(observations="T+1")
+    made = hdf5_writers.any_hdf5(tmp_path / "same", EVERYTHING)
+    assert open_dataset(replace(made, rows=RowsCard(observations="T"))).episodes
+    fits = r'one row more than actions \(rows.observations \'T\+1\'\). .*rows.observations = "T"'
+    with pytest.raises(DataError, match=rf"take-0: columns are of one length \(.*action/xyz 4.*{fits}"):
+        open_dataset(replace(made, rows=one_more))
+    with h5py.File(tmp_path / "same" / "log.h5", "a") as file:
+        group = file["runs/take-0"]
+        assert isinstance(group, h5py.Group)
+        for key in ("action/xyz", "action/hand"):  # two actions fewer than observations
+            rows = np.asarray(group[key])[:-2]
+            del group[key]
+            group[key] = rows
+    with pytest.raises(DataError, match="take-0: columns differ in length .*Record it again, or leave"):
+        open_dataset(made)
+
+
+@pytest.mark.parametrize("name", ["lerobot", npz_layout.__name__])
+def test_a_layout_that_counts_no_rows_refuses_the_key(name: str, tmp_path: Path) -> None:
+    made = WRITERS[name](tmp_path / "set", EVERYTHING)
+    with pytest.raises(ConfigError, match="knows no rows.observations; leave it out"):
+        open_dataset(replace(made, rows=RowsCard(observations="T")))
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"set", ["metaworld-faucet"], 1.5, "x" * 5000], ids=type)
+def test_what_is_no_name_of_a_dataset_is_one_sentence(wrong: object) -> None:
+    with pytest.raises(ConfigError):
+        open_dataset(wrong)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------- frames and channels

@@ -3,9 +3,11 @@
 import dataclasses
 import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,10 +166,56 @@ def test_asking_for_what_is_not_there_is_refused_by_name(written: Written):
         store.image(0, 0, "frnt")
     length = store.episodes[0].length
     for step in (-1, length):
-        with pytest.raises(DataError, match=f"0 to {length - 1}.* step {step}"):
+        with pytest.raises(DataError, match=f"step must be .* 0 to {length - 1}, not {step}"):
             store.image(0, step, "front")
     with pytest.raises(DataError, match="no episode 'nothing'"):
         store.index("nothing")
+
+
+NOT_NUMBERS = [99, -1, 1.0, "0", True, np.float32(0), np.bool_(True), None, [0], 10**30]
+
+
+@pytest.mark.parametrize("wrong", NOT_NUMBERS, ids=repr)
+def test_what_is_no_episode_step_or_length_is_refused_saying_what_is_allowed(written: Written, wrong: Any):
+    """A negative number would be an episode from the end, and True the second one, in silence."""
+    store, last = written.store, len(EVERYTHING) - 1
+    end = store.episodes[0].length - 1
+    asked: list[tuple[Callable[[], object], str]] = [
+        (lambda: store.sample(wrong, 0, 4), f"episode must be a whole number from 0 to {last}, not "),
+        (lambda: store.state(wrong), f"episode must be a whole number from 0 to {last}, not "),
+        (lambda: store.actions(wrong), f"episode must be a whole number from 0 to {last}, not "),
+        (lambda: store.image(wrong, 0, "front"), f"episode must be a whole number from 0 to {last}, not "),
+        (lambda: store.images(wrong, [0], "front"), f"episode must be .* 0 to {last}, not "),
+        (lambda: store.sample(0, wrong, 4), f"step must be a whole number from 0 to {end}, not "),
+        (lambda: store.image(0, wrong, "front"), f"step must be a whole number from 0 to {end}, not "),
+        (lambda: store.images(0, [0, wrong], "front"), f"step must be .* 0 to {end}, not "),
+        (lambda: store.index(wrong), "has no episode "),
+        (lambda: store.image(0, 0, wrong), "has no camera .*front"),
+    ]
+    if wrong != 99:  # a length that is allowed
+        asked += [
+            (lambda: store.sample(0, 0, wrong), "chunk, .* must be a whole number from 1 to "),
+            (lambda: store.sample(0, 0, 4, wrong), "history, .* must be a whole number from 1 to "),
+        ]
+    for call, message in asked:
+        with pytest.raises(DataError, match=message):
+            call()
+
+
+def test_the_least_length_is_one_and_numbers_of_numpy_are_numbers(written: Written):
+    store = written.store
+    for lengths in ((0, 1), (4, 0)):
+        with pytest.raises(DataError, match="from 1 to .*, not 0"):
+            store.sample(0, 0, *lengths)
+    one, two = store.sample(np.int64(1), np.int32(2), np.uint8(3)), store.sample(1, 2, 3)
+    assert one.key == two.key and type(one.key[2]) is int
+    np.testing.assert_array_equal(one.actions, two.actions)
+    np.testing.assert_array_equal(
+        store.images(1, np.array([2, 0]), "front"), store.images(1, [2, 0], "front")
+    )
+    assert store.images(1, [], "front").shape == (0, *store.image(1, 0, "front").shape)
+    with pytest.raises(DataError, match="steps must be a list of whole numbers, not 2"):
+        store.images(1, 2, "front")  # type: ignore[arg-type]
 
 
 def test_ids_do_not_depend_on_where_the_files_are(written: Written, tmp_path: Path):

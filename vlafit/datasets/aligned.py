@@ -28,10 +28,10 @@ class Aligned(EpisodeStore):
         self.episodes = tuple(replace(info, length=info.length - max(0, shift)) for info in store.episodes)
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._store.state(episode)[: self.episodes[episode].length]
+        return self._store.state(self.require_episode(episode))[: self.episodes[episode].length]
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        rows = np.maximum(np.arange(self.episodes[episode].length) + self._shift, 0)
+        rows = np.maximum(np.arange(self.episodes[self.require_episode(episode)].length) + self._shift, 0)
         actions = self._store.actions(episode)[rows]
         actions.flags.writeable = False
         return actions
@@ -41,9 +41,7 @@ class Aligned(EpisodeStore):
         return self._store.image(episode, step, camera)
 
     def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
-        for step in steps:
-            self.require_step(episode, step)
-        return self._store.images(episode, steps, camera)
+        return self._store.images(episode, self.require_steps(episode, steps), camera)
 
     def files(self) -> tuple[Path, ...]:
         return self._store.files()

@@ -21,7 +21,7 @@ KNOWN_TIMES = 512  # videos whose times of frames are kept
 class FilmedStore(EpisodeStore):
     """The episodes of `columns`, with frames of videos."""
 
-    selects = True
+    selects = counts_rows = True
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class FilmedStore(EpisodeStore):
         self.episodes, self.left_out = tuple(infos), tuple(left_out)
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        number, rows, _ = self._kept[episode]
+        number, rows, _ = self._kept[self.require_episode(episode)]
         state = self._columns.state(number)
         return _read_only(state[rows, :-1] if self._flag else state)
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        number, rows, _ = self._kept[episode]
+        number, rows, _ = self._kept[self.require_episode(episode)]
         return _read_only(self._columns.actions(number)[rows])
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
@@ -83,8 +83,9 @@ class FilmedStore(EpisodeStore):
 
     def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
         slot = self.camera_slot(camera)
-        for step in steps:
-            self.require_step(episode, step)
+        steps = self.require_steps(episode, steps)
+        if not steps:
+            return self.no_frames(camera)
         number, rows, videos = self._kept[episode]
         if camera not in self._filmed:
             return self._columns.images(number, rows[list(steps)].tolist(), camera)

@@ -55,7 +55,7 @@ KNOWN_OFFSETS = 4096  # chunked datasets of whose frames a process knows the pla
 class Hdf5Store(EpisodeStore):
     """Episodes of HDF5 files."""
 
-    selects = True
+    selects = counts_rows = True
 
     def __init__(self, card: Card, layout: Hdf5Layout) -> None:
         """Raises DataError saying where the files are not what the card says."""
@@ -114,14 +114,14 @@ class Hdf5Store(EpisodeStore):
         return None
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._episodes[episode].state
+        return self._episodes[self.require_episode(episode)].state
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._episodes[episode].actions
+        return self._episodes[self.require_episode(episode)].actions
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         slot = self.camera_slot(camera)
-        self.require_step(episode, step)
+        step = self.require_step(episode, step)
         frames, declared = self._episodes[episode].frames[slot], self.card.robot.cameras[slot]
         for name in (frames.file, *frames.sources):
             self._stamps.require_unchanged(self._as_path(name))

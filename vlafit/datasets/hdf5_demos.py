@@ -1,7 +1,7 @@
 """One demonstration of an HDF5 file: where it is, its sentence, success, columns and frames."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -226,13 +226,9 @@ def read_episode(
     rows = lengths[robot.state.keys[0]]
     observed = {*robot.state.keys, *(camera.key for camera in robot.cameras)}
     expected = {key: rows if key in observed else steps for key in lengths}
-    if lengths != expected or (rows != steps + extra_row and not (extra_row and rows == steps)):
-        listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        rule = (
-            "observations must have one row more than actions" if extra_row else "every row must be one step"
-        )
-        hint = ' (rows.observations = "T+1" in the card?)' if rows == steps + 1 and not extra_row else ""
-        raise DataError(f"{where}: columns differ in length ({listed}); {rule}{hint}")
+    if lengths != expected or rows != steps + extra_row:
+        more = rows - steps if lengths == expected else None
+        raise DataError(f"{where}: {_row_fault(lengths, more, extra_row)}")
     if steps == 0:
         raise DataError(f"{where}: the episode is empty; leave it out of the file")
     if demo.length is not None and demo.length != steps:
@@ -248,6 +244,21 @@ def read_episode(
         tuple(frames),
         frozenset(str(file) for file in sources | beside),
     )
+
+
+def _row_fault(lengths: Mapping[str, int], more: int | None, extra_row: bool) -> str:
+    """Return how the rows of columns and cameras differ from what the card declares, and the remedy.
+
+    `more`: how many rows more than actions all observations have; None if they differ among themselves.
+    """
+    listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
+    what = "columns differ in length" if len({*lengths.values()}) > 1 else "columns are of one length"
+    rule = f"observations must have {'one row more than' if extra_row else 'as many rows as'} actions"
+    said = f"{rule} (rows.observations {'T+1' if extra_row else 'T'!r})"
+    if more in (0, 1):
+        other = "T" if extra_row else "T+1"
+        return f'{what} ({listed}); {said}. If all files are so: rows.observations = "{other}" in the card'
+    return f"{what} ({listed}); {said}. Record it again, or leave it out (episodes.skip)"
 
 
 def _read(dataset: h5py.Dataset, key: str, where: str) -> NDArray:

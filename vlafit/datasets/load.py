@@ -17,6 +17,8 @@ from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, command_line, did_you_mean
 from vlafit.files import expand_user
 
+LONGEST_PATH = 4096  # characters, with which POSIX systems end
+
 
 def load_card(name_or_path: str | Path) -> Card:
     """Read a card: a path, the name of one that ships, or a dataset that needs none.
@@ -24,6 +26,7 @@ def load_card(name_or_path: str | Path) -> Card:
     A folder, a file or a URL of data (or ``org/name[@revision]`` of the Hugging Face Hub) needs no card if
     its layout can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
     """
+    _require_name(name_or_path)
     data, url = _data_at(name_or_path)
     if data is not None:
         draft = describe(data)
@@ -57,6 +60,10 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
         raise ConfigError(
             f"{card.file or card.name}: layout {card.layout!r} knows no [episodes] (skip, success, on_bad); "
             "leave the table out"
+        )
+    if card.rows.observations and not store.counts_rows:
+        raise ConfigError(
+            f"{card.file or card.name}: layout {card.layout!r} knows no rows.observations; leave it out"
         )
     if card.rows.action_shift:
         store = Aligned(store, card.rows.action_shift)
@@ -207,6 +214,17 @@ def prepare(card: Card) -> Card:
 def _check_section(module: ModuleType, card: Card, where: str) -> None:
     if card.section is not None and not isinstance(card.section, module.Section):
         raise ConfigError(f"{where}: its options are not those of layout {card.layout!r}")
+
+
+def _require_name(name_or_path: object) -> None:
+    """Raise ConfigError for what cannot be the name or path of a card or a dataset."""
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(
+            "a dataset is named by a path, a URL, an id of the Hub or the name of a card (str or "
+            f"pathlib.Path), not by a {type(name_or_path).__name__}"
+        )
+    if len(str(name_or_path)) > LONGEST_PATH:
+        raise ConfigError(f"{str(name_or_path)[:40]}...: a path has at most {LONGEST_PATH} characters")
 
 
 def _data_at(name_or_path: str | Path) -> tuple[Path | None, str]:

@@ -1,7 +1,7 @@
 """Recorded episodes, whatever their layout: the interface of a store."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.asked import LONGEST, several, whole_number
 from vlafit.datasets.card import Card
 from vlafit.datasets.selection import LeftOut
 from vlafit.datasets.stamps import Stamp, stamp
@@ -60,6 +61,8 @@ class EpisodeStore(ABC):
     """What the files say of splits, such as {"train": "0:80", "test": "80:100"}; they are not followed."""
     selects: bool = False
     """Whether the layout follows a card's [episodes] (see `vlafit.datasets.selection`)."""
+    counts_rows: bool = False
+    """Whether the layout compares rows with a card's rows.observations."""
 
     @property
     def embodiment(self) -> Embodiment:
@@ -79,8 +82,10 @@ class EpisodeStore(ABC):
         """Return the position of an episode by its id. Raises DataError if there is none."""
         try:
             return self._positions[episode_id]
-        except KeyError:
-            near = did_you_mean(episode_id, self._positions, listed=len(self._positions) < 20)
+        except (KeyError, TypeError):
+            near = ""
+            if isinstance(episode_id, str):
+                near = did_you_mean(episode_id, self._positions, listed=len(self._positions) < 20)
             near = near or f"; it has {len(self._positions)}, such as {next(iter(self._positions), '-')!r}"
             raise DataError(f"dataset {self.card.name!r} has no episode {episode_id!r}{near}") from None
 
@@ -98,7 +103,15 @@ class EpisodeStore(ABC):
 
     def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
         """Return the frames at `steps`, [n, h, w, 3]. Video layouts override this to decode once."""
+        steps = self.require_steps(episode, steps)
+        if not steps:
+            return self.no_frames(camera)
         return np.stack([self.image(episode, step, camera) for step in steps])
+
+    def no_frames(self, camera: str) -> NDArray[np.uint8]:
+        """Return the frames of a camera at no step, [0, h, w, 3]."""
+        declared = self.card.robot.cameras[self.camera_slot(camera)]
+        return np.empty((0, declared.height, declared.width, 3), np.uint8)
 
     def files(self) -> tuple[Path, ...]:
         """Return the files that hold the data."""
@@ -141,8 +154,11 @@ class EpisodeStore(ABC):
 
         Past the episode's end the last action is repeated, and `is_real` is False. `history` counts observed
         steps, the present one included; earlier ones are in `observation.past`, fewer at the episode's start.
+        Raises DataError saying which values are allowed.
         """
-        self.require_step(episode, step)
+        step = self.require_step(episode, step)
+        chunk = whole_number(chunk, "chunk, the steps of an action chunk,", 1, LONGEST)
+        history = whole_number(history, "history, the observed steps,", 1, LONGEST)
         info = self.episodes[episode]
         cameras = self._cameras
         states = self.state(episode)
@@ -162,17 +178,34 @@ class EpisodeStore(ABC):
         observation = Observation(images, states[step], info.instruction, past=past)
         return Sample(observation, actions, rows < info.length, (self.card.name, info.id, step))
 
-    def require_step(self, episode: int, step: int) -> None:
-        """Raise DataError naming the episode if it has no such step."""
-        info = self.episodes[episode]
-        if not 0 <= step < info.length:
-            raise DataError(f"episode {info.id!r} has steps 0 to {info.length - 1}, no step {step}")
+    def require_episode(self, episode: int) -> int:
+        """Return the position of an episode as an int. Raises DataError if the store has no such episode."""
+        count = len(self.episodes)
+        if type(episode) is int and 0 <= episode < count:
+            return episode
+        if not count:
+            raise DataError(f"dataset {self.card.name!r} has no episodes")
+        remedy = ""
+        if isinstance(episode, str) and episode in self._positions:
+            remedy = f"; store.index({episode!r}) is that of this id"
+        return whole_number(episode, f"dataset {self.card.name!r}: episode", 0, count - 1, remedy)
+
+    def require_step(self, episode: int, step: int) -> int:
+        """Return a step as an int. Raises DataError naming the episode if it has no such step."""
+        info = self.episodes[self.require_episode(episode)]
+        if type(step) is int and 0 <= step < info.length:
+            return step
+        return whole_number(step, f"episode {info.id!r}: step", 0, info.length - 1)
+
+    def require_steps(self, episode: int, steps: Iterable[int]) -> list[int]:
+        """Return several steps as a list of ints. Raises DataError as `require_step` does."""
+        listed = several(steps, f"episode {self.episodes[self.require_episode(episode)].id!r}: steps")
+        return [self.require_step(episode, step) for step in listed]
 
     def camera_slot(self, camera: str) -> int:
         """Return the position of a camera in the card. Raises DataError if there is none."""
         names = [declared.name for declared in self.card.robot.cameras]
         if camera not in names:
-            raise DataError(
-                f"dataset {self.card.name!r} has no camera {camera!r}{did_you_mean(camera, names)}"
-            )
+            near = did_you_mean(camera, names) if isinstance(camera, str) else did_you_mean("", names)
+            raise DataError(f"dataset {self.card.name!r} has no camera {camera!r}{near}")
         return names.index(camera)

@@ -70,8 +70,13 @@ def recognise(path: Path) -> str:
     """
     if not path.exists():
         raise DataError(f"{path}: nothing is there")
-    refuse_others(path)
-    matches = [name for name in [*names(), *installed()] if load(name).recognise(path)]
+    try:
+        refuse_others(path)
+        matches = [name for name in [*names(), *installed()] if load(name).recognise(path)]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be looked through ({error}); name the dataset's own folder, which you may read"
+        ) from error
     if len(matches) > 1 and "generic" in matches:
         matches.remove("generic")  # it takes any HDF5 file
     if len(matches) == 1:

@@ -70,7 +70,7 @@ class RoboTwinStore(Hdf5Store):
         """Return the video of the head camera, whose colours are right."""
         if self.card.robot.cameras[self.camera_slot(camera)].key != HEAD:
             return None
-        path = _beside(self._file(self.episodes[episode]), VIDEO)
+        path = _beside(self._file(self.episodes[self.require_episode(episode)]), VIDEO)
         return path if path.is_file() else None
 
     def _file(self, info: EpisodeInfo) -> Path:

@@ -138,18 +138,19 @@ class LeRobotStore(EpisodeStore):
         return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._cut(self._rows[episode], self.card.robot.state)
+        return self._cut(self._rows[self.require_episode(episode)], self.card.robot.state)
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._cut(self._rows[episode], self.card.robot.action)
+        return self._cut(self._rows[self.require_episode(episode)], self.card.robot.action)
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         return self.images(episode, [step], camera)[0]
 
     def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
         declared = self.card.robot.cameras[self.camera_slot(camera)]
-        for step in steps:
-            self.require_step(episode, step)
+        steps = self.require_steps(episode, steps)
+        if not steps:
+            return self.no_frames(camera)
         rows = self._rows[episode]
         read = self._video_frames if declared.key in rows.entry.videos else self._image_rows
         ordered = sorted(set(steps))
@@ -187,7 +188,7 @@ class LeRobotStore(EpisodeStore):
         return self._files.limit()
 
     def files_of(self, episode: int) -> list[tuple[Path, int]]:
-        entry, cameras = self._rows[episode].entry, self.card.robot.cameras
+        entry, cameras = self._rows[self.require_episode(episode)].entry, self.card.robot.cameras
         paths = {entry.videos[c.key].path: None for c in cameras if c.key in entry.videos}
         return [(path, self._files.stamp(path)[0]) for path in [*paths, entry.data]]
 

@@ -72,13 +72,13 @@ class PngFolders(EpisodeStore):
         )
 
     def state(self, episode: int) -> NDArray[np.float32]:
-        return self._columns[episode][0]
+        return self._columns[self.require_episode(episode)][0]
 
     def actions(self, episode: int) -> NDArray[np.float32]:
-        return self._columns[episode][1]
+        return self._columns[self.require_episode(episode)][1]
 
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
-        self.require_step(episode, step)
+        step = self.require_step(episode, step)
         declared = self.card.robot.cameras[self.camera_slot(camera)]
         path = self._folders[episode] / declared.key / f"{step:04d}.png"
         with Image.open(path) as file:
