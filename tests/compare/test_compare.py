@@ -494,6 +494,34 @@ def test_a_comparison_of_an_earlier_version_gets_its_outcomes_from_its_episodes(
     assert not any(standing.outcomes for standing in stored.read(out).standings)
 
 
+def test_outcomes_that_were_edited_are_refused_with_both_values(done: compare.Comparison, out: Path) -> None:
+    judged = next(record for record in done.records if record.judged and record.figures)
+    arm_file, whole = out / "arms" / judged.name / "arm.json", out / "compare.json"
+    for file, pick in (
+        (arm_file, lambda values: values),
+        (whole, lambda values: next(arm for arm in values["arms"] if arm["name"] == judged.name)),
+    ):
+        values = json.loads(file.read_text())
+        by_task = pick(values)["figures"]["outcomes"]["after"]
+        task, outcomes = next(iter(by_task.items()))
+        seed, success = next(iter(outcomes.items()))
+        outcomes[seed] = not success
+        file.write_text(json.dumps(values))
+        with pytest.raises(
+            VlafitError, match=rf"{file}.*task '{task}' has \d/.*, but outcomes.after has \d/"
+        ):
+            arm_record.read(file) if file == arm_file else stored.read(out)
+
+
+def test_an_arm_whose_episodes_were_edited_has_no_figures(done: compare.Comparison, out: Path) -> None:
+    judged = next(record for record in done.records if record.judged and record.figures)
+    run = out / "arms" / judged.name
+    rows = run / "eval" / "after" / "episodes.jsonl"
+    rows.write_text(rows.read_text().replace('"trial": 0', '"trial": 5', 1))
+    with pytest.raises(VlafitError, match=rf"{rows}, line 1: .* trial is 5, but this seed is of trial 0"):
+        arm_record.figures(run)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arms": 3}'])
 def test_a_damaged_comparison_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "compare.json").write_text(text)

@@ -16,7 +16,7 @@ from vlafit.errors import ConfigError
 from vlafit.rollout import Protocol, evaluate
 from vlafit.rollout.against import read_earlier
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot
-from vlafit.rollout.evaluation_folder import read_records
+from vlafit.rollout.records import read_records
 from vlafit.rollout.worker import Reset
 
 Make = Callable[..., Protocol]
@@ -57,6 +57,7 @@ def test_a_row_with_an_error_never_counts_as_success_or_failure(
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[1] |= change
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "result.json").unlink()  # an evaluation that was interrupted after its last episode
 
     with caplog.at_level(logging.WARNING):
         got = evaluate(Obedient(), left, tmp_path, workers=1, videos=0)
@@ -126,6 +127,6 @@ def test_more_invalid_answers_than_answers_are_refused(tmp_path: Path, invalid: 
     path = tmp_path / "episodes.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ConfigError, match=rf"line 1: .* invalid_answers is {invalid} of 2 answers"):
-        read_records(path, 8)
+        read_records(path, None)
     path.write_text(json.dumps(row | {"invalid_answers": 2}) + "\n")
-    assert [record.invalid_answers for record in read_records(path, 8)] == [2]
+    assert [record.invalid_answers for record in read_records(path, None)] == [2]

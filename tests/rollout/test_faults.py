@@ -122,6 +122,7 @@ def test_the_width_of_batches_is_chosen_from_the_episodes_and_kept(protocol: Mak
     assert header["protocol_sha256"] == replace(few, width=4).sha256() != few.sha256()
     assert few.sha256() == replace(few, width=16).sha256()  # what all evaluations took before
     del header["protocol"]["width"]
+    header["protocol_sha256"] = few.sha256()
     (tmp_path / "evaluation.json").write_text(json.dumps({"identity": header, "environment": {}}))
     assert policy_width(few, tmp_path) == 16  # an evaluation of an earlier version
 

@@ -11,7 +11,7 @@ from vlafit.compare.process import reason
 from vlafit.errors import VlafitError
 from vlafit.files import parse_json, plain_text
 from vlafit.report.facts import Facts
-from vlafit.score import Score, overall
+from vlafit.score import Score, overall, score
 
 FORMAT = 1
 FILE = "arm.json"
@@ -72,6 +72,18 @@ class Figures:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     caveats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise VlafitError if the outcomes of an evaluation are not those that its scores count."""
+        for name, by_task in self.outcomes.items():
+            scores = self.success.get(name, {})
+            for task in {**by_task, **scores}:
+                counted, listed = scores.get(task), score(by_task.get(task, {}).values())
+                if counted != listed:
+                    raise VlafitError(
+                        f"success.{name}: task {task!r} has {counted}, but outcomes.{name} has {listed}; one "
+                        "of the two was changed: put it back, or remove the file and run the comparison again"
+                    )
 
     def score(self, evaluation: str) -> Score | None:
         """Return the score over all tasks; None if the evaluation was not run."""
@@ -169,6 +181,11 @@ def figures(run: Path) -> Figures:
     facts = report.read_facts(run)
     if not facts.finished or facts.plan is None:
         raise VlafitError(f"{run}: the run has not finished")
+    spec = facts.recipe.eval
+    for name, wanted in ((AFTER, spec.after), (WRONG, spec.wrong_instruction)):
+        if spec.protocol and wanted and name not in facts.evaluations:
+            told = [line for line in facts.missing if line.startswith(f"Evaluation {name!r}")]
+            raise VlafitError(f"{run}: {' '.join(told) or f'evaluation {name!r} is missing'}")
     stages = [facts.plan.at(number) for number in range(len(facts.plan.strategy.stages))]
     batch = facts.recipe.train.samples
     speeds = sorted(point.value for point in facts.metrics.get("train/samples_per_s", ()))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vlafit import config, files
-from vlafit.errors import VlafitError, brief
+from vlafit.errors import VlafitError
 from vlafit.files import parse_json, plain_text
 from vlafit.offline import read_result
 from vlafit.recipe import Recipe
+from vlafit.report.evaluations import Evaluation, read_evaluation
 from vlafit.report.logged import Point, read_metrics
-from vlafit.rollout.evaluation_folder import InvalidAnswers, Record, listed_records
+from vlafit.rollout.records import listed_records
 from vlafit.score import Score, errors_notice
 from vlafit.tuning import Plan
 
@@ -26,47 +27,6 @@ STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
 DATA = "data/summary.json"  # written by `training_data`
 OFFLINE = "held_out"  # folder of the evaluations without a simulator
 BEFORE, AFTER, WRONG = "before", "after", "wrong_instruction"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One finished evaluation of the run: a folder in eval/."""
-
-    name: str
-    folder: Path
-    protocol: Mapping[str, Any]
-    protocol_sha256: str
-    actor: str
-    wrong_instruction: bool
-    instructions: Mapping[str, str]  # task -> the instruction that the policy was given
-    tasks: Mapping[str, Score]
-    overall: Score
-    notices: tuple[str, ...]
-    versions: Mapping[str, str]
-    software: Mapping[str, str]
-    renderer: str
-    seconds: float
-    records: tuple[Record, ...]
-
-    @property
-    def step(self) -> int | None:
-        """Optimiser steps before it, if its name has them: step_000500."""
-        digits = self.name.removeprefix("step_")
-        return int(digits) if self.name.startswith("step_") and digits.isdecimal() else None
-
-    @property
-    def invalid_answers(self) -> InvalidAnswers | None:
-        """Answers that were no chunk of actions; None where the policy answers with numbers."""
-        return InvalidAnswers.of(self.records)
-
-    @property
-    def filmed(self) -> list[Record]:
-        """Records of the episodes with a film strip in the folder."""
-        return [r for r in self.records if r.video and self.strip(r).is_file()]
-
-    def strip(self, record: Record) -> Path:
-        """Return the path of a filmed episode's film strip."""
-        return (self.folder / (record.video or "")).with_suffix(".png")
 
 
 @dataclass(frozen=True)
@@ -287,16 +247,14 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
     evaluations = {}
     for name in names:
         path = folder / "eval" / name
-        records = tuple(listed_records(path / "episodes.jsonl"))
-        if not (path / "result.json").is_file():
-            missing.append(f"Evaluation {name!r} stopped after {len(records)} episodes; it is left out.")
-            continue
         try:
-            evaluations[name] = _evaluation(name, path, records)
-        except (ValueError, KeyError, TypeError) as error:
-            missing.append(
-                f"Evaluation {name!r} is left out: its result.json cannot be read ({brief(error)})."
-            )
+            records = tuple(listed_records(path / "episodes.jsonl"))
+            if not (path / "result.json").is_file():
+                missing.append(f"Evaluation {name!r} stopped after {len(records)} episodes; it is left out.")
+                continue
+            evaluations[name] = read_evaluation(name, path)
+        except VlafitError as error:
+            missing.append(f"Evaluation {name!r} is left out: {error}.")
     if not recipe.eval.protocol:
         if not evaluations and not offline:
             missing.append("The recipe names no protocol, so the policy was not evaluated.")
@@ -305,34 +263,6 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
             if wanted and name not in present:
                 missing.append(f"Evaluation {name!r} was requested and has not started.")
     return evaluations
-
-
-def _evaluation(name: str, path: Path, records: tuple[Record, ...]) -> Evaluation:
-    values = parse_json(plain_text(path / "result.json"))
-    return Evaluation(
-        name=name,
-        folder=path,
-        protocol=values["protocol"],
-        protocol_sha256=values["protocol_sha256"],
-        actor=values["actor"],
-        wrong_instruction=values["wrong_instruction"],
-        instructions={task: result["instruction"] for task, result in values["tasks"].items()},
-        tasks={task: _score(result) for task, result in values["tasks"].items()},
-        overall=_score(values["overall"]),
-        notices=tuple(values["notices"]),
-        versions=values["versions"],
-        software=values["software"],
-        renderer=values["renderer"],
-        seconds=float(values["seconds"]),
-        records=records,
-    )
-
-
-def _score(values: Mapping[str, Any]) -> Score:
-    score = Score(int(values["successes"]), int(values["episodes"]), int(values["errors"]))
-    if not 0 <= score.successes <= score.episodes:
-        raise ValueError(f"{score.successes} successes of {score.episodes} episodes")
-    return score
 
 
 def _evaluation_json(evaluation: Evaluation) -> dict[str, Any]:

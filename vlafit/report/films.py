@@ -11,7 +11,7 @@ from PIL import Image
 from vlafit.files import plain_bytes
 from vlafit.report.facts import Evaluation
 from vlafit.report.markup import Raw, muted, tag
-from vlafit.rollout.evaluation import Record
+from vlafit.rollout.records import Record
 from vlafit.rollout.video import BORDER, LABEL, STRIP_FRAMES
 
 BUDGET = 24_000_000  # bytes of pictures and videos in one page, which mail and code hosts still accept

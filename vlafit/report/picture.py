@@ -15,7 +15,7 @@ from vlafit.files import parse_json, plain_text
 from vlafit.report.facts import AFTER, BEFORE, WRONG, Evaluation, Facts
 from vlafit.report.films import separated
 from vlafit.report.plots import read_literally
-from vlafit.rollout.evaluation import Record
+from vlafit.rollout.records import Record
 from vlafit.score import Score, overall
 
 INK, MUTED, GRID = "#1c2024", "#667078", "#e3e6e8"

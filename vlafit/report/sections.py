@@ -22,7 +22,7 @@ from vlafit.report.markup import (
     table,
     tag,
 )
-from vlafit.rollout.evaluation import Record
+from vlafit.rollout.records import Record
 from vlafit.tuning import Plan
 
 TITLES = {BEFORE: "before", AFTER: "after", WRONG: "after, wrong instruction"}

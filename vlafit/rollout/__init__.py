@@ -4,8 +4,9 @@ Environment processes import this package, so nothing here imports torch.
 """
 
 from vlafit.rollout.evaluation import evaluate, policy_width, preflight, robot_of
-from vlafit.rollout.evaluation_folder import Record, Result
+from vlafit.rollout.evaluation_folder import Result
 from vlafit.rollout.protocol import Protocol, load_protocol
+from vlafit.rollout.records import Record
 from vlafit.rollout.shards import Shard, merge
 
 __all__ = [

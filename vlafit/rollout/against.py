@@ -15,15 +15,13 @@ from vlafit import files
 from vlafit.config import build
 from vlafit.errors import ConfigError, brief
 from vlafit.files import plain_text
-from vlafit.rollout.evaluation_folder import read_records
+from vlafit.rollout.evaluation_folder import EvaluationFolder
 from vlafit.rollout.protocol import Protocol
+from vlafit.rollout.records import Record, Start, read_records
 
 ALPHA = 0.05  # probability of telling two policies apart that are alike
 DECIDES_STARTS = ("horizon", "settle_steps", "settle_action", "success", "versions")
 BESIDE = ("name", "purpose", "references", "tasks", "trials", "first_seed", "timeout_s", "swapped", "width")
-
-Start = tuple[str, int]
-"""Task and seed."""
 
 
 @dataclass(frozen=True)
@@ -119,35 +117,43 @@ def read_earlier(path: str | Path, wrong_instruction: bool = False) -> Earlier:
     )
 
 
-def _of_evaluation(folder: Path) -> Earlier:
-    header = folder / "evaluation.json"
-    try:
-        identity = files.parse_json(plain_text(header))["identity"]
-        protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
-        sha256 = str(identity["protocol_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{header}: damaged ({brief(error)}); compare with another evaluation, or play this one again"
-        ) from error
-    outcomes = _outcomes(folder / "episodes.jsonl", protocol.get("horizon"))
-    return Earlier(folder, outcomes, protocol, sha256, wrong)
+def _of_evaluation(path: Path) -> Earlier:
+    folder = EvaluationFolder(path, {})
+    folder.read()
+    identity = folder.identity
+    _require_rows(path / "episodes.jsonl")
+    records = folder.records()
+    folder.require_counted(records)
+    protocol, wrong = dict(identity["protocol"]), bool(identity["wrong_instruction"])
+    return Earlier(path, _outcomes(records), protocol, str(identity["protocol_sha256"]), wrong)
 
 
 def _of_published(folder: Path, name: str) -> Earlier:
-    report = folder / "report.json"
+    report, path = folder / "report.json", folder / f"episodes_{name}.jsonl"
     try:
         facts = files.parse_json(plain_text(report))["evaluations"][name]
         sha256 = str(facts["protocol_sha256"])
+        listed = {(str(e["task"]), int(e["seed"])): (e["success"], e["steps"]) for e in facts["episodes"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{report}: damaged, or without evaluation {name!r} ({brief(error)})") from error
-    outcomes = _outcomes(folder / f"episodes_{name}.jsonl", None)
-    return Earlier(folder, outcomes, {}, sha256, name == "wrong_instruction")
+    records = read_records(path, None)
+    rows = {(record.task, record.seed): (record.success, record.steps) for record in records}
+    for start in listed.keys() | rows.keys():
+        there, here = listed.get(start, "no such episode"), rows.get(start, "no such episode")
+        if there != here:
+            raise ConfigError(
+                f"{path}: task {start[0]}, seed {start[1]}: (success, steps) is {here}, but {report} says "
+                f"{there}; one of the two was changed: fetch both again"
+            )
+    return Earlier(folder, _outcomes(records), {}, sha256, name == "wrong_instruction")
 
 
-def _outcomes(path: Path, horizon: object) -> dict[Start, bool | None]:
+def _require_rows(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{path}: missing; no episode of this evaluation has ended")
-    records = read_records(path, horizon)
+
+
+def _outcomes(records: Iterable[Record]) -> dict[Start, bool | None]:
     return {(record.task, record.seed): record.success for record in records}
 
 

@@ -15,9 +15,9 @@ from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.rollout import memory
-from vlafit.rollout.against import Earlier, Start, compare, require_comparable
+from vlafit.rollout.against import Earlier, compare, require_comparable
 from vlafit.rollout.env_pool import EnvPool
-from vlafit.rollout.evaluation_folder import EvaluationFolder, Record, Result
+from vlafit.rollout.evaluation_folder import EvaluationFolder, Result
 from vlafit.rollout.play import EpisodeRequest, PlayOptions, play
 from vlafit.rollout.prepared import prepare, tasks_of
 from vlafit.rollout.protocol import (
@@ -30,6 +30,7 @@ from vlafit.rollout.protocol import (
     require_unseen,
     require_versions,
 )
+from vlafit.rollout.records import Record, Start
 from vlafit.rollout.shards import Shard
 from vlafit.rollout.worker import Ready
 from vlafit.types import Actor, Embodiment, renderer_notice, require_same
@@ -103,7 +104,9 @@ def evaluate(
         folder.open(resume)
         files.tidy(folder.path / "videos")
         wanted, order = prepared.wanted, prepared.order
-        done = {(record.task, record.seed): record for record in folder.records()}
+        kept = folder.records()
+        folder.require_counted(kept)
+        done = {(record.task, record.seed): record for record in kept}
         remaining = [s for s in order if s not in done or (retry_errors and done[s].error is not None)]
         if (remaining and prepared.end(done) is None) or not folder.is_described:
             folder.reopen()
@@ -112,6 +115,7 @@ def evaluate(
                 _require_playable(protocol, ready, robot, wrong_instruction)
                 notice = _renderer_notice(robot, ready.embodiment)
                 folder.describe(ready, notice, prepared.agreement(ready.embodiment))
+                folder.records()  # against the instructions, which may have been unknown until now
                 width = prepared.trained.width if prepared.trained else IN_FLIGHT
                 in_flight = min(width, len(remaining))
                 pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))

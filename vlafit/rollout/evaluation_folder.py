@@ -10,8 +10,7 @@ import dataclasses
 import json
 import logging
 import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +24,16 @@ from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.rollout import video
 from vlafit.rollout.play import Outcome
+from vlafit.rollout.protocol import Protocol
+from vlafit.rollout.records import (
+    EpisodePlan,
+    InvalidAnswers,
+    Record,
+    difference,
+    film_of,
+    motion,
+    read_records,
+)
 from vlafit.rollout.worker import Ready
 from vlafit.score import Score
 
@@ -32,60 +41,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the folder
 WRITTEN = ("versions", "software", "renderer", "notices")  # of the environment, in evaluation.json
-
-
-@dataclass(frozen=True)
-class Record:
-    """How one episode ended: a line of episodes.jsonl."""
-
-    task: str
-    trial: int
-    seed: int
-    instruction: str
-    """The sentence that the policy was given."""
-    success: bool | None
-    """None if and only if the environment failed, see `error`."""
-    steps: int
-    replans: int
-    wall_s: float
-    """Seconds from reset to end; other episodes run at the same time."""
-    error: str | None = None
-    """The traceback, or the last output, of an environment that failed."""
-    video: str | None = None
-    """The mp4, relative to the folder; the film strip has the same name with the suffix .png."""
-    action_change: float | None = None
-    """Smoothness: mean change of an action from step to step, over dimensions, in the robot's units; less is
-    smoother. None for an episode of fewer than two steps, or of an earlier version."""
-    invalid_answers: int | None = None
-    """Answers, of `replans`, whose tokens made no chunk of actions; None where the policy answers with
-    numbers, and of an earlier version."""
-
-
-@dataclass(frozen=True)
-class InvalidAnswers:
-    """How many answers of a policy that writes tokens made no chunk of actions."""
-
-    answers: int
-    invalid: int
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> "InvalidAnswers | None":
-        """Count those of the records; None where the policy answers with numbers."""
-        counted = [record for record in records if record.invalid_answers is not None]
-        if not counted:
-            return None
-        return cls(sum(r.replans for r in counted), sum(r.invalid_answers or 0 for r in counted))
-
-    @property
-    def rate(self) -> float:
-        return self.invalid / self.answers if self.answers else 0.0
-
-    def to_json(self) -> dict[str, float]:
-        """Return counts and rate for result.json."""
-        return {"answers": self.answers, "invalid": self.invalid, "rate": round(self.rate, 6)}
-
-    def __str__(self) -> str:
-        return f"{self.invalid} of {self.answers} answers were no chunk of actions ({self.rate:.1%})"
 
 
 @dataclass(frozen=True)
@@ -187,11 +142,18 @@ class EvaluationFolder:
                 if not isinstance(values[key], kind):
                     raise TypeError(f"{key} is {values[key]!r}")
             _agreement(environment)
-            return identity, environment
-        except (ValueError, KeyError, TypeError) as error:
+            EpisodePlan.of(identity, environment)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{self.header}: damaged ({brief(error)}); evaluate into another folder, or restore the file"
             ) from error
+        stated, hashes = identity.get("protocol_sha256"), build(Protocol, protocol, str(self.header)).hashes()
+        if stated not in hashes:
+            raise ConfigError(
+                f"{self.header}: protocol_sha256 is {stated!r}, but its protocol's is {hashes[0]!r}: one of "
+                "the two was changed; evaluate into another folder, or restore the file"
+            )
+        return identity, environment
 
     def _write_header(self) -> None:
         header = {"identity": self.identity, "environment": self.described}
@@ -199,18 +161,24 @@ class EvaluationFolder:
 
     def describe(self, ready: Ready, notice: str, agreement: Sequence[Item]) -> None:
         """Write evaluation.json, or check that the environment has not changed since it was written."""
+        swapped = self.identity["protocol"]["swapped"] if self.identity["wrong_instruction"] else {}
+        partners = {
+            swapped[task]: ready.instructions[swapped[task]] for task in self.identity["tasks"] if swapped
+        }
         environment = {
             "versions": dict(sorted(ready.versions.items())),
             "software": _versions(),
             "renderer": ready.embodiment.renderer,
             "hz": ready.embodiment.hz,
             "instructions": {task: ready.instructions[task] for task in self.identity["tasks"]},
+            **({"partners": partners} if partners else {}),
             "notices": [notice] if notice else [],
             "agreement": [item.to_json() for item in agreement],
         }
         for line in environment["notices"]:
             log.warning("%s", line)
-        kept = {"hz": environment["hz"], **self.described}  # an earlier version did not write it
+        later = ("hz", "partners")  # earlier versions did not write these
+        kept = {**{key: environment[key] for key in later if key in environment}, **self.described}
         decides = environment.keys() - {"agreement"}
         changed = [key for key in sorted(decides) if self.described and environment[key] != kept.get(key)]
         if changed:
@@ -223,14 +191,29 @@ class EvaluationFolder:
 
     def records(self) -> list[Record]:
         """Return the records of the episodes that have ended; the last one of an episode counts."""
-        return read_records(self.path / "episodes.jsonl", self.identity["protocol"].get("horizon"))
+        return read_records(self.path / "episodes.jsonl", EpisodePlan.of(self.identity, self.described))
+
+    def require_counted(self, records: Sequence[Record]) -> None:
+        """Raise ConfigError unless result.json, if there is one, counts the records that are there.
+
+        Lines may have been removed to be played again, so more may have been counted.
+        """
+        if (self.path / "result.json").is_file():
+            counted = self._result()
+            latest = {(record.task, record.seed): record for record in records}
+            fault = difference(counted["tasks"], list(latest.values()))
+            if fault:
+                raise ConfigError(
+                    f"{self.path / 'result.json'}: {fault}; one of the two was changed since. Put the lines "
+                    "back as they were, or remove result.json and evaluate again with --resume, which takes "
+                    "the lines as they are"
+                )
 
     def keep(self, outcome: Outcome, hz: float) -> Record:
         """Write an episode's video, if it was filmed, and then its record."""
         request, film = outcome.request, None
         if request.film and outcome.frames:
-            name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{request.task}_{request.seed}")
-            film = f"videos/{name}.mp4"
+            film = film_of(request.task, request.seed)
             video.write_mp4(self.path / film, outcome.frames, hz)
             result = {True: "success", False: "failure", None: "ERROR"}[outcome.success]
             label = (
@@ -264,12 +247,17 @@ class EvaluationFolder:
 
     def seconds(self) -> float:
         """Return the time that a finished evaluation took, from result.json; 0 where there is none."""
+        return float(self._result()["seconds"]) if (self.path / "result.json").is_file() else 0.0
+
+    def _result(self) -> dict[str, Any]:
+        """Return result.json. Raises ConfigError if it has no time or no counts."""
         result_file = self.path / "result.json"
-        if not result_file.is_file():
-            return 0.0
         try:
-            return float(parse_json(plain_text(result_file))["seconds"])
-        except (ValueError, KeyError, TypeError) as error:
+            values = parse_json(plain_text(result_file))
+            float(values["seconds"])
+            difference(values["tasks"], ())
+            return values
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{result_file}: damaged ({brief(error)}); remove this file and evaluate again with "
                 "--resume, which keeps every episode"
@@ -314,7 +302,7 @@ class EvaluationFolder:
                 task: {
                     "instruction": next((r.instruction for r in records if r.task == task), ""),
                     **task_score.to_json(),
-                    **_motion(records, task),
+                    **motion(records, task),
                 }
                 for task, task_score in scores.items()
             },
@@ -334,67 +322,6 @@ class EvaluationFolder:
 
 def _agreement(environment: Mapping[str, Any]) -> tuple[Item, ...]:
     return tuple(map(Item.from_json, environment.get("agreement", ())))
-
-
-def listed_records(path: Path) -> Iterator[Record]:
-    """Yield the lines of episodes.jsonl. One with an error is no failure, whatever its `success` says.
-
-    Raises ConfigError for a line that is no record.
-    """
-    for number, line in enumerate(files.read_json_lines(path), start=1):
-        record = build(Record, line, str(path))
-        if (record.success is None) != (record.error is not None):
-            log.warning(
-                "%s, line %d: task %s, seed %d: success is %s and error %s; counted as an environment error",
-                path, number, record.task, record.seed, json.dumps(record.success),
-                "is not null" if record.error is not None else "is null",
-            )  # fmt: skip
-            error = record.error if record.error is not None else "its record names no error"
-            record = dataclasses.replace(record, success=None, error=error)
-        yield record
-
-
-def read_records(path: Path, horizon: object) -> list[Record]:
-    """Read episodes.jsonl; the last record of an episode counts.
-
-    Raises ConfigError for an episode that ended in two ways, or after the protocol's horizon (None: unknown),
-    and for counts that cannot be.
-    One that ended in an environment error may have been played again.
-    """
-    records = list(listed_records(path))
-    ended: dict[tuple[str, int], Record] = {}
-    for number, record in enumerate(records, start=1):
-        place = f"{path}, line {number}: task {record.task}, seed {record.seed}"
-        if isinstance(horizon, int) and not 0 <= record.steps <= horizon:
-            raise ConfigError(
-                f"{place}: steps is {record.steps}, but the protocol's horizon is {horizon}; remove the "
-                "line, and evaluate again with --resume"
-            )
-        invalid = record.invalid_answers or 0
-        if not 0 <= invalid <= record.replans:
-            raise ConfigError(
-                f"{place}: invalid_answers is {invalid} of {record.replans} answers; remove the line, and "
-                "evaluate again with --resume"
-            )
-        earlier = ended.get((record.task, record.seed), record)
-        if (earlier.success, earlier.steps) != (record.success, record.steps) and earlier.error is None:
-            raise ConfigError(
-                f"{place}: success {record.success} after {record.steps} steps, but an earlier line says "
-                f"{earlier.success} after {earlier.steps}; remove the wrong one, or both to play the episode "
-                "again with --resume"
-            )
-        ended[record.task, record.seed] = record
-    return records
-
-
-def _motion(records: list[Record], task: str) -> dict[str, float | None]:
-    """Return the median steps to success of a task, and the mean smoothness of its episodes."""
-    steps = [record.steps for record in records if record.task == task and record.success]
-    changes = [r.action_change for r in records if r.task == task and r.action_change is not None]
-    return {
-        "median_steps_to_success": float(median(steps)) if steps else None,
-        "action_change": round(sum(changes) / len(changes), 6) if changes else None,
-    }
 
 
 def _short(value: object) -> str:

@@ -11,9 +11,10 @@ from typing import Protocol as Structure
 from vlafit.agreement import INVALID, Item, chosen, evaluation_items, replan_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
-from vlafit.rollout.against import ALPHA, Earlier, Start, read_earlier, require_comparable, stop_after
-from vlafit.rollout.evaluation_folder import FORMAT, Record
+from vlafit.rollout.against import ALPHA, Earlier, read_earlier, require_comparable, stop_after
+from vlafit.rollout.evaluation_folder import FORMAT
 from vlafit.rollout.protocol import Protocol, require_unseen
+from vlafit.rollout.records import Record, Start
 from vlafit.rollout.shards import Shard
 from vlafit.types import Actor, Embodiment, GuidedActor, chunk_of
 

@@ -172,6 +172,10 @@ class Protocol:
 
         The version of the renderer belongs to it, if its pictures have changed.
         """
+        return self.hashes()[0]
+
+    def hashes(self) -> tuple[str, ...]:
+        """Return its hash, and then that of a version before the renderer's pictures changed, if they did."""
         plain = self.to_json()
         beside = ("purpose", "references", "timeout_s")
         deciding = {k: v for k, v in plain.items() if k not in beside and AS_BEFORE.get(k) != v}
@@ -179,9 +183,11 @@ class Protocol:
             del deciding["env"]["perturb"]
         if self.env.name != "libero":
             del deciding["env"]["libero"]
-        if self.env.renderer in RENDERER_VERSIONS:
-            deciding["renderer_version"] = RENDERER_VERSIONS[self.env.renderer]
-        return files.sha256_of_json(deciding)
+        earlier = files.sha256_of_json(deciding)
+        if self.env.renderer not in RENDERER_VERSIONS:
+            return (earlier,)
+        deciding["renderer_version"] = RENDERER_VERSIONS[self.env.renderer]
+        return files.sha256_of_json(deciding), earlier
 
 
 def load_protocol(name_or_path: str | Path) -> Protocol:

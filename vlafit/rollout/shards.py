@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.errors import ConfigError
-from vlafit.rollout.evaluation_folder import EvaluationFolder, Record, Result
+from vlafit.rollout.evaluation_folder import EvaluationFolder, Result
+from vlafit.rollout.records import Record
 
 FOLDER = re.compile(r"shard-(\d+)-of-(\d+)")
 
@@ -68,7 +69,9 @@ def merge(out: Path) -> Result:
     identity, environment = _same(shards)
     records: dict[tuple[str, int], Record] = {}
     for shard in shards:
-        records |= {(record.task, record.seed): record for record in shard.records()}
+        kept = shard.records()
+        shard.require_counted(kept)
+        records |= {(record.task, record.seed): record for record in kept}
     protocol = identity["protocol"]
     seeds = range(protocol["first_seed"], protocol["first_seed"] + identity["trials"])
     order = [(task, seed) for task in identity["tasks"] for seed in seeds]
