@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.train.test_two_processes import free_port
 from tests.train.world import REPOSITORY
 from vlafit import entry_points
+from vlafit.errors import TrainingError
 from vlafit.recipe import Recipe
 from vlafit.train import data_files, processes
 from vlafit.train.experiment import Experiment, build
@@ -95,6 +97,45 @@ def test_two_processes_with_different_recipes_are_refused_by_field_and_a_lost_on
             assert f"; {name} (process 1 differs from process 0)" in said
     assert second.returncode == 9
     assert "lost: process 0 of 2 lost another process" in heard and first.returncode == 0, heard
+
+
+def compare_folders(folders: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return what each process says of (machine, folder of the run) pairs, refusals included."""
+    store = HashStore()
+
+    def ask(rank: int) -> str:
+        machine, out = folders[rank]
+        try:
+            return processes.require_one_folder(out, store, rank, len(folders), machine)
+        except TrainingError as error:
+            return f"refused: {error}"
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(ask, range(len(folders))))
+
+
+@pytest.mark.case(
+    section="machines",
+    report="the run's folder is not where one process was told to write",
+    user_has="`--out` differs between the processes of a machine",
+    now="refused before step 1, with both folders; machines may have folders of their own, which a line says",
+)
+def test_processes_of_a_machine_with_different_folders_are_refused_with_both(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for said in compare_folders([("a", here), ("a", here), ("a", there)]):
+        assert f"process 0 has the run's folder {here}, and process 2 {there}" in said
+        assert "the same --out" in said and said.startswith("refused")
+
+
+def test_one_folder_by_two_names_is_one_and_machines_may_have_their_own(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(here)
+    assert compare_folders([("a", here), ("a", link)]) == ["", ""]
+    first, second = compare_folders([("a", here), ("b", there)])
+    assert first == second and not first.startswith("refused")
+    assert f"written to {here} on a only; {there} on b is read" in first
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ of collectives, finds a process that hangs: a thread of each process counts up i
 
 import gc
 import hashlib
+import json
 import os
 import re
 import sys
@@ -112,6 +113,30 @@ def _why(error: Exception, where: str, world: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- agreement
+
+
+def require_one_folder(out: Path, store: Store, rank: int, world: int, host: str) -> str:
+    """Raise TrainingError, on every process, unless the processes of a machine were given the same folder.
+
+    Machines may have folders of their own; returns a sentence about those whose paths differ, or "".
+    """
+    store.set(f"vlafit/out/{rank}", json.dumps([host, str(out.resolve())]))
+    places = [json.loads(store.get(f"vlafit/out/{other}")) for other in range(world)]
+    first: dict[str, int] = {}
+    for other, (machine, path) in enumerate(places):
+        before = first.setdefault(machine, other)
+        if places[before][1] != path:
+            raise TrainingError(
+                f"process {before} has the run's folder {places[before][1]}, and process {other} {path}; "
+                "only process 0 writes, so start all of them with the same --out, from the same folder"
+            )
+    others = [f"{path} on {machine}" for machine, path in places[1:] if path != places[0][1]]
+    if not others:
+        return ""
+    return (
+        f"the run is written to {places[0][1]} on {places[0][0]} only; {', '.join(dict.fromkeys(others))} is "
+        "read to go on from a checkpoint, and nothing is written there"
+    )
 
 
 @cache

@@ -5,6 +5,7 @@ A run only writes into its own folder; a run that was stopped or killed continue
 
 import logging
 import os
+import socket
 import time
 import traceback
 from collections.abc import Mapping
@@ -159,7 +160,11 @@ def _run(
     callbacks: Callbacks,
 ) -> RunSummary:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    store = processes.connect()
+    store, rank = processes.connect(), int(os.environ.get("RANK", "0"))
+    if store is not None:
+        elsewhere = processes.require_one_folder(out, store, rank, launched, socket.gethostname())
+        if elsewhere and rank == 0:
+            log.warning("%s", elsewhere)
     with launch.hidden_from_accelerate():
         accelerator = Accelerator(
             mixed_precision="no",  # the loop computes in the recipe's precision
