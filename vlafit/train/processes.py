@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from vlafit.errors import TrainingError, printable
+from vlafit.files import parse_json
 
 BEAT_S = 5.0
 SILENT_S = 300.0  # longer than any library holds Python's lock, such as while it writes a checkpoint
@@ -121,7 +122,7 @@ def require_one_folder(out: Path, store: Store, rank: int, world: int, host: str
     Machines may have folders of their own; returns a sentence about those whose paths differ, or "".
     """
     store.set(f"vlafit/out/{rank}", json.dumps([host, str(out.resolve())]))
-    places = [json.loads(store.get(f"vlafit/out/{other}")) for other in range(world)]
+    places = [parse_json(store.get(f"vlafit/out/{other}")) for other in range(world)]
     first: dict[str, int] = {}
     for other, (machine, path) in enumerate(places):
         before = first.setdefault(machine, other)
