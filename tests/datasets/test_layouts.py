@@ -3,11 +3,13 @@
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.datasets.hdf5_writers import any_hdf5, robotwin
 from tests.datasets.layouts import (
     TASKS,
     Demo,
@@ -18,7 +20,7 @@ from tests.datasets.layouts import (
     write_libero,
     write_robomimic,
 )
-from vlafit.datasets import Card, ChunkDataset, open_dataset
+from vlafit.datasets import Card, ChunkDataset, open_dataset, split_episodes
 from vlafit.datasets.card import InstructionCard
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.hdf5_demos import words_of
@@ -144,6 +146,31 @@ def test_files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path):
     write_libero(tmp_path / "set" / "b", everything)
     store = open_dataset(card(tmp_path / "set" / "*" / "*.hdf5"))
     assert len({e.id for e in store.episodes}) == len(store.episodes) == 4
+
+
+@pytest.mark.case(
+    section="data",
+    report="no validation loss for my own HDF5 files",
+    user_has="one episode in each file, whose name is all that tells tasks apart",
+    now="files with one instruction are one task, of which the share of `data.validation` is held out",
+)
+def test_files_of_one_episode_hold_out_the_share_of_each_instruction(tmp_path: Path):
+    everything = demos(10)
+    for number, demo in enumerate(everything):
+        made = any_hdf5(tmp_path / "set" / f"log_{number}", [demo])
+    store = open_dataset(replace(made, path=str(tmp_path / "set" / "*" / "*.h5")))
+    _, held_out = split_episodes(store, 0.2, 0)
+    sentences = [store.episodes[store.index(i)].instruction for i in held_out]
+    assert sorted(sentences) == sorted([demo.instruction for demo in everything[::5]])
+
+
+def test_the_task_of_a_file_that_is_an_episode_is_its_folder_from_the_files_own_on(tmp_path: Path):
+    """RoboTwin puts the files of every task into a folder called data."""
+    everything = in_file_order(demos(2))
+    made = robotwin(tmp_path / "one", everything)
+    assert {e.task for e in open_dataset(made).episodes} == {f"{task}/data" for task in TASKS}
+    single = replace(made, path=str(tmp_path / "one" / TASKS[0] / "data" / "*.hdf5"))
+    assert {e.task for e in open_dataset(single).episodes} == {"data"}
 
 
 @pytest.mark.parametrize(

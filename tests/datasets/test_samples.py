@@ -1,5 +1,6 @@
 """Chunks, splits, statistics, order and augmentation: what training draws from a store."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.datasets.layouts import TASKS, card, demos, in_file_order, write_libero
 from vlafit.datasets import (
     ChunkDataset,
+    EpisodeInfo,
     EpisodeStore,
     SampleOrder,
     arrays_for_statistics,
@@ -21,6 +23,7 @@ from vlafit.datasets import (
     split_episodes,
 )
 from vlafit.datasets.hdf5 import Hdf5Store
+from vlafit.datasets.split import describe_groups
 from vlafit.errors import DataError
 
 
@@ -87,8 +90,6 @@ class _Names(EpisodeStore):
     state = actions = image = close = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        from vlafit.datasets import EpisodeInfo
-
         self.episodes = tuple(EpisodeInfo(f"{t}/{i}", t, t, 3) for t in TASKS for i in range(12))
 
 
@@ -105,6 +106,43 @@ def test_seeds_decide_the_split_and_the_cap_leaves_validation_alone():
 def test_training_episodes_of_a_smaller_cap_are_among_those_of_a_larger():
     few, more = (split_episodes(SPLIT_STORE, 0.3, 0, per_task=n)[0] for n in (2, 5))
     assert set(few) < set(more)
+
+
+def one_file_each(*sentences: str) -> EpisodeStore:
+    """Episodes as a layout lists them that names the task after the file, with one episode in each."""
+    store = _Names()
+    store.episodes = tuple(EpisodeInfo(f"log_{n}", f"log_{n}", text, 3) for n, text in enumerate(sentences))
+    return store
+
+
+def test_files_of_one_episode_with_one_instruction_are_one_task():
+    store = one_file_each(*["fold"] * 10, *["open"] * 10, "wave")
+    for seed in range(5):
+        train, held_out = split_episodes(store, 0.2, seed)
+        sentences = [store.episodes[store.index(i)].instruction for i in held_out]
+        assert Counter(sentences) == {"fold": 2, "open": 2}
+        assert {*train} | {*held_out} == {info.id for info in store.episodes} and "log_20" in train
+    few, same = split_episodes(store, 0.2, 0, per_task=3)
+    assert len(few) == 7 and same == split_episodes(store, 0.2, 0)[1]
+    said = "21 of 21 tasks have one episode (log_0, log_1, log_2, ...): 20 of them share instructions"
+    assert describe_groups(store).startswith(said)
+
+
+@given(count=st.integers(1, 40), share=st.floats(0.0, 0.9), seed=st.integers(0, 99))
+def test_tasks_that_are_one_episode_each_are_split_as_episodes(count: int, share: float, seed: int):
+    store = one_file_each(*map(str, range(count)))
+    train, held_out = split_episodes(store, share, seed, per_task=1)
+    assert len(held_out) == min(round(share * count), count - 1) and len(train) == count - len(held_out)
+    assert not {*train} & {*held_out}
+
+
+def test_single_episodes_change_nothing_for_tasks_that_have_several():
+    store = _Names()
+    alone = EpisodeInfo("alone", "alone", "alone", 3), EpisodeInfo("other", "other", "other", 3)
+    store.episodes = (*SPLIT_STORE.episodes, *alone)
+    before, after = split_episodes(SPLIT_STORE, 0.2, 0), split_episodes(store, 0.2, 0)
+    assert after == ((*before[0], "alone", "other"), before[1])
+    assert describe_groups(SPLIT_STORE) == ""
 
 
 @pytest.mark.parametrize(("share", "per_task"), [(1.0, 0), (-0.1, 0), (0.1, -1)])

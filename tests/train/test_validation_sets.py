@@ -18,9 +18,11 @@ from vlafit.errors import DataError, VlafitError
 from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.shipped import find
 from vlafit.train import run
+from vlafit.train.data import open_data
 from vlafit.train.experiment import build
 from vlafit.train.memory import larger
 from vlafit.train.optim import schedule
+from vlafit.train.split_warnings import split_warnings
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +172,15 @@ def test_a_split_that_holds_nothing_out_is_reported(tmp_path: Path, other: Path)
     alone = write_dots(tmp_path / "alone", episodes=1)
     (warning,) = build(tiny(alone), torch.device("cpu")).warnings
     assert "data.validation = 0.25 holds no episode out, because each of the 2 tasks has one" in warning
+    assert "Set data.validation = 0.5 to hold out one of 2" in warning
     assert "data.validation_sets" in warning and "best" in warning
     sets = tiny(alone, data={"validation_sets": {"old": str(other)}})
     (warning,) = build(sets, torch.device("cpu")).warnings
     assert "only the validation sets tell" in warning
     assert build(tiny(alone, data={"validation": 0.0}), torch.device("cpu")).warnings == ()
+    more = tiny(alone, data={"validation": 0.9}).data
+    (warning,) = split_warnings(more, open_data(more, 0))
+    assert "1 of these are held out, so nothing trains on their instructions ('" in warning
     with pytest.raises(DataError, match="has no episode 'demo_7'; it can be one of: left_demo/demo_0"):
         open_dataset(load_card(alone)).index("demo_7")
 

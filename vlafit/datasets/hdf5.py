@@ -213,8 +213,8 @@ class Hdf5Store(EpisodeStore):
 
 
 def whole_file(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
-    """List the one demonstration that a whole file is; its task is the folder's name."""
-    yield Demonstration("/", name, path.parent.name)
+    """List the one demonstration that a whole file is; its task is its folder, from the files' own on."""
+    yield Demonstration("/", name, name.rpartition("/")[0] or path.parent.name)
 
 
 def declared_length(group: Any) -> int | None:

@@ -344,21 +344,6 @@ def _open_set(where: str, recipe: DataRecipe, cards: tuple[str, ...], data: Data
         yield store
 
 
-def split_warnings(recipe: DataRecipe, data: Data) -> tuple[str, ...]:
-    """Return a sentence where the recipe asks for held-out episodes and the tasks have none to spare."""
-    if not recipe.validation or any(data.validation):
-        return ()
-    tasks = {info.task for store in data.stores for info in store.episodes}
-    each = "its only task has one episode" if len(tasks) == 1 else f"each of the {len(tasks)} tasks has one"
-    instead = (
-        "only the validation sets tell whether it learns"
-        if recipe.validation_sets
-        else "no loss tells whether it learns, and none which checkpoint is the best. Give episodes of one "
-        "task one instruction, record more of them, or name another dataset in data.validation_sets"
-    )
-    return (f"data.validation = {recipe.validation:g} holds no episode out, because {each}: {instead}.",)
-
-
 def declared_warnings(data: Data) -> tuple[str, ...]:
     """Return a sentence for what a dataset's files and card declare, and training does not follow."""
     return tuple(

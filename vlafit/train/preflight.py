@@ -6,7 +6,6 @@ that have less effect than they ask for.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from vlafit import checkpoints
+from vlafit.datasets.split import groups_of
 from vlafit.errors import ConfigError, StrategyError, did_you_mean
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family, family, family_name
@@ -299,7 +299,11 @@ def _few_episodes(recipe: Recipe, data: Data) -> Iterator[str]:
     if not wanted:
         return
     for store, ids in zip(data.stores, data.training, strict=True):
-        counts = Counter(store.episodes[store.index(i)].task for i in ids)
+        counts, trained = dict[str, int](), {*ids}
+        for group in groups_of(store):
+            chosen = [i for i in group.ids if i in trained]
+            names = [store.episodes[store.index(i)].task for i in chosen] if group.alone else [group.name]
+            counts |= dict.fromkeys(names, 1 if group.alone else len(chosen))
         few = [f"{task} {count}" for task, count in counts.items() if count < wanted]
         if few:
             more = f" and {len(few) - 3} more tasks" if len(few) > 3 else ""

@@ -111,6 +111,8 @@ def _open_to_look(path: str, layout: str) -> "tuple[EpisodeStore, Mapping[str, s
 
 
 def _inspect(store: "EpisodeStore", missing: Mapping[str, str]) -> dict[str, Any]:
+    from vlafit.datasets.split import describe_groups
+
     robot, lengths = store.embodiment, [info.length for info in store.episodes]
     tasks: dict[str, int] = {}
     for info in store.episodes:
@@ -131,6 +133,7 @@ def _inspect(store: "EpisodeStore", missing: Mapping[str, str]) -> dict[str, Any
         "state": {"dimensions": robot.state.shape[0], "labels": list(robot.state.labels)},
         "action": {"dimensions": robot.action.shape[0], "labels": list(robot.action.labels)},
         "tasks": tasks,
+        "single": describe_groups(store),
     }
 
 
@@ -168,6 +171,8 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
     lines += [f"{count:>6} x {text}" for text, count in tasks[:10]]
     if len(tasks) > 10:
         lines.append(f"and {len(tasks) - 10} more instructions")
+    if facts["single"]:
+        lines.append(facts["single"])
     left_out = list(facts["left_out"].items())
     lines += [f"left out: {episode}: {reason}" for episode, reason in left_out[:5]]
     if len(left_out) > 5:
