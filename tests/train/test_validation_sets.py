@@ -19,10 +19,10 @@ from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.shipped import find
 from vlafit.train import run
 from vlafit.train.data import open_data
+from vlafit.train.episode_warnings import split_warnings
 from vlafit.train.experiment import build
 from vlafit.train.memory import larger
 from vlafit.train.optim import schedule
-from vlafit.train.split_warnings import split_warnings
 
 
 @pytest.fixture(scope="module")

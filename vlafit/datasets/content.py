@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Collection
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.store import EpisodeStore
 
+_KEPT: WeakKeyDictionary[EpisodeStore, dict[int, tuple[str, ...]]] = WeakKeyDictionary()
 DIGITS = 16  # of a SHA-256: two of a hundred thousand episodes are alike by chance once in 4 billion
 
 
@@ -16,8 +18,15 @@ def content_of(store: EpisodeStore, number: int) -> tuple[str, ...]:
 
     A column that never changes tells nothing and is left out; an episode where neither changes has one digest
     of both. The order of the dimensions does not count. Either digest recognises the episode where a card
-    scales only the other column.
+    scales only the other column. Kept as long as the store.
     """
+    kept = _KEPT.setdefault(store, {})
+    if number not in kept:
+        kept[number] = _content(store, number)
+    return kept[number]
+
+
+def _content(store: EpisodeStore, number: int) -> tuple[str, ...]:
     columns = (store.state(number), store.actions(number))
     telling = [_digest(rows) for rows in columns if len(rows) and np.ptp(rows, axis=0).any()]
     return tuple(telling) or (_short(b"".join(_digest(rows).encode() for rows in columns)),)

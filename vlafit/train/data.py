@@ -17,7 +17,7 @@ from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_d
 from vlafit.datasets.checks import check_declared
 from vlafit.datasets.content import content_of
 from vlafit.datasets.framing import exchanged_keys, frames, frames_of, is_same
-from vlafit.datasets.leaks import require_apart
+from vlafit.datasets.leaks import require_apart, require_once
 from vlafit.datasets.order import shares
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.datasets.relative import with_relative_matches
@@ -184,8 +184,12 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
     for store, (training, validation) in zip(stores, splits, strict=True):
         require_forms(store, (*training, *validation))
     names = [f"card {card.name!r}" for card in cards]
+    robots = [recipe.embodiments.get(card.name, "") for card in cards]
+    chosen = [(name, store, split[0]) for name, store, split in zip(names, stores, splits, strict=True)]
+    for robot in dict.fromkeys(robots):
+        require_once(compress(chosen, [robot == other for other in robots]))
     require_apart(
-        [(name, store, split[0]) for name, store, split in zip(names, stores, splits, strict=True)],
+        chosen,
         [(name, store, split[1]) for name, store, split in zip(names, stores, splits, strict=True)],
     )
     if not any(training for training, _ in splits):

@@ -26,10 +26,10 @@ from vlafit.train.data import (
     renderer_warnings,
 )
 from vlafit.train.delays import train_with_delays
+from vlafit.train.episode_warnings import repeat_warnings, split_warnings
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.packer import chosen_packing
 from vlafit.train.settle import with_field
-from vlafit.train.split_warnings import split_warnings
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
 from vlafit.tuning.inject import compute_adapters_in_bf16
 from vlafit.types import Embodiment, Observation, renderer_notice, require_same
@@ -163,6 +163,7 @@ def build(
             *cameras,
             *split_warnings(recipe.data, data),
             *declared_warnings(data),
+            *repeat_warnings(data),
             *values,
         ),
         base=saved.base,

@@ -1,7 +1,8 @@
-"""Say where the split of a run's episodes holds nothing out, or whole instructions."""
+"""Say what is odd about the episodes of a run: none, or whole instructions, held out; copies."""
 
 from collections.abc import Iterator
 
+from vlafit.datasets.leaks import Repeat, repeats
 from vlafit.datasets.split import groups_of
 from vlafit.observations import short
 from vlafit.recipe import DataRecipe
@@ -41,3 +42,22 @@ def _only_held_out(data: Data) -> Iterator[str]:
                     f"their task; {len(out)} of these are held out, so nothing trains on their instructions "
                     f"({short(sentence)}, say). Give episodes of one task the same instruction"
                 )
+
+
+def repeat_warnings(data: Data) -> tuple[str, ...]:
+    """Return a sentence where episodes of a robot are trained on more than once."""
+    sentences = []
+    for part in data.parts().values():
+        chosen = zip(part.cards, part.stores, part.training, strict=True)
+        found: dict[tuple[str, str, bool], list[Repeat]] = {}
+        for repeat in repeats((f"card {card.name!r}", store, ids) for card, store, ids in chosen):
+            found.setdefault((repeat.where, repeat.first_where, repeat.whole), []).append(repeat)
+        for (where, first_where, whole), those in found.items():
+            others = "others" if where == first_where else f"episodes of {first_where}"
+            change = "" if whole else " with another instruction, or other states or actions"
+            sentences.append(
+                f"{where}: {len(those)} training episodes are copies of {others}{change} "
+                f"({those[0].episode!r} of {those[0].first!r}, say): they count once more. If that is not "
+                "meant, leave them out (episodes.skip in the card)"
+            )
+    return tuple(sentences)
