@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--instruction", required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
-    token = Path(options.token_file).read_text().strip() if options.token_file else ""
+    token = Path(options.token_file).read_text() if options.token_file else ""
 
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
@@ -35,7 +35,7 @@ def main() -> None:
             camera.name: OpenCVCameraConfig(
                 index_or_path=number, fps=30, height=camera.shape[0], width=camera.shape[1]
             )
-            for number, camera in enumerate(policy.embodiment.cameras)
+            for number, camera in enumerate(map(policy.embodiment.camera, policy.expected.seen))
         }
         robot = SO101Follower(SO101FollowerConfig(port=options.port, cameras=cameras))
         limits = vlafit.Limits.of(policy.embodiment, "clip", change=5.0)  # degrees a step
@@ -47,7 +47,7 @@ def main() -> None:
                 begin = time.monotonic()
                 for step in range(int(options.seconds * policy.embodiment.hz)):
                     seen = robot.get_observation()
-                    images = {camera.name: seen[camera.name] for camera in policy.embodiment.cameras}
+                    images = {name: seen[name] for name in cameras}
                     action = control.step(images, [seen[name] for name in joints])
                     robot.send_action(dict(zip(joints, map(float, action), strict=True)))
                     time.sleep(max(0.0, begin + (step + 1) / policy.embodiment.hz - time.monotonic()))

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 
 OUTPUT = "standard output"  # in the place of a file, in an error of writing to it
+LONGEST_URL = 200  # characters of an address in a message
 LONGEST_LINE = 4000  # characters of a line of a message; what a damaged file holds may be far longer
 
 
@@ -84,6 +85,17 @@ def brief(error: Exception) -> str:
         return f"not UTF-8 text: {error.reason} at byte {error.start}"
     text = printable(repr(error))
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def shown_url(url: str) -> str:
+    """Return an address as messages and names of folders show it: without password, query and fragment."""
+    scheme, colon, rest = url.partition("://")
+    if not colon:
+        scheme, rest = "", url
+    rest = rest.partition("?")[0].partition("#")[0]
+    host, slash, path = rest.partition("/")
+    text = f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}"
+    return text if len(text) <= LONGEST_URL else f"{text[:LONGEST_URL]}..."
 
 
 def command_line(*words: object) -> str:

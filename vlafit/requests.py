@@ -8,14 +8,14 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from vlafit import config
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.observations import is_unicode, observation, short
-from vlafit.types import Committed, Embodiment, EpisodeKey, Guidance, Observation
+from vlafit.types import Actor, Committed, Embodiment, EpisodeKey, Guidance, Observation
 
 LARGEST = 2**64 - 1  # of a key's numbers: what a frame can hold
 
@@ -40,6 +40,28 @@ class Expected:
     """Whether it can continue a chunk that is being executed."""
     instructed: bool = True
     """Whether it reads an instruction."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras that it looks at; None: all of the robot's."""
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The names of the cameras that it looks at."""
+        return tuple(c.name for c in self.embodiment.cameras) if self.cameras is None else self.cameras
+
+
+@runtime_checkable
+class ExpectingActor(Protocol):
+    """An actor that says what it can be asked."""
+
+    @property
+    def expected(self) -> Expected:
+        """What it can be asked."""
+        ...
+
+
+def expected_of(actor: Actor, robot: Embodiment) -> Expected:
+    """Return what an actor can be asked; one that does not say reads all that `robot` shows."""
+    return actor.expected if isinstance(actor, ExpectingActor) else Expected(robot)
 
 
 def checked_requests(

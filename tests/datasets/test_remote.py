@@ -304,6 +304,21 @@ def test_a_url_that_is_not_read_is_refused_with_a_way_to_get_the_files(url: str,
         open_dataset(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:SECRET@127.0.0.1:9/set",
+        "https://SECRET@h/set",
+        "https://h/set?sig=SECRET",
+        "s3://k:SECRET@b/set",
+    ],
+)
+def test_a_password_or_query_in_a_url_is_refused_and_not_shown(url: str):
+    with pytest.raises(ConfigError, match="set: holds a password or a query") as caught:
+        open_dataset(url)
+    assert "SECRET" not in str(caught.value)
+
+
 def test_storage_whose_package_is_missing_names_it():
     with pytest.raises(ConfigError, match=r"s3://bucket/set: .* package no_such_s3fs .*pip install"):
         storage.connect("s3", "no_such_s3fs", "s3://bucket/set")

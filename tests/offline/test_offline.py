@@ -19,6 +19,7 @@ from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, matching_
 from vlafit.offline.folder import file_name
 from vlafit.offline.part import Part
 from vlafit.report import offline as report
+from vlafit.requests import Expected
 from vlafit.types import ActionChunk, Feature
 
 FEW = Settings(samples=8, draws=3)
@@ -156,6 +157,16 @@ def test_an_input_that_is_ignored_shows_and_one_that_decides_shows_too(dots, spl
     assert by_input["camera front"]["change"]["value"] == 0.0
     # Without its sentence it aims at 0 instead of 1 or -1 in one of two joints, whose deviation is about 1.
     assert by_input["instruction"]["error_change"]["value"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_what_the_policy_does_not_read_is_not_called_ignored(dots, split, tmp_path):
+    actor = Sampling(dots, 0.1)
+    actor.expected = Expected(dots.embodiment, instructed=False, cameras=())  # as one of another camera says
+    result = numbers(dots, split, tmp_path, actor)
+    assert [one["input"] for one in result["sensitivity"]] == ["state"]
+    assert result["not_read"] == ["instruction", "camera front"]
+    page = report.build(tmp_path).read_text()
+    assert "does not read: instruction, camera front" in page
 
 
 # ------------------------------------------------------------------------------------- what is kept

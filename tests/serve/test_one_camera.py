@@ -1,6 +1,8 @@
 """A policy with one camera that is missing: refused in one sentence, and never said to act without it."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from vlafit.serve.control import Controller
 from vlafit.serve.describe import describe
 from vlafit.serve.options import Options
 from vlafit.serve.server import serving
-from vlafit.types import EpisodeKey, Observation
+from vlafit.types import EpisodeKey, Feature, Observation
 
 STATE, WORDS = np.zeros(2, np.float32), "go to the left"
 
@@ -39,6 +41,27 @@ def test_it_is_refused_and_not_said_to_act(actor: PolicyActor, caplog: pytest.Lo
         ):
             remote.act([Observation({}, STATE, WORDS)], [EpisodeKey(0, "left", 0)])
     assert "acts without it" not in caplog.text
+
+
+def test_a_camera_that_the_policy_does_not_read_may_be_left_out_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = replace(robot(), cameras=(*robot().cameras, Feature("wrist", (16, 16, 3))))
+    local = load_actor(save_checkpoint(tmp_path / "policy", two), steps=1)  # its codec has a slot for front
+    front = np.full(two.cameras[0].shape, 9, np.uint8)
+    sent = []
+    with (
+        serving(local, describe(local), Options(port=0)) as running,
+        connect(running.address) as remote,
+        caplog.at_level(logging.WARNING),
+    ):
+        for actor in (local, remote):
+            assert actor.expected.cameras == ("front",)
+            for more in ({}, {"wrist": None}, {"wrist": front}):
+                with Controller(actor) as control:
+                    control.start(WORDS)
+                    sent.append(control.step({"front": front, **more}, STATE).tobytes())
+    assert len(set(sent)) == 1 and "camera" not in caplog.text
 
 
 @pytest.mark.case(

@@ -77,6 +77,8 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     print(f"{count} episode{'s' * (count != 1)} of {store.card.name}: {result['chosen']}")
     print(f"measured over {result['measured_over']}")
     print(_table(result))
+    if result["not_read"]:
+        print(f"the policy does not read: {', '.join(result['not_read'])}")
     print(report.verdict(result))
     for notice in result["notices"]:
         print(notice)

@@ -67,6 +67,11 @@ class CodecConfig:
     """Steps of a chunk that were trained, the first ones; others are masked and not answered. 0: all."""
 
     @property
+    def named_cameras(self) -> tuple[str, ...]:
+        """The cameras that fill a slot, in order."""
+        return tuple(name for name in self.cameras if name)
+
+    @property
     def answered(self) -> int:
         """Steps of a decoded chunk."""
         return self.valid_steps or self.chunk
@@ -133,7 +138,7 @@ def require_consistent(
 def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer | None) -> None:
     for name in filter(None, config.cameras):
         robot.camera(name)
-    named = [name for name in config.cameras if name]
+    named = config.named_cameras
     if len(set(named)) != len(named):
         raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
     least = {"image_size": 1, "chunk": 1, "history": 1, "max_tokens": 0 if config.prompt is None else 1}

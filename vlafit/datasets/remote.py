@@ -18,7 +18,7 @@ from vlafit.datasets.downloads import Needed
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.datasets.listing import INFO, Listing, Storage, kept_listing
 from vlafit.datasets.web_files import HttpFiles
-from vlafit.errors import ConfigError, DataError
+from vlafit.errors import ConfigError, DataError, shown_url
 
 if TYPE_CHECKING:
     from vlafit.datasets.lerobot.in_place import FilesInPlace
@@ -71,13 +71,13 @@ def in_place(url: str) -> "FilesInPlace | None":
             _looked_at.remove(known)
             if time.monotonic() - known.when < LISTING_HOLDS_S:
                 return known.files
+    scheme, rest = _split(url)
     place = folder()
     if place is None:
         raise ConfigError(
             f"{url}: files are copied before they are read, but {SWITCH} is off; set {SWITCH} to a folder"
         )
     place = place.with_name("in_place")
-    scheme, rest = _split(url)
     try:
         listing = _listing(scheme, rest, url)
     except storage.UnreachableError as error:
@@ -112,10 +112,20 @@ def fetch(url: str, needed: Needed | None = None) -> Path:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Return scheme and the rest of a URL. Raises ConfigError for a scheme that is not read."""
+    """Return scheme and the rest of a URL.
+
+    Raises ConfigError for a scheme that is not read, and for a password or a query, without showing it.
+    """
     match = URL.fullmatch(url)
     assert match is not None
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if ":" in user or (scheme in WEB and (at or "?" in rest)):
+        raise ConfigError(
+            f"{shown_url(url)}: holds a password or a query, which every record of a run would show; leave "
+            "it out (s3://, gs:// and az:// read credentials from the environment), or copy the files to a "
+            "folder and name it"
+        )
     if scheme not in (*STORAGE, HUB, *WEB):
         way = f"its path, {rest}" if scheme == "file" else "rclone copy, for example"
         known = ", ".join(f"{name}://" for name in (*STORAGE, HUB, *WEB))

@@ -16,10 +16,11 @@ from vlafit.errors import ConfigError
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
 from vlafit.offline.episodes import Episodes
 from vlafit.offline.folder import OfflineFolder
-from vlafit.offline.inputs import inputs_of
+from vlafit.offline.inputs import inputs_of, read_by
 from vlafit.offline.numbers import Measured, summarise
 from vlafit.offline.part import Part, ask
 from vlafit.offline.strips import write_strip
+from vlafit.requests import expected_of
 from vlafit.types import Actor
 
 LOCKED_BY = "vlafit eval --data"  # in messages about a folder that is in use
@@ -80,7 +81,8 @@ def evaluate(
     learned = episodes.training or tuple(info.id for info in store.episodes)
     deviation = spread_of_actions((store.actions(store.index(i)) for i in learned), robot.action)
     hold = hold_still(store, learned, deviation)
-    blanked = inputs_of(robot) if settings.inputs else ()
+    read = read_by(expected_of(actor, robot))
+    blanked = tuple(name for name in inputs_of(robot) if name in read) if settings.inputs else ()
     mean_state = np.mean([store.state(store.index(i)).mean(axis=0) for i in learned], axis=0)
     mean = MeanChunk(store, learned)
     folder = OfflineFolder(
@@ -127,6 +129,7 @@ def evaluate(
             "measured_over": _measured_over(measured, settings, episodes.training, len(learned), identity),
             "hold_still": hold.why if isinstance(hold, HoldStill) else hold,
             "mean_chunk": "of the training episodes" if episodes.training else "of all other episodes",
+            "not_read": [name for name in inputs_of(robot) if name not in read],
             "agreement": [item.to_json() for item in agreement],
             "notices": _notices(episodes),
             "seconds": round(time.monotonic() - started, 1),

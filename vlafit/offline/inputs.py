@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.requests import Expected
 from vlafit.types import Embodiment, Observation
 
 GREY = 128  # of a blanked picture: neither dark nor bright
@@ -15,6 +16,12 @@ INSTRUCTION, STATE, CAMERA = "instruction", "state", "camera "
 def inputs_of(robot: Embodiment) -> tuple[str, ...]:
     """Return the inputs that `blank` knows: the instruction, each camera, the state."""
     return (INSTRUCTION, *(CAMERA + camera.name for camera in robot.cameras), STATE)
+
+
+def read_by(expected: Expected) -> tuple[str, ...]:
+    """Return the inputs that an actor reads, in the same order."""
+    words = (INSTRUCTION,) * expected.instructed
+    return (*words, *(CAMERA + name for name in expected.seen), STATE)
 
 
 def blank(observation: Observation, name: str, mean_state: NDArray[np.float32]) -> Observation:

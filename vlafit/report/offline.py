@@ -146,17 +146,19 @@ def details(result: Result, folder: Path, inner: bool = False) -> Raw:
 
 def _sensitivity(result: Result) -> list[Content]:
     rows = []
+    unread = ", ".join(result.get("not_read", ()))
+    more = [tag("p", muted(f"The policy does not read: {unread}."))] if unread else []
     for one in result["sensitivity"]:
         words = "ignored: the answer is the same" if one["ignored"] else ""
         rows.append((one["input"], _mean(one["change"]), _mean(one["error_change"]), words))
     if not rows:
-        return [tag("p", muted("Not measured."))]
+        return [tag("p", muted("Not measured.")), *more]
     text = (
         "One input is blanked at a time (grey picture, mean state, an instruction that says nothing), under "
         "the same noise. An answer that hardly changes does not depend on that input."
     )
     heads = ("blanked", "change of the answer", "change of the error", "")
-    return [tag("p", text, class_="muted"), table(heads, rows, ("", "number", "number", ""))]
+    return [tag("p", text, class_="muted"), table(heads, rows, ("", "number", "number", "")), *more]
 
 
 def _calibration(result: Result) -> Raw:

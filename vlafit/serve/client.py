@@ -15,9 +15,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
-from vlafit.errors import RemoteError
-from vlafit.requests import Request, checked_requests
+from vlafit.errors import RemoteError, shown_url
+from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
+from vlafit.serve.credentials import checked_token, checked_url
 from vlafit.serve.metadata import Described, read_greeting
 from vlafit.serve.protocols import MAX_OBSERVATIONS
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
@@ -35,8 +36,10 @@ class RemoteActor:
     """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 30.0) -> None:
-        self.url = url
-        self._token = token
+        self.url = shown_url(checked_url(url))
+        """The server's address, without a query."""
+        self._address = url
+        self._token = checked_token(token)
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
         self._connection, self._described = self._open()
@@ -51,6 +54,11 @@ class RemoteActor:
         """The server's description of its policy."""
         return self._described
 
+    @property
+    def expected(self) -> Expected:
+        """What it can be asked, the cameras that it looks at among it."""
+        return self._described.expected
+
     def fingerprint(self) -> str:
         """Return what decides the actions; the same as the served actor's own."""
         return self._described.fingerprint
@@ -61,7 +69,7 @@ class RemoteActor:
         Raises EmbodimentError or ConfigError for what a local policy refuses, too, and RemoteError where the
         server refuses one or does not answer.
         """
-        return self._answers(checked_requests(observations, keys, None, self._described.expected))
+        return self._answers(checked_requests(observations, keys, None, self.expected))
 
     def act_guided(
         self,
@@ -70,7 +78,7 @@ class RemoteActor:
         committed: Sequence[Committed | None],
     ) -> list[ActionChunk]:
         """Return one chunk for each observation that continues what is committed there."""
-        return self._answers(checked_requests(observations, keys, committed, self._described.expected))
+        return self._answers(checked_requests(observations, keys, committed, self.expected))
 
     def _answers(self, requests: Sequence[Request]) -> list[ActionChunk]:
         chunks: list[ActionChunk] = []
@@ -134,7 +142,8 @@ class RemoteActor:
         connection = self._reach(
             lambda: made.enter_context(
                 open_connection(
-                    self.url,
+                    self._address,
+                    logger=_quiet_logger(),
                     additional_headers=headers,
                     compression=None,
                     max_size=None,
@@ -158,8 +167,8 @@ class RemoteActor:
     def _reach(self, attempt: Callable[[], T]) -> T:
         try:
             return attempt()
-        except InvalidURI as error:
-            raise RemoteError(f"{self.url!r} is no address of a server; write ws://HOST:PORT") from error
+        except InvalidURI:
+            raise RemoteError(f"{self.url!r} is no address of a server; write ws://HOST:PORT") from None
         except InvalidStatus as error:
             body = (error.response.body or b"").decode(errors="replace").strip()
             raise RemoteError(f"{self.url}: refused ({error.response.status_code}): {body}") from error
@@ -169,11 +178,19 @@ class RemoteActor:
             ) from error
 
 
+def _quiet_logger() -> logging.Logger:
+    """Return a logger for websockets' own lines, which would show the token to whoever logs for debugging."""
+    logger = logging.getLogger("vlafit.serve.client.websockets")
+    logger.setLevel(logging.INFO)
+    return logger
+
+
 def connect(url: str, *, token: str = "", timeout_s: float = 30.0, wait_s: float = 0.0) -> RemoteActor:
     """Connect to a server of `vlafit serve` and return its policy as an actor.
 
     `url` is ``ws://HOST:PORT`` (or ``wss://`` behind a proxy that encrypts); `wait_s` is how long to try
-    again while nothing answers. Raises RemoteError.
+    again while nothing answers. White space around `token`, such as the line break at the end of its file, is
+    left out. Raises RemoteError, and ConfigError for what can be no token.
     """
     until = time.monotonic() + wait_s
     while True:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution, Limits, Plan
 from vlafit.observations import observation
+from vlafit.requests import expected_of
 from vlafit.types import (
     ActionChunk,
     Actor,
@@ -86,6 +87,7 @@ class Controller:
         self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
         self._delays: deque[int] = deque([execution.delay], REMEMBERED)
         self._newest: deque[Observation] = deque(maxlen=history_of(actor))
+        self._read = expected_of(actor, robot).seen  # cameras that the policy looks at
         self._missing: set[str] = set()  # cameras whose absence was logged
         self._episode = -1
         self._instruction = ""
@@ -181,9 +183,9 @@ class Controller:
             pending.exception()
 
     def _log_missing(self, seen: Observation) -> None:
-        for camera in self.embodiment.cameras if seen.images else ():  # without any, the actor refuses
-            if camera.name not in seen.images and camera.name not in self._missing:
-                self._missing.add(camera.name)
-                log.warning(
-                    "camera %r is missing; the policy acts without it (this is logged once)", camera.name
-                )
+        if not set(self._read) & set(seen.images):
+            return  # the actor refuses
+        for camera in self._read:
+            if camera not in seen.images and camera not in self._missing:
+                self._missing.add(camera)
+                log.warning("camera %r is missing; the policy acts without it (this is logged once)", camera)

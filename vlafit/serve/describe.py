@@ -2,6 +2,7 @@
 
 from vlafit.actor import PolicyActor
 from vlafit.errors import ConfigError
+from vlafit.requests import expected_of
 from vlafit.rollout.prepared import TrainedActor
 from vlafit.serve.metadata import Described, software
 from vlafit.types import Actor, GuidedActor, history_of
@@ -16,10 +17,10 @@ def describe(actor: Actor) -> Described:
         )
     guided = isinstance(actor, GuidedActor)
     instructed = True
-    chunk, required, normalisation = 0, tuple(c.name for c in actor.embodiment.cameras), {}
+    chunk, required, normalisation = 0, expected_of(actor, actor.embodiment).seen, {}
     if isinstance(actor, PolicyActor):
         config = actor.codec.config
-        chunk, required = config.answered, tuple(name for name in config.cameras if name)
+        chunk = config.answered
         guided, instructed = actor.expected.guided, actor.expected.instructed
         normalisation = {"state": config.normalisation, "action": config.of_actions}
     return Described(

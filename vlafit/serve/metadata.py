@@ -48,7 +48,7 @@ class Described:
     @property
     def expected(self) -> Expected:
         """What it can be asked."""
-        return Expected(self.embodiment, self.history, self.guided, self.instructed)
+        return Expected(self.embodiment, self.history, self.guided, self.instructed, self.required)
 
 
 def software() -> dict[str, str]:

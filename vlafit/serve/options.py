@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
+from vlafit.serve.credentials import checked_token
 
 AT_MOST = {
     "port": 65535,
@@ -25,7 +26,7 @@ class Options:
     """Address to listen at."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """The key that `Authorization: Api-Key ...` must hold; empty: anybody may ask, which is refused beyond
     this machine."""
     max_clients: int = 64
@@ -43,6 +44,7 @@ class Options:
     chunk."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token", checked_token(self.token, "server: token"))
         for name, least in (("port", 0), ("max_clients", 1), ("max_frame", 1024), ("max_rate", 0.001)):
             if getattr(self, name) < least:
                 raise ConfigError(f"server: {name} must be at least {least}, not {getattr(self, name)}")

@@ -135,14 +135,10 @@ class Server:
             stopping = self._stop.is_set()
             status = http.HTTPStatus.SERVICE_UNAVAILABLE if stopping else http.HTTPStatus.OK
             return connection.respond(status, f"{STOPPING}\n" if stopping else "ok\n")
-        if self.options.token:
-            given = request.headers.get("Authorization", "")
-            wanted = f"Api-Key {self.options.token}"
-            if not hmac.compare_digest(given.encode(), wanted.encode()):
-                self.metrics.refuse("token")
-                return connection.respond(
-                    http.HTTPStatus.UNAUTHORIZED, "send the header Authorization: Api-Key TOKEN\n"
-                )
+        if self.options.token and (problem := self._token_problem(request)):
+            self.metrics.refuse("token")
+            text = f"{problem}; send the header Authorization: Api-Key TOKEN, once\n"
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
         if path == "/metrics":
             return connection.respond(http.HTTPStatus.OK, self.metrics.text())
         if path != "/":
@@ -157,6 +153,17 @@ class Server:
                 f"{self.options.max_clients} clients are connected already\n",
             )
         return None
+
+    def _token_problem(self, request: HttpRequest) -> str:
+        """Return what is wrong with the token of a request, without showing it; "" if it is the server's."""
+        given = request.headers.get_all("Authorization")
+        if not given:
+            return "no token came"
+        wanted = f"Api-Key {self.options.token}"
+        sent = given[0].encode(errors="surrogateescape")
+        if len(given) > 1 or not sent.startswith(b"Api-Key "):
+            return "no token of the form Api-Key TOKEN came"
+        return "" if hmac.compare_digest(sent, wanted.encode()) else "the token is not this server's"
 
     async def _connection(self, connection: ServerConnection) -> None:
         self.metrics.clients += 1

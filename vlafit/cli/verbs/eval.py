@@ -12,7 +12,8 @@ from vlafit.cli.console import Line, differences_table
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, shown_url
+from vlafit.serve.credentials import checked_url
 
 if TYPE_CHECKING:
     from vlafit.execution import Execution
@@ -282,7 +283,7 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
 
         return connect(options.actor, token=token)
 
-    return Path(re.sub(r"\W+", "_", options.actor)), dial
+    return Path(re.sub(r"\W+", "_", shown_url(checked_url(options.actor)))), dial
 
 
 def _execution(options: Namespace, protocol: Path) -> "Execution | None":

@@ -8,6 +8,7 @@ from vlafit.cli import actor as actors
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder
 from vlafit.errors import ConfigError
+from vlafit.serve.credentials import MAKE_ONE, checked_token
 
 ABOUT = """\
 Serve a checkpoint over websockets: to vlafit.connect and `vlafit eval --actor`, to openpi's client, and to
@@ -166,14 +167,17 @@ def read_token(file: str) -> str:
     """Read a token: the text of a file that only its owner may read. Raises ConfigError."""
     path = Path(file)
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        token = checked_token(path.read_text(encoding="utf-8"), f"--token-file {path}")
         mode = path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {path}: cannot be read: {error}") from error
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+    except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--token-file {path}: a token is at least 16 printable characters without spaces; make one with "
-            "python -c 'import secrets; print(secrets.token_urlsafe())'"
+            f"--token-file {path}: is not UTF-8 text, at byte {error.start} (it is not shown); {MAKE_ONE}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error.strerror or error}") from error
+    if len(token) < 16:
+        raise ConfigError(
+            f"--token-file {path}: the token has {len(token)} characters; it needs at least 16; {MAKE_ONE}"
         )
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         raise ConfigError(f"--token-file {path}: other users can read it; chmod 600 {path}")
