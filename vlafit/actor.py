@@ -25,7 +25,7 @@ from vlafit import checkpoints
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
-from vlafit.errors import CodecError, ConfigError
+from vlafit.errors import CodecError, ConfigError, quoted
 from vlafit.inference import accelerated, require_device, with_steps
 from vlafit.nn.activations import same_rows
 from vlafit.nn.batch import Batch, stack
@@ -35,7 +35,6 @@ from vlafit.nn.guidance import GuidedPolicy
 from vlafit.nn.parameters import bytes_of
 from vlafit.nn.policy import Policy
 from vlafit.nn.rng import rollout_rng
-from vlafit.pointers import in_run
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
@@ -286,9 +285,9 @@ class PolicyActor:
         for observation, key in zip(observations, keys, strict=True):
             if steps > 1 and key.replan > 0 and not observation.past:
                 raise CodecError(
-                    f"the policy reads {steps} observation steps, and call {key.replan} of task {key.task!r} "
-                    "only has the newest: fill Observation.past (openpi's frames hold no earlier steps; "
-                    "vlafit's and vla-eval's clients do)"
+                    f"the policy reads {steps} observation steps, and call {key.replan} of task "
+                    f"{quoted(key.task)} only has the newest: fill Observation.past (openpi's frames hold no "
+                    "earlier steps; vlafit's and vla-eval's clients do)"
                 )
 
     def _cut(self, batch: Batch) -> Batch:
@@ -334,7 +333,7 @@ def load_actor(
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.
     """
-    folder = in_run(Path(path)) or checkpoints.place(path).path
+    folder = checkpoints.place(path).path
     if embodiment and (folder / "codec.json").is_file():  # before the weights are loaded
         CodecSet.load(folder).choose(embodiment, where=str(folder))
     loaded = checkpoints.load_all(

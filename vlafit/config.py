@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from vlafit import shipped
-from vlafit.errors import ConfigError, VlafitError, did_you_mean
+from vlafit.errors import ConfigError, VlafitError, did_you_mean, quoted
 from vlafit.files import plain_text
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def load_toml(path: Path, kind: str) -> dict[str, Any]:
             break
         base = values.pop("base")
         if not isinstance(base, str) or not base:
-            raise ConfigError(f"{path}: base: expected the name or path of one {kind}, got {base!r}")
+            raise ConfigError(f"{path}: base: expected the name or path of one {kind}, got {quoted(base)}")
         path = _find_base(base, path, kind)
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
@@ -144,7 +144,7 @@ def _dataclass(cls: type[T], values: Any, where: str, key: str) -> T:
     for name in values:
         if name not in fields:
             inside = f" in [{key}]" if key else ""
-            raise ConfigError(f"{where}: unknown key {name!r}{inside}{did_you_mean(str(name), fields)}")
+            raise ConfigError(f"{where}: unknown key {quoted(name)}{inside}{did_you_mean(str(name), fields)}")
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         at = f"{key}.{name}" if key else name
@@ -169,7 +169,7 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
                 did_you_mean(value, [a for a in args if isinstance(a, str)]) if isinstance(value, str) else ""
             )
             hint = near if "did you mean" in near else ""
-            raise ConfigError(f"{where}: {key}: {value!r} is not one of {options}{hint}")
+            raise ConfigError(f"{where}: {key}: {quoted(value)} is not one of {options}{hint}")
         return value
     if origin is tuple:
         return _tuple(args, value, where, key)
@@ -254,7 +254,7 @@ def _name(kind: Any) -> str:
 
 def _wrong(where: str, key: str, expected: str, value: Any) -> ConfigError:
     at = f"{where}: {key}: " if key else f"{where}: "
-    return ConfigError(f"{at}expected {expected}, got {value!r}")
+    return ConfigError(f"{at}expected {expected}, got {quoted(value)}")
 
 
 # --------------------------------------------------------------------------------------------------- writing

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 
 OUTPUT = "standard output"  # in the place of a file, in an error of writing to it
+LONGEST_QUOTE = 200  # characters of what a user or a file gave, in a message
 LONGEST_URL = 200  # characters of an address in a message
 LONGEST_LINE = 4000  # characters of a line of a message; what a damaged file holds may be far longer
 
@@ -77,6 +78,17 @@ _CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 
 def printable(text: str) -> str:
     """Return `text` with control characters as escapes, so that no terminal obeys them."""
     return text.translate(_CONTROLS)
+
+
+def quoted(value: object, most: int = LONGEST_QUOTE) -> str:
+    """Return a value as a message quotes it: its `repr`, of which a long one is cut, with its length."""
+    if isinstance(value, str) and len(value) > most:
+        return f"{value[:most]!r}... ({len(value)} characters)"
+    try:
+        text = repr(value)
+    except Exception:  # a number of more than 4300 digits, or an object of another library
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def brief(error: Exception) -> str:

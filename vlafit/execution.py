@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.errors import ConfigError, EmbodimentError, quoted
 from vlafit.types import ActionChunk, Committed, Embodiment, Guidance
 
 Mode = Literal["chunk", "ensemble", "real_time"]
@@ -42,13 +42,11 @@ class Execution:
         for name, least in (("replan", 1), ("delay", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ConfigError(f"execution: {name} must be a whole number, not {value!r}")
+                raise ConfigError(f"execution: {name} must be a whole number, not {quoted(value)}")
             if getattr(self, name) < least:
-                raise ConfigError(f"execution: {name} must be at least {least}, not {getattr(self, name)}")
+                raise ConfigError(f"execution: {name} must be at least {least}, not {quoted(value)}")
             if getattr(self, name) > MOST_STEPS:
-                raise ConfigError(
-                    f"execution: {name} must be at most {MOST_STEPS}, not {getattr(self, name)}"
-                )
+                raise ConfigError(f"execution: {name} must be at most {MOST_STEPS}, not {quoted(value)}")
         if not np.isfinite(self.decay):
             raise ConfigError(f"execution: decay must be a number, not {self.decay}")
         if not 0 < self.guidance.max_weight < np.inf:
@@ -175,7 +173,9 @@ class Limits:
             try:
                 values = np.array(getattr(self, name), np.float64)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"limits: {name} must be numbers, not {getattr(self, name)!r}") from error
+                raise ConfigError(
+                    f"limits: {name} must be numbers, not {quoted(getattr(self, name))}"
+                ) from error
             if values.ndim != 1 or np.isnan(values).any():
                 raise ConfigError(
                     f"limits: {name} must be a number for each dimension, not {values.tolist()}"
@@ -215,7 +215,7 @@ class Limits:
         try:
             limit = float("inf") if change is None else float(change)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"limits: change must be a number, not {change!r}") from error
+            raise ConfigError(f"limits: change must be a number, not {quoted(change)}") from error
         return cls(
             np.array(action.low or [-np.inf] * dimensions),
             np.array(action.high or [np.inf] * dimensions),
@@ -235,10 +235,15 @@ class Limits:
             raise EmbodimentError(f"stopped: an action of shape {action.shape}, and {len(self.low)} limits")
         low, high = self.low, self.high
         if before is not None:
-            low, high = np.maximum(low, before - self.change), np.minimum(high, before + self.change)
-        allowed = np.minimum(np.maximum(action, low), high).astype(np.float32)
-        # Bounds are rounded to float32 with the action, so that a value on one is not outside it.
-        outside = np.flatnonzero(allowed != action)
+            # The step's limit is that which holds where `before` is outside of the range.
+            least, most = before - self.change, before + self.change
+            low, high = np.clip(low, least, most), np.clip(high, least, most)
+        allowed = _inside(action, low, high)
+        if before is not None:
+            too_far = np.abs(allowed - before.astype(np.float64)) > self.change  # by the rounding of a bound
+            allowed = np.where(too_far, np.nextafter(allowed, before, dtype=np.float32), allowed)
+        # A value that is a bound's nearest float32 is on it, and not outside.
+        outside = np.flatnonzero(np.clip(action, low, high).astype(np.float32) != action)
         if len(outside) and self.on_violation == "stop":
             listed = "; ".join(
                 f"{self.labels[i] if self.labels else f'dimension {i}'} {action[i]:.6g}, permitted from "
@@ -249,10 +254,20 @@ class Limits:
         return allowed
 
 
+def _inside(
+    action: NDArray[np.float32], low: NDArray[np.float64], high: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Return the nearest float32 that is not beyond the bounds; the bound's nearest where none is between."""
+    near = np.clip(action, low, high).astype(np.float32)
+    inward = np.where(near > high, np.nextafter(near, np.float32(-np.inf)), near)
+    inward = np.where(near < low, np.nextafter(near, np.float32(np.inf)), inward)
+    return np.where((inward < low) | (inward > high), near, inward)
+
+
 def _require_one_of(where: str, value: object, names: Any) -> None:
     if value not in get_args(names):
         known = ", ".join(map(repr, get_args(names)))
-        raise ConfigError(f"{where} must be one of {known}, not {value!r}")
+        raise ConfigError(f"{where} must be one of {known}, not {quoted(value)}")
 
 
 def with_replan(execution: Execution, replan: int) -> Execution:

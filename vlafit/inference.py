@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from vlafit.errors import ConfigError
+from vlafit.errors import LONGEST_QUOTE, ConfigError, quoted
 from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
@@ -34,7 +34,7 @@ def accelerated(policy: Policy, compile: bool = False, quantise: str = "") -> Po
     Returns the policy. Raises ConfigError where it cannot be quantised.
     """
     if quantise not in ("", "int8"):
-        raise ConfigError(f"quantise {quantise!r}: must be 'int8', or empty for none")
+        raise ConfigError(f"quantise {quoted(quantise)}: must be 'int8', or empty for none")
     if quantise and compile:
         raise ConfigError("quantise = 'int8' was not tried with compile; use one of the two")
     if quantise:
@@ -55,8 +55,8 @@ def require_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:LONGEST_QUOTE]
         raise ConfigError(
-            f"device {name!r} cannot be used here ({reason}); take cpu, or cuda on a GPU"
+            f"device {quoted(name)} cannot be used here ({reason}); take cpu, or cuda on a GPU"
         ) from error
     return device

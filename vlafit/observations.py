@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import EmbodimentError, brief, did_you_mean
+from vlafit.errors import EmbodimentError, brief, did_you_mean, quoted
 from vlafit.types import Embodiment, Feature, Observation
 
 # unknown names in an error, and characters of each: whoever sends thousands reads few
@@ -179,5 +179,4 @@ def short(value: Any) -> str:
     """Return what a value is, in a few words."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return quoted(value, 60) if isinstance(value, str | int | float | bool | None) else type(value).__name__

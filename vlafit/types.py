@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import EmbodimentError
+from vlafit.errors import EmbodimentError, quoted
 
 NOTHING: Mapping[str, NDArray] = MappingProxyType({})  # an empty, read-only mapping
 
@@ -160,7 +160,7 @@ class Embodiment:
             if camera.name == name:
                 return camera
         listed = ", ".join(c.name for c in self.cameras)
-        raise EmbodimentError(f"embodiment {self.name!r} has no camera {name!r}; it has: {listed}")
+        raise EmbodimentError(f"embodiment {self.name!r} has no camera {quoted(name)}; it has: {listed}")
 
 
 def plain_unit(unit: str) -> str:

@@ -113,7 +113,7 @@ def test_actions_stay_within_the_limits_of_the_robot() -> None:
     with Controller(Summing(), limits=Limits.of(Summing.embodiment, change=0.25)) as control:
         control.start(WORDS)
         actions = [control.step(seen(i).images, seen(i).state) for i in range(12)]
-    assert (np.abs(np.diff(actions, axis=0)) <= 0.25 + 1e-6).all()
+    assert (np.abs(np.diff(actions, axis=0)) <= 0.25).all()
     assert (np.array(actions) >= [-1, -1, 0]).all() and (np.array(actions) <= 1).all()
     with Controller(Summing(), limits=Limits.of(Summing.embodiment, "stop", change=0.25)) as control:
         control.start(WORDS)

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tests.serve.robots import ROBOT
 from vlafit.errors import ConfigError, EmbodimentError
@@ -119,6 +122,40 @@ def test_a_step_that_is_too_far_is_shortened() -> None:
     limits = Limits.of(ROBOT, change=0.125)
     assert limits.apply(np.float32([1, -1, 0.5]), np.float32([0, 0, 0.5])).tolist() == [0.125, -0.125, 0.5]
     assert limits.apply(np.float32([1, -1, 0.5]), None).tolist() == [1, -1, 0.5]
+
+
+NUMBERS = st.floats(-1e6, 1e6, width=32)
+
+
+@given(NUMBERS, NUMBERS, st.floats(0, 1e3), NUMBERS, st.floats(0, 1e3))
+@example(0.30000001192092896, 1.0, 0.05, -10.0, 1e3)
+@example(0.0, 1.0, 0.05, -10.0, 1e3)
+def test_no_rounding_carries_an_action_beyond_a_limit(
+    before: float, action: float, change: float, low: float, width: float
+) -> None:
+    limits = Limits(np.array([low]), np.array([low + width]), np.array([change]))
+    (first,) = limits.apply(np.float32([action]), None)
+    sent = limits.apply(np.float32([action]), np.float32([before]))
+    assert abs(Fraction(float(sent[0])) - Fraction(before)) <= Fraction(change)
+    assert abs(sent - np.float32([before])) <= np.float32(change)
+    narrow = np.float32([low, low + width])
+    if narrow[0] < narrow[1]:  # else no float32 may lie between
+        assert Fraction(low) <= Fraction(float(first)) <= Fraction(low + width)
+
+
+def test_a_value_on_a_bound_that_float32_cannot_hold_is_not_outside_it() -> None:
+    limits = Limits(np.array([-1.1]), np.array([1.1]), np.array([0.05]), on_violation="stop")
+    for value in (1.1, -1.1):  # float32's nearest is beyond
+        assert abs(float(limits.apply(np.float32([value]), None)[0])) <= 1.1
+    assert float(limits.apply(np.float32([0.05]), np.zeros(1, np.float32))[0]) <= 0.05
+    with pytest.raises(EmbodimentError, match="outside the limits"):
+        limits.apply(np.float32([0.0501]), np.zeros(1, np.float32))
+
+
+def test_from_outside_of_the_range_the_robot_returns_at_the_steps_limit() -> None:
+    limits = Limits(np.zeros(1), np.ones(1), np.full(1, 0.25))
+    for before, sent in ((3.0, 2.75), (-3.0, -2.75)):
+        assert limits.apply(np.float32([0.5]), np.float32([before])).tolist() == [sent]
 
 
 def test_stop_names_the_joint_the_value_and_what_is_permitted() -> None:

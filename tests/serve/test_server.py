@@ -1,6 +1,7 @@
 """One port, three protocols: whoever asks properly is answered, and whoever does not harms nobody."""
 
 import dataclasses
+import http.client
 import socket
 import threading
 import urllib.error
@@ -466,6 +467,33 @@ def test_health_and_metrics_are_plain_http(serve: Serve) -> None:
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert lines['vlafit_requests_total{protocol="vlafit"}'] == "1" and lines["vlafit_clients"] == "1"
     assert lines["vlafit_batch_rows_sum"] == "6.000000" and lines["vlafit_queue_seconds_count"] == "6"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/nowhere"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "DELETE", "OPTIONS"])
+def test_another_method_than_get_is_answered_by_405(serve: Serve, method: str, path: str) -> None:
+    running = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=10)  # type: ignore[union-attr]
+    connection.request(method, path, body=b"x" * 100_000 if method in ("POST", "PUT") else None)
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET")
+    assert (b"only GET" in answer.read()) == (method != "HEAD")
+    connection.close()
+    wait_until(lambda: not running.server._busy and running.metrics.clients == 0)  # type: ignore[union-attr]
+    assert get(running, "/healthz")[0] == 200
+
+
+def test_a_request_that_comes_in_pieces_is_answered_all_the_same(serve: Serve) -> None:
+    port = serve().server.port  # type: ignore[union-attr]
+    for request, status in (
+        (b"POST /healthz HTTP/1.1\r\n\r\n", b"405"),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", b"200"),
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for i in range(len(request)):
+                raw.sendall(request[i : i + 1])
+            assert raw.recv(64).split()[1] == status
 
 
 def test_a_server_that_stops_answers_what_is_in_work(serve: Serve) -> None:

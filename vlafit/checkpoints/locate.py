@@ -12,7 +12,7 @@ from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.native.adapters import Base, read_base
 from vlafit.checkpoints.formats.native.read import MANIFEST
 from vlafit.checkpoints.hub import Place
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, brief, quoted
 
 
 def place(reference: str | Path) -> Place:
@@ -21,6 +21,14 @@ def place(reference: str | Path) -> Place:
     The folder of a run means its last checkpoint.
     """
     hub.refuse_address(str(reference))
+    try:
+        return _place(reference)
+    except OSError as error:  # a name that is too long, or a loop of links
+        problem = error.strerror or brief(error)
+        raise ConfigError(f"checkpoint {quoted(str(reference))}: cannot be looked for: {problem}") from None
+
+
+def _place(reference: str | Path) -> Place:
     inside = pointers.in_run(files.expand_user(reference)) if str(reference) else None
     if inside is not None:
         return hub.place(inside, ())

@@ -11,7 +11,7 @@ from vlafit import config as configuration
 from vlafit.checkpoints.assign import DTYPES, Dtype
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.codec.tokenizer import load as load_tokenizer
-from vlafit.errors import ConfigError, WeightsError, did_you_mean
+from vlafit.errors import ConfigError, WeightsError, did_you_mean, quoted
 
 WIDTHS = ("state_dim", "action_dim")  # what `resize` may change of a checkpoint
 
@@ -161,5 +161,7 @@ def parse_dtype(dtype: str | torch.dtype) -> Dtype:
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if not isinstance(name, str) or name not in DTYPES:
         ways = ", ".join(f"{known!r} or torch.{known}" for known in DTYPES)
-        raise WeightsError(f"dtype {dtype!r} is not one that policies are loaded or written in: give {ways}")
+        raise WeightsError(
+            f"dtype {quoted(dtype)} is not one that policies are loaded or written in: give {ways}"
+        )
     return cast(Dtype, name)

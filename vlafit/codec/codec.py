@@ -22,7 +22,7 @@ from vlafit.codec.images import fit_image
 from vlafit.codec.prompts import FORMS
 from vlafit.codec.statistics import FAR, MixedNormaliser, Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError, ConfigError
+from vlafit.errors import CodecError, ConfigError, quoted
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
@@ -333,7 +333,7 @@ class Codec:
         room = self.config.max_tokens
         if len(ids) > room:
             raise CodecError(
-                f"the prompt {''.join(text)!r} has {len(ids)} tokens, the policy takes {room}; "
+                f"the prompt {quoted(''.join(text))} has {len(ids)} tokens, the policy takes {room}; "
                 "shorten the instruction or raise max_tokens"
             )
         tokens = np.full(room, tokenizer.pad, dtype=np.int64)

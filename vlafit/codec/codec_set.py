@@ -15,7 +15,7 @@ from vlafit.codec import codec_file
 from vlafit.codec.codec import Codec
 from vlafit.codec.codec_file import OWN
 from vlafit.codec.tokenizer import Tokenizer
-from vlafit.errors import CodecError, ConfigError, did_you_mean
+from vlafit.errors import CodecError, ConfigError, did_you_mean, quoted
 
 
 class CodecSet:
@@ -88,7 +88,7 @@ class CodecSet:
         if name:
             if name not in self:
                 near = did_you_mean(name, self.names, listed=False)
-                raise ConfigError(f"{where}: there is no embodiment {name!r}{near}; it has: {listed}")
+                raise ConfigError(f"{where}: there is no embodiment {quoted(name)}{near}; it has: {listed}")
             return self[name]
         if len(self) > 1:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Read data cards and open the datasets they describe."""
 
 import dataclasses
+import errno
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from vlafit.datasets.aligned import Aligned
 from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
 from vlafit.datasets.store import EpisodeStore
-from vlafit.errors import ConfigError, DataError, command_line, did_you_mean
+from vlafit.errors import ConfigError, DataError, command_line, did_you_mean, quoted
 from vlafit.files import expand_user
 
 LONGEST_PATH = 4096  # characters, with which POSIX systems end
@@ -27,7 +28,12 @@ def load_card(name_or_path: str | Path) -> Card:
     its layout can describe it, as LeRobot's can. Raises ConfigError saying what is invalid in the card.
     """
     _require_name(name_or_path)
-    data, url = _data_at(name_or_path)
+    try:
+        data, url = _data_at(name_or_path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise DataError(f"{quoted(str(name_or_path))}: is too long for the name of a file") from None
     if data is not None:
         draft = describe(data)
         if remote.is_url(str(name_or_path)):

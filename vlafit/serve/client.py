@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
-from vlafit.errors import RemoteError, shown_url
+from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
 from vlafit.serve.credentials import checked_token, checked_url
@@ -125,7 +125,7 @@ class RemoteActor:
             except ConnectionClosed as again:
                 raise RemoteError(f"{self.url}: the connection broke twice: {again}") from again
         if isinstance(answer, str):
-            raise RemoteError(f"{self.url}: {answer}")
+            raise RemoteError(f"{self.url}: {answer[:LONGEST_LINE]}")
         return wire.unpack(answer)
 
     def _exchange(self, frame: bytes) -> bytes | str:
@@ -161,7 +161,7 @@ class RemoteActor:
             ) from error
         if isinstance(frame, str):
             connection.close()
-            raise RemoteError(f"{self.url}: {frame}")
+            raise RemoteError(f"{self.url}: {frame[:LONGEST_LINE]}")
         return connection, read_greeting(wire.unpack(frame), self.url)
 
     def _reach(self, attempt: Callable[[], T]) -> T:
@@ -170,8 +170,10 @@ class RemoteActor:
         except InvalidURI:
             raise RemoteError(f"{self.url!r} is no address of a server; write ws://HOST:PORT") from None
         except InvalidStatus as error:
-            body = (error.response.body or b"").decode(errors="replace").strip()
+            body = (error.response.body or b"").decode(errors="replace").strip()[:LONGEST_LINE]
             raise RemoteError(f"{self.url}: refused ({error.response.status_code}): {body}") from error
+        except UnicodeError as error:
+            raise RemoteError(f"{self.url}: is the name of no machine: {brief(error)}") from None
         except (OSError, TimeoutError, InvalidHandshake) as error:
             raise RemoteError(
                 f"{self.url}: cannot be reached ({error}); is `vlafit serve` running there?"

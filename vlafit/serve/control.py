@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution, Limits, Plan
-from vlafit.observations import observation
+from vlafit.observations import observation, short
 from vlafit.requests import expected_of
 from vlafit.types import (
     ActionChunk,
@@ -66,6 +66,10 @@ class Controller:
         embodiment: Embodiment | None = None,
     ) -> None:
         """Raises ConfigError where the actor cannot act so. `embodiment` is the actor's own unless given."""
+        if not isinstance(execution, Execution):
+            raise ConfigError(f"execution must be a vlafit.Execution, not {short(execution)}")
+        if limits is not None and not isinstance(limits, Limits):
+            raise ConfigError(f"limits must be vlafit.Limits, or None, not {short(limits)}")
         robot = embodiment or (actor.embodiment if isinstance(actor, Embodied) else None)
         if robot is None:
             raise ConfigError(

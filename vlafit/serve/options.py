@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, quoted
 from vlafit.execution import Execution
 from vlafit.serve.credentials import checked_token
 
@@ -55,8 +55,8 @@ class Options:
             raise ConfigError(f"server: timeout_s must be positive, not {self.timeout_s}")
         if not self.token and not _is_loopback(self.host):
             raise ConfigError(
-                f"server: host {self.host!r} can be reached from other machines, and whoever reaches it can "
-                "ask for actions; give a token (--token-file), or listen at 127.0.0.1"
+                f"server: host {quoted(self.host)} can be reached from other machines, and whoever reaches "
+                "it can ask for actions; give a token (--token-file), or listen at 127.0.0.1"
             )
 
 

@@ -25,6 +25,7 @@ from vlafit.errors import ConfigError, VlafitError
 from vlafit.execution import Execution
 from vlafit.serve import wire
 from vlafit.serve.batcher import Batcher
+from vlafit.serve.http_methods import Connection
 from vlafit.serve.metadata import Described, greeting
 from vlafit.serve.metrics import Metrics
 from vlafit.serve.options import Options
@@ -89,6 +90,7 @@ class Server:
                 options.host,
                 options.port,
                 process_request=self._http,
+                create_connection=Connection,
                 origins=[None],  # no page in a browser may talk to a server on loopback
                 compression=None,
                 max_size=options.max_frame,
