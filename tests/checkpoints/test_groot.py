@@ -123,7 +123,7 @@ def assert_same_codec(one: Codec | None, two: Codec | None) -> None:
         assert np.array_equal(one.decode(chunk, seen).actions, two.decode(chunk, seen).actions)
 
 
-@pytest.mark.parametrize("target", ["lerobot", "groot", "native"])
+@pytest.mark.parametrize("target", ["lerobot", "native"])
 def test_what_is_exported_is_read_back_bit_for_bit(target: str, loaded: checkpoints.Loaded, tmp_path: Path):
     out = tmp_path / "out"
     if target == "native":

@@ -8,7 +8,7 @@ training, evaluation and serving alike. Nothing here imports torch.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,7 @@ class Codec:
         tokenizer: Tokenizer | None,
         embodiment_id: int | None = None,
         action_tokenizer: FastTokenizer | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises CodecError or EmbodimentError where these do not belong together."""
         self.config = config
@@ -73,6 +74,10 @@ class Codec:
         self.tokenizer = tokenizer
         self.embodiment_id = embodiment_id
         self.action_tokenizer = action_tokenizer
+        self.origin = dict(origin or {})
+        """What the files that it was read from say beyond it, as JSON, so that their format can write them
+        again. Nothing is computed from it.
+        """
         self.columns = columns_of(config, embodiment)
         """What is learned of the robot's states and actions."""
         require_consistent(config, embodiment, self.columns, self.statistics, tokenizer)
@@ -171,6 +176,7 @@ class Codec:
             self.tokenizer,
             self.embodiment_id if embodiment_id is None else embodiment_id,
             None if config.action_tokens is None else actions,
+            self.origin,
         )
 
     def _observed(
@@ -262,7 +268,9 @@ class Codec:
     @property
     def parts(self) -> codec_file.CodecParts:
         """What it is made of, beside the tokenizer."""
-        return codec_file.CodecParts(self.config, self.embodiment, self.statistics, self.embodiment_id)
+        return codec_file.CodecParts(
+            self.config, self.embodiment, self.statistics, self.embodiment_id, self.origin
+        )
 
     def save(self, folder: Path) -> None:
         """Write codec.json and tokenizer/ into `folder`."""
@@ -282,7 +290,7 @@ class Codec:
                 f"{folder / 'codec.json'}: holds {len(parts)} embodiments ({names}); read it by CodecSet.load"
             )
         one = parts[0]
-        return cls(one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions)
+        return cls(one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions, one.origin)
 
     def _made_action_text(self) -> ActionText | None:
         """Raises CodecError where action tokens lack a tokenizer, or a tokenizer has no use."""

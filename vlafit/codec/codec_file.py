@@ -29,6 +29,7 @@ KEYS = {
     FORMAT: {"format", "config", "embodiment", "statistics"},
     SEVERAL: {"format", "config", "embodiments"},
 }
+ORIGIN = "origin"  # written only where it is not empty
 
 
 class CodecParts(NamedTuple):
@@ -38,6 +39,8 @@ class CodecParts(NamedTuple):
     embodiment: Embodiment
     statistics: Mapping[str, Statistics]
     embodiment_id: int | None
+    origin: Mapping[str, Any]
+    """What the files that it was read from say beyond it; see `Codec`."""
 
 
 def write(
@@ -60,6 +63,7 @@ def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
             "config": shared,
             "embodiment": asdict(first.embodiment),
             "statistics": {first.embodiment.name: _statistics(first)},
+            **_origin(first),
         }
     return {
         "format": SEVERAL,
@@ -70,6 +74,7 @@ def _content(parts: Sequence[CodecParts]) -> dict[str, object]:
                 "config": {name: value for name, value in _written(one.config).items() if name in OWN},
                 "embodiment": asdict(one.embodiment),
                 "statistics": _statistics(one),
+                **_origin(one),
             }
             for one in parts
         },
@@ -97,25 +102,36 @@ def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None, FastTokenize
         if not isinstance(every, dict) or not isinstance(every.get(embodiment.name), dict):
             raise CodecError(f"{path}: no statistics for embodiment {embodiment.name!r}")
         where = f"{path}: statistics.{embodiment.name}"
-        entries = [(None, content["config"], embodiment, every[embodiment.name], where)]
+        origin = _require_table(content.get(ORIGIN, {}), f"{path}: {ORIGIN}")
+        entries = [(None, content["config"], embodiment, every[embodiment.name], where, origin)]
     else:
         entries = [_entry(path, content, name) for name in _table(content["embodiments"], path)]
     words: Tokenizer | None = None
     actions: FastTokenizer | None = None
     parts = []
-    for number, settings, embodiment, values, where in entries:
+    for number, settings, embodiment, values, where, origin in entries:
         config = configuration.build(CodecConfig, settings, f"{path}: config")
         if config.prompt is not None and words is None:
             words = tokenizers.load(folder / "tokenizer")
         if config.action_tokens is not None and actions is None:
             actions = fast.load(folder / "action_tokenizer")
         statistics = {n: Statistics.from_json(v, f"{where}.{n}") for n, v in values.items()}
-        parts.append(CodecParts(config, embodiment, statistics, number))
+        parts.append(CodecParts(config, embodiment, statistics, number, origin))
     return parts, words, actions
 
 
 def _statistics(parts: CodecParts) -> dict[str, object]:
     return {name: value.to_json() for name, value in parts.statistics.items()}
+
+
+def _origin(parts: CodecParts) -> dict[str, object]:
+    return {ORIGIN: dict(parts.origin)} if parts.origin else {}
+
+
+def _require_table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise CodecError(f"{where} must be a table, is {type(value).__name__}")
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,7 +145,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CodecError(f"{path}: not JSON: {error}") from None
     several = isinstance(content, dict) and "embodiments" in content
     expected = KEYS[SEVERAL if several else FORMAT]
-    if not isinstance(content, dict) or set(content) != expected:
+    own = set(content) - ({ORIGIN} if not several else set()) if isinstance(content, dict) else set()
+    if not isinstance(content, dict) or own != expected:
         have = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise CodecError(f"{path}: must have exactly the keys {sorted(expected)}, there are {have}")
     if content["format"] != (SEVERAL if several else FORMAT):
@@ -145,11 +162,11 @@ def _table(value: object, path: Path) -> Mapping[str, Any]:
 
 def _entry(
     path: Path, content: Mapping[str, Any], name: str
-) -> tuple[int, Mapping[str, Any], Embodiment, Mapping[str, Any], str]:
-    """Return number, config, embodiment and statistics of one embodiment, and where the last are."""
+) -> tuple[int, Mapping[str, Any], Embodiment, Mapping[str, Any], str, Mapping[str, Any]]:
+    """Return number, config, embodiment and statistics of one embodiment, where the last are, and origin."""
     where, value = f"{path}: embodiments.{name}", content["embodiments"][name]
     expected = {"id", "config", "embodiment", "statistics"}
-    if not isinstance(value, dict) or set(value) != expected:
+    if not isinstance(value, dict) or set(value) - {ORIGIN} != expected:
         have = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise CodecError(f"{where}: must have exactly the keys {sorted(expected)}, there are {have}")
     number, own = value["id"], value["config"]
@@ -163,4 +180,6 @@ def _entry(
     embodiment = configuration.build(Embodiment, value["embodiment"], f"{where}.embodiment")
     if embodiment.name != name:
         raise CodecError(f"{where}: is the embodiment {embodiment.name!r}; both names must be the same")
-    return number, {**content["config"], **own}, embodiment, value["statistics"], f"{where}.statistics"
+    settings, statistics = {**content["config"], **own}, value["statistics"]
+    origin = _require_table(value.get(ORIGIN, {}), f"{where}.{ORIGIN}")
+    return number, settings, embodiment, statistics, f"{where}.statistics", origin

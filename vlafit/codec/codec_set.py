@@ -129,7 +129,9 @@ class CodecSet:
         parts, words, actions = codec_file.read(folder)
         return cls(
             [
-                Codec(one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions)
+                Codec(
+                    one.config, one.embodiment, one.statistics, words, one.embodiment_id, actions, one.origin
+                )
                 for one in parts
             ]
         )

@@ -122,7 +122,8 @@ def renamed(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
         number = before[embodiment].embodiment_id
     elif before is not None and any(one.embodiment_id is not None for one in before):
         number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
-    return Codec(codec.config, robot, codec.statistics, codec.tokenizer, number, codec.action_tokenizer)
+    made = (codec.config, robot, codec.statistics, codec.tokenizer, number, codec.action_tokenizer)
+    return Codec(*made, codec.origin)
 
 
 def with_codec(

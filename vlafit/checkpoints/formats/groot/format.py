@@ -1,4 +1,7 @@
-"""NVIDIA's checkpoints of GR00T N1.7: config.json, weights, and the codec that vlafit puts beside them."""
+"""NVIDIA's checkpoints of GR00T N1.7: config.json, weights, and processors.
+
+Exports of earlier versions have vlafit's codec in the place of processors.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,12 +38,13 @@ class GrootAdapters(AdapterSupport):
 
 
 class Groot(Format):
-    """The checkpoints that NVIDIA publishes and its trainer saves; our export adds a codec."""
+    """The checkpoints that NVIDIA publishes and its trainer saves."""
 
     name = names.FORM
     target = "groot"
     layouts = LAYOUT
     adapters = GrootAdapters()
+    holds_columns = True
     no_codec = "NVIDIA's processors are not there; fine-tuning fits a codec to the data"
 
     def detect(self, files: CheckpointFiles) -> bool:
@@ -91,7 +95,9 @@ class Groot(Format):
                 raise WeightsError(f"{opened.path}: {reason}")
             return ChosenCodec(None, reason)
         try:
-            codec, notes = processors.make_codec(folder, tag, policy.needs(), words)
+            files = processors.read(folder)
+            assert files is not None
+            codec, notes = processors.make_codec(files, tag, policy.needs(), words)
         except Unrepeated as error:
             if options.assets is not None:
                 raise
@@ -131,7 +137,7 @@ class Groot(Format):
         return writing.refusals(policy, codec)
 
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
-        """Write config.json, weights, the backbone's config where it is not public, and our codec."""
+        """Write config.json, weights, processors, and the backbone's config where it is not public."""
         return writing.write(folder, policy, codec)
 
 

@@ -24,6 +24,12 @@ class Unrepeated(WeightsError):
     """A setting of NVIDIA's that vlafit does not repeat."""
 
 
+SETTINGS = (
+    "delta_indices", "modality_keys", "sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"
+)  # fmt: skip
+"""Of a modality; NVIDIA's program takes no others."""
+
+
 @dataclass(frozen=True)
 class Modality:
     """What NVIDIA's settings say of cameras, state, action or language."""
@@ -70,6 +76,9 @@ def modality(modalities: Any, name: str, where: str) -> Modality:
     here = f"{where}: {name}"
     if not isinstance(values, Mapping):
         raise WeightsError(f"{here} is {values!r}; it must be a table")
+    if unknown := [key for key in values if key not in SETTINGS]:
+        one = unknown[0]
+        raise Unrepeated(f"{here}.{one} is {values[one]!r}; it is not known here, so to ignore it is a guess")
     keys, deltas = _names(values, "modality_keys", here), values.get("delta_indices")
     if not keys or len(set(keys)) != len(keys):
         raise WeightsError(f"{here}.modality_keys are {list(keys)}; they must be names, each once")

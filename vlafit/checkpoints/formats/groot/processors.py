@@ -7,6 +7,7 @@ nor rate and control mode are told.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlafit.nn.policy import Needs
 from vlafit.types import ColumnForm, Embodiment, Feature
 
 CONFIG, STATISTICS, ROWS = "processor_config.json", "statistics.json", "embodiment_id.json"
+ORIGIN = "groot"  # where a codec's origin has their content
 PUBLISHED = {  # Isaac-GR00T, processing_gr00t_n1d7.py: rows of tags that the file does not have
     "simpler_env_google": 0,
     "simpler_env_widowx": 1,
@@ -58,15 +60,83 @@ FREE = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Processors:
+    """The content of NVIDIA's three files, and where they lie."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """processor_config.json."""
+    statistics: Mapping[str, Any]
+    rows: Mapping[str, Any] | None
+    """embodiment_id.json; None where there is none."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the processor is built with. Raises WeightsError where it is no table."""
+        settings = self.config.get("processor_kwargs")
+        if not isinstance(settings, Mapping):
+            raise WeightsError(
+                f"{self.folder / CONFIG}: processor_kwargs is {settings!r}; it must be a table"
+            )
+        return settings
+
+    @property
+    def modalities(self) -> Mapping[str, Any]:
+        """The settings of each embodiment. Raises WeightsError where they are no table."""
+        known = self.settings.get("modality_configs")
+        if not isinstance(known, Mapping):
+            raise WeightsError(f"{self.folder / CONFIG}: modality_configs is {known!r}; it must be a table")
+        return known
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The embodiments of which there are both settings and statistics."""
+        return tuple(tag for tag in self.modalities if tag in self.statistics)
+
+    def row_of(self, tag: str) -> int:
+        """Return the row of the embodiment tables. Raises WeightsError for a tag that has none."""
+        row = {**PUBLISHED, **(self.rows or {})}.get(tag)
+        if not isinstance(row, int) or isinstance(row, bool) or row < 0:
+            raise WeightsError(
+                f"{self.folder / ROWS}: the embodiment {tag!r} has the row {row!r}; give one: config "
+                "embodiment_rows = [N]"
+            )
+        return row
+
+    def to_json(self, tag: str) -> dict[str, Any]:
+        """Return the files' content and the chosen embodiment, as a codec keeps them."""
+        files = {CONFIG: dict(self.config), STATISTICS: dict(self.statistics)}
+        return {ORIGIN: {"tag": tag, **files, **({} if self.rows is None else {ROWS: dict(self.rows)})}}
+
+
+def read(folder: Path) -> Processors | None:
+    """Return the content of the files in `folder`; None where settings or statistics are not there."""
+    config, numbers, rows = (read_json_if_present(folder / name) for name in (CONFIG, STATISTICS, ROWS))
+    return None if config is None or numbers is None else Processors(folder, config, numbers, rows)
+
+
+def kept(codec: Codec) -> tuple[Processors, str] | None:
+    """Return the files that a codec was read from, and its embodiment there; None for other codecs.
+
+    Raises WeightsError where they are not what `to_json` wrote.
+    """
+    values = codec.origin.get(ORIGIN)
+    if values is None:
+        return None
+    tag = values.get("tag") if isinstance(values, Mapping) else None
+    tables = [values.get(name) for name in (CONFIG, STATISTICS)] if isinstance(values, Mapping) else []
+    rows = values.get(ROWS) if isinstance(values, Mapping) else None
+    named = isinstance(tag, str) and bool(tables) and all(isinstance(one, Mapping) for one in tables)
+    if not named or not (rows is None or isinstance(rows, Mapping)):
+        raise WeightsError(f"codec.json: origin.{ORIGIN} is not what vlafit writes there; it was edited")
+    return Processors(Path("codec.json"), tables[0], tables[1], rows), str(tag)
+
+
 def tags(folder: Path) -> tuple[str, ...]:
     """Return the embodiments of which there are both settings and statistics."""
-    settings, numbers = _settings(folder), read_json_if_present(folder / STATISTICS)
-    if settings is None or numbers is None:
-        return ()
-    known = settings.get("modality_configs")
-    if not isinstance(known, Mapping):
-        raise WeightsError(f"{folder / CONFIG}: modality_configs is {known!r}; it must be a table")
-    return tuple(tag for tag in known if tag in numbers)
+    files = read(folder)
+    return () if files is None else files.tags
 
 
 def chosen(folder: Path, name: str | Path | None) -> str | None:
@@ -88,36 +158,34 @@ def chosen(folder: Path, name: str | Path | None) -> str | None:
 
 def row_of(folder: Path, tag: str) -> int:
     """Return the row of the embodiment tables. Raises WeightsError for a tag that has none."""
-    path = folder / ROWS
-    mapping = {**PUBLISHED, **(read_json_if_present(path) or {})}
-    row = mapping.get(tag)
-    if not isinstance(row, int) or isinstance(row, bool) or row < 0:
-        raise WeightsError(
-            f"{path}: the embodiment {tag!r} has the row {row!r}; give one: config embodiment_rows = [N]"
-        )
-    return row
+    return _required(folder).row_of(tag)
 
 
 def formal(folder: Path) -> bool:
     """Whether instructions are put into lower case, without punctuation."""
-    return bool((_settings(folder) or {}).get("formalize_language", True))
+    return bool(_required(folder).settings.get("formalize_language", True))
 
 
 def backbone(folder: Path) -> str:
     """Return the name of the backbone, whose tokenizer makes the prompts; "" where none is named."""
-    return str((_settings(folder) or {}).get("model_name", ""))
+    return str(_required(folder).settings.get("model_name", ""))
 
 
-def make_codec(folder: Path, tag: str, needs: Needs, words: Tokenizer) -> tuple[Codec, tuple[str, ...]]:
+def _required(folder: Path) -> Processors:
+    files = read(folder)
+    assert files is not None  # callers have found its tags
+    return files
+
+
+def make_codec(files: Processors, tag: str, needs: Needs, words: Tokenizer) -> tuple[Codec, tuple[str, ...]]:
     """Return the codec of an embodiment, and notes for the report.
 
     Raises Unrepeated for a setting that vlafit does not repeat, and WeightsError for files that are damaged.
     """
-    settings = _settings(folder)
-    assert settings is not None
+    settings, folder = files.settings, files.folder
     where = f"{folder / CONFIG}: {tag}"
     _require_repeated(settings, needs, str(folder / CONFIG))
-    modalities = settings["modality_configs"][tag]
+    modalities = files.modalities[tag]
     video, state, action = (groups.modality(modalities, name, where) for name in ("video", "state", "action"))
     for name, one in (("video", video), ("state", state)):
         if one.deltas != (0,):
@@ -131,7 +199,7 @@ def make_codec(folder: Path, tag: str, needs: Needs, words: Tokenizer) -> tuple[
             f"{where}: action.delta_indices are {list(action.deltas)}; only the first steps of "
             f"{needs.chunk}, one after another, are supported"
         )
-    numbers = (read_json_if_present(folder / STATISTICS) or {})[tag]
+    numbers = files.statistics[tag]
     percentiles = bool(settings.get("use_percentiles", False))
     sincos = bool(settings.get("apply_sincos_state_encoding", False))
     relative = bool(settings.get("use_relative_action", False))
@@ -156,7 +224,7 @@ def make_codec(folder: Path, tag: str, needs: Needs, words: Tokenizer) -> tuple[
         normalisation=common,
         relative=actions.relative,
         relative_to=actions.relative_to,
-        prompt="groot" if formal(folder) else "text",
+        prompt="groot" if settings.get("formalize_language", True) else "text",
         max_tokens=needs.max_tokens,
         framing="nvidia",
         state_form=ColumnForm(actions.references, angles=states.angles),
@@ -172,17 +240,7 @@ def make_codec(folder: Path, tag: str, needs: Needs, words: Tokenizer) -> tuple[
         notes.append(
             "crop_fraction is only read with use_albumentations, as in NVIDIA's program; LeRobot crops by it"
         )
-    return Codec(config, robot, statistics, words), tuple(notes)
-
-
-def _settings(folder: Path) -> Mapping[str, Any] | None:
-    values = read_json_if_present(folder / CONFIG)
-    if values is None:
-        return None
-    kwargs = values.get("processor_kwargs")
-    if not isinstance(kwargs, Mapping):
-        raise WeightsError(f"{folder / CONFIG}: processor_kwargs is {kwargs!r}; it must be a table")
-    return kwargs
+    return Codec(config, robot, statistics, words, origin=files.to_json(tag)), tuple(notes)
 
 
 def _require_repeated(settings: Mapping[str, Any], needs: Needs, where: str) -> None:

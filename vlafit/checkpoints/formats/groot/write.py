@@ -1,4 +1,4 @@
-"""Write a GR00T N1.7 as NVIDIA's folder: config.json, weights, the config of a backbone that is not public.
+"""Write a GR00T N1.7 as NVIDIA's folder: config.json, weights, processors, and a backbone that is not public.
 
 Sizes that only NVIDIA's trainer reads are those of the public checkpoint.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from vlafit.checkpoints.formats.groot import names
+from vlafit.checkpoints.formats.groot import names, write_processors
 from vlafit.checkpoints.formats.groot.config import (
     IMAGE_MARK,
     MODEL_TYPE,
@@ -16,6 +16,7 @@ from vlafit.checkpoints.formats.groot.config import (
     chat_of,
     image_token,
 )
+from vlafit.checkpoints.precision import dtype_name
 from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.images import groot_crop
@@ -25,13 +26,25 @@ from vlafit.nn.policy import Policy
 from vlafit.policies.groot import BUCKETS, SIZES, Groot, GrootConfig
 
 BACKBONE = "backbone"  # folder of the backbone's config, where it is not the public one
+ATTENDS = (
+    "{program} attends to padding, which this policy was trained without; if that is meant, load it with "
+    "config attend_padding = true"
+)
+TEMPLATE = (  # Qwen3-VL's, of a user's turn
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 
 
 def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     """Say why NVIDIA's program cannot hold this policy; empty where it can."""
     if not isinstance(policy, Groot):
         return ["it only holds GR00T N1.7"]
-    return chat_refusals(policy, codec)
+    reasons = chat_refusals(policy, codec)
+    if not policy.config.attend_padding:
+        reasons.append(ATTENDS.format(program="NVIDIA's program"))
+    return reasons if codec is None else reasons + write_processors.refusals(policy, codec)
 
 
 def chat_refusals(policy: Groot, codec: Codec | None) -> list[str]:
@@ -62,12 +75,18 @@ def write(folder: Path, policy: Policy, codec: Codec | None) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
     assert isinstance(policy, Groot)
     write_model(folder, policy, f"./{BACKBONE}")
+    words = None if codec is None else codec.tokenizer
     if not has_public_backbone(policy.config):
-        write_backbone(folder / BACKBONE, policy.config, None if codec is None else codec.tokenizer)
+        write_backbone(folder / BACKBONE, policy.config, words)
     if codec is None:
         return ("there is no codec: states and actions are in the units that the policy takes",)
-    codec.save(folder)
-    return ("NVIDIA's program reads no codec: statistics.json and processor_config.json are not written",)
+    codec.required_tokenizer.save(folder / "tokenizer")
+    return write_processors.write(folder, policy, codec, backbone_of(policy, f"./{BACKBONE}"))
+
+
+def backbone_of(policy: Groot, own: str) -> str:
+    """Return the name of the backbone: of the public one, or where its own lies."""
+    return PUBLIC_BACKBONES[0] if has_public_backbone(policy.config) else own
 
 
 def write_model(folder: Path, policy: Groot, backbone: str) -> None:
@@ -75,17 +94,20 @@ def write_model(folder: Path, policy: Groot, backbone: str) -> None:
     weights = {name: p.detach().cpu() for name, p in policy.named_parameters()}
     tensors = names.written(weights, policy.config.vision.patch)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    name = PUBLIC_BACKBONES[0] if has_public_backbone(policy.config) else backbone
-    write_json(folder / "config.json", describe(policy, name))
+    write_json(folder / "config.json", describe(policy, backbone_of(policy, backbone)))
 
 
 def describe(policy: Groot, backbone: str) -> dict[str, Any]:
     """Return what config.json says."""
     c, expert = policy.config, policy.config.expert
+    dtype = dtype_name(policy)
     dropout = {"dropout": expert.dropout, "final_dropout": True, "positional_embeddings": None}
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["GR00TN17"],
+        "dtype": dtype,  # programs round the weights to bfloat16 where these three are not there
+        "model_dtype": dtype,
+        "load_bf16": dtype == "bfloat16",
         "model_name": backbone,
         "backbone_model_type": "qwen",
         "backbone_embedding_dim": c.language.width,
@@ -142,7 +164,10 @@ def has_public_backbone(config: GrootConfig) -> bool:
 
 
 def write_backbone(folder: Path, config: GrootConfig, tokenizer: Tokenizer | None) -> None:
-    """Write the config.json of a Qwen3-VL of these sizes, whose prompts `tokenizer` makes."""
+    """Write the config.json of a Qwen3-VL of these sizes, and what transformers' processor of one reads.
+
+    `tokenizer` makes its prompts; without one there is no processor.
+    """
     v, lang, chat = config.vision, config.language, config.chat
     image = image_token(tokenizer, chat)
     assert image is not None  # refusals ask for one
@@ -192,3 +217,26 @@ def write_backbone(folder: Path, config: GrootConfig, tokenizer: Tokenizer | Non
             "temporal_patch_size": 2,
         },
     })  # fmt: skip
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        _write_image_processor(folder, config)
+
+
+def _write_image_processor(folder: Path, config: GrootConfig) -> None:
+    v = config.vision
+    pixels = (v.patch * v.merge) ** 2
+    images = {
+        "patch_size": v.patch,
+        "merge_size": v.merge,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": pixels, "longest_edge": 2**14 * pixels},
+    }
+    write_json(
+        folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessorFast", **images}
+    )
+    write_json(
+        folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor", **images}
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlafit.checkpoints.formats.groot import names
 from vlafit.checkpoints.formats.groot.config import PUBLIC_BACKBONES
 from vlafit.checkpoints.formats.groot.write import (
+    ATTENDS,
     BACKBONE,
     chat_refusals,
     has_public_backbone,
@@ -38,11 +39,6 @@ NAMES = names.name_map(PREFIX, "LeRobot GR00T")
 PUBLIC_BASE = "nvidia/GR00T-N1.7-3B"
 BASE = "base"  # folder of the checkpoint that LeRobot opens first, where it is not the public one
 OWN_TAG = "vlafit"  # of an embodiment whose row has no tag in LeRobot's table
-TEMPLATE = (  # Qwen3-VL's, of a user's turn
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-)
 
 
 def refusals(policy: Groot, codec: Codec | None) -> list[str]:
@@ -54,10 +50,7 @@ def refusals(policy: Groot, codec: Codec | None) -> list[str]:
             "processors know one"
         )
     if not policy.config.attend_padding:
-        reasons.append(
-            "LeRobot's GR00T attends to padding, which this policy was trained without; if that is meant, "
-            "load it with config attend_padding = true"
-        )
+        reasons.append(ATTENDS.format(program="LeRobot's GR00T"))
     if codec is None:
         return [*reasons, "the checkpoint has no codec, and LeRobot needs its processors"]
     c = codec.config
@@ -97,8 +90,6 @@ def write(folder: Path, policy: Policy, codec: Codec, final: Path) -> tuple[str,
     ]
     if not has_public_backbone(policy.config):
         write_backbone(folder / BACKBONE, policy.config, words)
-        words.save(folder / BACKBONE)
-        _write_image_processor(folder / BACKBONE, policy.config)
     if own_base:
         (folder / BASE).mkdir()
         write_model(folder / BASE, policy, backbone)
@@ -242,27 +233,6 @@ def _statistics(codec: Codec) -> dict[str, Tensor]:
         for name in ARRAYS
         if (array := getattr(statistics, name)) is not None
     }
-
-
-def _write_image_processor(folder: Path, config: GrootConfig) -> None:
-    """Write what transformers' processor of a Qwen3-VL reads beside the tokenizer."""
-    v = config.vision
-    pixels = (v.patch * v.merge) ** 2
-    images = {
-        "patch_size": v.patch,
-        "merge_size": v.merge,
-        "temporal_patch_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "size": {"shortest_edge": pixels, "longest_edge": 2**14 * pixels},
-    }
-    write_json(
-        folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessorFast", **images}
-    )
-    write_json(
-        folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor", **images}
-    )
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
 def adapter_refusals(policy: Groot, layers: Sequence[str]) -> list[str]:
