@@ -34,7 +34,8 @@ def main(folder: Path, tag: str, inputs: Path, out: Path) -> None:
     )  # fmt: skip
     decode = groot.GrootN17ActionDecodeStep(
         raw_stats=assets.raw_stats, modality_config=assets.modality_config,
-        use_percentiles=assets.use_percentiles, use_relative_action=assets.use_relative_action, pack_step=pack,
+        use_percentiles=assets.use_percentiles, use_relative_action=assets.use_relative_action,
+        pack_step=pack,
     )  # fmt: skip
     transition = {
         TransitionKey.OBSERVATION: {"observation.state": given["state"]},
