@@ -49,8 +49,8 @@ class DataRecipe:
     cards: tuple[str, ...] = ()
     """Data cards: paths, or names of shipped cards."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of the samples that each dataset gives: name of the card = weight, for every card; the sum does
-    not matter. Empty: every sample once in an epoch."""
+    """Share of the samples that each dataset gives: name of the card (or of `vision_language`) = weight, for
+    all of them; the sum does not matter. Empty: every sample once in an epoch."""
     embodiments: dict[str, str] = field(default_factory=dict)
     """For several robots in one run: name of the card = name of the robot's embodiment, for every card. Each
     embodiment has its own statistics and cameras. Empty: all cards show one robot."""
@@ -81,6 +81,9 @@ class DataRecipe:
     """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
     workers: int = 0
     """Dataloader workers. 0: load in the training process."""
+    vision_language: dict[str, str] = field(default_factory=dict)
+    """Questions about images with their answers: name = a .jsonl or .json file. They train image tower and
+    language model by the token loss, beside the demonstrations, by `weights`; `validation` holds some out."""
     validation_sets: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Datasets only for validation: name = data card or cards; logged as validation/NAME/loss."""
 

@@ -105,8 +105,9 @@ EVERY = [
     row
     for name in families()
     for row in sizes(name, next(iter(family(name).SIZES.values())))
-    # No size but every how many layers; and only pi0.5's, which is not the first.
-    if row[1] != "expert.self_every" and row[:2] != ("pi0", "action_tokens")
+    # No size but every how many layers; and only of pi0.5 and of OpenVLA, which are not the first.
+    if row[1] != "expert.self_every"
+    and row[:2] not in (("pi0", "action_tokens"), ("openvla", "answer_tokens"))
 ]
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.train.world import losses, metrics, tiny
 from vlafit.actor import load_actor
 from vlafit.codec.action_bins import BINS
 from vlafit.errors import ConfigError
 from vlafit.train import run
+from vlafit.train.experiment import build
 from vlafit.types import EpisodeKey, Observation
 
 POLICY = {"family": "openvla", "size": "openvla-tiny", "config": {}}
@@ -56,3 +58,16 @@ def test_values_that_no_bin_holds_are_warned_of_and_a_tokenizer_without_effect_i
     recipe = replace(recipe, policy=replace(recipe.policy, action_tokenizer="somewhere"))
     with pytest.raises(ConfigError, match=r"policy\.action_tokenizer 'somewhere'.*bins"):
         run(recipe, tmp_path / "other")
+
+
+def test_a_checkpoint_goes_on_with_longer_chunks_and_answers(card: Path, tmp_path: Path) -> None:
+    short = TRAIN | {"steps": 1, "validate_every": 0, "save_every": 0}
+    assert run(tiny(card, policy=POLICY, train=short), tmp_path / "run").finished
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    longer = {"checkpoint": str(checkpoint), "family": "", "size": "", "config": {"chunk": 3}}
+    for answer_tokens, longest in ((0, 3 * 5 + 1), (30, 30)):
+        chosen = longer | {"config": {"chunk": 3, "answer_tokens": answer_tokens}}
+        for statistics in ("data", "checkpoint"):
+            recipe = tiny(card, policy=chosen, train=short, data={"statistics": statistics})
+            bins = build(recipe, torch.device("cpu")).codec.config.action_bins
+            assert bins is not None and bins.longest == longest

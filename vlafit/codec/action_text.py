@@ -92,6 +92,11 @@ class ActionText:
         return Detokenised(chunk, valid and begun and ended is not None)
 
     @property
+    def ids(self) -> range:
+        """The ids that stand for FAST's tokens."""
+        return range(self._last - self.actions.vocab_size + 1, self._last + 1)
+
+    @property
     def _prefix(self) -> list[int]:
         return [] if self.announced else self.words.encode(PREFIX)
 

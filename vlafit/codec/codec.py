@@ -325,12 +325,12 @@ class Codec:
         if cached is None:
             if len(self._prompts) >= CACHED_PROMPTS:
                 self._prompts.clear()
-            cached = self._prompts[text] = self._tokenise(text, self.tokenizer)
+            cached = self._prompts[text] = self.tokenise(text)
         return cached
 
-    def _tokenise(
-        self, text: tuple[str, ...], tokenizer: Tokenizer
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def tokenise(self, text: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the padded tokens of a prompt and their mask. Raises CodecError where there is no room."""
+        tokenizer = self.required_tokenizer
         bos = tokenizer.bos
         if self.config.special_tokens == "tokenizer":
             ids = tokenizer.encode("".join(text), special=True)

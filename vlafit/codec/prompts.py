@@ -35,6 +35,8 @@ class PromptForm:
     """True if the prompt holds the state, which is then no other input of the policy."""
     announces_actions: bool = False
     """True if the prompt ends with "Action: ", so that tokens of actions follow at once."""
+    question: Callable[[str], tuple[str, ...]] | None = None
+    """Makes the pieces of the prompt from a question about images; None: the policy answers none."""
 
 
 def clean(text: str) -> str:
@@ -75,6 +77,14 @@ def _as_question(instruction: str, _: NDArray) -> tuple[str, ...]:
     return (f"In: What action should the robot take to {instruction.lower()}?\nOut: ",)
 
 
+def _as_paligemma(text: str) -> tuple[str, ...]:
+    return (text.strip(), "\n")  # PaliGemma: the newline is tokenised on its own
+
+
+def _as_prismatic(text: str) -> tuple[str, ...]:
+    return (f"In: {text.strip()}\nOut: ",)
+
+
 _STATE_WORDS = ("Task: , State: -1 " + " ".join(map(str, range(256))) + ";\nAction: ",)
 
 FORMS: Mapping[Prompt, PromptForm] = {
@@ -85,18 +95,30 @@ FORMS: Mapping[Prompt, PromptForm] = {
         begins_with_bos=True,
         holds_state=True,
         announces_actions=True,
+        question=_as_paligemma,
     ),
     "pi0_fast": PromptForm(
-        partial(_before_tokens, clean=clean_lower), _STATE_WORDS, begins_with_bos=True, holds_state=True
+        partial(_before_tokens, clean=clean_lower),
+        _STATE_WORDS,
+        begins_with_bos=True,
+        holds_state=True,
+        question=_as_paligemma,
     ),
     "pi0_fast_lerobot": PromptForm(
-        partial(_before_tokens, clean=clean), _STATE_WORDS, begins_with_bos=True, holds_state=True
+        partial(_before_tokens, clean=clean),
+        _STATE_WORDS,
+        begins_with_bos=True,
+        holds_state=True,
+        question=_as_paligemma,
     ),
     "text": PromptForm(lambda text, _: (text,)),
     "line": PromptForm(_as_line, ("\n",)),
     "groot": PromptForm(lambda text, _: (formal(text),)),
     "openvla": PromptForm(
-        _as_question, ("In: What action should the robot take to ?\nOut: ",), begins_with_bos=True
+        _as_question,
+        ("In: What action should the robot take to ?\nOut: ",),
+        begins_with_bos=True,
+        question=_as_prismatic,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Decode an encoded image (JPEG, PNG) to RGB."""
+"""Decode an encoded image (JPEG, PNG, and WebP of pictures) to RGB."""
 
 import io
 
@@ -27,6 +27,25 @@ def decode_marked(data: bytes, where: str) -> tuple[NDArray[np.uint8], bool]:
             return np.asarray(image), image.info.get("comment") == RGB_MARK
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{where}: the image is damaged ({error})") from error
+
+
+def decode_picture(data: bytes, where: str) -> NDArray[np.uint8]:
+    """Return a picture [h, w, 3] of a JPEG, PNG or WebP file as a viewer shows it, grey ones in colour.
+
+    Raises DataError if it is damaged, of another form, or see-through: what is behind it is not known.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as stored:
+            image = ImageOps.exif_transpose(stored)
+            if image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+                raise DataError(f"{where}: the picture is see-through; save it with a background")
+            return np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where}: is no JPEG, PNG or WebP picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: the picture is damaged ({error})") from error
 
 
 def colour_distances(frames: NDArray[np.uint8], shown: NDArray[np.uint8]) -> tuple[float, float]:

@@ -111,6 +111,9 @@ class Needs:
     action_bins: ActionBins | None = None
     """How it writes each value as a token; None: it does not."""
 
+    learns_answers: bool = False
+    """Whether its token loss may also be of answers to questions about images, which have no actions."""
+
     @property
     def writes_tokens(self) -> bool:
         """Whether `Policy.act` returns tokens instead of numbers."""

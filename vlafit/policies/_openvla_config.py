@@ -77,6 +77,10 @@ class OpenVLASizes:
     text_vocab: int = 32_000
     """Tokens of the tokenizer, Llama's: actions are its last 256, and what the vocabulary has beyond pads."""
 
+    answer_tokens: int = 0
+    """Longest answer to a question about images that is learned beside actions, in tokens, its end included;
+    0: at most as long as the tokens of a chunk. Only with the head "tokens"."""
+
     @property
     def writes_tokens(self) -> bool:
         """Whether actions are tokens of the vocabulary."""
@@ -85,7 +89,8 @@ class OpenVLASizes:
     def __post_init__(self) -> None:
         v, lang = self.vision, self.language
         sections = {"": self, "language.": lang, "vision.dino.": v.dino, "vision.siglip.": v.siglip}
-        require_positive(sections if self.writes_tokens else sections | {"expert.": self.expert})
+        sections = sections if self.writes_tokens else sections | {"expert.": self.expert}
+        require_positive(sections, zero=("answer_tokens",))
         require(
             (
                 not self.writes_tokens or self.expert == NO_EXPERT,
@@ -96,6 +101,11 @@ class OpenVLASizes:
                 not self.writes_tokens or BINS < self.text_vocab <= lang.vocab,
                 f"text_vocab is {self.text_vocab}; its last {BINS} tokens are actions, so it must be more, "
                 f"and at most language.vocab, {lang.vocab}",
+            ),
+            (
+                not self.answer_tokens or self.head == "tokens",
+                f'answer_tokens is {self.answer_tokens}; only the head "tokens" writes answers, word after '
+                f"word; with {self.head!r} it must be 0",
             ),
             (v.patch >= 1, f"vision.patch is {v.patch}; it must be at least 1"),
             (v.registers >= 0, f"vision.registers is {v.registers}; it must be at least 0"),

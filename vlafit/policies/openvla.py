@@ -119,6 +119,7 @@ class OpenVLA(Policy):
     def needs(self) -> Needs:
         """Return what a codec for this policy must produce."""
         c = self.config
+        longest = max(self._slots + 1, c.answer_tokens)
         return Needs(
             image_size=c.vision.image_size,
             state_dim=c.state_dim,
@@ -129,7 +130,8 @@ class OpenVLA(Policy):
             vocabulary=c.language.vocab,
             framing="openvla",
             normalisation="openvla_quantile",
-            action_bins=ActionBins(c.text_vocab, self._slots + 1, c.eos) if c.writes_tokens else None,
+            action_bins=ActionBins(c.text_vocab, longest, c.eos) if c.writes_tokens else None,
+            learns_answers=c.head == "tokens",
         )
 
     def terms(self) -> Mapping[str, float]:
@@ -146,7 +148,10 @@ class OpenVLA(Policy):
         """Count patches, prompt, state, time, actions and the end."""
         c = self.config
         images = batch.image_mask.shape[1] * (c.vision.image_size // c.vision.patch) ** 2
-        rest = int(c.proprio) + self._slots + 1
+        written = self._slots + 1
+        if c.head == "tokens" and batch.target_tokens is not None:
+            written = batch.target_tokens.shape[1]
+        rest = int(c.proprio) + written
         passes = draws if c.head == "diffusion" else 1
         return len(batch) * passes * (images + batch.prompt()[0].shape[1] + rest + int(c.head == "diffusion"))
 

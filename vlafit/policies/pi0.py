@@ -199,6 +199,7 @@ class Pi0(FlowPolicy):
             # openpi's for pi0.5, whose prompt writes states in bins over [-1, 1].
             normalisation="quantile" if c.pi05 else "mean_std",
             action_tokens=ActionTokens(c.action_tokens, answered=False) if c.action_tokens else None,
+            learns_answers=c.action_tokens > 0,
         )
 
     def terms(self) -> Mapping[str, float]:

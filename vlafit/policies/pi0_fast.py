@@ -165,6 +165,7 @@ class Pi0Fast(Policy):
             normalisation="quantile",  # openpi's; the prompt writes states in bins over [-1, 1]
             sees_missing=c.rules == "openpi",  # openpi, models/pi0_fast.py
             action_tokens=tokens,
+            learns_answers=True,
         )
 
     def terms(self) -> Mapping[str, float]:

@@ -123,10 +123,12 @@ def settings(needs: Needs, kept: ActionTokenConfig | None = None) -> ActionToken
 
 def adopted(codec: Codec, needs: Needs, actions: FastTokenizer | None) -> Codec:
     """Return the checkpoint's codec as it writes the action tokens of the policy, or writes none."""
-    wanted = settings(needs, codec.config.action_tokens)
-    if codec.config.action_tokens == wanted and codec.action_tokenizer is actions:
+    wanted = replace(
+        codec.config, action_tokens=settings(needs, codec.config.action_tokens), action_bins=bins(needs)
+    )
+    if codec.config == wanted and codec.action_tokenizer is actions:
         return codec
-    return codec.with_changes(config=replace(codec.config, action_tokens=wanted), action_tokenizer=actions)
+    return codec.with_changes(config=wanted, action_tokenizer=actions)
 
 
 def bins(needs: Needs) -> ActionBinConfig | None:

@@ -18,11 +18,12 @@ from vlafit.datasets.checks import check_declared
 from vlafit.datasets.content import content_of
 from vlafit.datasets.framing import exchanged_keys, frames, frames_of, is_same
 from vlafit.datasets.leaks import require_apart, require_once
-from vlafit.datasets.order import shares
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.datasets.relative import with_relative_matches
+from vlafit.datasets.vision_language import VisionLanguageSet, open_set
 from vlafit.errors import ConfigError, DataError, EmbodimentError, did_you_mean
 from vlafit.recipe import DataRecipe, Recipe
+from vlafit.train.data_names import require_named
 from vlafit.train.statistics_from import describing, different
 from vlafit.types import Embodiment, renderer_notice, require_same
 
@@ -43,6 +44,8 @@ class Data:
     """Name of a card = name of its embodiment, as the recipe has it; none: all show one robot."""
     statistics: str = "data"
     """The recipe's data.statistics; "file" takes those of the dataset's own file where codecs are fitted."""
+    vision_language: tuple[VisionLanguageSet, ...] = ()
+    """Questions about images that are mixed in, each set with its weight."""
     described_by: EpisodeStore | None = None
     """Another dataset of the same robot, whose episodes give the statistics (`data.statistics_from`)."""
 
@@ -100,6 +103,7 @@ class Data:
             training=tuple(compress(self.training, chosen)),
             validation=tuple(compress(self.validation, chosen)),
             weights=tuple(compress(self.weights, chosen)),
+            vision_language=(),
         )
 
     def instructions(self) -> list[str]:
@@ -154,6 +158,7 @@ class Data:
     def fingerprint(self) -> str:
         """Hash of all datasets together."""
         datasets = [[dataset.card, dataset.sha256] for dataset in self.learned]
+        datasets += [[one.name, one.sha256] for one in self.vision_language]
         return hashlib.sha256(json.dumps(datasets).encode()).hexdigest()
 
 
@@ -175,7 +180,7 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
                 f"data.cards: {names.count(name)} cards are called {name!r}, so their samples cannot be told "
                 "apart; list each dataset once, or rename one card"
             )
-    _require_named(recipe, names)
+    require_named(recipe, names)
     stores = tuple(open_dataset(card) for card in cards)
     for store in stores:
         _require_frames(store)
@@ -198,6 +203,10 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         if not training and (recipe.weights or recipe.embodiments):
             raise DataError(f"card {card.name!r}: no training episodes are left; lower data.validation")
     weights = tuple(recipe.weights[card.name] for card in cards) if recipe.weights else ()
+    questions = [
+        open_set(name, path, recipe.weights[name], recipe.validation, seed)
+        for name, path in recipe.vision_language.items()
+    ]
     return Data(
         cards,
         stores,
@@ -206,6 +215,7 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         weights,
         recipe.embodiments,
         recipe.statistics,
+        tuple(questions),
         describing(recipe, _card, cards[0]),
     )
 
@@ -224,33 +234,6 @@ def _require_frames(store: EpisodeStore) -> None:
     store.close()  # worker processes open files of their own
     if faults:
         raise DataError("\n".join(faults))
-
-
-def _require_named(recipe: DataRecipe, names: Sequence[str]) -> None:
-    """Raise ConfigError unless `weights` and `embodiments`, where there are any, name every card."""
-    for field_name, table in (("weights", recipe.weights), ("embodiments", recipe.embodiments)):
-        if not table:
-            continue
-        missing = [name for name in names if name not in table]
-        if missing:
-            raise ConfigError(
-                f"data.{field_name} does not name card {missing[0]!r}; name every card: {', '.join(names)}"
-            )
-        if field_name == "embodiments" and recipe.validation_sets:
-            continue  # cards of those sets may be named, too
-        for name in table:
-            if name not in names:
-                raise ConfigError(
-                    f"data.{field_name}: there is no card {name!r}{did_you_mean(name, names)}; "
-                    f"the cards are: {', '.join(names)}"
-                )
-    if any(not name or "/" in name for name in recipe.embodiments.values()):
-        raise ConfigError("data.embodiments: a name must be a word without '/', as a part of metrics' names")
-    if recipe.weights:
-        try:
-            shares([recipe.weights[name] for name in names])
-        except DataError as error:
-            raise ConfigError(f"data.weights: {error}") from error
 
 
 def _require_one_robot_each(

@@ -28,13 +28,13 @@ class DataFiles:
 
 
 def facts(data: Data) -> dict[str, dict[str, int]]:
-    """Return the facts about each dataset's files for run.json, by the card's name."""
-    totals = {}
-    for store in data.stores:
-        stamps = [at for _, at in store.stamps()]
-        sizes, times = [size for size, _ in stamps], [time for _, time in stamps]
-        totals[store.card.name] = asdict(DataFiles(len(stamps), sum(sizes), max(times, default=0)))
-    return totals
+    """Return the facts about each dataset's files for run.json, by the name of the card or set."""
+    stamps = {store.card.name: [at for _, at in store.stamps()] for store in data.stores}
+    stamps |= {one.name: one.stamps() for one in data.vision_language}
+    return {
+        name: asdict(DataFiles(len(own), sum(size for size, _ in own), max((t for _, t in own), default=0)))
+        for name, own in stamps.items()
+    }
 
 
 def readings(data: Data) -> dict[str, dict[str, str]]:

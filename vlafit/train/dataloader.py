@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -20,6 +20,7 @@ from vlafit.datasets import ChunkDataset, EpisodeStore, MixtureOrder, SampleOrde
 from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.rng import Keys
+from vlafit.train.answers import AnswerSamples, training_samples
 from vlafit.train.experiment import Experiment
 from vlafit.train.prefetch import Prefetcher, warn_of_repeated_copies
 
@@ -43,10 +44,12 @@ class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
         shift_pixels: int,
         seed: int,
         keep_bytes: int = 0,
+        answers: AnswerSamples | None = None,
     ) -> None:
-        """`codec` encodes all samples, or there is one for each store of `chunks`."""
+        """`codec` encodes all samples, or there is one for each store of `chunks`. `answers` come last."""
         self.chunks, self.shift_pixels, self.seed = chunks, shift_pixels, seed
         self.codecs = [codec] * len(chunks.stores) if isinstance(codec, Codec) else list(codec)
+        self._answers = answers
         self._room = 0 if shift_pixels else keep_bytes
         self._kept: dict[int, Encoded] = {}
 
@@ -54,18 +57,23 @@ class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
         kept = self._kept.get(key[1])
         if kept is not None:
             return key, kept
-        sample = self.chunks[key[1]]
-        if self.shift_pixels:
-            sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=key[0], index=key[1])
-        encoded = self.codecs[self.chunks.store_of(key[1])].encode(sample)
+        encoded = self._encoded(*key)
         size = sum(value.nbytes for value in vars(encoded).values() if isinstance(value, np.ndarray))
         if size <= self._room:
             self._room -= size
             self._kept[key[1]] = encoded
         return key, encoded
 
+    def _encoded(self, epoch: int, index: int) -> Encoded:
+        if self._answers is not None and index >= len(self.chunks):
+            return self._answers[index - len(self.chunks)]
+        sample = self.chunks[index]
+        if self.shift_pixels:
+            sample = shift_images(sample, self.shift_pixels, seed=self.seed, epoch=epoch, index=index)
+        return self.codecs[self.chunks.store_of(index)].encode(sample)
+
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.chunks) + (0 if self._answers is None else len(self._answers))
 
 
 def _collate(rows: Sequence[tuple[tuple[int, int], Encoded]]) -> tuple[Keys, Batch]:
@@ -106,15 +114,20 @@ def training_batches(
     workers = recipe.data.workers
     keep_bytes = KEPT_BYTES // max(1, workers)
     own = [experiment.codec_of(store) for store in data.stores]
-    samples = EncodedSamples(chunks, own, recipe.data.shift_pixels, train.seed, keep_bytes)
+    answers = training_samples(data, next(iter(codecs)))
+    samples = EncodedSamples(chunks, own, recipe.data.shift_pixels, train.seed, keep_bytes, answers)
     warn_of_repeated_copies(chunks, recipe.data.mixed_files)
-    order, ahead_of = (order_of(chunks, data.weights, train.seed, recipe.data.mixed_files) for _ in range(2))
+    questions = [(len(one.training), one.weight) for one in data.vision_language]
+    order, ahead_of = (
+        order_of(chunks, data.weights, train.seed, recipe.data.mixed_files, questions) for _ in range(2)
+    )
 
     def rows_at(step: int, order: SampleOrder | MixtureOrder) -> list[list[tuple[int, int]]]:
         return rows_of(order.batch(step, train.samples), train.micro_batches, rank, world)
 
     def samples_at(step: int) -> list[int]:  # called by another thread, so with an order of its own
-        return [index for rows in rows_at(step, ahead_of) for _, index in rows]
+        drawn = (index for rows in rows_at(step, ahead_of) for _, index in rows)
+        return [index for index in drawn if index < len(chunks)]
 
     wanted = (rows for step in range(first_step, train.steps) for rows in rows_at(step, order))
     loader = DataLoader(
@@ -139,12 +152,23 @@ def training_batches(
 
 
 def order_of(
-    chunks: ChunkDataset, weights: Sequence[float], seed: int, mixed_files: int = 0
+    chunks: ChunkDataset,
+    weights: Sequence[float],
+    seed: int,
+    mixed_files: int = 0,
+    questions: Sequence[tuple[int, float]] = (),
 ) -> SampleOrder | MixtureOrder:
-    """Return the order of the samples of all processes; `weights`, if any, are those of the stores."""
+    """Return the order of the samples of all processes; `weights`, if any, are those of the stores.
+
+    `questions` are size and weight of each set of questions about images, which come after the stores.
+    """
     files = chunks.files() if mixed_files else None
     if weights:
-        return MixtureOrder(chunks.sizes, weights, seed, files, mixed_files)
+        sizes, shares = [size for size, _ in questions], [weight for _, weight in questions]
+        if files is not None:  # a set is one file
+            last = int(files.max())
+            files = np.concatenate([files, *(np.full(size, last + 1 + n) for n, size in enumerate(sizes))])
+        return MixtureOrder([*chunks.sizes, *sizes], [*weights, *shares], seed, files, mixed_files)
     return SampleOrder(len(chunks), seed, files=files, mixed=mixed_files)
 
 
@@ -271,10 +295,22 @@ def named_validation_batches(
         for name, part in parts.items()
         if any(part.validation)
     }
-    return held_out | {
-        name: _spread(experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world)
-        for name, stores in experiment.validation_sets.items()
+    codec = next(iter(experiment.codecs))
+    answered = {
+        one.name: _answered(experiment, AnswerSamples([(one, one.validation)], codec), rank, world)
+        for one in experiment.data.vision_language
+        if one.validation
     }
+    return (
+        held_out
+        | answered
+        | {
+            name: _spread(
+                experiment, stores, [[e.id for e in store.episodes] for store in stores], rank, world
+            )
+            for name, stores in experiment.validation_sets.items()
+        }
+    )
 
 
 def validation_pieces(total: int, rows: int, world: int) -> int:
@@ -293,16 +329,29 @@ def _spread(
     rank: int,
     world: int,
 ) -> list[tuple[Keys, Batch]]:
-    recipe = experiment.recipe
     codecs = experiment.codecs
     chunks = ChunkDataset(stores, codecs.chunk, episodes, codecs.history)
     samples = EncodedSamples(chunks, [experiment.codec_of(store) for store in stores], 0, 0)
+    return _batches(experiment, len(chunks), lambda index: samples[0, index][1], rank, world)
+
+
+def _answered(
+    experiment: Experiment, samples: AnswerSamples, rank: int, world: int
+) -> list[tuple[Keys, Batch]]:
+    return _batches(experiment, len(samples), samples.__getitem__, rank, world)
+
+
+def _batches(
+    experiment: Experiment, count: int, sample: Callable[[int], Encoded], rank: int, world: int
+) -> list[tuple[Keys, Batch]]:
+    """Return this process's share of validation samples, evenly spread over `count`."""
+    recipe = experiment.recipe
     size = rows_per_process(recipe.train.samples, recipe.train.micro_batches, world)
-    wanted = min(len(chunks), recipe.train.validation_batches * VALIDATION_ROWS)
+    wanted = min(count, recipe.train.validation_batches * VALIDATION_ROWS)
     total = max(wanted, world)  # every process needs one
     pieces = validation_pieces(total, size, world)
-    chosen = [(0, i * len(chunks) // total) for i in range(total)]
+    chosen = [(0, i * count // total) for i in range(total)]
     return [
-        _collate([samples[key] for key in chosen[p * total // pieces : (p + 1) * total // pieces]])
+        _collate([(key, sample(key[1])) for key in chosen[p * total // pieces : (p + 1) * total // pieces]])
         for p in range(rank, pieces, world)
     ]

@@ -15,7 +15,7 @@ from vlafit.datasets import EpisodeStore, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import in_backward, initial_policy, quantised_base, saved_weights
+from vlafit.train import answers, in_backward, initial_policy, quantised_base, saved_weights
 from vlafit.train.data import (
     Data,
     ValidationSets,
@@ -121,6 +121,7 @@ def build(
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)
         _require_prompts(store, codec, told)
+    answers.require_learnable(data, policy, next(iter(codecs)))
     values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
@@ -132,7 +133,7 @@ def build(
         bound = UNCHANGED_BF16 if bf16 else UNCHANGED
         plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe, bound=bound)
         frozen.finish(policy)
-        lines = [*frozen.items(), *in_backward.items(recipe.optim)]
+        lines = [*frozen.items(), *in_backward.items(recipe.optim), *answers.items(recipe, data, policy)]
         agreement = agreement and agreement.with_items(lines)
     else:
         plan = initial.plan

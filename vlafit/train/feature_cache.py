@@ -268,6 +268,7 @@ def size_of(experiment: Experiment, kind: str) -> CacheSize:
     recipe, data, policy = experiment.recipe, experiment.data, experiment.policy
     chunk, history = experiment.codecs.chunk, experiment.codecs.history
     rows = len(ChunkDataset(data.stores, chunk, data.training, history))
+    rows += sum(len(one.training) for one in data.vision_language)
     samples = min(rows, recipe.train.steps * recipe.train.samples)
     most = recipe.train.validation_batches * VALIDATION_ROWS
     lengths = [
@@ -275,6 +276,7 @@ def size_of(experiment: Experiment, kind: str) -> CacheSize:
         for store, ids in zip(data.stores, data.validation, strict=True)
     ]
     samples += min(most, sum(map(sum, lengths)))
+    samples += sum(min(most, len(one.validation)) for one in data.vision_language)
     for stores in experiment.validation_sets.values():
         samples += min(most, sum(episode.length for store in stores for episode in store.episodes))
     work = workload_of(recipe, policy, data, 1)

@@ -90,7 +90,6 @@ def fitted_config(
             framing=kept.framing,
             special_tokens=kept.special_tokens,
             action_tokens=action_tokenizers.settings(needs, kept.action_tokens),
-            action_bins=kept.action_bins,
         )
         if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
             states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))

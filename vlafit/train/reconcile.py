@@ -190,7 +190,8 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
     if not data.weights:
         return
     samples = recipe.train.steps * recipe.train.samples
-    for store, ids, share in zip(data.stores, data.training, shares(data.weights), strict=True):
+    every = shares([*data.weights, *(one.weight for one in data.vision_language)])
+    for store, ids, share in zip(data.stores, data.training, every[: len(data.stores)], strict=True):
         steps = sum(store.episodes[store.index(i)].length for i in ids)
         seen = share / BLOCK * samples / steps
         yield Item(

@@ -89,9 +89,11 @@ def require_given(policy: Policy, where: str, wanted: str, lost: Path | None = N
 
 
 def learn(data: Data, needs: Needs) -> Tokenizer:
-    """Train a tokenizer on the data's instructions, for language weights that are fresh."""
+    """Train a tokenizer on the data's instructions, questions and answers, for language weights that are
+    fresh."""
     assert needs.prompt is not None
-    words = [*data.instructions(), *prompts.FORMS[needs.prompt].vocabulary]
+    texts = [text for one in data.vision_language for text in one.texts()]
+    words = [*data.instructions(), *texts, *prompts.FORMS[needs.prompt].vocabulary]
     return train_word_tokenizer(words, action_tokenizer.room(needs))
 
 

@@ -6,6 +6,7 @@ The same samples and draws at every step make two validation losses of one run, 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from vlafit.codec import CodecSet
 from vlafit.nn.batch import Batch
@@ -34,8 +35,8 @@ def validate(
     The action error is the mean absolute difference, in normalised units over real steps and dimensions,
     between the demonstrated chunk and the one that the policy answers with. Of a policy that answers with
     tokens, `validation/valid_actions` is the share of answers that are a chunk; the others count as the codec
-    would execute them. What else the policy `measures` is there under its name. `cache` is that of the
-    training.
+    would execute them. What else the policy `measures` is there under its name. A set of questions about
+    images has neither actions nor their error. `cache` is that of the training.
     """
     policy.eval()
     terms = policy.terms()
@@ -45,32 +46,20 @@ def validate(
     for keys, batch in batches:
         counts = policy.counts(batch, draws=1)
         trimmed = batch.trim(sees_missing=sees_missing)
+        acts = batch.action_mask is not None and bool(batch.action_mask.any())  # else they are questions
         batch = (trimmed if cache is None else cache.attach(batch, trimmed)).to(device)
-        assert batch.actions is not None and batch.action_mask is not None
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
         with autocast, gathered_anew(policy, recipe.sharding):
             out = policy(batch, _rng(keys))
             sampling = _rng(keys)
             sampling.uniform()  # so that flow policies sample from the noise of their loss
-            sampled = policy.act(batch, sampling)
+            sampled = policy.act(batch, sampling) if acts else None
             measures = policy.measures(batch)
         for row, (total, count) in zip(further, measures, strict=True):
             row += torch.stack([total.double(), row.new_tensor(count)])
-        valid = sampled.new_ones(len(batch), dtype=torch.bool)
-        if not sampled.is_floating_point():
-            ids = None if batch.embodiment_id is None else batch.embodiment_id.cpu().numpy()
-            actions, decoded = codecs.detokenise(sampled.cpu().numpy(), ids)
-            sampled, valid = torch.from_numpy(actions).to(device), torch.from_numpy(decoded)
-        error = ((sampled.float() - batch.actions).abs() * batch.action_mask).sum()
         sums[: len(terms)] += torch.stack([out[name] for name in terms])
-        sums[-4:] += torch.stack(
-            [
-                error,
-                batch.action_mask.sum(),
-                valid.sum().to(device),
-                valid.new_tensor(len(batch), dtype=torch.int64, device=device),
-            ]
-        )
+        if sampled is not None:
+            sums[-4:] += _compared(batch, sampled, codecs)
         sums[len(terms) : -4] += torch.tensor(
             [counts[name] for name in terms], dtype=sums.dtype, device=device
         )
@@ -78,17 +67,31 @@ def validate(
     *values, error, compared, valid_rows, rows = sum_over_processes(sums).tolist()
     totals = dict(zip(terms, values[: len(terms)], strict=True))
     counts = dict(zip(terms, values[len(terms) :], strict=True))
-    if compared == 0 or not any(counts.values()):
+    if not any(counts.values()):
         return {}
     prefix = f"validation/{name}/" if name else "validation/"
-    metrics = {f"{prefix}loss": mean_loss(terms, totals, counts), f"{prefix}action_error": error / compared}
-    if policy.needs().writes_tokens:
+    metrics = {f"{prefix}loss": mean_loss(terms, totals, counts)}
+    metrics |= {f"{prefix}action_error": error / compared} if compared else {}
+    if policy.needs().writes_tokens and rows:
         metrics[f"{prefix}valid_actions"] = valid_rows / rows
     for figure, (total, count) in zip(names, sum_over_processes(further).tolist(), strict=True):
         metrics |= {f"{prefix}{figure}": total / count} if count else {}
     if len(terms) > 1:
         metrics |= {f"{prefix}loss_{term}": totals[term] / counts[term] for term in terms if counts[term]}
     return metrics
+
+
+def _compared(batch: Batch, sampled: Tensor, codecs: CodecSet) -> Tensor:
+    """Return the summed error of sampled actions, what it counts, the answers that are a chunk, and rows."""
+    assert batch.actions is not None and batch.action_mask is not None
+    device, valid = sampled.device, sampled.new_ones(len(batch), dtype=torch.bool)
+    if not sampled.is_floating_point():
+        ids = None if batch.embodiment_id is None else batch.embodiment_id.cpu().numpy()
+        actions, decoded = codecs.detokenise(sampled.cpu().numpy(), ids)
+        sampled, valid = torch.from_numpy(actions).to(device), torch.from_numpy(decoded)
+    error = ((sampled.float() - batch.actions).abs() * batch.action_mask).sum()
+    rows = valid.new_tensor(len(batch), dtype=torch.int64, device=device)
+    return torch.stack([error, batch.action_mask.sum(), valid.sum().to(device), rows])
 
 
 def _rng(keys: Keys) -> SampleRng:
