@@ -16,7 +16,7 @@ from tests.checkpoints.pi0_fast_folder import RECORDED
 from tests.train.world import assert_same, learned, losses, metrics, tiny
 from vlafit import checkpoints
 from vlafit.actor import load_actor
-from vlafit.agreement import INVALID
+from vlafit.agreement import INVALID, Agreement, Item
 from vlafit.agreement.values import read
 from vlafit.codec import fast
 from vlafit.datasets import load_card
@@ -25,6 +25,7 @@ from vlafit.nn.batch import Batch
 from vlafit.nn.rng import SampleRng
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.action_tokenizer import PUBLIC, Origin
 from vlafit.train.data import open_data
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.initial_policy import initialise
@@ -39,6 +40,11 @@ def tokens(card: Path, **sections: dict[str, Any]) -> Recipe:
     sections["policy"] = POLICY | sections.get("policy", {})
     sections["train"] = train | sections.get("train", {})
     return tiny(card, **sections)
+
+
+def item_of(agreement: Agreement | None) -> Item:
+    assert agreement is not None
+    return next(item for item in agreement.items if item.name == "action tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +141,11 @@ def test_a_given_action_tokenizer_is_used_and_the_checkpoints_own_is_kept(
     assert loaded.codecs is not None
     used = next(iter(loaded.codecs)).action_tokenizer
     assert used is not None and used.backend.to_str() == fast.load(folder).backend.to_str()
+    assert item_of(read(finished)).value.startswith("FAST (fitted to the data), ")
     own = finished / "checkpoints" / "step_000006"
+    again = tokens(card, policy={"family": "", "size": "", "checkpoint": str(own)}, train=short)
+    kept = initialise(again, open_data(again.data, 0), FrozenWeights(load_strategy("full"), wanted=False))
+    assert item_of(kept.agreement).value.startswith("FAST (the checkpoint's), ")
     chosen = {"family": "", "size": "", "checkpoint": str(own), "action_tokenizer": str(folder)}
     with pytest.raises(ConfigError, match="action_tokenizer") as caught:
         run(tokens(card, policy=chosen, train=short), tmp_path / "other")
@@ -163,10 +173,43 @@ def test_openpis_checkpoint_takes_the_recipes_action_tokenizer(card: Path, tmp_p
     assert made.codec.action_tokenizer is not None
     chunk = np.zeros((10, 3))
     assert made.codec.action_tokenizer.encode(chunk) == fast.load(fast_folder).encode(chunk)
+    item = item_of(made.agreement)  # it was called the checkpoint's
+    assert item.status == "differs" and f"FAST ({fast_folder}), " in item.value
+    assert item.sides == {"checkpoint": f"{PUBLIC}, 2048 tokens", "recipe": str(fast_folder)}
+    assert (
+        f'policy.action_tokenizer = "{PUBLIC}"' in item.reason and "anew what each token means" in item.reason
+    )
     other = {**test_openpi_fast.TOLD, "codec.action_tokenizer": "elsewhere"}
     with pytest.raises(ConfigError, match=r"policy.action_tokenizer is .*config.codec.action_tokenizer"):
         both = replace(recipe, policy=replace(recipe.policy, config=other))
         initialise(both, open_data(both.data, 0), FrozenWeights(load_strategy("full"), wanted=False))
+
+
+@pytest.mark.parametrize(
+    ("stated", "name", "size", "status"),
+    [
+        ("", "mine", 300, "assumed"),  # a pi0.5 whose files say nothing of tokens
+        (PUBLIC, "a/copy/of/it", 2048, "assumed"),
+        (PUBLIC, PUBLIC, 2048, "same"),
+        (PUBLIC, "mine", 300, "differs"),
+        ("lerobot/fast-action-tokenizer", "mine", 300, "assumed"),
+    ],
+)
+def test_what_a_given_action_tokenizer_means_to_pretrained_weights_is_said(
+    stated: str, name: str, size: int, status: str, finished: Path
+) -> None:
+    codecs = checkpoints.load_all(finished / "checkpoints" / "step_000006").codecs
+    assert codecs is not None
+    text = next(iter(codecs)).action_text
+    assert text is not None
+    tokenizer = fast.fit([np.random.default_rng(1).normal(0, 0.1, (4, 2)) for _ in range(50)], 270)
+    text = replace(text, actions=tokenizer, config=replace(text.config, vocabulary=4096))
+    words = [f"<{number}>" for number in range(size - tokenizer.vocab_size)]
+    tokenizer.backend.add_tokens(words)
+    item = Origin(name, False, True, stated).item(text)
+    assert item.status == status and f"FAST ({name}), {size} tokens" in item.value
+    assert ("step 0" in item.reason) == (status == "assumed")
+    assert Origin(name, False, False, stated).item(text).status == "same"  # fresh weights know no token yet
 
 
 def test_an_action_tokenizer_for_a_policy_that_predicts_numbers_is_refused(

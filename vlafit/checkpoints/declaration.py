@@ -55,6 +55,8 @@ class Declaration:
     """The folder that the files name as their own tokenizer, and that is not there."""
     named_statistics: tuple[str, ...] = ()
     """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
+    action_tokenizer: str = ""
+    """Name of the FAST action tokenizer that its weights were trained with; "" where nothing says it."""
     action_tokenizer_key: str = ""
     """Key of `load`'s config that names the action tokenizer of a codec made of its statistics."""
     form: InputForm | None = None

@@ -4,14 +4,15 @@ Pretrained weights know what each action token means, so for them none is ever m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.checkpoints import hub
+from vlafit.agreement import Item
+from vlafit.checkpoints import Declaration, hub
 from vlafit.codec import Codec, CodecConfig, CodecSet, fast
 from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import SKIPPED, ActionText, ActionTokenConfig
@@ -30,6 +31,7 @@ from vlafit.train.data_statistics import statistics_for
 
 FILES = (fast.FILE, fast.CONFIG)
 PUBLIC = "physical-intelligence/fast"
+PUBLIC_TOKENS = 2048  # vocab_size in its processor_config.json
 MOST_CHUNKS = 20_000  # that a tokenizer is fitted to, spread evenly over all
 CHECKED = 512  # chunks that are encoded and decoded before a run
 SMALLEST = 256  # every byte is a token
@@ -78,6 +80,51 @@ def choose(
             'fresh weights: policy.fresh = ["language"]'
         )
     return fit(data, configs, needs, words)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the action tokenizer of a run comes from."""
+
+    name: str = ""
+    """Its name in the recipe or in the checkpoint's config; "": the checkpoint's own, or fitted."""
+    kept: bool = False
+    """Whether the checkpoint holds it."""
+    pretrained: bool = False
+    """Whether the language weights are the checkpoint's, which know what each of its tokens means."""
+    stated: str = ""
+    """The name of the one that the weights were trained with, where the checkpoint's files say it."""
+
+    def item(self, text: ActionText) -> Item:
+        """Return what holds, and what is only taken to be so: the files of other programs hold no tokens."""
+        name, size = "action tokenizer", text.actions.vocab_size
+        tokens = f"{size} tokens, at most {text.config.longest} a chunk"
+        if self.kept or not self.name:
+            source = "the checkpoint's" if self.kept else "fitted to the data"
+            return Item(name, {}, f"FAST ({source}), {tokens}", "same")
+        value = f"FAST ({self.name}), {tokens}"
+        if not self.pretrained or self.name == self.stated:
+            return Item(name, {}, value, "same")
+        sides = {"checkpoint": self.stated or "does not say", "recipe": self.name}
+        if self.stated == PUBLIC and size != PUBLIC_TOKENS:
+            sides["checkpoint"] += f", {PUBLIC_TOKENS} tokens"
+            reason = (
+                "the pretrained weights learn anew what each token means: train the language model, or set "
+                f'policy.action_tokenizer = "{PUBLIC}"'
+            )
+            return Item(name, sides, value, "differs", reason)
+        reason = "taken to be the weights' own: validation/token_accuracy at step 0 tells"
+        return Item(name, sides, value, "assumed", reason)
+
+
+def origin(chosen: PolicyRecipe, declared: Declaration, own: CodecSet | None, pretrained: bool) -> Origin:
+    """Return where the action tokenizer of a run from a checkpoint comes from."""
+    key = declared.action_tokenizer_key
+    holds = own is not None and next(iter(own)).action_tokenizer is not None
+    name = chosen.action_tokenizer
+    if key and holds:  # made with the checkpoint's codec, of what the recipe names, or its program
+        name = name or str(at(merge_dotted({}, chosen.config), key, "")) or declared.action_tokenizer
+    return Origin(name, holds and not name, pretrained, declared.action_tokenizer)
 
 
 def named_in(chosen: PolicyRecipe, key: str) -> dict[str, object]:

@@ -137,16 +137,21 @@ def with_codec(
     owner: str = "the checkpoint",
     *,
     answers: bool,
+    tokens: action_tokenizers.Origin,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics.
 
-    The arguments are those of `reconcile.codec_items`.
+    The arguments are those of `reconcile.codec_items`; `tokens` says where an action tokenizer comes from.
     """
     part, recipe = data.of(embodiment), recipe.of(embodiment)
+    text = codec.action_text
+    actions = None if text is None else tokens.item(text)
     whole = agreement.with_items(
         [
             *reconcile.other_cards(part.cards),
-            *reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk, owner, answers),
+            *reconcile.codec_items(
+                recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions
+            ),
             *value_faults.of_run(
                 part.stores,
                 part.training,

@@ -136,7 +136,15 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
         agreement = agreements[embodiment]
         codec = fit_codec(recipe, policy, part, None, agreement, opened, action_tokenizer=actions)
         agreements[embodiment] = with_codec(
-            agreement, recipe, data, embodiment, None, codec, words, answers=policy.needs().writes_tokens
+            agreement,
+            recipe,
+            data,
+            embodiment,
+            None,
+            codec,
+            words,
+            answers=policy.needs().writes_tokens,
+            tokens=action_tokenizers.Origin(recipe.policy.action_tokenizer),
         )
         codecs.append(codec)
     agreement = reconcile.joined(recipe, data, agreements)
@@ -262,6 +270,7 @@ def _from_checkpoint(
         own_codecs,
         pretrained=str(path) if pretrained else "",
     )
+    origin = action_tokenizers.origin(chosen, declared, own_codecs, pretrained)
     codecs, slots = [], []
     for embodiment, part in data.parts().items():
         before, agreement = befores.get(embodiment), agreements[embodiment]
@@ -283,6 +292,7 @@ def _from_checkpoint(
             report.chunk,
             report.owner,
             answers=policy.needs().writes_tokens,
+            tokens=origin,
         )
     warnings += action_tokenizers.faults_of(data.parts(), codecs)
     return InitialPolicy(

@@ -14,7 +14,7 @@ from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, fram
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
-from vlafit.train import data_statistics
+from vlafit.train import action_tokenizer, data_statistics
 from vlafit.train.data import Data, open_data
 
 
@@ -215,9 +215,11 @@ def outlook(
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
+    text, words = codec.action_text, tokenizer_of(owner)
+    tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [
         *other_cards(data.cards),
-        *codec_items(recipe, data, codec, codec, tokenizer_of(owner), own_chunk, owner),
+        *codec_items(recipe, data, codec, codec, words, own_chunk, owner, action_tokens=tokens),
     ]
     return agreement.with_items(
         [
@@ -254,12 +256,13 @@ def codec_items(
     own_chunk: int | None = None,
     owner: str = "the checkpoint",
     answers: bool = False,
+    action_tokens: Item | None = None,
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
     `before` is the checkpoint's codec and `owner` whose files give it, `tokenizer` where the tokenizer comes
     from, `own_chunk` the steps of a chunk in the checkpoint's files, `answers` whether the policy answers
-    with tokens.
+    with tokens; `action_tokens` is the item of those.
     """
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
@@ -303,11 +306,8 @@ def codec_items(
         yield Item("prompt", {"checkpoint": old} if old else {}, form, "same")
         words = codec.required_tokenizer.vocab_size
         yield Item("tokenizer", {}, f"{tokenizer}, {words} tokens", "same")
-    if (text := codec.action_text) is not None:
-        kept = before is not None and before.action_tokenizer is not None
-        source = "the checkpoint's" if kept else recipe.policy.action_tokenizer or "fitted to the data"
-        value = f"FAST ({source}), {text.actions.vocab_size} tokens, at most {text.config.longest} a chunk"
-        yield Item("action tokenizer", {}, value, "same")
+    if action_tokens is not None:
+        yield action_tokens
     if (bins := codec.config.action_bins) is not None:
         value = f"{BINS} bins over [-1, 1] (normalised), tokens {bins.end - BINS} to {bins.end - 1}"
         yield Item("action tokens", {}, value, "same")

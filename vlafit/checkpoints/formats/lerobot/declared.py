@@ -6,7 +6,13 @@ from pathlib import Path
 from torch import Tensor
 
 from vlafit.checkpoints.declaration import Declaration, Overruled
-from vlafit.checkpoints.formats.lerobot import features, read_buffers, read_processors, relative_actions
+from vlafit.checkpoints.formats.lerobot import (
+    action_tokens,
+    features,
+    read_buffers,
+    read_processors,
+    relative_actions,
+)
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps, require_known
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
@@ -51,6 +57,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         own_tokenizer=own if there else None,
         lost_tokenizer=None if there else own,
         named_statistics=_named(sets),
+        action_tokenizer=str(lerobot.values.get(action_tokens.NAME) or ""),
         form=read_processors.form_of(lerobot, pre),
         overruled=(
             *(read_processors.overruled(lerobot, pre) if pre and post else ()),

@@ -131,7 +131,12 @@ class OpenPiJax(Format):
         params = find_params(files.path)
         if params is None or not jax.writes_tokens(open_leaves(params)):
             return DECLARED
-        return replace(DECLARED, slots=norm_stats.FAST_CAMERAS, action_tokenizer_key="codec.action_tokenizer")
+        return replace(
+            DECLARED,
+            slots=norm_stats.FAST_CAMERAS,
+            action_tokenizer=norm_stats.PUBLISHED,
+            action_tokenizer_key="codec.action_tokenizer",
+        )
 
 
 def with_statistics(opened: OpenedCheckpoint, folder: Path) -> OpenedCheckpoint:
