@@ -188,8 +188,9 @@ def test_damage_to_a_table_of_embodiments_is_named_as_the_file_names_it(
 @pytest.mark.parametrize(
     ("file", "step", "changes", "facts"),
     [
-        ("pre", "groot_n1_7_vlm_encode_v1", {"use_albumentations": True}, ["use_albumentations", "True"]),
-        ("pre", "groot_n1_7_vlm_encode_v1", {"image_crop_size": [30, 30]}, ["image_crop_size", "[28, 28]"]),
+        ("pre", "groot_n1_7_vlm_encode_v1", {"use_albumentations": 1}, ["use_albumentations", "1"]),
+        ("pre", "groot_n1_7_vlm_encode_v1", {"image_crop_size": [40, 40]}, ["crop_fraction is 1.25"]),
+        ("pre", "groot_n1_7_vlm_encode_v1", {"shortest_image_edge": 40}, ["shortest_image_edge is 40"]),
         ("pre", "groot_n1_7_vlm_encode_v1", {"blur": 1}, ["blur", "guess"]),
         ("pre", "groot_n1_7_pack_inputs_v1", {"valid_action_horizon": 4}, ["valid_action_horizon is 4 of 8"]),
         ("pre", "groot_n1_7_pack_inputs_v1", {"raw_stats": {"state": {}}}, ["raw_stats"]),

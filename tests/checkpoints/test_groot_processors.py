@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from vlafit import checkpoints, cli
 from vlafit.checkpoints.export import export
 from vlafit.codec import Codec
 from vlafit.codec.described import learned
-from vlafit.codec.images import fit_image
+from vlafit.codec.images import Framing, fit_image
 from vlafit.codec.rotations import to_matrices
-from vlafit.errors import VlafitError, WeightsError
+from vlafit.errors import CodecError, VlafitError, WeightsError
+from vlafit.recipe import PolicyRecipe
+from vlafit.train.initial_codec import in_squares
+from vlafit.train.initial_policy import takes_tokenizer
 from vlafit.types import Observation, Sample
 
 FILES = Path(__file__).parents[1] / "fixtures" / "groot_processors"
@@ -188,6 +192,55 @@ def test_frames_are_those_of_torchvision_s_resize_and_crop() -> None:
         np.testing.assert_array_equal(fit_image(frame, size, "nvidia"), wanted[0].permute(1, 2, 0).numpy())
 
 
+WAYS = {"plain": (0.0, False), "share": (0.95, False), "whole": (1.0, False), "box": (0.95, True)}
+"""As record_frames.py has them; a plain crop is 28 of 32 pixels."""
+
+
+def test_frames_are_those_that_lerobot_recorded_with_and_without_albumentations() -> None:
+    frames = load_file(FILES / "frames.safetensors")
+    for key, wanted in frames.items():
+        kind, way, name = key.split(".") if key.count(".") == 2 else ("frame", "", "")
+        if kind != "frame":
+            framing: Framing = "nvidia_area" if kind == "area" else "groot"
+            got = fit_image(frames[f"frame.{name}"], 32, framing, *WAYS[way])
+            np.testing.assert_array_equal(got, wanted, err_msg=key)
+
+
+def test_a_letter_box_of_nvidia_s_other_program_comes_before_its_resizing(own: Path) -> None:
+    frame = np.random.default_rng(2).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+    boxed = np.zeros((50, 50, 3), np.uint8)
+    boxed[15:35] = frame
+    np.testing.assert_array_equal(
+        fit_image(frame, 32, "nvidia", 0.0, letter_box=True), fit_image(boxed, 32, "nvidia")
+    )
+    edit_settings(own, lambda s: s.update(letter_box_transform=True, image_crop_size=[24, 24]))
+    config = codec_of(own, LIBERO).config
+    assert (config.framing, config.crop, config.letter_box) == ("nvidia", 0.75, True)
+
+
+def test_albumentations_crop_a_share_and_keep_the_aspect_of_frames(own: Path, tmp_path: Path) -> None:
+    edit_settings(
+        own, lambda s: s.update(use_albumentations=True, crop_fraction=0.95, shortest_image_edge=32)
+    )
+    codec = codec_of(own, LIBERO)
+    assert (codec.config.framing, codec.config.crop) == ("nvidia_area", 0.95)
+    form = checkpoints.declaration(own).form
+    assert form is not None and (form.framing, form.crop, form.letter_box) == ("nvidia_area", 0.95, False)
+    wide = replace(codec.embodiment, cameras=tuple(
+        replace(camera, shape=(24, 32, 3)) for camera in codec.embodiment.cameras
+    ))  # fmt: skip
+    with pytest.raises(CodecError, match=r"frames of 24x32.*use_albumentations.*letter_box_transform"):
+        codec.with_changes(embodiment=wide)
+    boxed = codec.with_changes(config=replace(codec.config, letter_box=True), embodiment=wide)
+    boxed.save(tmp_path)
+    assert Codec.load(tmp_path).config == boxed.config
+    edit_settings(own, lambda s: s.update(shortest_image_edge=48))
+    with pytest.raises(WeightsError, match="shortest_image_edge is 48, and 32"):
+        codec_of(own, LIBERO)
+    edit_settings(own, lambda s: (s.pop("crop_fraction"), s.update(shortest_image_edge=None)))
+    assert codec_of(own, LIBERO).config.crop == 0.95  # NVIDIA's program's own
+
+
 def test_without_a_name_none_of_several_is_chosen_and_the_only_one_is(own: Path) -> None:
     loaded = checkpoints.load(own, tokenizer=TOKENIZER)
     assert loaded.codec is None and f"{LIBERO}, {DROID}, {G1}" in loaded.report.codec
@@ -214,7 +267,8 @@ def _of(tag: str, modality: str, **values: object) -> Callable[[dict[str, Any]],
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("use_albumentations", True), "use_albumentations is True"),
+        (_set("use_albumentations", "yes"), "use_albumentations is 'yes'"),
+        (_set("image_crop_size", [40, 40]), r"image_crop_size is \[40, 40\], of 32 pixels"),
         (_set("clip_outliers", False), "clip_outliers is False"),
         (_set("novel", 1), "novel is 1; it is not known here"),
         (_set("max_action_horizon", 16), "max_action_horizon is 16, and 8"),
@@ -262,3 +316,22 @@ def test_a_tokenizer_in_the_folder_is_the_checkpoint_s_own(own: Path) -> None:
     shutil.copytree(TOKENIZER, own / "tokenizer")
     assert checkpoints.declaration(own).own_tokenizer == own / "tokenizer"
     assert checkpoints.load(own, assets=G1).codec is not None
+
+
+def test_a_tokenizer_tells_the_chat_turn_of_a_backbone_that_is_not_the_public_one(own: Path) -> None:
+    chosen = PolicyRecipe(checkpoint=str(own), tokenizer=str(TOKENIZER))
+    declared = checkpoints.declaration(own)
+    assert declared.tokenizer_tells and takes_tokenizer(own, chosen, declared, fitted=True)
+    edit(own / "config.json", model_name="nvidia/Cosmos-Reason2-2B")
+    declared = checkpoints.declaration(own)
+    assert not declared.tokenizer_tells and not takes_tokenizer(own, chosen, declared, fitted=True)
+
+
+def test_frames_of_another_aspect_get_a_letter_box_where_a_codec_is_fitted(own: Path) -> None:
+    edit_settings(own, lambda s: s.update(use_albumentations=True, shortest_image_edge=32))
+    codec = codec_of(own, LIBERO)
+    assert not in_squares(codec.config, codec.embodiment).letter_box
+    wide = tuple(replace(camera, shape=(24, 32, 3)) for camera in codec.embodiment.cameras)
+    assert in_squares(codec.config, replace(codec.embodiment, cameras=wide)).letter_box
+    squeezed = replace(codec.config, framing="nvidia", crop=0.0)
+    assert not in_squares(squeezed, replace(codec.embodiment, cameras=wide)).letter_box

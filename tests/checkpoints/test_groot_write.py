@@ -25,6 +25,7 @@ from tests.checkpoints.test_groot_processors import folder as folder  # a fixtur
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export, write
 from vlafit.codec import Codec, CodecConfig
+from vlafit.codec.images import Framing
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import VlafitError, WeightsError
 from vlafit.types import Embodiment, Feature, Observation
@@ -110,14 +111,24 @@ def fitted(policy: Any, normalisation: Normalisation = "groot_min_max", **change
     return Codec.fit(replace(config, **changes), robot, states, actions, words.tokenizer)
 
 
-@pytest.mark.parametrize("normalisation", ["groot_min_max", "groot_quantile"])
+OWN: Mapping[str, dict[str, Any]] = {
+    "the range": {},
+    "quantiles": {"normalisation": "groot_quantile"},
+    "areas in a letter box": {"framing": "nvidia_area", "crop": 0.95, "letter_box": True},
+    "another crop": {"crop": 0.75, "letter_box": True},
+}
+
+
+@pytest.mark.parametrize("case", OWN)
 def test_a_robot_of_its_own_reads_as_it_was_written(
-    normalisation: Normalisation, loaded: Mapping[str, checkpoints.Loaded], tmp_path: Path
+    case: str, loaded: Mapping[str, checkpoints.Loaded], tmp_path: Path
 ) -> None:
     policy = loaded[LIBERO].policy
-    codec = fitted(policy, normalisation)
+    codec = fitted(policy, **OWN[case])
     made = write(policy, codec, "groot", tmp_path / "out", "here")
-    assert any("joint of 3, state of 1" in note and "row 2" in note for note in made.notes)
+    assert any(
+        "joint of 3, gripper of 1; action: action of 3" in note and "row 2" in note for note in made.notes
+    )
     again = checkpoints.load(tmp_path / "out").codec  # the only embodiment, and its tokenizer beside
     assert again is not None and again.config.cameras == ("wrist", "top")
     again = again.with_changes(embodiment=codec.embodiment)  # the files do not tell the sizes of frames
@@ -134,6 +145,18 @@ def test_a_robot_of_its_own_reads_as_it_was_written(
         assert np.array_equal(actions, again.decode(answer, view).actions)
         both = [each.encode_actions(actions + 0.1, view) for each in (codec, again)]
         assert np.array_equal(*both)
+
+
+@pytest.mark.parametrize("framing", ["groot", "nvidia_area"])
+def test_lerobot_s_processors_say_how_frames_are_cut(
+    framing: Framing, loaded: Mapping[str, checkpoints.Loaded], tmp_path: Path
+) -> None:
+    codec = fitted(loaded[LIBERO].policy, framing=framing, crop=0.95, letter_box=True)
+    write(loaded[LIBERO].policy, codec, "lerobot", tmp_path / "out", "here")
+    again = checkpoints.load(tmp_path / "out").codec
+    assert again is not None
+    one, two = again.config, codec.config
+    assert (one.framing, one.crop, one.letter_box) == (two.framing, two.crop, two.letter_box)
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {

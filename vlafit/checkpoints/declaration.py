@@ -16,6 +16,8 @@ class InputForm:
     prompt: Prompt
     framing: Framing
     special_tokens: Literal["prompt", "tokenizer"]
+    crop: float = 0.0
+    letter_box: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Declaration:
     """Changes that the program made to states or actions inside the policy; vlafit makes none of them."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
+    tokenizer_tells: bool = False
+    """Whether the tokenizer tells something of the policy that the files do not: its chat turn."""
     own_tokenizer: Path | None = None
     """The tokenizer's folder inside the checkpoint, which a codec without statistics does not open."""
     lost_tokenizer: Path | None = None

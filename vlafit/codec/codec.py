@@ -360,12 +360,13 @@ class Codec:
                     f"camera {name!r} gives {image.dtype} {image.shape}, embodiment {self.embodiment.name!r} "
                     f"says uint8 {shape}"
                 )
-        size = self.config.image_size
+        c, size = self.config, self.config.image_size
         images = np.zeros((len(self.config.cameras), 3, size, size), dtype=np.uint8)
         mask = np.zeros(len(self.config.cameras), dtype=np.bool_)
         for slot, name in enumerate(self.config.cameras):
             if name in frames:
-                images[slot] = fit_image(frames[name], size, self.config.framing).transpose(2, 0, 1)
+                fitted = fit_image(frames[name], size, c.framing, c.crop, c.letter_box)
+                images[slot] = fitted.transpose(2, 0, 1)
                 mask[slot] = True
         if any(self.config.cameras) and not mask.any():
             wanted = ", ".join(filter(None, self.config.cameras))

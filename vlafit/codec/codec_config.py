@@ -7,7 +7,7 @@ from typing import Literal
 from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.columns import Columns
-from vlafit.codec.images import Framing
+from vlafit.codec.images import MIDDLES, Framing
 from vlafit.codec.prompts import FORMS, Prompt
 from vlafit.codec.statistics import OPENVLA, MixedNormaliser, Normalisation, Normaliser, Statistics
 from vlafit.codec.tokenizer import Tokenizer
@@ -43,6 +43,10 @@ class CodecConfig:
     """Whether padded dimensions, and steps past the episode's end, are left out of the loss."""
     framing: Framing = "openpi"
     """How images get the policy's size."""
+    crop: float = 0.0
+    """Share of a side that is left of an image's middle, of framings that cut it out (GR00T's). 0: theirs."""
+    letter_box: bool = False
+    """Whether those framings pad an image to a square before anything else."""
     special_tokens: Literal["prompt", "tokenizer"] = "prompt"
     """Who adds special tokens: the form of the prompt, or the tokenizer's own template (LeRobot)."""
     history: int = 1
@@ -136,8 +140,7 @@ def require_consistent(
 
 
 def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer | None) -> None:
-    for name in filter(None, config.cameras):
-        robot.camera(name)
+    _require_framing(config, robot)
     named = config.named_cameras
     if len(set(named)) != len(named):
         raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
@@ -158,6 +161,24 @@ def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer
         )
     if tokenizer is not None and config.begins_with_bos and tokenizer.bos is None:
         raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
+
+
+def _require_framing(config: CodecConfig, robot: Embodiment) -> None:
+    if not 0 <= config.crop <= 1:
+        raise CodecError(f"codec config: crop is {config.crop}; it is a share of a side, from 0 to 1")
+    if config.framing not in MIDDLES and (config.crop or config.letter_box):
+        raise CodecError(
+            f"codec config: crop and letter_box have no effect with the framing {config.framing!r}; only "
+            f"{', '.join(MIDDLES)} have a crop"
+        )
+    for name in filter(None, config.cameras):
+        height, width, _ = robot.camera(name).shape
+        if config.framing == "nvidia_area" and not config.letter_box and height != width:
+            raise CodecError(
+                f"camera {name!r} has frames of {height}x{width}: this checkpoint keeps their aspect "
+                "(use_albumentations), and a GR00T takes squares here. Fine-tuning with data.statistics = "
+                '"data" pads them to squares, as NVIDIA\'s letter_box_transform does'
+            )
 
 
 def _require_dimensions(

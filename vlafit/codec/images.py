@@ -8,13 +8,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Framing = Literal["openpi", "lerobot", "smolvla", "groot", "nvidia", "xvla", "openvla"]
+from vlafit.codec import area
+
+Framing = Literal["openpi", "lerobot", "smolvla", "groot", "nvidia", "nvidia_area", "xvla", "openvla"]
 """A way to give an image the model's size, named after the reference that it was taken from, because
 codec.json stores the name. LeRobot's differ between its policies: "lerobot" is that of its pi0 and pi0.5.
 "groot" keeps no aspect: it makes the image square, cuts the middle out and enlarges that, bicubically as
 LeRobot does or, in "nvidia", bilinearly as NVIDIA does; so does "openvla", whose authors also send frames
-through JPEG, which is left out here.
+through JPEG, which is left out here. "nvidia_area" is that of NVIDIA's checkpoints with `use_albumentations`:
+OpenCV's INTER_AREA, and frames that are no squares are not squeezed, so that they must be, or get a letter
+box.
 """
+MIDDLES: tuple[Framing, ...] = ("groot", "nvidia", "nvidia_area")
+"""Framings that cut the middle out, of which `fit_image` takes `crop` and `letter_box`."""
 GROOT_CROP = (
     230,
     256,
@@ -45,13 +51,18 @@ FRAMINGS: Mapping[str, FramingRule] = {
 }
 
 
-def fit_image(image: NDArray[np.uint8], size: int, framing: Framing) -> NDArray[np.uint8]:
+def fit_image(
+    image: NDArray[np.uint8], size: int, framing: Framing, crop: float = 0.0, letter_box: bool = False
+) -> NDArray[np.uint8]:
     """Return `image` [h, w, 3] as [size, size, 3].
 
-    One that has the size already is returned, not copied, unless the framing cuts a part out of it.
+    Of the framings in MIDDLES, `crop` is the share of a side that is left of the middle (0: that of GR00T
+    N1.7), and a letter box pads the image to a square with black first. An image that has the size already is
+    returned, not copied, unless the framing cuts a part out of it.
     """
-    if framing in ("groot", "nvidia"):
-        return _middle(image, size, framing == "nvidia")
+    if framing in MIDDLES:
+        square = in_letter_box(image) if letter_box else image
+        return _middle(square, size, framing, crop)
     if framing == "openvla":
         return cut_middle(lanczos(image, size, size), OPENVLA_CROP**0.5)
     height, width = image.shape[:2]
@@ -74,14 +85,36 @@ def groot_crop(size: int) -> int:
     return max(1, size * GROOT_CROP[0] // GROOT_CROP[1])
 
 
-def _middle(image: NDArray[np.uint8], size: int, linear: bool) -> NDArray[np.uint8]:
-    """Return the middle of `image`, as LeRobot 0.6.1 cuts it out for GR00T N1.7; `linear`: as torchvision's
-    Resize and CenterCrop do for NVIDIA.
+def in_letter_box(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return `image` [h, w, 3] in the middle of a black square."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return image
+    square = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _middle(image: NDArray[np.uint8], size: int, framing: Framing, crop: float) -> NDArray[np.uint8]:
+    """Return the middle of `image`: as LeRobot 0.6.1 cuts it out for GR00T N1.7; as torchvision's Resize and
+    CenterCrop do for NVIDIA; or as OpenCV and albumentations do for NVIDIA ("nvidia_area").
     """
-    square = antialiased(image, size, size, linear)
-    side = groot_crop(size)
-    first = round((size - side) / 2) if linear else (size - side) // 2  # torchvision rounds to even
-    return antialiased(square[first : first + side, first : first + side], size, size, linear)
+
+    def resized(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if framing == "nvidia_area":
+            return area.resized(values, size, size)
+        return antialiased(values, size, size, linear=framing == "nvidia")
+
+    square = resized(image)
+    if framing == "nvidia_area":
+        side = max(1, int(size * (crop or groot_crop(size) / size)))
+    else:
+        side = max(1, round(size * crop)) if crop else groot_crop(size)
+    # torchvision rounds to even, the others downwards.
+    first = round((size - side) / 2) if framing == "nvidia" else (size - side) // 2
+    return resized(square[first : first + side, first : first + side])
 
 
 def cut_middle(image: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.data_statistics import statistics_for
+from vlafit.types import Embodiment
 
 
 def fit_codec(
@@ -40,7 +41,7 @@ def fit_codec(
             f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the policy reads no instruction; "
             'make it ""'
         )
-    config = fitted_config(recipe, policy, old, agreement, form)
+    config = in_squares(fitted_config(recipe, policy, old, agreement, form), data.embodiment)
     try:
         columns = columns_of(config, data.embodiment)
         if len(config.unchanged) != columns.action_dimensions:  # a mask of another robot's grippers
@@ -80,7 +81,14 @@ def fitted_config(
         action_bins=action_tokenizers.bins(needs),
     )
     if old is None and form is not None and needs.prompt is not None:
-        config = replace(config, prompt=form.prompt, framing=form.framing, special_tokens=form.special_tokens)
+        config = replace(
+            config,
+            prompt=form.prompt,
+            framing=form.framing,
+            crop=form.crop,
+            letter_box=form.letter_box,
+            special_tokens=form.special_tokens,
+        )
     if old is not None:  # images and prompts keep the checkpoint's form, too
         kept = old.config
         config = replace(
@@ -88,6 +96,8 @@ def fitted_config(
             mask_padding=kept.mask_padding,
             prompt=kept.prompt,
             framing=kept.framing,
+            crop=kept.crop,
+            letter_box=kept.letter_box,
             special_tokens=kept.special_tokens,
             action_tokens=action_tokenizers.settings(needs, kept.action_tokens),
         )
@@ -99,6 +109,16 @@ def fitted_config(
         if config.of_actions in OPENVLA:
             config = replace(config, unchanged=kept.unchanged)
     return config
+
+
+def in_squares(config: CodecConfig, robot: Embodiment) -> CodecConfig:
+    """Return the config with a letter box where frames are no squares and the framing does not squeeze them.
+
+    NVIDIA's program keeps their aspect and makes wider images of them; a GR00T takes squares here.
+    """
+    shapes = [robot.camera(name).shape for name in config.cameras if name]
+    wide = config.framing == "nvidia_area" and any(height != width for height, width, _ in shapes)
+    return replace(config, letter_box=True) if wide else config
 
 
 def adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:

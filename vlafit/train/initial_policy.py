@@ -201,7 +201,7 @@ def _from_checkpoint(
     base_of = chosen.base or None
     declared = checkpoints.declaration(path, base_of) if foreign else checkpoints.Declaration()
     fitted = recipe.fits_statistics
-    passed = foreign and _takes_tokenizer(path, chosen, declared, fitted)
+    passed = foreign and takes_tokenizer(path, chosen, declared, fitted)
     opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
     key = declared.action_tokenizer_key if passed and chosen.action_tokenizer else ""
     loaded = checkpoints.load_all(
@@ -309,10 +309,12 @@ def _from_checkpoint(
     )
 
 
-def _takes_tokenizer(
+def takes_tokenizer(
     path: Path, chosen: PolicyRecipe, declared: checkpoints.Declaration, fitted: bool
 ) -> bool:
     """Return whether the recipe's tokenizer makes a codec of what a foreign checkpoint declares."""
+    if chosen.tokenizer and declared.tokenizer_tells:
+        return True
     # Statistics of several datasets become a codec only once the user chooses some.
     if not chosen.tokenizer or (declared.named_statistics and not chosen.assets):
         return False

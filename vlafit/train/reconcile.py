@@ -298,7 +298,8 @@ def codec_items(
     slots = codec.config.cameras if before is None else before.config.cameras
     pairs = dict(zip(slots, codec.config.cameras, strict=False))  # a new camera takes no slot of the old
     size = codec.config.image_size
-    framed = f"{size}x{size}, framed as {codec.config.framing}"
+    padded = ", padded to squares (letter box)" if codec.config.letter_box else ""
+    framed = f"{size}x{size}, framed as {codec.config.framing}{padded}"
     yield _frames(recipe, data.cards, before, pairs, framed)
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"

@@ -121,11 +121,15 @@ class Groot(Format):
         every = () if (files.folder / CODEC).is_file() else processors.tags(files.folder)
         if not every:
             return Declaration()
-        form = InputForm("groot" if processors.formal(files.folder) else "text", "nvidia", "prompt")
+        prompt, frames = processors.formal(files.folder), processors.frames(files.folder)
+        form = InputForm("groot" if prompt else "text", frames.name, "prompt", frames.crop, frames.letter_box)
         named = every if len(every) > 1 else ()
         own = files.folder / "tokenizer"
+        found = config.read_config(files.folder)
+        backbone = None if found is None else found[1].get("model_name")
         return Declaration(
             says_frame_sizes=False,
+            tokenizer_tells=backbone not in config.PUBLIC_BACKBONES,
             tokenizer="" if own.is_dir() else processors.backbone(files.folder),
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=named,

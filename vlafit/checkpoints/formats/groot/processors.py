@@ -15,7 +15,7 @@ from vlafit.checkpoints.formats.groot import groups
 from vlafit.checkpoints.formats.groot.groups import Unrepeated
 from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.codec import Codec, CodecConfig, Tokenizer
-from vlafit.codec.images import groot_crop
+from vlafit.codec.images import Framing, groot_crop
 from vlafit.errors import WeightsError, did_you_mean
 from vlafit.nn.policy import Needs
 from vlafit.types import ColumnForm, Embodiment, Feature
@@ -42,22 +42,32 @@ PUBLISHED = {  # Isaac-GR00T, processing_gr00t_n1d7.py: rows of tags that the fi
 }
 ONLY: Mapping[str, tuple[object, ...]] = {
     "clip_outliers": (True,),
-    "use_albumentations": (False,),
-    "letter_box_transform": (False,),
     "exclude_state": (False,),
     "use_tactile": (False,),
 }
 """Settings of which only these values are repeated; the first is NVIDIA's default."""
+ALONE: Mapping[str, Any] = {"crop_fraction": 0.95, "shortest_image_edge": 256}
+"""What NVIDIA's program takes where the settings are not there at all."""
 FREE = (
     "modality_configs", "use_percentiles", "apply_sincos_state_encoding", "use_relative_action",
     "formalize_language", "max_state_dim", "max_action_dim", "max_action_horizon",  # read below
-    "image_crop_size", "image_target_size",
-    "shortest_image_edge", "crop_fraction", "extra_augmentation_config",  # only with use_albumentations
+    "use_albumentations", "letter_box_transform",  # read by `framing_of`, as the next four are
+    "image_crop_size", "image_target_size", "shortest_image_edge", "crop_fraction",
+    "extra_augmentation_config",  # only in training
     "random_rotation_angle", "color_jitter_params", "state_dropout_prob",  # only in training
     "model_name", "model_type", "transformers_loading_kwargs",  # of the tokenizer, which is given
     "use_mean_std", "embodiment_id_mapping",  # not read by NVIDIA's processor: ROWS has the rows
     "tactile_state_keys", "tactile_input_shape", "tactile_embed_dim",  # only with use_tactile
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Frames:
+    """How frames get the policy's size; see `vlafit.codec.images`."""
+
+    name: Framing
+    crop: float
+    letter_box: bool
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,43 @@ def backbone(folder: Path) -> str:
     return str(_required(folder).settings.get("model_name", ""))
 
 
+def frames(folder: Path) -> Frames:
+    """Return how frames are framed. Raises WeightsError where the files do not say what NVIDIA writes."""
+    files = _required(folder)
+    sides = files.settings.get("image_target_size") or [0]
+    side = sides[0] if isinstance(sides, list) and type(sides[0]) is int else 0
+    return framing_of(files.settings, side, str(folder / CONFIG))
+
+
+def framing_of(settings: Mapping[str, Any], size: int, where: str) -> Frames:
+    """Return how images get `size` pixels. Raises WeightsError for what is no size or share.
+
+    With albumentations crop_fraction counts, or image_crop_size relative to image_target_size; without it,
+    image_crop_size.
+    """
+    by_area, boxed = (settings.get(key, False) for key in ("use_albumentations", "letter_box_transform"))
+    for key, value in (("use_albumentations", by_area), ("letter_box_transform", boxed)):
+        if not isinstance(value, bool):
+            raise WeightsError(f"{where}: {key} is {value!r}; it must be true or false")
+    crop, share = settings.get("image_crop_size"), settings.get("crop_fraction")
+    cut = groot_crop(size)
+    if crop is not None:
+        if not isinstance(crop, list) or len(set(crop)) != 1 or type(crop[0]) is not int or crop[0] < 1:
+            raise WeightsError(f"{where}: image_crop_size is {crop!r}; only squares are supported here")
+        cut = crop[0]
+    if not by_area:
+        if cut > size > 0:
+            raise WeightsError(f"{where}: image_crop_size is {crop}, of {size} pixels")
+        return Frames("nvidia", 0.0 if cut == groot_crop(size) else cut / max(size, 1), boxed)
+    if "crop_fraction" not in settings:
+        share = ALONE["crop_fraction"]
+    elif share is None:
+        share = cut / max(size, 1)
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise WeightsError(f"{where}: crop_fraction is {share!r}; it is a share of a side, up to 1")
+    return Frames("nvidia_area", float(share), boxed)
+
+
 def _required(folder: Path) -> Processors:
     files = read(folder)
     assert files is not None  # callers have found its tags
@@ -200,6 +247,7 @@ def make_codec(files: Processors, tag: str, needs: Needs, words: Tokenizer) -> t
             f"{needs.chunk}, one after another, are supported"
         )
     numbers = files.statistics[tag]
+    framing = framing_of(settings, needs.image_size, str(folder / CONFIG))
     percentiles = bool(settings.get("use_percentiles", False))
     sincos = bool(settings.get("apply_sincos_state_encoding", False))
     relative = bool(settings.get("use_relative_action", False))
@@ -226,7 +274,9 @@ def make_codec(files: Processors, tag: str, needs: Needs, words: Tokenizer) -> t
         relative_to=actions.relative_to,
         prompt="groot" if settings.get("formalize_language", True) else "text",
         max_tokens=needs.max_tokens,
-        framing="nvidia",
+        framing=framing.name,
+        crop=framing.crop,
+        letter_box=framing.letter_box,
         state_form=ColumnForm(actions.references, angles=states.angles),
         action_form=ColumnForm(actions.poses),
         state_methods=() if set(states.methods) == {common} else states.methods,
@@ -236,7 +286,7 @@ def make_codec(files: Processors, tag: str, needs: Needs, words: Tokenizer) -> t
     statistics = {"state": states.statistics(found), "action": actions.statistics(found)}
     language = groups.modality(modalities, "language", where).keys[0]
     notes = [f"statistics of {tag}; its instruction is {language!r} in NVIDIA's data"]
-    if settings.get("crop_fraction") is not None:
+    if settings.get("crop_fraction") is not None and framing.name == "nvidia":
         notes.append(
             "crop_fraction is only read with use_albumentations, as in NVIDIA's program; LeRobot crops by it"
         )
@@ -256,10 +306,11 @@ def _require_repeated(settings: Mapping[str, Any], needs: Needs, where: str) -> 
         "max_action_dim": (needs.action_dim,),
         "max_action_horizon": (needs.chunk,),
         "image_target_size": ([side, side],),
-        "image_crop_size": ([groot_crop(side)] * 2,),
     }
+    edge = settings.get("shortest_image_edge", ALONE["shortest_image_edge"])
+    if settings.get("use_albumentations") and edge is not None:
+        sizes = {**sizes, "shortest_image_edge": (side,)}
+        settings = {**settings, "shortest_image_edge": edge}
     for key, (wanted,) in sizes.items():
         if settings.get(key, wanted) != wanted:
-            raise Unrepeated(
-                f"{where}: {key} is {settings[key]}, and {wanted} by the weights' config and vlafit's framing"
-            )
+            raise Unrepeated(f"{where}: {key} is {settings[key]}, and {wanted} by the weights' config")

@@ -2,8 +2,8 @@
 
 A codec that came out of NVIDIA's files still has them (`Codec.origin`). They are written again, with all
 embodiments, where they still make this very codec. One that was fitted to data gets an embodiment of its own,
-with one group for the state and one for actions, where NVIDIA's program computes what it does; whatever that
-program does otherwise, or its files need and the codec does not have, is a reason to refuse.
+with groups that are called as its dimensions are; whatever NVIDIA's program does otherwise, or its files need
+and the codec does not have, is a reason to refuse.
 """
 
 import re
@@ -126,7 +126,7 @@ def _changes(policy: Groot, codec: Codec) -> str:
 def _reasons(codec: Codec) -> Iterator[str]:
     """Yield what keeps a fitted codec from NVIDIA's program, with what can be done."""
     c = codec.config
-    if c.framing != "nvidia":
+    if c.framing not in ("nvidia", "nvidia_area"):
         how = "bicubically, as LeRobot does; export it to lerobot" if c.framing == "groot" else "otherwise"
         yield (
             "NVIDIA's program resizes frames bilinearly (framing 'nvidia'), and this policy saw them resized "
@@ -154,6 +154,9 @@ def _reasons(codec: Codec) -> Iterator[str]:
             'actions, clipped to [-1, 1]; train with data.normalisation = "groot_min_max" or "groot_quantile"'
         )
         return
+    for feature in (codec.embodiment.state, codec.embodiment.action):
+        if twice := {label for label in feature.labels if feature.labels.count(label) > 1}:
+            yield f"two dimensions of its {feature.name} are called {min(twice)!r}; groups need own names"
     if codec.statistics["action"].steps:
         yield "it has statistics of each step, and its files have those of absolute actions only"
     for column, method in (("state", c.normalisation), ("action", c.of_actions)):
@@ -186,17 +189,18 @@ def _new(policy: Groot, codec: Codec, backbone: str) -> Written:
         "action": {**_modality(action, steps), "action_configs": [ABSOLUTE] * len(action)},
         "language": _modality([LANGUAGE], [0]),
     }
-    size = c.image_size
+    size, by_area = c.image_size, c.framing == "nvidia_area"
+    crop = max(1, round(size * c.crop)) if c.crop else groot_crop(size)
     settings = {
         "modality_configs": {tag: modalities},
-        "image_crop_size": [groot_crop(size)] * 2,
+        "image_crop_size": [crop] * 2,
         "image_target_size": [size, size],
-        "use_albumentations": False,
+        "use_albumentations": by_area,
         "random_rotation_angle": None,
         "color_jitter_params": None,
-        "shortest_image_edge": None,
-        "crop_fraction": None,
-        "letter_box_transform": False,
+        "shortest_image_edge": size if by_area else None,
+        "crop_fraction": (c.crop or crop / size) if by_area else None,
+        "letter_box_transform": c.letter_box,
         "model_name": backbone,
         "model_type": "qwen",
         "formalize_language": c.prompt == "groot",
@@ -226,20 +230,23 @@ def _new(policy: Groot, codec: Codec, backbone: str) -> Written:
 
 
 def _groups(feature: Feature) -> dict[str, list[int]]:
-    """Return name -> dimensions: of labels NAME.0, NAME.1, ..., and of all others that follow one another."""
-    labels = feature.labels or ("",) * feature.shape[0]
-    stems = [match[1] if (match := NUMBERED.fullmatch(label)) else "" for label in labels]
+    """Return name -> dimensions: of labels NAME.0, NAME.1, ... one group, and one for each other label.
+
+    A column without labels is one group of its own name.
+    """
+    if not feature.labels:
+        return {feature.name: list(range(feature.shape[0]))}
+    stems = [match[1] if (match := NUMBERED.fullmatch(label)) else "" for label in feature.labels]
     groups: dict[str, list[int]] = {}
     first = 0
     for stem, run in groupby(stems):
         members = list(range(first, first + len(list(run))))
         first = members[-1] + 1
-        numbers = [labels[d].rpartition(".")[2] for d in members]
-        counted = stem and stem not in groups and numbers == [str(n) for n in range(len(members))]
-        name = stem if counted else feature.name
-        while name in groups:
-            name += "_"
-        groups[name] = members
+        counted = [f"{stem}.{number}" for number in range(len(members))]
+        if stem and stem not in groups and [feature.labels[d] for d in members] == counted:
+            groups[stem] = members
+            continue
+        groups |= {feature.labels[d]: [d] for d in members}
     return groups
 
 

@@ -105,6 +105,7 @@ class LeRobotGroot(Format):
             slots, robot = (), None
         pack, encode = (processors.step_of(pre, name) for name in (processors.PACK, processors.ENCODE))
         sets = {} if pack is None else processors.sets_of(pack)
+        frames = processors.framing_of(encode, processors.image_size(pre) or 0)
         formal = pack is None or pack.config.get("formalize_language", True)
         own = files.folder / "tokenizer"
         named = "" if encode is None else str(encode.config.get("model_name", ""))
@@ -115,7 +116,9 @@ class LeRobotGroot(Format):
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=() if "" in sets else tuple(sorted(sets)),
-            form=InputForm("groot" if formal else "text", "groot", "prompt"),
+            form=InputForm(
+                "groot" if formal else "text", frames.name, "prompt", frames.crop, frames.letter_box
+            ),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlafit.checkpoints.formats.groot.processors import Frames
 from vlafit.checkpoints.formats.lerobot import processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
@@ -79,12 +80,12 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     ENCODE: {
         "model_name": anything,  # of the tokenizer; its tokens are compared with the policy's
-        "image_crop_size": anything,  # compared with the framing below, as the next three are
+        "image_crop_size": anything,  # read by `framing_of`, as the next three are
         "image_target_size": anything,
         "shortest_image_edge": anything,
         "crop_fraction": anything,
-        "use_albumentations": only(False),
-        "letter_box_transform": only(False),
+        "use_albumentations": only(True, False),
+        "letter_box_transform": only(True, False),
         "device": anything,
     },
     UNPACK: {
@@ -153,6 +154,7 @@ def read(
         return None, lacking
     statistics = stored.read_both(chosen, kinds, robot, pack.where)
     _require_undone(undo, undone, kind, statistics["action"].array, robot.action.shape[0])
+    framing = framing_of(encode, needs.image_size)
     prompt: Prompt = "groot" if pack.config.get("formalize_language", True) else "text"
     config = CodecConfig(
         cameras=slots,
@@ -163,7 +165,9 @@ def read(
         normalisation=kind,
         prompt=prompt,
         max_tokens=needs.max_tokens,
-        framing="groot",
+        framing=framing.name,
+        crop=framing.crop,
+        letter_box=framing.letter_box,
     )
     if tokenizer is None:
         wanted = encode.config.get("model_name")
@@ -276,19 +280,33 @@ def _require_sizes(pack: Step, encode: Step, needs: Needs) -> None:
             f"{pack.where}: valid_action_horizon is {valid} of {needs.chunk} actions; only all of them are "
             "supported here"
         )
-    target, crop = needs.image_size, groot_crop(needs.image_size)
-    allowed = {
-        "image_target_size": ([target, target],),
-        "image_crop_size": ([crop, crop],),
-        "shortest_image_edge": (None, target),
-        "crop_fraction": (None, crop / target),
-    }
+    target = needs.image_size
+    allowed = {"image_target_size": ([target, target],), "shortest_image_edge": (None, target)}
     for key, values in allowed.items():
         value = encode.config.get(key, values[0])
         if value not in values:
             raise WeightsError(
                 f"{encode.where}: {key} is {value}; only {values[0]} is supported for {target} pixels"
             )
+
+
+def framing_of(encode: Step | None, size: int) -> Frames:
+    """Return how LeRobot makes images of `size` pixels: by OpenCV's areas, or bicubically."""
+    if encode is None:
+        return Frames("groot", 0.0, False)
+    settings = encode.config
+    crop, share = settings.get("image_crop_size"), settings.get("crop_fraction")
+    if crop is not None and (not isinstance(crop, list) or len(set(crop)) != 1 or type(crop[0]) is not int):
+        raise WeightsError(f"{encode.where}: image_crop_size is {crop!r}; only squares are supported here")
+    if share is None:
+        share = (crop[0] if crop else size) / max(size, 1)
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise WeightsError(f"{encode.where}: crop_fraction is {share!r}; it is a share of a side, up to 1")
+    usual = share == groot_crop(size) / max(size, 1)
+    boxed = bool(settings.get("letter_box_transform"))
+    if settings.get("use_albumentations"):
+        return Frames("nvidia_area", float(share), boxed)
+    return Frames("groot", 0.0 if usual else float(share), boxed)
 
 
 def _require_undone(

@@ -61,8 +61,10 @@ def refusals(policy: Groot, codec: Codec | None) -> list[str]:
         )
     if c.prompt not in ("groot", "text"):
         reasons.append(f"LeRobot asks GR00T with a prompt of the form 'groot', this codec with {c.prompt!r}")
-    if c.framing != "groot":
-        reasons.append(f"LeRobot frames images of GR00T as 'groot', this codec as {c.framing!r}")
+    if c.framing not in ("groot", "nvidia_area"):
+        reasons.append(
+            f"LeRobot frames images of GR00T as 'groot' or 'nvidia_area', this codec as {c.framing!r}"
+        )
     if any(c.relative):
         reasons.append(
             "LeRobot normalises GR00T's relative actions by statistics of each step, vlafit does not"
@@ -196,9 +198,9 @@ def _write_processors(folder: Path, policy: Groot, codec: Codec, backbone: str) 
             "image_crop_size": [groot_crop(size)] * 2,
             "image_target_size": [size, size],
             "shortest_image_edge": None,
-            "crop_fraction": None,
-            "use_albumentations": False,
-            "letter_box_transform": False,
+            "crop_fraction": codec.config.crop or None,
+            "use_albumentations": codec.config.framing == "nvidia_area",
+            "letter_box_transform": codec.config.letter_box,
             "device": "cpu",
         },
     }
