@@ -4,10 +4,9 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from vlafit.errors import DataError
+from vlafit.errors import DataError, quoted
 
 LONGEST = 100_000  # steps of a chunk or a history; a slip beyond would fill the memory
-SHOWN = 80  # characters of a wrong value
 
 
 def whole_number(value: Any, what: str, least: int, most: int, remedy: str = "") -> int:
@@ -19,21 +18,16 @@ def whole_number(value: Any, what: str, least: int, most: int, remedy: str = "")
     except TypeError:
         number = None
     if number is None or not least <= number <= most:
-        raise DataError(f"{what} must be a whole number from {least} to {most}, not {_short(value)}{remedy}")
+        raise DataError(f"{what} must be a whole number from {least} to {most}, not {quoted(value)}{remedy}")
     return number
 
 
 def several(values: Any, what: str) -> list[Any]:
     """Return `values` as a list. Raises DataError beginning with `what` if they are none."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise DataError(f"{what} must be a list of whole numbers, not {_short(values)}")
+        raise DataError(f"{what} must be a list of whole numbers, not {quoted(values)}")
     return list(values)
 
 
 def _is_truth(value: Any) -> bool:
     return isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

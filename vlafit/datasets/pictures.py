@@ -39,7 +39,7 @@ def decode_picture(data: bytes, where: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as stored:
             image = ImageOps.exif_transpose(stored)
-            if image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+            if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise DataError(f"{where}: the picture is see-through; save it with a background")
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.pictures import decode_picture
-from vlafit.errors import DataError, brief
+from vlafit.errors import DataError, brief, quoted
 from vlafit.files import expand_user, parse_json, plain_bytes, plain_text
 
 PAIRS = (("prompt", "answer"), ("prefix", "suffix"))
@@ -132,7 +132,7 @@ def _questions(file: Path) -> Iterator[Question]:
     for place, record in _records(file):
         where = f"{file}, {place}"
         if not isinstance(record, dict):
-            raise DataError(f"{where}: is {brief(repr(record))}, not an object such as {FORM}")
+            raise DataError(f"{where}: is {quoted(record)}, not an object such as {FORM}")
         images = _images(record, where, file.parent, known)
         for prompt, answer in _pairs(record, where):
             if not prompt.strip() or not answer.strip():
@@ -201,7 +201,7 @@ def _pairs(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]:
         return
     if len(forms) != 1 or not all(isinstance(record.get(key), str) for key in forms[0]):
         have = ", ".join(sorted(map(str, record)))
-        raise DataError(f"{where}: has {brief(have)}; it should be such as {FORM}")
+        raise DataError(f"{where}: has {have}; it should be such as {FORM}")
     prompt, answer = forms[0]
     yield record[prompt], record[answer]
 
@@ -215,7 +215,7 @@ def _turns(turns: object, where: str) -> Iterator[tuple[str, str]]:
     for number, turn in enumerate(turns):
         wanted = ANSWERS if number % 2 else ASKS
         if not isinstance(turn, dict) or turn.get("from") not in wanted:
-            raise DataError(f"{fault}; turn {number + 1} is {brief(repr(turn))}")
+            raise DataError(f"{fault}; turn {number + 1} is {quoted(turn)}")
         text = turn.get("value")
         if not isinstance(text, str):
             raise DataError(f'{fault}; turn {number + 1} has no text "value"')

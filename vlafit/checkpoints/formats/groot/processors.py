@@ -134,13 +134,12 @@ def kept(codec: Codec) -> tuple[Processors, str] | None:
     values = codec.origin.get(ORIGIN)
     if values is None:
         return None
-    tag = values.get("tag") if isinstance(values, Mapping) else None
-    tables = [values.get(name) for name in (CONFIG, STATISTICS)] if isinstance(values, Mapping) else []
-    rows = values.get(ROWS) if isinstance(values, Mapping) else None
-    named = isinstance(tag, str) and bool(tables) and all(isinstance(one, Mapping) for one in tables)
-    if not named or not (rows is None or isinstance(rows, Mapping)):
-        raise WeightsError(f"codec.json: origin.{ORIGIN} is not what vlafit writes there; it was edited")
-    return Processors(Path("codec.json"), tables[0], tables[1], rows), str(tag)
+    kept: Mapping[str, Any] = values if isinstance(values, Mapping) else {}
+    tag, config, statistics, rows = (kept.get(name) for name in ("tag", CONFIG, STATISTICS, ROWS))
+    if isinstance(tag, str) and isinstance(config, Mapping) and isinstance(statistics, Mapping):
+        if isinstance(rows, Mapping | None):
+            return Processors(Path("codec.json"), config, statistics, rows), tag
+    raise WeightsError(f"codec.json: origin.{ORIGIN} is not what vlafit writes there; it was edited")
 
 
 def tags(folder: Path) -> tuple[str, ...]:

@@ -147,8 +147,9 @@ def _reasons(codec: Codec) -> Iterator[str]:
         )
     if not (c.state_form.is_plain and c.action_form.is_plain):
         yield "its poses, grippers or angles are learned in another form than they are recorded in"
-    methods = {c.normalisation, c.of_actions, *c.state_methods, *c.action_methods}
-    if len({PERCENTILES.get(method) for method in methods}) != 1 or None in map(PERCENTILES.get, methods):
+    methods: set[Normalisation] = {c.normalisation, c.of_actions, *c.state_methods, *c.action_methods}
+    ranges = {PERCENTILES.get(method) for method in methods}
+    if len(ranges) != 1 or None in ranges:
         yield (
             f"it normalises by {', '.join(sorted(methods))}, and NVIDIA's program by one range of states and "
             'actions, clipped to [-1, 1]; train with data.normalisation = "groot_min_max" or "groot_quantile"'
@@ -159,8 +160,8 @@ def _reasons(codec: Codec) -> Iterator[str]:
             yield f"two dimensions of its {feature.name} are called {min(twice)!r}; groups need own names"
     if codec.statistics["action"].steps:
         yield "it has statistics of each step, and its files have those of absolute actions only"
-    for column, method in (("state", c.normalisation), ("action", c.of_actions)):
-        yield from _of_statistics(column, codec.statistics[column], method)
+    yield from _of_statistics("state", codec.statistics["state"], c.normalisation)
+    yield from _of_statistics("action", codec.statistics["action"], c.of_actions)
 
 
 def _of_statistics(column: str, statistics: Statistics, method: Normalisation) -> Iterator[str]:
