@@ -136,9 +136,13 @@ def kept(codec: Codec) -> tuple[Processors, str] | None:
         return None
     kept: Mapping[str, Any] = values if isinstance(values, Mapping) else {}
     tag, config, statistics, rows = (kept.get(name) for name in ("tag", CONFIG, STATISTICS, ROWS))
-    if isinstance(tag, str) and isinstance(config, Mapping) and isinstance(statistics, Mapping):
-        if isinstance(rows, Mapping | None):
-            return Processors(Path("codec.json"), config, statistics, rows), tag
+    if (
+        isinstance(tag, str)
+        and isinstance(config, Mapping)
+        and isinstance(statistics, Mapping)
+        and isinstance(rows, Mapping | None)
+    ):
+        return Processors(Path("codec.json"), config, statistics, rows), tag
     raise WeightsError(f"codec.json: origin.{ORIGIN} is not what vlafit writes there; it was edited")
 
 
