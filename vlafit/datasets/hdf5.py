@@ -7,6 +7,7 @@ filter, else through a few cached handles.
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from vlafit.datasets.hdf5_files import (
     open_file,
     reading,
     shared_folder,
+    unreadable,
 )
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.selection import Selection
@@ -47,6 +49,7 @@ from vlafit.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+LISTED = 20  # files that a message names
 OPEN_FILES = 64  # kept open by a process, with as many memory maps
 OPEN_DATASETS = 256  # handles kept by a process
 KNOWN_OFFSETS = 4096  # chunked datasets of whose frames a process knows the places, 8 bytes a frame
@@ -80,7 +83,7 @@ class Hdf5Store(EpisodeStore):
         infos: list[EpisodeInfo] = []
         selection = Selection(self.card)
         for path, name in zip(own, names_of(own, folder), strict=True):
-            with selection.guard(name), reading(path) as file:
+            with _others_named(own, path), selection.guard(name), reading(path) as file:
                 for demo in layout.list(self.card, file, path, name):
                     if selection.wants(demo.id):
                         with selection.guard(demo.id), damage_named(f"{path}: {demo.id}"):
@@ -212,6 +215,22 @@ class Hdf5Store(EpisodeStore):
         return dataset
 
 
+@contextmanager
+def _others_named(paths: Sequence[Path], path: Path) -> Iterator[None]:
+    """Add to the error about a file that cannot be opened the names of the later ones that cannot, either."""
+    try:
+        yield
+    except DataError as error:
+        if not unreadable([path]):
+            raise
+        others = unreadable(paths[paths.index(path) + 1 :])
+        if not others:
+            raise
+        more = f"\nand {len(others) - LISTED} more" if len(others) > LISTED else ""
+        listed = "".join(f"\n  {fault}" for fault in others[:LISTED])
+        raise DataError(f"{error}\nNor can these be opened:{listed}{more}") from error
+
+
 def whole_file(card: Card, file: h5py.File, path: Path, name: str) -> Iterator[Demonstration]:
     """List the one demonstration that a whole file is; its task is its folder, from the files' own on."""
     yield Demonstration("/", name, name.rpartition("/")[0] or path.parent.name)
@@ -237,13 +256,19 @@ def demonstrations_below(file: h5py.File, path: Path, card: Card) -> list[str]:
     names = sorted((str(n) for n in data if data.get(n, getclass=True) is h5py.Group), key=natural)
     if not names:
         raise DataError(f"{path}: holds no demonstrations; leave the file out, or record it again")
+    groups = with_keys(file, path, card, [f"data/{name}" for name in names])
+    return [group.removeprefix("data/") for group in groups]
+
+
+def with_keys(file: h5py.File, path: Path, card: Card, groups: list[str]) -> list[str]:
+    """Return the groups that have any of the card's keys, all if none has; a warning names the others."""
     robot = card.robot
     columns = [*robot.state.keys, *robot.action.keys]
     keys = [parse_key(key, str(path)).path for key in columns] + [camera.key for camera in robot.cameras]
-    chosen = [name for name in names if any(f"{name}/{key}" in data for key in keys)]
+    chosen = [group for group in groups if any(f"{group}/{key}" in file for key in keys)]
     if not chosen:
-        return names  # the first missing key is named when they are read
-    extra = [name for name in names if name not in set(chosen)]
+        return groups  # the first missing key is named when they are read
+    extra = [group for group in groups if group not in set(chosen)]
     if extra:
-        log.warning("%s: left out, with none of the card's keys: data/%s", path, ", data/".join(extra))
+        log.warning("%s: left out, with none of the card's keys: %s", path, ", ".join(extra))
     return chosen

@@ -1,7 +1,7 @@
 """Draft the card of HDF5 files from the first demonstration; what the files do not tell is marked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -16,11 +16,23 @@ from vlafit.datasets.card import (
     RowsCard,
 )
 from vlafit.datasets.hdf5_demos import is_encoded
-from vlafit.datasets.hdf5_files import datasets_below, first_file, reading
+from vlafit.datasets.hdf5_files import all_files, datasets_below, first_file, reading, unreadable
+from vlafit.datasets.hdf5_guess import (
+    LISTED,
+    alignment,
+    chosen_by_name,
+    columns_beside,
+    file_names,
+    is_clock,
+    is_picture,
+    listed,
+    rate,
+    rows_of,
+    sentence_key,
+    success_key,
+)
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
-
-STATE_WORDS = ("state", "qpos", "joint_pos", "joint_states", "proprio", "eef", "ee_pos", "tcp")
 
 
 @dataclass(frozen=True)
@@ -42,50 +54,142 @@ class Known:
     control: str = ""
     rotate: bool = False
     """Frames are usually upside-down."""
+    upright: str = ""
+    """Why they are not, where that is a guess."""
     section: object = None
     filmed: tuple[CameraCard, ...] = ()
     """Cameras of videos beside, for files that hold no frames."""
     guesses: Mapping[str, str] = field(default_factory=dict)
+    recorded: bool = False
+    """Whether a program of somebody's own wrote them, so that colours and orientation are not known."""
+    shifts: bool = False
+    """Whether the row of an action depends on who recorded it."""
+    counts: bool = True
+    """Whether observations have as many rows as actions unless a card says otherwise."""
 
 
 def draft(path: Path, known: Known) -> Draft:
-    """Return the card of the files at `path`. Raises DataError if their first demonstration lacks a part."""
+    """Return the card of the files at `path`, from their first demonstration.
+
+    Raises DataError if it holds no frames that can be read.
+    """
     source = first_file(path)
     assert source is not None  # the layout has recognised it
     guesses, missing = dict(known.guesses), dict[str, str]()
     with reading(source) as file:
         group = file[known.group]
         assert isinstance(group, h5py.Group)
-        datasets = _datasets(group)
+        datasets = {name: dataset for name, dataset in datasets_below(group).items() if dataset.shape}
         cameras = _cameras(datasets, known, guesses, missing, source)
-        state = _column("state", datasets, known.state, guesses, source)
-        action = _column("action", datasets, known.action, guesses, source)
-    if not known.hz:
-        missing["robot.hz"] = "control rate, steps a second; the files do not tell it"
-    else:
-        guesses.setdefault("robot.hz", "the usual rate of this layout; the files do not tell it")
+        frames = max((rows_of(datasets[c.key]) for c in cameras if c.key in datasets), default=0)
+        columns = columns_beside(datasets, frames) if frames else _columns(datasets)
+        if not columns:
+            raise DataError(
+                f"{source}: {known.group} holds no columns of numbers [T] or [T, d] with a row for each "
+                f"frame, of which a card could take state and action. It holds {listed(datasets)}"
+            )
+        named = {name: chosen_by_name(name, columns) for name in ("state", "action")}
+        state = _column("state", datasets, columns, known.state, named, guesses, missing)
+        action = _column("action", datasets, columns, known.action, named, guesses, missing)
+        rows = _rows(group, known, state, action, frames, guesses)
+        instruction = _instruction(group, known, guesses, missing)
+        hz = _rate(file, group, columns, known, guesses, missing)
+        if key := success_key(group):
+            guesses.setdefault(
+                "episodes.success",
+                f'failed episodes are used, too; "{key}" uses those in which it is true at some step',
+            )
     if not known.control:
         missing["robot.control"] = "what an action means, for example joint_position or delta_pose"
     else:
         guesses.setdefault("robot.control", "the usual meaning in this layout; the files do not tell it")
     guesses.setdefault("robot.name", "name of the robot; statistics are kept under it")
-    if known.instruction.source == "card" and not known.instruction.text:
-        missing["instruction.text"] = "the sentence; the files hold none (files.NAME = ... for one a file)"
     pattern = path.resolve() / "**" / f"*{source.suffix}"
+    every = all_files(path)
+    if others := [one for one in every if one.suffix != source.suffix and source.parent != path]:
+        guesses["path"] = f"without the files that end otherwise: {file_names(others)}"
+    if closed := unreadable(every):
+        missing["episodes.on_bad"] = (
+            f"{len(closed)} of {len(every)} files cannot be opened: {'; '.join(closed[:LISTED])}. Fetch them "
+            'again and write "stop", or leave them out by "skip"'
+        )
     card = Card(
         name=path.resolve().stem,
         layout=known.layout,
         path=str(path.resolve() if source.parent == path or source == path else pattern),
-        robot=RobotCard(known.robot or "robot", known.hz, known.control, cameras, state, action),
-        instruction=known.instruction,
-        rows=known.rows,
+        robot=RobotCard(known.robot or "robot", hz, known.control, cameras, state, action),
+        instruction=instruction,
+        rows=rows,
         section=known.section,
     )
     return Draft(card, guesses, missing)
 
 
-def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
-    return {name: dataset for name, dataset in datasets_below(group).items() if dataset.shape}
+def _columns(datasets: Mapping[str, h5py.Dataset]) -> dict[str, h5py.Dataset]:
+    """Return the columns of a demonstration whose frames are elsewhere."""
+    longest = max(
+        (rows_of(d) for d in datasets.values() if d.ndim in (1, 2) and d.dtype.kind in "fiub"), default=0
+    )
+    return columns_beside(datasets, longest)
+
+
+def _rate(
+    file: h5py.File,
+    group: h5py.Group,
+    columns: Mapping[str, h5py.Dataset],
+    known: Known,
+    guesses: dict[str, str],
+    missing: dict[str, str],
+) -> float:
+    """Return the control rate: the layout's usual one, or what the files seem to tell."""
+    if known.hz:
+        guesses.setdefault("robot.hz", "the usual rate of this layout; the files do not tell it")
+        return known.hz
+    hz, origin = rate(file, group, columns)
+    if hz:
+        guesses["robot.hz"] = f"control rate, steps a second: {origin}"
+    else:
+        missing["robot.hz"] = "control rate, steps a second; the files do not tell it"
+    return hz
+
+
+def _instruction(
+    group: h5py.Group, known: Known, guesses: dict[str, str], missing: dict[str, str]
+) -> InstructionCard:
+    """Return where sentences are: as the layout says, or where the demonstration seems to hold one."""
+    if known.instruction.source != "card" or known.instruction.text:
+        return known.instruction
+    key, sentence = sentence_key(group)
+    if key:
+        guesses["instruction.key"] = f"where the first demonstration holds {sentence[:60]!r}"
+        return InstructionCard("demo", key=key)
+    missing["instruction.text"] = "the sentence; the files hold none (files.NAME = ... for one a file)"
+    return known.instruction
+
+
+def _rows(
+    group: h5py.Group,
+    known: Known,
+    state: ColumnCard,
+    action: ColumnCard,
+    frames: int,
+    guesses: dict[str, str],
+) -> RowsCard:
+    """Return how rows become steps, where the layout does not say it."""
+    made = known.rows
+    observed = {frames} if frames else {rows_of(group[key]) for key in state.keys}  # type: ignore[arg-type]
+    acted = {rows_of(group[key]) for key in action.keys}  # type: ignore[arg-type]
+    if not made.observations and known.counts and {rows + 1 for rows in acted} == observed:
+        guesses["rows.observations"] = "the first demonstration has one action fewer than observations"
+        made = replace(made, observations="T+1")
+    if known.shifts:
+        shift, reason = alignment(group, state.keys, action.keys)
+        guesses["rows.action_shift"] = reason or (
+            "row t holds the action of step t; -1 if the recorder writes actions one row late, as ACT's does "
+            "on real robots; 1 with the state's keys as the action's: the action is the next state"
+        )
+        made = replace(made, action_shift=shift)
+    return made
 
 
 def _cameras(
@@ -112,26 +216,48 @@ def _cameras(
         else:
             continue
         place = f"robot.cameras.{len(cameras)}"
+        channels = ""
         if encoded and not marked:
             missing[f"{place}.channels"] = (
                 '"rgb" if a viewer shows the frames right, "bgr" if red and blue differ'
+            )
+        elif known.recorded and not encoded:
+            channels = "rgb"
+            guesses[f"{place}.channels"] = (
+                'look at a frame (vlafit data view): "bgr" if red and blue are exchanged; and if it is not '
+                'upright: rotate = 180, or flip = "vertical" or "horizontal"'
             )
         if known.rotate:
             guesses[f"{place}.rotate"] = (
                 "usually stored upside-down; look at a frame, and set 0 if it is upright"
             )
-        cameras.append(CameraCard(_name(key), key, shape[0], shape[1], 180 if known.rotate else 0))
+        elif known.upright:
+            guesses[f"{place}.rotate"] = f"{known.upright}; look at a frame, and set 180 if it is not upright"
+        turned = 180 if known.rotate else 0
+        cameras.append(CameraCard(_name(key), key, shape[0], shape[1], turned, channels=channels))
     if not cameras and known.filmed:
         return known.filmed
     if not cameras:
-        raise DataError(
-            f"{source}: {known.group} holds no frames (uint8 [T, h, w, 3] or rows of JPEG); a policy needs "
-            f"at least one camera. It holds {', '.join(list(datasets)[:20])}"
-        )
+        raise DataError(_no_frames(source, known.group, datasets))
     names = [camera.name for camera in cameras]
     if len(set(names)) < len(names):  # then the whole key is the name
-        cameras = [CameraCard(c.key.replace("/", "_"), c.key, c.height, c.width, c.rotate) for c in cameras]
+        cameras = [replace(camera, name=camera.key.replace("/", "_")) for camera in cameras]
     return tuple(cameras)
+
+
+def _no_frames(source: Path, group: str, datasets: Mapping[str, h5py.Dataset]) -> str:
+    """Return what a demonstration without a camera holds, and what is done about frames in another form."""
+    pictures = {key: d for key, d in datasets.items() if is_picture(d) and "depth" not in key}
+    near = (
+        f" These may be frames, and have to be written so first: {listed(pictures)}; channels last, three of "
+        "them, uint8 from 0 to 255."
+        if pictures
+        else ""
+    )
+    return (
+        f"{source}: {group} holds no frames (uint8 [T, h, w, 3] or rows of JPEG or PNG); a policy needs at "
+        f"least one camera.{near} It holds {listed(datasets)}"
+    )
 
 
 def _name(key: str) -> str:
@@ -142,24 +268,34 @@ def _name(key: str) -> str:
 def _column(
     name: str,
     datasets: Mapping[str, h5py.Dataset],
+    columns: Mapping[str, h5py.Dataset],
     choices: Sequence[tuple[str, ...]],
+    named: Mapping[str, str],
     guesses: dict[str, str],
-    source: Path,
+    missing: dict[str, str],
 ) -> ColumnCard:
+    """Return the state or the action: the layout's, what its name says, or none, which is to be filled in."""
+    place = f"robot.{name}"
     keys = next((choice for choice in choices if all(key in datasets for key in choice)), None)
-    floats = [k for k, d in datasets.items() if d.dtype.kind == "f" and d.ndim in (1, 2) and d.shape[0] > 1]
     if keys is None:
-        words = STATE_WORDS if name == "state" else ("action",)
-        likely = [key for word in words for key in floats if word in key.lower()]
+        likely, reason = named[name], "chosen by its name"
+        rest = [key for key in columns if key not in named.values() and not is_clock(key)]
+        if not likely and len(rest) == 1 and len(set(named.values())) == 2:
+            likely, reason = rest[0], "what is left"
         if not likely:
-            raise DataError(
-                f"{source}: cannot tell which column is the {name}; write a card that names it. Columns: "
-                f"{', '.join(floats[:20])}"
-            )
-        keys = (likely[0],)
-        guesses[f"robot.{name}.keys"] = f"chosen by its name; there are {', '.join(floats[:12])}"
+            missing[f"{place}.keys"] = f"which columns are the {name}; there are {listed(columns)}"
+            missing[f"{place}.dimensions"] = "how many dimensions they have together"
+            return ColumnCard((), 0)
+        keys = (likely,)
+        guesses[f"{place}.keys"] = f"{reason}; there are {listed(columns)}"
     elif name == "state" and len(choices) > 1:
-        others = [key for key in floats if key not in keys][:8]
-        guesses[f"robot.{name}.keys"] = f"a choice; there are also {', '.join(others) or 'no others'}"
+        others = {key: dataset for key, dataset in columns.items() if key not in keys}
+        guesses[f"{place}.keys"] = f"a choice; there are also {listed(others)}"
     widths = [datasets[key].shape[1] if datasets[key].ndim == 2 else 1 for key in keys]
+    whole = [key for key in keys if datasets[key].dtype.kind != "f"]
+    if whole:
+        missing[f"{place}.scale"] = (
+            f"{', '.join(whole)} holds whole numbers: what one is worth, for each of the {sum(widths)} "
+            "dimensions (negative turns the sign)"
+        )
     return ColumnCard(keys, sum(widths))

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 
 from vlafit import files
-from vlafit.errors import DataError, did_you_mean
+from vlafit.errors import DataError, VlafitError, did_you_mean
 
 SUFFIXES = (".hdf5", ".h5")
 DEEPEST = 3  # folders below the one that is named
@@ -169,9 +169,42 @@ def datasets_below(group: h5py.Group) -> dict[str, h5py.Dataset]:
 
 
 def first_file(path: Path) -> Path | None:
-    """Return the HDF5 file at `path`, or the first in or below a folder; None if there is none."""
+    """Return the HDF5 file at `path`, or the first in or below a folder that opens; None if there is none.
+
+    Raises DataError naming each if none of several opens.
+    """
     if not path.is_dir():
         return path if path.suffix in SUFFIXES else None
+    closed = []
+    for file in _files_below(path):
+        faults = unreadable([file])
+        if not faults:
+            return file
+        closed += faults
+    if len(closed) == 1:
+        return next(_files_below(path))  # it says what is wrong when it is opened
+    if closed:
+        raise DataError(f"{path}: none of its {len(closed)} HDF5 files can be opened: {'; '.join(closed)}")
+    return None
+
+
+def all_files(path: Path) -> list[Path]:
+    """Return the HDF5 file at `path`, or those in and below a folder."""
+    return list(_files_below(path)) if path.is_dir() else [path]
+
+
+def unreadable(paths: Iterable[Path]) -> list[str]:
+    """Return a sentence for each file that cannot be opened."""
+    faults = []
+    for path in paths:
+        try:
+            open_file(path).close()
+        except VlafitError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _files_below(path: Path) -> Iterator[Path]:
     folders = [str(path)]
     for _ in range(DEEPEST + 1):
         below: list[str] = []
@@ -182,9 +215,8 @@ def first_file(path: Path) -> Path | None:
                 if "." not in entry.name and entry.is_dir():
                     below.append(entry.path)
                 elif "." in entry.name[1:] and not entry.name.startswith("."):
-                    return Path(entry.path)
+                    yield Path(entry.path)
         folders = below
-    return None
 
 
 def first_demo(data: h5py.Group) -> str:

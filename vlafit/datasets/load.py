@@ -96,16 +96,28 @@ def open_draft(draft: Draft) -> EpisodeStore:
     """Open the dataset of a drafted card to look at it, with placeholders for what is missing in it."""
     card, missing = draft.card, draft.missing
     robot = card.robot
+    unknown = [key for key in missing if key.endswith((".keys", ".dimensions"))]
+    if unknown:
+        raise DataError(
+            f"{card.path}: its episodes cannot be shown before a card names their columns:\n  "
+            + "\n  ".join(f"{key}: {missing[key]}" for key in unknown)
+            + f"\nRun: {command_line('data', 'card', card.path)} > my.toml, and fill it in"
+        )
     cameras = tuple(
         replace(camera, channels="rgb") if f"robot.cameras.{n}.channels" in missing else camera
         for n, camera in enumerate(robot.cameras)
     )
-    instruction = card.instruction
+    state, action = (
+        replace(column, scale=(1.0,) * column.dimensions) if f"robot.{name}.scale" in missing else column
+        for name, column in (("state", robot.state), ("action", robot.action))
+    )
+    instruction, episodes = card.instruction, card.episodes
     if "instruction.text" in missing:
         instruction = replace(instruction, text="(no sentence in the files)")
-    return open_dataset(
-        replace(card, robot=replace(robot, hz=robot.hz or 1.0, cameras=cameras), instruction=instruction)
-    )
+    if "episodes.on_bad" in missing:
+        episodes = replace(episodes, on_bad="skip")
+    robot = replace(robot, hz=robot.hz or 1.0, cameras=cameras, state=state, action=action)
+    return open_dataset(replace(card, robot=robot, instruction=instruction, episodes=episodes))
 
 
 def describe(path: Path, layout: str = "") -> Draft:

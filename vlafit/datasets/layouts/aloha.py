@@ -52,5 +52,7 @@ def describe(path: Path) -> Draft:
             robot="aloha",
             hz=50.0,
             control="joint_position",
+            recorded=True,
+            shifts=True,
         ),
     )

@@ -4,8 +4,6 @@
 rows become steps, and [instruction] where the sentence is. `vlafit data card` drafts it.
 """
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,10 +12,11 @@ from pathlib import Path
 import h5py
 
 from vlafit.datasets.card import Card, Draft, InstructionCard
-from vlafit.datasets.hdf5 import Hdf5Store, whole_file
+from vlafit.datasets.hdf5 import Hdf5Store, whole_file, with_keys
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_file, natural, reading
+from vlafit.datasets.hdf5_guess import demonstrations
 from vlafit.datasets.layouts import aloha, libero, maniskill, robocasa, robomimic, robotwin
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
@@ -60,7 +59,7 @@ def open(card: Card) -> EpisodeStore:
                 f"{path}: no group matches generic.demonstrations = {section.demonstrations!r}; there are "
                 f"{', '.join(list(file)[:10])}"
             )
-        for group in groups:
+        for group in with_keys(file, path, card, groups):
             yield Demonstration(group, f"{name}/{group}", path.stem)
 
     return Hdf5Store(card, Hdf5Layout(listed, linked=section.linked))
@@ -71,14 +70,15 @@ def describe(path: Path) -> Draft:
     file = first_file(path)
     assert file is not None
     with reading(file) as opened:
-        pattern = _guess(opened)
-        group = "/" if pattern == "/" else matching(opened, pattern)[0]
+        pattern, group = demonstrations(opened)
     known = Known(
         "generic",
         group,
         instruction=InstructionCard("card"),
         section=Section(pattern),
-        guesses={"generic.demonstrations": "the groups that have numbers and datasets, or the whole file"},
+        guesses={"generic.demonstrations": 'the groups that hold frames and columns; "/": the whole file'},
+        recorded=True,
+        shifts=True,
     )
     return draft(path, known)
 
@@ -101,13 +101,3 @@ def _groups(file: h5py.File, inside: str) -> list[str]:
     parent = file[inside or "/"]
     assert isinstance(parent, h5py.Group)
     return [str(name) for name in parent if parent.get(name, getclass=True) is h5py.Group]
-
-
-def _guess(file: h5py.File) -> str:
-    """Return the pattern of the groups that are numbered, at the root or one group below; else "/"."""
-    for prefix in ["", *(f"{name}/" for name in _groups(file, ""))]:
-        numbered = [name for name in _groups(file, prefix) if re.search(r"\d+$", name)]
-        if numbered:
-            stem = Counter(re.sub(r"\d+$", "", name) for name in numbered).most_common(1)[0][0]
-            return f"{prefix}{stem}*"
-    return "/"

@@ -29,6 +29,8 @@ from vlafit.files import irregular
 INSTRUCTIONS = ("task",)
 """task: the text of the rows' task_index."""
 PREFIX = "observation.images."
+BOOKKEEPING = ("index", "episode_index", "frame_index", "task_index", "timestamp")
+NO_COLUMNS = ("image", "video", "depth", "string")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def describe(path: Path) -> Draft:
     guesses = {
         "robot.control": "info.json does not say what an action means; write for example joint_position",
     }
-    state, action = _pick(meta, ("observation.state", "state")), _pick(meta, ("action", "actions"))
+    missing: dict[str, str] = {}
+    state = _column("state", meta, ("observation.state", "state"), missing)
+    action = _column("action", meta, ("action", "actions"), missing)
     cameras = tuple(_cameras(meta))
     if not cameras:
         raise DataError(f"{path}: info.json has no RGB image or video; a policy needs at least one camera")
@@ -89,13 +93,17 @@ def describe(path: Path) -> Draft:
             hz=meta.fps,
             control="",
             cameras=cameras,
-            state=_column(meta, state),
-            action=_column(meta, action),
+            state=state,
+            action=action,
         ),
         instruction=InstructionCard("task"),
         expect=ExpectCard(len(meta.episodes), sum(entry.length for entry in meta.episodes)),
     )
-    return Draft(card, guesses)
+    if success := [key for key in meta.features if "success" in key.lower()]:
+        guesses["episodes.success"] = (
+            f'failed episodes are used, too; "{success[0]}" uses those in which it is true at some step'
+        )
+    return Draft(card, guesses, missing)
 
 
 def _is_wanted(entry: Entry, chosen: Collection[int], selection: Selection) -> bool:
@@ -118,16 +126,6 @@ def _chosen(meta: Meta, section: Section) -> list[int]:
     return sorted(wanted - set(section.skip))
 
 
-def _pick(meta: Meta, keys: Sequence[str]) -> str:
-    for key in keys:
-        if key in meta.features:
-            return key
-    listed = ", ".join(meta.features)
-    raise DataError(
-        f"{meta.root}: info.json has no feature {keys[0]!r} ({listed}); write a card that names it"
-    )
-
-
 def _cameras(meta: Meta) -> list[CameraCard]:
     cameras = []
     for key, feature in meta.features.items():
@@ -138,7 +136,16 @@ def _cameras(meta: Meta) -> list[CameraCard]:
     return cameras
 
 
-def _column(meta: Meta, key: str) -> ColumnCard:
+def _column(name: str, meta: Meta, keys: Sequence[str], missing: dict[str, str]) -> ColumnCard:
+    """Return the state or the action by its usual name; if there is none, it is to be filled in."""
+    key = next((key for key in keys if key in meta.features), "")
+    if not key:
+        features = {key: feature for key, feature in meta.features.items() if key not in BOOKKEEPING}
+        columns = {key: f for key, f in features.items() if f.get("dtype") not in NO_COLUMNS}
+        listed = ", ".join(f"{key} {f.get('dtype')} {f.get('shape')}" for key, f in columns.items())
+        missing[f"robot.{name}.keys"] = f"which features are the {name}; there are {listed or 'none'}"
+        missing[f"robot.{name}.dimensions"] = "how many dimensions they have together"
+        return ColumnCard((), 0)
     feature = meta.features[key]
     width, names = width_of(feature, key, meta.root), labels(feature.get("names"))
     if names and len(names) != width:

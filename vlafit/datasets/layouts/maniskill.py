@@ -60,6 +60,7 @@ def describe(path: Path) -> Draft:
             hz=20.0,
             control=str(control or ""),
             guesses=guesses,
+            counts=False,
         ),
     )
 

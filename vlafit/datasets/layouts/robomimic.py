@@ -88,6 +88,7 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
         robot="-".join(["robosuite", *map(str, names)]).lower(),
         hz=float(rate) if isinstance(rate, int | float) else 20.0,
         control="delta_pose",
+        upright="robomimic writes frames upright",
         guesses=guesses,
     )
 
