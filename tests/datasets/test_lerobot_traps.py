@@ -14,7 +14,7 @@ import pytest
 
 from tests.datasets.layouts import Demo, demos
 from tests.datasets.lerobot_files import write
-from vlafit.datasets import Card, EpisodeStore, load_card, open_dataset
+from vlafit.datasets import Card, EpisodeStore, describe, load_card, open_dataset
 from vlafit.datasets.card import EpisodesCard
 from vlafit.datasets.layouts import lerobot
 from vlafit.errors import DataError
@@ -159,6 +159,28 @@ def test_features_whose_names_tell_nothing_need_a_card_that_names_them(card: Car
         load_card(root(card))
     robot = replace(card.robot, state=replace(card.robot.state, keys=("joints",)))
     assert_read(open_dataset(replace(card, robot=robot)), EVERYTHING)
+
+
+def test_whole_numbers_need_a_scale_and_are_scaled_before_they_are_rounded(card: Card):
+    """Counts of an encoder beyond 2^24, which float32 does not hold."""
+    change_info(card, lambda info: info["features"]["observation.state"].update(dtype="int64"))
+    counts = {}
+    for path in sorted(root(card).glob("data/*/*.parquet")):
+        table = pq.read_table(path)
+        rows = 20_000_000 + np.arange(5 * len(table)).reshape(-1, 5)
+        counts[path] = rows
+        column = table.schema.get_field_index("observation.state")
+        pq.write_table(table.set_column(column, "observation.state", pa.array(rows.tolist())), path)
+    with pytest.raises(DataError, match=r"observation.state is int64 .*robot\.state\.scale"):
+        open_dataset(card).state(0)
+    assert "for each of the 5 dimensions" in describe(root(card)).missing["robot.state.scale"]
+    scale, offset = (0.5, 1.0, 1.0, -1.0, 1.0), (0.0, -20_000_000.0, 0.0, 0.0, 0.0)
+    state = replace(card.robot.state, scale=scale, offset=offset)
+    store = open_dataset(replace(card, robot=replace(card.robot, state=state)))
+    rows = next(iter(counts.values()))[: store.episodes[0].length]
+    expected = (rows * np.array(scale) + np.array(offset)).astype(np.float32)
+    np.testing.assert_array_equal(store.state(0), expected)
+    assert len(np.unique(expected[:, 1])) == len(expected)
 
 
 def test_a_rate_is_the_same_as_a_whole_number_or_not(card: Card):

@@ -54,16 +54,22 @@ def part(raw: NDArray, key: str, column: ColumnCard, name: str, where: str) -> N
         raise DataError(
             f"{where}: {parsed.path} is {raw.dtype} {raw.shape}, a {name} column is float [T] or [T, d]"
         )
-    if raw.dtype.kind != "f" and not column.scale:
-        raise DataError(
-            f"{where}: {parsed.path} is {raw.dtype} {raw.shape}, whole numbers; a {name} column is float "
-            f"[T, d]. If they are meant, say what one is worth in each dimension: robot.{name}.scale"
-        )
+    require_scale(raw, column, name, parsed.path, where)
     if not parsed.width(raw.shape[1]):
         raise DataError(f"{where}: {key} takes none of its {raw.shape[1]} dimensions")
     values = raw[:, parsed.some]
     require_finite(values, key, where)
     return values
+
+
+def require_scale(raw: NDArray, column: ColumnCard, name: str, key: str, where: str) -> None:
+    """Raise DataError for whole numbers of which the card does not say what one is worth."""
+    if raw.dtype.kind != "f" and not column.scale:
+        raise DataError(
+            f"{where}: {key} is {raw.dtype} {raw.shape}, whole numbers; a {name} column is float [T, d]. If "
+            f"they are meant, say what one is worth in each of the card's {column.dimensions} dimensions: "
+            f"robot.{name}.scale"
+        )
 
 
 def require_finite(values: NDArray, key: str, where: str) -> None:

@@ -150,4 +150,10 @@ def _column(name: str, meta: Meta, keys: Sequence[str], missing: dict[str, str])
     width, names = width_of(feature, key, meta.root), labels(feature.get("names"))
     if names and len(names) != width:
         raise DataError(f"{meta.root}/meta/info.json: {key} has {len(names)} names for {width} dimensions")
+    kind = str(feature.get("dtype"))
+    if not kind.startswith("float"):
+        missing[f"robot.{name}.scale"] = (
+            f"{key} is {kind}, whole numbers: what one is worth, for each of the {width} dimensions "
+            "(negative turns the sign)"
+        )
     return ColumnCard((key,), width, names)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
-from vlafit.datasets.columns import Key, parse_key, scaled
+from vlafit.datasets.columns import Key, parse_key, require_scale, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.features import width_of
@@ -264,10 +264,13 @@ class LeRobotStore(EpisodeStore):
     def _read_both(self, path: Path, wanted: ColumnCard) -> _Column:
         """Read state and action of all episodes of a file, because opening it takes longer than reading."""
         columns = (self.card.robot.state, self.card.robot.action)
+        names = dict(zip(reversed(columns), ("action", "state"), strict=True))  # they may be equal
         keys = {column: self._parsed(column) for column in columns}
         raw = self._read(path, dict.fromkeys(key.path for column in columns for key in keys[column]))
         made: dict[ColumnCard, _Column] = {}
         for column in columns:
+            for key in keys[column]:
+                require_scale(raw[key.path], column, names[column], key.path, str(path))
             values = _joined(raw, keys[column])
             bad: NDArray[np.bool_] = np.logical_not(np.isfinite(values).all(axis=1))
             rows = scaled(values, column)
@@ -288,8 +291,8 @@ class LeRobotStore(EpisodeStore):
         column = self._columns.get((path, key), lambda: _Column(self._read(path, [key])[key], None))
         return bool(column.values[rows.first : rows.first + rows.entry.length].any())
 
-    def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        """Read features of all rows of a file, each [n, d]."""
+    def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray]:
+        """Read features of all rows of a file, each [n, d], as they are stored."""
         table, read = self._files.table(path, list(keys), few=self._few), {}
         for key in keys:
             width = width_of(self._meta.features[key], key, self._meta.root)
@@ -303,7 +306,7 @@ class LeRobotStore(EpisodeStore):
                     f"{path}: {key} holds {raw[row, dimension]} in row {row}, dimension {dimension}, which "
                     "is beyond float32 (3.4e38); fix the file"
                 )
-            read[key] = values
+            read[key] = raw
         return read
 
     def _video_frames(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
@@ -382,6 +385,6 @@ def _at(path: Path, column: ColumnCard) -> tuple[object, ...]:
     return path, column.keys, column.scale, column.offset  # state and action may share their keys
 
 
-def _joined(raw: Mapping[str, NDArray[np.float32]], keys: Sequence[Key]) -> NDArray[np.float32]:
+def _joined(raw: Mapping[str, NDArray], keys: Sequence[Key]) -> NDArray:
     parts = [raw[key.path][:, key.some] for key in keys]
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
