@@ -15,6 +15,7 @@ from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names
 from vlafit.checkpoints.formats.groot.format import FIXED
+from vlafit.checkpoints.formats.lerobot import groot_grouped
 from vlafit.checkpoints.formats.lerobot import groot_processors as processors
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, execution_notes, read_config
@@ -106,19 +107,20 @@ class LeRobotGroot(Format):
         pack, encode = (processors.step_of(pre, name) for name in (processors.PACK, processors.ENCODE))
         sets = {} if pack is None else processors.sets_of(pack)
         frames = processors.framing_of(encode, processors.image_size(pre) or 0)
-        formal = pack is None or pack.config.get("formalize_language", True)
+        grouped = processors.step_of(post, processors.GROUPED)
+        relative: tuple[bool, ...] = ()
+        if pack is not None and grouped is not None:
+            relative = groot_grouped.relative_mask(pack, grouped)
         own = files.folder / "tokenizer"
         named = "" if encode is None else str(encode.config.get("model_name", ""))
         return Declaration(
             embodiment=robot,
-            relative=None if robot is None else (),
+            relative=None if robot is None else relative,
             slots=slots,
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=() if "" in sets else tuple(sorted(sets)),
-            form=InputForm(
-                "groot" if formal else "text", frames.name, "prompt", frames.crop, frames.letter_box
-            ),
+            form=InputForm(processors.prompt_of(pack), frames.name, "prompt", frames.crop, frames.letter_box),
         )
 
 

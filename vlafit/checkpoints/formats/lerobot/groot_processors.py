@@ -1,8 +1,8 @@
 """Read LeRobot's processors of GR00T N1.7 as a codec.
 
 One step packs state, actions and frames, one makes the chat turn, one undoes the normalisation. With
-`raw_stats`, which raw NVIDIA checkpoints bring, LeRobot normalises groups of dimensions apart; those are
-refused by name.
+`raw_stats`, which raw NVIDIA checkpoints bring, LeRobot normalises groups of dimensions apart; see
+`groot_grouped`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from vlafit.checkpoints.formats.groot.processors import Frames
-from vlafit.checkpoints.formats.lerobot import processor_steps
+from vlafit.checkpoints.formats.lerobot import groot_grouped, processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
@@ -73,10 +73,10 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "normalize_min_max": only(True, False),
         "state_dropout_prob": anything,  # only in training
         "clip_outliers": only(True),
-        "use_percentiles": anything,  # only of grouped statistics
+        "use_percentiles": anything,  # only of grouped statistics, as the last two
         "video_modality_keys": anything,  # read
-        "raw_stats": lambda value: not value,
-        "modality_config": lambda value: not value,
+        "raw_stats": anything,
+        "modality_config": anything,
     },
     ENCODE: {
         "model_name": anything,  # of the tokenizer; its tokens are compared with the policy's
@@ -87,6 +87,14 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "use_albumentations": only(True, False),
         "letter_box_transform": only(True, False),
         "device": anything,
+    },
+    GROUPED: {
+        "env_action_dim": anything,  # compared with the groups
+        "raw_stats": anything,  # compared with PACK's, as the next two are
+        "modality_config": anything,
+        "use_percentiles": only(True, False),
+        "use_relative_action": only(True, False),
+        "action_decode_transform": only(None, groot_grouped.LIBERO),
     },
     UNPACK: {
         "env_action_dim": anything,  # compared with config.json below
@@ -127,13 +135,22 @@ def read(
     pre, post = steps_in(folder)
     require_repeated(lerobot, pre, post)
     pack, encode, undo = step_of(pre, PACK), step_of(pre, ENCODE), step_of(post, UNPACK)
-    if pack is None or encode is None or undo is None:
+    grouped = step_of(post, GROUPED)
+    if pack is None or encode is None or (undo is None) == (grouped is None):
         lacking = PACK if pack is None else ENCODE if encode is None else UNPACK
+        if undo is not None and grouped is not None:
+            raise WeightsError(f"{undo.where}: {UNPACK} and {GROUPED} are both there; one undoes the other")
         raise WeightsError(
             f"{folder / (POST if lacking == UNPACK else PRE)}: no step is {lacking}; one is needed"
         )
     _require_sizes(pack, encode, needs)
     slots, robot = robot_of(lerobot, pre)
+    if undo is None:
+        assert grouped is not None
+        return _read_grouped(pack, encode, grouped, needs, slots, robot, tokenizer)
+    if pack.config.get("raw_stats") or pack.config.get("modality_config"):
+        raise WeightsError(f"{pack.where}: raw_stats are there, and {undo.where} does not undo them")
+    _require_all_valid(pack, needs)
     normalises = bool(pack.config.get("normalize_min_max", True))
     kind: Normalisation = "groot_min_max" if normalises else "identity"
     dims = undo.config.get("env_action_dim", 0)
@@ -155,7 +172,6 @@ def read(
     statistics = stored.read_both(chosen, kinds, robot, pack.where)
     _require_undone(undo, undone, kind, statistics["action"].array, robot.action.shape[0])
     framing = framing_of(encode, needs.image_size)
-    prompt: Prompt = "groot" if pack.config.get("formalize_language", True) else "text"
     config = CodecConfig(
         cameras=slots,
         image_size=needs.image_size,
@@ -163,16 +179,56 @@ def read(
         action_dim=needs.action_dim,
         chunk=needs.chunk,
         normalisation=kind,
-        prompt=prompt,
+        prompt=prompt_of(pack),
         max_tokens=needs.max_tokens,
         framing=framing.name,
         crop=framing.crop,
         letter_box=framing.letter_box,
     )
     if tokenizer is None:
-        wanted = encode.config.get("model_name")
-        return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
+        return None, _no_tokenizer(encode)
     return Codec(config, robot, statistics, tokenizer), ""
+
+
+def _read_grouped(
+    pack: Step,
+    encode: Step,
+    decode: Step,
+    needs: Needs,
+    slots: tuple[str, ...],
+    robot: Embodiment,
+    tokenizer: Tokenizer | None,
+) -> tuple[Codec | None, str]:
+    """Return the codec of statistics of groups, or None and why there is none."""
+    made = groot_grouped.read(pack, decode, robot, needs.chunk)
+    groot_grouped.require_flat(made, sets_of(pack).get("", {}), pack.where)
+    if tokenizer is None:
+        return None, _no_tokenizer(encode)
+    framing = framing_of(encode, needs.image_size)
+    plain = CodecConfig(
+        cameras=slots,
+        image_size=needs.image_size,
+        state_dim=needs.state_dim,
+        action_dim=needs.action_dim,
+        chunk=needs.chunk,
+        prompt=prompt_of(pack),
+        max_tokens=needs.max_tokens,
+        framing=framing.name,
+        crop=framing.crop,
+        letter_box=framing.letter_box,
+    )
+    return Codec(made.config(plain), robot, made.statistics(), tokenizer), ""
+
+
+def prompt_of(pack: Step | None) -> Prompt:
+    """Return how instructions are put."""
+    formal = pack is None or pack.config.get("formalize_language", True)
+    return "groot" if formal else "text"
+
+
+def _no_tokenizer(encode: Step) -> str:
+    wanted = encode.config.get("model_name")
+    return f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
 
 
 def lacks_tokenizer(folder: Path) -> bool:
@@ -222,17 +278,16 @@ def robot_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[tuple[str, ..
 
 def require_repeated(lerobot: LeRobotConfig, pre: Sequence[Step], post: Sequence[Step]) -> None:
     """Raise WeightsError naming the first step or setting that vlafit does not repeat."""
-    if lerobot.get("use_relative_actions", bool):
+    if lerobot.get("use_relative_actions", bool) and step_of(post, GROUPED) is None:
         raise WeightsError(
             f"{lerobot.path}: use_relative_actions is true: LeRobot normalises them by statistics of each "
             "step, which is not supported here"
         )
-    for steps, known in ((pre, (RENAME, *NEUTRAL, PACK, ENCODE)), (post, (UNPACK, *NEUTRAL))):
+    for steps, known in ((pre, (RENAME, *NEUTRAL, PACK, ENCODE)), (post, (UNPACK, GROUPED, *NEUTRAL))):
         for step in steps:
             if step.name not in known:
-                grouped = " (statistics of groups of dimensions)" if step.name == GROUPED else ""
                 raise WeightsError(
-                    f"{step.where}: this step{grouped} is not known here, and leaving it out would be a guess"
+                    f"{step.where}: this step is not known here, and leaving it out would be a guess"
                 )
             for key, value in step.config.items():
                 allowed = REPEATED[step.name].get(key)
@@ -274,12 +329,6 @@ def _require_sizes(pack: Step, encode: Step, needs: Needs) -> None:
             raise WeightsError(
                 f"{pack.where}: {key} is {pack.config[key]}, and {size} by the weights' config"
             )
-    valid = pack.config.get("valid_action_horizon", needs.chunk)
-    if valid != needs.chunk:
-        raise WeightsError(
-            f"{pack.where}: valid_action_horizon is {valid} of {needs.chunk} actions; only all of them are "
-            "supported here"
-        )
     target = needs.image_size
     allowed = {"image_target_size": ([target, target],), "shortest_image_edge": (None, target)}
     for key, values in allowed.items():
@@ -288,6 +337,15 @@ def _require_sizes(pack: Step, encode: Step, needs: Needs) -> None:
             raise WeightsError(
                 f"{encode.where}: {key} is {value}; only {values[0]} is supported for {target} pixels"
             )
+
+
+def _require_all_valid(pack: Step, needs: Needs) -> None:
+    valid = pack.config.get("valid_action_horizon", needs.chunk)
+    if valid != needs.chunk:
+        raise WeightsError(
+            f"{pack.where}: valid_action_horizon is {valid} of {needs.chunk} actions; only all of them are "
+            "supported without statistics of groups"
+        )
 
 
 def framing_of(encode: Step | None, size: int) -> Frames:
