@@ -1,6 +1,7 @@
 """Recording: the same bytes however it is played, safe against interruption, and exact about what it did."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -170,6 +171,30 @@ def test_a_recording_that_is_stopped_and_resumed_equals_one_made_at_once(
     assert f"{TASKS[1]}" in (shown := capsys.readouterr().out) and "4 episodes, " in shown
     assert hashes(out) == hashes(recorded / "small")
     assert record(card, out, resume=True).episodes == 4  # nothing left to do
+
+
+@pytest.mark.case(
+    section="machines",
+    report="a segmentation fault at the end of a recording",
+    user_has="a disk that fills up while `vlafit record` writes a task's file",
+    now="one sentence that names the file; the episodes are kept for `--resume`",
+)
+def test_a_disk_that_is_full_when_a_file_is_written_is_named_and_the_episodes_are_kept(
+    recorded: Path, tmp_path: Path
+) -> None:
+    card, out = card_at(tmp_path, tasks=TASKS[:1]), tmp_path / "full"
+    file = out / f"{TASKS[0]}_demo.hdf5"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(DataError, match=rf"{file}: cannot be written .*continue with --resume"):
+            record(card, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name[:10] for path in out.iterdir()] == [".episodes-"]
+    assert len(list(out.glob(".episodes-*/*/*.npz"))) == 2
+    record(card, out, resume=True)
+    assert sha256(file) == sha256(recorded / "small" / file.name)
 
 
 def test_ctrl_c_keeps_what_is_finished(recorded: Path, tmp_path: Path) -> None:

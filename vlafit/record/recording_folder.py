@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from vlafit import files
-from vlafit.errors import DataError
+from vlafit.datasets.hdf5_write import new_hdf5
+from vlafit.errors import DataError, StorageError
 from vlafit.record.episode import Episode, is_perturbed
 from vlafit.record.plan import STATE_ENDS, RecordingPlan
 from vlafit.types import Embodiment, Env
@@ -89,7 +90,7 @@ class RecordingFolder:
             log.warning(
                 "%s holds episodes of a recording with other settings; delete it if you do not need it", path
             )
-        self.parts.mkdir(exist_ok=True)
+        files.require_writable(self.parts)
         for task in self.plan.record.tasks:
             files.tidy(self.parts / task)
 
@@ -172,8 +173,11 @@ class RecordingFolder:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error}; free some space and resume") from error
+        except (OSError, StorageError) as error:
+            raise DataError(
+                f"{path}: cannot be written ({error}); its episodes are kept: once there is space, continue "
+                "with --resume"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
         shutil.rmtree(self.parts / task, ignore_errors=True)
@@ -183,7 +187,7 @@ class RecordingFolder:
     def _write(self, path: Path, task: str, outcomes: dict[int, bool]) -> int:
         good = [seed for seed, succeeded in sorted(outcomes.items()) if succeeded]
         total = 0
-        with h5py.File(path, "w") as file:
+        with new_hdf5(path) as file:
             data = file.create_group("data")
             for index, seed in enumerate(good):
                 episode = self.load_part(task, seed)
