@@ -39,7 +39,8 @@ class PolicyRecipe:
     """Tokenizer if the checkpoint has none: a folder, or a shipped one's name. Empty: from the data."""
     action_tokenizer: str = ""
     """FAST action tokenizer of a policy that writes actions as tokens, if the checkpoint has none: a folder,
-    or an id of the Hub. Empty: fitted to the data, where the weights are fresh."""
+    or an id of the Hub. fit: one that is fitted to the data, in place of the checkpoint's, too, whose weights
+    then learn anew what a token means. Empty: the checkpoint's, or fitted, where the weights are fresh."""
 
 
 @dataclass(frozen=True)

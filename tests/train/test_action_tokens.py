@@ -18,13 +18,14 @@ from vlafit import checkpoints
 from vlafit.actor import load_actor
 from vlafit.agreement import INVALID, Agreement, Item
 from vlafit.agreement.values import read
-from vlafit.codec import fast
+from vlafit.codec import Codec, fast
 from vlafit.datasets import load_card
 from vlafit.errors import ConfigError
 from vlafit.nn.batch import Batch
 from vlafit.nn.rng import SampleRng
 from vlafit.recipe import Recipe
 from vlafit.train import run
+from vlafit.train.action_chunks import faults_of
 from vlafit.train.action_tokenizer import PUBLIC, Origin
 from vlafit.train.data import open_data
 from vlafit.train.frozen import FrozenWeights
@@ -183,6 +184,39 @@ def test_openpis_checkpoint_takes_the_recipes_action_tokenizer(card: Path, tmp_p
     with pytest.raises(ConfigError, match=r"policy.action_tokenizer is .*config.codec.action_tokenizer"):
         both = replace(recipe, policy=replace(recipe.policy, config=other))
         initialise(both, open_data(both.data, 0), FrozenWeights(load_strategy("full"), wanted=False))
+
+
+def test_one_that_is_fitted_takes_the_place_of_the_checkpoints_with_a_line(
+    finished: Path, card: Path
+) -> None:
+    own = finished / "checkpoints" / "step_000006"
+    chosen = {"family": "", "size": "", "checkpoint": str(own), "action_tokenizer": "fit"}
+    before = checkpoints.load_all(own).codecs
+    assert before is not None
+    old = next(iter(before))
+    narrow = {name: replace(one, q01=one.q01 / 4, q99=one.q99 / 4) for name, one in old.statistics.items()}
+    wide = {name: replace(one, q01=one.q01 * 4, q99=one.q99 * 4) for name, one in old.statistics.items()}
+    for statistics in ("data", "checkpoint"):
+        recipe = tokens(card, policy=chosen, data={"statistics": statistics})
+        data = open_data(recipe.data, 3)
+        made = initialise(recipe, data, FrozenWeights(load_strategy("full"), wanted=False))
+        item, codec = item_of(made.agreement), made.codec
+        assert item.status == "differs" and item.value.startswith("FAST (fitted to the data), ")
+        assert item.sides == {"checkpoint": "its own", "recipe": "fit"} and "anew" in item.reason
+        assert not made.warnings and codec.action_tokenizer is not None
+        # The same data and statistics, so the same coefficients; but the ids need not be free of words.
+        assert codec.action_tokenizer.min_token == old.action_tokenizer.min_token
+    # Warnings are of the statistics that hold: they were of those that would be fitted to the data.
+    # The fitted tokenizer has a token for every byte, but raises what is below its least coefficient.
+    recorded = fast.load(RECORDED / "fast_tokenizer")
+    for numbers, tokenizer, lost in (
+        (narrow, old.action_tokenizer, True),
+        (wide, old.action_tokenizer, False),
+        (narrow, recorded, True),
+    ):
+        other = Codec(old.config, old.embodiment, numbers, old.tokenizer, None, tokenizer)
+        warned = faults_of(data.parts(), [other])
+        assert any("has no token for" in warning for warning in warned) == lost, warned
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,15 @@
 Pretrained weights know what each action token means, so for them none is ever made up.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vlafit.agreement import Item
 from vlafit.checkpoints import Declaration, hub
-from vlafit.codec import Codec, CodecConfig, CodecSet, fast
+from vlafit.codec import Codec, CodecSet, fast
 from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import SKIPPED, ActionText, ActionTokenConfig
-from vlafit.codec.codec_config import columns_of
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.statistics import Normaliser
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.config import at
 from vlafit.errors import CodecError, ConfigError
@@ -26,31 +19,31 @@ from vlafit.files import expand_user
 from vlafit.nn.policy import Needs
 from vlafit.policies import merge_dotted
 from vlafit.recipe import PolicyRecipe
-from vlafit.train.data import Data
-from vlafit.train.data_statistics import statistics_for
+from vlafit.train.action_chunks import Chunks, normalised
 
 FILES = (fast.FILE, fast.CONFIG)
 PUBLIC = "physical-intelligence/fast"
+FIT, FITTED = "fit", "fitted to the data"
+ANEW = "the pretrained weights learn anew what each token means"
 PUBLIC_TOKENS = 2048  # vocab_size in its processor_config.json
 MOST_CHUNKS = 20_000  # that a tokenizer is fitted to, spread evenly over all
-CHECKED = 512  # chunks that are encoded and decoded before a run
 SMALLEST = 256  # every byte is a token
 
 
 def choose(
     name: str,
     needs: Needs,
-    data: Mapping[str, Data],
-    configs: Mapping[str, CodecConfig],
+    chunks: Mapping[str, Chunks],
     words: Tokenizer | None,
     own: CodecSet | None,
     pretrained: str,
 ) -> FastTokenizer | None:
     """Return the action tokenizer of a run; None where the policy predicts numbers.
 
-    `name` is `policy.action_tokenizer`, `own` the checkpoint's codecs, `pretrained` names the checkpoint
-    where its language weights are kept. Raises ConfigError for a name without effect, and where there is none
-    for pretrained weights; CodecError where the tokenizers do not fit the policy.
+    `name` is `policy.action_tokenizer`, `chunks` are those of each embodiment, `own` the checkpoint's codecs;
+    `pretrained` names the checkpoint where its language weights are kept. Raises ConfigError for a name
+    without effect, and where there is none for pretrained weights; CodecError where the tokenizers do not
+    fit the policy.
     """
     if needs.action_tokens is None:
         if name:
@@ -63,11 +56,13 @@ def choose(
     assert words is not None  # such a policy has a prompt
     require_special(words, needs)
     kept = None if own is None else next(iter(own)).action_tokenizer
+    if name == FIT:
+        return fit(chunks, needs, None if pretrained else words)
     if kept is not None:
         if name:
             raise ConfigError(
                 f"policy.action_tokenizer {name!r} has no effect: the weights of {pretrained} only work "
-                'with their own; set policy.action_tokenizer = ""'
+                'with their own; set policy.action_tokenizer = "", or "fit" to teach them one of the data'
             )
         return kept
     if name:
@@ -77,9 +72,10 @@ def choose(
             f"{pretrained}: its weights are pretrained, and it holds no action tokenizer; set "
             f"policy.action_tokenizer to the one that they were trained with ({PUBLIC} on the Hub for the "
             "public ones: a folder with tokenizer.json and processor_config.json, or the id). To train from "
-            'fresh weights: policy.fresh = ["language"]'
+            'fresh weights: policy.fresh = ["language"]; to teach them one that is fitted to the data: '
+            'policy.action_tokenizer = "fit"'
         )
-    return fit(data, configs, needs, words)
+    return fit(chunks, needs, words)
 
 
 @dataclass(frozen=True)
@@ -100,18 +96,18 @@ class Origin:
         name, size = "action tokenizer", text.actions.vocab_size
         tokens = f"{size} tokens, at most {text.config.longest} a chunk"
         if self.kept or not self.name:
-            source = "the checkpoint's" if self.kept else "fitted to the data"
+            source = "the checkpoint's" if self.kept else FITTED
             return Item(name, {}, f"FAST ({source}), {tokens}", "same")
-        value = f"FAST ({self.name}), {tokens}"
+        value = f"FAST ({FITTED if self.name == FIT else self.name}), {tokens}"
         if not self.pretrained or self.name == self.stated:
             return Item(name, {}, value, "same")
+        if self.name == FIT:
+            sides = {"checkpoint": self.stated or "its own", "recipe": FIT}
+            return Item(name, sides, value, "differs", f"{ANEW}: train the language model")
         sides = {"checkpoint": self.stated or "does not say", "recipe": self.name}
         if self.stated == PUBLIC and size != PUBLIC_TOKENS:
             sides["checkpoint"] += f", {PUBLIC_TOKENS} tokens"
-            reason = (
-                "the pretrained weights learn anew what each token means: train the language model, or set "
-                f'policy.action_tokenizer = "{PUBLIC}"'
-            )
+            reason = f'{ANEW}: train the language model, or set policy.action_tokenizer = "{PUBLIC}"'
             return Item(name, sides, value, "differs", reason)
         reason = "taken to be the weights' own: validation/token_accuracy at step 0 tells"
         return Item(name, sides, value, "assumed", reason)
@@ -203,97 +199,17 @@ def room(needs: Needs) -> int:
     return needs.vocabulary if needs.action_tokens is None else needs.vocabulary - SKIPPED - SMALLEST
 
 
-def fit(
-    data: Mapping[str, Data], configs: Mapping[str, CodecConfig], needs: Needs, words: Tokenizer
-) -> FastTokenizer:
-    """Fit a tokenizer to the training chunks of every embodiment, for weights that are fresh.
+def fit(chunks: Mapping[str, Chunks], needs: Needs, words: Tokenizer | None) -> FastTokenizer:
+    """Fit a tokenizer to the training chunks of every embodiment.
 
-    It takes the ids that `words` leaves free, at most as many as the published one's default.
+    It takes the ids that `words` leaves free, at most as many as the published one's default. None are the
+    words of pretrained weights, whose last tokens stand for actions, as in openpi.
     """
-    free = needs.vocabulary - SKIPPED - words.vocab_size
+    taken = 0 if words is None else words.vocab_size
+    free = needs.vocabulary - SKIPPED - taken
     if free < SMALLEST:
         raise CodecError(
             f"the policy's vocabulary of {needs.vocabulary} leaves {free} tokens for actions, beside "
-            f"{words.vocab_size} of text and {SKIPPED} special ones; at least {SMALLEST} are needed"
+            f"{taken} of text and {SKIPPED} special ones; at least {SMALLEST} are needed"
         )
-    return fast.fit(normalised_chunks(data, configs, MOST_CHUNKS), min(free, fast.VOCABULARY))
-
-
-def normalised_chunks(
-    data: Mapping[str, Data], configs: Mapping[str, CodecConfig], most: int
-) -> Iterator[NDArray[np.float32]]:
-    """Yield at most `most` normalised chunks [t, a], of training steps evenly spread over all embodiments.
-
-    The last action is repeated past the end of an episode. Only what is yielded is read.
-    """
-    normalisers, columns = {}, {}
-    for name, part in data.items():
-        config = configs[name]
-        columns[name] = columns_of(config, part.embodiment)
-        statistics = statistics_for(part, config)
-        normalisers[name] = Normaliser.fit(statistics["action"], config.of_actions)
-    steps = [
-        (name, store, episode, step)
-        for name, part in data.items()
-        for store, ids in zip(part.stores, part.training, strict=True)
-        for episode in map(store.index, ids)
-        for step in range(store.episodes[episode].length)
-    ]
-    sampled = steps[:: -(-len(steps) // most)]
-    for (name, store, episode), some in groupby(sampled, key=itemgetter(0, 1, 2)):
-        config = configs[name]
-        actions, states = store.actions(episode).astype(np.float64), store.state(episode)
-        for *_, step in some:
-            rows = np.minimum(np.arange(step, step + config.chunk), len(actions) - 1)
-            window = columns[name].actions(actions[rows], states[step])
-            yield normalisers[name].encode(window).astype(np.float32)
-
-
-def faults_of(data: Mapping[str, Data], codecs: Sequence[Codec]) -> tuple[str, ...]:
-    """Return warnings about training chunks that tokens do not hold; `codecs` are in the order of `data`."""
-    return tuple(
-        warning
-        for part, codec in zip(data.values(), codecs, strict=True)
-        if codec.action_text is not None
-        for warning in _faults(part, codec.config, codec.action_text)
-    ) + tuple(
-        warning
-        for part, codec in zip(data.values(), codecs, strict=True)
-        if codec.action_bins is not None
-        for warning in _beyond_bins(part, codec.config)
-    )
-
-
-def _beyond_bins(data: Data, config: CodecConfig) -> list[str]:
-    """Return a warning where normalised actions lie outside [-1, 1], of a sample of the chunks."""
-    values = np.abs(np.concatenate(list(normalised_chunks({"": data}, {"": config}, CHECKED))))
-    beyond = float((values > 1).mean())
-    if not beyond:
-        return []
-    return [
-        f"{beyond:.1%} of sampled action values lie outside [-1, 1] after normalisation by "
-        f"{config.of_actions}, up to {values.max():.3g}, and are cut there, because each value is one of "
-        f"{BINS} bins; normalise by openvla_quantile or openvla_min_max (data.normalisation)"
-    ]
-
-
-def _faults(data: Data, config: CodecConfig, text: ActionText) -> list[str]:
-    """Return warnings of a sample of the chunks."""
-    chunks = list(normalised_chunks({"": data}, {"": config}, CHECKED))
-    lengths = [len(text.encode(chunk)) for chunk in chunks]
-    lost = sum(not text.actions.decode(text.actions.encode(c), *c.shape).valid for c in chunks)
-    cut = sum(length > text.config.longest for length in lengths)
-    warnings = []
-    if cut:
-        warnings.append(
-            f"{cut} of {len(chunks)} sampled action chunks have more than {text.config.longest} tokens, up "
-            f"to {max(lengths)}, and are cut, so that the policy learns unfinished actions; "
-            "raise policy.config.action_tokens"
-        )
-    if lost:
-        warnings.append(
-            f"{lost} of {len(chunks)} sampled action chunks hold coefficients that the action tokenizer "
-            "has no token for, so that the policy learns other actions; fit one to the data, or take other "
-            "statistics"
-        )
-    return warnings
+    return fast.fit(normalised(chunks, MOST_CHUNKS), min(free, fast.VOCABULARY))

@@ -22,6 +22,7 @@ from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import action_tokenizer as action_tokenizers
 from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
+from vlafit.train.action_chunks import Chunks, faults_of
 from vlafit.train.data import Data
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.initial_codec import (
@@ -125,8 +126,10 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
     actions = action_tokenizers.choose(
         recipe.policy.action_tokenizer,
         policy.needs(),
-        data.parts(),
-        {name: fitted_config(recipe, policy, None, agreement) for name, agreement in agreements.items()},
+        {
+            name: Chunks(part, fitted_config(recipe, policy, None, agreements[name]))
+            for name, part in data.parts().items()
+        },
         opened,
         None,
         pretrained="",
@@ -148,7 +151,7 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
         )
         codecs.append(codec)
     agreement = reconcile.joined(recipe, data, agreements)
-    warnings = action_tokenizers.faults_of(data.parts(), codecs)
+    warnings = faults_of(data.parts(), codecs)
     return InitialPolicy(
         policy, CodecSet(codecs), report, history, "the policy", warnings=warnings, agreement=agreement
     )
@@ -203,7 +206,8 @@ def _from_checkpoint(
     fitted = recipe.fits_statistics
     passed = foreign and takes_tokenizer(path, chosen, declared, fitted)
     opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
-    key = declared.action_tokenizer_key if passed and chosen.action_tokenizer else ""
+    named = chosen.action_tokenizer not in ("", action_tokenizers.FIT)
+    key = declared.action_tokenizer_key if passed and named else ""
     loaded = checkpoints.load_all(
         path,
         config=(action_tokenizers.named_in(chosen, key) if key else chosen.config) or None,
@@ -257,15 +261,16 @@ def _from_checkpoint(
         opened = learned_tokenizer(recipe, policy, data)
     past = checkpoints.read_lineage(path)
     warnings += tuple(learned_before(data.stores, data.validation, past.episodes, chosen.checkpoint))
-    configs = {
-        name: fitted_config(recipe, policy, befores.get(name), agreement, declared.form)
-        for name, agreement in agreements.items()
+    chunks = {
+        name: Chunks(part, fitted_config(recipe, policy, befores.get(name), agreements[name], declared.form))
+        if fitted or name not in befores
+        else Chunks(part, befores[name].config, befores[name].statistics["action"])
+        for name, part in data.parts().items()
     }
     actions = action_tokenizers.choose(
         "" if key else chosen.action_tokenizer,
         policy.needs(),
-        data.parts(),
-        configs,
+        chunks,
         opened,
         own_codecs,
         pretrained=str(path) if pretrained else "",
@@ -294,7 +299,7 @@ def _from_checkpoint(
             answers=policy.needs().writes_tokens,
             tokens=origin,
         )
-    warnings += action_tokenizers.faults_of(data.parts(), codecs)
+    warnings += faults_of(data.parts(), codecs)
     return InitialPolicy(
         policy,
         CodecSet(codecs),
