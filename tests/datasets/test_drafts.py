@@ -60,7 +60,7 @@ RUN = {
 
 @pytest.mark.case(
     section="data",
-    report="`vlafit data card` does not know my HDF5 files",
+    report="my HDF5 files are of no layout that vlafit knows",
     user_has="a recorder of one's own: other names, counts of encoders, groups of sessions",
     now="a card with every guess marked, and what to choose from where the files tell nothing",
 )
