@@ -353,7 +353,7 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, store in clean_sets(Path(folder)).items() if not options.only else ():
-            findings = check_store(store)
+            findings = check_store(store).findings
             wrong += len(findings)
             print(f"clean, {name}: {len(findings)} findings", *(f.message for f in findings[:3]), sep="\n  ")
     if options.clean:
@@ -368,7 +368,7 @@ def main() -> int:
         for level, size in enumerate(sizes):
             hits = 0
             for seed in range(options.seeds):
-                findings = check_store(damaged(name, level, seed), pixels=name not in COLUMNS)
+                findings = check_store(damaged(name, level, seed), pixels=name not in COLUMNS).findings
                 hits += any(f.episode == f"episode_{BAD}" for f in findings)
                 others = [f for f in findings if f.episode not in ("", f"episode_{BAD}")]
                 blamed += len(others)

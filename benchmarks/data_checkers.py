@@ -67,7 +67,7 @@ for line in sys.stdin:
 def findings_of_vlafit(folder: Path) -> list[list[str]]:
     """Return check, severity and message of each finding; a folder that is refused is one."""
     try:
-        findings = check_store(open_dataset(str(folder)))
+        findings = check_store(open_dataset(str(folder))).findings
     except VlafitError as error:
         return [["refused", "error", str(error).replace(str(folder), "")]]
     return [[f.kind, f.severity, f"{f.message} {f.episode}"] for f in findings]

@@ -125,7 +125,7 @@ def measure(folder: Path, what: str) -> None:
         f"{resident_mb():.0f} MB"
     )
     start, cpu = time.perf_counter(), time.process_time()
-    findings = check_store(store, pixels=False)
+    findings = check_store(store, pixels=False).findings
     print(
         f"check without pixels: {time.perf_counter() - start:.2f} s, {time.process_time() - cpu:.2f} s CPU, "
         f"{resident_mb():.0f} MB, {len(findings)} findings"

@@ -1,5 +1,6 @@
 """Recordings in memory of an arm that moves smoothly, seen by two cameras of unlike scenes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,10 @@ class Recording(EpisodeStore):
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         """Return a frame."""
         return vars(self.recorded[episode])[camera][step]
+
+    def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+        """Return frames."""
+        return vars(self.recorded[episode])[camera][list(steps)]
 
     def files(self) -> tuple[Path, ...]:
         """Return no file: all is in memory."""

@@ -117,6 +117,7 @@ def test_other_values_are_an_error_with_their_place(
 def test_the_check_finds_them_too(tmp_path: Path):
     with pytest.raises(DataError):
         checked(tmp_path, "quaternion", 2 * QUATERNION)
-    findings = [f for f in check_store(open_dataset(load_card(tmp_path / "arm.toml"))) if f.kind == "form"]
+    result = check_store(open_dataset(load_card(tmp_path / "arm.toml")))
+    findings = [f for f in result.findings if f.kind == "form"]
     assert [(f.severity, f.episode.endswith("demo_1"), f.step) for f in findings] == [("error", True, 3)]
     assert findings[0].columns == (("state", 3),)

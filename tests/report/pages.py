@@ -13,7 +13,7 @@ from vlafit import report
 from vlafit.compare import stored
 from vlafit.compare.page import page as compare_page
 from vlafit.datasets import open_dataset
-from vlafit.datasets.checks import Finding
+from vlafit.datasets.checks import Checked, Finding
 from vlafit.offline import Episodes, Settings, evaluate
 from vlafit.report import findings, offline, training_data
 from vlafit.sweep.report import SweepResult, Trial
@@ -50,7 +50,7 @@ def _findings(folder: Path) -> Path:
         Finding("warning", "jump", "episode_2", 7, "what", "so", "do", columns=(("action", 1),)),
     ]
     path = f"/a/long/path/{'without-a-gap-' * 20}/dataset"
-    return findings.write_findings(store, path, some, folder / "findings")
+    return findings.write_findings(store, path, Checked(tuple(some), ()), folder / "findings")
 
 
 def _run(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from tests.datasets.arm_recordings import HEIGHT, WIDTH, Recording, recorded
 from tests.datasets.layouts import demos, in_file_order
 from tests.datasets.lerobot_files import write
 from vlafit.cli import main
-from vlafit.datasets.checks import Finding
+from vlafit.datasets.checks import Checked, Finding, NotTested
 from vlafit.errors import StorageError
 from vlafit.report.finding_pictures import CAPTION, CONCERNED, TILES, draw_finding
 from vlafit.report.finding_pictures import WIDTH as SHEET
@@ -111,7 +111,7 @@ def test_a_sentence_has_no_picture():
 def test_one_kind_has_a_limited_number_of_pictures_and_the_page_says_so(tmp_path: Path):
     many = [finding("looks_different", episode="episode_1", cameras=("front",)) for _ in range(15)]
     many.append(finding("black_frames", 3, episode="episode_2", cameras=("wrist",)))
-    page = write_findings(STORE, "my data", many, tmp_path / "out")
+    page = write_findings(STORE, "my data", Checked(tuple(many), ()), tmp_path / "out")
     text = page.read_text()
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == MOST_PICTURES + 1
     assert "3 of them without a picture" in text and text.count("<img") == MOST_PICTURES + 1
@@ -127,7 +127,8 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("vlafit.report.findings.write_png", fails)
     with pytest.raises(StorageError, match="the disk is full"):
-        write_findings(STORE, "x", [finding("black_frames", 3, cameras=("wrist",))], tmp_path / "a" / "out")
+        found = Checked((finding("black_frames", 3, cameras=("wrist",)),), ())
+        write_findings(STORE, "x", found, tmp_path / "a" / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,6 +151,10 @@ def test_check_writes_the_page_into_a_new_folder_only(
     assert "already exists" in capsys.readouterr().err
 
 
-def test_the_page_of_a_clean_dataset_says_so(tmp_path: Path):
-    page = write_findings(STORE, "x", [], tmp_path / "out")
-    assert "Nothing suspicious was found" in page.read_text()
+def test_the_page_of_a_clean_dataset_says_so_and_what_was_not_tested(tmp_path: Path):
+    gap = NotTested("video_shift", ("video_shift",), ("camera 'front'",), "nothing moves", "a motion")
+    page = write_findings(STORE, "x", Checked((), (gap,)), tmp_path / "out").read_text()
+    assert "Nothing suspicious was found" in page
+    assert all(text in page for text in ("Not tested", "video shift", "nothing moves", "a motion"))
+    listed = json.loads((tmp_path / "out" / "findings.json").read_text())["not_tested"]
+    assert [entry["test"] for entry in listed] == ["video_shift"]

@@ -59,7 +59,7 @@ def run(verb: str, options: Namespace) -> int:
 
 def check(store: "EpisodeStore", options: Namespace) -> int:
     """Print what is suspicious in a dataset, and write it as a page where one is asked for."""
-    from vlafit.datasets.checks import check_store
+    from vlafit.datasets.checks import check_store, together
 
     pixels = not options.no_pixels
     if options.out:
@@ -68,26 +68,27 @@ def check(store: "EpisodeStore", options: Namespace) -> int:
         page.require_new(Path(options.out))
     frames = len(store.embodiment.cameras) * sum(info.length for info in store.episodes)
     with Line("frames", max(1, frames), on_stderr=True) as line:
-        findings = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
-    errors = sum(finding.severity == "error" for finding in findings)
+        checked = check_store(store, pixels=pixels, progress=lambda done, _: line.update(done))
     if options.json:
-        listed = [dataclasses.asdict(finding) for finding in findings]
-        json.dump({"dataset": store.card.name, "errors": errors, "findings": listed}, sys.stdout, indent=2)
+        json.dump(checked.facts(store.card.name), sys.stdout, indent=2)
         print()
     else:
-        print("\n".join(map(_line, findings)) or "nothing suspicious was found")
+        print("\n".join(map(_line, checked.findings)) or "nothing suspicious was found")
+        for names, test in together(checked.not_tested):
+            where = f" ({test.where})" if test.where else ""
+            print(f"not tested: {names}{where}: {test.reason}\n  needs: {test.needs}")
     if options.out:
-        with Line("findings", max(1, len(findings)), on_stderr=True) as line:
+        with Line("findings", max(1, len(checked.findings)), on_stderr=True) as line:
             written = page.write_findings(
                 store,
                 options.path,
-                findings,
+                checked,
                 Path(options.out),
                 frames=pixels,
                 progress=lambda done, _: line.update(done),
             )
         print(f"page: {written}", file=sys.stderr if options.json else sys.stdout)
-    return 1 if errors else 0
+    return 1 if any(finding.severity == "error" for finding in checked.findings) else 0
 
 
 def _line(finding: "Finding") -> str:

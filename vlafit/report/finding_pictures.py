@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.checks import Finding
 from vlafit.datasets.checks.clips import measure
-from vlafit.datasets.checks.pixels import speed_of
+from vlafit.datasets.checks.motion import scale_of
 from vlafit.datasets.store import EpisodeStore
 from vlafit.report.episode import labels
 from vlafit.report.tiles import Picture, fitted, stacked
@@ -150,8 +150,13 @@ def _columns(store: EpisodeStore, finding: Finding, episode: int, is_own: bool) 
 def _motion(store: EpisodeStore, finding: Finding, episode: int, is_own: bool) -> Panel:
     """Return how much the image changes at each step of an episode, and how fast its state moves."""
     clip = measure(store, episode, finding.cameras[0], lambda frames: None)
-    change, speed = Line("image's change", clip.change), Line("state's speed", speed_of(store.state(episode)))
+    change, speed = Line("image's change", clip.change), Line("state's speed", _speed(store, episode))
     return _panel(store, finding, episode, is_own, (change, speed))
+
+
+def _speed(store: EpisodeStore, episode: int) -> NDArray[np.float64]:
+    state = store.state(episode)
+    return scale_of([state]).steps(state)
 
 
 def _panel(store: EpisodeStore, finding: Finding, episode: int, is_own: bool, lines: Sequence[Line]) -> Panel:
@@ -161,7 +166,7 @@ def _panel(store: EpisodeStore, finding: Finding, episode: int, is_own: bool, li
     if at_step:
         middle = (first + last) // 2
     else:
-        speed = np.convolve(speed_of(store.state(episode)), np.ones(min(ZOOM, max(1, info.length - 1))))
+        speed = np.convolve(_speed(store, episode), np.ones(min(ZOOM, max(1, info.length - 1))))
         middle = max(0, int(speed.argmax()) - ZOOM // 2)
     window = (0, info.length - 1)
     if at_step or finding.kind in SHIFTED:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlafit import files, locks
-from vlafit.datasets.checks import Finding
+from vlafit.datasets.checks import Checked, Finding, NotTested, together
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import StorageError, command_line
 from vlafit.report.finding_pictures import draw_finding
@@ -31,19 +31,19 @@ def require_new(out: Path) -> Path:
 def write_findings(
     store: EpisodeStore,
     path: str,
-    findings: Sequence[Finding],
+    checked: Checked,
     out: Path,
     *,
     frames: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the folder of findings of the dataset that the user calls `path`, and return its page.
+    """Write the folder of a check of the dataset that the user calls `path`, and return its page.
 
     `frames` False draws curves only. `progress` is called with findings done and their number. The folder
     appears complete or not at all. Raises DataError where frames cannot be read, StorageError for an `out`
     that exists.
     """
-    out = require_new(out)
+    out, findings = require_new(out), checked.findings
     with locks.creating(out, "vlafit data check"):
         require_new(out)  # another process may just have created it
         with files.new_folder(out, new=True) as partial:
@@ -52,9 +52,9 @@ def write_findings(
                 dataclasses.asdict(finding) | {"picture": drawn.get(number)}
                 for number, finding in enumerate(findings)
             ]
-            facts = {"dataset": store.card.name, "errors": _count(findings, "error"), "findings": listed}
+            facts = {**checked.facts(store.card.name), "findings": listed}
             files.write_atomic(partial / FACTS, json.dumps(facts, indent=2))
-            files.write_atomic(partial / PAGE, page(store, path, findings, drawn))
+            files.write_atomic(partial / PAGE, page(store, path, checked, drawn))
     return out / PAGE
 
 
@@ -93,8 +93,9 @@ def sound_episode(store: EpisodeStore, findings: Sequence[Finding], finding: Fin
     return next(iter([*alike, *sound]), None)
 
 
-def page(store: EpisodeStore, path: str, findings: Sequence[Finding], drawn: dict[int, str]) -> str:
-    """Return the HTML page of findings, grouped by kind."""
+def page(store: EpisodeStore, path: str, checked: Checked, drawn: dict[int, str]) -> str:
+    """Return the HTML page of findings, grouped by kind, and of the tests that could not run."""
+    findings = checked.findings
     frames = sum(info.length for info in store.episodes)
     items = [
         ("dataset", store.card.name),
@@ -107,7 +108,7 @@ def page(store: EpisodeStore, path: str, findings: Sequence[Finding], drawn: dic
     purpose = (
         "What opens without an error and would spoil training, each compared with the other episodes."
         if findings
-        else "Nothing suspicious was found."
+        else "Nothing suspicious was found by the tests that could run."
     )
     kinds = list(dict.fromkeys(finding.kind for finding in findings))
     parts: list[Content] = [header("vlafit data check", store.card.name, purpose, items)]
@@ -119,6 +120,8 @@ def page(store: EpisodeStore, path: str, findings: Sequence[Finding], drawn: dic
         undrawn = len(some) - sum(number in drawn for number, _ in some)
         note = f"{undrawn} of them without a picture." if 0 < undrawn < len(some) else ""
         parts.append(section(f"{kind.replace('_', ' ')} ({len(some)})", muted(note) if note else "", *cards))
+    if checked.not_tested:
+        parts.append(_not_tested(checked.not_tested))
     parts.append(tag("footer", f"Written by vlafit. {FACTS}, next to this page, holds every finding."))
     return document(f"{store.card.name}: dataset check", join(parts))
 
@@ -132,6 +135,14 @@ def _summary(findings: Sequence[Finding], kinds: Sequence[str]) -> Raw:
         rows.append((kind.replace("_", " "), some[0].severity, len(some), ", ".join(blamed[:NAMED]) + more))
     heads = ("finding", "severity", "number", "episodes")
     return section("Summary", table(heads, rows, ("", "", "number", "name")))
+
+
+def _not_tested(tests: Sequence[NotTested]) -> Raw:
+    rows = [
+        (names.replace("_", " "), test.where or "everything", test.reason, test.needs)
+        for names, test in together(tests)
+    ]
+    return section("Not tested", table(("test", "on", "because", "it needs"), rows, ("name", "", "", "")))
 
 
 def _card(path: str, finding: Finding, picture: str | None) -> Raw:

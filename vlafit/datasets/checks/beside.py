@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.pictures import CLEARER, colour_distances
 from vlafit.datasets.store import EpisodeStore
@@ -14,17 +15,21 @@ from vlafit.datasets.video import VideoFile
 SHOWN = 4  # frames that are compared
 
 
-def check_beside(store: EpisodeStore) -> list[Finding]:
+def check_beside(store: EpisodeStore, untested: Untested) -> list[Finding]:
     """Return a finding for each camera whose red and blue the video of the first episode exchanges."""
     findings = []
     for declared in store.card.robot.cameras if store.episodes else ():
         path = store.film_beside(0, declared.name)
         if path is None:
+            untested.add("channel_order_beside", "there is none", f"camera {declared.name!r}")
             continue
         steps = np.unique(np.linspace(0, store.episodes[0].length - 1, SHOWN).round().astype(int)).tolist()
         frames = store.images(0, steps, declared.name)
         shown = replace(declared, channels="").upright(_frames(path, steps))
         if shown.shape != frames.shape:
+            untested.add(
+                "channel_order_beside", "the video has another size or length", f"camera {declared.name!r}"
+            )
             continue
         away, exchanged = colour_distances(frames, shown)
         if exchanged < CLEARER * away:

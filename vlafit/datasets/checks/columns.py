@@ -1,49 +1,52 @@
-"""Checks of states and actions: tasks, duplicates, spikes, and how actions and states follow one another."""
+"""Checks of states and actions: tasks, duplicates, limits and spikes, and those of copies, steps and lags."""
 
 import hashlib
-from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vlafit.datasets.checks.finding import Finding
-from vlafit.datasets.checks.relations import Pair, check_relation
+from vlafit.datasets.checks.catalogue import Untested
+from vlafit.datasets.checks.copies import check_copies
+from vlafit.datasets.checks.finding import Columns, Finding
+from vlafit.datasets.checks.lags import RELATED, check_lags
 from vlafit.datasets.checks.steps import check_steps, widest
 from vlafit.datasets.store import EpisodeStore
 
 PLACEHOLDERS = ("", "task", "todo", "test", "none", "unknown", "dummy", "null")
-FURTHEST_LAG = 12  # steps by which an action is looked for before and after the state that it causes
-STRONG = 0.6  # correlation at which an action dimension is taken to drive a state dimension
-FEWEST = 4  # episodes that must agree before one of them is called different
-AGREEING = 0.75  # share of the episodes that must agree on a sign
-SHARP = 0.8  # share of the episodes whose own peak must be near the usual lag, else it is too broad to tell
-LAG_RATIO = 2.0  # times that the unexplained part must be larger at the usual lag than at the episode's own
 MOVING = 1e-6  # a range below this is no motion
 HOLE = 3  # rows of zeros in a row
 SPIKE = 40.0  # a step this many times the dataset's 99th percentile is a spike
+AFTER_FINITE = (
+    "action_equals_state",
+    "jump",
+    "repeated_rows",
+    "spike",
+    *RELATED,
+)  # leave out what is not finite
+FEWEST_STEPS = 101  # of all episodes: with fewer, the 99th percentile lies beyond the second largest value
 
-Shown = tuple[tuple[str, int], ...]  # columns of a finding
-Columns = list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]  # id, states [T, s], actions [T, a]
 
-
-def check_columns(store: EpisodeStore) -> list[Finding]:
+def check_columns(store: EpisodeStore, untested: Untested) -> list[Finding]:
     """Return what is suspicious in tasks, states and actions."""
     columns: Columns = [
         (info.id, store.state(n).astype(np.float64), store.actions(n).astype(np.float64))
         for n, info in enumerate(store.episodes)
     ]
     broken = _not_finite(columns)
+    for finding in broken:
+        for test in AFTER_FINITE:
+            untested.add(test, "it holds values that are not finite", f"episode {finding.episode}")
     columns = [c for c in columns if c[0] not in {f.episode for f in broken}]
-    findings = [*broken, *_tasks(store), *_duplicates(columns), *_spikes(store, columns), *_copies(columns)]
-    findings += [*_limits(store, columns), *_holes(columns)]
     robot = store.embodiment
-    spiked = {f.episode for f in findings if f.kind in ("spike", "zero_rows")}
     labels = {"state": robot.state.labels, "action": robot.action.labels}
-    findings += [f for f in check_steps(columns, labels) if f.episode not in spiked]
-    copied = {f.episode for f in findings if f.kind == "action_equals_state"}
-    rest = [c for c in columns if c[0] not in copied]
-    related = _signs_and_lags(store, rest)
-    return findings + [f for f in related if f.kind != "noisy" or f.episode not in spiked]
+    copies = check_copies(columns, labels, untested)
+    findings = [*broken, *_tasks(store), *_duplicates(columns, untested), *_spikes(store, columns, untested)]
+    findings += [*copies.findings, *_limits(store, columns, untested), *_holes(columns)]
+    spiked = {f.episode for f in findings if f.kind in ("spike", "zero_rows")}
+    findings += [f for f in check_steps(columns, labels, untested) if f.episode not in spiked]
+    related = check_lags([c for c in columns if c[0] not in copies.whole], robot.action.labels, untested)
+    return findings + [
+        f for f in related if not copies.explain(f) and (f.kind != "noisy" or f.episode not in spiked)
+    ]
 
 
 def _not_finite(columns: Columns) -> list[Finding]:
@@ -85,8 +88,10 @@ def _tasks(store: EpisodeStore) -> list[Finding]:
     ]
 
 
-def _duplicates(columns: Columns) -> list[Finding]:
+def _duplicates(columns: Columns, untested: Untested) -> list[Finding]:
     seen: dict[str, str] = {}
+    if len(columns) < 2:
+        untested.add("duplicate_episode", f"{len(columns)} episode{'s' * (len(columns) != 1)}")
     findings = []
     for episode, state, actions in columns:
         digest = hashlib.sha256(state.tobytes() + actions.tobytes()).hexdigest()
@@ -107,8 +112,12 @@ def _duplicates(columns: Columns) -> list[Finding]:
     return findings
 
 
-def _spikes(store: EpisodeStore, columns: Columns) -> list[Finding]:
+def _spikes(store: EpisodeStore, columns: Columns, untested: Untested) -> list[Finding]:
     findings = []
+    steps = sum(len(state) for _, state, _ in columns)
+    if steps < FEWEST_STEPS:
+        untested.add("spike", f"all episodes together have {steps} steps")
+        return []
     robot = store.embodiment
     for number, name, labels in ((1, "state", robot.state.labels), (2, "action", robot.action.labels)):
         values = [c[number] for c in columns]
@@ -135,11 +144,13 @@ def _spikes(store: EpisodeStore, columns: Columns) -> list[Finding]:
     return findings
 
 
-def _limits(store: EpisodeStore, columns: Columns) -> list[Finding]:
+def _limits(store: EpisodeStore, columns: Columns, untested: Untested) -> list[Finding]:
     """Find values that the card says the robot does not permit."""
     findings = []
     robot = store.embodiment
     for number, name, feature in ((1, "state", robot.state), (2, "action", robot.action)):
+        if not (feature.low or feature.high):
+            untested.add("outside_limits", "the card gives no limits", name)
         low = np.asarray(feature.low or -np.inf)
         high = np.asarray(feature.high or np.inf)
         for column in columns:
@@ -187,169 +198,3 @@ def _holes(columns: Columns) -> list[Finding]:
                 )
             )
     return findings
-
-
-def _copies(columns: Columns) -> list[Finding]:
-    findings = []
-    for episode, state, actions in columns:
-        width = min(state.shape[1], actions.shape[1])
-        moving = np.ptp(state[:, :width], axis=0) > MOVING
-        if state.shape[1] != actions.shape[1] or not moving.any() or len(state) < 3:
-            continue
-        now = np.abs(actions - state)[:, moving].max()
-        if now <= 1e-6 * max(1.0, float(np.abs(state).max())):
-            findings.append(
-                Finding(
-                    "error",
-                    "action_equals_state",
-                    episode,
-                    None,
-                    "every action is the state of the same step",
-                    "the policy learns to repeat the present state, and the robot stands still",
-                    "record commands, or use the state one step later as the action",
-                    columns=(("state", widest(state)), ("action", widest(state))),
-                )
-            )
-    return findings
-
-
-def _signs_and_lags(store: EpisodeStore, columns: Columns) -> list[Finding]:
-    """Compare how each episode's actions drive its states with how they do in most episodes.
-
-    The median of all correlation curves says at which lag and with which sign an action dimension drives its
-    state. An episode's own peak anywhere else proves nothing: both signals are smooth, so they correlate
-    strongly at some lag by chance.
-    """
-    columns = [c for c in columns if len(c[1]) >= 3 * FURTHEST_LAG]
-    if len(columns) < FEWEST:
-        return []
-    findings, relations = [], []
-    labels = store.embodiment.action.labels
-    lags: dict[str, list[int]] = {episode: [] for episode, *_ in columns}
-    usual: dict[int, int] = {}
-    judged: dict[Shown, float] = {}  # dimensions with a peak sharp enough for a lag
-    for d, (s, difference) in _drives(columns).items():
-        shown = (("action", d), ("state", s))
-        curves = np.stack(
-            [_correlations(x[:, s : s + 1], a[:, d : d + 1], difference)[:, 0, 0] for _, x, a in columns]
-        )
-        middle = np.median(curves, axis=0)
-        place = int(np.abs(middle).argmax())
-        curves = curves * np.sign(middle[place])
-        usual[d] = place - FURTHEST_LAG
-        flipped = curves[:, place] < -STRONG
-        name = labels[d] if d < len(labels) else f"dimension {d}"
-        if flipped.mean() <= 1 - AGREEING:
-            findings += [
-                _sign(columns[n][0], name, shown, curves[n, place], int((~flipped).sum()), len(columns))
-                for n in np.flatnonzero(flipped)
-            ]
-        pairs = [_pair(episode, x[:, s], a[:, d], usual[d], difference) for episode, x, a in columns]
-        relations += [replace(finding, columns=shown) for finding in check_relation(name, pairs)]
-        own = curves.argmax(axis=1)
-        if (np.abs(own - place) <= 1).mean() < SHARP:
-            continue
-        judged[shown] = abs(float(middle[place]))
-        height = curves.max(axis=1)
-        gains = (height > np.median(curves[:, place]) - 0.05) & (
-            1 - curves[:, place] > LAG_RATIO * (1 - height)
-        )
-        for (episode, *_), best, gain, turned in zip(columns, own, gains, flipped, strict=True):
-            if not turned:
-                lags[episode].append(int(best) - place if gain else 0)
-    clearest = max(judged, key=lambda columns: judged[columns], default=())
-    if len(judged) > len(usual) / 2:
-        findings += [
-            _lag(episode, clearest, int(np.median(late))) for episode, late in lags.items() if _is_late(late)
-        ]
-    everywhere = [lag for lag in usual.values() if lag < 0]
-    if usual and len(everywhere) > len(usual) / 2:
-        findings.append(_lag("", clearest, int(np.median(everywhere))))
-    explained = {finding.episode for finding in findings}
-    return findings + [finding for finding in relations if finding.episode not in explained]
-
-
-def _pair(
-    episode: str, state: NDArray[np.float64], action: NDArray[np.float64], lag: int, difference: bool
-) -> Pair:
-    """Return the action at each step with the state (or its difference) `lag` steps later."""
-    if difference:
-        state, action = np.diff(state), action[:-1]
-    first, last = max(0, -lag), len(action) - max(0, lag)
-    return Pair(episode, action[first:last], state[first + lag : last + lag], difference)
-
-
-def _is_late(late: list[int]) -> bool:
-    return bool(len(late) > 0 and abs(np.median(late)) >= 2 and (np.abs(late) >= 2).mean() > 0.5)
-
-
-def _sign(episode: str, name: str, shown: Shown, correlation: float, agreeing: int, total: int) -> Finding:
-    return Finding(
-        "error",
-        "action_sign",
-        episode,
-        None,
-        f"action {name} moves the state the opposite way (correlation {correlation:.2f}) from {agreeing} of "
-        f"{total} episodes",
-        "the policy learns both signs, which cancel",
-        "flip the sign of that dimension in the episode, or leave it out",
-        columns=shown,
-    )
-
-
-def _lag(episode: str, shown: Shown, steps: int) -> Finding:
-    how = f"actions come {abs(steps)} steps {'after' if steps < 0 else 'before'} the motion that they cause"
-    return Finding(
-        "error",
-        "action_lag",
-        episode,
-        None,
-        how + (", compared with the other episodes" if episode else ", in most episodes"),
-        "the policy learns to act late or early",
-        "shift the actions, or leave the episode out",
-        columns=shown,
-    )
-
-
-def _drives(columns: Columns) -> dict[int, tuple[int, bool]]:
-    """Return, for each action dimension, which state dimension it drives: (dimension, by its differences)."""
-    some = columns[:32]
-    heights = []
-    for difference in (False, True):
-        curves = np.stack([_correlations(state, actions, difference) for _, state, actions in some])
-        heights.append(np.abs(np.median(curves, axis=0)).max(axis=0))  # [a, s]
-    drives = {}
-    for d in range(columns[0][2].shape[1]):
-        best = np.stack([height[d] for height in heights])  # [2, s]
-        kind, s = np.unravel_index(int(best.argmax()), best.shape)
-        if best[kind, s] > STRONG:
-            drives[d] = (int(s), bool(kind))
-    return drives
-
-
-def _correlations(
-    state: NDArray[np.float64], actions: NDArray[np.float64], difference: bool
-) -> NDArray[np.float64]:
-    """Return the correlation of actions[t] with state[t + lag], for lags -FURTHEST_LAG to FURTHEST_LAG.
-
-    [lags, a, s]; 0 where one of the two does not move. `difference` takes the state's steps instead.
-    """
-    if difference:
-        state, actions = np.diff(state, axis=0), actions[:-1]
-    length = len(state)
-    lags = range(-FURTHEST_LAG, FURTHEST_LAG + 1)
-    return np.stack(
-        [
-            _standard(actions[max(0, -lag) : length - max(0, lag)]).T
-            @ _standard(state[max(0, lag) : length + min(0, lag)])
-            for lag in lags
-        ]
-    )
-
-
-def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return columns of mean 0 and length 1; those that do not move are 0."""
-    centred = values - values.mean(axis=0)
-    size = np.sqrt((centred * centred).sum(axis=0))
-    moves = np.ptp(values, axis=0) > MOVING
-    return np.where(moves, centred / np.where(moves, size, 1), 0)

@@ -3,6 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]
+"""Id, states [T, s] and actions [T, a] of each episode."""
+Shown = tuple[tuple[str, int], ...]
+"""The columns of a finding."""
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -1,12 +1,16 @@
 """Check that recorded rotations, grippers and angles are what the card says of them."""
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.recorded_forms import form_faults
 from vlafit.datasets.store import EpisodeStore
 
 
-def check_forms(store: EpisodeStore) -> list[Finding]:
+def check_forms(store: EpisodeStore, untested: Untested) -> list[Finding]:
     """Return the first fault of each part of a column, with the number of episodes that have it."""
+    for name, column in (("state", store.card.robot.state), ("action", store.card.robot.action)):
+        if not (column.poses or column.grippers or column.angles):
+            untested.add("form", "the card declares no pose, gripper or angle", name)
     faults = list(form_faults(store, [info.id for info in store.episodes]))
     first = {(fault.column, fault.dimension): fault for fault in reversed(faults)}
     findings = []

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 
 GRID = 16  # cells a side into which a frame is averaged
@@ -46,7 +47,7 @@ class Track:
     speed: NDArray[np.float64]  # [T - 1], of the state
 
 
-def check_shift(camera: str, tracks: Sequence[Track]) -> list[Finding]:
+def check_shift(camera: str, tracks: Sequence[Track], untested: Untested) -> list[Finding]:
     """Return the episodes whose frames are late or early against their states, compared with the others.
 
     The change of the image is compared with the speed of the state. Where these agree badly (a hand far from
@@ -54,17 +55,36 @@ def check_shift(camera: str, tracks: Sequence[Track]) -> list[Finding]:
     compared with the recorded states at each shift. An episode's best shift only counts if most episodes have
     theirs at the same place: smooth curves correlate strongly somewhere by chance.
     """
+    where, total = f"camera {camera!r}", len(tracks)
     tracks = [track for track in tracks if len(track.state) >= 3 * FURTHEST]
     moving = [t for t in tracks if np.ptp(t.speed) > 0 and np.ptp(t.change) > 0]
+    reasons = []
     if len(moving) >= FEWEST_MOTIONS:
         curves = np.stack([_motion(track) for track in moving])
         if _agree(curves, RELIABLE_MOTION, 1):
             return _findings(camera, moving, curves, 2, MOTION_GAIN)
+        reasons.append(_disagreement("the image's change follows the state's speed", curves, 1))
+    else:
+        what = "episodes are long enough, and image and state move in them"
+        reasons.append(f"{len(moving)} of {total} {what}")
     if len(tracks) >= FEWEST:
         curves = _predicted([t.features for t in tracks], [t.state.astype(np.float64) for t in tracks])
         if _agree(curves, RELIABLE, LEAST - 1):
             return _findings(camera, tracks, curves, LEAST, 0.0)
+        reasons.append(_disagreement("frames predict states", curves, LEAST - 1))
+    else:
+        reasons.append(f"{len(tracks)} episodes are too few to predict states from frames")
+    untested.add("video_shift", "; ".join(reasons), where)
     return []
+
+
+def _disagreement(what: str, curves: NDArray[np.float64], near: int) -> str:
+    usual = int(np.median(curves, axis=0).argmax())
+    close = int((np.abs(curves.argmax(axis=1) - usual) <= near).sum())
+    return (
+        f"{what} with a correlation of {float(np.median(curves[:, usual])):.2f} in the median, and at one "
+        f"shift in {close} of {len(curves)} episodes"
+    )
 
 
 def _agree(curves: NDArray[np.float64], least: float, near: int) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 
 FEWEST = 4  # episodes of one sentence that must agree before one of them is called different
@@ -35,17 +36,25 @@ class Look:
     """Hash of all states."""
 
 
-def check_looks(camera: str, looks: Sequence[Look]) -> list[Finding]:
+def check_looks(camera: str, looks: Sequence[Look], untested: Untested) -> list[Finding]:
     """Return the episodes whose frames look otherwise than those of other episodes with their sentence."""
+    where = f"camera {camera!r}"
+    if len(looks) < 2:
+        untested.add("duplicate_frames", f"{len(looks)} episode", where)
+    elif not any(look.frames for look in looks):
+        untested.add("duplicate_frames", "its image never changes", where)
     findings = _same_video(camera, looks)
     copies = {finding.episode for finding in findings}
     groups: dict[str, list[Look]] = {}
     for look in looks:
         groups.setdefault(look.instruction, []).append(look)
-    for group in groups.values():
-        if len(group) >= FEWEST:
-            findings += _scene(camera, group) + _cuts(camera, group)
-            findings += _repeats(camera, group) + _focus(camera, group)
+    for sentence, group in groups.items():
+        if len(group) < FEWEST:
+            for test in ("looks", "repeated_frames"):
+                untested.add(test, f"fewer than {FEWEST} episodes have the sentence", f"{sentence!r}")
+            continue
+        findings += _scene(camera, group) + _cuts(camera, group)
+        findings += _repeats(camera, group, untested) + _focus(camera, group)
     return [f for f in findings if f.kind == "duplicate_frames" or f.episode not in copies]
 
 
@@ -98,13 +107,17 @@ def _cuts(camera: str, group: Sequence[Look]) -> list[Finding]:
     ]
 
 
-def _repeats(camera: str, group: Sequence[Look]) -> list[Finding]:
-    usual = float(np.median(np.concatenate([look.change for look in group])))
-    if usual <= 0:
+def _repeats(camera: str, group: Sequence[Look], untested: Untested) -> list[Finding]:
+    changes = np.concatenate([look.change for look in group])
+    speed = float(np.concatenate([look.speed for look in group]).mean())
+    if not changes.any() or speed <= 0:
+        reason = "its image never changes" if speed > 0 else "the state does not move by more than its noise"
+        untested.add("repeated_frames", reason, f"camera {camera!r}")
         return []
+    usual = float(np.median(changes[changes > 0]))
     shares = []
     for look in group:
-        moving = look.speed > 0.5 * np.median(look.speed)
+        moving = look.speed > 0.5 * speed
         shares.append(float((look.change[moving] <= STILL * usual).mean()) if moving.any() else 0.0)
     limit = LEAST_STILL + 2 * float(np.quantile(shares, 0.9, method="lower"))
     return [

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 
 RELIABLE = 0.9  # median correlation of an action and the state that it drives, below which nothing is judged
@@ -18,6 +19,7 @@ FEWEST = 4  # episodes that must agree before one of them is called different
 LEAST_GAIN = 1.2  # ratio of gains that is reported
 CERTAIN = 3.0  # ratio that no load and no contact explains
 LEAST_OFFSET = 0.25  # offset that is reported, in standard deviations of the action
+MOST_OFFSET = 2.0  # standard deviations: an offset that should be found
 LEAST_REST = 0.1  # rest that is reported, as a share of the action's standard deviation
 WIDE = 8.0  # times that something must be further from the median than the others usually are
 LARGER = 4.0  # times that a rest must be larger than in nine of ten episodes
@@ -35,7 +37,7 @@ class Pair:
     follows_differences: bool
 
 
-def check_relation(name: str, pairs: Sequence[Pair]) -> list[Finding]:
+def check_relation(name: str, pairs: Sequence[Pair], untested: Untested) -> list[Finding]:
     """Return the episodes whose action `name` relates to its state otherwise than in the others."""
     spread = [float(np.median([np.std(side) for side in sides])) for sides in _sides(pairs)]
     findings, alive = [], []
@@ -47,9 +49,12 @@ def check_relation(name: str, pairs: Sequence[Pair]) -> list[Finding]:
         elif not any(still):
             alive.append(pair)
     if len(alive) < FEWEST:
+        untested.add("scale", f"it moves, with its state, in {len(alive)} episodes", f"action {name}")
         return findings
     heights = [np.corrcoef(p.action, p.state)[0, 1] for p in alive]
     if abs(np.median(heights)) < RELIABLE:
+        reason = f"its correlation with its state is below {RELIABLE} in the median"
+        untested.add("scale", reason, f"action {name}")
         return findings
     sign = np.sign(np.median(heights))
     gains = np.asarray([np.std(p.action) / np.std(p.state) * sign for p in alive])
@@ -60,6 +65,13 @@ def check_relation(name: str, pairs: Sequence[Pair]) -> list[Finding]:
     ratios = np.abs(np.log(gains / gain))
     far_gain = ratios > np.maximum(np.log(LEAST_GAIN), WIDE * np.median(ratios))
     whole = float(np.std(np.concatenate([pair.action for pair in alive])))
+    vary = {
+        "proportion": WIDE * np.median(ratios) > np.log(CERTAIN),
+        "offset": WIDE * np.median(off) > MOST_OFFSET * whole,
+        "noise": LARGER * np.quantile(rests, 0.9, method="lower") > 1,
+    }
+    for what in (what for what, much in vary.items() if much):
+        untested.add("scale", f"its {what} varies too much between episodes", f"action {name}")
     far_off = off > np.maximum(LEAST_OFFSET * whole, WIDE * np.median(off))
     noisy = (rests > LEAST_REST) & (rests > LARGER * np.quantile(rests, 0.9, method="lower"))
     for number, pair in enumerate(alive):
@@ -71,7 +83,13 @@ def check_relation(name: str, pairs: Sequence[Pair]) -> list[Finding]:
             findings.append(_scale(pair.episode, name, float(gains[number] / gain)))
         elif far_off[number]:
             findings.append(_offset(pair.episode, name, float(offsets[number] - np.median(offsets))))
-    return findings if len({f.episode for f in findings}) <= len(pairs) / 4 else []
+    blamed = len({f.episode for f in findings})
+    if blamed > len(pairs) / 4:
+        untested.add(
+            "scale", f"episodes disagree: {blamed} of {len(pairs)} would be blamed", f"action {name}"
+        )
+        return []
+    return findings
 
 
 def _sides(pairs: Sequence[Pair]) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Finding
 
 FEWEST = 4  # episodes that must agree before one of them is called different
@@ -18,24 +19,35 @@ RUNS = 3.0  # times the longest run in nine of ten episodes
 def check_steps(
     columns: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]],
     labels: Mapping[str, Sequence[str]],
+    untested: Untested,
 ) -> list[Finding]:
     """Return episodes with a step in state or action far larger than in the others, or rows that repeat."""
     if len(columns) < FEWEST:
+        for test in ("jump", "repeated_rows"):
+            untested.add(test, f"the number of episodes is {len(columns)}")
         return []
     findings: list[Finding] = []
     for number, name in ((1, "state"), (2, "action")):
         steps = [np.abs(np.diff(np.asarray(c[number]), axis=0)) for c in columns]
         largest = np.stack([s.max(axis=0, initial=0.0) for s in steps])  # [episodes, dimensions]
         usual = np.median(largest, axis=0)
+        for d in np.flatnonzero(usual <= MOVING).tolist():
+            untested.add("jump", "it does not move in most episodes", f"{name} {_label(labels[name], d)}")
         limit = np.maximum(HIGH * usual, HIGHER * np.quantile(largest, 0.9, axis=0, method="lower"))
         for (episode, *_), rows, most in zip(columns, steps, largest, strict=True):
             over = np.flatnonzero((usual > MOVING) & (most > limit))
             if len(over):
                 d = int(over[np.argmax(most[over] / usual[over])])
-                label = labels[name][d] if d < len(labels[name]) else f"dimension {d}"
+                label = _label(labels[name], d)
                 step = int(rows[:, d].argmax())
                 findings.append(_jump(episode, (name, d), label, step, most[d], usual[d]))
+    if not any(np.abs(np.diff(state, axis=0)).max(initial=0.0) > 0 for _, state, _ in columns):
+        untested.add("repeated_rows", "the state moves in no episode")
     return findings + _repeated(columns)
+
+
+def _label(labels: Sequence[str], d: int) -> str:
+    return labels[d] if d < len(labels) else f"dimension {d}"
 
 
 def widest(rows: NDArray) -> int:
