@@ -148,6 +148,14 @@ BAD = [
         '[record]\nenv = "metaworld"\ntasks = ["a"]\nepisodes_per_task = 3\nperturbed = 2\n[instruction]',
         "0 <= perturbed <= 1",
     ),
+    ("dimensions = 4", "dimensions = 4\nscale = [1.0, 1e-300, 1.0, 1.0]", "holds 1e-300, which would erase"),
+    (
+        "dimensions = 3",
+        "dimensions = 3\nlow = [0.0, 2.0, 0.0]\nhigh = [1.0, 1.0, 1.0]",
+        "low 2 of dimension 1",
+    ),
+    ('name = "small"', 'name = " "', "name is empty"),
+    ('layout = "libero"', 'layout = "libero"\nexpect = { episodes = -1 }', "expect.episodes must be 0"),
 ]
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -343,3 +344,56 @@ def test_every_card_that_the_documentation_shows_is_valid(tmp_path: Path) -> Non
     read = [load_card(tmp_path / f"{number}.toml") for number in range(len(shown))]
     shown_layouts = {"aloha", "droid", "robotwin", "maniskill", "robocasa", "generic"}
     assert {made.layout for made in read} == shown_layouts
+
+
+# ---------------------------------------------------------------------------------- success, skip, sentences
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.nan, "holds nan, not true or false"),
+        (np.array([0.0, 0.3, 0.9]), "holds 0.3, not true or false"),
+        (-1, "holds -1, not true or false"),
+        ("True", "'True', not true or false"),
+        (np.zeros((4, 2, 3), np.uint8), "not true or false, or one of them for each step"),
+    ],
+    ids=["NaN", "a reward", "a code", "a word", "frames"],
+)
+def test_a_success_that_is_neither_true_nor_false_is_refused(values: Any, says: str, tmp_path: Path) -> None:
+    """NaN, rewards and codes of failure counted as success."""
+    made = hdf5_writers.any_hdf5(tmp_path / "set", EVERYTHING)
+    with h5py.File(tmp_path / "set" / "log.h5", "a") as file:
+        for group in file["runs"].values():  # type: ignore[union-attr]
+            group["won"] = values
+    with pytest.raises(DataError, match=f"take-0: episodes.success: won .*{says}"):
+        open_dataset(replace(made, episodes=EpisodesCard(success="won")))
+
+
+def test_a_success_in_a_lerobot_dataset_is_true_or_false(tmp_path: Path) -> None:
+    made = lerobot_files.write(tmp_path / "set", EVERYTHING)
+    with pytest.raises(DataError, match=r"episode 0: episodes.success: timestamp holds 0\.05, not true"):
+        open_dataset(replace(made, episodes=EpisodesCard(success="timestamp")))
+
+
+def test_a_skipped_id_that_is_not_there_comes_with_one_that_is(tmp_path: Path) -> None:
+    made = hdf5_writers.any_hdf5(tmp_path / "set", EVERYTHING)
+    says = r"what is not there: take-1; an id is 'log/runs/take-0', a pattern '\*/take-0'"
+    with pytest.raises(DataError, match=says):
+        open_dataset(replace(made, episodes=EpisodesCard(skip=("take-1",))))
+
+
+def test_a_sentence_that_no_episode_has_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A slip in the name of a file left it the sentence of all others."""
+    made = aloha(tmp_path / "set", EVERYTHING)
+    instruction = InstructionCard("card", "fold it", {TASKS[0]: "open it", "turn_onn": "turn it on"})
+    store = open_dataset(replace(made, instruction=instruction))
+    assert {info.instruction for info in store.episodes} == {"open it", "fold it"}
+    assert "instruction.files names what no episode is of: 'turn_onn'" in caplog.text
+
+
+def test_a_shift_by_more_rows_than_an_episode_has_is_refused_in_both_directions(tmp_path: Path) -> None:
+    made = aloha(tmp_path / "set", EVERYTHING)
+    for shift, left in ((9, "step"), (-9, "action but the first")):
+        with pytest.raises(DataError, match=f"action_shift = {shift} leaves no {left} of .* has 4 rows"):
+            open_dataset(replace(made, rows=RowsCard(action_shift=shift)))

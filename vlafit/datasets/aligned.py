@@ -19,11 +19,12 @@ class Aligned(EpisodeStore):
         """Raises DataError naming an episode that is too short."""
         self.card, self._store, self._shift = store.card, store, shift
         self.left_out = store.left_out
-        short = [info.id for info in store.episodes if info.length <= max(0, shift)]
+        short = [info for info in store.episodes if info.length <= shift or info.length < -shift]
         if short:
+            left = "step" if shift > 0 else "action but the first"
             raise DataError(
-                f"dataset {self.card.name!r}: rows.action_shift = {shift} leaves no step of episode "
-                f"{short[0]!r}"
+                f"dataset {self.card.name!r}: rows.action_shift = {shift} leaves no {left} of episode "
+                f"{short[0].id!r}, which has {short[0].length} rows"
             )
         self.episodes = tuple(replace(info, length=info.length - max(0, shift)) for info in store.episodes)
 

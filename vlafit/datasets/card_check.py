@@ -10,6 +10,7 @@ from vlafit.errors import CodecError, ConfigError
 
 LARGEST_SIDE = 2**14  # pixels
 MOST_DIMENSIONS = 2**12
+LEAST_SCALE = 1e-30  # below, values become 0 in float32
 LONGEST_NAME, LONGEST_SHOWN = 500, 40  # characters
 MOST_RECORDED = 10**6  # episodes of a task, or steps of one
 SLOWEST_HZ, FASTEST_HZ = 1e-3, 10_000.0  # control rates beyond are units mixed up
@@ -48,6 +49,11 @@ def _require_forms(card: Card, where: str) -> None:
 def check(card: Card, where: str) -> None:
     """Raise ConfigError, beginning with `where`, if a value of the card is invalid in every layout."""
     robot = card.robot
+    if not card.name.strip():
+        raise ConfigError(f"{where}: name is empty; samples, weights and statistics go by it")
+    for what, count in (("episodes", card.expect.episodes), ("frames", card.expect.frames)):
+        if count < 0:
+            raise ConfigError(f"{where}: expect.{what} must be 0 (not checked) or more, is {count}")
     for what, name in _names(card):
         if not name.isprintable() or len(name) > LONGEST_NAME:
             raise ConfigError(
@@ -96,8 +102,15 @@ def check(card: Card, where: str) -> None:
                 f"{where}: robot.{name}.labels: all {column.dimensions} dimensions are named "
                 f"{column.labels[0]!r}; give each a name of its own, or write a card without labels"
             )
-        if not all(column.scale):
-            raise ConfigError(f"{where}: robot.{name}.scale holds 0, which would erase a dimension")
+        if any(abs(factor) < LEAST_SCALE for factor in column.scale):
+            least = min(column.scale, key=abs)
+            raise ConfigError(f"{where}: robot.{name}.scale holds {least:g}, which would erase a dimension")
+        if column.low and column.high:
+            for d, (low, high) in enumerate(zip(column.low, column.high, strict=True)):
+                if low > high:
+                    raise ConfigError(
+                        f"{where}: robot.{name}: low {low:g} of dimension {d} is above its high {high:g}"
+                    )
     if robot.relative and len(robot.relative) != robot.action.dimensions:
         raise ConfigError(
             f"{where}: robot.relative has {len(robot.relative)} entries for "

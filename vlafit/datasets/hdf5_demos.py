@@ -16,8 +16,10 @@ from vlafit.datasets.columns import join, parse_key, part
 from vlafit.datasets.hdf5_files import HDF5_ERRORS, find, own_values
 from vlafit.datasets.hdf5_storage import require_readable
 from vlafit.datasets.pictures import decode_marked
+from vlafit.datasets.selection import is_success
 from vlafit.errors import DataError
 from vlafit.files import parse_json, plain_text
+from vlafit.observations import short
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def sentence(card: Card, file: h5py.File, path: Path, demo: Demonstration, tell:
     if isinstance(text, list) and text:
         text = text[crc32(demo.id.encode()) % len(text)]  # one of several, always the same
     if not isinstance(text, str) or not text.strip():
+        given = "a list" if isinstance(text, list) else short(text)
         raise DataError(
-            f"{where}: instruction.source {instruction.source!r} gives no sentence but {text!r}; write it in "
+            f"{where}: instruction.source {instruction.source!r} gives no sentence but {given}; write it in "
             'the card (instruction.source = "card")'
         )
     return text
@@ -182,10 +185,8 @@ def inside_json(value: Any, path: str, where: str) -> Any:
 
 def succeeds(file: h5py.File, path: Path, demo: Demonstration, key: str) -> bool:
     """Whether an attribute or dataset of a demonstration is true at some step."""
-    value = lookup(file[demo.group], key, f"{name_in(path, demo)}: episodes.success")
-    if np.asarray(value).dtype.kind not in "fiub":
-        raise DataError(f"{name_in(path, demo)}: episodes.success: {key} is {value!r}, not true or false")
-    return bool(np.any(value))
+    where = f"{name_in(path, demo)}: episodes.success"
+    return is_success(lookup(file[demo.group], key, where), f"{where}: {key}")
 
 
 # ----------------------------------------------------------------------------------------- columns and frames

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,8 @@ from vlafit.datasets.card_check import check
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, command_line, did_you_mean, quoted
 from vlafit.files import expand_user
+
+log = logging.getLogger(__name__)
 
 LONGEST_PATH = 4096  # characters, with which POSIX systems end
 
@@ -74,6 +77,7 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     if card.rows.action_shift:
         store = Aligned(store, card.rows.action_shift)
     _check_expectations(store)
+    _name_unused_sentences(store)
     return store
 
 
@@ -259,6 +263,19 @@ def _data_at(name_or_path: str | Path) -> tuple[Path | None, str]:
     if str(name_or_path) and local.exists() and (local.is_dir() or local.suffix != ".toml"):
         return local, ""
     return None, ""
+
+
+def _name_unused_sentences(store: EpisodeStore) -> None:
+    """Warn of sentences of the card that no episode has: the name that they are under may be misspelt."""
+    told = {info.instruction for info in store.episodes}
+    unused = [name for name, sentence in store.card.instruction.files.items() if sentence not in told]
+    if unused:
+        log.warning(
+            "dataset %r: instruction.files names what no episode is of: %s%s",
+            store.card.name,
+            ", ".join(map(repr, unused[:5])),
+            f" and {len(unused) - 5} more" if len(unused) > 5 else "",
+        )
 
 
 def _check_expectations(store: EpisodeStore) -> None:

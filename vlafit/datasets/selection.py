@@ -6,10 +6,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
+
 from vlafit.datasets.card import Card
 from vlafit.errors import DataError
+from vlafit.observations import short
 
 log = logging.getLogger(__name__)
+
+
+def is_success(values: object, where: str) -> bool:
+    """Whether one of the values of a success is true. Raises DataError unless each is true or false."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub" or array.size == 0 or array.size != max(array.shape, default=1):
+        raise DataError(f"{where} is {short(values)}, not true or false, or one of them for each step")
+    odd = array[(array != 0) & (array != 1)]
+    if odd.size:
+        raise DataError(f"{where} holds {odd.ravel()[0]:g}, not true or false (1 or 0)")
+    return bool(array.any())
 
 
 @dataclass(frozen=True)
@@ -27,9 +41,11 @@ class Selection:
         self.card = card
         self.left_out: list[LeftOut] = []
         self._unused = set(card.episodes.skip)
+        self._first = ""
 
     def wants(self, episode: str) -> bool:
         """Whether the skip list has nothing against an episode."""
+        self._first = self._first or episode
         matching = {p for p in self.card.episodes.skip if fnmatchcase(episode, p)}
         self._unused -= matching
         if matching:
@@ -54,8 +70,10 @@ class Selection:
     def finish(self, where: str, count: int) -> tuple[LeftOut, ...]:
         """Return what was left out. Raises DataError if nothing is left, or a skipped id is not there."""
         if self._unused:
+            example = f"; an id is {self._first!r}, a pattern '*/{self._first.rpartition('/')[2]}'"
             raise DataError(
                 f"{where}: episodes.skip names what is not there: {', '.join(sorted(self._unused))}"
+                f"{example if self._first else ''}"
             )
         if not count:
             first = f"; the first: {self.left_out[0].id}: {self.left_out[0].reason}" if self.left_out else ""

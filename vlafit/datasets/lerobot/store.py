@@ -20,7 +20,7 @@ from vlafit.datasets.lerobot.stated import read_statistics
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
-from vlafit.datasets.selection import Selection
+from vlafit.datasets.selection import Selection, is_success
 from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore, RecordedStatistics
 from vlafit.datasets.video import VideoFiles
@@ -289,7 +289,8 @@ class LeRobotStore(EpisodeStore):
             return True
         self._meta.feature(key, "episodes.success")
         column = self._columns.get((path, key), lambda: _Column(self._read(path, [key])[key], None))
-        return bool(column.values[rows.first : rows.first + rows.entry.length].any())
+        values = column.values[rows.first : rows.first + rows.entry.length]
+        return is_success(values, f"{self._where(rows)}: episodes.success: {key}")
 
     def _read(self, path: Path, keys: Iterable[str]) -> dict[str, NDArray]:
         """Read features of all rows of a file, each [n, d], as they are stored."""
