@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         _make_folder(path.parent)
         try:
+            with open(partial, "xb") as file:
+                mode = os.fstat(file.fileno()).st_mode
             yield partial
+            _permit(partial, mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -79,6 +82,14 @@ def new_file(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         raise _cannot("write", path, error) from error
+
+
+def _permit(path: Path, mode: int) -> None:
+    """Let everybody read and write a file whom `mode` lets: safetensors writes for the user alone."""
+    before = os.stat(path).st_mode
+    if missing := mode & READ_AND_WRITE & ~before:
+        with suppress(PermissionError):  # a link to a file of another user
+            os.chmod(path, stat.S_IMODE(before) | missing)
 
 
 def _bytes(text: str) -> bytes:
@@ -106,6 +117,7 @@ def append_line(path: Path, text: str) -> None:
 
 
 LARGEST_TEXT = 2**30
+READ_AND_WRITE = 0o666
 
 
 class NotRegularError(OSError):
@@ -242,6 +254,14 @@ def read_json_lines(path: Path) -> list[dict]:
     return objects
 
 
+def is_reachable_file(path: Path) -> bool:
+    """Return whether a file is there; False, too, where this user may not enter its folder."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def require_readable(path: Path) -> None:
     """Raise StorageError if something is there that cannot be read, or is no regular file."""
     try:
@@ -264,6 +284,7 @@ def replace_folder(tmp: Path, final: Path, new: bool = False) -> None:
             if path.is_dir():
                 _sync_folder(path)
             elif path.is_file():
+                _permit(path, tmp.stat().st_mode)  # of a folder that was made just now
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         if not new:

@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 from vlafit import files
 from vlafit.checkpoints.pickles import convert
 from vlafit.checkpoints.tensor_files import open_tensors, tensor_names
+from vlafit.datasets import hdf5_index
 from vlafit.datasets.hdf5_files import open_file
+from vlafit.datasets.lerobot import index as lerobot_index
+from vlafit.datasets.store import EpisodeInfo
 from vlafit.errors import VlafitError
 from vlafit.train import checkpointer, data_files
 
@@ -100,3 +103,51 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(place: Path, name: st
 def test_a_folder_that_may_not_be_written_is_named(place: Path):
     with ordinary_user(), pytest.raises(VlafitError, match=f"{place}.*Permission denied"):
         files.require_writable(place / "run")
+
+
+@pytest.mark.case(
+    section="machines",
+    report="`model.safetensors: Permission denied`, while all files beside it can be read",
+    user_has="checkpoints on a disk that several accounts share",
+    now="weights may be read by whom the umask lets; safetensors writes them for the user alone",
+)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int):
+    before = os.umask(umask)
+    try:
+        with files.new_folder(tmp_path / "step_000002") as partial:
+            (partial / "training").mkdir()
+            for name in ("model.safetensors", "training/state.safetensors"):
+                save_file({"x": torch.ones(1)}, partial / name)
+            (partial / "policy.json").write_text("{}")
+        with files.new_file(tmp_path / "one.safetensors") as partial:
+            save_file({"x": torch.ones(1)}, partial)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*")}
+    assert modes == dict.fromkeys(
+        ("model.safetensors", "state.safetensors", "policy.json", "one.safetensors"), mode
+    )
+
+
+@pytest.mark.case(
+    section="machines",
+    report="`~/.cache/vlafit: Permission denied`",
+    user_has="a home that this account may not enter, or none",
+    now="nothing is kept there, which only costs time",
+)
+def test_a_home_that_may_not_be_entered_only_costs_time(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    home = place / "home"
+    home.mkdir(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.delenv(hdf5_index.SWITCH, raising=False)
+    many = [EpisodeInfo(str(n), "t", "t", 1) for n in range(hdf5_index.FEWEST)]
+    rows = np.zeros((1, 1), np.float32)
+    index = hdf5_index.Index({}, {}, many, [hdf5_index.Episode(rows, rows, ())] * len(many), [])
+    with ordinary_user():
+        assert hdf5_index.load("0" * 64) is None and lerobot_index.load("0" * 64, []) is None
+        hdf5_index.save("0" * 64, index)
+        assert not files.is_reachable_file(home / "x")
+    assert f"the index of {len(many)} episodes cannot be kept" in caplog.text

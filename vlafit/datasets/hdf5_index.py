@@ -26,7 +26,7 @@ from vlafit.datasets.stamps import Stamp, stamp
 from vlafit.datasets.store import EpisodeInfo
 from vlafit.datasets.write import card_text
 from vlafit.errors import DataError, VlafitError
-from vlafit.files import expand_user, new_file, parse_json
+from vlafit.files import expand_user, is_reachable_file, new_file, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def load(key: str) -> Index | None:
     """Return the index kept under `key`; None if there is none, or a file that it names has changed."""
     place = folder()
     path = place / f"{key}.npz" if place and key else None
-    if path is None or not path.is_file():
+    if path is None or not is_reachable_file(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -15,7 +15,7 @@ from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import CodecError, VlafitError
-from vlafit.files import parse_json, plain_text, write_atomic
+from vlafit.files import is_reachable_file, parse_json, plain_text, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def statistics_of(
     if place is not None:
         key = _content_hash(stores, episode_ids, chunk, learned)
         path = place.with_name("statistics") / f"{key}.json"
-        kept = _kept(path) if path.is_file() else None
+        kept = _kept(path) if is_reachable_file(path) else None
         if kept is not None:
             return kept
     made = {

@@ -23,7 +23,7 @@ from vlafit.datasets.lerobot.meta import Entry, Meta
 from vlafit.datasets.lerobot.tables import as_rows
 from vlafit.datasets.stamps import Stamp
 from vlafit.errors import DataError, VlafitError
-from vlafit.files import new_file
+from vlafit.files import is_reachable_file, new_file
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def load(key: str, entries: Sequence[Entry]) -> dict[int, Place] | None:
     """Return the places kept under `key`, by the number of the episode; None if there are none."""
     base = folder()
     path = base / f"{key}.npz" if base else None
-    if path is None or not path.is_file():
+    if path is None or not is_reachable_file(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
