@@ -75,7 +75,7 @@ def write_card(
             group = data.create_group(f"demo_{number}")
             group.create_dataset("actions", data=(states() + np.float32([1, 2])) * np.float32(scale))
             group.create_dataset("obs/at", data=states() * np.float32(scale))
-            group.create_dataset("obs/front", data=np.full((STEPS, size, size, 3), 7 + number, np.uint8))
+            group.create_dataset("obs/front", data=np.full((STEPS, size, size, 3), 7 + 10 * number, np.uint8))
     text = CARD.format(relative=relative, **(TEXTS | texts))
     text += "".join(CAMERA.format(name=name, size=size) for name in cameras)
     (folder / "joints.toml").write_text(text)

@@ -219,7 +219,9 @@ def test_what_a_second_card_leaves_unsaid_or_exchanges_is_a_line(tmp_path: Path)
     cards[1].write_text(text[:top] + 'key = "obs/top"' + text[top + len('key = "obs/front"') :])
     with h5py.File(cards[1].parent / "joints" / "reach_demo.hdf5", "r+") as file:
         for number in range(EPISODES):
-            file[f"data/demo_{number}/obs/top"] = file[f"data/demo_{number}/obs/front"][()] + 9  # type: ignore[index]
+            front = file[f"data/demo_{number}/obs/front"]
+            front[...] = front[()] + 100  # else they would be the episodes of the first card
+            file[f"data/demo_{number}/obs/top"] = front[()] + 9
     recipe = recipe_of(cards[0], None, {})
     initial = start(replace(recipe, data=replace(recipe.data, cards=tuple(map(str, cards)))))
     assert initial.agreement is not None

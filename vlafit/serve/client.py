@@ -15,10 +15,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
+from vlafit.credentials import checked_token, checked_url
 from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
-from vlafit.serve.credentials import checked_token, checked_url
 from vlafit.serve.metadata import Described, read_greeting
 from vlafit.serve.protocols import MAX_OBSERVATIONS
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation

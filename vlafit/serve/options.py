@@ -4,9 +4,9 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vlafit.credentials import checked_token
 from vlafit.errors import ConfigError, quoted
 from vlafit.execution import Execution
-from vlafit.serve.credentials import checked_token
 
 AT_MOST = {
     "port": 65535,

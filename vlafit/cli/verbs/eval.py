@@ -12,8 +12,8 @@ from vlafit.cli.console import Line, differences_table
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
+from vlafit.credentials import checked_url
 from vlafit.errors import ConfigError, shown_url
-from vlafit.serve.credentials import checked_url
 
 if TYPE_CHECKING:
     from vlafit.execution import Execution

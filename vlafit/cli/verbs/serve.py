@@ -7,8 +7,8 @@ from pathlib import Path
 from vlafit.cli import actor as actors
 from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
 from vlafit.cli.places import checkpoint_folder
+from vlafit.credentials import MAKE_ONE, checked_token
 from vlafit.errors import ConfigError
-from vlafit.serve.credentials import MAKE_ONE, checked_token
 
 ABOUT = """\
 Serve a checkpoint over websockets: to vlafit.connect and `vlafit eval --actor`, to openpi's client, and to

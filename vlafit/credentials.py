@@ -1,12 +1,11 @@
 """Check tokens and addresses before anything is sent; no message shows a token, a password or a query.
 
-Nothing here imports torch.
+Nothing here imports torch or numpy.
 """
 
 from urllib.parse import urlsplit
 
-from vlafit.errors import ConfigError, RemoteError, shown_url
-from vlafit.observations import short
+from vlafit.errors import ConfigError, RemoteError, quoted, shown_url
 
 LONGEST = 4096  # characters of a token: with the header's name it must fit into 8 KiB
 MAKE_ONE = "make one with python -c 'import secrets; print(secrets.token_urlsafe())'"
@@ -38,7 +37,9 @@ def checked_token(token: object, where: str = "token") -> str:
 def checked_url(url: object) -> str:
     """Return the address of a server. Raises RemoteError for what is none, or holds a name and a password."""
     if not isinstance(url, str):
-        raise RemoteError(f"the address of a server must be a text such as ws://HOST:PORT, not {short(url)}")
+        raise RemoteError(
+            f"a server is named by a text such as ws://HOST:PORT, not {quoted(url, 60)}"
+        )
     try:
         parts = urlsplit(url)
         wrong = parts.scheme not in ("ws", "wss") or not parts.hostname or (parts.port, None) == (0, None)
