@@ -32,7 +32,7 @@ class RemoteActor:
     """Acts through a server of `vlafit serve`. Close it, or use it as a context manager.
 
     Calls may come from several threads; they take turns. A connection that breaks is made once more, and the
-    request repeated: what it returns is decided by its key.
+    request repeated: what it returns is decided by its key. One that was closed stays closed.
     """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 30.0) -> None:
@@ -42,6 +42,8 @@ class RemoteActor:
         self._token = checked_token(token)
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
+        self._closed = self._is_lost = False
+        self._said: set[str] = set()  # what servers warned of
         self._connection, self._described = self._open()
         self.embodiment: Embodiment = self._described.embodiment
         self.width: int = self._described.width
@@ -89,11 +91,14 @@ class RemoteActor:
                 answer = self._ask(frame)
                 chunks += protocols.read_chunks(answer, len(some))
             for sentence in protocols.read_warnings(answer):
-                log.warning("%s: %s", self.url, sentence)
+                if sentence not in self._said:  # a new connection is warned anew
+                    self._said.add(sentence)
+                    log.warning("%s: %s", self.url, sentence)
         return chunks
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection for good: later calls raise RemoteError."""
+        self._closed = True
         self._connection.close()
 
     def __enter__(self) -> "RemoteActor":
@@ -105,36 +110,64 @@ class RemoteActor:
         self.close()
 
     def _ask(self, frame: bytes) -> Any:
+        self._require_open()
         try:
             answer = self._exchange(frame)
         except ConnectionClosed as error:
+            self._require_open()  # another thread may have closed it
             if error.rcvd is not None and error.rcvd.code == 1009:  # the same frame would be too large again
                 raise RemoteError(
                     f"{self.url}: {len(frame)} bytes are more than the server reads at once; ask for fewer "
                     "observations, or serve with a larger --max-frame"
                 ) from error
-            log.warning("%s: the connection broke (%s); connecting again", self.url, error)
-            self._connection, described = self._open()
-            if described.fingerprint != self._described.fingerprint:
-                raise RemoteError(
-                    f"{self.url}: serves another policy than before ({described.fingerprint}, and it was "
-                    f"{self._described.fingerprint}); connect anew"
-                ) from error
+            self._connect_again(error)
             try:
                 answer = self._exchange(frame)
             except ConnectionClosed as again:
+                self._require_open()
                 raise RemoteError(f"{self.url}: the connection broke twice: {again}") from again
         if isinstance(answer, str):
             raise RemoteError(f"{self.url}: {answer[:LONGEST_LINE]}")
         return wire.unpack(answer)
 
+    def _connect_again(self, broken: ConnectionClosed) -> None:
+        """Connect anew to the same policy, and say so once for each time that the connection breaks."""
+        if not self._is_lost:
+            self._is_lost = True
+            log.warning(
+                "%s: the connection broke (%s); connecting again. The episode goes on: every request holds "
+                "its key and the chunk that is being executed, so that its answer is the same",
+                self.url,
+                broken,
+            )
+        connection, described = self._open()
+        is_same = described.fingerprint == self._described.fingerprint
+        if self._closed or not is_same:
+            connection.close()
+            self._require_open()
+            raise RemoteError(
+                f"{self.url}: serves another policy than before ({described.fingerprint}, and it was "
+                f"{self._described.fingerprint}); connect anew"
+            ) from broken
+        self._connection, self._is_lost = connection, False
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RemoteError(f"{self.url}: this client is closed; connect anew (vlafit.connect)") from None
+
     def _exchange(self, frame: bytes) -> bytes | str:
-        self._connection.send(frame)
+        connection = self._connection
         try:
-            return self._connection.recv(timeout=self._timeout_s)
+            connection.send(frame)
+            return connection.recv(timeout=self._timeout_s)
         except TimeoutError as error:
-            self._connection.close()  # a late answer must not be taken for that of the next request
+            connection.close()  # a late answer must not be taken for that of the next request
             raise RemoteError(f"{self.url}: no answer within {self._timeout_s:g} s") from error
+        except ConnectionClosed:
+            raise
+        except BaseException:  # Ctrl-C, of which the robot's program may make a pause
+            connection.close()
+            raise
 
     def _open(self) -> tuple[ClientConnection, Described]:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None

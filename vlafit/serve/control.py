@@ -93,6 +93,7 @@ class Controller:
         self._newest: deque[Observation] = deque(maxlen=history_of(actor))
         self._read = expected_of(actor, robot).seen  # cameras that the policy looks at
         self._missing: set[str] = set()  # cameras whose absence was logged
+        self._closed = False
         self._episode = -1
         self._instruction = ""
         self._pending: Future[ActionChunk] | None = None
@@ -100,6 +101,7 @@ class Controller:
     def start(self, instruction: str, *, task: str = "", seed: int | None = None) -> None:
         """Begin an episode. Its noise is drawn from `task` (the instruction) and `seed` (a count of
         episodes)."""
+        self._require_open()
         self._drop_pending()
         self._instruction = instruction
         self._episode += 1
@@ -116,6 +118,7 @@ class Controller:
         Raises EmbodimentError for what is not an observation of this robot and, if limits say so, for an
         action outside them; RemoteError where a remote policy does not answer.
         """
+        self._require_open()
         if self._episode < 0:
             raise ConfigError("the controller has no instruction: call start first")
         seen = observation(images, state, self._instruction, self.embodiment)
@@ -140,7 +143,8 @@ class Controller:
         return action
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread. Later calls raise ConfigError; the actor stays open."""
+        self._closed = True
         self._drop_pending()
         if self._thread is not None:
             self._thread.shutdown()
@@ -152,6 +156,10 @@ class Controller:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the controller is closed; make another one")
 
     def _ask(self, seen: Observation) -> None:
         first = self._asked < 0
