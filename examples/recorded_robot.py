@@ -8,7 +8,9 @@ policy would do is printed beside what was recorded.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 
 import vlafit
 from vlafit.datasets import EpisodeStore, load_card
+from vlafit.errors import ConfigError, VlafitError
+from vlafit.types import require_same
 
 
 class RecordedRobot:
@@ -48,12 +52,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps to play [the whole episode]")
     parser.add_argument("--execution", choices=["chunk", "ensemble", "real_time"], default="chunk")
     parser.add_argument("--replan", type=int, default=4)
+    parser.add_argument("--token-file", help="what the server asks for")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds until the server must be there")
     options = parser.parse_args()
 
     store = vlafit.open_dataset(load_card(options.card))
+    last = len(store.episodes) - 1
+    if not 0 <= options.episode <= last:
+        raise ConfigError(f"--episode {options.episode}: the dataset has episodes 0 to {last}")
+    if options.steps < 0:
+        raise ConfigError(f"--steps must be at least 0, not {options.steps}")
+    token = Path(options.token_file).read_text() if options.token_file else ""
     robot = RecordedRobot(store, options.episode)
     execution = vlafit.Execution(options.execution, replan=options.replan)
-    with vlafit.connect(options.url, wait_s=60) as policy, vlafit.Controller(policy, execution) as control:
+    with (
+        vlafit.connect(options.url, token=token, wait_s=options.wait) as policy,
+        vlafit.Controller(policy, execution) as control,
+    ):
+        require_same(policy.embodiment, "the served policy", store.embodiment, f"dataset {store.card.name!r}")
         control.start(robot.instruction)
         for images, state in robot.observations():
             robot.send(control.step(images, state))
@@ -68,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (VlafitError, OSError) as error:
+        sys.exit(f"recorded_robot.py: {error}")

@@ -8,10 +8,12 @@ It has not been run on an arm: LeRobot's interface is that of its release 0.6.1.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import vlafit
+from vlafit.errors import ConfigError, VlafitError
 
 
 def main() -> None:
@@ -38,6 +40,12 @@ def main() -> None:
             for number, camera in enumerate(map(policy.embodiment.camera, policy.expected.seen))
         }
         robot = SO101Follower(SO101FollowerConfig(port=options.port, cameras=cameras))
+        others = sorted({*joints, *cameras} - {*robot.observation_features})
+        if others or not joints:
+            raise ConfigError(
+                f"the policy is for {policy.embodiment.name!r}, whose joints and cameras {others} are none "
+                f"of the arm's: {', '.join(robot.observation_features)}"
+            )
         limits = vlafit.Limits.of(policy.embodiment, "clip", change=5.0)  # degrees a step
         execution = vlafit.Execution("real_time" if policy.described.guided else "chunk", replan=10)
         robot.connect()
@@ -56,4 +64,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (VlafitError, OSError, ImportError) as error:  # of the serial port, and of a missing package, too
+        sys.exit(f"so101.py: {error}")

@@ -1,12 +1,14 @@
 """The examples that need no hardware run as they are printed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.serve.robots import Summing, described
 from vlafit.actor import load_actor
 from vlafit.serve.describe import describe
 from vlafit.serve.options import Options
@@ -34,6 +36,75 @@ def test_a_recorded_robot_is_driven_by_the_shipped_policy(execution: str) -> Non
     assert "cm" in result.stdout
     answered = running.metrics.answered["vlafit"]
     assert answered == 3  # one request each four steps
+
+
+def example(name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+
+
+NOBODY = ("--url", "ws://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "fact"),
+    [
+        ("recorded_robot.py", ("no-such-card", *NOBODY), "no-such-card"),
+        (
+            "recorded_robot.py",
+            ("metaworld-faucet", *NOBODY, "--episode", "999"),
+            "--episode 999: .* episodes 0 to 119",
+        ),
+        (
+            "recorded_robot.py",
+            ("metaworld-faucet", *NOBODY, "--episode", "-1"),
+            "--episode -1: .* episodes 0 to 119",
+        ),
+        ("recorded_robot.py", ("metaworld-faucet", *NOBODY, "--replan", "0"), "replan must be at least 1"),
+        ("recorded_robot.py", ("metaworld-faucet", *NOBODY, "--steps", "-3"), "--steps must be at least 0"),
+        ("recorded_robot.py", ("metaworld-faucet", "--url", "here", "--wait", "0"), "address of a server"),
+        (
+            "recorded_robot.py",
+            ("metaworld-faucet", *NOBODY, "--wait", "0"),
+            "ws://127.0.0.1:9: cannot be reached",
+        ),
+        (
+            "so101.py",
+            (*NOBODY, "--port", "x", "--instruction", "y", "--token-file", "none"),
+            "No such file.*none",
+        ),
+        ("so101.py", (*NOBODY, "--port", "x", "--instruction", "y"), "lerobot|cannot be reached"),
+        ("droid_openpi.py", (), "openpi-client|usage: droid_openpi.py"),
+        ("droid_openpi.py", ("127.0.0.1", "port"), "openpi-client|port.*not a number"),
+        ("droid_openpi.py", ("127.0.0.1", "9"), "openpi-client|127.0.0.1:9"),
+    ],
+)
+def test_an_example_that_cannot_run_ends_in_one_sentence(
+    name: str, words: tuple[str, ...], fact: str
+) -> None:
+    result = example(name, *words)
+    assert result.returncode not in (0, -15) and result.stdout == ""
+    assert re.search(fact, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_not_the_name_of_a_package_that_it_imports(path: Path) -> None:
+    assert not re.search(rf"^\s*(?:from|import) {path.stem}\b", path.read_text(), re.MULTILINE)
+
+
+def test_a_recorded_robot_of_another_kind_is_told_what_differs() -> None:
+    robot = Summing()
+    with serving(robot, described(robot), Options(port=0)) as running:
+        result = example("recorded_robot.py", "metaworld-faucet", "--url", running.address)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the served policy" in result.stderr and "camera" in result.stderr
 
 
 def test_the_robots_side_imports_no_torch() -> None:

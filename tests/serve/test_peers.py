@@ -9,8 +9,10 @@ They need numpy below 2, so an environment of their own. `make peers-serve` make
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,28 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect as dial
 
-from tests.serve.robots import Summing, Watching, seen
+from tests.serve.robots import ROBOT, Summing, Watching, seen
+from tests.serve.robots import described as describe
 from vlafit.execution import Execution
 from vlafit.serve import wire
-from vlafit.serve.server import Running
-from vlafit.types import EpisodeKey
+from vlafit.serve.options import Options
+from vlafit.serve.server import Running, serving
+from vlafit.types import ActionChunk, EpisodeKey, Feature, Observation
 
 Serve = Callable[..., Running]
+ROOT = Path(__file__).parents[2]
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openpi_client" / "frames.json"
 SIDES = Path(__file__).parent / "peers"
 PYTHON = os.environ.get("VLAFIT_PEERS_PYTHON", "")
 live = pytest.mark.skipif(not PYTHON, reason="VLAFIT_PEERS_PYTHON names no interpreter with openpi-client")
+
+
+class Droid(Summing):
+    """Acts for an arm with eight joints."""
+
+    def _act(self, seen: Observation, key: EpisodeKey) -> ActionChunk:
+        assert seen.state.shape == (8,) and set(seen.images) == {"exterior", "wrist"}
+        return ActionChunk(np.zeros((8, 8), np.float32))
 
 
 def plain(value: Any) -> Any:
@@ -90,6 +103,23 @@ def test_openpis_own_client_drives_a_server(serve: Serve, tmp_path: Path) -> Non
     assert "camera 'wrist': missing" in third["error"]
     steps = "".join(step["hex"] for step in broker["steps"])
     assert steps == expected(0, 0)[:24].hex() + expected(0, 1)[:24].hex()
+
+
+@live
+def test_the_example_of_openpis_client_drives_an_arm_by_its_documented_command(serve: Serve) -> None:
+    cameras = (Feature("exterior", (8, 8, 3)), Feature("wrist", (8, 8, 3)))
+    arm = replace(ROBOT, cameras=cameras, state=Feature("state", (8,)), action=Feature("action", (8,)))
+    actor = Droid()
+    text = (ROOT / "examples" / "droid_openpi.py").read_text()
+    pairs = [pair.partition("=") for pair in re.findall(r"--map (\S+=\S+)", text)]
+    described = replace(describe(actor), embodiment=arm, required=("exterior", "wrist"))
+    options = Options(port=0, names={key: name for key, _, name in pairs})
+    for served, fact in ((described, ""), (describe(Summing()), "cameras exterior and wrist, .*front")):
+        with serving(actor, served, options if not fact else Options(port=0)) as running:
+            command = [PYTHON, str(ROOT / "examples" / "droid_openpi.py"), "127.0.0.1", running.address[-5:]]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (result.returncode == 0) == (not fact) and "Traceback" not in result.stderr, result.stderr
+        assert re.search(fact, result.stderr) and len(result.stdout.splitlines()) == 16 * (not fact)
 
 
 @live
