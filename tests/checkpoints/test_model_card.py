@@ -6,8 +6,10 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import vlafit
 from tests.checkpoints.forms import GROOT
@@ -17,8 +19,11 @@ from vlafit import checkpoints, locks
 from vlafit.checkpoints import model_card
 from vlafit.checkpoints.export import export, write
 from vlafit.checkpoints.formats import registry
+from vlafit.checkpoints.formats.hf_transformers.names import LIVE
+from vlafit.checkpoints.formats.openpi import write as openpi_export
 from vlafit.checkpoints.history import Learned, Lineage
 from vlafit.checkpoints.locate import digest
+from vlafit.checkpoints.name_map import translate
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import VlafitError, WeightsError
@@ -117,6 +122,47 @@ def test_the_card_of_a_groot_asks_lerobot_for_no_step_that_its_pipeline_lacks(tm
     steps = (tmp_path / "out" / "policy_preprocessor.json").read_text()
     text = model_card.card(loaded.policy, loaded.codec, target="lerobot")
     assert "tokenizer_processor" not in steps and "tokenizer_processor" not in text
+
+
+def code_of(card: str) -> str:
+    """Return the first block of Python in a card, with the folder's name as a place to fill in."""
+    (code, *_) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code.count("path/to/this/folder") == 1
+    return code
+
+
+def test_transformers_loads_an_export_by_the_python_in_its_card(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.23")
+    policy, codec = random_policy("pi0-tiny"), codec_for(random_policy("pi0-tiny"))
+    checkpoints.save(policy, tmp_path / "saved", codec)
+    export(tmp_path / "saved", "transformers", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- transformers reads no codec: normalise states and actions" in card
+    found: dict[str, Any] = {}
+    exec(code_of(card).replace("path/to/this/folder", str(tmp_path / "out")), found)
+    theirs = found["policy"]
+    assert type(theirs).__name__ == "PI0ForConditionalGeneration" and not theirs.training
+    again = translate(theirs.state_dict(), LIVE).weights
+    assert all(torch.equal(again[name], p) for name, p in policy.named_parameters())
+
+
+@pytest.mark.parametrize("target", ["openpi", "openvla", "groot"])
+def test_a_card_says_what_its_program_needs_beside_the_folder(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"openpi": "pi0-tiny", "openvla": "openvla-tiny", "groot": "groot"}[target]
+    policy, codec = policies()[size]
+    checkpoints.save(policy, tmp_path / "saved", codec)
+    monkeypatch.setattr(openpi_export, "refusals", lambda policy, codec: [])  # no tiny size has a name
+    made = export(tmp_path / "saved", target, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert made.notes and all(f"\n- {note}\n" in card for note in made.notes)
+    if (
+        target == "openpi"
+    ):  # openpi, scripts/serve_policy.py: Checkpoint(config, dir); policies/policy_config.py
+        assert "serve_policy.py policy:checkpoint --policy.config CONFIG --policy.dir path/to/this" in card
+        (asset,) = [path.name for path in (tmp_path / "out" / "assets").iterdir()]
+        assert f"asset_id={asset!r}" in card and "pi05=False" in card
 
 
 def test_a_card_of_adapters_or_several_robots_says_what_its_export_needs() -> None:

@@ -200,7 +200,7 @@ def _export(
     else:
         holders = registry.holders(loaded.policy, loaded.codecs)
 
-        def readme() -> str:
+        def readme(notes: Sequence[str]) -> str:
             return model_card.card(
                 loaded.policy,
                 loaded.codecs,
@@ -210,6 +210,7 @@ def _export(
                 target=target,
                 adapters=loaded.plan is not None and bool(loaded.plan.adapted),
                 holders=holders,
+                notes=[note.replace(str(out.resolve()), model_card.PLACE) for note in notes],
             )
 
         exported = _write(loaded, writer, target, out, str(path), dtype, readme)
@@ -224,11 +225,11 @@ def write(
     target: str,
     out: str | Path,
     where: str,
-    readme: Callable[[], str] | None = None,
+    readme: Callable[[Sequence[str]], str] | None = None,
 ) -> Exported:
     """Write a policy without adapters, and its codec, into the new folder `out`; see `export`.
 
-    `where` begins a refusal; `readme` returns the text of the model card.
+    `where` begins a refusal; `readme` returns the text of the model card, given what the format notes.
     """
     out, writer = Path(out), registry.writer(target)
     _require_free(out)
@@ -236,7 +237,7 @@ def write(
     with files.new_folder(out, new=True) as partial:
         notes = writer.write(partial, policy, codec, out.resolve())
         if readme is not None:
-            files.write_atomic(partial / model_card.FILE, readme())
+            files.write_atomic(partial / model_card.FILE, readme(notes))
         written = _files_of(partial)
     return Exported(out, target, written, notes)
 
@@ -265,7 +266,7 @@ def _write(
     out: Path,
     where: str,
     dtype: Dtype,
-    readme: Callable[[], str],
+    readme: Callable[[Sequence[str]], str],
 ) -> Exported:
     """Write a policy, its codec and the model card that `readme` returns into the new folder `out`."""
     policy, codec, plan, _ = loaded.of()
@@ -292,7 +293,7 @@ def _write(
         notes = writer.write(below, policy, codec, final)
         peft.write(partial, adapters, final)
         writer.adapters.write_beside(partial, below)
-        files.write_atomic(partial / model_card.FILE, readme())
+        files.write_atomic(partial / model_card.FILE, readme(notes))
         written = _files_of(partial)
     note = (
         f"adapters in peft's form; the weights below them are in {peft.BASE}/, and adapter_config.json "

@@ -6,7 +6,7 @@ those that lie in the run's folder when the card is written, and only of this ve
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ LICENCE = re.compile(
     r"^(?:license:|\| *licen[sc]e(?: of the base)? *\|) *([^|\n]+)", re.MULTILINE | re.IGNORECASE
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+PLACE = "path/to/this/folder"  # in a card, which is read where the folder was put
 NONE = "None is recorded. Measure it before you use it: `vlafit eval FOLDER --protocol P` or `--data CARD`."
 PROMISED = ("lerobot", "openpi")  # targets of which a card says why they cannot hold the policy
 VLAFIT = """```python
@@ -61,6 +62,11 @@ OPENPI = """In openpi's checkout, with a config whose model has the sizes in con
 ```sh
 uv run scripts/serve_policy.py policy:checkpoint --policy.config CONFIG --policy.dir {folder}
 ```"""
+TRANSFORMERS = """```python
+from transformers import PI0ForConditionalGeneration
+
+policy = PI0ForConditionalGeneration.from_pretrained("{folder}").eval()
+```"""
 MERGE = "Adapters stay adapters where the program loads them; `--merge` folds them into the weights."
 Holders = Mapping[str, tuple[str, str]]
 """Target of an export -> its name, and why it cannot hold the policy; "" where it can."""
@@ -76,11 +82,12 @@ def card(
     target: str = "vlafit",
     adapters: bool = False,
     holders: Holders | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card. `target` is the format that the checkpoint is written in.
 
     `adapters` says that the policy has some, in a PEFT folder of their own where `target` is another program.
-    `holders` are the formats that it can be exported to.
+    `holders` are the formats that it can be exported to. `notes` are what its writer says of the folder.
     """
     values = _values(recipe or "")
     base = str(values.get("policy", {}).get("checkpoint") or "")
@@ -98,7 +105,7 @@ def card(
         "## Results",
         listed,
         "## Load",
-        _load(policy, target, codec, adapters, holders or {}),
+        _load(policy, target, codec, adapters, holders or {}, notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -194,10 +201,15 @@ def _front(base: str, licence: str, target: str) -> str:
 
 
 def _load(
-    policy: Policy, target: str, codec: Codec | CodecSet | None, adapters: bool, holders: Holders
+    policy: Policy,
+    target: str,
+    codec: Codec | CodecSet | None,
+    adapters: bool,
+    holders: Holders,
+    notes: Sequence[str],
 ) -> str:
     """Return how to load the folder in its own program and in vlafit, and how to write it for others."""
-    folder = "path/to/this/folder"
+    folder = PLACE
     # LeRobot's pipeline of GR00T has no step that only tokenises.
     has_tokenizer_step = (
         family_name(policy) != "groot"
@@ -210,8 +222,10 @@ def _load(
     own = {
         "lerobot": lerobot.replace("{processors}", processors),
         "openpi": OPENPI.replace("{folder}", folder),
+        "transformers": TRANSFORMERS.replace("{folder}", folder),
         "vlafit": "",
     }.get(target, f"This folder is for {holders.get(target, (target, ''))[0]}.")
+    known = "\n".join(["What to know there:", "", *(f"- {note}" for note in notes)]) if notes else ""
     here = "In vlafit:\n\n" + VLAFIT.replace("{folder}", folder)
     if codec is None:
         here = "vlafit reads it as a checkpoint to train from."
@@ -227,7 +241,7 @@ def _load(
     ]
     listed = "\n".join(["For other programs:", "", *others]) if others else ""
     merge = MERGE if adapters and any(line.startswith("- for") for line in others) else ""
-    return "\n\n".join(part for part in (own, here, listed, merge) if part)
+    return "\n\n".join(part for part in (own, known, here, listed, merge) if part)
 
 
 def _result(path: Path, own: str) -> Iterator[str]:

@@ -38,6 +38,7 @@ from vlafit.checkpoints.formats.openpi.variants import dropped_token_loss
 from vlafit.checkpoints.tensor_files import read_json_object, write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.nn.policy import ParameterInfo, Policy
+from vlafit.policies.act import Act
 from vlafit.policies.groot import Groot
 from vlafit.policies.pi0 import Pi0
 from vlafit.policies.pi0_fast import Pi0Fast
@@ -72,6 +73,8 @@ def refusals(policy: Policy, codec: Codec | None) -> list[str]:
         return groot.refusals(policy, codec)
     kind = kind_of(policy)
     if kind is None:
+        if isinstance(policy, Act):
+            return ["vlafit does not write ACT in LeRobot's form"]
         return ["LeRobot has no such family"]
     reasons = size_refusals(policy)
     words = None if codec is None else codec.tokenizer

@@ -100,6 +100,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
     (folder / "assets" / asset).mkdir(parents=True)
     content = {"norm_stats": {"state": _statistics(codec, "state"), "actions": _statistics(codec, "action")}}
     (folder / "assets" / asset / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    notes.append(f"openpi's data config must have asset_id={asset!r}, whose statistics are in assets/")
     if any(codec.config.relative):
         mask = ", ".join(str(on) for on in codec.config.relative)
         notes.append(f"openpi's data config must make actions relative by DeltaActions(mask=({mask}))")

@@ -198,7 +198,10 @@ class OpenVLAFormat(Format):
             {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
         )
         described = describe(policy)
-        notes = []
+        notes = [
+            "OpenVLA's program also reads its tokenizer, preprocessor_config.json and Python files from this "
+            "folder: copy those of the checkpoint that it began with (openvla/openvla-7b)"
+        ]
         if saved:
             notes.append(
                 "OpenVLA-OFT reads pickles: torch.save(safetensors.torch.load_file('X.safetensors'), 'X.pt') "
