@@ -124,7 +124,8 @@ class PolicyActor:
     def expected(self) -> Expected:
         """What it can be asked."""
         guided, words = isinstance(self.policy, GuidedPolicy), self.codec.config.prompt is not None
-        return Expected(self.embodiment, self.history, guided, words, self.codec.config.named_cameras)
+        cameras, fate = self.codec.config.named_cameras, self.fate_of_invalid
+        return Expected(self.embodiment, self.history, guided, words, cameras, fate)
 
     def fingerprint(self) -> str:
         """Return what decides the actions: the weights (or their identity), sampling and device."""

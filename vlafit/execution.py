@@ -17,6 +17,7 @@ from vlafit.types import ActionChunk, Committed, Embodiment, Guidance
 
 Mode = Literal["chunk", "ensemble", "real_time"]
 MOST_STEPS = 10**6  # of one chunk
+NO_CHUNK = "the policy's tokens make no chunk of actions"
 OnViolation = Literal["clip", "stop"]
 
 
@@ -150,6 +151,30 @@ class Plan:
             return True
         replaced = self.execution.mode != "ensemble" and self._chunks[i + 1][1] <= self.step
         return self.step < first + len(actions) and not replaced
+
+
+class InvalidAnswers:
+    """Counts the answers of a policy that writes tokens, and those that make no chunk of actions."""
+
+    def __init__(self) -> None:
+        self.answers = self.invalid = 0
+
+    def sentence(self, chunk: ActionChunk, fate: str) -> str:
+        """Count a chunk; return a sentence about one that is none, "" for others. `fate` is what is executed
+        then."""
+        self.answers += chunk.valid is not None
+        if chunk.valid is not False:
+            return ""
+        self.invalid += 1
+        return (
+            f"{NO_CHUNK} in {self.invalid} of {self.answers} answers; what is executed is "
+            f"{fate or 'decided by the server'}"
+        )
+
+    @property
+    def has_doubled(self) -> bool:
+        """Whether the number of invalid ones is a power of two: 1, 2, 4 and so on are worth a line."""
+        return self.invalid & (self.invalid - 1) == 0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Expected:
     """Whether it reads an instruction."""
     cameras: tuple[str, ...] | None = None
     """Cameras that it looks at; None: all of the robot's."""
+    fate_of_invalid: str = ""
+    """What is executed where its tokens make no chunk of actions; "": it answers with numbers."""
 
     @property
     def seen(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Protocol as Structure
 from vlafit.agreement import INVALID, Item, chosen, evaluation_items, replan_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
+from vlafit.requests import expected_of
 from vlafit.rollout.against import ALPHA, Earlier, read_earlier, require_comparable, stop_after
 from vlafit.rollout.evaluation_folder import FORMAT
 from vlafit.rollout.protocol import Protocol, require_unseen
@@ -93,7 +94,7 @@ class PreparedEvaluation:
         items += replan_items(used or own, self.chunk)
         trials = str(self.protocol.trials), str(self.trials)
         items += chosen("episodes of each task", *trials, "protocol")
-        if fate := getattr(self.trained, "fate_of_invalid", ""):
+        if self.trained and (fate := expected_of(self.trained, robot).fate_of_invalid):
             items.append(Item(INVALID, {"checkpoint": fate}, fate, "assumed", "what the robot executes then"))
         told = "the partner's" if self.wrong_instruction else "the task's"
         items += chosen("instruction", "the task's", told, "protocol")

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import ConfigError
-from vlafit.execution import Execution, Limits, Plan
+from vlafit.errors import ConfigError, EmbodimentError, quoted
+from vlafit.execution import Execution, InvalidAnswers, Limits, Plan
 from vlafit.observations import observation, short
 from vlafit.requests import expected_of
 from vlafit.types import (
@@ -38,6 +38,7 @@ from vlafit.types import (
 
 log = logging.getLogger(__name__)
 
+OnInvalid = Literal["execute", "stop"]
 REMEMBERED = 10  # delays from which the next one is estimated: real-time chunking paper, algorithm 1
 
 
@@ -63,9 +64,17 @@ class Controller:
         *,
         limits: Limits | None = None,
         background: bool = False,
+        on_invalid: OnInvalid = "execute",
         embodiment: Embodiment | None = None,
     ) -> None:
-        """Raises ConfigError where the actor cannot act so. `embodiment` is the actor's own unless given."""
+        """Raises ConfigError where the actor cannot act so. `embodiment` is the actor's own unless given.
+
+        `on_invalid` is for policies that write tokens, where these make no chunk of actions: execute what the
+        policy's format puts in its place, with a warning, or stop by an EmbodimentError.
+        """
+        if on_invalid not in get_args(OnInvalid):
+            known = ", ".join(map(repr, get_args(OnInvalid)))
+            raise ConfigError(f"on_invalid must be one of {known}, not {quoted(on_invalid)}")
         if not isinstance(execution, Execution):
             raise ConfigError(f"execution must be a vlafit.Execution, not {short(execution)}")
         if limits is not None and not isinstance(limits, Limits):
@@ -86,6 +95,8 @@ class Controller:
         self.execution = execution
         self.embodiment = robot
         self.limits = limits
+        self._on_invalid = on_invalid
+        self._tally = InvalidAnswers()
         self.waits = 0
         """Steps at which the robot stood still because no action was left."""
         self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
@@ -168,7 +179,7 @@ class Controller:
         key, self._key = self._key, dataclasses.replace(self._key, replan=self._key.replan + 1)
         if self._thread is None:
             delay = 0 if first else self.execution.delay
-            self._plan.add(self._act(seen, key, committed), self._asked, delay)
+            self._add(self._act(seen, key, committed), delay)
         else:
             self._pending = self._thread.submit(self._act, seen, key, committed)
 
@@ -186,7 +197,22 @@ class Controller:
         chunk = pending.result()
         delay = self._plan.step - self._asked
         self._delays.append(delay)
+        self._add(chunk, delay)
+
+    def _add(self, chunk: ActionChunk, delay: int) -> None:
+        """Take the chunk for the observation that was sent last."""
+        fate = expected_of(self.actor, self.embodiment).fate_of_invalid
+        if sentence := self._tally.sentence(chunk, fate):
+            if self._on_invalid == "stop":
+                raise EmbodimentError(f"stopped: {sentence.partition(';')[0]}")
+            if self._tally.has_doubled:
+                log.warning("%s", sentence)
         self._plan.add(chunk, self._asked, delay)
+
+    @property
+    def invalid_answers(self) -> int:
+        """Answers of a policy that writes tokens that were no chunk of actions."""
+        return self._tally.invalid
 
     def _drop_pending(self) -> None:
         """Let a request of the episode before end, so that its chunk is not taken for one of the next."""

@@ -16,12 +16,13 @@ def describe(actor: Actor) -> Described:
             "give it embodiment, width, seeds and fingerprint (vlafit.rollout.prepared.TrainedActor)"
         )
     guided = isinstance(actor, GuidedActor)
-    instructed = True
+    instructed, fate = True, ""
     chunk, required, normalisation = 0, expected_of(actor, actor.embodiment).seen, {}
     if isinstance(actor, PolicyActor):
         config = actor.codec.config
         chunk = config.answered
-        guided, instructed = actor.expected.guided, actor.expected.instructed
+        expected = actor.expected
+        guided, instructed, fate = expected.guided, expected.instructed, expected.fate_of_invalid
         normalisation = {"state": config.normalisation, "action": config.of_actions}
     return Described(
         embodiment=actor.embodiment,
@@ -32,6 +33,7 @@ def describe(actor: Actor) -> Described:
         history=history_of(actor),
         instructed=instructed,
         required=required,
+        fate_of_invalid=fate,
         seeds={task: tuple(sorted(seeds)) for task, seeds in actor.seeds.items()},
         normalisation=normalisation,
         versions=software(),

@@ -39,6 +39,8 @@ class Described:
     instructed: bool = True
     """Whether it reads an instruction."""
     required: tuple[str, ...] = ()
+    fate_of_invalid: str = ""
+    """What is executed where its tokens make no chunk of actions; "": it answers with numbers."""
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Task -> recorded seeds that it has learned from."""
     normalisation: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +50,8 @@ class Described:
     @property
     def expected(self) -> Expected:
         """What it can be asked."""
-        return Expected(self.embodiment, self.history, self.guided, self.instructed, self.required)
+        fate = self.fate_of_invalid
+        return Expected(self.embodiment, self.history, self.guided, self.instructed, self.required, fate)
 
 
 def software() -> dict[str, str]:
@@ -89,6 +92,7 @@ def greeting(described: Described) -> dict[str, Any]:
         "guided": described.guided,
         "history": described.history,
         "instructed": described.instructed,
+        "invalid_answers": described.fate_of_invalid,
         "fingerprint": described.fingerprint,
         "seeds": {task: np.asarray(seeds, np.int64) for task, seeds in described.seeds.items()},
     }
@@ -115,6 +119,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             chunk=int(frame["action_horizon"]),
             history=int(frame.get("history", 1)),  # a server of an earlier version has no such policy
             instructed=bool(frame.get("instructed", True)),
+            fate_of_invalid=str(frame.get("invalid_answers", "")),
             required=tuple(frame["cameras"]),
             seeds={task: tuple(int(seed) for seed in seeds) for task, seeds in frame["seeds"].items()},
             normalisation=dict(frame["normalisation"]),

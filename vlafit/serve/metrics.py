@@ -82,7 +82,12 @@ class Metrics:
             for name, help_text, label, counts in (
                 ("vlafit_requests_total", "Answered requests.", "protocol", self.answered),
                 ("vlafit_refused_total", "Refused frames and connections.", "reason", self.refused),
-                ("vlafit_warnings_total", "Cameras missing, states far outside.", "about", self.warned),
+                (
+                    "vlafit_warnings_total",
+                    "Cameras missing, states far outside, answers that are no chunk.",
+                    "about",
+                    self.warned,
+                ),
             ):
                 lines += [f"# HELP {name} {help_text}", f"# TYPE {name} counter"]
                 lines += [f'{name}{{{label}="{key}"}} {count}' for key, count in sorted(counts.items())]

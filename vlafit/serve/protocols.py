@@ -217,12 +217,15 @@ def _joined_state(states: Mapping[str, Any], names: Mapping[str, str]) -> Any:
         raise EmbodimentError(f"state: {', '.join(order)} cannot be joined: {error}") from error
 
 
-def pack_openpi(actions: np.ndarray, milliseconds: float, warnings: Sequence[str] = ()) -> bytes:
+def pack_openpi(chunk: ActionChunk, milliseconds: float, warnings: Sequence[str] = ()) -> bytes:
     """Encode the answer to openpi's client: actions [t, a] and the time that it took.
 
-    Sentences about what is unusual in the request are a key of their own, only where there are any.
+    Sentences about what is unusual are a key of their own, only where there are any; so is `valid` of a
+    policy that answers with tokens.
     """
-    answer = {"actions": actions, "server_timing": {"infer_ms": milliseconds}}
+    answer: dict[str, Any] = {"actions": chunk.actions, "server_timing": {"infer_ms": milliseconds}}
+    if chunk.valid is not None:
+        answer["valid"] = chunk.valid
     return wire.pack(answer | ({"warnings": list(warnings)} if warnings else {}))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import VlafitError
-from vlafit.execution import Execution, Plan
+from vlafit.execution import Execution, InvalidAnswers, Plan
 from vlafit.requests import Request
 from vlafit.serve import protocols, wire
 from vlafit.serve.batcher import Batcher
@@ -22,7 +22,7 @@ from vlafit.serve.metrics import Metrics
 from vlafit.serve.options import Options
 from vlafit.serve.protocols import Name
 from vlafit.serve.wire import WireError
-from vlafit.types import EpisodeKey, Observation
+from vlafit.types import ActionChunk, EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Session:
         self._plan: Plan | None = None
         self._actions: deque[NDArray[np.float32]] = deque()  # to be sent before the policy is asked again
         self._newest: deque[Observation] = deque(maxlen=described.history)  # of vla-eval's episode
+        self._tally = InvalidAnswers()
         self._missing: set[str] = set()  # cameras whose absence was logged
         actor = batcher.actor
         self._watch = actor.state_watch() if isinstance(actor, WatchesStates) else None
@@ -95,14 +96,15 @@ class Session:
                 unusual = [text for request in requests for text in self._unusual_states(request)]
                 chunks = await self._batcher.act(self, requests)
                 missing = [text for request in requests for text in self._missing_cameras(request)]
+                self._invalid_answers(chunks)  # whose `valid` says so
                 return protocols.pack_chunks(chunks, [*missing, *unusual])
             case "openpi":
                 request = protocols.read_openpi(values, self._described, self._options.names, self._key)
                 unusual = self._unusual_states(request)
                 (chunk,) = await self._batcher.act(self, [request])
-                warnings = [*self._missing_cameras(request), *unusual]
+                warnings = [*self._missing_cameras(request), *unusual, *self._invalid_answers([chunk])]
                 self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
-                return protocols.pack_openpi(chunk.actions, (time.perf_counter() - began) * 1000, warnings)
+                return protocols.pack_openpi(chunk, (time.perf_counter() - began) * 1000, warnings)
             case "vla-eval":
                 return await self._vla_eval(values)
 
@@ -128,6 +130,7 @@ class Session:
             self._unusual_states(request)
             (chunk,) = await self._batcher.act(self, [request])
             self._missing_cameras(request)
+            self._invalid_answers([chunk])
             self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
             self._actions = deque(self._plan.extend(chunk))
         return protocols.pack_vla_eval("action", {"actions": self._actions.popleft()}, values["seq"])
@@ -147,6 +150,18 @@ class Session:
     def _unusual_states(self, request: Request) -> list[str]:
         """Log and return, once for each dimension, states far outside the statistics."""
         return self._say("state", self._watch.sentences(request.observation.state) if self._watch else [])
+
+    def _invalid_answers(self, chunks: Sequence[ActionChunk]) -> list[str]:
+        """Count answers that are no chunk of actions; return a sentence for each.
+
+        The actor logs them, so they are not logged here.
+        """
+        sentences = []
+        for chunk in chunks:
+            if sentence := self._tally.sentence(chunk, self._described.fate_of_invalid):
+                sentences.append(sentence)
+        self._metrics.warn("answer", len(sentences))
+        return sentences
 
     def _say(self, kind: str, sentences: list[str]) -> list[str]:
         self._metrics.warn(kind, len(sentences))
