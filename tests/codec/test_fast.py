@@ -136,6 +136,60 @@ def test_a_damaged_folder_is_named(name: str, content: str | None, fact: str, tm
 # ------------------------------------------------------------------------------- the words around the tokens
 
 
+def changed(folder: Path, **values: object) -> Path:
+    shutil.copytree(FOLDER, folder, copy_function=shutil.copyfile)
+    content = json.loads((folder / fast.FILE).read_text()) | values
+    (folder / fast.FILE).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("truncation", {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}),
+        (
+            "padding",
+            {
+                "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "<pad>",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_asks_for_cutting_or_padding_is_read_as_the_published_processor_reads_it(
+    name: str, value: object, published: FastTokenizer, tmp_path: Path
+):
+    tokenizer, chunk = fast.load(changed(tmp_path / "fast", **{name: value})), ARRAYS["0.chunk"]
+    for one in (tokenizer, copy.deepcopy(tokenizer)):
+        assert one.encode(chunk) == published.encode(chunk)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fact"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "has a normalizer"),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": "x", "type_id": 0}},
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                ],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"x": {"id": "x", "ids": [3], "tokens": ["x"]}},
+            },
+            "adds tokens to every chunk",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_change_every_chunk_is_refused(
+    name: str, value: object, fact: str, tmp_path: Path
+):
+    with pytest.raises(CodecError, match=rf"tokenizer\.json: .*{fact}"):
+        fast.load(changed(tmp_path / "fast", **{name: value}))
+
+
 def test_the_action_part_is_the_one_that_lerobot_recorded(words: Tokenizer, published: FastTokenizer):
     io = load_file(FIXTURE / "io.safetensors")
     part = text(words, published, begins_with_bos=True, fit=True)
@@ -186,3 +240,14 @@ def test_a_vocabulary_without_room_for_the_action_tokens_is_refused(
 ):
     with pytest.raises(CodecError, match=r"256 tokens; .* 383 has room for 255"):
         text(words, published, vocabulary=383)
+
+
+def test_action_tokens_in_the_place_of_the_words_around_them_are_refused(
+    words: Tokenizer, published: FastTokenizer
+):
+    assert text(words, published, vocabulary=512).ids == range(128, 384)
+    end = words.encode("|")[0]
+    with pytest.raises(
+        CodecError, match=rf"ids 16 to 271 of 400; among these, .*{end}.* no answer could be read"
+    ):
+        text(words, published, vocabulary=400)

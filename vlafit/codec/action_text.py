@@ -46,7 +46,7 @@ class ActionText:
     """Whether the prompt ends with "Action: "."""
 
     def __post_init__(self) -> None:
-        """Raise CodecError where the vocabulary has no room, or the tokenizer lacks a token."""
+        """Raise CodecError where the vocabulary has no room, or a token is lacking or has two meanings."""
         room = self.config.vocabulary - SKIPPED
         if self.actions.vocab_size > room:
             raise CodecError(
@@ -56,6 +56,15 @@ class ActionText:
         for name in ("bos", "eos"):
             if getattr(self.words, name) is None:
                 raise CodecError(f"action tokens need a tokenizer with a token {name}, and this one has none")
+        around = [self.words.bos, self.words.eos, *self._prefix, *self.words.encode(END)]
+        if taken := sorted({token for token in around if token in self.ids}):
+            raise CodecError(
+                f"the {self.actions.vocab_size} tokens of the FAST action tokenizer take the ids "
+                f"{self.ids[0]} to {self.ids[-1]} of {self.config.vocabulary}; among these, {taken} are what "
+                f"stands around actions ({PREFIX!r}, {END!r}, begin and end), so that no answer could be "
+                "read. Take an action tokenizer of fewer tokens, or a policy of more "
+                "(policy.config.language.vocab)"
+            )
 
     def encode(self, chunk: NDArray) -> list[int]:
         """Return the ids of a normalised chunk [t, a], however many there are."""

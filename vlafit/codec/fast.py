@@ -46,6 +46,10 @@ class FastTokenizer:
     min_token: int
     """The smallest coefficient, written as code point 0; smaller ones are raised to it."""
 
+    def __post_init__(self) -> None:
+        self.backend.no_padding()  # a file may ask for either; the published processor does neither
+        self.backend.no_truncation()
+
     def __reduce__(self) -> tuple[object, ...]:
         return FastTokenizer, (self.backend, self.scale, self.min_token)
 
@@ -106,7 +110,12 @@ def load(folder: Path | str) -> FastTokenizer:
         raise CodecError(f"{folder / CONFIG}: scale is {scale!r}; it must be a number above 0")
     if type(least) is not int or abs(least) > MOST_CHARACTERS:
         raise CodecError(f"{folder / CONFIG}: min_token is {least!r}; it must be a whole number")
-    return FastTokenizer(backend, float(scale), least)
+    if backend.normalizer is not None:
+        raise CodecError(f"{folder / FILE}: has a normalizer, which changes coefficients; it must have none")
+    made = FastTokenizer(backend, float(scale), least)
+    if backend.encode("").ids:
+        raise CodecError(f"{folder / FILE}: its post_processor adds tokens to every chunk; it must add none")
+    return made
 
 
 def fit(chunks: Iterable[NDArray], vocab_size: int = VOCABULARY, scale: float = SCALE) -> FastTokenizer:

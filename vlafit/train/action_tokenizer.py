@@ -57,7 +57,7 @@ def choose(
     require_special(words, needs)
     kept = None if own is None else next(iter(own)).action_tokenizer
     if name == FIT:
-        return fit(chunks, needs, None if pretrained else words)
+        return fit(chunks, needs, None if pretrained else words, kept)
     if kept is not None:
         if name:
             raise ConfigError(
@@ -199,11 +199,17 @@ def room(needs: Needs) -> int:
     return needs.vocabulary if needs.action_tokens is None else needs.vocabulary - SKIPPED - SMALLEST
 
 
-def fit(chunks: Mapping[str, Chunks], needs: Needs, words: Tokenizer | None) -> FastTokenizer:
+def fit(
+    chunks: Mapping[str, Chunks],
+    needs: Needs,
+    words: Tokenizer | None,
+    replaced: FastTokenizer | None = None,
+) -> FastTokenizer:
     """Fit a tokenizer to the training chunks of every embodiment.
 
-    It takes the ids that `words` leaves free, at most as many as the published one's default. None are the
-    words of pretrained weights, whose last tokens stand for actions, as in openpi.
+    It takes the ids that `words` leaves free, at most as many as the published one's default, or those of the
+    one that it replaces. None are the words of pretrained weights, whose last tokens stand for actions, as in
+    openpi.
     """
     taken = 0 if words is None else words.vocab_size
     free = needs.vocabulary - SKIPPED - taken
@@ -212,4 +218,5 @@ def fit(chunks: Mapping[str, Chunks], needs: Needs, words: Tokenizer | None) -> 
             f"the policy's vocabulary of {needs.vocabulary} leaves {free} tokens for actions, beside "
             f"{taken} of text and {SKIPPED} special ones; at least {SMALLEST} are needed"
         )
-    return fast.fit(normalised(chunks, MOST_CHUNKS), min(free, fast.VOCABULARY))
+    most = fast.VOCABULARY if replaced is None else min(replaced.vocab_size, fast.VOCABULARY)
+    return fast.fit(normalised(chunks, MOST_CHUNKS), min(free, most))
