@@ -242,7 +242,7 @@ def test_the_public_sizes_of_pi0_have_their_names():
 def test_openpis_form_loads_again_with_the_same_statistics(tmp_path: Path, size: str):
     policy = random_policy(replace(pi0.SIZES[size], state_dim=5, max_tokens=64))
     codec = codec_for(policy, "quantile" if policy.config.pi05 else "mean_std")
-    assert openpi_export.codec_refusals(codec, policy.config.pi05) == []
+    assert openpi_export.codec_refusals(codec, "it", "quantile" if policy.config.pi05 else "mean_std") == []
     openpi_export.write(tmp_path, policy, codec)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not any("embed_tokens" in name for name in file.keys())  # noqa: SIM118 - a handle, not a dict
@@ -336,10 +336,12 @@ def test_a_family_that_a_target_does_not_hold_is_refused(tmp_path: Path, size: s
         write(random_policy(size), None, target, tmp_path / "out", "here")
 
 
-def test_openpi_has_no_form_of_pi0_fast_that_is_written(tmp_path: Path):
-    policy = pi0_fast.build(pi0_fast.SIZES["pi0-fast-tiny"], "cpu")
-    with pytest.raises(WeightsError, match=r"runs pi0-FAST in JAX only, from Orbax.*does not write; LeRobot"):
-        write(policy, None, "openpi", tmp_path / "out", "here")
+def test_openpi_builds_pi0_fast_in_one_size_by_its_own_rules(tmp_path: Path):
+    config = replace(pi0_fast.SIZES["pi0-fast-tiny"], rules="lerobot", tied=False)
+    with pytest.raises(WeightsError, match="gemma_2b") as caught:
+        write(pi0_fast.build(config, "cpu"), None, "openpi", tmp_path / "out", "here")
+    for fact in ("images have 224 pixels", "its own rules of tokens", "output layer is the token embedding"):
+        assert fact in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -354,7 +356,10 @@ def test_codecs_that_lerobot_cannot_repeat_are_refused():
         in lerobot_pipelines.codec_refusals(asked, "smolvla")[0]
     )
     small = roomy("pi05-tiny")
-    assert "normalises pi0.5 by quantile" in openpi_export.codec_refusals(codec_for(small), pi05=True)[0]
+    assert (
+        "normalises pi0.5 by quantile"
+        in openpi_export.codec_refusals(codec_for(small), "pi0.5", "quantile")[0]
+    )
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):

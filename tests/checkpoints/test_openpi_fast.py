@@ -13,8 +13,13 @@ from torch import Tensor
 import vlafit
 from tests.checkpoints.orbax_folder import write_orbax
 from tests.checkpoints.pi0_fast_folder import RECORDED
-from tests.checkpoints.test_openpi_jax import _full_size
+from tests.checkpoints.test_openpi_jax import LAYOUTS, _full_size
 from tests.policies.test_pi0_fast import loaded, loss_of, openpi, rng
+from vlafit.checkpoints.export import write
+from vlafit.checkpoints.formats.openpi import jax as openpi_jax
+from vlafit.checkpoints.formats.openpi import write as openpi_export
+from vlafit.checkpoints.formats.openpi import write_jax
+from vlafit.checkpoints.formats.openpi.orbax import open_leaves
 from vlafit.checkpoints.infer import infer_config
 from vlafit.codec import Codec
 from vlafit.errors import CodecError
@@ -162,3 +167,47 @@ def test_a_missing_camera_is_seen_as_a_black_image_where_openpi_trained_it():
         policy = loaded(rules=rules)
         masked, seen = (policy.loss(one, rng())["token"].item() for one in (batch, black))
         assert (masked == seen) is same, rules
+
+
+def test_the_tree_that_is_written_is_the_one_turned_by_hand_and_reads_back_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = TOLD | {"codec.action_tokenizer": str(RECORDED / "fast_tokenizer")}
+    opened = vlafit.load_checkpoint(folder, given, tokenizer=RECORDED / "text_tokenizer")
+    monkeypatch.setattr(openpi_export, "size_refusals", lambda policy: [])  # no tiny size has a name
+    made = write(opened.policy, opened.codec, "openpi", tmp_path / "out", "here")
+    leaves = {name: leaf.read() for name, leaf in open_leaves(made.folder / "params").items()}
+    assert leaves.keys() == tree().keys()
+    assert all(torch.equal(leaves[name], tensor) for name, tensor in tree().items())
+    notes = " ".join(made.notes)
+    assert "Pi0FASTConfig(action_dim=6, action_horizon=10, max_token_len=112)" in notes
+    assert "has 256 tokens: give openpi's FASTTokenizer" in notes
+    given = {key: value for key, value in given.items() if key != "chunk"}  # config.json has it
+    given["codec.action_tokenizer"] = str(made.folder / "action_tokenizer")
+    again = vlafit.load_checkpoint(made.folder, given, tokenizer=RECORDED / "text_tokenizer")
+    assert again.policy.config == opened.policy.config
+    assert all(torch.equal(p, again.policy.get_parameter(n)) for n, p in opened.policy.named_parameters())
+    assert isinstance(opened.codec, Codec) and isinstance(again.codec, Codec)
+    for column in ("state", "action"):
+        one, other = (codec.statistics[column] for codec in (opened.codec, again.codec))
+        np.testing.assert_allclose(one.q01, other.q01, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one.q99, other.q99, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_is_written_as_it_is(tmp_path: Path):
+    policy = loaded(tied=True, rules="openpi").to(torch.bfloat16)
+    write_jax.write_params(tmp_path / "params", policy)
+    leaves = open_leaves(tmp_path / "params")
+    assert {leaf.dtype for leaf in leaves.values()} == {"bfloat16"}
+    name = f"params/{LLM}/embedder/input_embedding"
+    assert torch.equal(leaves[name].read(), policy.language.embed_tokens.weight)
+
+
+def test_the_full_size_tree_that_is_written_has_the_leaves_that_openpi_publishes():
+    config = pi0_fast.SIZES["pi0-fast"]
+    weights = dict(pi0_fast.build(config, "meta").named_parameters())
+    made = {}
+    for name, layers in write_jax.tree(config, weights).items():
+        stack = [len(layers)] if openpi_jax.RULES[name].layered else []
+        made[name] = [*stack, *layers[0].shape]
+    assert made == LAYOUTS["pi0_fast"]["leaves"]

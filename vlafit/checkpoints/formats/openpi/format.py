@@ -1,4 +1,4 @@
-"""openpi's checkpoints of pi0 and pi0.5: PyTorch files, which are also written, and JAX's Orbax folders."""
+"""openpi's checkpoints: PyTorch files of pi0 and pi0.5, and JAX's Orbax folders."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ DECLARED = Declaration(slots=norm_stats.CAMERAS, says_relative=False, says_frame
 
 
 class OpenPi(Format):
-    """The checkpoints that openpi's PyTorch code saves."""
+    """The checkpoints that openpi's PyTorch code saves. Its target also writes pi0-FAST's Orbax folders."""
 
     name = "openpi"
     target = "openpi"
@@ -74,11 +74,11 @@ class OpenPi(Format):
         return DECLARED
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
-        """Say what openpi's PyTorch code cannot hold."""
+        """Say what openpi cannot hold."""
         return writing.refusals(policy, codec)
 
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
-        """Write weights, config.json and norm_stats.json."""
+        """Write weights and norm_stats.json."""
         return writing.write(folder, policy, codec)  # type: ignore[arg-type] # refusals looked at it
 
     def keeps_float32(self, info: ParameterInfo, policy: Policy) -> bool:
@@ -87,7 +87,7 @@ class OpenPi(Format):
 
 
 class OpenPiJax(Format):
-    """The Orbax folders that openpi publishes and its JAX code saves; vlafit only reads them."""
+    """The Orbax folders that openpi publishes and its JAX code saves; of pi0-FAST they are also written."""
 
     name = "openpi JAX"
     files = ("params/*", "*/params/*")

@@ -7,68 +7,25 @@ layer's tensor; on tensors of the meta device the same function gives the shapes
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
 from vlafit import config as configuration
+from vlafit.checkpoints.formats.openpi import turns
 from vlafit.checkpoints.formats.openpi.names import PADDED
 from vlafit.checkpoints.formats.openpi.orbax import Leaf, open_leaves
+from vlafit.checkpoints.formats.openpi.turns import Turn
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.errors import WeightsError
 from vlafit.policies import merge_dotted
 
-_IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
-_BLOCK = f"{_IMG}Transformer/encoderblock/"
+IMG, _LLM = "PaliGemma/img/", "PaliGemma/llm/"
+_BLOCK = f"{IMG}Transformer/encoderblock/"
 _MHA = f"{_BLOCK}MultiHeadDotProductAttention_0/"
-
-Turn = Callable[[Tensor], tuple[Tensor, ...]]
-
-
-def _same(x: Tensor) -> tuple[Tensor, ...]:
-    return (x,)
-
-
-def _transposed(x: Tensor) -> tuple[Tensor, ...]:
-    return (x.T,)
-
-
-def _patches(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "h w c d -> d c h w"),)
-
-
-def _positions(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "1 l d -> l d"),)
-
-
-def _into_heads(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "d n h -> (n h) d"),)
-
-
-def _heads(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "n h -> (n h)"),)
-
-
-def _out_of_heads(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "n h d -> d (n h)"),)
-
-
-def _query(x: Tensor) -> tuple[Tensor, ...]:
-    return (rearrange(x, "n d h -> (n h) d"),)
-
-
-def _key_value(x: Tensor) -> tuple[Tensor, ...]:
-    key, value = (rearrange(half, "k d h -> (k h) d") for half in x)
-    return key, value
-
-
-def _gate_up(x: Tensor) -> tuple[Tensor, ...]:
-    gate, up = (half.T for half in x)
-    return gate, up
 
 
 @dataclass(frozen=True)
@@ -88,39 +45,41 @@ def _rules() -> dict[str, Rule]:
         rules[leaf] = Rule(tuple(name.split(" ")), turn, dims, "{}" in name)
 
     def norm(leaf: str, name: str) -> None:
-        add(f"{leaf}/scale", f"{name}.weight", _same, 1)
-        add(f"{leaf}/Dense_0/kernel", f"{name}.dense.weight", _transposed, 2)
-        add(f"{leaf}/Dense_0/bias", f"{name}.dense.bias", _same, 1)
+        add(f"{leaf}/scale", f"{name}.weight", turns.SAME, 1)
+        add(f"{leaf}/Dense_0/kernel", f"{name}.dense.weight", turns.TRANSPOSED, 2)
+        add(f"{leaf}/Dense_0/bias", f"{name}.dense.bias", turns.SAME, 1)
 
     def linear(leaf: str, name: str) -> None:
-        add(f"{leaf}/kernel", f"{name}.weight", _transposed, 2)
-        add(f"{leaf}/bias", f"{name}.bias", _same, 1)
+        add(f"{leaf}/kernel", f"{name}.weight", turns.TRANSPOSED, 2)
+        add(f"{leaf}/bias", f"{name}.bias", turns.SAME, 1)
 
-    add(f"{_IMG}embedding/kernel", "vision.patch_embedding.weight", _patches, 4)
-    add(f"{_IMG}embedding/bias", "vision.patch_embedding.bias", _same, 1)
-    add(f"{_IMG}pos_embedding", "vision.position_embedding.weight", _positions, 3)
+    add(f"{IMG}embedding/kernel", "vision.patch_embedding.weight", turns.PATCHES, 4)
+    add(f"{IMG}embedding/bias", "vision.patch_embedding.bias", turns.SAME, 1)
+    add(f"{IMG}pos_embedding", "vision.position_embedding.weight", turns.POSITIONS, 3)
     for i in (0, 1):
         for leaf, name in (("scale", "weight"), ("bias", "bias")):
-            add(f"{_BLOCK}LayerNorm_{i}/{leaf}", f"vision.layers.{{}}.layer_norm{i + 1}.{name}", _same, 1)
+            add(
+                f"{_BLOCK}LayerNorm_{i}/{leaf}", f"vision.layers.{{}}.layer_norm{i + 1}.{name}", turns.SAME, 1
+            )
         linear(f"{_BLOCK}MlpBlock_0/Dense_{i}", f"vision.layers.{{}}.mlp.fc{i + 1}")
     for leaf, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        add(f"{_MHA}{leaf}/kernel", f"vision.layers.{{}}.self_attn.{name}.weight", _into_heads, 3)
-        add(f"{_MHA}{leaf}/bias", f"vision.layers.{{}}.self_attn.{name}.bias", _heads, 2)
-    add(f"{_MHA}out/kernel", "vision.layers.{}.self_attn.out_proj.weight", _out_of_heads, 3)
-    add(f"{_MHA}out/bias", "vision.layers.{}.self_attn.out_proj.bias", _same, 1)
+        add(f"{_MHA}{leaf}/kernel", f"vision.layers.{{}}.self_attn.{name}.weight", turns.INTO_HEADS, 3)
+        add(f"{_MHA}{leaf}/bias", f"vision.layers.{{}}.self_attn.{name}.bias", turns.HEADS, 2)
+    add(f"{_MHA}out/kernel", "vision.layers.{}.self_attn.out_proj.weight", turns.OUT_OF_HEADS, 3)
+    add(f"{_MHA}out/bias", "vision.layers.{}.self_attn.out_proj.bias", turns.SAME, 1)
     for leaf, name in (("scale", "weight"), ("bias", "bias")):
-        add(f"{_IMG}Transformer/encoder_norm/{leaf}", f"vision.post_layernorm.{name}", _same, 1)
-    linear(f"{_IMG}head", "projector")
-    add(f"{_LLM}embedder/input_embedding", "language.embed_tokens.weight", _same, 2)
+        add(f"{IMG}Transformer/encoder_norm/{leaf}", f"vision.post_layernorm.{name}", turns.SAME, 1)
+    linear(f"{IMG}head", "projector")
+    add(f"{_LLM}embedder/input_embedding", "language.embed_tokens.weight", turns.SAME, 2)
     for part, s in (("language", ""), ("expert", "_1")):
         attention, mlp = f"{part}.layers.{{}}.self_attn.", f"{part}.layers.{{}}.mlp."
-        add(f"{_LLM}layers/attn/q_einsum{s}/w", f"{attention}q_proj.weight", _query, 3)
+        add(f"{_LLM}layers/attn/q_einsum{s}/w", f"{attention}q_proj.weight", turns.QUERY, 3)
         both = f"{attention}k_proj.weight {attention}v_proj.weight"
-        add(f"{_LLM}layers/attn/kv_einsum{s}/w", both, _key_value, 4)
-        add(f"{_LLM}layers/attn/attn_vec_einsum{s}/w", f"{attention}o_proj.weight", _out_of_heads, 3)
+        add(f"{_LLM}layers/attn/kv_einsum{s}/w", both, turns.KEY_VALUE, 4)
+        add(f"{_LLM}layers/attn/attn_vec_einsum{s}/w", f"{attention}o_proj.weight", turns.OUT_OF_HEADS, 3)
         both = f"{mlp}gate_proj.weight {mlp}up_proj.weight"
-        add(f"{_LLM}layers/mlp{s}/gating_einsum", both, _gate_up, 3)
-        add(f"{_LLM}layers/mlp{s}/linear", f"{mlp}down_proj.weight", _transposed, 2)
+        add(f"{_LLM}layers/mlp{s}/gating_einsum", both, turns.GATE_UP, 3)
+        add(f"{_LLM}layers/mlp{s}/linear", f"{mlp}down_proj.weight", turns.TRANSPOSED, 2)
         norm(f"{_LLM}layers/pre_attention_norm{s}", f"{part}.layers.{{}}.input_layernorm")
         norm(f"{_LLM}layers/pre_ffw_norm{s}", f"{part}.layers.{{}}.post_attention_layernorm")
         norm(f"{_LLM}final_norm{s}", f"{part}.norm")
@@ -245,13 +204,13 @@ class Tree:
             if wanted.isdisjoint(n.format(i) for n in rule.names for i in layers):
                 continue
             if not rule.layered:
-                yield from zip(rule.names, rule.turn(leaf.read()), strict=True)
+                yield from zip(rule.names, rule.turn.ours(leaf.read()), strict=True)
                 continue
             pairs = zip(factors.a.slices(), factors.b.slices(), strict=True) if factors else None
             for i, tensor in enumerate(leaf.slices()):
                 if factors and pairs:
                     tensor = tensor.float() + factors.delta(*next(pairs))
-                for name, turned in zip(rule.names, rule.turn(tensor), strict=True):
+                for name, turned in zip(rule.names, rule.turn.ours(tensor), strict=True):
                     yield name.format(i), turned
 
 
@@ -285,14 +244,14 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
             shapeless.append(name)
         elif not rule.layered:
             known[name] = leaf
-            weights |= zip(rule.names, rule.turn(leaf.meta()), strict=True)
+            weights |= zip(rule.names, rule.turn.ours(leaf.meta()), strict=True)
         else:
             known[name] = leaf
             if leaf.shape[0] > MOST_LAYERS:
                 raise WeightsError(
                     f"{params}: {name} is {leaf.shape}: {leaf.shape[0]} layers; copy or download it again"
                 )
-            turned = rule.turn(leaf.meta()[0])
+            turned = rule.turn.ours(leaf.meta()[0])
             names = [[name.format(i) for name in rule.names] for i in range(leaf.shape[0])]
             weights |= {name: t for row in names for name, t in zip(row, turned, strict=True)}
     for name in shapeless:  # under our names, with a shape that none of them can have: all are compared
@@ -325,7 +284,7 @@ def _on_axis(leaves: Mapping[str, Leaf], places: Mapping[str, int]) -> dict[int,
 def _refuse_others(leaves: Mapping[str, Leaf], where: Path) -> None:
     if any(name.startswith("octo_transformer/") for name in leaves):
         raise WeightsError(f"{where}: these are the weights of Octo, and vlafit has no such family")
-    tower = any(name.startswith(_IMG) for name in leaves)
+    tower = any(name.startswith(IMG) for name in leaves)
     language = any(name.startswith(f"{_LLM}layers/") for name in leaves)
     heads = any(name.split("/")[0] in ("action_in_proj", "action_out_proj") for name in leaves)
     if not tower and not language and not heads:
@@ -390,5 +349,5 @@ def _uneven(rule: Rule, leaf: Leaf) -> bool:
     shape = leaf.shape[1:] if rule.layered else leaf.shape
     if rule.layered and not leaf.shape[0]:
         return True
-    paired = rule.turn in (_key_value, _gate_up)
-    return (paired and shape[0] != 2) or (rule.turn is _positions and shape[0] != 1)
+    paired = rule.turn in (turns.KEY_VALUE, turns.GATE_UP)
+    return (paired and shape[0] != 2) or (rule.turn is turns.POSITIONS and shape[0] != 1)

@@ -42,6 +42,8 @@ LAYOUT = {
 }
 
 CONFIG_KEYS = {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
+FAST_KEYS = {"action_dim", "action_horizon", "max_token_len", "paligemma_variant"}
+"""Of the config.json that vlafit writes beside pi0-FAST's Orbax folder: the fields of `Pi0FASTConfig`."""
 
 
 def recognise(names: Iterable[str]) -> bool:
@@ -74,4 +76,4 @@ PADDED = {"state_dim": "action_dim"}  # openpi pads states as wide as actions
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return openpi's config.json in `folder`; None where there is none, or another program's."""
     values = read_json_if_present(folder / "config.json")
-    return values if values is not None and set(values) == CONFIG_KEYS else None
+    return values if values is not None and set(values) in (CONFIG_KEYS, FAST_KEYS) else None

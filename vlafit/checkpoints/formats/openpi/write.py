@@ -1,4 +1,8 @@
-"""Write pi0 or pi0.5 as openpi's PyTorch code saves it: weights, its config.json, and norm_stats.json."""
+"""Write a policy for openpi: weights, and norm_stats.json.
+
+pi0 and pi0.5 as its PyTorch code saves them, with its config.json; pi0-FAST, which only its JAX code has, as
+an Orbax folder (`write_jax.py`).
+"""
 
 import json
 from pathlib import Path
@@ -8,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlafit.checkpoints.formats.openpi import names as openpi
+from vlafit.checkpoints.formats.openpi import write_jax
 from vlafit.checkpoints.formats.openpi.norm_stats import FILE
 from vlafit.checkpoints.formats.openpi.variants import dropped_token_loss, gemma_refusals, variants
 from vlafit.checkpoints.name_map import back
@@ -15,7 +20,7 @@ from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
 from vlafit.codec.statistics import EPSILON, Normaliser
 from vlafit.nn.policy import ParameterInfo, Policy
-from vlafit.policies.pi0 import Pi0
+from vlafit.policies.pi0 import Pi0, Pi0Config
 from vlafit.policies.pi0_fast import Pi0Fast
 
 ASSET = "vlafit"  # the asset's name, where the robot has none that can be a folder's
@@ -24,25 +29,33 @@ IMAGE_SIZE = 224  # openpi, models/model.py: IMAGE_RESOLUTION
 
 def refusals(policy: Policy, codec: Codec | None) -> list[str]:
     """Say why openpi cannot hold this policy or codec; empty where it can."""
+    if not isinstance(policy, Pi0 | Pi0Fast):
+        return ["openpi has no such family: it holds pi0, pi0.5 and pi0-FAST"]
+    config = policy.config
+    reasons = size_refusals(policy)
     if isinstance(policy, Pi0Fast):
-        return [
-            "openpi runs pi0-FAST in JAX only, from Orbax folders, which vlafit reads and does not write; "
-            "LeRobot's form holds it"
-        ]
-    if not isinstance(policy, Pi0):
-        return ["openpi has no such family: it holds pi0 and pi0.5"]
+        reasons += write_jax.refusals(policy, codec)
+        return reasons + (codec_refusals(codec, "pi0-FAST", "quantile") if codec is not None else [])
+    assert isinstance(config, Pi0Config)
+    if config.state_dim != config.action_dim:
+        reasons.append(
+            f"openpi pads states as wide as actions; this policy's are {config.state_dim} and "
+            f"{config.action_dim}"
+        )
+    # openpi, training/config.py: quantiles for every model but pi0, whatever the user says
+    named, wanted = ("pi0.5", "quantile") if config.pi05 else ("pi0", "mean_std")
+    return reasons + (codec_refusals(codec, named, wanted) if codec is not None else [])
+
+
+def size_refusals(policy: Pi0 | Pi0Fast) -> list[str]:
+    """Say which sizes openpi has no names for."""
     config = policy.config
     reasons = gemma_refusals(config, "openpi")
     if config.vision.image_size != IMAGE_SIZE:
         reasons.append(
             f"openpi's images have {IMAGE_SIZE} pixels a side, this policy's {config.vision.image_size}"
         )
-    if config.state_dim != config.action_dim:
-        reasons.append(
-            f"openpi pads states as wide as actions; this policy's are {config.state_dim} and "
-            f"{config.action_dim}"
-        )
-    return reasons + (codec_refusals(codec, config.pi05) if codec is not None else [])
+    return reasons
 
 
 def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
@@ -52,22 +65,23 @@ def keeps_float32(info: ParameterInfo, policy: Policy) -> bool:
     return info.kind == "norm" or info.part == "projections"
 
 
-def codec_refusals(codec: Codec, pi05: bool) -> list[str]:
-    """Say what of the codec openpi cannot do."""
-    # openpi, training/config.py: quantiles for every model but pi0, whatever the user says
-    wanted = "quantile" if pi05 else "mean_std"
+def codec_refusals(codec: Codec, policy: str, wanted: str) -> list[str]:
+    """Say how the codec normalises otherwise than openpi does for this policy."""
     reasons = []
     for what, method in (("states", codec.config.normalisation), ("actions", codec.config.of_actions)):
         if method not in (wanted, f"lerobot_{wanted}"):
-            reasons.append(
-                f"openpi normalises {'pi0.5' if pi05 else 'pi0'} by {wanted}, this codec its {what} by "
-                f"{method}"
-            )
+            reasons.append(f"openpi normalises {policy} by {wanted}, this codec its {what} by {method}")
     return reasons
 
 
-def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
+def write(folder: Path, policy: Pi0 | Pi0Fast, codec: Codec | None) -> tuple[str, ...]:
     """Write everything into the empty `folder`; return what to know about it."""
+    if isinstance(policy, Pi0Fast):
+        return (*write_jax.write(folder, policy, codec), *_write_statistics(folder, codec))
+    return (*_write_weights(folder, policy), *_write_statistics(folder, codec))
+
+
+def _write_weights(folder: Path, policy: Pi0) -> list[str]:
     config = policy.config
     weights = {name: p.detach().cpu().contiguous() for name, p in policy.named_parameters()}
     embedding = weights["language.embed_tokens.weight"]
@@ -93,8 +107,13 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
         notes.append(dropped_token_loss("openpi"))
     if policy.steps != type(policy).steps:
         notes.append(f"openpi must sample with num_steps={policy.steps}")
+    return notes
+
+
+def _write_statistics(folder: Path, codec: Codec | None) -> list[str]:
     if codec is None:
-        return (*notes, "no norm_stats.json: the checkpoint has no codec")
+        return ["no norm_stats.json: the checkpoint has no codec"]
+    notes = []
     named = codec.embodiment.name
     asset = named if named and Path(named).name == named else ASSET
     (folder / "assets" / asset).mkdir(parents=True)
@@ -109,7 +128,7 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
             "openpi cleans instructions (underscores and newlines become blanks); this codec did not"
         )
     notes.append("openpi always asks with PaliGemma's tokenizer; the codec's must be that")
-    return tuple(notes)
+    return notes
 
 
 def _statistics(codec: Codec, name: str) -> dict[str, list[float]]:
