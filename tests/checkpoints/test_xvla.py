@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import vlafit
 from tests.policies.test_xvla import CONFIG
 from vlafit import checkpoints
+from vlafit.checkpoints.export import write
 from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.checkpoints.formats.lerobot.names import XVLA as NAMES
 from vlafit.codec.tokenizer import load as load_tokenizer
@@ -293,6 +295,38 @@ def test_an_export_is_lerobots_folder_again(folder: Path, stored, tmp_path: Path
     again = vlafit.load_checkpoint(out)
     assert (again.policy.config, again.codec.config) == (loaded.policy.config, loaded.codec.config)
     assert again.codec.embodiment_id == 3
+
+
+def views_in_lerobot(values: dict[str, Any]) -> int:
+    """LeRobot 0.6.1, configuration_xvla.py, validate_features: a listed empty camera counts once more."""
+    listed = sum(one["type"] == "VISUAL" for one in values["input_features"].values())
+    return max(values["num_image_views"] or 0, listed + values["empty_cameras"])
+
+
+def test_an_empty_camera_slot_gives_lerobot_no_view_more(folder: Path, tmp_path: Path):
+    loaded = vlafit.load_checkpoint(folder)
+    slots = replace(loaded.codec.config, cameras=(*loaded.codec.config.cameras, ""))
+    codec = loaded.codec.with_changes(config=slots)
+    out = tmp_path / "out"
+    write(loaded.policy, codec, "lerobot", out, "here")
+    assert views_in_lerobot(json.loads((out / "config.json").read_text())) == loaded.policy.config.views == 3
+    again = vlafit.load_checkpoint(out)
+    assert again.policy.config == loaded.policy.config and not again.report.notes
+    assert [name for name in again.codec.config.cameras if name] == [n for n in slots.cameras if n]
+
+
+def test_empty_cameras_that_lerobot_counts_twice_are_noted(folder: Path):
+    """So LeRobot saves a policy of 2 cameras and an empty one, and then loads it with 4 views."""
+    empty = {"type": "VISUAL", "shape": [3, 64, 64]}
+    edit(
+        folder / "config.json",
+        lambda v: v["input_features"].update({"observation.images.empty_camera_0": empty}),
+    )
+    edit(folder / "config.json", lambda v: v.update(empty_cameras=1))
+    loaded = vlafit.load_checkpoint(folder)
+    assert loaded.policy.config.views == 3
+    assert any("4 views" in note and "views = 4" in note for note in loaded.report.notes)
+    assert not vlafit.load_checkpoint(folder, config={"views": 4}).report.notes
 
 
 def test_what_lerobot_cannot_hold_is_refused(folder: Path):

@@ -8,11 +8,13 @@ import pytest
 
 from vlafit import config
 from vlafit.errors import ConfigError
+from vlafit.policies import build_family
+from vlafit.policies.xvla import TIMES
 from vlafit.recipe import Recipe
 from vlafit.train import run
-from vlafit.train.experiment import Experiment, build
+from vlafit.train.experiment import Experiment, build, never_learned
 from vlafit.train.preflight import check, never_began, run_warnings
-from vlafit.tuning import Plan, parse, preview
+from vlafit.tuning import Plan, load_strategy, parse, preview
 
 REST = {"mode": "frozen"}
 EXPERT = {"select": {"part": "expert"}, "mode": "full"}
@@ -103,3 +105,16 @@ def test_what_compiled_blocks_do_not_go_with_is_refused(train: dict, named: str)
     with pytest.raises(ConfigError, match=rf'train\.compile = "blocks"|{named}') as error:
         check(config.build(Recipe, tables, "a recipe"), 1)
     assert named in str(error.value) and "train.compile" in str(error.value)
+
+
+def test_weights_that_are_drawn_anew_and_never_learn_are_a_warning() -> None:
+    policy = build_family("xvla", "xvla-tiny")
+    fresh = {"soft_prompts.weight", "action_encoder.fc.weight", TIMES}
+    (warning,) = never_learned(fresh, preview(policy, load_strategy("lora")))
+    for fact in ("soft_prompts.weight", "'lora'", 'part = "soft_prompts"', 'mode = "full"'):
+        assert fact in warning
+    assert "action_encoder" not in warning and TIMES not in warning  # trained in full; a constant
+    for strategy in ("full", "slow-backbone"):
+        assert not list(never_learned(fresh, preview(policy, load_strategy(strategy))))
+    later = parse(staged({"step": 2}), name="mine", where="test")
+    assert not list(never_learned(fresh, preview(policy, later)))

@@ -1,6 +1,7 @@
 """Build what a recipe asks for: datasets, policy, codec, tuning plan. Nothing here trains or writes."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def build(
         probe = initial_policy.probe(policy, codecs, data, device, bf16=bf16)
         bound = UNCHANGED_BF16 if bf16 else UNCHANGED
         plan = apply(policy, strategy, seed=recipe.train.seed, probe=probe, bound=bound)
+        warnings += tuple(never_learned(initial.fresh, plan))
         frozen.finish(policy)
         lines = [*frozen.items(), *in_backward.items(recipe.optim), *answers.items(recipe, data, policy)]
         agreement = agreement and agreement.with_items(lines)
@@ -173,6 +175,20 @@ def build(
         validation_sets=sets,
         unquantised=unquantised,
         agreement=agreement,
+    )
+
+
+def never_learned(fresh: Collection[str], plan: Plan) -> Iterator[str]:
+    """Say which weights were drawn anew and stay as they were drawn."""
+    frozen = plan.never_trained(fresh)
+    if not frozen:
+        return
+    parts = sorted({one.part for one in frozen})
+    shown = ", ".join(one.name for one in frozen[:3]) + (f" and {len(frozen) - 3} more" * (len(frozen) > 3))
+    yield (
+        f"policy.fresh drew {shown} anew, and strategy {plan.strategy.name!r} never trains them: they keep "
+        f"random values. Add a rule to the strategy, before that which freezes them: [[rule]] select = "
+        f'{{ part = {json.dumps(parts if len(parts) > 1 else parts[0])} }}, mode = "full"'
     )
 
 

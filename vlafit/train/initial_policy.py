@@ -61,6 +61,8 @@ class InitialPolicy:
     """The checkpoint that holds the weights; None if no checkpoint does."""
     changed: frozenset[str] = frozenset()
     """Weights that differ from those of `base`."""
+    fresh: frozenset[str] = frozenset()
+    """Weights that were drawn anew in a checkpoint's."""
     warnings: tuple[str, ...] = ()
     agreement: Agreement | None = None
     """The agreement of data and checkpoint; None for a resumed run that is older than agreements."""
@@ -309,6 +311,7 @@ def _from_checkpoint(
         robots={name: codec.embodiment for name, codec in befores.items() if codec.embodiment.hz},
         base=base,
         changed=frozenset(changed),
+        fresh=frozenset(report.fresh),
         warnings=warnings,
         agreement=reconcile.joined(recipe, data, agreements),
     )

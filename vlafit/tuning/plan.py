@@ -7,7 +7,7 @@ Base tensors have the names they have without adapters; adapter tensors have the
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -114,6 +114,17 @@ class Plan:
     def trainable(self) -> list[str]:
         """Names of the trainable tensors."""
         return [e.name for e in self.entries if e.trainable]
+
+    def never_trained(self, names: Collection[str]) -> list[Entry]:
+        """Return the tensors among `names` that every stage freezes, and no adapter changes."""
+        stages = range(len(self.strategy.stages))
+        return [
+            one
+            for one in self.entries
+            if one.name in names
+            and not (one.dead or one.adapts)
+            and all(self.resolution.rule(stage, one.name).mode == "frozen" for stage in stages)
+        ]
 
     @property
     def parameters(self) -> int:

@@ -99,7 +99,10 @@ def describe(policy: Policy, codec: Codec, kind: Kind) -> dict[str, Any]:
         "tokenizer_max_length": c.max_tokens,
     }
     if isinstance(config, XVLAConfig):
-        return common | lerobot_values(config, len(common["input_features"]) - 1, policy.steps)
+        # LeRobot counts a listed empty camera twice; num_image_views alone makes the missing views.
+        seen = {key: one for key, one in common["input_features"].items() if not key.startswith(EMPTY)}
+        common |= {"input_features": seen, "empty_cameras": 0}
+        return common | lerobot_values(config, len(seen) - 1, policy.steps)
     if isinstance(config, Pi0FastConfig):
         names, exclude = _relative_names(codec)
         return common | {

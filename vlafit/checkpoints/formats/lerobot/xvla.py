@@ -129,7 +129,27 @@ def open_checkpoint(
         steps=sampling_steps(config),
         codec_folder=files.folder,
         conflicts=translated.conflicts,
-        notes=execution_notes(config),
+        notes=execution_notes(config) + _views_note(values, config, made.views),
+    )
+
+
+def _views_note(values: Mapping[str, Any], config: LeRobotConfig | None, views: int) -> tuple[str, ...]:
+    """Return a note where LeRobot makes more views than the policy has: it counts empty cameras twice."""
+    empty = values.get("empty_cameras") or 0
+    if config is None or not isinstance(empty, int) or not empty:
+        return ()
+    listed = sum(
+        isinstance(one, Mapping) and one.get("type") == "VISUAL"
+        for one in (values.get("input_features") or {}).values()
+    )
+    stated = values.get("num_image_views") or 0
+    there = max(stated, listed + empty)
+    if there <= views:
+        return ()
+    return (
+        f"{config.path}: says {stated} views and lists {listed} cameras, empty ones included, which LeRobot "
+        f"0.6.1 counts again when it loads them: it computes with {there} views then, and with {views} when "
+        f"it trained them, as here; config views = {there} makes the others",
     )
 
 
