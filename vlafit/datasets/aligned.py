@@ -44,6 +44,9 @@ class Aligned(EpisodeStore):
     def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
         return self._store.images(episode, self.require_steps(episode, steps), camera)
 
+    def frames_at(self, episode: int, step: int) -> dict[str, NDArray[np.uint8]]:
+        return self._store.frames_at(episode, self.require_step(episode, step))
+
     def files(self) -> tuple[Path, ...]:
         return self._store.files()
 

@@ -6,7 +6,7 @@ filter, else through a few cached handles.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from vlafit.datasets.hdf5_files import (
     unreadable,
 )
 from vlafit.datasets.lru import LruCache
+from vlafit.datasets.mapped import Mapped
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.stamps import Stamps, stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore
@@ -50,7 +51,8 @@ from vlafit.errors import DataError, did_you_mean
 log = logging.getLogger(__name__)
 
 LISTED = 20  # files that a message names
-OPEN_FILES = 64  # kept open by a process, with as many memory maps
+OPEN_FILES = 64  # kept open by a process through h5py
+OPEN_MAPS = 32  # memory maps, for each of which Python keeps a file open besides our own
 OPEN_DATASETS = 256  # handles kept by a process
 KNOWN_OFFSETS = 4096  # chunked datasets of whose frames a process knows the places, 8 bytes a frame
 
@@ -74,7 +76,7 @@ class Hdf5Store(EpisodeStore):
             index = self._index(own, folder, layout)
             hdf5_index.save(key, index)
         self._paths, self._episodes = dict(index.paths), list(index.columns)
-        self._stamps = Stamps({Path(name): first for name, first in index.paths.items()})
+        self._stamps = Stamps(index.paths)
         self.episodes, self.left_out = tuple(index.episodes), tuple(index.left_out)
 
     def _index(self, own: Sequence[Path], folder: Path, layout: Hdf5Layout) -> hdf5_index.Index:
@@ -125,19 +127,27 @@ class Hdf5Store(EpisodeStore):
     def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
         slot = self.camera_slot(camera)
         step = self.require_step(episode, step)
-        frames, declared = self._episodes[episode].frames[slot], self.card.robot.cameras[slot]
-        for name in (frames.file, *frames.sources):
-            self._stamps.require_unchanged(self._as_path(name))
-        size = declared.height * declared.width * 3
-        start = (
-            frames.offset + step * size if frames.offset >= 0 else self._start(frames, step, episode, camera)
-        )
-        if start >= 0:
-            shape = (declared.height, declared.width, 3)
-            frame = self._map(frames.file)[start : start + size].reshape(shape)
-        else:
-            frame = self._read(frames, declared, step, episode)
-        return declared.upright(frame)
+        return next(iter(self._frames(episode, step, [slot]).values()))
+
+    def frames_at(self, episode: int, step: int) -> dict[str, NDArray[np.uint8]]:
+        return self._frames(episode, self.require_step(episode, step), range(len(self.card.robot.cameras)))
+
+    def _frames(self, episode: int, step: int, slots: Iterable[int]) -> dict[str, NDArray[np.uint8]]:
+        """Return the frames of some cameras at a step."""
+        cameras, images = self.card.robot.cameras, {}
+        file, held = "", None
+        for slot in slots:
+            frames, camera = self._episodes[episode].frames[slot], cameras[slot]
+            start = self._start(frames, camera, step, episode)
+            if start < 0:
+                images[camera.name] = camera.upright(self._read(frames, camera, step, episode))
+                continue
+            if held is None or frames.file != file:  # cameras of one file are asked about once
+                file, held = frames.file, self._map(frames.file).bytes()
+            shape = (camera.height, camera.width, 3)
+            frame = held[start : start + shape[0] * shape[1] * 3].reshape(shape)
+            images[camera.name] = camera.upright(frame)
+        return images
 
     def files(self) -> tuple[Path, ...]:
         return tuple(map(Path, self._paths))
@@ -158,22 +168,15 @@ class Hdf5Store(EpisodeStore):
     def _reset(self) -> None:
         self._handles: LruCache[str, h5py.File] = LruCache(OPEN_FILES, drop=self._close)
         self._datasets: LruCache[tuple[str, str], h5py.Dataset] = LruCache(OPEN_DATASETS)
-        self._maps: LruCache[str, NDArray[np.uint8]] = LruCache(OPEN_FILES)
+        self._maps: LruCache[str, Mapped] = LruCache(OPEN_MAPS, drop=lambda _, mapped: mapped.close())
         self._offsets: LruCache[tuple[str, str], NDArray[np.int64] | None] = LruCache(KNOWN_OFFSETS)
-        self._as_paths: dict[str, Path] = {}
-
-    def _as_path(self, name: str) -> Path:
-        """Return a file's path, made once: a new one and its hash take a fifth of a sample's time."""
-        path = self._as_paths.get(name)
-        if path is None:
-            path = self._as_paths[name] = Path(name)
-        return path
 
     def _close(self, name: str, handle: h5py.File) -> None:
         self._datasets.forget(lambda key: key[0] == name)
         handle.close()
 
     def _read(self, frames: Frames, camera: CameraCard, step: int, episode: int) -> NDArray[np.uint8]:
+        self._require_unchanged(frames)
         where = f"{frames.file}: {self.episodes[episode].id}, step {step}"
         try:
             dataset = self._dataset(frames)
@@ -188,22 +191,30 @@ class Hdf5Store(EpisodeStore):
         frame.flags.writeable = False
         return frame
 
-    def _start(self, frames: Frames, step: int, episode: int, camera: str) -> int:
-        """Return where a frame of a chunked dataset is in its file; -1 if h5py must read it."""
+    def _start(self, frames: Frames, camera: CameraCard, step: int, episode: int) -> int:
+        """Return where a frame is in its file; -1 if h5py must read it."""
+        if frames.offset >= 0:
+            return frames.offset + step * camera.height * camera.width * 3
         if frames.encoded:
             return -1
         key = (frames.file, frames.dataset)
         try:
-            offsets = self._offsets.get(
-                key, lambda: frame_offsets(self._dataset(frames), self._map(frames.file))
-            )
+            offsets = self._offsets.get(key, lambda: self._offsets_of(frames))
         except HDF5_ERRORS as error:
             where = f"{frames.file}: {self.episodes[episode].id}, step {step}"
-            raise DataError(f"{where}: the image of {camera!r} is damaged ({error})") from error
+            raise DataError(f"{where}: the image of {camera.name!r} is damaged ({error})") from error
         return -1 if offsets is None else int(offsets[step])
 
-    def _map(self, file: str) -> NDArray[np.uint8]:
-        return self._maps.get(file, lambda: np.asarray(np.memmap(file, mode="r", dtype=np.uint8)))
+    def _offsets_of(self, frames: Frames) -> NDArray[np.int64] | None:
+        self._require_unchanged(frames)
+        return frame_offsets(self._dataset(frames), self._map(frames.file).bytes())
+
+    def _require_unchanged(self, frames: Frames) -> None:
+        for name in (frames.file, *frames.sources):
+            self._stamps.require_unchanged(name)
+
+    def _map(self, file: str) -> Mapped:
+        return self._maps.get(file, lambda: Mapped(file, self._stamps.known(file)))
 
     def _dataset(self, frames: Frames) -> h5py.Dataset:
         return self._datasets.get((frames.file, frames.dataset), lambda: self._open_dataset(frames))

@@ -75,6 +75,10 @@ class EpisodeStore(ABC):
         return tuple(camera.name for camera in self.embodiment.cameras)
 
     @cached_property
+    def _slots(self) -> dict[str, int]:
+        return {camera.name: slot for slot, camera in enumerate(self.card.robot.cameras)}
+
+    @cached_property
     def _positions(self) -> dict[str, int]:
         return {info.id: position for position, info in enumerate(self.episodes)}
 
@@ -107,6 +111,10 @@ class EpisodeStore(ABC):
         if not steps:
             return self.no_frames(camera)
         return np.stack([self.image(episode, step, camera) for step in steps])
+
+    def frames_at(self, episode: int, step: int) -> dict[str, NDArray[np.uint8]]:
+        """Return the frame of each camera at one step. Layouts override this to check their files once."""
+        return {name: self.image(episode, step, name) for name in self._cameras}
 
     def no_frames(self, camera: str) -> NDArray[np.uint8]:
         """Return the frames of a camera at no step, [0, h, w, 3]."""
@@ -172,11 +180,10 @@ class EpisodeStore(ABC):
             )
             images = {name: frames[name][-1] for name in cameras}
         else:
-            images = {name: self.image(episode, step, name) for name in cameras}
-        rows = np.arange(step, step + chunk)
-        actions = self.actions(episode)[np.minimum(rows, info.length - 1)]
+            images = self.frames_at(episode, step)
+        actions, is_real = _chunk(self.actions(episode), step, chunk)
         observation = Observation(images, states[step], info.instruction, past=past)
-        return Sample(observation, actions, rows < info.length, (self.card.name, info.id, step))
+        return Sample(observation, actions, is_real, (self.card.name, info.id, step))
 
     def require_episode(self, episode: int) -> int:
         """Return the position of an episode as an int. Raises DataError if the store has no such episode."""
@@ -192,9 +199,12 @@ class EpisodeStore(ABC):
 
     def require_step(self, episode: int, step: int) -> int:
         """Return a step as an int. Raises DataError naming the episode if it has no such step."""
-        info = self.episodes[self.require_episode(episode)]
-        if type(step) is int and 0 <= step < info.length:
+        # The first check alone decides in most cases; it is made for each frame that is read.
+        episodes = self.episodes
+        known = type(step) is type(episode) is int and 0 <= episode < len(episodes)
+        if known and 0 <= step < episodes[episode].length:
             return step
+        info = episodes[self.require_episode(episode)]
         return whole_number(step, f"episode {info.id!r}: step", 0, info.length - 1)
 
     def require_steps(self, episode: int, steps: Iterable[int]) -> list[int]:
@@ -204,8 +214,18 @@ class EpisodeStore(ABC):
 
     def camera_slot(self, camera: str) -> int:
         """Return the position of a camera in the card. Raises DataError if there is none."""
-        names = [declared.name for declared in self.card.robot.cameras]
-        if camera not in names:
-            near = did_you_mean(camera, names) if isinstance(camera, str) else did_you_mean("", names)
+        slot = self._slots.get(camera) if isinstance(camera, str) else None
+        if slot is None:
+            near = did_you_mean(camera if isinstance(camera, str) else "", self._slots)
             raise DataError(f"dataset {self.card.name!r} has no camera {camera!r}{near}")
-        return names.index(camera)
+        return slot
+
+
+def _chunk(
+    actions: NDArray[np.float32], step: int, chunk: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return `chunk` actions from `step` on, the last one repeated, and which of them are real."""
+    if step + chunk <= len(actions):
+        return actions[step : step + chunk].copy(), np.ones(chunk, np.bool_)
+    rows = np.arange(step, step + chunk)
+    return actions[np.minimum(rows, len(actions) - 1)], rows < len(actions)
