@@ -47,7 +47,7 @@ def test_a_file_that_is_replaced_or_deleted_is_read_as_it_was(path: Path):
 
 
 @pytest.mark.parametrize("known", [(1, 1), None])
-def test_a_file_that_is_another_or_empty_when_it_is_mapped_is_named(known: tuple[int, int] | None, path: Path):
+def test_a_file_that_is_another_one_or_empty_is_named(known: tuple[int, int] | None, path: Path):
     if known is None:
         path.write_bytes(b"")
     before = len(os.listdir("/dev/fd"))
