@@ -16,6 +16,7 @@ from tests.datasets.hdf5_writers import aloha, aloha_encoded, maniskill, robocas
 from tests.datasets.layouts import demos, in_file_order
 from vlafit.cli import main
 from vlafit.datasets import Draft, describe, open_dataset, open_draft
+from vlafit.datasets.layouts import generic
 from vlafit.datasets.write import card_text
 from vlafit.errors import DataError
 
@@ -69,7 +70,7 @@ def test_a_recorder_of_ones_own_is_drafted_with_what_there_is_to_choose_from(tmp
     path = write(tmp_path / "log.h5", {f"session_1/run_{n}": RUN | about for n in range(3)})
     draft = describe(path)
     robot = draft.card.robot
-    assert draft.card.section.demonstrations == "session_*/run_*"
+    assert draft.card.options(generic.Section).demonstrations == "session_*/run_*"
     assert (robot.hz, robot.cameras[0].key, robot.state.keys) == (30.0, "vision/left", ("encoders",))
     assert (draft.card.instruction.source, draft.card.instruction.key) == ("demo", "about.sentence")
     assert "'put it down'" in draft.guesses["instruction.key"]
@@ -124,7 +125,7 @@ def test_groups_that_are_demonstrations_are_found(name: str, tmp_path: Path):
     others = {"statistics": {"mean": np.zeros(7)}, "cameras/top": {"matrix": np.eye(3)}}
     path = write(tmp_path / "log.h5", dict.fromkeys(groups, datasets) | others)
     draft = describe(path)
-    assert draft.card.section.demonstrations == pattern
+    assert draft.card.options(generic.Section).demonstrations == pattern
     assert [camera.name for camera in draft.card.robot.cameras] == ["side", "top"]
     assert (draft.card.robot.state.keys, draft.card.robot.action.keys) == (("obs/state",), ("command",))
     assert len(open_draft(draft).episodes) == len(groups)
@@ -159,7 +160,7 @@ def test_only_whole_numbers_and_one_action_fewer_are_drafted(tmp_path: Path):
         ({}, r"holds no frames.*It holds action float64 \[9, 7\], state float64 \[9, 7\]"),
     ],
 )
-def test_frames_in_a_form_that_is_not_read_are_named(datasets: dict, says: str, tmp_path: Path):
+def test_frames_in_a_form_that_is_not_read_are_named(datasets: dict[str, object], says: str, tmp_path: Path):
     path = write(tmp_path / "a.h5", {"/": datasets | {"state": COMMANDS, "action": COMMANDS}})
     with pytest.raises(DataError, match=says):
         describe(path)
@@ -207,6 +208,17 @@ def test_actions_that_are_copies_of_states_are_noticed(copy: int, shift: int, sa
     datasets = {"observations/qpos": states, "action": actions, "observations/images/top": FRAMES}
     draft = describe(write(tmp_path / "episode_0.hdf5", {"/": datasets}))
     assert draft.card.rows.action_shift == shift and says in draft.guesses["rows.action_shift"]
+
+
+def test_files_that_the_path_of_the_card_leaves_out_are_named(tmp_path: Path):
+    datasets = {"/": {"state": COMMANDS, "action": COMMANDS, "cam": FRAMES}}
+    write(tmp_path / "set" / "a.h5", datasets)
+    assert "path" not in describe(tmp_path / "set").guesses
+    write(tmp_path / "set" / "more" / "b.h5", datasets)
+    assert describe(tmp_path / "set").guesses["path"] == "it leaves out the files in folders below: b.h5"
+    write(tmp_path / "set" / "more" / "c.hdf5", datasets)
+    (tmp_path / "set" / "a.h5").unlink()
+    assert describe(tmp_path / "set").guesses["path"] == "it leaves out files of another ending: c.hdf5"
 
 
 # ------------------------------------------------------------------------------------- files that do not open

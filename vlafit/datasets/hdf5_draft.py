@@ -104,10 +104,16 @@ def draft(path: Path, known: Known) -> Draft:
     else:
         guesses.setdefault("robot.control", "the usual meaning in this layout; the files do not tell it")
     guesses.setdefault("robot.name", "name of the robot; statistics are kept under it")
-    pattern = path.resolve() / "**" / f"*{source.suffix}"
-    every = all_files(path)
-    if others := [one for one in every if one.suffix != source.suffix and source.parent != path]:
-        guesses["path"] = f"without the files that end otherwise: {file_names(others)}"
+    every, place, unused = all_files(path), str(path.resolve()), ""
+    if path.is_dir() and source.parent == path:
+        others = [file for file in every if file.parent != path]
+        unused = f"the files in folders below: {file_names(others)}" if others else ""
+    elif path.is_dir():
+        place = str(path.resolve() / "**" / f"*{source.suffix}")
+        others = [file for file in every if file.suffix != source.suffix]
+        unused = f"files of another ending: {file_names(others)}" if others else ""
+    if unused:
+        guesses["path"] = f"it leaves out {unused}"
     if closed := unreadable(every):
         missing["episodes.on_bad"] = (
             f"{len(closed)} of {len(every)} files cannot be opened: {'; '.join(closed[:LISTED])}. Fetch them "
@@ -116,7 +122,7 @@ def draft(path: Path, known: Known) -> Draft:
     card = Card(
         name=path.resolve().stem,
         layout=known.layout,
-        path=str(path.resolve() if source.parent == path or source == path else pattern),
+        path=place,
         robot=RobotCard(known.robot or "robot", hz, known.control, cameras, state, action),
         instruction=instruction,
         rows=rows,

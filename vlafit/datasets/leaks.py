@@ -114,7 +114,7 @@ class _Seen:
 
         A digest that several share whose other columns differ (a clock as the state, say) tells nothing.
         """
-        content, alike = content_of(store, number), []
+        content, alike = content_of(store, number), list[tuple[str, EpisodeStore, int]]()
         for digest in content:
             kinds = self._by.get(digest, {})
             others = [entries for kind, entries in kinds.items() if kind != content]
