@@ -1,7 +1,9 @@
 """A card is drafted from any HDF5 files that a card can describe; what they do not tell is marked."""
 
+import glob
 import io
 import json
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +131,63 @@ def test_groups_that_are_demonstrations_are_found(name: str, tmp_path: Path):
     assert [camera.name for camera in draft.card.robot.cameras] == ["side", "top"]
     assert (draft.card.robot.state.keys, draft.card.robot.action.keys) == (("obs/state",), ("command",))
     assert len(open_draft(draft).episodes) == len(groups)
+
+
+PLAIN = {"state": COMMANDS, "action": COMMANDS, "cam": FRAMES}
+
+
+def changed(path: Path, change: Callable[[h5py.File], object]) -> Path:
+    with h5py.File(path, "a") as file:
+        change(file)
+    return path
+
+
+def linked(file: h5py.File) -> None:
+    """A camera in another file, links that lead nowhere, and groups that hold themselves."""
+    with h5py.File(Path(file.filename).with_name("frames.part"), "w") as other:
+        other["x"] = FRAMES
+    del file["cam"]
+    file["cam"] = h5py.ExternalLink("frames.part", "x")
+    file["nowhere"] = h5py.SoftLink("/nothing")
+    file["away"] = h5py.ExternalLink("nothing.h5", "/x")
+    file["group/self"] = file["/"]
+    file["again"] = h5py.SoftLink("/")
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_or_round_are_not(tmp_path: Path):
+    path = changed(write(tmp_path / "a.h5", {"/": PLAIN}), linked)
+    draft = describe(path)
+    assert draft.card.options(generic.Section).demonstrations == "/"
+    assert [camera.key for camera in draft.card.robot.cameras] == ["cam"]
+    np.testing.assert_array_equal(open_draft(draft).image(0, 3, "cam"), FRAMES[3])
+
+
+def test_a_file_of_links_to_the_files_of_episodes_is_drafted(tmp_path: Path):
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        for number in range(3):
+            write(tmp_path / f"part{number}.part", {"/": PLAIN})
+            file[f"ep_{number}"] = h5py.ExternalLink(f"part{number}.part", "/")
+    draft = describe(tmp_path / "all.h5")
+    assert draft.card.options(generic.Section).demonstrations == "ep_*"
+    assert len(open_draft(draft).episodes) == 3
+
+
+def test_names_of_groups_may_hold_signs_of_patterns_and_there_may_be_many(tmp_path: Path):
+    path = write(tmp_path / "a.h5", dict.fromkeys([f"x[1]/run{n}" for n in range(120)], PLAIN))
+    draft = describe(path)
+    assert draft.card.options(generic.Section).demonstrations == "x[[]1]/run*"
+    assert "such as x[1]/run0, x[1]/run1, x[1]/run2" in draft.guesses["generic.demonstrations"]
+    assert len(open_draft(draft).episodes) == 120
+
+
+def test_what_a_file_is_called_writes_no_line_of_the_card(tmp_path: Path):
+    """A name with a line break would be a key of the card: of a layout, say, whose module is imported."""
+    name = 'x"\nlayout = "os.path"\n#\x1b[31m'
+    draft = describe(write(tmp_path / "a.h5", {name: PLAIN | {"other": COMMANDS}}))
+    text = card_text(draft.card, draft.guesses, draft.missing)
+    (tmp_path / "card.toml").write_text(text)
+    assert tomllib.loads(text)["layout"] == "generic" and "\x1b" not in text
+    assert tomllib.loads(text)["generic"]["demonstrations"] == glob.escape(name)
 
 
 def test_only_whole_numbers_and_one_action_fewer_are_drafted(tmp_path: Path):

@@ -16,12 +16,13 @@ from vlafit.datasets.card import (
     RowsCard,
 )
 from vlafit.datasets.hdf5_demos import is_encoded
-from vlafit.datasets.hdf5_files import all_files, datasets_below, first_file, reading, unreadable
+from vlafit.datasets.hdf5_files import all_files, first_file, reading, unreadable
 from vlafit.datasets.hdf5_guess import (
     LISTED,
     alignment,
     chosen_by_name,
     columns_beside,
+    datasets_in,
     file_names,
     is_clock,
     is_picture,
@@ -79,7 +80,7 @@ def draft(path: Path, known: Known) -> Draft:
     with reading(source) as file:
         group = file[known.group]
         assert isinstance(group, h5py.Group)
-        datasets = {name: dataset for name, dataset in datasets_below(group).items() if dataset.shape}
+        datasets = datasets_in(group)
         cameras = _cameras(datasets, known, guesses, missing, source)
         frames = max((rows_of(datasets[c.key]) for c in cameras if c.key in datasets), default=0)
         columns = columns_beside(datasets, frames) if frames else _columns(datasets)

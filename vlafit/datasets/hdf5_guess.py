@@ -3,7 +3,7 @@
 Each guess comes with its reason, for whoever reads the drafted card.
 """
 
-import re
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.hdf5_demos import is_encoded, plain
-from vlafit.datasets.hdf5_files import datasets_below, natural
+from vlafit.datasets.hdf5_files import HDF5_ERRORS, item_at, natural
 from vlafit.files import parse_json
 
 STATE_WORDS = ("state", "qpos", "joint_pos", "joint_states", "proprio", "eef", "ee_pos", "tcp")
@@ -23,6 +23,7 @@ SENTENCE_WORDS = ("instruction", "language", "sentence", "prompt", "lang", "task
 RATE_WORDS = ("fps", "hz", "control_freq", "frequency", "freq", "rate")
 SMALLEST_SIDE = 8  # pixels; below are matrices
 CHILDREN = 50  # groups of a group that are looked into
+DEEPEST = 12  # groups in groups
 LISTED = 20  # datasets that a message names
 SLOWEST_HZ, FASTEST_HZ = 0.5, 1000.0  # rates beyond are times in another unit than seconds
 
@@ -86,43 +87,70 @@ def is_clock(key: str) -> bool:
 # ------------------------------------------------------------------------------------------- demonstrations
 
 
-def demonstrations(file: h5py.File) -> tuple[str, str]:
-    """Return the pattern of the groups that are demonstrations ("/": the file is one), and the first of them.
+def demonstrations(file: h5py.File) -> tuple[str, str, list[str]]:
+    """Return the pattern of the groups that are demonstrations ("/": the file is one), the first, and a few.
 
     A demonstration holds frames and at least two columns with a row for each. Its parents hold no such column
     beside it.
     """
-    groups = _demonstrations(file, "")
+    _, groups = _look(file, "", ())
     if groups in ([], [""]):
-        return "/", "/"
+        return "/", "/", []
     depth = groups[0].count("/")
-    steps = zip(*(group.split("/") for group in groups if group.count("/") == depth), strict=True)
-    return "/".join(_pattern(list(dict.fromkeys(step))) for step in steps), groups[0]
+    alike = [group for group in groups if group.count("/") == depth]
+    steps = zip(*(group.split("/") for group in alike), strict=True)
+    return "/".join(_pattern(list(dict.fromkeys(step))) for step in steps), groups[0], alike
 
 
-def _demonstrations(file: h5py.File, path: str) -> list[str]:
-    group = file[path or "/"]
-    assert isinstance(group, h5py.Group)
-    everything = {key: dataset for key, dataset in datasets_below(group).items() if dataset.shape}
+def datasets_in(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """Return the datasets [T, ...] of a group and of its groups by path; links are followed."""
+    return _look(group, "", ())[0]
+
+
+def _look(group: h5py.Group, path: str, above: tuple[Any, ...]) -> tuple[dict[str, h5py.Dataset], list[str]]:
+    """Return the datasets of a group, and the paths of the demonstrations in it ("": itself)."""
+    here = h5py.h5o.get_info(group.id)
+    if (here.fileno, here.addr) in above or len(above) >= DEEPEST:  # a link to a group that it is in
+        return {}, []
+    above = (*above, (here.fileno, here.addr))
+    everything: dict[str, h5py.Dataset] = {}
+    found: dict[str, list[str]] = {}
+    stems: set[str] = set()
+    for name in sorted(map(str, group), key=natural):
+        stem = name.rstrip("0123456789")
+        if len(found) >= CHILDREN and stem in stems:
+            continue
+        item = _item(group, name)
+        if isinstance(item, h5py.Dataset) and item.shape:
+            everything[name] = item
+        elif isinstance(item, h5py.Group):
+            below, demos = _look(item, f"{path}/{name}".lstrip("/"), above)
+            everything |= {f"{name}/{key}": dataset for key, dataset in below.items()}
+            found[name] = demos
+            stems.add(stem)
     frames = {key: rows_of(dataset) for key, dataset in everything.items() if is_picture(dataset)}
     if not frames:
-        return []
-    most = max(frames.values())
-    names = sorted((str(n) for n in group if group.get(n, getclass=True) is h5py.Group), key=natural)
-    found = {name: _demonstrations(file, f"{path}/{name}".lstrip("/")) for name in names[:CHILDREN]}
-    inside = [name for name, below in found.items() if below]
-    beside = {key: d for key, d in everything.items() if key.split("/", 1)[0] not in inside}
+        return everything, []
+    most, inside = max(frames.values()), {name for name, demos in found.items() if demos}
+    beside = {key: dataset for key, dataset in everything.items() if key.split("/", 1)[0] not in inside}
     several = len({rows for key, rows in frames.items() if key.split("/", 1)[0] in inside}) > 1
     if inside and (several or not columns_beside(beside, most)):
-        return [demo for name in inside for demo in found[name]]
-    return [path] if len(columns_beside(everything, most)) > 1 else []
+        return everything, [demo for name in found for demo in found[name]]
+    return everything, [path] if len(columns_beside(everything, most)) > 1 else []
+
+
+def _item(group: h5py.Group, name: str) -> object:
+    try:
+        return item_at(group, name)
+    except HDF5_ERRORS:  # a link that leads nowhere, or damage, which is named once it is to be read
+        return None
 
 
 def _pattern(names: Sequence[str]) -> str:
-    stems = {re.sub(r"\d+$", "", name) for name in names}
+    stems = {name.rstrip("0123456789") for name in names}
     if len(stems) == 1 and (len(names) > 1 or stems != {*names}):
-        return f"{stems.pop()}*"
-    return names[0] if len(names) == 1 else "*"
+        return f"{glob.escape(stems.pop())}*"
+    return glob.escape(names[0]) if len(names) == 1 else "*"
 
 
 # ------------------------------------------------------------------------------- sentence, success and rate
@@ -142,12 +170,12 @@ def _texts(group: h5py.Group) -> Iterator[tuple[str, str]]:
     """Yield each text of a group by its key: attributes, datasets, and what is in JSON of either."""
     values: dict[str, Any] = {str(name): plain(group.attrs[name]) for name in group.attrs}
     for name in group:
-        dataset = group.get(name)
-        if isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "SO" and dataset.size in (None, 1):
+        dataset = _item(group, name)
+        if isinstance(dataset, h5py.Dataset) and h5py.check_string_dtype(dataset.dtype) and dataset.size == 1:
             values[str(name)] = plain(dataset[()])
     for name, value in values.items():
-        text = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(text, str):
+        text = value[0] if isinstance(value, list) and value else value
+        if isinstance(text, str) and "\ufffd" not in text:
             yield from _inside(name, text)
 
 
@@ -164,7 +192,7 @@ def _inside(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 def success_key(group: h5py.Group) -> str:
     """Return the attribute or dataset that seems to say whether a demonstration succeeded; empty if none."""
-    names = [*group.attrs, *(n for n in group if isinstance(group.get(n), h5py.Dataset))]
+    names = [*group.attrs, *(name for name in group if isinstance(_item(group, name), h5py.Dataset))]
     return next((str(name) for name in names if "success" in str(name).lower()), "")
 
 
@@ -173,6 +201,7 @@ def rate(file: h5py.File, group: h5py.Group, columns: Mapping[str, h5py.Dataset]
     for place in (group, file):
         for name in place.attrs:
             value = plain(place.attrs[name])
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
             if str(name).lower() in RATE_WORDS and isinstance(value, int | float) and 0 < value < np.inf:
                 return float(value), f"attribute {name}"
     for key, dataset in columns.items():

@@ -8,6 +8,7 @@ from typing import Any
 from vlafit import config
 from vlafit.datasets import layouts
 from vlafit.datasets.card import Card
+from vlafit.errors import printable
 
 
 def card_text(
@@ -18,8 +19,8 @@ def card_text(
     Fields with their default value are left out. `guesses` and `missing` map a dotted key, a list's items by
     number (robot.cameras.0.name), to the comment above it. Raises KeyError for a key that the card lacks.
     """
-    remaining = {key: f"# GUESS: {reason}" for key, reason in (guesses or {}).items()}
-    remaining |= {key: f"# FILL IN: {reason}" for key, reason in (missing or {}).items()}
+    remaining = {key: _comment(f"GUESS: {reason}") for key, reason in (guesses or {}).items()}
+    remaining |= {key: _comment(f"FILL IN: {reason}") for key, reason in (missing or {}).items()}
     table_name = layouts.section_name(card.layout)
     values = _chosen(card, "", {key.replace(f"{table_name}.", "section.", 1) for key in remaining})
     values.pop("file", None)
@@ -43,6 +44,11 @@ def card_text(
     if remaining:
         raise KeyError(f"guesses about keys that the card does not write: {sorted(remaining)}")
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return a comment of one line, whatever a file's names hold."""
+    return f"# {printable(' '.join(text.split()))}"
 
 
 def _chosen(value: Any, prefix: str, keep: Set[str]) -> dict[str, Any]:

@@ -70,13 +70,14 @@ def describe(path: Path) -> Draft:
     file = first_file(path)
     assert file is not None
     with reading(file) as opened:
-        pattern, group = demonstrations(opened)
+        pattern, group, some = demonstrations(opened)
+    whose = f", such as {', '.join(some[:3])}" if some else ""
     known = Known(
         "generic",
         group,
         instruction=InstructionCard("card"),
         section=Section(pattern),
-        guesses={"generic.demonstrations": 'the groups that hold frames and columns; "/": the whole file'},
+        guesses={"generic.demonstrations": f'the groups with frames and columns{whose}; "/": the whole file'},
         recorded=True,
         shifts=True,
     )
