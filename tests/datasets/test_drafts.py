@@ -212,7 +212,7 @@ def test_only_whole_numbers_and_one_action_fewer_are_drafted(tmp_path: Path):
     [
         (
             {"image": FRAMES.transpose(0, 3, 1, 2)},
-            r"may be.*image uint8 \[9, 3, 16, 12\]; channels last",
+            r"may be.*image uint8 \[9, 3, 16, 12\]; a row for each step, channels last",
         ),
         ({"image": FRAMES[..., 0]}, r"may be frames.*image uint8 \[9, 16, 12\]"),
         ({"image": FRAMES / np.float32(255)}, r"may be frames.*image float32 \[9, 16, 12, 3\]"),

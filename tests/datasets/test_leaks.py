@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -129,6 +130,16 @@ def test_a_copy_whose_frames_went_through_a_lossy_video_is_known(tmp_path: Path)
         for name, demo in (("a", one), ("b", replace(one, **noise)))
     ]
     assert len(list(repeats(map(chosen, stores)))) == 1
+
+
+@pytest.mark.parametrize("change", [{"rotate": 180}, {"flip": "vertical"}, {"channels": "bgr"}])
+def test_a_copy_whose_card_reads_its_frames_otherwise_is_known(
+    change: dict[str, Any], original: Card, tmp_path: Path
+) -> None:
+    cameras = tuple(replace(camera, **({"rotate": 0} | change)) for camera in original.robot.cameras)
+    copy = replace(original, name="copy", robot=replace(original.robot, cameras=cameras))
+    stores = [open_dataset(made) for made in (original, copy)]
+    assert len(list(repeats(map(chosen, stores)))) == len(EVERYTHING)
 
 
 def test_a_state_that_all_episodes_share_makes_none_the_same(tmp_path: Path) -> None:

@@ -255,9 +255,11 @@ def _cameras(
 def _no_frames(source: Path, group: str, datasets: Mapping[str, h5py.Dataset]) -> str:
     """Return what a demonstration without a camera holds, and what is done about frames in another form."""
     pictures = {key: d for key, d in datasets.items() if is_picture(d) and "depth" not in key}
+    if not pictures:  # a group for each step
+        pictures = {key: d for key, d in datasets.items() if d.ndim == 3 and d.shape[-1] == 3}
     near = (
-        f" These may be frames, and have to be written so first: {listed(pictures)}; channels last, three of "
-        "them, uint8 from 0 to 255."
+        f" These may be frames, and have to be written so first: {listed(pictures)}; a row for each "
+        "step, channels last, three of them, uint8 from 0 to 255."
         if pictures
         else ""
     )

@@ -123,7 +123,7 @@ class _Seen:
         own = _pictures(store, number) if alike else []
         for where, other, first in alike:
             pictures = _pictures(other, first)
-            if any(np.abs(a - b).max() <= ALIKE for a in own for b in pictures):
+            if any(_alike(a, b) for a in own for b in pictures):
                 yield where, other, first
 
 
@@ -134,6 +134,12 @@ def _pictures(store: EpisodeStore, number: int) -> list[NDArray[np.float32]]:
         np.stack([_blocks(frame) for frame in store.images(number, steps, camera.name)])
         for camera in store.embodiment.cameras
     ]
+
+
+def _alike(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    """Whether frames show the same, also where one card turns or mirrors them and the other does not."""
+    turns = (other, other[:, ::-1], other[:, :, ::-1], other[:, ::-1, ::-1])
+    return any(float(np.abs(one - turned).max()) <= ALIKE for turned in turns)
 
 
 def _blocks(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
