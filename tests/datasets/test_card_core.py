@@ -17,6 +17,7 @@ from tests.datasets.layouts import SIZE, TASKS, card, demos, in_file_order, writ
 from tests.datasets.writers import WRITERS
 from vlafit.datasets import Card, layouts, load_card, open_dataset
 from vlafit.datasets.card import CameraCard, EpisodesCard, InstructionCard, RowsCard
+from vlafit.datasets.layouts import generic
 from vlafit.datasets.pictures import RGB_MARK
 from vlafit.datasets.write import card_text
 from vlafit.errors import ConfigError, DataError
@@ -397,3 +398,14 @@ def test_a_shift_by_more_rows_than_an_episode_has_is_refused_in_both_directions(
     for shift, left in ((9, "step"), (-9, "action but the first")):
         with pytest.raises(DataError, match=f"action_shift = {shift} leaves no {left} of .* has 4 rows"):
             open_dataset(replace(made, rows=RowsCard(action_shift=shift)))
+
+
+def test_an_empty_group_is_no_demonstration_only_where_the_pattern_takes_any_name(tmp_path: Path) -> None:
+    """`runs/take-*` names demonstrations: one without a dataset is a recording that broke off."""
+    made = hdf5_writers.any_hdf5(tmp_path / "set", EVERYTHING)
+    with h5py.File(tmp_path / "set" / "log.h5", "a") as file:
+        file.create_group("runs/take-9")
+    with pytest.raises(DataError, match="take-9: has no attribute and no dataset 'words'"):
+        open_dataset(made)
+    store = open_dataset(replace(made, section=generic.Section("runs/*")))
+    assert len(store.episodes) == len(EVERYTHING)

@@ -31,7 +31,8 @@ class Section:
     """The table [generic] of a card."""
 
     demonstrations: str = "/"
-    """The groups that are demonstrations: "/" if each file is one, else a pattern like "data/demo_*"."""
+    """The groups that are demonstrations: "/" if each file is one, else a pattern like "data/demo_*"; of one
+    that ends in "/*", groups with none of the card's keys are left out, with a warning."""
     linked: tuple[str, ...] = ()
     """Folders outside the dataset's own that its files may link to."""
 
@@ -59,7 +60,9 @@ def open(card: Card) -> EpisodeStore:
                 f"{path}: no group matches generic.demonstrations = {section.demonstrations!r}; there are "
                 f"{', '.join(list(file)[:10])}"
             )
-        for group in with_keys(file, path, card, groups):
+        if section.demonstrations.rstrip("/").rsplit("/", 1)[-1] == "*":  # it matches what is none, too
+            groups = with_keys(file, path, card, groups)
+        for group in groups:
             yield Demonstration(group, f"{name}/{group}", path.stem)
 
     return Hdf5Store(card, Hdf5Layout(listed, linked=section.linked))
