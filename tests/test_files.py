@@ -306,3 +306,14 @@ def test_a_kill_while_it_is_tried_whether_a_folder_can_be_written_leaves_no_file
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])  # killed before anything is removed
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_folder_that_is_not_there_is_named_with_what_it_points_to(tmp_path):
+    link = tmp_path / "run"
+    link.symlink_to("elsewhere/run")
+    for write in (lambda: files.require_writable(link), lambda: files.write_atomic(link / "deep" / "a", "")):
+        with pytest.raises(StorageError, match=rf"{link} is a link to elsewhere/run, which is not there"):
+            write()
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    files.write_atomic(files.require_writable(link) / "a", "")
+    assert (tmp_path / "elsewhere" / "run" / "a").is_file()

@@ -26,8 +26,11 @@ WRITER = r"(\d+)(?:-[0-9a-f]+)?"  # in the name of a file in work: the process, 
 
 
 def _cannot(what: str, path: Path, error: OSError) -> StorageError:
-    blocking = next((p for p in path.parents if p.is_file()), None)
+    blocking = next((p for p in path.parents if is_reachable_file(p)), None)
     reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
+    for link in (path, *path.parents):
+        if os.path.islink(link) and not os.path.lexists(os.path.realpath(link)):
+            reason = f"{link} is a link to {os.readlink(link)}, which is not there"
     return StorageError(
         f"cannot {what} {path}: {reason}; choose another path, or fix its permissions or free space"
     )

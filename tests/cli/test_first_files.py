@@ -25,6 +25,7 @@ VERBS = {
     "data": "eval {home}/start/checkpoints/step_000002 --data {home}/dots.toml --samples 4 --out {out}"
     " --resume",
     "convert": "data convert {home}/dots.toml {out}/x --to lerobot",
+    "export": "export {home}/start --to vlafit --out {out}/x",
 }
 RUN = {"train": "", "compare": f"{ARM}/", "sweep": f"{TRIAL}/"}
 FIRST = {
@@ -35,6 +36,7 @@ FIRST = {
     "eval": [".lock", "evaluation.json", "videos", "episodes.jsonl"],
     "data": [".lock", "evaluation.json", "samples"],
     "convert": [".x.lock", ".x.partial"],
+    "export": [".x.lock", ".x.partial", ".x.partial/model.safetensors"],
 }
 
 
