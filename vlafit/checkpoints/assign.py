@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlafit.checkpoints.tensor_lists import list_tensors
 from vlafit.errors import WeightsError
+from vlafit.nn.deferred import defer
 from vlafit.nn.policy import ParameterInfo, Policy
 
 Dtype = Literal["float32", "bfloat16"]
@@ -28,6 +29,7 @@ def fit(
     twins: Mapping[str, Tensor] | None = None,
     file_name: Callable[[str], str] = str,
     conflicts: Sequence[str] = (),
+    deferred: bool = False,
 ) -> None:
     """Copy `weights`, named as the policy's parameters, into `policy` exactly.
 
@@ -39,7 +41,8 @@ def fit(
     `resized` are parameters whose weights have another shape, given here: what both shapes have is copied,
     what the policy alone has is zero. `twins` are second copies that the file holds of some weights, and must
     equal them. `file_name` gives the file's name of a parameter, and `conflicts` says what else is wrong with
-    the checkpoint: see `raise_mismatch`.
+    the checkpoint: see `raise_mismatch`. With `deferred` nothing is copied: a weight is made of the file's
+    when it is used.
 
     Raises WeightsError naming every missing, surplus, misshapen or non-finite tensor, every one that holds
     numbers too large for `dtype`, and every dtype that is no floating-point number; the policy is then
@@ -59,14 +62,17 @@ def fit(
             unlike.append(name)
         shape = policy.get_parameter(name).shape
         kept = stored_as(infos[name], torch.bfloat16 if name in narrow else dtype)
-        if tensor.shape == shape:
+        if deferred and tensor.shape == shape:
+            value = defer(tensor, kept)
+        elif tensor.shape == shape:
             value = torch.empty(shape, dtype=kept, device=device).copy_(tensor)
         else:
             value = torch.zeros(shape, dtype=kept, device=device)
             common = tuple(slice(min(n, m)) for n, m in zip(shape, tensor.shape, strict=True))
             value[common] = tensor[common].to(value)
         # Looked at as it is kept: what was finite in the file may be too large for the dtype asked for.
-        if _finite(value):
+        widened = value.shape == tensor.shape and torch.promote_types(tensor.dtype, kept) == kept
+        if _finite(tensor if widened else value):
             replace_parameter(policy, name, value)
         elif bool(torch.isfinite(tensor).all()):
             dtypes = [str(t.dtype).removeprefix("torch.") for t in (tensor, value)]

@@ -29,6 +29,7 @@ from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.described import learned
 from vlafit.errors import WeightsError
+from vlafit.nn.deferred import materialise
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning.merge import merge as merge_adapters
@@ -156,7 +157,12 @@ def _export(
     named = None if dtype is None else parse_dtype(dtype)
     sits_on = read_base(path) if is_native else None
     loaded = load_all(
-        path, config, base=base if sits_on or not interpolate else None, format=format, trust=trust
+        path,
+        config,
+        base=base if sits_on or not interpolate else None,
+        format=format,
+        trust=trust,
+        deferred=True,
     )
     loaded = _of(loaded, embodiment, writer, str(path))
     recipe_file = path / native.RECIPE  # its hash has been verified
@@ -234,6 +240,7 @@ def write(
     out, writer = Path(out), registry.writer(target)
     _require_free(out)
     _require_expressible(policy, codec, writer, target, where, [])
+    _prepare(policy, writer)
     with files.new_folder(out, new=True) as partial:
         notes = writer.write(partial, policy, codec, out.resolve())
         if readme is not None:
@@ -287,6 +294,7 @@ def _write(
     remove(policy)
     if dtype == "bfloat16":
         cast_for(policy, writer)
+    _prepare(policy, writer)
     with files.new_folder(out, new=True) as partial:
         below, final = partial / peft.BASE, out.resolve() / peft.BASE
         below.mkdir()
@@ -350,6 +358,12 @@ def _interpolated(history: Lineage | None, shares: Mapping[str, float], base: Pa
         complete=own.complete and before.complete,
         made=f"{own.made}; {made}" if own.made else made,
     )
+
+
+def _prepare(policy: Policy, writer: Format) -> None:
+    """Give the weights memory where the writer does not take them one at a time."""
+    if not writer.takes_deferred:
+        materialise(policy)
 
 
 def _require_free(out: Path) -> None:

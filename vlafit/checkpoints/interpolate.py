@@ -7,15 +7,16 @@ back (WiSE-FT, arXiv 2109.01903). Which shares are worth it is for rollouts to s
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vlafit.checkpoints.assign import raise_mismatch
+from vlafit.checkpoints.assign import raise_mismatch, replace_parameter
 from vlafit.checkpoints.formats.native import adapters as adapted
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.history import read_lineage
@@ -25,6 +26,7 @@ from vlafit.codec import Codec, CodecSet
 from vlafit.codec.statistics import MixedNormaliser, Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.files import plain_text
+from vlafit.nn.deferred import Deferred, defer
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 from vlafit.tuning.merge import merge
@@ -68,8 +70,17 @@ def interpolate(policy: Policy, base: Policy, shares: Mapping[str, float]) -> Po
     for info in moved:
         own, share = live[info.name], float(shares[info.part])
         start = below[info.name].to(own.device)
-        own.copy_(start if share == 0.0 else torch.lerp(start.float(), own.float(), share))
+        if isinstance(own, Deferred):
+            between = _between(defer(start), own, share)
+            replace_parameter(policy, info.name, Deferred(between, own.shape, torch.float32).cast(own.dtype))
+        else:
+            own.copy_(_between(start, own, share)())
     return policy
+
+
+def _between(start: Tensor, own: Tensor, share: float) -> Callable[[], Tensor]:
+    """Return what makes the weight between two, in float32."""
+    return lambda: start.float() if share == 0.0 else torch.lerp(start.float(), own.float(), share)
 
 
 def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
@@ -106,7 +117,7 @@ def find_base(source: Path, given: str | Path | None = None) -> BaseCheckpoint:
 
 
 def load_base(path: Path, like: Policy) -> tuple[Policy, CodecSet | None]:
-    """Load the checkpoint at `path`, of any format, with its adapters merged.
+    """Load the checkpoint at `path`, of any format, with its adapters merged; its weights are deferred.
 
     What it does not record (heads, say) is taken from the config of the policy `like`. Its codec comes
     with it.
@@ -114,7 +125,7 @@ def load_base(path: Path, like: Policy) -> tuple[Policy, CodecSet | None]:
     sizes: Mapping[str, Any] | None = None
     if not native.recognise(path):
         sizes = {k: v for k, v in asdict(like.config).items() if k not in SHOWN_BY_SHAPES}
-    loaded = load_all(path, config=sizes)
+    loaded = load_all(path, config=sizes, deferred=True)
     return merge(loaded.policy), loaded.codecs
 
 

@@ -112,8 +112,13 @@ def load_all(
     format: str | None = None,
     trust: Sequence[str] = (),
     narrow: Narrow | None = None,
+    deferred: bool = False,
 ) -> LoadedSet:
-    """Load a checkpoint as `load` does, with the codecs of all its embodiments."""
+    """Load a checkpoint as `load` does, with the codecs of all its embodiments.
+
+    With `deferred` (in float32, on the CPU) weights stay in their files, and are made when they are used; see
+    `vlafit.nn.deferred`. Those of a format that reads its numbers in pieces (Orbax) are loaded.
+    """
     fresh, rows = split_embodiments(fresh)
     options = LoadOptions(
         parse_config(config, format),
@@ -144,10 +149,12 @@ def load_all(
         twins=tensors.twins,
         file_name=tensors.file_name,
         conflicts=opened.conflicts,
+        deferred=deferred and opened.contents is None,
     )
     require_numbers(policy)
     draw = [*draw, *draw_embodiments(policy, opened.family, rows, generator)]
-    policy.to(device)  # buffers, which `fit` leaves on the CPU
+    if not deferred:
+        policy.to(device)  # buffers, which `fit` leaves on the CPU
     codec, reason, notes = opened.format.codec(opened, policy, options)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
     notes = _place_note(where.note) + opened.notes + notes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlafit.checkpoints.assign import replace_parameter
+from vlafit.nn.deferred import Deferred, rounded
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies import family, family_name
 from vlafit.tuning.inject import adapter_tensors, base_name
@@ -17,15 +18,18 @@ Precise = Callable[[ParameterInfo], bool]
 @torch.no_grad()
 def round_weights(policy: Policy, precise: Precise) -> None:
     """Round, in place, what is to be bfloat16; the dtypes stay. Adapters and quantised weights stay, too."""
-    for tensor in _narrow(policy, precise).values():
-        if tensor.dtype == torch.float32:
+    for name, tensor in _narrow(policy, precise).items():
+        if tensor.dtype == torch.float32 and isinstance(tensor, Deferred):
+            replace_parameter(policy, name, rounded(tensor, torch.bfloat16))
+        elif tensor.dtype == torch.float32:
             tensor.copy_(tensor.to(torch.bfloat16))
 
 
 def cast(policy: Policy, precise: Precise) -> None:
     """Make bfloat16 of what is to be so; adapters stay as they are."""
     for name, tensor in _narrow(policy, precise).items():
-        replace_parameter(policy, name, tensor.detach().to(torch.bfloat16))
+        narrow = tensor.cast if isinstance(tensor, Deferred) else tensor.detach().to
+        replace_parameter(policy, name, narrow(torch.bfloat16))
 
 
 def dtype_name(policy: Policy) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.errors import StrategyError
+from vlafit.nn.deferred import materialise
 from vlafit.tuning.adapters import Quantise
 
 
@@ -21,6 +22,7 @@ def quantise_layer(policy: nn.Module, name: str, how: Quantise) -> None:
     """
     layer = policy.get_submodule(name)
     assert isinstance(layer, nn.Linear), name
+    materialise(layer)
     if how == "nf4":
         policy.set_submodule(name, _nf4(layer))
     elif how == "int8":

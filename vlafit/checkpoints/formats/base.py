@@ -195,6 +195,10 @@ class Format(ABC):
     """Whether its own `refusals` look at what a codec learns of columns: poses, grippers, angles, steps.
     Other formats hold none of these.
     """
+    takes_deferred = False
+    """Whether `write` saves by `vlafit.nn.deferred.save_tensors`, which takes weights that are not in
+    memory.
+    """
     no_codec = "no statistics in the checkpoint"
     """Why a checkpoint without a codec has none."""
 

@@ -42,6 +42,7 @@ class Groot(Format):
 
     name = names.FORM
     target = "groot"
+    takes_deferred = True
     layouts = LAYOUT
     adapters = GrootAdapters()
     holds_columns = True

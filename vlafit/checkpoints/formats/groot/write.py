@@ -6,8 +6,6 @@ Sizes that only NVIDIA's trainer reads are those of the public checkpoint.
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from vlafit.checkpoints.formats.groot import names, write_processors
 from vlafit.checkpoints.formats.groot.config import (
     IMAGE_MARK,
@@ -21,6 +19,7 @@ from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec, Tokenizer
 from vlafit.codec.images import groot_crop
 from vlafit.errors import WeightsError
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.flow import BETA_A, TIME_SCALE
 from vlafit.nn.policy import Policy
 from vlafit.policies.groot import BUCKETS, SIZES, Groot, GrootConfig
@@ -93,7 +92,9 @@ def write_model(folder: Path, policy: Groot, backbone: str) -> None:
     """Write config.json and the weights; `backbone` is where that model's config lies if it is not public."""
     weights = {name: p.detach().cpu() for name, p in policy.named_parameters()}
     tensors = names.written(weights, policy.config.vision.patch)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(
+        {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     write_json(folder / "config.json", describe(policy, backbone_of(policy, backbone)))
 
 

@@ -59,6 +59,7 @@ class Transformers(Format):
 
     name = names.SAVED.form
     target = "transformers"
+    takes_deferred = True
     layouts = names.LAYOUT
     adapters = TransformersAdapters()
 

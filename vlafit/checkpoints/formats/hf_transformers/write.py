@@ -1,4 +1,4 @@
-"""Write pi0 as transformers' PI0ForConditionalGeneration saves it, by that class itself."""
+"""Write pi0 as transformers' PI0ForConditionalGeneration saves it; its config is written by that class."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vlafit.checkpoints.formats.hf_transformers.names import LIVE
+from vlafit.checkpoints.formats.hf_transformers.names import LIVE, SAVED
 from vlafit.checkpoints.name_map import back
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config
 
@@ -42,8 +43,14 @@ def write(folder: Path, policy: Pi0, codec: Codec | None) -> tuple[str, ...]:
             f"transformers {version('transformers')} names pi0's tensors otherwise than {SINCE}: "
             f"{different[:4]}; install {SINCE}"
         )
-    model.load_state_dict(tensors, assign=True)
-    model.save_pretrained(folder)
+    bare = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    model.load_state_dict(bare, assign=True)
+    # As the class's own save_pretrained, which would need every weight in memory.
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    saved = back(weights, SAVED) | {SAVED.unused[0]: dead}
+    save_tensors(saved, folder / "model.safetensors", {"format": "pt"})
     if codec is None:
         return ("there is no codec: states and actions are in the units that the policy takes",)
     codec.save(folder)

@@ -135,6 +135,7 @@ class LeRobot(Format):
 
     name = names.FORM
     target = "lerobot"
+    takes_deferred = True
     layouts = names.LAYOUTS
     adapters = LeRobotAdapters()
 

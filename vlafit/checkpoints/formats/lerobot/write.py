@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit.checkpoints.assign import stored_as
@@ -37,6 +36,7 @@ from vlafit.checkpoints.formats.lerobot.xvla import POSITIONS
 from vlafit.checkpoints.formats.openpi.variants import dropped_token_loss
 from vlafit.checkpoints.tensor_files import read_json_object, write_json
 from vlafit.codec import Codec, Tokenizer
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.act import Act
 from vlafit.policies.groot import Groot
@@ -97,7 +97,7 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
     assert kind is not None
     if isinstance(policy, XVLA) and codec.embodiment_id is None:
         codec = codec.with_changes(embodiment_id=policy.config.domain)
-    save_file(_tensors(policy), folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(_tensors(policy), folder / WEIGHTS, {"format": "pt"})
     config = describe(policy, codec, kind)
     write_json(folder / "config.json", config)
     if isinstance(policy, SmolVLA) and config.get("vlm_model_name") == LOCAL_VLM:

@@ -31,6 +31,7 @@ from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec
 from vlafit.codec.images import groot_crop
 from vlafit.codec.statistics import ARRAYS
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import Policy
 from vlafit.policies.groot import SIZES, Groot, GrootConfig
 
@@ -79,7 +80,9 @@ def write(folder: Path, policy: Policy, codec: Codec, final: Path) -> tuple[str,
     tensors = names.written(weights, policy.config.vision.patch, NAMES)
     for name, tied in NAMES.ties.items():
         tensors[tied] = tensors.pop(NAMES.file_name(name))
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(
+        {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     own_base = not has_public_sizes(policy.config)
     backbone = PUBLIC_BACKBONES[0] if has_public_backbone(policy.config) else str(final / BACKBONE)
     base = str(final / BASE) if own_base else PUBLIC_BASE

@@ -27,6 +27,7 @@ class Native(Format):
 
     name = "native"
     target = "vlafit"
+    takes_deferred = True
     no_codec = "fine-tuning fits one"
 
     def detect(self, files: CheckpointFiles) -> bool:

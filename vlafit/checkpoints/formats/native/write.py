@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit import files
@@ -24,6 +23,7 @@ from vlafit.checkpoints.formats.native.read import (
 )
 from vlafit.checkpoints.history import Lineage
 from vlafit.codec import Codec, CodecSet
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
@@ -55,7 +55,7 @@ def write_folder(
         described[MAX_DELAY] = policy.max_delay
     (folder / POLICY).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / (WEIGHTS if base is None else adapters.TRAINED), metadata={"format": "pt"})
+    save_tensors(tensors, folder / (WEIGHTS if base is None else adapters.TRAINED), {"format": "pt"})
     if base is not None:
         base.write(folder)
     if adapter_tensors(policy):

@@ -44,6 +44,7 @@ class OpenPi(Format):
 
     name = "openpi"
     target = "openpi"
+    takes_deferred = True
     options = (CODEC,)
     layouts = names.LAYOUT
     adapters = OpenPiAdapters()

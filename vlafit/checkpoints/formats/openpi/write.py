@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.formats.openpi import write_jax
@@ -19,6 +18,7 @@ from vlafit.checkpoints.name_map import back
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
 from vlafit.codec.statistics import EPSILON, Normaliser
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config
 from vlafit.policies.pi0_fast import Pi0Fast
@@ -88,9 +88,7 @@ def _write_weights(folder: Path, policy: Pi0) -> list[str]:
     dead = torch.zeros(embedding.shape[0], config.expert.width, dtype=embedding.dtype)
     tensors = back(weights, openpi.NAMES) | {openpi.NAMES.unused[0]: dead}
     name, tied = next(iter(openpi.NAMES.ties.items()))
-    save_file(
-        tensors, folder / "model.safetensors", metadata={"format": "pt", openpi.NAMES.file_name(name): tied}
-    )
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt", openpi.NAMES.file_name(name): tied})
     sizes = variants(config)
     described = {
         "action_dim": config.action_dim,

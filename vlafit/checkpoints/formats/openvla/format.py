@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
@@ -24,6 +23,7 @@ from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.statistics import OPENVLA
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json
+from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import Policy
 from vlafit.policies.openvla import TOKEN_HEADS, OpenVLA
 
@@ -56,6 +56,7 @@ class OpenVLAFormat(Format):
 
     name = names.FORM
     target = "openvla"
+    takes_deferred = True
     files = ("*--*_checkpoint.pt", "tokenizer.model")
     options = (
         OptionTable(
@@ -193,8 +194,8 @@ class OpenVLAFormat(Format):
             own = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
             if own:
                 saved.append(f"{module}--{STEP}_checkpoint")
-                save_file({n: t.contiguous() for n, t in own.items()}, folder / f"{saved[-1]}.safetensors")
-        save_file(
+                save_tensors({n: t.contiguous() for n, t in own.items()}, folder / f"{saved[-1]}.safetensors")
+        save_tensors(
             {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
         )
         described = describe(policy)
