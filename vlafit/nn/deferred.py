@@ -27,14 +27,15 @@ _DESCRIBE = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
     *(Tensor.is_contiguous, Tensor.get_device, Tensor.__len__, torch.numel),
-    *(Tensor.requires_grad.__set__, Tensor.requires_grad_),
+    *(Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.requires_grad_),
 }
 """Of the tensor as it will be: nothing is made."""
 _SAME = {Tensor.detach, Tensor.cpu, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.data.__get__}
 """Return the deferred tensor, whose numbers nobody can change."""
 _ADDRESS = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-"""Of dtypes in the header of a safetensors file."""
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Of dtypes in the header of a safetensors file, in the order in which safetensors writes them."""
+KEPT = ("__invert__", "__index__", "__int__")  # of the operators whose names begin as those in place
 ALIGNED = 64  # bytes at which torch's own memory begins
 
 
@@ -86,11 +87,11 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
         if func in _SAME and isinstance(args[0], Deferred):
             return args[0]
-        if func is Tensor.data.__set__ and isinstance(args[0], Deferred):  # a library replaces the weight
+        if func == Tensor.data.__set__ and isinstance(args[0], Deferred):  # a library replaces the weight
             args[0]._replace(args[1])
             return None
         name = getattr(func, "__name__", "")
-        if func in _ADDRESS or (name.endswith("_") and not name.endswith("__") and _is_first(args)):
+        if func in _ADDRESS or (_is_first(args) and _changes(name)):
             raise TypeError(
                 f"{name}: a deferred weight has no memory of its own; see vlafit.nn.deferred.materialise"
             )
@@ -156,8 +157,7 @@ def save_tensors(
     if not any(isinstance(tensor, Deferred) for tensor in tensors.values()):
         save_file(dict(tensors), path, dict(metadata) if metadata else None)
         return
-    # As safetensors lays them out: the widest numbers first, then by name.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (list(CODES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in order:
@@ -188,6 +188,13 @@ def _operand(tensor: Deferred) -> Tensor:
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every number of `narrow` is one of `wide`."""
     return torch.promote_types(wide, narrow) == wide
+
+
+def _changes(name: str) -> bool:
+    """Whether a function of this name changes its first tensor: add_, __iadd__, __setitem__, __set__."""
+    if name.startswith("__"):
+        return (name.startswith("__i") and name not in KEPT) or name in ("__setitem__", "__set__")
+    return name.endswith("_")
 
 
 def _is_first(args: tuple[Any, ...]) -> bool:
