@@ -10,6 +10,7 @@ removed at the end.
 
 rungs       expert, lora: those strategies, as they are in bf16. full: full fine-tuning on the last rung of
             the ladder: full recompute, 8-bit moments, weights in bf16, steps in the backward pass.
+            untrained: LoRA with random adapters, which is only exported, to openpi's format.
 peak        of the anonymous memory of the command and its children, read every 20 ms, in 10^9 bytes.
 resident    of their resident set, in which pages of files that are mapped count, too; the system takes those
             back where memory is short.
@@ -42,8 +43,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from benchmarks import rows
 from benchmarks.load_memory import sizes, write_safetensors
 from benchmarks.rows import Row
+from vlafit import checkpoints
 from vlafit.codec.tokenizer import SPECIAL, Tokenizer
 from vlafit.policies.pi0 import SIZES, Pi0Config
+from vlafit.tuning import apply_strategy
+from vlafit.tuning.inject import adapter_tensors
 
 FREE_AT_LEAST = 2e9
 EVERY_S = 0.02
@@ -59,6 +63,7 @@ RUNGS = {
     ),
 }
 """Name -> strategy, fields of [train], fields of [optim]."""
+UNTRAINED = "untrained"
 COLUMNS = ("rung", "command", "peak_gb", "resident_gb", "seconds", "step_s", "disk_gb", "loss")
 CARD = """
 name = "random-frames"
@@ -127,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--divide", type=int, default=1)
-    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=[*RUNGS, UNTRAINED])
     parser.add_argument("--limit", type=float, default=18.0, metavar="GB")
     parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
     options = parser.parse_args()
@@ -152,6 +157,13 @@ def measure_all(options: argparse.Namespace) -> Iterator[Row]:
     target = "lerobot" if options.divide == 1 else "vlafit"  # LeRobot builds none of other widths
     for name in options.rungs:
         out = folder / name
+        if name == UNTRAINED:
+            write_adapters(folder, config)
+            words = ["export", str(out), "--to", "openpi", "--dtype", "bfloat16"]
+            row = watched([*words, "--out", str(folder / "exported")], options.limit)
+            yield machine | {"rung": name, "command": "export"} | row
+            shutil.rmtree(folder / "exported", ignore_errors=True)
+            continue
         recipe = folder / f"{name}.toml"
         recipe.write_text(recipe_of(name, folder, config))
         last = out / "checkpoints" / "step_000003"
@@ -198,12 +210,33 @@ def write_inputs(folder: Path, config: Pi0Config) -> None:
     (folder / "card.toml").write_text(CARD.format(cameras=cameras))
 
 
+def write_adapters(folder: Path, config: Pi0Config) -> None:
+    """Write LoRA with random numbers onto the checkpoint, as a run's checkpoint is written."""
+    file = folder / "checkpoint" / "model.safetensors"
+    loaded = checkpoints.load_all(file, told_of(config), deferred=True)
+    plan = apply_strategy(loaded.policy, "lora")
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in adapter_tensors(loaded.policy):
+            loaded.policy.get_parameter(name).normal_(0.0, 0.02, generator=rng)
+    source = loaded.policy.source
+    assert source is not None
+    base = checkpoints.Base(source.checkpoint, checkpoints.digest(file), source.config)
+    checkpoints.save(loaded.policy, folder / UNTRAINED, plan=plan, base=base, changed=())
+
+
+def told_of(config: Pi0Config) -> dict[str, object]:
+    """Return the sizes that no file of openpi's records."""
+    told: dict[str, object] = {"vision.heads": config.vision.heads, "chunk": config.chunk}
+    if config.language.head_dim != SIZES["pi0"].language.head_dim:
+        told["language.head_dim"] = config.language.head_dim
+    return told
+
+
 def recipe_of(name: str, folder: Path, config: Pi0Config) -> str:
     """Return the recipe of a rung."""
     strategy, train, optim = RUNGS[name]
-    told = {"vision.heads": config.vision.heads, "chunk": config.chunk}
-    if config.language.head_dim != SIZES["pi0"].language.head_dim:
-        told["language.head_dim"] = config.language.head_dim
+    told = told_of(config)
     return RECIPE.format(
         strategy=strategy,
         checkpoint=folder / "checkpoint",

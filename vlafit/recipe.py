@@ -80,8 +80,9 @@ class DataRecipe:
     epoch. 0: all samples. For a dataset at a URL that is larger than the cache."""
     shift_pixels: int = 0
     """Augmentation: shift each training image by up to this many pixels, repeating the edges."""
-    workers: int = 0
-    """Dataloader workers. 0: load in the training process."""
+    workers: int | Literal["auto"] = "auto"
+    """Dataloader workers. 0: load in the training process. auto: on a GPU up to 4, as cores and shared memory
+    allow; else 0."""
     vision_language: dict[str, str] = field(default_factory=dict)
     """Questions about images with their answers: name = a .jsonl or .json file. They train image tower and
     language model by the token loss, beside the demonstrations, by `weights`; `validation` holds some out."""

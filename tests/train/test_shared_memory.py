@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from tests.train.world import tiny
 from tests.variants import variants
 from vlafit.errors import DataError
+from vlafit.train import dataloader, run
 from vlafit.train.dataloader import _death, _Workers
 
 
@@ -79,3 +82,18 @@ def test_without_shared_memory_workers_are_refused_with_the_remedy(tmp_path: Pat
     assert "/dev/shm" in ended.stdout and "data.workers = 0 (now 1)" in ended.stdout
     assert ("was enough" in ended.stdout) == (mount == TIGHT)
     assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+
+
+def test_a_gpu_has_workers_by_default_where_cores_and_shared_memory_allow() -> None:
+    gpu, cpu, enough = torch.device("cuda"), torch.device("cpu"), 2**30
+    assert [dataloader.workers_for(gpu, cores, 1, enough) for cores in (1, 2, 4, 16)] == [0, 1, 3, 4]
+    assert dataloader.workers_for(gpu, 16, 8, enough) == 1  # of each of eight processes
+    assert dataloader.workers_for(gpu, 16, 1, 64 * 2**20) == 0  # a container's
+    assert dataloader.workers_for(cpu, 16, 1, enough) == 0
+
+
+def test_a_run_writes_the_workers_that_it_chose(card: Path, tmp_path: Path) -> None:
+    recipe = tiny(card, train={"steps": 1})
+    assert recipe.data.workers == "auto"
+    run(recipe, tmp_path / "run")
+    assert "workers = 0" in (tmp_path / "run" / "recipe.toml").read_text()

@@ -18,6 +18,7 @@ from vlafit.train import dataloader, run
 from vlafit.train.data import open_data
 from vlafit.train.dataloader import EncodedSamples
 from vlafit.train.experiment import build
+from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.loop import NotFinite
 from vlafit.train.optim import Ema, build_optimizer, schedule
 from vlafit.types import Sample
@@ -105,9 +106,26 @@ def test_the_moving_average_follows_the_rule_and_steps_aside() -> None:
             model.weight.fill_(value)
         ema.update()
         assert float(ema.average["weight"]) == pytest.approx(decay * before + (1 - decay) * value)
+    average = ema.average["weight"].clone()
     with ema.applied():
-        assert model.weight.equal(ema.average["weight"])
-    assert model.weight.item() == 3.0
+        assert model.weight.equal(average)
+    assert model.weight.item() == 3.0 and ema.average["weight"].equal(average)
+
+
+def test_the_average_steps_in_without_a_second_copy_of_the_weights() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
+    ema = Ema(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update()
+    live = [p.detach().clone() for p in model.parameters()]
+    largest = max(p.numel() * p.element_size() for p in live)
+    with LiveBytes([*model.parameters(), *ema.average.values()]) as held, ema.applied():
+        assert 0 < held.peak <= largest
+        assert not any(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
+    assert held.peak <= largest
+    assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
 
 
 def test_the_gradient_is_clipped(card: Path, tmp_path: Path) -> None:

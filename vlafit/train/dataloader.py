@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlafit.codec import Codec, Encoded
 from vlafit.datasets import ChunkDataset, EpisodeStore, MixtureOrder, SampleOrder, shift_images
+from vlafit.datasets.bench import ENOUGH
 from vlafit.errors import ConfigError, TrainingError, VlafitError
 from vlafit.nn.batch import Batch, stack
 from vlafit.nn.rng import Keys
@@ -25,6 +27,7 @@ from vlafit.train.experiment import Experiment
 from vlafit.train.prefetch import Prefetcher, warn_of_repeated_copies
 
 VALIDATION_ROWS = 32  # of one unit of train.validation_batches, whatever the batch size of training
+SHARED_AT_LEAST = 2**30  # bytes of shared memory that workers are started with by default
 KEPT_BYTES = 2**30  # of encoded samples, over all workers of a process
 GRACE_S = 2.0  # wait for a worker to exit after its connection broke
 
@@ -76,6 +79,24 @@ class EncodedSamples(Dataset[tuple[tuple[int, int], Encoded]]):
         return len(self.chunks) + (0 if self._answers is None else len(self._answers))
 
 
+def workers_for(device: torch.device, cores: int, processes: int, shared_bytes: int) -> int:
+    """Return the workers of each of a machine's `processes` where the recipe leaves them open.
+
+    A GPU waits while its process decodes frames; a CPU computes on the cores that workers would take.
+    """
+    if device.type != "cuda" or shared_bytes < SHARED_AT_LEAST:
+        return 0
+    return max(0, min(ENOUGH, cores // max(1, processes) - 1))
+
+
+def shared_memory() -> int:
+    """Return the free bytes of shared memory; 0 where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
+
+
 def _collate(rows: Sequence[tuple[tuple[int, int], Encoded]]) -> tuple[Keys, Batch]:
     return [key for key, _ in rows], stack([encoded for _, encoded in rows])
 
@@ -111,7 +132,9 @@ def training_batches(
     train = recipe.train
     codecs = experiment.codecs
     chunks = ChunkDataset(data.stores, codecs.chunk, data.training, codecs.history)
-    workers = recipe.data.workers
+    workers = (
+        0 if recipe.data.workers == "auto" else recipe.data.workers
+    )  # a run has chosen; see `workers_for`
     keep_bytes = KEPT_BYTES // max(1, workers)
     own = [experiment.codec_of(store) for store in data.stores]
     answers = training_samples(data, next(iter(codecs)))

@@ -135,22 +135,41 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
-        for name, live in self._live.items():
+        groups: dict[float, list[str]] = {}
+        for name in self._live:
             count = self.updates[name] = self.updates[name] + 1
-            decay = min(self.decay, (1 + count) / (10 + count))
-            self.average[name].lerp_(live.detach().float(), 1 - decay)
+            groups.setdefault(min(self.decay, (1 + count) / (10 + count)), []).append(name)
+        for decay, names in groups.items():
+            wide = [name for name in names if self._live[name].dtype is torch.float32]
+            if wide:  # few launches for all of them
+                lives = [self._live[name].detach() for name in wide]
+                torch._foreach_lerp_([self.average[name] for name in wide], lives, 1 - decay)
+            for name in names:
+                if self._live[name].dtype is not torch.float32:  # one at a time, because each is copied
+                    self.average[name].lerp_(self._live[name].detach().float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this block the policy's weights are the average; afterwards they are restored."""
-        live = {name: p.detach().clone() for name, p in self._live.items()}
-        self._copy(self.average)
+        """Within this block the policy's weights are the average; afterwards they are restored.
+
+        Weights in fp32 change places with their average, one tensor at a time, so `average` holds them
+        meanwhile; of others there is a copy.
+        """
+        live = {n: p.detach().clone() for n, p in self._live.items() if p.dtype is not torch.float32}
+        self._exchange(self.average)
         try:
             yield
         finally:
-            self._copy(live)
+            self._exchange(live)
 
     @torch.no_grad()
-    def _copy(self, source: Mapping[str, Tensor]) -> None:
+    def _exchange(self, narrow: Mapping[str, Tensor]) -> None:
+        """Exchange fp32 weights with their average, and set the others to those in `narrow`."""
         for name, p in self._live.items():
-            p.copy_(source[name])
+            if p.dtype is torch.float32:
+                held = p.detach().clone()
+                p.copy_(self.average[name])
+                self.average[name].copy_(held)
+                del held
+            else:
+                p.copy_(narrow[name])

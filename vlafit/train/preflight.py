@@ -91,10 +91,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name in counted:
         if not value(name) >= 1:
             yield f"{name} must be at least 1, is {value(name)}"
-    for name in NOT_NEGATIVE:
+    not_negative = [n for n in NOT_NEGATIVE if n != "data.workers" or recipe.data.workers != "auto"]
+    for name in not_negative:
         if not 0 <= value(name) < float("inf"):
             yield f"{name} must be at least 0, is {value(name)}"
-    for name in (*counted, *NOT_NEGATIVE):
+    for name in (*counted, *not_negative):
         most = AT_MOST.get(name, COUNTS)
         if name != "train.seed" and value(name) > most:
             yield f"{name} must be at most {most}, is {value(name)}"

@@ -20,10 +20,12 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from vlafit import config, files, locks, report
 from vlafit.checkpoints import model_card
+from vlafit.datasets.bench import cores
 from vlafit.errors import VlafitError, command_line
 from vlafit.recipe import Recipe
 from vlafit.train import (
     data_files,
+    dataloader,
     extension,
     held_out,
     launch,
@@ -61,7 +63,7 @@ from vlafit.train.run_folder import (
     require_usable,
     write_record,
 )
-from vlafit.train.settle import Settled, has_bf16, settle
+from vlafit.train.settle import Settled, has_bf16, settle, with_field
 from vlafit.train.trainer import RunStatus, Trainer
 
 __all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
@@ -142,6 +144,10 @@ def _settle(recipe: Recipe, before: Recipe | None) -> Settled:
     """Decide the recipe's automatic values, for a run that is resumed as it began with `before`."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
+    if recipe.data.workers == "auto":
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        chosen = dataloader.workers_for(device, cores(), beside, dataloader.shared_memory())
+        recipe = with_field(recipe, "data.workers", chosen)
     return settle(
         recipe,
         launch.read(os.environ),
