@@ -305,7 +305,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("vlafit.checkpoints.formats.native.write"), "save_file", fail)
+    monkeypatch.setattr(import_module("vlafit.checkpoints.formats.native.write"), "save_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(policy, copy)
     assert checkpoints.digest(copy) == checkpoints.digest(saved)
