@@ -142,6 +142,16 @@ def test_a_copy_whose_card_reads_its_frames_otherwise_is_known(
     assert len(list(repeats(map(chosen, stores)))) == len(EVERYTHING)
 
 
+def test_pictures_that_show_nothing_are_compared_exactly(tmp_path: Path) -> None:
+    one = EVERYTHING[2]
+    stores = []
+    for level in (7, 8):
+        flat = np.full_like(one.front, level)
+        shown = card(write_libero(tmp_path / str(level), [replace(one, front=flat, wrist=flat)]))
+        stores.append(open_dataset(replace(shown, name=str(level))))
+    assert not list(repeats(map(chosen, stores)))
+
+
 def test_a_state_that_all_episodes_share_makes_none_the_same(tmp_path: Path) -> None:
     """A clock as the state, and a scene in which nothing moves."""
     clock, frames = np.arange(4.0)[:, None].repeat(3, 1), EVERYTHING[0].front[:4]

@@ -14,6 +14,7 @@ from vlafit.errors import DataError
 Chosen = tuple[str, EpisodeStore, Sequence[str]]  # what it is called, the store, ids of its episodes
 BLOCKS = 16  # a side, in which pictures are compared
 ALIKE = 4.0  # grey levels by which the mean of a block may differ: what a video's compression changes
+FLAT = 8.0  # standard deviation of pictures, below which they show too little for that
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def _pictures(store: EpisodeStore, number: int) -> list[NDArray[np.float32]]:
 def _alike(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     """Whether frames show the same, also where one card turns or mirrors them and the other does not."""
     turns = (other, other[:, ::-1], other[:, :, ::-1], other[:, ::-1, ::-1])
-    return any(float(np.abs(one - turned).max()) <= ALIKE for turned in turns)
+    tolerance = ALIKE if min(one.std(), other.std()) >= FLAT else 0.0
+    return any(float(np.abs(one - turned).max()) <= tolerance for turned in turns)
 
 
 def _blocks(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
