@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 _PLAIN = torch._C.DisableTorchFunctionSubclass
+_PROPERTY: Any = Tensor  # of whose attributes the getters and setters are meant
 _PROPERTIES = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_meta",
     "itemsize", "nbytes", "is_cuda", "is_sparse",
@@ -27,10 +28,10 @@ _DESCRIBE = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
     *(Tensor.is_contiguous, Tensor.get_device, Tensor.__len__, torch.numel),
-    *(Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.requires_grad_),
+    *(_PROPERTY.requires_grad.__set__, _PROPERTY.grad.__set__, Tensor.requires_grad_),
 }
 """Of the tensor as it will be: nothing is made."""
-_SAME = {Tensor.detach, Tensor.cpu, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.data.__get__}
+_SAME = {Tensor.detach, Tensor.cpu, Tensor.contiguous, Tensor.clone, torch.clone, _PROPERTY.data.__get__}
 """Return the deferred tensor, whose numbers nobody can change."""
 _ADDRESS = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -87,7 +88,7 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
         if func in _SAME and isinstance(args[0], Deferred):
             return args[0]
-        if func == Tensor.data.__set__ and isinstance(args[0], Deferred):  # a library replaces the weight
+        if func == _PROPERTY.data.__set__ and isinstance(args[0], Deferred):  # a library replaces the weight
             args[0]._replace(args[1])
             return None
         name = getattr(func, "__name__", "")

@@ -143,7 +143,9 @@ class Ema:
             wide = [name for name in names if self._live[name].dtype is torch.float32]
             if wide:  # few launches for all of them
                 lives = [self._live[name].detach() for name in wide]
-                torch._foreach_lerp_([self.average[name] for name in wide], lives, 1 - decay)
+                torch._foreach_lerp_(  # type: ignore[attr-defined]
+                    [self.average[name] for name in wide], lives, 1 - decay
+                )
             for name in names:
                 if self._live[name].dtype is not torch.float32:  # one at a time, because each is copied
                     self.average[name].lerp_(self._live[name].detach().float(), 1 - decay)
