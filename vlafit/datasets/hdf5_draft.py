@@ -18,6 +18,7 @@ from vlafit.datasets.card import (
 from vlafit.datasets.hdf5_demos import is_encoded
 from vlafit.datasets.hdf5_files import all_files, first_file, reading, unreadable
 from vlafit.datasets.hdf5_guess import (
+    ACTION_WORDS,
     LISTED,
     alignment,
     chosen_by_name,
@@ -298,7 +299,8 @@ def _column(
         keys = (likely,)
         guesses[f"{place}.keys"] = f"{reason}; there are {listed(columns)}"
     elif name == "state" and len(choices) > 1:
-        others = {key: dataset for key, dataset in columns.items() if key not in keys}
+        acted = [key for key in columns if any(word in key.lower() for word in ACTION_WORDS)]
+        others = {key: dataset for key, dataset in columns.items() if key not in (*keys, *acted)}
         guesses[f"{place}.keys"] = f"a choice; there are also {listed(others)}"
     widths = [datasets[key].shape[1] if datasets[key].ndim == 2 else 1 for key in keys]
     whole = [key for key in keys if datasets[key].dtype.kind != "f"]

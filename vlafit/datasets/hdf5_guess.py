@@ -107,12 +107,13 @@ def datasets_in(group: h5py.Group) -> dict[str, h5py.Dataset]:
     return _look(group, "", ())[0]
 
 
-def _look(group: h5py.Group, path: str, above: tuple[Any, ...]) -> tuple[dict[str, h5py.Dataset], list[str]]:
+def _look(
+    group: h5py.Group, path: str, above: tuple[h5py.Group, ...]
+) -> tuple[dict[str, h5py.Dataset], list[str]]:
     """Return the datasets of a group, and the paths of the demonstrations in it ("": itself)."""
-    here = h5py.h5o.get_info(group.id)  # type: ignore[attr-defined]
-    if (here.fileno, here.addr) in above or len(above) >= DEEPEST:  # a link to a group that it is in
+    if group in above or len(above) >= DEEPEST:  # a link to a group that it is in
         return {}, []
-    above = (*above, (here.fileno, here.addr))
+    above = (*above, group)
     everything: dict[str, h5py.Dataset] = {}
     found: dict[str, list[str]] = {}
     stems: set[str] = set()
@@ -139,9 +140,9 @@ def _look(group: h5py.Group, path: str, above: tuple[Any, ...]) -> tuple[dict[st
     return everything, [path] if len(columns_beside(everything, most)) > 1 else []
 
 
-def _item(group: h5py.Group, name: str) -> object:
+def _item(group: h5py.Group, name: object) -> object:
     try:
-        return item_at(group, name)
+        return item_at(group, str(name))
     except HDF5_ERRORS:  # a link that leads nowhere, or damage, which is named once it is to be read
         return None
 
@@ -169,7 +170,7 @@ def sentence_key(group: h5py.Group) -> tuple[str, str]:
 def _texts(group: h5py.Group) -> Iterator[tuple[str, str]]:
     """Yield each text of a group by its key: attributes, datasets, and what is in JSON of either."""
     values: dict[str, Any] = {str(name): plain(group.attrs[name]) for name in group.attrs}
-    for name in map(str, group):
+    for name in group:
         dataset = _item(group, name)
         if isinstance(dataset, h5py.Dataset) and h5py.check_string_dtype(dataset.dtype) and dataset.size == 1:
             values[str(name)] = plain(dataset[()])
@@ -192,10 +193,7 @@ def _inside(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 def success_key(group: h5py.Group) -> str:
     """Return the attribute or dataset that seems to say whether a demonstration succeeded; empty if none."""
-    names = [
-        *group.attrs,
-        *(name for name in map(str, group) if isinstance(_item(group, name), h5py.Dataset)),
-    ]
+    names = [*group.attrs, *(name for name in group if isinstance(_item(group, name), h5py.Dataset))]
     return next((str(name) for name in names if "success" in str(name).lower()), "")
 
 

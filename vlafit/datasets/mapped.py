@@ -17,6 +17,8 @@ class Mapped:
     as long as asking a path.
     """
 
+    _close = staticmethod(os.close)  # kept here for the end of the process, when modules are gone
+
     def __init__(self, name: str, known: Stamp | None) -> None:
         """Raises DataError if the file cannot be read, or is not as it was `known`."""
         self._name, self._file = name, -1
@@ -37,7 +39,7 @@ class Mapped:
     def close(self) -> None:
         """Close the file; what was returned stays."""
         if self._file >= 0:
-            os.close(self._file)
+            self._close(self._file)
             self._file = -1
 
     def __del__(self) -> None:
