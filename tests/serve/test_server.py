@@ -410,12 +410,21 @@ def test_a_policy_that_hangs_is_an_error_of_the_request(serve: Serve) -> None:
     actor.open.set()
 
 
+def test_many_observations_are_asked_in_frames_that_the_server_reads(serve: Serve) -> None:
+    running = serve(max_frame=16_384)
+    keys = [EpisodeKey(i, "pick", 0) for i in range(20)]
+    with connect(running.address) as remote:
+        answers = remote.act([seen(i) for i in range(20)], keys)
+    alone = Summing().act([seen(i) for i in range(20)], keys)
+    assert [a.actions.tobytes() for a in answers] == [a.actions.tobytes() for a in alone]
+    assert 1 < running.metrics.answered["vlafit"] < 20
+
+
 def test_a_frame_that_is_too_large_ends_its_connection_alone(serve: Serve) -> None:
     running = serve(max_frame=2048)
-    large = [seen(i) for i in range(20)]
     with connect(running.address) as small, connect(running.address) as remote:
         with pytest.raises(RemoteError, match="more than the server reads.*--max-frame"):
-            remote.act(large, [EpisodeKey(i, "pick", 0) for i in range(20)])
+            remote.act([seen(0, "pick " * 600)], [EpisodeKey(0, "pick", 0)])
         assert len(small.act([seen()], [EpisodeKey(0, "pick", 0)])) == 1
 
 

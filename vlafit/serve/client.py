@@ -20,7 +20,6 @@ from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
 from vlafit.serve.metadata import Described, read_greeting
-from vlafit.serve.protocols import MAX_OBSERVATIONS
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
@@ -84,8 +83,7 @@ class RemoteActor:
 
     def _answers(self, requests: Sequence[Request]) -> list[ActionChunk]:
         chunks: list[ActionChunk] = []
-        for begin in range(0, len(requests), MAX_OBSERVATIONS):
-            some = requests[begin : begin + MAX_OBSERVATIONS]
+        for some in protocols.in_frames(requests, self._described):
             frame = protocols.pack_requests(some, self._described.required)
             with self._turn:
                 answer = self._ask(frame)
@@ -117,8 +115,8 @@ class RemoteActor:
             self._require_open()  # another thread may have closed it
             if error.rcvd is not None and error.rcvd.code == 1009:  # the same frame would be too large again
                 raise RemoteError(
-                    f"{self.url}: {len(frame)} bytes are more than the server reads at once; ask for fewer "
-                    "observations, or serve with a larger --max-frame"
+                    f"{self.url}: {len(frame)} bytes are more than the server reads at once; serve with a "
+                    "larger --max-frame"
                 ) from error
             self._connect_again(error)
             try:

@@ -46,6 +46,8 @@ class Described:
     normalisation: Mapping[str, str] = field(default_factory=dict)
     """How the server normalises each column; values on the wire are in the robot's units."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    max_frame: int = 0
+    """Bytes of the largest frame that the server reads; 0: it does not say."""
 
     @property
     def expected(self) -> Expected:
@@ -89,6 +91,7 @@ def greeting(described: Described) -> dict[str, Any]:
         "normalisation": dict(described.normalisation),
         "versions": dict(described.versions),
         "width": described.width,
+        "max_frame": described.max_frame,
         "guided": described.guided,
         "history": described.history,
         "instructed": described.instructed,
@@ -124,6 +127,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             seeds={task: tuple(int(seed) for seed in seeds) for task, seeds in frame["seeds"].items()},
             normalisation=dict(frame["normalisation"]),
             versions=dict(frame["versions"]),
+            max_frame=int(frame.get("max_frame", 0)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, VlafitError) as error:
         raise RemoteError(

@@ -6,7 +6,7 @@ connection.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ Name = Literal["vlafit", "openpi", "vla-eval"]
 
 ACT = "vlafit.act"  # the type of our own frames
 MAX_OBSERVATIONS = 256  # in one frame
+CALLS_A_FRAME = 8  # of the policy: a slow one, asked for much, must answer before the time-out
+OF_ARRAY, OF_REQUEST = 128, 1024  # bytes of a frame beside the numbers: names, types and shapes
 VLA_EVAL = ("hello", "observation", "episode_start", "episode_end", "error")
 STATES = ("state", "states")  # vla-eval's names of the state: its convention, and its LIBERO benchmark's
 
@@ -35,6 +37,33 @@ def pack_requests(requests: Sequence[Request], cameras: Sequence[str]) -> bytes:
     """Encode requests as our own frame. A camera of `cameras` that an observation lacks is said to be
     missing."""
     return wire.pack({"type": ACT, "observations": [_values(request, cameras) for request in requests]})
+
+
+def in_frames(requests: Sequence[Request], described: Described) -> Iterator[Sequence[Request]]:
+    """Yield the requests in groups whose frames the server reads, and answers in a few calls, in order.
+
+    A request that is too large by itself is a group of its own.
+    """
+    begin, size, most_bytes = 0, 0, described.max_frame
+    most = min(MAX_OBSERVATIONS, CALLS_A_FRAME * max(1, described.width))
+    for i, request in enumerate(requests):
+        own = _bytes_of(request)
+        if i > begin and (i - begin == most or 0 < most_bytes < size + own):
+            yield requests[begin:i]
+            begin, size = i, 0
+        size += own
+    if begin < len(requests):
+        yield requests[begin:]
+
+
+def _bytes_of(request: Request) -> int:
+    """Return about how many bytes a request takes in a frame, and rather too many."""
+    steps = (request.observation, *request.observation.past)
+    arrays = [array for step in steps for array in (*step.images.values(), step.state)]
+    if request.committed is not None:
+        arrays.append(request.committed.actions)
+    words = len(request.observation.instruction.encode()) + len(request.key.task.encode())
+    return sum(array.nbytes + OF_ARRAY for array in arrays) + words + OF_REQUEST
 
 
 def _values(request: Request, cameras: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ loop.
 """
 
 import asyncio
+import dataclasses
 import hmac
 import http
 import logging
@@ -59,7 +60,7 @@ class Server:
         self.options = options
         self.metrics = Metrics()
         self.port = options.port
-        self._greeting = greeting(described)
+        self._greeting = greeting(dataclasses.replace(described, max_frame=options.max_frame))
         self._stop = asyncio.Event()
         self._busy: set[asyncio.Task[None]] = set()  # connections that have a frame in work
         for target in options.names.values():
