@@ -162,6 +162,14 @@ def test_a_name_is_one_short_line_without_control_characters(field: str, text: s
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("name", ["", " ", "  "])
+def test_a_camera_has_a_name_that_can_be_seen(name: str) -> None:
+    card = load_card(shipped.find("card", "metaworld-faucet"))
+    cameras = (replace(card.robot.cameras[0], name=name),)
+    with pytest.raises(ConfigError, match=r"card\.toml: cameras need names of their own"):
+        check_card(named(card, cameras=cameras), "card.toml")
+
+
 def test_dimensions_have_names_of_their_own() -> None:
     card = load_card(shipped.find("card", "metaworld-faucet"))
     wrong = named(card, "action", labels=("a",) * card.robot.action.dimensions)

@@ -113,6 +113,21 @@ def test_one_damaged_episode_is_found_by_its_kind_and_no_other_is_blamed(
     assert all(f.severity == "error" and f.message and f.effect and f.fix for f in findings)
 
 
+@pytest.mark.parametrize("value", [1e6, -1e8, 1e30])
+def test_two_wild_values_of_few_rows_do_not_hide_each_other(value: float):
+    episodes = [
+        replace(e, state=e.state[:9], actions=e.actions[:9].copy(), front=e.front[:9], wrist=e.wrist[:9])
+        for e in recorded(0)
+    ]
+    for number in (1, 4):
+        episodes[number].actions[3, 1] = value
+    assert 0.01 * sum(len(e.actions) for e in episodes) < 2  # else 99 % of the values are the usual ones
+    spikes = [f for f in check_store(Recording(episodes)) if f.kind == "spike"]
+    assert [(f.episode, f.step) for f in spikes] == [("episode_1", 3), ("episode_4", 3)]
+    assert all(f"is {value:.4g}, 99 % of its values are within" in f.message for f in spikes)
+    assert all(float(f.message.split("within ")[1].split()[0]) < 100 for f in spikes)
+
+
 @pytest.mark.parametrize("seed", variants(range(6), always=[0, 1]))
 def test_nothing_is_found_in_clean_recordings(seed: int):
     assert check_store(Recording(recorded(seed))).findings == ()

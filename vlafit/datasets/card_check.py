@@ -63,7 +63,7 @@ def check(card: Card, where: str) -> None:
     if not robot.cameras:
         raise ConfigError(f"{where}: robot.cameras is empty; a policy needs at least one camera")
     names = [camera.name for camera in robot.cameras]
-    if len(set(names)) != len(names) or not all(names):
+    if len(set(names)) != len(names) or not all(name.strip() for name in names):
         raise ConfigError(f"{where}: cameras need names of their own, got {names}")
     for camera in robot.cameras:
         if not (1 <= camera.height <= LARGEST_SIDE and 1 <= camera.width <= LARGEST_SIDE):

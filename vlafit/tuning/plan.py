@@ -232,13 +232,13 @@ class Plan:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Read what `to_json` wrote. Raises StrategyError when the text is anything else."""
+    def from_json(cls, text: str, where: str = "plan.json") -> "Plan":
+        """Read what `to_json` wrote. Raises StrategyError, naming `where`, for any other text."""
         try:
             values = parse_json(text)
             if values["format"] not in (1, FORMAT):
                 raise StrategyError(
-                    f"plan.json has format {values['format']!r}; this version reads format {FORMAT}"
+                    f"{where} has format {values['format']!r}; this version reads format {FORMAT}"
                 )
             if values["format"] == 1:  # one stage, no adapters
                 return _from_format_1(values)
@@ -249,11 +249,11 @@ class Plan:
             same = _equal_json(json.loads(plan.to_json()), values) and plan.at(plan.stage) == plan
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StrategyError(
-                f"plan.json is damaged ({type(error).__name__}: {error}); copy it from the run again"
+                f"{where} is damaged ({type(error).__name__}: {error}); copy it from the run again"
             ) from error
         if not same:
             raise StrategyError(
-                "plan.json is inconsistent: its table does not match its tensors; copy it from the run again"
+                f"{where} is inconsistent: its table does not match its tensors; copy it from the run again"
             )
         return plan
 

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.copies import check_copies
@@ -10,10 +11,12 @@ from vlafit.datasets.checks.finding import Columns, Finding
 from vlafit.datasets.checks.lags import RELATED, check_lags
 from vlafit.datasets.checks.steps import check_steps, widest
 from vlafit.datasets.store import EpisodeStore
+from vlafit.datasets.value_faults import ABSURD, WILD
 
 PLACEHOLDERS = ("", "task", "todo", "test", "none", "unknown", "dummy", "null")
 MOVING = 1e-6  # a range below this is no motion
 HOLE = 3  # rows of zeros in a row
+FEW_WILD = 4  # values of a dimension that may be wild and are none of the usual ones
 SPIKE = 40.0  # a step this many times the dataset's 99th percentile is a spike
 AFTER_FINITE = (
     "action_equals_state",
@@ -116,15 +119,17 @@ def _spikes(store: EpisodeStore, columns: Columns, untested: Untested) -> list[F
     findings = []
     steps = sum(len(state) for _, state, _ in columns)
     if steps < FEWEST_STEPS:
-        untested.add("spike", f"all episodes together have {steps} steps")
-        return []
+        untested.add("spike", f"all episodes together have {steps} steps, so only wild values are told")
     robot = store.embodiment
     for number, name, labels in ((1, "state", robot.state.labels), (2, "action", robot.action.labels)):
         values = [c[number] for c in columns]
-        middle = np.median(np.concatenate(values), axis=0)
-        size = np.quantile(np.abs(np.concatenate(values) - middle), 0.99, axis=0)
+        if not values:
+            continue
+        every = np.concatenate(values)
+        middle = np.median(every, axis=0)
+        size = _usual_distance(np.abs(every - middle))
         for (episode, *_), rows in zip(columns, values, strict=True):
-            far = np.abs(rows - middle) > SPIKE * np.maximum(size, MOVING)
+            far = (np.abs(rows - middle) > SPIKE * np.maximum(size, MOVING)) | (np.abs(rows) > ABSURD)
             if far.any():
                 step, d = (int(i) for i in np.argwhere(far)[0])
                 label = labels[d] if d < len(labels) else f"dimension {d}"
@@ -142,6 +147,17 @@ def _spikes(store: EpisodeStore, columns: Columns, untested: Untested) -> list[F
                     )
                 )
     return findings
+
+
+def _usual_distance(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return within which distance [d] from the median 99 % of the values [n, d] are.
+
+    Without wild ones: in few rows a second one would hide both.
+    """
+    size = np.quantile(distances, 0.99, axis=0)
+    ordered = np.sort(distances, axis=0)
+    rest = ordered[-1 - min(FEW_WILD, len(ordered) - 1)]
+    return np.where(size > WILD * np.maximum(1.0, rest), rest, size)
 
 
 def _limits(store: EpisodeStore, columns: Columns, untested: Untested) -> list[Finding]:

@@ -82,7 +82,8 @@ def open_folder(folder: Path, hash_weights: bool = True, trust: Sequence[str] = 
         raise WeightsError(f"{path}: {error}") from error
     config = build_config(module, described["config"], f"{path}: config")
     codec = CodecSet.load(folder) if (folder / CODEC).is_file() else None
-    plan = Plan.from_json(read_text(folder / PLAN)) if (folder / PLAN).is_file() else None
+    path = folder / PLAN
+    plan = Plan.from_json(read_text(path), str(path)) if path.is_file() else None
     base = read_base(folder)
     tuned = plan is not None and (plan.adapted or plan.quantised)
     if (folder / ADAPTERS).is_dir() and not tuned:
