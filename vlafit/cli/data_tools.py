@@ -59,8 +59,10 @@ def run(verb: str, options: Namespace) -> int:
 
 def check(store: "EpisodeStore", options: Namespace) -> int:
     """Print what is suspicious in a dataset, and write it as a page where one is asked for."""
+    from vlafit.datasets import checksums
     from vlafit.datasets.checks import check_store, together
 
+    checksums.require_same([store])
     pixels = not options.no_pixels
     if options.out:
         from vlafit.report import findings as page

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]) -> int:
     """Evaluate on the episodes of `options.data`, print the table, and write the page."""
     from vlafit.actor import PolicyActor
-    from vlafit.datasets import open_dataset
+    from vlafit.datasets import checksums, open_dataset
     from vlafit.offline import Settings, choose_episodes, evaluate
     from vlafit.offline.contract import (
         agree,
@@ -34,6 +34,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
         draws=8 if options.draws is None else options.draws,
     )
     store = open_dataset(options.data)
+    checksums.require_same([store])
     checkpoint = name if options.actor is None else None
     episodes = choose_episodes(store, checkpoint, options.episodes or ())
     out = (

@@ -1,8 +1,10 @@
 """Build what a recipe asks for: datasets, policy, codec, tuning plan. Nothing here trains or writes."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecSet
-from vlafit.datasets import EpisodeStore, value_faults
+from vlafit.datasets import EpisodeStore, checksums, value_faults
 from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
@@ -100,6 +102,8 @@ def build(
     """
     data = data or open_data(recipe.data, recipe.train.seed)
     sets = open_validation_sets(recipe.data, data)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        checksums.require_same([*data.stores, *chain.from_iterable(sets.values())])
     cameras = camera_warnings(recipe, sets, data)
     for part in data.parts().values():
         _require_room_to_shift(recipe.data.shift_pixels, part.embodiment)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ def run(arguments: Sequence[str]) -> int:
         parser.add_argument(
             "--out", metavar="FOLDER", help="a new folder: a page with a picture of each finding"
         )
+    if verb == "stats":
+        parser.add_argument(
+            "--checksums", action="store_true", help="write the files' checksums, which runs compare"
+        )
     if verb == "bench":
         parser.add_argument("--seconds", type=at_most(86_400, float), default=5.0, help="how long to read")
     if verb in ("card", "inspect"):
@@ -68,6 +73,10 @@ def run(arguments: Sequence[str]) -> int:
         return data_tools.check(store, options)
     if verb == "bench":
         return _bench(store, options.json, options.seconds)
+    if verb == "stats" and options.checksums:
+        from vlafit.datasets import checksums
+
+        print(f"checksums of {len(store.files())} files: {checksums.write(store)}", file=sys.stderr)
     facts = _inspect(store, missing) if verb == "inspect" else _stats(store)
     print(json.dumps(facts, indent=2) if options.json else _text(verb, facts))
     return 0
