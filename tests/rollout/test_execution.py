@@ -51,3 +51,12 @@ def test_an_actor_that_cannot_continue_a_chunk_is_refused_before_anything_is_pla
     with pytest.raises(ConfigError, match="Obedient cannot continue a chunk"):
         evaluate(Obedient(), protocol(), tmp_path / "eval", execution=Execution("real_time", replan=4))
     assert not (tmp_path / "eval").exists()
+
+
+def test_chunks_that_end_before_the_next_one_is_there_are_refused_before_anything_is_played(
+    protocol: Make, tmp_path: Path
+) -> None:
+    too_late = Execution(replan=6, delay=3)  # of chunks of 8 steps
+    with pytest.raises(ConfigError, match=r"8 steps, and 6 \(replan\) \+ 3 \(delay\) .* at most 5 steps"):
+        evaluate(Obedient(), protocol(), tmp_path / "eval", execution=too_late)
+    assert not (tmp_path / "eval").exists()

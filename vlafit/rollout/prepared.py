@@ -128,6 +128,8 @@ def prepare(
         protocol = dataclasses.replace(protocol, width=trained.width)
     starts = [(task, seed) for task in tasks for seed in protocol.seeds(trials)]
     chunk = chunk_of(actor)
+    if execution and chunk:
+        execution.require_chunk(chunk)
     if shorter := (execution or Execution(replan=protocol.replan)).shortened(chunk):
         log.warning("protocol %r: %s", protocol.name, shorter)
     rival = _rival(against, protocol, wrong_instruction, starts, stop_early, shard)
