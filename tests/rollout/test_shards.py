@@ -85,3 +85,9 @@ def test_a_policys_batches_are_as_wide_in_a_shard_as_in_the_whole(make: Make, tm
 def test_a_shard_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="shard"):
         Shard.parse(text)
+
+
+def test_a_shard_without_an_episode_is_named_as_it_was_given(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--shard 9/9: there are only 8 episodes"):
+        evaluate(Obedient(), make(), tmp_path / "out", shard=Shard(9, 9))
+    assert not (tmp_path / "out").exists()

@@ -173,9 +173,10 @@ def tasks_of(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
 def _share(starts: Sequence[Start], shard: Shard | None) -> list[Start]:
     """Return the starts of the shard; all without one. Raises ConfigError for a shard without any."""
     wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
-    if not wanted:
+    if shard is not None and not wanted:
         raise ConfigError(
-            f"shard {shard}: there are only {len(starts)} episodes; split them into fewer shards"
+            f"--shard {shard.number}/{shard.count}: there are only {len(starts)} episodes; split them into "
+            "fewer shards"
         )
     return wanted
 
