@@ -207,3 +207,39 @@ def test_accelerate_launch_starts_them(card: Path, tmp_path: Path) -> None:
     assert again.startswith(facts["command"].partition("train")[0])
     run(tiny(card, train={"steps": 3}), tmp_path / "one")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+STARTED_BY_SLURM = """#!/bin/bash
+# As SLURM's srun: the same command on each machine, which has a number.
+shift
+for number in 0 1; do SLURM_NODEID=$number "$@" & started+=($!); done
+for one in "${started[@]}"; do wait "$one" || exit 1; done
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_starts_them(card: Path, tmp_path: Path) -> None:
+    """By the shipped script, with stand-ins for SLURM's two programs; torchrun is the real one."""
+    recipe = tiny(card, train={"steps": 3, "sharding": "full"})
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", STARTED_BY_SLURM), ("scontrol", "#!/bin/bash\necho localhost\necho other\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = {
+        "PATH": path, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "some[1-2]", "PROCESSES": "1",
+        "PORT": str(free_port()), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    script = REPOSITORY / "configs" / "accelerate" / "slurm.sh"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--resume"],
+        cwd=REPOSITORY, env=os.environ | surroundings, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["processes"] == 2 and facts["command"].startswith("torchrun --nnodes 2")
+    run(tiny(card, train={"steps": 3}), tmp_path / "one")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
