@@ -3,10 +3,13 @@
 import logging
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from vlafit import checkpoints
 from vlafit.nn.policy import Policy
+from vlafit.policies import build_family
 from vlafit.recipe import Recipe
 from vlafit.rollout.memory import free_bytes
 from vlafit.train.auto_batch import LARGEST, choose_rows, forecasts
@@ -36,6 +39,7 @@ OPEN = {
     "trained": "train.weights", "in_backward": "optim.in_backward",
 }  # fmt: skip
 """Fields of a rung that `train.memory` decides, and those of the recipe."""
+LARGE = 200 * 10**6  # bytes of weights
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,26 @@ def free_ram_gb(device: torch.device) -> float:
     return from_main(free_bytes() / processes / 1e9, device)
 
 
+def is_large(recipe: Recipe) -> bool:
+    """Whether the policy has so many weights that a forecast, which takes seconds, is worth it on a CPU."""
+    spec = recipe.policy
+    if not spec.checkpoint:
+        policy = build_family(spec.family, spec.size, spec.config, device="meta")
+        return sum(4 * p.numel() for p in policy.parameters()) > LARGE
+    path = checkpoints.place(spec.checkpoint).path
+    base = checkpoints.read_base(path) if path.is_dir() else None
+    if base is None:
+        return _bytes_at(path) > LARGE
+    below = path / base.checkpoint if base.checkpoint.startswith(".") else Path(base.checkpoint)
+    below = Path(spec.base) if spec.base else below
+    return not below.exists() or _bytes_at(below) > LARGE  # of the Hub, or missing: looked at later
+
+
+def _bytes_at(path: Path) -> int:
+    every = path.rglob("*") if path.is_dir() else [path]
+    return sum(one.stat().st_size for one in every if one.is_file())
+
+
 def fit(
     recipe: Recipe,
     policy: Policy,
@@ -91,7 +115,8 @@ def fit(
     strategy, workload = load_strategy(recipe.strategy), workload_of(closed, policy, data, processes)
     own, workload = _own(closed), replace(workload, on_cpu=on_cpu)
     of = forecaster(policy, strategy, workload)
-    where = f"train.memory = {recipe.train.memory!r}" if asked is not None else "the GPU"
+    own_memory = "the free RAM" if on_cpu else "the GPU"
+    where = f"train.memory = {recipe.train.memory!r}" if asked is not None else own_memory
     if asked is not None:
         free = _free(recipe)
         chosen = first_that_fits(rungs(workload, strategy, fixed=own, free=free), of, limit)

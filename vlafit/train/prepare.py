@@ -16,7 +16,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import checkpointer, data_files, extension, processes
 from vlafit.train.data import Data, open_data
 from vlafit.train.experiment import Experiment, build
-from vlafit.train.fit import close, device_gb, fit, free_ram_gb
+from vlafit.train.fit import close, device_gb, fit, free_ram_gb, is_large
 from vlafit.train.memory_ladder import IGNORE
 from vlafit.train.preflight import meta_policy, resumed_policy, run_warnings
 from vlafit.train.run_folder import flat
@@ -69,9 +69,11 @@ def settle_memory(
     Returns the data, too, where the forecast needed it.
     """
     gigabytes = device_gb(accelerator.device)
-    if recipe.train.batch_size == "auto" and gigabytes is None:
+    if recipe.train.memory == IGNORE:
+        return close(recipe), None
+    if gigabytes is None and (recipe.train.batch_size == "auto" or is_large(recipe)):
         gigabytes = free_ram_gb(accelerator.device)
-    if recipe.train.memory == IGNORE or (gigabytes is None and not recipe.train.memory):
+    if gigabytes is None and not recipe.train.memory:
         return close(recipe), None
     data = open_data(recipe.data, recipe.train.seed)
     policy = meta_policy(recipe, data) if resumed is None else resumed_policy(recipe, resumed)
