@@ -200,7 +200,7 @@ def require_fit(rung: Rung, candidates: Sequence[Rung], of: Forecaster, gigabyte
         )
     raise ConfigError(
         f"the run does not fit {where}: forecast {gb(need)}, room {gb(room_for(gigabytes))} of "
-        f"{gigabytes:g} GB; {remedy}. To start all the same: --train.memory {IGNORE}"
+        f"{gigabytes:.4g} GB; {remedy}. To start all the same: --train.memory {IGNORE}"
     )
 
 
