@@ -143,8 +143,10 @@ def _look(
 def _item(group: h5py.Group, name: object) -> object:
     try:
         return item_at(group, str(name))
-    except HDF5_ERRORS:  # a link that leads nowhere, or damage, which is named once it is to be read
-        return None
+    except HDF5_ERRORS:
+        if isinstance(group.get(str(name), getlink=True), h5py.HardLink):
+            raise  # damage
+        return None  # a link that leads nowhere
 
 
 def _pattern(names: Sequence[str]) -> str:
