@@ -201,7 +201,7 @@ def _pairs(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]:
         return
     if len(forms) != 1 or not all(isinstance(record.get(key), str) for key in forms[0]):
         have = ", ".join(sorted(map(str, record)))
-        raise DataError(f"{where}: has {have}; it should be such as {FORM}")
+        raise DataError(f"{where}: has {quoted(have)}; it should be such as {FORM}")
     prompt, answer = forms[0]
     yield record[prompt], record[answer]
 
