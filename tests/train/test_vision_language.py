@@ -14,6 +14,7 @@ from PIL import Image
 from tests.policies import reference
 from tests.policies.tiny import CLOSE
 from tests.train.world import assert_same, learned, metrics, tiny
+from vlafit import checkpoints
 from vlafit.agreement.values import read
 from vlafit.datasets.order import BLOCK
 from vlafit.datasets.vision_language import open_set
@@ -236,6 +237,9 @@ def test_a_run_logs_answers_apart_says_what_trains_what_and_resumes_exactly(
         assert 0 <= event["validation/vqa/token_accuracy"] <= 1 and "validation/action_error" in event
         assert not {"validation/vqa/action_error", "validation/vqa/loss_error"} & set(event)
     last = out / "checkpoints" / "step_000004"
+    learned_from = {one.card: one for one in checkpoints.read_lineage(last).datasets}
+    assert (learned_from["vqa"].episodes, learned_from["vqa"].frames) == (0, 8)
+    assert "vqa: 8 questions about images" in (last / "README.md").read_text()
     agreement = read(last)
     assert agreement is not None
     (item,) = (item for item in agreement.items if item.name == "vision-language vqa")

@@ -27,7 +27,9 @@ class Learned:
     sha256: str
     """Of its states, actions, instructions and split; the pictures are not in it."""
     episodes: int
+    """0: they are questions about images, not demonstrations."""
     frames: int
+    """Or questions."""
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ def _rows(
         yield "strategy", f"`{recipe['strategy']}`"
     for learned in history.datasets:
         size = f"{learned.episodes} episodes, {learned.frames} frames"
+        if not learned.episodes:
+            size = f"{learned.frames} questions about images"
         yield "learned from", f"{learned.card}: {size} (sha256 {learned.sha256[:12]})"
     if history.made:
         yield "afterwards", history.made

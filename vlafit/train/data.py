@@ -133,7 +133,7 @@ class Data:
 
     @cached_property
     def learned(self) -> tuple[checkpoints.Learned, ...]:
-        """Name, hash and size of each dataset that is trained on; see `episodes_hash`."""
+        """Name, hash and size of each dataset that is trained on; questions about images have no episodes."""
         return tuple(
             checkpoints.Learned(
                 card=store.card.name,
@@ -142,6 +142,9 @@ class Data:
                 frames=sum(store.episodes[store.index(i)].length for i in training),
             )
             for store, training, validation in zip(self.stores, self.training, self.validation, strict=True)
+        ) + tuple(
+            checkpoints.Learned(one.name, one.sha256, episodes=0, frames=len(one.training))
+            for one in self.vision_language
         )
 
     @cached_property
@@ -158,7 +161,6 @@ class Data:
     def fingerprint(self) -> str:
         """Hash of all datasets together."""
         datasets = [[dataset.card, dataset.sha256] for dataset in self.learned]
-        datasets += [[one.name, one.sha256] for one in self.vision_language]
         return hashlib.sha256(json.dumps(datasets).encode()).hexdigest()
 
 
