@@ -241,6 +241,28 @@ def test_settings_of_nvidias_config_that_vlafit_does_not_compute_are_named(
     assert fact in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vision_config", "depth", [3]),
+        ("vision_config", "num_heads", "2"),
+        ("vision_config", "deepstack_visual_indexes", [1, None]),
+        ("vision_config", "num_position_embeddings", -36),
+        ("text_config", "hidden_size", True),
+    ],
+)
+def test_sizes_of_the_backbone_that_are_no_numbers_are_named(
+    section: str, key: str, value: object, tmp_path: Path
+):
+    save(write_nvidia_groot(tmp_path), tmp_path)
+    path = tmp_path / "tiny_backbone" / "config.json"
+    values = json.loads(path.read_text())
+    values[section][key] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match=rf"{key} is .*whole number"):
+        checkpoints.load(tmp_path, tokenizer=TOKENIZER)
+
+
 def test_the_row_of_an_embodiment_comes_from_the_processors_and_an_unknown_tag_is_noted(folder: Path):
     edit_step(folder / "policy_preprocessor.json", "groot_n1_7_pack_inputs_v1", embodiment_tag="libero_sim")
     policy = checkpoints.inspect(folder, config=GROOT_CHAT).policy

@@ -235,6 +235,36 @@ def test_steps_that_are_not_repeated_are_refused_by_name(case: str, folder: Path
         vlafit.load_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda v: v.update(input_features=0.5), "input_features is 0.5"),
+        (
+            "config.json",
+            lambda v: v["input_features"]["observation.images.image"].update(shape=[3, 64, float("inf")]),
+            "64xinf",
+        ),
+        (
+            "policy_preprocessor.json",
+            lambda v: step_of(v, "rename_observations_processor").update(rename_map=0.5),
+            "rename_map is 0.5",
+        ),
+        (
+            "policy_postprocessor.json",
+            lambda v: step_of(v, "unnormalizer_processor")["norm_map"].update(ACTION={"a": 1}),
+            "ACTION is normalised by {'a': 1}",
+        ),
+    ],
+)
+def test_settings_of_another_type_are_named(
+    file: str, change: Callable[[dict[str, Any]], object], message: str, folder: Path
+):
+    edit(folder / file, change)
+    with pytest.raises(WeightsError, match=message):
+        checkpoints.declaration(folder)
+        vlafit.load_checkpoint(folder)
+
+
 def test_without_its_tokenizer_the_folder_says_which_and_takes_the_callers(folder: Path):
     shutil.rmtree(folder / "tokenizer")
     assert checkpoints.wants_tokenizer(folder)

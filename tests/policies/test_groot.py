@@ -300,7 +300,7 @@ def test_the_state_is_dropped_in_training_only():
         ({"vision.deepstack": [2]}, r"deepstack.*2"),
         ({"vision.deepstack": [0, 1]}, "language.depth 2"),
         ({"language.sections": [1, 1, 1]}, "language.head_dim is 8; language.sections .*at most 6"),
-        ({"embodiment_rows": [3]}, r"embodiment_rows \(3,\).*3"),
+        ({"embodiment_rows": [3]}, r"embodiment_rows \[3\] must be different rows from 0 to 2"),
         ({"embodiment_rows": [1, 1]}, "embodiment_rows"),
         ({"chunk": 7}, "chunk is 7; at most 6"),
         ({"chat.image_end": 300}, "chat.image_end is 300; at most 299"),

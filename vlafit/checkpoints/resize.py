@@ -16,6 +16,7 @@ from vlafit.policies._common import select
 
 EMBODIMENT = "embodiment:"
 """In `fresh`, before the number of an embodiment."""
+SHOWN = 8  # names of tensors in an error
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def _resize(opened: OpenedCheckpoint, options: LoadOptions) -> Sized:
             "matrix. Draw them anew: resize='fresh'"
         )
     if options.resize == "refuse" and not set(resized) <= drawn:
+        more = f" and {len(resized) - SHOWN} more" if len(resized) > SHOWN else ""
         raise WeightsError(
             f"{opened.path}: {', '.join(changed)} in config is not the checkpoint's, and changes"
-            f" {', '.join(resized)}. Say what becomes of them: resize='keep' (what both widths have stays,"
-            " the rest begins with zeros) or resize='fresh'"
+            f" {', '.join([*resized][:SHOWN])}{more}. Say what becomes of them: resize='keep' (what both"
+            " widths have stays, the rest begins with zeros) or resize='fresh'"
         )
     for name, shape in resized.items():
         pair = f"{tuple(shape)} to {tuple(new[name])}"

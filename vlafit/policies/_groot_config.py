@@ -129,6 +129,7 @@ def require_fitting(config: Any) -> None:
         (
             len({*config.embodiment_rows}) == len(config.embodiment_rows) > 0
             and all(0 <= row < config.embodiments for row in config.embodiment_rows),
-            f"embodiment_rows {config.embodiment_rows} must name different rows of {config.embodiments}",
+            f"embodiment_rows {list(config.embodiment_rows)} must be different rows from 0 to "
+            f"{config.embodiments - 1}, at least one",
         ),
     )

@@ -175,7 +175,7 @@ def find_folder(folder: Path, name: str) -> Path | None:
     By its last word: exports name it by an absolute path, and may have moved.
     """
     word = Path(name).name
-    if word in ("", ".", ".."):
+    if word in ("", ".", "..") or "\0" in word:
         return None
     inside = [folder / word, folder.parent / word]
     return next((place for place in inside if (place / "config.json").is_file() and place != folder), None)
@@ -225,12 +225,20 @@ def _backbone_sizes(
     base = rope.get("rope_theta", text.get("rope_theta"))
     if not isinstance(base, int | float) or isinstance(base, bool):
         raise WeightsError(f"{file}: text_config: rope_theta is {base!r}, which is no number")
+    heads = _whole(vision["num_heads"], file, "vision_config.num_heads")
+    layers, sections = (
+        [_whole(one, file, key, least=0) for one in table[key.rpartition(".")[2]]]
+        for table, key in (
+            (vision, "vision_config.deepstack_visual_indexes"),
+            (rope, "text_config.rope_parameters.mrope_section"),
+        )
+    )
     more = {
-        "vision": {"heads": vision["num_heads"], "deepstack": list(vision["deepstack_visual_indexes"])},
-        "language": {"sections": list(rope["mrope_section"]), "rope_base": float(base)},
+        "vision": {"heads": heads, "deepstack": layers},
+        "language": {"sections": sections, "rope_base": float(base)},
     }
     stated = [
-        Stated(f"{part}.{field}", section[key], f"{where} ({name}.{key})")
+        Stated(f"{part}.{field}", _whole(section[key], file, f"{name}.{key}"), f"{where} ({name}.{key})")
         for part, name, section, keys in (
             ("vision", "vision_config", vision, _VISION),
             ("language", "text_config", text, _TEXT),
@@ -238,11 +246,17 @@ def _backbone_sizes(
         for key, field in keys.items()
         if key in section
     ]
-    places = vision["num_position_embeddings"]
+    places = _whole(vision["num_position_embeddings"], file, "vision_config.num_position_embeddings")
     stated.append(
         Stated("vision.side", math.isqrt(places), f"{where} (vision_config.num_position_embeddings)")
     )
     return more, stated
+
+
+def _whole(value: object, file: Path, key: str, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise WeightsError(f"{file}: {key} is {value!r}; it must be a whole number from {least}")
+    return value
 
 
 def _public(source: str) -> tuple[dict[str, Any], list[Stated]]:

@@ -85,6 +85,8 @@ def modality(modalities: Any, name: str, where: str) -> Modality:
     if not isinstance(deltas, list) or any(type(one) is not int for one in deltas):
         raise WeightsError(f"{here}.delta_indices are {deltas!r}; they must be whole numbers")
     actions = values.get("action_configs") or ()
+    if not isinstance(actions, Sequence) or isinstance(actions, str):
+        raise WeightsError(f"{here}.action_configs is {actions!r}; it must be a list of tables, or null")
     if actions and (len(actions) != len(keys) or not all(isinstance(one, Mapping) for one in actions)):
         raise WeightsError(f"{here}.action_configs must be a table for each of {', '.join(keys)}")
     sincos, mean_std = (_names(values, f"{one}_embedding_keys", here) for one in ("sin_cos", "mean_std"))

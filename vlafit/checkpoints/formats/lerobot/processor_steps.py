@@ -226,7 +226,9 @@ def require_repeated(steps: Sequence[Step], lerobot: LeRobotConfig) -> None:
 
 def require_kinds(features: Any, where: str) -> None:
     """Raise WeightsError for a feature of a kind that no policy here takes, such as environment_state."""
-    for name, feature in dict(features or {}).items():
+    if features is not None and not isinstance(features, Mapping):
+        raise WeightsError(f"{where} is {features!r}, and must be a table of features")
+    for name, feature in (features or {}).items():
         kind = feature.get("type") if isinstance(feature, Mapping) else None
         if kind not in ("VISUAL", "STATE", "ACTION"):
             raise WeightsError(f"{where}: {name} is of type {kind!r}, which no policy here takes")

@@ -220,14 +220,22 @@ def _prompt(steps: Sequence[Step]) -> Prompt:
     return "line" if names & set(NEWLINES) else "text"
 
 
+def _old_names(steps: Sequence[Step]) -> dict[str, str]:
+    """Return new name -> old name of the features that the steps rename."""
+    renamed: dict[str, str] = {}
+    for step in steps:
+        if step.name != "rename_observations_processor":
+            continue
+        names = step.config.get("rename_map", {})
+        if not isinstance(names, Mapping) or not all(isinstance(new, str) for new in names.values()):
+            raise WeightsError(f"{step.where}: rename_map is {names!r}; it must be a table of names")
+        renamed |= {new: old for old, new in names.items()}
+    return renamed
+
+
 def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, ...], Embodiment]:
     """Return the camera slots, and what config.json tells of the robot; no rate and no control mode."""
-    renamed = {
-        new: old
-        for step in steps
-        if step.name == "rename_observations_processor"
-        for old, new in dict(step.config.get("rename_map", {})).items()
-    }
+    renamed = _old_names(steps)
     slots: list[str] = []
     cameras: list[Feature] = []
     require_kinds(lerobot.values.get("input_features"), f"{lerobot.path}: input_features")
@@ -270,7 +278,7 @@ def _features(lerobot: LeRobotConfig, key: str) -> dict[str, tuple[str, tuple[in
             name: (str(one["type"]), tuple(int(side) for side in one["shape"]))
             for name, one in listed.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise WeightsError(
             f"{lerobot.path}: {key} is not what LeRobot writes there ({brief(error)})"
         ) from error
@@ -294,7 +302,7 @@ def normalisation(modes: Mapping[str, Any], kind: str, where: str) -> Normalisat
             "set by mistake"
         )
     mode = modes.get(kind, "IDENTITY")
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise WeightsError(
             f"{where}: {kind} is normalised by {mode}; supported are {', '.join(MODES)}. To train on, "
             "write MEAN_STD in a copy of the processors and config.json, and fit new statistics: "
