@@ -311,3 +311,73 @@ def test_the_state_is_dropped_in_training_only():
 def test_sizes_that_do_not_go_together_are_named(changes: dict[str, object], facts: str):
     with pytest.raises(ConfigError, match=facts):
         override(TINY, changes, "test")
+
+
+INSIDE = {  # recorded name -> our module
+    "vision_patch_embed": "vision.patch_embedding",
+    "vision_last_block": "vision.layers.3",
+    "vision_merged": "projector",
+    "deepstack0": "deepstack.layers.0",
+    "deepstack1": "deepstack.layers.1",
+    "state_features": "state_encoder",
+    "action_encoder": "action_encoder",
+    "time_embedding": "time_encoder",
+    **{f"dit_block{number}": f"expert.layers.{number}" for number in range(6)},
+    "dit_out": "expert",
+}
+OF_TOKENS = {"token_embeds": "language.embed_tokens", "lm_layer0_before_deepstack": "language.layers.0",
+             "vlln": "memory_norm"}  # fmt: skip
+
+
+def test_what_every_layer_computes_is_what_lerobot_recorded():
+    policy, batch = recorded()[0], recorded_batch()
+    found: dict[str, Tensor] = {}
+    names_ = {*INSIDE.values(), *OF_TOKENS.values()}
+    hooks = [
+        policy.get_submodule(name).register_forward_hook(
+            lambda module, inputs, out, name=name: found.setdefault(
+                name, (out[0] if isinstance(out, tuple) else out).detach()
+            )
+        )
+        for name in names_
+    ]
+    velocity = policy.velocity(batch, IO["raw.noise"], TIME)
+    for hook in hooks:
+        hook.remove()
+    inside = load_file(FIXTURE / "intermediate.safetensors") | {"out.dit_out": IO["out.dit_out"]}
+    for theirs, ours in INSIDE.items():
+        wanted = inside[f"out.{theirs}"]
+        torch.testing.assert_close(
+            found[ours].reshape(wanted.shape), wanted, rtol=0.0, atol=BOUND, msg=theirs
+        )
+    valid = IO["core.attention_mask"].bool()
+    tokens, mask = batch.prompt()
+    text = ~policy.turn.is_image(tokens, 2)
+    real = policy.turn.mask(batch.image_mask, mask)
+    for theirs, ours in OF_TOKENS.items():
+        mine, wanted = found[ours][real], inside[f"out.{theirs}"][valid]
+        if theirs == "token_embeds":  # the words; images take the others' places after it
+            words = text.expand(len(real), -1)[real]
+            mine, wanted = mine[words], wanted[words]
+        torch.testing.assert_close(mine, wanted, rtol=0.0, atol=BOUND, msg=theirs)
+    x_t = (1 - IO["out.time"])[:, None, None] * IO["raw.noise"] + IO["out.time"][:, None, None] * IO[
+        "core.action"
+    ]
+    torch.testing.assert_close(x_t, IO["out.x_t"], rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(IO["core.action"] - IO["raw.noise"], IO["out.u"], rtol=0.0, atol=1e-6)
+    losses = (-velocity - IO["out.u"]) ** 2 * IO["core.action_mask"]
+    torch.testing.assert_close(losses, inside["out.losses_unreduced"], rtol=1e-5, atol=BOUND)
+    assert torch.equal((IO["out.time"].double() * 1000 + groot.ROUNDING).long(), IO["out.time_bucket"].long())
+
+
+def test_gradients_of_a_table_and_a_norm_are_those_that_lerobot_recorded():
+    policy, batch = copy.deepcopy(recorded()[0]), recorded_batch()
+    policy.flow_loss(batch, IO["raw.noise"], TIME)["loss"].backward()
+    inside = load_file(FIXTURE / "intermediate.safetensors")
+    table = inside["grad.action_head.state_encoder.layer1.W"]  # [embodiments, in, out]
+    norm, layer = policy.memory_norm.weight.grad, policy.state_encoder.first.layers[10].weight.grad
+    assert norm is not None and layer is not None
+    for mine, wanted in ((norm, inside["grad.action_head.vlln.weight"]), (layer.T, table[10])):
+        atol = 1e-4 * float(wanted.abs().max())  # of the largest, as of norms
+        torch.testing.assert_close(mine, wanted, rtol=0.0, atol=atol)
+    assert not table[[row for row in range(32) if row != 10]].any()

@@ -150,6 +150,47 @@ def test_features_predictions_and_samples_are_those_that_lerobot_recorded(policy
     torch.testing.assert_close(actions, io["out.predict_action_chunk"], **CLOSE)
 
 
+INSIDE = {  # recorded name -> our module
+    "vision_conv0": "vision.convs.0",
+    "vision_stage0": "vision.blocks.0.0",
+    "vision_stage1": "vision.blocks.1.0",
+    "vision_stage2": "vision.blocks.2.1",
+    "vision_stage3": "vision",
+    "lm_embed_ln": "language.layernorm_embedding",
+    "vlm_features": "language",
+    "vlm_proj": "expert.vlm_proj",
+    "aux_proj": "expert.aux_visual_proj",
+    "action_tokens": "action_encoder",
+    "block0": "expert.blocks.0",
+    "last_block": "expert.blocks.1",
+}
+
+
+def test_what_every_layer_computes_is_what_lerobot_recorded(policy: Wide, io):
+    batch, inside = recorded(io), io | load_file(FIXTURE / "intermediate.safetensors")
+    found: dict[str, Tensor] = {}
+    hooks = [
+        policy.get_submodule(name).register_forward_hook(
+            lambda module, inputs, out, name=name: found.setdefault(name, out)
+        )
+        for name in INSIDE.values()
+    ]
+    time = io["out.time"][:, None]
+    noisy = xvla.interpolate(io["raw.action"][:, None], io["raw.noise"][:, None], time)
+    with torch.no_grad():
+        policy.predict(policy.encode(batch), batch.state, noisy, time)
+        rest = policy._views(batch)[:, 1:].flatten(1, 2)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(noisy[:, 0], io["out.x_t"], rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(rest, inside["out.aux_visual_inputs"], **CLOSE)
+    for theirs, ours in INSIDE.items():
+        wanted = inside[f"out.{theirs}"]
+        torch.testing.assert_close(found[ours].reshape(wanted.shape), wanted, **CLOSE, msg=theirs)
+    begin = (io["raw.rand1"] + torch.arange(2) / 2) % xvla.TIME_BELOW  # LeRobot's one draw for the batch
+    torch.testing.assert_close(begin, io["out.time"], rtol=0.0, atol=1e-6)
+
+
 def test_padding_counts_without_a_mask_and_a_camera_that_lacks_is_a_view_of_zeros(policy: Wide, io):
     batch = recorded(io)
     assert loss_of(policy, batch, io)[0].item() == pytest.approx(io["padded.loss"].item(), **LOSS)
