@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlafit import checkpoints, config, files, shipped
+from vlafit import checkpoints, config, files, score, shipped
+from vlafit.compare import arm_record, stored
+from vlafit.compare.judge import judge
 from vlafit.recipe import Recipe
 from vlafit.rollout import load_protocol
 from vlafit.rollout.protocol import require_unseen
@@ -111,3 +113,25 @@ def test_the_published_ablation_is_what_its_results_say() -> None:
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("recipe.toml")), ids=lambda path: path.parent.name)
 def test_a_published_recipe_can_be_run_again(path: Path) -> None:
     check(config.read(Recipe, path, "recipe"), processes=1)
+
+
+@pytest.mark.parametrize("name", ["compare", "compare-fresh-expert", "compare-untrained"])
+def test_a_published_comparison_is_what_its_episodes_say(name: str) -> None:
+    folder = RESULTS / name
+    comparison = stored.read(folder)
+    counted = 0
+    for record in comparison.records:
+        figures = record.figures
+        for path in sorted((folder / "arms" / record.name).glob("episodes_*.jsonl")):
+            evaluation = path.stem.removeprefix("episodes_")
+            rows = files.read_json_lines(path)
+            assert figures is not None
+            scores = figures.success[evaluation]
+            assert score.by_task(tuple(scores), ((row["task"], row["success"]) for row in rows)) == scores
+            listed = arm_record.outcomes_of((row["task"], row["seed"], row["success"]) for row in rows)
+            assert figures.outcomes.get(evaluation, listed) == listed
+            counted += len(rows)
+    assert counted > 0
+    verdict, written = judge(comparison.standings), facts(folder / "compare.json")["verdict"]
+    assert [list(pair) for pair in verdict.better] == written["better"]
+    assert (verdict.recommended, verdict.sentence) == (written["recommended"], written["sentence"])

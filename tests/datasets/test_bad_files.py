@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.datasets import lerobot_files
 from tests.datasets.layouts import (
     TASKS,
     card,
@@ -309,3 +310,31 @@ def test_a_damaged_header_is_refused_by_file_and_key(file: Path) -> None:
     with pytest.raises(DataError, match=r"maxdim") as caught:
         libero.describe(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.case(
+    section="data",
+    report="`did you mean` a state, where a camera is missing",
+    user_has="a camera's key that is nearest to the name of a state, or a state's to a camera's",
+    now="a camera's key is answered with cameras, a column's with columns",
+)
+@pytest.mark.parametrize("layout", ["hdf5", "lerobot"])
+def test_a_missing_camera_never_suggests_a_state_nor_a_state_a_camera(
+    file: Path, tmp_path: Path, layout: str
+) -> None:
+    if layout == "hdf5":
+        whole, camera, column, state, picture = card(file), "obs/ee_po", "obs/agentview_rg", "ee_pos", "rgb"
+    else:
+        whole = lerobot_files.write(tmp_path / "dataset", demos(2), "v2.1")
+        camera, column, state, picture = "observation.stat", "observation.images.fron", "state'", "images"
+    robot = whole.robot
+    wrong = replace(robot, cameras=(replace(robot.cameras[0], key=camera), *robot.cameras[1:]))
+    with pytest.raises(DataError, match=f"'{camera}'") as caught:
+        open_dataset(replace(whole, robot=wrong))
+    _, hint = str(caught.value).split(f"'{camera}'")
+    assert state not in hint and picture in hint
+    wrong = replace(robot, action=replace(robot.action, keys=(column,)))
+    with pytest.raises(DataError, match=f"'{column}'") as caught:
+        open_dataset(replace(whole, robot=wrong))
+    _, hint = str(caught.value).split(f"'{column}'")
+    assert picture not in hint and state.strip("'") in hint

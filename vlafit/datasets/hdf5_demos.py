@@ -208,7 +208,7 @@ def read_episode(
     def parts(column: ColumnCard, name: str) -> list[NDArray]:
         made = []
         for key in column.keys:
-            dataset = find(group, parse_key(key, where).path, where)
+            dataset = find(group, parse_key(key, where).path, where, lambda item: not is_frames(item))
             sources.update(require_readable(dataset, roots, f"{where}: {key}"))
             made.append(part(_read(dataset, key, where), key, column, name, where))
             lengths[key] = len(made[-1])
@@ -217,7 +217,7 @@ def read_episode(
     states, actions = parts(robot.state, "state"), parts(robot.action, "action")
     frames = []
     for camera in robot.cameras:
-        dataset = find(group, camera.key, where)
+        dataset = find(group, camera.key, where, is_frames)
         files = require_readable(dataset, roots, f"{where}: {camera.key}")
         sources.update(files)
         place = _frames(dataset, camera, where)
@@ -292,6 +292,11 @@ def _frames(dataset: h5py.Dataset, camera: CameraCard, where: str) -> Frames:
             f"{where}: {key} has frames {dataset.shape[1:]}, the card says {shape} for camera {camera.name!r}"
         )
     return Frames(file, str(dataset.name), contiguous_offset(dataset))
+
+
+def is_frames(dataset: h5py.Dataset) -> bool:
+    """Whether a dataset has the form of a camera's frames."""
+    return (dataset.ndim == 4 and dataset.dtype == np.uint8) or is_encoded(dataset)
 
 
 def is_encoded(dataset: h5py.Dataset) -> bool:

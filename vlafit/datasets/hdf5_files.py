@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,10 @@ def own_values(group: h5py.Group, key: str, where: str) -> Any:
     return dataset[()]
 
 
-def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
-    """Return the dataset at `key`. Raises DataError naming the nearest if there is none."""
+def find(
+    group: h5py.Group, key: str, where: str, fits: Callable[[h5py.Dataset], bool] = lambda _: True
+) -> h5py.Dataset:
+    """Return the dataset at `key`. Raises DataError, naming the nearest that `fits`, if there is none."""
     try:
         dataset = item_at(group, key)
     except HDF5_ERRORS as error:
@@ -153,7 +155,8 @@ def find(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
     link = group.get(key, getlink=True) if key in group.keys() else None  # noqa: SIM118
     if isinstance(link, h5py.ExternalLink):
         raise DataError(f"{where}: {key} is a link to {link.filename}:{link.path}, which is not there")
-    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, datasets_below(group))}")
+    near = [name for name, dataset in datasets_below(group).items() if fits(dataset)]
+    raise DataError(f"{where}: no dataset {key!r}{did_you_mean(key, near)}")
 
 
 def datasets_below(group: h5py.Group) -> dict[str, h5py.Dataset]:

@@ -72,10 +72,14 @@ class Meta:
             )
         return self.tasks[number]
 
-    def feature(self, key: str, where: str) -> Mapping[str, Any]:
-        """Return a feature of info.json. Raises DataError naming the nearest if there is none."""
+    def feature(self, key: str, where: str, frames: bool = False) -> Mapping[str, Any]:
+        """Return a feature of info.json.
+
+        Raises DataError naming the nearest of its kind, with `frames` a camera's, if there is none.
+        """
         if key not in self.features:
-            raise DataError(f"{self.root}: {where}: no feature {key!r}{did_you_mean(key, self.features)}")
+            near = [n for n, f in self.features.items() if (f.get("dtype") in ("image", "video")) == frames]
+            raise DataError(f"{self.root}: {where}: no feature {key!r}{did_you_mean(key, near)}")
         return self.features[key]
 
 

@@ -25,7 +25,7 @@ def require_features(robot: RobotCard, meta: Meta) -> None:
             )
         _require_order(name, column, meta)
     for camera in robot.cameras:
-        feature = meta.feature(camera.key, f"camera {camera.name!r}")
+        feature = meta.feature(camera.key, f"camera {camera.name!r}", frames=True)
         if feature.get("dtype") not in ("image", "video") or is_depth(feature):
             raise DataError(
                 f"{meta.root}: camera {camera.name!r}: {camera.key} is "
