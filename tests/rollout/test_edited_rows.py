@@ -39,6 +39,8 @@ EDITS: list[tuple[dict[str, Any], str]] = [
     ({"wall_s": -3.0}, "wall_s is -3.0"),
     ({"wall_s": float("nan")}, "wall_s"),
     ({"action_change": -0.5}, "action_change is -0.5"),
+    ({"seed": 101.0}, "seed: expected a whole number, got 101.0"),
+    ({"success": 1}, "success: expected true or false, got 1"),
 ]
 
 
@@ -93,7 +95,7 @@ def test_an_edited_row_is_refused_and_names_line_and_both_values(
     out = Path(shutil.copytree(played / "whole", tmp_path / "whole"))
     file = edit(out, ROW, change)
     before = contents(out)
-    message = f"{file}, line 2: .*{message}"
+    message = f"{file}, line 2: .*{message}.*put the line back as it was, or remove it"
     for read in (
         lambda: evaluate(Obedient(), make(trials=2), out, workers=1, videos=0),
         lambda: evaluate(Obedient(), make(trials=2), out, workers=1, videos=0, retry_errors=True),

@@ -18,6 +18,8 @@ from vlafit.rollout.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
+REMEDY = "put the line back as it was, or remove it, and play the episode again with --resume"
+
 Start = tuple[str, int]
 """Task and seed."""
 
@@ -169,7 +171,10 @@ def listed_records(path: Path) -> Iterator[Record]:
     Raises ConfigError for a line that is no record.
     """
     for number, line in enumerate(files.read_json_lines(path), start=1):
-        record = build(Record, line, f"{path}, line {number}")
+        try:
+            record = build(Record, line, f"{path}, line {number}")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {REMEDY}") from error
         if (record.success is None) != (record.error is not None):
             log.warning(
                 "%s, line %d: task %s, seed %d: success is %s and error %s; counted as an environment error",
@@ -192,10 +197,7 @@ def read_records(path: Path, plan: EpisodePlan | None) -> list[Record]:
     for number, record in enumerate(records, start=1):
         place = f"{path}, line {number}: task {record.task}, seed {record.seed}"
         if fault := (plan.fault(record) if plan else "") or _impossible(record):
-            raise ConfigError(
-                f"{place}: {fault}; put the line back as it was, or remove it, and play the episode "
-                "again with --resume"
-            )
+            raise ConfigError(f"{place}: {fault}; {REMEDY}")
         earlier = ended.get((record.task, record.seed), record)
         if (earlier.success, earlier.steps) != (record.success, record.steps) and earlier.error is None:
             raise ConfigError(
