@@ -4,14 +4,17 @@ from typing import Literal
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.variants import variants
 from vlafit.nn.batch import Batch
 from vlafit.nn.compiled import compile_blocks, text_multiple
 from vlafit.nn.policy import Policy
+from vlafit.nn.random_batch import random_batch
 from vlafit.nn.recompute import recompute_blocks
 from vlafit.nn.rng import sample_rng
-from vlafit.policies import build_family
+from vlafit.policies import build_family, families, family
+from vlafit.tuning import apply_strategy
 
 ROUNDINGS = 2**10  # that may add up in a loss or gradient of this policy
 
@@ -74,3 +77,24 @@ def test_a_policy_in_evaluation_mode_runs_its_blocks_uncompiled() -> None:
 def test_prompts_come_in_four_lengths_at_most(tokens: int, multiple: int) -> None:
     assert text_multiple(tokens) == multiple
     assert -(-tokens // multiple) <= 4
+
+
+SIZES = {size: name for name in families() for size in family(name).SIZES if size.endswith("-tiny")}
+
+
+@pytest.mark.parametrize("precision", variants(["fp32", "bf16"], always=["bf16"]))
+@pytest.mark.parametrize("strategy", variants(["full", "lora"], always=["full"]))
+@pytest.mark.parametrize("size", variants(SIZES, always=["pi0-tiny", "smolvla-tiny"]))
+def test_no_block_breaks_into_several_graphs(size: str, strategy: str, precision: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    policy = build_family(SIZES[size], size, {}, device="cpu")
+    if strategy == "lora":
+        if size == "act-tiny":
+            pytest.skip("ACT has no language model")
+        apply_strategy(policy, "lora")
+    compile_blocks(policy, only_training=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        policy.train()(random_batch(policy.needs(), rows=2), sample_rng([(0, 0), (0, 1)], seed=0))
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] > 0
