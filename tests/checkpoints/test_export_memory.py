@@ -20,7 +20,7 @@ from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.interpolate import interpolate
 from vlafit.nn.deferred import Deferred
 from vlafit.policies import override
-from vlafit.policies.pi0 import SIZES
+from vlafit.policies.pi0 import SIZES, Pi0
 
 MMAP_THRESHOLD = -3  # of mallopt
 
@@ -31,6 +31,7 @@ def test_an_export_measures_and_writes_what_one_with_all_weights_in_memory_does(
     checkpoints.keep_in(narrow, "bfloat16")
     vlafit.save_checkpoint(narrow, tmp_path / "base")
     policy = vlafit.load_policy(tmp_path / "base")
+    assert isinstance(policy, Pi0)
     plan = vlafit.apply_strategy(policy, rules(name))
     train(policy)
     vlafit.save_checkpoint(policy, tmp_path / "c", plan=plan, base=tmp_path / "base")
@@ -51,6 +52,7 @@ def test_an_export_measures_and_writes_what_one_with_all_weights_in_memory_does(
 def test_interpolated_weights_are_those_of_policies_in_memory(tmp_path: Path):
     vlafit.save_checkpoint(make_policy(), tmp_path / "base")
     policy = vlafit.load_policy(tmp_path / "base")
+    assert isinstance(policy, Pi0)
     train(policy)
     vlafit.save_checkpoint(policy, tmp_path / "c")
     shares = {"expert": 0.25, "vision": 0.0}

@@ -143,9 +143,8 @@ class Ema:
             wide = [name for name in names if self._live[name].dtype is torch.float32]
             if wide:  # few launches for all of them
                 lives = [self._live[name].detach() for name in wide]
-                torch._foreach_lerp_(  # type: ignore[attr-defined]
-                    [self.average[name] for name in wide], lives, 1 - decay
-                )
+                averages = [self.average[name] for name in wide]
+                torch._foreach_lerp_(averages, lives, 1 - decay)  # type: ignore[attr-defined]
             for name in names:
                 if self._live[name].dtype is not torch.float32:  # one at a time, because each is copied
                     self.average[name].lerp_(self._live[name].detach().float(), 1 - decay)
