@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import vlafit
 from tests.checkpoints.forms import GROOT
 from tests.checkpoints.test_export import codec_for, unpublished
 from tests.policies.tiny import random_policy
+from tests.report.synthetic import write_evaluation, write_json
 from vlafit import checkpoints, locks
 from vlafit.checkpoints import model_card
 from vlafit.checkpoints.export import export, write
@@ -29,6 +31,7 @@ from vlafit.codec.statistics import Normalisation
 from vlafit.errors import VlafitError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family
+from vlafit.report.card_results import results_of
 
 RECIPE = """
 name = "mine"
@@ -49,10 +52,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.save(policy, saved, codec_for(policy), recipe=RECIPE, history=HISTORY)
     (folder / "recipe.toml").write_text(RECIPE)
     actor = f"checkpoint sha256:{digest(saved)} width=16"
-    rollouts = {
-        "actor": actor, "wrong_instruction": False, "protocol": {"name": "cups-in-simulation"},
-        "overall": {"successes": 47, "episodes": 50, "rate": 0.94, "low": 0.838, "high": 0.979},
-    }  # fmt: skip
     mean = {"value": 0.25, "low": 0.2, "high": 0.3}
     offline = {
         "actor": actor, "kind": "offline", "dataset": "cups", "episodes": ["a", "b"],
@@ -60,11 +59,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "measured_over": "16 observations of 2 episodes, 4 draws of noise each (seeds 0 to 3)",
         "overall": {"policy": mean, "hold_still": None, "mean_chunk": mean | {"value": 0.5}},
     }  # fmt: skip
-    other = rollouts | {"actor": "checkpoint sha256:of-another", "protocol": {"name": "unrelated"}}
-    for path, value in (("eval/after", rollouts), ("eval/before", other), ("held_out/cups", offline)):
-        (folder / path).mkdir(parents=True)
-        (folder / path / "result.json").write_text(json.dumps(value))
+    for name, (successes, of) in {"after": (4, actor), "before": (3, "checkpoint sha256:other")}.items():
+        write_evaluation(folder, name, (successes, successes), 5, filmed=0)
+        set_values(folder / "eval" / name / "result.json", lambda value, of=of: value.update(actor=of))
+    (folder / "held_out" / "cups").mkdir(parents=True)
+    write_json(folder / "held_out" / "cups" / "result.json", {**offline, "format": 1})
     return folder
+
+
+def set_values(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the values of a JSON file."""
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
 
 
 def test_a_checkpoint_says_base_licence_data_strategy_robot_and_how_to_load_it(run: Path) -> None:
@@ -183,22 +190,41 @@ def test_results_of_this_very_checkpoint_come_into_its_card_and_into_its_exports
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     saved = copy / "checkpoints" / "step_000010"
     before = digest(saved)
-    model_card.refresh(saved)
+    model_card.refresh(saved, results_of(saved))
     assert digest(saved) == before
     checkpoints.load(saved)  # the card is not in the manifest, so that it may be edited
-    made = export(saved, "lerobot", tmp_path / "out")
+    made = export(saved, "lerobot", tmp_path / "out", results=results_of(saved))
     assert "README.md" in made.files
     for folder in (saved, tmp_path / "out"):
         text = (folder / "README.md").read_text()
-        assert "protocol cups-in-simulation: 47 of 50 succeed, 94 % (95 %: 84 to 98 %)" in text
+        assert "protocol metaworld-faucet: 8 of 10 succeed, 80 % (95 %: 49 to 94 %)" in text
         assert "Measured over 16 observations of 2 episodes, 4 draws of noise each (seeds 0 to 3)." in text
         assert "Held out from training" in text and "`--samples 16 --draws 4`" in text
         assert "cups, mean absolute error" in text and "policy 0.250 (95 %: 0.200 to 0.300)" in text
-        assert "mean chunk 0.500" in text and "hold still" not in text and "unrelated" not in text
+        assert "mean chunk 0.500" in text and "hold still" not in text and "6 of 10" not in text
         assert model_card.NONE not in text
     assert "library_name: lerobot" in (tmp_path / "out" / "README.md").read_text()
     code = (tmp_path / "out" / "README.md").read_text()
     assert 'folder = "path/to/this/folder"' in code and 'f"{folder}/tokenizer"' in code
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "rate": lambda value: value["overall"].update(rate=0.99),
+    "low": lambda value: value["overall"].update(low=0.9),
+    "successes": lambda value: value["overall"].update(successes=10, rate=1.0),
+    "name": lambda value: value["protocol"].update(name="libero-10"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_result_whose_numbers_its_episodes_do_not_have_is_in_no_card(
+    run: Path, tmp_path: Path, changed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    set_values(copy / "eval" / "after" / "result.json", CHANGES[changed])
+    (line,) = results_of(copy / "checkpoints" / "step_000010")
+    assert line.startswith("cups, mean absolute error")
+    assert "left out of the model card: " in caplog.text and "result.json: " in caplog.text
 
 
 @pytest.mark.parametrize("target", ["vlafit", "lerobot"])
@@ -215,14 +241,14 @@ def test_an_export_that_ends_once_its_folder_has_its_name_is_complete(
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", rename_and_die)
         with pytest.raises(KeyboardInterrupt):
-            export(saved, target, tmp_path / "out")
+            export(saved, target, tmp_path / "out", results=results_of(saved))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    made = export(saved, target, tmp_path / "again")
+    made = export(saved, target, tmp_path / "again", results=results_of(saved))
     assert sorted(made.files) == sorted(
         p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()
     )
     assert (tmp_path / "out" / "README.md").read_text() == (tmp_path / "again" / "README.md").read_text()
-    assert "47 of 50 succeed" in (tmp_path / "out" / "README.md").read_text()
+    assert "8 of 10 succeed" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_folder_that_another_process_exports_to_is_left_alone(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.report.test_report import parsed
 from vlafit import locks
 from vlafit.datasets import EpisodeStore
 from vlafit.errors import ConfigError, DataError, VlafitError
-from vlafit.offline import Episodes, Settings, evaluate, read_result
+from vlafit.offline import Episodes, Settings, evaluate, read_checked, read_result
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, matching_columns, spread_of_actions
 from vlafit.offline.folder import file_name
 from vlafit.offline.part import Part
@@ -296,3 +296,31 @@ def test_one_episode_gives_no_interval_and_says_so(dots, split, tmp_path):
     assert result["overall"]["policy"]["low"] is None
     assert "One episode" in result["notices"][0] and "One episode" in report.build(tmp_path).read_text()
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("overall", "policy", "value"), 0.001),
+        (("overall", "policy", "high"), 0.002),
+        (("observations",), 999),
+        (("compared", "hold_still", "verdict"), "beats "),
+        (("joints", 0, "policy", "value"), 0.001),
+        (("calibration", "inside", "value"), 0.5),
+        (("by_step", "policy", 1, "value"), 0.001),
+    ],
+)
+def test_a_number_that_the_saved_samples_do_not_have_is_refused(dots, split, tmp_path, path, value):
+    numbers(dots, split, tmp_path, Sampling(dots, 0.1))
+    assert read_checked(tmp_path) == read_result(tmp_path)
+    file = tmp_path / "result.json"
+    result = part = json.loads(file.read_text())
+    for key in path[:-1]:
+        part = part[key]
+    assert part[path[-1]] != value
+    part[path[-1]] = value
+    file.write_text(json.dumps(result))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=rf"result\.json: {path[0]}.* is {value}, but by samples/ it is"):
+        report.build(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from vlafit import config
+from vlafit.envs import EnvSpec
 from vlafit.policies import pi0
 from vlafit.recipe import DataRecipe, EvalRecipe, PolicyRecipe, Recipe, TrainRecipe
-from vlafit.rollout import video
+from vlafit.rollout import Protocol, video
 from vlafit.score import Score, errors_notice, overall
 from vlafit.tuning import load_strategy, preview
 
@@ -141,6 +142,9 @@ def write_evaluation(
                 strip = video.strip(film, video.colour_of(success), f"{task}, seed {1000 + trial}")
                 video.write_png((out / record["video"]).with_suffix(".png"), strip)
             records.append(record)
+    protocol = Protocol(
+        "metaworld-faucet", EnvSpec("metaworld"), tuple(TASKS), trials, 1000, horizon=150, replan=12
+    )
     total = overall(scores)
     notice = errors_notice(total)
     out.mkdir(parents=True, exist_ok=True)
@@ -149,8 +153,8 @@ def write_evaluation(
         out / "result.json",
         {
             "format": 1,
-            "protocol": {"name": "metaworld-faucet", "tasks": list(TASKS), "trials": trials},
-            "protocol_sha256": "5" * 64,
+            "protocol": protocol.to_json(),
+            "protocol_sha256": protocol.sha256(),
             "actor": "checkpoint sha256:" + "a" * 64,
             "tasks": {task: {"instruction": told[task], **one.to_json()} for task, one in scores.items()},
             "trials": trials,

@@ -387,3 +387,14 @@ def test_answers_that_were_no_chunk_of_actions_are_told(run: Path):
     assert said["invalid_answers"] == {"answers": answers, "invalid": 1, "rate": round(1 / answers, 6)}
     assert sum(episode["invalid_answers"] for episode in said["episodes"]) == 1
     assert f"after: 1 of {answers} answers were no chunk of actions" in html_of(run)
+
+
+def test_an_evaluation_that_is_left_out_is_a_warning_too(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = run / "eval" / "after" / "result.json"
+    result = json.loads(file.read_text())
+    result["overall"]["rate"] = 0.99
+    file.write_text(json.dumps(result))
+    facts = report.read_facts(run)
+    (said,) = [line for line in facts.missing if line.startswith("Evaluation 'after' is left out: ")]
+    assert f"{file}: overall: rate is 0.99, but by the counts of its tasks it is" in said
+    assert said in caplog.messages and "after" not in facts.evaluations

@@ -67,6 +67,7 @@ def write_shard(whole: Path, shard: Path, number: int) -> None:
     for task, values in result["tasks"].items():
         of_task = score.score(row["success"] for row in rows if row["task"] == task)
         result["tasks"][task] = {"instruction": values["instruction"], **of_task.to_json()}
+    result["overall"] = score.score(row["success"] for row in rows).to_json()
     (shard / RESULT).write_text(json.dumps(result))
 
 
@@ -230,4 +231,74 @@ def test_result_and_header_of_different_evaluations_are_told(played: Path, tmp_p
     result = json.loads((out / RESULT).read_text())
     (out / RESULT).write_text(json.dumps({**result, "actor": "Other"}))
     with pytest.raises(VlafitError, match=r"result\.json: actor is Other, but .* says Obedient"):
+        read_evaluation("after", out)
+
+
+NUMBERS: list[tuple[str, Any, str]] = [
+    ("overall.successes", 3, "overall: successes is 3, but by the counts of its tasks it is"),
+    ("overall.rate", 0.99, "overall: rate is 0.99, but by the counts of its tasks it is"),
+    ("overall.low", 0.9, "overall: low is 0.9, but"),
+    ("overall.high", "1.0", "overall: high is 1.0, but"),
+    ("tasks.left.rate", 0.99, "task left: rate is 0.99, but that of its counts it is"),
+    ("tasks.left.low", 0.98, "task left: low is 0.98, but"),
+    ("tasks.right.high", 0.999, "task right: high is 0.999, but"),
+    ("tasks.left.median_steps_to_success", 2.0, "task left: median_steps_to_success is 2.0, but"),
+    ("complete", False, "complete is False, but 0 episodes ended in an environment error"),
+    ("protocol.name", "other", "protocol_sha256 is .*, but that of its protocol 'other' is"),
+    ("protocol.trials", 9, "protocol_sha256 is .*, but that of its protocol"),
+    ("protocol.horizon", 30, "protocol_sha256 is .*, but that of its protocol"),
+    ("trials", 9, "trials is 9, but evaluation.json says 2"),
+    ("actor", "checkpoint sha256:of-another", "actor is checkpoint sha256:of-another, but evaluation.json"),
+]
+
+
+def set_value(file: Path, key: str, value: Any) -> None:
+    """Write another value into a JSON file."""
+    values = json.loads(file.read_text())
+    *path, last = key.split(".")
+    part = values
+    for name in path:
+        part = part[name]
+    assert last in part and part[last] != value
+    part[last] = value
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(("key", "value", "message"), NUMBERS)
+def test_a_number_of_result_json_that_the_episodes_do_not_have_is_refused(
+    played: Path, make: Make, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    out = Path(shutil.copytree(played / "whole", tmp_path / "whole"))
+    set_value(out / RESULT, key, value)
+    before = contents(out)
+    for read in (
+        lambda: evaluate(Obedient(), make(trials=2), out, workers=1, videos=0),
+        lambda: read_earlier(out),
+        lambda: read_evaluation("after", out),
+    ):
+        with pytest.raises(VlafitError, match=rf"result\.json: .*{message}"):
+            read()
+    assert contents(out) == before
+    (out / RESULT).unlink()
+    again = evaluate(Obedient(), make(trials=2), out, workers=1, videos=0)
+    assert again.overall.to_json() == json.loads((played / "whole" / RESULT).read_text())["overall"]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [n for n in NUMBERS if n[0] not in ("actor", "trials")])
+def test_it_is_refused_without_evaluation_json_too(
+    played: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    out = Path(shutil.copytree(played / "whole", tmp_path / "whole"))
+    (out / HEADER).unlink()
+    read_evaluation("after", out)
+    set_value(out / RESULT, key, value)
+    with pytest.raises(VlafitError, match=rf"result\.json: .*{message}"):
+        read_evaluation("after", out)
+
+
+def test_more_trials_than_episodes_are_refused(played: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(played / "whole", tmp_path / "whole"))
+    (out / HEADER).unlink()
+    set_value(out / RESULT, "trials", 9)
+    with pytest.raises(VlafitError, match=r"result\.json: trials is 9: 18 episodes, but it counts 4"):
         read_evaluation("after", out)

@@ -95,6 +95,7 @@ def export(
     dtype: Dtype | torch.dtype | None = None,
     format: str | None = None,
     trust: Sequence[str] = (),
+    results: Sequence[str] = (),
 ) -> Exported:
     """Write the checkpoint `source`, of any format that `load` reads, into the new folder `out`.
 
@@ -110,7 +111,8 @@ def export(
     began with, where `source` does not record it or it has moved. `embodiment` names the one whose codec is
     written; without a name vlafit's own format keeps all, and other formats, which hold one, refuse several.
     `config` gives what the checkpoint does not
-    record, and `trust` names packages of policy families, as in `load`.
+    record, and `trust` names packages of policy families, as in `load`. `results` are the sentences of the
+    model card about it (`vlafit.report.card_results`); interpolated weights have none yet.
 
     The folder appears whole or not at all. Raises WeightsError where `out` exists already or another process
     is writing it, or the target cannot hold the policy, its codec or its adapters: every reason is named.
@@ -133,6 +135,7 @@ def export(
             dtype=dtype,
             format=format,
             trust=trust,
+            results=() if interpolate else tuple(results),
         )
 
 
@@ -150,6 +153,7 @@ def _export(
     dtype: Dtype | torch.dtype | None,
     format: str | None,
     trust: Sequence[str],
+    results: tuple[str, ...],
 ) -> Exported:
     location = place(source)
     path = location.path
@@ -190,7 +194,6 @@ def _export(
     rounded = narrow_change = None
     if dtype == "bfloat16":
         rounded, narrow_change = round_measured(loaded.policy, loaded.codecs, writer)
-    results = () if interpolate else model_card.results_of(path)
     if writer is NATIVE:
         save(
             loaded.policy,

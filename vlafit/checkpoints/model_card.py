@@ -1,7 +1,7 @@
 """The model card of a checkpoint: README.md with base, licence, data, strategy, results and how to load it.
 
-It only documents, so it is not in the manifest: whoever publishes a checkpoint may rewrite it. Results are
-those that lie in the run's folder when the card is written, and only of this very checkpoint.
+It only documents, so it is not in the manifest: whoever publishes a checkpoint may rewrite it. Its results
+are sentences that `vlafit.report.card_results` makes of the evaluations of this very checkpoint.
 """
 
 import re
@@ -12,11 +12,9 @@ from typing import Any
 
 from vlafit import files, shipped
 from vlafit.checkpoints.history import Lineage
-from vlafit.checkpoints.locate import digest
 from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet, described
 from vlafit.errors import VlafitError
-from vlafit.files import plain_text
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 
@@ -110,9 +108,9 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def refresh(folder: Path) -> None:
-    """Add the results that lie in the run's folder to the card of one of its checkpoints, if it has one."""
-    path, results = folder / FILE, results_of(folder)
+def refresh(folder: Path, results: Sequence[str]) -> None:
+    """Put the sentences of `results` into the card of a checkpoint, if it has one."""
+    path = folder / FILE
     if not results or not path.is_file():
         return
     text = read_text(path)
@@ -120,19 +118,6 @@ def refresh(folder: Path) -> None:
     begin, end = text.find("## Results\n"), text.find("## Load\n")
     if 0 <= begin < end:
         files.write_atomic(path, f"{text[:begin]}## Results\n\n{listed}\n\n{text[end:]}")
-
-
-def results_of(folder: Path) -> tuple[str, ...]:
-    """Return a sentence for each evaluation in the run's folder of this very checkpoint."""
-    run = folder.parent.parent
-    if not (run / "recipe.toml").is_file() or not (folder / "manifest.json").is_file():
-        return ()
-    own = digest(folder)
-    return tuple(
-        line
-        for path in sorted([*run.glob("eval/*/result.json"), *run.glob("held_out/*/result.json")])
-        for line in _result(path, own)
-    )
 
 
 def licence_of(base: str) -> str:
@@ -244,41 +229,6 @@ def _load(
     listed = "\n".join(["For other programs:", "", *others]) if others else ""
     merge = MERGE if adapters and any(line.startswith("- for") for line in others) else ""
     return "\n\n".join(part for part in (own, known, here, listed, merge) if part)
-
-
-def _result(path: Path, own: str) -> Iterator[str]:
-    """Yield the sentence of one evaluation, if it is of the checkpoint with this digest."""
-    try:
-        value = files.parse_json(plain_text(path))
-        if own not in str(value["actor"]):
-            return
-        if value.get("kind") == "offline":
-            means = {who: value["overall"][who] for who in ("policy", "hold_still", "mean_chunk")}
-            numbers = [f"{who.replace('_', ' ')} {_mean(mean)}" for who, mean in means.items() if mean]
-            settings = value["settings"]
-            over = value.get("measured_over") or f"{value['observations']} observations"
-            yield (
-                f"{value['dataset']}, mean absolute error of chunks in standard deviations of each joint: "
-                f"{'; '.join(numbers)}. Measured over {over}. {value['chosen']} Measure it again with "
-                f"`--samples {settings['samples']} --draws {settings['draws']}`: other observations or draws "
-                "give other numbers."
-            )
-            return
-        total = value["overall"]
-        rate, low, high = (100 * float(total[key]) for key in ("rate", "low", "high"))
-        probe = ", wrong instruction (lower is better)" if value["wrong_instruction"] else ""
-        yield (
-            f"protocol {value['protocol']['name']}{probe}: {total['successes']} of {total['episodes']} "
-            f"succeed, {rate:.0f} % (95 %: {low:.0f} to {high:.0f} %)"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # a damaged result only leaves its line out; the report names it
-
-
-def _mean(mean: Mapping[str, float | None]) -> str:
-    if mean["low"] is None:
-        return f"{mean['value']:.3f} (one episode: no interval)"
-    return f"{mean['value']:.3f} (95 %: {mean['low']:.3f} to {mean['high']:.3f})"
 
 
 def _cell(text: str) -> str:

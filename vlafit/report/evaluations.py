@@ -1,17 +1,18 @@
 """Read a finished evaluation of a run, of which all files have to say the same."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlafit.config import build
 from vlafit.errors import VlafitError, brief
 from vlafit.files import parse_json, plain_text
+from vlafit.rollout import result_file
+from vlafit.rollout.against import Comparison
 from vlafit.rollout.evaluation_folder import EvaluationFolder
-from vlafit.rollout.records import InvalidAnswers, Record, difference, read_records
-from vlafit.score import Score
-
-SAME = ("protocol_sha256", "actor", "trials", "wrong_instruction")  # in evaluation.json and result.json
+from vlafit.rollout.records import InvalidAnswers, Record, read_records
+from vlafit.score import Score, errors_notice
 
 
 @dataclass(frozen=True)
@@ -58,33 +59,50 @@ class Evaluation:
 def read_evaluation(name: str, path: Path) -> Evaluation:
     """Read a finished evaluation. Raises VlafitError if a file is damaged, or its files differ."""
     folder = EvaluationFolder(path, {})
-    rows = path / "episodes.jsonl"
-    if folder.header.is_file():
+    rows, result = path / "episodes.jsonl", path / "result.json"
+    has_header = folder.header.is_file()
+    if has_header:
         folder.read()
-        records = tuple(folder.records())
-    else:  # a copy without it
-        records = tuple(read_records(rows, None))
     try:
-        values = parse_json(plain_text(path / "result.json"))
-        for key in SAME if folder.header.is_file() else ():
-            if values[key] != folder.identity[key]:
-                raise VlafitError(
-                    f"{path / 'result.json'}: {key} is {values[key]}, but {folder.header} says "
-                    f"{folder.identity[key]}; the two are of different evaluations, or one was changed"
-                )
-        evaluation = _evaluation(name, path, records, values)
+        values = parse_json(plain_text(result))
+        plan = result_file.plan_of(folder.identity if has_header else values)
+        records = tuple(folder.records() if has_header else read_records(rows, plan))
+        result_file.require(result, values, records, folder.identity if has_header else None)
+        evaluation = _evaluation(name, path, records, values, folder.described.get("notices", ()))
+        fault = _comparison(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VlafitError(f"its result.json cannot be read ({brief(error)})") from error
     latest = {(record.task, record.seed) for record in records}
     counted = evaluation.overall.episodes + evaluation.overall.errors
-    if fault := difference(values["tasks"], records) or (
-        f"{counted} episodes, but {rows.name} holds {len(latest)}" if counted != len(latest) else ""
-    ):
-        raise VlafitError(f"{path / 'result.json'}: {fault}; one of the two was changed: put it back")
+    if counted != len(latest):
+        fault = f"{counted} episodes, but {rows.name} holds {len(latest)}"
+    elif len(latest) != len(plan.sentences) and "against" not in values:
+        fault = f"trials is {values['trials']}: {len(plan.sentences)} episodes, but it counts {counted}"
+    if fault:
+        raise VlafitError(f"{result}: {fault}; one of the two was changed: put it back")
     return evaluation
 
 
-def _evaluation(name: str, path: Path, records: tuple[Record, ...], values: Mapping[str, Any]) -> Evaluation:
+def _comparison(values: Mapping[str, Any]) -> str:
+    """Return whether the comparison's numbers are not those of its sentence, which every page shows."""
+    if "against" not in values:
+        return ""
+    compared, successes = (
+        build(Comparison, dict(values["against"]), "against"),
+        values["overall"]["successes"],
+    )
+    if compared.here > successes:
+        return f"against: here is {compared.here}, but only {successes} of all episodes succeeded"
+    if str(compared) not in values["notices"]:
+        return f"against: by its numbers the notice is {str(compared)!r}, which is not among its notices"
+    return ""
+
+
+def _evaluation(
+    name: str, path: Path, records: tuple[Record, ...], values: Mapping[str, Any], notices: Iterable[str]
+) -> Evaluation:
+    overall = _score(values["overall"])
+    incomplete = errors_notice(overall)
     return Evaluation(
         name=name,
         folder=path,
@@ -94,8 +112,8 @@ def _evaluation(name: str, path: Path, records: tuple[Record, ...], values: Mapp
         wrong_instruction=values["wrong_instruction"],
         instructions={task: result["instruction"] for task, result in values["tasks"].items()},
         tasks={task: _score(result) for task, result in values["tasks"].items()},
-        overall=_score(values["overall"]),
-        notices=tuple(values["notices"]),
+        overall=overall,
+        notices=tuple(dict.fromkeys([*([incomplete] if incomplete else []), *values["notices"], *notices])),
         versions=values["versions"],
         software=values["software"],
         renderer=values["renderer"],

@@ -4,6 +4,7 @@ A run may be unfinished or lack evaluations: each missing item is a sentence in 
 numbers (environment errors, another renderer, metrics that were not finite) are in `caveats`.
 """
 
+import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,13 +15,15 @@ from typing import Any
 from vlafit import config, files
 from vlafit.errors import VlafitError
 from vlafit.files import parse_json, plain_text
-from vlafit.offline import read_result
+from vlafit.offline import read_checked
 from vlafit.recipe import Recipe
 from vlafit.report.evaluations import Evaluation, read_evaluation
 from vlafit.report.logged import Point, read_metrics
 from vlafit.rollout.records import listed_records
 from vlafit.score import Score, errors_notice
 from vlafit.tuning import Plan
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of report.json
 STAGE = "train/stage"  # metric logged when a stage starts, counted from 1
@@ -234,9 +237,10 @@ def _offline(folder: Path, missing: list[str]) -> dict[str, Mapping[str, Any]]:
     results = {}
     for path in sorted((folder / OFFLINE).glob("*")):
         try:
-            results[path.name] = read_result(path)
+            results[path.name] = read_checked(path)
         except VlafitError as error:
             missing.append(f"Held-out episodes {path.name!r} are left out: {error}")
+            log.warning("%s", missing[-1])
     return results
 
 
@@ -255,6 +259,7 @@ def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool
             evaluations[name] = read_evaluation(name, path)
         except VlafitError as error:
             missing.append(f"Evaluation {name!r} is left out: {error}.")
+            log.warning("%s", missing[-1])
     if not recipe.eval.protocol:
         if not evaluations and not offline:
             missing.append("The recipe names no protocol, so the policy was not evaluated.")

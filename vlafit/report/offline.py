@@ -9,7 +9,7 @@ from typing import Any
 from vlafit import files
 from vlafit.errors import VlafitError
 from vlafit.files import plain_bytes
-from vlafit.offline import read_result
+from vlafit.offline import read_checked
 from vlafit.offline.strips import strip_file
 from vlafit.report import markup, offline_charts
 from vlafit.report.markup import Content, Raw, figure, folded, join, muted, section, table, tag
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def build(folder: Path) -> Path:
     """Write report.html into the folder of a finished offline evaluation; return its path."""
     folder = Path(folder)
-    result = read_result(folder)
+    result = read_checked(folder)
     files.write_atomic(folder / PAGE, page(result, folder))
     return folder / PAGE
 

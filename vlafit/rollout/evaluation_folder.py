@@ -22,14 +22,13 @@ from vlafit.agreement import Item
 from vlafit.config import build
 from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
-from vlafit.rollout import video
+from vlafit.rollout import result_file, video
 from vlafit.rollout.play import Outcome
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.records import (
     EpisodePlan,
     InvalidAnswers,
     Record,
-    difference,
     film_of,
     motion,
     read_records,
@@ -199,15 +198,7 @@ class EvaluationFolder:
         Lines may have been removed to be played again, so more may have been counted.
         """
         if (self.path / "result.json").is_file():
-            counted = self._result()
-            latest = {(record.task, record.seed): record for record in records}
-            fault = difference(counted["tasks"], list(latest.values()))
-            if fault:
-                raise ConfigError(
-                    f"{self.path / 'result.json'}: {fault}; one of the two was changed since. Put the lines "
-                    "back as they were, or remove result.json and evaluate again with --resume, which takes "
-                    "the lines as they are"
-                )
+            result_file.require(self.path / "result.json", self._result(), records, self.identity)
 
     def keep(self, outcome: Outcome, hz: float) -> Record:
         """Write an episode's video, if it was filmed, and then its record."""
@@ -251,15 +242,15 @@ class EvaluationFolder:
 
     def _result(self) -> dict[str, Any]:
         """Return result.json. Raises ConfigError if it has no time or no counts."""
-        result_file = self.path / "result.json"
+        path = self.path / "result.json"
         try:
-            values = parse_json(plain_text(result_file))
+            values = parse_json(plain_text(path))
             float(values["seconds"])
-            difference(values["tasks"], ())
+            result_file.fault(values, ())
             return values
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{result_file}: damaged ({brief(error)}); remove this file and evaluate again with "
+                f"{path}: damaged ({brief(error)}); remove this file and evaluate again with "
                 "--resume, which keeps every episode"
             ) from error
 
@@ -272,8 +263,8 @@ class EvaluationFolder:
         notices: Sequence[str] = (),
     ) -> Result:
         """Sort episodes.jsonl; write sheet.png and result.json, which also holds `more` and `notices`."""
-        result_file = self.path / "result.json"
-        if result_file.is_file():  # no episode was left to run
+        path = self.path / "result.json"
+        if path.is_file():  # no episode was left to run
             seconds = self.seconds()
         lines = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in records)
         files.write_atomic(self.path / "episodes.jsonl", lines)
@@ -313,7 +304,7 @@ class EvaluationFolder:
             **{key: self.described[key] for key in ("versions", "software", "renderer")},
             "seconds": seconds,
         }
-        files.write_atomic(result_file, json.dumps(content, indent=2) + "\n")
+        files.write_atomic(path, json.dumps(content, indent=2) + "\n")
         name = self.identity["protocol"]["name"]
         hz = float(self.described.get("hz", 0.0))
         agreed = _agreement(self.described)

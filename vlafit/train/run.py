@@ -23,6 +23,7 @@ from vlafit.checkpoints import model_card
 from vlafit.datasets.bench import cores
 from vlafit.errors import VlafitError, command_line
 from vlafit.recipe import Recipe
+from vlafit.report.card_results import results_of
 from vlafit.train import (
     data_files,
     dataloader,
@@ -260,7 +261,8 @@ def _train(
         if status.finished and held_out.wanted(context):
             verdicts = held_out.evaluate(context, trainer.state.progress.step)
         if status.finished:
-            model_card.refresh(manager.path(trainer.state.progress.step))
+            saved = manager.path(trainer.state.progress.step)
+            model_card.refresh(saved, results_of(saved))
         if recipe.train.report:
             callbacks.phase("report")
             page = _report(out, experiment.data)

@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     source = checkpoint_folder(options.checkpoint, foreign=True)
     base = checkpoint_folder(options.base, foreign=True) if options.base else None
     from vlafit.checkpoints.export import export
+    from vlafit.report.card_results import results_of
 
     made = export(
         source,
@@ -67,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         dtype=options.dtype,
         format=options.format,
         trust=options.trust,
+        results=results_of(Path(source)),
     )
     print(made.text())
     return 0
