@@ -2,9 +2,11 @@
 
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.train.test_two_processes import free_port
@@ -185,6 +188,67 @@ def test_a_process_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_not()
     heart._thread.join(timeout=60)
     assert beats >= 20, "lost while both gave signs of life"
     assert lost and "process 1 of 2" in lost[0] and "--resume" in lost[0]
+
+
+class Held:
+    """A store whose process was stopped: no call returns before `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def add(self, key: str, amount: int) -> int:
+        self.release.wait()
+        return 0
+
+
+def test_a_store_that_does_not_answer_is_the_loss_of_the_process_that_holds_it():
+    held, lost, told = Held(), [], threading.Event()
+
+    def lose(said: str) -> None:
+        lost.append(said)
+        told.set()
+
+    heart = Heartbeat(cast(Store, held), 1, 2, lose, beat_s=0.01, silent_s=0.1)
+    heart.start()
+    assert told.wait(60), "process 1 stays silent for ever"
+    held.release.set()
+    heart.stop()
+    assert len(lost) == 1 and "process 0 of 2 " in lost[0] and "--resume" in lost[0]
+
+
+STOPPED = """
+import os, sys, time
+from vlafit.train import processes
+import torch, torch.distributed as dist
+processes.BEAT_S, processes.SILENT_S = 0.2, 4.0
+processes.Heartbeat.__init__.__kwdefaults__.update(beat_s=0.2, silent_s=4.0)
+store = processes.connect()
+dist.init_process_group("gloo")
+with processes.together():
+    dist.barrier()
+    print("met", flush=True)
+    while True:
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_lost_also_where_it_holds_the_store(victim: int) -> None:
+    started = start(STOPPED, 2, free_port())
+    try:
+        for process in started:
+            assert process.stdout is not None
+            assert any(line == "met\n" for line in process.stdout)
+        os.kill(started[victim].pid, signal.SIGSTOP)
+        said = started[1 - victim].communicate(timeout=120)[0]
+        assert f"process {victim} of 2" in said and "no sign of life" in said
+        assert started[1 - victim].returncode == 2
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize(

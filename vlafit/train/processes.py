@@ -1,7 +1,8 @@
 """Keep the processes of one run together: they agree before the first step, and notice when one is lost.
 
 A collective may wait for a day, because the main process evaluates meanwhile. So a heartbeat, not a time-out
-of collectives, finds a process that hangs: a thread of each process counts up in the launch's own store.
+of collectives, finds a process that hangs: a thread of each process counts up in the launch's own store,
+and a store that does not answer counts as the process that holds it.
 """
 
 import gc
@@ -252,7 +253,11 @@ def _end(message: str) -> None:
 
 
 class Heartbeat:
-    """A thread that counts up in the launch's store, and calls `lose` when another process stopped to."""
+    """Counts up in the launch's store, and calls `lose` when another process stopped to.
+
+    A call to the store of a process that is stopped never returns, and no time-out ends it. So one thread
+    calls, and another, which never does, watches that one.
+    """
 
     def __init__(
         self,
@@ -267,16 +272,36 @@ class Heartbeat:
         self._store, self._rank, self._world, self._lose = store, rank, world, lose
         self._beat_s, self._allowed = beat_s, max(1, round(silent_s / beat_s))
         self._stopped = threading.Event()
+        self._answers = 0  # of the store
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._watch = threading.Thread(target=self._watch_store, name="heartbeat of the store", daemon=True)
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
+        self._watch.start()
 
     def stop(self) -> None:
-        """End, and wait for the thread."""
+        """End, and wait for the threads, unless the store holds one."""
         self._stopped.set()
         self._thread.join(timeout=self._beat_s)
+        self._watch.join(timeout=self._beat_s)
+
+    def _watch_store(self) -> None:
+        last, silent = 0, 0
+        while not self._stopped.wait(self._beat_s):
+            now = self._answers
+            last, silent = now, silent + 1 if now == last else 0
+            if silent > self._allowed and self._thread.is_alive() and not self._stopped.is_set():
+                self._lose(self._silence("0", " (or the launcher, if it holds the store of the launch)"))
+                return
+
+    def _silence(self, others: str, more: str = "") -> str:
+        return (
+            f"process {others} of {self._world}{more} has given no sign of life for "
+            f"{self._allowed * self._beat_s:.0f} s (stopped, swapping, or its machine is gone); "
+            "stop the launch, then continue with the same command and --resume"
+        )
 
     def _run(self) -> None:
         # Beats of this process are counted, not seconds: a clock may jump, and a stopped machine wakes up.
@@ -287,15 +312,12 @@ class Heartbeat:
                 now = [self._store.add(f"vlafit/beat/{rank}", 0) for rank in range(self._world)]
             except RuntimeError:  # the store's process, usually the main one, is gone
                 now = list(last)
+            self._answers += 1
             for rank in range(self._world):
                 silent[rank] = 0 if now[rank] != last[rank] else silent[rank] + 1
             last = now
             lost = [rank for rank in range(self._world) if silent[rank] > self._allowed]
             if lost and not self._stopped.is_set():
                 others = ", ".join(str(rank) for rank in lost if rank != self._rank) or "0"
-                self._lose(
-                    f"process {others} of {self._world} has given no sign of life for "
-                    f"{self._allowed * self._beat_s:.0f} s (stopped, swapping, or its machine is gone); "
-                    "stop the launch, then continue with the same command and --resume"
-                )
+                self._lose(self._silence(others))
                 return
