@@ -20,7 +20,9 @@ from vlafit.codec.described import learned
 from vlafit.codec.images import Framing, fit_image
 from vlafit.codec.rotations import to_matrices
 from vlafit.errors import CodecError, VlafitError, WeightsError
-from vlafit.recipe import PolicyRecipe
+from vlafit.recipe import AdaptRecipe, DataRecipe, PolicyRecipe, Recipe
+from vlafit.train import preflight
+from vlafit.train.data import open_data
 from vlafit.train.initial_codec import in_squares
 from vlafit.train.initial_policy import takes_tokenizer
 from vlafit.types import Observation, Sample
@@ -326,6 +328,18 @@ def test_a_tokenizer_tells_the_chat_turn_of_a_backbone_that_is_not_the_public_on
     edit(own / "config.json", model_name="nvidia/Cosmos-Reason2-2B")
     declared = checkpoints.declaration(own)
     assert not declared.tokenizer_tells and not takes_tokenizer(own, chosen, declared, fitted=True)
+
+
+def test_what_is_checked_before_a_comparison_has_the_chat_turn_from_the_tokenizer_too(own: Path) -> None:
+    """`vlafit train` took it, and `vlafit compare` asked for policy.config.chat."""
+    recipe = Recipe(
+        policy=PolicyRecipe(checkpoint=str(own), tokenizer=str(TOKENIZER)),
+        data=DataRecipe(cards=("metaworld-faucet-open",), statistics="data"),
+        adapt=AdaptRecipe(robot=True),
+        strategy="expert",
+    )
+    policy = preflight.meta_policy(recipe, open_data(recipe.data, seed=0))
+    assert policy.config.chat.pad == GROOT_CHAT["chat"]["pad"]
 
 
 def test_frames_of_another_aspect_get_a_letter_box_where_a_codec_is_fitted(own: Path) -> None:

@@ -20,6 +20,7 @@ from vlafit.nn.policy import Policy
 from vlafit.policies import build_family, family, family_name
 from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.train import reconcile, stages
+from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.delays import train_with_delays
@@ -238,11 +239,18 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     path = checkpoints.place(spec.checkpoint).path
     options = checkpoints.parse_config(spec.config).of_weights()
     base = spec.base or None
-    inspected = checkpoints.inspect_all(
-        path, options or None, base=base, fresh=spec.fresh, resize=spec.resize, trust=spec.trust
-    )
     foreign = not (path / "policy.json").is_file()
     declared = checkpoints.declaration(path, base) if foreign else checkpoints.Declaration()
+    tells = bool(spec.tokenizer) and declared.tokenizer_tells
+    inspected = checkpoints.inspect_all(
+        path,
+        options or None,
+        base=base,
+        fresh=spec.fresh,
+        resize=spec.resize,
+        trust=spec.trust,
+        tokenizer=tokenizers.open_named(spec.tokenizer) if tells else None,
+    )
     reconcile.agree_on_parts(
         recipe, data, reconcile.codecs_before(recipe, data, inspected.codecs, path), declared
     )

@@ -130,7 +130,7 @@ class Groot(Format):
         backbone = None if found is None else found[1].get("model_name")
         return Declaration(
             says_frame_sizes=False,
-            tokenizer_tells=backbone not in config.PUBLIC_BACKBONES,
+            tokenizer_tells=backbone not in config.PUBLIC_BACKBONES and not own.is_dir(),
             tokenizer="" if own.is_dir() else processors.backbone(files.folder),
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=named,

@@ -117,6 +117,8 @@ class LeRobotGroot(Format):
             embodiment=robot,
             relative=None if robot is None else relative,
             slots=slots,
+            tokenizer_tells=not own.is_dir()
+            and not str(lerobot.values.get("base_model_path")).startswith(PUBLIC),
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=() if "" in sets else tuple(sorted(sets)),
