@@ -37,7 +37,7 @@ def checked_token(token: object, where: str = "token") -> str:
 def checked_url(url: object) -> str:
     """Return the address of a server. Raises RemoteError for what is none, or holds a name and a password."""
     if not isinstance(url, str):
-        raise RemoteError(f"a server is named by a text such as ws://HOST:PORT, not {quoted(url, 60)}")
+        raise RemoteError(f"the address of a server is a text such as ws://HOST:PORT, not {quoted(url, 60)}")
     try:
         parts = urlsplit(url)
         wrong = parts.scheme not in ("ws", "wss") or not parts.hostname or (parts.port, None) == (0, None)

@@ -13,6 +13,7 @@ from tests.datasets.hdf5_writers import encoded
 from vlafit.datasets import Card, describe, open_dataset
 from vlafit.datasets.card import CameraCard, ColumnCard, InstructionCard, RobotCard, RowsCard
 from vlafit.datasets.checks.beside import check_beside
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.layouts.robotwin import HEAD, VIDEO
 from vlafit.errors import DataError
 
@@ -107,6 +108,6 @@ def test_check_names_a_card_whose_order_is_not_that_of_the_video(tmp_path: Path,
     data = write(tmp_path / "set", head=right)
     for stated in ("bgr", "rgb"):
         head = replace(HEAD_CAMERA, channels=stated, rotate=rotate)
-        findings = check_beside(open_dataset(card(data, head, LEFT)))
+        findings = check_beside(open_dataset(card(data, head, LEFT)), Untested())
         assert [f.kind for f in findings] == ([] if stated == right else ["channel_order"])
         assert not findings or ("episode0.mp4" in findings[0].message and findings[0].severity == "error")

@@ -14,6 +14,7 @@ from tests.datasets.layouts import demos, in_file_order
 from tests.train.agreement_world import start
 from tests.train.world import tiny
 from vlafit.datasets import EpisodeStore, load_card, open_dataset
+from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.recorded import check_recorded
 from vlafit.datasets.write import card_text
 from vlafit.errors import ConfigError, DataError, VlafitError
@@ -76,7 +77,7 @@ def test_quantiles_of_a_file_are_used_as_stated_and_said_to_be_no_quantiles_of_a
 
 def test_statistics_by_episode_are_joined_by_their_rows(tmp_path: Path):
     folder = v21(tmp_path / "set")
-    assert check_recorded(open_dataset(folder)) == []
+    assert check_recorded(open_dataset(folder), Untested()) == []
     (codec,) = started(folder).codecs
     for name, values in zip(("state", "action"), rows(open_dataset(folder)), strict=True):
         statistics = codec.statistics[name]
@@ -97,7 +98,7 @@ def test_columns_that_a_card_cuts_turns_and_scales_have_their_own_part(tmp_path:
     room = 8 * np.finfo(np.float32).eps * np.abs(values).max()
     for measure in ("mean", "std", "min", "max"):
         assert np.allclose(stated[measure], getattr(values, measure)(axis=0), rtol=0, atol=room)
-    assert check_recorded(store) == []
+    assert check_recorded(store, Untested()) == []
 
 
 def test_statistics_that_are_stale_are_an_error_that_names_file_columns_and_numbers(tmp_path: Path):
@@ -120,7 +121,7 @@ def test_a_quantile_outside_of_every_episodes_is_stale(tmp_path: Path):
     stats = json.loads(path.read_text())
     stats["action"]["q99"][1] = stats["action"]["min"][1] - 0.1
     path.write_text(json.dumps(stats))
-    (finding,) = check_recorded(open_dataset(folder))
+    (finding,) = check_recorded(open_dataset(folder), Untested())
     assert "q99 -0.6138 of action dimension 1" in finding.message
     with pytest.raises(DataError, match="q99 -0.6138 of action dimension 1"):
         started(folder)

@@ -261,8 +261,8 @@ def _train(
         if status.finished and held_out.wanted(context):
             verdicts = held_out.evaluate(context, trainer.state.progress.step)
         if status.finished:
-            saved = manager.path(trainer.state.progress.step)
-            model_card.refresh(saved, results_of(saved))
+            folder = manager.path(trainer.state.progress.step)
+            model_card.refresh(folder, results_of(folder))
         if recipe.train.report:
             callbacks.phase("report")
             page = _report(out, experiment.data)
