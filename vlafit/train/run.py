@@ -64,7 +64,7 @@ from vlafit.train.run_folder import (
     require_usable,
     write_record,
 )
-from vlafit.train.settle import Settled, has_bf16, settle, with_field
+from vlafit.train.settle import Settled, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
 
 __all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
@@ -145,14 +145,12 @@ def _settle(recipe: Recipe, before: Recipe | None) -> Settled:
     """Decide the recipe's automatic values, for a run that is resumed as it began with `before`."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
-    if recipe.data.workers == "auto":
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        chosen = dataloader.workers_for(device, cores(), beside, dataloader.shared_memory())
-        recipe = with_field(recipe, "data.workers", chosen)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return settle(
         recipe,
         launch.read(os.environ),
         bf16=has_bf16(device),
+        workers=dataloader.workers_for(device, cores(), beside, dataloader.shared_memory()),
         saved=before,
         open_fields=before is None and parse_memory(recipe.train.memory) is not None,
     )

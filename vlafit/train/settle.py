@@ -78,15 +78,24 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def settle(
-    recipe: Recipe, launch: LaunchPlan, *, bf16: bool, saved: Recipe | None = None, open_fields: bool = False
+    recipe: Recipe,
+    launch: LaunchPlan,
+    *,
+    bf16: bool,
+    workers: int = 0,
+    saved: Recipe | None = None,
+    open_fields: bool = False,
 ) -> Settled:
-    """Return the recipe with every automatic value decided, for a device with or without `bf16`.
+    """Return the recipe with every automatic value decided, for a device with or without `bf16`, and with
+    that many dataloader workers, which change no result and may be others where a run is resumed.
 
     `saved` is the recipe of the run that is resumed; without one, an automatic batch stays so. With
     `open_fields` the values that `train.memory` decides stay automatic where neither recipe nor launcher sets
     them.
     """
     settings: list[Setting] = []
+    if recipe.data.workers == "auto":
+        recipe = with_field(recipe, "data.workers", workers)
     before = None if saved is None else earlier(saved)
     asked = {
         "train.precision": launch.precision,
