@@ -56,7 +56,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         "frozen_frames": Requirement(("frozen_frames",), "a state and an image that move"),
         "video_shift": Requirement(
             ("video_shift",),
-            "episodes of at least 36 steps: 4 in which the image changes when the state moves, or 20 of one "
+            "episodes of at least 36 steps: 4 in which the image changes as the state moves, or 6 of one "
             "scene in which frames predict the state",
         ),
         "orientation": Requirement(

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOISE = 8.0  # times the median second difference: motion beyond the noise of some hundred steps
+FAST = 0.95  # of the steps of a dimension: what is faster (a gripper that closes in one step) counts as this
 LEAST = 1e-3  # of the range: a motion below this shows in no picture
 
 
@@ -16,6 +17,7 @@ class Scale:
 
     range: NDArray[np.float64]  # [d]
     noise: NDArray[np.float64]  # [d], the median second difference
+    fast: NDArray[np.float64]  # [d], the step that counts most in `steps`
 
     @property
     def moving(self) -> NDArray[np.bool_]:
@@ -24,7 +26,7 @@ class Scale:
 
     def steps(self, state: NDArray) -> NDArray[np.float64]:
         """Return by how much the state changes at each step [T - 1], all dimensions together."""
-        size = np.abs(np.diff(finite(state), axis=0))[:, self.moving]
+        size = np.minimum(np.abs(np.diff(finite(state), axis=0)), self.fast)[:, self.moving]
         return (size / self.range[self.moving]).sum(axis=1)
 
     def within(self, state: NDArray) -> NDArray[np.float64]:
@@ -36,14 +38,19 @@ class Scale:
 
 def scale_of(states: Sequence[NDArray]) -> Scale:
     """Return the scale of all episodes' states [T, d]."""
-    widths, noises = [], []
+    widths, noises, steps = [], [], []
     for state in states:
         rows = finite(state)
         widths.append(np.ptp(rows, axis=0))
+        steps.append(np.abs(np.diff(rows, axis=0)))
         if len(rows) > 2:
             noises.append(np.median(np.abs(np.diff(rows, 2, axis=0)), axis=0))
     width = np.quantile(widths, 0.9, axis=0, method="lower")
-    return Scale(width, np.median(noises, axis=0) if noises else np.zeros_like(width))
+    joined = np.concatenate(steps)
+    fast = np.quantile(joined, FAST, axis=0) if len(joined) else np.zeros_like(width)
+    if not fast.any():  # hardly anything moves
+        fast = np.full_like(width, np.inf)
+    return Scale(width, np.median(noises, axis=0) if noises else np.zeros_like(width), fast)
 
 
 def finite(state: NDArray) -> NDArray[np.float64]:
