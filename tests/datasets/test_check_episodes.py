@@ -217,3 +217,17 @@ def test_cameras_exchanged_in_the_file_are_found_whatever_the_card_does_to_each(
     assert {f.episode for f in findings} == {f"episode_{BAD}"}
     both = {("front", "wrist"), ("wrist", "front")}
     assert {f.cameras for f in findings if f.kind == "cameras_swapped"} == both
+
+
+# --------------------------------------------------------------------------------- frames out of order
+
+
+@pytest.mark.parametrize("seed", variants(range(3), always=[0]))
+def test_frames_out_of_order_are_found_and_named(seed: int):
+    episodes = recorded(seed, episodes=6)
+    front = episodes[BAD].front.copy()
+    front[20:60] = front[np.random.default_rng(1).permutation(np.arange(20, 60))]
+    episodes[BAD] = replace(episodes[BAD], front=front)
+    (finding,) = [f for f in found(episodes, pixels=True) if f.kind == "frames_out_of_order"]
+    assert (finding.episode, finding.cameras) == (f"episode_{BAD}", ("front",))
+    assert finding.step is not None and 14 <= finding.step < 60

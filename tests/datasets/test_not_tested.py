@@ -17,6 +17,7 @@ from vlafit.datasets import checks
 from vlafit.datasets.checks import TESTS, Checked, check_store
 
 DRIVEN = {"dead_dimension", "action_sign", "action_lag", "played_backwards", "scale"}
+TOO_SHORT = {"video_shift", "spike", "frames_out_of_order"}
 UNDECLARED = {"form", "outside_limits", "stale_statistics", "channel_order_beside"}  # of these recordings
 
 
@@ -58,14 +59,14 @@ CASES: dict[str, tuple[Callable[[list[Episode]], list[Episode]], set[str]]] = {
     "one episode": (
         lambda some: some[:1],
         {"duplicate_episode", "jump", "repeated_rows", "spike", *DRIVEN, "video_shift", "orientation"}
-        | {"cameras_swapped", "looks", "repeated_frames", "duplicate_frames"},
+        | {"cameras_swapped", "looks", "repeated_frames", "duplicate_frames", "frames_out_of_order"},
     ),
     "three episodes": (
         lambda some: some[:3],
         {"jump", "repeated_rows", *DRIVEN, "video_shift", "orientation", "cameras_swapped", "looks"}
-        | {"repeated_frames"},
+        | {"repeated_frames", "frames_out_of_order"},
     ),
-    "short episodes": (lambda some: [_short(e) for e in some], {*DRIVEN, "video_shift", "spike"}),
+    "short episodes": (lambda some: [_short(e) for e in some], {*DRIVEN, *TOO_SHORT}),
     "a robot that stands still": (
         lambda some: [_still(e) for e in some],
         {"action_equals_state", "jump", "repeated_rows", *DRIVEN, "frozen_frames", "video_shift"}
@@ -74,7 +75,7 @@ CASES: dict[str, tuple[Callable[[list[Episode]], list[Episode]], set[str]]] = {
     "images that never change": (
         lambda some: [_dark(e) for e in some],
         {"frozen_frames", "video_shift", "orientation", "cameras_swapped", "repeated_frames"}
-        | {"duplicate_frames"},
+        | {"duplicate_frames", "frames_out_of_order"},
     ),
     "actions that move nothing": (lambda some: [_noise(e) for e in some], DRIVEN),
     "a sentence of its own for each": (

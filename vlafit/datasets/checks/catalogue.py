@@ -54,6 +54,9 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         ),
         "black_frames": Requirement(("black_frames", "dark_frames"), "frames"),
         "frozen_frames": Requirement(("frozen_frames",), "a state and an image that move"),
+        "frames_out_of_order": Requirement(
+            ("frames_out_of_order",), "4 episodes of 24 frames in which the image moves smoothly"
+        ),
         "video_shift": Requirement(
             ("video_shift",),
             "episodes of at least 36 steps: 4 in which the image changes as the state moves, or 6 of one "

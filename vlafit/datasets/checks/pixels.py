@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.datasets.checks import late, looks, views
+from vlafit.datasets.checks import late, looks, order, views
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.clips import FEWEST_FRAMES, Clip, measured
 from vlafit.datasets.checks.finding import Finding
@@ -19,6 +19,7 @@ LIT = 16.0  # median level of an episode from which on a dark frame in it is mis
 PIXEL_TESTS = (
     "black_frames",
     "frozen_frames",
+    "frames_out_of_order",
     "video_shift",
     "orientation",
     "cameras_swapped",
@@ -49,6 +50,7 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
     scale = scale_of(states)
     speeds = [scale.steps(state) for state in states]
     findings: list[Finding] = []
+    shuffled: list[Finding] = []
     for camera, some in clips.items():
         for clip in some:
             findings += _black(clip)
@@ -58,7 +60,10 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
             for clip, state, speed in zip(some, states, speeds, strict=True)
         ]
         findings += late.check_shift(camera, tracks, untested)
+        shuffled += order.check_order(camera, some, untested)
     findings += views.check_views(clips, store.card.robot.cameras, untested)
+    cut = {f.episode for f in findings if f.kind == "black_frames"}
+    findings += [f for f in shuffled if f.episode not in cut]
     others = {(finding.episode, finding.kind) for finding in findings}
     for camera in clips:
         findings += [
