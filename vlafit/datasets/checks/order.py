@@ -61,11 +61,13 @@ def _roughness(features: NDArray) -> tuple[float, int, float]:
     rows = np.asarray(features, np.float64)
     near, far = (np.linalg.norm(rows[k:] - rows[:-k], axis=1) for k in (1, 2))
     count = len(rows) - WINDOW + 1
-    steps = np.lib.stride_tricks.sliding_window_view(near, WINDOW - 1)[:count].mean(axis=1)
-    double = np.lib.stride_tricks.sliding_window_view(far, WINDOW - 2)[:count].mean(axis=1)
+    windows = np.lib.stride_tricks.sliding_window_view
+    steps = windows(near, WINDOW - 1)[:count].mean(axis=1)
+    ratio = windows(far, WINDOW - 2)[:count].mean(axis=1) / np.maximum(steps, 1e-9)
     floor, fast = np.quantile(near, [0.2, 0.95])
     if fast <= max(floor, VISIBLE):
         return 0.0, 0, 0.0
-    ratio = double / np.maximum(steps, 1e-9)
     rough = np.where(ratio < ROUGH, steps - floor, 0.0) / (fast - floor)
-    return float(rough.max()), int(rough.argmax()), float(np.median(ratio[steps >= np.quantile(steps, FAST)]))
+    rough = np.minimum(rough[1:], rough[:-1])  # of two windows, because a cut makes one look rough
+    smooth = float(np.median(ratio[steps >= np.quantile(steps, FAST)]))
+    return float(rough.max()), int(rough.argmax()), smooth
