@@ -62,8 +62,6 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
         findings += late.check_shift(camera, tracks, untested)
         shuffled += order.check_order(camera, some, untested)
     findings += views.check_views(clips, store.card.robot.cameras, untested)
-    cut = {f.episode for f in findings if f.kind == "black_frames"}
-    findings += [f for f in shuffled if f.episode not in cut]
     others = {(finding.episode, finding.kind) for finding in findings}
     for camera in clips:
         findings += [
@@ -71,7 +69,8 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
             for finding in looks.check_looks(camera, _looks(store, clips[camera], speeds), untested)
             if not _explained(finding, others)
         ]
-    return findings
+    other_frames = {f.episode for f in findings if f.kind in ("black_frames", "cut", "looks_different")}
+    return findings + [f for f in shuffled if f.episode not in other_frames]
 
 
 def _looks(store: EpisodeStore, clips: list[Clip], speeds: list[NDArray[np.float64]]) -> list[looks.Look]:
