@@ -18,7 +18,7 @@ from tests.policies.tiny import random_batch, random_draws, random_policy
 from vlafit import checkpoints, files
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.codec import Codec
-from vlafit.errors import ConfigError, WeightsError
+from vlafit.errors import CodecError, ConfigError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies import override
 from vlafit.policies.pi0 import SIZES
@@ -272,8 +272,41 @@ def test_a_policy_file_that_says_something_else_is_refused(copy: Path, case: str
 def test_a_codec_that_does_not_fit_the_policy_is_refused(policy: Policy, codec: Codec, tmp_path: Path):
     other = Codec(replace(codec.config, chunk=5), codec.embodiment, codec.statistics, codec.tokenizer)
     checkpoints.save(policy, tmp_path / "c", other)
-    with pytest.raises(WeightsError, match=r"codec.json does not fit policy.json"):
-        checkpoints.load(tmp_path / "c")
+    for read in (checkpoints.load, checkpoints.inspect):
+        with pytest.raises(WeightsError, match=r"codec.json does not fit policy.json: ") as caught:
+            read(tmp_path / "c")
+        said = str(caught.value).partition("policy.json: ")[2]
+        assert said == f"chunk is 5, and the policy's is {codec.config.chunk}"
+
+
+SIZES_OF_A_CODEC = {
+    "history": 10**6, "chunk": 10**9, "image_size": 10**7, "max_tokens": 10**9, "state_dim": 10**9,
+    "action_dim": 10**9, "valid_steps": 10**7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES_OF_A_CODEC)
+def test_a_size_of_a_codec_that_no_machine_holds_is_refused_by_name(copy: Path, name: str):
+    path, value = copy / "codec.json", SIZES_OF_A_CODEC[name]
+    content = json.loads(path.read_text())
+    content["config"][name] = value
+    path.write_text(json.dumps(content))
+    rewritten(copy)
+    for read in (checkpoints.load, checkpoints.inspect):
+        with pytest.raises(CodecError, match=rf"codec config: {name} must be at most \d+, is {value}"):
+            read(copy)
+
+
+def test_inspect_refuses_a_token_beyond_the_embedding_as_load_does(policy: Policy, codec: Codec, copy: Path):
+    path = copy / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 100_000
+    path.write_text(json.dumps(content))
+    rewritten(copy)
+    for read in (checkpoints.load, checkpoints.inspect):
+        with pytest.raises(WeightsError, match="the tokenizer has 100001 tokens, the policy has only"):
+            read(copy)
 
 
 def test_other_forms_are_refused_by_name(tmp_path: Path):

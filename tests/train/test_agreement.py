@@ -615,6 +615,20 @@ def test_inspect_compares_a_checkpoint_with_a_card(tmp_path: Path, capsys: pytes
     assert cli.main(["inspect", str(base), "--protocol", "toy"]) == 2
 
 
+def test_inspect_refuses_an_instruction_that_train_refuses_and_quotes_its_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base, card = write_checkpoint(tmp_path / "base"), write_card(tmp_path / "data")
+    with h5py.File(card.parent / "joints" / "reach_demo.hdf5", "r+") as file:
+        told = " ".join(["reach"] * 5001)
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": told})
+    assert cli.main(["inspect", str(base), "--data", str(card)]) == 2
+    error = capsys.readouterr().err
+    assert "the prompt 'reach reach" in error and "the policy takes " in error and len(error) < 700
+    with pytest.raises(CodecError, match="the policy takes "):
+        run(recipe_of(card, base, {}), tmp_path / "out")
+
+
 def test_inspect_shows_all_that_train_compares_and_refuses_files_that_are_not_the_cards(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):

@@ -1,13 +1,14 @@
 """Fit a codec that was read from a checkpoint to its policy, and refuse codec arguments without effect."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_text import ActionTokenConfig
+from vlafit.codec.codec_config import CodecConfig
 from vlafit.codec.prompts import holds_state
-from vlafit.errors import WeightsError
+from vlafit.errors import WeightsError, quoted
 from vlafit.nn.policy import Needs, Policy
 
 
@@ -57,8 +58,20 @@ def fit_codec(codec: Codec, policy: Policy, resized: bool, where: str) -> Codec:
     if wanted == codec.config:
         return codec
     if not resized:
-        raise WeightsError(f"{where}: codec.json does not fit policy.json: {codec.config} against {wanted}")
+        raise WeightsError(
+            f"{where}: codec.json does not fit policy.json: {_different(codec.config, wanted)}"
+        )
     return codec.with_changes(config=wanted)
+
+
+def _different(there: CodecConfig, wanted: CodecConfig) -> str:
+    """Return the fields that differ, with the value of the codec and that of the policy."""
+    pairs = [(one.name, getattr(there, one.name), getattr(wanted, one.name)) for one in fields(CodecConfig)]
+    return "; ".join(
+        f"{name} is {quoted(have)}, and the policy's is {quoted(want)}"
+        for name, have, want in pairs
+        if have != want
+    )
 
 
 def _action_tokens(codec: Codec, needs: Needs) -> ActionTokenConfig | None:

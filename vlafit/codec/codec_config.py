@@ -14,6 +14,17 @@ from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
 from vlafit.types import ColumnForm, Embodiment
 
+AT_MOST = {
+    "image_size": 2**13,
+    "state_dim": 2**20,
+    "action_dim": 2**20,
+    "chunk": 2**13,
+    "max_tokens": 2**15,
+    "history": 2**10,
+    "valid_steps": 2**13,
+}
+"""Largest sizes of a codec. Memory grows with each, so that a damaged one would take all of a machine's."""
+
 
 @dataclass(frozen=True)
 class CodecConfig:
@@ -144,10 +155,20 @@ def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer
     named = config.named_cameras
     if len(set(named)) != len(named):
         raise CodecError(f"cameras {config.cameras}: a camera fills one slot only")
-    least = {"image_size": 1, "chunk": 1, "history": 1, "max_tokens": 0 if config.prompt is None else 1}
+    least = {
+        "image_size": 1,
+        "state_dim": 0,
+        "action_dim": 1,
+        "chunk": 1,
+        "history": 1,
+        "max_tokens": 0 if config.prompt is None else 1,
+    }
     for name, minimum in least.items():
         if getattr(config, name) < minimum:
             raise CodecError(f"codec config: {name} must be at least {minimum}, is {getattr(config, name)}")
+    for name, most in AT_MOST.items():
+        if getattr(config, name) > most:
+            raise CodecError(f"codec config: {name} must be at most {most}, is {getattr(config, name)}")
     if (config.prompt is None) != (tokenizer is None):
         has = "no tokenizer" if tokenizer is None else "a tokenizer"
         raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")

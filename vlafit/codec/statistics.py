@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlafit.errors import CodecError, DataError
+from vlafit.errors import CodecError, DataError, quoted
 
 Normalisation = Literal[
     "mean_std",
@@ -198,6 +198,8 @@ class Statistics:
             raise CodecError(f"{where}: statistics must have exactly {sorted(expected)}, there is {have}")
         try:
             given = [n for n in ARRAYS if values[n] is not None or n not in OPTIONAL]
+            for name in given:
+                _require_numbers(values[name], name)
             arrays = {name: np.asarray(values[name], dtype=np.float64) for name in given}
         except (TypeError, ValueError) as error:
             raise CodecError(f"{where}: statistics must be lists of numbers: {error}") from None
@@ -206,9 +208,28 @@ class Statistics:
             raise CodecError(f"{where}: statistics must be lists of one length, got shapes {sorted(shapes)}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise CodecError(f"{where}: statistics hold a value that is not finite")
-        if not isinstance(values["count"], int):
-            raise CodecError(f"{where}: count must be an integer, got {values['count']!r}")
+        count = values["count"]
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise CodecError(f"{where}: count must be a whole number from 0, got {quoted(count)}")
+        if (arrays["std"] < 0).any():
+            raise CodecError(f"{where}: std is negative: {quoted(arrays['std'].tolist())}")
+        for low, high in (("q01", "q99"), ("min", "max")):
+            if low in arrays and high in arrays and (arrays[low] > arrays[high]).any():
+                at = tuple(int(i) for i in np.argwhere(arrays[low] > arrays[high])[0])
+                raise CodecError(
+                    f"{where}: {low} is {arrays[low][at]:g} and {high} {arrays[high][at]:g} "
+                    f"in dimension {at[-1]}"
+                )
         return cls(values["count"], **arrays)
+
+
+def _require_numbers(values: object, name: str) -> None:
+    """Raise TypeError naming the first of nested lists that is no number: numpy reads texts as such."""
+    if isinstance(values, list):
+        for value in values:
+            _require_numbers(value, name)
+    elif isinstance(values, bool) or not isinstance(values, int | float):
+        raise TypeError(f"{name} holds {quoted(values)}")
 
 
 class _Sums:

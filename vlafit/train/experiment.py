@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecSet
 from vlafit.datasets import EpisodeStore, checksums, value_faults
-from vlafit.errors import CodecError, ConfigError, EmbodimentError, TrainingError
+from vlafit.errors import ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
 from vlafit.train import answers, in_backward, initial_policy, quantised_base, saved_weights
@@ -32,10 +31,11 @@ from vlafit.train.delays import train_with_delays
 from vlafit.train.episode_warnings import repeat_warnings, split_warnings
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.packer import chosen_packing
+from vlafit.train.prompts import require_prompts
 from vlafit.train.settle import with_field
 from vlafit.tuning import UNCHANGED, UNCHANGED_BF16, Plan, apply, enter, load_strategy
 from vlafit.tuning.inject import compute_adapters_in_bf16
-from vlafit.types import Embodiment, Observation, renderer_notice, require_same
+from vlafit.types import Embodiment, renderer_notice, require_same
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def build(
     told: dict[tuple[int, ...], str] = {}
     for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
         codec = codecs.of_data(data.name_of(store), where=initial.source)
-        _require_prompts(store, codec, told)
+        require_prompts(store, codec, told)
     answers.require_learnable(data, policy, next(iter(codecs)))
     values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)
@@ -292,30 +292,3 @@ def _with_renderer(codec: Codec, data: Embodiment) -> Codec:
         return codec
     robot = replace(codec.embodiment, renderer=data.renderer)
     return codec.with_changes(embodiment=robot)
-
-
-def _require_prompts(store: EpisodeStore, codec: Codec, told: dict[tuple[int, ...], str]) -> None:
-    """Encode each instruction once, so that a too long one is an error now and not days later.
-
-    `told` has the instructions of other datasets by their tokens, and takes those of this one. Raises
-    CodecError for two that the tokenizer does not tell apart, unless only case and blanks do.
-    """
-    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in store.embodiment.cameras}
-    encoded: set[str] = set()
-    for number, episode in enumerate(store.episodes):
-        if episode.instruction not in encoded:
-            encoded.add(episode.instruction)
-            try:
-                codec.encode(Observation(images, store.state(number)[0], episode.instruction))
-            except CodecError as error:
-                raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
-            if codec.tokenizer is None:
-                continue
-            other = told.setdefault(tuple(codec.tokenizer.encode(episode.instruction)), episode.instruction)
-            if other.casefold().split() != episode.instruction.casefold().split():
-                raise CodecError(
-                    f"card {store.card.name!r}, episode {episode.id}: the tokenizer makes the same tokens of "
-                    f"{episode.instruction!r} and {other!r}, whose words it does not know: no policy could "
-                    "tell the tasks apart. Is it the tokenizer of these weights (policy.tokenizer)? Else "
-                    "write the instructions in words that it knows"
-                )

@@ -16,6 +16,7 @@ from vlafit.errors import ConfigError
 from vlafit.recipe import Recipe
 from vlafit.train import action_tokenizer, data_statistics
 from vlafit.train.data import Data, open_data
+from vlafit.train.prompts import require_prompts
 
 
 def dataset_party(card: Card) -> Party:
@@ -215,6 +216,9 @@ def outlook(
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
+    told: dict[tuple[int, ...], str] = {}
+    for store in data.stores:
+        require_prompts(store, codec, told)
     text, words = codec.action_text, tokenizer_of(owner)
     tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [

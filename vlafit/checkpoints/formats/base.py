@@ -239,9 +239,10 @@ class Format(ABC):
 
     def codec_of_headers(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
         """Return the codec as far as it can be told without weights; the policy may be on the meta device."""
+        if opened.own_codec is not None:
+            return Format.codec(self, opened, policy, options)
         hint = f"; {opened.codec_hint}" if opened.codec_hint else ""
-        reason = "" if opened.own_codec else f"none in the checkpoint itself{hint}"
-        return ChosenCodec(opened.own_codec, reason)
+        return ChosenCodec(None, f"none in the checkpoint itself{hint}")
 
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
         """Whether the checkpoint holds statistics that make a codec once the caller gives a tokenizer."""
