@@ -115,6 +115,11 @@ def command_line(*words: object) -> str:
     return shlex.join(["vlafit", *map(str, words)])
 
 
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest option, of those that a message lists."""
+    return did_you_mean(word, options, listed=False)
+
+
 def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest option, or a list of the options if none is near.
 

@@ -16,6 +16,8 @@ WHOLE = (
     "_METADATA",
 )
 """Files and folders that lie in a checkpoint, and not in a run."""
+SAVED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
+"""Endings of files of which a checkpoint has one."""
 
 
 def in_run(path: Path) -> Path | None:
@@ -25,7 +27,7 @@ def in_run(path: Path) -> Path | None:
     ConfigError where a pointer is damaged or leads nowhere; it names the checkpoint's folder where `path` is
     one of its files, or the folder of a run's checkpoints.
     """
-    if any((path / mark).exists() for mark in WHOLE):
+    if _is_whole(path):
         return None
     if path.is_file() and (path.parent / "policy.json").is_file():
         raise ConfigError(f"{path} is one file of a checkpoint; name the checkpoint's folder: {path.parent}")
@@ -41,6 +43,23 @@ def in_run(path: Path) -> Path | None:
     if steps:  # killed between its first checkpoint and the pointer to it
         return steps[-1].parent
     return _of_another_program(path) if path.is_dir() else None
+
+
+def below(path: Path) -> list[Path]:
+    """Return the checkpoints, and the runs with one, that lie in a folder which is neither, by name."""
+    if not path.is_dir() or any(p.suffix in SAVED and p.is_file() for p in path.iterdir()):
+        return []
+    return [
+        inner
+        for inner in sorted(path.iterdir())
+        if inner.is_dir()
+        and not inner.name.startswith(".")
+        and (_is_whole(inner) or any(inner.glob("checkpoints/step_*/policy.json")))
+    ]
+
+
+def _is_whole(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in WHOLE)
 
 
 def _of_another_program(run: Path) -> Path | None:

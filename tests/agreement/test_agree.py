@@ -354,6 +354,7 @@ def test_another_frame_size_is_an_error_unless_resize_is_said():
 @pytest.mark.parametrize(
     ("maps", "words"),
     [
+        ({"nope": "front"}, "has no camera 'nope'; it has: front, wrist$"),
         ({"frnt": "front"}, "no camera 'frnt'.*did you mean 'front'"),
         ({"front": "wrst"}, "no camera 'wrst'.*did you mean 'wrist'"),
         ({"front": "wrist", "wrist": "wrist"}, "'wrist' is mapped to more than one"),

@@ -135,3 +135,23 @@ def test_a_folder_may_be_called_like_a_scheme_or_begin_with_a_tilde(name: str, t
         checkpoints.place("~nobody-here")
     with pytest.raises(ConfigError, match="~nobody-here"):
         load_card("~nobody-here/card.toml")
+
+
+def test_a_folder_of_several_checkpoints_or_runs_is_answered_with_their_names(tmp_path: Path):
+    for name in ("one", "two"):
+        (tmp_path / "several" / name).mkdir(parents=True)
+        (tmp_path / "several" / name / "model.safetensors").touch()
+    run = tmp_path / "runs" / "mine" / "checkpoints" / "step_000003"
+    run.mkdir(parents=True)
+    (run / "policy.json").touch()
+    (tmp_path / "runs" / "notes.txt").touch()
+    (tmp_path / "runs" / "data").mkdir()
+    for folder, names in (("several", ["one", "two"]), ("runs", ["mine"])):
+        for foreign in (False, True):
+            said = f"is no checkpoint, but holds {len(names)}; name one:"
+            with pytest.raises(ConfigError, match=said) as caught:
+                checkpoint_folder(str(tmp_path / folder), foreign=foreign)
+            listed = str(caught.value).splitlines()[1:]
+            assert listed == [f"  {tmp_path / folder / name}" for name in names]
+    (tmp_path / "several" / "config.json").touch()  # a checkpoint of parts
+    assert checkpoint_folder(str(tmp_path / "several"), foreign=True) == tmp_path / "several"

@@ -16,7 +16,7 @@ from vlafit.datasets.leaks import Repeat, repeats, require_apart, require_once
 from vlafit.datasets.write import card_text
 from vlafit.errors import DataError
 from vlafit.train.data import open_data
-from vlafit.train.episode_warnings import repeat_warnings
+from vlafit.train.episode_warnings import line_break_warnings, repeat_warnings
 
 EVERYTHING = in_file_order(demos(3))
 
@@ -74,6 +74,16 @@ def test_a_copy_with_other_instructions_is_said_and_counts(original: Card, tmp_p
     (sentence,) = repeat_warnings(data)
     assert "card 'copy': 4 training episodes are copies of episodes of card 'small'" in sentence
     assert "with another instruction" in sentence
+
+
+def test_an_instruction_with_a_line_break_is_said(original: Card, tmp_path: Path) -> None:
+    recipe = tiny(tmp_path).data
+    broken = replace(original.instruction, source="card", text="turn it on\nthen off")
+    for words, count in ((broken, 1), (replace(broken, text="turn it on\n"), 0)):
+        card = written(replace(original, instruction=words), tmp_path / "words.toml")
+        found = line_break_warnings(open_data(replace(recipe, cards=(card,)), 0))
+        assert len(found) == count
+        assert all("holds a line break ('turn it on\\nthen off' of " in one for one in found)
 
 
 def test_copies_within_a_dataset_are_said(original: Card, tmp_path: Path) -> None:

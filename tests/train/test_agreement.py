@@ -682,3 +682,48 @@ def test_a_resumed_run_keeps_its_agreement(tmp_path: Path):
     before = (tmp_path / "run" / "agreement.json").read_text()
     run(recipe, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "agreement.json").read_text() == before
+
+
+# ------------------------------------------------------------------------------------- columns without names
+
+
+@pytest.mark.case(
+    section="data",
+    report="actions come out in another order",
+    user_has="a card whose columns are in another order than those of the run, and no names of dimensions",
+    now="refused by train, inspect and `eval --data`, with both orders",
+)
+def test_columns_in_another_order_than_the_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    card = write_card(tmp_path / "data", labels="[]")
+    out = tmp_path / "run"
+    recipe = recipe_of(card, None, {})
+    run(replace(recipe, train=replace(recipe.train, steps=1)), out)
+    saved = out / "checkpoints" / "step_000001"
+    words = ["--samples", "2", "--draws", "2", "--episodes", "reach_demo/demo_0"]
+    command = ["eval", str(saved), "--data", str(card), *words, "--out", str(tmp_path / "offline")]
+    assert cli.main(command) == 0
+    assert "neither side names them: same order" in capsys.readouterr().out
+    for keys, is_other in (
+        ('["actions[:, 1]", "actions[:, 0]"]', True),
+        ('["actions[:, ::-1]"]', False),  # its width is not known before the files are open
+        ('["actions[:, 1:]", "actions[:, :1]"]', True),
+        ('["actions[:, 0]", "actions[:, 1]"]', False),
+    ):
+        other = card.with_name("other.toml")
+        other.write_text(card.read_text().replace('["actions"]', keys))
+        assert other.read_text() != card.read_text()
+        sides = ("actions", keys[2:-2].replace('", "', " + "))
+        told = cli.main(["inspect", str(out), "--data", str(other)])
+        said = capsys.readouterr()
+        assert told == int(is_other) and ("conflict: action columns" in said.err) == is_other
+        assert all(side in said.out for side in sides)
+        command = ["eval", str(saved), "--data", str(other), *words, "--out", str(tmp_path / f"of {keys}")]
+        assert cli.main(command) == (2 if is_other else 0)
+        said = capsys.readouterr()
+        if is_other:
+            assert "action columns" in said.err and all(side in said.err for side in sides)
+            with pytest.raises(EmbodimentError, match="action columns"):
+                start(recipe_of(other, saved, {}))
+            start(recipe_of(other, saved, {"robot": True}, statistics="data"))
+        else:
+            start(recipe_of(other, saved, {}))

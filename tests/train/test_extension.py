@@ -15,6 +15,7 @@ from vlafit import config
 from vlafit.errors import TrainingError
 from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.train import launch, run
+from vlafit.train.extension import notice
 from vlafit.train.optim import schedule
 from vlafit.train.run_folder import read_recipe, require_usable
 from vlafit.train.settle import settle
@@ -73,6 +74,19 @@ def test_an_extended_run_equals_one_that_was_that_long_from_the_start(
     again = settle(longer(short, 6), launch.read({}), bf16=False, saved=kept).recipe
     again = replace(again, data=replace(again.data, workers=0))  # as the run chooses on a CPU
     assert require_usable(again, copy, read_recipe(copy)) == kept  # the same command goes on with it
+
+
+def test_an_extension_within_the_warm_up_says_where_the_learning_rate_is(short: Recipe):
+    optim = replace(short.optim, lr=1e-4, final_lr=0.1, warmup_steps=9, schedule_steps=4)
+    saved = replace(short, optim=optim)
+    said = notice(saved, replace(saved, train=replace(saved.train, steps=8)))
+    # (4 + 1) / (9 + 1) and (7 + 1) / (9 + 1) of 1e-4
+    assert "goes on from 5e-05 at step 4, in the warm-up that ends at step 9, to 8e-05 at the last" in said
+    past = notice(saved, replace(saved, train=replace(saved.train, steps=30)))
+    assert "goes on from 5e-05 at step 4, in the warm-up" in past and "to 1e-05 at the last step" in past
+    short_warm_up = replace(saved, optim=replace(optim, warmup_steps=1))
+    said = notice(short_warm_up, replace(short_warm_up, train=replace(saved.train, steps=8)))
+    assert "stays at its final value, 1e-05" in said
 
 
 def test_a_new_schedule_begins_where_the_user_says(short: Recipe, copy: Path):

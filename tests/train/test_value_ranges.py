@@ -307,6 +307,10 @@ def test_an_evaluation_on_data_compares_the_values_as_training_does(
     assert cli.main([*asked, "--out", str(out), *permitted]) == 0
     assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "action.c"]) == 2
     assert "--outside: the robot has no dimension 'action.c'" in capsys.readouterr().err
+    assert cli.main([*asked, "--out", str(tmp_path / "no"), "--outside", "foo"]) == 2
+    said = capsys.readouterr().err
+    listed = said.rpartition("no dimension 'foo'; it has: ")[2].strip().split(", ")
+    assert len(listed) == len(set(listed)) == 4
 
 
 def test_an_evaluation_names_what_differs_and_is_no_error(tmp_path: Path):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from vlafit.agreement.camera_map import NAME, accept, hands, propose, remedy, table
 from vlafit.agreement.values import Item, Party
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit.errors import ConfigError, did_you_mean, nearest
 from vlafit.recipe import AdaptRecipe
 from vlafit.types import Embodiment, Feature
 
@@ -106,7 +106,7 @@ def shared_slots(robots: Mapping[str, tuple[Embodiment, AdaptRecipe]]) -> tuple[
                 )
             if slot not in slots and not (slot in recorded and not source):
                 raise ConfigError(
-                    f"{where}: there is no slot {slot!r}{did_you_mean(slot, slots)}; the slots are: "
+                    f"{where}: there is no slot {slot!r}{nearest(slot, slots)}; the slots are: "
                     f"{', '.join(slots)}"
                 )
         sources = [source for source in adapt.cameras.values() if source]
@@ -149,12 +149,12 @@ def _require_known(
         if not slot or slot not in slots:
             listed = ", ".join(filter(None, slots)) or "none"
             raise ConfigError(
-                f"adapt.cameras: {checkpoint.title} has no camera {slot!r}{did_you_mean(slot, slots)}; "
+                f"adapt.cameras: {checkpoint.title} has no camera {slot!r}{nearest(slot, slots)}; "
                 f"it has: {listed}"
             )
         if source and source not in recorded:
             raise ConfigError(
-                f"adapt.cameras: {dataset.title} has no camera {source!r}{did_you_mean(source, recorded)}; "
+                f"adapt.cameras: {dataset.title} has no camera {source!r}{nearest(source, recorded)}; "
                 f"it has: {', '.join(recorded)}"
             )
     sources = [source for source in chosen.values() if source]

@@ -26,6 +26,9 @@ def evaluation_items(policy: Embodiment, other: Embodiment, role: Role) -> list[
         facts |= {"control mode": robot.control, "control rate": f"{robot.hz:g} Hz" if robot.hz else ""}
         facts |= {"renderer": robot.renderer}
     items = [_item(name, text, there[name], role) for name, text in here.items() if text or there[name]]
+    for name in ("state names", "action names"):
+        if not here[name] and not there[name]:
+            items.append(Item(name, {}, "", "assumed", "neither side names them: same order"))
     return [replace(item, short=short) for item in items]
 
 

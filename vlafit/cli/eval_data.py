@@ -22,6 +22,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     from vlafit.offline.contract import (
         agree,
         compare_cameras,
+        compare_columns,
         compare_frames,
         compare_values,
         permitted_by,
@@ -49,6 +50,7 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     items += compare_cameras(store, str(name), local, embodiment, options.confirm_cameras or ())
     if isinstance(actor, PolicyActor):
         permitted = (*permitted_by(name, actor.embodiment.name), *(options.outside or ()))
+        items += compare_columns(name, store, actor.embodiment)
         items += compare_frames(name, store, actor.embodiment.name)
         items += compare_values(actor.codec, store, str(name), permitted)
     if checkpoint is not None and deleted_by_run(checkpoint):

@@ -8,6 +8,8 @@ from pathlib import Path
 from vlafit import pointers, shipped
 from vlafit.errors import ConfigError, VlafitError
 
+MOST_NAMED = 8  # checkpoints in a message
+
 
 def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     """Return the folder of the checkpoint named by `text`.
@@ -29,6 +31,10 @@ def checkpoint_folder(text: str, foreign: bool = False) -> Path | str:
     checkpoint = pointers.in_run(path)
     if checkpoint is not None:
         return checkpoint
+    if len(below := pointers.below(path)) > 0:
+        listed = "".join(f"\n  {inner}" for inner in below[:MOST_NAMED])
+        more = f"\n  and {len(below) - MOST_NAMED} more" if len(below) > MOST_NAMED else ""
+        raise ConfigError(f"{path} is no checkpoint, but holds {len(below)}; name one:{listed}{more}")
     if foreign and path.exists():
         return path
     if path.is_dir():

@@ -28,7 +28,7 @@ from vlafit.datasets.value_ranges import (
     plain,
     sample,
 )
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit.errors import ConfigError, nearest
 
 LARGEST_SHOWN = 3  # dimensions in a console's line about a column of many
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
@@ -118,7 +118,7 @@ def items(
     for name in permitted:
         if name not in known:
             raise ConfigError(
-                f"{remedies.chosen}: the robot has no dimension {name!r}{did_you_mean(name, known)}; "
+                f"{remedies.chosen}: the robot has no dimension {name!r}{nearest(name, known)}; "
                 f"it has: {', '.join(dict.fromkeys(one.names[0] for one in ranges))}"
             )
     own, of_part = fitted and not part, f", {part}" if part else ""

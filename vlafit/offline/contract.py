@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from vlafit import config
 from vlafit.agreement import Agreement, Item, describe_recorded, evaluation_items, recorded_otherwise
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore, value_faults
+from vlafit.datasets import EpisodeStore, column_order, value_faults
 from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned, said_of_cameras
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import EmbodimentError
@@ -129,6 +129,16 @@ def compare_frames(checkpoint: Path, store: EpisodeStore, embodiment: str = "") 
     elif stated:
         sides = {"dataset": here, "checkpoint": stated}
         yield Item("frames", sides, here, "differs", "are all upright?")
+
+
+def compare_columns(checkpoint: Path, store: EpisodeStore, robot: Embodiment) -> list[Item]:
+    """Return from which columns states and actions are read, and those that a checkpoint learned from.
+
+    Raises EmbodimentError where they are in another order, and no names tell which is which.
+    """
+    items = tuple(column_order.items([store.card], checkpoint, robot, robot.name, fix=column_order.FIX_HERE))
+    Agreement(items, (), ()).require(f"the columns of dataset {store.card.name!r} and {checkpoint}")
+    return list(items)
 
 
 def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vlafit import envs
 from vlafit.datasets.card import RecordSpec
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit.errors import ConfigError, nearest
 from vlafit.types import Env, EpisodeKey, Observation
 
 BURST_CHANCE = 0.06  # probability that a push starts at a step without one
@@ -97,6 +97,6 @@ def _privileged(observation: Observation, name: str) -> NDArray:
     """Return a value of the simulator, or raise ConfigError naming those that it has."""
     if name not in observation.privileged:
         listed = ", ".join(observation.privileged) or "none"
-        near = did_you_mean(name, observation.privileged)
+        near = nearest(name, observation.privileged)
         raise ConfigError(f"record.keep: the simulator reports no value {name!r}{near}; it has: {listed}")
     return np.array(observation.privileged[name])

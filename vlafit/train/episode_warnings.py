@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from vlafit.datasets.leaks import Repeat, repeats
 from vlafit.datasets.split import groups_of
+from vlafit.errors import quoted
 from vlafit.observations import short
 from vlafit.recipe import DataRecipe
 from vlafit.train.data import Data
@@ -42,6 +43,20 @@ def _only_held_out(data: Data) -> Iterator[str]:
                     f"their task; {len(out)} of these are held out, so nothing trains on their instructions "
                     f"({short(sentence)}, say). Give episodes of one task the same instruction"
                 )
+
+
+def line_break_warnings(data: Data) -> tuple[str, ...]:
+    """Return a sentence for each dataset with an instruction that holds a line break."""
+    sentences = []
+    for store in data.stores:
+        broken = [info for info in store.episodes if len(info.instruction.strip().splitlines()) > 1]
+        if broken:
+            sentences.append(
+                f"dataset {store.card.name!r}: the instruction of {len(broken)} episodes holds a line break "
+                f"({quoted(broken[0].instruction, 80)} of {broken[0].id!r}). Prompts end in one, or take "
+                "it for a blank: say the same at run time, or write the instruction in one line"
+            )
+    return tuple(sentences)
 
 
 def repeat_warnings(data: Data) -> tuple[str, ...]:

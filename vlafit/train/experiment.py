@@ -28,7 +28,7 @@ from vlafit.train.data import (
     renderer_warnings,
 )
 from vlafit.train.delays import train_with_delays
-from vlafit.train.episode_warnings import repeat_warnings, split_warnings
+from vlafit.train.episode_warnings import line_break_warnings, repeat_warnings, split_warnings
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.packer import chosen_packing
 from vlafit.train.prompts import require_prompts
@@ -171,6 +171,7 @@ def build(
             *split_warnings(recipe.data, data),
             *declared_warnings(data),
             *repeat_warnings(data),
+            *line_break_warnings(data),
             *values,
         ),
         base=saved.base,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlafit.errors import TrainingError
 from vlafit.recipe import Recipe
+from vlafit.train.optim import schedule
 from vlafit.tuning import load_strategy
 
 FINAL = ("after", "wrong_instruction")  # evaluations of a run's last checkpoint
@@ -53,9 +54,23 @@ def notice(saved: Recipe, now: Recipe) -> str:
     rate = (
         f"a new schedule of the learning rate begins at step {began}"
         if began != saved.optim.schedule_from
-        else f"the learning rate stays at its final value, {now.optim.final_lr * now.optim.lr:g}"
+        else _continued(saved, now)
     )
     return f"train.steps was {saved.train.steps}, is now {now.train.steps}: the run was extended; {rate}"
+
+
+def _continued(saved: Recipe, now: Recipe) -> str:
+    """Return what the learning rate does in the further steps of a schedule that goes on."""
+    optim = now.optim
+    first, last = (schedule(s, now.train.steps, optim) for s in (saved.train.steps, now.train.steps - 1))
+    if first == last == optim.final_lr:
+        return f"the learning rate stays at its final value, {optim.final_lr * optim.lr:g}"
+    warm = optim.schedule_from + optim.warmup_steps
+    within = f", in the warm-up that ends at step {warm}," if saved.train.steps < warm else ""
+    return (
+        f"the learning rate goes on from {first * optim.lr:.3g} at step {saved.train.steps}{within} to "
+        f"{last * optim.lr:.3g} at the last step"
+    )
 
 
 def keep_evaluations(out: Path, steps: int) -> None:

@@ -166,25 +166,25 @@ def with_codec(
     part, recipe = data.of(embodiment), recipe.of(embodiment)
     text = codec.action_text
     actions = None if text is None else tokens.item(text)
-    whole = agreement.with_items(
-        [
-            *reconcile.other_cards(part.cards),
-            *reconcile.codec_items(
-                recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions
-            ),
-            *value_faults.of_run(
-                part.stores,
-                part.training,
-                part.validation,
-                codec,
-                reconcile.outside(recipe, agreement),
-                recipe.fits_statistics,
-            ),
-        ]
+    values = list(
+        value_faults.of_run(
+            part.stores,
+            part.training,
+            part.validation,
+            codec,
+            reconcile.outside(recipe, agreement),
+            recipe.fits_statistics,
+        )
     )
+    items = reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions)
+    whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *values])
+    of_values = {item.name for item in values}
+    only_values = all(item.name in of_values for item in whole.conflicts)
     if len(data.names) > 1:
         whole = whole.for_embodiment(embodiment)
-    whole.require("the dataset and the statistics in use")
+    if only_values or not recipe.policy.checkpoint:
+        whole.require("the dataset and the statistics in use")
+    whole.require(reconcile.sides(part.cards[0], recipe.policy.checkpoint))
     return whole
 
 

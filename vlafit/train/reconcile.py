@@ -9,7 +9,7 @@ from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
-from vlafit.datasets import Card, value_faults
+from vlafit.datasets import Card, column_order, value_faults
 from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
@@ -305,6 +305,7 @@ def codec_items(
     padded = ", padded to squares (letter box)" if codec.config.letter_box else ""
     framed = f"{size}x{size}, framed as {codec.config.framing}{padded}"
     yield _frames(recipe, data.cards, before, pairs, framed)
+    yield from _columns(recipe, data.cards, before)
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -355,6 +356,14 @@ def _frames(
         "[adapt] frames = true; else correct `rotate`, `flip` and `channels` in the card"
     )
     return Item("frames", sides, "", "conflict", fix=fix, accept=("--adapt.frames true",))
+
+
+def _columns(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Iterator[Item]:
+    """Yield from which columns states and actions are read, and those that the checkpoint learned from."""
+    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
+    robot = before.embodiment if before is not None else None
+    may_differ = recipe.adapt.robot and recipe.fits_statistics
+    yield from column_order.items(cards, path, robot, robot.name if robot else "", may_differ=may_differ)
 
 
 def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:

@@ -16,7 +16,7 @@ from vlafit.datasets.convert.written import Written
 from vlafit.datasets.load import open_dataset
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.write import card_text
-from vlafit.errors import DataError, did_you_mean
+from vlafit.errors import DataError, did_you_mean, nearest
 
 __all__ = ["CARD", "TARGETS", "VIDEO_CODECS", "convert"]
 
@@ -40,9 +40,7 @@ def convert(
     for an `out` that exists or is among the dataset's own files, and for what the layout cannot hold.
     """
     if to not in TARGETS:
-        raise DataError(
-            f"cannot convert to {to!r}; there are {', '.join(TARGETS)}{did_you_mean(to, TARGETS)}"
-        )
+        raise DataError(f"cannot convert to {to!r}; there are {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     if video and to != "lerobot":
         raise DataError(f"video {video!r}: layout {to!r} holds frames without loss; leave it out")
     if video and video not in VIDEO_CODECS:

@@ -26,7 +26,7 @@ from vlafit.datasets.hdf5_demos import Demonstration, Hdf5Layout
 from vlafit.datasets.hdf5_files import reading
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.video import VideoFile
-from vlafit.errors import DataError, did_you_mean
+from vlafit.errors import DataError, nearest
 from vlafit.files import parse_json, plain_text
 
 INSTRUCTIONS = ("current_task", "demo", "beside")
@@ -171,9 +171,7 @@ def _video(folder: Path, key: str) -> Path:
         serial = _metadata(_metadata_file(folder)).get(SERIALS[key])
     elif not key.isdigit():
         known = [*SERIALS, "a serial number"]
-        raise DataError(
-            f"{folder}: no camera {key!r}; there are {', '.join(known)}{did_you_mean(key, known)}"
-        )
+        raise DataError(f"{folder}: no camera {key!r}; there are {', '.join(known)}{nearest(key, known)}")
     if serial and Path(str(serial)).name != str(serial):
         raise DataError(
             f"{_metadata_file(folder)}: {SERIALS[key]} is {serial!r}, which is no serial number of a camera"

@@ -16,7 +16,7 @@ from vlafit.checkpoints.formats.groot.groups import Unrepeated
 from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.codec import Codec, CodecConfig, Tokenizer
 from vlafit.codec.images import Framing, groot_crop
-from vlafit.errors import WeightsError, did_you_mean
+from vlafit.errors import WeightsError, nearest
 from vlafit.nn.policy import Needs
 from vlafit.types import ColumnForm, Embodiment, Feature
 
@@ -163,8 +163,7 @@ def chosen(folder: Path, name: str | Path | None) -> str | None:
     if str(name) not in have:
         listed = ", ".join(have) or "none at all"
         raise WeightsError(
-            f"{folder}: there are no statistics of {str(name)!r}{did_you_mean(str(name), have)}; it has "
-            f"{listed}"
+            f"{folder}: there are no statistics of {str(name)!r}{nearest(str(name), have)}; it has {listed}"
         )
     return str(name)
 

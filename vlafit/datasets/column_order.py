@@ -1,0 +1,114 @@
+"""Say from which columns a card reads states and actions, to compare them with those that were learned."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vlafit.agreement import Item
+from vlafit.agreement import values as agreements
+from vlafit.datasets.card import Card
+from vlafit.datasets.columns import parse_key
+from vlafit.errors import ConfigError
+from vlafit.types import Embodiment, Feature
+
+BETWEEN = " + "
+FIX = (
+    "without names of the dimensions on both sides, only their order tells them apart: list the columns in "
+    "the checkpoint's order, or, if this is another robot, [adapt] robot = true and data.statistics = "
+    '"data"'
+)
+FIX_HERE = (
+    "without names of the dimensions on both sides, only their order tells them apart: list the columns in "
+    "robot.{name}.keys of the card in the checkpoint's order"
+)
+
+
+def read_from(cards: Sequence[Card], name: str) -> str:
+    """Return the columns from which cards read the state or action (`name`)."""
+    texts = {card.name: BETWEEN.join(_keys(card, name)) for card in cards}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{card}: {text}" for card, text in texts.items())
+
+
+def items(
+    cards: Sequence[Card],
+    checkpoint: Path | None,
+    robot: Embodiment | None,
+    embodiment: str = "",
+    *,
+    may_differ: bool = False,
+    fix: str = FIX,
+) -> Iterator[Item]:
+    """Yield the columns of states and actions, and those that a checkpoint learned from, where it says.
+
+    `robot` is the checkpoint's. The same columns in another order are a conflict, unless the dimensions have
+    names on both sides or `may_differ` (another robot).
+    """
+    for name in ("state", "action"):
+        title, here = f"{name} columns", read_from(cards, name)
+        stated = _learned(checkpoint, title, embodiment) if checkpoint is not None else ""
+        if not stated:
+            yield Item(title, {"dataset": here}, here, "same")
+            continue
+        sides = {"dataset": here, "checkpoint": stated}
+        named = robot is not None and bool(_column(robot, name).labels)
+        named = named and all(_column(card.embodiment, name).labels for card in cards)
+        if here == stated:
+            yield Item(title, sides, here, "same")
+        elif named or not any(_reordered(card, name, stated) for card in cards):
+            yield Item(title, sides, here, "same" if named else "assumed", "" if named else "same order")
+        elif may_differ:
+            yield Item(title, sides, here, "chosen", "adapt.robot")
+        else:
+            accept = ("--adapt.robot true", "--data.statistics data") if fix is FIX else ()
+            yield Item(title, sides, "", "conflict", fix=fix.format(name=name), accept=accept)
+
+
+def _keys(card: Card, name: str) -> tuple[str, ...]:
+    return card.robot.state.keys if name == "state" else card.robot.action.keys
+
+
+def _column(robot: Embodiment, name: str) -> Feature:
+    return robot.state if name == "state" else robot.action
+
+
+def _learned(checkpoint: Path, title: str, embodiment: str) -> str:
+    agreed = agreements.read(checkpoint)
+    names = (title, f"{embodiment}: {title}")
+    return next((i.sides.get("dataset", "") for i in agreed.items if i.name in names), "") if agreed else ""
+
+
+def _reordered(card: Card, name: str, stated: str) -> bool:
+    """Whether a card reads the same dimensions as one of the stated texts, but in another order."""
+    width = _column(card.embodiment, name).shape[0]
+    here = _dimensions(_keys(card, name), width)
+    texts = [text.partition(": ")[2] or text for text in stated.split("; ")]
+    every = [_dimensions(text.split(BETWEEN), width) for text in texts]
+    return here not in every and any(sorted(here) == sorted(one) for one in every)
+
+
+def _dimensions(texts: Sequence[str], width: int) -> list[tuple[str, int]]:
+    """Return (path, dimension) pairs in order, `width` in all; a part of unknown width is one pair."""
+    try:
+        keys = [parse_key(text, "column") for text in texts]
+    except ConfigError:  # of another version
+        return [(text, -1) for text in texts]
+    known = [_bounded(key.some) for key in keys]
+    open_ends = [number for number, one in enumerate(known) if one is None]
+    if len(open_ends) == 1 and (start := keys[open_ends[0]].some.start or 0) >= 0:
+        room = width - sum(len(one) for one in known if one is not None)
+        if keys[open_ends[0]].some.step in (None, 1):
+            known[open_ends[0]] = range(start, start + room)
+    return [
+        pair
+        for text, key, one in zip(texts, keys, known, strict=True)
+        for pair in ([(text, -1)] if one is None else [(key.path, number) for number in one])
+    ]
+
+
+def _bounded(some: slice) -> range | None:
+    """Return the dimensions of a slice; None where they depend on how many there are."""
+    start, step = some.start or 0, some.step or 1
+    if some.stop is None or some.stop < 0 or start < 0 or step < 0:
+        return None
+    return range(start, some.stop, step)
