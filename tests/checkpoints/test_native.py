@@ -293,7 +293,7 @@ def test_a_size_of_a_codec_that_no_machine_holds_is_refused_by_name(copy: Path, 
     path.write_text(json.dumps(content))
     rewritten(copy)
     for read in (checkpoints.load, checkpoints.inspect):
-        with pytest.raises(CodecError, match=rf"codec config: {name} must be at most \d+, is {value}"):
+        with pytest.raises(CodecError, match=rf"codec\.json: config: {name} must be at most \d+, is {value}"):
             read(copy)
 
 

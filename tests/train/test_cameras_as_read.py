@@ -278,6 +278,8 @@ def test_frames_that_a_checkpoint_learned_otherwise_are_refused_unless_accepted(
         start(recipe_of(other, checkpoint, {}))
     for fact in ("frames: dataset: front turned by 180; checkpoint: as stored", "--adapt.frames true"):
         assert fact in str(caught.value)
+    head = str(caught.value).splitlines()[0]
+    assert head.startswith("card ") and str(checkpoint) in head and "statistics" not in head
     assert cli.main(["inspect", str(checkpoint), "--data", str(other)]) == 1
     assert "[adapt] frames = true" in "".join(capsys.readouterr())
     front = 'name = "front"'

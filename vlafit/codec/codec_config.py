@@ -166,9 +166,7 @@ def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer
     for name, minimum in least.items():
         if getattr(config, name) < minimum:
             raise CodecError(f"codec config: {name} must be at least {minimum}, is {getattr(config, name)}")
-    for name, most in AT_MOST.items():
-        if getattr(config, name) > most:
-            raise CodecError(f"codec config: {name} must be at most {most}, is {getattr(config, name)}")
+    require_sizes(config, "codec config")
     if (config.prompt is None) != (tokenizer is None):
         has = "no tokenizer" if tokenizer is None else "a tokenizer"
         raise CodecError(f"codec config: prompt is {config.prompt!r}, and there is {has}")
@@ -182,6 +180,13 @@ def _require_inputs(config: CodecConfig, robot: Embodiment, tokenizer: Tokenizer
         )
     if tokenizer is not None and config.begins_with_bos and tokenizer.bos is None:
         raise CodecError(f"prompt {config.prompt!r} begins with a bos token, and this tokenizer has none")
+
+
+def require_sizes(config: CodecConfig, where: str) -> None:
+    """Raise CodecError naming a size that no machine holds."""
+    for name, most in AT_MOST.items():
+        if getattr(config, name) > most:
+            raise CodecError(f"{where}: {name} must be at most {most}, is {getattr(config, name)}")
 
 
 def _require_framing(config: CodecConfig, robot: Embodiment) -> None:

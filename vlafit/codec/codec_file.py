@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vlafit import config as configuration
 from vlafit.codec import fast
 from vlafit.codec import tokenizer as tokenizers
-from vlafit.codec.codec_config import CodecConfig
+from vlafit.codec.codec_config import CodecConfig, require_sizes
 from vlafit.codec.fast import FastTokenizer
 from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
@@ -111,6 +111,7 @@ def read(folder: Path) -> tuple[list[CodecParts], Tokenizer | None, FastTokenize
     parts = []
     for number, settings, embodiment, values, where, origin in entries:
         config = configuration.build(CodecConfig, settings, f"{path}: config")
+        require_sizes(config, f"{path}: config")
         if config.prompt is not None and words is None:
             words = tokenizers.load(folder / "tokenizer")
         if config.action_tokens is not None and actions is None:
