@@ -47,7 +47,7 @@ def in_run(path: Path) -> Path | None:
 
 def below(path: Path) -> list[Path]:
     """Return the checkpoints, and the runs with one, that lie in a folder which is neither, by name."""
-    if not path.is_dir() or any(p.suffix in SAVED and p.is_file() for p in path.iterdir()):
+    if not path.is_dir() or _is_whole(path) or any(p.suffix in SAVED and p.is_file() for p in path.iterdir()):
         return []
     return [
         inner

@@ -36,6 +36,7 @@ def test_what_differs_and_what_was_chosen_is_kept_and_shown(
         "2",
     )
     assert items["episodes of each task"]["value"] == "2"
+    assert items.pop("state names")["reason"] == "neither side names them: same order"
     assert {item["status"] for item in items.values() if item["name"].startswith("state")} == {"same"}
     assert show(result) == 0
     shown = capsys.readouterr().out
