@@ -155,4 +155,5 @@ def test_a_folder_of_several_checkpoints_or_runs_is_answered_with_their_names(tm
             assert listed == [f"  {tmp_path / folder / name}" for name in names]
     (tmp_path / "several" / "config.json").touch()  # a checkpoint of parts
     assert checkpoint_folder(str(tmp_path / "several"), foreign=True) == tmp_path / "several"
-    assert checkpoint_folder(str(OPENPI), foreign=True) == OPENPI  # holds params/, which holds _METADATA
+    pure = OPENPI.with_name("ckpt_pure")  # holds params/, which holds _METADATA
+    assert checkpoint_folder(str(pure), foreign=True) == pure
