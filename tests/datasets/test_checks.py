@@ -122,7 +122,7 @@ def test_two_wild_values_of_few_rows_do_not_hide_each_other(value: float):
     for number in (1, 4):
         episodes[number].actions[3, 1] = value
     assert 0.01 * sum(len(e.actions) for e in episodes) < 2  # else 99 % of the values are the usual ones
-    spikes = [f for f in check_store(Recording(episodes)) if f.kind == "spike"]
+    spikes = [f for f in check_store(Recording(episodes)).findings if f.kind == "spike"]
     assert [(f.episode, f.step) for f in spikes] == [("episode_1", 3), ("episode_4", 3)]
     assert all(f"is {value:.4g}, 99 % of its values are within" in f.message for f in spikes)
     assert all(float(f.message.split("within ")[1].split()[0]) < 100 for f in spikes)

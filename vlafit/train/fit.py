@@ -74,6 +74,8 @@ def free_ram_gb(device: torch.device) -> float:
 def is_large(recipe: Recipe) -> bool:
     """Whether the policy has so many weights that a forecast, which takes seconds, is worth it on a CPU."""
     spec = recipe.policy
+    if not spec.checkpoint and not spec.family:
+        return False  # refused where the policy is built
     if not spec.checkpoint:
         policy = build_family(spec.family, spec.size, spec.config, device="meta")
         return sum(4 * p.numel() for p in policy.parameters()) > LARGE
