@@ -113,7 +113,7 @@ class Plan:
 
     def add(self, chunk: ActionChunk, observed: int, delay: int) -> None:
         """Take a chunk for the observation of step `observed`, usable `delay` steps after it."""
-        actions = np.asarray(chunk.actions, np.float32)
+        actions = np.array(chunk.actions, np.float32)  # a copy: the actor may use its array again
         if actions.ndim != 2 or not len(actions):
             raise ConfigError(f"a chunk must be actions [steps, dimensions], not of shape {actions.shape}")
         self.execution.require_chunk(len(actions))

@@ -108,6 +108,7 @@ class Controller:
         self._episode = -1
         self._instruction = ""
         self._pending: Future[ActionChunk] | None = None
+        self._sent: NDArray[np.float32] | None = None  # the last action, of any episode
 
     def start(self, instruction: str, *, task: str = "", seed: int | None = None) -> None:
         """Begin an episode. Its noise is drawn from `task` (the instruction) and `seed` (a count of
@@ -120,7 +121,8 @@ class Controller:
         self._plan = Plan(self.execution)
         self._newest.clear()
         self._asked = -1  # the step of the last observation that was sent
-        self._sent: NDArray[np.float32] | None = None
+        self._answered = False  # whether the episode has a chunk
+        self._failed = False  # whether the last step raised: what it asked for must be asked again
 
     def step(self, images: Mapping[str, Any], state: Any) -> NDArray[np.float32]:
         """Return the action [a] to execute now, in the robot's units.
@@ -132,13 +134,27 @@ class Controller:
         self._require_open()
         if self._episode < 0:
             raise ConfigError("the controller has no instruction: call start first")
-        seen = observation(images, state, self._instruction, self.embodiment)
-        now = seen
-        self._newest.append(seen)
+        now = _owned(observation(images, state, self._instruction, self.embodiment))
+        before = tuple(self._newest)
+        self._newest.append(now)
+        try:
+            action = self._next_action()
+        except BaseException:
+            self._failed = True
+            self._newest.clear()
+            self._newest.extend(before)  # the step was not executed; it is there once when it is tried again
+            raise
+        self._sent = action
+        self._log_missing(now)  # not before: a policy may refuse to act without any camera
+        return action.copy()
+
+    def _next_action(self) -> NDArray[np.float32]:
+        """Return the action for the newest observation, asking the policy where that is due."""
         *past, newest = self._newest
         seen = dataclasses.replace(newest, past=tuple(past))
         self._collect(wait=False)
-        due = self._asked < 0 or self._plan.step - self._asked >= self.execution.replan
+        since = self._plan.step - self._asked
+        due = self._failed or self._asked < 0 or since >= self.execution.replan
         if self._pending is None and (due or not self._plan.left()):
             self._ask(seen)
         while not self._plan.left():
@@ -147,11 +163,7 @@ class Controller:
                 self._ask(seen)
             self._collect(wait=True)
         action = self._plan.next()
-        if self.limits is not None:
-            action = self.limits.apply(action, self._sent)
-        self._sent = action
-        self._log_missing(now)  # not before: a policy may refuse to act without any camera
-        return action
+        return action.copy() if self.limits is None else self.limits.apply(action, self._sent)
 
     def close(self) -> None:
         """Stop the thread. Later calls raise ConfigError; the actor stays open."""
@@ -173,12 +185,11 @@ class Controller:
             raise ConfigError("the controller is closed; make another one")
 
     def _ask(self, seen: Observation) -> None:
-        first = self._asked < 0
         self._asked = self._plan.step
         committed = self._plan.committed(max(self._delays) if self._thread else None)
         key, self._key = self._key, dataclasses.replace(self._key, replan=self._key.replan + 1)
         if self._thread is None:
-            delay = 0 if first else self.execution.delay
+            delay = self.execution.delay if self._answered else 0
             self._add(self._act(seen, key, committed), delay)
         else:
             self._pending = self._thread.submit(self._act, seen, key, committed)
@@ -207,7 +218,24 @@ class Controller:
                 raise EmbodimentError(f"stopped: {sentence.partition(';')[0]}")
             if self._tally.has_doubled:
                 log.warning("%s", sentence)
+        self._require_executable(chunk)
         self._plan.add(chunk, self._asked, delay)
+        self._answered, self._failed = True, False
+
+    def _require_executable(self, chunk: ActionChunk) -> None:
+        """Raise EmbodimentError for a chunk that no robot may be sent, with or without limits."""
+        width = self.embodiment.action.shape[0]
+        actions = np.asarray(chunk.actions)
+        if actions.ndim == 2 and actions.shape[1] != width:
+            raise EmbodimentError(
+                f"stopped: the policy's actions have {actions.shape[1]} values, and the robot "
+                f"{self.embodiment.name!r} takes {width}"
+            )
+        if not np.isfinite(actions).all():
+            bad = int(np.argwhere(~np.isfinite(actions))[0][0])
+            raise EmbodimentError(
+                f"stopped: the action is not finite: {actions[bad].tolist()}, step {bad} of the chunk"
+            )
 
     @property
     def invalid_answers(self) -> int:
@@ -227,3 +255,9 @@ class Controller:
             if camera not in seen.images and camera not in self._missing:
                 self._missing.add(camera)
                 log.warning("camera %r is missing; the policy acts without it (this is logged once)", camera)
+
+
+def _owned(seen: Observation) -> Observation:
+    """Return the observation with arrays of its own: a robot may fill its buffers anew at every step."""
+    images = {camera: pixels.copy() for camera, pixels in seen.images.items()}
+    return dataclasses.replace(seen, images=images, state=seen.state.copy())

@@ -1,0 +1,106 @@
+"""The control loop after errors, with reused buffers and with answers that no robot may be sent."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tests.serve.robots import CHUNK, Summing, seen
+from vlafit.errors import EmbodimentError, RemoteError, VlafitError
+from vlafit.execution import Execution, Limits
+from vlafit.serve.control import Controller
+from vlafit.types import ActionChunk, EpisodeKey, Observation
+
+WORDS = seen().instruction
+
+
+class Noting(Summing):
+    """Answers the n-th request with chunks of n, and notes what it saw; those in `broken` go wrong."""
+
+    def __init__(self, broken: Sequence[int] = (), invalid: Sequence[int] = (), history: int = 1) -> None:
+        super().__init__()
+        self.broken, self.invalid, self.history = broken, invalid, history
+        self.seen: list[list[float]] = []
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        assert self.open.wait(30)
+        count = len(self.seen)
+        newest = observations[0]
+        self.seen.append([float(one.state[0]) for one in (*newest.past, newest)])
+        if count in self.broken:
+            raise RemoteError("no answer")
+        return [ActionChunk(np.full((CHUNK, 3), count, np.float32), count not in self.invalid)]
+
+
+def step(control: Controller, state: float) -> float | None:
+    """Return the first value of the action; None where the step raises."""
+    try:
+        action = control.step(seen().images, [state, 0, 0])
+    except VlafitError:
+        return None
+    if control._pending is not None:
+        control._pending.exception(timeout=30)
+    return float(action[0])
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("fault", ["broken", "invalid"])
+def test_after_an_error_the_next_step_asks_again(fault: str, background: bool) -> None:
+    actor = Noting(**{fault: (1,)})
+    with Controller(actor, Execution(replan=2), background=background, on_invalid="stop") as control:
+        control.start(WORDS)
+        got = [step(control, i) for i in range(6)]
+        stopped = got.index(None)
+        # asked at steps 0 and 2; the latter fails, and the step after the error asks
+        assert [states[-1] for states in actor.seen[:3]] == [0, 2, stopped + 1]
+        assert 2 in got[stopped + 1 : stopped + 3]
+
+
+def test_a_step_that_raised_is_in_the_history_once() -> None:
+    actor = Noting(broken=(1,), history=3)
+    with Controller(actor, Execution(replan=1)) as control:
+        control.start(WORDS)
+        assert [step(control, i) for i in (0, 1, 1, 2)] == [0, None, 2, 3]
+    assert actor.seen == [[0], [0, 1], [0, 1], [0, 1, 2]]
+
+
+def test_a_robot_may_reuse_its_buffers() -> None:
+    actor = Noting(history=3)
+    images = {name: image.copy() for name, image in seen().images.items()}
+    state = np.zeros(3, np.float32)
+    with Controller(actor, Execution(replan=1)) as control:
+        control.start(WORDS)
+        for i in range(3):
+            state[:] = i
+            for image in images.values():
+                image[:] = i
+            control.step(images, state)
+        assert [int(one.images["front"][0, 0, 0]) for one in control._newest] == [0, 1, 2]
+    assert actor.seen[-1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_an_action_that_is_changed_in_place_changes_nothing_here(limited: bool) -> None:
+    limits = Limits(np.full(3, -9.0), np.full(3, 9.0), np.full(3, 0.25)) if limited else None
+    answers = []
+    for factor in (1, 57):
+        with Controller(Summing(), Execution("ensemble", replan=1), limits=limits) as control:
+            control.start(WORDS)
+            answers.append([])
+            for i in range(4):
+                action = control.step(seen(i).images, seen(i).state)
+                answers[-1].append(action.tobytes())
+                action *= factor
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("actions", [np.full((CHUNK, 3), np.nan), np.zeros((CHUNK, 4))])
+def test_without_limits_too_no_action_is_sent_that_is_none(actions: np.ndarray) -> None:
+    class Wrong(Summing):
+        def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+            return [ActionChunk(actions.astype(np.float32))]
+
+    with Controller(Wrong()) as control:
+        control.start(WORDS)
+        with pytest.raises(EmbodimentError, match="stopped: .*(not finite|4 values, and .*takes 3)"):
+            control.step(seen().images, seen().state)
