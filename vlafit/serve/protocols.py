@@ -200,31 +200,47 @@ def read_openpi(
 
     Its keys are the robot's own choice: "images" (a map), "state" and "prompt", or one key a camera, each
     with or without "observation/" in front. `names` maps other keys to a camera or to "state"; several arrays
-    mapped to the state are joined in the order of `names`. A key that is left over is an error.
+    mapped to the state are joined in the order of `names`. A key that is left over is an error, and so are
+    two keys for one thing.
     """
     images: dict[str, Any] = {}
     states: dict[str, Any] = {}
+    prompt: Any = None
+    taken: dict[str, str] = {}  # what the robot calls it: the frame's key
+    twice: list[str] = []
     unknown: list[str] = []
     cameras = [camera.name for camera in described.embodiment.cameras]
 
-    def take(name: str, value: Any) -> None:
+    def take(name: str, value: Any, where: str = "") -> None:
+        nonlocal prompt
         target = names.get(name, name.removeprefix("observation/"))
+        if not (target == "state" and name in names):  # those that are mapped to the state are joined
+            first = taken.setdefault(target, where + name)
+            if first != where + name and target in (*cameras, "state", "prompt"):
+                pair = f"{first[:80]!r} and {(where + name)[:80]!r}"
+                twice.append(f"{target}: the frame names it twice, by {pair}; send one of them")
         if target in cameras:
             images[target] = value
         elif target == "state":
             states[name] = value
-        elif target != "prompt":
+        elif target == "prompt":
+            prompt = value
+        else:
             unknown.append(name)
 
     for name, value in frame.items():
         if name == "images" and isinstance(value, Mapping):
             for camera, pixels in value.items():
-                take(str(camera), pixels)
+                take(str(camera), pixels, "images/")
         else:
             take(str(name), value)
+    if twice:
+        listed = "\n  ".join(twice[:8])
+        robot = described.embodiment.name
+        raise EmbodimentError(f"the observation is not one of the robot {robot!r}:\n  {listed}")
     problem = ""
     try:
-        seen = _observation(images, _joined_state(states, names), frame.get("prompt"), described)
+        seen = _observation(images, _joined_state(states, names), prompt, described)
         if not unknown:
             return Request(seen, dataclasses.replace(key, task=seen.instruction))
         problem = f"the observation is not one of the robot {described.embodiment.name!r}:"
