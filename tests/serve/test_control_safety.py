@@ -1,5 +1,6 @@
 """The control loop after errors, with reused buffers and with answers that no robot may be sent."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,3 +105,17 @@ def test_without_limits_too_no_action_is_sent_that_is_none(actions: np.ndarray) 
         control.start(WORDS)
         with pytest.raises(EmbodimentError, match="stopped: .*(not finite|4 values, and .*takes 3)"):
             control.step(seen().images, seen().state)
+
+
+@pytest.mark.parametrize("control_name", ["joint_position", "absolute_position"])
+def test_the_limit_of_a_step_counts_across_episodes(control_name: str) -> None:
+    robot = dataclasses.replace(Summing.embodiment, control=control_name)
+    limits = Limits(np.full(3, -9.0), np.full(3, 9.0), np.full(3, 0.25))
+    with Controller(Noting(), Execution(replan=1), limits=limits, embodiment=robot) as control:
+        got = []
+        for _ in range(2):
+            control.start(WORDS)
+            got.append([step(control, -5) for _ in range(2)])
+    # the requests ask for 0, 1, 2 and 3; the joints are at -5
+    from_state = [[-4.75, -4.5], [-4.75, -4.5]]
+    assert got == (from_state if control_name == "joint_position" else [[0, 0.25], [0.5, 0.75]])

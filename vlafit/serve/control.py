@@ -71,6 +71,10 @@ class Controller:
 
         `on_invalid` is for policies that write tokens, where these make no chunk of actions: execute what the
         policy's format puts in its place, with a warning, or stop by an EmbodimentError.
+
+        The `change` of `limits` counts from the last action sent, also of the episode before. An episode's
+        first action counts from the state where its labels and unit are the action's and control is
+        joint_position; otherwise the very first action has no reference, and only low and high limit it.
         """
         if on_invalid not in get_args(OnInvalid):
             known = ", ".join(map(repr, get_args(OnInvalid)))
@@ -95,6 +99,11 @@ class Controller:
         self.execution = execution
         self.embodiment = robot
         self.limits = limits
+        self._comparable = (
+            robot.control == "joint_position"
+            and robot.action.labels != ()
+            and (robot.action.labels, robot.action.unit) == (robot.state.labels, robot.state.unit)
+        )
         self._on_invalid = on_invalid
         self._tally = InvalidAnswers()
         self.waits = 0
@@ -121,6 +130,7 @@ class Controller:
         self._plan = Plan(self.execution)
         self._newest.clear()
         self._asked = -1  # the step of the last observation that was sent
+        self._begins = True  # whether no action of the episode was sent
         self._answered = False  # whether the episode has a chunk
         self._failed = False  # whether the last step raised: what it asked for must be asked again
 
@@ -144,7 +154,7 @@ class Controller:
             self._newest.clear()
             self._newest.extend(before)  # the step was not executed; it is there once when it is tried again
             raise
-        self._sent = action
+        self._sent, self._begins = action, False
         self._log_missing(now)  # not before: a policy may refuse to act without any camera
         return action.copy()
 
@@ -163,7 +173,9 @@ class Controller:
                 self._ask(seen)
             self._collect(wait=True)
         action = self._plan.next()
-        return action.copy() if self.limits is None else self.limits.apply(action, self._sent)
+        if self.limits is None:
+            return action.copy()
+        return self.limits.apply(action, newest.state if self._begins and self._comparable else self._sent)
 
     def close(self) -> None:
         """Stop the thread. Later calls raise ConfigError; the actor stays open."""
