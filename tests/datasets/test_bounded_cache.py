@@ -9,12 +9,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.waiting import wait_until
 from vlafit import locks
-from vlafit.datasets.bounded_cache import BoundedCache
+from vlafit.datasets.bounded_cache import BoundedCache, _slot
 
 STAMP = (10, 10**9)
 
@@ -75,6 +76,41 @@ def test_room_is_never_made_by_deleting_locks(tmp_path: Path) -> None:
             tmp_path / "data" / str(number), STAMP, lambda partial: partial.write_bytes(b"x" * 10) and None
         )
     assert before.items() <= {path: path.stat().st_ino for path in (tmp_path / ".locks").iterdir()}.items()
+
+
+def test_a_copy_that_ends_while_room_is_counted_is_counted(tmp_path: Path) -> None:
+    one, *others = (tmp_path / "data" / str(number) for number in range(9))
+    two = next(path for path in others if _slot(path) != _slot(one))  # else the two take turns
+    counting = threading.Event()
+
+    def slow(partial: Path) -> None:
+        partial.write_bytes(b"x" * 10)
+        assert counting.wait(10)
+
+    thread = threading.Thread(target=lambda: BoundedCache(tmp_path, 15).get(one, STAMP, slow))
+
+    class Interrupted(BoundedCache):
+        lists = 0
+
+        def _between(self) -> None:
+            """End the other copy after one of the two lists, files and copies, was made."""
+            self.lists += 1
+            if self.lists == 2:
+                counting.set()
+                thread.join()
+
+        def _arriving(self, held: str = "") -> Any:
+            self._between()
+            return super()._arriving(held)
+
+        def _files(self) -> Any:
+            self._between()
+            return super()._files()
+
+    thread.start()
+    wait_until(lambda: (tmp_path / "data" / ".0.10.partial").is_file())
+    Interrupted(tmp_path, 15).get(two, STAMP, lambda partial: partial.write_bytes(b"x" * 10) and None)
+    assert two.is_file() and BoundedCache(tmp_path, 15).used() == 10
 
 
 @pytest.mark.usefixtures("without_flock")

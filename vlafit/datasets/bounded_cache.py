@@ -65,7 +65,7 @@ class BoundedCache:
 
     def used(self) -> int:
         """Return the bytes of all files."""
-        return sum(size for _, size, _ in self._files()) + self._arriving()
+        return self._counted()[1]
 
     def _touch(self, path: Path, wanted: Stamp) -> bool:
         """Whether the file is there, which is then the most recently used."""
@@ -81,8 +81,7 @@ class BoundedCache:
     def _make_room(self, path: Path, size: int) -> None:
         """Delete files until one of `size` bytes has room, which counts unless it is never deleted."""
         limit = float("inf") if KEPT in path.parts else self.limit
-        files = sorted(self._files())
-        total = sum(size for _, size, _ in files) + self._arriving(_slot(path))
+        files, total = self._counted(_slot(path))
         for _, freed, oldest in files:
             if total + size <= limit and size <= shutil.disk_usage(self.folder).free:
                 break
@@ -96,6 +95,20 @@ class BoundedCache:
                 f"{as_text(self.limit)} ({as_text(total)} are in use, the disk has {as_text(free)} free); "
                 f"set {SIZE_SWITCH} to more, lower data.workers, or free space"
             )
+
+    def _counted(self, held: str = "") -> tuple[list[tuple[int, int, Path]], int]:
+        """Return the files that may be deleted, the oldest first, and the bytes of these and of all copies.
+
+        A copy may end meanwhile: as copies are listed first, it is then in one of the lists, or in both. See
+        `_arriving` for `held`.
+        """
+        copies = self._arriving(held)
+        files = sorted(self._files())
+        there = {path for _, _, path in files}
+        arriving = sum(
+            size for partial, (path, size) in copies.items() if partial.exists() or path not in there
+        )
+        return files, sum(size for _, size, _ in files) + arriving
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """Yield (time of last use, size, path) of every file that may be deleted."""
@@ -116,17 +129,20 @@ class BoundedCache:
             else:
                 yield from (Path(folder, name) for name in names)
 
-    def _arriving(self, held: str = "") -> int:
-        """Return the bytes of the files that are being copied; delete what a killed process left of one.
+    def _arriving(self, held: str = "") -> dict[Path, tuple[Path, int]]:
+        """Return the copies that are being made: what each becomes, and its size at the end.
+
+        What a killed process left of one is deleted.
 
         `held` is the slot whose lock the caller holds before it copies: nobody else can be copying there.
         """
-        total = 0
+        copies: dict[Path, tuple[Path, int]] = {}
         for partial in self._paths():
             match = PARTIAL.fullmatch(partial.name)
             if match is None:
                 continue
-            slot = _slot(partial.with_name(match["name"]))
+            path = partial.with_name(match["name"])
+            slot = _slot(path)
             if slot == held:
                 partial.unlink(missing_ok=True)
                 continue
@@ -134,8 +150,8 @@ class BoundedCache:
                 if free:
                     partial.unlink(missing_ok=True)
                 else:
-                    total += int(match["size"])
-        return total
+                    copies[partial] = path, int(match["size"])
+        return copies
 
     def _lock_file(self, name: str) -> Path:
         folder = self.folder / LOCKS
