@@ -55,7 +55,8 @@ class CodecConfig:
     framing: Framing = "openpi"
     """How images get the policy's size."""
     crop: float = 0.0
-    """Share of a side that is left of an image's middle, of framings that cut it out (GR00T's). 0: theirs."""
+    """Share of a side that is left of an image's middle, of framings that cut it out (GR00T's). 0: the usual
+    one of the framing."""
     letter_box: bool = False
     """Whether those framings pad an image to a square before anything else."""
     special_tokens: Literal["prompt", "tokenizer"] = "prompt"

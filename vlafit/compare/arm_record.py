@@ -184,8 +184,8 @@ def figures(run: Path) -> Figures:
     spec = facts.recipe.eval
     for name, wanted in ((AFTER, spec.after), (WRONG, spec.wrong_instruction)):
         if spec.protocol and wanted and name not in facts.evaluations:
-            told = [line for line in facts.missing if line.startswith(f"Evaluation {name!r}")]
-            raise VlafitError(f"{run}: {' '.join(told) or f'evaluation {name!r} is missing'}")
+            reasons = [line for line in facts.missing if line.startswith(f"Evaluation {name!r}")]
+            raise VlafitError(f"{run}: {' '.join(reasons) or f'evaluation {name!r} is missing'}")
     stages = [facts.plan.at(number) for number in range(len(facts.plan.strategy.stages))]
     batch = facts.recipe.train.samples
     speeds = sorted(point.value for point in facts.metrics.get("train/samples_per_s", ()))

@@ -267,8 +267,8 @@ def _data_at(name_or_path: str | Path) -> tuple[Path | None, str]:
 
 def _name_unused_sentences(store: EpisodeStore) -> None:
     """Warn of sentences of the card that no episode has: the name that they are under may be misspelt."""
-    told = {info.instruction for info in store.episodes}
-    unused = [name for name, sentence in store.card.instruction.files.items() if sentence not in told]
+    used = {info.instruction for info in store.episodes}
+    unused = [name for name, sentence in store.card.instruction.files.items() if sentence not in used]
     if unused:
         log.warning(
             "dataset %r: instruction.files names what no episode is of: %s%s",

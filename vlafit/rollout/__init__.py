@@ -7,7 +7,8 @@ from vlafit.rollout.evaluation import evaluate, policy_width, preflight, robot_o
 from vlafit.rollout.evaluation_folder import Result
 from vlafit.rollout.protocol import Protocol, load_protocol
 from vlafit.rollout.records import Record
-from vlafit.rollout.shards import Shard, merge
+from vlafit.rollout.shard import Shard
+from vlafit.rollout.shards import merge
 
 __all__ = [
     "Protocol",

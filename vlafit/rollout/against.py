@@ -17,7 +17,8 @@ from vlafit.errors import ConfigError, brief
 from vlafit.files import plain_text
 from vlafit.rollout.evaluation_folder import EvaluationFolder
 from vlafit.rollout.protocol import Protocol
-from vlafit.rollout.records import Record, Start, read_records
+from vlafit.rollout.records import Record, read_records
+from vlafit.rollout.shard import Start
 
 ALPHA = 0.05  # probability of telling two policies apart that are alike
 DECIDES_STARTS = ("horizon", "settle_steps", "settle_action", "success", "versions")

@@ -30,8 +30,8 @@ from vlafit.rollout.protocol import (
     require_unseen,
     require_versions,
 )
-from vlafit.rollout.records import Record, Start
-from vlafit.rollout.shards import Shard
+from vlafit.rollout.records import Record
+from vlafit.rollout.shard import Shard, Start
 from vlafit.rollout.worker import Ready
 from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 

@@ -15,8 +15,8 @@ from vlafit.requests import expected_of
 from vlafit.rollout.against import ALPHA, Earlier, read_earlier, require_comparable, stop_after
 from vlafit.rollout.evaluation_folder import FORMAT
 from vlafit.rollout.protocol import Protocol, require_unseen
-from vlafit.rollout.records import Record, Start
-from vlafit.rollout.shards import Shard
+from vlafit.rollout.records import Record
+from vlafit.rollout.shard import Shard, Start
 from vlafit.types import Actor, Embodiment, GuidedActor, chunk_of
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def tasks_of(protocol: Protocol, wrong_instruction: bool) -> tuple[str, ...]:
 
 def _share(starts: Sequence[Start], shard: Shard | None) -> list[Start]:
     """Return the starts of the shard; all without one. Raises ConfigError for a shard without any."""
-    wanted = [start for i, start in enumerate(starts) if shard is None or shard.holds(i)]
+    wanted = list(starts) if shard is None else shard.of(starts)
     if shard is not None and not wanted:
         raise ConfigError(
             f"--shard {shard.number}/{shard.count}: there are only {len(starts)} episodes; split them into "

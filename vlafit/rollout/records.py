@@ -15,13 +15,11 @@ from vlafit import files, score
 from vlafit.config import build
 from vlafit.errors import ConfigError
 from vlafit.rollout.protocol import Protocol
+from vlafit.rollout.shard import Shard, Start
 
 log = logging.getLogger(__name__)
 
 REMEDY = "put the line back as it was, or remove it, and play the episode again with --resume"
-
-Start = tuple[str, int]
-"""Task and seed."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,15 @@ class EpisodePlan:
         Raises ConfigError, TypeError, ValueError or KeyError where they are damaged.
         """
         protocol = build(Protocol, identity["protocol"], "protocol")
-        told = {**environment.get("instructions", {}), **environment.get("partners", {})}
+        instructions = {**environment.get("instructions", {}), **environment.get("partners", {})}
         starts = [
             (str(task), seed) for task in identity["tasks"] for seed in protocol.seeds(identity["trials"])
         ]
         if shard := identity.get("shard"):
-            number, count = map(int, shard)
-            starts = [start for i, start in enumerate(starts) if i % count == number - 1]
+            starts = Shard(*map(int, shard)).of(starts)
         sentences: dict[Start, str | None] = {}
         for task, seed in starts:
-            own = told.get(protocol.swapped.get(task) if identity.get("wrong_instruction") else task)
+            own = instructions.get(protocol.swapped.get(task) if identity.get("wrong_instruction") else task)
             known = own is not None or protocol.instruction != "task"
             sentences[task, seed] = protocol.sentence(task, seed, own or "") if known else None
         replan = identity.get("execution", {}).get("replan", protocol.replan)

@@ -1,4 +1,4 @@
-"""Split an evaluation over several machines, and merge what they played into the evaluation of one.
+"""Merge what several machines played of one evaluation into the evaluation of one machine.
 
 Machine i of n evaluates with `--shard i/n`: it plays every n-th start, in the folder shard-i-of-n of the
 evaluation's. An episode depends on nothing but its own task and seed, so the merged folder is that of an
@@ -7,46 +7,15 @@ evaluation on one machine, but for the times.
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlafit.errors import ConfigError
 from vlafit.rollout.evaluation_folder import EvaluationFolder, Result
 from vlafit.rollout.records import Record
+from vlafit.rollout.shard import Shard
 
 FOLDER = re.compile(r"shard-(\d+)-of-(\d+)")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Share `number` of `count`, from 1."""
-
-    number: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise ConfigError(
-                f"shard {self.number}/{self.count}: must be from 1/{self.count} to {self.count}"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Read ``2/4``."""
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None:
-            raise ConfigError(f"shard {text!r}: write NUMBER/COUNT, 1/4 to 4/4 for four machines")
-        return cls(int(match[1]), int(match[2]))
-
-    @property
-    def folder(self) -> str:
-        """Name of the shard's folder."""
-        return f"shard-{self.number}-of-{self.count}"
-
-    def holds(self, index: int) -> bool:
-        """Whether the start with this index belongs to the shard."""
-        return index % self.count == self.number - 1
 
 
 def merge(out: Path) -> Result:

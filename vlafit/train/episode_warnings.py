@@ -1,4 +1,4 @@
-"""Say what is odd about the episodes of a run: none, or whole instructions, held out; copies."""
+"""Warn about the episodes of a run: none, or whole instructions, held out; copies."""
 
 from collections.abc import Iterator
 

@@ -122,10 +122,8 @@ def build(
     recipe = with_field(recipe, "train.packing", chosen_packing(recipe, policy))
     train_with_delays(policy, recipe.train.max_delay)
     codecs, renderers = _for_data(initial, data, resumed)
-    told: dict[tuple[int, ...], str] = {}
-    for store in [*data.stores, *(store for stores in sets.values() for store in stores)]:
-        codec = codecs.of_data(data.name_of(store), where=initial.source)
-        require_prompts(store, codec, told)
+    every = [*data.stores, *chain.from_iterable(sets.values())]
+    require_prompts((store, codecs.of_data(data.name_of(store), where=initial.source)) for store in every)
     answers.require_learnable(data, policy, next(iter(codecs)))
     values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
     policy.to(device)

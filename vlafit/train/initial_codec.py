@@ -80,25 +80,22 @@ def fitted_config(
         action_tokens=action_tokenizers.settings(needs),
         action_bins=action_tokenizers.bins(needs),
     )
-    if old is None and form is not None and needs.prompt is not None:
+    declared = form if needs.prompt is not None else None
+    inputs = old.config if old is not None else declared
+    if inputs is not None:  # images and prompts keep the checkpoint's form
         config = replace(
             config,
-            prompt=form.prompt,
-            framing=form.framing,
-            crop=form.crop,
-            letter_box=form.letter_box,
-            special_tokens=form.special_tokens,
+            prompt=inputs.prompt,
+            framing=inputs.framing,
+            crop=inputs.crop,
+            letter_box=inputs.letter_box,
+            special_tokens=inputs.special_tokens,
         )
-    if old is not None:  # images and prompts keep the checkpoint's form, too
+    if old is not None:
         kept = old.config
         config = replace(
             config,
             mask_padding=kept.mask_padding,
-            prompt=kept.prompt,
-            framing=kept.framing,
-            crop=kept.crop,
-            letter_box=kept.letter_box,
-            special_tokens=kept.special_tokens,
             action_tokens=action_tokenizers.settings(needs, kept.action_tokens),
         )
         if not chosen:  # another program's formula has no floor for dimensions that hardly ever move

@@ -1,4 +1,6 @@
-"""Check that every instruction of a dataset is one that the policy reads, and tells from the others."""
+"""Check that the policy can read every instruction of a run's datasets, and distinguish them."""
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,27 +10,31 @@ from vlafit.errors import CodecError, quoted
 from vlafit.types import Observation
 
 
-def require_prompts(store: EpisodeStore, codec: Codec, told: dict[tuple[int, ...], str]) -> None:
+def require_prompts(datasets: Iterable[tuple[EpisodeStore, Codec]]) -> None:
     """Encode each instruction once, so that a too long one is an error now and not days later.
 
-    `told` has the instructions of other datasets by their tokens, and takes those of this one. Raises
-    CodecError for two that the tokenizer does not tell apart, unless only case and blanks do.
+    Raises CodecError for it, and for two that the tokenizer does not distinguish, also of different datasets,
+    unless they differ in case and blanks only.
     """
-    images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in codec.embodiment.cameras}
-    is_same = store.embodiment.state.shape == codec.embodiment.state.shape  # not of a robot that may differ
-    still = np.zeros(codec.embodiment.state.shape, np.float32)
-    encoded: set[str] = set()
-    for number, episode in enumerate(store.episodes):
-        if episode.instruction not in encoded:
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for store, codec in datasets:
+        images = {camera.name: np.zeros(camera.shape, np.uint8) for camera in codec.embodiment.cameras}
+        shape = codec.embodiment.state.shape
+        is_same = store.embodiment.state.shape == shape  # not of a robot that may differ
+        encoded: set[str] = set()
+        for number, episode in enumerate(store.episodes):
+            if episode.instruction in encoded:
+                continue
             encoded.add(episode.instruction)
             try:
-                state = store.state(number)[0] if is_same else still
+                state = store.state(number)[0] if is_same else np.zeros(shape, np.float32)
                 codec.encode(Observation(images, state, episode.instruction))
             except CodecError as error:
                 raise CodecError(f"card {store.card.name!r}, episode {episode.id}: {error}") from error
             if codec.tokenizer is None:
                 continue
-            other = told.setdefault(tuple(codec.tokenizer.encode(episode.instruction)), episode.instruction)
+            tokens = tuple(codec.tokenizer.encode(episode.instruction))
+            other = by_tokens.setdefault(tokens, episode.instruction)
             if other.casefold().split() != episode.instruction.casefold().split():
                 raise CodecError(
                     f"card {store.card.name!r}, episode {episode.id}: the tokenizer makes the same tokens of "

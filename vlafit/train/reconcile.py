@@ -216,9 +216,7 @@ def outlook(
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
-    told: dict[tuple[int, ...], str] = {}
-    for store in data.stores:
-        require_prompts(store, codec, told)
+    require_prompts((store, codec) for store in data.stores)
     text, words = codec.action_text, tokenizer_of(owner)
     tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [

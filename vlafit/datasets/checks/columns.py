@@ -119,7 +119,7 @@ def _spikes(store: EpisodeStore, columns: Columns, untested: Untested) -> list[F
     findings = []
     steps = sum(len(state) for _, state, _ in columns)
     if steps < FEWEST_STEPS:
-        untested.add("spike", f"all episodes together have {steps} steps, so only wild values are told")
+        untested.add("spike", f"all episodes together have {steps} steps, so only extreme values are found")
     robot = store.embodiment
     for number, name, labels in ((1, "state", robot.state.labels), (2, "action", robot.action.labels)):
         values = [c[number] for c in columns]

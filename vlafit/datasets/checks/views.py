@@ -56,8 +56,8 @@ def check_views(
             }
             for other in (other for other in clips if other != name):
                 exchanged = _as_other(clip.mean, declared[name], declared[other])
-                theirs = _as_other(clips[other][number].mean, declared[other], declared[name])
-                if _distance(theirs, references[name]) < own:
+                turned = _as_other(clips[other][number].mean, declared[other], declared[name])
+                if _distance(turned, references[name]) < own:
                     options[f"swapped:{other}"] = _distance(exchanged, references[other])
             kind = min(options, key=lambda k: options[k])
             if options[kind] < CLEARER * own:

@@ -82,8 +82,9 @@ class Groot(Format):
         assert folder is not None
         every = () if opened.own_codec is not None else processors.tags(folder)
         if not every:
-            told = opened.own_codec is None and policy.config.chat != config.CHAT
-            return super().codec(opened, policy, replace(options, tokenizer=None) if told else options)
+            has_own_chat = opened.own_codec is None and policy.config.chat != config.CHAT
+            kept = replace(options, tokenizer=None) if has_own_chat else options
+            return super().codec(opened, policy, kept)
         tag = processors.chosen(folder, options.assets)
         words = options.open_tokenizer() or config.own_tokenizer(folder)
         reason = ""

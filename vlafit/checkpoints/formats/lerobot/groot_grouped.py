@@ -24,7 +24,7 @@ from vlafit.types import ColumnForm, Embodiment, Gripper
 SHARED = ("raw_stats", "modality_config", "use_percentiles")  # what both steps say
 LIBERO, GRIPPER = "libero", "gripper"
 OPEN, CLOSED = 1.0, -1.0  # LeRobot sends -sign(2 g - 1)
-OURS: Mapping[Normalisation, Normalisation] = {
+VLAFIT_METHODS: Mapping[Normalisation, Normalisation] = {
     "nvidia_min_max": "groot_min_max",
     "nvidia_quantile": "groot_quantile",
 }
@@ -107,7 +107,7 @@ def read(pack: Step, decode: Step, robot: Embodiment, chunk: int) -> Grouped:
             f"{decode.where}: env_action_dim is {dims}, which cuts off some of {len(actions.labels)} action "
             "dimensions; that is not supported here"
         )
-    usual = OURS[groups.usual_range(percentiles)]
+    usual = VLAFIT_METHODS[groups.usual_range(percentiles)]
     gripper = _gripper(decode, actions)
     return Grouped(states, actions, usual, steps, gripper, where)
 
@@ -152,7 +152,7 @@ def _modality(modalities: Any, name: str, where: str) -> Modality:
 
 
 def _by_range(columns: Columns) -> Columns:
-    return replace(columns, methods=tuple(OURS[method] for method in columns.methods))
+    return replace(columns, methods=tuple(VLAFIT_METHODS[method] for method in columns.methods))
 
 
 def _require_undone(action: Modality, relative: bool, where: str) -> None:

@@ -6,6 +6,7 @@ One step packs state, actions and frames, one makes the chat turn, one undoes th
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +172,7 @@ def read(
         return None, lacking
     statistics = stored.read_both(chosen, kinds, robot, pack.where)
     _require_undone(undo, undone, kind, statistics["action"].array, robot.action.shape[0])
-    framing = framing_of(encode, needs.image_size)
-    config = CodecConfig(
-        cameras=slots,
-        image_size=needs.image_size,
-        state_dim=needs.state_dim,
-        action_dim=needs.action_dim,
-        chunk=needs.chunk,
-        normalisation=kind,
-        prompt=prompt_of(pack),
-        max_tokens=needs.max_tokens,
-        framing=framing.name,
-        crop=framing.crop,
-        letter_box=framing.letter_box,
-    )
+    config = replace(_config(pack, encode, needs, slots), normalisation=kind)
     if tokenizer is None:
         return None, _no_tokenizer(encode)
     return Codec(config, robot, statistics, tokenizer), ""
@@ -204,8 +192,14 @@ def _read_grouped(
     groot_grouped.require_flat(made, sets_of(pack).get("", {}), pack.where)
     if tokenizer is None:
         return None, _no_tokenizer(encode)
+    config = made.config(_config(pack, encode, needs, slots))
+    return Codec(config, robot, made.statistics(), tokenizer), ""
+
+
+def _config(pack: Step, encode: Step, needs: Needs, slots: tuple[str, ...]) -> CodecConfig:
+    """Return what both kinds of statistics have in common, without a normalisation of their own."""
     framing = framing_of(encode, needs.image_size)
-    plain = CodecConfig(
+    return CodecConfig(
         cameras=slots,
         image_size=needs.image_size,
         state_dim=needs.state_dim,
@@ -217,7 +211,6 @@ def _read_grouped(
         crop=framing.crop,
         letter_box=framing.letter_box,
     )
-    return Codec(made.config(plain), robot, made.statistics(), tokenizer), ""
 
 
 def prompt_of(pack: Step | None) -> Prompt:

@@ -204,13 +204,13 @@ class Tree:
             if wanted.isdisjoint(n.format(i) for n in rule.names for i in layers):
                 continue
             if not rule.layered:
-                yield from zip(rule.names, rule.turn.ours(leaf.read()), strict=True)
+                yield from zip(rule.names, rule.turn.to_vlafit(leaf.read()), strict=True)
                 continue
             pairs = zip(factors.a.slices(), factors.b.slices(), strict=True) if factors else None
             for i, tensor in enumerate(leaf.slices()):
                 if factors and pairs:
                     tensor = tensor.float() + factors.delta(*next(pairs))
-                for name, turned in zip(rule.names, rule.turn.ours(tensor), strict=True):
+                for name, turned in zip(rule.names, rule.turn.to_vlafit(tensor), strict=True):
                     yield name.format(i), turned
 
 
@@ -244,14 +244,14 @@ def open_tree(params: Path, lora: Mapping[str, object]) -> Tree:
             shapeless.append(name)
         elif not rule.layered:
             known[name] = leaf
-            weights |= zip(rule.names, rule.turn.ours(leaf.meta()), strict=True)
+            weights |= zip(rule.names, rule.turn.to_vlafit(leaf.meta()), strict=True)
         else:
             known[name] = leaf
             if leaf.shape[0] > MOST_LAYERS:
                 raise WeightsError(
                     f"{params}: {name} is {leaf.shape}: {leaf.shape[0]} layers; copy or download it again"
                 )
-            turned = rule.turn.ours(leaf.meta()[0])
+            turned = rule.turn.to_vlafit(leaf.meta()[0])
             names = [[name.format(i) for name in rule.names] for i in range(leaf.shape[0])]
             weights |= {name: t for row in names for name, t in zip(row, turned, strict=True)}
     for name in shapeless:  # under our names, with a shape that none of them can have: all are compared

@@ -15,7 +15,7 @@ from torch import Tensor
 class Turn:
     """The conversion of one leaf."""
 
-    ours: Callable[[Tensor], tuple[Tensor, ...]]
+    to_vlafit: Callable[[Tensor], tuple[Tensor, ...]]
     """Makes our tensors of the leaf."""
     leaf: Callable[[tuple[Tensor, ...], int], Tensor]
     """Makes the leaf of our tensors, which have so many heads."""
