@@ -12,6 +12,7 @@ from vlafit.rollout import result_file
 from vlafit.rollout.against import Comparison
 from vlafit.rollout.evaluation_folder import EvaluationFolder
 from vlafit.rollout.records import InvalidAnswers, Record, read_records
+from vlafit.rollout.result_file import counts_of
 from vlafit.score import Score, errors_notice
 
 
@@ -101,7 +102,7 @@ def _comparison(values: Mapping[str, Any]) -> str:
 def _evaluation(
     name: str, path: Path, records: tuple[Record, ...], values: Mapping[str, Any], notices: Iterable[str]
 ) -> Evaluation:
-    overall = _score(values["overall"])
+    overall = counts_of(values["overall"])
     incomplete = errors_notice(overall)
     return Evaluation(
         name=name,
@@ -111,7 +112,7 @@ def _evaluation(
         actor=values["actor"],
         wrong_instruction=values["wrong_instruction"],
         instructions={task: result["instruction"] for task, result in values["tasks"].items()},
-        tasks={task: _score(result) for task, result in values["tasks"].items()},
+        tasks={task: counts_of(result) for task, result in values["tasks"].items()},
         overall=overall,
         notices=tuple(dict.fromkeys([*([incomplete] if incomplete else []), *values["notices"], *notices])),
         versions=values["versions"],
@@ -120,10 +121,3 @@ def _evaluation(
         seconds=float(values["seconds"]),
         records=records,
     )
-
-
-def _score(values: Mapping[str, Any]) -> Score:
-    score = Score(int(values["successes"]), int(values["episodes"]), int(values["errors"]))
-    if not 0 <= score.successes <= score.episodes:
-        raise ValueError(f"{score.successes} successes of {score.episodes} episodes")
-    return score

@@ -65,7 +65,7 @@ def _rates(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield each rate and end of an interval that is not that of its counts, and wrong sums."""
     total = Score(0, 0)
     for task, stated in values["tasks"].items():
-        counts = _counts(stated)
+        counts = counts_of(stated)
         total += counts
         yield from _unlike(f"task {task}: ", stated, counts.to_json(), "that of its counts")
     stated, overall = values["overall"], total.to_json()
@@ -88,7 +88,8 @@ def _equal(stated: object, value: float | None) -> bool:
     return math.isclose(stated, value, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _counts(values: Mapping[str, Any]) -> Score:
+def counts_of(values: Mapping[str, Any]) -> Score:
+    """Return the counts of a task, or of all. Raises ValueError, KeyError or TypeError for what are none."""
     score = Score(*(int(values[key]) for key in ("successes", "episodes", "errors")))
     if not 0 <= score.successes <= score.episodes or score.errors < 0:
         raise ValueError(f"{score.successes} successes of {score.episodes} episodes, {score.errors} errors")
