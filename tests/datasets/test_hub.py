@@ -18,7 +18,7 @@ from tests.datasets.layouts import demos, write_libero
 from tests.datasets.test_remote import assert_same, names
 from tests.datasets.web_server import serving
 from vlafit import cli
-from vlafit.datasets import load_card, open_dataset
+from vlafit.datasets import downloads, load_card, open_dataset
 from vlafit.datasets.layouts import lerobot
 from vlafit.errors import DataError
 
@@ -33,6 +33,9 @@ class Hub:
     read: list[str] = field(default_factory=list)
     lies: dict[str, int] = field(default_factory=dict)
     """Sizes that the list gives and the files do not have."""
+    every: tuple[int, str] = (0, "")
+    """Which request fails again and again, and how: "drop", or a status. 0: none."""
+    asked: int = 0
     address: str = ""
     redirect: str = ""
     """Another server that has the files' content, as the Hub's does."""
@@ -52,6 +55,15 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
+            number, fault = hub.every
+            hub.asked += 1
+            if number and hub.asked % number == 0:
+                self.close_connection = True
+                if fault != "drop":
+                    self.send_response(int(fault))
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                return
             if path.startswith("/api/datasets/org/arm"):
                 siblings = [
                     {"rfilename": name, "size": hub.lies.get(name, len(content)), "blobId": name}
@@ -134,6 +146,34 @@ def test_a_dataset_of_the_hub_is_copied_at_a_commit_once_and_reads_as_its_folder
     assert sorted(hub.read) == sorted(hub.files)
     open_dataset(text)
     assert len(hub.read) == len(hub.files)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("org/arm", "drop"),  # the Hub's client pauses by itself after other faults
+        ("hf://datasets/org/arm", "drop"),
+        ("hf://datasets/org/arm", "503"),
+        ("hf://datasets/org/arm", "429"),
+    ],
+)
+def test_a_hub_that_fails_at_every_third_request_is_read_to_the_end(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, fault: str
+):
+    monkeypatch.setattr(downloads, "WAITS_S", (0.0, 0.0, 0.0))
+    hub.every = (3, fault)
+    for asked in (1, 2):  # the list of files is the second request, and then the third
+        hub.asked = asked
+        assert_same(open_dataset(text), open_dataset(folder))
+
+
+@pytest.mark.parametrize("fault", ["drop", "503"])
+def test_a_hub_that_always_fails_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch, fault: str):
+    monkeypatch.setattr(downloads, "WAITS_S", (0.0, 0.0, 0.0))
+    hub.every = (1, fault)
+    with pytest.raises(DataError, match="org/arm: could not be read in 4 attempts"):
+        open_dataset("hf://datasets/org/arm")
+    assert hub.asked == 4
 
 
 def test_a_url_of_the_hub_is_read_in_place_at_a_commit(hub: Hub, folder: Path):

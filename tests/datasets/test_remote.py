@@ -174,7 +174,7 @@ def test_a_connection_that_drops_is_tried_again_and_then_named(bucket: Bucket, c
     bucket.pipe("/bucket/sets/arm/meta/extra.json", b'{"more": 1}')
     bucket.faults["meta/extra.json"] = [fault] * 4
     reason = "ConnectionResetError" if fault == "drop" else "8 bytes arrived, the storage lists 11"
-    with pytest.raises(DataError, match=f"meta/extra.json: could not be copied in 4 attempts.*{reason}"):
+    with pytest.raises(DataError, match=f"meta/extra.json: could not be read in 4 attempts.*{reason}"):
         storage.fetch(bucket, URL, wait=no_pause)
 
 
@@ -281,14 +281,34 @@ def test_an_address_with_nothing_is_refused_and_one_without_network_names_the_co
     with pytest.raises(DataError, match="memory://bucket/sets/leg: nothing is there"):
         storage.fetch(bucket, "memory://bucket/sets/leg")
     root = storage.fetch(bucket, URL)
+    pauses: list[float] = []
 
     class Unreachable(Bucket):
         def find(self, path: str, **options: Any) -> Any:
             raise ConnectionError("no route")
 
     bucket.__class__ = Unreachable
-    with pytest.raises(DataError, match=f"cannot be listed: ConnectionError: no route.*earlier is {root}"):
-        storage.fetch(bucket, URL)
+    with pytest.raises(
+        DataError, match=f"could not be read in 4 attempts: ConnectionError: no route.*earlier is {root}"
+    ):
+        storage.fetch(bucket, URL, wait=pauses.append)
+    assert pauses == list(downloads.WAITS_S)
+
+
+def test_storage_that_drops_the_list_of_its_files_is_asked_again(bucket: Bucket):
+    class Dropping(Bucket):
+        drops = 2
+
+        def find(self, path: str, **options: Any) -> Any:
+            Dropping.drops -= 1
+            if Dropping.drops >= 0:
+                raise ConnectionResetError("reset by peer")
+            return super().find(path, **options)
+
+    bucket.__class__ = Dropping
+    pauses: list[float] = []
+    assert len(names(storage.fetch(bucket, URL, wait=pauses.append))) == 13
+    assert pauses == list(downloads.WAITS_S[:2])
 
 
 @pytest.mark.parametrize(

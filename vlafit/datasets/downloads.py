@@ -22,6 +22,10 @@ class FinalError(DataError):
     """A file that another attempt would not copy."""
 
 
+class UnreachableError(DataError):
+    """Storage that did not answer in any attempt, or cannot be asked which files it has."""
+
+
 class ChangedError(FinalError):
     """A file that was written again after it was listed."""
 
@@ -67,24 +71,25 @@ def require_inside(name: str, url: str) -> None:
         raise DataError(f"{url}: holds a file called {name!r}, which leads out of the dataset's folder")
 
 
-def attempts(path: str, copy: Callable[[], T], fix: str, wait: Wait = time.sleep) -> T:
-    """Return what `copy` does, which is called again after a dropped connection or a server's failure.
+def attempts(path: str, read: Callable[[], T], fix: str, wait: Wait = time.sleep) -> T:
+    """Return what `read` does, which is called again after a dropped connection or a server's failure.
 
-    Raises DataError naming the file at `path` and, after the last attempt, the reason and the `fix`.
+    Every read of remote storage comes through here, so that all fail alike. Raises DataError naming the file
+    at `path`; after the last attempt UnreachableError, with the reason and the `fix`.
     """
     for pause in (*WAITS_S, None):
         try:
-            return copy()
+            return read()
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(f"{path}: cannot be read: {reason(error)}") from error
-        except FinalError:
+        except (FinalError, UnreachableError):  # the latter has had its attempts
             raise
         except Exception as error:  # the clients' own: a dropped connection, a time-out, a server's 503
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(f"{path}: the disk is full ({error}); free space") from error
             if pause is None:
-                raise DataError(
-                    f"{path}: could not be copied in {len(WAITS_S) + 1} attempts: {reason(error)}. {fix}"
+                raise UnreachableError(
+                    f"{path}: could not be read in {len(WAITS_S) + 1} attempts: {reason(error)}. {fix}"
                 ) from error
             wait(pause)
     raise AssertionError("the last attempt returns or raises")

@@ -7,15 +7,24 @@ commit. The list of what was copied is kept, so that a copy is known to be whole
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vlafit.datasets.downloads import Needed, announce, reason, require_inside
+from vlafit.datasets.downloads import (
+    FinalError,
+    Needed,
+    T,
+    UnreachableError,
+    announce,
+    attempts,
+    reason,
+    require_inside,
+)
 from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.listing import Listing
-from vlafit.datasets.storage import RemoteFile, UnreachableError
+from vlafit.datasets.storage import RemoteFile
 from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import DataError, VlafitError
 from vlafit.files import parse_json, plain_text, write_atomic
@@ -25,6 +34,16 @@ log = logging.getLogger(__name__)
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _FILES = (".toml", ".hdf5", ".h5", ".parquet")
 AT_ONCE = 8  # files
+AGAIN = (408, 425, 429)  # answers after which a request is sent again, beside those of a server's failure
+NO_ROUTE = ("ConnectError", "ConnectTimeout")  # of the client, httpx or httpx2: there is no network
+
+
+class AnsweredError(FinalError):
+    """The Hub has answered that it does not give this."""
+
+
+class OfflineError(FinalError):
+    """There is no connection to the Hub."""
 
 
 def is_id(text: str) -> bool:
@@ -55,14 +74,10 @@ def fetch(repo: str, revision: str, below: str = "", needed: Needed | None = Non
     the Hub cannot be reached, the copy in the cache is used, if it is whole. Raises DataError if the Hub has
     no such dataset, or a file of it is missing.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     where = f"{repo}@{revision}" if revision else repo
     try:
-        commit, listed = _listed(repo, revision)
-    except Exception as error:  # the clients that huggingface_hub is built on have errors of their own
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:  # it has answered
-            raise _no_such(where, repo, error) from error
+        commit, listed = _listed(repo, revision, where)
+    except (UnreachableError, OfflineError) as error:
         return _kept(repo, revision, where, error) / below
     inside = f"{below}/" if below else ""
     names = {name.removeprefix(inside) for name in listed if name.startswith(inside)}
@@ -86,15 +101,12 @@ def listing(repo: str, revision: str, below: str) -> Listing:
     Raises UnreachableError without a network, DataError if the Hub has no such dataset.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
 
     where = f"{repo}@{revision}" if revision else repo
     try:
-        commit, listed = _listed(repo, revision)
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise _no_such(where, repo, error) from error
-        raise UnreachableError(f"{where}: the Hub cannot be reached ({reason(error)})") from error
+        commit, listed = _listed(repo, revision, where)
+    except OfflineError as error:
+        raise UnreachableError(str(error)) from error
     inside = f"{below}/" if below else ""
     files = {
         name.removeprefix(inside): RemoteFile(
@@ -114,15 +126,52 @@ def connect() -> HttpFiles:
     return HttpFiles(build_hf_headers())
 
 
-def _listed(repo: str, revision: str) -> tuple[str, Mapping[str, int | None]]:
-    """Return the commit that a revision names now, and its files with their sizes."""
+def _listed(repo: str, revision: str, where: str) -> tuple[str, Mapping[str, int | None]]:
+    """Return the commit that a revision names now, and its files with their sizes.
+
+    Raises UnreachableError or OfflineError without an answer, DataError if there is no such dataset.
+    """
     from huggingface_hub import HfApi
 
-    info = HfApi().dataset_info(repo, revision=revision or None, files_metadata=True)
+    def ask() -> Any:
+        try:
+            return HfApi().dataset_info(repo, revision=revision or None, files_metadata=True)
+        except Exception as error:
+            if type(error).__name__ in NO_ROUTE:
+                raise OfflineError(f"{where}: the Hub cannot be reached ({reason(error)})") from error
+            raise
+
+    try:
+        info = _ask(where, ask, "Run the command again")
+    except AnsweredError as error:
+        raise _no_such(where, repo, error.__cause__ or error) from error
     files = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     for name in files:
         require_inside(name, repo)
     return info.sha or "", files
+
+
+def _ask(where: str, read: Callable[[], T], fix: str) -> T:
+    """Return what a call of huggingface_hub does; see `attempts`.
+
+    Raises AnsweredError for a refusal and OfflineError in its offline mode: neither is tried again.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    def call() -> T:
+        try:
+            return read()
+        except LocalEntryNotFoundError as error:  # the file is not in the cache, and the Hub did not answer
+            raise ConnectionError(reason(error.__cause__ or error)) from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status >= 500 or status in AGAIN:
+                raise
+            raise AnsweredError(f"{where}: could not be read: {reason(error)}. {fix}") from error
+        except OfflineModeIsEnabled as error:
+            raise OfflineError(f"{where}: the Hub cannot be reached ({reason(error)})") from error
+
+    return attempts(where, call, fix)
 
 
 def _copy(repo: str, commit: str, files: Mapping[str, int | None], where: str) -> Path:
@@ -138,16 +187,15 @@ def _copy(repo: str, commit: str, files: Mapping[str, int | None], where: str) -
     )
 
     def download(name: str) -> str:
-        return hf_hub_download(repo, name, revision=commit, repo_type="dataset")
+        def read() -> str:
+            return hf_hub_download(repo, name, revision=commit, repo_type="dataset")
 
-    try:
+        fix = "Run the command again: files that are complete are not copied again"
+        return _ask(f"{where}: {name}", read, fix)
+
+    if missing:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             paths |= dict(zip(missing, pool.map(download, missing), strict=True))
-    except Exception as error:
-        raise DataError(
-            f"{where}: could not be copied: {reason(error)}. Run the command again: files that are "
-            "complete are not copied again"
-        ) from error
     for name, path in paths.items():
         size = Path(str(path)).stat().st_size if Path(str(path)).is_file() else -1
         if size < 0 or files[name] not in (None, size):
@@ -201,8 +249,8 @@ def _kept(repo: str, revision: str, where: str, cause: Exception) -> Path:
     try:
         kept = snapshot_download(repo, revision=commit, repo_type="dataset", local_files_only=True)
     except Exception as error:
-        raise _no_such(where, repo, cause) from error
-    root, unreachable = Path(kept), f"{where}: the Hub cannot be reached ({reason(cause)})"
+        raise _no_such(where, repo, cause.__cause__ or cause) from error
+    root, unreachable = Path(kept), f"{where}: the Hub cannot be reached ({reason(cause.__cause__ or cause)})"
     known = recorded["commits"].get(root.name, {"whole": False, "sizes": {}})
     sizes: Mapping[str, int | None] = known["sizes"]
     bad = [
@@ -222,7 +270,7 @@ def _kept(repo: str, revision: str, where: str, cause: Exception) -> Path:
     return root
 
 
-def _no_such(where: str, repo: str, error: Exception) -> DataError:
+def _no_such(where: str, repo: str, error: BaseException) -> DataError:
     from huggingface_hub import constants
 
     return DataError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from vlafit.datasets import hub, storage, web
-from vlafit.datasets.downloads import Needed
+from vlafit.datasets.downloads import Needed, UnreachableError
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.datasets.listing import INFO, Listing, Storage, kept_listing
 from vlafit.datasets.web_files import HttpFiles
@@ -80,7 +80,7 @@ def in_place(url: str) -> "FilesInPlace | None":
     place = place.with_name("in_place")
     try:
         listing = _listing(scheme, rest, url)
-    except storage.UnreachableError as error:
+    except UnreachableError as error:
         kept = kept_listing(place, partial(_same, f"{scheme}://{rest}"))
         if kept is None:
             raise

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit import locks
-from vlafit.datasets.downloads import Needed, announce, attempts, progress, reason, require_inside
+from vlafit.datasets.downloads import (
+    Needed,
+    UnreachableError,
+    announce,
+    attempts,
+    progress,
+    require_inside,
+)
 from vlafit.datasets.hdf5_index import SWITCH, folder
 from vlafit.errors import ConfigError, DataError
 from vlafit.files import parse_json, plain_text, replace_folder, write_atomic
@@ -34,10 +41,6 @@ FILES = "files.json"  # beside the dataset's folder: which files are there, and 
 AT_ONCE = 8  # files
 PROGRESS_S = 15.0
 VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "created", "mtime")
-
-
-class UnreachableError(DataError):
-    """Storage that cannot be asked which files it has."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def fetch(
             f"{url}: is copied before it is read, but {SWITCH} is off; set {SWITCH} to a folder"
         )
     cache = cache.with_name("remote")
-    listed, is_file = list_files(system, url)
+    listed, is_file = list_files(system, url, wait)
     wanted = listed
     if needed is not None:
 
@@ -123,7 +126,7 @@ def _copy(
         size = sum(file.size for file in wanted.values())
         announce(url, len(wanted), size, len(missing), sum(f.size for f in missing.values()), final)
         _copy_all(system, url, missing, partial / name, wait)
-        after, _ = list_files(system, url)
+        after, _ = list_files(system, url, wait)
         changed = sorted(n for n, file in wanted.items() if after.get(n) != file)
         if changed:
             shutil.rmtree(partial)
@@ -136,17 +139,23 @@ def _copy(
     return final / name
 
 
-def list_files(system: "AbstractFileSystem", url: str) -> tuple[dict[str, RemoteFile], bool]:
+def list_files(
+    system: "AbstractFileSystem", url: str, wait: Callable[[float], None] = time.sleep
+) -> tuple[dict[str, RemoteFile], bool]:
     """Return all files below `url` by their names from there on, and whether it is a file itself."""
-    try:
+    root = str(system._strip_protocol(url)).rstrip("/")
+
+    def find() -> Mapping[str, Mapping[str, Any]]:
         system.invalidate_cache()
-        root = str(system._strip_protocol(url)).rstrip("/")
-        entries: Mapping[str, Mapping[str, Any]] = system.find(root, detail=True)  # type: ignore[assignment]
-    except Exception as error:  # the clients that fsspec is built on have errors of their own
-        raise UnreachableError(
-            f"{url}: cannot be listed: {reason(error)}. Check the address and the credentials in the "
-            f"environment; or copy the files to a folder and name it{_kept(url)}"
-        ) from error
+        return system.find(root, detail=True)  # type: ignore[return-value]
+
+    fix = (
+        "Check the address and the credentials in the environment; or copy the files to a folder, and name it"
+    )
+    try:
+        entries = attempts(url, find, fix, wait)
+    except DataError as error:
+        raise UnreachableError(f"{error}{_kept(url)}") from error
     files: dict[str, RemoteFile] = {}
     is_file = list(entries) == [root]
     for path, info in entries.items():

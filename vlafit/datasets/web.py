@@ -5,14 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import quote
 
-from vlafit.datasets.downloads import attempts, reason
+from vlafit.datasets.downloads import UnreachableError, attempts
 from vlafit.datasets.listing import INFO, Listing
-from vlafit.datasets.storage import RemoteFile, UnreachableError, version_of
+from vlafit.datasets.storage import RemoteFile, version_of
 from vlafit.datasets.web_files import HttpFiles
 from vlafit.errors import DataError
 from vlafit.files import parse_json
 
 AT_ONCE = 32  # requests for sizes
+FIX = "Check the address"
 OTHERS = ("tasks.parquet", "tasks.jsonl", "episodes.jsonl", "stats.json", "episodes_stats.jsonl")
 EPISODES = "meta/episodes/chunk-{chunk:03d}/file-{file:03d}.parquet"
 
@@ -23,17 +24,14 @@ def listing(url: str) -> Listing:
     It has no files if there is no meta/info.json. Raises UnreachableError if the server does not answer.
     """
     look_up = partial(_look_up, url)
-    try:
-        files = dict(look_up([INFO, *(f"meta/{name}" for name in OTHERS)]))
-        if INFO in files:
-            info = HttpFiles().cat_file(files[INFO].path, 0, files[INFO].size)
-            size = _chunks_size(info)
-            files |= _episodes(url, size)
-    except DataError:
-        raise
-    except Exception as error:  # http.client's
-        raise UnreachableError(f"{url}: cannot be reached: {reason(error)}. Check the address") from error
+    files = dict(look_up([INFO, *(f"meta/{name}" for name in OTHERS)]))
+    if INFO in files:
+        files |= _episodes(url, _chunks_size(_read(files[INFO])))
     return Listing(url, files if INFO in files else {}, HttpFiles, look_up)
+
+
+def _read(file: RemoteFile) -> bytes:
+    return attempts(file.path, lambda: HttpFiles().cat_file(file.path, 0, file.size), FIX)
 
 
 def _chunks_size(info: bytes) -> int:
@@ -67,7 +65,7 @@ def _look_up(url: str, names: Collection[str]) -> Mapping[str, RemoteFile]:
     def find(name: str) -> RemoteFile | None:
         path = f"{url}/{quote(name)}"
         try:
-            info = attempts(path, lambda: client.info_or_none(path), "Check the address")
+            info = attempts(path, lambda: client.info_or_none(path), FIX)
         except DataError as error:
             raise UnreachableError(str(error)) from error
         if info is None:

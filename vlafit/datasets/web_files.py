@@ -78,10 +78,10 @@ class HttpFiles:
                 return error
             error.close()
             if error.code in GONE:
-                raise FileNotFoundError(f"{path}: {error.code} {error.reason}") from error
+                raise FileNotFoundError(f"{error.code} {error.reason}") from error
             if error.code in REFUSED:
-                raise PermissionError(f"{path}: {error.code} {error.reason}") from error
-            raise ConnectionError(f"{path}: {error.code} {error.reason}") from error
+                raise PermissionError(f"{error.code} {error.reason}") from error
+            raise ConnectionError(f"{error.code} {error.reason}") from error
 
 
 @cache

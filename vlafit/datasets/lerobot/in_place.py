@@ -178,9 +178,13 @@ class FilesInPlace(DatasetFiles):
         """Raise ChangedError if the storage has another version now than when it was listed."""
         if self._listing.pinned:
             return
-        storage = self._connected()
-        getattr(storage, "invalidate_cache", lambda: None)()
-        now = storage.info(file.path)
+
+        def look_up() -> Mapping[str, Any]:
+            storage = self._connected()
+            getattr(storage, "invalidate_cache", lambda: None)()
+            return storage.info(file.path)
+
+        now = attempts(file.path, look_up, FIX, self._wait)
         if (now.get("size"), version_of(now)) != (file.size, file.version):
             raise ChangedError(
                 f"{file.path}: changed since the dataset was opened; run the command again once nothing is "
