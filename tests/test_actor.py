@@ -132,7 +132,7 @@ def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
 @pytest.mark.parametrize("change", [{"width": 0}, {"seed": -1}])
 def test_settings_that_cannot_be_are_refused(change: dict) -> None:
     actor = make_actor()
-    with pytest.raises(ConfigError, match=f"{next(iter(change))} must be at least"):
+    with pytest.raises(ConfigError, match=f"{next(iter(change))} must be a whole number from"):
         PolicyActor(actor.policy, actor.codec, **change)
 
 

@@ -1,5 +1,6 @@
 """A count that is a slip of the keyboard is refused by its name, before anything is opened or written."""
 
+from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_every_count_of_a_card_has_a_limit(fact: str) -> None:
 
 
 def test_other_counts_have_a_limit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="draws must be at most"):
+    with pytest.raises(ConfigError, match="draws must be a whole number from 2 to 4096"):
         Settings(draws=FAR)
     with pytest.raises(ConfigError, match="trials must be at most"):
         Study({"optim.lr": Dimension(low=1e-4, high=1e-2)}, trials=FAR)
@@ -88,11 +89,13 @@ def numbers_of(verb: str) -> list[str]:
 
     def read(self: Parser, arguments: Any) -> Any:
         for action in self._actions:
-            if action.type is not None and action.type.__name__ in ("int", "float"):
+            is_number = action.type is not None and action.type.__name__ in ("int", "float")
+            if is_number:
                 shown.append(action.option_strings[0])
                 assert action.type not in (int, float), f"{verb} {action.option_strings[0]} has no limit"
-                with pytest.raises(ConfigError, match=rf"{action.option_strings[0]}: must be at most \d"):
-                    parse(self, [action.option_strings[0], "1" + "0" * 30])
+            for text in ("1" + "0" * 30, "-1", "x", "nan", "inf") if is_number else ():
+                with pytest.raises(ConfigError, match=rf"{action.option_strings[0]}: must be a .*\d, not "):
+                    parse(self, [action.option_strings[0], text])
                     raise AssertionError(action.option_strings[0])
         raise ConfigError("looked at")
 
@@ -119,18 +122,40 @@ def test_every_number_on_the_command_line_has_a_limit(verb: str) -> None:
     assert VERBS[verb] <= set(numbers_of(verb))
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_option_that_is_given_an_empty_text_is_refused_by_its_name(verb: str) -> None:
+    """Such as `--token-file "$TOKEN"`, of a variable that is not set."""
+    looked_at = []
+    parse = Parser.read
+
+    def read(self: Parser, arguments: Any) -> Any:
+        for action in self._actions:
+            if action.nargs != 0 and action.default != SUPPRESS:
+                name = next(iter(action.option_strings), action.metavar)
+                looked_at.append(name)
+                words = [f"{name}="] if action.option_strings else [""]
+                with pytest.raises(ConfigError, match=f"{name} is empty"):
+                    parse(self, words)
+        raise ConfigError("looked at")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "read", read)
+        main([verb, *SUBCOMMANDS.get(verb, ())])
+    assert len(looked_at) >= 2
+
+
 @pytest.mark.parametrize("name", ["max_clients", "max_frame", "max_rate", "timeout_s", "port"])
 def test_every_number_of_a_server_has_a_limit(name: str) -> None:
     for value in (FAR, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match=f"server: {name} must be at most"):
+        with pytest.raises(ConfigError, match=rf"server: {name} must be a .*(to|at most) \d"):
             Options(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["replan", "delay"])
 def test_every_number_of_an_execution_has_a_limit(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"execution: {name} must be at most"):
+    with pytest.raises(ConfigError, match=f"execution: {name} must be a whole number from . to 1000000"):
         Execution(**{name: FAR})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="max_weight must be a positive number"):
+    with pytest.raises(ConfigError, match="max_weight must be a number above 0"):
         Execution(guidance=Guidance(max_weight=float("inf")))
 
 

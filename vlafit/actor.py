@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vlafit import checkpoints
+from vlafit import arguments, checkpoints, config
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
@@ -33,7 +33,7 @@ from vlafit.nn.committed import clean_prefix, continuation
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.guidance import GuidedPolicy
 from vlafit.nn.parameters import bytes_of
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
 from vlafit.nn.rng import rollout_rng
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
@@ -67,11 +67,9 @@ class PolicyActor:
         seeds: Mapping[str, Collection[int]] | None = None,
         embodiment: str = "",
     ) -> None:
-        for name, value, least in (("width", width, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ConfigError(f"a policy actor's {name} must be at least {least}, not {value}")
-        if width > WIDEST:
-            raise ConfigError(f"a policy actor's width must be at most {WIDEST}, not {width}")
+        width = arguments.whole("width", width, 1, WIDEST)
+        seed = arguments.whole("seed", seed, 0, config.LARGEST)
+        embodiment = arguments.text("embodiment", embodiment)
         self.policy = policy
         self._modules = list(policy.modules())  # walking the tree takes as long as a sampling step
         self.codecs = CodecSet.of(codec)
@@ -334,14 +332,23 @@ def load_actor(
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.
     """
-    folder = checkpoints.place(path).path
+    arguments.whole("steps", steps, 0, MOST_SAMPLING_STEPS)
+    arguments.whole("width", width, 1, WIDEST)
+    arguments.whole("seed", seed, 0, config.LARGEST)
+    for name, value in (("device", device), ("embodiment", embodiment), ("quantise", quantise)):
+        arguments.text(name, value)
+    arguments.flag("compile", compile)
+    trust = arguments.texts("trust", trust)
+    base = None if base is None else arguments.path("base", base)
+    kind = parse_dtype(dtype)
+    folder = checkpoints.place(arguments.path("path", path)).path
     if embodiment and (folder / "codec.json").is_file():  # before the weights are loaded
         CodecSet.load(folder).choose(embodiment, where=str(folder))
     loaded = checkpoints.load_all(
         folder,
         base=base,
         device=require_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        dtype=parse_dtype(dtype),
+        dtype=kind,
         trust=trust,
     )
     if loaded.codecs is None:

@@ -34,10 +34,12 @@ def checked_token(token: object, where: str = "token") -> str:
     return token
 
 
-def checked_url(url: object) -> str:
+def checked_url(url: object, where: str = "url") -> str:
     """Return the address of a server. Raises RemoteError for what is none, or holds a name and a password."""
     if not isinstance(url, str):
-        raise RemoteError(f"the address of a server is a text such as ws://HOST:PORT, not {quoted(url, 60)}")
+        raise RemoteError(
+            f"{where}: the address of a server is a text such as ws://HOST:PORT, not {quoted(url, 60)}"
+        )
     try:
         parts = urlsplit(url)
         wrong = parts.scheme not in ("ws", "wss") or not parts.hostname or (parts.port, None) == (0, None)
@@ -49,5 +51,5 @@ def checked_url(url: object) -> str:
             "give the server's token (token=..., or --token-file)"
         )
     if wrong:
-        raise RemoteError(f"{shown_url(url)!r} is no address of a server; write ws://HOST:PORT")
+        raise RemoteError(f"{where} {shown_url(url)!r} is no address of a server; write ws://HOST:PORT")
     return url

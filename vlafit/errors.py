@@ -110,6 +110,12 @@ def shown_url(url: str) -> str:
     return text if len(text) <= LONGEST_URL else f"{text[:LONGEST_URL]}..."
 
 
+def shown_whole(value: int) -> str:
+    """Return a whole number as a message shows it: one less than a large power of two as that."""
+    power = (value + 1).bit_length() - 1
+    return f"2**{power} - 1" if power > 31 and value + 1 == 1 << power else str(value)
+
+
 def command_line(*words: object) -> str:
     """Return a command of vlafit as a shell reads it: paths with spaces or signs of the shell are quoted."""
     return shlex.join(["vlafit", *map(str, words)])

@@ -7,16 +7,20 @@ clocks: its unit is the control step. Nothing here imports torch; how a flow pol
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import ConfigError, EmbodimentError, quoted
-from vlafit.types import ActionChunk, Committed, Embodiment, Guidance
+from vlafit import arguments
+from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.observations import as_numbers, short
+from vlafit.types import ActionChunk, Committed, Embodiment, Guidance, Prefix, Schedule
 
 Mode = Literal["chunk", "ensemble", "real_time"]
 MOST_STEPS = 10**6  # of one chunk
+MOST_DECAY = 1e6
+STRONGEST = 1e6  # weight of a guidance: beyond it float32 holds nothing of the policy's own velocity
 NO_CHUNK = "the policy's tokens make no chunk of actions"
 OnViolation = Literal["clip", "stop"]
 
@@ -39,21 +43,16 @@ class Execution:
     """real_time: how strongly a new chunk is held to the old one."""
 
     def __post_init__(self) -> None:
-        _require_one_of("execution: mode", self.mode, Mode)
-        for name, least in (("replan", 1), ("delay", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ConfigError(f"execution: {name} must be a whole number, not {quoted(value)}")
-            if getattr(self, name) < least:
-                raise ConfigError(f"execution: {name} must be at least {least}, not {quoted(value)}")
-            if getattr(self, name) > MOST_STEPS:
-                raise ConfigError(f"execution: {name} must be at most {MOST_STEPS}, not {quoted(value)}")
-        if not np.isfinite(self.decay):
-            raise ConfigError(f"execution: decay must be a number, not {self.decay}")
-        if not 0 < self.guidance.max_weight < np.inf:
-            raise ConfigError(
-                f"execution: guidance.max_weight must be a positive number, not {self.guidance.max_weight}"
-            )
+        """Raise ConfigError naming the argument, its value and what is allowed."""
+        checked = {
+            "mode": arguments.one_of("execution: mode", self.mode, get_args(Mode)),
+            "replan": arguments.whole("execution: replan", self.replan, 1, MOST_STEPS),
+            "delay": arguments.whole("execution: delay", self.delay, 0, MOST_STEPS),
+            "decay": arguments.number("execution: decay", self.decay, -MOST_DECAY, MOST_DECAY),
+            "guidance": checked_guidance("execution: guidance", self.guidance),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # Python's own numbers for numpy's
 
     def shortened(self, steps: int) -> str:
         """Return what follows from chunks of `steps` steps that are shorter than `replan`; "" from others."""
@@ -193,19 +192,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for limits that limit nothing, or that no action can keep."""
-        _require_one_of("limits: on_violation", self.on_violation, OnViolation)
+        arguments.one_of("limits: on_violation", self.on_violation, get_args(OnViolation))
         for name in ("low", "high", "change"):
-            try:
-                values = np.array(getattr(self, name), np.float64)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"limits: {name} must be numbers, not {quoted(getattr(self, name))}"
-                ) from error
+            problems: list[str] = []
+            values = as_numbers(f"limits: {name}", getattr(self, name), problems)
+            if values is None:
+                raise ConfigError("; ".join(problems))
             if values.ndim != 1 or np.isnan(values).any():
                 raise ConfigError(
                     f"limits: {name} must be a number for each dimension, not {values.tolist()}"
                 )
-            object.__setattr__(self, name, values)
+            object.__setattr__(self, name, np.array(values, np.float64))  # a copy
         if not len(self.low) == len(self.high) == len(self.change):
             counts = f"{len(self.low)}, {len(self.high)} and {len(self.change)}"
             raise ConfigError(
@@ -215,6 +212,12 @@ class Limits:
             raise ConfigError(f"limits: low {self.low.tolist()} is above high {self.high.tolist()}")
         if (self.change < 0).any():
             raise ConfigError(f"limits: change must be 0 or more, not {self.change.tolist()}")
+        labels = arguments.texts("limits: labels", self.labels)
+        if labels and len(labels) != len(self.low):
+            raise ConfigError(
+                f"limits: labels has {len(labels)} names for {len(self.low)} dimensions; name each, or none"
+            )
+        object.__setattr__(self, "labels", labels)
 
     @classmethod
     def of(
@@ -224,6 +227,13 @@ class Limits:
 
         Raises EmbodimentError where there are none: limits that limit nothing would only seem safe.
         """
+        if not isinstance(embodiment, Embodiment):
+            raise ConfigError(
+                f"limits: embodiment must be a vlafit.types.Embodiment (policy.embodiment), not "
+                f"{short(embodiment)}"
+            )
+        if change not in (None, float("inf")):
+            change = arguments.number("limits: change", change, 0, np.finfo(np.float64).max)
         action, dimensions = embodiment.action, embodiment.action.shape[0]
         if not action.low and not action.high and change in (None, float("inf")):
             raise EmbodimentError(
@@ -237,14 +247,10 @@ class Limits:
                     f"embodiment {embodiment.name!r}: action.{name} has {len(values)} values "
                     f"for {dimensions} dimensions"
                 )
-        try:
-            limit = float("inf") if change is None else float(change)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"limits: change must be a number, not {quoted(change)}") from error
         return cls(
             np.array(action.low or [-np.inf] * dimensions),
             np.array(action.high or [np.inf] * dimensions),
-            np.full(dimensions, limit),
+            np.full(dimensions, np.inf if change is None else change),
             action.labels,
             on_violation,
         )
@@ -271,8 +277,10 @@ class Limits:
         outside = np.flatnonzero(np.clip(action, low, high).astype(np.float32) != action)
         if len(outside) and self.on_violation == "stop":
             listed = "; ".join(
-                f"{self.labels[i] if self.labels else f'dimension {i}'} {action[i]:.6g}, permitted from "
-                f"{low[i]:.6g} to {high[i]:.6g}"
+                "{} {}, permitted from {} to {}".format(
+                    self.labels[i] if self.labels else f"dimension {i}",
+                    *_shown(float(action[i]), float(low[i]), float(high[i])),
+                )
                 for i in outside
             )
             raise EmbodimentError(f"stopped: the action is outside the limits: {listed}")
@@ -289,10 +297,24 @@ def _inside(
     return np.where((inward < low) | (inward > high), near, inward)
 
 
-def _require_one_of(where: str, value: object, names: Any) -> None:
-    if value not in get_args(names):
-        known = ", ".join(map(repr, get_args(names)))
-        raise ConfigError(f"{where} must be one of {known}, not {quoted(value)}")
+def _shown(*values: float) -> list[str]:
+    """Return numbers to six digits of the largest: the rounding of a float32 near zero is shown as zero."""
+    largest = max((abs(value) for value in values if np.isfinite(value)), default=0.0)
+    decimals = 5 - int(np.floor(np.log10(largest))) if largest else 0
+    return [f"{round(value, decimals) + 0.0:.6g}" if np.isfinite(value) else str(value) for value in values]
+
+
+def checked_guidance(where: str, guidance: object) -> Guidance:
+    """Return a guidance with Python's own values, or raise ConfigError naming the field."""
+    if not isinstance(guidance, Guidance):
+        raise ConfigError(f"{where} must be a vlafit.types.Guidance, not {short(guidance)}")
+    arguments.one_of(f"{where}.schedule", guidance.schedule, get_args(Schedule))
+    arguments.one_of(f"{where}.prefix", guidance.prefix, get_args(Prefix))
+    return dataclasses.replace(
+        guidance,
+        max_weight=arguments.number(f"{where}.max_weight", guidance.max_weight, 0, STRONGEST, above=True),
+        jacobian=arguments.flag(f"{where}.jacobian", guidance.jacobian),
+    )
 
 
 def with_replan(execution: Execution, replan: int) -> Execution:

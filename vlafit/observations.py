@@ -56,14 +56,15 @@ def observation(
     numbers = _numbers(embodiment.state, state, problems)
     if instruction is None and not instructed:
         instruction = ""
-    problems += _instruction_problems(instruction, instructed)
+    problems += instruction_problems(instruction, instructed)
     if problems or numbers is None:
         listed = "\n  ".join(problems)
         raise EmbodimentError(f"the observation is not one of the robot {embodiment.name!r}:\n  {listed}")
     return Observation(pictures, numbers, str(instruction))
 
 
-def _instruction_problems(instruction: Any, instructed: bool) -> list[str]:
+def instruction_problems(instruction: Any, instructed: bool = True) -> list[str]:
+    """Return what is wrong with an instruction, at most one line."""
     if not isinstance(instruction, str) or (instructed and not instruction.strip()):
         return [f"instruction: must be a sentence, not {short(instruction)}"]
     if len(instruction) > LONGEST_INSTRUCTION:

@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlafit import config
 from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.execution import checked_guidance
 from vlafit.observations import is_unicode, observation, short
-from vlafit.types import Actor, Committed, Embodiment, EpisodeKey, Guidance, Observation
+from vlafit.types import Actor, Committed, Embodiment, EpisodeKey, Observation
 
 LARGEST = 2**64 - 1  # of a key's numbers: what a frame can hold
 
@@ -170,14 +170,7 @@ def checked_left(left: Any, expected: Expected, where: str) -> Committed | None:
             f"{where}: delay and end must be 0 <= delay <= end <= {len(actions)}, "
             f"not {short(left.delay)} and {short(left.end)}"
         )
-    if not isinstance(left.guidance, Guidance):
-        raise ConfigError(f"{where}.guidance must be Guidance, not {short(left.guidance)}")
-    values = dataclasses.asdict(left.guidance)
-    guidance = config.build(Guidance, values, f"{where}.guidance")
-    if not 0 < guidance.max_weight < 1e6:
-        raise ConfigError(
-            f"{where}.guidance.max_weight must be above 0 and below 1e6, not {guidance.max_weight}"
-        )
+    guidance = checked_guidance(f"{where}.guidance", left.guidance)
     return Committed(actions, delay, end, guidance)
 
 

@@ -311,8 +311,9 @@ def chunk_of(actor: Actor) -> int:
 
 
 Schedule = Literal["exponential", "linear", "ones", "zeros"]
-Prefix = Literal["auto", "inpaint", "clean"]
 """How the weights of real-time chunking fall from 1 (committed steps) to 0 (steps that are free)."""
+Prefix = Literal["auto", "inpaint", "clean"]
+"""How a policy is given the committed steps: as it was trained (auto), guided, or clean."""
 
 
 @dataclass(frozen=True)

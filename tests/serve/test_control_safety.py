@@ -109,9 +109,10 @@ def test_without_limits_too_no_action_is_sent_that_is_none(actions: np.ndarray) 
 
 @pytest.mark.parametrize("control_name", ["joint_position", "absolute_position"])
 def test_the_limit_of_a_step_counts_across_episodes(control_name: str) -> None:
-    robot = dataclasses.replace(Summing.embodiment, control=control_name)
+    actor = Noting()
+    actor.embodiment = dataclasses.replace(Summing.embodiment, control=control_name)
     limits = Limits(np.full(3, -9.0), np.full(3, 9.0), np.full(3, 0.25))
-    with Controller(Noting(), Execution(replan=1), limits=limits, embodiment=robot) as control:
+    with Controller(actor, Execution(replan=1), limits=limits) as control:
         got = []
         for _ in range(2):
             control.start(WORDS)

@@ -188,7 +188,7 @@ def test_the_command_line_serves_evaluates_and_stops(checkpoint: Path, tmp_path:
         (("serve", "x", "--map", "left_wrist=right_wrist"), "'left_wrist' names the left hand"),
         (("serve", "x", "--map", "observation/cam_r=left_wrist"), "names the right hand"),
         (("serve", "x", "--token-file", "nowhere"), "nowhere"),
-        (("serve", "x", "--max-clients", "0"), "max_clients"),
+        (("serve", "x", "--max-clients", "0"), "--max-clients: must be a whole number from 1"),
         (("serve", "no-such-checkpoint"), "no-such-checkpoint"),
         (("eval", "--protocol", "metaworld-faucet"), "--actor"),
         (("eval", "x", "--actor", "ws://x", "--protocol", "metaworld-faucet"), "--actor"),

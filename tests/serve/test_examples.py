@@ -66,7 +66,11 @@ NOBODY = ("--url", "ws://127.0.0.1:9")
             ("metaworld-faucet", *NOBODY, "--episode", "-1"),
             "--episode -1: .* episodes 0 to 119",
         ),
-        ("recorded_robot.py", ("metaworld-faucet", *NOBODY, "--replan", "0"), "replan must be at least 1"),
+        (
+            "recorded_robot.py",
+            ("metaworld-faucet", *NOBODY, "--replan", "0"),
+            "replan must be a whole",
+        ),
         ("recorded_robot.py", ("metaworld-faucet", *NOBODY, "--steps", "-3"), "--steps must be at least 0"),
         ("recorded_robot.py", ("metaworld-faucet", "--url", "here", "--wait", "0"), "address of a server"),
         (

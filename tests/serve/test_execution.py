@@ -97,8 +97,8 @@ def test_a_plan_forgets_what_it_has_executed() -> None:
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
-        ({"replan": 0}, "replan must be at least 1"),
-        ({"delay": -1}, "delay must be at least 0"),
+        ({"replan": 0}, "replan must be a whole number from 1"),
+        ({"delay": -1}, "delay must be a whole number from 0"),
         ({"decay": float("nan")}, "decay"),
         ({"guidance": Guidance(max_weight=0)}, "max_weight"),
     ],

@@ -561,7 +561,7 @@ def test_a_host_that_others_can_reach_needs_a_token() -> None:
 
 
 def test_what_cannot_be_served_is_refused_before_anybody_connects(serve: Serve) -> None:
-    with pytest.raises(EmbodimentError, match="no camera 'top'"):
+    with pytest.raises(ConfigError, match=r"--map\) 'observation/image' = 'top': .*no camera 'top'"):
         serve(names={"observation/image": "top"})
     with pytest.raises(ConfigError, match="real_time .*can continue"):
         serve(execution=Execution("real_time"))

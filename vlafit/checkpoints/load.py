@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from vlafit import arguments
 from vlafit.checkpoints.assign import (
     DTYPES,
     Dtype,
@@ -361,6 +362,7 @@ def _refuse_other_tables(format: Format, config: ConfigOverrides, where: str) ->
 
 
 def _located(path: str | Path) -> Place:
+    path = arguments.path("checkpoint", path)
     try:
         return place(path)
     except ConfigError as error:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from vlafit import files, pointers, shipped
+from vlafit import arguments, files, pointers, shipped
 from vlafit.checkpoints import hub
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.native.adapters import Base, read_base
@@ -20,7 +20,7 @@ def place(reference: str | Path) -> Place:
 
     The folder of a run means its last checkpoint.
     """
-    hub.refuse_address(str(reference))
+    hub.refuse_address(str(arguments.path("checkpoint", reference)))
     try:
         return _place(reference)
     except OSError as error:  # a name that is too long, or a loop of links

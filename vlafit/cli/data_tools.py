@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlafit import locks
 from vlafit.cli.console import Line, table
-from vlafit.cli.parser import Parser, at_most
+from vlafit.cli.parser import Parser, within
 from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_arguments(verb: str, parser: Parser) -> None:
         )
         parser.add_argument("--protocol", default="", help="a protocol whose simulation to use")
         parser.add_argument(
-            "--episodes", type=at_most(10**9, least=1), default=0, metavar="N", help="the first N [all]"
+            "--episodes", type=within(1, 10**9), default=0, metavar="N", help="the first N [all]"
         )
 
 

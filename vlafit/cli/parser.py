@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from vlafit import config
-from vlafit.errors import ConfigError, did_you_mean
+from vlafit.errors import ConfigError, did_you_mean, quoted, shown_whole
 
 EXECUTION_MODES = ("chunk", "ensemble", "real_time")  # vlafit.execution.Mode, which help must not import
 
@@ -20,23 +20,27 @@ MOST_STEPS = 10**9
 LONGEST_S = 7 * 86_400.0  # seconds of any waiting
 
 
-def at_most(
-    most: float, kind: type[int] | type[float] = int, least: float | None = None
+def within(
+    least: float, most: float, kind: type[int] | type[float] = int, *, above: bool = False
 ) -> Callable[[str], Any]:
-    """Return the type of an option that is a number: beyond `most` it is a slip, and named as one.
+    """Return the type of an option that is a number from `least` to `most`; `above` leaves out the least.
 
-    So is one below `least`, which would otherwise pass for an option that was not given.
+    Anything else is a slip, and refused by the option's name, with the value and what is allowed.
     """
+    noun = "a whole number" if kind is int else "a number"
+    low, high = (shown_whole(end) if isinstance(end, int) else f"{end:.16g}" for end in (least, most))
+    span = f"above {low} and at most {high}" if above else f"from {low} to {high}"
 
     def read(text: str) -> int | float:
-        value = kind(text)
-        if not value <= most:
-            raise argparse.ArgumentTypeError(f"must be at most {most:.16g}, is {text}")
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least:.16g}, is {text}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {noun} {span}, not {quoted(text, 60)}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    read.__name__ = kind.__name__
     return read
 
 
@@ -71,11 +75,16 @@ class Parser(argparse.ArgumentParser):
                 known = [s for action in self._actions for s in action.option_strings]
                 raise ConfigError(f"there is no option {word!r}{_near(word.split('=')[0], known)}")
             raise ConfigError(f"unexpected argument {word!r}; see {self.prog} --help")
-        if getattr(options, "out", None) == "":
-            raise ConfigError(
-                "--out is empty: a shell variable that is not set? Name a path, or leave it out"
-            )
         return options
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse an option that is given an empty text; only fields of a recipe may be empty."""
+        if "" in arg_strings and action.default != argparse.SUPPRESS:
+            name = next(iter(action.option_strings), action.metavar or action.dest)
+            raise ConfigError(
+                f"{name} is empty: a shell variable that is not set? Give it a value, or leave it out"
+            )
+        return super()._get_values(action, arg_strings)
 
 
 def require_once(options: Iterable[str]) -> None:

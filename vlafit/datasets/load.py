@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlafit import config, shipped
+from vlafit import arguments, config, shipped
 from vlafit.datasets import downloads, hub, layouts, remote
 from vlafit.datasets.aligned import Aligned
 from vlafit.datasets.card import Card, Draft, EpisodesCard
@@ -63,7 +63,7 @@ def open_dataset(card_path_or_hub_id: Card | str | Path) -> EpisodeStore:
     Raises DataError saying where the files are not what the card says.
     """
     source = card_path_or_hub_id
-    card = prepare(source) if isinstance(source, Card) else load_card(source)
+    card = prepare(source) if isinstance(source, Card) else load_card(arguments.path("card", source))
     store = _open(card)
     if card.episodes != EpisodesCard() and not store.selects:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlafit import locks
+from vlafit import arguments, locks
 from vlafit.agreement import Item
 from vlafit.datasets import EpisodeStore, episodes_hash
 from vlafit.errors import ConfigError
@@ -47,12 +47,12 @@ class Settings:
     """Episodes with a film strip and curves."""
 
     def __post_init__(self) -> None:
+        """Raise ConfigError naming the argument, its value and what is allowed."""
         limits = {"samples": (1, 10**6), "draws": (2, 2**12), "seed": (0, 2**62), "strips": (0, 10**6)}
         for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                bound = f"at least {least}" if value < least else f"at most {most}"
-                raise ConfigError(f"evaluation: {name} must be {bound}, not {value}")
+            value = arguments.whole(f"evaluation: {name}", getattr(self, name), least, most)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "inputs", arguments.flag("evaluation: inputs", self.inputs))
 
 
 def evaluate(

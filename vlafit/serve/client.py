@@ -15,11 +15,13 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
+from vlafit import arguments
 from vlafit.credentials import checked_token, checked_url
 from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
 from vlafit.serve.metadata import Described, read_greeting
+from vlafit.serve.options import LONGEST_S
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class RemoteActor:
         """The server's address, without a query."""
         self._address = url
         self._token = checked_token(token)
-        self._timeout_s = timeout_s
+        self._timeout_s = arguments.number("timeout_s", timeout_s, 0, LONGEST_S, above=True)
         self._turn = threading.Lock()
         self._closed = self._is_lost = False
         self._said: set[str] = set()  # what servers warned of
@@ -199,7 +201,7 @@ class RemoteActor:
         try:
             return attempt()
         except InvalidURI:
-            raise RemoteError(f"{self.url!r} is no address of a server; write ws://HOST:PORT") from None
+            raise RemoteError(f"url {self.url!r} is no address of a server; write ws://HOST:PORT") from None
         except InvalidStatus as error:
             body = (error.response.body or b"").decode(errors="replace").strip()[:LONGEST_LINE]
             raise RemoteError(f"{self.url}: refused ({error.response.status_code}): {body}") from error
@@ -225,7 +227,7 @@ def connect(url: str, *, token: str = "", timeout_s: float = 30.0, wait_s: float
     again while nothing answers. White space around `token`, such as the line break at the end of its file, is
     left out. Raises RemoteError, and ConfigError for what can be no token.
     """
-    until = time.monotonic() + wait_s
+    until = time.monotonic() + arguments.number("wait_s", wait_s, 0, LONGEST_S)
     while True:
         try:
             return RemoteActor(url, token, timeout_s)

@@ -20,10 +20,11 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import ConfigError, EmbodimentError, quoted
+from vlafit import arguments
+from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.execution import Execution, InvalidAnswers, Limits, Plan
-from vlafit.observations import observation, short
-from vlafit.requests import expected_of
+from vlafit.observations import instruction_problems, observation, short
+from vlafit.requests import LARGEST, expected_of
 from vlafit.types import (
     ActionChunk,
     Actor,
@@ -34,6 +35,7 @@ from vlafit.types import (
     Observation,
     chunk_of,
     history_of,
+    require_same,
 )
 
 log = logging.getLogger(__name__)
@@ -76,24 +78,31 @@ class Controller:
         first action counts from the state where its labels and unit are the action's and control is
         joint_position; otherwise the very first action has no reference, and only low and high limit it.
         """
-        if on_invalid not in get_args(OnInvalid):
-            known = ", ".join(map(repr, get_args(OnInvalid)))
-            raise ConfigError(f"on_invalid must be one of {known}, not {quoted(on_invalid)}")
+        arguments.one_of("on_invalid", on_invalid, get_args(OnInvalid))
+        arguments.flag("background", background)
+        if not isinstance(actor, Actor):
+            raise ConfigError(
+                "actor must be a policy (vlafit.load_actor, vlafit.connect) or have its method act, not "
+                f"{short(actor)}"
+            )
         if not isinstance(execution, Execution):
             raise ConfigError(f"execution must be a vlafit.Execution, not {short(execution)}")
         if limits is not None and not isinstance(limits, Limits):
             raise ConfigError(f"limits must be vlafit.Limits, or None, not {short(limits)}")
-        robot = embodiment or (actor.embodiment if isinstance(actor, Embodied) else None)
-        if robot is None:
+        robot = _robot_of(actor, embodiment)
+        if limits is not None and limits.low.shape != robot.action.shape:
             raise ConfigError(
-                f"actor {type(actor).__name__} does not say for which robot it acts: give embodiment"
+                f"limits are of {len(limits.low)} dimensions, and the actions of the robot {robot.name!r} "
+                f"have {robot.action.shape[0]}"
             )
         if execution.mode == "real_time" and not isinstance(actor, GuidedActor):
             raise ConfigError(
                 f"execution real_time: actor {type(actor).__name__} cannot continue a chunk; choose "
                 "chunk or ensemble"
             )
-        if sentence := execution.shortened(chunk_of(actor)):
+        if steps := chunk_of(actor):
+            execution.require_chunk(steps)
+        if sentence := execution.shortened(steps):
             log.warning("execution: %s", sentence)
         self.actor = actor
         self.execution = execution
@@ -111,7 +120,9 @@ class Controller:
         self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
         self._delays: deque[int] = deque([execution.delay], REMEMBERED)
         self._newest: deque[Observation] = deque(maxlen=history_of(actor))
-        self._read = expected_of(actor, robot).seen  # cameras that the policy looks at
+        expected = expected_of(actor, robot)
+        self._read = expected.seen  # cameras that the policy looks at
+        self._instructed = expected.instructed
         self._missing: set[str] = set()  # cameras whose absence was logged
         self._closed = False
         self._episode = -1
@@ -119,14 +130,24 @@ class Controller:
         self._pending: Future[ActionChunk] | None = None
         self._sent: NDArray[np.float32] | None = None  # the last action, of any episode
 
-    def start(self, instruction: str, *, task: str = "", seed: int | None = None) -> None:
+    def start(self, instruction: str | None, *, task: str = "", seed: int | None = None) -> None:
         """Begin an episode. Its noise is drawn from `task` (the instruction) and `seed` (a count of
-        episodes)."""
+        episodes).
+
+        Raises ConfigError for what is no sentence, no text, or no whole number from 0 on; the episode before
+        then goes on. A policy that reads no instruction may be given "" or None.
+        """
         self._require_open()
+        if instruction is None and not self._instructed:
+            instruction = ""
+        if problems := instruction_problems(instruction, self._instructed):
+            raise ConfigError(problems[0])
+        task = arguments.text("task", task)
+        seed = self._episode + 1 if seed is None else arguments.whole("seed", seed, 0, LARGEST)
         self._drop_pending()
         self._instruction = instruction
         self._episode += 1
-        self._key = EpisodeKey(self._episode if seed is None else seed, task or instruction, 0)
+        self._key = EpisodeKey(seed, task or instruction, 0)
         self._plan = Plan(self.execution)
         self._newest.clear()
         self._asked = -1  # the step of the last observation that was sent
@@ -144,7 +165,9 @@ class Controller:
         self._require_open()
         if self._episode < 0:
             raise ConfigError("the controller has no instruction: call start first")
-        now = _owned(observation(images, state, self._instruction, self.embodiment))
+        now = _owned(
+            observation(images, state, self._instruction, self.embodiment, instructed=self._instructed)
+        )
         before = tuple(self._newest)
         self._newest.append(now)
         try:
@@ -267,6 +290,21 @@ class Controller:
             if camera not in seen.images and camera not in self._missing:
                 self._missing.add(camera)
                 log.warning("camera %r is missing; the policy acts without it (this is logged once)", camera)
+
+
+def _robot_of(actor: Actor, given: Embodiment | None) -> Embodiment:
+    """Return the robot that an actor acts for; one that is `given` as well must be the same."""
+    if given is not None and not isinstance(given, Embodiment):
+        raise ConfigError(f"embodiment must be a vlafit.types.Embodiment, or None, not {short(given)}")
+    own = actor.embodiment if isinstance(actor, Embodied) else None
+    if given is not None and own is not None:
+        require_same(given, "the embodiment that is given", own, "that of the actor")
+    robot = given or own
+    if robot is None:
+        raise ConfigError(
+            f"actor {type(actor).__name__} does not say for which robot it acts: give embodiment"
+        )
+    return robot
 
 
 def _owned(seen: Observation) -> Observation:

@@ -4,18 +4,19 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vlafit import arguments
 from vlafit.credentials import checked_token
 from vlafit.errors import ConfigError, quoted
 from vlafit.execution import Execution
+from vlafit.observations import short
 
-AT_MOST = {
-    "port": 65535,
-    "max_clients": 10_000,
-    "max_frame": 2**32,
-    "max_rate": 10**6,
-    "timeout_s": 7 * 86_400,
-}
-"""More of these is a slip: no machine has the connections, the memory or the patience."""
+# More of these is a slip: no machine has the connections, the memory or the patience.
+MOST_CLIENTS = 10_000
+SMALLEST_FRAME = 1024
+LARGEST_FRAME = 2**32
+SLOWEST_RATE = 0.001
+MOST_RATE = 10**6
+LONGEST_S = 7 * 86_400
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,23 @@ class Options:
     chunk."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token", checked_token(self.token, "server: token"))
-        for name, least in (("port", 0), ("max_clients", 1), ("max_frame", 1024), ("max_rate", 0.001)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"server: {name} must be at least {least}, not {getattr(self, name)}")
-        for name, most in AT_MOST.items():
-            if not getattr(self, name) <= most:
-                raise ConfigError(f"server: {name} must be at most {most}, not {getattr(self, name)}")
-        if not self.timeout_s > 0:
-            raise ConfigError(f"server: timeout_s must be positive, not {self.timeout_s}")
+        """Raise ConfigError naming the option, its value and what is allowed."""
+        checked = {
+            "host": arguments.text("server: host", self.host, empty=False),
+            "port": arguments.whole("server: port", self.port, 0, 65_535),
+            "token": checked_token(self.token, "server: token"),
+            "max_clients": arguments.whole("server: max_clients", self.max_clients, 1, MOST_CLIENTS),
+            "max_frame": arguments.whole("server: max_frame", self.max_frame, SMALLEST_FRAME, LARGEST_FRAME),
+            "max_rate": arguments.number("server: max_rate", self.max_rate, SLOWEST_RATE, MOST_RATE),
+            "timeout_s": arguments.number("server: timeout_s", self.timeout_s, 0, LONGEST_S, above=True),
+            "names": arguments.table("server: names", self.names),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.execution is not None and not isinstance(self.execution, Execution):
+            raise ConfigError(
+                f"server: execution must be a vlafit.Execution, or None, not {short(self.execution)}"
+            )
         if not self.token and not _is_loopback(self.host):
             raise ConfigError(
                 f"server: host {quoted(self.host)} can be reached from other machines, and whoever reaches "

@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from vlafit.errors import ConfigError, VlafitError
+from vlafit.errors import ConfigError, EmbodimentError, VlafitError, quoted
 from vlafit.execution import Execution
 from vlafit.serve import wire
 from vlafit.serve.batcher import Batcher
@@ -51,6 +51,13 @@ def require_executable(execution: Execution, described: Described) -> None:
             log.warning("execution: %s", sentence)
 
 
+def _require_camera(described: Described, key: str, target: str) -> None:
+    try:
+        described.embodiment.camera(target)
+    except EmbodimentError as error:
+        raise ConfigError(f"server: names (--map) {quoted(key)} = {quoted(target)}: {error}") from None
+
+
 class Server:
     """Serves one actor until it is told to stop."""
 
@@ -63,9 +70,9 @@ class Server:
         self._greeting = greeting(dataclasses.replace(described, max_frame=options.max_frame))
         self._stop = asyncio.Event()
         self._busy: set[asyncio.Task[None]] = set()  # connections that have a frame in work
-        for target in options.names.values():
+        for key, target in options.names.items():
             if target != "state":
-                described.embodiment.camera(target)  # raises for a name that the robot does not have
+                _require_camera(described, key, target)
         if options.execution is not None:
             require_executable(options.execution, described)
 

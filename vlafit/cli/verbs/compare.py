@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import Line, number, size, table
-from vlafit.cli.parser import MOST_STEPS, Parser, at_most
+from vlafit.cli.parser import MOST_STEPS, Parser, within
 from vlafit.cli.recipes import has_option, numbers, read_recipe
 from vlafit.errors import ConfigError
 
@@ -77,7 +77,7 @@ def _options(parser: Parser) -> None:
         "--strategies", metavar="A,B,...", required=True, help=f"TOML files, or shipped ones: {names}"
     )
     parser.add_argument(
-        "--seeds", metavar="N", type=at_most(1024), default=3, help="seeds, from train.seed on [3]"
+        "--seeds", metavar="N", type=within(1, 1024), default=3, help="seeds, from train.seed on [3]"
     )
     parser.add_argument(
         "--lr-grid",
@@ -93,19 +93,19 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--budget-steps",
         metavar="N",
-        type=at_most(MOST_STEPS),
+        type=within(1, MOST_STEPS),
         help="optimiser steps of each arm [the recipe's]",
     )
     parser.add_argument(
-        "--budget-samples", metavar="N", type=at_most(10**12), help="training samples of each arm instead"
+        "--budget-samples", metavar="N", type=within(1, 10**12), help="training samples of each arm instead"
     )
     parser.add_argument(
         "--budget-seconds",
         metavar="S",
-        type=at_most(10**8, float),
+        type=within(0, 10**8, float, above=True),
         help="training time of each arm instead",
     )
-    parser.add_argument("--jobs", metavar="N", type=at_most(1024), default=1, help="arms at once [1]")
+    parser.add_argument("--jobs", metavar="N", type=within(1, 1024), default=1, help="arms at once [1]")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison")
 
 

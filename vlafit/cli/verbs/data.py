@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit.cli import data_tools
 from vlafit.cli.console import table
-from vlafit.cli.parser import Parser, at_most
+from vlafit.cli.parser import Parser, within
 from vlafit.errors import ConfigError, did_you_mean
 from vlafit.files import expand_user
 
@@ -52,7 +52,9 @@ def run(arguments: Sequence[str]) -> int:
             "--checksums", action="store_true", help="write the files' checksums, which runs compare"
         )
     if verb == "bench":
-        parser.add_argument("--seconds", type=at_most(86_400, float), default=5.0, help="how long to read")
+        parser.add_argument(
+            "--seconds", type=within(0, 86_400, float, above=True), default=5.0, help="how long to read"
+        )
     if verb in ("card", "inspect"):
         parser.add_argument(
             "--layout", default="", help="the layout, if it is not recognised: package.module"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlafit import shipped
 from vlafit.cli import actor as actors
 from vlafit.cli.console import Line, differences_table
-from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
+from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, within
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
 from vlafit.credentials import checked_url
@@ -68,7 +68,7 @@ def _parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="keep what is already answered in DIR")
     parser.add_argument("--device", help="torch device [the GPU if there is one]")
     parser.add_argument(
-        "--steps", metavar="N", type=at_most(10**4, least=1), help="steps of sampling [the policy's, 10]"
+        "--steps", metavar="N", type=within(1, 10**4), help="steps of sampling [the policy's, 10]"
     )
     _add_simulation(parser)
     _add_data(parser)
@@ -81,18 +81,18 @@ def _add_simulation(parser: Parser) -> None:
         "--retry-errors", action="store_true", help="play episodes that ended in an error again"
     )
     parser.add_argument(
-        "--trials", metavar="N", type=at_most(10**5, least=1), help="episodes of each task [the protocol's]"
+        "--trials", metavar="N", type=within(1, 10**5), help="episodes of each task [the protocol's]"
     )
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=at_most(1024),
+        type=within(1, 1024),
         help="environment processes [one per core, as far as they fit into the memory]",
     )
     parser.add_argument(
         "--timeout",
         metavar="S",
-        type=at_most(LONGEST_S, float),
+        type=within(0, LONGEST_S, float, above=True),
         help="seconds until an environment must answer [the protocol's]",
     )
     parser.add_argument(
@@ -109,24 +109,26 @@ def _add_simulation(parser: Parser) -> None:
     parser.add_argument(
         "--merge", metavar="DIR", help="merge the shards in DIR into one evaluation, and play nothing"
     )
-    parser.add_argument("--videos", metavar="N", type=at_most(10**5), help="filmed episodes of each task [2]")
+    parser.add_argument(
+        "--videos", metavar="N", type=within(0, 10**5), help="filmed episodes of each task [2]"
+    )
     parser.add_argument(
         "--wrong-instruction", action="store_true", help="give each task its partner's instruction"
     )
     parser.add_argument(
         "--max-batch",
         metavar="N",
-        type=at_most(2**12, least=1),
+        type=within(1, 2**12),
         help="observations in one call of the policy, padded to N [16, or as many as there are episodes]",
     )
     parser.add_argument(
         "--execution", choices=EXECUTION_MODES, help="how chunks are executed [chunk, as the protocol says]"
     )
     parser.add_argument(
-        "--replan", metavar="N", type=at_most(10**6), help="steps until it replans [the protocol's]"
+        "--replan", metavar="N", type=within(1, 10**6), help="steps until it replans [the protocol's]"
     )
     parser.add_argument(
-        "--delay", metavar="N", type=at_most(10**6), help="steps that pass before a chunk is there [0]"
+        "--delay", metavar="N", type=within(0, 10**6), help="steps that pass before a chunk is there [0]"
     )
 
 
@@ -135,12 +137,12 @@ def _add_data(parser: Parser) -> None:
         "--episodes", metavar="ID", nargs="+", help="with --data: the episodes [those held out from training]"
     )
     parser.add_argument(
-        "--samples", metavar="N", type=at_most(10**6), help="with --data: observations of all episodes [64]"
+        "--samples", metavar="N", type=within(1, 10**6), help="with --data: observations of all episodes [64]"
     )
     parser.add_argument(
         "--draws",
         metavar="N",
-        type=at_most(2**12),
+        type=within(2, 2**12),
         help="with --data: seeds of noise of each, at least 2 [8]",
     )
     parser.add_argument(
@@ -172,8 +174,6 @@ def run(arguments: Sequence[str]) -> int:
         name, load = _actor(options)
         with checkpoint_stays(name):
             return evaluate_on_data(options, name, lambda: load(options.max_batch or WIDTH))
-    if options.timeout is not None and not options.timeout > 0:
-        raise ConfigError(f"--timeout: must be positive, not {options.timeout}")
     name, load = _actor(options)
     protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
@@ -283,7 +283,7 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
 
         return connect(options.actor, token=token)
 
-    return Path(re.sub(r"\W+", "_", shown_url(checked_url(options.actor)))), dial
+    return Path(re.sub(r"\W+", "_", shown_url(checked_url(options.actor, "--actor")))), dial
 
 
 def _execution(options: Namespace, protocol: Path) -> "Execution | None":

@@ -19,8 +19,8 @@ from vlafit.cli.parser import (
     add_embodiment,
     add_format,
     add_trust,
-    at_most,
     settings,
+    within,
 )
 from vlafit.cli.places import checkpoint_folder
 from vlafit.entry_points import is_module
@@ -108,13 +108,13 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch",
         metavar="N",
-        type=at_most(2**16),
+        type=within(1, 2**16),
         help="with --strategy: forecast the memory to train N samples a step",
     )
     parser.add_argument(
         "--cameras",
         metavar="N",
-        type=at_most(1024, least=1),
+        type=within(1, 1024),
         default=0,
         help="with --batch: cameras [the checkpoint's, or 3]",
     )

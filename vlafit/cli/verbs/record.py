@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlafit import shipped
 from vlafit.cli.console import Line, duration, table
-from vlafit.cli.parser import Parser, at_most
+from vlafit.cli.parser import Parser, within
 from vlafit.errors import ConfigError
 
 ABOUT = """\
@@ -21,10 +21,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder of the data [the card's location]")
     parser.add_argument("--resume", action="store_true", help="keep the episodes already in DIR")
     parser.add_argument(
-        "--episodes", metavar="N", type=at_most(10**6), help="episodes of each task [the card's]"
+        "--episodes", metavar="N", type=within(1, 10**6), help="episodes of each task [the card's]"
     )
     parser.add_argument(
-        "--workers", metavar="N", type=at_most(1024), default=1, help="processes that run episodes [1]"
+        "--workers", metavar="N", type=within(1, 1024), default=1, help="processes that run episodes [1]"
     )
     options = parser.read(arguments)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlafit.cli import actor as actors
-from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, at_most
+from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, within
 from vlafit.cli.places import checkpoint_folder
 from vlafit.credentials import MAKE_ONE, checked_token
 from vlafit.errors import ConfigError
@@ -21,7 +21,7 @@ def _parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run, or a name that ships")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument(
-        "--port", metavar="N", type=at_most(65_535), default=8000, help="port; 0: a free one [8000]"
+        "--port", metavar="N", type=within(0, 65_535), default=8000, help="port; 0: a free one [8000]"
     )
     parser.add_argument(
         "--token-file", metavar="FILE", help="what clients must know; needed where others can reach the host"
@@ -29,31 +29,31 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-batch",
         metavar="N",
-        type=at_most(2**12),
+        type=within(1, 2**12),
         default=1,
         help="observations in one call of the policy, always padded to N; the number of robots, say [1]",
     )
     parser.add_argument(
-        "--max-clients", metavar="N", type=at_most(10_000), default=64, help="connections at a time [64]"
+        "--max-clients", metavar="N", type=within(1, 10_000), default=64, help="connections at a time [64]"
     )
     parser.add_argument(
         "--max-frame",
         metavar="MIB",
-        type=at_most(4096),
+        type=within(1, 4096),
         default=32,
         help="largest frame that is read [32 MiB]",
     )
     parser.add_argument(
         "--max-rate",
         metavar="HZ",
-        type=at_most(10**6, float),
+        type=within(0.001, 10**6, float),
         default=1000.0,
         help="frames a second of one client [1000]",
     )
     parser.add_argument(
         "--timeout",
         metavar="S",
-        type=at_most(LONGEST_S, float),
+        type=within(0, LONGEST_S, float, above=True),
         default=30.0,
         help="seconds until an answer must be there [30]",
     )
@@ -73,19 +73,19 @@ def _parser() -> Parser:
     parser.add_argument(
         "--replan",
         metavar="N",
-        type=at_most(10**6, least=1),
+        type=within(1, 10**6),
         default=0,
         help="steps until they replan [the whole chunk]",
     )
     parser.add_argument(
         "--steps",
         metavar="N",
-        type=at_most(10**4, least=1),
+        type=within(1, 10**4),
         default=0,
         help="steps of sampling [the policy's, 10]",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=at_most(2**63 - 1), default=0, help="of the sampling noise [0]"
+        "--seed", metavar="N", type=within(0, 2**63 - 1), default=0, help="of the sampling noise [0]"
     )
     parser.add_argument("--device", default="", help="torch device [the GPU if there is one]")
     actors.add_options(parser)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlafit import shipped
 from vlafit.cli.console import table
-from vlafit.cli.parser import Parser, at_most
+from vlafit.cli.parser import Parser, within
 from vlafit.cli.recipes import read_recipe, without
 from vlafit.errors import ConfigError
 
@@ -84,14 +84,14 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--trials",
         metavar="N",
-        type=at_most(10**6),
+        type=within(1, 10**6),
         help="total number of trials, with earlier ones [the study's]",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=at_most(2**63 - 1), help="seed of the sampler [the study's]"
+        "--seed", metavar="N", type=within(0, 2**63 - 1), help="seed of the sampler [the study's]"
     )
     parser.add_argument(
-        "--workers", metavar="N", type=at_most(1024), default=1, help="processes that run trials [1]"
+        "--workers", metavar="N", type=within(1, 1024), default=1, help="processes that run trials [1]"
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the sweep")
 

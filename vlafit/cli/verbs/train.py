@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit.cli import launcher
-from vlafit.cli.parser import MOST_STEPS, Parser, at_most
+from vlafit.cli.parser import MOST_STEPS, Parser, within
 from vlafit.cli.recipes import read_recipe
 from vlafit.recipe import Recipe
 
@@ -39,6 +39,6 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "--resume-from",
         metavar="STEP",
-        type=at_most(MOST_STEPS),
+        type=within(0, MOST_STEPS),
         help="resume from the state of an earlier step instead, and remove what was saved after it",
     )
