@@ -547,7 +547,7 @@ def test_the_command_line_reads_seeds_grid_budget_and_fields(recipe: Recipe, tmp
     for more, says in (
         (["--strategy", "full"], "use --strategies"),
         (["--lr-grid", "fast"], "--lr-grid: .*'fast'"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "0"], "--seeds: must be a whole number from 1"),
         (["--strategies", "lora"], "--strategies is given 2 times"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -519,5 +519,5 @@ def test_the_command_line_reads_study_numbers_and_fields(recipe: Recipe, tmp_pat
     made, study, options = read([*words, "--trials", "7", "--seed", "3", "--train.steps", "9"])
     assert made.train.steps == 9 and (study.trials, study.seed, options.workers) == (7, 3, 1)
     assert set(study.search) == {"optim.lr", "optim.weight_decay"}
-    with pytest.raises(ConfigError, match="--workers must be at least 1"):
+    with pytest.raises(ConfigError, match="--workers: must be a whole number from 1"):
         read([*words, "--workers", "0"])

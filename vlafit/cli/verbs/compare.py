@@ -52,9 +52,6 @@ def read(arguments: Sequence[str]) -> tuple["Recipe", "Options", Path]:
     recipe, options = read_recipe("compare", ABOUT, USAGE, arguments, _options)
     if has_option(arguments, "--strategy"):
         raise ConfigError("`vlafit compare` ignores --strategy; use --strategies")
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, is {getattr(options, name)}")
     from vlafit.compare import Options, with_budget
 
     recipe = with_budget(

@@ -11,7 +11,6 @@ from vlafit import shipped
 from vlafit.cli.console import table
 from vlafit.cli.parser import Parser, within
 from vlafit.cli.recipes import read_recipe, without
-from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.recipe import Recipe
@@ -65,8 +64,6 @@ def run(arguments: Sequence[str]) -> int:
 def read(arguments: Sequence[str]) -> tuple["Recipe", "Study", Any]:
     """Return the recipe, the study with the command line's values, and the other options."""
     recipe, options = read_recipe("sweep", ABOUT, USAGE, arguments, _options)
-    if options.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, is {options.workers}")
     from vlafit.sweep import load_study
 
     study = load_study(options.study)
