@@ -1,12 +1,15 @@
 """What is published is what was promised: the checkpoint that ships, the quickstart, the three starts."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vlafit import checkpoints, config, files, score, shipped
+from vlafit.checkpoints import model_card
+from vlafit.checkpoints.formats import registry
 from vlafit.compare import arm_record, stored
 from vlafit.compare.judge import judge
 from vlafit.recipe import Recipe
@@ -66,6 +69,32 @@ def test_a_shipped_checkpoint_tells_its_data_and_its_success_by_task(name: str) 
     assert success["overall"]["successes"] == sum(episode["success"] is True for episode in episodes)
     for protocol in shipped.names("protocol"):
         require_unseen(load_protocol(protocol), None, checkpoints.read_lineage(folder).seeds)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_shipped_checkpoint_has_a_card_that_says_how_to_load_it(name: str) -> None:
+    folder = shipped.find("checkpoint", name)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    front = re.match(r"---\n(.*?)\n---\n\n# ", text, re.DOTALL)
+    assert front is not None
+    assert {"library_name: vlafit", "pipeline_tag: robotics", "license: apache-2.0"} <= set(
+        front[1].split("\n")
+    )
+    assert model_card.licence_of(name) == "apache-2.0"
+    loaded = checkpoints.load(folder)
+    made = model_card.card(loaded.policy, loaded.codec, holders=registry.holders(loaded.policy, loaded.codec))
+    load = made[made.index("## Load") :].replace(model_card.PLACE, name)
+    assert text.endswith(load) and "cannot hold it" in load
+    (code,) = re.findall(r"```python\n(.*?)```", load, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    robot = names["actor"].embodiment
+    facts_of_card = (
+        f"| robot | {robot.name}, {robot.hz:g} Hz, control {robot.control}; camera workspace, 64x64; "
+    )
+    assert facts_of_card + f"{robot.state.shape[0]} state and {robot.action.shape[0]} action" in text
+    for task, one in facts(folder / "success.json")["tasks"].items():
+        assert f"| {task.removesuffix('-v3')} | {one['successes']}/{one['episodes']} |" in text
 
 
 # ------------------------------------------------------------------------------------------ the results
