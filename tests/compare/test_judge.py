@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from vlafit.compare.arm_record import HELD_OUT, ArmRecord, Figures, Memory, ValidationPoint
-from vlafit.compare.judge import judge, lower, rank_correlation
+from vlafit.compare.judge import judge, lower_losses, rank_correlation
 from vlafit.compare.pairs import shared
 from vlafit.compare.pooled_score import dispersion, interval
 from vlafit.compare.standing import Standing, cheapest, choose_lr
@@ -213,8 +215,29 @@ def test_without_rollouts_the_loss_decides_only_where_seeds_agree() -> None:
     assert verdict.by == "loss" and verdict.better == (("full", "expert"),)
     assert "loss only, which is not success" in verdict.reason
     assert not judge([by_loss("full", [0.5, 0.6, 0.4]), by_loss("expert", [0.6, 0.5, 0.5])]).ranked
-    assert not lower({0: 0.1}, {0: 0.9}), "one seed shows nothing"
-    assert not lower({0: 0.1, 1: 0.1}, {2: 0.9, 3: 0.9}), "only shared seeds are compared"
+    assert lower_losses([("a", {0: 0.1}), ("b", {0: 0.9})]) == ((), 1.0), "one seed shows nothing"
+    apart = [("a", {0: 0.1, 1: 0.1}), ("b", {2: 0.9, 3: 0.9})]
+    assert lower_losses(apart) == ((), 1.0), "only shared seeds are compared"
+
+
+def test_losses_of_equal_strategies_are_hardly_ever_ranked() -> None:
+    draws = np.random.default_rng(0)
+    trials, strategies, seeds = 400, 6, 3
+    wrong = 0
+    for _ in range(trials):
+        drawn = draws.normal(1.0, 0.1, (strategies, seeds))
+        better, lowest = lower_losses([(str(n), dict(enumerate(row))) for n, row in enumerate(drawn)])
+        wrong += bool(better)
+        assert bool(better) == (lowest <= 0.05)
+    # At most 5 % of comparisons rank anything; three standard errors of the count of wrong ones.
+    assert wrong <= 0.05 * trials + 3 * (0.05 * 0.95 * trials) ** 0.5
+
+
+def test_the_loss_test_is_students_and_holms() -> None:
+    losses = {"a": [0.50, 0.61, 0.40], "b": [0.60, 0.70, 0.51], "c": [0.9, 0.8, 0.7]}
+    _, lowest = lower_losses([(name, dict(enumerate(row))) for name, row in losses.items()])
+    expected = [ttest_rel(losses[x], losses[y]).pvalue for x, y in (("a", "b"), ("a", "c"), ("b", "c"))]
+    assert lowest == pytest.approx(min(1.0, 3 * min(expected)))
 
 
 # ------------------------------------------------------------------------------------ learning rates

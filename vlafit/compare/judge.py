@@ -2,7 +2,7 @@
 
 Success is compared pair by pair at the shared starts (`pairs`). A strategy with fewer than two finished seeds
 is not ranked, because the variation between its training runs is unknown. Without evaluations the last
-validation loss is compared, paired by seed.
+validation loss is compared, paired by training seed.
 """
 
 import math
@@ -13,10 +13,7 @@ from itertools import combinations
 from vlafit.compare.arm_record import AFTER, ArmRecord
 from vlafit.compare.pairs import ALPHA, PairResult, compare_pairs, shared
 from vlafit.compare.standing import Standing, cheapest, mean
-from vlafit.significance import best_set, independent_episodes_needed, starts_needed
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more (slightly wide).
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+from vlafit.significance import best_set, holm, independent_episodes_needed, paired_t_p, starts_needed
 
 
 @dataclass(frozen=True)
@@ -170,30 +167,40 @@ def _by_loss(standings: Sequence[Standing]) -> Verdict:
     notes = _too_few_seeds(order, standings)
     if len(order) < 2:
         return _nothing_to_compare("loss", standings, notes)
-    better = tuple(
-        (a.strategy, b.strategy) for a, b in combinations(order, 2) if lower(a.losses(), b.losses())
+    better, lowest = lower_losses([(s.strategy, s.losses()) for s in order])
+    names = best_set((s.strategy for s in order), better)
+    leaders = [s for s in order if s.strategy in names]
+    pairs = len(order) * (len(order) - 1) // 2
+    tests = (
+        "paired t-test of the last validation loss by training seed, Holm's correction over "
+        f"{pairs} pair{'s' * (pairs > 1)}, level {100 * ALPHA:g} %, smallest corrected p {lowest:.2g}"
     )
-    leaders = [s for s in order if (order[0].strategy, s.strategy) not in better]
-    sentence = _ranking(order, better, "loss", "paired 95 % intervals of the last validation loss")
+    sentence = _ranking(order, better, "loss", tests)
     chosen = cheapest(leaders)
     reason = (
         "the policies were not evaluated, so this is by validation loss only, which is not success; it is "
         f"the cheapest of the {len(leaders)} that may be the best: {_cost(chosen)}."
     )
-    names = tuple(s.strategy for s in leaders)
     return Verdict("loss", bool(better), better, names, sentence, chosen.strategy, reason, tuple(notes))
 
 
-def lower(first: Mapping[int, float], second: Mapping[int, float]) -> bool:
-    """Return whether `first` is below `second`: the paired 95 % interval over shared seeds excludes zero."""
-    seeds = sorted(set(first) & set(second))
-    differences = [second[seed] - first[seed] for seed in seeds]
-    n = len(differences)
-    if n < 2:
-        return False
-    middle = sum(differences) / n
-    spread = math.sqrt(sum((d - middle) ** 2 for d in differences) / (n - 1))
-    return middle - T_95[min(n - 2, len(T_95) - 1)] * spread / math.sqrt(n) > 0
+def lower_losses(
+    losses: Sequence[tuple[str, Mapping[int, float]]],
+) -> tuple[tuple[tuple[str, str], ...], float]:
+    """Return the pairs of which the first has the lower loss, and the smallest corrected p-value.
+
+    `losses`: name and loss of each training seed. A pair is compared by the seeds that both have.
+    """
+    compared = []
+    for (first, one), (second, other) in combinations(losses, 2):
+        compared.append((first, second, [other[seed] - one[seed] for seed in sorted(set(one) & set(other))]))
+    adjusted = holm([paired_t_p(differences) for _, _, differences in compared])
+    better = tuple(
+        (first, second) if sum(differences) > 0 else (second, first)
+        for (first, second, differences), p in zip(compared, adjusted, strict=True)
+        if p <= ALPHA
+    )
+    return better, min(adjusted, default=1.0)
 
 
 # -------------------------------------------------------------------------------------------------- sentences

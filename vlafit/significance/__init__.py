@@ -6,7 +6,13 @@ error rate). Everything works on plain outcomes; nothing here imports torch.
 """
 
 from vlafit.significance.multiple import best_set, holm
-from vlafit.significance.paired import Pairs, paired_interval, sign_flip_p, two_way_interval
+from vlafit.significance.paired import (
+    Pairs,
+    paired_interval,
+    paired_t_p,
+    sign_flip_p,
+    two_way_interval,
+)
 from vlafit.significance.planning import independent_episodes_needed, starts_needed
 from vlafit.significance.sequential import anytime_p, first_rejection
 
@@ -18,6 +24,7 @@ __all__ = [
     "holm",
     "independent_episodes_needed",
     "paired_interval",
+    "paired_t_p",
     "sign_flip_p",
     "starts_needed",
     "two_way_interval",

@@ -7,6 +7,7 @@ independent, because an easy start is easy for every policy. So all inference he
   so both signs of a start's difference are equally likely. With one seed this is McNemar's exact test.
 - `paired_interval`: Tango's score interval for a difference of paired proportions (Statistics in Medicine
   17, 1998), with the sample size divided by the clusters' design effect (Rao and Scott, Biometrics 48, 1992).
+- `paired_t_p`: Student's test of paired differences, for what is not an outcome (losses by training seed).
 - `two_way_interval`: also counts the variation between training runs (crossed random effects with
   Satterthwaite's degrees of freedom). It is wide, because a few training runs tell little about new ones.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 Outcomes = Mapping[str, bool | None]
 """Start -> success; None for an environment error."""
@@ -180,3 +181,18 @@ def two_way_interval(pairs: Pairs, confidence: float = 0.95) -> tuple[float, flo
     freedom = max(1.0, total**2 / spread)
     half = float(stdtrit(freedom, 1 - (1 - confidence) / 2)) * math.sqrt(total / (seeds * starts))
     return max(-1.0, float(mean) - half), min(1.0, float(mean) + half)
+
+
+def paired_t_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of Student's test that paired differences are 0 in the mean.
+
+    1 for fewer than two, of which nobody knows how much they vary.
+    """
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    values = np.asarray(differences, np.float64)
+    middle, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n)
+    if error == 0:
+        return 0.0 if middle else 1.0
+    return float(2 * stdtr(n - 1, -abs(middle) / error))
