@@ -100,6 +100,8 @@ class AdaptRecipe:
     """Whether frames may have another size or shape than those the checkpoint was trained on."""
     frames: bool = False
     """Whether frames may be turned or flipped otherwise than the checkpoint's were when they were read."""
+    conversion: bool = False
+    """Whether `scale`, `offset` and `action_shift` of a card may differ from those of the checkpoint's."""
     robot: bool = False
     """Whether the dataset may show another robot: dimensions, names, units, control mode and rate."""
     actions: Literal["", "checkpoint", "data"] = ""

@@ -727,3 +727,38 @@ def test_columns_in_another_order_than_the_runs_are_refused(tmp_path: Path, caps
             start(recipe_of(other, saved, {"robot": True}, statistics="data"))
         else:
             start(recipe_of(other, saved, {}))
+
+
+@pytest.mark.case(
+    section="data",
+    report="the robot moves one joint the wrong way after fine-tuning",
+    user_has="a card that turns a sign, adds an offset or shifts actions, and a run whose card did not",
+    now="refused by train and inspect, with both sides; `adapt.conversion` accepts it, `eval --data` says it",
+)
+def test_values_that_are_computed_otherwise_than_the_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    card = write_card(tmp_path / "data")
+    out = tmp_path / "run"
+    recipe = recipe_of(card, None, {})
+    run(replace(recipe, train=replace(recipe.train, steps=1)), out)
+    saved = out / "checkpoints" / "step_000001"
+    for line, text in (
+        (('"actions"], dim', '"actions"], scale = [1.02, 1.0], dim'), "times 1.02 in dimension 0"),
+        (('"obs/at"], dim', '"obs/at"], offset = [0.05, 0.05], dim'), "plus 0.05"),
+        (("[robot]", "[rows]\naction_shift = 1\n[robot]"), "that of row t+1"),
+    ):
+        other = card.with_name("other.toml")
+        other.write_text(card.read_text().replace(*line))
+        assert other.read_text() != card.read_text()
+        assert cli.main(["inspect", str(out), "--data", str(other)]) == 1
+        said = capsys.readouterr()
+        assert "conversion" in said.err and text in said.out and "as in the files" in said.out
+        with pytest.raises(EmbodimentError, match="conversion.*\n.*adapt. conversion = true"):
+            start(recipe_of(other, saved, {}))
+        start(recipe_of(other, saved, {"conversion": True}, statistics="data"))
+        words = ["--samples", "2", "--draws", "2", "--episodes", "reach_demo/demo_0"]
+        command = ["eval", str(saved), "--data", str(other), *words, "--out", str(tmp_path / f"of {text}")]
+        assert cli.main(command) == 0
+        assert text in capsys.readouterr().out
+    start(recipe_of(card, saved, {}))

@@ -13,6 +13,8 @@ from tests.train.agreement_world import recipe_of, start, write_card, write_chec
 from vlafit import cli, config
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecConfig, Statistics
+from vlafit.codec.state_watch import StateWatch
+from vlafit.codec.statistics import NEEDED
 from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
@@ -119,6 +121,31 @@ def test_one_joint_may_rest_and_all_joints_at_once_are_another_unit(name: str):
     codec = codec_of([1.0] * len(sizes))
     expected = dict.fromkeys(("spread of state", "spread of action"), status) if status else {}
     assert faults(codec, Recorded("arm", codec.embodiment, alternating(*sizes))) == expected
+
+
+METHODS = [method for method in NEEDED if method != "identity"]
+
+
+@pytest.mark.case(
+    section="data",
+    report="degrees under a checkpoint of radians, and every normalised value is at most 1",
+    user_has="an OpenVLA or GR00T checkpoint, whose normalisation clips, and data in other units",
+    now="values are compared before they are clipped: the same error as for other checkpoints",
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_values_far_outside_are_an_error_under_every_normalisation(method: Any):
+    rows = np.random.default_rng(0).uniform(-1, 1, (400, 3))
+    # A gripper that hardly ever closes has equal quantiles, by which LeRobot makes 1e8 of its values.
+    rows[:, 2] = np.arange(400) % (2 if method == "lerobot_quantile" else 250) == 0
+    robot, known = codec_of([1.0, 1.0, 1.0]).embodiment, Statistics.of_blocks([rows], "state", ())
+    config = CodecConfig(("front",), 16, 3, 3, 4, prompt=None, normalisation=method)
+    codec = Codec(config, robot, {"state": known, "action": known}, None)
+    assert not faults(codec, Recorded("same", robot, rows))
+    degrees = faults(codec, Recorded("degrees", robot, rows * [57.3, 57.3, 1.0]))
+    assert {"normalised state.0", "normalised action.1"} <= set(degrees)
+    assert set(degrees.values()) == {"conflict"} and not any("2" in name for name in degrees)
+    assert StateWatch(codec).sentences(np.array([57.3, 0.0, 1.0]))
+    assert not StateWatch(codec).sentences(rows[0])
 
 
 def test_a_dimension_that_never_moves_is_shown_as_such():

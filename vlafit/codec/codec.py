@@ -255,7 +255,7 @@ class Codec:
     def _far_state(self, observation: Observation) -> str:
         """Return a sentence on the state's dimension that is farthest outside the statistics, if one is."""
         learned = self.columns.states(observation.state.astype(np.float64))
-        size = np.abs(self._state.encode(learned))
+        size = np.abs(self.unclipped("state").encode(learned))
         at = int(size.argmax())
         if size[at] <= FAR:
             return ""
@@ -409,6 +409,10 @@ class Codec:
     def normaliser_of(self, column: Literal["state", "action"]) -> Normaliser | MixedNormaliser:
         """Return how a column is normalised, by the statistics that `seen` returns."""
         return normaliser(self.config, column, self.seen[column])
+
+    def unclipped(self, column: Literal["state", "action"]) -> Normaliser | MixedNormaliser:
+        """Return `normaliser_of` a column without its clipping, which hides how far outside a value lies."""
+        return self.normaliser_of(column).unclipped(self.seen[column])
 
     def is_normalised(self, column: Literal["state", "action"]) -> NDArray[np.bool_]:
         """Return which learned dimensions of a column are normalised at all."""

@@ -16,7 +16,7 @@ class StateWatch:
 
     def __init__(self, codec: Codec) -> None:
         self._columns, self._statistics = codec.columns, codec.statistics["state"]
-        self._normaliser = codec.normaliser_of("state")
+        self._normaliser = codec.unclipped("state")
         self._seen = np.zeros(self._statistics.dimensions, dtype=np.bool_)
 
     def sentences(self, state: NDArray) -> list[str]:

@@ -359,6 +359,21 @@ class Normaliser:
         decoded = (values.astype(np.float64) + one.shift) / one.gain * one.scale + one.offset
         return decoded if one.unchanged is None else np.where(one.unchanged, values, decoded)
 
+    def unclipped(self, statistics: Statistics) -> "Normaliser":
+        """Return how far values lie outside `statistics`, its own, where encoding clips; else itself.
+
+        As those of vlafit's methods, divisors have floors: a gripper that hardly ever opens has quantiles
+        that are equal, and says nothing. What is 0 whatever it was stays 0.
+        """
+        if not (self.clipped or self.clips_input):
+            return self
+        still = self.scale == 0 if self.zeroed is None else self.zeroed
+        size = np.maximum(1.0, np.abs(statistics.mean))
+        if statistics.min is None or statistics.max is None:
+            still = still | (np.abs(self.scale) <= NEAR_CONSTANT * size)
+        scale = np.where(still, 1.0, _floored(statistics, self.scale, self.gain))
+        return replace(self, scale=scale, clipped=False, clips_input=False, zeroed=still)
+
     def _first(self, values: NDArray) -> "Normaliser":
         """Return the normaliser of as many steps as `values` [k, d] has; itself where all steps have one."""
         if self.offset.ndim == 1:
@@ -396,6 +411,12 @@ class MixedNormaliser:
         for chosen, one in self.parts:
             decoded[..., chosen] = one.decode(values[..., chosen])
         return decoded
+
+    def unclipped(self, statistics: Statistics) -> "MixedNormaliser":
+        """Return how far values lie outside `statistics`, as `Normaliser.unclipped` does."""
+        return MixedNormaliser(
+            tuple((chosen, one.unclipped(statistics.only(chosen))) for chosen, one in self.parts)
+        )
 
 
 def _constant(statistics: Statistics) -> NDArray[np.bool_]:

@@ -113,7 +113,8 @@ def items(
     or, where `part` names them, of others in the same dataset. Raises ConfigError for a permitted dimension
     that does not exist.
     """
-    ranges = measure(stores, episodes, codec)
+    own, of_part = fitted and not part, f", {part}" if part else ""
+    ranges = measure(stores, episodes, codec, own)
     known = [name for one in ranges for name in one.names]
     for name in permitted:
         if name not in known:
@@ -121,7 +122,6 @@ def items(
                 f"{remedies.chosen}: the robot has no dimension {name!r}{nearest(name, known)}; "
                 f"it has: {', '.join(dict.fromkeys(one.names[0] for one in ranges))}"
             )
-    own, of_part = fitted and not part, f", {part}" if part else ""
     datasets = list(dict.fromkeys(one.dataset for one in ranges))
     for column in ("state", "action"):
         mine = [one for one in ranges if one.column == column]

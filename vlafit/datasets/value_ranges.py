@@ -95,8 +95,14 @@ def plain(number: float) -> str:
     return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 
-def measure(stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec) -> list[Range]:
-    """Return the range of every dimension, on a sample of the given `episodes` of every dataset."""
+def measure(
+    stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], codec: Codec, own: bool
+) -> list[Range]:
+    """Return the range of every dimension, on a sample of the given `episodes` of every dataset.
+
+    A codec that clips is measured without that, unless the statistics are the episodes' `own`: clipped, no
+    value of other units would be far.
+    """
     config, ranges = codec.config, []
     for store, ids in zip(stores, episodes, strict=True):
         if not ids:
@@ -107,7 +113,8 @@ def measure(stores: Sequence[EpisodeStore], episodes: Sequence[Sequence[str]], c
             COLUMNS, blocks, (learned.state_labels, learned.action_labels), strict=True
         ):
             statistics = codec.seen[name]
-            sizes = _sizes(rows, codec.normaliser_of(name), statistics)
+            chosen = codec.normaliser_of(name) if own else codec.unclipped(name)
+            sizes = _sizes(rows, chosen, statistics)
             spread = np.where(codec.is_normalised(name), _spread(sizes, statistics), np.nan)
             for index in range(statistics.dimensions):
                 ranges.append(

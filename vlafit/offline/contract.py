@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from vlafit import config
 from vlafit.agreement import Agreement, Item, describe_recorded, evaluation_items, recorded_otherwise
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore, column_order, value_faults
+from vlafit.datasets import EpisodeStore, column_order, conversions, value_faults
 from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned, said_of_cameras
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import EmbodimentError
@@ -138,7 +138,8 @@ def compare_columns(checkpoint: Path, store: EpisodeStore, robot: Embodiment) ->
     """
     items = tuple(column_order.items([store.card], checkpoint, robot, robot.name, fix=column_order.FIX_HERE))
     Agreement(items, (), ()).require(f"the columns of dataset {store.card.name!r} and {checkpoint}")
-    return list(items)
+    computed = conversions.items([store.card], checkpoint, robot.name, is_refused=False)
+    return [*items, *(item for item in computed if "checkpoint" in item.sides)]
 
 
 def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
-from vlafit.datasets import Card, column_order, value_faults
+from vlafit.datasets import Card, column_order, conversions, value_faults
 from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
@@ -304,6 +304,7 @@ def codec_items(
     framed = f"{size}x{size}, framed as {codec.config.framing}{padded}"
     yield _frames(recipe, data.cards, before, pairs, framed)
     yield from _columns(recipe, data.cards, before)
+    yield from _conversions(recipe, data.cards, before)
     if codec.config.prompt is not None:
         form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -362,6 +363,17 @@ def _columns(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Ite
     robot = before.embodiment if before is not None else None
     may_differ = recipe.adapt.robot and recipe.fits_statistics
     yield from column_order.items(cards, path, robot, robot.name if robot else "", may_differ=may_differ)
+
+
+def _conversions(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Iterator[Item]:
+    """Yield how states and actions are computed from the files, and how those of the checkpoint were."""
+    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
+    chosen = "adapt.conversion" if recipe.adapt.conversion else ""
+    if recipe.adapt.robot and recipe.fits_statistics:
+        chosen = "adapt.robot"
+    yield from conversions.items(
+        cards, path, before.embodiment.name if before is not None else "", chosen_by=chosen
+    )
 
 
 def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:

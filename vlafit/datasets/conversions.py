@@ -1,0 +1,89 @@
+"""Say how a card computes states and actions from the files, to compare it with what a checkpoint learned."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from vlafit.agreement import Item
+from vlafit.agreement import values as agreements
+from vlafit.datasets.card import Card
+
+COLUMNS = ("state", "action")
+AS_STORED = "as in the files"
+FIX = (
+    "files of the checkpoint's dataset need the checkpoint's `scale`, `offset` and `action_shift`: correct "
+    "the card. If these files are written otherwise, so that the robot's values are the same: [adapt] "
+    "conversion = true"
+)
+
+
+def conversion(card: Card, name: str) -> str:
+    """Return what the card does to a column when it is read: "times -1 in dimension 2", or "as in the files".
+
+    Dimensions are those of the column, from 0 on.
+    """
+    column = card.robot.state if name == "state" else card.robot.action
+    words = [*_by_value("times", column.scale, 1.0), *_by_value("plus", column.offset, 0.0)]
+    if name == "action" and card.rows.action_shift:
+        words.append(f"that of row t{card.rows.action_shift:+d}")
+    return ", ".join(words) or AS_STORED
+
+
+def _by_value(word: str, values: Sequence[float], nothing: float) -> Iterator[str]:
+    pairs = sorted((value, number) for number, value in enumerate(values) if value != nothing)
+    for value, group in groupby(pairs, key=lambda pair: pair[0]):
+        numbers = [number for _, number in group]
+        if len(numbers) == len(values):
+            yield f"{word} {value:.9g}"
+        else:
+            plural = "s" if len(numbers) > 1 else ""
+            yield f"{word} {value:.9g} in dimension{plural} {' and '.join(map(str, numbers))}"
+
+
+def _of_cards(cards: Sequence[Card], name: str) -> str:
+    texts = {card.name: conversion(card, name) for card in cards}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{card}: {text}" for card, text in texts.items())
+
+
+def items(
+    cards: Sequence[Card],
+    checkpoint: Path | None,
+    embodiment: str = "",
+    *,
+    chosen_by: str = "",
+    is_refused: bool = True,
+) -> Iterator[Item]:
+    """Yield how states and actions are computed from the files, and how those were that a checkpoint learned.
+
+    A card that computes them otherwise is a conflict, unless the recipe says that it may: `chosen_by` is the
+    option that does. `embodiment` is the checkpoint's, of several. Without `is_refused` it only differs.
+    """
+    stated = _learned(checkpoint, embodiment) if checkpoint is not None else {}
+    for name in COLUMNS:
+        title, here = f"{name} conversion", _of_cards(cards, name)
+        there = stated.get(title, "")
+        sides = {"dataset": here, **({"checkpoint": there} if there else {})}
+        known = [text.partition(": ")[2] or text for text in there.split("; ")]
+        if not there:
+            reason = "" if checkpoint is None or here == AS_STORED else "the checkpoint does not say"
+            yield Item(title, sides, here, "assumed" if reason else "same", reason)
+        elif all(conversion(card, name) in known for card in cards):
+            yield Item(title, sides, here, "same")
+        elif chosen_by:
+            yield Item(title, sides, here, "chosen", chosen_by)
+        elif is_refused:
+            yield Item(title, sides, "", "conflict", fix=FIX, accept=("--adapt.conversion true",))
+        else:
+            yield Item(title, sides, here, "differs", "are these the values that it learned?")
+
+
+def _learned(checkpoint: Path, embodiment: str) -> Mapping[str, str]:
+    agreed = agreements.read(checkpoint)
+    found = {}
+    for item in agreed.items if agreed else ():
+        for name in COLUMNS:
+            if item.name in (f"{name} conversion", f"{embodiment}: {name} conversion"):
+                found[f"{name} conversion"] = item.sides.get("dataset", "")
+    return found
