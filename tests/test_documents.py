@@ -307,6 +307,12 @@ def test_a_page_is_short(name: str):
     assert len(text_of(name).split()) <= 900
 
 
+@pytest.mark.parametrize("name", ["docs/your_robot.md", "docs/serving.md", "docs/serving_operation.md"])
+def test_a_page_that_is_read_beside_a_robot_has_lines_that_fit_a_terminal(name: str) -> None:
+    prose = re.sub(r"^```.*?^```|^\|.*?$", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
+    assert max(map(len, prose.splitlines())) <= 120
+
+
 def test_every_shipped_strategy_is_in_the_changelog_and_every_protocol_on_its_page():
     assert [n for n in shipped.names("strategy") if f"`{n}`" not in text_of("CHANGELOG.md")] == []
     pages = text_of("docs/evaluation.md") + text_of("docs/libero.md")

@@ -6,11 +6,12 @@ traceback, and exits with status 2; anything that is not a `VlafitError` is a bu
 
 import difflib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 OUTPUT = "standard output"  # in the place of a file, in an error of writing to it
 LONGEST_QUOTE = 200  # characters of what a user or a file gave, in a message
 LONGEST_URL = 200  # characters of an address in a message
+MOST_NAMES = 8  # of a list of names in a line
 LONGEST_LINE = 4000  # characters of a line of a message; what a damaged file holds may be far longer
 
 
@@ -114,6 +115,31 @@ def shown_whole(value: int) -> str:
     """Return a whole number as a message shows it: one less than a large power of two as that."""
     power = (value + 1).bit_length() - 1
     return f"2**{power} - 1" if power > 31 and value + 1 == 1 << power else str(value)
+
+
+def short_list(names: Sequence[str]) -> str:
+    """Return names in a line, only the first and the last where there are more than `MOST_NAMES`."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    return f"{names[0]}, {names[1]}, ... {names[-1]} ({len(names)} names)"
+
+
+def contrasted(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
+    """Return two lists of names that differ, each in a line, so that the lines differ, too.
+
+    Of long lists of one length that have names in common, only the names that differ are shown.
+    """
+    if max(len(first), len(second)) <= MOST_NAMES or not set(first) & set(second):
+        return short_list(first), short_list(second)
+    if len(first) != len(second):
+        return ", ".join(first), ", ".join(second)
+    places = [i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
+    rest = f" and {len(places) - MOST_NAMES} more" * (len(places) > MOST_NAMES)
+
+    def line(names: Sequence[str]) -> str:
+        return ", ".join(f"{names[i]} (number {i + 1})" for i in places[:MOST_NAMES]) + rest
+
+    return line(first), line(second)
 
 
 def command_line(*words: object) -> str:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.errors import EmbodimentError, quoted
+from vlafit.errors import EmbodimentError, contrasted, quoted
 
 NOTHING: Mapping[str, NDArray] = MappingProxyType({})  # an empty, read-only mapping
 
@@ -188,7 +188,7 @@ def differences(first: Embodiment, second: Embodiment) -> list[str]:
     for column, a, b in (("state", first.state, second.state), ("action", first.action, second.action)):
         compare(f"{column} shape", a.shape, b.shape)
         if a.labels and b.labels:
-            compare(f"{column} labels", a.labels, b.labels)
+            compare(f"{column} labels", *contrasted(a.labels, b.labels))
         if a.unit and b.unit and plain_unit(a.unit) != plain_unit(b.unit):
             compare(f"{column} unit", a.unit, b.unit)
     if first.control and second.control:

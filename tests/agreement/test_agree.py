@@ -12,8 +12,9 @@ from vlafit.agreement.values import FILE, read
 from vlafit.cli.console import agreement_table
 from vlafit.errors import ConfigError, EmbodimentError
 from vlafit.recipe import AdaptRecipe
-from vlafit.types import Feature, differences
+from vlafit.types import Embodiment, Feature, differences
 
+PAGE = Path(__file__).parents[2] / "docs" / "your_robot.md"
 THREE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 OPENPI = Party("checkpoint", "pi0_base", None, None, THREE, frame_sizes_known=False)
 
@@ -465,10 +466,10 @@ def test_another_robot_is_accepted_by_the_options_at_the_end_of_the_error():
     other = replace(checkpoint(slots=("front",), cameras=cameras("front")), room=(4, 4))
     with pytest.raises(EmbodimentError) as error:
         agreed(own, other).require()
-    assert set(str(error.value).splitlines()[-1].strip().split(" --")) == {
+    assert str(error.value).splitlines()[-1].strip().split(" --") == [
         "--adapt.cameras.front CAMERA", "adapt.resize true", "adapt.robot true", "data.statistics data",
         "policy.config.state_dim 5", "policy.resize fresh",
-    }  # fmt: skip
+    ]  # fmt: skip
     accepted = agreed(own, other, True, robot=True, resize=True, cameras={"front": "head"})
     accepted.require()
 
@@ -533,3 +534,34 @@ def test_what_a_console_shortens_is_whole_in_the_file(tmp_path: Path):
     assert "short" not in (tmp_path / FILE).read_text()
     kept = read(tmp_path)
     assert kept is not None and kept.rows() == agreement.rows()
+
+
+def test_two_humanoids_differ_in_short_lines_that_show_where():
+    def robot(*changes: tuple[int, str]) -> Embodiment:
+        labels = list(humanoid().labels)
+        for i, name in changes:
+            labels[i] = name
+        return replace(ROBOT, state=replace(humanoid(), labels=tuple(labels)))
+
+    sawyer = replace(ROBOT, state=Feature("state", (2,), "", ("x", "y")))
+    assert differences(robot(), sawyer)[1:] == [
+        "state labels: joint0, joint1, ... joint25 (26 names) here, x, y there"
+    ]
+    assert differences(robot(), robot((3, "elbow"), (9, "wrist"))) == [
+        "state labels: joint3 (number 4), joint9 (number 10) here, elbow (number 4), wrist (number 10) there"
+    ]
+    (many,) = differences(robot(), robot(*((i, f"a{i}") for i in range(12))))
+    assert many.count("and 4 more") == 2 and len(many) < 400
+
+
+def test_the_options_that_accept_another_robot_are_those_of_the_page():
+    """Options of one section stand together, in the order in which docs/your_robot.md shows them."""
+    g1 = dataset(
+        cameras=cameras("cam_high", size=(10, 20)), state=humanoid(), action=humanoid(), control="", hz=30.0
+    )
+    small = replace(checkpoint(slots=("workspace",), cameras=cameras("workspace")), room=(4, 4))
+    with pytest.raises(EmbodimentError) as error:
+        agreed(g1, small).require()
+    lines = [line.lstrip("# ") for line in PAGE.read_text(encoding="utf-8").splitlines()]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("--adapt.cameras.workspace CAMERA"))
+    assert " ".join(lines[begin : begin + 2]) == str(error.value).splitlines()[-1].strip()

@@ -6,8 +6,8 @@ from dataclasses import replace
 from vlafit.agreement import cameras as camera_slots
 from vlafit.agreement.columns import by_name, mispaired
 from vlafit.agreement.forms import compare_forms
-from vlafit.agreement.values import Agreement, Item, Party, Status, short_list
-from vlafit.errors import ConfigError
+from vlafit.agreement.values import Agreement, Item, Party, Status
+from vlafit.errors import ConfigError, short_list
 from vlafit.recipe import AdaptRecipe
 from vlafit.types import Embodiment, Feature, differences, plain_unit
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vlafit.agreement.values import Item, Role, short_list
+from vlafit.agreement.values import Item, Role
+from vlafit.errors import short_list
 from vlafit.execution import Execution
 from vlafit.types import Embodiment, Feature, plain_unit
 

@@ -19,7 +19,6 @@ DATA: tuple[Role, Role] = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
-MOST_NAMES = 8
 """In a list on the console."""
 PLACEHOLDER = "CAMERA"
 """Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
@@ -60,13 +59,6 @@ class Party:
     def title(self) -> str:
         """The side's role and name, for messages."""
         return f"{self.role} {self.name!r}"
-
-
-def short_list(names: Sequence[str]) -> str:
-    """Return names in a line, only the first and the last where there are more than `MOST_NAMES`."""
-    if len(names) <= MOST_NAMES:
-        return ", ".join(names)
-    return f"{names[0]}, {names[1]}, ... {names[-1]} ({len(names)} names)"
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,9 @@ class Agreement:
         """Return the options that accept every conflict at once; "" if one of them needs a choice."""
         if not all(item.accept for item in self.conflicts):
             return ""
-        options = " ".join(dict.fromkeys(option for item in self.conflicts for option in item.accept))
+        given = list(dict.fromkeys(option for item in self.conflicts for option in item.accept))
+        sections = list(dict.fromkeys(map(_section, given)))
+        options = " ".join(sorted(given, key=lambda option: sections.index(_section(option))))
         left = f", with a camera of the dataset in the place of each {PLACEHOLDER}"
         unknown = any(option.endswith(f" {PLACEHOLDER}") for option in options.split(" --"))
         return f"\nIf all of this is meant, add to the command{left if unknown else ''}:\n  {options}"
@@ -210,6 +204,11 @@ class Agreement:
     def write(self, folder: Path) -> None:
         """Write agreement.json into `folder`."""
         files.write_atomic(folder / FILE, self.to_json())
+
+
+def _section(option: str) -> str:
+    """Return the recipe's section of an option such as ``--policy.config.state_dim 26``."""
+    return option.split()[0].rpartition(".")[0]
 
 
 def _state_with_action(items: Sequence[Item]) -> list[Item]:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.agreement import Item
-from vlafit.agreement.values import MOST_NAMES
 from vlafit.codec import Codec
 from vlafit.datasets import episode_units
 from vlafit.datasets.statistics import blocks_for_statistics
@@ -28,7 +27,7 @@ from vlafit.datasets.value_ranges import (
     plain,
     sample,
 )
-from vlafit.errors import ConfigError, nearest
+from vlafit.errors import MOST_NAMES, ConfigError, nearest
 
 LARGEST_SHOWN = 3  # dimensions in a console's line about a column of many
 FREE = 2  # dimensions, and at most a quarter, that may keep their unit where all others changed it: grippers
