@@ -172,3 +172,32 @@ def test_vla_evals_own_runner_drives_a_server(serve: Serve, tmp_path: Path) -> N
             wanted += [action.tobytes().hex() for action in chunk.actions[:2]]
     assert got["actions"] == wanted
     assert got["hello"]["model_server"] == "vlafit" and "camera 'front': missing" in got["error"]
+
+
+@live
+@pytest.mark.parametrize("mode", ["sync", "live"])
+def test_vla_evals_own_command_evaluates_a_served_policy(mode: str, serve: Serve, tmp_path: Path) -> None:
+    """In its live mode the robot's clock runs on while the policy computes, and an old action is repeated."""
+    running = serve(execution=Execution(replan=2))
+    config, actions, results = tmp_path / "arm.yaml", tmp_path / "actions.txt", tmp_path / "results"
+    fields = f"benchmark: vla_eval_arm:Arm\n    mode: {mode}\n    hz: 20\n    episodes_per_task: 2\n"
+    config.write_text(f"benchmarks:\n  - {fields}    max_steps: 10\n")
+    command = [Path(PYTHON).parent / "vla-eval", "run", "--no-docker", "--config", config]
+    command += ["--server-url", running.address, "--output-dir", results]
+    environment = os.environ | {"PYTHONPATH": str(SIDES), "ARM_ACTIONS": str(actions)}
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert made.returncode == 0, made.stdout + made.stderr
+    wanted = []
+    for episode in (0, 1):
+        for replan in (0, 1):
+            (chunk,) = Summing().act([seen()], [EpisodeKey(episode, "pick", replan)])
+            wanted += [action.tobytes().hex() for action in chunk.actions[:2]]
+    sent = actions.read_text().split()
+    if mode == "sync":
+        assert sent == wanted
+    else:
+        assert len(sent) == len(wanted) and set(sent) <= {*wanted, np.zeros(3, np.float32).tobytes().hex()}
+        assert len(set(sent)) > 2
+    (result,) = [json.loads(path.read_text()) for path in results.rglob("*.json")]
+    assert result["mean_success"] == 1.0 and result["num_errors"] == 0
+    assert result["server_info"]["model_server"] == "vlafit" and not running.metrics.refused
