@@ -165,9 +165,8 @@ def test_a_spec_that_names_no_simulation_is_refused(spec: EnvSpec, message: str)
 
 
 def test_an_environment_without_an_expert_says_so() -> None:
-    pytest.importorskip("gym_pusht")
     with pytest.raises(SimulationError, match="no scripted expert"):
-        envs.expert("pusht")
+        envs.expert("tests.rollout.toy_env")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ HELPERS = (
     "checks",
     "experts",
     "experts_libero",
+    "experts_pusht",
     "gl",
     "libero_scene",
     "perturb",

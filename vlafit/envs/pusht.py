@@ -1,4 +1,4 @@
-"""PushT (gym-pusht): a disc pushes a T-shaped block onto its outline. One task, no scripted expert."""
+"""PushT (gym-pusht): a disc pushes a T-shaped block onto its outline. One task; its expert plans."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec
 from vlafit.envs.checks import check_action
+from vlafit.envs.experts_pusht import PushTExpert
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
 
@@ -100,6 +101,11 @@ class PushT:
 def make(spec: EnvSpec) -> PushT:
     """Create PushT as `spec` describes."""
     return PushT(spec)
+
+
+def make_expert() -> PushTExpert:
+    """Create the expert that plans pushes."""
+    return PushTExpert()
 
 
 def _require(task: str) -> None:

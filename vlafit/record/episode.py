@@ -54,6 +54,21 @@ def pushes(spec: RecordSpec, task: str, seed: int, steps: int) -> NDArray[np.flo
     return offsets
 
 
+def disturbed(
+    actions: NDArray[np.float32], offsets: NDArray[np.float32], control: str
+) -> NDArray[np.float32]:
+    """Return the actions [t, a] as executed: with offsets [t, 3] added to their position, as far as it goes.
+
+    Displacements stay within [-1, 1]; the simulation keeps absolute positions within its board.
+    """
+    executed = actions.copy()
+    positions = min(3, actions.shape[1])
+    executed[:, :positions] += offsets[:, :positions]
+    if control != "absolute_position":
+        executed[:, :3] = np.clip(executed[:, :3], -1, 1)
+    return executed
+
+
 def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
     """Run one episode of the expert; None if it does not succeed within `spec.horizon` steps."""
     expert = envs.expert(spec.env)
@@ -73,8 +88,7 @@ def play(env: Env, spec: RecordSpec, task: str, seed: int) -> Episode | None:
             frames.append(observation.images[name])
         for dataset, values in kept.items():
             values.append(_privileged(observation, spec.keep[dataset]))
-        executed = label.copy()
-        executed[:3] = np.clip(executed[:3] + offsets[step], -1, 1)
+        executed = disturbed(label[None], offsets[step][None], env.embodiment.control)[0]
         before = succeeded
         observation, succeeded, _ = env.step(executed, render=not (succeeded and step + 1 >= end))
         successes.append(succeeded)

@@ -1,17 +1,18 @@
 """Plan a recording from a data card, and check the card against the simulation."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from vlafit import envs
 from vlafit.datasets.card import CameraCard, Card, RecordSpec
-from vlafit.envs import EnvSpec
+from vlafit.envs import EnvSpec, Renderer
 from vlafit.errors import ConfigError
 from vlafit.types import Env, require_same
 
 STATE_ENDS = {
     ("obs/ee_pos", "obs/gripper_states"): (3, None),
     ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states"): (3, 6, None),
+    ("obs/ee_pos",): (None,),
 }  # datasets of the state -> the dimension at which each ends; None: the last
 RESERVED = ("actions", "dones", "rewards")  # datasets that a recording has anyway
 
@@ -71,6 +72,8 @@ def plan_recording(card: Card, episodes_per_task: int | None) -> RecordingPlan:
         else replace(card.record, episodes_per_task=episodes_per_task)
     )
     renderer: Any = (card.robot.renderer or "ray").partition("-")[0]  # without its version
+    if renderer not in get_args(Renderer):
+        renderer = "auto"  # a simulation's own, such as pygame; `require_recordable` compares the names
     spec = EnvSpec(
         record.env,
         size=card.robot.cameras[0].height,

@@ -15,7 +15,7 @@ from vlafit.datasets.card import Card, RecordSpec
 from vlafit.datasets.store import EpisodeStore
 from vlafit.envs import EnvSpec
 from vlafit.errors import DataError, SimulationError
-from vlafit.record.episode import pushes
+from vlafit.record.episode import disturbed, pushes
 from vlafit.types import Env, require_same
 
 NEAR = 1e-4  # units of the state: other versions of a simulator differ in the last bits, then drift
@@ -137,10 +137,8 @@ def _executed(store: EpisodeStore, number: int) -> np.ndarray:
     if record is None or not record.perturbed:
         return actions
     assert info.seed is not None
-    executed = actions.copy()
     offsets = pushes(record, info.task, info.seed, _longest(record))[: info.length]
-    executed[:, :3] = np.clip(executed[:, :3] + offsets, -1, 1)
-    return executed
+    return disturbed(actions, offsets, store.card.robot.control)
 
 
 def _longest(record: RecordSpec) -> int:
