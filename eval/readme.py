@@ -10,12 +10,25 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cells import (
+    count,
+    count_of_all,
+    link,
+    outcomes_of,
+    points,
+    read,
+    read_lines,
+    runs_by_seed,
+    score_of,
+    table,
+)
+from few_demonstrations_tables import searched
+
 from vlafit.compare.pooled_score import pool
-from vlafit.score import Score
 from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
 
 HERE = Path(__file__).parent
@@ -32,16 +45,16 @@ def quickstart() -> str:
     """One row for each seed of the quickstart."""
     rows = []
     for seed, name in enumerate(QUICKSTARTS):
-        success = _json(RESULTS / name / "report.json")["success"]
-        counts = [_count(success[key]) for key in ("before", "after", "wrong_instruction")]
-        rows.append([str(seed), *counts, _link(f"results/{name}/report.json", f"results/{name}")])
+        success = read(RESULTS / name / "report.json")["success"]
+        counts = [count(success[key]) for key in ("before", "after", "wrong_instruction")]
+        rows.append([str(seed), *counts, link(f"results/{name}/report.json", f"results/{name}")])
     head = ["seed", "before", "after", "other task's instruction (lower is better)", "files"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def strategies() -> str:
     """One row for each strategy of the comparison, best first."""
-    content = _json(RESULTS / "compare" / "compare.json")
+    content = read(RESULTS / "compare" / "compare.json")
     rows = []
     for values in content["strategies"]:
         overall = values["success"]["after"]["overall"]
@@ -50,7 +63,7 @@ def strategies() -> str:
                 -overall["successes"],
                 [
                     values["strategy"],
-                    _count(overall),
+                    count(overall),
                     f"{values['forgetting']['pretraining']:+.2f}",
                     f"{values['memory']['peak_mb']:,.0f} MB",
                     f"{values['samples_per_s']:.0f}",
@@ -58,62 +71,82 @@ def strategies() -> str:
             )
         )
     head = ["strategy", "success", "loss on pretraining tasks", "peak memory", "samples/s"]
-    return _table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+    return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
 def pretraining() -> str:
     """One row for each start of the ablation."""
     rows = [
-        [arm["label"], f"`{recipe}`", _count(arm["after"])]
-        for recipe, arm in _json(RESULTS / "pretraining" / "results.json").items()
+        [arm["label"], f"`{recipe}`", count(arm["after"])]
+        for recipe, arm in read(RESULTS / "pretraining" / "results.json").items()
     ]
-    return _table(["start", "recipe", "after"], rows)
+    return table(["start", "recipe", "after"], rows)
+
+
+def mt50() -> str:
+    """One row for each checkpoint that played Meta-World's fifty tasks."""
+    rows = []
+    known = set(read(SHIPPED / "success.json")["tasks"])
+    for path in sorted((RESULTS / "metaworld-mt50").glob("*/result.json")):
+        result, name = read(path), path.parent.name
+        groups = [
+            [task for task in result["tasks"] if task in known],
+            ["faucet-open-v3", "faucet-close-v3"],
+            [task for task in result["tasks"] if task not in known and not task.startswith("faucet")],
+        ]
+        counts = [
+            count(result["overall"]),
+            *(count_of_all(result["tasks"][task] for task in some) for some in groups),
+        ]
+        rows.append([name, *counts, link(f"results/metaworld-mt50/{name}/result.json", "files")])
+    head = ["checkpoint", "all 50", "16 of pretraining", "2 of the quickstart", "32 others", "files"]
+    return table(head, rows)
 
 
 def families() -> str:
     """One row for each small run of another family from scratch."""
     rows = []
     for path in sorted((RESULTS / "families").glob("*/report.json")):
-        name, success = path.parent.name, _json(path)["success"]
-        counts = [_count(success[key]) for key in ("after", "wrong_instruction")]
-        rows.append([f"`{name}`", *counts, _link(f"results/families/{name}/report.json", "report")])
-    return _table(["recipe", "after", "other task's instruction (lower is better)", "files"], rows)
+        name, success = path.parent.name, read(path)["success"]
+        counts = [count(success[key]) for key in ("after", "wrong_instruction")]
+        rows.append([f"`{name}`", *counts, link(f"results/families/{name}/report.json", "report")])
+    return table(["recipe", "after", "other task's instruction (lower is better)", "files"], rows)
 
 
 def scratch() -> str:
     """One row for each family from scratch: success, and the difference from pi0 at the same starts."""
     runs = _scratch_runs()
-    outcomes = {name: [_outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
+    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
     others = [name for name in runs if name != BASELINE]
     pairs = {name: Pairs.of(outcomes[name], outcomes[BASELINE]) for name in others}
     p_values = dict(zip(others, holm([sign_flip_p(pairs[name].by_start) for name in others]), strict=True))
     rows = []
     for name, of in runs.items():
         score, wrong = (
-            pool([_score(run, key) for run in of.values()]) for key in ("after", "wrong_instruction")
+            pool([score_of(run, key) for run in of.values()]) for key in ("after", "wrong_instruction")
         )
         low, high = score.interval
         difference, p = "", ""
         if name != BASELINE:
             ends = paired_interval(pairs[name])
-            difference = f"{100 * pairs[name].mean:+.0f} [{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]"
+            difference = points(pairs[name].mean, ends)
             p = f"{p_values[name]:.2g}"
         links = ", ".join(
-            _link(f"results/scratch/{run.name}/report.json", f"{seed}") for seed, run in of.items()
+            link(f"results/scratch/{run.name}/report.json", f"{seed}") for seed, run in of.items()
         )
-        shown = f"{_count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
-        rows.append((-score.successes, [f"`{name}`", shown, difference, p, _count(wrong.to_json()), links]))
+        shown = f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
+        rows.append((-score.successes, [f"`{name}`", shown, difference, p, count(wrong.to_json()), links]))
     head = ["recipe", "success (95 %)", "minus pi0, points (95 %)", "p", "other task's instruction", "seeds"]
-    return _table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+    return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
 def scratch_cost() -> str:
     """One row for each family from scratch: its size, what its training took, and its validation."""
     rows = []
     for name, of in _scratch_runs().items():
-        reports = [_json(run / "report.json") for run in of.values()]
+        reports = [read(run / "report.json") for run in of.values()]
         total = reports[0]["tuning"]["rows"][-1]
-        seconds = [sum(line["cpu_s"] for line in _lines(run / "cpu.jsonl")) for run in of.values()]
+        seconds = [sum(line["cpu_s"] for line in read_lines(run / "cpu.jsonl")) for run in of.values()]
         played = [report["evaluations"]["after"] for report in reports]
         speed = sum(len(one["episodes"]) for one in played) / sum(one["seconds"] for one in played)
         rows.append(
@@ -128,7 +161,7 @@ def scratch_cost() -> str:
                 f"{60 * speed:.0f}",
             ]
         )
-    return _table(
+    return table(
         ["recipe", "learn, millions", "training, TFLOP", "CPU, s", "validation loss", "action error",
          "valid answers, %", "episodes a minute"],
         rows,
@@ -137,30 +170,14 @@ def scratch_cost() -> str:
 
 def _scratch_runs() -> dict[str, dict[int, Path]]:
     """Return the published runs of each recipe by seed: of the seeds that all recipes have."""
-    runs: dict[str, dict[int, Path]] = {}
-    for path in sorted((RESULTS / "scratch").glob("*-seed*/report.json")):
-        name, _, seed = path.parent.name.rpartition("-seed")
-        runs.setdefault(name, {})[int(seed)] = path.parent
-    complete = set.intersection(*(set(of) for of in runs.values()))
-    return {name: {seed: of[seed] for seed in sorted(complete)} for name, of in runs.items()}
-
-
-def _outcomes_of(run: Path, evaluation: str) -> dict[str, bool | None]:
-    """Return start -> success, None for an environment error, of a published evaluation."""
-    lines = _lines(run / f"episodes_{evaluation}.jsonl")
-    return {f"{e['task']} {e['seed']}": None if e["error"] else e["success"] for e in lines}
-
-
-def _score(run: Path, evaluation: str) -> Score:
-    counts = _json(run / "report.json")["success"][evaluation]
-    return Score(counts["successes"], counts["episodes"], counts["errors"])
+    return runs_by_seed(RESULTS / "scratch")
 
 
 def _operations(run: Path) -> float:
     """Return the arithmetic of a training run, from that of a sample in the logged intervals."""
-    logged = [line for line in _lines(run / "metrics.jsonl") if "train/tflops_per_s" in line]
+    logged = [line for line in read_lines(run / "metrics.jsonl") if "train/tflops_per_s" in line]
     of_sample = [line["train/tflops_per_s"] * 1e12 / line["train/samples_per_s"] for line in logged]
-    recipe = _json(run / "report.json")["recipe"]["train"]
+    recipe = read(run / "report.json")["recipe"]["train"]
     return sum(of_sample) / len(of_sample) * recipe["steps"] * recipe["batch_size"]
 
 
@@ -179,15 +196,11 @@ def _range(values: list[float], digits: str = ".2f") -> str:
     return " to ".join(texts[:: len(texts) - 1] if len(texts) > 1 else texts)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def shipped() -> str:
     """The success of the shipped checkpoint."""
-    result = _json(SHIPPED / "success.json")
+    result = read(SHIPPED / "success.json")
     return (
-        f"{_count(result['overall'])} episodes on the sixteen pretraining tasks, by task in\n"
+        f"{count(result['overall'])} episodes on the sixteen pretraining tasks, by task in\n"
         "`data/pretrained/metaworld-base/README.md`.\n"
     )
 
@@ -209,7 +222,7 @@ def libero_expert() -> str:
             steps = [episode["steps"] for episode in actors["expert"] if episode["success"]]
             shown = f"{min(steps)} to {max(steps)}" if steps else "-"
             rows.append([suite, task.replace("_", " "), *map(_solved, actors.values()), shown])
-    return _table(["suite", "task", "scripted expert", "random actions", "steps of its successes"], rows)
+    return table(["suite", "task", "scripted expert", "random actions", "steps of its successes"], rows)
 
 
 def _solved(episodes: list[dict[str, Any]]) -> str:
@@ -227,7 +240,7 @@ def latency() -> str:
     for way in dict.fromkeys(way for way, _ in episodes):
         cells = [_late(episodes[way, delay], episodes["plain", delay]) for delay in delays]
         rows.append([way, *cells])
-    return _table(["chunks", *(f"{delay} steps late" for delay in delays)], rows)
+    return table(["chunks", *(f"{delay} steps late" for delay in delays)], rows)
 
 
 def _late(episodes: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
@@ -253,25 +266,26 @@ def provenance() -> str:
     rows = []
     for path in sorted(RESULTS.rglob("report.json")):
         folder = path.parent
-        facts = _json(path)["evaluations"]["after"]
+        facts = read(path)["evaluations"]["after"]
         rows.append(_made(str(folder.relative_to(RESULTS)), path, facts, _command(folder)))
     for name in COMPARISONS:
         path = RESULTS / name / "compare.json"
-        content = _json(path)
+        content = read(path)
         identity = content["identity"]
         facts = {"protocol_sha256": identity["protocol"], "actor": f"its arms, from {identity['base'][:12]}"}
         rows.append(_made(name, path, {**facts, "versions": _versions_of(content)}, content["command"]))
-    facts = _json(SHIPPED / "success.json")
+    facts = read(SHIPPED / "success.json")
     facts["versions"] = {**facts["versions"], **facts["software"]}
     command = "vlafit eval metaworld-base --protocol metaworld-pretrain"
     rows.append(_made("metaworld-base", SHIPPED / "success.json", facts, command))
-    return _table(["result", "checkpoint", "protocol", "command", "versions"], rows)
+    return table(["result", "checkpoint", "protocol", "command", "versions"], rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "strategies": strategies,
     "pretraining": pretraining,
+    "few-demonstrations-search": lambda: searched(RESULTS / "few-demonstrations"),
     "scratch": scratch,
     "scratch-cost": scratch_cost,
     "families": families,
@@ -290,38 +304,19 @@ def _made(name: str, path: Path, facts: Mapping[str, Any], command: str) -> list
     listed = ", ".join(f"{key} {versions[key]}" for key in named)
     inside = path.is_relative_to(HERE)
     target = str(path.relative_to(HERE)) if inside else f"../{path.relative_to(HERE.parent)}"
-    link = _link(target, name)
+    shown = link(target, name)
     protocol = f"`{facts['protocol_sha256'][:12]}`"
-    return [link, checkpoint, protocol, f"`{command}`" if command else "", listed]
+    return [shown, checkpoint, protocol, f"`{command}`" if command else "", listed]
 
 
 def _command(folder: Path) -> str:
     path = folder / "run.json"
-    return _json(path)["command"] if path.is_file() else ""
+    return read(path)["command"] if path.is_file() else ""
 
 
 def _versions_of(content: Mapping[str, Any]) -> Mapping[str, str]:
     figures = [arm["figures"] for arm in content["arms"] if arm["figures"]]
     return figures[0]["versions"] if figures else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _count(score: Mapping[str, Any]) -> str:
-    return f"{score['successes']} of {score['episodes']}"
-
-
-def _link(target: str, text: str) -> str:
-    return f"[{text}]({target})"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    rule = "|" + "---|" * len(head)
-    lines = [rule if row is None else f"| {' | '.join(row)} |" for row in (head, None, *rows)]
-    return "".join(f"{line}\n" for line in lines)
 
 
 def page(text: str) -> str:

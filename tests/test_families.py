@@ -1,6 +1,5 @@
 """Every family has a small recipe from scratch with the same budget; one command runs what is missing."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -12,12 +11,12 @@ from types import ModuleType
 
 import pytest
 
+from tests.eval_scripts import EVAL, script
 from vlafit import config, shipped
 from vlafit.policies import build_family, families
 from vlafit.recipe import Recipe
 from vlafit.tuning import load_strategy, preview
 
-EVAL = Path(__file__).parents[1] / "eval"
 RECIPES = [name for name in shipped.names("recipe") if name.startswith("scratch-")]
 FEW = ("train.steps=4", "train.save_every=1", "train.validate_every=0", "optim.warmup_steps=1",
        "eval.samples=0", "eval.protocol=", "eval.wrong_instruction=false")  # fmt: skip
@@ -25,14 +24,6 @@ FEW = ("train.steps=4", "train.save_every=1", "train.validate_every=0", "optim.w
 
 def recipe_of(name: str) -> Recipe:
     return config.read(Recipe, shipped.find("recipe", name), "recipe")
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --------------------------------------------------------------------------------------------- the recipes

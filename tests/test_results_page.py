@@ -1,21 +1,15 @@
 """The tables of eval/README.md are those that its script makes from the published results."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-EVAL = Path(__file__).parents[1] / "eval"
+from tests.eval_scripts import EVAL, script
 
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme", EVAL / "readme.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("readme")
 
 
 def test_the_published_tables_are_up_to_date(readme: ModuleType) -> None:

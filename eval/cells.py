@@ -1,0 +1,69 @@
+"""Read published runs, and write their figures as cells of a Markdown table."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlafit.score import Score
+
+
+def runs_by_seed(folder: Path) -> dict[str, dict[int, Path]]:
+    """Return the published runs in a folder, of each recipe by seed: of the seeds that all recipes have."""
+    runs: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*-seed*/report.json")):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        runs.setdefault(name, {})[int(seed)] = path.parent
+    complete = set.intersection(*(set(of) for of in runs.values()))
+    return {name: {seed: of[seed] for seed in sorted(complete)} for name, of in runs.items()}
+
+
+def outcomes_of(run: Path, evaluation: str) -> dict[str, bool | None]:
+    """Return start -> success, None for an environment error, of a published evaluation."""
+    lines = read_lines(run / f"episodes_{evaluation}.jsonl")
+    return {f"{e['task']} {e['seed']}": None if e["error"] else e["success"] for e in lines}
+
+
+def score_of(run: Path, evaluation: str) -> Score:
+    """Return the successes of a published evaluation."""
+    counts = read(run / "report.json")["success"][evaluation]
+    return Score(counts["successes"], counts["episodes"], counts["errors"])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def count(score: Mapping[str, Any]) -> str:
+    """Return `successes of episodes`."""
+    return f"{score['successes']} of {score['episodes']}"
+
+
+def count_of_all(scores: Iterable[Mapping[str, Any]]) -> str:
+    """Return the sum of several scores as `successes of episodes`."""
+    scores = list(scores)
+    return count({key: sum(score[key] for score in scores) for key in ("successes", "episodes")})
+
+
+def points(difference: float, ends: Sequence[float]) -> str:
+    """Return a difference of success and its interval in percentage points."""
+    return f"{100 * difference:+.0f} [{100 * ends[0]:+.0f}, {100 * ends[1]:+.0f}]"
+
+
+def link(target: str, text: str) -> str:
+    """Return a Markdown link."""
+    return f"[{text}]({target})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    head = list(head)
+    rule = "|" + "---|" * len(head)
+    lines = [rule if row is None else f"| {' | '.join(row)} |" for row in (head, None, *rows)]
+    return "".join(f"{line}\n" for line in lines)

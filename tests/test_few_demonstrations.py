@@ -1,0 +1,124 @@
+"""The search with few demonstrations: its plan, what it writes of a finished point, what its tables say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.eval_scripts import EVAL, script
+from vlafit import files, shipped
+from vlafit.rollout import load_protocol
+
+RESULTS = EVAL / "results" / "few-demonstrations"
+SEARCHED = files.read_json_lines(RESULTS / "search.jsonl")
+
+
+@pytest.fixture(scope="module")
+def search() -> ModuleType:
+    return script("few_demonstrations")
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("few_demonstrations_tables")
+
+
+def finish(search: ModuleType, point: Any, runs: Path) -> None:
+    """Put a real run's records where the point's run would be, as if it had ended."""
+    run = runs / point.name
+    run.mkdir(parents=True)
+    for name in ("report.json", "run.json"):
+        shutil.copy(EVAL / "results" / "quickstart" / name, run / name)
+    (runs / f"{point.name}.cpu.jsonl").write_text('{"cpu_s": 1.25}\n{"cpu_s": 2.25}\n')
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def test_every_point_has_a_name_of_its_own_and_what_it_names_is_there(search: ModuleType) -> None:
+    assert len({point.name for point in search.PLAN}) == len(search.PLAN)
+    for point in search.PLAN:
+        assert shipped.find("recipe", search.RECIPES[point.start]).is_file()
+        assert shipped.find("strategy", point.strategy).is_file()
+        assert shipped.find("card", search.TASKS[point.tasks][0]).is_file()
+
+
+@pytest.mark.parametrize("name", ["metaworld-faucet", "metaworld-mt50"])
+def test_no_start_of_the_search_is_one_that_a_published_result_is_judged_from(
+    search: ModuleType, tmp_path: Path, name: str
+) -> None:
+    published = load_protocol(name)
+    for tasks in search.TASKS:
+        searched = load_protocol(search.protocol(tasks, tmp_path, None))
+        assert not set(searched.seeds()) & set(published.seeds())
+        assert 48 <= len(searched.tasks) * searched.trials <= 50
+
+
+# -------------------------------------------------------------------------------------------- its results
+
+
+def test_a_finished_point_is_written_and_not_played_again(search: ModuleType, tmp_path: Path) -> None:
+    point = search.PLAN[0]
+    finish(search, point, tmp_path / "runs")
+    command = [sys.executable, str(EVAL / "few_demonstrations.py"), "--only", point.name]
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    ended = subprocess.run([*command, *folders], capture_output=True, text=True, check=True)
+    assert ended.stdout == ""
+    (line,) = files.read_json_lines(tmp_path / "results" / "search.jsonl")
+    assert (line["start"], line["demonstrations"], line["cpu_s"]) == ("full checkpoint", 5, 3.5)
+    played = files.read_json_lines(EVAL / "results" / "quickstart" / "episodes_after.jsonl")
+    closed = "".join(str(int(one["success"])) for one in played if one["task"] == "faucet-close-v3")
+    assert line["outcomes"]["faucet-close-v3"] == closed
+    assert line["successes"] == sum(one["success"] for one in played)
+
+
+@pytest.mark.slow
+def test_a_point_is_an_ordinary_training_run_and_its_evaluation(search: ModuleType, tmp_path: Path) -> None:
+    point = next(one for one in search.PLAN if one.steps == 30 and one.start == "untrained")
+    command = [sys.executable, str(EVAL / "few_demonstrations.py"), "--only", point.name, "--trials", "1"]
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    subprocess.run([*command, *folders], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (line,) = files.read_json_lines(tmp_path / "results" / "search.jsonl")
+    assert line["episodes"] == 2 and line["command"].startswith("vlafit train quickstart-untrained ")
+    log = (tmp_path / "runs" / f"{point.name}.log").read_text()
+    assert "training 30/30" in log
+
+
+@pytest.mark.parametrize("line", SEARCHED, ids=lambda line: line["command"].split()[4].rpartition("/")[2])
+def test_a_published_point_is_one_of_the_plan_and_counts_its_own_outcomes(
+    search: ModuleType, line: dict[str, Any]
+) -> None:
+    point = search.Point(**{name: line[name] for name in search.Point.__dataclass_fields__})
+    assert point in search.PLAN and f"--out runs/few-demonstrations/{point.name} " in line["command"]
+    outcomes = "".join(line["outcomes"].values())
+    assert (outcomes.count("1"), outcomes.count("e")) == (line["successes"], line["errors"])
+    assert len(outcomes) == line["episodes"] + line["errors"] and set(outcomes) <= set("01e")
+    assert line["protocol_sha256"] == next(
+        one["protocol_sha256"] for one in SEARCHED if one["tasks"] == line["tasks"]
+    )
+
+
+def test_the_picture_shows_the_points_that_are_published() -> None:
+    figure = script("few_demonstrations_figure")
+    with Image.open(RESULTS / "search.png") as picture:
+        shown = picture.text["Description"]  # type: ignore[attr-defined]  # of a PNG
+    assert shown == figure.digest(SEARCHED), "stale: run python eval/few_demonstrations_figure.py"
+
+
+# --------------------------------------------------------------------------------------------- the tables
+
+
+def test_a_setting_that_was_played_from_one_start_leaves_the_other_cells_empty(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    lines = [line for line in SEARCHED if line["start"] != "untrained"]
+    (tmp_path / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for row in tables.searched(tmp_path).splitlines()[2:]:
+        assert row.endswith("|  |") and " of " in row
