@@ -143,7 +143,7 @@ def test_a_dataset_that_has_changed_since_training_is_not_taken_for_held_out(
         (["--data", "x", "--trials", "3"], "--trials has no effect with --data"),
         (["--data", "x", "--videos", "0"], "--videos has no effect with --data"),
         (["--protocol", "pusht", "--draws", "3"], "--draws has no effect with --protocol"),
-        (["--data", "metaworld-faucet", "--draws", "1"], "draws must be at least 2"),
+        (["--data", "metaworld-faucet", "--draws", "1"], "argument --draws: must be a whole number from 2"),
     ],
 )
 def test_options_of_the_other_kind_of_evaluation_are_refused(words: list[str], message: str) -> None:

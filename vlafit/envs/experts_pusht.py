@@ -124,11 +124,13 @@ class Copy:
         space.reindex_shapes_for_body(body)
         space.reindex_shapes_for_body(agent)
         for step in range(1, steps + 1):
-            target = pymunk.Vec2d(*(begin + step * move))
+            target = pymunk.Vec2d(*(begin + step * move).tolist())
             for _ in range(10):  # gym-pusht: 10 steps of physics in one of control
-                agent.velocity += (100 * (target - agent.position) - 20 * agent.velocity) * 0.01
+                velocity = pymunk.Vec2d(*agent.velocity)
+                agent.velocity = velocity + (100 * (target - agent.position) - 20 * velocity) * 0.01
                 space.step(0.01)
-            yield body.position.x, body.position.y, body.angle
+            x, y = body.position
+            yield x, y, body.angle
 
 
 def plan(copy: Copy, agent: NDArray[np.float64], block: Pose) -> Motion:
@@ -198,7 +200,9 @@ def world(points: NDArray[np.float64], pose: Pose) -> NDArray[np.float64]:
 def outline(block: Pose) -> Polygon:
     """Return the block as a polygon."""
     parts = [Polygon(world(np.array(part), block)) for part in (BAR, STEM)]
-    return unary_union([part.buffer(0.01) for part in parts])
+    whole = unary_union([part.buffer(0.01) for part in parts])
+    assert isinstance(whole, Polygon)  # bar and stem touch
+    return whole
 
 
 def edge_points(block: Pose) -> Iterator[tuple[NDArray, NDArray]]:
@@ -232,7 +236,9 @@ def shortest(
     begin: NDArray[np.float64], end: NDArray[np.float64], shape: Polygon, near: Polygon | MultiPolygon
 ) -> list[NDArray[np.float64]]:
     """Return the corners of the shortest way that keeps off the block; the straight line if there is none."""
-    ring = shape.buffer(RADIUS + CLEARANCE, join_style="mitre").simplify(1.0).exterior
+    around = shape.buffer(RADIUS + CLEARANCE, join_style="mitre").simplify(1.0)
+    assert isinstance(around, Polygon)
+    ring = around.exterior
     nodes = [begin, end, *(np.array(p) for p in ring.coords[:-1])]
     nodes = [p for i, p in enumerate(nodes) if i < 2 or (LOW <= p[0] <= HIGH and LOW <= p[1] <= HIGH)]
     distances = {0: 0.0}

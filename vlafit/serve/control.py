@@ -142,12 +142,12 @@ class Controller:
             instruction = ""
         if problems := instruction_problems(instruction, self._instructed):
             raise ConfigError(problems[0])
-        task = arguments.text("task", task)
+        task = arguments.text("task", task) or instruction or ""
         seed = self._episode + 1 if seed is None else arguments.whole("seed", seed, 0, LARGEST)
         self._drop_pending()
         self._instruction = instruction
         self._episode += 1
-        self._key = EpisodeKey(seed, task or instruction, 0)
+        self._key = EpisodeKey(seed, task, 0)
         self._plan = Plan(self.execution)
         self._newest.clear()
         self._asked = -1  # the step of the last observation that was sent
