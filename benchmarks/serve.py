@@ -6,7 +6,8 @@
 
 A robot with two cameras of 224 pixels asks a policy that takes `--act` milliseconds and computes nothing, so
 that server and clients have the machine to themselves; `--checkpoint` measures a real one. Overhead is the
-time of a request minus that of one bare call: the wire, both ends, and the wait for the call in progress
+time of a request minus that of one bare call (the same percentile; half of the bare calls come before the
+clients, half after them): the wire, both ends, and the wait for the call in progress
 where there are several clients. Clients are threads of another process; they ask without a pause, or, with
 `--every`, at a robot's pace and each at its own time. `queue` is the mean wait for the policy, and `server
 own` the server's mean time for a request less the queue and the policy's call. Numbers of clients take turns
@@ -92,23 +93,29 @@ def one_round(options: argparse.Namespace, clients: int) -> dict[str, float]:
         actor, described = local(options.checkpoint, options.device, clients)
     else:
         actor, described = Timed(options.act / 1000), Described(ROBOT, clients, "timed", chunk=CHUNK)
-    act = float(np.median(bare_call(actor, described, min(options.requests, 200))))
+    calls = min(options.requests, 200)
+    bare = [bare_call(actor, described, calls)]
     with serving(actor, described, Options(port=0, max_clients=clients)) as running:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             every_s = options.every / 1000
             taken = pool.submit(robots, running.address, clients, options.requests, every_s).result()
         metrics = running.metrics
-        calls, requests = sum(metrics.rows.counts), sum(metrics.request.counts)
+        batches, requests = sum(metrics.rows.counts), sum(metrics.request.counts)
         queue = metrics.queue.total / requests
-        own = metrics.request.total / requests - queue - metrics.act.total / calls
-    p50, p99 = np.percentile(np.array(taken) * 1000, [50, 99])
+        own = metrics.request.total / requests - queue - metrics.act.total / batches
+    bare.append(bare_call(actor, described, calls))
+    act50, act99 = np.percentile(np.concatenate(bare), [50, 99]).tolist()
+    p50, p99 = np.percentile(np.array(taken) * 1000, [50, 99]).tolist()
     return {
-        "batch": metrics.rows.total / calls,
-        "act p50": act,
-        "request p50": float(p50),
-        "request p99": float(p99),
-        "overhead p50": float(p50) - act,
-        "overhead p99": float(p99) - act,
+        "batch": metrics.rows.total / batches,
+        "act p50": act50,
+        "act p99": act99,
+        "request p50": p50,
+        "request p99": p99,
+        "overhead p50": p50 - act50,
+        "overhead p99": p99 - act99,
+        "times act p50": p50 / act50,
+        "times act p99": p99 / act99,
         "queue": queue * 1000,
         "server own": own * 1000,
     }

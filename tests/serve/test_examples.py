@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.serve.robots import Summing, described
+from tests.serve.robots import ROBOT, Continuing, Summing, described, seen
 from vlafit.actor import load_actor
 from vlafit.serve.describe import describe
 from vlafit.serve.options import Options
@@ -47,6 +48,53 @@ def refused(name: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) ->
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert isinstance(ended.value.code, str)  # Python prints it, and exits with status 1
     return ended.value.code
+
+
+class Live:
+    """A robot and its rate, as the loop of the page names them: twelve steps, then done."""
+
+    def __init__(self) -> None:
+        self.sent: list[np.ndarray] = []
+        self.slept = 0
+
+    def done(self) -> bool:
+        return len(self.sent) == 12
+
+    def front(self) -> np.ndarray:
+        return seen(len(self.sent)).images["front"]
+
+    def wrist(self) -> np.ndarray:
+        return seen(len(self.sent)).images["wrist"]
+
+    def joints(self) -> np.ndarray:
+        return seen(len(self.sent)).state
+
+    def send(self, action: np.ndarray) -> None:
+        self.sent.append(action)
+
+    def sleep(self) -> None:
+        self.slept += 1
+
+
+def test_the_loop_of_the_page_has_twenty_lines_and_drives_a_robot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"^```py\n(import vlafit.*?rate\.sleep.*?)^```", page, flags=re.DOTALL | re.MULTILINE
+    )
+    assert len(code.splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    Path("token").write_text("s" * 20 + "\n")
+    actor, live = Continuing(), Live()
+    with serving(actor, described(actor), Options(port=0, token="s" * 20)) as running:
+        address = "ws://gpu-machine:8000"
+        assert address in code
+        exec(code.replace(address, running.address), {"robot": live, "rate": live})
+    sent = np.array(live.sent, np.float64)
+    assert sent.shape == (12, 3) and live.slept == 12 and running.metrics.answered["vlafit"] >= 2
+    assert (sent >= ROBOT.action.low).all() and (sent <= ROBOT.action.high).all()
+    assert np.abs(np.diff(sent, axis=0)).max() <= 0.05
 
 
 NOBODY = ("--url", "ws://127.0.0.1:9")
