@@ -20,7 +20,8 @@ from tests.datasets.arm_recordings import Recording
 from vlafit.datasets import open_dataset
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.clips import Clip, measure
-from vlafit.datasets.checks.late import Track, check_shift
+from vlafit.datasets.checks.curves import Track
+from vlafit.datasets.checks.late import check_shift
 from vlafit.datasets.checks.motion import scale_of
 from vlafit.datasets.store import EpisodeStore
 

@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from vlafit import files, locks
-from vlafit.datasets.checks import late
+from vlafit.datasets.checks import curves
 from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.write import card_text
@@ -32,7 +32,8 @@ SIZE = 32  # pixels of the small frames that are compared
 BATCH = 64  # frames read at once
 FEWEST_FRAMES = 50_000  # of all cameras, that are worth keeping: some minutes of decoding
 AT_ONCE = 64  # episodes whose measurements are written to the disk together: it takes some 30 ms
-FORMAT = 1  # raise it if a measurement changes
+PARTS = 16  # of an episode, whose mean frames are compared
+FORMAT = 2  # raise it if a measurement changes
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Clip:
     episode: str
     camera: str
     mean: NDArray[np.float32]  # [SIZE, SIZE, 3], over the episode
+    parts: NDArray[np.uint8]  # [PARTS, SIZE, SIZE, 3], the means over equal parts of it
     change: NDArray[np.float64]  # [T - 1], mean absolute difference of neighbouring frames
     level: NDArray[np.float64]  # [T], mean grey level
-    features: NDArray[np.float32]  # [T, late.FEATURES], see checks/late.py
+    features: NDArray[np.float32]  # [T, curves.FEATURES], see checks/curves.py
     sharpness: float  # mean absolute difference of neighbouring pixels of a row
 
 
@@ -113,9 +115,10 @@ class _Arrays:
         count, frames = len(self._ids), int(self._ends[-1])
         place.mkdir(exist_ok=True)
         self._mean = _array(place / "mean.npy", np.float32, (count, SIZE, SIZE, 3))
+        self._parts = _array(place / "parts.npy", np.uint8, (count, PARTS, SIZE, SIZE, 3))
         self._change = _array(place / "change.npy", np.float64, (frames,))
         self._level = _array(place / "level.npy", np.float64, (frames,))
-        self._features = _array(place / "features.npy", np.float32, (frames, late.FEATURES))
+        self._features = _array(place / "features.npy", np.float32, (frames, curves.FEATURES))
         self._sharpness = _array(place / "sharpness.npy", np.float64, (count,))
         self._done = _array(place / "done.npy", np.uint8, (count,))
         self._new: list[int] = []  # measured, and perhaps not on the disk yet
@@ -128,6 +131,7 @@ class _Arrays:
         """Keep an episode's measurements."""
         some = self._rows(number)
         self._mean[number], self._sharpness[number] = clip.mean, clip.sharpness
+        self._parts[number] = clip.parts
         self._change[some][: len(clip.change)] = clip.change
         self._level[some], self._features[some] = clip.level, clip.features
         self._new.append(number)
@@ -136,7 +140,7 @@ class _Arrays:
 
     def flush(self) -> None:
         """Write what was measured to the disk; then it counts as done, also after a loss of power."""
-        for array in (self._mean, self._sharpness, self._change, self._level, self._features):
+        for array in (self._mean, self._parts, self._sharpness, self._change, self._level, self._features):
             array.flush()
         self._done[self._new] = 1
         self._done.flush()
@@ -149,6 +153,7 @@ class _Arrays:
             self._ids[number],
             self._camera,
             self._mean[number],
+            self._parts[number],
             np.asarray(self._change[some][:-1]),
             np.asarray(self._level[some]),
             self._features[some],
@@ -197,13 +202,16 @@ def measure(store: EpisodeStore, number: int, camera: str, count: Callable[[int]
     """Measure one camera of an episode; `count` is called with the frames read."""
     length = store.episodes[number].length
     total, changes, levels, features, edges = np.zeros((SIZE, SIZE, 3)), [], [], [], 0.0
-    project = late.projection()
+    project = curves.projection()
+    sums = np.zeros((PARTS, SIZE, SIZE, 3))
+    part_of = np.arange(length) * PARTS // length  # of each frame
     last: NDArray | None = None
     for first in range(0, length, BATCH):
         frames = store.images(number, list(range(first, min(first + BATCH, length))), camera)
         small = _sampled(frames, SIZE).astype(np.float64)
-        features.append(_cells(_sampled(frames, 4 * late.GRID)) @ project)
+        features.append(_cells(_sampled(frames, 4 * curves.GRID)) @ project)
         total += small.sum(axis=0)
+        np.add.at(sums, part_of[first : first + len(small)], small)
         rows = frames[:, :: max(1, frames.shape[1] // SIZE)].astype(np.int16)
         edges += float(np.abs(np.diff(rows, axis=2)).mean()) * len(frames)
         levels.append(small.mean(axis=(1, 2, 3)))
@@ -216,11 +224,23 @@ def measure(store: EpisodeStore, number: int, camera: str, count: Callable[[int]
         store.episodes[number].id,
         camera,
         mean,
+        _means(sums, np.bincount(part_of, minlength=PARTS)),
         np.concatenate(changes),
         np.concatenate(levels),
         np.concatenate(features),
         edges / length,
     )
+
+
+def part_starts(length: int) -> NDArray[np.int64]:
+    """Return the first steps of the PARTS of an episode, and its length [PARTS + 1]."""
+    return -(-np.arange(PARTS + 1) * length // PARTS)
+
+
+def _means(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the mean frames of the parts; without a frame (a short episode) that of the one before."""
+    filled = np.maximum.accumulate(np.where(counts > 0, np.arange(PARTS), 0))
+    return np.rint(sums[filled] / np.maximum(counts, 1)[filled, None, None, None]).astype(np.uint8)
 
 
 def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -232,5 +252,5 @@ def _sampled(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 def _cells(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return frames [n, 4 * GRID, 4 * GRID, 3] averaged over 4 x 4 pixels, [n, GRID * GRID * 3]."""
-    cells = frames.reshape(len(frames), late.GRID, 4, late.GRID, 4, 3).mean(axis=(2, 4), dtype=np.float32)
+    cells = frames.reshape(len(frames), curves.GRID, 4, curves.GRID, 4, 3).mean(axis=(2, 4), dtype=np.float32)
     return cells.reshape(len(frames), -1) - 128

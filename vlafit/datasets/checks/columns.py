@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.copies import check_copies
 from vlafit.datasets.checks.finding import Columns, Finding
-from vlafit.datasets.checks.lags import RELATED, check_lags
+from vlafit.datasets.checks.lags import RELATED, check_lags, is_one_step
 from vlafit.datasets.checks.steps import check_steps, widest
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.value_faults import ABSURD, WILD
@@ -17,6 +17,7 @@ PLACEHOLDERS = ("", "task", "todo", "test", "none", "unknown", "dummy", "null")
 MOVING = 1e-6  # a range below this is no motion
 HOLE = 3  # rows of zeros in a row
 FEW_WILD = 4  # values of a dimension that may be wild and are none of the usual ones
+WRONG_ROWS = ("spike", "zero_rows", "jump", "repeated_rows")
 SPIKE = 40.0  # a step this many times the dataset's 99th percentile is a spike
 AFTER_FINITE = (
     "action_equals_state",
@@ -46,9 +47,14 @@ def check_columns(store: EpisodeStore, untested: Untested) -> list[Finding]:
     findings += [*copies.findings, *_limits(store, columns, untested), *_holes(columns)]
     spiked = {f.episode for f in findings if f.kind in ("spike", "zero_rows")}
     findings += [f for f in check_steps(columns, labels, untested) if f.episode not in spiked]
+    broken_rows = {f.episode for f in findings if f.kind in WRONG_ROWS}
     related = check_lags([c for c in columns if c[0] not in copies.whole], robot.action.labels, untested)
     return findings + [
-        f for f in related if not copies.explain(f) and (f.kind != "noisy" or f.episode not in spiked)
+        f
+        for f in related
+        if not copies.explain(f)
+        and (f.kind != "noisy" or f.episode not in spiked)
+        and not (is_one_step(f) and f.episode in broken_rows)
     ]
 
 

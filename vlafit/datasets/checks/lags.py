@@ -11,11 +11,13 @@ from vlafit.datasets.checks import backwards
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.finding import Columns, Finding, Shown
 from vlafit.datasets.checks.relations import Pair, check_relation
+from vlafit.datasets.checks.turned import check_parts
 
 FURTHEST_LAG = 12  # steps by which an action is looked for before and after the state that it causes
 STRONG = 0.6  # correlation at which an action dimension is taken to drive a state dimension
 FEWEST = 4  # episodes that must agree before one of them is called different
 AGREEING = 0.75  # share of the episodes that must agree on a sign
+EXACT = 0.9  # share of the episodes whose own peak must be at the usual lag before one step counts
 SHARP = 0.8  # share of the episodes whose own peak must be near the usual lag, else it is too broad to tell
 LAG_RATIO = 2.0  # times that the unexplained part must be larger at the usual lag than at the episode's own
 SAMPLE = 32  # episodes that say which state dimension an action dimension drives
@@ -43,6 +45,17 @@ class _Driven:
     def flipped(self) -> NDArray[np.bool_]:
         return self.curves[:, self.place] < -STRONG
 
+    @property
+    def one_sign(self) -> bool:
+        """Whether the sign is one in most episodes."""
+        return bool(self.flipped.mean() <= 1 - AGREEING)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nearly every episode's own peak is at the usual lag, so that one step counts."""
+        others = len(self.curves) - 1  # than the one that may be late
+        return bool((self.curves.argmax(axis=1) == self.place).sum() >= EXACT * others)
+
     @cached_property
     def sharp(self) -> NDArray[np.bool_]:
         """Whether an episode's own peak is near the usual one."""
@@ -66,7 +79,7 @@ def check_lags(columns: Columns, labels: Sequence[str], untested: Untested) -> l
     columns = _long_enough(columns, untested)
     if not columns:
         return []
-    driven, relations = [], []
+    driven, relations, parts = [], [], []
     drives = _drives(columns)
     for d in range(columns[0][2].shape[1]):
         name = labels[d] if d < len(labels) else f"dimension {d}"
@@ -82,8 +95,13 @@ def check_lags(columns: Columns, labels: Sequence[str], untested: Untested) -> l
         pairs = [_pair(episode, x[:, s], a[:, d], one.lag, difference) for episode, x, a in columns]
         found = check_relation(name, pairs, untested)
         relations += [replace(finding, columns=shown) for finding in found]
+        as_usual = [pair for pair, flipped in zip(pairs, one.flipped, strict=True) if not flipped]
+        turned = check_parts(name, as_usual, untested) if one.one_sign else []
+        parts += [replace(finding, columns=shown) for finding in turned]
     findings = [*_signs(columns, driven, untested), *_lags(columns, driven, untested)]
     findings = backwards.explain(columns, findings, [_evidence(one) for one in driven], untested)
+    explained = {finding.episode for finding in findings}
+    findings += [finding for finding in parts if finding.episode not in explained]
     explained = {finding.episode for finding in findings}
     return findings + [finding for finding in relations if finding.episode not in explained]
 
@@ -133,7 +151,7 @@ def _signs(columns: Columns, driven: Sequence[_Driven], untested: Untested) -> l
     findings = []
     for one in driven:
         flipped = one.flipped
-        if flipped.mean() > 1 - AGREEING:
+        if not one.one_sign:
             reason = (
                 f"its sign is one in {int((~flipped).sum())} and the other in {int(flipped.sum())} episodes"
             )
@@ -160,14 +178,21 @@ def _lags(columns: Columns, driven: Sequence[_Driven], untested: Untested) -> li
                 untested.add("action_lag", reason, f"action {one.name}")
         clearest = max(judged, key=lambda one: abs(float(np.median(one.curves[:, one.place])))).shown
         for n, (episode, *_) in enumerate(columns):
-            own = np.asarray([one.late[n] for one in judged if not one.flipped[n]], np.int64)
-            if _is_late(own):
-                findings.append(_lag(episode, clearest, int(np.median(own))))
+            as_usual = [one for one in judged if not one.flipped[n]]
+            own = np.asarray([one.late[n] for one in as_usual], np.int64)
+            exact = np.asarray([one.late[n] for one in as_usual if one.exact], np.int64)
+            if _is_late(own, 2) or _is_late(exact, 1):
+                findings.append(_lag(episode, clearest, int(np.median(own if _is_late(own, 2) else exact))))
     everywhere = [one.lag for one in driven if one.lag < 0]
     if driven and len(everywhere) > len(driven) / 2:
         sharpest = max(driven, key=lambda one: float(one.sharp.mean())).shown
         findings.append(_lag("", sharpest, int(np.median(everywhere))))
     return findings
+
+
+def is_one_step(finding: Finding) -> bool:
+    """Whether a finding is a delay of one step, which a few wrong rows may look like."""
+    return finding.kind == "action_lag" and finding.message.startswith("actions come 1 step ")
 
 
 def _pair(
@@ -180,8 +205,8 @@ def _pair(
     return Pair(episode, action[first:last], state[first + lag : last + lag], difference)
 
 
-def _is_late(late: NDArray[np.int64]) -> bool:
-    return bool(len(late) > 0 and abs(np.median(late)) >= 2 and (np.abs(late) >= 2).mean() > 0.5)
+def _is_late(late: NDArray[np.int64], least: int) -> bool:
+    return bool(len(late) > 0 and abs(np.median(late)) >= least and (np.abs(late) >= least).mean() > 0.5)
 
 
 def _sign(episode: str, name: str, shown: Shown, correlation: float, agreeing: int, total: int) -> Finding:
@@ -199,7 +224,8 @@ def _sign(episode: str, name: str, shown: Shown, correlation: float, agreeing: i
 
 
 def _lag(episode: str, shown: Shown, steps: int) -> Finding:
-    how = f"actions come {abs(steps)} steps {'after' if steps < 0 else 'before'} the motion that they cause"
+    count = f"{abs(steps)} step{'s' * (abs(steps) > 1)}"
+    how = f"actions come {count} {'after' if steps < 0 else 'before'} the motion that they cause"
     return Finding(
         "error",
         "action_lag",

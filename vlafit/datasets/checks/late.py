@@ -1,24 +1,27 @@
-"""Check that frames belong to the state of their step: predict states from frames, by other episodes."""
+"""Check that frames belong to the state of their step: an episode's best shift against that of the others."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.checks.catalogue import Untested
+from vlafit.datasets.checks.curves import (
+    FURTHEST,
+    MANY,
+    RELIABLE,
+    SHIFTS,
+    Track,
+    motions,
+    predictions,
+    together,
+    usual_place,
+)
 from vlafit.datasets.checks.finding import Finding
 
-GRID = 16  # cells a side into which a frame is averaged
-FEATURES = (
-    128  # random projections of the cells; with 32 or 64 the shift of a clean episode is off by 3 (LOG.md)
-)
-FURTHEST = 12  # frames by which a video may be late or early
-AGREEING = 0.75  # share of the episodes that must be near the usual shift, and in which a shift must show
-MANY = 100  # episodes from which on one more or less changes no fit
-RIDGES = (1e-3, 1e-4)  # times the mean variance of a feature; few episodes need less, or more
-STILL = 1e-6  # a state dimension that varies less says nothing
+AGREEING = 0.75  # share of the episodes that must be near the usual shift
+SHOWING = 0.75  # share of the episodes in which a shift must show
 
 
 @dataclass(frozen=True)
@@ -45,27 +48,9 @@ class Rule:
 
 MOTION = Rule(fewest=4, reliable=0.5, near=1, least=2, gain=0.1, ratio=1.5, height=0.8, times=1.0)
 COARSE_MOTION = replace(MOTION, near=3, least=6)  # where peaks are broad
-PREDICTION = Rule(fewest=6, reliable=0.8, near=2, least=3, gain=0.0, ratio=2.0, height=0.9, times=3.0)
-
-
-@cache
-def projection() -> NDArray[np.float32]:
-    """Return the matrix [GRID * GRID * 3, FEATURES] that makes features of cells, always the same."""
-    size = GRID * GRID * 3
-    matrix = (np.random.default_rng(0).normal(size=(size, FEATURES)) / np.sqrt(size)).astype(np.float32)
-    matrix.flags.writeable = False
-    return matrix
-
-
-@dataclass(frozen=True)
-class Track:
-    """Measurements of one camera of one episode, step by step."""
-
-    episode: str
-    state: NDArray[np.float32]  # [T, s]
-    features: NDArray[np.float32]  # [T, FEATURES]
-    change: NDArray[np.float64]  # [T - 1], mean absolute difference of neighbouring frames
-    speed: NDArray[np.float64]  # [T - 1], of the state
+PREDICTION = Rule(fewest=6, reliable=RELIABLE, near=2, least=3, gain=0.0, ratio=2.0, height=0.9, times=3.0)
+TOGETHER = Rule(fewest=6, reliable=RELIABLE, near=1, least=2, gain=0.0, ratio=1.3, height=0.9, times=1.3)
+Curves = Callable[[Sequence[Track]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -97,18 +82,20 @@ class Seen:
 def check_shift(camera: str, tracks: Sequence[Track], untested: Untested) -> list[Finding]:
     """Return the episodes whose frames are late or early against their states, compared with the others.
 
-    The change of the image is compared with the speed of the state. Where these agree badly (a hand far from
-    the camera, a steady speed), a linear map from frames to states is fitted to all other episodes, and its
-    prediction is compared with the recorded states at each shift. An episode's best shift only counts if most
-    episodes have theirs at the same place: smooth curves correlate strongly somewhere by chance.
+    The change of the image is compared with the speeds of the state, and the states with those that a linear
+    map from frames predicts (see `curves`); both together tell smaller shifts than either does. A shift only
+    counts if most episodes have theirs at the same place, because smooth curves correlate strongly somewhere
+    by chance, and if it is as large as would be found in most of them.
     """
     where, total = f"camera {camera!r}", len(tracks)
     tracks = [track for track in tracks if len(track.state) >= 3 * FURTHEST]
     moving = [t for t in tracks if np.ptp(t.speed) > 0 and np.ptp(t.change) > 0]
-    methods: list[tuple[str, Rule, list[Track], Callable[[Sequence[Track]], NDArray[np.float64]]]] = [
-        ("the image changes as the state moves", MOTION, moving, _motions),
-        ("frames predict states", PREDICTION, tracks, _predictions),
-        ("the image changes as the state moves", COARSE_MOTION, moving, _motions),
+    made = _Made({})
+    methods: list[tuple[str, Rule, list[Track], Curves]] = [
+        ("the image changes as the state moves", MOTION, moving, made.motion),
+        ("frames predict states", PREDICTION, tracks, made.prediction),
+        ("both together", TOGETHER, moving, made.both),
+        ("the image changes as the state moves", COARSE_MOTION, moving, made.motion),
     ]
     reasons, chosen, least = [], None, FURTHEST + 1
     seen: dict[Rule, dict[str, Seen]] = {}  # by each method that works here, of episodes that it sees well
@@ -121,7 +108,7 @@ def check_shift(camera: str, tracks: Sequence[Track], untested: Untested) -> lis
         if not _agree(curves, rule):
             reasons.append(f"{what}: {_disagreement(curves, rule)}")
             continue
-        usual, usually = _usual(curves), float(np.median(curves[:, _usual(curves)]))
+        usual, usually = usual_place(curves), float(np.median(curves[:, usual_place(curves)]))
         pairs = zip(some, curves, strict=True)
         seen[rule] = {
             t.episode: Seen(curve, usual, usually)
@@ -135,25 +122,50 @@ def check_shift(camera: str, tracks: Sequence[Track], untested: Untested) -> lis
     if chosen is None:
         untested.add("video_shift", "; ".join(reasons[:2]), where)
         return []
-    if least > PREDICTION.least:
+    if least > TOGETHER.least:
         untested.add("video_shift", f"fewer than {least} frames would not be found", where)
+    for track in tracks:
+        if track.episode not in seen[chosen[0]]:
+            reason = "at no shift do its frames follow its states as well as in most episodes"
+            untested.add("video_shift", reason, f"{where} of episode {track.episode}")
     others = [found for rule, found in seen.items() if rule != chosen[0]]
-    return _found(camera, *chosen, others)
+    return _found(camera, replace(chosen[0], least=least), *chosen[1:], others)
 
 
-def _usual(curves: NDArray[np.float64]) -> int:
-    return int(np.median(curves, axis=0).argmax())
+@dataclass(frozen=True)
+class _Made:
+    """The curves of each method, made once for the same episodes."""
+
+    kept: dict[tuple[str, tuple[str, ...]], NDArray[np.float64]]
+
+    def motion(self, tracks: Sequence[Track]) -> NDArray[np.float64]:
+        return self._once(motions, tracks)
+
+    def prediction(self, tracks: Sequence[Track]) -> NDArray[np.float64]:
+        return self._once(predictions, tracks)
+
+    def both(self, tracks: Sequence[Track]) -> NDArray[np.float64]:
+        """Return the curves of both together; 0 where they have not the same usual shift."""
+        one, other = self.motion(tracks), self.prediction(tracks)
+        same = abs(usual_place(one) - usual_place(other)) <= 1
+        return together(one, other) if same else np.zeros((len(tracks), len(SHIFTS)))
+
+    def _once(self, method: Curves, tracks: Sequence[Track]) -> NDArray[np.float64]:
+        key = method.__name__, tuple(track.episode for track in tracks)
+        if key not in self.kept:
+            self.kept[key] = method(tracks)
+        return self.kept[key]
 
 
 def _agree(curves: NDArray[np.float64], rule: Rule) -> bool:
     """Whether the median correlation is high, and most episodes have their peak near the usual shift."""
-    usual = _usual(curves)
+    usual = usual_place(curves)
     close = np.abs(curves.argmax(axis=1) - usual) <= rule.near
     return float(np.median(curves[:, usual])) >= rule.reliable and float(close.mean()) >= AGREEING
 
 
 def _disagreement(curves: NDArray[np.float64], rule: Rule) -> str:
-    usual = _usual(curves)
+    usual = usual_place(curves)
     close = int((np.abs(curves.argmax(axis=1) - usual) <= rule.near).sum())
     height = float(np.median(curves[:, usual]))
     return f"correlation {height:.2f} in the median, at one shift in {close} of {len(curves)} episodes"
@@ -176,11 +188,11 @@ def _least_shown(curves: NDArray[np.float64], rule: Rule) -> int | None:
 
     A shift moves an episode's own curve.
     """
-    usual = _usual(curves)
+    usual = usual_place(curves)
     usually, best = float(np.median(curves[:, usual])), curves.max(axis=1)
     for shift in range(rule.least, FURTHEST + 1):
         places = [place for place in (usual - shift, usual + shift) if 0 <= place < curves.shape[1]]
-        if places and np.mean([_counts(best, curves[:, p], usually, rule) for p in places]) >= AGREEING:
+        if places and np.mean([_counts(best, curves[:, p], usually, rule) for p in places]) >= SHOWING:
             return shift
     return None
 
@@ -199,7 +211,7 @@ def _found(
     findings, left = [], list(tracks)
     while len(left) >= rule.fewest and len(findings) <= len(tracks) * (1 - AGREEING):
         curves = curves_of(left)
-        usual, own = _usual(curves), curves.argmax(axis=1)
+        usual, own = usual_place(curves), curves.argmax(axis=1)
         usually, best = float(np.median(curves[:, usual])), curves.max(axis=1)
         late = (np.abs(own - usual) >= rule.least) & _counts(best, curves[:, usual], usually, rule)
         clearest: list[tuple[int, Seen]] = []
@@ -244,61 +256,3 @@ def _shifted(camera: str, episode: str, seen: Seen) -> Finding:
         "shift the frames, or leave the episode out",
         (camera,),
     )
-
-
-def _motions(tracks: Sequence[Track]) -> NDArray[np.float64]:
-    return np.stack([_motion(track) for track in tracks])
-
-
-def _predictions(tracks: Sequence[Track]) -> NDArray[np.float64]:
-    """Return the curves of the map that predicts best."""
-    features, states = [t.features for t in tracks], [t.state.astype(np.float64) for t in tracks]
-    ridges = RIDGES[:1] if len(tracks) > MANY else RIDGES
-    made = [_predicted(features, states, ridge) for ridge in ridges]
-    return max(made, key=lambda curves: float(np.median(curves[:, _usual(curves)])))
-
-
-def _motion(track: Track) -> NDArray[np.float64]:
-    """Return the correlation of the image's change with the state's speed, for each shift."""
-    heights = []
-    for shift in range(-FURTHEST, FURTHEST + 1):
-        a = track.speed[max(0, -shift) : len(track.speed) - max(0, shift)]
-        b = track.change[max(0, shift) : len(track.change) + min(0, shift)]
-        heights.append(np.corrcoef(a, b)[0, 1] if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0)
-    return np.asarray(heights)
-
-
-def _inputs(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
-
-
-def _predicted(
-    features: list[NDArray[np.float32]], states: list[NDArray[np.float64]], ridge: float
-) -> NDArray[np.float64]:
-    """Return the correlation of each episode's states with their prediction, for each shift [n, shifts].
-
-    Of the state dimensions that frames show well in most episodes; 0 if there is none.
-    """
-    spread = np.concatenate(states).std(axis=0)
-    moving = spread > STILL
-    targets = [rows[:, moving] / spread[moving] for rows in states]
-    gram, product = np.zeros((FEATURES + 1,) * 2), np.zeros((FEATURES + 1, int(moving.sum())))
-    for f, y in zip(features, targets, strict=True):
-        x = _inputs(f)
-        gram, product = gram + x.T @ x, product + x.T @ y
-    sums = np.zeros((3, len(features), 2 * FURTHEST + 1, int(moving.sum())))  # of a * b, a * a and b * b
-    for n, (f, y) in enumerate(zip(features, targets, strict=True)):
-        x = _inputs(f)  # again, because all episodes' would take gigabytes
-        others = gram - x.T @ x
-        penalty = np.full(len(others), ridge * np.trace(others[:-1, :-1]) / FEATURES + 1e-9)
-        penalty[-1] = 1e-9  # the constant term is free
-        predicted = x @ np.linalg.solve(others + np.diag(penalty), product - x.T @ y)
-        for place, shift in enumerate(range(-FURTHEST, FURTHEST + 1)):
-            a = y[max(0, -shift) : len(y) - max(0, shift)]
-            b = predicted[max(0, shift) : len(y) + min(0, shift)]
-            a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-            sums[:, n, place] = (a * b).sum(axis=0), (a * a).sum(axis=0), (b * b).sum(axis=0)
-    each = sums[0] / np.sqrt(sums[1] * sums[2] + 1e-12)
-    shown = np.median(each, axis=0).max(axis=0) >= PREDICTION.reliable
-    ab, aa, bb = sums[..., shown].sum(axis=-1)
-    return ab / np.sqrt(aa * bb + 1e-12)

@@ -26,8 +26,12 @@ class Scale:
 
     def steps(self, state: NDArray) -> NDArray[np.float64]:
         """Return by how much the state changes at each step [T - 1], all dimensions together."""
+        return self.each(state).sum(axis=1)
+
+    def each(self, state: NDArray) -> NDArray[np.float64]:
+        """Return by how much each moving dimension changes at each step [T - 1, moving]."""
         size = np.minimum(np.abs(np.diff(finite(state), axis=0)), self.fast)[:, self.moving]
-        return (size / self.range[self.moving]).sum(axis=1)
+        return size / self.range[self.moving]
 
     def within(self, state: NDArray) -> NDArray[np.float64]:
         """Return the range over which each moving dimension moves in these steps, without noise [moving]."""

@@ -1,14 +1,15 @@
 """Checks of frames: cameras swapped, turned or in BGR, black or frozen, and video late against the states."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.datasets.checks import late, looks, order, views
 from vlafit.datasets.checks.catalogue import Untested
-from vlafit.datasets.checks.clips import FEWEST_FRAMES, Clip, measured
+from vlafit.datasets.checks.clips import FEWEST_FRAMES, PARTS, Clip, measured
+from vlafit.datasets.checks.curves import Track
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.checks.freezes import check_freezes
 from vlafit.datasets.checks.motion import scale_of
@@ -56,18 +57,19 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
             findings += _black(clip)
         findings += check_freezes(camera, some, states, scale, untested)
         tracks = [
-            late.Track(clip.episode, state, clip.features, clip.change, speed)
+            Track(clip.episode, state, clip.features, clip.change, speed)
             for clip, state, speed in zip(some, states, speeds, strict=True)
         ]
         findings += late.check_shift(camera, tracks, untested)
         shuffled += order.check_order(camera, some, untested)
     findings += views.check_views(clips, store.card.robot.cameras, untested)
-    others = {(finding.episode, finding.kind) for finding in findings}
+    others = list(findings)
+    lengths = {info.id: info.length for info in store.episodes}
     for camera in clips:
         findings += [
             finding
             for finding in looks.check_looks(camera, _looks(store, clips[camera], speeds), untested)
-            if not _explained(finding, others)
+            if not _explained(finding, others, lengths)
         ]
     other_frames = {f.episode for f in findings if f.kind in ("black_frames", "cut", "looks_different")}
     return findings + [f for f in shuffled if f.episode not in other_frames]
@@ -85,14 +87,27 @@ def _looks(store: EpisodeStore, clips: list[Clip], speeds: list[NDArray[np.float
     return made
 
 
-def _explained(finding: Finding, others: set[tuple[str, str]]) -> bool:
+def _explained(finding: Finding, others: Sequence[Finding], lengths: Mapping[str, int]) -> bool:
     """Whether another finding of the episode says more of the same."""
-    kinds = {kind for episode, kind in others if episode == finding.episode}
+    others = [other for other in others if other.episode == finding.episode]
+    kinds = {other.kind for other in others}
     same = {*views.TRANSFORMS, "cameras_swapped"}
     missing = {"black_frames", "dark_frames", "frozen_frames"}
+    if finding.kind == "cut" and any(
+        _begins_or_ends(other, finding, lengths[finding.episode]) for other in others if other.kind in same
+    ):
+        return True
     return bool(
         kinds & {"looks_different": same | missing, "blurred": same | missing}.get(finding.kind, missing)
     )
+
+
+def _begins_or_ends(part: Finding, cut: Finding, length: int) -> bool:
+    """Whether a camera is found turned from a cut on, or up to it."""
+    if part.step is None or cut.step is None or not set(cut.cameras) <= set(part.cameras):
+        return False
+    room = -(-length // PARTS)
+    return min(abs(cut.step - part.step), abs(cut.step - part.step - part.steps)) <= room
 
 
 def speed_of(state: NDArray) -> NDArray[np.float64]:

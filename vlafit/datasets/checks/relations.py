@@ -24,6 +24,7 @@ LEAST_REST = 0.1  # rest that is reported, as a share of the action's standard d
 WIDE = 8.0  # times that something must be further from the median than the others usually are
 LARGER = 4.0  # times that a rest must be larger than in nine of ten episodes
 MOVING = 1e-6  # a range below this is no motion
+TURNED = 0.6  # correlation of the other sign from which on an episode's sign is called turned
 DEAD = 0.2  # of the usual standard deviation: motion of one side beside which the other may not stand still
 
 
@@ -75,7 +76,7 @@ def check_relation(name: str, pairs: Sequence[Pair], untested: Untested) -> list
     far_off = off > np.maximum(LEAST_OFFSET * whole, WIDE * np.median(off))
     noisy = (rests > LEAST_REST) & (rests > LARGER * np.quantile(rests, 0.9, method="lower"))
     for number, pair in enumerate(alive):
-        if heights[number] * sign < 0:  # another finding says so
+        if heights[number] * sign < -TURNED:  # another finding says so
             continue
         if noisy[number]:
             findings.append(_noisy(pair.episode, name, float(rests[number]), float(np.median(rests))))
