@@ -92,10 +92,14 @@ class Plan:
         """
         if self.execution.mode != "real_time" or not self._chunks:
             return None
-        first, _, actions = self._chunks[-1]
+        first, usable, actions = self._chunks[-1]
         left = actions[self.step - first :]
         if not len(left):
             return None
+        before = [
+            self._covering(step)[-1] for step in range(self.step, usable)
+        ]  # while the newest is awaited
+        left = np.concatenate([before, left[len(before) :]]) if before else left
         delay = min(self.execution.delay if delay is None else delay, len(left))
         # The weights end where the new chunk's last `replan` steps begin: H - s in the paper, equation 5.
         end = max(delay, min(len(left), len(actions) - self.execution.replan))
@@ -125,11 +129,7 @@ class Plan:
 
     def next(self) -> NDArray[np.float32]:
         """Return the action [a] of this step, and go one step on."""
-        covering = [
-            actions[self.step - first]
-            for first, usable, actions in self._chunks
-            if usable <= self.step < first + len(actions)
-        ]
+        covering = self._covering(self.step)
         if not covering:
             raise ConfigError(
                 f"step {self.step}: every chunk is executed; ask the policy before the plan ends"
@@ -138,6 +138,14 @@ class Plan:
         self.step += 1
         self._chunks = [c for i, c in enumerate(self._chunks) if self._is_needed(i)]
         return action
+
+    def _covering(self, step: int) -> list[NDArray[np.float32]]:
+        """Return the action that each chunk has for a step, oldest first."""
+        return [
+            actions[step - first]
+            for first, usable, actions in self._chunks
+            if usable <= step < first + len(actions)
+        ]
 
     def _average(self, covering: list[NDArray[np.float32]]) -> NDArray[np.float32]:
         powers = -self.execution.decay * np.arange(len(covering))

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from vlafit.cli import console
-from vlafit.cli.console import Line, duration, size, table
+from vlafit.cli.console import Line, duration, size, table, wrapped
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (60, "1:00"), (3725, "1:02:05")])
@@ -74,3 +74,12 @@ def test_what_imports_of_peft_make_others_say_is_kept_back_and_nothing_else(capl
             logging.getLogger(name).warning("%s and more", noise)
             logging.getLogger(name).warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"] * 3
+
+
+def test_many_names_are_shown_in_several_lines_and_all_of_them():
+    names = [f"kLeftShoulderPitch{i}" for i in range(26)]
+    line = f"state: 26 dimensions ({', '.join(names)})"
+    shown = wrapped(line)
+    assert len(shown) > 1 and max(map(len, shown)) <= 110
+    assert " ".join(part.strip() for part in shown) == line
+    assert wrapped("state: 2 dimensions (x, y)") == ["state: 2 dimensions (x, y)"]

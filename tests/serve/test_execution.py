@@ -86,6 +86,19 @@ def test_only_real_time_chunking_commits_and_only_to_what_is_left() -> None:
     assert estimated is not None and estimated.delay == 3
 
 
+def test_what_is_committed_is_what_will_be_executed_until_the_new_chunk_is_there() -> None:
+    """Where chunks arrive later than the next one is asked for, the newest is not yet being executed."""
+    plan = Plan(Execution("real_time", replan=1, delay=3))
+    executed: list[list[float]] = []
+    promised: dict[int, list[list[float]]] = {}
+    for number in range(6):
+        left = plan.committed()
+        promised[plan.step] = [] if left is None else left.actions[: left.delay].tolist()
+        executed += plan.extend(ActionChunk(np.full((6, 2), number, np.float32))).tolist()
+    for step, actions in promised.items():
+        assert actions[: len(executed) - step] == executed[step : step + len(actions)]
+
+
 def test_a_plan_forgets_what_it_has_executed() -> None:
     for mode in ("chunk", "ensemble", "real_time"):
         plan = Plan(Execution(mode, replan=1, delay=2))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WIDEST = 46  # characters of a cell in the agreement's table
+WIDEST_LINE = 110  # characters of a line that would go on with names
 NEWS = "vlafit.datasets.downloads"  # the logger of what is copied over a network, and of its progress
 QUIET_EVERY_S = 15.0  # seconds between progress lines if stdout is not a terminal
 # Messages caused by importing peft, which imports torchao and bitsandbytes if they are installed: kernels for
@@ -258,6 +259,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(list(header)), *(line(row) for row in cells)])
+
+
+def wrapped(line: str) -> list[str]:
+    """Return a line in several of at most `WIDEST_LINE` characters; what follows the first is indented."""
+    return textwrap.wrap(
+        line, WIDEST_LINE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def number(value: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlafit.cli import data_tools
-from vlafit.cli.console import table
+from vlafit.cli.console import table, wrapped
 from vlafit.cli.parser import Parser, within
 from vlafit.errors import ConfigError, did_you_mean
 from vlafit.files import expand_user
@@ -177,7 +177,8 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
     lines += [f"camera {name}: {h}x{w}" for name, (h, w, _) in facts["cameras"].items()]
     for column in ("state", "action"):
         labels = ", ".join(facts[column]["labels"])
-        lines.append(f"{column}: {facts[column]['dimensions']} dimensions{f' ({labels})' if labels else ''}")
+        line = f"{column}: {facts[column]['dimensions']} dimensions{f' ({labels})' if labels else ''}"
+        lines += wrapped(line)
     tasks = sorted(facts["tasks"].items(), key=lambda item: -item[1])
     lines += [f"{count:>6} x {text}" for text, count in tasks[:10]]
     if len(tasks) > 10:
