@@ -18,7 +18,13 @@ from vlafit.datasets.checks import TESTS, Checked, check_store
 
 DRIVEN = {"dead_dimension", "action_sign", "action_lag", "played_backwards", "scale"}
 TOO_SHORT = {"video_shift", "spike", "frames_out_of_order"}
-UNDECLARED = {"form", "outside_limits", "stale_statistics", "channel_order_beside"}  # of these recordings
+UNDECLARED = {
+    "form",
+    "outside_limits",
+    "stale_statistics",
+    "channel_order_beside",
+    "failed_episodes",
+}  # of these recordings
 
 
 def skipped(episodes: list[Episode], pixels: bool = True) -> dict[str, list[tuple[tuple[str, ...], str]]]:
@@ -75,7 +81,7 @@ CASES: dict[str, tuple[Callable[[list[Episode]], list[Episode]], set[str]]] = {
     "images that never change": (
         lambda some: [_dark(e) for e in some],
         {"frozen_frames", "video_shift", "orientation", "cameras_swapped", "repeated_frames"}
-        | {"duplicate_frames", "frames_out_of_order"},
+        | {"same_cameras", "duplicate_frames", "frames_out_of_order"},
     ),
     "actions that move nothing": (lambda some: [_noise(e) for e in some], DRIVEN),
     "a sentence of its own for each": (

@@ -18,7 +18,7 @@ class Aligned(EpisodeStore):
     def __init__(self, store: EpisodeStore, shift: int) -> None:
         """Raises DataError naming an episode that is too short."""
         self.card, self._store, self._shift = store.card, store, shift
-        self.left_out = store.left_out
+        self.left_out, self.splits = store.left_out, dict(store.splits)
         short = [info for info in store.episodes if info.length <= shift or info.length < -shift]
         if short:
             left = "step" if shift > 0 else "action but the first"
@@ -55,6 +55,9 @@ class Aligned(EpisodeStore):
 
     def film_beside(self, episode: int, camera: str) -> Path | None:
         return self._store.film_beside(episode, camera)
+
+    def success_key(self) -> str:
+        return self._store.success_key()
 
     def recorded_statistics(self) -> RecordedStatistics:
         return RecordedStatistics(reason="rows.action_shift makes other rows than those of its statistics")

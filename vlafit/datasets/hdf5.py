@@ -41,6 +41,7 @@ from vlafit.datasets.hdf5_files import (
     shared_folder,
     unreadable,
 )
+from vlafit.datasets.hdf5_guess import success_key_below
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.mapped import Mapped
 from vlafit.datasets.selection import Selection
@@ -151,6 +152,10 @@ class Hdf5Store(EpisodeStore):
 
     def files(self) -> tuple[Path, ...]:
         return tuple(map(Path, self._paths))
+
+    def success_key(self) -> str:
+        with reading(self.card.files(SUFFIXES)[0]) as file:
+            return success_key_below(file)
 
     def close(self) -> None:
         self._handles.clear()

@@ -199,6 +199,18 @@ def success_key(group: h5py.Group) -> str:
     return next((str(name) for name in names if "success" in str(name).lower()), "")
 
 
+def success_key_below(group: h5py.Group, depth: int = 4) -> str:
+    """Return the success key of the first demonstration that has one, at most `depth` groups below."""
+    if key := success_key(group):
+        return key
+    if depth:
+        for name in sorted(map(str, group), key=natural)[:CHILDREN]:
+            item = _item(group, name)
+            if isinstance(item, h5py.Group) and (key := success_key_below(item, depth - 1)):
+                return key
+    return ""
+
+
 def rate(file: h5py.File, group: h5py.Group, columns: Mapping[str, h5py.Dataset]) -> tuple[float, str]:
     """Return the control rate that an attribute or a column of times tells, and which; 0 if none does."""
     for place in (group, file):

@@ -34,6 +34,14 @@ class LeftOut:
     reason: str
 
 
+class NothingLeftError(DataError):
+    """All episodes of a dataset are left out."""
+
+    def __init__(self, text: str, left_out: tuple[LeftOut, ...]) -> None:
+        super().__init__(text)
+        self.left_out = left_out
+
+
 class Selection:
     """The choice of a card's [episodes] while a layout lists them; `left_out` keeps what it refused."""
 
@@ -77,5 +85,6 @@ class Selection:
             )
         if not count:
             first = f"; the first: {self.left_out[0].id}: {self.left_out[0].reason}" if self.left_out else ""
-            raise DataError(f"{where}: no episode is left of {len(self.left_out)}{first}")
+            text = f"{where}: no episode is left of {len(self.left_out)}{first}"
+            raise NothingLeftError(text, tuple(self.left_out))
         return tuple(self.left_out)

@@ -136,6 +136,13 @@ class EpisodeStore(ABC):
         """
         return None
 
+    def success_key(self) -> str:
+        """Return the name by which a card's episodes.success could follow success in the files; "" if none.
+
+        The default is for layouts that record none.
+        """
+        return ""
+
     def recorded_statistics(self) -> RecordedStatistics:
         """Return the statistics of "state" and "action" that the files themselves state of all rows.
 

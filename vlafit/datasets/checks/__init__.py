@@ -12,6 +12,7 @@ from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.checks.forms import check_forms
 from vlafit.datasets.checks.pixels import PIXEL_TESTS, check_pixels
 from vlafit.datasets.checks.recorded import check_recorded
+from vlafit.datasets.checks.success import check_success
 from vlafit.datasets.store import EpisodeStore
 
 __all__ = ["TESTS", "Checked", "Finding", "NotTested", "check_declared", "check_store", "together"]
@@ -49,6 +50,7 @@ def check_store(
         if not column.labels:
             untested.add("repeated_names", "its dimensions have no names", name)
     findings = [*check_declared(store), *check_forms(store, untested)]
+    findings += check_success(store, untested)
     findings += [*check_columns(store, untested), *check_recorded(store, untested)]
     if pixels:
         findings += [*check_beside(store, untested), *check_pixels(store, progress, untested=untested)]

@@ -32,6 +32,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         "form": Requirement(("form",), "poses, grippers or angles in the card"),
         "stale_statistics": Requirement(("stale_statistics",), "statistics of all rows in the files"),
         "placeholder_task": Requirement(("placeholder_task",)),
+        "failed_episodes": Requirement(("failed_episodes",), "success in the files of a local dataset"),
         # states and actions
         "not_finite": Requirement(("not_finite",)),
         "zero_rows": Requirement(("zero_rows",)),
@@ -69,6 +70,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         "cameras_swapped": Requirement(
             ("cameras_swapped",), "4 episodes, and 2 cameras whose mean images are unlike"
         ),
+        "same_cameras": Requirement(("duplicate_cameras",), "2 cameras with images that change"),
         "looks": Requirement(("looks_different", "cut", "blurred"), "4 episodes of one sentence"),
         "repeated_frames": Requirement(
             ("repeated_frames",), "4 episodes of one sentence, with a state and an image that move"

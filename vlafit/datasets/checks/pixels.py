@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.datasets.checks import late, looks, order, views
+from vlafit.datasets.checks import late, looks, order, same_cameras, views
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.clips import FEWEST_FRAMES, PARTS, Clip, measured
 from vlafit.datasets.checks.curves import Track
@@ -24,6 +24,7 @@ PIXEL_TESTS = (
     "video_shift",
     "orientation",
     "cameras_swapped",
+    "same_cameras",
     "looks",
     "repeated_frames",
     "duplicate_frames",
@@ -62,6 +63,7 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
         ]
         findings += late.check_shift(camera, tracks, untested)
         shuffled += order.check_order(camera, some, untested)
+    findings += same_cameras.check_same_cameras(clips, untested)
     findings += views.check_views(clips, store.card.robot.cameras, untested)
     others = list(findings)
     lengths = {info.id: info.length for info in store.episodes}

@@ -18,7 +18,7 @@ from vlafit.datasets.card import (
 )
 from vlafit.datasets.lerobot import Entry, LeRobotStore, Meta, read_meta
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
-from vlafit.datasets.lerobot.features import is_depth, size_of, width_of
+from vlafit.datasets.lerobot.features import is_depth, size_of, success_feature, width_of
 from vlafit.datasets.lerobot.in_place import FilesInPlace
 from vlafit.datasets.lerobot.meta import labels, require_totals
 from vlafit.datasets.selection import Selection
@@ -99,9 +99,9 @@ def describe(path: Path) -> Draft:
         instruction=InstructionCard("task"),
         expect=ExpectCard(len(meta.episodes), sum(entry.length for entry in meta.episodes)),
     )
-    if success := [key for key in meta.features if "success" in key.lower()]:
+    if success := success_feature(meta.features):
         guesses["episodes.success"] = (
-            f'failed episodes are used, too; "{success[0]}" uses those in which it is true at some step'
+            f'failed episodes are used, too; "{success}" uses those in which it is true at some step'
         )
     return Draft(card, guesses, missing)
 

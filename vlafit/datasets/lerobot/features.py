@@ -1,6 +1,7 @@
 """Read a feature of info.json: its dimensions, the axes of a camera, whether it is a depth map."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlafit.errors import DataError
@@ -39,3 +40,8 @@ def is_depth(feature: object) -> bool:
         or info.get("is_depth_map")
         or info.get("video.is_depth_map")
     )
+
+
+def success_feature(features: Iterable[str]) -> str:
+    """Return the feature that seems to say whether an episode succeeded; "" if none does."""
+    return next((key for key in features if "success" in key.lower()), "")

@@ -12,7 +12,7 @@ from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import Key, parse_key, require_scale, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
-from vlafit.datasets.lerobot.features import width_of
+from vlafit.datasets.lerobot.features import success_feature, width_of
 from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, read_meta, splits_of
 from vlafit.datasets.lerobot.requirements import require_features
@@ -172,6 +172,9 @@ class LeRobotStore(EpisodeStore):
         for camera in self.card.robot.cameras:
             paths |= {r.entry.videos[camera.key].path for r in self._rows if camera.key in r.entry.videos}
         return (self._meta.root / "meta" / "info.json", *sorted(paths))
+
+    def success_key(self) -> str:
+        return success_feature(self._meta.features)
 
     def recorded_statistics(self) -> RecordedStatistics:
         used, all_of_them = len(self._rows), len(self._meta.episodes)
