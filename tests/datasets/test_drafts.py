@@ -280,6 +280,60 @@ def test_files_that_the_path_of_the_card_leaves_out_are_named(tmp_path: Path):
     assert describe(tmp_path / "set").guesses["path"] == "it leaves out files of another ending: c.hdf5"
 
 
+ROBOMIMIC = {
+    "robot0_eef_pos": 3,
+    "robot0_eef_quat": 4,
+    "robot0_gripper_qpos": 2,
+    "robot0_gripper_qvel": 2,
+    "robot0_joint_pos": 7,
+    "object": 10,
+}
+
+
+def robomimic(path: Path, widths: dict[str, int]) -> Draft:
+    """Draft the card of a robomimic file with these observations."""
+    rows = {f"obs/{key}": RNG.normal(size=(T, width)) for key, width in widths.items()}
+    rows |= {f"next_{key}": values for key, values in rows.items()}
+    more = {"actions": COMMANDS, "dones": np.zeros(T), "rewards": np.zeros(T), "obs/agentview_image": FRAMES}
+    return describe(write(path, {"data/demo_0": rows | more}))
+
+
+def test_a_robomimic_draft_takes_the_pose_of_the_hand_and_the_gripper_and_names_the_joints(tmp_path: Path):
+    draft = robomimic(tmp_path / "a.hdf5", ROBOMIMIC)
+    hand = ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos")
+    assert draft.card.layout == "robomimic" and draft.card.robot.state.keys == hand
+    marked = draft.guesses["robot.state.keys"]
+    assert "there are also" in marked and "obs/robot0_joint_pos float64" in marked
+    assert not [word for word in ("dones", "rewards", "next_obs", "actions") if word in marked]
+    without_hand = {k: w for k, w in ROBOMIMIC.items() if "eef" not in k}
+    joints = robomimic(tmp_path / "b.hdf5", without_hand).card.robot.state
+    assert joints.keys == ("obs/robot0_joint_pos", "obs/robot0_gripper_qpos") and joints.dimensions == 9
+
+
+def test_a_robomimic_draft_takes_both_arms(tmp_path: Path):
+    both = ROBOMIMIC | {k.replace("robot0", "robot1"): w for k, w in ROBOMIMIC.items() if "robot0" in k}
+    state = robomimic(tmp_path / "a.hdf5", both).card.robot.state
+    assert state.dimensions == 18
+    assert [key.split("_")[0] for key in state.keys] == ["obs/robot0"] * 3 + ["obs/robot1"] * 3
+
+
+def test_ends_and_success_are_not_offered_as_a_state_and_no_alternative_is_no_choice(tmp_path: Path):
+    maniskill(tmp_path / "set", EVERYTHING)
+    guesses = describe(tmp_path / "set").guesses
+    assert "success" not in guesses.get("robot.state.keys", "")
+    rows = {"obs/joint_states": COMMANDS, "obs/gripper_states": COMMANDS[:, :2], "actions": COMMANDS}
+    ends = {"dones": np.zeros(T, np.uint8), "rewards": np.zeros(T, np.uint8)}
+    path = write(tmp_path / "a_demo.hdf5", {"data/demo_0": rows | ends | {"obs/agentview_rgb": FRAMES}})
+    draft = describe(path)
+    assert draft.card.layout == "libero" and "robot.state.keys" not in draft.guesses
+    assert "none" not in " ".join(draft.guesses.values())
+
+
+def test_a_state_chosen_by_its_name_is_not_the_gripper_alone(tmp_path: Path):
+    rows = {"gripper_qpos": COMMANDS[:, :1], "joint_positions": COMMANDS, "action": COMMANDS, "cam": FRAMES}
+    assert describe(write(tmp_path / "a.h5", {"/": rows})).card.robot.state.keys == ("joint_positions",)
+
+
 # ------------------------------------------------------------------------------------- files that do not open
 
 

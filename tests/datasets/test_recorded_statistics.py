@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.datasets.hdf5_writers import aloha
+from tests.datasets.layouts import demos, in_file_order
 from vlafit.datasets import open_dataset
 from vlafit.datasets.checks.catalogue import Untested
 from vlafit.datasets.checks.recorded import check_recorded
@@ -29,3 +32,13 @@ def test_stale_statistics_are_named(tmp_path: Path, measure: str, factor: float)
     (finding,) = check_recorded(open_dataset(folder), Untested())
     assert finding.kind == "stale_statistics" and f"states {measure}" in finding.message
     assert "action" in finding.message and "stats.json" in finding.message
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_layout_without_statistics_says_so_whatever_rows_its_actions_are_taken_from(
+    shift: int, tmp_path: Path
+):
+    card = aloha(tmp_path / "set", in_file_order(demos(2)))
+    untested = Untested()
+    check_recorded(open_dataset(replace(card, rows=replace(card.rows, action_shift=shift))), untested)
+    assert [test.reason for test in untested.listed()] == ["layout 'aloha' keeps no statistics in its files"]

@@ -60,6 +60,9 @@ class Aligned(EpisodeStore):
         return self._store.success_key()
 
     def recorded_statistics(self) -> RecordedStatistics:
+        stated = self._store.recorded_statistics()
+        if not stated.columns:
+            return stated
         return RecordedStatistics(reason="rows.action_shift makes other rows than those of its statistics")
 
     def ahead(self) -> int:

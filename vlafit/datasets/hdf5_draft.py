@@ -26,6 +26,7 @@ from vlafit.datasets.hdf5_guess import (
     datasets_in,
     file_names,
     is_clock,
+    is_flag,
     is_picture,
     listed,
     rate,
@@ -90,9 +91,10 @@ def draft(path: Path, known: Known) -> Draft:
                 f"{source}: {known.group} holds no columns of numbers [T] or [T, d] with a row for each "
                 f"frame, of which a card could take state and action. It holds {listed(datasets)}"
             )
-        named = {name: chosen_by_name(name, columns) for name in ("state", "action")}
-        state = _column("state", datasets, columns, known.state, named, guesses, missing)
-        action = _column("action", datasets, columns, known.action, named, guesses, missing)
+        offered = {k: d for k, d in columns.items() if not k.startswith(known.ignore or "\0")}
+        named = {name: chosen_by_name(name, offered) for name in ("state", "action")}
+        state = _column("state", datasets, offered, known.state, named, guesses, missing)
+        action = _column("action", datasets, offered, known.action, named, guesses, missing)
         rows = _rows(group, known, state, action, frames, guesses)
         instruction = _instruction(group, known, guesses, missing)
         hz = _rate(file, group, columns, known, guesses, missing)
@@ -289,7 +291,7 @@ def _column(
     keys = next((choice for choice in choices if all(key in datasets for key in choice)), None)
     if keys is None:
         likely, reason = named[name], "chosen by its name"
-        rest = [key for key in columns if key not in named.values() and not is_clock(key)]
+        rest = [k for k in columns if k not in named.values() and not is_clock(k) and not is_flag(k)]
         if not likely and len(rest) == 1 and len(set(named.values())) == 2:
             likely, reason = rest[0], "what is left"
         if not likely:
@@ -300,8 +302,13 @@ def _column(
         guesses[f"{place}.keys"] = f"{reason}; there are {listed(columns)}"
     elif name == "state" and len(choices) > 1:
         acted = [key for key in columns if any(word in key.lower() for word in ACTION_WORDS)]
-        others = {key: dataset for key, dataset in columns.items() if key not in (*keys, *acted)}
-        guesses[f"{place}.keys"] = f"a choice; there are also {listed(others)}"
+        others = {
+            key: dataset
+            for key, dataset in columns.items()
+            if key not in (*keys, *acted) and not is_clock(key) and not is_flag(key)
+        }
+        if others:
+            guesses[f"{place}.keys"] = f"a choice; there are also {listed(others)}"
     widths = [datasets[key].shape[1] if datasets[key].ndim == 2 else 1 for key in keys]
     whole = [key for key in keys if datasets[key].dtype.kind != "f"]
     if whole:

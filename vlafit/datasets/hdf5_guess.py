@@ -19,6 +19,7 @@ from vlafit.files import parse_json
 STATE_WORDS = ("state", "qpos", "joint_pos", "joint_states", "proprio", "eef", "ee_pos", "tcp")
 LIKELY_STATES = ("joint", "encoder", "position", "pose", "gripper")
 ACTION_WORDS = ("action", "command", "cmd", "ctrl", "control", "target", "desired")
+FLAG_WORDS = ("done", "success", "terminat", "truncat", "reward", "discount")
 SENTENCE_WORDS = ("instruction", "language", "sentence", "prompt", "lang", "task", "description", "goal")
 RATE_WORDS = ("fps", "hz", "control_freq", "frequency", "freq", "rate")
 SMALLEST_SIDE = 8  # pixels; below are matrices
@@ -75,7 +76,15 @@ def chosen_by_name(name: str, columns: Mapping[str, h5py.Dataset]) -> str:
     else:
         choices = [key for key in columns if not any(word in key.lower() for word in ACTION_WORDS)]
         words = (*STATE_WORDS, *LIKELY_STATES)
-    return next((key for word in words for key in choices if word in key.lower()), "")
+    choices = [key for key in choices if not is_flag(key)]
+    bodies = [key for key in choices if "gripper" not in key.lower()]  # a state is more than its gripper
+    return next((k for some in (bodies, choices) for word in words for k in some if word in k.lower()), "")
+
+
+def is_flag(key: str) -> bool:
+    """Whether a column's name says how an episode goes, not where a robot is: an end, success, a reward."""
+    last = key.rsplit("/", 1)[-1].lower().removeprefix("is_")
+    return last in ("first", "last") or last.startswith(FLAG_WORDS)
 
 
 def is_clock(key: str) -> bool:

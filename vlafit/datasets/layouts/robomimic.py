@@ -3,6 +3,7 @@
 `/data/demo_N/...` holds one row a step, `/mask/<key>` lists demonstrations by name.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,14 @@ from vlafit.files import parse_json
 INSTRUCTIONS = ("", *SOURCES)
 """The files hold none of their own."""
 STATE = (
-    ("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
-    ("obs/robot0_eef_pos", "obs/robot0_gripper_qpos"),
+    ("eef_pos", "eef_quat", "gripper_qpos"),
+    ("eef_pos", "gripper_qpos"),
+    ("eef_pos", "eef_quat"),
+    ("joint_pos", "gripper_qpos"),
+    ("joint_pos",),
 )
+"""What an arm's state is, the usual first."""
+ARM = re.compile(r"(robot\d+)_")
 
 
 @dataclass(frozen=True)
@@ -71,21 +77,23 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
     with reading(file) as opened:
         data: Any = opened["data"]
         group = first_demo(data)
+        names = observations(data)
+        arms = sorted({match[1] for match in map(ARM.match, names) if match}, key=natural) or ["robot0"]
         try:
             arguments = inside_json(parse_json(data.attrs["env_args"]), "env_kwargs", str(file))
         except (KeyError, ValueError, TypeError, DataError):  # it is optional
             arguments = {}
     rate = arguments.get("control_freq") if isinstance(arguments, dict) else None
     robots = arguments.get("robots") if isinstance(arguments, dict) else None
-    names = [robots] if isinstance(robots, str) else robots if isinstance(robots, list) else []
+    robots = [robots] if isinstance(robots, str) else robots if isinstance(robots, list) else []
     guesses = {"robot.hz": "control_freq of env_args"} if rate else {}
     return Known(
         layout,
         f"data/{group}",
-        state=STATE,
+        state=tuple(tuple(f"obs/{arm}_{key}" for arm in arms for key in keys) for keys in STATE),
         ignore=("next_obs/",),
         instruction=instruction,
-        robot="-".join(["robosuite", *map(str, names)]).lower(),
+        robot="-".join(["robosuite", *map(str, robots)]).lower(),
         hz=float(rate) if isinstance(rate, int | float) else 20.0,
         control="delta_pose",
         upright="robomimic writes frames upright",
