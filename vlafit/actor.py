@@ -95,7 +95,7 @@ class PolicyActor:
     def of(self, embodiment: str) -> "PolicyActor":
         """Return an actor with the same policy for another of its embodiments."""
         actor = copy.copy(self)
-        actor._embodiment = embodiment
+        actor._embodiment = arguments.text("embodiment", embodiment)
         actor.codecs.choose(embodiment, where="the policy")
         return actor
 
@@ -156,7 +156,7 @@ class PolicyActor:
         EmbodimentError for observations that are not of that embodiment, CodecError for those that it cannot
         act on (too many words), and ConfigError for wrong keys, or where no embodiment is named of several.
         """
-        actor = self.of(embodiment) if embodiment else self
+        actor = self.of(embodiment) if embodiment != "" else self
         return actor._answers(checked_requests(observations, keys, None, actor.expected))
 
     def act_guided(

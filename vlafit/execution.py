@@ -96,9 +96,8 @@ class Plan:
         left = actions[self.step - first :]
         if not len(left):
             return None
-        before = [
-            self._covering(step)[-1] for step in range(self.step, usable)
-        ]  # while the newest is awaited
+        # Until the newest chunk begins, an older one is executed.
+        before = [self._covering(step)[-1] for step in range(self.step, usable)]
         left = np.concatenate([before, left[len(before) :]]) if before else left
         delay = min(self.execution.delay if delay is None else delay, len(left))
         # The weights end where the new chunk's last `replan` steps begin: H - s in the paper, equation 5.

@@ -380,9 +380,19 @@ def records_if_any(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": -1}, "workers must be at least 0"),
-        ({"trials": 0}, "trials must be at least 1"),
-        ({"videos": -1}, "videos must be at least 0"),
+        ({"workers": -1}, "workers must be a whole number from 0 to 1024, not -1"),
+        ({"workers": 1.5}, "workers must be a whole number"),
+        ({"workers": None}, "workers must be a whole number"),
+        ({"trials": 0}, "trials must be a whole number from 1"),
+        ({"trials": "3"}, "trials must be a whole number"),
+        ({"videos": -1}, "videos must be a whole number from 0"),
+        ({"timeout_s": 0}, "timeout_s must be a number above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be a number above 0"),
+        ({"resume": "no"}, "resume must be True or False, not 'no'"),
+        ({"stop_early": None}, "stop_early must be True or False"),
+        ({"execution": "real_time"}, "execution must be Execution, or None, not 'real_time'"),
+        ({"shard": "1/2"}, "shard must be Shard, or None, not '1/2'"),
+        ({"against": 5}, "against must be a path"),
     ],
 )
 def test_options_that_cannot_be_are_refused(

@@ -265,3 +265,12 @@ def test_the_rounding_of_a_limit_is_shown_as_zero() -> None:
         limit.apply(np.float32([-0.1501]), np.float32([0.05]))
     with pytest.raises(EmbodimentError, match=r"dimension 0 0\.0500001, permitted from -0\.05 to 0\.05$"):
         limit.apply(np.float32([0.0500001]), np.zeros(1, np.float32))
+
+
+def test_the_embodiment_of_a_call_is_a_text() -> None:
+    actor = vlafit.load_actor("metaworld-base", steps=1)
+    for wrong in (None, 5, 1.5, [], b"x"):
+        with pytest.raises(ConfigError, match="embodiment must be a text, not"):
+            actor.of(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="embodiment must be a text, not"):
+            actor.act([], [], wrong)  # type: ignore[arg-type]

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vlafit import files, locks
+from vlafit import arguments, files, locks
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
+from vlafit.observations import short
 from vlafit.rollout import memory
 from vlafit.rollout.against import Earlier, compare, require_comparable
 from vlafit.rollout.env_pool import EnvPool
@@ -38,6 +39,7 @@ from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 1024  # environment processes
+LONGEST_S = 7 * 86_400
 LOCKED_BY = "vlafit eval"  # in messages about a folder that is in use
 IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
 
@@ -82,15 +84,23 @@ def evaluate(
     first episode if actor, protocol and environment are incompatible.
     """
     started = time.monotonic()
-    for name, value, most in (("workers", workers, MOST_WORKERS), ("trials", trials, AT_MOST["trials"])):
-        if value is not None and value > most:
-            raise ConfigError(f"evaluation: {name} must be at most {most}, not {value}")
-    for name, value, least in (("workers", workers, 0), ("videos", videos, 0), ("trials", trials, 1)):
-        if value is not None and value < least:
-            raise ConfigError(f"evaluation: {name} must be at least {least}, not {value}")
+    arguments.whole("evaluation: workers", workers, 0, MOST_WORKERS)
+    arguments.whole("evaluation: videos", videos, 0, AT_MOST["trials"])
+    if trials is not None:
+        arguments.whole("evaluation: trials", trials, 1, AT_MOST["trials"])
+    if timeout_s is not None:
+        arguments.number("evaluation: timeout_s", timeout_s, 0, LONGEST_S, above=True)
+    flags = {"resume": resume, "wrong_instruction": wrong_instruction, "images": images}
+    for name, value in (flags | {"retry_errors": retry_errors, "stop_early": stop_early}).items():
+        arguments.flag(f"evaluation: {name}", value)
+    if against is not None:
+        arguments.path("evaluation: against", against)
+    for name, given, kind in (("execution", execution, Execution), ("shard", shard, Shard)):
+        if given is not None and not isinstance(given, kind):
+            raise ConfigError(f"evaluation: {name} must be {kind.__name__}, or None, not {short(given)}")
     prepared = prepare(
         actor,
-        protocol if isinstance(protocol, Protocol) else load_protocol(protocol),
+        protocol if isinstance(protocol, Protocol) else load_protocol(arguments.path("protocol", protocol)),
         trials=trials,
         wrong_instruction=wrong_instruction,
         execution=execution,
