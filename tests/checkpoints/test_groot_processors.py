@@ -22,9 +22,9 @@ from vlafit.codec.rotations import to_matrices
 from vlafit.errors import CodecError, VlafitError, WeightsError
 from vlafit.recipe import AdaptRecipe, DataRecipe, PolicyRecipe, Recipe
 from vlafit.train import preflight
+from vlafit.train.checkpoint_codec import takes_tokenizer
 from vlafit.train.data import open_data
 from vlafit.train.initial_codec import in_squares
-from vlafit.train.initial_policy import takes_tokenizer
 from vlafit.types import Observation, Sample
 
 FILES = Path(__file__).parents[1] / "fixtures" / "groot_processors"

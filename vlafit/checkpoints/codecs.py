@@ -11,6 +11,12 @@ from vlafit.codec.prompts import holds_state
 from vlafit.errors import WeightsError, quoted
 from vlafit.nn.policy import Needs, Policy
 
+GIVE_TOKENIZER = (
+    "policy.tokenizer in a recipe, --policy.tokenizer for train, --tokenizer for inspect, "
+    "tokenizer= in Python"
+)
+GIVE_ASSETS = "policy.assets in a recipe, --policy.assets for train, --assets for inspect, assets= in Python"
+
 
 class ChosenCodec(NamedTuple):
     """The codec of a checkpoint (a set, if it has several embodiments), or the reason why there is none; and

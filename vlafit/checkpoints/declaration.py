@@ -54,9 +54,12 @@ class Declaration:
     tokenizer_tells: bool = False
     """Whether the tokenizer tells something of the policy that the files do not: its chat turn."""
     own_tokenizer: Path | None = None
-    """The tokenizer's folder inside the checkpoint, which a codec without statistics does not open."""
+    """The tokenizer inside the checkpoint, a folder or file, which a codec without statistics does not
+    open."""
     lost_tokenizer: Path | None = None
     """The folder that the files name as their own tokenizer, and that is not there."""
+    codec_options: str = ""
+    """Settings of a recipe without which its statistics make no codec, beside tokenizer and assets."""
     named_statistics: tuple[str, ...] = ()
     """Names of its sets of statistics, where none is applied unless the user chooses one (`assets`)."""
     action_tokenizer: str = ""

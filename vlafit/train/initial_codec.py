@@ -1,7 +1,6 @@
 """Fit a run's codecs to its data, or adopt those of the checkpoint."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from vlafit import checkpoints
 from vlafit.agreement import Agreement, same_actions
@@ -183,21 +182,6 @@ def with_codec(
         whole.require("the dataset and the statistics in use")
     whole.require(reconcile.sides(part.cards[0], recipe.policy.checkpoint))
     return whole
-
-
-def require_effect(recipe: Recipe, codec: Codec, base: Path, *, own_tokenizer: bool) -> None:
-    """Raise ConfigError for fields that the codec of the checkpoint `base` would silently override."""
-    if recipe.policy.tokenizer and own_tokenizer:
-        raise ConfigError(
-            f"policy.tokenizer {recipe.policy.tokenizer!r} has no effect: the weights of checkpoint {base} "
-            'only work with their own tokenizer; set policy.tokenizer = ""'
-        )
-    requested, used = recipe.data.normalisation, codec.config.normalisation
-    if requested not in ("", used) and recipe.data.statistics == "checkpoint":
-        raise ConfigError(
-            f"data.normalisation {requested!r} has no effect with the statistics of checkpoint {base}, which "
-            f'normalises by {used!r}; set it to "", or fit new statistics: data.statistics = "data"'
-        )
 
 
 def learned_tokenizer(recipe: Recipe, policy: Policy, data: Data) -> Tokenizer | None:

@@ -20,7 +20,7 @@ from vlafit.nn.rng import VALIDATION, sample_rng
 from vlafit.policies import build_family
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import action_tokenizer as action_tokenizers
-from vlafit.train import reconcile
+from vlafit.train import checkpoint_codec, reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.action_chunks import Chunks, faults_of
 from vlafit.train.data import Data
@@ -33,7 +33,6 @@ from vlafit.train.initial_codec import (
     floors,
     learned_tokenizer,
     renamed,
-    require_effect,
     with_codec,
 )
 from vlafit.tuning import Plan
@@ -203,18 +202,16 @@ def _from_checkpoint(
     place, chosen = checkpoints.place(recipe.policy.checkpoint), recipe.policy
     path = place.path
     foreign = not (path / "policy.json").is_file()
-    base_of = chosen.base or None
-    declared = checkpoints.declaration(path, base_of) if foreign else checkpoints.Declaration()
-    fitted = recipe.fits_statistics
-    passed = foreign and takes_tokenizer(path, chosen, declared, fitted)
-    opened = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
+    base_of, fitted = chosen.base or None, recipe.fits_statistics
+    choice = checkpoint_codec.choose(recipe, path)
+    declared = choice.declared
     named = chosen.action_tokenizer not in ("", action_tokenizers.FIT)
-    key = declared.action_tokenizer_key if passed and named else ""
+    key = declared.action_tokenizer_key if choice.makes_codec and named else ""
     loaded = checkpoints.load_all(
         path,
         config=(action_tokenizers.named_in(chosen, key) if key else chosen.config) or None,
         base=base_of,
-        tokenizer=opened if passed else None,
+        tokenizer=choice.passed,
         assets=chosen.assets or None,
         fresh=chosen.fresh,
         resize=chosen.resize,
@@ -224,18 +221,12 @@ def _from_checkpoint(
     )
     policy, own_codecs, plan, report = loaded.policy, loaded.codecs, loaded.plan, loaded.report
     pretrained = not tokenizers.language_is_fresh(policy, report.fresh)
-    own = declared.own_tokenizer
-    if opened is None and own_codecs is None and own is not None and pretrained:
-        opened = tokenizers.open_named(str(own))
     befores = reconcile.codecs_before(recipe, data, own_codecs, path)
     for before in befores.values():
-        require_effect(recipe, before, path, own_tokenizer=not passed)
-    if policy.needs().prompt is not None:
-        if opened is None and own_codecs is None and pretrained:
-            tokenizers.require_given(policy, str(path), declared.tokenizer, declared.lost_tokenizer)
-        if opened is not None:
-            name = chosen.tokenizer or str(own)
-            tokenizers.require_fitting(opened, name, policy, pretrained and bool(chosen.tokenizer))
+        checkpoint_codec.require_effect(recipe, before, path, own_tokenizer=not choice.makes_codec)
+    opened = checkpoint_codec.require_tokenizer(
+        recipe, policy, path, choice, report.fresh, own_codecs is not None
+    )
     if own_codecs is None and not fitted:
         raise ConfigError(
             f'{path}: data.statistics = "checkpoint", and the checkpoint gives none: {report.codec}. To '
@@ -315,21 +306,6 @@ def _from_checkpoint(
         warnings=warnings,
         agreement=reconcile.joined(recipe, data, agreements),
     )
-
-
-def takes_tokenizer(
-    path: Path, chosen: PolicyRecipe, declared: checkpoints.Declaration, fitted: bool
-) -> bool:
-    """Return whether the recipe's tokenizer makes a codec of what a foreign checkpoint declares."""
-    if chosen.tokenizer and declared.tokenizer_tells:
-        return True
-    # Statistics of several datasets become a codec only once the user chooses some.
-    if not chosen.tokenizer or (declared.named_statistics and not chosen.assets):
-        return False
-    # Some checkpoints' statistics, and the form of their prompts, become a codec only with a tokenizer.
-    if not checkpoints.wants_tokenizer(path, chosen.base or None):
-        return False
-    return bool(declared.tokenizer or chosen.assets or not fitted)
 
 
 def _merge_before_training(policy: Policy, plan: Plan, frozen: FrozenWeights, name: str) -> str:

@@ -217,7 +217,8 @@ def outlook(
     if agreement.conflicts:
         return agreement
     require_prompts((store, codec) for store in data.stores)
-    text, words = codec.action_text, tokenizer_of(owner)
+    text, given = codec.action_text, recipe.policy.tokenizer
+    words = f"policy.tokenizer {given!r}" if given else tokenizer_of(owner)
     tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [
         *other_cards(data.cards),

@@ -28,9 +28,11 @@ from vlafit.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlafit.agreement import Agreement
-    from vlafit.checkpoints import Loaded
+    from vlafit.checkpoints import Declaration, Loaded
     from vlafit.codec import Codec
     from vlafit.nn.policy import Policy
+    from vlafit.recipe import Recipe
+    from vlafit.train.checkpoint_codec import CodecChoice
 
 ABOUT = """\
 Show what a checkpoint of any program holds: its format and family, what becomes of every tensor, its parts,
@@ -56,9 +58,13 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(_no_family(options.checkpoint))
     folder = checkpoint_folder(options.checkpoint, foreign=True)
     from vlafit import checkpoints
+    from vlafit.train import checkpoint_codec
 
     look = checkpoints.load_all if options.whole else checkpoints.inspect_all
     base = checkpoint_folder(options.base, foreign=True) if options.base else None
+    place = checkpoints.place(folder).path
+    recipe = _recipe(folder, base, options, config) if options.data else None
+    choice = None if recipe is None else checkpoint_codec.choose(recipe, place)
     every = look(
         folder,
         config=config,
@@ -66,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         dtype=options.dtype,
         format=options.format,
         trust=options.trust,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer if choice is None else choice.passed,
         assets=options.assets,
     )
     loaded = every.of(options.embodiment)
@@ -75,12 +81,13 @@ def run(arguments: Sequence[str]) -> int:
         if options.data:
             every.codecs.choose(where=str(folder), option="--embodiment NAME, the one to compare")
         facts["embodiments"] = [_robot(codec) for codec in every.codecs]
-    place = checkpoints.place(folder).path
+    if recipe is not None and choice is not None:
+        _require_trainable(recipe, loaded, place, choice)
     facts["to_train"] = needed_to_train(loaded, place, base) if every.codecs is None else []
     facts |= _to_train(loaded.policy, loaded.codec, options)
     agreement = None
-    if options.data:
-        agreement = _agree(loaded, folder, base, options, config)
+    if recipe is not None and choice is not None:
+        agreement = _agree(loaded, recipe, choice.declared, options)
         facts["agreement"] = json.loads(agreement.to_json())
     if options.json:
         print(json.dumps({"checkpoint": str(folder), **facts}, indent=2))
@@ -213,25 +220,43 @@ def _to_train(policy: "Policy", codec: "Codec | None", options: Namespace) -> di
     return facts
 
 
-def _agree(
-    loaded: "Loaded",
-    folder: Path | str,
-    base: Path | str | None,
-    options: Namespace,
-    config: dict[str, Any] | None,
-) -> "Agreement":
-    """Return what the checkpoint and a data card agree on, as a recipe without [adapt] would find it."""
-    from vlafit import checkpoints, rollout
+def _recipe(
+    folder: Path | str, base: Path | str | None, options: Namespace, config: dict[str, Any] | None
+) -> "Recipe":
+    """Return the recipe without [adapt] that trains the checkpoint on the card with these options."""
+    from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
+
+    policy = PolicyRecipe(
+        checkpoint=str(folder),
+        config=dict(config or {}),
+        base=str(base or ""),
+        tokenizer=options.tokenizer or "",
+        assets=options.assets or "",
+    )
+    return Recipe(policy=policy, data=DataRecipe(cards=(options.data,)))
+
+
+def _require_trainable(recipe: "Recipe", loaded: "Loaded", path: Path, choice: "CodecChoice") -> None:
+    """Raise the error of training where the codec, or --tokenizer, cannot be used as the options say."""
+    from vlafit.train import checkpoint_codec
+
+    has_codec, fresh = loaded.codec is not None, loaded.report.fresh
+    if loaded.codec is not None:
+        own = not choice.makes_codec
+        checkpoint_codec.require_effect(recipe, loaded.codec, path, own_tokenizer=own)
+    if has_codec or choice.named is not None:  # else `needed_to_train` says that there is none
+        checkpoint_codec.require_tokenizer(recipe, loaded.policy, path, choice, fresh, has_codec)
+
+
+def _agree(loaded: "Loaded", recipe: "Recipe", declared: "Declaration", options: Namespace) -> "Agreement":
+    """Return what the checkpoint and a data card agree on, as the `recipe` would find it."""
+    from vlafit import rollout
     from vlafit.agreement import EVALUATION, Item, protocol_items, replan_items
     from vlafit.datasets import load_card, open_dataset
     from vlafit.execution import Execution
-    from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
     from vlafit.train import reconcile
 
-    path, card = checkpoints.place(folder).path, load_card(options.data)
-    declared = checkpoints.declaration(path, base)
-    policy = PolicyRecipe(checkpoint=str(folder), config=dict(config or {}))
-    recipe = Recipe(policy=policy, data=DataRecipe(cards=(options.data,)))
+    card = load_card(options.data)
     agreement = reconcile.agree_on(recipe, card, loaded.codec, declared)
     if not card.location().exists():
         item = Item("dataset files", {"dataset": "not here"}, "", "assumed", "the files were not compared")
@@ -269,8 +294,9 @@ def needed_to_train(loaded: "Loaded", path: Path, base: Path | str | None) -> li
     named, needed = declared.named_statistics, []
     if named:
         needed.append(f'data.statistics = "data", or policy.assets = one of {", ".join(named)}')
-    elif not checkpoints.wants_tokenizer(path, base):
-        needed.append('data.statistics = "data"')
+    elif declared.codec_options or not checkpoints.wants_tokenizer(path, base):
+        more = f", or {declared.codec_options}" if declared.codec_options else ""
+        needed.append(f'data.statistics = "data"{more}')
     if loaded.policy.needs().prompt is not None and declared.own_tokenizer is None:
         name = f" ({declared.tokenizer} in its files)" if declared.tokenizer else of_family(loaded.policy)
         needed.append(f"policy.tokenizer{name}")

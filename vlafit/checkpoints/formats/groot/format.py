@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.codecs import GIVE_ASSETS, GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names, processors
@@ -89,9 +89,9 @@ class Groot(Format):
         words = options.open_tokenizer() or config.own_tokenizer(folder)
         reason = ""
         if tag is None:
-            reason = f"statistics of {len(every)} embodiments ({', '.join(every)}); choose one with `assets`"
+            reason = f"statistics of {len(every)} embodiments ({', '.join(every)}); choose one: {GIVE_ASSETS}"
         elif words is None:
-            reason = "its tokenizer is not in the folder; give that of its backbone as `tokenizer`"
+            reason = f"its tokenizer is not in the folder; give that of its backbone: {GIVE_TOKENIZER}"
         if tag is None or words is None:
             if options.assets is not None:
                 raise WeightsError(f"{opened.path}: {reason}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlafit.checkpoints.codecs import GIVE_TOKENIZER
 from vlafit.checkpoints.formats.groot.processors import Frames
 from vlafit.checkpoints.formats.lerobot import groot_grouped, processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
@@ -221,7 +222,7 @@ def prompt_of(pack: Step | None) -> Prompt:
 
 def _no_tokenizer(encode: Step) -> str:
     wanted = encode.config.get("model_name")
-    return f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
+    return f"its tokenizer {wanted!r} is not in the folder; give its folder: {GIVE_TOKENIZER}"
 
 
 def lacks_tokenizer(folder: Path) -> bool:

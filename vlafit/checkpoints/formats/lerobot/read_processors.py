@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlafit.checkpoints.codecs import GIVE_TOKENIZER
 from vlafit.checkpoints.declaration import InputForm, Overruled
 from vlafit.checkpoints.formats.lerobot import action_tokens, features, xvla_steps
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
@@ -135,7 +136,7 @@ def read(
     words = _tokenizer(folder, asking, tokenizer)
     if words is None:
         wanted = asking.config.get("tokenizer_name")
-        return None, f"its tokenizer {wanted!r} is not in the folder; give its folder as `tokenizer`"
+        return None, f"its tokenizer {wanted!r} is not in the folder; give its folder: {GIVE_TOKENIZER}"
     actions = None
     if needs.answers is not None:
         _only_step(pre, ACTION_TOKENS)

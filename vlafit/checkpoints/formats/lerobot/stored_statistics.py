@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, isinf
 
+from vlafit.checkpoints.codecs import GIVE_ASSETS
 from vlafit.codec import Statistics
 from vlafit.codec.statistics import ARRAYS, NEEDED, Normalisation
 from vlafit.errors import WeightsError, did_you_mean
@@ -62,7 +63,7 @@ def choose(sets: Sets, asset: str | Path | None, where: str) -> tuple[str | None
         held = ", ".join(f"{name} ({' and '.join(_features(sets[name]))})" for name in named)
         return None, (
             f"its statistics are those of the datasets that it was trained on: {held}; LeRobot applies none"
-            " of them. Choose one with `assets`, or let fine-tuning fit new ones to the data"
+            f" of them. Choose one ({GIVE_ASSETS}), or let fine-tuning fit new ones to the data"
         )
     if str(asset) in named:
         return str(asset), ""

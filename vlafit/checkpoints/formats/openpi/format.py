@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.codecs import GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
@@ -155,7 +155,7 @@ def codec_of_statistics(opened: OpenedCheckpoint, policy: Policy, options: LoadO
     assets, words = norm_stats.find_assets(opened.codec_folder), options.open_tokenizer()
     if words is None:
         available = ", ".join(assets) or "none"
-        reason = f"no tokenizer in the checkpoint: give one (statistics in it: {available})"
+        reason = f"no tokenizer in the checkpoint: give one (statistics in it: {available}): {GIVE_TOKENIZER}"
         options.config.refuse("codec", opened.path, reason)
         if options.assets is not None:
             raise WeightsError(f"{opened.path}: assets would have no effect: {reason}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from vlafit import config as configuration
 from vlafit.checkpoints import hub
+from vlafit.checkpoints.codecs import GIVE_ASSETS
 from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, CodecConfig, fast
 from vlafit.codec.action_text import ActionTokenConfig
@@ -60,7 +61,7 @@ def choose(available: Mapping[str, Path], assets: str | Path | None, where: str)
         if len(available) > 1:
             raise WeightsError(
                 f"{where}: several assets ({', '.join(available)}); say which, such as "
-                f"{min(available)!r}: policy.assets in a recipe, --policy.assets for train, assets= in Python"
+                f"{min(available)!r}: {GIVE_ASSETS}"
             )
         return next(iter(available.items()), None)
     if str(assets) in available:

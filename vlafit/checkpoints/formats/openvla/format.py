@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
+from vlafit.checkpoints.codecs import GIVE_ASSETS, GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.native.read import CODEC
@@ -111,6 +111,7 @@ class OpenVLAFormat(Format):
             return super().codec(opened, policy, options)
         assert opened.codec_folder is not None
         available = statistics.sets(opened.codec_folder)
+        unchosen = len(available) > 1 and options.assets is None
         words = _tokenizer(opened.codec_folder, options)
         chosen = statistics.parse_options(table, where)
         unread, silent = not reads_state(policy), ""
@@ -119,7 +120,12 @@ class OpenVLAFormat(Format):
             silent = name if unread and statistics.lacks_states(available[name]) else ""
         lacks = [
             *(["statistics (dataset_statistics.json)"] if not available else []),
-            *(["a tokenizer: give one"] if words is None else []),
+            *(
+                [f"a choice of one of its statistics ({', '.join(available)}): {GIVE_ASSETS}"]
+                if unchosen
+                else []
+            ),
+            *([f"a tokenizer: give {GIVE_TOKENIZER}"] if words is None and not unchosen else []),
             *(
                 ["the names of its cameras: give config {'openvla.cameras': [...]}"]
                 if not chosen.cameras
@@ -150,15 +156,18 @@ class OpenVLAFormat(Format):
         return ChosenCodec(codec, notes=tuple(notes))
 
     def wants_tokenizer(self, files: CheckpointFiles) -> bool:
-        """Whether there are statistics."""
-        return bool(statistics.sets(files.folder))
+        """Whether there are statistics, and no tokenizer beside."""
+        return _own_tokenizer(files.folder) is None and bool(statistics.sets(files.folder))
 
     def declaration(self, files: CheckpointFiles) -> Declaration:
-        """Return the names of the statistics; the files do not describe the robot."""
+        """Return the names of several sets of statistics; the files do not describe the robot."""
+        named = tuple(statistics.sets(files.folder))
         return Declaration(
             says_relative=False,
             says_frame_sizes=False,
-            named_statistics=tuple(statistics.sets(files.folder)),
+            own_tokenizer=_own_tokenizer(files.folder),
+            codec_options="policy.config.openvla.cameras" if named else "",
+            named_statistics=named if len(named) > 1 else (),  # the only set needs no choice
         )
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
@@ -310,13 +319,13 @@ def _head(values: dict[str, Any], tensors: Mapping[str, Tensor], asked: str, whe
 
 def _tokenizer(folder: Path, options: LoadOptions) -> Tokenizer | None:
     """Return the caller's tokenizer, else the one in the folder."""
-    words = options.open_tokenizer()
-    if words is None:
-        own = next(
-            (folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None
-        )
-        words = None if own is None else tokenizers.load(own)
-    return words
+    words, own = options.open_tokenizer(), _own_tokenizer(folder)
+    return tokenizers.load(own) if words is None and own is not None else words
+
+
+def _own_tokenizer(folder: Path) -> Path | None:
+    files = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((file for file in files if file.is_file()), None)
 
 
 FORMAT = OpenVLAFormat()

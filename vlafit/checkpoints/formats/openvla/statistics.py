@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlafit import config as configuration
+from vlafit.checkpoints.codecs import GIVE_ASSETS
 from vlafit.checkpoints.formats.openvla.files import read_config
 from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.checkpoints.voting import Stated
@@ -56,7 +57,7 @@ def choose(available: Mapping[str, Any], name: str | Path | None, where: str) ->
     if name is None:
         raise WeightsError(
             f"{where}: statistics of several datasets ({', '.join(available)}); say which, such as "
-            f"{min(available)!r}: policy.assets in a recipe, --policy.assets for train, assets= in Python"
+            f"{min(available)!r}: {GIVE_ASSETS}"
         )
     if str(name) not in available:
         raise WeightsError(
