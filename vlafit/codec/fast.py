@@ -25,6 +25,7 @@ SCALE = 10.0  # published processor: coefficients are rounded to a tenth
 VOCABULARY = 1024  # published processor: default of `fit`
 LONGEST_TOKEN = 10_000  # characters: published processor
 MOST_CHARACTERS = 0x10FFFF  # the last code point
+BROKEN = 0xFFFD  # what a decoder writes for bytes that are no character; no chunk has such a coefficient
 SURROGATES = range(0xD800, 0xE000)  # code points that are no characters
 CONFIG, FILE = "processor_config.json", "tokenizer.json"
 
@@ -69,14 +70,17 @@ class FastTokenizer:
     def decode(self, ids: Sequence[int], steps: int, dimensions: int, *, fit: bool = False) -> Detokenised:
         """Return the chunk [steps, dimensions] that `ids` stand for.
 
-        Ids that make another number of coefficients, or that the tokenizer does not know, are not valid: the
-        chunk is 0 (openpi), or with `fit` what is left after cutting or filling with zeros (LeRobot).
+        Ids that make another number of coefficients, that the tokenizer does not know, or whose bytes are no
+        characters, are not valid: the chunk is 0 (openpi), or with `fit` what is left after cutting or filling
+        with zeros (LeRobot, which makes coefficients of 65,533 of such bytes; here they are 0).
         """
         wanted = steps * dimensions
         known = [i for i in ids if 0 <= i < self.vocab_size]
         text = self.backend.decode(known, skip_special_tokens=False)
-        values = np.fromiter((ord(letter) for letter in text), np.float64, len(text)) + self.min_token
-        valid = len(known) == len(ids) and len(values) == wanted
+        letters = np.fromiter(map(ord, text), np.int64, len(text))
+        broken = letters == BROKEN
+        values = np.where(broken, 0.0, letters + self.min_token)
+        valid = len(known) == len(ids) and len(values) == wanted and not broken.any()
         if not valid:
             values = np.concatenate([values[:wanted], np.zeros(max(0, wanted - len(values)))])
             values = values if fit else np.zeros(wanted)
@@ -169,7 +173,7 @@ def _cosines(steps: int) -> NDArray[np.float64]:
 def _text(coefficients: NDArray[np.float64], least: int) -> str:
     """Return one character for each coefficient, row by row."""
     points = np.maximum(coefficients.ravel() - least, 0)
-    if points.max() > MOST_CHARACTERS or np.isin(points, SURROGATES).any():
+    if points.max() > MOST_CHARACTERS or np.isin(points, [*SURROGATES, BROKEN]).any():
         raise CodecError(
             f"a coefficient of the normalised actions is {coefficients.ravel()[points.argmax()]:.0f}, which "
             "a FAST action tokenizer cannot write: the actions are far outside the statistics"

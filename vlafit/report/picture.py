@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from vlafit.errors import VlafitError, brief
@@ -22,6 +23,10 @@ INK, MUTED, GRID = "#1c2024", "#667078", "#e3e6e8"
 COLOURS = {BEFORE: "#868e96", AFTER: "#0b5f70", WRONG: "#b35900"}
 NAMES = {BEFORE: "before", AFTER: "after", WRONG: "after,\nwrong instruction"}
 DOTS_PER_INCH = 160
+LONGEST_TITLE = 100  # characters of a title that lists tasks
+LONGEST_QUOTE = 80  # characters of an instruction
+SMALLEST = 7.0  # points of a text
+MARGIN = 6.0  # pixels
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ def result_figure(facts: Facts) -> bytes:
     )
     for row, (evaluation, record) in enumerate(strips):
         _strip(figure.add_subplot(grid[row, 1]), evaluation, record)
-    tasks = ", ".join(facts.evaluations[shown[0].name].tasks)
+    names = facts.evaluations[shown[0].name].tasks
+    tasks = ", ".join(names)
+    if len(tasks) > LONGEST_TITLE:
+        tasks = f"{len(names)} tasks"
     figure.suptitle(f"{facts.recipe.name}: {tasks}", fontsize=11, color=INK, x=0.01, ha="left")
     return _png(figure)
 
@@ -170,12 +178,30 @@ def _strip(axes: Axes, evaluation: Evaluation, record: Record) -> None:
     axes.set_axis_off()
     outcome = {True: "success", False: "failure", None: "error"}[record.success]
     name = NAMES.get(evaluation.name, evaluation.name).replace("\n", " ")
-    text = f"{name}: “{record.instruction}”: {outcome} after {record.steps} steps"
+    said = record.instruction
+    said = said if len(said) <= LONGEST_QUOTE else f"{said[:LONGEST_QUOTE]}…"  # the layout fails on more
+    text = f"{name}: “{said}”: {outcome} after {record.steps} steps"
     axes.set_title(text, fontsize=9.5, color=COLOURS.get(evaluation.name, INK), loc="left", pad=4)
+
+
+def fit_texts(figure: Figure) -> None:
+    """Make texts that leave the picture on the right smaller, and cut those that are then still too long."""
+    figure.draw_without_rendering()
+    right = figure.bbox.width - MARGIN
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        box = text.get_window_extent()
+        if not text.get_visible() or not text.get_text().strip() or box.x1 <= right:
+            continue
+        while text.get_window_extent().x1 > right and text.get_fontsize() > SMALLEST:
+            text.set_fontsize(max(SMALLEST, text.get_fontsize() - 0.25))
+        while text.get_window_extent().x1 > right and len(text.get_text()) > 1:
+            text.set_text(f"{text.get_text().removesuffix('…')[:-1]}…")
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     read_literally(figure)
+    fit_texts(figure)
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
