@@ -71,8 +71,8 @@ class FastTokenizer:
         """Return the chunk [steps, dimensions] that `ids` stand for.
 
         Ids that make another number of coefficients, that the tokenizer does not know, or whose bytes are no
-        characters, are not valid: the chunk is 0 (openpi), or with `fit` what is left after cutting or filling
-        with zeros (LeRobot, which makes coefficients of 65,533 of such bytes; here they are 0).
+        characters, are not valid: the chunk is 0 (openpi), or with `fit` what is left after cutting or
+        filling with zeros (LeRobot, which makes coefficients of 65,533 of such bytes; here they are 0).
         """
         wanted = steps * dimensions
         known = [i for i in ids if 0 <= i < self.vocab_size]
