@@ -145,7 +145,7 @@ class Controller:
         task = arguments.text("task", task) or instruction or ""
         seed = self._episode + 1 if seed is None else arguments.whole("seed", seed, 0, LARGEST)
         self._drop_pending()
-        self._instruction = instruction
+        self._instruction = str(instruction)
         self._episode += 1
         self._key = EpisodeKey(seed, task, 0)
         self._plan = Plan(self.execution)
