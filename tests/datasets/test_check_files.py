@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from tests.datasets import hdf5_writers, lerobot_files
 from tests.datasets.arm_recordings import EPISODES, Recording, recorded
@@ -18,6 +20,10 @@ from vlafit.cli import main
 from vlafit.datasets import Card, open_dataset
 from vlafit.datasets.card import EpisodesCard
 from vlafit.datasets.checks import Checked, check_store
+from vlafit.datasets.checks.catalogue import Untested
+from vlafit.datasets.checks.pixels import check_pixels
+from vlafit.datasets.write import card_text
+from vlafit.errors import DataError
 
 EVERYTHING = in_file_order(demos(3))
 
@@ -122,3 +128,44 @@ def test_a_value_that_changed_in_a_parquet_file_is_only_found_by_checksums(
     capsys.readouterr()
     assert main(["data", "check", str(folder), "--no-pixels"]) == 2
     assert f"{path.name}: its bytes changed" in capsys.readouterr().err
+
+
+def test_frames_that_cannot_be_read_are_findings_and_the_check_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    card = hdf5_writers.aloha_encoded(tmp_path / "set", EVERYTHING)
+    paths = sorted((tmp_path / "set").rglob("*.hdf5"))
+    with h5py.File(paths[2], "a") as file:  # a row inside; opening looks at the first
+        rows = file[f"{card.robot.cameras[0].key}"]
+        rows[2] = rows[2] * 0
+    with h5py.File(paths[4], "a") as file:
+        file["action"][1, 0] = 1e9
+    opened = open_dataset(replace(card, episodes=EpisodesCard(on_bad="skip")))
+    assert len(opened.episodes) == len(EVERYTHING)
+    damaged = opened.episodes[2].id
+    path = tmp_path / "my.toml"
+    path.write_text(card_text(card))
+    assert main(["data", "check", str(path), "--json"]) == 1
+    found = {(f["kind"], f["episode"]): f for f in json.loads(capsys.readouterr().out)["findings"]}
+    finding = found["unreadable_frames", damaged]
+    assert "step 2: the image is damaged" in finding["message"] and f'skip = ["{damaged}"]' in finding["fix"]
+    assert ("spike", opened.episodes[4].id) in found  # the others are checked
+    assert main(["data", "check", str(path), "--out", str(tmp_path / "page")]) == 1
+    without = open_dataset(replace(card, episodes=EpisodesCard(skip=(damaged,))))
+    assert "unreadable_frames" not in {f.kind for f in check_store(without).findings}
+    assert [left.id for left in without.left_out] == [damaged]
+
+
+def test_frames_of_a_large_dataset_that_cannot_be_read_are_left_out_of_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Damaged(Recording):
+        def images(self, episode: int, steps: Sequence[int], camera: str) -> NDArray[np.uint8]:
+            if episode == 3 and camera == "wrist":
+                raise DataError("wrist of episode_3, step 7: is damaged")
+            return super().images(episode, steps, camera)
+
+    monkeypatch.setenv("VLAFIT_CACHE", str(tmp_path / "cache"))
+    for fewest in (1, 10**9):  # on disk, and in memory
+        findings = check_pixels(Damaged(recorded()), fewest=fewest, progress=None, untested=Untested())
+        assert [(f.kind, f.episode) for f in findings] == [("unreadable_frames", "episode_3")]

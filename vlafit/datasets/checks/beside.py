@@ -11,6 +11,7 @@ from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.pictures import CLEARER, colour_distances
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.video import VideoFile
+from vlafit.errors import DataError
 
 SHOWN = 4  # frames that are compared
 
@@ -24,8 +25,12 @@ def check_beside(store: EpisodeStore, untested: Untested) -> list[Finding]:
             untested.add("channel_order_beside", "there is none", f"camera {declared.name!r}")
             continue
         steps = np.unique(np.linspace(0, store.episodes[0].length - 1, SHOWN).round().astype(int)).tolist()
-        frames = store.images(0, steps, declared.name)
-        shown = replace(declared, channels="").upright(_frames(path, steps))
+        try:
+            frames = store.images(0, steps, declared.name)
+            shown = replace(declared, channels="").upright(_frames(path, steps))
+        except DataError as error:
+            untested.add("channel_order_beside", str(error), f"camera {declared.name!r}")
+            continue
         if shown.shape != frames.shape:
             untested.add(
                 "channel_order_beside", "the video has another size or length", f"camera {declared.name!r}"

@@ -53,6 +53,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         "channel_order_beside": Requirement(
             ("channel_order",), "a video beside the files that shows the frames once more"
         ),
+        "unreadable_frames": Requirement(("unreadable_frames",), "frames"),
         "black_frames": Requirement(("black_frames", "dark_frames"), "frames"),
         "frozen_frames": Requirement(("frozen_frames",), "a state and an image that move"),
         "frames_out_of_order": Requirement(

@@ -24,7 +24,7 @@ from vlafit.datasets.checks import curves
 from vlafit.datasets.hdf5_index import folder
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.write import card_text
-from vlafit.errors import StorageError
+from vlafit.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,15 @@ class Clip:
 
 @contextmanager
 def measured(
-    store: EpisodeStore, progress: Callable[[int, int], None] | None, fewest: int = FEWEST_FRAMES
+    store: EpisodeStore,
+    progress: Callable[[int, int], None] | None,
+    fewest: int = FEWEST_FRAMES,
+    unreadable: dict[int, DataError] | None = None,
 ) -> Iterator[dict[str, list[Clip]]]:
     """Yield the clips of all episodes, by camera. `progress` is called with frames done and their number.
+
+    Episodes with a frame that cannot be read are left out and added to `unreadable`, with the first error;
+    without it they raise theirs.
 
     Measurements of `fewest` or more frames are kept on disk until the context ends without an error.
     """
@@ -71,27 +77,41 @@ def measured(
     if kept is None:
         clips: dict[str, list[Clip]] = {camera: [] for camera in cameras}
         for number in range(len(store.episodes)):
-            for camera in cameras:
-                clips[camera].append(measure(store, number, camera, count))
+            with _readable(number, unreadable):
+                made = {camera: measure(store, number, camera, count) for camera in cameras}
+                for camera, clip in made.items():
+                    clips[camera].append(clip)
         yield clips
         return
     with locks.exclusive(kept, "vlafit data check"):
         arrays = {camera: _Arrays(kept / str(n), store, camera) for n, camera in enumerate(cameras)}
         try:
             for number, info in enumerate(store.episodes):
-                for camera in cameras:
-                    if arrays[camera].has(number):
-                        count(info.length)
-                    else:
-                        arrays[camera].put(number, measure(store, number, camera, count))
+                with _readable(number, unreadable):
+                    for camera in cameras:
+                        if arrays[camera].has(number):
+                            count(info.length)
+                        else:
+                            arrays[camera].put(number, measure(store, number, camera, count))
         finally:
             for camera in cameras:
                 arrays[camera].flush()
         yield {
-            camera: [arrays[camera].get(number) for number in range(len(store.episodes))]
+            camera: [arrays[camera].get(n) for n in range(len(store.episodes)) if n not in (unreadable or ())]
             for camera in cameras
         }
     shutil.rmtree(kept)
+
+
+@contextmanager
+def _readable(number: int, unreadable: dict[int, DataError] | None) -> Iterator[None]:
+    """Note that an episode has a frame that cannot be read."""
+    try:
+        yield
+    except DataError as error:
+        if unreadable is None:
+            raise
+        unreadable[number] = error
 
 
 def _place(store: EpisodeStore) -> Path | None:

@@ -14,10 +14,12 @@ from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.checks.freezes import check_freezes
 from vlafit.datasets.checks.motion import scale_of
 from vlafit.datasets.store import EpisodeStore
+from vlafit.errors import DataError
 
 BLACK = 4.0  # mean grey level (of 255) below which a frame is dark
 LIT = 16.0  # median level of an episode from which on a dark frame in it is missing
 PIXEL_TESTS = (
+    "unreadable_frames",
     "black_frames",
     "frozen_frames",
     "frames_out_of_order",
@@ -38,9 +40,44 @@ def check_pixels(
     *,
     untested: Untested,
 ) -> list[Finding]:
-    """Return what is suspicious in the frames. Decodes each frame once; see `clips.measured` for `fewest`."""
-    with measured(store, progress, fewest) as clips:
-        return _findings(store, clips, untested)
+    """Return what is suspicious in the frames. Decodes each frame once; see `clips.measured` for `fewest`.
+
+    An episode with a frame that cannot be read is a finding, and left out of all other tests of frames.
+    """
+    unreadable: dict[int, DataError] = {}
+    with measured(store, progress, fewest, unreadable) as clips:
+        damaged = [_unreadable(store.episodes[number].id, error) for number, error in unreadable.items()]
+        rest = [number for number in range(len(store.episodes)) if number not in unreadable]
+        return damaged + _findings(Chosen(store, rest) if damaged else store, clips, untested)
+
+
+def _unreadable(episode: str, error: DataError) -> Finding:
+    return Finding(
+        "error",
+        "unreadable_frames",
+        episode,
+        None,
+        f"a frame cannot be read: {error}",
+        "training stops when it comes to this frame, perhaps after hours",
+        f'fetch or record it again, or leave it out: skip = ["{episode}"] below [episodes] of a card',
+    )
+
+
+class Chosen(EpisodeStore):
+    """Some episodes of a store."""
+
+    def __init__(self, store: EpisodeStore, numbers: Sequence[int]) -> None:
+        self.card, self._store, self._numbers = store.card, store, tuple(numbers)
+        self.episodes = tuple(store.episodes[number] for number in numbers)
+
+    def state(self, episode: int) -> NDArray[np.float32]:
+        return self._store.state(self._numbers[episode])
+
+    def actions(self, episode: int) -> NDArray[np.float32]:
+        return self._store.actions(self._numbers[episode])
+
+    def image(self, episode: int, step: int, camera: str) -> NDArray[np.uint8]:
+        return self._store.image(self._numbers[episode], step, camera)
 
 
 def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untested) -> list[Finding]:
