@@ -217,6 +217,13 @@ class Limits:
             )
         if (self.low > self.high).any():
             raise ConfigError(f"limits: low {self.low.tolist()} is above high {self.high.tolist()}")
+        largest = float(np.finfo(np.float32).max)  # actions are float32
+        if (self.low > largest).any() or (self.high < -largest).any():
+            raise ConfigError(
+                f"limits: no action is from {self.low.tolist()} (low) to {self.high.tolist()} (high)"
+            )
+        if not np.isfinite([self.low, self.high, self.change]).any():
+            raise ConfigError("limits: low, high and change are all infinite, so that they limit nothing")
         if (self.change < 0).any():
             raise ConfigError(f"limits: change must be 0 or more, not {self.change.tolist()}")
         labels = arguments.texts("limits: labels", self.labels)

@@ -203,6 +203,12 @@ def test_a_robot_without_limits_is_not_called_safe() -> None:
         ([1.0], [-1.0], [1.0], "clip"),
         ([0.0], [1.0], [0.1, 0.2], "clip"),
         ([0.0], [1.0], ["a"], "clip"),
+        ([0.0], [1.0], ["1"], "clip"),
+        ([0.0], [1.0], [True], "clip"),
+        ([np.inf], [np.inf], [1.0], "clip"),
+        ([-np.inf], [-np.inf], [1.0], "clip"),
+        ([1e39], [1e40], [1.0], "clip"),
+        ([-np.inf] * 2, [np.inf] * 2, [np.inf] * 2, "clip"),
         ([0.0], [1.0], [1.0], "Stop"),
     ],
 )
