@@ -190,11 +190,12 @@ def fit_texts(figure: Figure) -> None:
     right = figure.bbox.width - MARGIN
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
-        box = text.get_window_extent()
-        if not text.get_visible() or not text.get_text().strip() or box.x1 <= right:
+        if not text.get_visible() or not text.get_text().strip():
             continue
-        while text.get_window_extent().x1 > right and text.get_fontsize() > SMALLEST:
-            text.set_fontsize(max(SMALLEST, text.get_fontsize() - 0.25))
+        points = float(text.get_fontsize())
+        while text.get_window_extent().x1 > right and points > SMALLEST:
+            points = max(SMALLEST, points - 0.25)
+            text.set_fontsize(points)
         while text.get_window_extent().x1 > right and len(text.get_text()) > 1:
             text.set_text(f"{text.get_text().removesuffix('…')[:-1]}…")
 
