@@ -148,7 +148,10 @@ def test_frames_that_cannot_be_read_are_findings_and_the_check_goes_on(
     assert main(["data", "check", str(path), "--json"]) == 1
     found = {(f["kind"], f["episode"]): f for f in json.loads(capsys.readouterr().out)["findings"]}
     finding = found["unreadable_frames", damaged]
-    assert "step 2: the image is damaged" in finding["message"] and f'skip = ["{damaged}"]' in finding["fix"]
+    assert (
+        "step 2: the image is damaged (no JPEG or PNG: empty)" in finding["message"]
+        and f'skip = ["{damaged}"]' in finding["fix"]
+    )
     assert ("spike", opened.episodes[4].id) in found  # the others are checked
     assert main(["data", "check", str(path), "--out", str(tmp_path / "page")]) == 1
     without = open_dataset(replace(card, episodes=EpisodesCard(skip=(damaged,))))

@@ -25,7 +25,12 @@ def decode_marked(data: bytes, where: str) -> tuple[NDArray[np.uint8], bool]:
             if image.mode != "RGB":
                 raise DataError(f"{where}: is a {image.mode} image, not RGB")
             return np.asarray(image), image.info.get("comment") == RGB_MARK
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:  # whose text is the address of an object
+        empty = (
+            "empty" if not data.strip(b"\0") else f"{len(data):,} bytes that begin with {data[:4].hex(' ')}"
+        )
+        raise DataError(f"{where}: the image is damaged (no JPEG or PNG: {empty})") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{where}: the image is damaged ({error})") from error
 
 

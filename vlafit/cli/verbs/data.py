@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     if verb == "bench":
         parser.add_argument(
-            "--seconds", type=within(0, 86_400, float, above=True), default=5.0, help="how long to read"
+            "--seconds", type=within(0.1, 86_400, float), default=5.0, help="how long to read"
         )
     if verb in ("card", "inspect"):
         parser.add_argument(

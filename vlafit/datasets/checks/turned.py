@@ -54,7 +54,11 @@ def check_parts(name: str, pairs: Sequence[Pair], untested: Untested) -> list[Fi
         return []  # the relation of the two is not tested either, which says so
     height = float(np.median([np.corrcoef(p.action, p.state)[0, 1] for p in pairs]))
     if abs(height) < RELIABLE:
-        untested.add("action_sign", f"{NOT_FOUND}: its correlation is {abs(height):.2f}", f"action {name}")
+        untested.add(
+            "action_sign",
+            f"{NOT_FOUND}: its correlation with its state is below {RELIABLE}",
+            f"action {name}",
+        )
         return []
     gain = float(np.median([np.std(p.action) / np.std(p.state) for p in pairs])) * np.sign(height)
     offset = float(np.median([p.action.mean() - gain * p.state.mean() for p in pairs]))
