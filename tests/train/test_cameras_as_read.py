@@ -13,7 +13,7 @@ from tests.train.agreement_world import EPISODES, recipe_of, start, write_card, 
 from vlafit import cli, config
 from vlafit.agreement.values import FORMAT
 from vlafit.datasets import load_card, open_dataset
-from vlafit.datasets.framing import differing, frames, frames_of, is_same
+from vlafit.datasets.framing import differing, frames, frames_of, is_same, reading
 from vlafit.errors import EmbodimentError, TrainingError
 from vlafit.offline.contract import compare_cameras, compare_frames
 from vlafit.recipe import Recipe
@@ -85,11 +85,31 @@ def test_a_run_without_a_record_of_its_cameras_is_resumed_and_has_one_then(
     recipe, out = trained
     content = json.loads((out / "run.json").read_text())
     recorded = content.pop("data_read")
-    units = {"state unit", "action unit"}
-    assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative", *units}
+    stated = {"state unit", "action unit", "state names", "action names"}
+    assert set(recorded["joints"]) == {"camera front", "camera back", "robot.relative", *stated}
     (out / "run.json").write_text(json.dumps(content))
     assert run(recipe, out, resume=True).finished
     assert json.loads((out / "run.json").read_text())["data_read"] == recorded
+
+
+def test_names_that_the_card_states_only_since_the_run_began_are_named(card: Path, tmp_path: Path) -> None:
+    plain = card.with_name("plain.toml")
+    plain.write_text(re.sub(r"labels = \[[^]]*\]", "labels = []", card.read_text()))
+    named, unnamed = ({"joints": reading(load_card(str(one)))} for one in (card, plain))
+    for before, now, facts in (
+        (unnamed, named, ("'a, b'", "did not state")),
+        (named, unnamed, ("was 'a, b', is now 'not stated'",)),
+        (named, {"joints": named["joints"] | {"action names": "b, a"}}, ("was 'a, b', is now 'b, a'",)),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"data_read": before}))
+        try:
+            said = " ".join(require_same_readings(tmp_path, now))
+        except TrainingError as error:
+            said = str(error)
+        assert all(fact in said for fact in ("card 'joints'", "action names", *facts))
+    old = {key: value for key, value in unnamed["joints"].items() if "names" not in key}
+    (tmp_path / "run.json").write_text(json.dumps({"data_read": {"joints": old}}))
+    assert require_same_readings(tmp_path, named) == [], "a run of before"
 
 
 def test_a_unit_that_the_card_states_only_since_the_run_began_is_named(tmp_path: Path) -> None:

@@ -101,13 +101,17 @@ def exchanged_keys(card: Card, trained: Sequence[Card] = (), confirmed: Sequence
 
 
 def reading(card: Card) -> dict[str, str]:
-    """Return what the card says about cameras, relative actions and units, which no hash of states covers."""
+    """Return what a card says of cameras, relative actions, units and names, which no hash covers."""
     stated = {
         f"camera {c.name}": f"key {c.key}, {c.height}x{c.width}, {turned(c) or AS_STORED}"
         for c in card.robot.cameras
     }
     stated |= {
         f"{column.name} unit": column.unit or NOT_STATED
+        for column in (card.embodiment.state, card.embodiment.action)
+    }
+    stated |= {
+        f"{column.name} names": ", ".join(column.labels) or NOT_STATED
         for column in (card.embodiment.state, card.embodiment.action)
     }
     dimensions = [str(number) for number, on in enumerate(card.robot.relative) if on]

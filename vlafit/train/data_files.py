@@ -14,6 +14,7 @@ from vlafit.errors import TrainingError, brief
 from vlafit.files import read_json_object, require_readable
 from vlafit.train.data import Data
 
+YOUNGER = (" unit", " names")  # points that the records of older runs lack
 DELETE = "delete the file to continue"
 
 
@@ -45,9 +46,9 @@ def readings(data: Data) -> dict[str, dict[str, str]]:
 def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Compare with what run.json in `out` says of the run's last session, and return warnings.
 
-    Raises TrainingError for a card that says something else about a camera, relative actions or a unit; where
-    it said nothing before, that is a warning, as the values are the same. A run that is older than such a
-    record has none, or none of units.
+    Raises TrainingError for a card that says something else about a camera, relative actions, a unit or the
+    names of dimensions; where it said nothing before, that is a warning, as the values are the same. A run
+    that is older than such a record has none, or none of units or names.
     """
     warnings = []
     recorded = _content(out).get("data_read", {})
@@ -60,11 +61,12 @@ def require_same_readings(out: Path, now: Mapping[str, Mapping[str, str]]) -> li
             for point in dict.fromkeys([*then, *current])
             if then.get(point) != current.get(point)
             and then.get(point) != NOT_STATED
-            and not (point.endswith(" unit") and point not in then)
+            and not (point.endswith(YOUNGER) and point not in then)
         ]
         warnings += [
-            f"card {name!r} says since the run began that the {point} is {current.get(point)!r}; the run's "
-            "checkpoints do not state it, and its values are taken as before"
+            f"card {name!r} says since the run began what it did not state before: {point}: "
+            f"{current.get(point)!r}; the run's checkpoints do not state it, and its values are taken "
+            "as before"
             for point, stated in then.items()
             if stated == NOT_STATED != current.get(point, NOT_STATED)
         ]

@@ -36,6 +36,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         for name in (read_processors.PRE, read_processors.POST)
     )
     require_known(pre, post)
+    features.require_inputs(lerobot)
     relative_actions.action_names(lerobot, pre)  # a contradiction is not a lack of features
     try:
         slots, robot = read_processors.robot_of(lerobot, pre)
@@ -60,6 +61,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         action_tokenizer=str(lerobot.values.get(action_tokens.NAME) or ""),
         form=read_processors.form_of(lerobot, pre),
         overruled=(
+            *features.unread(lerobot),
             *(read_processors.overruled(lerobot, pre) if pre and post else ()),
             *relative_actions.without_effect(lerobot, pre),
             *(

@@ -1,13 +1,67 @@
-"""Compare the features that LeRobot's config.json lists with those that its processors list."""
+"""Check the features that LeRobot's config.json lists: kinds, channels, and what its processors list."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlafit.checkpoints.formats.lerobot.processor_steps import Step
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
+from vlafit.checkpoints.declaration import Overruled
+from vlafit.checkpoints.formats.lerobot.processor_steps import Step, require_kinds
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, execution_notes
 from vlafit.errors import WeightsError
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
+
+
+def require_inputs(lerobot: LeRobotConfig) -> None:
+    """Raise WeightsError for an input that no policy here takes: of another kind, or not of 3 channels.
+
+    LeRobot writes cameras as [3, height, width]; [height, width, 3] is read, too.
+    """
+    inputs, where = lerobot.values.get("input_features"), f"{lerobot.path}: input_features"
+    require_kinds(inputs, where)
+    for key, feature in (inputs or {}).items():
+        shape = _part(feature, "shape")
+        if feature.get("type") != "VISUAL" or key.startswith(EMPTY_CAMERA) or not isinstance(shape, list):
+            continue
+        if len(shape) == 3 and 3 not in (shape[0], shape[2]):
+            raise WeightsError(
+                f"{where}: {key} has shape {shape}, not 3 channels ([3, height, width]): no "
+                "policy here takes depth or grey frames, and colour frames are not what it learned from"
+            )
+
+
+def unread(lerobot: LeRobotConfig) -> tuple[Overruled, ...]:
+    """Return the states beside observation.state, and the actions beside action, that config.json lists.
+
+    LeRobot lists every observation of a dataset that is no camera as STATE, every column whose name begins
+    with "action" as ACTION; its policies read and write these two only.
+    """
+    found = []
+    for table, kind, read in (
+        ("input_features", "STATE", "observation.state"),
+        ("output_features", "ACTION", "action"),
+    ):
+        listed = lerobot.values.get(table)
+        for key, feature in (listed if isinstance(listed, Mapping) else {}).items():
+            if key != read and _part(feature, "type") == kind:
+                found.append(
+                    Overruled(
+                        f"feature {key}",
+                        f"{lerobot.path.name}: {table}: {kind} {_part(feature, 'shape')}",
+                        "neither read nor written",
+                        f"of {kind}, LeRobot's policies only have {read}",
+                    )
+                )
+    return tuple(found)
+
+
+def notes(lerobot: LeRobotConfig | None) -> tuple[str, ...]:
+    """Return the notes of a load report about what config.json says and the policy does not do."""
+    if lerobot is None:
+        return ()
+    return (
+        *execution_notes(lerobot),
+        *(f"{one.name} ({one.stated}) is {one.used}: {one.reason}" for one in unread(lerobot)),
+    )
 
 
 def require_same(lerobot: LeRobotConfig, steps: Sequence[Step]) -> None:

@@ -22,13 +22,20 @@ from vlafit.checkpoints.formats.base import (
     OpenedCheckpoint,
     Opener,
 )
-from vlafit.checkpoints.formats.lerobot import declared, names, pi0_fast, read_buffers, read_processors, xvla
+from vlafit.checkpoints.formats.lerobot import (
+    declared,
+    features,
+    names,
+    pi0_fast,
+    read_buffers,
+    read_processors,
+    xvla,
+)
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot import write_groot as write_lerobot
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
     LeRobotConfig,
-    execution_notes,
     pi0_evidence,
     read_config,
     require_supported,
@@ -258,7 +265,7 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
         steps=sampling_steps(config),
         codec_folder=files.folder,
         buffers=buffers_of(files),
-        notes=execution_notes(config),
+        notes=features.notes(config),
     )
 
 

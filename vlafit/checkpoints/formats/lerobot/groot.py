@@ -15,10 +15,10 @@ from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names
 from vlafit.checkpoints.formats.groot.format import FIXED
-from vlafit.checkpoints.formats.lerobot import groot_grouped
+from vlafit.checkpoints.formats.lerobot import features, groot_grouped
 from vlafit.checkpoints.formats.lerobot import groot_processors as processors
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
-from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, execution_notes, read_config
+from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.write_groot import NAMES, PREFIX
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.options import LoadOptions
@@ -66,7 +66,7 @@ class LeRobotGroot(Format):
             ConfigEvidence(values, stated, fixed=FIXED),
             steps=steps,
             codec_folder=files.folder,
-            notes=notes + execution_notes(lerobot),
+            notes=notes + features.notes(lerobot),
         )
 
     def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
@@ -98,6 +98,7 @@ class LeRobotGroot(Format):
         lerobot = read_config(files.folder)
         if lerobot is None:
             return Declaration()
+        features.require_inputs(lerobot)
         pre, post = processors.steps_in(files.folder)
         processors.require_repeated(lerobot, pre, post)
         try:
@@ -122,6 +123,7 @@ class LeRobotGroot(Format):
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=() if "" in sets else tuple(sorted(sets)),
+            overruled=features.unread(lerobot),
             form=InputForm(processors.prompt_of(pack), frames.name, "prompt", frames.crop, frames.letter_box),
         )
 

@@ -24,7 +24,6 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import (
     STATE_PROMPT,
     Step,
     read_steps,
-    require_kinds,
     require_known,
     require_repeated,
 )
@@ -239,7 +238,7 @@ def robot_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> tuple[tuple[str, 
     renamed = _old_names(steps)
     slots: list[str] = []
     cameras: list[Feature] = []
-    require_kinds(lerobot.values.get("input_features"), f"{lerobot.path}: input_features")
+    features.require_inputs(lerobot)
     for key, (kind, shape) in _features(lerobot, "input_features").items():
         if kind != "VISUAL":
             continue

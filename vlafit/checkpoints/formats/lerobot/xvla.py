@@ -14,10 +14,9 @@ from torch import Tensor
 from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.codecs import ChosenCodec
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint
-from vlafit.checkpoints.formats.lerobot import names
+from vlafit.checkpoints.formats.lerobot import features, names
 from vlafit.checkpoints.formats.lerobot.read_config import (
     LeRobotConfig,
-    execution_notes,
     read_config,
     require_supported,
     sampling_steps,
@@ -129,7 +128,7 @@ def open_checkpoint(
         steps=sampling_steps(config),
         codec_folder=files.folder,
         conflicts=translated.conflicts,
-        notes=execution_notes(config) + _views_note(values, config, made.views),
+        notes=features.notes(config) + _views_note(values, config, made.views),
     )
 
 
