@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import vlafit
-from tests.train.agreement_world import start
+from tests.train.agreement_world import start, write_card
 from tests.train.world import tiny
 from vlafit import cli
 from vlafit.actor import PolicyActor
-from vlafit.agreement import describe_recorded, recorded_otherwise
+from vlafit.agreement import describe_recorded, recorded_otherwise, values
 from vlafit.checkpoints.export import export
 from vlafit.codec.rotations import to_matrices
 from vlafit.datasets import ChunkDataset, load_card, open_dataset
@@ -199,3 +199,22 @@ def test_the_difference_is_named_where_rotations_are_learned_as_they_are_recorde
     assert describe_recorded(xyzw) == (
         "rotation 3 to 6 as quaternion_xyzw, position 0 to 2; gripper 7 (0 is 0, 1 is 1)"
     )
+
+
+@pytest.mark.case(
+    section="data",
+    report="X-VLA learns nothing from my joints, and nobody said why",
+    user_has="six joints without poses, and an X-VLA whose loss takes actions for positions and rotations",
+    now='refused with what the policy takes and `action_space = "auto"`; stated in the agreement otherwise',
+)
+def test_joints_are_not_learned_as_positions_and_rotations(tmp_path: Path) -> None:
+    joints = write_card(tmp_path / "data")
+    expected = r"action space: dataset: 2 dimensions.*'ee6d'.*\n.*10 or 20"
+    with pytest.raises(EmbodimentError, match=expected) as error:
+        run(xvla(joints), tmp_path / "run")
+    assert 'policy.config.action_space = "auto"' in str(error.value)
+
+
+def test_what_an_action_space_takes_is_in_the_agreement(trained: tuple[Path, Path]) -> None:
+    items = {item.name: item for item in values.read(trained[1]).items}  # type: ignore[union-attr]
+    assert items["action space"].status == "same" and "two columns" in items["action space"].value

@@ -77,6 +77,20 @@ class ActionBins:
 
 
 @dataclass(frozen=True)
+class ActionLayout:
+    """What the dimensions of an action are to a policy whose loss and weights take them for these."""
+
+    name: str
+    text: str
+    counts: tuple[int, ...]
+    """Numbers of dimensions that a robot may have."""
+    poses: bool
+    """Whether some are poses of a hand."""
+    remedy: str
+    """How to learn a robot's dimensions without them."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """A policy's requirements of the codec that feeds it."""
 
@@ -110,7 +124,8 @@ class Needs:
     """How it learns to write actions as tokens of a FAST tokenizer; None: it does not."""
     action_bins: ActionBins | None = None
     """How it writes each value as a token; None: it does not."""
-
+    action_layout: ActionLayout | None = None
+    """What each dimension of an action must be; None: anything."""
     learns_answers: bool = False
     """Whether its token loss may also be of answers to questions about images, which have no actions."""
 

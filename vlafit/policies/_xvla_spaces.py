@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlafit.errors import CodecError
 from vlafit.nn.activations import sigmoid
+from vlafit.nn.policy import ActionLayout
 
 SpaceName = Literal["ee6d", "agibot_ee6d", "joint", "auto", "franka_joint7", "so101_bimanual"]
 
@@ -80,6 +81,26 @@ SPACES: Mapping[SpaceName, ActionSpace] = {
     ),
 }
 """The spaces with fixed channels; "auto" is made for a robot, see `space_of`."""
+
+
+_HANDS = "of one hand or two, each 3 of position, 6 of rotation (two columns) and a gripper of 0 or 1"
+LAYOUTS: Mapping[SpaceName, tuple[str, tuple[int, ...], bool]] = {
+    "ee6d": (_HANDS, (10, 20), True),
+    "agibot_ee6d": (_HANDS, (10, 20), True),
+    "joint": ("of one arm or two, each 6 joints and a gripper of 0 or 1", (7, 14), False),
+    "franka_joint7": ("7 joints", (7,), False),
+    "so101_bimanual": ("of one arm or two, each 5 joints and a gripper", (6, 12), False),
+}
+"""What the channels of a space are, how many a robot may have, and whether they are poses."""
+REMEDY = 'policy.config.action_space = "auto" with data.normalisation = "mean_std"'
+
+
+def layout_of(name: SpaceName) -> ActionLayout | None:
+    """Return what an action's channels must be; None for "auto", which takes any."""
+    if name == "auto":
+        return None
+    text, counts, poses = LAYOUTS[name]
+    return ActionLayout(name, text, counts, poses, REMEDY)
 
 
 def space_of(name: SpaceName, action_dim: int, real_dim: int) -> ActionSpace:

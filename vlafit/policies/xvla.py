@@ -32,6 +32,7 @@ from vlafit.policies._xvla_spaces import (
     SpaceName,
     error_sums,
     hidden,
+    layout_of,
     outputs,
     require_probabilities,
     space_of,
@@ -217,6 +218,7 @@ class XVLA(Policy):
             embodiment_field="domain",
             normalisation="mean_std" if c.action_space == "auto" else "identity",  # metres and 0 or 1
             cameras=c.views,
+            action_layout=layout_of(c.action_space),
         )
 
     def check(self, batch: Batch) -> None:

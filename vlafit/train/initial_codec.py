@@ -11,10 +11,10 @@ from vlafit.codec.statistics import FLOORED, OPENVLA
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
 from vlafit.errors import CodecError, ConfigError
-from vlafit.nn.policy import Policy
+from vlafit.nn.policy import Needs, Policy
 from vlafit.recipe import Recipe
+from vlafit.train import action_layout, reconcile
 from vlafit.train import action_tokenizer as action_tokenizers
-from vlafit.train import reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.data import Data
 from vlafit.train.data_statistics import statistics_for
@@ -152,12 +152,13 @@ def with_codec(
     own_chunk: int | None = None,
     owner: str = "the checkpoint",
     *,
-    answers: bool,
+    needs: Needs,
     tokens: action_tokenizers.Origin,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics.
 
-    The arguments are those of `reconcile.codec_items`; `tokens` says where an action tokenizer comes from.
+    The arguments are those of `reconcile.codec_items`; `needs` are the policy's, and
+    `tokens` says where an action tokenizer comes from.
     """
     part, recipe = data.of(embodiment), recipe.of(embodiment)
     text = codec.action_text
@@ -172,8 +173,10 @@ def with_codec(
             recipe.fits_statistics,
         )
     )
+    answers, start = needs.writes_tokens, recipe.policy.checkpoint
     items = reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions)
-    whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *values])
+    layout = action_layout.items(needs.action_layout, codec, start)
+    whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *layout, *values])
     of_values = {item.name for item in values}
     only_values = all(item.name in of_values for item in whole.conflicts)
     if len(data.names) > 1:

@@ -147,7 +147,7 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
             None,
             codec,
             words,
-            answers=policy.needs().writes_tokens,
+            needs=policy.needs(),
             tokens=action_tokenizers.Origin(recipe.policy.action_tokenizer),
         )
         codecs.append(codec)
@@ -289,7 +289,7 @@ def _from_checkpoint(
             tokenizer,
             report.chunk,
             report.owner,
-            answers=policy.needs().writes_tokens,
+            needs=policy.needs(),
             tokens=origin,
         )
     warnings += faults_of(data.parts(), codecs)

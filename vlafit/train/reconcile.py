@@ -13,8 +13,9 @@ from vlafit.datasets import Card, column_order, conversions, value_faults
 from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
+from vlafit.nn.policy import Needs
 from vlafit.recipe import Recipe
-from vlafit.train import action_tokenizer, data_statistics
+from vlafit.train import action_layout, action_tokenizer, data_statistics
 from vlafit.train.data import Data, open_data
 from vlafit.train.prompts import require_prompts
 
@@ -205,14 +206,14 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
 
 
 def outlook(
-    recipe: Recipe, codec: Codec, agreement: Agreement, chunk: int, own_chunk: int | None, owner: str
+    recipe: Recipe, codec: Codec, agreement: Agreement, needs: Needs, own_chunk: int | None, owner: str
 ) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
-    `chunk` is that of the policy, `own_chunk` that of the checkpoint's files, `owner` whose codec it is. The
-    dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
+    `needs` are those of the policy, `own_chunk` that of the checkpoint's files, `owner` whose codec it is.
+    The dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
     """
-    codec = codec.with_changes(config=replace(codec.config, chunk=chunk))
+    codec = codec.with_changes(config=replace(codec.config, chunk=needs.chunk))
     data = open_data(recipe.data, recipe.train.seed)
     if agreement.conflicts:
         return agreement
@@ -223,6 +224,7 @@ def outlook(
     items = [
         *other_cards(data.cards),
         *codec_items(recipe, data, codec, codec, words, own_chunk, owner, action_tokens=tokens),
+        *action_layout.items(needs.action_layout, codec, recipe.policy.checkpoint),
     ]
     return agreement.with_items(
         [

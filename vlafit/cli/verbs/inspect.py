@@ -266,7 +266,7 @@ def _agree(loaded: "Loaded", recipe: "Recipe", declared: "Declaration", options:
             recipe,
             loaded.codec,
             agreement,
-            loaded.policy.needs().chunk,
+            loaded.policy.needs(),
             loaded.report.chunk,
             loaded.report.owner,
         )
