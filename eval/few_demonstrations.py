@@ -9,7 +9,8 @@ command continues after an interruption; `--most 1` plays one point and stops. E
 in the results folder, with its command, every outcome and what it took, whatever it shows; `python
 eval/readme.py` makes the tables from it, `python eval/few_demonstrations_figure.py` the picture.
 
-The tasks `distant` are recorded first: `vlafit record metaworld-distant`.
+Other tasks than the faucets are recorded first: `vlafit record metaworld-related`, `vlafit record
+metaworld-distant`.
 """
 
 import argparse
@@ -41,6 +42,19 @@ TASKS = {  # card, tasks, starts of each, longest episode
         ("coffee-push-v3", "hammer-v3", "handle-pull-v3", "lever-pull-v3", "soccer-v3", "sweep-into-v3"),
         8,
         200,
+    ),
+    "related": (
+        "metaworld-related",
+        (
+            "button-press-topdown-wall-v3",
+            "button-press-wall-v3",
+            "faucet-close-v3",
+            "faucet-open-v3",
+            "plate-slide-back-side-v3",
+            "plate-slide-back-v3",
+        ),
+        8,
+        150,
     ),
 }
 LORA_RANK_2 = "eval/results/few-demonstrations/lora-rank-2.toml"  # beside its results: nobody else needs it
@@ -80,22 +94,23 @@ def of_strategies(tasks: str, demonstrations: int, steps: int, rates: dict[str, 
         yield Point(tasks, "full checkpoint", demonstrations, steps, lr, strategy)
 
 
-RATES = {"full": 1e-3, "expert": 1e-3, "lora": 1e-3, LORA_RANK_2: 1e-3, "dora": 1e-3, "progressive": 1e-3}
+RATES = {"full": 2e-3, "expert": 2e-3, "lora": 2e-3, LORA_RANK_2: 2e-3, "dora": 2e-3, "progressive": 2e-3}
 PLAN = tuple(
     dict.fromkeys(
         [
             *grid("faucet", (5,), (60,), (5e-4, 2e-3)),
             *grid("faucet", (5,), (30,), (2e-3,)),
-            *grid("faucet", (1,), (60,), (2e-3,)),
+            *grid("related", (5,), (60,), (2e-3,)),
+            *grid("related", (5,), (60,), (1e-3, 5e-3)),
+            *grid("related", (5,), (200,), (2e-3,)),
+            *grid("related", (20,), (60,), (2e-3,)),
+            *of_strategies("related", 5, 60, RATES),
             *grid("distant", (25,), (200,), (2e-3,)),
-            *grid("distant", (5,), (200,), (2e-3,)),
             *grid("distant", (25,), (600,), (1e-3,)),
-            *of_strategies("distant", 25, 600, RATES),
-            *grid("faucet", (5,), (30,), (5e-3,)),
-            *of_strategies("faucet", 5, 60, RATES),
-            *grid("distant", (25,), (200,), (5e-4,)),
-            *grid("faucet", (5,), (200,), (5e-4,)),
-            *grid("faucet", (25,), (60,), (5e-4, 2e-3)),
+            *grid("faucet", (1,), (60,), (2e-3,)),
+            *grid("faucet", (5,), (30,), (5e-3, 1e-2)),
+            *of_strategies("faucet", 5, 30, RATES),
+            *grid("related", (20,), (200,), (1e-3,)),
         ]
     )
 )
@@ -112,7 +127,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=len(PLAN), help="points to play before stopping")
     parser.add_argument("--runs", type=Path, default=Path("runs/few-demonstrations"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "few-demonstrations")
-    parser.add_argument("--trials", type=int, help="starts of each task [25 of faucet, 8 of distant]")
+    parser.add_argument("--trials", type=int, help="starts of each task [25 of faucet, 8 of others]")
     options = parser.parse_args()
     chosen = [point for point in PLAN if all(word in point.name for word in options.only)]
     missing = [point for point in chosen if not is_finished(options.runs / point.name)]

@@ -24,13 +24,12 @@ from vlafit.score import Score
 
 HERE = Path(__file__).parent
 COLOURS = {"full checkpoint": "#0b5f70", "fresh expert": "#b35900", "untrained": "#868e96"}
-FEW, FAR = {"tasks": "faucet"}, {"tasks": "distant"}
+FEW, NEAR = {"tasks": "faucet"}, {"tasks": "related"}
 PANELS = (  # title, what all of its points have, what its axis shows
     ("faucet, 5 demonstrations, 60 steps", {**FEW, "demonstrations": 5, "steps": 60}, "lr"),
-    ("faucet, 5 demonstrations, rate 0.002", {**FEW, "demonstrations": 5, "lr": 2e-3}, "steps"),
+    ("faucet, 5 demonstrations, 30 steps", {**FEW, "demonstrations": 5, "steps": 30}, "lr"),
     ("faucet, 60 steps, rate 0.002", {**FEW, "steps": 60, "lr": 2e-3}, "demonstrations"),
-    ("distant, 25 demonstrations, 200 steps", {**FAR, "demonstrations": 25, "steps": 200}, "lr"),
-    ("distant, 200 steps, rate 0.002", {**FAR, "steps": 200, "lr": 2e-3}, "demonstrations"),
+    ("related, 5 demonstrations, 60 steps", {**NEAR, "demonstrations": 5, "steps": 60}, "lr"),
 )
 AXES = {
     "lr": "learning rate",
