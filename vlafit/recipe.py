@@ -66,11 +66,18 @@ class DataRecipe:
     """Card, folder or hub id of another dataset of the same robot, whose episodes, all of them, give the
     statistics; with statistics = "data". Empty: the training episodes."""
     normalisation: Literal[
-        "", "mean_std", "quantile", "groot_min_max", "groot_quantile", "openvla_min_max", "openvla_quantile"
+        "",
+        "mean_std",
+        "quantile",
+        "groot_min_max",
+        "groot_quantile",
+        "openvla_min_max",
+        "openvla_quantile",
+        "identity",
     ] = ""
     """How computed statistics normalise states and actions. Empty: the checkpoint's method, else the
     family's: mean_std, or for GR00T groot_min_max, the range clipped to [-1, 1], and for OpenVLA
-    openvla_quantile."""
+    openvla_quantile. identity: neither is normalised, as X-VLA's spaces of poses and joints want it."""
     relative: Literal["card", "matching"] = "card"
     """Which actions are learned minus the state at the chunk's start. card: those of the card's
     robot.relative (without a card: none). matching: each that has the name of a state (absolute joint

@@ -202,7 +202,6 @@ def test_damage_to_a_table_of_embodiments_is_named_as_the_file_names_it(
             ["video_modality_keys", "wrist"],
         ),
         ("pre", "groot_n1_7_pack_inputs_v1", {"action_horizon": 40}, ["action_horizon is 40", "8"]),
-        ("post", "groot_action_unpack_unnormalize_v2", {"libero_gripper_action": True}, ["libero_gripper"]),
         ("post", "groot_action_unpack_unnormalize_v2", {"env_action_dim": 5}, ["env_action_dim is 5", "6"]),
         ("post", "groot_action_unpack_unnormalize_v2", {"normalize_min_max": False}, ["does not undo"]),
     ],

@@ -50,6 +50,7 @@ def made(folder: Path, tag: str, io: dict[str, NDArray]) -> Path:
     }
     values["output_features"] = {"action": {"type": "ACTION", "shape": [action]}}
     values["use_relative_actions"] = tag != LIBERO
+    values |= {"embodiment_tag": tag, "action_decode_transform": "libero" if tag == LIBERO else None}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
 
@@ -123,6 +124,11 @@ def both(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return apply
 
 
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def _flat(folder: Path) -> None:
     path = next(folder.glob("policy_preprocessor*.safetensors"))
     values = load_file(path)
@@ -154,7 +160,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a cut": (lambda f: edit(f / POST, DECODE, lambda c: c.update(env_action_dim=5)), "env_action_dim is 5"),
     "another gripper": (
-        lambda f: edit(f / POST, DECODE, lambda c: c.update(action_decode_transform="libero")),
+        lambda f: edit_config(f, action_decode_transform="libero"),
         "0 dimensions of the group 'gripper'",
     ),
     "a robot of other dimensions": (_lerobot_shape, "has 6 dimensions of action, and config.json 5"),

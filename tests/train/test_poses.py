@@ -16,6 +16,7 @@ from vlafit.actor import PolicyActor
 from vlafit.agreement import describe_recorded, recorded_otherwise, values
 from vlafit.checkpoints.export import export
 from vlafit.codec.rotations import to_matrices
+from vlafit.config import dump, read
 from vlafit.datasets import ChunkDataset, load_card, open_dataset
 from vlafit.errors import ConfigError, EmbodimentError, WeightsError
 from vlafit.offline.contract import compare_values
@@ -101,7 +102,9 @@ def xvla(card: Path, **more: object) -> Recipe:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("arm")
     card = write_arm(folder)
-    run(xvla(card), folder / "run")
+    recipe = folder / "ee6d.toml"
+    recipe.write_text(dump(xvla(card)))
+    run(read(Recipe, recipe, "recipe"), folder / "run")
     return card, folder / "run" / "checkpoints" / "step_000001"
 
 
@@ -118,6 +121,7 @@ def test_x_vla_learns_ee6d_from_a_card_and_answers_in_the_robot_s_units(trained:
     learned = to_matrices(encoded.actions[:, 3:9], "rot6d_columns")
     np.testing.assert_allclose(learned, turned, atol=10 * np.finfo(np.float32).eps)
     assert set(np.unique(encoded.actions[:, 9])) <= {0.0, 1.0}
+    assert cli.main(["eval", str(folder), "--data", str(card), "--out", str(card.parent / "eval")]) == 0
     actor = PolicyActor(loaded.policy, codec)
     chunk = actor.act([sample.observation], [EpisodeKey(0, "reach", 0)])[0]
     assert chunk.actions.shape == (codec.config.chunk, 7)

@@ -50,6 +50,8 @@ class ConfigEvidence:
     """Keys that the program's own code fixes at the public values: that they are assumed needs no note."""
     conflicts: tuple[str, ...] = ()
     """Lines that say where the checkpoint contradicts itself."""
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """Keys that are tables, and how the user gives them if nothing tells them."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def infer_config(
     public = sizes[variant.public]
     require_known_keys(merge_dotted({}, fields), asdict(public), f"{where}: config")
     asserted = merge_dotted(evidence.values, fields)
+    _require_whole(evidence.remedies, asserted, asdict(public), where)
     wanted = merge_dotted(fields, widths or {})
     votes = vote(weights, table.axes, evidence.witnesses, file_name)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -141,8 +144,24 @@ def infer_config(
     models = public, sizes[variant.tiny]
     shapeless = misfits(weights, table.axes, votes)
     wrong = conflicts, shapeless
-    config = _checked(family_name, weights, values, asked, fields, models, wrong, file_name, where)
+    config = _checked(
+        family_name, weights, values, asked, fields, models, wrong, file_name, where, evidence.remedies
+    )
     return Inferred(config, tuple(conflicts), _assumption_notes(table, config, asserted, evidence))
+
+
+def _require_whole(
+    remedies: Mapping[str, str], asserted: Mapping[str, Any], public: Mapping[str, Any], where: str
+) -> None:
+    """Raise WeightsError for a table of which only some keys are given, and nothing tells the others."""
+    for key, remedy in remedies.items():
+        have = asserted.get(key)
+        if isinstance(have, Mapping) and (lacking := [name for name in public[key] if name not in have]):
+            listed = ", ".join(f"{key}.{name}" for name in lacking)
+            raise WeightsError(
+                f"{where}: config: of {key} only {', '.join(f'{key}.{name}' for name in have)} is given, and "
+                f"nothing tells {listed}; give them, too, or {remedy}"
+            )
 
 
 def _voted_sizes(
@@ -306,6 +325,7 @@ def _checked(
     wrong: tuple[Sequence[str], Sequence[str]],
     file_name: Callable[[str], str],
     where: str,
+    remedies: Mapping[str, str],
 ) -> Any:
     """Make the config out of `values`, or raise one error that names every tensor that is wrong.
 
@@ -332,14 +352,17 @@ def _checked(
         policy = build(config, "meta")
         every = [info.name for info in policy.parts()] + list(weights)
         raise_mismatch(where, compare(policy, weights), file_name, every, conflicts)
-        given = " ".join(f"--config {key}=N" for key in asked)
-        trained = " ".join(f"--policy.config.{key} N" for key in asked)
-        first = next(iter(asked))
-        recipe = f"policy.config.{first} in a recipe, config={{{first!r}: N}} in Python"
+        told = [f"{key}: {remedies[key]}" for key in asked if key in remedies]
+        numbers = [key for key in asked if key not in remedies]
+        if numbers:
+            given = " ".join(f"--config {key}=N" for key in numbers)
+            trained = " ".join(f"--policy.config.{key} N" for key in numbers)
+            recipe = f"policy.config.{numbers[0]} in a recipe, config={{{numbers[0]!r}: N}} in Python"
+            told.insert(0, f"{given} of inspect and export (train: {trained}), {recipe}")
         raise WeightsError(
             f"{where}: neither the tensors nor a config beside them determine {', '.join(map(repr, asked))}; "
-            f"give {'it' if len(asked) == 1 else 'them'}: {given} of inspect and export (train: {trained}), "
-            f"{recipe}. eval and serve take what export --to vlafit writes"
+            f"give {'it' if len(asked) == 1 else 'them'}: {'; '.join(told)}. eval and serve take what export "
+            "--to vlafit writes"
         )
     return config
 

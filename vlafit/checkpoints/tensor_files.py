@@ -53,6 +53,10 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def _incomplete(path: Path, error: Exception) -> WeightsError:
+    if not path.exists():
+        return WeightsError(
+            f"{path}: is missing, and another file of the checkpoint names it; copy or download it again"
+        )
     return WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
 
 

@@ -134,7 +134,7 @@ def require_probabilities(space: ActionSpace, actions: Tensor, mask: Tensor) -> 
             raise CodecError(
                 f"batch.actions: dimension {channel} is a gripper, whose loss takes values from 0 to 1, and "
                 f"reaches from {values.min():.3g} to {values.max():.3g}: the data must hold 0 and 1 there, "
-                "and a codec must not normalise it (normalisation 'identity')"
+                'and a codec must not normalise it (data.normalisation = "identity")'
             )
 
 

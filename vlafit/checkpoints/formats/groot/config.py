@@ -29,6 +29,11 @@ CHAT = SIZES["groot"].chat
 IMAGE_MARK, PUBLIC_IMAGE_TOKEN = "<|image_pad|>", 151655  # at each place of an image; Qwen's vocabulary
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>")
 
+REMEDIES = {
+    "chat": "the folder of its backbone's tokenizer, which has these tokens: --tokenizer FOLDER (train: "
+    "--policy.tokenizer FOLDER), policy.tokenizer in a recipe, tokenizer=FOLDER in Python"
+}
+"""How to give what no shape tells, where that is no number."""
 COMPUTED: dict[str, tuple[object, ...]] = {  # what vlafit computes; a key that is not there is silent
     "backbone_model_type": ("qwen",),
     "reproject_vision": (False,),

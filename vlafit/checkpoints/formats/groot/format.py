@@ -68,7 +68,7 @@ class Groot(Format):
             self,
             "groot",
             translated,
-            ConfigEvidence(values, stated, fixed=FIXED),
+            ConfigEvidence(values, stated, fixed=FIXED, remedies=config.REMEDIES),
             steps=steps,
             own_codec=codec,
             codec_folder=files.folder,

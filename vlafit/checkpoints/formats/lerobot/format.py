@@ -48,6 +48,7 @@ from vlafit.checkpoints.name_map import NameMap, Translated, translate
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.checkpoints.voting import Witness, depth_of
 from vlafit.codec import Codec
+from vlafit.codec.described import learned
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.groot import Groot
@@ -143,6 +144,7 @@ class LeRobot(Format):
     name = names.FORM
     target = "lerobot"
     takes_deferred = True
+    holds_columns = True  # of GR00T, LIBERO's gripper; `refusals` names everything else
     layouts = names.LAYOUTS
     adapters = LeRobotAdapters()
 
@@ -215,7 +217,10 @@ class LeRobot(Format):
 
     def refusals(self, policy: Policy, codec: Codec | None) -> list[str]:
         """Say what LeRobot has no names for."""
-        return writing.refusals(policy, codec)
+        reasons = writing.refusals(policy, codec)
+        if codec is None or write_lerobot.holds_gripper(policy, codec):
+            return reasons
+        return reasons + [f"lerobot does not repeat this of its codec: {point}" for point in learned(codec)]
 
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
         """Write config.json, weights, both pipelines and the tokenizer."""

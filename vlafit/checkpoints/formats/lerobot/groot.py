@@ -15,7 +15,7 @@ from vlafit.checkpoints.declaration import Declaration, InputForm
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names
 from vlafit.checkpoints.formats.groot.format import FIXED
-from vlafit.checkpoints.formats.lerobot import features, groot_grouped
+from vlafit.checkpoints.formats.lerobot import features, groot_gripper, groot_grouped
 from vlafit.checkpoints.formats.lerobot import groot_processors as processors
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
@@ -34,6 +34,7 @@ LAYOUT = {"LeRobot's GR00T": (PREFIX,)}
 PUBLIC = "nvidia/GR00T-N1.7"  # how the names of NVIDIA's checkpoints of these sizes begin
 REWRITTEN = {"max_state_dim": 64, "max_action_dim": 32, "chunk_size": 50}
 """Values of config.json for which LeRobot takes those of the base without a word: N1.5's defaults."""
+UNREAD_SIZES = ([256, 256], [224, 224])  # LeRobot's defaults of image_size, a field that nothing reads
 
 
 class LeRobotGroot(Format):
@@ -63,7 +64,7 @@ class LeRobotGroot(Format):
             self,
             "groot",
             names.read(files.tensors, NAMES),
-            ConfigEvidence(values, stated, fixed=FIXED),
+            ConfigEvidence(values, stated, fixed=FIXED, remedies=config.REMEDIES),
             steps=steps,
             codec_folder=files.folder,
             notes=notes + features.notes(lerobot),
@@ -80,7 +81,8 @@ class LeRobotGroot(Format):
         if codec is not None:
             require_vocabulary(codec, policy, opened.path)
             return ChosenCodec(codec)
-        for name in ("assets",) if words is None else ("tokenizer", "assets"):
+        tells_chat = policy.config.chat != config.CHAT
+        for name in ("assets",) if words is None or tells_chat else ("tokenizer", "assets"):
             if getattr(options, name) is not None:
                 raise WeightsError(f"{opened.path}: {name} would have no effect: {reason}")
         return ChosenCodec(None, reason)
@@ -149,7 +151,7 @@ def _evidence(
     chunk = lerobot.get("chunk_size", int)
     if chunk is not None and chunk != REWRITTEN["chunk_size"]:
         values = merge_dotted(values, {"chunk": chunk})
-    pre, _ = processors.steps_in(folder)
+    pre, post = processors.steps_in(folder)
     if (side := processors.image_size(pre)) is not None:
         values["image_size"] = side
     row, note = processors.row_of(lerobot, pre)
@@ -160,7 +162,19 @@ def _evidence(
             f"{lerobot.path}: num_inference_timesteps is {own}; a policy samples in 1 to "
             f"{MOST_SAMPLING_STEPS} steps"
         )
-    return values, stated, own or steps, (note,) if note else ()
+    notes = ((note,) if note else ()) + groot_gripper.notes(lerobot, post) + _size_note(lerobot, side)
+    return values, stated, own or steps, notes
+
+
+def _size_note(lerobot: LeRobotConfig, side: int | None) -> tuple[str, ...]:
+    """Return a note where config.json says another size of images than LeRobot makes them."""
+    stated = lerobot.get("image_size", list)
+    if stated is None or side is None or stated in ([side] * 2, *UNREAD_SIZES):
+        return ()
+    return (
+        f"{lerobot.path}: image_size is {stated}; LeRobot does not read it and makes images of {side} pixels "
+        f"(image_target_size of {processors.PRE}), and so does vlafit",
+    )
 
 
 def _public(source: str) -> tuple[dict[str, Any], list[Stated]]:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from vlafit.checkpoints.formats.groot import groups
 from vlafit.checkpoints.formats.groot.groups import Columns, Modality
+from vlafit.checkpoints.formats.lerobot import groot_gripper
 from vlafit.checkpoints.formats.lerobot.processor_steps import Step
 from vlafit.checkpoints.formats.lerobot.stored_statistics import STATE
 from vlafit.codec import CodecConfig, Statistics
 from vlafit.codec.statistics import NEEDED, Normalisation
 from vlafit.errors import WeightsError
-from vlafit.types import ColumnForm, Embodiment, Gripper
+from vlafit.types import ColumnForm, Embodiment
 
 SHARED = ("raw_stats", "modality_config", "use_percentiles")  # what both steps say
-LIBERO, GRIPPER = "libero", "gripper"
-OPEN, CLOSED = 1.0, -1.0  # LeRobot sends -sign(2 g - 1)
+GRIPPER = "gripper"
 VLAFIT_METHODS: Mapping[Normalisation, Normalisation] = {
     "nvidia_min_max": "groot_min_max",
     "nvidia_quantile": "groot_quantile",
@@ -48,7 +48,7 @@ class Grouped:
         """Return `plain` with everything that the groups say."""
         states, actions = self.states, self.actions
         common = {self.usual}
-        grippers = () if self.gripper is None else (Gripper(self.gripper, zero=OPEN, one=CLOSED),)
+        grippers = () if self.gripper is None else (groot_gripper.gripper(self.gripper),)
         return replace(
             plain,
             normalisation=self.usual,
@@ -66,9 +66,10 @@ class Grouped:
         return {"state": self.states.statistics(self.where), "action": self.actions.statistics(self.where)}
 
 
-def read(pack: Step, decode: Step, robot: Embodiment, chunk: int) -> Grouped:
-    """Return what the steps say. Raises WeightsError where they contradict each other or the robot, or say
-    what vlafit does not repeat.
+def read(pack: Step, decode: Step, robot: Embodiment, chunk: int, transform: str | None) -> Grouped:
+    """Return what the steps say; `transform` is config.json's of the answers.
+
+    Raises WeightsError where they contradict each other or the robot, or say what vlafit does not repeat.
     """
     for key in SHARED:
         if pack.config.get(key) != decode.config.get(key):
@@ -108,7 +109,7 @@ def read(pack: Step, decode: Step, robot: Embodiment, chunk: int) -> Grouped:
             "dimensions; that is not supported here"
         )
     usual = VLAFIT_METHODS[groups.usual_range(percentiles)]
-    gripper = _gripper(decode, actions)
+    gripper = _gripper(decode, actions, transform)
     return Grouped(states, actions, usual, steps, gripper, where)
 
 
@@ -165,14 +166,13 @@ def _require_undone(action: Modality, relative: bool, where: str) -> None:
         )
 
 
-def _gripper(decode: Step, actions: Columns) -> int | None:
-    kind = decode.config.get("action_decode_transform")
-    if kind is None:
+def _gripper(decode: Step, actions: Columns, transform: str | None) -> int | None:
+    if transform is None:
         return None
     first, width = actions.starts.get(GRIPPER, (0, 0))
-    if kind != LIBERO or width != 1:
+    if width != 1:
         raise WeightsError(
-            f"{decode.where}: action_decode_transform is {kind!r}, with {width} dimensions of the group "
-            f"{GRIPPER!r}; only {LIBERO!r} with one is supported here"
+            f"{decode.where}: action_decode_transform of config.json is {transform!r}, with {width} "
+            f"dimensions of the group {GRIPPER!r}; LeRobot takes one"
         )
     return first

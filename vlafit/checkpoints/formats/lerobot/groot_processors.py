@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.codecs import GIVE_TOKENIZER
 from vlafit.checkpoints.formats.groot.processors import Frames
-from vlafit.checkpoints.formats.lerobot import groot_grouped, processor_steps
+from vlafit.checkpoints.formats.lerobot import groot_gripper, groot_grouped, processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
@@ -35,7 +35,7 @@ from vlafit.codec.prompts import Prompt
 from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
-from vlafit.types import Embodiment
+from vlafit.types import ColumnForm, Embodiment
 
 PRE, POST = lerobot_processors.PRE, lerobot_processors.POST
 PACK, ENCODE = "groot_n1_7_pack_inputs_v1", "groot_n1_7_vlm_encode_v1"
@@ -96,14 +96,14 @@ REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "modality_config": anything,
         "use_percentiles": only(True, False),
         "use_relative_action": only(True, False),
-        "action_decode_transform": only(None, groot_grouped.LIBERO),
+        "action_decode_transform": only(None, groot_gripper.LIBERO),
     },
     UNPACK: {
         "env_action_dim": anything,  # compared with config.json below
         "normalize_min_max": only(True, False),
         "clip_normalized_action": only(True),
-        "libero_gripper_action": only(False),
-        "libero_gripper_binarize": anything,  # only with libero_gripper_action
+        "libero_gripper_action": only(True, False),  # config.json decides; compared in `groot_gripper`
+        "libero_gripper_binarize": anything,  # LeRobot makes it true with libero_gripper_action
     },
 }
 """Settings of each step, and which of their values we repeat; a comment says why any will do."""
@@ -149,7 +149,8 @@ def read(
     slots, robot = robot_of(lerobot, pre)
     if undo is None:
         assert grouped is not None
-        return _read_grouped(pack, encode, grouped, needs, slots, robot, tokenizer)
+        transform = groot_gripper.transform_of(lerobot)
+        return _read_grouped(pack, encode, grouped, needs, slots, robot, tokenizer, transform)
     if pack.config.get("raw_stats") or pack.config.get("modality_config"):
         raise WeightsError(f"{pack.where}: raw_stats are there, and {undo.where} does not undo them")
     _require_all_valid(pack, needs)
@@ -173,7 +174,12 @@ def read(
         return None, lacking
     statistics = stored.read_both(chosen, kinds, robot, pack.where)
     _require_undone(undo, undone, kind, statistics["action"].array, robot.action.shape[0])
-    config = replace(_config(pack, encode, needs, slots), normalisation=kind)
+    turned = groot_gripper.transform_of(lerobot) == groot_gripper.LIBERO
+    config = replace(
+        _config(pack, encode, needs, slots),
+        normalisation=kind,
+        action_form=groot_gripper.libero_form(robot.action.shape[0]) if turned else ColumnForm(),
+    )
     if tokenizer is None:
         return None, _no_tokenizer(encode)
     return Codec(config, robot, statistics, tokenizer), ""
@@ -187,9 +193,10 @@ def _read_grouped(
     slots: tuple[str, ...],
     robot: Embodiment,
     tokenizer: Tokenizer | None,
+    transform: str | None,
 ) -> tuple[Codec | None, str]:
     """Return the codec of statistics of groups, or None and why there is none."""
-    made = groot_grouped.read(pack, decode, robot, needs.chunk)
+    made = groot_grouped.read(pack, decode, robot, needs.chunk, transform)
     groot_grouped.require_flat(made, sets_of(pack).get("", {}), pack.where)
     if tokenizer is None:
         return None, _no_tokenizer(encode)
@@ -244,8 +251,14 @@ def row_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[int, str]:
         raise WeightsError(
             f"{where}: embodiment_mapping is {mapping!r}, which is not what LeRobot writes there"
         )
+    stated = lerobot.get("embodiment_tag", str)
     if tag in mapping:
-        return row, ""
+        if pack is None or stated in (None, tag):
+            return row, ""
+        return row, (
+            f"{lerobot.path}: embodiment_tag is {stated!r}, and {tag!r} in {where}: LeRobot takes row {row} "
+            "of the latter, and so does vlafit (another one: config embodiment_rows)"
+        )
     return row, (
         f"{where}: embodiment_tag {tag!r} is not in embodiment_mapping; LeRobot then takes row {row}, and so "
         "does vlafit (another one: config embodiment_rows)"

@@ -123,15 +123,29 @@ def sampling_steps(config: LeRobotConfig | None) -> int | None:
 
 
 def execution_notes(config: LeRobotConfig | None) -> tuple[str, ...]:
-    """Return a note where LeRobot executes fewer steps of a chunk than it has: nothing here repeats that."""
+    """Return a note where LeRobot executes fewer steps of a chunk than it has, which nothing here repeats, or
+    does not read what is said of observations.
+    """
     if config is None:
         return ()
+    lines = _unread(config)
     steps, chunk = config.get("n_action_steps", int), config.get("chunk_size", int)
     if not steps or not chunk or steps >= chunk:
-        return ()
+        return lines
     return (
+        *lines,
         f"LeRobot executes {steps} of the {chunk} steps of a chunk before it asks again (n_action_steps in "
         f"{config.path.name}); here the protocol says how many, or --replan {steps}; an export has {chunk}",
+    )
+
+
+def _unread(config: LeRobotConfig) -> tuple[str, ...]:
+    count = config.get("n_obs_steps", int)
+    if count in (None, 1):
+        return ()
+    return (
+        f"{config.path}: n_obs_steps is {count}; LeRobot's {config.values['type']} does not read it and sees "
+        "the present observation only, and so does vlafit",
     )
 
 

@@ -23,12 +23,14 @@ from vlafit.checkpoints.formats.groot.write import (
     write_backbone,
     write_model,
 )
+from vlafit.checkpoints.formats.lerobot.groot_gripper import LIBERO, libero_form
 from vlafit.checkpoints.formats.lerobot.groot_processors import EMBODIMENTS, ENCODE, PACK, POST, PRE, UNPACK
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE
 from vlafit.checkpoints.formats.lerobot.write_config import image_key
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec
+from vlafit.codec.described import learned
 from vlafit.codec.images import groot_crop
 from vlafit.codec.statistics import ARRAYS
 from vlafit.nn.deferred import save_tensors
@@ -71,6 +73,13 @@ def refusals(policy: Groot, codec: Codec | None) -> list[str]:
             "LeRobot normalises GR00T's relative actions by statistics of each step, vlafit does not"
         )
     return reasons
+
+
+def holds_gripper(policy: Policy, codec: Codec) -> bool:
+    """Whether all that is learned of the columns in another form is LIBERO's gripper, which LeRobot has."""
+    form = codec.config.action_form
+    own = libero_form(codec.embodiment.action.shape[0])
+    return isinstance(policy, Groot) and not own.is_plain and form == own and len(learned(codec)) == 1
 
 
 def write(folder: Path, policy: Policy, codec: Codec, final: Path) -> tuple[str, ...]:
@@ -141,7 +150,7 @@ def _config(policy: Groot, codec: Codec, base: str) -> dict[str, Any]:
         "max_action_dim": c.action_dim,
         "normalization_mapping": dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY"),
         "base_model_path": base,
-        "action_decode_transform": None,
+        "action_decode_transform": LIBERO if holds_gripper(policy, codec) else None,
         "embodiment_tag": _tag(c)[0],
         "tune_llm": False,
         "tune_visual": False,
@@ -213,7 +222,7 @@ def _write_processors(folder: Path, policy: Groot, codec: Codec, backbone: str) 
             "env_action_dim": codec.embodiment.action.shape[0],
             "normalize_min_max": normalised,
             "clip_normalized_action": True,
-            "libero_gripper_action": False,
+            "libero_gripper_action": holds_gripper(policy, codec),
             "libero_gripper_binarize": True,
         },
     }
