@@ -14,13 +14,15 @@ import vlafit
 from tests.policies.test_openvla import FIXTURE, KEYS, recorded
 from vlafit import checkpoints
 from vlafit.checkpoints.export import export
+from vlafit.checkpoints.formats.openvla import format as openvla_format
 from vlafit.checkpoints.formats.openvla import names
 from vlafit.checkpoints.pickles import convert
 from vlafit.cli import main
 from vlafit.codec.tokenizer import Tokenizer, train_word_tokenizer
 from vlafit.errors import CodecError, WeightsError
+from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
-from vlafit.policies import openvla
+from vlafit.policies import build_family, openvla
 
 UNTOLD = {"chunk": 8, "vision.dino.heads": 2, "vision.siglip.heads": 2}  # what no file records
 CAMERAS = {"openvla.cameras": ["front", "wrist"]}
@@ -343,6 +345,33 @@ def test_policies_that_write_tokens_are_exported_and_read_back(plain: Path, word
     meant = json.loads((plain / "config.json").read_text())
     assert said["pad_to_multiple_of"] == meant["pad_to_multiple_of"] == 64
     assert said["norm_stats"]["tiny_no_noops"]["action"] == meant["norm_stats"]["tiny_no_noops"]["action"]
+
+
+@pytest.mark.parametrize("head", ["tokens", "l1"])
+def test_adapters_go_out_as_ofts_lora_adapter_does_where_every_layer_is_the_bases(head: str, tmp_path: Path):
+    size = "openvla-tiny" if head == "tokens" else "openvla-oft-tiny"
+    policy = build_family("openvla", size, {}, torch.Generator().manual_seed(0))
+    plan = vlafit.apply_strategy(policy, "openvla-oft")
+    with torch.no_grad():
+        for name in plan.trainable:
+            if ".lora_B." in name:
+                torch.nn.init.normal_(policy.get_parameter(name), generator=torch.Generator().manual_seed(1))
+    checkpoints.save(policy, tmp_path / "run", plan=plan)
+    export(tmp_path / "run", "openvla", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("language_model.lm_head.lora_A" in name for name in stored) == (head == "tokens")
+    again = checkpoints.load(
+        tmp_path / "out",
+        config={key: getattr(policy.config, key) for key in ("chunk", "action_dim", "state_dim")},
+    )
+    batch, keys = random_batch(policy.needs(), 2), [(0, 0), (0, 1)]
+    ours, theirs = (one.eval().probe(batch, sample_rng(keys, seed=0)) for one in (policy, again.policy))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.detach().abs().max()))
+    film = build_family("openvla", "openvla-oft-tiny", {"film": True}, device="meta")
+    layers = [["vision.dino.layers.0.film.scale"], ["expert.layers.0.fc"], ["proprio_proj.fc1"]]
+    for one in layers:
+        (said,) = openvla_format.FORMAT.adapters.refusals(film, ["lm_head", *one])
+        assert said == f"{one[0]} is in a file of its own there: add --merge"
 
 
 def test_a_folder_with_the_diffusion_head_is_read_and_exported(whole: Path, tmp_path: Path, io):

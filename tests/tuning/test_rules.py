@@ -293,3 +293,20 @@ def test_a_strategy_is_named_after_its_file(tmp_path: Path):
 def test_a_rule_can_select_every_kind_that_a_parameter_can_have():
     rules = strategy(*({"select": {"kind": kind}, "mode": "full"} for kind in KINDS), REST).rules
     assert [rule.select.kind for rule in rules[:-1]] == [(kind,) for kind in KINDS]
+
+
+def test_a_rule_for_everything_else_may_find_nothing_left_but_not_after_another_one(
+    policy: ToyPolicy, caplog: pytest.LogCaptureFixture
+):
+    infos = policy.parts()
+    parts = sorted({info.part for info in infos})
+    named, rest = {"select": {"part": parts}, "mode": "full", "lr": 0.1}, {"mode": "full"}
+    with caplog.at_level("INFO"):
+        assert set(resolve(infos, strategy(named, rest).rules, "mine")) == {0}
+    assert "rule 2 (everything else; full) finds nothing left" in caplog.text
+    for first in (REST, rest):
+        with pytest.raises(StrategyError, match="rule 2 .* is never used"):
+            resolve(infos, strategy(first, rest).rules, "mine")
+    missing = {"select": {"part": [*parts, "film"]}, "mode": "full"}
+    with pytest.raises(StrategyError, match="no part 'film'"):
+        resolve(infos, strategy(missing, rest).rules, "mine")

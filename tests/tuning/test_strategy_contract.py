@@ -67,7 +67,7 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     ),
     "full": stages(Meant(within())),
     "insulated": stages(Meant(within(), needs=frozenset({"another loss"}))),
-    "slow-backbone": stages(Meant(within(), needs=frozenset({"language", "vision", "projector", "others"}))),
+    "slow-backbone": stages(Meant(within(), needs=frozenset({"language", "vision", "projector"}))),
     "frozen-vision": stages(Meant(lambda info: info.part != "vision", needs=frozenset({"vision"}))),
     "expert": stages(Meant(within("expert", "projections"), needs=frozenset({"expert", "projections"}))),
     "projections": stages(Meant(within("projections"), needs=frozenset({"projections"}))),
@@ -115,9 +115,8 @@ def on_meta(size: str) -> Policy:
 
 def lacking(size: str, needs: Collection[str]) -> list[str]:
     parts = {info.part for info in on_meta(size).parts()}
-    others = {"others"} if parts - {"language", "vision", "projector"} else set()
     losses = {"another loss"} if len(on_meta(size).terms()) > 1 and "expert" in parts else set()
-    return sorted(set(needs) - parts - others - losses)
+    return sorted(set(needs) - parts - losses)
 
 
 def test_every_shipped_strategy_has_its_meaning_written_down():
@@ -132,7 +131,7 @@ def test_a_shipped_strategy_trains_what_it_means_or_names_the_part_that_is_not_t
         with pytest.raises(StrategyError) as refused:
             preview(policy, strategy)
         said = str(refused.value)
-        words = {"others": "never used", "another loss": "stop_gradient"}
+        words = {"another loss": "stop_gradient"}
         assert any(words.get(lack, lack) in said for lack in lacks), said
         assert any(way in said for way in (f"my-{name}.toml", "can be one of", "remove"))  # and what to do
         return

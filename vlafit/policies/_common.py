@@ -16,6 +16,10 @@ __all__ = [
     "require", "require_positive", "select", "token_hits",
 ]  # fmt: skip
 
+PARTS = {
+    **{part: part for part in ("vision", "projector", "language", "expert")},
+    "lm_head": "language",  # an output layer over the vocabulary, in every family
+}
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of images in [0, 1]
 
 
@@ -59,7 +63,7 @@ def multiple(name: str, value: int, other: str, divisor: int) -> tuple[bool, str
 def describe(name: str, layers: Mapping[str, int]) -> ParameterInfo:
     """Describe a parameter of a policy whose modules are named as in pi0; `layers` counts each part's."""
     head = name.split(".")[0]
-    part = head if head in ("vision", "projector", "language", "expert") else "projections"
+    part = PARTS.get(head, "projections")
     match = re.search(r"\.layers\.(\d+)\.", name)
     layer = int(match[1]) if match else None
     depth = layers.get(part, 0)

@@ -140,7 +140,7 @@ class Pi0Fast(Policy):
             self.lm_head = nn.Linear(lang.width, lang.vocab, bias=False)
 
     def parts(self) -> list[ParameterInfo]:
-        """Describe every parameter exactly once. An output layer of its own is of the part "projections"."""
+        """Describe every parameter exactly once. An output layer of its own is of the part "language"."""
         layers = {"vision": self.config.vision.depth, "language": self.config.language.depth}
         infos = [describe(name, layers) for name, _ in self.named_parameters()]
         return [replace(info, dead=False) for info in infos]  # unlike pi0's, the last layer is read

@@ -2,7 +2,8 @@
 
 These are errors: a parameter that no rule selects, a rule that selects nothing or only what earlier rules
 took, and a part, kind, pattern or layer that the policy does not have. `optional = true` permits all but the
-first, so that one file serves every family. Part names are those that the policy declares.
+first, so that one file serves every family. A rule for everything else may find nothing left, where earlier
+rules name what the policy has. Part names are those that the policy declares.
 
 This file knows names, parts, kinds and layers, not tensors. `strategy_toml.py` reads rules from TOML,
 `plan.py` turns them into a plan for one policy.
@@ -160,8 +161,8 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
     """Return the same as `decide`, after checking every rule that is not optional.
 
     Raises StrategyError for a parameter without a rule, and one that lists all of: parts that the policy does
-    not have; rules that select nothing (one that freezes everything else may); parts, kinds, layers and
-    patterns that match nothing while others in the same rule do.
+    not have; rules that select nothing (the first for everything else may); parts, kinds, layers and patterns
+    that match nothing while others in the same rule do.
     """
     chosen = decide(infos, rules, name)
     problems: list[str] = []
@@ -175,6 +176,8 @@ def resolve(infos: Sequence[Described], rules: Sequence[Rule], name: str) -> lis
             problems += unknown
         elif index in chosen or (rule.select == Select() and rule.mode == "frozen"):
             problems += [f"{here}: {problem}" for problem in _unmatched(infos, rule.select)]
+        elif rule.select == Select() and all(before.select != Select() for before in rules[:index]):
+            log.info("strategy %r: %s finds nothing left: the rules before it name all of it", name, here)
         else:
             problems.append(f"{here} {_idle(infos, chosen, rules, index)}")
     if problems:

@@ -46,9 +46,12 @@ class OpenVLAAdapters(AdapterSupport):
 
     def refusals(self, policy: Policy, layers: Sequence[str]) -> list[str]:
         """Say which layers are none of the base's, to which OFT adds adapters only."""
-        own = [one for one in layers if not one.startswith(("vision.", "projector.", "language."))]
-        films = [one for one in layers if ".film." in one]
-        return [f"{(own + films)[0]} is in a file of its own there: add --merge"] if own or films else []
+        apart = [
+            one
+            for one in layers
+            if ".film." in one or names.NAMES.file_name(f"{one}.weight").startswith(names.NAMES.apart)
+        ]
+        return [f"{apart[0]} is in a file of its own there: add --merge"] if apart else []
 
 
 class OpenVLAFormat(Format):
