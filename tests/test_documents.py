@@ -27,7 +27,8 @@ from vlafit.codec.tokenizer import train_word_tokenizer
 from vlafit.datasets import load_card
 from vlafit.errors import VlafitError
 from vlafit.policies import families
-from vlafit.recipe import Recipe
+from vlafit.recipe import OptimRecipe, Recipe
+from vlafit.train.optim import schedule
 from vlafit.tuning import load_strategy
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +237,35 @@ def test_every_field_of_a_recipe_that_is_named_exists(name: str):
 def test_every_toml_block_is_toml(name: str):
     for block in blocks(name, "toml"):
         tomllib.loads(block)
+
+
+PUBLISHED = re.compile(r"authors'|LeRobot|openpi|the same file")  # whose settings [optim] repeats
+OPTIMISER = {"lr", "warmup_steps", "final_lr", "beta2", "weight_decay", "clip_norm"}
+
+
+def published() -> dict[str, str]:
+    """The [optim] tables that say in their first two lines whose settings they are, by place."""
+    texts = {f"{name}, block {n}": text for name in GUIDES for n, text in enumerate(blocks(name, "toml"))}
+    texts |= {f"configs/{path.name}": path.read_text() for path in (ROOT / "configs").glob("*.toml")}
+    tables = {name: text.partition("\n[optim]")[2].partition("\n[")[0] for name, text in texts.items()}
+    return {n: f"[optim]{t}" for n, t in tables.items() if PUBLISHED.search("".join(t.splitlines()[:2]))}
+
+
+@pytest.mark.parametrize("where", published())
+def test_settings_of_others_are_written_in_full_because_a_default_would_replace_one(where: str):
+    assert set(tomllib.loads(published()[where])["optim"]) >= OPTIMISER
+
+
+def test_the_recipes_of_openvla_have_the_schedule_and_the_clipping_of_its_authors():
+    plain, oft = (tomllib.loads(t)["optim"] for n, t in published().items() if "openvla.md" in n)
+    steps = range(0, 150_000, 10_000)
+    rates = [
+        [optim.lr * schedule(step, 150_000, optim) for step in steps]
+        for optim in (OptimRecipe(**plain), OptimRecipe(**oft))
+    ]
+    assert rates[0] == [5e-4] * 15  # openvla: AdamW without a schedule
+    assert rates[1] == pytest.approx([5e-4] * 10 + [5e-5] * 5)  # OFT: MultiStepLR, 100,000 steps, 0.1
+    assert plain["clip_norm"] == oft["clip_norm"] == 0.0
 
 
 def test_the_readers_card_recipe_and_strategy_are_valid(readers_folder):

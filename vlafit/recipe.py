@@ -130,8 +130,10 @@ class OptimRecipe:
 
     lr: float = 2.5e-5
     """Peak learning rate."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """How the learning rate falls after the warm-up: along a cosine, or at once after `schedule_steps`."""
     final_lr: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak. 1: it stays as it is after the warm-up."""
     warmup_steps: int = 100
     """Optimiser steps of linear warm-up."""
     schedule_steps: int = 0

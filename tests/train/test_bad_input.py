@@ -42,6 +42,7 @@ VALUES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"optim": {"lr": NAN}}, r"optim\.lr must be above 0, is nan"),
     ({"optim": {"weight_decay": NAN}}, r"optim\.weight_decay must be at least 0, is nan"),
     ({"optim": {"final_lr": 1e-5 * -1}}, r"optim\.final_lr is a share of the peak"),
+    ({"optim": {"schedule": "step"}}, r'"step" needs optim\.schedule_steps, .* optim\.final_lr = 1'),
     ({"optim": {"beta2": 1.0}}, r"optim\.beta2 must be at least 0 and below 1, is 1\.0"),
     ({"optim": {"ema": 1.0}}, r"optim\.ema must be at least 0 and below 1"),
     ({"data": {"validation": 1.0}}, r"data\.validation must be at least 0 and below 1, is 1\.0"),

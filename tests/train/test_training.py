@@ -151,6 +151,20 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
     assert schedule(20, 20, recipe) == pytest.approx(0.1)
 
 
+def test_the_learning_rate_falls_in_one_step_as_pytorchs_multistep_or_stays() -> None:
+    recipe = OptimRecipe(warmup_steps=0, schedule="step", schedule_steps=12, final_lr=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs, expected = torch.optim.lr_scheduler.MultiStepLR(optimizer, [12], 0.1), []
+    for _ in range(20):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert [schedule(step, 20, recipe, spent=0.5) for step in range(20)] == pytest.approx(expected)
+    assert schedule(0, 20, replace(recipe, warmup_steps=4)) == pytest.approx(0.2)
+    for constant in (OptimRecipe(warmup_steps=0, final_lr=1.0), replace(recipe, final_lr=1.0)):
+        assert {schedule(step, 20, constant) for step in range(20)} == {1.0}
+
+
 # --------------------------------------------------------------------------------------- randomness, order
 
 

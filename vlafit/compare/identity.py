@@ -14,7 +14,7 @@ ADDED: Mapping[str, Any] = {
     "train.frozen": "auto", "train.recompute": "auto", "train.memory": "", "data.relative": "card",
     "data.mixed_files": 0, "eval.samples": 16, "train.compile": "auto", "train.cache": "off",
     "train.max_delay": 0, "train.packing": "auto", "train.replicas": 0, "data.statistics_from": "",
-    "data.vision_language": {}, "adapt.conversion": False,
+    "data.vision_language": {}, "adapt.conversion": False, "optim.schedule": "cosine",
 }  # fmt: skip
 """Recipe fields that are younger than folders that must still open -> the value that changes nothing."""
 

@@ -68,14 +68,17 @@ def empty_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def schedule(step: int, steps: int, recipe: OptimRecipe, spent: float = 0.0) -> float:
     """Return the learning rate at optimiser step `step` of `steps`, as a share of the peak.
 
-    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`. With a
-    time limit, `spent` is its used share; the cosine follows whichever ends first. The recipe may let the
-    schedule begin later or be shorter (`schedule_from`, `schedule_steps`).
+    Linear warm-up from peak / (warmup + 1), as in the pi0 reference, then a cosine down to `final_lr`, or one
+    step at the schedule's end (torch's MultiStepLR with one milestone). With a time limit, `spent` is its
+    used share; the cosine follows whichever ends first. The recipe may let the schedule begin later or be
+    shorter (`schedule_from`, `schedule_steps`).
     """
     steps = recipe.schedule_steps or steps - recipe.schedule_from
     step -= recipe.schedule_from
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
+    if recipe.schedule == "step":
+        return recipe.final_lr if step >= steps else 1.0
     done = max(spent, (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps))
     return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

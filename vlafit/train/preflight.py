@@ -108,6 +108,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{name} must be above 0, is {value(name)}"
     if not 0 <= recipe.optim.final_lr <= 1:
         yield f"optim.final_lr is a share of the peak and must be from 0 to 1, is {recipe.optim.final_lr}"
+    if recipe.optim.schedule == "step" and not recipe.optim.schedule_steps:
+        yield (
+            'optim.schedule = "step" needs optim.schedule_steps, the step after which the learning rate is '
+            "optim.final_lr of its peak; a constant one is optim.final_lr = 1.0"
+        )
     for name in recipe.data.validation_sets:
         if not name or "/" in name:
             yield f"data.validation_sets: {name!r} cannot be part of a metric's name; use a word without '/'"
