@@ -209,6 +209,32 @@ def test_options_that_cannot_be_are_one_message(
     assert message.startswith("vlafit: ") and fact in message
 
 
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        ("serve metaworld-base --base nope", "--base: .*'nope'"),
+        ("serve metaworld-base --embodiment nope", "no embodiment 'nope'"),
+        ("serve metaworld-base --device nope", "device 'nope'"),
+        ("serve metaworld-base --recipe nope", "no recipe 'nope'"),
+        ("serve metaworld-base --map a=nope", "--map. 'a' = 'nope'"),
+        ("eval metaworld-base --data metaworld-faucet --base nope", "--base: .*'nope'"),
+        ("eval metaworld-base --data metaworld-faucet --episodes nope", "no episode 'nope'"),
+        ("eval metaworld-base --data metaworld-faucet --outside nope", "--outside: .*'nope'"),
+        ("eval metaworld-base --data metaworld-faucet --confirm-cameras nope", "--confirm-cameras 'nope'"),
+        ("eval metaworld-base --protocol metaworld-faucet --shard nope", "shard 'nope'"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_with_its_option(
+    words: str, fact: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlafit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    assert re.search(fact, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_token_that_others_can_read_or_guess_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

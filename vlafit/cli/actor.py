@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlafit import config, shipped
 from vlafit.cli.parser import add_base, add_embodiment, add_trust
-from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.places import base_folder
 from vlafit.cli.recipes import load_values
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load(
     checkpoint: Path | str, options: Namespace, *, steps: int, width: int, seed: int, device: str
 ) -> "PolicyActor":
     """Load `checkpoint` as the options say. Raises as `load_actor`, and with a recipe as `load_untrained`."""
-    base = checkpoint_folder(options.base, foreign=True) if options.base else None
+    base = base_folder(options.base) if options.base else None
     if options.recipe is None:
         from vlafit.actor import load_actor
 

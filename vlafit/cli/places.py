@@ -85,3 +85,11 @@ def gone(folder: Path) -> ConfigError:
         f"{folder}: its run deleted this checkpoint while it was read (train.keep says how many stay): name "
         f"{folder.parent}/best or last, wait for the end of the run, or copy the checkpoint first"
     )
+
+
+def base_folder(text: str) -> Path | str:
+    """Return the folder of the checkpoint that ``--base`` names; an error names the option."""
+    try:
+        return checkpoint_folder(text, foreign=True)
+    except ConfigError as error:
+        raise ConfigError(f"--base: {error}") from error

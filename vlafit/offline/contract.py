@@ -10,7 +10,7 @@ from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, column_order, conversions, value_faults
 from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned, said_of_cameras
 from vlafit.datasets.recorded_forms import require_forms
-from vlafit.errors import EmbodimentError
+from vlafit.errors import EmbodimentError, quoted
 from vlafit.recipe import AdaptRecipe, Recipe
 from vlafit.types import Actor, Embodiment, require_same
 
@@ -99,7 +99,10 @@ def compare_cameras(
     """
     reasons = dict.fromkeys(confirmed, "--confirm-cameras")
     for camera in confirmed:
-        store.embodiment.camera(camera)
+        try:
+            store.embodiment.camera(camera)
+        except EmbodimentError as error:
+            raise EmbodimentError(f"--confirm-cameras {quoted(camera)}: {error}") from None
     learned_from: set[str] = set()
     if checkpoint is not None:
         mapped = _adapt_of(checkpoint, embodiment).cameras.values()

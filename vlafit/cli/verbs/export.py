@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlafit.cli.parser import Parser, add_config, add_embodiment, add_format, add_trust, key_value, settings
-from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.places import base_folder, checkpoint_folder
 from vlafit.errors import ConfigError
 
 ABOUT = """\
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     config = settings(options.config)
     shares = _shares(options.interpolate)
     source = checkpoint_folder(options.checkpoint, foreign=True)
-    base = checkpoint_folder(options.base, foreign=True) if options.base else None
+    base = base_folder(options.base) if options.base else None
     from vlafit.checkpoints.export import export
     from vlafit.report.card_results import results_of
 

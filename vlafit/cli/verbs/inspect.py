@@ -22,7 +22,7 @@ from vlafit.cli.parser import (
     settings,
     within,
 )
-from vlafit.cli.places import checkpoint_folder
+from vlafit.cli.places import base_folder, checkpoint_folder
 from vlafit.entry_points import is_module
 from vlafit.errors import ConfigError
 
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     from vlafit.train import checkpoint_codec
 
     look = checkpoints.load_all if options.whole else checkpoints.inspect_all
-    base = checkpoint_folder(options.base, foreign=True) if options.base else None
+    base = base_folder(options.base) if options.base else None
     place = checkpoints.place(folder).path
     recipe = _recipe(folder, base, options, config) if options.data else None
     choice = None if recipe is None else checkpoint_codec.choose(recipe, place)
