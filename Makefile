@@ -1,5 +1,6 @@
 # make quickstart   the main job, from nothing: set up, fine-tune the shipped policy, roll it out, write the report
 # make ablation     the same from three starts (shipped, fresh action expert, untrained), three seeds each
+# make few-demonstrations   the same with five demonstrations a task and 30 steps, in which the start matters
 # make families     a small policy of every family from nothing, three seeds each (about an hour on one core)
 # make libero       scripted demonstrations of four tasks of real LIBERO, a small policy, its evaluation (needs OpenGL)
 # make test         lint, types, import contracts, the tests (what .ci/run calls; 4 to 12 minutes on two cores, by the machine)
@@ -23,7 +24,7 @@ OF_GROOT := diffusers==0.39.0 dm-tree  # what its extra [groot] adds and runs wi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation families libero test checks test-all tested lint types imports unit peers peers-serve dist screenshots docs clean
+.PHONY: help quickstart ablation few-demonstrations families libero test checks test-all tested lint types imports unit peers peers-serve dist screenshots docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -33,6 +34,10 @@ quickstart: .venv/ready
 
 ablation: .venv/ready
 	$(BIN)/python eval/pretraining.py --jobs 2
+
+few-demonstrations: .venv/ready
+	$(BIN)/python eval/pretraining.py few-demonstrations --runs runs/few-demonstrations/starts \
+	  --results eval/results/few-demonstrations/starts
 
 families: .venv/ready
 	$(BIN)/python eval/families.py

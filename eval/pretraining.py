@@ -1,9 +1,10 @@
-"""Run the ablation of the pretrained weights: the quickstart from three starting points, three seeds each.
+"""Run the ablation of the pretrained weights: a recipe from three starting points, three seeds each.
 
-    python eval/pretraining.py [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--results DIR]
+    python eval/pretraining.py [RECIPE] [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--results DIR]
 
-Full checkpoint, fresh action expert, and untrained: same data, order, budget and protocol. Each run is an
-ordinary `vlafit train`; a finished one is not run again, so the same command continues after an interruption.
+Full checkpoint (RECIPE), fresh action expert (RECIPE-fresh-expert) and untrained (RECIPE-untrained): same
+data, order, steps and protocol. Each run is an ordinary `vlafit train`; a finished one is not run again, so
+the same command continues after an interruption. All starting points of a seed run before those of the next.
 Writes every run's report.json and episodes, results.json and figure.png into the results folder.
 """
 
@@ -21,10 +22,14 @@ from vlafit import files
 from vlafit.report.picture import Arm, ablation_figure, read_scores
 from vlafit.score import Score, overall
 
-ARMS = {  # recipe: label
-    "quickstart": "full checkpoint",
-    "quickstart-fresh-expert": "fresh action expert",
-    "quickstart-untrained": "untrained",
+STARTS = {  # end of the recipe's name: label
+    "": "full checkpoint",
+    "-fresh-expert": "fresh action expert",
+    "-untrained": "untrained",
+}
+TITLES = {
+    "quickstart": "Two unseen tasks, same data and budget",
+    "few-demonstrations": "Two unseen tasks, few demonstrations and steps",
 }
 
 
@@ -32,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("recipe", nargs="?", choices=list(TITLES), default="quickstart", metavar="RECIPE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"))
     parser.add_argument("--results", type=Path, default=Path("eval/results/pretraining"))
@@ -39,16 +45,17 @@ def main() -> int:
         "--jobs", type=int, default=1, help="runs at once; each gets its share of the CPU cores"
     )
     options = parser.parse_args()
-    wanted = [(recipe, seed) for seed in options.seeds for recipe in ARMS]
+    arms = {f"{options.recipe}{end}": label for end, label in STARTS.items()}
+    wanted = [(recipe, seed) for seed in options.seeds for recipe in arms]
     runs = {(recipe, seed): options.runs / f"{recipe}-seed{seed}" for recipe, seed in wanted}
     cores = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda key: train(*key, runs[key], cores), wanted))
-    scores: dict[str, dict[int, dict[str, Score]]] = {recipe: {} for recipe in ARMS}
+    scores: dict[str, dict[int, dict[str, Score]]] = {recipe: {} for recipe in arms}
     for (recipe, seed), run in runs.items():
         scores[recipe][seed] = read_scores(run)
         keep(run, options.results / run.name)
-    write(scores, options.results)
+    write(arms, scores, TITLES[options.recipe], options.results)
     print((options.results / "results.json").read_text())
     return 0
 
@@ -66,10 +73,12 @@ def train(recipe: str, seed: int, run: Path, cores: int) -> None:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def write(scores: dict[str, dict[int, dict[str, Score]]], folder: Path) -> None:
+def write(
+    labels: dict[str, str], scores: dict[str, dict[int, dict[str, Score]]], title: str, folder: Path
+) -> None:
     """Write results.json and figure.png."""
     arms = {}
-    for recipe, label in ARMS.items():
+    for recipe, label in labels.items():
         by_seed = {f"seed{seed}": one for seed, one in scores[recipe].items()}
         arms[recipe] = {
             "label": label,
@@ -79,10 +88,10 @@ def write(scores: dict[str, dict[int, dict[str, Score]]], folder: Path) -> None:
             "after": overall({seed: one["after"] for seed, one in by_seed.items()}).to_json(),
         }
     files.write_atomic(folder / "results.json", json.dumps(arms, indent=2) + "\n")
-    drawn = [Arm(label, tuple(s["after"] for s in scores[recipe].values())) for recipe, label in ARMS.items()]
-    files.write_atomic(
-        folder / "figure.png", ablation_figure(drawn, "Two unseen tasks, same data and budget")
-    )
+    drawn = [
+        Arm(label, tuple(s["after"] for s in scores[recipe].values())) for recipe, label in labels.items()
+    ]
+    files.write_atomic(folder / "figure.png", ablation_figure(drawn, title))
 
 
 if __name__ == "__main__":
