@@ -214,7 +214,7 @@ def test_projections_that_are_lost_may_be_fresh_where_their_width_is_said(tmp_pa
     given = {**form.told, "chunk": 4, "language.head_dim": 16}
     loaded = vlafit.load_checkpoint(tmp_path, config={**given, "action_dim": 3}, fresh=["action_*"])
     assert loaded.policy.config.action_dim == 3 and len(loaded.report.fresh) == 4
-    with pytest.raises(WeightsError, match="no tensor determines action_dim"):
+    with pytest.raises(WeightsError, match="no tensor determines action_dim; give .* action_dim=32 of"):
         vlafit.load_checkpoint(tmp_path, config=given, fresh=["action_*"])
 
 

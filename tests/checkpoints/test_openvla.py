@@ -193,6 +193,42 @@ def test_a_base_without_a_head_starts_one_afresh(whole: Path, tmp_path: Path):
     assert {name.split(".")[0] for name in loaded.report.fresh} == {"expert", "proprio_proj"}
 
 
+def without(whole: Path, folder: Path, *files: str) -> Path:
+    shutil.copytree(whole, folder)
+    for file in files:
+        (folder / f"{FILES[file]}.safetensors").unlink()
+    return folder
+
+
+def test_an_action_head_without_a_state_projection_is_asked_for_the_width_of_the_state(
+    whole: Path, words, tmp_path: Path
+):
+    """OFT saves none with use_proprio false; else the file was forgotten."""
+    blind = without(whole, tmp_path / "blind", "proprio_projector")
+    with pytest.raises(WeightsError, match=r"copy proprio_projector--N_checkpoint .*state_dim=8") as caught:
+        checkpoints.load(blind, config=UNTOLD)
+    assert str(blind) in str(caught.value)
+    given = {"tokenizer": words, "assets": "tiny_no_noops"}
+    loaded = checkpoints.load(blind, config=UNTOLD | CAMERAS | {"state_dim": 8}, **given)
+    assert (loaded.policy.config.head, loaded.policy.config.proprio) == ("l1", False)
+    vlafit.save_checkpoint(loaded.policy, tmp_path / "native", loaded.codec)
+    export(tmp_path / "native", "openvla", tmp_path / "out")
+    again = checkpoints.load(tmp_path / "out")  # what we write says it
+    assert again.policy.config == loaded.policy.config and again.codec is not None
+
+
+def test_a_state_projection_without_an_action_head_is_refused_unless_the_head_is_said(
+    whole: Path, tmp_path: Path
+):
+    headless = without(whole, tmp_path / "headless", "action_head_l1")
+    with pytest.raises(
+        WeightsError, match=r"proprio_projector is there, and no action head: copy action_head--N"
+    ):
+        checkpoints.load(headless, config=UNTOLD)
+    loaded = checkpoints.load(headless, config=UNTOLD | {"head": "parallel_tokens"})
+    assert (loaded.policy.config.head, loaded.policy.config.proprio) == ("parallel_tokens", True)
+
+
 def adapters(folder: Path, base: Path) -> dict[str, Tensor]:
     """Write adapters on all that OFT's "all-linear" reaches: convolutions, output layer, unused blocks."""
     folder.mkdir()

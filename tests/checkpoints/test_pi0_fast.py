@@ -213,6 +213,27 @@ def test_without_its_action_tokenizer_it_has_no_codec_and_says_where_to_put_it(c
     assert all(text in loaded.report.codec for text in ("'fast_tokenizer'", str(copy / "fast_tokenizer")))
 
 
+def test_a_text_tokenizer_that_is_only_named_is_found_in_the_folder_by_the_last_part_of_its_name(copy: Path):
+    def name(value: str) -> None:
+        def change(values: dict) -> None:
+            for step in values["steps"]:
+                if step["registry_name"] == "tokenizer_processor":
+                    step.pop("artifacts", None)
+                    step["config"]["tokenizer_name"] = value
+
+        edit(copy / "policy_preprocessor.json", change)
+
+    for named in ("text_tokenizer", "somebody/text_tokenizer", "/home/somebody/text_tokenizer"):
+        name(named)
+        assert vlafit.load_checkpoint(copy, TOLD).codec is not None
+        declared = checkpoints.declaration(copy)
+        assert (declared.own_tokenizer, declared.tokenizer) == (copy / "text_tokenizer", "")
+    for named in ("google/paligemma-3b-pt-224", "..", "."):
+        name(named)
+        loaded = vlafit.load_checkpoint(copy, TOLD)
+        assert loaded.codec is None and f"its tokenizer {named!r} is not in the folder" in loaded.report.codec
+
+
 def test_special_tokens_of_another_tokenizer_are_an_error_with_the_keys_to_set(copy: Path):
     config = copy / "text_tokenizer" / "tokenizer_config.json"
     edit(config, lambda values: values.update(bos_token="<eos>", eos_token="<bos>"))
@@ -275,7 +296,8 @@ def test_a_tied_policy_is_written_with_both_tensors_and_rules_of_openpi_are_refu
 def test_adapters_go_out_as_a_peft_folder_and_come_back(tmp_path: Path, monkeypatch, copy: Path):
     monkeypatch.setattr(lerobot_export, "size_refusals", lambda policy: [])
     loaded = vlafit.load_checkpoint(copy, TOLD)
-    plan = vlafit.apply_strategy(loaded.policy, rules("lora"))
+    head = {"select": {"pattern": "lm_head.*"}, "mode": "full"}
+    plan = vlafit.apply_strategy(loaded.policy, [head, *rules("lora")[1:]])
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in loaded.policy.parameters():

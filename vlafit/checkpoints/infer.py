@@ -89,6 +89,12 @@ def variant_of(table: ShapeTable, names: Iterable[str]) -> Variant:
     return table.variants[counts.index(max(counts))]
 
 
+def _to_give(unknown: Sequence[str], public: object) -> str:
+    """Say how the sizes that no tensor determines are given, by the public size's values."""
+    given = ", ".join(f"{key}={value_at(asdict(public), key)}" for key in unknown)  # type: ignore[call-overload]
+    return f"; give them by config, such as {given} of the public size"
+
+
 def infer_config(
     family_name: str,
     weights: Mapping[str, Tensor],
@@ -129,7 +135,7 @@ def infer_config(
     stated = [one for one in stated if one.key not in unknown]  # a stand-in contradicts nothing
 
     conflicts = [*_mixed_variants(table, weights, file_name), *evidence.conflicts]
-    conflicts += [f"no tensor determines {', '.join(unknown)}"] if unknown else []
+    conflicts += [f"no tensor determines {', '.join(unknown)}{_to_give(unknown, public)}"] if unknown else []
     conflicts += contradictions(read, stated, wanted, votes, evidence.witnesses, file_name)
 
     assumed = _assumed(table, read, asdict(public))

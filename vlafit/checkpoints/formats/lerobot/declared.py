@@ -16,7 +16,6 @@ from vlafit.checkpoints.formats.lerobot import (
 from vlafit.checkpoints.formats.lerobot.processor_steps import NEVER, Step, read_steps, require_known
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import Sets
-from vlafit.checkpoints.tensor_files import beside
 from vlafit.errors import WeightsError
 from vlafit.types import Embodiment
 
@@ -92,7 +91,6 @@ def _tokenizer(folder: Path, pre: list[Step]) -> tuple[Path | None, str]:
     """Return the tokenizer's folder inside the checkpoint, and its name where the processors name another."""
     for step in pre:
         if step.name == "tokenizer_processor":
-            inside = step.artifacts.get("tokenizer_name", "")
-            own = beside(folder / read_processors.PRE, inside) if inside else None
+            own = read_processors.own_tokenizer(folder, step)
             return own, str(step.config.get("tokenizer_name", ""))
     return None, ""

@@ -324,10 +324,23 @@ def _require_same_output(
     )
 
 
+def own_tokenizer(folder: Path, asking: Step) -> Path | None:
+    """Return the folder of the checkpoint's own tokenizer, which may be lost; None where it names another.
+
+    Where the step only names one, it is the folder with the last part of that name, if there is one.
+    """
+    if inside := asking.artifacts.get("tokenizer_name", ""):
+        return beside(folder / PRE, inside)
+    last = Path(str(asking.config.get("tokenizer_name") or "")).name
+    if last in ("", "..") or not (folder / last / "tokenizer.json").is_file():
+        return None
+    return beside(folder / PRE, last)
+
+
 def _tokenizer(folder: Path, asking: Step, given: Tokenizer | None) -> Tokenizer | None:
-    inside = asking.artifacts.get("tokenizer_name", "")
-    if inside and beside(folder / PRE, inside).is_dir():
+    own = own_tokenizer(folder, asking)
+    if own is not None and own.is_dir():
         if given is not None:
-            raise WeightsError(f"{folder}: has a tokenizer of its own ({inside}/); it takes no tokenizer")
-        return tokenizers.load(folder / inside)
+            raise WeightsError(f"{folder}: has a tokenizer of its own ({own.name}/); it takes no tokenizer")
+        return tokenizers.load(own)
     return given

@@ -100,6 +100,9 @@ def evidence(folder: Path) -> tuple[dict[str, Any], list[Stated]]:
         made["text_vocab"] = vocabulary - padding
     if "head" in own:
         made["head"] = own["head"]
+    if "state_dim" in own:
+        width = _whole(path, {OWN: own}, f"{OWN}.state_dim", 0, own["state_dim"])
+        stated.append(Stated("state_dim", width, f"{path.name} ({OWN}.state_dim)"))
     for key in ("chunk", "max_tokens", "vision.dino.heads", "vision.siglip.heads"):
         if key in own:
             put(made, key, _whole(path, {OWN: own}, f"{OWN}.{key}", 0, own[key]), str(path))

@@ -91,8 +91,8 @@ class OpenVLAFormat(Format):
         if values["head"] in TOKEN_HEADS:
             stated += statistics.widths(files.folder, options.assets)
         values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
-        if values["head"] in TOKEN_HEADS and not values["proprio"]:
-            stated += _unread_state(stated, options, str(files.path))
+        if not values["proprio"]:
+            stated += _unread_state(stated, options, str(files.path), values["head"], tensors)
         values["film"] = any(".blocks.0.scale." in name for name in tensors)
         own = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
         return OpenedCheckpoint(
@@ -264,6 +264,7 @@ def describe(policy: OpenVLA) -> dict[str, object]:
             "head": c.head,
             "chunk": c.chunk,
             "max_tokens": c.max_tokens,
+            **({} if c.proprio or c.writes_tokens else {"state_dim": c.state_dim}),
             **{f"vision.{t}.heads": asdict(c.vision)[t]["heads"] for t in ("dino", "siglip")},
         },
     }
@@ -274,10 +275,23 @@ def reads_state(policy: Policy) -> bool:
     return not isinstance(policy, OpenVLA) or policy.config.proprio
 
 
-def _unread_state(stated: Sequence[Stated], options: LoadOptions, where: str) -> list[Stated]:
-    """Return room for a state that the head does not read, where nothing says how wide it is."""
+def _unread_state(
+    stated: Sequence[Stated], options: LoadOptions, where: str, head: str, tensors: Mapping[str, Tensor]
+) -> list[Stated]:
+    """Return room for a state that the head does not read, where nothing says how wide it is.
+
+    Raises WeightsError where there is an action head, beside which OFT usually saves a state projection.
+    """
     if any(one.key == "state_dim" for one in stated) or "state_dim" in options.config.widths:
         return []
+    if head not in TOKEN_HEADS:
+        if options.config.fields.get("proprio") or not any(name.startswith(names.HEAD) for name in tensors):
+            return []  # fresh ones
+        raise WeightsError(
+            f"{where}: there is an action head and no state projection: copy proprio_projector--N_checkpoint "
+            "into the folder. Where the policy was trained without states (use_proprio false), say how many "
+            "dimensions the robot's state has: config state_dim=8, for example"
+        )
     chosen = statistics.parse_options(options.config.table("openvla"), where)
     return [Stated("state_dim", max(chosen.state_dims, ROOM), "room for a state that is not read")]
 
@@ -306,6 +320,13 @@ def _head(values: dict[str, Any], tensors: Mapping[str, Tensor], asked: str, whe
         values["head"] = there
         return []
     asked = asked or values.get("head", "")
+    besides = [name for name, prefix in COMPONENTS.items() if any(t.startswith(prefix) for t in tensors)]
+    if besides and not asked:
+        raise WeightsError(
+            f"{where}: {besides[0]} is there, and no action head: copy action_head--N_checkpoint into the "
+            "folder. Where the actions are tokens, say which: config head=parallel_tokens (OFT's) or "
+            "head=tokens (OpenVLA's)"
+        )
     values["head"] = asked or "tokens"
     if values["head"] not in TOKEN_HEADS:
         return []
