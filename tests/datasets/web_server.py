@@ -22,10 +22,9 @@ class Server:
     """Name and bytes of every answer with content, in the order of the requests."""
     faults: dict[str, list[str]] = field(default_factory=dict)
     """Name -> what happens when its content is read: "drop", "503", "forbidden", "hang", one a time."""
-    every: tuple[int, str] = (0, "")
-    """Of requests of any kind, from which one on which fault happens again and again; 0: none."""
-    asked: int = 0
-    """Requests of any kind."""
+    first: str = ""
+    """What happens at the first request for each name and range, of any kind."""
+    asked: set[tuple[str, str]] = field(default_factory=set)
     ranges: bool = True
     tokens: set[str] = field(default_factory=set)
     """What requests were authorised by."""
@@ -35,12 +34,11 @@ class Server:
         """Return the names that were read, without the requests for the size of a file."""
         return [name for name, size in self.read if size > 1]
 
-    def fault(self, name: str, size: int) -> str:
+    def fault(self, name: str, size: int, some: str) -> str:
         with self.lock:
-            number, fault = self.every
-            self.asked += 1
-            if number and self.asked % number == 0:
-                return fault
+            if self.first and (name, some) not in self.asked:
+                self.asked.add((name, some))
+                return self.first
             if size <= 1:  # a request for the size of a file
                 return ""
             return self.faults[name].pop(0) if self.faults.get(name) else ""
@@ -112,7 +110,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             if self.command == "HEAD":
                 self.answer(status, content, headers)
                 return
-            fault = server.fault(name, len(content))
+            fault = server.fault(name, len(content), some)
             with server.lock:
                 server.read.append((name, len(content)))
             if fault in ("503", "forbidden"):
