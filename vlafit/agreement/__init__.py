@@ -10,9 +10,11 @@ from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
 from vlafit.agreement.evaluation import INVALID, chosen, evaluation_items, replan_items
 from vlafit.agreement.forms import describe_form, describe_recorded, recorded_otherwise
-from vlafit.agreement.values import Agreement, Forms, Item, Party, Status, join
+from vlafit.agreement.values import AS_STORED, CONVERSIONS, Agreement, Forms, Item, Party, Status, join
 
 __all__ = [
+    "AS_STORED",
+    "CONVERSIONS",
     "EVALUATION",
     "INVALID",
     "Agreement",

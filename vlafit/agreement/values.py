@@ -19,7 +19,9 @@ DATA: tuple[Role, Role] = ("dataset", "checkpoint")
 FILE = "agreement.json"
 """Name of the agreement's file in a run's folder and in a checkpoint."""
 FORMAT = 1
-"""In a list on the console."""
+AS_STORED = "as in the files"
+CONVERSIONS = {"state conversion": "states", "action conversion": "actions"}
+"""Items that say what a card does to a column when it is read -> what the column holds."""
 PLACEHOLDER = "CAMERA"
 """Stands in a proposed `adapt.cameras` for the camera of a slot that the names do not tell."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vlafit import files, locks
+from vlafit.agreement.values import read as read_agreement
 from vlafit.checkpoints import interpolate as between
 from vlafit.checkpoints import model_card
 from vlafit.checkpoints.assign import Dtype
@@ -181,6 +182,7 @@ def _export(
     elif merge:
         notes += ("there were no adapters to merge",)
     history = read_lineage(path) if is_native else None
+    agreement = read_agreement(path) if is_native else None
     if interpolate:
         below = between.find_base(path, base)
         base_policy, base_codecs = between.load_base(below.path, loaded.policy)
@@ -202,6 +204,7 @@ def _export(
             plan=loaded.plan,
             recipe=recipe,
             history=history,
+            agreement=agreement,
             results=results,
             new=True,
         )
@@ -215,6 +218,7 @@ def _export(
                 loaded.codecs,
                 recipe=recipe,
                 history=history,
+                agreement=agreement,
                 results=results,
                 target=target,
                 adapters=loaded.plan is not None and bool(loaded.plan.adapted),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlafit import files, shipped
+from vlafit.agreement import AS_STORED, CONVERSIONS, Agreement
 from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet, described
@@ -76,6 +77,7 @@ def card(
     *,
     recipe: str | None = None,
     history: Lineage | None = None,
+    agreement: Agreement | None = None,
     results: tuple[str, ...] = (),
     target: str = "vlafit",
     adapters: bool = False,
@@ -84,6 +86,7 @@ def card(
 ) -> str:
     """Return the text of a model card. `target` is the format that the checkpoint is written in.
 
+    `agreement` is that of the run's data, which tells how the robot's values were made of its files.
     `adapters` says that the policy has some, in a PEFT folder of their own where `target` is another program.
     `holders` are the formats that it can be exported to. `notes` are what its writer says of the folder.
     """
@@ -91,7 +94,7 @@ def card(
     base = str(values.get("policy", {}).get("checkpoint") or "")
     licence = licence_of(base) if base else ""
     name = str(values.get("name") or "policy")
-    rows = [*_rows(policy, codec, values, history or Lineage(), base, licence)]
+    rows = [*_rows(policy, codec, values, history or Lineage(), base, licence), *_conversions(agreement)]
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)])
     purpose = str(values.get("purpose") or "")
     listed = "\n".join(f"- {line}" for line in results) or NONE
@@ -175,6 +178,21 @@ def _rows(
         yield "answers", f"{one.config.answered} steps of {robot.action.shape[0]} actions"
         yield "normalisation", one.config.normalisation
         yield from (("learns", point) for point in described.learned(one))
+
+
+def _conversions(agreement: Agreement | None) -> Iterator[tuple[str, str]]:
+    """Yield how states and actions differ from those in the dataset's files, for whoever calls the policy."""
+    for item in agreement.items if agreement is not None else ():
+        owner, _, name = item.name.rpartition(": ")
+        text = item.sides.get("dataset", AS_STORED)
+        if name in CONVERSIONS and text != AS_STORED:
+            whose = f"{owner}: " if owner else ""
+            does = "send states" if name.startswith("state") else "execute actions"
+            yield (
+                "values",
+                f"{whose}{CONVERSIONS[name]} are those of the dataset's files {text}; {does} so converted, "
+                "not as in the files",
+            )
 
 
 def _front(base: str, licence: str, target: str) -> str:

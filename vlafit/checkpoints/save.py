@@ -102,6 +102,7 @@ def save(
             codec,
             recipe=recipe,
             history=history,
+            agreement=agreement,
             results=results,
             adapters=bool(adapters),
             holders=registry.holders(policy, codec),

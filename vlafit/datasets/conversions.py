@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from vlafit.agreement import Item
+from vlafit.agreement import AS_STORED, Item
 from vlafit.agreement import values as agreements
 from vlafit.datasets.card import Card
 
 COLUMNS = ("state", "action")
-AS_STORED = "as in the files"
 FIX = (
     "files of the checkpoint's dataset need the checkpoint's `scale`, `offset` and `action_shift`: correct "
     "the card. If these files are written otherwise, so that the robot's values are the same: [adapt] "
@@ -45,6 +44,17 @@ def _of_cards(cards: Sequence[Card], name: str) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return "; ".join(f"{card}: {text}" for card, text in texts.items())
+
+
+def unlike(card: Card, others: Sequence[Card]) -> Iterator[str]:
+    """Yield a sentence for each column that `card` computes from its files as none of the `others` does."""
+    for name in COLUMNS:
+        here = conversion(card, name)
+        if others and here not in [conversion(other, name) for other in others]:
+            yield (
+                f"card {card.name!r}: {name}s are read {here}, those of the training data "
+                f"{_of_cards(others, name)}: are they the same values of the robot?"
+            )
 
 
 def items(

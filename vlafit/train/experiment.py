@@ -13,7 +13,7 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecSet
-from vlafit.datasets import EpisodeStore, checksums, value_faults
+from vlafit.datasets import EpisodeStore, checksums, conversions, value_faults
 from vlafit.errors import ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
@@ -168,6 +168,7 @@ def build(
             *cameras,
             *split_warnings(recipe.data, data),
             *declared_warnings(data),
+            *_read_otherwise(sets, data),
             *repeat_warnings(data),
             *line_break_warnings(data),
             *values,
@@ -193,6 +194,17 @@ def never_learned(fresh: Collection[str], plan: Plan) -> Iterator[str]:
         f"random values. Add a rule to the strategy, before that which freezes them: [[rule]] select = "
         f'{{ part = {json.dumps(parts if len(parts) > 1 else parts[0])} }}, mode = "full"'
     )
+
+
+def _read_otherwise(sets: ValidationSets, data: Data) -> Iterator[str]:
+    """Say which datasets beside the training data compute states or actions otherwise from their files."""
+    for name, stores in sets.items():
+        for store in stores:
+            for text in conversions.unlike(store.card, data.of(data.name_of(store)).cards):
+                yield f"data.validation_sets.{name}: {text}"
+    if (other := data.described_by) is not None:
+        for text in conversions.unlike(other.card, data.cards):
+            yield f"data.statistics_from: {text}"
 
 
 SETS = replace(
