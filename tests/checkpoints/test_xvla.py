@@ -92,7 +92,7 @@ def assert_exact(policy, stored: dict[str, Tensor]) -> None:
 
 
 def test_lerobots_folder_is_read_exactly(stored):
-    loaded = vlafit.load_checkpoint(FIXTURE, config=SQUARE, tokenizer=FIXTURE / "char_tokenizer")
+    loaded = vlafit.load_checkpoint(FIXTURE, config=SQUARE)
     assert loaded.policy.config == CONFIG and loaded.policy.steps == 10
     assert (loaded.report.form, loaded.report.family, loaded.report.unused) == ("LeRobot", "xvla", ())
     assert_exact(loaded.policy, stored)
