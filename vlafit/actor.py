@@ -233,21 +233,22 @@ class PolicyActor:
     def _detokenised(self, tokens: NDArray[np.integer]) -> tuple[NDArray[np.float64], list[bool | None]]:
         """Return the normalised actions [b, t, a] of tokens [b, m], and which rows are a chunk of actions.
 
-        How many were no chunk of actions is logged at the first, and when their number has doubled.
+        How many were no chunk of actions is logged at the first and when their number has doubled, once for
+        all of a batch.
         """
-        self.answers += len(tokens)
         rows = [self.codec.detokenise(row) for row in tokens]
-        for row in rows:
-            if row.valid:
-                continue
-            self.invalid_answers += 1
-            if self.invalid_answers & (self.invalid_answers - 1) == 0:
-                log.warning(
-                    "the policy's tokens make no chunk of actions in %d of %d answers; the chunk is then %s",
-                    self.invalid_answers,
-                    self.answers,
-                    self.codec.config.fate_of_invalid,
-                )
+        self.answers += len(rows)
+        before, self.invalid_answers = (
+            self.invalid_answers,
+            self.invalid_answers + sum(not row.valid for row in rows),
+        )
+        if self.invalid_answers.bit_length() > before.bit_length():
+            log.warning(
+                "the policy's tokens make no chunk of actions in %d of %d answers; the chunk is then %s",
+                self.invalid_answers,
+                self.answers,
+                self.codec.config.fate_of_invalid,
+            )
         return np.stack([row.chunk for row in rows]), [row.valid for row in rows]
 
     def _how_to_go_on(self, left: Committed) -> GoOn | None:

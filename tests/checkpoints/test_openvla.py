@@ -507,6 +507,23 @@ def test_inspect_shows_the_robot_of_a_folder_that_only_statistics_describe(
     assert "openvla.cameras would have no effect: it is for checkpoints" in capsys.readouterr().err
 
 
+def test_a_folder_with_its_own_tokenizer_needs_assets_and_cameras_but_no_tokenizer(
+    plain: Path, words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    own = shutil.copytree(plain, tmp_path / "own")
+    options = [part for key, value in PLAIN.items() for part in ("--config", f"{key}={value}")]
+    assert main(["inspect", str(own), *options]) == 0
+    assert "; policy.tokenizer: openvla/openvla-7b" in capsys.readouterr().out
+    words.save(tmp_path / "words")
+    shutil.copy(tmp_path / "words" / "tokenizer.json", own)
+    assert main(["inspect", str(own), *options]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to train it")]
+    assert said.endswith(
+        'data.statistics = "data", or policy.assets = one of tiny_no_noops and policy.config openvla.cameras'
+    )
+    assert checkpoints.declaration(own).own_tokenizer == own / "tokenizer.json"
+
+
 def test_what_only_decides_about_a_codec_does_not_stop_a_forecast_of_the_run(plain: Path):
     """A run on a GPU looks at headers first, with the recipe's config, which names the cameras."""
     given = checkpoints.parse_config(PLAIN | FRONT | {"codec.relative": [True], "lora.rslora": True})

@@ -79,6 +79,21 @@ def invalid_in(chunks: list[ActionChunk]) -> int:
     return next(i for i, chunk in enumerate(chunks) if not chunk.valid)
 
 
+def test_answers_that_are_no_chunk_are_counted_once_for_a_batch(
+    make: Callable[[int], PolicyActor], caplog: pytest.LogCaptureFixture
+) -> None:
+    actor, noisy = make(12), observations()[2:] * 4
+    keys = [EpisodeKey(i, "t", 0) for i in range(len(noisy))]
+    found = []
+    for times in range(1, 4):
+        caplog.clear()
+        found += [chunk.valid for chunk in actor.act(noisy, keys)]
+        counts = f"{found.count(False)} of {12 * times} answers"
+        said = [record.getMessage() for record in caplog.records if NO_CHUNK in record.getMessage()]
+        assert [counts in one for one in said] == ([True] if times in (1, 2) else [])
+    assert 4 < found[:12].count(False)  # so that 1, 2 and 4 were passed on the way
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_several_clients_get_what_each_would_get_alone(
     make: Callable[[int], PolicyActor], serve: Callable[[int], Running], width: int
