@@ -91,7 +91,7 @@ def test_answers_that_are_no_chunk_are_counted_once_for_a_batch(
         counts = f"{found.count(False)} of {12 * times} answers"
         said = [record.getMessage() for record in caplog.records if NO_CHUNK in record.getMessage()]
         assert [counts in one for one in said] == ([True] if times in (1, 2) else [])
-    assert 4 < found[:12].count(False)  # so that 1, 2 and 4 were passed on the way
+    assert found[:12].count(False) > 4  # so that 1, 2 and 4 were passed on the way
 
 
 @pytest.mark.parametrize("width", [1, 4])
