@@ -144,6 +144,18 @@ def test_a_component_that_is_a_pickle_is_refused_with_the_command_that_converts_
         vlafit.load_policy(folder, config=UNTOLD)
 
 
+def test_component_files_of_different_steps_are_refused(whole: Path, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "mixed")
+    file = folder / f"{FILES['proprio_projector']}.safetensors"
+    file.rename(folder / "proprio_projector--20_checkpoint.safetensors")
+    with pytest.raises(WeightsError, match=r"action_head--10_\w+ and proprio_projector--20_\w+ are of diff"):
+        vlafit.load_policy(folder, config=UNTOLD)
+    file = write_film(shutil.copytree(whole, tmp_path / "film")) / f"{FILM}.safetensors"
+    file.rename(file.with_name("vision_backbone--20_checkpoint.safetensors"))
+    with pytest.raises(WeightsError, match=r"action_head--10_\w+ and vision_backbone--20_\w+ are of diff"):
+        vlafit.load_policy(file.parent, config=UNTOLD)
+
+
 def test_settings_that_are_not_computed_and_foreign_modules_are_refused(whole: Path, tmp_path: Path):
     folder = shutil.copytree(whole, tmp_path / "other")
     extra = folder / "value_head--10_checkpoint.safetensors"

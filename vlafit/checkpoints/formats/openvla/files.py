@@ -119,15 +119,16 @@ def _whole(path: Path, values: Mapping[str, Any], key: str, default: int, value:
 def components(folder: Path) -> dict[str, Path]:
     """Return OFT's component files by module, all as safetensors.
 
-    Raises WeightsError for a pickle that is not converted, several files of a module, and a module that is
-    none of OpenVLA-OFT's.
+    Raises WeightsError for a pickle that is not converted, several files of a module, files of different
+    steps, and a module that is none of OpenVLA-OFT's.
     """
     named: dict[str, dict[str, set[str]]] = {}
     for file in sorted(folder.iterdir()):
         match = COMPONENT.fullmatch(file.name)
         if match:
             named.setdefault(match["module"], {}).setdefault(match["step"], set()).add(file.suffix)
-    chosen = {}
+    chosen: dict[str, Path] = {}
+    of_step: dict[str, str] = {}
     for module, steps in named.items():
         if module not in PREFIXES:
             raise WeightsError(
@@ -141,6 +142,12 @@ def components(folder: Path) -> dict[str, Path]:
             )
         ((step, suffixes),) = steps.items()
         file = f"{module}--{step}_checkpoint"
+        of_step.setdefault(step, file)
+        if len(of_step) > 1:
+            raise WeightsError(
+                f"{folder}: {' and '.join(of_step.values())} are of different steps, which were not trained "
+                "together; put the files of one step there"
+            )
         if ".safetensors" not in suffixes:
             pickle = folder / f"{file}.pt"
             raise WeightsError(
