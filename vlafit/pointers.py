@@ -16,6 +16,8 @@ WHOLE = (
     "_METADATA",
 )
 """Files and folders that lie in a checkpoint, and not in a run."""
+OFT_ADAPTERS = "lora_adapter"
+"""The folder of adapters in a run of OpenVLA-OFT; where they are merged, the run is a checkpoint itself."""
 SAVED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 """Endings of files of which a checkpoint has one."""
 
@@ -23,7 +25,8 @@ SAVED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 def in_run(path: Path) -> Path | None:
     """Return the checkpoint's folder for a run (its last), ``RUN/checkpoints/best`` or ``last``.
 
-    Of the runs of LeRobot and openpi it is their last, too. None where `path` is none of these. Raises
+    Of the runs of LeRobot and openpi it is their last, too; of an OpenVLA-OFT run that is not merged, its
+    adapters. None where `path` is none of these. Raises
     ConfigError where a pointer is damaged or leads nowhere; it names the checkpoint's folder where `path` is
     one of its files, or the folder of a run's checkpoints.
     """
@@ -42,6 +45,8 @@ def in_run(path: Path) -> Path | None:
     steps = sorted(path.glob("checkpoints/step_*/policy.json"))
     if steps:  # killed between its first checkpoint and the pointer to it
         return steps[-1].parent
+    if _is_whole(path / OFT_ADAPTERS):
+        return path / OFT_ADAPTERS
     return _of_another_program(path) if path.is_dir() else None
 
 

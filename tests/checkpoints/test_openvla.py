@@ -545,3 +545,38 @@ def test_what_only_decides_about_a_codec_does_not_stop_a_forecast_of_the_run(pla
     meant = {"vision": {"dino": {"heads": 2}, "siglip": {"heads": 2}}}
     checkpoints.inspect(plain, config=checkpoints.parse_config(PLAIN | FRONT).of_weights())
     assert checkpoints.parse_config(PLAIN | FRONT).of_weights() == meant
+
+
+def unmerged(folder: Path, base: Path) -> Path:
+    """Lay out a run of OFT that is not merged: adapters, and its files beside them."""
+    folder.mkdir()
+    for file in FILES.values():
+        shutil.copy(base / f"{file}.safetensors", folder)
+    shutil.copy(base / "dataset_statistics.json", folder)
+    adapters(folder / "lora_adapter", base)
+    return folder
+
+
+def test_a_run_that_is_not_merged_has_the_head_and_statistics_beside_its_adapters(
+    whole: Path, plain: Path, words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = unmerged(tmp_path / "run", whole)
+    statistics = json.loads((run / "dataset_statistics.json").read_text())
+    (run / "dataset_statistics.json").write_text(json.dumps({"mine": statistics["tiny_no_noops"]}))
+    given = {"config": UNTOLD | CAMERAS, "tokenizer": words}
+    same = checkpoints.load(run / "lora_adapter", base=whole, config=UNTOLD).policy  # the base has that head
+    for path in (run, run / "lora_adapter"):
+        loaded = checkpoints.load(path, base=plain, **given)
+        assert loaded.codec is not None and loaded.codec.embodiment.name == "mine"
+        assert loaded.report.statistics_of == "" and loaded.policy.config.head == "l1"
+        for name, value in same.named_parameters():
+            assert torch.equal(loaded.policy.get_parameter(name), value), name
+    assert f"beside the adapters: {FILES['action_head_l1']}" in loaded.report.text()
+    options = [part for key, value in UNTOLD.items() for part in ("--config", f"{key}={value}")]
+    assert main(["inspect", str(run), "--base", str(plain), *options]) == 0
+    assert "proprio_projector--10_checkpoint.safetensors" in capsys.readouterr().out
+    report = checkpoints.load(run, base=whole, config=UNTOLD).report
+    assert f"not read, because the adapters have files of their own: {FILES['action_head_l1']}" in str(report)
+    write_film(run)
+    with pytest.raises(WeightsError, match=r"vision_backbone--10_\w+\.safetensors: FiLM.*merge_lora_weights"):
+        checkpoints.load(run, base=plain, config=UNTOLD)

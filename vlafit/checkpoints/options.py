@@ -84,6 +84,8 @@ class LoadOptions:
     then.
     """
 
+    adapters: Path | None = None
+    """The folder of the adapters that are put on this checkpoint; a format may read files beside them."""
     trust: Sequence[str] = ()
     """Packages from which the module of a checkpoint's policy family may be imported."""
 

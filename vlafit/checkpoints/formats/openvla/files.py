@@ -28,6 +28,8 @@ PREFIXES = {
     "noisy_action_projector": "noisy_action_projector.",
     "vision_backbone": "",
 }
+ADAPTERS = "lora_adapter"  # in the folder of an OFT run
+STATISTICS = "dataset_statistics.json"
 TOWERS = "vision_backbone"
 """The module with both towers, which OFT saves with FiLM."""
 COMPUTED: dict[str, object] = {  # what vlafit computes; a key that is not there is silent
@@ -156,6 +158,44 @@ def components(folder: Path) -> dict[str, Path]:
             )
         chosen[module] = beside(folder / "config.json", f"{file}.safetensors")
     return chosen
+
+
+def beside_adapters(adapters: Path) -> Path:
+    """Return the folder with OFT's files that belong to adapters: their run's, or their own."""
+    run = adapters.resolve().parent
+    known = adapters.resolve().name == ADAPTERS and (
+        (run / STATISTICS).is_file() or any(COMPONENT.fullmatch(file.name) for file in run.iterdir())
+    )
+    return run if known else adapters
+
+
+def described_in(base: Path, adapters: Path | None) -> Path:
+    """Return the folder of the statistics: that of the checkpoint `base`, or of the run of adapters on it."""
+    run = base if adapters is None else beside_adapters(adapters)
+    return run if (run / STATISTICS).is_file() else base
+
+
+def components_for(base: Path, adapters: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """Return the component files of the checkpoint `base`, and notes: of adapters on it, those beside them.
+
+    Raises WeightsError as `components` does, and for FiLM beside adapters.
+    """
+    if adapters is None:
+        return components(base), []
+    folder = beside_adapters(adapters)
+    chosen = components(folder)
+    if not chosen:
+        return components(base), []
+    if TOWERS in chosen:
+        raise WeightsError(
+            f"{chosen[TOWERS]}: FiLM's towers hold adapters of their own, which are not merged here: merge "
+            f"by OFT's vla-scripts/merge_lora_weights_and_save.py, then load {folder} without a base"
+        )
+    notes = [f"beside the adapters: {', '.join(file.name for file in chosen.values())}"]
+    left = sorted(file.name for file in base.iterdir() if COMPONENT.fullmatch(file.name))
+    if left:
+        notes.append(f"not read, because the adapters have files of their own: {', '.join(left)} of {base}")
+    return chosen, notes
 
 
 def component_tensors(module: str, file: Path) -> dict[str, Tensor]:

@@ -53,6 +53,10 @@ class OpenVLAAdapters(AdapterSupport):
         ]
         return [f"{apart[0]} is in a file of its own there: add --merge"] if apart else []
 
+    def codec_folder(self, folder: Path, base: Path) -> Path:
+        """Return the folder of the run's statistics, else that of the base."""
+        return layout.described_in(base, folder)
+
 
 class OpenVLAFormat(Format):
     """The checkpoints that OpenVLA and OpenVLA-OFT publish and save."""
@@ -76,7 +80,8 @@ class OpenVLAFormat(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names of the base and OFT's files, and read config.json."""
         stored = dict(files.tensors)
-        for module, file in layout.components(files.folder).items():
+        chosen, beside = layout.components_for(files.folder, options.adapters)
+        for module, file in chosen.items():
             more = layout.component_tensors(module, file)
             if module == layout.TOWERS:  # as they were trained with FiLM, all of them
                 stored = {n: t for n, t in stored.items() if not n.startswith(f"{layout.TOWERS}.")}
@@ -87,14 +92,15 @@ class OpenVLAFormat(Format):
         tensors = layout.unwrapped(stored, str(files.path))
         values, stated = layout.evidence(files.folder)
         values.setdefault("max_tokens", MAX_TOKENS)
-        notes = _head(values, tensors, parse_head(options), str(files.path))
+        described = layout.described_in(files.folder, options.adapters)
+        notes = beside + _head(values, tensors, parse_head(options), str(files.path))
         if values["head"] in TOKEN_HEADS:
-            stated += statistics.widths(files.folder, options.assets)
+            stated += statistics.widths(described, options.assets)
         values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
         if not values["proprio"]:
             stated += _unread_state(stated, options, str(files.path), values["head"], tensors)
         values["film"] = any(".blocks.0.scale." in name for name in tensors)
-        own = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
+        own = CodecSet.load(described) if (described / CODEC).is_file() else None
         return OpenedCheckpoint(
             str(files.path),
             self,

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlafit import config as configuration
 from vlafit.checkpoints.codecs import GIVE_ASSETS
-from vlafit.checkpoints.formats.openvla.files import read_config
+from vlafit.checkpoints.formats.openvla.files import STATISTICS, read_config
 from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Codec, CodecConfig
@@ -25,7 +25,7 @@ from vlafit.errors import CodecError, WeightsError, did_you_mean
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
-FILE = "dataset_statistics.json"
+FILE = STATISTICS
 ARRAYS = ("mean", "std", "q01", "q99", "min", "max")
 
 

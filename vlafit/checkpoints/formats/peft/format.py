@@ -34,7 +34,7 @@ class Peft(Format):
         Raises WeightsError where they cannot be of this base.
         """
         folder = open_folder(files.path, options.base, opener.place)
-        below = opener.open(folder.base, replace(options, base=None))
+        below = opener.open(folder.base, replace(options, base=None, adapters=files.path))
         support = below.format.adapters
         names = support.names(below.family) if support is not None else None
         if support is None or names is None:
@@ -50,7 +50,7 @@ class Peft(Format):
         codec_folder = below.codec_folder
         if codec_folder is not None:
             codec_folder = support.codec_folder(files.path, codec_folder)
-        of_base = codec_folder is not None and codec_folder != files.path
+        of_base = codec_folder is not None and codec_folder == below.codec_folder
         return replace(
             below,
             path=str(files.path),
