@@ -89,9 +89,9 @@ def variant_of(table: ShapeTable, names: Iterable[str]) -> Variant:
     return table.variants[counts.index(max(counts))]
 
 
-def _to_give(unknown: Sequence[str], public: object) -> str:
+def _to_give(unknown: Sequence[str], public: Mapping[str, Any]) -> str:
     """Say how the sizes that no tensor determines are given, by the public size's values."""
-    given = ", ".join(f"{key}={value_at(asdict(public), key)}" for key in unknown)  # type: ignore[call-overload]
+    given = ", ".join(f"{key}={value_at(public, key)}" for key in unknown)
     return f"; give them by config, such as {given} of the public size"
 
 
@@ -135,7 +135,9 @@ def infer_config(
     stated = [one for one in stated if one.key not in unknown]  # a stand-in contradicts nothing
 
     conflicts = [*_mixed_variants(table, weights, file_name), *evidence.conflicts]
-    conflicts += [f"no tensor determines {', '.join(unknown)}{_to_give(unknown, public)}"] if unknown else []
+    conflicts += (
+        [f"no tensor determines {', '.join(unknown)}{_to_give(unknown, asdict(public))}"] if unknown else []
+    )
     conflicts += contradictions(read, stated, wanted, votes, evidence.witnesses, file_name)
 
     assumed = _assumed(table, read, asdict(public))
