@@ -530,9 +530,7 @@ def test_a_folder_with_its_own_tokenizer_needs_assets_and_cameras_but_no_tokeniz
     shutil.copy(tmp_path / "words" / "tokenizer.json", own)
     assert main(["inspect", str(own), *options]) == 0
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to train it")]
-    assert said.endswith(
-        'data.statistics = "data", or policy.assets = one of tiny_no_noops and policy.config openvla.cameras'
-    )
+    assert said.endswith('data.statistics = "data", or policy.config.openvla.cameras')
     assert checkpoints.declaration(own).own_tokenizer == own / "tokenizer.json"
 
 
