@@ -578,3 +578,19 @@ def test_a_run_that_is_not_merged_has_the_head_and_statistics_beside_its_adapter
     write_film(run)
     with pytest.raises(WeightsError, match=r"vision_backbone--10_\w+\.safetensors: FiLM.*merge_lora_weights"):
         checkpoints.load(run, base=plain, config=UNTOLD)
+
+
+def test_an_export_without_a_codec_says_what_is_missing_and_takes_it(plain: Path, words, tmp_path: Path):
+    adapters(tmp_path / "lora_adapter", plain)
+    given = {"base": plain, "merge": True, "config": PLAIN}
+    made = export(tmp_path / "lora_adapter", "vlafit", tmp_path / "without", **given)
+    assert not (tmp_path / "without" / "codec.json").exists()
+    assert "no codec.json is written: the checkpoint lacks a tokenizer: give" in made.text()
+    assert "vlafit export takes --tokenizer" in made.text()
+    words.save(tmp_path / "words")
+    command = ["export", str(tmp_path / "lora_adapter"), "--to", "vlafit", "--out", str(tmp_path / "out")]
+    command += ["--base", str(plain), "--merge", "--tokenizer", str(tmp_path / "words")]
+    for key, value in (PLAIN | {"openvla.cameras": '["front"]'}).items():
+        command += ["--config", f"{key}={value}"]
+    assert main(command) == 0
+    assert checkpoints.load(tmp_path / "out").codec is not None

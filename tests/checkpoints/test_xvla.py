@@ -19,10 +19,11 @@ from vlafit import checkpoints
 from vlafit.checkpoints.export import write
 from vlafit.checkpoints.formats.lerobot import write as lerobot_export
 from vlafit.checkpoints.formats.lerobot.names import XVLA as NAMES
+from vlafit.codec.images import FRAMINGS
 from vlafit.codec.tokenizer import load as load_tokenizer
 from vlafit.errors import ConfigError, VlafitError, WeightsError
 from vlafit.policies import xvla
-from vlafit.policies._common import imagenet_normalised
+from vlafit.policies._common import PIXEL_MEAN, imagenet_normalised
 from vlafit.types import Observation
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lerobot_xvla"
@@ -325,6 +326,19 @@ def test_an_export_is_lerobots_folder_again(folder: Path, stored, tmp_path: Path
     again = vlafit.load_checkpoint(out)
     assert (again.policy.config, again.codec.config) == (loaded.policy.config, loaded.codec.config)
     assert again.codec.embodiment_id == 3
+
+
+def test_an_export_says_how_the_padding_of_frames_that_are_no_squares_differs(folder: Path, tmp_path: Path):
+    policy, codec, _, _ = vlafit.load_checkpoint(folder)
+    robot, size = codec.embodiment, codec.config.image_size
+    for height, said in ((size, False), (size - 4, True)):
+        cameras = tuple(replace(c, shape=(height, size, 3)) for c in robot.cameras)
+        other = codec.with_changes(embodiment=replace(robot, cameras=cameras))
+        notes = str(write(policy, other, "lerobot", tmp_path / str(height), "here").notes)
+        assert (f"no squares ({', '.join(c.name for c in cameras)})" in notes) == said, height
+        assert ("0.47 of 255" in notes) == said
+    exact = np.array(PIXEL_MEAN) * 255  # what LeRobot's zeros after the mean was subtracted stand for
+    assert 0.46 < np.abs(np.array(FRAMINGS["xvla"].fill) - exact).max() < 0.475
 
 
 def views_in_lerobot(values: dict[str, Any]) -> int:

@@ -97,6 +97,8 @@ def export(
     format: str | None = None,
     trust: Sequence[str] = (),
     results: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    assets: str | Path | None = None,
 ) -> Exported:
     """Write the checkpoint `source`, of any format that `load` reads, into the new folder `out`.
 
@@ -111,7 +113,7 @@ def export(
     own, adapters merged first. `base` is where the checkpoint lies that adapters sit on, or that training
     began with, where `source` does not record it or it has moved. `embodiment` names the one whose codec is
     written; without a name vlafit's own format keeps all, and other formats, which hold one, refuse several.
-    `config` gives what the checkpoint does not
+    `config`, `tokenizer` and `assets` give what the checkpoint does not
     record, and `trust` names packages of policy families, as in `load`. `results` are the sentences of the
     model card about it (`vlafit.report.card_results`); interpolated weights have none yet.
 
@@ -137,6 +139,8 @@ def export(
             format=format,
             trust=trust,
             results=() if interpolate else tuple(results),
+            tokenizer=tokenizer,
+            assets=assets,
         )
 
 
@@ -155,6 +159,8 @@ def _export(
     format: str | None,
     trust: Sequence[str],
     results: tuple[str, ...],
+    tokenizer: str | Path | None,
+    assets: str | Path | None,
 ) -> Exported:
     location = place(source)
     path = location.path
@@ -165,6 +171,8 @@ def _export(
         path,
         config,
         base=base if sits_on or not interpolate else None,
+        tokenizer=tokenizer,
+        assets=assets,
         format=format,
         trust=trust,
         deferred=True,
@@ -181,6 +189,9 @@ def _export(
         loaded = replace(loaded, plan=None)
     elif merge:
         notes += ("there were no adapters to merge",)
+    if loaded.codecs is None and not is_native:
+        way = "; vlafit export takes --tokenizer and --assets, too" * ("--" in (why := loaded.report.codec))
+        notes += (f"no codec.json is written: {why}{way}",)
     history = read_lineage(path) if is_native else None
     agreement = read_agreement(path) if is_native else None
     if interpolate:

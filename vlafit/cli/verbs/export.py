@@ -43,6 +43,10 @@ def run(arguments: Sequence[str]) -> int:
         "--dtype",
         help="of the weights: float32 or bfloat16 [that of the run's products, else float32]",
     )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="of a codec that the checkpoint's statistics make"
+    )
+    parser.add_argument("--assets", metavar="NAME", help="which of the checkpoint's statistics")
     add_embodiment(parser)
     add_config(parser)
     add_format(parser)
@@ -69,6 +73,8 @@ def run(arguments: Sequence[str]) -> int:
         format=options.format,
         trust=options.trust,
         results=results_of(Path(source)),
+        tokenizer=options.tokenizer,
+        assets=options.assets,
     )
     print(made.text())
     return 0

@@ -117,6 +117,13 @@ def write(folder: Path, policy: Policy, codec: Codec) -> tuple[str, ...]:
         )
     if isinstance(policy, Pi0) and policy.config.action_tokens:
         notes.append(dropped_token_loss("LeRobot"))
+    uneven = [c.name for c in codec.embodiment.cameras if c.shape[0] != c.shape[1]]
+    if uneven and codec.config.framing == "xvla":
+        notes.append(
+            f"LeRobot pads images that are no squares ({', '.join(uneven)}) with ImageNet's mean, and rounds "
+            "nothing; frames here have whole grey levels: the padding is 0.47 of 255 apart at most, scaled "
+            "pixels 0.5"
+        )
     if kind == "xvla" and codec.config.mask_padding:
         notes.append("LeRobot counts steps past an episode's end in the loss, which this codec left out")
     if isinstance(policy, Pi0Fast) and policy.config.tied:
