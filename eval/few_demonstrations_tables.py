@@ -1,9 +1,17 @@
-"""The table of the search with few demonstrations."""
+"""The tables of few demonstrations: what was searched, and the setting fixed before it was played."""
 
 from pathlib import Path
 
-from cells import count, read_lines, table
+from cells import count, outcomes_of, points, read_lines, runs_by_seed, score_of, table
 
+from vlafit.compare.pooled_score import pool
+from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
+
+RECIPES = {
+    "few-demonstrations": "full checkpoint",
+    "few-demonstrations-fresh-expert": "fresh action expert",
+    "few-demonstrations-untrained": "untrained",
+}
 STARTS = ("full checkpoint", "fresh expert", "untrained")
 
 
@@ -19,3 +27,23 @@ def searched(results: Path) -> str:
         for (tasks, n, steps, strategy, lr), of_start in sorted(of_setting.items(), reverse=True)
     ]
     return table(["tasks", "demonstrations", "steps", "strategy", "learning rate", *STARTS], rows)
+
+
+def published(results: Path) -> str:
+    """One row for each starting point of the fixed setting, and its difference from the full checkpoint."""
+    runs = runs_by_seed(results / "starts")
+    first, *others = [name for name in RECIPES if name in runs]
+    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
+    pairs = {name: Pairs.of(outcomes[name], outcomes[first]) for name in others}
+    p_values = dict(zip(others, holm([sign_flip_p(pairs[name].by_start) for name in others]), strict=True))
+    rows = []
+    for name in (first, *others):
+        score = pool([score_of(run, "after") for run in runs[name].values()])
+        low, high = score.interval
+        cells = ["", ""]
+        if name != first:
+            cells = [points(pairs[name].mean, paired_interval(pairs[name])), f"{p_values[name]:.2g}"]
+        shown = f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
+        rows.append([RECIPES[name], f"`{name}`", str(len(runs[name])), shown, *cells])
+    head = ["start", "recipe", "seeds", "success (95 %)", "minus full checkpoint, points (95 %)", "p"]
+    return table(head, rows)

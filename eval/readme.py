@@ -26,7 +26,7 @@ from cells import (
     score_of,
     table,
 )
-from few_demonstrations_tables import searched
+from few_demonstrations_tables import published, searched
 
 from vlafit.compare.pooled_score import pool
 from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
@@ -302,6 +302,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "strategies": strategies,
     "pretraining": pretraining,
+    "few-demonstrations": lambda: published(RESULTS / "few-demonstrations"),
     "few-demonstrations-search": lambda: searched(RESULTS / "few-demonstrations"),
     "scratch": scratch,
     "scratch-cost": scratch_cost,

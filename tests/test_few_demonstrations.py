@@ -122,3 +122,20 @@ def test_a_setting_that_was_played_from_one_start_leaves_the_other_cells_empty(
     (tmp_path / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for row in tables.searched(tmp_path).splitlines()[2:]:
         assert row.endswith("|  |") and " of " in row
+
+
+def test_the_difference_from_the_full_checkpoint_is_of_equal_starts_and_seeds(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    for name, solved in (("few-demonstrations", 10), ("few-demonstrations-untrained", 5)):
+        for seed in (0, 1):
+            run = tmp_path / "starts" / f"{name}-seed{seed}"
+            run.mkdir(parents=True)
+            after = {"successes": solved, "episodes": 10, "errors": 0}
+            (run / "report.json").write_text(json.dumps({"success": {"after": after}}))
+            rows = [{"task": "t", "seed": i, "success": i < solved, "error": None} for i in range(10)]
+            (run / "episodes_after.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    full, untrained = tables.published(tmp_path).splitlines()[2:]
+    assert full.startswith("| full checkpoint ") and "| 20 of 20 (" in full and full.endswith("|  |  |")
+    assert "| 10 of 20 (" in untrained and "| -50 [" in untrained
+    assert untrained.endswith("| 0.062 |")  # 2 / 2**5: five starts, each lost under both seeds
