@@ -33,7 +33,7 @@ from tests import few_steps, first_files
 
 REPOSITORY = Path(__file__).parents[1]
 MODULES = ("vlafit", "tests.train.launched")  # that may be run as `python -m MODULE`
-ENVIRONMENT = re.compile(r"from vlafit\.rollout\.worker import main; main\(\d+\)")  # of env_pool.py
+ENVIRONMENT = re.compile(r"from vlafit\.envs\.worker import main; main\(\d+\)")  # of env_pool.py
 SHARED = {
     "command": (  # what a training run imports
         "torch._dynamo", "torch._refs", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp",
@@ -41,7 +41,7 @@ SHARED = {
         "vlafit.cli.train_view", "vlafit.train", "vlafit.rollout", "vlafit.report", "vlafit.policies.pi0",
         "vlafit.datasets.layouts.libero",
     ),
-    "environment": ("vlafit.rollout.worker", "vlafit.envs.metaworld", "metaworld.env_dict"),
+    "environment": ("vlafit.envs.worker", "vlafit.envs.metaworld", "metaworld.env_dict"),
 }  # fmt: skip
 READ_AT_START = (
     "PYTHON",

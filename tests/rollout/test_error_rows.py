@@ -12,12 +12,12 @@ from tests.rollout.test_checkpoint import save_checkpoint
 from tests.rollout.toy_env import robot
 from vlafit import cli
 from vlafit.envs import EnvSpec
+from vlafit.envs.messages import Reset
 from vlafit.errors import ConfigError
 from vlafit.rollout import Protocol, evaluate
 from vlafit.rollout.against import read_earlier
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot
 from vlafit.rollout.records import read_records
-from vlafit.rollout.worker import Reset
 
 Make = Callable[..., Protocol]
 DIES = """

@@ -13,9 +13,9 @@ from tests.rollout.actors import Obedient, Trained
 from tests.rollout.toy_env import robot
 from vlafit import locks
 from vlafit.envs import EnvSpec
+from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError, SimulationError, VlafitError
 from vlafit.rollout import Protocol, evaluate, memory, policy_width, preflight
-from vlafit.rollout.worker import Ready
 
 Make = Callable[..., Protocol]
 FAULTS = {

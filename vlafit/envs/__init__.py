@@ -24,12 +24,15 @@ HELPERS = (
     "experts_pusht",
     "gl",
     "libero_scene",
+    "messages",
     "perturb",
     "raycast",
     "sentences",
     "shapes",
     "vector",
     "view",
+    "wire",
+    "worker",
 )  # modules that are not simulations
 EXTRAS = {
     "metaworld": "metaworld",
@@ -90,6 +93,8 @@ class EnvSpec:
     """How the pictures are perturbed."""
     libero: LiberoSpec = field(default_factory=LiberoSpec)
     """Settings of LIBERO only."""
+    python: str = ""
+    """Path of the Python interpreter that runs an evaluation's environments. Empty: vlafit's own."""
 
 
 def versioned(renderer: str) -> str:
@@ -110,6 +115,11 @@ def make(spec: EnvSpec) -> Env:
     Raises SimulationError if the simulation is unknown, its packages are missing, or it does not support the
     spec.
     """
+    if spec.python:
+        raise SimulationError(
+            f"environment {spec.name!r}: only an evaluation runs environments in another interpreter; remove "
+            f"env.python = {spec.python!r}"
+        )
     if spec.size < 8:
         raise SimulationError(
             f"environment {spec.name!r}: size = {spec.size} is too small; use 8 pixels or more"

@@ -4,12 +4,10 @@ Each process holds several environments ("slots"), so that few processes fill a 
 what an episode is and what to do when one fails; this module does not.
 """
 
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -20,8 +18,10 @@ from types import TracebackType
 from typing import IO
 
 from vlafit.envs import EnvSpec
+from vlafit.envs.messages import REPLIES, Failed, Moved, Play, Ready, Reply, Reset, Start, Unplayable
+from vlafit.envs.wire import LARGEST, WireError, decode, encode
 from vlafit.errors import SimulationError
-from vlafit.rollout.worker import Failed, Moved, Play, Ready, Reset, Start, Unplayable
+from vlafit.rollout import interpreter
 
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
 WAIT_S = 0.5  # the longest that `wait` blocks
@@ -135,7 +135,7 @@ class EnvPool:
             process.since = time.monotonic()
         process.pending.append(slot.index)
         try:
-            process.link.send(command)
+            process.link.send_bytes(encode(command))
         except OSError:
             pass  # the process died; `wait` reports it for the pending slot
 
@@ -173,7 +173,9 @@ class EnvPool:
 
     def _receive(self, number: int, process: _Process) -> list[Event]:
         try:
-            reply = process.link.recv()
+            reply = _received(process)
+        except WireError as error:
+            return self._replace(number, process, f"the environment process was killed: it sent {error}")
         except Exception:  # the process died, perhaps in the middle of a message
             return self._replace(number, process, "")
         process.since = time.monotonic()
@@ -187,7 +189,9 @@ class EnvPool:
 
     def _receive_ready(self, process: _Process, start: tuple[str, int] | None = None) -> Ready:
         try:
-            reply = process.link.recv()
+            reply = _received(process)
+        except WireError as error:
+            raise self._cannot_start(process, f"its process sent {error}") from error
         except Exception:  # the process died, perhaps in the middle of a message
             if start is not None:
                 raise self._cannot_play(process, "", start) from None
@@ -201,17 +205,23 @@ class EnvPool:
         return reply
 
     @property
+    def _environment(self) -> str:
+        """The environment as messages name it, with the interpreter that it runs in."""
+        return f"environment {self.spec.name!r}" + (f" in {self.spec.python}" if self.spec.python else "")
+
+    @property
     def _not_started(self) -> str:
         return f"its process was not ready within {self._start_timeout_s:g} s and was killed"
 
     def _cannot_start(self, process: _Process, why: str) -> SimulationError:
         text = self._kill(process, why).strip()
-        return _summed_up(SimulationError, f"environment {self.spec.name!r} cannot be created", text)
+        return _summed_up(SimulationError, f"{self._environment} cannot be created", text)
 
     def _cannot_play(self, process: _Process, why: str, start: tuple[str, int]) -> SimulationError:
         text = self._kill(process, why).strip()
         task, seed = start
-        head = f"environment {self.spec.name!r} cannot show the start of task {task!r}, seed {seed}"
+        or_not = "cannot be created, or " if self.spec.python and not why else ""
+        head = f"{self._environment} {or_not}cannot show the start of task {task!r}, seed {seed}"
         return _summed_up(_UnplayableError, head, text)
 
     def _replace(self, number: int, process: _Process, why: str) -> list[Event]:
@@ -221,7 +231,7 @@ class EnvPool:
         text = self._kill(process, why)
         self._idle_deaths += active is None
         if self._idle_deaths > 3:
-            raise SimulationError(f"environment {self.spec.name!r}: its processes die while idle: {text}")
+            raise SimulationError(f"{self._environment}: its processes die while idle: {text}")
         self._processes[number] = self._start()
         others = [slot for slot in self.slots if slot.process == number and slot != active]
         broken: list[Event] = [Broken(active, text)] if active else []
@@ -230,22 +240,26 @@ class EnvPool:
     def _start(self, start: tuple[str, int] | None = None) -> _Process:
         parent_end, child_end = socket.socketpair()
         output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process is killed)
-        env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        code = f"from vlafit.rollout.worker import main; main({child_end.fileno()})"
-        child = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[child_end.fileno()],
-            env=env,
-        )
+        try:
+            child = subprocess.Popen(
+                interpreter.command(self.spec.python, child_end.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[child_end.fileno()],
+                env=interpreter.environment(self.spec.python),
+            )
+        except (OSError, SimulationError) as error:
+            parent_end.close()
+            child_end.close()
+            output.close()
+            if isinstance(error, SimulationError):
+                raise
+            raise SimulationError(f"{self._environment} cannot be started: {error}") from error
         child_end.close()
         process = _Process(child, mpc.Connection(parent_end.detach()), output)
         try:
-            process.link.send(Start(self.spec, start, self.timeout_s))
+            process.link.send_bytes(encode(Start(self.spec, start, self.timeout_s)))
         except OSError:
             pass  # the process died at once; `_receive_ready` reports it
         return process
@@ -276,6 +290,17 @@ class EnvPool:
             process.child.wait()
             process.output.close()
         self._processes = []
+
+
+def _received(process: _Process) -> Reply:
+    """Return a process's next message. Raises WireError for one that is none, EOFError where it ended."""
+    try:
+        data = process.link.recv_bytes(LARGEST)
+    except OSError as error:
+        if error.errno is None:  # of multiprocessing, not of the system
+            raise WireError(f"what is no message of at most {LARGEST} bytes") from error
+        raise
+    return decode(data, REPLIES)
 
 
 def _summed_up(kind: type[SimulationError], head: str, text: str) -> SimulationError:

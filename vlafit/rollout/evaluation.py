@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlafit import arguments, files, locks
 from vlafit.envs import EnvSpec
+from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.observations import short
@@ -33,7 +34,6 @@ from vlafit.rollout.protocol import (
 )
 from vlafit.rollout.records import Record
 from vlafit.rollout.shard import Shard, Start
-from vlafit.rollout.worker import Ready
 from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 
 log = logging.getLogger(__name__)

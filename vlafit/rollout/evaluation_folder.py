@@ -20,6 +20,7 @@ from typing import Any
 from vlafit import files, score
 from vlafit.agreement import Item
 from vlafit.config import build
+from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError, SimulationError, brief
 from vlafit.files import parse_json, plain_text
 from vlafit.rollout import result_file, video
@@ -33,7 +34,6 @@ from vlafit.rollout.records import (
     motion,
     read_records,
 )
-from vlafit.rollout.worker import Ready
 from vlafit.score import Score
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from vlafit.rollout.worker import Ready
+from vlafit.envs.messages import Ready
 
 log = logging.getLogger(__name__)
 

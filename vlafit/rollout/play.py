@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlafit.envs.messages import Moved, Play, Reset
 from vlafit.errors import SimulationError
 from vlafit.execution import Execution, Plan
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot, Interrupted
 from vlafit.rollout.protocol import Protocol
-from vlafit.rollout.worker import Moved, Play, Reset
 from vlafit.types import ActionChunk, Actor, EpisodeKey, GuidedActor, Observation, history_of
 
 

@@ -152,6 +152,10 @@ class Protocol:
         """Return the seeds of each task's episodes; `trials` overrides their number."""
         return range(self.first_seed, self.first_seed + (self.trials if trials is None else trials))
 
+    def played_in(self, python: str) -> "Protocol":
+        """Return the protocol with another interpreter for its environments, which its hash leaves out."""
+        return dataclasses.replace(self, env=dataclasses.replace(self.env, python=python))
+
     def sentence(self, task: str, seed: int, own: str) -> str:
         """Return the sentence that the policy is given at one start; `own` is the task's."""
         match self.instruction:
@@ -179,6 +183,7 @@ class Protocol:
         plain = self.to_json()
         beside = ("purpose", "references", "timeout_s")
         deciding = {k: v for k, v in plain.items() if k not in beside and AS_BEFORE.get(k) != v}
+        del deciding["env"]["python"]  # decides nothing but versions, which results record
         if self.env.perturb == Perturbation():
             del deciding["env"]["perturb"]
         if self.env.name != "libero":

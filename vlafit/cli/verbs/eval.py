@@ -39,6 +39,7 @@ IN_SIMULATION = (
     "against",
     "stop_early",
     "shard",
+    "env_python",
 )
 ON_DATA = ("episodes", "samples", "draws", "outside", "confirm_cameras")
 INCOMPLETE = 3  # exit status
@@ -94,6 +95,11 @@ def _add_simulation(parser: Parser) -> None:
         metavar="S",
         type=within(0, LONGEST_S, float, above=True),
         help="seconds until an environment must answer [the protocol's]",
+    )
+    parser.add_argument(
+        "--env-python",
+        metavar="PATH",
+        help="Python that runs the environments, with numpy and msgpack, without torch [the protocol's]",
     )
     parser.add_argument(
         "--against", metavar="RUN", help="compare with this evaluation or run at the starts that both played"
@@ -180,6 +186,9 @@ def run(arguments: Sequence[str]) -> int:
     execution = _execution(options, protocol)
     from vlafit import rollout
 
+    played = rollout.load_protocol(protocol)
+    if options.env_python is not None:
+        played = played.played_in(options.env_python)
     shard = rollout.Shard.parse(options.shard) if options.shard else None
 
     # The line's total is known after the first episode; before that, workers start and weights load.
@@ -194,11 +203,11 @@ def run(arguments: Sequence[str]) -> int:
 
         folder = out / shard.folder if shard else out
         width = options.max_batch or rollout.policy_width(
-            protocol, folder, trials=options.trials, wrong_instruction=options.wrong_instruction
+            played, folder, trials=options.trials, wrong_instruction=options.wrong_instruction
         )
         result = rollout.evaluate(
             load(width),
-            protocol,
+            played,
             out,
             workers=options.workers or 0,
             trials=options.trials,

@@ -8,113 +8,41 @@ exactly one message, so the parent knows which episode is affected even when the
 import faulthandler
 import math
 import os
+import platform
 import select
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from vlafit.envs import EnvSpec, make
 from vlafit.envs.checks import check_flag, check_observation
+from vlafit.envs.messages import (
+    COMMANDS,
+    Command,
+    Failed,
+    Moved,
+    Play,
+    Ready,
+    Reply,
+    Reset,
+    Start,
+    Unplayable,
+)
+from vlafit.envs.wire import decode, encode
 from vlafit.errors import VlafitError
-from vlafit.types import Embodiment, Env, Observation
+from vlafit.types import Env, Observation
 
+RECORDED = ("numpy", "mujoco", "gymnasium")  # packages whose versions an interpreter of its own adds
 START_STREAM = 0x2545F491  # separates the random actions at a start from numbers of the same seed elsewhere
-
-
-@dataclass(frozen=True)
-class Start:
-    """The first command: create an environment and describe it. Answered by Ready, Unplayable or Failed.
-
-    With `start`, a task and a seed, an episode is begun, to see that it can be begun and drawn. An answer to
-    another command that takes longer than `timeout_s` is Failed.
-    """
-
-    spec: EnvSpec
-    start: tuple[str, int] | None = None
-    timeout_s: float = math.inf
-
-
-@dataclass(frozen=True)
-class Reset:
-    """Start an episode: reset, settle, `start_steps` random actions. Answered by Moved or Failed."""
-
-    slot: int
-    task: str
-    seed: int
-    settle_steps: int
-    settle_action: tuple[float, ...]
-    start_steps: int
-    render: bool
-    film: bool
-
-
-@dataclass(frozen=True)
-class Play:
-    """Execute `actions` [k, a] in `slot`, up to the first success. Answered by Moved or Failed.
-
-    The last `history` observations are returned, and rendered if `render`; with `film` every one is, and all
-    are sent as frames.
-    """
-
-    slot: int
-    actions: NDArray[np.float32]
-    render: bool
-    film: bool
-    history: int
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The environment's description of itself."""
-
-    embodiment: Embodiment
-    versions: Mapping[str, str]
-    instructions: Mapping[str, str]  # of each task
-    program_bytes: int  # memory of the process before it began an episode
-    env_bytes: int  # what the episode's environment added
-
-
-@dataclass(frozen=True)
-class Moved:
-    """State of an episode after its last command. `frames` are uint8 [h, w, 3], of the first camera.
-
-    `earlier` are the observations before the last one, oldest first, as many as were asked for.
-    """
-
-    slot: int
-    observation: Observation
-    earlier: tuple[Observation, ...]
-    steps: int
-    success: bool
-    truncated: bool
-    frames: tuple[NDArray[np.uint8], ...]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A command that raised. Its slot's environment is discarded; the process continues."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Unplayable:
-    """The environment was created, but the episode of Start could not be begun or drawn."""
-
-    text: str
-
-
-Command = Start | Reset | Play
-Reply = Ready | Moved | Failed | Unplayable
 
 
 class _Worker:
@@ -127,7 +55,7 @@ class _Worker:
     def answer(self, command: Command) -> Reply:
         match command:
             case Start(spec, start, timeout_s):
-                self.spec, self.timeout_s = spec, timeout_s
+                self.spec, self.timeout_s = replace(spec, python=""), timeout_s
                 env = self._env(0)
                 tasks = {task: env.instruction(task) for task in env.tasks}
                 before = _memory()
@@ -138,7 +66,8 @@ class _Worker:
                         known = isinstance(error, VlafitError)
                         return Unplayable(str(error) if known else traceback.format_exc())
                 added = max(0, _memory() - before)
-                return Ready(env.embodiment, dict(env.versions), tasks, before, added)
+                versions = {**(_interpreter() if spec.python else {}), **env.versions}
+                return Ready(env.embodiment, versions, tasks, before, added)
             case Reset() | Play():
                 began = time.monotonic()
                 moved = self._reset(command) if isinstance(command, Reset) else self._play(command)
@@ -185,7 +114,7 @@ class _Worker:
             render = left == 1 and images
             observation, _, _ = self._step(env, command.slot, action, 0, render=render)
         frames = self._frames(env, observation, command.film)
-        return Moved(command.slot, _sendable(observation), (), 0, False, False, frames)
+        return Moved(command.slot, observation, (), 0, False, False, frames)
 
     def _play(self, command: Play) -> Moved:
         env = self._env(command.slot)
@@ -198,7 +127,7 @@ class _Worker:
             newest.append(observation)
             frames += self._frames(env, observation, command.film)
             if success or truncated or i == last:
-                *earlier, observation = map(_sendable, newest)
+                *earlier, observation = newest
                 return Moved(
                     command.slot, observation, tuple(earlier), i + 1, success, truncated, tuple(frames)
                 )
@@ -227,13 +156,19 @@ class _Worker:
 
 def _memory() -> int:
     """Return this process's resident memory in bytes."""
-    return psutil.Process().memory_info().rss
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _sendable(observation: Observation) -> Observation:
-    """Return the observation with plain dicts: a read-only mapping cannot be pickled."""
-    images, privileged = dict(observation.images), dict(observation.privileged)
-    return replace(observation, images=images, privileged=privileged)
+def _interpreter() -> dict[str, str]:
+    """Return the versions of this interpreter and of the packages that decide what a simulation does."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return versions
 
 
 def _end_with_parent(connection: Connection) -> None:
@@ -253,18 +188,18 @@ def main(handle: int) -> None:
     worker = _Worker()
     while True:
         try:
-            command = connection.recv()
+            command = decode(connection.recv_bytes(), COMMANDS)
         except (EOFError, OSError):
             break
         try:
-            reply = worker.answer(command)
+            reply = encode(worker.answer(command))
         except Exception as error:
             fixable = isinstance(command, Start) and isinstance(error, VlafitError)
-            reply = Failed(str(error) if fixable else traceback.format_exc())
+            reply = encode(Failed(str(error) if fixable else traceback.format_exc()))
             if not isinstance(command, Start):
                 worker.drop(command.slot)
         try:
-            connection.send(reply)
+            connection.send_bytes(reply)
         except OSError:
             break
     os._exit(0)  # skips interpreter shutdown, during which GL contexts print errors
