@@ -127,7 +127,9 @@ def test_a_card_lists_the_exports_that_succeed_and_no_others(tmp_path: Path) -> 
             if codec is not None:
                 (code,) = re.findall(r"import vlafit\n\nactor = (vlafit\..*)\n", card)
                 exec(code.replace("path/to/this/folder", str(out)), {"vlafit": vlafit})
-    assert {path.name for path in tmp_path.glob("*/*")} == {*registry.writable(), "saved"} - {"openpi"}
+    # The GR00T here is LeRobot's, whose framing NVIDIA's program does not have; no tiny policy fits openpi's.
+    written = {path.name for path in tmp_path.glob("*/*")}
+    assert written == {*registry.writable(), "saved"} - {"openpi", "groot"}
 
 
 def test_the_card_of_a_groot_asks_lerobot_for_no_step_that_its_pipeline_lacks(tmp_path: Path) -> None:
