@@ -18,6 +18,7 @@ from vlafit.errors import SimulationError, quoted
 
 LARGEST = 2**30  # bytes of a message; a filmed chunk of 100 steps at 1024 px has 300 MiB
 NUMBERS = "biuf"  # kinds of arrays: bool, int, unsigned, float
+MAPPINGS = (Mapping, dict)
 ARRAY = "\0array"  # key that marks an array
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def encode(message: object) -> bytes:
     name = type(message).__name__
     fields = _plain(message, name)
     try:
-        data = msgpack.packb([name, fields], use_bin_type=True)
+        data: Any = msgpack.packb([name, fields], use_bin_type=True)
     except (OverflowError, TypeError, ValueError) as error:  # an integer of more than 64 bits, 4 GiB
         raise WireError(f"{name} cannot be sent: {error}") from error
     if len(data) > LARGEST:
@@ -94,7 +95,8 @@ def _built(kind: type[T], fields: Any, where: str) -> T:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """Return a value as its annotation declares it, or raise WireError."""
-    origin, of = get_origin(hint), get_args(hint)
+    origin: Any = get_origin(hint)
+    of = get_args(hint)
     if origin in (Union, types.UnionType):
         for one in of:
             if one is type(None) and value is None:
@@ -113,12 +115,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return tuple(
                 _value(o, item, f"{where}[{i}]") for i, (o, item) in enumerate(zip(of, value, strict=True))
             )
-    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+    if origin in MAPPINGS and isinstance(value, dict):
         return {
             _value(of[0], key, f"a key of {where}"): _value(of[1], item, f"{where}[{key!r}]")
             for key, item in value.items()
         }
-    allowed = (int, float) if hint is float else hint
+    allowed: Any = (int, float) if hint is float else hint
     if origin is None and isinstance(value, allowed) and (hint is bool or not isinstance(value, bool)):
         return value
     expected = getattr(hint, "__name__", None) if origin is None else str(hint)

@@ -198,6 +198,8 @@ class EnvPool:
             raise self._cannot_start(process, "") from None
         if isinstance(reply, Unplayable) and start is not None:
             raise self._cannot_play(process, reply.text, start)
+        if isinstance(reply, Moved):
+            raise self._cannot_start(process, "its process answered the first command with Moved")
         if not isinstance(reply, Ready):
             raise self._cannot_start(process, reply.text)
         process.pending.popleft()
