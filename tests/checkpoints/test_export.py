@@ -25,8 +25,8 @@ from vlafit.checkpoints.formats.lerobot.read_processors import read as read_code
 from vlafit.checkpoints.formats.openpi import write as openpi_export
 from vlafit.codec import Codec, CodecConfig, fast, train_word_tokenizer
 from vlafit.codec.action_text import ActionTokenConfig
+from vlafit.codec.normaliser import Normalisation, Normaliser
 from vlafit.codec.prompts import Prompt
-from vlafit.codec.statistics import Normalisation, Normaliser
 from vlafit.errors import WeightsError
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import pi0, pi0_fast, smolvla

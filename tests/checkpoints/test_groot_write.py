@@ -26,7 +26,7 @@ from vlafit import checkpoints
 from vlafit.checkpoints.export import export, write
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.images import Framing
-from vlafit.codec.statistics import Normalisation
+from vlafit.codec.normaliser import Normalisation
 from vlafit.errors import VlafitError, WeightsError
 from vlafit.types import Embodiment, Feature, Observation
 

@@ -27,7 +27,7 @@ from vlafit.checkpoints.history import Learned, Lineage
 from vlafit.checkpoints.locate import digest
 from vlafit.checkpoints.name_map import translate
 from vlafit.codec import Codec, CodecSet
-from vlafit.codec.statistics import Normalisation
+from vlafit.codec.normaliser import Normalisation
 from vlafit.errors import VlafitError, WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family

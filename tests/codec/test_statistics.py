@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vlafit.codec.statistics import FURTHEST, Normalisation, Normaliser, Statistics
+from vlafit.codec.normaliser import FURTHEST, Normalisation, Normaliser
+from vlafit.codec.statistics import Statistics
 from vlafit.errors import CodecError, DataError
 
 METHODS: tuple[Normalisation, ...] = ("mean_std", "quantile")

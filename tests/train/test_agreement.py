@@ -31,7 +31,7 @@ from vlafit import agreement, checkpoints, cli
 from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats.lerobot import write as lerobot_write
 from vlafit.codec import Normaliser, Statistics, train_word_tokenizer
-from vlafit.codec.statistics import FLOORED
+from vlafit.codec.normaliser import FLOORED
 from vlafit.errors import CodecError, ConfigError, DataError, EmbodimentError, VlafitError
 from vlafit.recipe import PolicyRecipe
 from vlafit.train import run

@@ -13,8 +13,8 @@ from tests.train.agreement_world import recipe_of, start, write_card, write_chec
 from vlafit import cli, config
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecConfig, Statistics
+from vlafit.codec.normaliser import NEEDED
 from vlafit.codec.state_watch import StateWatch
-from vlafit.codec.statistics import NEEDED
 from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError

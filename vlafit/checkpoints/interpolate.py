@@ -23,7 +23,7 @@ from vlafit.checkpoints.history import read_lineage
 from vlafit.checkpoints.load import load_all
 from vlafit.checkpoints.locate import digest, place
 from vlafit.codec import Codec, CodecSet
-from vlafit.codec.statistics import MixedNormaliser, Normaliser
+from vlafit.codec.normaliser import MixedNormaliser, Normaliser
 from vlafit.errors import ConfigError, WeightsError, did_you_mean
 from vlafit.files import plain_text
 from vlafit.nn.deferred import Deferred, defer

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.codec.action_bins import BINS
-from vlafit.codec.codec import Codec, Encoded, Key
+from vlafit.codec.codec import Codec
+from vlafit.codec.encoded import Encoded, Key
 from vlafit.codec.images import fit_image
 from vlafit.codec.prompts import FORMS
 from vlafit.errors import CodecError

@@ -6,7 +6,6 @@ training, evaluation and serving alike. Nothing here imports torch.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,38 +16,17 @@ from vlafit.codec import codec_file
 from vlafit.codec.action_bins import ActionBins
 from vlafit.codec.action_text import ActionText
 from vlafit.codec.codec_config import CodecConfig, columns_of, normaliser, require_consistent
+from vlafit.codec.encoded import Encoded
 from vlafit.codec.fast import Detokenised, FastTokenizer
 from vlafit.codec.images import fit_image
+from vlafit.codec.normaliser import FAR, MixedNormaliser, Normaliser
 from vlafit.codec.prompts import FORMS
-from vlafit.codec.statistics import FAR, MixedNormaliser, Normaliser, Statistics
+from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError, ConfigError, quoted
 from vlafit.types import ActionChunk, Embodiment, Feature, Observation, Sample
 
 CACHED_PROMPTS = 4096  # texts whose tokens are kept; without states in them, as many as instructions
-
-Key = tuple[str, str, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One sample or observation as a policy takes it; every shape depends on the codec's config only.
-
-    With a history of o > 1 steps, `images`, `image_mask` and `state` begin with an axis o, the newest last.
-    """
-
-    images: NDArray[np.uint8]  # [n, 3, h, w]; zeros where the camera is missing
-    image_mask: NDArray[np.bool_]  # [n]
-    tokens: NDArray[np.int64] | None  # [l]; None without a prompt
-    token_mask: NDArray[np.bool_] | None  # [l]
-    state: NDArray[np.float32]  # [S] normalised, zero-padded
-    actions: NDArray[np.float32] | None  # [t, A] normalised, zero-padded
-    action_mask: NDArray[np.bool_] | None  # [t, A] True where the loss counts
-    key: Key | None = None
-    history_mask: NDArray[np.bool_] | None = None  # [o] False where a step before the episode is padded
-    target_tokens: NDArray[np.int64] | None = None  # [m], of a policy with a token loss
-    target_mask: NDArray[np.bool_] | None = None  # [m]
-    embodiment_id: NDArray[np.int64] | None = None  # []
 
 
 class Codec:

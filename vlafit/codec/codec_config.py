@@ -8,8 +8,9 @@ from vlafit.codec.action_bins import BINS, ActionBinConfig
 from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.columns import Columns
 from vlafit.codec.images import MIDDLES, Framing
+from vlafit.codec.normaliser import OPENVLA, MixedNormaliser, Normalisation, Normaliser
 from vlafit.codec.prompts import FORMS, Prompt
-from vlafit.codec.statistics import OPENVLA, MixedNormaliser, Normalisation, Normaliser, Statistics
+from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError
 from vlafit.types import ColumnForm, Embodiment

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.codec.codec import Codec
-from vlafit.codec.statistics import FAR
+from vlafit.codec.normaliser import FAR
 
 
 class StateWatch:

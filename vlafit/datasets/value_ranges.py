@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.codec import Codec, Normaliser, Statistics
-from vlafit.codec.statistics import NEAR_CONSTANT, MixedNormaliser
+from vlafit.codec.normaliser import NEAR_CONSTANT, MixedNormaliser
 from vlafit.datasets.statistics import Blocks, blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
 

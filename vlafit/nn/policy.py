@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.codec.images import Framing
+from vlafit.codec.normaliser import Normalisation
 from vlafit.codec.prompts import Prompt
-from vlafit.codec.statistics import Normalisation
 from vlafit.errors import CodecError
 from vlafit.nn.batch import Batch
 from vlafit.nn.features import Cacheable, Features

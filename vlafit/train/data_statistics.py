@@ -3,7 +3,8 @@
 from vlafit.agreement import describe_form
 from vlafit.codec import Codec, CodecConfig
 from vlafit.codec.codec_config import columns_of
-from vlafit.codec.statistics import NEEDED, Statistics
+from vlafit.codec.normaliser import NEEDED
+from vlafit.codec.statistics import Statistics
 from vlafit.datasets import recorded
 from vlafit.datasets.statistics_cache import statistics_of
 from vlafit.errors import ConfigError

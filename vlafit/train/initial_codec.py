@@ -7,7 +7,7 @@ from vlafit.agreement import Agreement, same_actions
 from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.codec_config import columns_of
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.statistics import FLOORED, OPENVLA
+from vlafit.codec.normaliser import FLOORED, OPENVLA
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
 from vlafit.errors import CodecError, ConfigError

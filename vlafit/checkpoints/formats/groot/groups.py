@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlafit.codec.statistics import ARRAYS, NEEDED, Normalisation, Statistics
+from vlafit.codec.normaliser import NEEDED, Normalisation
+from vlafit.codec.statistics import ARRAYS, Statistics
 from vlafit.errors import WeightsError
 from vlafit.types import Angles, Pose, RotationForm
 

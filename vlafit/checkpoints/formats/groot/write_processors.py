@@ -20,7 +20,8 @@ from vlafit.checkpoints.formats.groot.processors import PUBLISHED, Processors
 from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec
 from vlafit.codec.images import groot_crop
-from vlafit.codec.statistics import ARRAYS, NEEDED, Normalisation, Statistics
+from vlafit.codec.normaliser import NEEDED, Normalisation
+from vlafit.codec.statistics import ARRAYS, Statistics
 from vlafit.errors import CodecError, WeightsError, brief
 from vlafit.policies.groot import Groot
 from vlafit.types import Feature

@@ -18,7 +18,7 @@ from vlafit.checkpoints.formats.lerobot import groot_gripper
 from vlafit.checkpoints.formats.lerobot.processor_steps import Step
 from vlafit.checkpoints.formats.lerobot.stored_statistics import STATE
 from vlafit.codec import CodecConfig, Statistics
-from vlafit.codec.statistics import NEEDED, Normalisation
+from vlafit.codec.normaliser import NEEDED, Normalisation
 from vlafit.errors import WeightsError
 from vlafit.types import ColumnForm, Embodiment
 

@@ -31,8 +31,8 @@ from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION
 from vlafit.checkpoints.tensor_files import open_tensors
 from vlafit.codec import Codec, CodecConfig, Tokenizer
 from vlafit.codec.images import groot_crop
+from vlafit.codec.normaliser import Normalisation
 from vlafit.codec.prompts import Prompt
-from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
 from vlafit.types import ColumnForm, Embodiment

@@ -16,8 +16,8 @@ from vlafit.checkpoints.formats.lerobot.processor_steps import require_repeated
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.stored_statistics import ACTION, STATE, Sets
 from vlafit.codec import Codec, CodecConfig, Tokenizer
+from vlafit.codec.normaliser import Normalisation
 from vlafit.codec.prompts import holds_state
-from vlafit.codec.statistics import Normalisation
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Needs
 

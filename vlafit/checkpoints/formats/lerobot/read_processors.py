@@ -34,8 +34,8 @@ from vlafit.checkpoints.tensor_files import beside, open_tensors
 from vlafit.codec import Codec, CodecConfig, Statistics, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
 from vlafit.codec.images import Framing
+from vlafit.codec.normaliser import LEROBOT_EPSILON, NEEDED, Normalisation
 from vlafit.codec.prompts import Prompt, holds_state
-from vlafit.codec.statistics import LEROBOT_EPSILON, NEEDED, Normalisation
 from vlafit.errors import WeightsError, brief
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature

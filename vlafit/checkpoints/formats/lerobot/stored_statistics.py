@@ -16,7 +16,8 @@ from torch import Tensor, isinf
 
 from vlafit.checkpoints.codecs import GIVE_ASSETS
 from vlafit.codec import Statistics
-from vlafit.codec.statistics import ARRAYS, NEEDED, Normalisation
+from vlafit.codec.normaliser import NEEDED, Normalisation
+from vlafit.codec.statistics import ARRAYS
 from vlafit.errors import WeightsError, did_you_mean
 from vlafit.types import Embodiment
 

@@ -15,7 +15,7 @@ from vlafit.checkpoints.formats.openpi.variants import gemma_refusals, variants
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
 from vlafit.codec.action_text import SKIPPED
-from vlafit.codec.statistics import Normalisation
+from vlafit.codec.normaliser import Normalisation
 from vlafit.nn.policy import Policy
 from vlafit.policies.pi0 import Pi0Config
 from vlafit.policies.pi0_fast import Pi0FastConfig

@@ -28,7 +28,8 @@ from vlafit.checkpoints.formats.lerobot.read_processors import ACTION, POST, PRE
 from vlafit.checkpoints.formats.lerobot.write_config import Kind, modes_of
 from vlafit.checkpoints.tensor_files import write_json
 from vlafit.codec import Codec, Tokenizer
-from vlafit.codec.statistics import ARRAYS, LEROBOT_EPSILON, Normalisation, Normaliser, Statistics
+from vlafit.codec.normaliser import LEROBOT_EPSILON, Normalisation, Normaliser
+from vlafit.codec.statistics import ARRAYS, Statistics
 
 NEWLINE: dict[Kind, str] = {"pi0": "pi0_new_line_processor", "smolvla": "smolvla_new_line_processor"}
 PROBES = ("pick up the red block", "open the drawer, then close it", "put 2 cups on the shelf!")

@@ -17,7 +17,8 @@ from vlafit.checkpoints.tensor_files import read_json_object
 from vlafit.codec import Codec, CodecConfig, fast
 from vlafit.codec.action_text import ActionTokenConfig
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.statistics import Normalisation, Statistics
+from vlafit.codec.normaliser import Normalisation
+from vlafit.codec.statistics import Statistics
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.errors import CodecError, VlafitError, WeightsError, brief, did_you_mean
 from vlafit.nn.policy import Needs

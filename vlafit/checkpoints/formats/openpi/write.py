@@ -17,7 +17,7 @@ from vlafit.checkpoints.formats.openpi.variants import dropped_token_loss, gemma
 from vlafit.checkpoints.name_map import back
 from vlafit.checkpoints.precision import dtype_name
 from vlafit.codec import Codec
-from vlafit.codec.statistics import EPSILON, Normaliser
+from vlafit.codec.normaliser import EPSILON, Normaliser
 from vlafit.nn.deferred import save_tensors
 from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.policies.pi0 import Pi0, Pi0Config

@@ -20,7 +20,7 @@ from vlafit.checkpoints.options import LoadOptions, OptionTable
 from vlafit.checkpoints.voting import Stated
 from vlafit.codec import Codec, CodecSet, Tokenizer
 from vlafit.codec import tokenizer as tokenizers
-from vlafit.codec.statistics import OPENVLA
+from vlafit.codec.normaliser import OPENVLA
 from vlafit.errors import WeightsError
 from vlafit.files import parse_json
 from vlafit.nn.deferred import save_tensors
