@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlafit.compare.pooled_score import Pooled, pool
 from vlafit.score import Score
+from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
 
 
 def runs_by_seed(folder: Path) -> dict[str, dict[int, Path]]:
@@ -45,10 +47,30 @@ def count(score: Mapping[str, Any]) -> str:
     return f"{score['successes']} of {score['episodes']}"
 
 
-def count_of_all(scores: Iterable[Mapping[str, Any]]) -> str:
-    """Return the sum of several scores as `successes of episodes`."""
-    scores = list(scores)
-    return count({key: sum(score[key] for score in scores) for key in ("successes", "episodes")})
+def pooled(runs: Iterable[Path], evaluation: str) -> Pooled:
+    """Return the successes of an evaluation of several runs together."""
+    return pool([score_of(run, evaluation) for run in runs])
+
+
+def with_interval(score: Pooled) -> str:
+    """Return `successes of episodes (95 % interval)`."""
+    low, high = score.interval
+    return f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def beside(runs: Mapping[str, Mapping[int, Path]], baseline: str) -> dict[str, tuple[str, str]]:
+    """Return the difference of each recipe from the baseline at equal starts, and its p; "" for the baseline.
+
+    p is exact, with Holm's correction over all of them.
+    """
+    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
+    pairs = {n: Pairs.of(of, outcomes[baseline]) for n, of in outcomes.items() if n != baseline}
+    p_values = holm([sign_flip_p(one.by_start) for one in pairs.values()])
+    found = {
+        name: (points(one.mean, paired_interval(one)), f"{p:.2g}")
+        for (name, one), p in zip(pairs.items(), p_values, strict=True)
+    }
+    return {**found, baseline: ("", "")}
 
 
 def points(difference: float, ends: Sequence[float]) -> str:

@@ -10,15 +10,12 @@ eval/readme.py` makes the table from what is published.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-from training_run import is_finished, keep, keep_text, words_of
+from training_run import carry_out, cpu_of, is_finished, keep, keep_text, log_of, words_of
 
-from vlafit import parent, shipped
+from vlafit import shipped
 
 HERE = Path(__file__).parent
 PREFIX = "scratch-"
@@ -60,32 +57,8 @@ def train(recipe: str, seed: int, run: Path, changed: list[str]) -> bool:
         name, _, value = field.partition("=")
         fields += [f"--{name}", value]
     command = words_of(recipe, seed, run, *fields)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    print("+ vlafit", *command, flush=True)
-    with log_of(run).open("a", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "vlafit", *command],
-            stdin=parent.STDIN,  # if this process is killed, the run saves and ends
-            env={**os.environ, "OMP_NUM_THREADS": "1", parent.VARIABLE: "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, used = os.wait4(child.pid, 0)  # with what its own children used
-    child.returncode = os.waitstatus_to_exitcode(status)
-    with cpu_of(run).open("a", encoding="utf-8") as times:
-        line = {"status": child.returncode, "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
-        times.write(json.dumps(line) + "\n")
+    carry_out(command, run)
     return is_finished(run)
-
-
-def log_of(run: Path) -> Path:
-    """Return the file with what a run printed."""
-    return run.parent / f"{run.name}.log"
-
-
-def cpu_of(run: Path) -> Path:
-    """Return the file with the processor time of each process that worked on a run."""
-    return run.parent / f"{run.name}.cpu.jsonl"
 
 
 def publish(run: Path, folder: Path) -> None:

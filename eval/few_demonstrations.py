@@ -16,7 +16,6 @@ metaworld-distant`.
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training_run import is_finished, words_of
+from training_run import carry_out, cpu_of, is_finished, words_of
 
-from vlafit import files, parent
+from vlafit import files
 
 HERE = Path(__file__).parent
 FIRST_SEED = 50000  # of the starts of every point; published results start from 60000 and above
@@ -141,21 +140,8 @@ def main() -> int:
 def play(point: Point, runs: Path, trials: int | None) -> None:
     """Carry out or continue one point on one core. Raises CalledProcessError if it fails."""
     words = words_for(point, runs, trials)
-    print("+ vlafit", *words, flush=True)
-    with (runs / f"{point.name}.log").open("a", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "vlafit", *words],
-            stdin=parent.STDIN,  # if this process is killed, the run saves and ends
-            env={**os.environ, "OMP_NUM_THREADS": "1", parent.VARIABLE: "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, used = os.wait4(child.pid, 0)  # with what its own children used
-    child.returncode = os.waitstatus_to_exitcode(status)
-    with (runs / f"{point.name}.cpu.jsonl").open("a", encoding="utf-8") as times:
-        times.write(json.dumps({"cpu_s": round(used.ru_utime + used.ru_stime, 1)}) + "\n")
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, ["vlafit", *words])
+    if status := carry_out(words, runs / point.name):
+        raise subprocess.CalledProcessError(status, ["vlafit", *words])
 
 
 def words_for(point: Point, runs: Path, trials: int | None) -> list[str]:
@@ -217,7 +203,7 @@ def found(point: Point, runs: Path) -> dict[str, Any]:
         letter = "e" if episode["error"] else str(int(episode["success"]))
         of_task[episode["task"]] = of_task.get(episode["task"], "") + letter
     metrics = report["training"]["metrics"]
-    times = (runs / f"{point.name}.cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    times = cpu_of(run).read_text(encoding="utf-8").splitlines()
     return {
         **asdict(point),
         **{key: report["success"]["after"][key] for key in ("successes", "episodes", "errors")},

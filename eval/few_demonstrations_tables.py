@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from cells import count, outcomes_of, points, read_lines, runs_by_seed, score_of, table
-
-from vlafit.compare.pooled_score import pool
-from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
+from cells import beside, count, pooled, read_lines, runs_by_seed, table, with_interval
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -32,18 +29,17 @@ def searched(results: Path) -> str:
 def published(results: Path) -> str:
     """One row for each starting point of the fixed setting, and its difference from the full checkpoint."""
     runs = runs_by_seed(results / "starts")
-    first, *others = [name for name in RECIPES if name in runs]
-    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
-    pairs = {name: Pairs.of(outcomes[name], outcomes[first]) for name in others}
-    p_values = dict(zip(others, holm([sign_flip_p(pairs[name].by_start) for name in others]), strict=True))
-    rows = []
-    for name in (first, *others):
-        score = pool([score_of(run, "after") for run in runs[name].values()])
-        low, high = score.interval
-        cells = ["", ""]
-        if name != first:
-            cells = [points(pairs[name].mean, paired_interval(pairs[name])), f"{p_values[name]:.2g}"]
-        shown = f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
-        rows.append([RECIPES[name], f"`{name}`", str(len(runs[name])), shown, *cells])
+    names = [name for name in RECIPES if name in runs]
+    differences = beside({name: runs[name] for name in names}, names[0])
+    rows = [
+        [
+            RECIPES[name],
+            f"`{name}`",
+            str(len(runs[name])),
+            with_interval(pooled(runs[name].values(), "after")),
+            *differences[name],
+        ]
+        for name in names
+    ]
     head = ["start", "recipe", "seeds", "success (95 %)", "minus full checkpoint, points (95 %)", "p"]
     return table(head, rows)

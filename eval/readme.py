@@ -14,22 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cells import (
-    count,
-    count_of_all,
-    link,
-    outcomes_of,
-    points,
-    read,
-    read_lines,
-    runs_by_seed,
-    score_of,
-    table,
-)
+from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_tables import published, searched
 
-from vlafit.compare.pooled_score import pool
-from vlafit.significance import Pairs, holm, paired_interval, sign_flip_p
+from vlafit.significance import Pairs, paired_interval
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -84,26 +72,6 @@ def pretraining() -> str:
     return table(["start", "recipe", "after"], rows)
 
 
-def mt50() -> str:
-    """One row for each checkpoint that played Meta-World's fifty tasks."""
-    rows = []
-    known = set(read(SHIPPED / "success.json")["tasks"])
-    for path in sorted((RESULTS / "metaworld-mt50").glob("*/result.json")):
-        result, name = read(path), path.parent.name
-        groups = [
-            [task for task in result["tasks"] if task in known],
-            ["faucet-open-v3", "faucet-close-v3"],
-            [task for task in result["tasks"] if task not in known and not task.startswith("faucet")],
-        ]
-        counts = [
-            count(result["overall"]),
-            *(count_of_all(result["tasks"][task] for task in some) for some in groups),
-        ]
-        rows.append([name, *counts, link(f"results/metaworld-mt50/{name}/result.json", "files")])
-    head = ["checkpoint", "all 50", "16 of pretraining", "2 of the quickstart", "32 others", "files"]
-    return table(head, rows)
-
-
 def families() -> str:
     """One row for each small run of another family from scratch."""
     rows = []
@@ -117,26 +85,15 @@ def families() -> str:
 def scratch() -> str:
     """One row for each family from scratch: success, and the difference from pi0 at the same starts."""
     runs = _scratch_runs()
-    outcomes = {name: [outcomes_of(run, "after") for run in of.values()] for name, of in runs.items()}
-    others = [name for name in runs if name != BASELINE]
-    pairs = {name: Pairs.of(outcomes[name], outcomes[BASELINE]) for name in others}
-    p_values = dict(zip(others, holm([sign_flip_p(pairs[name].by_start) for name in others]), strict=True))
+    differences = beside(runs, BASELINE)
     rows = []
     for name, of in runs.items():
-        score, wrong = (
-            pool([score_of(run, key) for run in of.values()]) for key in ("after", "wrong_instruction")
-        )
-        low, high = score.interval
-        difference, p = "", ""
-        if name != BASELINE:
-            ends = paired_interval(pairs[name])
-            difference = points(pairs[name].mean, ends)
-            p = f"{p_values[name]:.2g}"
+        score, wrong = (pooled(of.values(), key) for key in ("after", "wrong_instruction"))
         links = ", ".join(
             link(f"results/scratch/{run.name}/report.json", f"{seed}") for seed, run in of.items()
         )
-        shown = f"{count(score.to_json())} ({100 * low:.0f} to {100 * high:.0f} %)"
-        rows.append((-score.successes, [f"`{name}`", shown, difference, p, count(wrong.to_json()), links]))
+        cells = [f"`{name}`", with_interval(score), *differences[name], count(wrong.to_json()), links]
+        rows.append((-score.successes, cells))
     head = ["recipe", "success (95 %)", "minus pi0, points (95 %)", "p", "other task's instruction", "seeds"]
     return table(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
