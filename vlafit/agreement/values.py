@@ -248,6 +248,17 @@ def join(agreements: Mapping[str, Agreement]) -> Agreement:
     return Agreement((*common, *own), (), ())
 
 
+def said_of_data(checkpoint: Path, embodiment: str = "") -> dict[str, str]:
+    """Return what a checkpoint's agreement says of the data that it learned from: item -> the dataset's side.
+
+    `embodiment` is one of several, whose items begin with its name. Empty for a checkpoint without one.
+    """
+    agreed = read(checkpoint)
+    sides = {item.name: item.sides.get("dataset", "") for item in agreed.items} if agreed else {}
+    mine = f"{embodiment}: "
+    return {name.removeprefix(mine): text for name, text in sides.items()}
+
+
 def read(folder: Path) -> Agreement | None:
     """Return the agreement that lies in `folder`; None where a run or checkpoint is older than agreements.
 

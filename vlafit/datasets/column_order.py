@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlafit.agreement import Item
-from vlafit.agreement import values as agreements
+from vlafit.agreement.values import said_of_data
 from vlafit.datasets.card import Card
+from vlafit.datasets.card_texts import of_cards, of_each
 from vlafit.datasets.columns import parse_key
 from vlafit.errors import ConfigError
 from vlafit.types import Embodiment, Feature
@@ -24,10 +25,7 @@ FIX_HERE = (
 
 def read_from(cards: Sequence[Card], name: str) -> str:
     """Return the columns from which cards read the state or action (`name`)."""
-    texts = {card.name: BETWEEN.join(_keys(card, name)) for card in cards}
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    return "; ".join(f"{card}: {text}" for card, text in texts.items())
+    return of_cards(cards, lambda card: BETWEEN.join(_keys(card, name)))
 
 
 def items(
@@ -44,9 +42,10 @@ def items(
     `robot` is the checkpoint's. The same columns in another order are a conflict, unless the dimensions have
     names on both sides or `may_differ` (another robot).
     """
+    learned = said_of_data(checkpoint, embodiment) if checkpoint is not None else {}
     for name in ("state", "action"):
         title, here = f"{name} columns", read_from(cards, name)
-        stated = _learned(checkpoint, title, embodiment) if checkpoint is not None else ""
+        stated = learned.get(title, "")
         if not stated:
             yield Item(title, {"dataset": here}, here, "same")
             continue
@@ -72,18 +71,11 @@ def _column(robot: Embodiment, name: str) -> Feature:
     return robot.state if name == "state" else robot.action
 
 
-def _learned(checkpoint: Path, title: str, embodiment: str) -> str:
-    agreed = agreements.read(checkpoint)
-    names = (title, f"{embodiment}: {title}")
-    return next((i.sides.get("dataset", "") for i in agreed.items if i.name in names), "") if agreed else ""
-
-
 def _reordered(card: Card, name: str, stated: str) -> bool:
     """Whether a card reads the same dimensions as one of the stated texts, but in another order."""
     width = _column(card.embodiment, name).shape[0]
     here = _dimensions(_keys(card, name), width)
-    texts = [text.partition(": ")[2] or text for text in stated.split("; ")]
-    every = [_dimensions(text.split(BETWEEN), width) for text in texts]
+    every = [_dimensions(text.split(BETWEEN), width) for text in of_each(stated)]
     return here not in every and any(sorted(here) == sorted(one) for one in every)
 
 

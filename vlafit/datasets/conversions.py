@@ -1,12 +1,14 @@
 """Say how a card computes states and actions from the files, to compare it with what a checkpoint learned."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from vlafit.agreement import AS_STORED, Item
-from vlafit.agreement import values as agreements
+from vlafit.agreement.values import said_of_data
 from vlafit.datasets.card import Card
+from vlafit.datasets.card_texts import of_cards, of_each
 
 COLUMNS = ("state", "action")
 FIX = (
@@ -39,13 +41,6 @@ def _by_value(word: str, values: Sequence[float], nothing: float) -> Iterator[st
             yield f"{word} {value:.9g} in dimension{plural} {' and '.join(map(str, numbers))}"
 
 
-def _of_cards(cards: Sequence[Card], name: str) -> str:
-    texts = {card.name: conversion(card, name) for card in cards}
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    return "; ".join(f"{card}: {text}" for card, text in texts.items())
-
-
 def unlike(card: Card, others: Sequence[Card]) -> Iterator[str]:
     """Yield a sentence for each column that `card` computes from its files as none of the `others` does."""
     for name in COLUMNS:
@@ -53,7 +48,7 @@ def unlike(card: Card, others: Sequence[Card]) -> Iterator[str]:
         if others and here not in [conversion(other, name) for other in others]:
             yield (
                 f"card {card.name!r}: {name}s are read {here}, those of the training data "
-                f"{_of_cards(others, name)}: are they the same values of the robot?"
+                f"{of_cards(others, partial(conversion, name=name))}: are they the same values of the robot?"
             )
 
 
@@ -70,16 +65,15 @@ def items(
     A card that computes them otherwise is a conflict, unless the recipe says that it may: `chosen_by` is the
     option that does. `embodiment` is the checkpoint's, of several. Without `is_refused` it only differs.
     """
-    stated = _learned(checkpoint, embodiment) if checkpoint is not None else {}
+    stated = said_of_data(checkpoint, embodiment) if checkpoint is not None else {}
     for name in COLUMNS:
-        title, here = f"{name} conversion", _of_cards(cards, name)
+        title, here = f"{name} conversion", of_cards(cards, partial(conversion, name=name))
         there = stated.get(title, "")
         sides = {"dataset": here, **({"checkpoint": there} if there else {})}
-        known = [text.partition(": ")[2] or text for text in there.split("; ")]
         if not there:
             reason = "" if checkpoint is None or here == AS_STORED else "the checkpoint does not say"
             yield Item(title, sides, here, "assumed" if reason else "same", reason)
-        elif all(conversion(card, name) in known for card in cards):
+        elif all(conversion(card, name) in of_each(there) for card in cards):
             yield Item(title, sides, here, "same")
         elif chosen_by:
             yield Item(title, sides, here, "chosen", chosen_by)
@@ -87,13 +81,3 @@ def items(
             yield Item(title, sides, "", "conflict", fix=FIX, accept=("--adapt.conversion true",))
         else:
             yield Item(title, sides, here, "differs", "are these the values that it learned?")
-
-
-def _learned(checkpoint: Path, embodiment: str) -> Mapping[str, str]:
-    agreed = agreements.read(checkpoint)
-    found = {}
-    for item in agreed.items if agreed else ():
-        for name in COLUMNS:
-            if item.name in (f"{name} conversion", f"{embodiment}: {name} conversion"):
-                found[f"{name} conversion"] = item.sides.get("dataset", "")
-    return found

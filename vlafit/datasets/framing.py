@@ -7,6 +7,7 @@ from vlafit.agreement import values as agreements
 from vlafit.agreement.cameras import misnamed
 from vlafit.agreement.forms import describe_form
 from vlafit.datasets.card import CameraCard, Card
+from vlafit.datasets.card_texts import of_each
 
 NOT_STATED = "not stated"
 AS_STORED = "as stored"
@@ -35,8 +36,7 @@ def frames_of(cards: Sequence[Card]) -> str:
 
 def is_same(frames: str, other: str) -> bool:
     """Whether `frames` of a card are among those that `other`, of one card or several, describes."""
-    texts = [text.partition(": ")[2] or text for text in other.split("; ")]
-    return set(frames.split(", ")) in [set(text.split(", ")) for text in texts]
+    return set(frames.split(", ")) in [set(text.split(", ")) for text in of_each(other)]
 
 
 def learned(checkpoint: Path, embodiment: str = "") -> str:
@@ -44,10 +44,7 @@ def learned(checkpoint: Path, embodiment: str = "") -> str:
 
     `embodiment` is the one of several.
     """
-    agreed = agreements.read(checkpoint)
-    names = ("frames", f"{embodiment}: frames")
-    stated = [item.sides.get("dataset", "") for item in agreed.items if item.name in names] if agreed else []
-    return stated[0] if stated else ""
+    return agreements.said_of_data(checkpoint, embodiment).get("frames", "")
 
 
 def said_of_cameras(checkpoint: Path) -> set[str]:
@@ -65,12 +62,11 @@ def differing(cards: Sequence[Card], learned: str, sources: Mapping[str, str]) -
 
     `learned` is that of the checkpoint, `sources` its cameras and those of the cards that take their place.
     """
-    texts = [text.partition(": ")[2] or text for text in learned.split("; ")]
     changes = [
         {}
         if text == AS_STORED
         else {name: how for name, _, how in (p.partition(" ") for p in text.split(", "))}
-        for text in texts
+        for text in of_each(learned)
     ]
     return [
         source
