@@ -238,10 +238,8 @@ class PolicyActor:
         """
         rows = [self.codec.detokenise(row) for row in tokens]
         self.answers += len(rows)
-        before, self.invalid_answers = (
-            self.invalid_answers,
-            self.invalid_answers + sum(not row.valid for row in rows),
-        )
+        before = self.invalid_answers
+        self.invalid_answers += sum(not row.valid for row in rows)
         if self.invalid_answers.bit_length() > before.bit_length():
             log.warning(
                 "the policy's tokens make no chunk of actions in %d of %d answers; the chunk is then %s",

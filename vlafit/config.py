@@ -24,6 +24,7 @@ from vlafit.files import plain_text
 T = TypeVar("T")
 
 LARGEST = 2**63 - 1  # whole numbers of numpy and torch; seeds are among them
+LONGEST_S = 7 * 86_400  # seconds of any waiting: more is a slip
 
 
 # ---------------------------------------------------------------------------------------------- reading files

@@ -190,7 +190,8 @@ def _export(
     elif merge:
         notes += ("there were no adapters to merge",)
     if loaded.codecs is None and not is_native:
-        way = "; vlafit export takes --tokenizer and --assets, too" * ("--" in (why := loaded.report.codec))
+        why = loaded.report.codec
+        way = "; vlafit export takes --tokenizer and --assets, too" if "--" in why else ""
         notes += (f"no codec.json is written: {why}{way}",)
     history = read_lineage(path) if is_native else None
     agreement = read_agreement(path) if is_native else None

@@ -17,7 +17,6 @@ EXECUTION_MODES = ("chunk", "ensemble", "real_time")  # vlafit.execution.Mode, w
 
 
 MOST_STEPS = 10**9
-LONGEST_S = 7 * 86_400.0  # seconds of any waiting
 
 
 def within(

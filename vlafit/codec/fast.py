@@ -26,7 +26,7 @@ VOCABULARY = 1024  # published processor: default of `fit`
 LONGEST_TOKEN = 10_000  # characters: published processor
 MOST_CHARACTERS = 0x10FFFF  # the last code point
 BROKEN = 0xFFFD  # what a decoder writes for bytes that are no character; no chunk has such a coefficient
-SURROGATES = range(0xD800, 0xE000)  # code points that are no characters
+NO_CHARACTERS = np.array([*range(0xD800, 0xE000), BROKEN])  # surrogates, and what stands for them
 CONFIG, FILE = "processor_config.json", "tokenizer.json"
 
 
@@ -173,7 +173,7 @@ def _cosines(steps: int) -> NDArray[np.float64]:
 def _text(coefficients: NDArray[np.float64], least: int) -> str:
     """Return one character for each coefficient, row by row."""
     points = np.maximum(coefficients.ravel() - least, 0)
-    if points.max() > MOST_CHARACTERS or np.isin(points, [*SURROGATES, BROKEN]).any():
+    if points.max() > MOST_CHARACTERS or np.isin(points, NO_CHARACTERS).any():
         raise CodecError(
             f"a coefficient of the normalised actions is {coefficients.ravel()[points.argmax()]:.0f}, which "
             "a FAST action tokenizer cannot write: the actions are far outside the statistics"

@@ -12,7 +12,6 @@ from vlafit.rollout import result_file
 from vlafit.rollout.against import Comparison
 from vlafit.rollout.evaluation_folder import EvaluationFolder
 from vlafit.rollout.records import InvalidAnswers, Record, read_records
-from vlafit.rollout.result_file import counts_of
 from vlafit.score import Score, errors_notice
 
 
@@ -102,7 +101,7 @@ def _comparison(values: Mapping[str, Any]) -> str:
 def _evaluation(
     name: str, path: Path, records: tuple[Record, ...], values: Mapping[str, Any], notices: Iterable[str]
 ) -> Evaluation:
-    overall = counts_of(values["overall"])
+    overall = result_file.counts_of(values["overall"])
     incomplete = errors_notice(overall)
     return Evaluation(
         name=name,
@@ -112,7 +111,7 @@ def _evaluation(
         actor=values["actor"],
         wrong_instruction=values["wrong_instruction"],
         instructions={task: result["instruction"] for task, result in values["tasks"].items()},
-        tasks={task: counts_of(result) for task, result in values["tasks"].items()},
+        tasks={task: result_file.counts_of(result) for task, result in values["tasks"].items()},
         overall=overall,
         notices=tuple(dict.fromkeys([*([incomplete] if incomplete else []), *values["notices"], *notices])),
         versions=values["versions"],

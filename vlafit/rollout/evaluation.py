@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlafit import arguments, files, locks
+from vlafit.config import LONGEST_S
 from vlafit.envs import EnvSpec
 from vlafit.envs.messages import Ready
 from vlafit.errors import ConfigError
@@ -39,7 +40,6 @@ from vlafit.types import Actor, Embodiment, renderer_notice, require_same
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 1024  # environment processes
-LONGEST_S = 7 * 86_400
 LOCKED_BY = "vlafit eval"  # in messages about a folder that is in use
 IN_FLIGHT = 16  # episodes that run at once for an actor that has no batch width
 

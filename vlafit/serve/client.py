@@ -16,12 +16,12 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
 from vlafit import arguments
+from vlafit.config import LONGEST_S
 from vlafit.credentials import checked_token, checked_url
 from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
 from vlafit.requests import Expected, Request, checked_requests
 from vlafit.serve import protocols, wire
 from vlafit.serve.metadata import Described, read_greeting
-from vlafit.serve.options import LONGEST_S
 from vlafit.types import ActionChunk, Committed, Embodiment, EpisodeKey, Observation
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vlafit import arguments
+from vlafit.config import LONGEST_S
 from vlafit.credentials import checked_token
 from vlafit.errors import ConfigError, quoted
 from vlafit.execution import Execution
@@ -16,7 +17,6 @@ SMALLEST_FRAME = 1024
 LARGEST_FRAME = 2**32
 SLOWEST_RATE = 0.001
 MOST_RATE = 10**6
-LONGEST_S = 7 * 86_400
 
 
 @dataclass(frozen=True)

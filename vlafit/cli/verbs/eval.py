@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from vlafit import shipped
 from vlafit.cli import actor as actors
 from vlafit.cli.console import Line, differences_table
-from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, within
+from vlafit.cli.parser import EXECUTION_MODES, Parser, within
 from vlafit.cli.places import checkpoint_folder, checkpoint_stays, default_out
 from vlafit.cli.verbs.serve import read_token
+from vlafit.config import LONGEST_S
 from vlafit.credentials import checked_url
 from vlafit.errors import ConfigError, shown_url
 
@@ -183,10 +184,10 @@ def run(arguments: Sequence[str]) -> int:
     name, load = _actor(options)
     protocol = shipped.find("protocol", options.protocol)
     out = Path(options.out) if options.out else default_out(name, protocol, options.wrong_instruction)
-    execution = _execution(options, protocol)
     from vlafit import rollout
 
     played = rollout.load_protocol(protocol)
+    execution = _execution(options, played.replan)
     if options.env_python is not None:
         played = played.played_in(options.env_python)
     shard = rollout.Shard.parse(options.shard) if options.shard else None
@@ -295,11 +296,11 @@ def _actor(options: Namespace) -> tuple[Path, "Callable[[int], Actor]"]:
     return Path(re.sub(r"\W+", "_", shown_url(checked_url(options.actor, "--actor")))), dial
 
 
-def _execution(options: Namespace, protocol: Path) -> "Execution | None":
+def _execution(options: Namespace, replan: int) -> "Execution | None":
+    """Return how chunks are executed by the options; None as the protocol says, whose replan is given."""
     if options.execution is None and options.replan is None and options.delay is None:
         return None
     from vlafit.execution import Execution
-    from vlafit.rollout import load_protocol
 
-    replan = load_protocol(protocol).replan if options.replan is None else options.replan
-    return Execution(options.execution or "chunk", replan=replan, delay=options.delay or 0)
+    chosen = replan if options.replan is None else options.replan
+    return Execution(options.execution or "chunk", replan=chosen, delay=options.delay or 0)

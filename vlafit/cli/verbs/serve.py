@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlafit.cli import actor as actors
-from vlafit.cli.parser import EXECUTION_MODES, LONGEST_S, Parser, within
+from vlafit.cli.parser import EXECUTION_MODES, Parser, within
 from vlafit.cli.places import checkpoint_folder
+from vlafit.config import LONGEST_S
 from vlafit.credentials import MAKE_ONE, checked_token
 from vlafit.errors import ConfigError
 

@@ -155,16 +155,15 @@ def _predicted(
     for f, y in zip(features, targets, strict=True):
         x = _inputs(f)
         gram, product = gram + x.T @ x, product + x.T @ y
-    sums = np.zeros((3, len(features), 2 * FURTHEST + 1, int(moving.sum())))  # of a * b, a * a and b * b
+    sums = np.zeros((3, len(features), len(SHIFTS), int(moving.sum())))  # of a * b, a * a and b * b
     for n, (f, y) in enumerate(zip(features, targets, strict=True)):
         x = _inputs(f)  # again, because all episodes' would take gigabytes
         others = gram - x.T @ x
         penalty = np.full(len(others), ridge * np.trace(others[:-1, :-1]) / FEATURES + 1e-9)
         penalty[-1] = 1e-9  # the constant term is free
         predicted = x @ np.linalg.solve(others + np.diag(penalty), product - x.T @ y)
-        for place, shift in enumerate(range(-FURTHEST, FURTHEST + 1)):
-            a = y[max(0, -shift) : len(y) - max(0, shift)]
-            b = predicted[max(0, shift) : len(y) + min(0, shift)]
+        for place, shift in enumerate(SHIFTS):
+            a, b = _overlap(y, predicted, shift)
             a, b = a - a.mean(axis=0), b - b.mean(axis=0)
             sums[:, n, place] = (a * b).sum(axis=0), (a * a).sum(axis=0), (b * b).sum(axis=0)
     each = sums[0] / np.sqrt(sums[1] * sums[2] + 1e-12)

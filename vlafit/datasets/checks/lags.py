@@ -192,7 +192,7 @@ def _lags(columns: Columns, driven: Sequence[_Driven], untested: Untested) -> li
 
 def is_one_step(finding: Finding) -> bool:
     """Whether a finding is a delay of one step, which a few wrong rows may look like."""
-    return finding.kind == "action_lag" and finding.message.startswith("actions come 1 step ")
+    return finding.kind == "action_lag" and finding.message.startswith((_how_late(-1), _how_late(1)))
 
 
 def _pair(
@@ -224,18 +224,21 @@ def _sign(episode: str, name: str, shown: Shown, correlation: float, agreeing: i
 
 
 def _lag(episode: str, shown: Shown, steps: int) -> Finding:
-    count = f"{abs(steps)} step{'s' * (abs(steps) > 1)}"
-    how = f"actions come {count} {'after' if steps < 0 else 'before'} the motion that they cause"
     return Finding(
         "error",
         "action_lag",
         episode,
         None,
-        how + (", compared with the other episodes" if episode else ", in most episodes"),
+        _how_late(steps) + (", compared with the other episodes" if episode else ", in most episodes"),
         "the policy learns to act late or early",
         "shift the actions, or leave the episode out",
         columns=shown,
     )
+
+
+def _how_late(steps: int) -> str:
+    count = f"{abs(steps)} step{'s' * (abs(steps) > 1)}"
+    return f"actions come {count} {'after' if steps < 0 else 'before'} the motion that they cause"
 
 
 def _undriven(columns: Columns, d: int) -> str:

@@ -25,9 +25,7 @@ def check_success(store: EpisodeStore, untested: Untested) -> list[Finding]:
     if not key:
         untested.add("failed_episodes", "no success was found in the files")
         return []
-    filtered = replace(
-        card, episodes=replace(card.episodes, success=key), expect=ExpectCard(), file=card.file
-    )
+    filtered = replace(card, episodes=replace(card.episodes, success=key), expect=ExpectCard())
     try:
         left_out = open_dataset(filtered).left_out
     except NothingLeftError as error:
