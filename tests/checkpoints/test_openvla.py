@@ -192,7 +192,17 @@ def test_a_tower_that_ofts_own_file_lacks_is_missing_and_not_that_of_the_base(wh
     name = "vision_backbone.featurizer.blocks.1.block.attn.qkv.weight"
     del tensors[f"module.{name}"]
     save_file(tensors, file)
-    with pytest.raises(WeightsError, match="missing .1.: .*featurizer.blocks.1.attn.qkv.weight"):
+    with pytest.raises(WeightsError, match="missing .1.: .*featurizer.blocks.1.block.attn.qkv.weight"):
+        vlafit.load_policy(folder, config=UNTOLD)
+
+
+def test_a_component_of_another_width_than_the_statistics_is_refused(whole: Path, tmp_path: Path):
+    folder = shutil.copytree(whole, tmp_path / "narrow")
+    file = folder / f"{FILES['proprio_projector']}.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("fc1.weight"))
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, file)
+    with pytest.raises(WeightsError, match=r"state_dim is 7 by proprio_proj.*, 8 by the statistics"):
         vlafit.load_policy(folder, config=UNTOLD)
 
 

@@ -162,6 +162,7 @@ def _translate(tensors: Mapping[str, Tensor], where: str) -> Translated:
             twice.append(f"{name} beside {first}")
     if twice:
         raise_mismatch(where, {"surplus": sorted(twice)})
+    _require_one_prefix(tensors, where)
     unused = tuple(name for name in tensors if modern(name) == PREFIX + UNUSED)
     plain = translate({modern(n): t for n, t in tensors.items() if n not in unused}, names.XVLA)
     weights = dict(plain.weights)
@@ -183,6 +184,17 @@ def _translate(tensors: Mapping[str, Tensor], where: str) -> Translated:
 
     tied = tuple(stored[name] for name in plain.tied)
     return replace(plain, weights=weights, tied=tied, unused=unused, file_name=file_name)
+
+
+def _require_one_prefix(tensors: Iterable[str], where: str) -> None:
+    """Raise WeightsError where some names begin with LeRobot's prefix and others, as the authors', do not."""
+    own = [name for name in tensors if names.plain(name).removeprefix(PREFIX).startswith(PARTS)]
+    with_prefix = [name for name in own if name.startswith(PREFIX)]
+    without = [name for name in own if not name.startswith(PREFIX)]
+    if with_prefix and without:
+        few = min(with_prefix, without, key=len)
+        counterparts = [n.removeprefix(PREFIX) if few is with_prefix else PREFIX + n for n in few]
+        raise_mismatch(where, {"missing": sorted(counterparts), "surplus": sorted(few)})
 
 
 # ------------------------------------------------------------------------------------------------ processors

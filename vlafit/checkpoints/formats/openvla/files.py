@@ -32,6 +32,8 @@ ADAPTERS = "lora_adapter"  # in the folder of an OFT run
 STATISTICS = "dataset_statistics.json"
 TOWERS = "vision_backbone"
 """The module with both towers, which OFT saves with FiLM."""
+NESTED = f"{TOWERS}.{TOWERS}."
+"""How its names begin in the module that adds FiLM to it."""
 COMPUTED: dict[str, object] = {  # what vlafit computes; a key that is not there is silent
     "arch_specifier": "no-align+fused-gelu-mlp",
     "use_fused_vision_backbone": True,
@@ -219,15 +221,21 @@ def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 def called_as_stored(tensors: Translated, stored: Iterable[str]) -> Translated:
     """Return the same tensors, which errors call by their names with FiLM's wrappers, as the file does."""
     wrapped = {plain(name): name for name in stored}
+    is_nested = any(name.startswith(NESTED) for name in wrapped.values())
+    has_blocks = any(".block." in name for name in wrapped.values() if name.startswith(f"{TOWERS}."))
 
     def file_name(parameter: str) -> str:
         name = tensors.file_name(parameter)
-        return wrapped.get(name, name)
+        if name in wrapped or not name.startswith(f"{TOWERS}."):
+            return wrapped.get(name, name)
+        if has_blocks:  # a tensor that is missing is called as the others are
+            name = re.sub(r"^(\w+\.\w+\.blocks\.\d+)\.(?!scale\.|shift\.)", r"\1.block.", name)
+        return f"{TOWERS}.{name}" if is_nested else name
 
     return replace(tensors, file_name=file_name)
 
 
 def plain(name: str) -> str:
     """Return the name of a tensor without the words that FiLM's wrappers add to those of the towers."""
-    name = name.replace("vision_backbone.vision_backbone.", "vision_backbone.", 1)
+    name = name.replace(NESTED, f"{TOWERS}.", 1)
     return re.sub(r"^(vision_backbone\.\w+\.blocks\.\d+)\.block\.", r"\1.", name)

@@ -94,9 +94,12 @@ class OpenVLAFormat(Format):
         values.setdefault("max_tokens", MAX_TOKENS)
         described = layout.described_in(files.folder, options.adapters)
         notes = beside + _head(values, tensors, parse_head(options), str(files.path))
-        if values["head"] in TOKEN_HEADS:
-            stated += statistics.widths(described, options.assets)
         values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
+        has_width = (
+            values["head"] in TOKEN_HEADS or values["proprio"]
+        )  # else the caller is asked for that of states
+        widths = statistics.widths(described, options.assets)
+        stated += [one for one in widths if has_width or one.key != "state_dim"]
         if not values["proprio"]:
             stated += _unread_state(stated, options, str(files.path), values["head"], tensors)
         values["film"] = any(".blocks.0.scale." in name for name in tensors)
