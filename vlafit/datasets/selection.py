@@ -26,6 +26,11 @@ def is_success(values: object, where: str) -> bool:
     return bool(array.any())
 
 
+def is_skipped(card: Card, episode: str) -> bool:
+    """Whether the skip list of a card names an episode."""
+    return any(fnmatchcase(episode, pattern) for pattern in card.episodes.skip)
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """An episode that is in the files and not in the store."""

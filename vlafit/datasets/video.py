@@ -44,6 +44,14 @@ class VideoFile:
         self.decoded = 0
         """Frames decoded so far, wanted or on the way to a wanted one."""
 
+    @property
+    def duration_s(self) -> float:
+        """How long the file says that its frames last together, infinite where it does not say."""
+        if self._stream.duration is not None:
+            return self._stream.duration * self._base
+        whole = self._container.duration
+        return float("inf") if whole is None else whole / av.time_base
+
     def read(self, times_s: Sequence[float], tolerance_s: float) -> list[NDArray[np.uint8]]:
         """Return the RGB frames [h, w, 3] at ascending times, each within `tolerance_s`.
 

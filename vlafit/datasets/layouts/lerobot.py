@@ -58,7 +58,9 @@ def open(card: Card) -> EpisodeStore:
         hint = f"; {card.source}" if card.source else ""
         raise DataError(f"{root}: no meta/info.json there, so no LeRobot dataset{hint}")
     section = card.options(Section)
-    return LeRobotStore(card, root, lambda meta: _chosen(meta, section), section.tolerance_s)
+    return LeRobotStore(
+        card, root, lambda meta: _chosen(meta, section), section.tolerance_s, skip=section.skip
+    )
 
 
 def open_in_place(card: Card, files: FilesInPlace) -> EpisodeStore:
@@ -66,7 +68,8 @@ def open_in_place(card: Card, files: FilesInPlace) -> EpisodeStore:
     section, meta = card.options(Section), read_meta(files.root)
     chosen, selection = set(_chosen(meta, section)), Selection(card)
     files.announce([_files_of(e, card) for e in meta.episodes if _is_wanted(e, chosen, selection)])
-    return LeRobotStore(card, files.root, lambda meta: _chosen(meta, section), section.tolerance_s, files)
+    choose = lambda meta: _chosen(meta, section)  # noqa: E731
+    return LeRobotStore(card, files.root, choose, section.tolerance_s, files, section.skip)
 
 
 def describe(path: Path) -> Draft:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from vlafit.datasets.lerobot.meta import Entry
 from vlafit.datasets.lerobot.tables import read_table, require_file
 from vlafit.datasets.stamps import Stamp, Stamps, stamp
+from vlafit.errors import DataError
 
 
 class DatasetFiles(ABC):
@@ -72,3 +74,27 @@ class LocalFiles(DatasetFiles):
     def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
         self._stamps.require_unchanged(path)
         return read_table(path, columns)
+
+
+def require_files(files: DatasetFiles, entries: Sequence[Entry], cameras: Sequence[str]) -> None:
+    """Raise DataError naming the files of the rows and `cameras` of episodes that are missing."""
+    wanted: dict[Path, str] = {}
+    for entry in entries:
+        wanted.setdefault(entry.data, f"episode {entry.index}")
+        for key in cameras:
+            if key in entry.videos:
+                wanted.setdefault(entry.videos[key].path, f"episode {entry.index}, {key}")
+    faults = []
+    for path, what in wanted.items():
+        try:
+            files.require(path)
+        except DataError as error:
+            faults.append(f"{error} ({what})")
+    raise_first(faults)
+
+
+def raise_first(faults: Sequence[str], most: int = 5) -> None:
+    """Raise DataError with the first faults and the number of the others, if there are any."""
+    if faults:
+        more = f"\nand {len(faults) - most} more" if len(faults) > most else ""
+        raise DataError("\n".join(faults[:most]) + more)

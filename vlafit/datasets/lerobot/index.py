@@ -27,7 +27,7 @@ from vlafit.files import is_reachable_file, new_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it if anything that is kept, or its meaning, changes
+FORMAT = 2  # raise it if anything that is kept, or its meaning, changes
 FEWEST = 200  # data files that are worth it
 COLUMNS = ("episode_index", "frame_index", "timestamp", "task_index")
 
@@ -85,10 +85,14 @@ class FileIndex:
 
 def key_of(entries: Sequence[Entry], fps: float, tolerance_s: float, stamps: Mapping[Path, Stamp]) -> str:
     """Return the hash of everything that decides the places of `entries`."""
-    listed = [[entry.index, entry.length, str(entry.data)] for entry in entries]
+    listed = [[entry.index, entry.length, str(entry.data), entry.rows, _windows(entry)] for entry in entries]
     files = sorted((str(path), *stamp) for path, stamp in stamps.items())
     parts = [FORMAT, version("vlafit"), fps, tolerance_s, listed, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _windows(entry: Entry) -> list[list[object]]:
+    return [[key, str(v.path), v.start_s, v.end_s] for key, v in sorted(entry.videos.items())]
 
 
 def load(key: str, entries: Sequence[Entry]) -> dict[int, Place] | None:

@@ -14,6 +14,7 @@ from vlafit.errors import DataError, brief, did_you_mean
 from vlafit.files import parse_json, plain_text, read_json_object, require_regular_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+RANGE = ("dataset_from_index", "dataset_to_index")  # of an episode's rows among all rows
 WIDTH = re.compile(r"(0?\d{1,2}d?)?")  # of a number in a file's name
 
 
@@ -24,6 +25,8 @@ class Video:
     path: Path
     start_s: float
     """When the episode begins in the file."""
+    end_s: float | None = None
+    """When it ends there, where the metadata says so."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Entry:
     videos: Mapping[str, Video]
     tasks: tuple[str, ...] = ()
     """Its sentences, where the list of episodes repeats them."""
+    rows: tuple[int, int] | None = None
+    """The numbers of its first row and of that behind its last one among all rows, where they are stated."""
 
     def require_task(self, task: str) -> None:
         """Raise DataError where the list of episodes contradicts `task`, that of the rows' task_index."""
@@ -232,20 +237,30 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         for key in videos:
             wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-        present = open_parquet(path).schema_arrow.names
-        for row in read_table(path, [*wanted, *{"tasks"} & set(present)]).to_pylist():
+        present = set(open_parquet(path).schema_arrow.names)
+        ends = [name for name in (f"videos/{key}/to_timestamp" for key in videos) if name in present]
+        ranges = [*RANGE] if present.issuperset(RANGE) else []
+        wanted += [*ends, *ranges]
+        for row in read_table(path, [*wanted, *{"tasks"} & present]).to_pylist():
             missing = [name for name in wanted if row[name] is None]
             if missing:
                 raise DataError(f"{path}: episode {row['episode_index']} has no {', '.join(missing)}")
             films = {}
             for key in videos:
                 at = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-                start = float(row[f"videos/{key}/from_timestamp"])
-                films[key] = Video(places.get("video_path", at | {"video_key": key}), start)
+                start, end = (row.get(f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
+                if not all(at_s is None or 0 <= at_s < float("inf") for at_s in (start, end)):
+                    raise DataError(
+                        f"{path}: episode {row['episode_index']}: videos/{key} is from {start} to {end} s, "
+                        "which is no window of a video; fetch it again, or correct it"
+                    )
+                video = places.get("video_path", at | {"video_key": key})
+                films[key] = Video(video, float(start), None if end is None else float(end))
             at = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
             data = places.get("data_path", at)
             texts = _texts(row.get("tasks"))
-            entries.append(Entry(row["episode_index"], row["length"], data, films, texts))
+            stated = (int(row[RANGE[0]]), int(row[RANGE[1]])) if ranges else None
+            entries.append(Entry(row["episode_index"], row["length"], data, films, texts, stated))
     return entries
 
 

@@ -1,6 +1,6 @@
 """Episodes of a LeRobot dataset: columns by file, images by row, video frames by time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,14 +13,15 @@ from vlafit.datasets.columns import Key, parse_key, require_scale, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.features import success_feature, width_of
-from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles
+from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles, raise_first, require_files
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, read_meta, splits_of
+from vlafit.datasets.lerobot.places import Places
 from vlafit.datasets.lerobot.requirements import require_features
 from vlafit.datasets.lerobot.stated import read_statistics
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
-from vlafit.datasets.selection import Selection, is_success
+from vlafit.datasets.selection import Selection, is_skipped, is_success
 from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore, RecordedStatistics
 from vlafit.datasets.video import VideoFiles
@@ -65,8 +66,9 @@ class LeRobotStore(EpisodeStore):
         choose: Callable[[Meta], Sequence[int]],
         tolerance_s: float = TOLERANCE_S,
         files: DatasetFiles | None = None,
+        skip: Collection[int] = (),
     ) -> None:
-        """`choose` returns the episode numbers to use, of those that the metadata lists.
+        """`choose` returns the episode numbers to use, of those that the metadata lists; none of `skip`.
 
         `tolerance_s` is how much the time between two rows may differ from 1 / fps. `files` are those
         below `root`, if they are not all there.
@@ -82,10 +84,17 @@ class LeRobotStore(EpisodeStore):
         selection = Selection(card)
         names = {entry.index: f"episode_{entry.index:06d}" for entry in meta.episodes}
         entries = [e for e in meta.episodes if e.index in wanted and selection.wants(names[e.index])]
+        keys = [camera.key for camera in card.robot.cameras]
         key = self._index_key(entries, tolerance_s)
         kept = index.load(key, entries) if key else None
+        unused = [number for number, name in names.items() if number in skip or is_skipped(card, name)]
+        stated = Places(meta, keys, tolerance_s, unused)
         if card.episodes.on_bad == "stop" and kept is None:
-            self._require_files(entries)
+            require_files(self._files, entries, keys)
+        if meta.version == "v3.0" and kept is None and not self._files.in_place:
+            stated.look_into_videos(entries)
+        if card.episodes.on_bad == "stop":
+            raise_first(stated.faults(entries))
         self._rows: list[_Rows] = []
         infos: list[EpisodeInfo] = []
         indices: dict[Path, index.FileIndex] = {}
@@ -94,7 +103,7 @@ class LeRobotStore(EpisodeStore):
         for entry in entries:
             with selection.guard(names[entry.index]):
                 if card.episodes.on_bad == "skip":
-                    self._require_files([entry])
+                    require_files(self._files, [entry], keys)
                 if kept is not None:
                     place = kept[entry.index]
                 else:
@@ -102,6 +111,7 @@ class LeRobotStore(EpisodeStore):
                         table = self._files.table(entry.data, index.COLUMNS, few=self._few)
                         indices = {entry.data: index.FileIndex(entry.data, table)}
                     place = places[entry.index] = indices[entry.data].episode(entry, meta, tolerance_s)
+                stated.require(entry, place.times_s, lambda e=entry, p=place: self._number(e.data, p.first))
                 rows, task = _Rows(entry, place.first, place.times_s), meta.task(place.task, entry)
                 if not self._succeeds(rows):
                     selection.fails(names[entry.index])
@@ -232,23 +242,13 @@ class LeRobotStore(EpisodeStore):
             )
         return task
 
-    def _require_files(self, entries: Sequence[Entry]) -> None:
-        keys = [camera.key for camera in self.card.robot.cameras]
-        wanted: dict[Path, str] = {}
-        for entry in entries:
-            wanted.setdefault(entry.data, f"episode {entry.index}")
-            for key in keys:
-                if key in entry.videos:
-                    wanted.setdefault(entry.videos[key].path, f"episode {entry.index}, {key}")
-        faults = []
-        for path, what in wanted.items():
-            try:
-                self._files.require(path)
-            except DataError as error:
-                faults.append(f"{error} ({what})")
-        if faults:
-            more = f"\nand {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise DataError("\n".join(faults[:5]) + more)
+    def _number(self, path: Path, row: int) -> int | None:
+        """Return what the column "index" of a data file has in a row; None if there is no such column."""
+        if "index" not in self._meta.features:
+            return None
+        return int(
+            as_rows(self._files.table(path, ["index"], few=self._few)["index"], 1, f"{path}: index")[row, 0]
+        )
 
     def _cut(self, rows: _Rows, column: ColumnCard) -> NDArray[np.float32]:
         some = slice(rows.first, rows.first + rows.entry.length)
