@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.datasets.lerobot_files import FPS, key_of, write
+from tests.datasets.lerobot_files import FPS, key_of, write, write_video
 from tests.datasets.test_lerobot import coloured
 from tests.datasets.test_lerobot_traps import change_table
 from vlafit.datasets import Card, open_dataset
@@ -24,7 +25,10 @@ Rows = dict[int, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def filmed(tmp_path_factory: pytest.TempPathFactory) -> Card:
-    card = write(tmp_path_factory.mktemp("places") / "set", EVERYTHING, codec="libx264")
+    return filmed_card(write(tmp_path_factory.mktemp("places") / "set", EVERYTHING, codec="libx264"))
+
+
+def filmed_card(card: Card) -> Card:
     cameras = tuple(replace(camera, height=48, width=64) for camera in card.robot.cameras)
     return replace(card, robot=replace(card.robot, cameras=cameras))
 
@@ -147,6 +151,41 @@ def test_the_other_episodes_open_once_the_one_in_doubt_is_left_out(filmed: Card,
     skipping = open_dataset(replace(card, episodes=EpisodesCard(on_bad="skip")))
     assert [left.id[-1] for left in skipping.left_out] == ["1", "2"]
     assert all("overlap" in left.reason for left in skipping.left_out)
+
+
+@pytest.fixture(scope="module")
+def one_each(tmp_path_factory: pytest.TempPathFactory) -> Card:
+    return filmed_card(write(tmp_path_factory.mktemp("v21") / "set", EVERYTHING, "v2.1", codec="libx264"))
+
+
+@pytest.mark.parametrize("frames", [LENGTHS[3] + 2, LENGTHS[3] - 1])
+def test_a_video_of_one_episode_has_as_many_frames_as_rows(one_each: Card, frames: int, tmp_path: Path):
+    shutil.copytree(one_each.path, tmp_path / "set")
+    card = replace(one_each, path=str(tmp_path / "set"))
+    path = tmp_path / "set" / "videos" / "chunk-000" / key_of("front") / "episode_000003.mp4"
+    longer = np.concatenate([EVERYTHING[3].front, EVERYTHING[3].front])[:, ::-1, ::-1]
+    write_video(path, longer[:frames], "libx264")
+    with pytest.raises(DataError) as caught:
+        open_dataset(card)
+    assert f"{path.name}: has {frames} frames, episode 3 has {LENGTHS[3]} rows" in str(caught.value)
+    assert ("surplus_frames" in str(caught.value)) == (frames > LENGTHS[3])
+    left = open_dataset(replace(card, episodes=EpisodesCard(on_bad="skip"))).left_out
+    assert [one.id[-1] for one in left] == ["3"]
+    meant = replace(card, section=lerobot.Section(surplus_frames=True))
+    if frames < LENGTHS[3]:
+        with pytest.raises(DataError, match="episode 3"):
+            open_dataset(meant)
+    else:
+        read = open_dataset(meant).images(3, [LENGTHS[3] - 1], "front").astype(int)
+        assert np.abs(read - EVERYTHING[3].front[-1]).max() <= 4  # neighbouring frames differ by 17
+
+
+def test_a_window_longer_than_the_rows_can_be_allowed(filmed: Card, tmp_path: Path):
+    card = changed(filmed, tmp_path / "set", longer(5, 1))
+    with pytest.raises(DataError, match="surplus_frames"):
+        open_dataset(card)
+    meant = replace(card, section=lerobot.Section(surplus_frames=True))
+    assert len(open_dataset(meant).episodes) == len(EVERYTHING)
 
 
 INDICES: list[tuple[str, Callable[[Rows], object], str]] = [

@@ -52,6 +52,11 @@ class VideoFile:
         whole = self._container.duration
         return float("inf") if whole is None else whole / av.time_base
 
+    @property
+    def count(self) -> int:
+        """How many frames the file says that it has, 0 where it does not say."""
+        return self._stream.frames
+
     def read(self, times_s: Sequence[float], tolerance_s: float) -> list[NDArray[np.uint8]]:
         """Return the RGB frames [h, w, 3] at ascending times, each within `tolerance_s`.
 

@@ -22,7 +22,8 @@ class Requirement:
 
 DRIVEN = (
     "4 episodes of at least 36 steps in which this action drives a dimension of the state: a correlation of "
-    "0.6 (scale, offset and noise 0.9), and in most one sign and one delay (played_backwards: not 0)"
+    "0.6 (scale, offset and noise 0.9) and above what unrelated motion as smooth reaches by chance, and "
+    "in most one sign and one delay (played_backwards: not 0)"
 )
 TESTS: Mapping[str, Requirement] = MappingProxyType(
     {

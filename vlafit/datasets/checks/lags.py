@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from vlafit.datasets.checks import backwards
 from vlafit.datasets.checks.catalogue import Untested
+from vlafit.datasets.checks.chance import by_chance
 from vlafit.datasets.checks.finding import Columns, Finding, Shown
 from vlafit.datasets.checks.relations import Pair, check_relation
 from vlafit.datasets.checks.turned import check_parts
 
 FURTHEST_LAG = 12  # steps by which an action is looked for before and after the state that it causes
 STRONG = 0.6  # correlation at which an action dimension is taken to drive a state dimension
+MIRRORED = 0.75  # share of the usual correlation that an episode of the other sign must have
 FEWEST = 4  # episodes that must agree before one of them is called different
 AGREEING = 0.75  # share of the episodes that must agree on a sign
 EXACT = 0.9  # share of the episodes whose own peak must be at the usual lag before one step counts
@@ -43,7 +45,8 @@ class _Driven:
 
     @cached_property
     def flipped(self) -> NDArray[np.bool_]:
-        return self.curves[:, self.place] < -STRONG
+        usual = self.curves[:, self.place]
+        return usual < -max(STRONG, MIRRORED * float(np.median(usual)))
 
     @property
     def one_sign(self) -> bool:
@@ -80,11 +83,11 @@ def check_lags(columns: Columns, labels: Sequence[str], untested: Untested) -> l
     if not columns:
         return []
     driven, relations, parts = [], [], []
-    drives = _drives(columns)
+    drives, unsure = _drives(columns)
     for d in range(columns[0][2].shape[1]):
         name = labels[d] if d < len(labels) else f"dimension {d}"
         if d not in drives:
-            reason = _undriven(columns, d)
+            reason = unsure.get(d) or _undriven(columns, d)
             for test in RELATED:
                 untested.add(test, reason, f"action {name}")
             continue
@@ -257,20 +260,30 @@ def _undriven(columns: Columns, d: int) -> str:
     return f"no state dimension follows it (correlation of {STRONG}) in most episodes"
 
 
-def _drives(columns: Columns) -> dict[int, tuple[int, bool]]:
-    """Return, for each action dimension, which state dimension it drives: (dimension, by its differences)."""
+def _drives(columns: Columns) -> tuple[dict[int, tuple[int, bool]], dict[int, str]]:
+    """Return which state dimension each action dimension drives, and why others are not taken to drive one.
+
+    The first are (dimension, by its differences).
+    """
     some = columns[:SAMPLE]
     heights = []
     for difference in (False, True):
         curves = np.stack([_correlations(state, actions, difference) for _, state, actions in some])
         heights.append(np.abs(np.median(curves, axis=0)).max(axis=0))  # [a, s]
-    drives = {}
-    for d in range(columns[0][2].shape[1]):
-        best = np.stack([height[d] for height in heights])  # [2, s]
-        kind, s = np.unravel_index(int(best.argmax()), best.shape)
-        if best[kind, s] > STRONG:
+    best = np.stack(heights, axis=1)  # [a, 2, s]
+    highest = best.max(axis=(1, 2))
+    strong = np.flatnonzero(highest > STRONG).tolist()
+    drives, unsure = {}, {}
+    for d, chance in zip(strong, by_chance(some, strong, FURTHEST_LAG) if strong else [], strict=True):
+        if highest[d] > chance:
+            kind, s = np.unravel_index(int(best[d].argmax()), best[d].shape)
             drives[d] = (int(s), bool(kind))
-    return drives
+        else:
+            unsure[d] = (
+                f"a state dimension follows it with correlation {highest[d]:.2f} in {len(some)} episodes, "
+                f"and unrelated motion as smooth reaches {chance:.2f} by chance"
+            )
+    return drives, unsure
 
 
 def _correlations(

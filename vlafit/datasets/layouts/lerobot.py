@@ -43,6 +43,8 @@ class Section:
     """Numbers of episodes to leave out."""
     tolerance_s: float = TOLERANCE_S
     """Seconds by which the time between two rows may differ from 1 / fps."""
+    surplus_frames: bool = False
+    """Whether an episode may have more frames than rows; those after its last row are not used."""
 
 
 def recognise(path: Path) -> bool:
@@ -58,9 +60,7 @@ def open(card: Card) -> EpisodeStore:
         hint = f"; {card.source}" if card.source else ""
         raise DataError(f"{root}: no meta/info.json there, so no LeRobot dataset{hint}")
     section = card.options(Section)
-    return LeRobotStore(
-        card, root, lambda meta: _chosen(meta, section), section.tolerance_s, skip=section.skip
-    )
+    return _store(card, section, root, None)
 
 
 def open_in_place(card: Card, files: FilesInPlace) -> EpisodeStore:
@@ -68,8 +68,7 @@ def open_in_place(card: Card, files: FilesInPlace) -> EpisodeStore:
     section, meta = card.options(Section), read_meta(files.root)
     chosen, selection = set(_chosen(meta, section)), Selection(card)
     files.announce([_files_of(e, card) for e in meta.episodes if _is_wanted(e, chosen, selection)])
-    choose = lambda meta: _chosen(meta, section)  # noqa: E731
-    return LeRobotStore(card, files.root, choose, section.tolerance_s, files, section.skip)
+    return _store(card, section, files.root, files)
 
 
 def describe(path: Path) -> Draft:
@@ -107,6 +106,18 @@ def describe(path: Path) -> Draft:
             f'failed episodes are used, too; "{success}" uses those in which it is true at some step'
         )
     return Draft(card, guesses, missing)
+
+
+def _store(card: Card, section: Section, root: Path, files: FilesInPlace | None) -> LeRobotStore:
+    return LeRobotStore(
+        card,
+        root,
+        lambda meta: _chosen(meta, section),
+        section.tolerance_s,
+        files,
+        section.skip,
+        surplus=section.surplus_frames,
+    )
 
 
 def _is_wanted(entry: Entry, chosen: Collection[int], selection: Selection) -> bool:

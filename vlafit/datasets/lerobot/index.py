@@ -83,11 +83,13 @@ class FileIndex:
         return Place(first, numbers[0], None if regular else times)
 
 
-def key_of(entries: Sequence[Entry], fps: float, tolerance_s: float, stamps: Mapping[Path, Stamp]) -> str:
-    """Return the hash of everything that decides the places of `entries`."""
+def key_of(
+    entries: Sequence[Entry], fps: float, allowed: Sequence[object], stamps: Mapping[Path, Stamp]
+) -> str:
+    """Return the hash of everything that decides the places of `entries`, with what is `allowed` of them."""
     listed = [[entry.index, entry.length, str(entry.data), entry.rows, _windows(entry)] for entry in entries]
     files = sorted((str(path), *stamp) for path, stamp in stamps.items())
-    parts = [FORMAT, version("vlafit"), fps, tolerance_s, listed, files]
+    parts = [FORMAT, version("vlafit"), fps, allowed, listed, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

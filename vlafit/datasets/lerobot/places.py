@@ -1,8 +1,8 @@
-"""Whether the places that meta/episodes gives an episode, in its videos and among all rows, can be its own.
+"""Whether the places that the metadata gives an episode, in its videos and among all rows, can be its own.
 
-Its window in a video file must be apart from those of others, as long as its rows, and inside the file.
-LeRobot writes windows one after the other, also when it merges, splits or deletes episodes; there may be
-frames between them that belong to none.
+A video of one episode must have as many frames as rows. A window in a video of several must be apart from
+those of others, as long as its rows, and inside the file. LeRobot writes windows one after the other, also
+when it merges, splits or deletes episodes; there may be frames between them that belong to none.
 """
 
 from collections import defaultdict
@@ -17,20 +17,29 @@ from vlafit.datasets.video import VideoFile
 from vlafit.errors import DataError
 
 ROUNDING = 0.5  # of a frame: LeRobot, too, reads the frame nearest to a time
+SURPLUS = "[lerobot] surplus_frames = true"
 FIX = "correct meta/episodes, or leave the episode out (skip in the card)"
 
 
 class Places:
-    """The places of the episodes of a dataset of format v3.0, as meta/episodes has them."""
+    """The places of the episodes of a dataset, as its metadata has them."""
 
     def __init__(
-        self, meta: Meta, keys: Sequence[str], tolerance_s: float, left_out: Collection[int] = ()
+        self,
+        meta: Meta,
+        keys: Sequence[str],
+        tolerance_s: float,
+        left_out: Collection[int] = (),
+        *,
+        surplus: bool = False,
     ) -> None:
         """`keys` are of the cameras that are used; episodes that are `left_out` are compared with none.
 
-        `tolerance_s` is how much the time between two rows may differ from 1 / fps.
+        `tolerance_s` is how much the time between two rows may differ from 1 / fps. With `surplus` an episode
+        may have more frames than rows.
         """
-        self._fps, self._keys, self._tolerance_s = meta.fps, keys, tolerance_s
+        self._fps, self._keys, self._tolerance_s, self._surplus = meta.fps, keys, tolerance_s, surplus
+        self._one_each = meta.version != "v3.0"
         ends = np.cumsum([entry.length for entry in meta.episodes])
         self._starts = {e.index: int(end) - e.length for e, end in zip(meta.episodes, ends, strict=True)}
         self._faults: dict[int, str] = {}
@@ -40,7 +49,7 @@ class Places:
                 self._compare(path, key, some)
 
     def look_into_videos(self, entries: Iterable[Entry]) -> None:
-        """Compare the windows of `entries` with how long their files last.
+        """Compare the places of `entries` with what their video files say of their frames.
 
         What is no video is left to those who read it.
         """
@@ -51,15 +60,15 @@ class Places:
                     video = VideoFile(path)
                 except DataError:
                     continue
-                lasts = video.duration_s
-                video.close()
                 for entry in some:
-                    if entry.videos[key].start_s + entry.length / self._fps > lasts + ROUNDING / self._fps:
-                        self._faults.setdefault(
-                            entry.index,
-                            f"{path}: lasts {lasts:.4f} s, and meta/episodes has {_window(entry, key)} in it "
-                            f"({key}); fetch the file again, {FIX}",
-                        )
+                    if fault := self._misfit(entry, key, video):
+                        self._faults.setdefault(entry.index, fault)
+                video.close()
+
+    def require_fit(self, entry: Entry, key: str, video: VideoFile) -> None:
+        """Raise DataError where a video file has other frames of a camera than an episode has rows."""
+        if fault := self._misfit(entry, key, video):
+            raise DataError(fault)
 
     def faults(self, entries: Iterable[Entry]) -> list[str]:
         """Return what is wrong with the places of `entries` so far."""
@@ -92,6 +101,27 @@ class Places:
                 f"{self._starts[entry.index]} rows{at}; {FIX}"
             )
 
+    def _misfit(self, entry: Entry, key: str, video: VideoFile) -> str:
+        """Return what is wrong with the frames of a camera; "" if nothing is."""
+        stated = entry.videos[key]
+        if self._one_each:
+            if video.count in (0, entry.length) or (self._surplus and video.count > entry.length):
+                return ""
+            many = video.count > entry.length
+            cause = "is it another episode's?" if many else "a camera failed, or the download was cut short"
+            way = f", or set {SURPLUS} if the first frames belong to the rows" if many else ""
+            return (
+                f"{video.path}: has {video.count} frames, episode {entry.index} has {entry.length} rows "
+                f"({key}); {cause}; correct the video, or leave the episode out (skip in the card){way}"
+            )
+        end, lasts = stated.start_s + entry.length / self._fps, video.duration_s
+        if end <= lasts + ROUNDING / self._fps:
+            return ""
+        return (
+            f"{video.path}: lasts {lasts:.4f} s, and meta/episodes has {_window(entry, key)} in it ({key}); "
+            f"fetch the file again, {FIX}"
+        )
+
     def _compare(self, path: Path, key: str, entries: Sequence[Entry]) -> None:
         """Note which windows of one file have more than half a frame in common."""
         placed = sorted(entries, key=lambda entry: entry.videos[key].start_s)
@@ -117,13 +147,16 @@ class Places:
                 continue
             long, rows_s = video.end_s - video.start_s, entry.length / self._fps
             far = abs(long - rows_s)
+            if self._surplus and long > rows_s:
+                continue
             if times_s is not None:  # then frames may be shown as the rows were taken
                 far = min(far, abs(long - (times_s[-1] - times_s[0] + 1 / self._fps)) - self._tolerance_s)
             if far > ROUNDING / self._fps:
+                way = f", or set {SURPLUS} if the first frames belong to the rows" if long > rows_s else ""
                 raise DataError(
                     f"{video.path}: meta/episodes has {_window(entry, key)} to {video.end_s:.4f} s in it "
                     f"({key}), which are {long * self._fps:.4g} frames at fps {self._fps:g}: these may be "
-                    f"another episode's; {FIX}"
+                    f"another episode's; {FIX}{way}"
                 )
 
 

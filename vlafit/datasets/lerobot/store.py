@@ -67,11 +67,12 @@ class LeRobotStore(EpisodeStore):
         tolerance_s: float = TOLERANCE_S,
         files: DatasetFiles | None = None,
         skip: Collection[int] = (),
+        *,
+        surplus: bool = False,
     ) -> None:
         """`choose` returns the episode numbers to use, of those that the metadata lists; none of `skip`.
 
-        `tolerance_s` is how much the time between two rows may differ from 1 / fps. `files` are those
-        below `root`, if they are not all there.
+        `files` are those below `root`, if they are not all there. See `Places` for `tolerance_s`, `surplus`.
         """
         self.card = card
         self._meta = meta = read_meta(root)
@@ -85,13 +86,13 @@ class LeRobotStore(EpisodeStore):
         names = {entry.index: f"episode_{entry.index:06d}" for entry in meta.episodes}
         entries = [e for e in meta.episodes if e.index in wanted and selection.wants(names[e.index])]
         keys = [camera.key for camera in card.robot.cameras]
-        key = self._index_key(entries, tolerance_s)
+        key = self._index_key(entries, [tolerance_s, surplus])
         kept = index.load(key, entries) if key else None
         unused = [number for number, name in names.items() if number in skip or is_skipped(card, name)]
-        stated = Places(meta, keys, tolerance_s, unused)
+        self._places = stated = Places(meta, keys, tolerance_s, unused, surplus=surplus)
         if card.episodes.on_bad == "stop" and kept is None:
             require_files(self._files, entries, keys)
-        if meta.version == "v3.0" and kept is None and not self._files.in_place:
+        if kept is None and not self._files.in_place:
             stated.look_into_videos(entries)
         if card.episodes.on_bad == "stop":
             raise_first(stated.faults(entries))
@@ -130,7 +131,7 @@ class LeRobotStore(EpisodeStore):
         if key and kept is None:
             index.save(key, entries, places)
 
-    def _index_key(self, entries: Sequence[Entry], tolerance_s: float) -> str:
+    def _index_key(self, entries: Sequence[Entry], allowed: Sequence[object]) -> str:
         """Return the key of the index on disk; empty where none is worth it, or a file is missing."""
         keys = [camera.key for camera in self.card.robot.cameras]
         paths = dict.fromkeys(entry.data for entry in entries)
@@ -145,7 +146,7 @@ class LeRobotStore(EpisodeStore):
         except DataError:  # which one, and for which episode, is said where each is required
             return ""
         self._files.expect(stamps)
-        return index.key_of(entries, self._meta.fps, tolerance_s, stamps)
+        return index.key_of(entries, self._meta.fps, allowed, stamps)
 
     def state(self, episode: int) -> NDArray[np.float32]:
         return self._cut(self._rows[self.require_episode(episode)], self.card.robot.state)
@@ -322,8 +323,14 @@ class LeRobotStore(EpisodeStore):
             irregular = rows.times_s
             times = self._reading(video.path, lambda: self._irregular(rows, camera, irregular))
             wanted = [times[step] for step in steps]
+
+        def read() -> list[NDArray[np.uint8]]:
+            file = self._videos.get(video.path)
+            self._places.require_fit(rows.entry, camera.key, file)
+            return file.read(wanted, 0.5 / fps)
+
         try:
-            return self._reading(video.path, lambda: self._videos.get(video.path).read(wanted, 0.5 / fps))
+            return self._reading(video.path, read)
         except DataError as error:
             raise DataError(
                 f"{error}; episode {rows.entry.index}, {camera.key}, steps {list(steps)}"
