@@ -7,7 +7,7 @@ clocks: its unit is the control step. Nothing here imports torch; how a flow pol
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,6 +157,31 @@ class Plan:
             return True
         replaced = self.execution.mode != "ensemble" and self._chunks[i + 1][1] <= self.step
         return self.step < first + len(actions) and not replaced
+
+
+def executable(actions: Any, dimensions: int) -> NDArray[np.float32]:
+    """Return the actions of a chunk as float32 [t, dimensions]. Raises EmbodimentError for what no robot may
+    be sent.
+
+    What is checked is the float32 copy, because that is what is sent.
+    """
+    problems: list[str] = []
+    numbers = as_numbers("the policy's actions", actions, problems)
+    if numbers is None:
+        raise EmbodimentError(problems[0])
+    if numbers.ndim != 2 or not len(numbers) or numbers.shape[1] != dimensions:
+        raise EmbodimentError(
+            f"the policy's actions have shape {numbers.shape}; a chunk is [steps, {dimensions}], with at "
+            "least one step"
+        )
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused
+        narrow = numbers.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(narrow).all(axis=1))
+    if len(bad):
+        row = numbers[bad[0]]
+        what = "beyond float32" if np.isfinite(row).all() else "not finite"
+        raise EmbodimentError(f"the action is {what}: {row.tolist()}, step {bad[0]} of the chunk")
+    return narrow
 
 
 class InvalidAnswers:

@@ -79,7 +79,7 @@ class Saying:
     """Returns the same actions always."""
 
     def __init__(self, actions: object) -> None:
-        self.actions = np.asarray(actions, np.float32)
+        self.actions = np.asarray(actions)
 
     def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
         return [ActionChunk(self.actions) for _ in keys]

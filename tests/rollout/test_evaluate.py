@@ -359,10 +359,12 @@ def test_a_protocol_that_does_not_fit_is_refused_with_a_reason(
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        ([[0.0, float("nan")]], "NaN or infinity; the policy has diverged"),
+        ([[0.0, float("nan")]], "not finite.*step 0 of the chunk"),
         ([0.0, 1.0], r"shape \(2,\)"),
         ([[0.0, 1.0, 2.0]], r"shape \(1, 3\); a chunk is \[steps, 2\]"),
         ([], "shape"),
+        ([[0.0, 1e300]], "beyond float32"),
+        ([[0.0, 1j]], "must be numbers"),
     ],
 )
 def test_actions_that_are_no_chunk_end_the_evaluation_and_are_nobodys_failure(

@@ -1,17 +1,24 @@
 """The control loop after errors, with reused buffers and with answers that no robot may be sent."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from websockets.sync.client import connect as dial
 
 from tests.serve.robots import CHUNK, Summing, seen
 from vlafit.errors import EmbodimentError, RemoteError, VlafitError
 from vlafit.execution import Execution, Limits
+from vlafit.serve import protocols, wire
+from vlafit.serve.client import connect
 from vlafit.serve.control import Controller
+from vlafit.serve.server import Running
 from vlafit.types import ActionChunk, EpisodeKey, Observation
 
+Serve = Callable[..., Running]
 WORDS = seen().instruction
 
 
@@ -95,16 +102,81 @@ def test_an_action_that_is_changed_in_place_changes_nothing_here(limited: bool) 
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("actions", [np.full((CHUNK, 3), np.nan), np.zeros((CHUNK, 4))])
-def test_without_limits_too_no_action_is_sent_that_is_none(actions: np.ndarray) -> None:
+class Answering(Summing):
+    """Answers every request with the same actions, whatever they are."""
+
+    def __init__(self, actions: Any) -> None:
+        super().__init__()
+        self.actions = actions
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        return [ActionChunk(self.actions) for _ in keys]
+
+
+ZEROS = np.zeros((CHUNK, 3), np.float32)
+NO_ACTIONS: dict[str, tuple[Any, str]] = {
+    "NaN": (ZEROS * np.nan, "not finite"),
+    "a double beyond float32": (np.full((CHUNK, 3), 1e300), "beyond float32"),
+    "complex": (ZEROS.astype(complex), "must be numbers, not complex128"),
+    "booleans": (ZEROS.astype(bool), "must be numbers, not bool"),
+    "words": (ZEROS.astype(str), "must be numbers"),
+    "objects": (ZEROS.astype(object), "must be numbers, not object"),
+    "None": (None, "must be numbers, not None"),
+    "lists of unequal lengths": ([[0.0] * 3, [0.0] * 2], "must be numbers.*unequal"),
+    "another robot's": (np.zeros((CHUNK, 4)), r"shape \(6, 4\); a chunk is \[steps, 3\]"),
+    "one step": (np.zeros(3), r"shape \(3,\)"),
+    "no step": (np.zeros((0, 3)), r"shape \(0, 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ACTIONS)
+def test_without_limits_too_no_action_is_sent_that_is_none(name: str) -> None:
+    actions, says = NO_ACTIONS[name]
+    with Controller(Answering(actions)) as control:
+        control.start(WORDS)
+        with pytest.raises(EmbodimentError, match=f"stopped: .*{says}"):
+            control.step(seen().images, seen().state)
+
+
+@pytest.mark.parametrize("name", NO_ACTIONS)
+def test_no_client_is_sent_what_is_no_action(serve: Serve, name: str) -> None:
+    actions, says = NO_ACTIONS[name]
+    running = serve(Answering(actions), execution=Execution(replan=2))
+    with connect(running.address) as remote, pytest.raises(RemoteError, match=says):
+        remote.act([seen()], [EpisodeKey(0, WORDS, 0)])
+    with dial(running.address, proxy=None) as client:
+        client.recv(timeout=10)
+        client.send(wire.pack({"images": dict(seen().images), "state": seen().state, "prompt": WORDS}))
+        assert re.search(says, str(client.recv(timeout=10)))
+
+
+FRAMED = [name for name, (a, _) in NO_ACTIONS.items() if isinstance(a, np.ndarray) and a.dtype.kind in "bf"]
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_a_client_refuses_what_is_no_action_whatever_server_sends_it(name: str) -> None:
+    actions, says = NO_ACTIONS[name]
+    with pytest.raises(wire.WireError, match=says):
+        protocols.read_chunks({"chunks": [actions]}, 1, 3)
+
+
+@pytest.mark.parametrize("answer", [[], None, [ZEROS], [None], [ActionChunk(ZEROS)] * 2])
+def test_an_actor_that_answers_with_no_chunk_is_named(answer: Any) -> None:
     class Wrong(Summing):
         def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
-            return [ActionChunk(actions.astype(np.float32))]
+            return answer
 
     with Controller(Wrong()) as control:
         control.start(WORDS)
-        with pytest.raises(EmbodimentError, match="stopped: .*(not finite|4 values, and .*takes 3)"):
+        with pytest.raises(EmbodimentError, match="stopped: Wrong.act must return one ActionChunk"):
             control.step(seen().images, seen().state)
+
+
+@pytest.mark.parametrize("actions", [ZEROS.tolist(), ZEROS.astype(int), ZEROS.astype(np.float16)])
+def test_numbers_of_any_kind_are_actions(actions: Any) -> None:
+    with Controller(Answering(actions)) as control:
+        control.start(WORDS)
+        assert control.step(seen().images, seen().state).tobytes() == ZEROS[0].tobytes()
 
 
 @pytest.mark.parametrize("control_name", ["joint_position", "absolute_position"])

@@ -75,7 +75,7 @@ def one_client(address: str, number: int, requests: int) -> tuple[int, int, int]
             continue
         answer = connection.recv(timeout=60)
         assert isinstance(answer, bytes), answer
-        (chunk,) = read_chunks(wire.unpack(answer), 1)
+        (chunk,) = read_chunks(wire.unpack(answer), 1, 3)
         (wanted,) = Summing().act([seen(picture)], [key])
         assert chunk.actions.tobytes() == wanted.actions.tobytes()
         answers += 1

@@ -125,10 +125,10 @@ def test_an_image_that_is_not_what_it_says_is_refused(changes: dict, says: str) 
 def test_an_answer_says_which_chunks_the_policys_tokens_did_not_make() -> None:
     actions = np.zeros((2, 3), np.float32)
     chunks = [ActionChunk(actions, valid) for valid in (True, False, None)]
-    back = read_chunks(wire.unpack(pack_chunks(chunks)), 3)
+    back = read_chunks(wire.unpack(pack_chunks(chunks)), 3, 3)
     assert [chunk.valid for chunk in back] == [True, False, None]
     plain = wire.unpack(pack_chunks([ActionChunk(actions)]))
-    assert "valid" not in plain and read_chunks(plain, 1)[0].valid is None
+    assert "valid" not in plain and read_chunks(plain, 1, 3)[0].valid is None
     for wrong in ([True], "yes", [True, 2, None]):
         with pytest.raises(WireError, match="valid"):
-            read_chunks(wire.unpack(pack_chunks(chunks)) | {"valid": wrong}, 3)
+            read_chunks(wire.unpack(pack_chunks(chunks)) | {"valid": wrong}, 3, 3)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from vlafit import files
 from vlafit.datasets import EpisodeStore
-from vlafit.errors import ConfigError, DataError
+from vlafit.errors import ConfigError, DataError, EmbodimentError
+from vlafit.execution import executable
 from vlafit.offline.baselines import HoldStill, MeanChunk
 from vlafit.offline.inputs import blank
 from vlafit.types import Actor, EpisodeKey, Observation
@@ -88,17 +89,17 @@ def ask(
     changed = [[blank(observation, name, mean_state) for observation in seen] for name in blanked]
     everything: list[Observation] = [*observations, *(o for row in changed for o in row)]
     every_key = [key for row in keys for key in row] + keys[0] * len(blanked)
-    chunks = [chunk.actions for chunk in actor.act(everything, every_key)]
-    shapes = {chunk.shape for chunk in chunks}
     width = store.embodiment.action.shape[0]
-    if len(shapes) > 1 or next(iter(shapes))[1:] != (width,):
+    try:
+        chunks = [executable(chunk.actions, width) for chunk in actor.act(everything, every_key)]
+    except EmbodimentError as error:
+        raise DataError(f"{store.card.name}, episode {episode}: {error}") from error
+    lengths = sorted({len(chunk) for chunk in chunks})
+    if len(lengths) > 1:
         raise DataError(
-            f"{store.card.name}: the policy answers with chunks of shape {sorted(shapes)}; all must have "
-            f"{width} action dimensions and one length"
+            f"{store.card.name}: the policy answers with chunks of {lengths} steps; all must have one length"
         )
-    answers = np.stack(chunks).astype(np.float32)
-    if not np.isfinite(answers).all():
-        raise DataError(f"{store.card.name}, episode {episode}: the policy's actions are not finite")
+    answers = np.stack(chunks)
     chunk, count = answers.shape[1], len(steps)
     rows = np.asarray(steps)[:, None] + np.arange(chunk)
     actions, states = store.actions(number), store.state(number)[list(steps)]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit.envs.messages import Moved, Play, Reset
-from vlafit.errors import SimulationError
-from vlafit.execution import Execution, Plan
+from vlafit.errors import EmbodimentError, SimulationError
+from vlafit.execution import Execution, Plan, executable
 from vlafit.rollout.env_pool import Advanced, Broken, EnvPool, EnvSlot, Interrupted
 from vlafit.rollout.protocol import Protocol
 from vlafit.types import ActionChunk, Actor, EpisodeKey, GuidedActor, Observation, history_of
@@ -229,13 +229,7 @@ def _act(
 
 def _checked(chunk: ActionChunk, request: EpisodeRequest, action_dim: int) -> NDArray[np.float32]:
     """Return the chunk's actions. Invalid ones raise: they are a broken policy, not a failed episode."""
-    actions = np.asarray(chunk.actions, np.float32)
-    episode = f"task {request.task!r}, seed {request.seed}"
-    if actions.ndim != 2 or not len(actions) or actions.shape[1] != action_dim:
-        raise SimulationError(
-            f"{episode}: the actor returned actions of shape {actions.shape}; "
-            f"a chunk is [steps, {action_dim}], with at least one step"
-        )
-    if not np.isfinite(actions).all():
-        raise SimulationError(f"{episode}: the actor returned NaN or infinity; the policy has diverged")
-    return actions
+    try:
+        return executable(chunk.actions, action_dim)
+    except EmbodimentError as error:
+        raise SimulationError(f"task {request.task!r}, seed {request.seed}: {error}") from None

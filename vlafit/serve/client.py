@@ -89,7 +89,7 @@ class RemoteActor:
             frame = protocols.pack_requests(some, self._described.required)
             with self._turn:
                 answer = self._ask(frame)
-                chunks += protocols.read_chunks(answer, len(some))
+                chunks += protocols.read_chunks(answer, len(some), self.embodiment.action.shape[0])
             for sentence in protocols.read_warnings(answer):
                 if sentence not in self._said:  # a new connection is warned anew
                     self._said.add(sentence)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vlafit import arguments
 from vlafit.errors import ConfigError, EmbodimentError
-from vlafit.execution import Execution, InvalidAnswers, Limits, Plan
+from vlafit.execution import Execution, InvalidAnswers, Limits, Plan, executable
 from vlafit.observations import instruction_problems, observation, short
 from vlafit.requests import LARGEST, expected_of
 from vlafit.types import (
@@ -231,8 +231,19 @@ class Controller:
 
     def _act(self, seen: Observation, key: EpisodeKey, committed: Committed | None) -> ActionChunk:
         if committed is not None and isinstance(self.actor, GuidedActor):
-            return self.actor.act_guided([seen], [key], [committed])[0]
-        return self.actor.act([seen], [key])[0]
+            chunks = self.actor.act_guided([seen], [key], [committed])
+        else:
+            chunks = self.actor.act([seen], [key])
+        match chunks:
+            case [ActionChunk() as chunk]:
+                return chunk
+        given = (
+            f"{len(chunks)} of {short(chunks[0])}" if isinstance(chunks, list) and chunks else short(chunks)
+        )
+        raise EmbodimentError(
+            f"stopped: {type(self.actor).__name__}.act must return one ActionChunk for each observation, and "
+            f"for one it returned {given}"
+        )
 
     def _collect(self, wait: bool) -> None:
         """Take the pending chunk, if it is there or must be waited for."""
@@ -253,24 +264,12 @@ class Controller:
                 raise EmbodimentError(f"stopped: {sentence.partition(';')[0]}")
             if self._tally.has_doubled:
                 log.warning("%s", sentence)
-        self._require_executable(chunk)
-        self._plan.add(chunk, self._asked, delay)
+        try:
+            actions = executable(chunk.actions, self.embodiment.action.shape[0])
+        except EmbodimentError as error:
+            raise EmbodimentError(f"stopped: {error}") from None
+        self._plan.add(ActionChunk(actions), self._asked, delay)
         self._answered, self._failed = True, False
-
-    def _require_executable(self, chunk: ActionChunk) -> None:
-        """Raise EmbodimentError for a chunk that no robot may be sent, with or without limits."""
-        width = self.embodiment.action.shape[0]
-        actions = np.asarray(chunk.actions)
-        if actions.ndim == 2 and actions.shape[1] != width:
-            raise EmbodimentError(
-                f"stopped: the policy's actions have {actions.shape[1]} values, and the robot "
-                f"{self.embodiment.name!r} takes {width}"
-            )
-        if not np.isfinite(actions).all():
-            bad = int(np.argwhere(~np.isfinite(actions))[0][0])
-            raise EmbodimentError(
-                f"stopped: the action is not finite: {actions[bad].tolist()}, step {bad} of the chunk"
-            )
 
     @property
     def invalid_answers(self) -> int:

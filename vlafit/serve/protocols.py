@@ -13,6 +13,7 @@ import numpy as np
 
 from vlafit import config
 from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.execution import executable
 from vlafit.observations import listed_unknown, observation
 from vlafit.requests import Request, checked_key, checked_left, checked_past
 from vlafit.serve import wire
@@ -174,8 +175,9 @@ def read_warnings(frame: Any) -> list[str]:
     return [str(text) for text in warnings] if isinstance(warnings, list) else []
 
 
-def read_chunks(frame: Any, count: int) -> list[ActionChunk]:
-    """Read the answer to our own frame. Raises WireError unless it holds `count` chunks."""
+def read_chunks(frame: Any, count: int, dimensions: int) -> list[ActionChunk]:
+    """Read the answer to our own frame. Raises WireError unless it holds `count` chunks that a robot may be
+    sent."""
     chunks = frame.get("chunks") if isinstance(frame, Mapping) else None
     if (
         not isinstance(chunks, list)
@@ -186,8 +188,13 @@ def read_chunks(frame: Any, count: int) -> list[ActionChunk]:
     valid = frame.get("valid", [None] * count)  # only of policies that answer with tokens
     if not isinstance(valid, list) or len(valid) != count or not all(v in (None, True, False) for v in valid):
         raise WireError(f"valid in the answer to {count} observations is {_kind(valid)}")
-    # A copy: a view of the frame is read-only.
-    return [ActionChunk(np.array(chunk), whether) for chunk, whether in zip(chunks, valid, strict=True)]
+    try:
+        return [
+            ActionChunk(executable(chunk, dimensions), whether)
+            for chunk, whether in zip(chunks, valid, strict=True)
+        ]
+    except EmbodimentError as error:
+        raise WireError(str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------------eval

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import VlafitError
-from vlafit.execution import Execution, InvalidAnswers, Plan
+from vlafit.execution import Execution, InvalidAnswers, Plan, executable
 from vlafit.requests import Request
 from vlafit.serve import protocols, wire
 from vlafit.serve.batcher import Batcher
@@ -94,14 +94,14 @@ class Session:
             case "vlafit":
                 requests = protocols.read_requests(values, self._described)
                 unusual = [text for request in requests for text in self._unusual_states(request)]
-                chunks = await self._batcher.act(self, requests)
+                chunks = await self._act(requests)
                 missing = [text for request in requests for text in self._missing_cameras(request)]
                 self._invalid_answers(chunks)  # whose `valid` says so
                 return protocols.pack_chunks(chunks, [*missing, *unusual])
             case "openpi":
                 request = protocols.read_openpi(values, self._described, self._options.names, self._key)
                 unusual = self._unusual_states(request)
-                (chunk,) = await self._batcher.act(self, [request])
+                (chunk,) = await self._act([request])
                 warnings = [*self._missing_cameras(request), *unusual, *self._invalid_answers([chunk])]
                 self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
                 return protocols.pack_openpi(chunk, (time.perf_counter() - began) * 1000, warnings)
@@ -128,12 +128,18 @@ class Session:
             seen = dataclasses.replace(newest, past=tuple(past))
             request = Request(seen, self._key, self._plan.committed())
             self._unusual_states(request)
-            (chunk,) = await self._batcher.act(self, [request])
+            (chunk,) = await self._act([request])
             self._missing_cameras(request)
             self._invalid_answers([chunk])
             self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
             self._actions = deque(self._plan.extend(chunk))
         return protocols.pack_vla_eval("action", {"actions": self._actions.popleft()}, values["seq"])
+
+    async def _act(self, requests: Sequence[Request]) -> list[ActionChunk]:
+        """Return the policy's chunks. Raises EmbodimentError for what no robot may be sent."""
+        dimensions = self._described.embodiment.action.shape[0]
+        chunks = await self._batcher.act(self, requests)
+        return [dataclasses.replace(chunk, actions=executable(chunk.actions, dimensions)) for chunk in chunks]
 
     def _missing_cameras(self, request: Request) -> list[str]:
         """Log and return, once for each, cameras without which the policy has acted (it may refuse to)."""
