@@ -17,10 +17,8 @@ from vlafit.significance import (
     best_set,
     first_rejection,
     holm,
-    independent_episodes_needed,
     paired_interval,
     sign_flip_p,
-    starts_needed,
     two_way_interval,
 )
 from vlafit.significance.paired import design_effect
@@ -126,18 +124,6 @@ def test_the_two_way_interval_is_that_of_a_paired_t_test_over_seeds_if_only_seed
     test = stats.ttest_1samp([1.0, 0.0, 0.0], 0.0).confidence_interval(0.95)
     expected = (max(-1.0, test.low), min(1.0, test.high))
     assert two_way_interval(Pairs(first, second)) == pytest.approx(expected, abs=1e-9)
-
-
-def test_starts_needed_agree_with_the_power_of_the_test_and_of_independent_episodes() -> None:
-    rng = np.random.default_rng(1)
-    pairs = pairs_of(16, 4, 60, 20)
-    needed = starts_needed(pairs, pairs.mean)
-    drawn = rng.multinomial(needed, [0.16, 0.04, 0.80], size=400)
-    rejected = sum(stats.binomtest(int(w), int(w + n)).pvalue <= 0.05 for w, n, _ in drawn) / len(drawn)
-    assert 0.6 < rejected < 0.9, "80 % by design; the exact test of discrete counts is conservative"
-    # statsmodels.stats.power: NormalIndPower with unpooled variances gives 1485.6 for these rates
-    assert independent_episodes_needed(125 / 150, 119 / 150) == 1486
-    assert needed < independent_episodes_needed(0.76, 0.64) / 2
 
 
 def test_the_sequential_test_is_the_mixture_of_binomial_likelihoods() -> None:

@@ -113,15 +113,16 @@ def _needed(best: Standing, chosen: Standing) -> list[str]:
     if best.rate <= chosen.rate:
         return []
     pairs = shared(best, chosen)
-    if pairs.starts < 2 or pairs.mean <= 0:
+    starts, seeds = starts_needed(pairs), pairs.first.shape[0]
+    if pairs.starts < 2 or pairs.mean <= 0 or starts is None:
         return []
-    starts, seeds = starts_needed(pairs, pairs.mean), pairs.first.shape[0]
     independent = independent_episodes_needed(best.rate, chosen.rate)
     return [
         f"{best.strategy} has the higher rate ({_percent(best)} against {_percent(chosen)}). If that "
-        f"difference is real, about {starts} starts ({starts * seeds} episodes of each strategy) show it "
-        "with 80 % power in a test of this pair for these training runs; without shared starts it would take "
-        f"about {independent:,} episodes of each. Raise the protocol's trials: more seeds add no new starts."
+        f"difference is real, and the two differ at new starts as often as at these, about {starts:,} starts "
+        f"({starts * seeds:,} episodes of each strategy) show it with 80 % power in the exact test of this "
+        "pair for these training runs; without shared starts it would take about "
+        f"{independent:,} episodes of each. Raise the protocol's trials: more seeds add no new starts."
     ]
 
 

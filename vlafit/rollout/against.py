@@ -62,7 +62,9 @@ class Comparison:
     p_anytime: float
     """p-value that stays valid however often one looks and whenever one stops."""
     starts_needed: int | None
-    """Starts that would show this difference with 80 % power; None where it is zero."""
+    """Starts at which McNemar's exact test shows this difference with 80 % power, if starts are won and lost
+    as often as those played; None where it is zero.
+    """
     differs_in: tuple[str, ...]
     """Other differences between the two evaluations."""
     stopped: bool = False
@@ -91,7 +93,8 @@ class Comparison:
             if self.p <= ALPHA:
                 word = "better" if self.difference > 0 else "worse"
             needed = "" if self.p <= ALPHA or not self.starts_needed else (
-                f"; if that difference is real, about {self.starts_needed} starts show it with 80 % power"
+                "; if new starts are won here only, and there only, as often as these, "
+                f"{self.starts_needed:,} starts show the difference with 80 % power"
             )  # fmt: skip
             lines.append(f"{word}: {points} (95 %: {ends}), exact paired p {self.p:.2g}{needed}")
         if self.differs_in:
@@ -206,7 +209,6 @@ def compare(
     pairs = Pairs.of([_named(outcomes)], [_named(earlier.outcomes)])
     by_start = pairs.by_start
     low, high = paired_interval(pairs)
-    enough = pairs.starts > 1 and abs(pairs.mean) > 0
     return Comparison(
         against=str(earlier.path),
         starts=pairs.starts,
@@ -219,7 +221,7 @@ def compare(
         there_only=int((by_start < 0).sum()),
         p=sign_flip_p(by_start),
         p_anytime=anytime_p(map(int, by_start)),
-        starts_needed=starts_needed(pairs, pairs.mean) if enough else None,
+        starts_needed=starts_needed(pairs) if pairs.starts > 1 else None,
         differs_in=tuple(differs_in),
         stopped=stopped,
     )
