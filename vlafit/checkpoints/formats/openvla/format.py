@@ -95,9 +95,8 @@ class OpenVLAFormat(Format):
         described = layout.described_in(files.folder, options.adapters)
         notes = beside + _head(values, tensors, parse_head(options), str(files.path))
         values["proprio"] = any(name.startswith(names.PROPRIO) for name in tensors)
-        has_width = (
-            values["head"] in TOKEN_HEADS or values["proprio"]
-        )  # else the caller is asked for that of states
+        # A head that reads no state has no width of one: the caller is asked for it.
+        has_width = values["head"] in TOKEN_HEADS or values["proprio"]
         widths = statistics.widths(described, options.assets)
         stated += [one for one in widths if has_width or one.key != "state_dim"]
         if not values["proprio"]:
