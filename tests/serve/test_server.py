@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import re
 import socket
 import threading
 import urllib.error
@@ -283,6 +284,55 @@ def test_vla_eval_is_told_of_errors_in_its_own_words(serve: Serve) -> None:
         client.send(vla_eval("observation", {"images": {}, "task_description": "pick", "state": [0] * 3}, 7))
         answer = wire.unpack(client.recv(timeout=10))  # type: ignore[arg-type]
     assert answer["type"] == "error" and answer["seq"] == 7 and "camera 'front'" in answer["payload"]["error"]
+
+
+OTHERS: dict[str, tuple[dict, str]] = {
+    "NaN": ({"state": np.full(3, np.nan)}, "not finite"),
+    "no camera": ({"images": {}}, "camera 'front': missing"),
+    "another robot": ({"state": np.zeros(26)}, r"shape \(26,\)"),
+    "an image of another size": ({"images": {"front": np.zeros((4, 4, 3), np.uint8)}}, "camera 'front'"),
+    "no instruction": ({"task_description": ""}, "instruction"),
+    "no state": ({"state": None}, "state: missing"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("history", [1, 2])
+def test_vla_evals_every_observation_is_compared_not_only_those_that_ask_the_policy(
+    serve: Serve, name: str, history: int
+) -> None:
+    changed, says = OTHERS[name]
+    one, actor = seen(), Summing()
+    running = serve(actor, {"history": history}, execution=Execution(replan=3))
+    good = {"images": dict(one.images), "task_description": one.instruction, "state": one.state}
+    (chunk,) = Summing().act([one], [EpisodeKey(0, "pick", 0)])
+    with dial(running.address, proxy=None) as client:
+        client.recv(timeout=10)
+        client.send(vla_eval("episode_start", {"task": {"name": "pick", "episode_idx": 0}}, 1))
+        for step, payload in enumerate((good, good | changed, {}, good, good)):
+            client.send(vla_eval("observation", payload, step))
+            answer = wire.unpack(client.recv(timeout=10))  # type: ignore[arg-type]
+            if step in (1, 2):
+                assert answer["type"] == "error" and answer["seq"] == step
+                assert step == 2 or re.search(says, answer["payload"]["error"])
+            else:  # the chunk goes on where it was
+                executed = answer["payload"]["actions"].tobytes()
+                assert executed == chunk.actions[max(0, step - 2)].tobytes()
+    assert len(actor.widths) == 1
+
+
+def test_a_vla_eval_state_far_outside_is_said_at_whichever_step_it_comes(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve(Watching(), execution=Execution(replan=3))
+    one = seen()
+    good = {"images": dict(one.images), "task_description": one.instruction, "state": np.zeros(3)}
+    with dial(running.address, proxy=None) as client:
+        client.recv(timeout=10)
+        for step, state in enumerate(([0, 0, 0], [0, 57.3, 0], [0, 57.3, 0])):
+            client.send(vla_eval("observation", good | {"state": np.float32(state)}, step))
+            assert wire.unpack(client.recv(timeout=10))["type"] == "action"  # type: ignore[arg-type]
+    assert caplog.text.count("state.elbow = 57.3") == 1
 
 
 # -------------------------------------------------------------------------------- batches, and bad neighbours

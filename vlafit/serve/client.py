@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,12 +28,21 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CLOSING_S = 0.5  # that a server has to answer the end of a connection
+LEAST_S = 1e-3  # of a wait: 0 would be for ever
+
+
+def _left(until: float) -> float:
+    """Return how long there is to wait until a time of the monotonic clock."""
+    return max(LEAST_S, until - time.monotonic())
+
 
 class RemoteActor:
     """Acts through a server of `vlafit serve`. Close it, or use it as a context manager.
 
     Calls may come from several threads; they take turns. A connection that breaks is made once more, and the
-    request repeated: what it returns is decided by its key. One that was closed stays closed.
+    request repeated: what it returns is decided by its key. One that was closed stays closed. A request takes
+    at most `timeout_s`, connecting again included, and what is left of a connection up to 0.5 s more.
     """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 30.0) -> None:
@@ -45,7 +54,7 @@ class RemoteActor:
         self._turn = threading.Lock()
         self._closed = self._is_lost = False
         self._said: set[str] = set()  # what servers warned of
-        self._connection, self._described = self._open()
+        self._connection, self._described = self._open(time.monotonic() + self._timeout_s)
         self.embodiment: Embodiment = self._described.embodiment
         self.width: int = self._described.width
         self.history: int = self._described.history
@@ -111,8 +120,9 @@ class RemoteActor:
 
     def _ask(self, frame: bytes) -> Any:
         self._require_open()
+        until = time.monotonic() + self._timeout_s
         try:
-            answer = self._exchange(frame)
+            answer = self._exchange(frame, until)
         except ConnectionClosed as error:
             self._require_open()  # another thread may have closed it
             if error.rcvd is not None and error.rcvd.code == 1009:  # the same frame would be too large again
@@ -120,9 +130,9 @@ class RemoteActor:
                     f"{self.url}: {len(frame)} bytes are more than the server reads at once; serve with a "
                     "larger --max-frame"
                 ) from error
-            self._connect_again(error)
+            self._connect_again(error, until)
             try:
-                answer = self._exchange(frame)
+                answer = self._exchange(frame, until)
             except ConnectionClosed as again:
                 self._require_open()
                 raise RemoteError(f"{self.url}: the connection broke twice: {again}") from again
@@ -130,17 +140,12 @@ class RemoteActor:
             raise RemoteError(f"{self.url}: {answer[:LONGEST_LINE]}")
         return wire.unpack(answer)
 
-    def _connect_again(self, broken: ConnectionClosed) -> None:
-        """Connect anew to the same policy, and say so once for each time that the connection breaks."""
+    def _connect_again(self, broken: ConnectionClosed, until: float) -> None:
+        """Connect anew to the same policy. That it broke is said once for each time that it does."""
         if not self._is_lost:
             self._is_lost = True
-            log.warning(
-                "%s: the connection broke (%s); connecting again. The episode goes on: every request holds "
-                "its key and the chunk that is being executed, so that its answer is the same",
-                self.url,
-                broken,
-            )
-        connection, described = self._open()
+            log.warning("%s: the connection broke (%s); connecting again", self.url, broken)
+        connection, described = self._open(until)
         is_same = described.fingerprint == self._described.fingerprint
         if self._closed or not is_same:
             connection.close()
@@ -150,26 +155,46 @@ class RemoteActor:
                 f"{self._described.fingerprint}); connect anew"
             ) from broken
         self._connection, self._is_lost = connection, False
+        log.warning(
+            "%s: connected again, to the same policy. The episode goes on: every request holds its key and "
+            "the chunk that is being executed",
+            self.url,
+        )
 
     def _require_open(self) -> None:
         if self._closed:
             raise RemoteError(f"{self.url}: this client is closed; connect anew (vlafit.connect)") from None
 
-    def _exchange(self, frame: bytes) -> bytes | str:
+    def _exchange(self, frame: bytes, until: float) -> bytes | str:
         connection = self._connection
         try:
-            connection.send(frame)
-            return connection.recv(timeout=self._timeout_s)
+            self._send(connection, frame, until)
+            return connection.recv(timeout=_left(until))
         except TimeoutError as error:
             connection.close()  # a late answer must not be taken for that of the next request
             raise RemoteError(f"{self.url}: no answer within {self._timeout_s:g} s") from error
-        except ConnectionClosed:
+        except (ConnectionClosed, RemoteError):
             raise
         except BaseException:  # Ctrl-C, of which the robot's program may make a pause
             connection.close()
             raise
 
-    def _open(self) -> tuple[ClientConnection, Described]:
+    def _send(self, connection: ClientConnection, frame: bytes, until: float) -> None:
+        """Send a frame. A server that reads nothing takes no large one: that is an error in time, too."""
+        is_open = connection.close_code is None
+        try:
+            with suppress(OSError):  # of a socket that is closed, as `send` then says
+                connection.socket.settimeout(_left(until))
+            connection.send(frame)
+        except ConnectionClosed as error:
+            if is_open and isinstance(error.__cause__, TimeoutError):
+                raise RemoteError(
+                    f"{self.url}: the server took no request of {len(frame)} bytes within "
+                    f"{self._timeout_s:g} s"
+                ) from error
+            raise
+
+    def _open(self, until: float) -> tuple[ClientConnection, Described]:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
         made = ExitStack()  # websockets connects when its context is entered
         connection = self._reach(
@@ -180,13 +205,14 @@ class RemoteActor:
                     additional_headers=headers,
                     compression=None,
                     max_size=None,
-                    open_timeout=self._timeout_s,
+                    open_timeout=_left(until),
+                    close_timeout=min(CLOSING_S, self._timeout_s),
                     proxy=None,
                 )
             )
         )
         try:
-            frame = connection.recv(timeout=self._timeout_s)
+            frame = connection.recv(timeout=_left(until))
         except (TimeoutError, ConnectionClosed) as error:
             connection.close()
             raise RemoteError(
@@ -224,8 +250,9 @@ def connect(url: str, *, token: str = "", timeout_s: float = 30.0, wait_s: float
     """Connect to a server of `vlafit serve` and return its policy as an actor.
 
     `url` is ``ws://HOST:PORT`` (or ``wss://`` behind a proxy that encrypts); `wait_s` is how long to try
-    again while nothing answers. White space around `token`, such as the line break at the end of its file, is
-    left out. Raises RemoteError, and ConfigError for what can be no token.
+    again while nothing answers, and `timeout_s` how long a request may take. White space around `token`, such
+    as the line break at the end of its file, is left out. Raises RemoteError, and ConfigError for what can be
+    no token.
     """
     until = time.monotonic() + arguments.number("wait_s", wait_s, 0, LONGEST_S)
     while True:

@@ -36,6 +36,7 @@ from vlafit.types import Actor
 log = logging.getLogger(__name__)
 
 STOPPING = "the server is stopping"
+CLOSING_S = 2.0  # that a client has to answer the end of its connection
 
 
 def require_executable(execution: Execution, described: Described) -> None:
@@ -104,6 +105,7 @@ class Server:
                 max_size=options.max_frame,
                 max_queue=2,
                 write_limit=2**20,
+                close_timeout=min(CLOSING_S, options.timeout_s),
                 ping_timeout=60.0,  # a client that loads a model, say, answers late
                 server_header=None,
                 logger=_quiet_logger(),

@@ -120,15 +120,19 @@ class Session:
             return None
         if self._plan is None:
             self._plan = Plan(self._options.execution or Execution(replan=self._described.chunk or 1))
-        if not self._actions or self._described.history > 1:
-            request = protocols.read_vla_eval(payload, self._described, self._options.names, self._key)
-            self._newest.append(request.observation)
+        request = protocols.read_vla_eval(payload, self._described, self._options.names, self._key)
+        self._unusual_states(request)
+        before = tuple(self._newest)
+        self._newest.append(request.observation)
         if not self._actions:
-            *past, newest = self._newest
-            seen = dataclasses.replace(newest, past=tuple(past))
+            seen = dataclasses.replace(request.observation, past=tuple(self._newest)[:-1])
             request = Request(seen, self._key, self._plan.committed())
-            self._unusual_states(request)
-            (chunk,) = await self._act([request])
+            try:
+                (chunk,) = await self._act([request])
+            except BaseException:
+                self._newest.clear()
+                self._newest.extend(before)  # nothing was executed; it comes again
+                raise
             self._missing_cameras(request)
             self._invalid_answers([chunk])
             self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
