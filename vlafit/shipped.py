@@ -70,9 +70,10 @@ def find(kind: str, name_or_path: str | Path) -> Path:
         if candidate.is_file() if location.suffix else candidate.is_dir():
             return candidate
     looks_like_path = "/" in text or text.endswith(location.suffix or "/")
-    fault = (
-        f"there is no {kind} file or folder {text!r}" if looks_like_path else f"there is no {kind} {text!r}"
-    )
+    fault = f"there is no {kind} {text!r}"
+    if looks_like_path:
+        start = "" if Path(text).is_absolute() else f" in the current directory, {Path.cwd()}"
+        fault = f"there is no {kind} file or folder {text!r}{start}"
     if Path(text).is_dir():
         fault = f"{text!r} is a folder, but a {kind} is a {location.suffix} file"
     elif Path(text).is_file():

@@ -17,7 +17,7 @@ from vlafit.actor import load_actor
 from vlafit.checkpoints.export import export
 from vlafit.cli.verbs.inspect import needed_to_train
 from vlafit.codec import train_word_tokenizer
-from vlafit.errors import ConfigError, VlafitError, WeightsError
+from vlafit.errors import CodecError, ConfigError, VlafitError, WeightsError
 from vlafit.recipe import Recipe
 from vlafit.train.data import open_data
 from vlafit.train.preflight import meta_policy
@@ -90,6 +90,24 @@ def test_inspect_names_what_training_refuses_to_begin_without(card: Path, base: 
     assert all(fact in str(caught.value) for fact in ("so100", "assets", 'data.statistics = "data"'))
     with pytest.raises(ConfigError, match="policy.tokenizer"):
         start(recipe(card, base, "data"))
+
+
+def test_inspect_takes_the_tokenizer_that_training_takes_and_refuses_the_one_that_it_refuses(
+    card: Path, tmp_path: Path, words: str, capsys: pytest.CaptureFixture
+):
+    """Without processors it makes no codec: `inspect` said that it would have no effect."""
+    bare = Path(shutil.copytree(SMOLVLA, tmp_path / "bare"))
+    for path in bare.glob("policy_*"):
+        path.unlink()
+    shutil.rmtree(bare / "tokenizer")
+    assert cli.main(["inspect", str(bare), "--tokenizer", words]) == 0
+    small = tmp_path / "small"
+    train_word_tokenizer(["pick up the cube"], 280).save(small)
+    assert cli.main(["inspect", str(bare), "--tokenizer", str(small)]) == 2
+    said = capsys.readouterr().err
+    with pytest.raises(CodecError) as caught:
+        start(recipe(card, bare, "data", tokenizer=str(small)))
+    assert str(caught.value) in said and str(small) in said
 
 
 @pytest.mark.case(

@@ -63,7 +63,9 @@ def run(arguments: Sequence[str]) -> int:
     look = checkpoints.load_all if options.whole else checkpoints.inspect_all
     base = base_folder(options.base) if options.base else None
     place = checkpoints.place(folder).path
-    recipe = _recipe(folder, base, options, config) if options.data else None
+    # A tokenizer is judged as training does; `--format` names a program whose files nothing else recognises.
+    as_trained = options.data or (options.tokenizer and not options.format)
+    recipe = _recipe(folder, base, options, config) if as_trained else None
     choice = None if recipe is None else checkpoint_codec.choose(recipe, place)
     every = look(
         folder,
@@ -86,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     facts["to_train"] = needed_to_train(loaded, place, base) if every.codecs is None else []
     facts |= _to_train(loaded.policy, loaded.codec, options)
     agreement = None
-    if recipe is not None and choice is not None:
+    if recipe is not None and choice is not None and options.data:
         agreement = _agree(loaded, recipe, choice.declared, options)
         facts["agreement"] = json.loads(agreement.to_json())
     if options.json:
@@ -223,7 +225,7 @@ def _to_train(policy: "Policy", codec: "Codec | None", options: Namespace) -> di
 def _recipe(
     folder: Path | str, base: Path | str | None, options: Namespace, config: dict[str, Any] | None
 ) -> "Recipe":
-    """Return the recipe without [adapt] that trains the checkpoint on the card with these options."""
+    """Return the recipe without [adapt] that trains the checkpoint with these options (on their card)."""
     from vlafit.recipe import DataRecipe, PolicyRecipe, Recipe
 
     policy = PolicyRecipe(
@@ -233,7 +235,7 @@ def _recipe(
         tokenizer=options.tokenizer or "",
         assets=options.assets or "",
     )
-    return Recipe(policy=policy, data=DataRecipe(cards=(options.data,)))
+    return Recipe(policy=policy, data=DataRecipe(cards=(options.data,) if options.data else ()))
 
 
 def _require_trainable(recipe: "Recipe", loaded: "Loaded", path: Path, choice: "CodecChoice") -> None:
