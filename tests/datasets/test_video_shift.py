@@ -1,11 +1,13 @@
 """A late video in one of few episodes with small pictures is found, or said to be beyond the check."""
 
+from dataclasses import replace
+
 import pytest
 
-from tests.datasets.arm_recordings import Recording
+from tests.datasets.arm_recordings import Episode, Recording, recorded
 from tests.datasets.small_scenes import Path, late, scene
 from tests.variants import variants
-from vlafit.datasets.checks import check_store
+from vlafit.datasets.checks import Finding, check_store
 
 BAD = 4
 
@@ -66,3 +68,29 @@ def test_episodes_in_which_frames_do_not_show_the_state_are_said_to_be_untested(
         mixed.append(type(e)(e.state[:steps], e.actions[:steps], other.front[:steps], other.front[:steps]))
     found, (said,) = shifts(Recording(mixed))
     assert not found and "the image changes as the state moves: correlation" in said
+
+
+def mismatches(episodes: list[Episode]) -> dict[tuple[str, str], Finding]:
+    """Return the findings of frames that are another episode's, by the episode and that one."""
+    found = [f for f in check_store(Recording(episodes)).findings if f.kind == "video_mismatch"]
+    return {(finding.episode, finding.other): finding for finding in found}
+
+
+@pytest.mark.parametrize("seed", variants([0, 1, 2], always=[0]))
+@pytest.mark.parametrize("cameras", [("front",), ("front", "wrist")])
+def test_videos_that_two_episodes_exchanged_are_a_warning_with_both(cameras: tuple[str, ...], seed: int):
+    clean = recorded(seed)
+    episodes = list(clean)
+    for one, other in ((3, BAD), (BAD, 3)):
+        episodes[one] = replace(clean[one], **{camera: vars(clean[other])[camera] for camera in cameras})
+    found = mismatches(episodes)
+    assert set(found) == {("episode_3", "episode_4"), ("episode_4", "episode_3")}
+    for finding in found.values():
+        assert finding.severity == "warning" and finding.cameras[0] in cameras
+        assert f"as the states of episode {finding.other} move (correlation 0.9" in finding.message
+
+
+@pytest.mark.parametrize("seed", variants(range(6), always=[1]))
+@pytest.mark.parametrize("path", variants(["via points", "walk", "lissajous", "reach"], always=["reach"]))
+def test_no_video_of_a_clean_small_scene_is_called_another_episodes(path: Path, seed: int):
+    assert not mismatches([scene(path, number, seed, noise=3.0) for number in range(9)])

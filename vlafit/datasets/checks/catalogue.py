@@ -61,7 +61,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
             ("frames_out_of_order",), "4 episodes of 24 frames in which the image moves smoothly"
         ),
         "video_shift": Requirement(
-            ("video_shift",),
+            ("video_shift", "video_mismatch"),
             "episodes of at least 36 steps: 4 in which the image changes as the state moves, or 6 of one "
             "scene in which frames predict the state",
         ),

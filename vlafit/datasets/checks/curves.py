@@ -58,9 +58,9 @@ def motions(tracks: Sequence[Track]) -> NDArray[np.float64]:
     changes = [track.change for track in tracks]
     fits = {shift: _fit(speeds, changes, shift) for shift in SHIFTS}
     best = max(fits, key=lambda shift: _height(fits[shift].together(), speeds, changes, shift))
-    weights = fits[best].each()
+    each = fits[best].each()
     return np.stack(
-        [_correlations(s @ w, change) for s, w, change in zip(speeds, weights, changes, strict=True)]
+        [_correlations(s @ w, change) for s, w, change in zip(speeds, each, changes, strict=True)]
     )
 
 
@@ -93,29 +93,37 @@ class _Fit:
 def _fit(speeds: Sequence[NDArray], changes: Sequence[NDArray], shift: int) -> _Fit:
     grams, products = [], []
     for speed, change in zip(speeds, changes, strict=True):
-        x, y = _overlap(speed, change, shift)
+        x, y = overlap(speed, change, shift)
         x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
         grams.append(x.T @ x)
         products.append(x.T @ y)
     return _Fit(np.stack(grams), np.stack(products))
 
 
-def _overlap(a: NDArray, b: NDArray, shift: int) -> tuple[NDArray, NDArray]:
+def weights(
+    speeds: Sequence[NDArray[np.float64]], changes: Sequence[NDArray[np.float64]], shift: int
+) -> NDArray[np.float64]:
+    """Return by which weights [d] the speeds of the state make the image's change, `shift` steps later."""
+    return _fit(speeds, changes, shift).together()
+
+
+def overlap(a: NDArray, b: NDArray, shift: int) -> tuple[NDArray, NDArray]:
     """Return the rows of `a` and those of `b` that are `shift` steps later."""
     return a[max(0, -shift) : len(a) - max(0, shift)], b[max(0, shift) : len(b) + min(0, shift)]
 
 
 def _height(weights: NDArray, speeds: Sequence[NDArray], changes: Sequence[NDArray], shift: int) -> float:
-    pairs = (_overlap(s @ weights, change, shift) for s, change in zip(speeds, changes, strict=True))
-    return float(np.median([_correlation(a, b) for a, b in pairs]))
+    pairs = (overlap(s @ weights, change, shift) for s, change in zip(speeds, changes, strict=True))
+    return float(np.median([correlation(a, b) for a, b in pairs]))
 
 
-def _correlation(a: NDArray, b: NDArray) -> float:
+def correlation(a: NDArray, b: NDArray) -> float:
+    """Return the correlation of two series, 0 if one of them does not change."""
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def _correlations(speed: NDArray, change: NDArray) -> NDArray[np.float64]:
-    return np.asarray([_correlation(*_overlap(speed, change, shift)) for shift in SHIFTS])
+    return np.asarray([correlation(*overlap(speed, change, shift)) for shift in SHIFTS])
 
 
 def predictions(tracks: Sequence[Track]) -> NDArray[np.float64]:
@@ -163,7 +171,7 @@ def _predicted(
         penalty[-1] = 1e-9  # the constant term is free
         predicted = x @ np.linalg.solve(others + np.diag(penalty), product - x.T @ y)
         for place, shift in enumerate(SHIFTS):
-            a, b = _overlap(y, predicted, shift)
+            a, b = overlap(y, predicted, shift)
             a, b = a - a.mean(axis=0), b - b.mean(axis=0)
             sums[:, n, place] = (a * b).sum(axis=0), (a * a).sum(axis=0), (b * b).sum(axis=0)
     each = sums[0] / np.sqrt(sums[1] * sums[2] + 1e-12)

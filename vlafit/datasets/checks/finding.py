@@ -37,4 +37,4 @@ class Finding:
     steps: int = 1
     """How many steps are concerned, from `step` on."""
     other: str = ""
-    """Id of the episode that this one repeats."""
+    """Id of the episode that this one repeats, or that its frames may be of."""

@@ -1,6 +1,6 @@
 """Check that frames belong to the state of their step: an episode's best shift against that of the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from vlafit.datasets.checks.curves import (
     usual_place,
 )
 from vlafit.datasets.checks.finding import Finding
+from vlafit.datasets.checks.matched import check_matches
 
 AGREEING = 0.75  # share of the episodes that must be near the usual shift
 SHOWING = 0.75  # share of the episodes in which a shift must show
@@ -119,17 +120,20 @@ def check_shift(camera: str, tracks: Sequence[Track], untested: Untested) -> lis
             reasons.append(f"{what}: a shift would show in too few episodes")
         elif shows < least:
             chosen, least = (rule, some, curves_of), shows
+    mismatched = _mismatched(camera, made, moving, tracks, seen)
     if chosen is None:
         untested.add("video_shift", "; ".join(reasons[:2]), where)
-        return []
+        return mismatched
     if least > TOGETHER.least:
         untested.add("video_shift", f"fewer than {least} frames would not be found", where)
+    blamed = {finding.episode for finding in mismatched}
     for track in tracks:
-        if track.episode not in seen[chosen[0]]:
+        if track.episode not in seen[chosen[0]] and track.episode not in blamed:
             reason = "at no shift do its frames follow its states as well as in most episodes"
             untested.add("video_shift", reason, f"{where} of episode {track.episode}")
     others = [found for rule, found in seen.items() if rule != chosen[0]]
-    return _found(camera, replace(chosen[0], least=least), *chosen[1:], others)
+    late = _found(camera, replace(chosen[0], least=least), *chosen[1:], others)
+    return late + [finding for finding in mismatched if finding.episode not in {f.episode for f in late}]
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,27 @@ class _Made:
         if key not in self.kept:
             self.kept[key] = method(tracks)
         return self.kept[key]
+
+
+def _mismatched(
+    camera: str, made: _Made, moving: Sequence[Track], tracks: Sequence[Track], works: Collection[Rule]
+) -> list[Finding]:
+    """Return the episodes whose frames show the states of another one, as the methods that work here see."""
+    if not {MOTION, COARSE_MOTION} & set(works):
+        return []
+    low, usual, usually = _low(moving, made.motion(moving), MOTION)
+    if PREDICTION in works:
+        low &= _low(tracks, made.prediction(tracks), PREDICTION)[0]
+    return check_matches(camera, moving, sorted(low), usual, usually)
+
+
+def _low(tracks: Sequence[Track], curves: NDArray[np.float64], rule: Rule) -> tuple[set[str], int, float]:
+    """Return the episodes that are low at the usual shift, its place, and the median correlation there."""
+    usual = usual_place(curves)
+    usually = float(np.median(curves[:, usual]))
+    near = curves[:, max(0, usual - rule.near) : usual + rule.near + 1].max(axis=1)
+    low = {t.episode for t, height in zip(tracks, near, strict=True) if height < rule.height * usually}
+    return low, usual, usually
 
 
 def _agree(curves: NDArray[np.float64], rule: Rule) -> bool:

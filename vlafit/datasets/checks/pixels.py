@@ -18,6 +18,18 @@ from vlafit.errors import DataError
 
 BLACK = 4.0  # mean grey level (of 255) below which a frame is dark
 LIT = 16.0  # median level of an episode from which on a dark frame in it is missing
+WRONG_FRAMES = {
+    *views.TRANSFORMS,
+    "cameras_swapped",
+    "black_frames",
+    "frozen_frames",
+    "frames_out_of_order",
+    "repeated_frames",
+    "duplicate_frames",
+    "looks_different",
+    "cut",
+    "blurred",
+}  # kinds that explain why a camera does not change as the state moves
 PIXEL_TESTS = (
     "unreadable_frames",
     "black_frames",
@@ -111,7 +123,9 @@ def _findings(store: EpisodeStore, clips: dict[str, list[Clip]], untested: Untes
             if not _explained(finding, others, lengths)
         ]
     other_frames = {f.episode for f in findings if f.kind in ("black_frames", "cut", "looks_different")}
-    return findings + [f for f in shuffled if f.episode not in other_frames]
+    findings += [f for f in shuffled if f.episode not in other_frames]
+    wrong = {(f.episode, camera) for f in findings if f.kind in WRONG_FRAMES for camera in f.cameras}
+    return [f for f in findings if f.kind != "video_mismatch" or (f.episode, *f.cameras) not in wrong]
 
 
 def _looks(store: EpisodeStore, clips: list[Clip], speeds: list[NDArray[np.float64]]) -> list[looks.Look]:

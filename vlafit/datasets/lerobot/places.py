@@ -108,11 +108,15 @@ class Places:
             if video.count in (0, entry.length) or (self._surplus and video.count > entry.length):
                 return ""
             many = video.count > entry.length
-            cause = "is it another episode's?" if many else "a camera failed, or the download was cut short"
+            cause = (
+                "is it another episode's? Correct"
+                if many
+                else "the download was cut short, or a camera failed: correct"
+            )
             way = f", or set {SURPLUS} if the first frames belong to the rows" if many else ""
             return (
                 f"{video.path}: has {video.count} frames, episode {entry.index} has {entry.length} rows "
-                f"({key}); {cause}; correct the video, or leave the episode out (skip in the card){way}"
+                f"({key}); {cause} the video, or leave the episode out (skip in the card){way}"
             )
         end, lasts = stated.start_s + entry.length / self._fps, video.duration_s
         if end <= lasts + ROUNDING / self._fps:
