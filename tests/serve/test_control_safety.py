@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect as dial
 
-from tests.serve.robots import CHUNK, Summing, seen
+from tests.serve.robots import CHUNK, Continuing, Summing, seen
 from vlafit.errors import EmbodimentError, RemoteError, VlafitError
 from vlafit.execution import Execution, Limits
 from vlafit.serve import protocols, wire
 from vlafit.serve.client import connect
 from vlafit.serve.control import Controller
 from vlafit.serve.server import Running
-from vlafit.types import ActionChunk, EpisodeKey, Observation
+from vlafit.types import ActionChunk, Committed, EpisodeKey, Guidance, Observation
 
 Serve = Callable[..., Running]
 WORDS = seen().instruction
@@ -192,3 +192,97 @@ def test_the_limit_of_a_step_counts_across_episodes(control_name: str) -> None:
     # the requests ask for 0, 1, 2 and 3; the joints are at -5
     from_state = [[-4.75, -4.5], [-4.75, -4.5]]
     assert got == (from_state if control_name == "joint_position" else [[0, 0.25], [0.5, 0.75]])
+
+
+class Refused(Continuing):
+    """Answers the n-th request with chunks of n / 10, but for one step of the request `bad`; notes what it
+    saw."""
+
+    def __init__(self, bad: int, at: int) -> None:
+        super().__init__()
+        self.bad, self.at = bad, at
+        self.asked_at: list[float] = []
+        self.went_on: list[int] = []
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        actions = np.full((CHUNK, 3), len(self.asked_at) / 10, np.float32)
+        if len(self.asked_at) == self.bad:
+            actions[self.at] = 90
+        self.asked_at.append(float(observations[0].state[0]))
+        return [ActionChunk(actions)]
+
+    def act_guided(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        self.went_on.append(len(self.asked_at))
+        return self.act(observations, keys)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    "execution", [Execution("chunk", 2), Execution("ensemble", 2), Execution("real_time", 2)]
+)
+def test_a_stop_by_the_limits_drops_the_plan_and_all_that_was_asked_from_it(
+    execution: Execution, background: bool
+) -> None:
+    # the first chunk is refused at its third step, at which another may have been asked for
+    actor = Refused(bad=0, at=2)
+    limits = Limits(np.full(3, -1.0), np.full(3, 1.0), np.full(3, np.inf), on_violation="stop")
+    if not background:  # there, the second chunk would begin at that step
+        execution = dataclasses.replace(execution, replan=4)
+    with Controller(actor, execution, limits=limits, background=background) as control:
+        control.start(WORDS)
+        got = [step(control, i) for i in range(5)]
+    # the step after the stop asks anew, with what is seen then, and continues nothing
+    fresh = actor.asked_at.index(3)
+    assert got == [0, 0, None, np.float32(fresh / 10), np.float32(fresh / 10)]
+    assert fresh not in actor.went_on and fresh == len(actor.asked_at) - 1
+
+
+class Timed(Continuing):
+    """Takes the time of a clock for each answer, and notes for what delay it was asked."""
+
+    def __init__(self, clock: list[float], takes: float) -> None:
+        super().__init__()
+        self.clock, self.takes = clock, takes
+        self.delays: list[int] = []
+
+    def act(self, observations: Sequence[Observation], keys: Sequence[EpisodeKey]) -> list[ActionChunk]:
+        self.clock[0] += self.takes
+        return super().act(observations, keys)
+
+    def act_guided(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[EpisodeKey],
+        committed: Sequence[Committed | None],
+    ) -> list[ActionChunk]:
+        self.delays += [left.delay for left in committed if left is not None]
+        return super().act_guided(observations, keys, committed)
+
+
+@pytest.mark.parametrize(
+    ("takes", "execution", "delay"),
+    [
+        (0.35, Execution("real_time", 2), 4),
+        (0.01, Execution("real_time", 2), 1),
+        (9.0, Execution("real_time", 2), CHUNK - 2),  # no longer than what is left
+        (0.35, Execution("real_time", 2, 3), 3),  # as the user says
+        (0.35, Execution("real_time", 2, guidance=Guidance(prefix="clean")), 0),
+    ],
+)
+def test_the_first_hand_over_is_expected_after_what_the_first_answer_took(
+    monkeypatch: pytest.MonkeyPatch, takes: float, execution: Execution, delay: int
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("vlafit.serve.control.monotonic", lambda: clock[0])
+    actor = Timed(clock, takes)
+    with Controller(actor, execution, background=True) as control:
+        control.start(WORDS)
+        for i in range(3):
+            step(control, i)
+            clock[0] += 0.1
+    assert actor.delays == [delay]

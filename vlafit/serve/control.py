@@ -11,9 +11,11 @@ Nothing here keeps time: call `step` at the robot's rate.
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from time import monotonic
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -41,6 +43,7 @@ from vlafit.types import (
 log = logging.getLogger(__name__)
 
 OnInvalid = Literal["execute", "stop"]
+SHORTEST_S = 1e-9  # that an answer takes
 REMEMBERED = 10  # delays from which the next one is estimated: real-time chunking paper, algorithm 1
 
 
@@ -118,7 +121,7 @@ class Controller:
         self.waits = 0
         """Steps at which the robot stood still because no action was left."""
         self._thread = ThreadPoolExecutor(1, "vlafit-control") if background else None
-        self._delays: deque[int] = deque([execution.delay], REMEMBERED)
+        self._delays: deque[int] = deque([execution.delay] if execution.delay else [], REMEMBERED)
         self._newest: deque[Observation] = deque(maxlen=history_of(actor))
         expected = expected_of(actor, robot)
         self._read = expected.seen  # cameras that the policy looks at
@@ -127,7 +130,7 @@ class Controller:
         self._closed = False
         self._episode = -1
         self._instruction = ""
-        self._pending: Future[ActionChunk] | None = None
+        self._pending: Future[tuple[ActionChunk, float]] | None = None
         self._sent: NDArray[np.float32] | None = None  # the last action, of any episode
 
     def start(self, instruction: str | None, *, task: str = "", seed: int | None = None) -> None:
@@ -148,12 +151,17 @@ class Controller:
         self._instruction = str(instruction)
         self._episode += 1
         self._key = EpisodeKey(seed, task, 0)
-        self._plan = Plan(self.execution)
+        self._begin_plan()
         self._newest.clear()
-        self._asked = -1  # the step of the last observation that was sent
         self._begins = True  # whether no action of the episode was sent
-        self._answered = False  # whether the episode has a chunk
         self._failed = False  # whether the last step raised: what it asked for must be asked again
+
+    def _begin_plan(self) -> None:
+        """Begin with no chunk: at an episode's start, and where the limits refused an action."""
+        self._plan = Plan(self.execution)
+        self._asked = -1  # the plan's step of the last observation that was sent
+        self._answered_in = 0.0  # seconds that the first answer took; 0: there is none
+        self._moved_at = 0.0  # when the plan's first action was returned
 
     def step(self, images: Mapping[str, Any], state: Any) -> NDArray[np.float32]:
         """Return the action [a] to execute now, in the robot's units.
@@ -178,6 +186,8 @@ class Controller:
             self._newest.extend(before)  # the step was not executed; it is there once when it is tried again
             raise
         self._sent, self._begins = action, False
+        if self._plan.step == 1:
+            self._moved_at = monotonic()
         self._log_missing(now)  # not before: a policy may refuse to act without any camera
         return action.copy()
 
@@ -198,7 +208,15 @@ class Controller:
         action = self._plan.next()
         if self.limits is None:
             return action.copy()
-        return self.limits.apply(action, newest.state if self._begins and self._comparable else self._sent)
+        before = newest.state if self._begins and self._comparable else self._sent
+        try:
+            return self.limits.apply(action, before)
+        except EmbodimentError:  # neither what is left of this plan is executed, nor what was asked from it
+            if self._pending is not None:
+                self._pending.cancel()
+                self._pending = None
+            self._begin_plan()
+            raise
 
     def close(self) -> None:
         """Stop the thread. Later calls raise ConfigError; the actor stays open."""
@@ -221,25 +239,43 @@ class Controller:
 
     def _ask(self, seen: Observation) -> None:
         self._asked = self._plan.step
-        committed = self._plan.committed(max(self._delays) if self._thread else None)
+        committed = self._plan.committed(self._expected_delay() if self._thread else None)
         key, self._key = self._key, dataclasses.replace(self._key, replan=self._key.replan + 1)
         if self._thread is None:
-            delay = self.execution.delay if self._answered else 0
-            self._add(self._act(seen, key, committed), delay)
+            delay = self.execution.delay if self._answered_in else 0
+            self._add(*self._act(seen, key, committed), delay)
         else:
             self._pending = self._thread.submit(self._act, seen, key, committed)
 
-    def _act(self, seen: Observation, key: EpisodeKey, committed: Committed | None) -> ActionChunk:
+    def _expected_delay(self) -> int:
+        """Return how many steps from now an answer is expected.
+
+        Before any was measured, that is what the first answer took, in steps of the robot: while it was
+        waited for, the robot stood still. A policy that must be given the committed steps clean refuses more
+        than it was trained for, and a first answer may include its preparation.
+        """
+        steps = self._plan.step
+        if self._delays:
+            return max(self._delays)
+        if not self._answered_in or not steps or self.execution.guidance.prefix == "clean":
+            return self.execution.delay
+        period = (monotonic() - self._moved_at) / steps
+        return max(1, math.ceil(self._answered_in / period)) if period > 0 else self._plan.left()
+
+    def _act(
+        self, seen: Observation, key: EpisodeKey, committed: Committed | None
+    ) -> tuple[ActionChunk, float]:
+        """Return the policy's chunk, and the seconds that it took."""
+        began = monotonic()
         if committed is not None and isinstance(self.actor, GuidedActor):
             chunks = self.actor.act_guided([seen], [key], [committed])
         else:
             chunks = self.actor.act([seen], [key])
         match chunks:
             case [ActionChunk() as chunk]:
-                return chunk
-        given = (
-            f"{len(chunks)} of {short(chunks[0])}" if isinstance(chunks, list) and chunks else short(chunks)
-        )
+                return chunk, monotonic() - began
+        listed = isinstance(chunks, list) and chunks
+        given = f"{len(chunks)} of {short(chunks[0])}" if listed else short(chunks)
         raise EmbodimentError(
             f"stopped: {type(self.actor).__name__}.act must return one ActionChunk for each observation, and "
             f"for one it returned {given}"
@@ -251,12 +287,13 @@ class Controller:
         if pending is None or not (wait or pending.done()):
             return
         self._pending = None  # an error is raised once, and the next step asks again
-        chunk = pending.result()
+        chunk, took_s = pending.result()
         delay = self._plan.step - self._asked
-        self._delays.append(delay)
-        self._add(chunk, delay)
+        if delay:  # otherwise the robot stood still
+            self._delays.append(delay)
+        self._add(chunk, took_s, delay)
 
-    def _add(self, chunk: ActionChunk, delay: int) -> None:
+    def _add(self, chunk: ActionChunk, took_s: float, delay: int) -> None:
         """Take the chunk for the observation that was sent last."""
         fate = expected_of(self.actor, self.embodiment).fate_of_invalid
         if sentence := self._tally.sentence(chunk, fate):
@@ -269,7 +306,7 @@ class Controller:
         except EmbodimentError as error:
             raise EmbodimentError(f"stopped: {error}") from None
         self._plan.add(ActionChunk(actions), self._asked, delay)
-        self._answered, self._failed = True, False
+        self._answered_in, self._failed = self._answered_in or max(took_s, SHORTEST_S), False
 
     @property
     def invalid_answers(self) -> int:
