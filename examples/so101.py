@@ -2,14 +2,16 @@
 
     pip install vlafit 'lerobot[feetech]'        # LeRobot needs Python 3.12
     python examples/so101.py --url ws://gpu-machine:8000 --token-file token --port /dev/ttyACM0 \\
-        --instruction "put the cube into the cup"
+        --camera front=0 --camera wrist=/dev/video2 --instruction "put the cube into the cup"
 
-It has not been run on an arm: LeRobot's interface is that of its release 0.6.1.
+Every camera that the policy looks at is named with its device; `lerobot-find-cameras opencv` lists these,
+with a picture of each. It has not been run on an arm: LeRobot's interface is that of its release 0.6.1.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import vlafit
@@ -23,21 +25,23 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--token-file")
     parser.add_argument("--port", required=True)
+    parser.add_argument("--camera", action="append", default=[], metavar="NAME=DEVICE")
     parser.add_argument("--instruction", required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     token = Path(options.token_file).read_text() if options.token_file else ""
 
-    from lerobot.cameras.opencv import OpenCVCameraConfig
-    from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
-
     with vlafit.connect(options.url, token=token) as policy:
+        devices = named_devices(options.camera, policy.expected.seen)
+
+        from lerobot.cameras.opencv import OpenCVCameraConfig
+        from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
+
         joints = policy.embodiment.action.labels  # as LeRobot names them: shoulder_pan.pos, ...
         cameras = {
-            camera.name: OpenCVCameraConfig(
-                index_or_path=number, fps=30, height=camera.shape[0], width=camera.shape[1]
-            )
-            for number, camera in enumerate(map(policy.embodiment.camera, policy.expected.seen))
+            name: OpenCVCameraConfig(index_or_path=device, fps=30, height=height, width=width)
+            for name, device in devices.items()
+            for height, width, _ in [policy.embodiment.camera(name).shape]
         }
         robot = SO101Follower(SO101FollowerConfig(port=options.port, cameras=cameras))
         others = sorted({*joints, *cameras} - {*robot.observation_features})
@@ -61,6 +65,24 @@ def main() -> None:
                     time.sleep(max(0.0, begin + (step + 1) / policy.embodiment.hz - time.monotonic()))
         finally:
             robot.disconnect()
+
+
+def named_devices(words: Sequence[str], seen: Sequence[str]) -> dict[str, int | Path]:
+    """Return the device of each camera that the policy looks at, of words NAME=DEVICE."""
+    devices: dict[str, int | Path] = {}
+    for word in words:
+        name, _, device = word.partition("=")
+        if name not in seen or name in devices or not device:
+            raise ConfigError(
+                f"--camera {word}: must be NAME=DEVICE, once for each camera that the policy looks at: "
+                f"{', '.join(seen)}"
+            )
+        devices[name] = int(device) if device.isdecimal() else Path(device)
+    if lacking := [f"--camera {name}=DEVICE" for name in seen if name not in devices]:
+        raise ConfigError(f"the policy looks at more cameras; add {' '.join(lacking)}")
+    if len(set(devices.values())) < len(devices):
+        raise ConfigError(f"--camera: two names for one device: {' '.join(words)}")
+    return devices
 
 
 if __name__ == "__main__":

@@ -111,6 +111,11 @@ def test_holding_still_follows_the_control_mode_else_the_names_and_the_recorded_
     assert isinstance(stated, HoldStill) and stated.columns == (0, 1)
     measured = hold_still(Other(""), split.training, deviation)  # type: ignore[arg-type]
     assert isinstance(measured, HoldStill) and "states no control mode" in measured.why
+    for force in ("joint_torque", "torque", "motor effort", "delta_torque"):
+        none = hold_still(Other(force), split.training, deviation)  # type: ignore[arg-type]
+        assert isinstance(none, str) and f"not applicable: actions of the control mode {force!r}" in none
+    joint = hold_still(Other("joint"), split.training, deviation)  # type: ignore[arg-type]
+    assert isinstance(joint, HoldStill) and "no control mode that tells" in joint.why
     unknown = hold_still(Other("", near=False), split.training, deviation)  # type: ignore[arg-type]
     assert isinstance(unknown, str) and unknown.startswith("not applicable")
 
@@ -296,6 +301,21 @@ def test_one_episode_gives_no_interval_and_says_so(dots, split, tmp_path):
     assert result["overall"]["policy"]["low"] is None
     assert "One episode" in result["notices"][0] and "One episode" in report.build(tmp_path).read_text()
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("actor", [Recalling, Still])
+def test_one_episode_is_no_verdict_neither_here_nor_in_an_earlier_result(dots, split, tmp_path, actor):
+    one = replace(split, evaluated=split.evaluated[:1])
+    result = numbers(dots, one, tmp_path, actor(dots))
+    assert [compared["verdict"] for compared in result["compared"].values()] == ["not shown"] * 2
+    said = report.verdict(result)
+    assert said.count("One episode does not show whether the policy beats") == 2 and "The policy" not in said
+    file = tmp_path / "result.json"
+    file.write_text(file.read_text().replace('"not shown"', '"beats"'))
+    assert (
+        read_checked(tmp_path) == json.loads(json.dumps(result))
+        and said in report.build(tmp_path).read_text()
+    )
 
 
 @pytest.mark.parametrize(

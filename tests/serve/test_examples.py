@@ -157,6 +157,29 @@ def test_a_recorded_robot_of_another_kind_is_told_what_differs(monkeypatch: pyte
     assert "the served policy" in sentence and "camera" in sentence
 
 
+@pytest.mark.parametrize(
+    ("cameras", "fact"),
+    [
+        ([], "add --camera front=DEVICE --camera wrist=DEVICE"),
+        (["front=0"], "add --camera wrist=DEVICE$"),
+        (["front=0", "side=1"], "--camera side=1: must be NAME=DEVICE.*: front, wrist"),
+        (["front=0", "front=1"], "--camera front=1: .* once"),
+        (["front"], "--camera front: must be NAME=DEVICE"),
+        (["front=", "wrist=1"], "--camera front=: must be"),
+        (["front=0", "wrist=0"], "two names for one device"),
+        (["wrist=/dev/video2", "front=0"], "lerobot|none of the arm's"),
+    ],
+)
+def test_the_so101_takes_no_camera_by_its_place_in_a_list(
+    cameras: list[str], fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Summing()
+    words = ["--port", "x", "--instruction", "y", *(word for name in cameras for word in ("--camera", name))]
+    with serving(policy, described(policy), Options(port=0)) as running:
+        sentence = refused("so101.py", ("--url", running.address, *words), monkeypatch)
+    assert re.search(fact, sentence), sentence
+
+
 def test_the_robots_side_imports_no_torch() -> None:
     names = "vlafit.connect, vlafit.Controller, vlafit.Limits"
     code = f"import sys, vlafit; {names}; sys.exit('torch' in sys.modules)"

@@ -1,8 +1,9 @@
 """Baselines for a policy: holding still, and the mean chunk of the training episodes.
 
 To hold still is to command the present position again. That needs actions which are absolute positions of the
-same joints as the state; where actions are differences it is the action 0. Where the dataset does not tell
-which, states and actions of the same names are compared, and without evidence there is no such baseline.
+same joints as the state; where actions are differences it is the action 0. Forces and torques have none.
+Where the dataset does not tell which, states and actions of the same names are compared, and without evidence
+there is no such baseline.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,8 @@ FOLLOWS = (
     0.5  # |action - state| below this share of the action's own deviation: it is a position near the state
 )
 DIFFERENCES = ("delta", "relative", "velocity", "speed", "difference")  # words of a control mode
-POSITIONS = ("position", "pose", "absolute", "joint")
+POSITIONS = ("position", "pose", "absolute", "angle", "target", "joint_pos")
+FORCES = ("torque", "effort", "force", "voltage", "pwm")  # neither 0 nor the state holds still
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def hold_still(
     """
     robot = store.embodiment
     control = robot.control.lower()
+    if any(word in control for word in FORCES):
+        return f"not applicable: actions of the control mode {robot.control!r} are no positions"
     if any(word in control for word in DIFFERENCES):
         return HoldStill(None, f"the action 0, because the control mode is {robot.control!r}")
     columns = matching_columns(robot)
@@ -72,10 +76,13 @@ def hold_still(
         share = f"{int(near.sum())} of {int(moving.sum())}"
         return HoldStill(
             columns,
-            "the present state as the action; the dataset states no control mode, but actions have the names "
-            f"of the state and {share} moving ones stay near it",
+            "the present state as the action; the dataset states no control mode that tells, but actions "
+            f"have the names of the state and {share} moving ones stay near it",
         )
-    return "not applicable: the dataset states no control mode, and its actions do not stay near the state"
+    return (
+        "not applicable: the dataset states no control mode that tells, and its actions do not stay near the "
+        "state"
+    )
 
 
 def matching_columns(robot: Embodiment) -> tuple[int, ...] | None:

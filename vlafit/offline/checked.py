@@ -9,7 +9,7 @@ import numpy as np
 
 from vlafit.errors import ConfigError, brief
 from vlafit.offline.folder import RESULT, SAMPLES, load_parts, read_result
-from vlafit.offline.numbers import Measured, summarise
+from vlafit.offline.numbers import NOT_SHOWN, Measured, summarise
 from vlafit.types import Feature
 
 TOLERANCE = 1e-6  # relative: sums in another order, of another version of numpy
@@ -25,6 +25,9 @@ def read_checked(folder: Path) -> dict[str, Any]:
     if not (folder / SAMPLES).is_dir():
         return result
     try:
+        if len(result["episodes"]) == 1:  # an earlier version called the better of two means the verdict
+            for compared in filter(None, result["compared"].values()):
+                compared["verdict"] = NOT_SHOWN
         joints = result["joints"]
         feature = Feature(
             "action",

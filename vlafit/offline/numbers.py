@@ -118,6 +118,7 @@ def _scaled(errors: Values, scale: Values, moving: NDArray[np.bool_]) -> Values:
     return (errors / scale)[..., moving]
 
 
+NOT_SHOWN = "not shown"
 ERROR, SHARE, DIFFERENCE = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
 """Least and largest value of errors and spreads, of shares, and of differences of errors."""
 
@@ -155,9 +156,9 @@ def _compare(
         return None
     observations = np.concatenate([np.nanmean(d, axis=(1, 2)) for d in differences])
     if mean.low is None or mean.high is None:
-        verdict = "beats" if mean.value < 0 else "does not beat"
+        verdict = NOT_SHOWN  # one episode says nothing about others
     else:
-        verdict = "beats" if mean.high < 0 else "does not beat" if mean.value >= 0 else "not shown"
+        verdict = "beats" if mean.high < 0 else "does not beat" if mean.value >= 0 else NOT_SHOWN
     return {"difference": mean.to_json(), "better_at": float((observations < 0).mean()), "verdict": verdict}
 
 

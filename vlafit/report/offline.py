@@ -88,7 +88,8 @@ def verdict(result: Result) -> str:
             continue
         share = f"it is nearer at {100 * compared['better_at']:.0f} % of the observations"
         words = {"beats": "The policy beats", "does not beat": "The policy does not beat"}
-        start = words.get(compared["verdict"], "The interval does not show whether the policy beats")
+        what = "One episode" if compared["difference"]["low"] is None else "The interval"
+        start = words.get(compared["verdict"], f"{what} does not show whether the policy beats")
         sentences.append(f"{start} “{NAMES[who]}”: {share}.")
     return " ".join(filter(None, sentences))
 
