@@ -16,7 +16,7 @@ def runs_by_seed(folder: Path) -> dict[str, dict[int, Path]]:
     for path in sorted(folder.glob("*-seed*/report.json")):
         name, _, seed = path.parent.name.rpartition("-seed")
         runs.setdefault(name, {})[int(seed)] = path.parent
-    complete = set.intersection(*(set(of) for of in runs.values()))
+    complete = set.intersection(*(set(of) for of in runs.values())) if runs else set[int]()
     return {name: {seed: of[seed] for seed in sorted(complete)} for name, of in runs.items()}
 
 

@@ -57,6 +57,7 @@ TASKS = {  # card, tasks, starts of each, longest episode
     ),
 }
 LORA_RANK_2 = "eval/results/few-demonstrations/lora-rank-2.toml"  # beside its results: nobody else needs it
+PROGRESSIVE = "eval/results/few-demonstrations/progressive-short.toml"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def grid(
         yield Point(tasks, start, n, s, rate)
 
 
-def of_strategies(tasks: str, demonstrations: int, steps: int, rates: dict[str, float]) -> Iterator[Point]:
-    """Yield every strategy from the full checkpoint at its learning rate."""
-    for strategy, lr in rates.items():
-        yield Point(tasks, "full checkpoint", demonstrations, steps, lr, strategy)
+def of_strategies(tasks: str, demonstrations: int, steps: int, lr: tuple[float, ...]) -> Iterator[Point]:
+    """Yield every strategy from the full checkpoint at every learning rate."""
+    for rate, strategy in itertools.product(lr, STRATEGIES):
+        yield Point(tasks, "full checkpoint", demonstrations, steps, rate, strategy)
 
 
-RATES = {"full": 2e-3, "expert": 2e-3, "lora": 2e-3, LORA_RANK_2: 2e-3, "dora": 2e-3, "progressive": 2e-3}
+STRATEGIES = ("full", "expert", "lora", LORA_RANK_2, "dora", PROGRESSIVE, "frozen-vision")
 PLAN = tuple(
     dict.fromkeys(
         [
@@ -103,12 +104,12 @@ PLAN = tuple(
             *grid("related", (5,), (60,), (1e-3, 5e-3)),
             *grid("related", (5,), (200,), (2e-3,)),
             *grid("related", (20,), (60,), (2e-3,)),
-            *of_strategies("related", 5, 60, RATES),
+            *of_strategies("related", 5, 60, (2e-3,)),
             *grid("distant", (25,), (200,), (2e-3,)),
             *grid("distant", (25,), (600,), (1e-3,)),
             *grid("faucet", (1,), (60,), (2e-3,)),
             *grid("faucet", (5,), (30,), (5e-3, 1e-2)),
-            *of_strategies("faucet", 5, 30, RATES),
+            *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3)),
             *grid("related", (20,), (200,), (1e-3,)),
         ]
     )

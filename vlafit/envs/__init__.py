@@ -23,6 +23,7 @@ HELPERS = (
     "experts_libero",
     "experts_pusht",
     "gl",
+    "host",
     "libero_scene",
     "messages",
     "perturb",
@@ -94,7 +95,8 @@ class EnvSpec:
     libero: LiberoSpec = field(default_factory=LiberoSpec)
     """Settings of LIBERO only."""
     python: str = ""
-    """Path of the Python interpreter that runs an evaluation's environments. Empty: vlafit's own."""
+    """Path of the Python interpreter that runs an evaluation's environments, or tcp://HOST:PORT where
+    `python -m vlafit.envs.host` runs them on another machine. Empty: vlafit's own."""
 
 
 def versioned(renderer: str) -> str:
@@ -117,7 +119,7 @@ def make(spec: EnvSpec) -> Env:
     """
     if spec.python:
         raise SimulationError(
-            f"environment {spec.name!r}: only an evaluation runs environments in another interpreter; remove "
+            f"environment {spec.name!r}: only an evaluation runs environments elsewhere; remove "
             f"env.python = {spec.python!r}"
         )
     if spec.size < 8:

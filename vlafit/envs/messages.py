@@ -94,7 +94,23 @@ class Unplayable:
     text: str
 
 
+@dataclass(frozen=True)
+class Ended:
+    """The process on another machine has ended: the last message of its connection, by `vlafit.envs.host`."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a connection to another machine, by `vlafit.envs.host`."""
+
+    source_sha256: str  # of vlafit's code there
+    cores: int
+    free_bytes: int
+
+
 Command = Start | Reset | Play
-Reply = Ready | Moved | Failed | Unplayable
+Reply = Ready | Moved | Failed | Unplayable | Ended
 COMMANDS = (Start, Reset, Play)
-REPLIES = (Ready, Moved, Failed, Unplayable)
+REPLIES = (Ready, Moved, Failed, Unplayable, Ended)

@@ -5,27 +5,22 @@ what an episode is and what to do when one fails; this module does not.
 """
 
 import re
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection as mpc
 from types import TracebackType
-from typing import IO
 
 from vlafit.envs import EnvSpec
-from vlafit.envs.messages import REPLIES, Failed, Moved, Play, Ready, Reply, Reset, Start, Unplayable
+from vlafit.envs.messages import REPLIES, Ended, Failed, Moved, Play, Ready, Reply, Reset, Start, Unplayable
 from vlafit.envs.wire import LARGEST, WireError, decode, encode
 from vlafit.errors import SimulationError
-from vlafit.rollout import interpreter
+from vlafit.rollout import env_process
+from vlafit.rollout.env_process import EnvProcess
 
 START_TIMEOUT_S = 300.0  # importing a simulator and compiling its kernels can take minutes
 WAIT_S = 0.5  # the longest that `wait` blocks
-TAIL_LINES = 30  # lines of a dead process's output kept in the error record
 FRAME = re.compile(r'  File "([^"]+)", line (\d+), in (\S+)')  # of a traceback
 
 
@@ -69,16 +64,19 @@ Event = Advanced | Broken | Interrupted
 
 @dataclass
 class _Process:
-    """One child process. `pending` holds the slots of its unanswered commands in order.
+    """One process. `pending` holds the slots of its unanswered commands in order.
 
     The first command, Start, belongs to no slot (None).
     """
 
-    child: subprocess.Popen[bytes]
-    link: mpc.Connection
-    output: IO[bytes]
+    itself: EnvProcess
     pending: deque[int | None] = field(default_factory=lambda: deque([None]))
     since: float = field(default_factory=time.monotonic)  # when the current command started
+
+    @property
+    def link(self) -> mpc.Connection:
+        """The connection to it."""
+        return self.itself.link
 
 
 class EnvPool:
@@ -140,6 +138,11 @@ class EnvPool:
             pass  # the process died; `wait` reports it for the pending slot
 
     @property
+    def room(self) -> tuple[int, int]:
+        """Processors and bytes of free memory where the processes are; `describe` comes first."""
+        return self._processes[0].itself.room
+
+    @property
     def busy(self) -> bool:
         """Whether any command is still unanswered."""
         return any(p.pending for p in self._processes)
@@ -179,6 +182,8 @@ class EnvPool:
         except Exception:  # the process died, perhaps in the middle of a message
             return self._replace(number, process, "")
         process.since = time.monotonic()
+        if isinstance(reply, Ended):
+            return self._replace(number, process, reply.text)
         slot = process.pending.popleft()
         match reply, slot:
             case Moved(), int():
@@ -198,6 +203,8 @@ class EnvPool:
             raise self._cannot_start(process, "") from None
         if isinstance(reply, Unplayable) and start is not None:
             raise self._cannot_play(process, reply.text, start)
+        if isinstance(reply, Ended) and start is not None:
+            raise self._cannot_play(process, reply.text, start)
         if isinstance(reply, Moved):
             raise self._cannot_start(process, "its process answered the first command with Moved")
         if not isinstance(reply, Ready):
@@ -216,11 +223,11 @@ class EnvPool:
         return f"its process was not ready within {self._start_timeout_s:g} s and was killed"
 
     def _cannot_start(self, process: _Process, why: str) -> SimulationError:
-        text = self._kill(process, why).strip()
+        text = process.itself.kill(why).strip()
         return _summed_up(SimulationError, f"{self._environment} cannot be created", text)
 
     def _cannot_play(self, process: _Process, why: str, start: tuple[str, int]) -> SimulationError:
-        text = self._kill(process, why).strip()
+        text = process.itself.kill(why).strip()
         task, seed = start
         or_not = "cannot be created, or " if self.spec.python and not why else ""
         head = f"{self._environment} {or_not}cannot show the start of task {task!r}, seed {seed}"
@@ -230,7 +237,7 @@ class EnvPool:
         """Kill a process and start another: the slot it was working for is broken, the others interrupted."""
         index = process.pending[0] if process.pending else None
         active = None if index is None else EnvSlot(number, index)
-        text = self._kill(process, why)
+        text = process.itself.kill(why)
         self._idle_deaths += active is None
         if self._idle_deaths > 3:
             raise SimulationError(f"{self._environment}: its processes die while idle: {text}")
@@ -240,57 +247,19 @@ class EnvPool:
         return [*broken, *(Interrupted(slot) for slot in others)]
 
     def _start(self, start: tuple[str, int] | None = None) -> _Process:
-        parent_end, child_end = socket.socketpair()
-        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process is killed)
         try:
-            child = subprocess.Popen(
-                interpreter.command(self.spec.python, child_end.fileno()),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[child_end.fileno()],
-                env=interpreter.environment(self.spec.python),
-            )
-        except (OSError, SimulationError) as error:
-            parent_end.close()
-            child_end.close()
-            output.close()
-            if isinstance(error, SimulationError):
-                raise
+            process = _Process(env_process.start(self.spec))
+        except OSError as error:
             raise SimulationError(f"{self._environment} cannot be started: {error}") from error
-        child_end.close()
-        process = _Process(child, mpc.Connection(parent_end.detach()), output)
         try:
             process.link.send_bytes(encode(Start(self.spec, start, self.timeout_s)))
         except OSError:
             pass  # the process died at once; `_receive_ready` reports it
         return process
 
-    def _kill(self, process: _Process, why: str) -> str:
-        """Kill a process (unless it died: `why` is empty); return how it ended and its last output."""
-        if why:
-            process.child.kill()
-        try:
-            status = process.child.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.child.kill()
-            status = process.child.wait()
-        process.link.close()
-        process.output.seek(0)
-        lines = process.output.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-        process.output.close()
-        if not why:
-            ending = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            why = f"the environment process ended {ending}"
-        return "\n".join([why, *lines])
-
     def _end_all(self) -> None:
         for process in self._processes:
-            process.link.close()
-            process.child.kill()
-        for process in self._processes:
-            process.child.wait()
-            process.output.close()
+            process.itself.end()
         self._processes = []
 
 

@@ -5,7 +5,6 @@
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,7 +127,8 @@ def evaluate(
                 folder.records()  # against the instructions, which may have been unknown until now
                 width = prepared.trained.width if prepared.trained else IN_FLIGHT
                 in_flight = min(width, len(remaining))
-                pool.fill(*memory.places(ready, workers, _cores(), in_flight, memory.free_bytes()))
+                cores, free = pool.room
+                pool.fill(*memory.places(ready, workers, cores, in_flight, free))
                 requests = _requests(protocol, remaining, ready, wrong_instruction, videos)
                 play_options = PlayOptions(
                     ready.embodiment.action.shape[0],
@@ -277,7 +277,3 @@ def _renderer_notice(trained: Embodiment | None, env: Embodiment) -> str:
     if trained is None:
         return ""
     return renderer_notice("the policy was trained on", trained, "it is evaluated on", env)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

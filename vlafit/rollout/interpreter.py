@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import vlafit
+from vlafit.envs import host
 from vlafit.errors import SimulationError
 
 NEEDED = ("numpy", "msgpack")  # packages that the worker imports; vlafit.envs.worker is tested for it
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MINE = ("PYTHONHOME", "PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__", "VIRTUAL_ENV")  # would mislead another one
-OWN = "from vlafit.envs.worker import main; main({handle})"
 OTHER = """\
 import sys
 if sys.version_info < (3, 11):
@@ -36,19 +35,18 @@ spec.loader.exec_module(sys.modules["vlafit"])
 def command(python: str, handle: int) -> list[str]:
     """Return the command that serves the open socket `handle`. Raises SimulationError without the program."""
     if not python:
-        return [sys.executable, "-c", OWN.format(handle=handle)]
+        return [sys.executable, "-c", host.OWN.format(handle=handle)]
     package = Path(vlafit.__file__ or "").resolve()
     other = OTHER.format(needed=NEEDED, file=str(package), folder=str(package.parent))
-    return [find(python), "-c", other + OWN.format(handle=handle)]
+    return [find(python), "-c", other + host.OWN.format(handle=handle)]
 
 
 def environment(python: str) -> dict[str, str]:
     """Return the variables of an environment process."""
     variables: Mapping[str, str] = os.environ
     if python:
-        return {key: value for key, value in variables.items() if key not in MINE} | THREADS
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    return {**variables, "PYTHONPATH": path} | THREADS
+        return {key: value for key, value in variables.items() if key not in MINE} | host.THREADS
+    return host.environment()
 
 
 def find(python: str) -> str:

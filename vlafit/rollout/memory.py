@@ -1,30 +1,20 @@
 """How many environments fit into the machine's memory, from what one was seen to take."""
 
 import logging
-from pathlib import Path
 
 import psutil
 
+from vlafit.envs import host
 from vlafit.envs.messages import Ready
 
 log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of the free memory that environments may take; the rest is for the policy and what grows
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)  # a container's limit and use, in cgroups of version 2 and 1
 
 
 def free_bytes() -> int:
     """Return the free memory of this machine, or of the container that it is."""
-    free = psutil.virtual_memory().available
-    for limit, used in CGROUPS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no container, or "max": no limit
-            continue
-    return max(0, free)
+    return host.within_container(psutil.virtual_memory().available)
 
 
 def places(ready: Ready, workers: int, cores: int, wanted: int, free: int) -> tuple[int, int]:
