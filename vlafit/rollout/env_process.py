@@ -126,9 +126,8 @@ class _Remote(EnvProcess):
                 raise SimulationError(f"env.python: {self.address} says nothing; is it vlafit.envs.host?")
             hello = decode(self.link.recv_bytes(LARGEST), (Hello,))
         except (OSError, EOFError, WireError) as error:
-            raise SimulationError(
-                f"env.python: {self.address} is no vlafit.envs.host: {error or 'it closed the connection'}"
-            ) from error
+            why = str(error) or "it closed the connection"
+            raise SimulationError(f"env.python: {self.address} is no vlafit.envs.host: {why}") from error
         if hello.source_sha256 != host.source_sha256():
             raise SimulationError(
                 f"env.python: vlafit at {self.address} is of another version than vlafit here; install the "

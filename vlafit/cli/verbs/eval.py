@@ -100,7 +100,8 @@ def _add_simulation(parser: Parser) -> None:
     parser.add_argument(
         "--env-python",
         metavar="PATH",
-        help="Python that runs the environments, with numpy and msgpack, without torch [the protocol's]",
+        help="Python that runs the environments, with numpy and msgpack, without torch; or tcp://HOST:PORT, "
+        "where `python -m vlafit.envs.host` runs them [the protocol's]",
     )
     parser.add_argument(
         "--against", metavar="RUN", help="compare with this evaluation or run at the starts that both played"
