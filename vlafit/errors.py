@@ -163,3 +163,16 @@ def did_you_mean(word: str, options: Iterable[str], *, listed: bool = True) -> s
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; it can be one of: {', '.join(options)}" if options and listed else ""
+
+
+def ranges(numbers: Iterable[int], most: int = 5) -> str:
+    """Return ascending numbers with neighbours together, such as "0 to 48, 52", of many the first."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [f"{first} to {last}" if last > first else f"{first}" for first, last in runs]
+    rest = sum(last - first + 1 for first, last in runs[most:])
+    return ", ".join(texts[:most]) + (f" and {rest} more" if rest else "")

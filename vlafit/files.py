@@ -186,8 +186,11 @@ def plain_bytes(path: Path) -> bytes:
 
 
 def plain_text(path: Path) -> str:
-    """Return the text of a regular UTF-8 file. Raises OSError as `plain_bytes` does."""
-    return plain_bytes(path).decode("utf-8")
+    """Return the text of a regular UTF-8 file, without a byte order mark, which editors of Windows write.
+
+    Raises OSError as `plain_bytes` does.
+    """
+    return plain_bytes(path).decode("utf-8-sig")
 
 
 def parse_json(text: str | bytes) -> Any:

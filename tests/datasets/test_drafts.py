@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.datasets import hdf5_writers, lerobot_files
 from tests.datasets.hdf5_writers import aloha, aloha_encoded, maniskill, robocasa
-from tests.datasets.layouts import demos, in_file_order
+from tests.datasets.layouts import demos, in_file_order, write_robomimic
 from vlafit.cli import main
 from vlafit.datasets import Draft, describe, open_dataset, open_draft
 from vlafit.datasets.layouts import generic
@@ -308,6 +308,24 @@ def test_a_robomimic_draft_takes_the_pose_of_the_hand_and_the_gripper_and_names_
     without_hand = {k: w for k, w in ROBOMIMIC.items() if "eef" not in k}
     joints = robomimic(tmp_path / "b.hdf5", without_hand).card.robot.state
     assert joints.keys == ("obs/robot0_joint_pos", "obs/robot0_gripper_qpos") and joints.dimensions == 9
+
+
+def test_filter_keys_are_named_by_the_draft_and_by_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = write_robomimic(tmp_path / "set", demos(6))
+    assert main(["data", "card", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert '(4), valid (2)\nmask = ""' in text and "# GUESS: all demonstrations; a filter key" in text
+    assert main(["data", "inspect", str(folder)]) == 0
+    assert "filter keys: train (8), valid (4); mask in [robomimic]" in capsys.readouterr().out
+    path = tmp_path / "train.toml"
+    path.write_text(text.replace('text = ""', 'text = "push"').replace('mask = ""', 'mask = "train"'))
+    assert main(["data", "inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["episodes"] == 8 and facts["filter_keys"] == {"train": 8, "valid": 4}
+    without = robomimic(tmp_path / "a.hdf5", ROBOMIMIC)
+    assert "robomimic.mask" not in without.guesses and without.card.section is None
 
 
 def test_a_robomimic_draft_takes_both_arms(tmp_path: Path):

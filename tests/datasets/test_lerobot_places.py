@@ -1,5 +1,7 @@
 """The places that meta/episodes gives an episode, in videos and among all rows: right, or refused by name."""
 
+import codecs
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +14,13 @@ import pytest
 from tests.datasets.lerobot_files import FPS, key_of, write, write_video
 from tests.datasets.test_lerobot import coloured
 from tests.datasets.test_lerobot_traps import change_table
+from vlafit.cli import main
 from vlafit.datasets import Card, open_dataset
 from vlafit.datasets.card import EpisodesCard
+from vlafit.datasets.checks import check_declared
 from vlafit.datasets.layouts import lerobot
-from vlafit.errors import DataError
+from vlafit.datasets.write import card_text
+from vlafit.errors import DataError, ranges
 
 EVERYTHING = coloured((9, 4, 7, 12, 5, 6))
 LENGTHS = [len(demo.actions) for demo in EVERYTHING]  # four and two in a file
@@ -226,3 +231,62 @@ def test_numbers_of_rows_may_be_those_of_the_rows_or_of_their_places(filmed: Car
     for path in (tmp_path / "other" / "data").rglob("*.parquet"):
         change_table(path, number)
     assert len(open_dataset(other).episodes) == len(EVERYTHING)
+
+
+def test_frames_that_cannot_be_read_are_named_by_ranges_of_steps(one_each: Card, tmp_path: Path):
+    shutil.copytree(one_each.path, tmp_path / "set")
+    path = tmp_path / "set" / "videos" / "chunk-000" / key_of("front") / "episode_000003.mp4"
+    write_video(path, np.ascontiguousarray(EVERYTHING[3].front), "libx264", fps=30)
+    store = open_dataset(replace(one_each, path=str(tmp_path / "set")))
+    with pytest.raises(DataError, match=r"has no frame at .*episode 3, .*front, steps 0 to 2, 5, 9 to 11$"):
+        store.images(3, [0, 1, 2, 5, 9, 10, 11], "front")
+    assert ranges([]) == "" and ranges([4]) == "4" and ranges(range(0, 20, 2), most=2) == "0, 2 and 8 more"
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_files_of_no_episode_are_a_finding(version: str, one_each: Card, filmed: Card, tmp_path: Path):
+    good = one_each if version == "v2.1" else filmed
+    shutil.copytree(good.path, tmp_path / "set")
+    card = replace(good, path=str(tmp_path / "set"))
+    some = replace(card, section=lerobot.Section(episodes=(0, 1)))
+    one = replace(card, robot=replace(card.robot, cameras=card.robot.cameras[:1]))
+    for clean in (card, some, one):
+        assert not check_declared(open_dataset(clean))
+    new = {
+        "v2.1": [
+            "data/chunk-000/episode_000006.parquet",
+            f"videos/chunk-000/{key_of('wrist')}/episode_000006.mp4",
+        ],
+        "v3.0": ["data/chunk-000/file-007.parquet", f"videos/{key_of('wrist')}/chunk-000/file-007.mp4"],
+    }[version]
+    for name in new:
+        path = tmp_path / "set" / name
+        shutil.copy(next(path.parent.iterdir()), path)
+        (path.parent / f"._{path.name}").write_bytes(b"")  # of an operating system
+    (finding,) = check_declared(open_dataset(some))
+    assert (finding.kind, finding.severity) == ("unnamed_files", "warning")
+    assert "2 files" in finding.message and all(name in finding.message for name in new)
+
+
+@pytest.mark.parametrize("name", ["meta/info.json", "meta/episodes.jsonl", "meta/tasks.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_text(name: str, one_each: Card, tmp_path: Path):
+    shutil.copytree(one_each.path, tmp_path / "set")
+    path = tmp_path / "set" / name
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    store = open_dataset(str(tmp_path / "set"))
+    assert [info.length for info in store.episodes] == LENGTHS
+
+
+def test_what_is_left_out_is_in_the_text_and_the_json_of_a_check(
+    one_each: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(one_each.path, tmp_path / "set")
+    next((tmp_path / "set" / "data").rglob("*episode_000003.parquet")).write_bytes(b"PAR1")
+    card = replace(one_each, path=str(tmp_path / "set"), episodes=EpisodesCard(on_bad="skip"))
+    path = tmp_path / "card.toml"
+    path.write_bytes(codecs.BOM_UTF8 + card_text(card).encode())
+    assert main(["data", "check", str(path), "--no-pixels", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)["left_out"]
+    assert list(left) == ["episode_000003"] and "no whole parquet" in left["episode_000003"]
+    assert main(["data", "check", str(path), "--no-pixels"]) == 0
+    assert "left out: episode_000003: " in capsys.readouterr().out

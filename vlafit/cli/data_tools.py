@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from vlafit.errors import ConfigError
 if TYPE_CHECKING:
     from vlafit.datasets import EpisodeStore
     from vlafit.datasets.checks import Finding
+    from vlafit.datasets.selection import LeftOut
 
 ABOUT = {
     "convert": "Write a dataset in another layout: LeRobot v3.0 (lerobot) or HDF5 as LIBERO has it (libero).",
@@ -79,6 +81,8 @@ def check(store: "EpisodeStore", options: Namespace) -> int:
         for names, test in together(checked.not_tested):
             where = f" ({test.where})" if test.where else ""
             print(f"not tested: {names}{where}: {test.reason}\n  needs: {test.needs}")
+        for sentence in left_out(checked.left_out):
+            print(sentence)
     if options.out:
         with Line("findings", max(1, len(checked.findings)), on_stderr=True) as line:
             written = page.write_findings(
@@ -91,6 +95,12 @@ def check(store: "EpisodeStore", options: Namespace) -> int:
             )
         print(f"page: {written}", file=sys.stderr if options.json else sys.stdout)
     return 1 if any(finding.severity == "error" for finding in checked.findings) else 0
+
+
+def left_out(episodes: "Sequence[LeftOut]", most: int = 5) -> list[str]:
+    """Return a line for each of the first episodes that are left out, and one for the others."""
+    lines = [f"left out: {one.id}: {one.reason}" for one in episodes[:most]]
+    return lines + [f"and {len(episodes) - most} more left out"] * (len(episodes) > most)
 
 
 def _line(finding: "Finding") -> str:

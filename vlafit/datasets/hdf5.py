@@ -41,7 +41,7 @@ from vlafit.datasets.hdf5_files import (
     shared_folder,
     unreadable,
 )
-from vlafit.datasets.hdf5_guess import success_key_below
+from vlafit.datasets.hdf5_guess import filter_keys_below, success_key_below
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.mapped import Mapped
 from vlafit.datasets.selection import Selection
@@ -156,6 +156,17 @@ class Hdf5Store(EpisodeStore):
     def success_key(self) -> str:
         with reading(self.card.files(SUFFIXES)[0]) as file:
             return success_key_below(file)
+
+    def filter_keys(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for path in self.card.files(SUFFIXES):
+            with reading(path) as file:
+                keys = filter_keys_below(file)
+            if not keys and not counts:  # of thousands of files the first tells
+                break
+            for key, count in keys.items():
+                counts[key] = counts.get(key, 0) + count
+        return counts
 
     def close(self) -> None:
         self._handles.clear()

@@ -272,3 +272,18 @@ def _holds_pictures(dataset: h5py.Dataset) -> bool:
     row: Any = dataset[0]
     data = row if isinstance(row, bytes) else np.asarray(row).tobytes()
     return data.startswith((b"\xff\xd8\xff", b"\x89PNG"))
+
+
+def filter_keys_below(file: h5py.File) -> dict[str, int]:
+    """Return robomimic's filter keys (/mask) of a file and how many demonstrations each names."""
+    masks = file.get("mask")
+    if not isinstance(masks, h5py.Group):
+        return {}
+    found = {str(key): masks.get(key) for key in masks}
+    listed = {key: rows for key, rows in found.items() if isinstance(rows, h5py.Dataset)}
+    return {key: rows.shape[0] for key, rows in listed.items() if rows.ndim == 1}
+
+
+def listed_filter_keys(keys: Mapping[str, int]) -> str:
+    """Return filter keys as a sentence has them."""
+    return ", ".join(f"{key} ({count})" for key, count in keys.items())

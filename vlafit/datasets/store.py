@@ -129,6 +129,13 @@ class EpisodeStore(ABC):
         """Return the files with their sizes and times. Raises DataError if one is missing."""
         return [(path, stamp(path)) for path in self.files()]
 
+    def unnamed_files(self) -> list[str]:
+        """Return files among those of the dataset that belong to no episode, by their names in its folder.
+
+        The default is for layouts that list their episodes by their files.
+        """
+        return []
+
     def film_beside(self, episode: int, camera: str) -> Path | None:
         """Return a video beside the files that shows the frames of a camera once more, in the right colours.
 
@@ -142,6 +149,13 @@ class EpisodeStore(ABC):
         The default is for layouts that record none.
         """
         return ""
+
+    def filter_keys(self) -> dict[str, int]:
+        """Return the names by which the files choose episodes, and how many each chooses.
+
+        The default is for layouts that have none.
+        """
+        return {}
 
     def recorded_statistics(self) -> RecordedStatistics:
         """Return the statistics of "state" and "action" that the files themselves state of all rows.

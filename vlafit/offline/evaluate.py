@@ -12,7 +12,7 @@ import numpy as np
 from vlafit import arguments, locks
 from vlafit.agreement import Item
 from vlafit.datasets import EpisodeStore, episodes_hash
-from vlafit.errors import ConfigError
+from vlafit.errors import ConfigError, ranges
 from vlafit.offline.baselines import HoldStill, MeanChunk, hold_still, spread_of_actions
 from vlafit.offline.episodes import Episodes
 from vlafit.offline.folder import OfflineFolder
@@ -158,8 +158,8 @@ def _require_of(part: Part, store: EpisodeStore, episode: str, steps: Sequence[i
     states = store.state(store.index(episode))[list(steps)].astype(np.float32)
     if part.steps.tolist() != list(steps) or not np.array_equal(part.states, states, equal_nan=True):
         raise ConfigError(
-            f"{path}: holds other samples than steps {list(steps)} of episode {episode!r}; remove this file, "
-            "and evaluate again with --resume"
+            f"{path}: holds other samples than steps {ranges(steps)} of episode {episode!r}; remove this "
+            "file, and evaluate again with --resume"
         )
 
 

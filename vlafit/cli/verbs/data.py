@@ -136,6 +136,7 @@ def _inspect(store: "EpisodeStore", missing: Mapping[str, str]) -> dict[str, Any
         "frames": sum(lengths),
         "episode_lengths": [min(lengths), sum(lengths) / len(lengths), max(lengths)] if lengths else [],
         "left_out": {left.id: left.reason for left in store.left_out},
+        "filter_keys": store.filter_keys(),
         "missing": dict(missing),
         "robot": robot.name,
         "hz": None if "robot.hz" in missing else robot.hz,
@@ -185,6 +186,9 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
         lines.append(f"and {len(tasks) - 10} more instructions")
     if facts["single"]:
         lines.append(facts["single"])
+    if facts["filter_keys"]:
+        listed = ", ".join(f"{key} ({count})" for key, count in facts["filter_keys"].items())
+        lines += wrapped(f"filter keys: {listed}; mask in [{facts['layout']}] of a card chooses one")
     left_out = list(facts["left_out"].items())
     lines += [f"left out: {episode}: {reason}" for episode, reason in left_out[:5]]
     if len(left_out) > 5:

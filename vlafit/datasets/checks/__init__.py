@@ -13,6 +13,7 @@ from vlafit.datasets.checks.forms import check_forms
 from vlafit.datasets.checks.pixels import PIXEL_TESTS, check_pixels
 from vlafit.datasets.checks.recorded import check_recorded
 from vlafit.datasets.checks.success import check_success
+from vlafit.datasets.selection import LeftOut
 from vlafit.datasets.store import EpisodeStore
 
 __all__ = ["TESTS", "Checked", "Finding", "NotTested", "check_declared", "check_store", "together"]
@@ -26,14 +27,17 @@ class Checked:
     """What is suspicious, errors first, then by episode."""
     not_tested: tuple[NotTested, ...]
     """The tests that could not run, and why."""
+    left_out: tuple[LeftOut, ...] = ()
+    """The episodes that were not checked because the dataset was opened without them."""
 
     def facts(self, dataset: str) -> dict[str, Any]:
-        """Return both as JSON has them."""
+        """Return all as JSON has them."""
         return {
             "dataset": dataset,
             "errors": sum(finding.severity == "error" for finding in self.findings),
             "findings": [asdict(finding) for finding in self.findings],
             "not_tested": [asdict(test) for test in self.not_tested],
+            "left_out": {one.id: one.reason for one in self.left_out},
         }
 
 
@@ -59,4 +63,4 @@ def check_store(
             untested.add(test, "no frame was looked at (--no-pixels)")
     order = {"error": 0, "warning": 1}
     findings.sort(key=lambda f: (order[f.severity], f.kind, f.episode, f.step or 0))
-    return Checked(tuple(findings), untested.listed())
+    return Checked(tuple(findings), untested.listed(), store.left_out)

@@ -30,6 +30,7 @@ TESTS: Mapping[str, Requirement] = MappingProxyType(
         # what files and card declare
         "repeated_names": Requirement(("repeated_names",), "names of state and action dimensions"),
         "splits": Requirement(("splits",)),
+        "unnamed_files": Requirement(("unnamed_files",)),
         "form": Requirement(("form",), "poses, grippers or angles in the card"),
         "stale_statistics": Requirement(("stale_statistics",), "statistics of all rows in the files"),
         "placeholder_task": Requirement(("placeholder_task",)),

@@ -1,4 +1,4 @@
-"""Check what the files and the card of a dataset declare: names that repeat, splits that are not followed."""
+"""Check what the files and the card of a dataset declare: repeated names, splits, files of no episode."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,10 +7,12 @@ from vlafit.agreement.columns import plain_label
 from vlafit.datasets.checks.finding import Finding
 from vlafit.datasets.store import EpisodeStore
 
+NAMED = 3  # files
+
 
 def check_declared(store: EpisodeStore) -> list[Finding]:
     """Return what is declared and leads to another result than a reader may expect. Reads no episode."""
-    return [*_repeated_names(store), *_splits(store)]
+    return [*_repeated_names(store), *_splits(store), *_unnamed_files(store)]
 
 
 def _repeated_names(store: EpisodeStore) -> Iterator[Finding]:
@@ -47,3 +49,19 @@ def _splits(store: EpisodeStore) -> Iterator[Finding]:
         "write the episodes to train on in a card ([lerobot] episodes), and those to validate on in another "
         "(data.validation_sets)",
     )
+
+
+def _unnamed_files(store: EpisodeStore) -> Iterator[Finding]:
+    names = store.unnamed_files()
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        listed = f"{', '.join(names[:NAMED])}{more}"
+        yield Finding(
+            "warning",
+            "unnamed_files",
+            "",
+            None,
+            f"{len(names)} file{'s' * (len(names) > 1)} of no episode in meta/: {listed}",
+            "what is in them is not used; perhaps a recording stopped before it wrote meta/",
+            "record or convert these episodes again, or delete the files",
+        )

@@ -274,7 +274,7 @@ def _shifted(camera: str, episode: str, seen: Seen) -> Finding:
         "video_shift",
         episode,
         None,
-        f"camera {camera!r} is {abs(shift)} frames {'late' if shift > 0 else 'early'} against the "
+        f"camera {camera!r} is about {abs(shift)} frames {'late' if shift > 0 else 'early'} against the "
         f"states (which it shows with correlation {best:.3f} there, {usual:.3f} "
         f"where the other episodes do best, with {seen.usually:.3f})",
         "images and actions of a step do not belong together",

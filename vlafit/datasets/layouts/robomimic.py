@@ -16,6 +16,7 @@ from vlafit.datasets.hdf5 import Hdf5Store, declared_length, demonstrations_belo
 from vlafit.datasets.hdf5_demos import SOURCES, Demonstration, Hdf5Layout, Tell, inside_json
 from vlafit.datasets.hdf5_draft import Known, draft
 from vlafit.datasets.hdf5_files import first_demo, first_file, natural, observations, own_values, reading
+from vlafit.datasets.hdf5_guess import filter_keys_below, listed_filter_keys
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError, did_you_mean
 from vlafit.files import parse_json
@@ -83,10 +84,14 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
             arguments = inside_json(parse_json(data.attrs["env_args"]), "env_kwargs", str(file))
         except (KeyError, ValueError, TypeError, DataError):  # it is optional
             arguments = {}
+        masks = filter_keys_below(opened)
     rate = arguments.get("control_freq") if isinstance(arguments, dict) else None
     robots = arguments.get("robots") if isinstance(arguments, dict) else None
     robots = [robots] if isinstance(robots, str) else robots if isinstance(robots, list) else []
     guesses = {"robot.hz": "control_freq of env_args"} if rate else {}
+    if masks:
+        listed = listed_filter_keys(masks)
+        guesses[f"{layout}.mask"] = f"all demonstrations; a filter key uses only its own: {listed}"
     return Known(
         layout,
         f"data/{group}",
@@ -97,6 +102,7 @@ def known(layout: str, path: Path, instruction: InstructionCard) -> Known:
         hz=float(rate) if isinstance(rate, int | float) else 20.0,
         control="delta_pose",
         upright="robomimic writes frames upright",
+        section=Section() if masks else None,
         guesses=guesses,
     )
 

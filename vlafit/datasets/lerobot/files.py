@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from vlafit.datasets.lerobot.meta import Entry
+from vlafit.datasets.lerobot.meta import Entry, Meta
 from vlafit.datasets.lerobot.tables import read_table, require_file
 from vlafit.datasets.stamps import Stamp, Stamps, stamp
 from vlafit.errors import DataError
@@ -36,6 +36,10 @@ class DatasetFiles(ABC):
 
         Raises DataError if it changed since the dataset was opened, or cannot be had.
         """
+
+    @abstractmethod
+    def names(self, root: Path, folder: str, suffix: str) -> list[str]:
+        """Return the files below a folder of `root` that end so, by their names in `root`."""
 
     @abstractmethod
     def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
@@ -71,6 +75,10 @@ class LocalFiles(DatasetFiles):
         self._stamps.require_unchanged(path)
         return False
 
+    def names(self, root: Path, folder: str, suffix: str) -> list[str]:
+        found = (root / folder).rglob(f"*{suffix}")
+        return [path.relative_to(root).as_posix() for path in found if path.is_file()]
+
     def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
         self._stamps.require_unchanged(path)
         return read_table(path, columns)
@@ -98,3 +106,12 @@ def raise_first(faults: Sequence[str], most: int = 5) -> None:
     if faults:
         more = f"\nand {len(faults) - most} more" if len(faults) > most else ""
         raise DataError("\n".join(faults[:most]) + more)
+
+
+def unnamed(files: DatasetFiles, meta: Meta) -> list[str]:
+    """Return the files of data/ and videos/ that no episode of the metadata is in, by name."""
+    named = {entry.data for entry in meta.episodes}
+    named |= {video.path for entry in meta.episodes for video in entry.videos.values()}
+    there = [*files.names(meta.root, "data", ".parquet"), *files.names(meta.root, "videos", ".mp4")]
+    hidden = [name for name in there if Path(name).name.startswith(".")]  # of an operating system
+    return sorted(name for name in there if meta.root / name not in named and name not in hidden)

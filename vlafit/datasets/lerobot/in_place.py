@@ -85,6 +85,9 @@ class FilesInPlace(DatasetFiles):
         before, self._deleted = self._deleted, self._cache.deleted_since(self._deleted)
         return copied or self._deleted != before
 
+    def names(self, root: Path, folder: str, suffix: str) -> list[str]:
+        return [name for name in self._files if name.startswith(f"{folder}/") and name.endswith(suffix)]
+
     def table(self, path: Path, columns: Sequence[str], *, few: bool) -> pa.Table:
         if few and not path.is_file():
             try:

@@ -13,7 +13,7 @@ from vlafit.datasets.columns import Key, parse_key, require_scale, scaled
 from vlafit.datasets.lerobot import index
 from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.features import success_feature, width_of
-from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles, raise_first, require_files
+from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles, raise_first, require_files, unnamed
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, read_meta, splits_of
 from vlafit.datasets.lerobot.places import Places
 from vlafit.datasets.lerobot.requirements import require_features
@@ -25,7 +25,7 @@ from vlafit.datasets.selection import Selection, is_skipped, is_success
 from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.store import EpisodeInfo, EpisodeStore, RecordedStatistics
 from vlafit.datasets.video import VideoFiles
-from vlafit.errors import DataError
+from vlafit.errors import DataError, ranges
 from vlafit.files import plain_bytes
 
 COLUMN_BYTES = 2**30  # of states and actions that a process keeps
@@ -184,6 +184,9 @@ class LeRobotStore(EpisodeStore):
             paths |= {r.entry.videos[camera.key].path for r in self._rows if camera.key in r.entry.videos}
         return (self._meta.root / "meta" / "info.json", *sorted(paths))
 
+    def unnamed_files(self) -> list[str]:
+        return unnamed(self._files, self._meta)
+
     def success_key(self) -> str:
         return success_feature(self._meta.features)
 
@@ -333,7 +336,7 @@ class LeRobotStore(EpisodeStore):
             return self._reading(video.path, read)
         except DataError as error:
             raise DataError(
-                f"{error}; episode {rows.entry.index}, {camera.key}, steps {list(steps)}"
+                f"{error}; episode {rows.entry.index}, {camera.key}, steps {ranges(steps)}"
             ) from error
 
     def _reading(self, path: Path, read: Callable[[], T]) -> T:
