@@ -9,7 +9,7 @@ import torch
 
 from tests.variants import variants
 from vlafit.actor import PolicyActor
-from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
+from vlafit.codec import Codec, CodecConfig, Statistics, train_word_tokenizer
 from vlafit.codec.state_watch import StateWatch
 from vlafit.errors import CodecError, ConfigError, EmbodimentError
 from vlafit.inference import accelerated
@@ -186,6 +186,61 @@ def test_a_rare_state_that_was_recorded_is_no_warning() -> None:
     assert watch.sentences(np.float32([0.5, 1.0])) == []
     (sentence,) = watch.sentences(np.float32([0.5, 3.0]))
     assert "state.1 = 3" in sentence
+
+
+# A gantry of three axes, in mm; in metres its state is normalised to -0.3, -6.2 and -1.9.
+LOW, HIGH = np.array([-499.0, 398.0, 46.0]), np.array([303.0, 858.0, 424.0])
+
+
+def gantry(*, ranged: bool = True, quantiles: bool = True) -> StateWatch:
+    mean, std = np.array([36.5, 629.5, 180.8]), np.array([121.1, 100.7, 97.5])
+    statistics = Statistics(1029, mean, std)
+    if quantiles:
+        statistics = dataclasses.replace(
+            statistics, q01=np.array([-429.0, 400.0, 46.5]), q99=np.array([287.6, 851.0, 412.3])
+        )
+    if ranged:
+        statistics = dataclasses.replace(statistics, min=LOW, max=HIGH)
+    column = Feature("state", (3,), "mm", ("x", "y", "z"))
+    robot = Embodiment("gantry", (Feature("table", (16, 16, 3)),), column, column, 10.0, "joint")
+    config = CodecConfig(("table",), 16, 3, 3, 4, prompt=None, normalisation="mean_std")
+    return StateWatch(Codec(config, robot, {"state": statistics, "action": statistics}, None))
+
+
+@pytest.mark.parametrize(
+    ("scale", "units"),
+    [
+        (1 / 1000, "m where they are of mm"),
+        (1 / 100, "0 to 1 where they are of 0 to 100"),
+        (np.pi / 180, "radians where the statistics are of degrees"),
+        (180 / np.pi, "degrees where the statistics are of radians"),
+    ],
+)
+def test_a_state_in_another_unit_is_named_with_its_range_and_the_likely_scale(scale, units) -> None:
+    watch, state = gantry(), np.array([36.0, 629.0, 180.0]) * scale
+    sentences = watch.sentences(state)
+    (y,) = [sentence for sentence in sentences if "state.y = " in sentence]
+    assert f"state.y = {state[1]:.4g} is far outside" in y and "398 to 858 mm" in y and units in y
+    assert watch.sentences(state) == []
+
+
+@pytest.mark.parametrize("quantiles", [True, False])
+def test_a_slip_of_units_is_found_without_a_recorded_range(quantiles: bool) -> None:
+    for scale, units in ((1 / 1000, "m where they are of mm"), (1000, "mm where they are of m")):
+        sentences = gantry(ranged=False, quantiles=quantiles).sentences(
+            np.array([36.0, 629.0, 180.0]) * scale
+        )
+        assert "state.y" in "".join(sentences) and all(units in sentence for sentence in sentences)
+
+
+def test_no_state_within_or_somewhat_outside_the_range_is_a_warning() -> None:
+    rng, watch = np.random.default_rng(0), gantry()
+    width = HIGH - LOW
+    for state in rng.uniform(LOW - 0.2 * width, HIGH + 0.2 * width, (2000, 3)):
+        assert watch.sentences(state) == []
+    # clearly outside in one axis, as of a robot that starts at its rest: no factor brings all inside
+    assert watch.sentences(np.array([-499.0, 250.0, 424.0])) == []
+    assert watch.sentences(np.array([0.0, 0.0, 0.0])) == []
 
 
 @pytest.mark.parametrize(

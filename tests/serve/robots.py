@@ -74,12 +74,16 @@ class Continuing(Summing):
 
 
 class Watching(Summing):
-    """Knows the statistics of its states: mean 0, deviation 1."""
+    """Knows the statistics of its states: a mean, deviation 1."""
 
     logs_states = True
 
+    def __init__(self, mean: float = 0.0) -> None:
+        super().__init__()
+        self.mean = mean
+
     def state_watch(self) -> StateWatch:
-        column = Statistics(9, np.zeros(3), np.ones(3))
+        column = Statistics(9, np.full(3, self.mean), np.ones(3))
         config = CodecConfig(("front", "wrist"), 8, 3, 3, 6, prompt=None)
         return StateWatch(Codec(config, ROBOT, {"state": column, "action": column}, None))
 

@@ -23,6 +23,7 @@ from vlafit.execution import Execution
 from vlafit.requests import Request
 from vlafit.serve import protocols, wire
 from vlafit.serve.client import RemoteActor, connect
+from vlafit.serve.control import Controller
 from vlafit.serve.options import Options
 from vlafit.serve.server import Running
 from vlafit.types import EpisodeKey, Observation
@@ -126,6 +127,22 @@ def test_a_state_far_outside_the_statistics_is_answered_with_a_warning(
             answers.append(wire.unpack(connection.recv(timeout=10)))
     assert "state.elbow" in answers[0]["warnings"][0] and "warnings" not in answers[1]
     assert 'vlafit_warnings_total{about="state"} 2' in running.metrics.text()
+
+
+def test_a_state_in_metres_for_a_policy_in_millimetres_is_named_once_for_each_connection(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve(Watching(mean=6.0))
+    states = np.random.default_rng(0).normal(6.0, 0.8, (20, 3))
+    for count, scale in enumerate((1.0, 1 / 1000, 1 / 1000)):
+        with connect(running.address) as remote, Controller(remote, Execution(replan=1)) as control:
+            control.start("pick")
+            for state in states:
+                control.step(seen().images, state * scale)
+        lines = [r for r in caplog.records if "m where they are of mm" in r.getMessage()]
+        assert [r.name for r in lines].count("vlafit.serve.client") == 3 * count
+    first = lines[0].getMessage()
+    assert f"state.base = {states[0, 0] / 1000:.4g} is far outside" in first and "mean 6, std 1" in first
 
 
 def test_an_observation_of_another_robot_is_refused_and_the_connection_goes_on(serve: Serve) -> None:

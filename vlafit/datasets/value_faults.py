@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vlafit.agreement import Item
 from vlafit.codec import Codec
+from vlafit.codec.unit_scales import SMALLER
 from vlafit.datasets import episode_units
 from vlafit.datasets.statistics import blocks_for_statistics
 from vlafit.datasets.store import EpisodeStore
@@ -39,13 +40,7 @@ LONE = (
 ALIKE = 0.1  # width of all other values, normalised, by which these are alike: 1/20 of -1 to 1, as `NARROW`
 SINGLE = 20.0  # widths between the 1 % and the 99 % quantile by which a value is reported; normal data has 1
 FEW = 20_000  # rows up to which the most extreme are left out by number, because 1 % may be one wild value
-EXACT = 1.25  # times from a factor of `SCALES` up to which it is that factor
-SCALES = {
-    180 / np.pi: "radians where the statistics are of degrees",
-    100.0: "0 to 1 where they are of 0 to 100",
-    1000.0: "m where they are of mm",
-}
-"""Factors between units that are often mixed up, and what data smaller by the factor is."""
+EXACT = 1.25  # times from a factor of `SMALLER` up to which it is that factor
 
 
 @dataclass(frozen=True)
@@ -248,10 +243,10 @@ def _guess(factor: float) -> str:
 
     Only the nearest where it is the factor; else others, too, because the data of one task are narrower.
     """
-    near = sorted((abs(np.log(factor / scale)), text) for scale, text in SCALES.items())
+    near = sorted((abs(np.log(factor / scale)), text) for scale, text in SMALLER.items())
     if near[0][0] < np.log(EXACT):
         return near[0][1]
-    likely = [text for scale, text in SCALES.items() if 1 / 3 < factor / scale < 10]
+    likely = [text for scale, text in SMALLER.items() if 1 / 3 < factor / scale < 10]
     return "; or ".join(t for _, t in near if t in likely) or "another unit than the statistics'"
 
 
