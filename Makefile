@@ -7,6 +7,7 @@
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
+# make peers-deepspeed  DeepSpeed's own engine against torch's FSDP2, on two CPU processes
 # make dist         wheel and sdist in dist/, checked by twine; .github/workflows/release.yml publishes them
 # make screenshots  the pictures of pages in docs/pictures (needs Chromium)
 # make docs         the site, with the API reference, in build/site; a warning is an error
@@ -24,7 +25,7 @@ OF_GROOT := diffusers==0.39.0 dm-tree  # what its extra [groot] adds and runs wi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation few-demonstrations families libero test checks test-all tested lint types imports unit peers peers-serve dist screenshots docs clean
+.PHONY: help quickstart ablation few-demonstrations families libero test checks test-all tested lint types imports unit peers peers-serve peers-deepspeed dist screenshots docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -92,6 +93,9 @@ peers: .venv/ready-dev .venv-lerobot/ready
 peers-serve: .venv/ready-dev .venv-peers/ready
 	VLAFIT_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/pytest -n 0 tests/serve/test_peers.py
 
+peers-deepspeed: .venv/ready-dev .venv-deepspeed/ready
+	VLAFIT_DEEPSPEED_PYTHON=$(CURDIR)/.venv-deepspeed/bin/python $(BIN)/pytest -s tests/parity/test_deepspeed_live.py
+
 dist: .venv/ready-dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
@@ -104,7 +108,7 @@ docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-lerobot .venv-peers build dist
+	rm -rf .venv .venv-lerobot .venv-peers .venv-deepspeed build dist
 
 # ------------------------------------------------------------------------------------------------- set-up
 
@@ -166,4 +170,16 @@ clean:
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --disable-pip-version-check openpi-client==0.1.2 vla-eval==0.8.0
+	@touch $@
+
+# It sees what is in .venv, too: the same torch on both sides, and a small download. DeepSpeed compiles nothing then;
+# its setup reads torch, so pip builds it without isolation.
+.venv-deepspeed/ready: .venv/ready-dev
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -c 'import sysconfig; from pathlib import Path; \
+	  here = Path(sysconfig.get_path("purelib")); there = here.relative_to("$(CURDIR)/.venv-deepspeed"); \
+	  (here / "0_base.pth").write_text("$(CURDIR)/.venv/" + there.as_posix() + "\n")'
+	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check setuptools wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation \
+	  deepspeed==0.19.8
 	@touch $@

@@ -34,7 +34,7 @@ from vlafit.policies import build_family
 from vlafit.recipe import Recipe
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.flops import FlopCounter
-from vlafit.train.launch import LaunchPlan
+from vlafit.train.launch_plan import LaunchPlan
 from vlafit.train.loop import train
 from vlafit.train.settle import settle
 from vlafit.train.stages import Place

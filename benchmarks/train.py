@@ -52,7 +52,7 @@ from vlafit.train.fit import workload
 from vlafit.train.flops import FlopCounter, peak_flops
 from vlafit.train.forecast import forecast
 from vlafit.train.frozen import FrozenWeights
-from vlafit.train.launch import LaunchPlan
+from vlafit.train.launch_plan import LaunchPlan
 from vlafit.train.loop import StepResult, train
 from vlafit.train.memory import MemoryMeter
 from vlafit.train.packer import packer_of

@@ -17,12 +17,14 @@ from vlafit.train import run
 
 
 def main() -> None:
-    """Carry out the jobs of a JSON file: {"recipe": path, "out": path, "port": number}."""
+    """Carry out the jobs of a JSON file: {"recipe": path, "out": path, "environ": variables of the job}."""
     few_steps.follow_environment()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        os.environ["MASTER_PORT"] = str(job["port"])
+        os.environ.update(job["environ"])
         run(config.read(Recipe, Path(job["recipe"]), "recipe"), Path(job["out"]), resume=True)
         AcceleratorState._reset_state(reset_partial_state=True)
+        for name in job["environ"]:
+            del os.environ[name]
 
 
 if __name__ == "__main__":

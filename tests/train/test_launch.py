@@ -16,8 +16,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tests.train.world import REPOSITORY
 from vlafit.errors import ConfigError
 from vlafit.recipe import OptimRecipe, Recipe, TrainRecipe
-from vlafit.train import launch
-from vlafit.train.launch import LaunchPlan, read
+from vlafit.train import launch, launch_deepspeed
+from vlafit.train.launch import read
+from vlafit.train.launch_plan import LaunchPlan, Sharding
 from vlafit.train.settle import settle, with_field
 
 FSDP2 = {
@@ -103,14 +104,13 @@ def test_keys_of_fsdp_without_effect_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "sharding"), [(0, "none"), (1, "gradients"), (2, "gradients"), (3, "full")]
 )
-def test_a_zero_stage_becomes_the_recipes_sharding(
-    tmp_path: Path, stage: int, sharding: launch.Sharding
-) -> None:
+def test_a_zero_stage_becomes_the_recipes_sharding(tmp_path: Path, stage: int, sharding: Sharding) -> None:
     plan = deepspeed(tmp_path, zero_stage=stage, gradient_accumulation_steps=4, gradient_clipping=0.5)
     assert plan == LaunchPlan(
         f"accelerate (DeepSpeed ZeRO-{stage})", "bf16", sharding, 4, clip_norm=0.5, notes=plan.notes
     )
-    assert "FSDP2" in plan.notes[0]
+    assert "DeepSpeed itself does not run. torch's " in plan.notes[0]
+    assert ("FSDP2" if stage else "DDP") in plan.notes[0]
 
 
 def test_a_deepspeed_file_is_read(tmp_path: Path) -> None:
@@ -249,6 +249,14 @@ def test_every_key_of_a_deepspeed_file_is_honoured_or_named(tmp_path: Path) -> N
          ["offload_optimizer", "optim.states 8bit"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param", "nvme"]),
         ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
+        ({"torch_autocast": {"enabled": True}}, ["fp16", "bf16"]),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["float16", "bf16"]),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+         ["bf16.bf16_master_weights_and_grads", "train.weights bf16"]),
+        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "mean"]),
+        ({"progressive_layer_drop": {"enabled": True}}, ["progressive_layer_drop"]),
+        ({"gradient_clipping": -1}, ["gradient_clipping -1", "0: no clipping"]),
+        ({"gradient_clipping": "nan"}, ["gradient_clipping 'nan'"]),
     ],
 )  # fmt: skip
 def test_a_deepspeed_file_that_would_change_what_is_learned_is_refused(
@@ -257,6 +265,38 @@ def test_a_deepspeed_file_that_would_change_what_is_learned_is_refused(
     with pytest.raises(ConfigError) as raised:
         with_file(tmp_path, content)
     assert all(fact in str(raised.value) for fact in facts), raised.value
+
+
+@pytest.mark.parametrize(
+    ("content", "precision"),
+    [
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bfloat16": {"enabled": True}}, "bf16"),  # the key's former name, which DeepSpeed still reads
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}}, "bf16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float32"}}, None),
+        ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, None),
+        ({"bf16": {"enabled": False}}, None),
+        ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": "none"}}, None),
+    ],
+)
+def test_every_way_to_ask_for_bf16_in_a_deepspeed_file_is_read(
+    tmp_path: Path, content: dict[str, Any], precision: str | None
+) -> None:
+    plan = with_file(tmp_path, content)
+    assert plan.precision == precision
+    assert not any(key in note for note in plan.notes[1:] for key in content)
+
+
+def test_keys_inside_the_tables_of_a_deepspeed_file_are_named(tmp_path: Path) -> None:
+    tables = {
+        "bf16": {"enabled": True, "immediate_grad_update": True},
+        "torch_autocast": {"enabled": True, "dtype": "bf16", "lower_precision_safe_modules": ["a.B"]},
+        "fp16": {"enabled": False, "loss_scale_window": 1000},
+    }
+    notes = " ".join(with_file(tmp_path, tables).notes)
+    assert "bf16.immediate_grad_update, torch_autocast.lower_precision_safe_modules have no effect" in notes
+    assert "loss_scale_window" not in notes
 
 
 PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -347,7 +387,7 @@ def test_no_variable_of_accelerates_launcher_is_unknown() -> None:
     launcher = inspect.getsource(accelerate.utils.launch)
     variables = set(re.findall(r'current_env\["(\w+)"\]', launcher))
     assert len(variables) > 40
-    source = inspect.getsource(launch)
+    source = inspect.getsource(launch) + inspect.getsource(launch_deepspeed)
     assert {name for name in variables - BY_OTHERS if f'"{name}"' not in source} == set()
 
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,17 +28,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_in_two(recipes: Sequence[tuple[Recipe, Path]], folder: Path, processes: int = 2) -> None:
-    """Carry out recipes in two (or more) processes that talk over gloo, as torchrun starts them."""
+def run_in_two(
+    recipes: Sequence[tuple[Recipe, Path]],
+    folder: Path,
+    processes: int = 2,
+    environs: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Carry out recipes in two (or more) processes that talk over gloo, as torchrun starts them.
+
+    `environs` are variables of each recipe, as a launcher's configuration sets them.
+    """
     jobs = []
     for number, (recipe, out) in enumerate(recipes):
         path = folder / f"{number}.toml"
         path.write_text(config.dump(recipe))
-        jobs.append({"recipe": str(path), "out": str(out), "port": free_port()})
+        environ = {**(environs[number] if environs else {}), "MASTER_PORT": str(free_port())}
+        jobs.append({"recipe": str(path), "out": str(out), "environ": environ})
     (folder / "jobs.json").write_text(json.dumps(jobs))
+    in_processes([sys.executable, "-m", "tests.train.launched", str(folder / "jobs.json")], processes)
+
+
+def in_processes(command: Sequence[str], processes: int = 2, **env: str) -> None:
+    """Run a command in several processes with the variables that torchrun sets."""
     shared = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true",
-              "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.train.launched", str(folder / "jobs.json")]
+              "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"} | env  # fmt: skip
     started = [
         subprocess.Popen(
             command,

@@ -11,7 +11,7 @@ import torch
 
 from vlafit.agreement import Item
 from vlafit.recipe import OptimRecipe, Recipe
-from vlafit.train.launch import LaunchPlan
+from vlafit.train.launch_plan import LaunchPlan
 
 EARLIER: Mapping[str, object] = {  # what runs did before their recipes had the field
     "train.precision": "fp32", "train.sharding": "none", "train.accumulate": 1, "train.frozen": "fp32",
