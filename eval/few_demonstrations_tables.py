@@ -1,8 +1,10 @@
 """The tables of few demonstrations: what was searched, and the setting fixed before it was played."""
 
 from pathlib import Path
+from typing import Any
 
-from cells import beside, count, pooled, read_lines, runs_by_seed, table, with_interval
+from cells import beside, count, pooled, read, read_lines, runs_by_seed, table, with_interval
+from few_demonstrations_strategies import published as published_strategies
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -13,17 +15,36 @@ STARTS = ("full checkpoint", "fresh expert", "untrained")
 
 
 def searched(results: Path) -> str:
-    """One row for each setting that was searched: success from each start, with one training seed."""
-    of_setting: dict[tuple[str, int, int, str, float], dict[str, str]] = {}
+    """One row for each setting that was searched with full fine-tuning: success from each start, one seed."""
+    of_setting: dict[tuple[str, int, int, float], dict[str, str]] = {}
     for line in read_lines(results / "search.jsonl"):
-        strategy = Path(line["strategy"]).stem
-        key = (line["tasks"], line["demonstrations"], line["steps"], strategy, line["lr"])
-        of_setting.setdefault(key, {})[line["start"]] = count(line)
+        if line["strategy"] == "full":
+            key = (line["tasks"], line["demonstrations"], line["steps"], line["lr"])
+            of_setting.setdefault(key, {})[line["start"]] = count(line)
     rows = [
-        [tasks, str(n), str(steps), strategy, f"{lr:g}", *(of_start.get(one, "") for one in STARTS)]
-        for (tasks, n, steps, strategy, lr), of_start in sorted(of_setting.items(), reverse=True)
+        [tasks, str(n), str(steps), f"{lr:g}", *(of_start.get(one, "") for one in STARTS)]
+        for (tasks, n, steps, lr), of_start in sorted(of_setting.items(), reverse=True)
     ]
-    return table(["tasks", "demonstrations", "steps", "strategy", "learning rate", *STARTS], rows)
+    return table(["tasks", "demonstrations", "steps", "learning rate", *STARTS], rows)
+
+
+def searched_strategies(results: Path) -> str:
+    """One row for each strategy that was searched at the fixed setting: success at each rate, one seed."""
+    of_strategy: dict[str, dict[float, str]] = {}
+    for line in read_lines(results / "search.jsonl"):
+        if is_of_strategies(line):
+            of_strategy.setdefault(Path(line["strategy"]).stem, {})[line["lr"]] = count(line)
+    rates = sorted({lr for of_rate in of_strategy.values() for lr in of_rate})
+    rows = [
+        [f"`{name}`", *(of_rate.get(lr, "") for lr in rates)] for name, of_rate in sorted(of_strategy.items())
+    ]
+    return table(["strategy", *(f"rate {lr:g}" for lr in rates)], rows)
+
+
+def is_of_strategies(line: dict[str, Any]) -> bool:
+    """Whether a point of the search is of the fixed setting, from the full checkpoint."""
+    setting = line["tasks"], line["demonstrations"], line["steps"], line["start"]
+    return setting == ("faucet", 5, 30, "full checkpoint")
 
 
 def published(results: Path) -> str:
@@ -43,3 +64,33 @@ def published(results: Path) -> str:
     ]
     head = ["start", "recipe", "seeds", "success (95 %)", "minus full checkpoint, points (95 %)", "p"]
     return table(head, rows)
+
+
+def strategies(results: Path) -> str:
+    """One row for each strategy at the fixed setting, best first, and its difference from full fine-tuning."""
+    runs = published_strategies(results / "strategies")
+    differences = beside(runs, "full")
+    rows = []
+    for name, of in runs.items():
+        reports = [read(run / "report.json") for run in of.values()]
+        score = pooled(of.values(), "after")
+        total = reports[0]["tuning"]["rows"][-1]
+        cells = [
+            f"`{name}`",
+            f"{reports[0]['recipe']['optim']['lr']:g}",
+            f"{total['trainable'] / 1e6:.2f}",
+            ", ".join(map(str, of)),
+            with_interval(score),
+            *differences[name],
+        ]
+        rows.append((-score.successes, cells))
+    head = [
+        "strategy",
+        "learning rate",
+        "learn, millions",
+        "seeds",
+        "success (95 %)",
+        "minus full, points (95 %)",
+        "p",
+    ]
+    return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
