@@ -67,7 +67,7 @@ def published(results: Path) -> str:
 
 
 def strategies(results: Path) -> str:
-    """One row for each strategy at the fixed setting, best first, and its difference from full fine-tuning."""
+    """One row for each strategy at the fixed setting, best first, and its difference from `full`."""
     runs = published_strategies(results / "strategies")
     differences = beside(runs, "full")
     rows = []

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
-from few_demonstrations_tables import published, searched, searched_strategies
-from few_demonstrations_tables import strategies as few_demonstrations_strategies
+from few_demonstrations_tables import published, searched
 
 from vlafit.significance import Pairs, paired_interval
 
@@ -261,8 +260,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "strategies": strategies,
     "pretraining": pretraining,
     "few-demonstrations": lambda: published(RESULTS / "few-demonstrations"),
-    "few-demonstrations-rates": lambda: searched_strategies(RESULTS / "few-demonstrations"),
-    "few-demonstrations-strategies": lambda: few_demonstrations_strategies(RESULTS / "few-demonstrations"),
     "few-demonstrations-search": lambda: searched(RESULTS / "few-demonstrations"),
     "scratch": scratch,
     "scratch-cost": scratch_cost,
