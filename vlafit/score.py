@@ -7,6 +7,7 @@ failure nor as a success, and every table and sentence made here shows it.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile: a two-sided 95 % interval
 
@@ -29,6 +30,32 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     low = 0.0 if successes == 0 else max(0.0, (middle - half) / scale)
     high = 1.0 if successes == n else min(1.0, (middle + half) / scale)
     return low, high
+
+
+@dataclass(frozen=True)
+class InvalidAnswers:
+    """How many answers of a policy that writes tokens made no chunk of actions."""
+
+    answers: int
+    invalid: int
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> "InvalidAnswers | None":
+        """Return what a result.json says of them; None where the policy answers with numbers."""
+        counted = result.get("invalid_answers")
+        return None if counted is None else cls(int(counted["answers"]), int(counted["invalid"]))
+
+    @property
+    def rate(self) -> float:
+        """Share of the answers that were no chunk."""
+        return self.invalid / self.answers if self.answers else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """Return counts and rate for result.json."""
+        return {"answers": self.answers, "invalid": self.invalid, "rate": round(self.rate, 6)}
+
+    def __str__(self) -> str:
+        return f"{self.invalid} of {self.answers} answers were no chunk of actions ({self.rate:.1%})"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Actors on the recorded dots whose offline numbers are known beforehand. None has weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,21 @@ class Recalling:
         actions = self.store.actions(self.store.index(key.task.partition("/")[2]))
         rows = np.minimum(np.arange(key.replan, key.replan + CHUNK), len(actions) - 1)
         return ActionChunk(actions[rows] + np.float32(self.error))
+
+
+class Failing(Recalling):
+    """Writes tokens that are a chunk where `is_chunk` says so; else the mean chunk of all is executed."""
+
+    def __init__(
+        self, store: EpisodeStore, is_chunk: Callable[[EpisodeKey], bool], error: float = 0.0
+    ) -> None:
+        super().__init__(store, error)
+        self.is_chunk = is_chunk
+
+    def _act(self, seen: Observation, key: EpisodeKey) -> ActionChunk:
+        valid = self.is_chunk(key)
+        actions = super()._act(seen, key).actions if valid else np.full((CHUNK, 2), 0.25, np.float32)
+        return ActionChunk(actions, valid)
 
 
 class Still(Recalling):

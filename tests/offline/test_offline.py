@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.offline.actors import CHUNK, Recalling, Sampling, Still
+from tests.offline.actors import CHUNK, Failing, Recalling, Sampling, Still
 from tests.report.test_report import parsed
 from vlafit import locks
 from vlafit.datasets import EpisodeStore
@@ -172,6 +172,68 @@ def test_what_the_policy_does_not_read_is_not_called_ignored(dots, split, tmp_pa
     assert result["not_read"] == ["instruction", "camera front"]
     page = report.build(tmp_path).read_text()
     assert "does not read: instruction, camera front" in page
+
+
+# ------------------------------------------------------------------------------- answers that are no chunk
+
+
+def test_what_is_executed_in_place_of_a_chunk_is_counted_and_never_called_better_than_a_baseline(
+    dots, split, tmp_path
+):
+    counted = numbers(dots, split, tmp_path / "same", Recalling(dots))
+    assert counted["invalid_answers"] is None and counted["samples"][0]["invalid"] is None
+    result = numbers(dots, split, tmp_path / "all", Failing(dots, lambda _: False))
+    assert result["invalid_answers"] == {"answers": 24, "invalid": 24, "rate": 1.0}
+    assert [sample["invalid"] for sample in result["samples"]] == [3] * 8
+    for compared in result["compared"].values():
+        assert compared["verdict"] == "does not beat" and compared["better_at"] == 0
+    assert not any(one["ignored"] for one in result["sensitivity"])  # no answer, so nothing was looked at
+    said = report.verdict(result)
+    assert "24 of 24 answers were no chunk of actions (100.0%)" in said and "The policy beats" not in said
+    page = report.build(tmp_path / "all").read_text()
+    assert "24 of 24 answers were no chunk" in page and 'class="good"' not in page
+
+
+def test_among_answers_that_are_chunks_one_that_is_none_counts_only_where_it_is_farther(
+    dots, split, tmp_path
+):
+    whole = numbers(dots, split, tmp_path / "whole", Failing(dots, lambda _: True, 0.125))
+    some = numbers(dots, split, tmp_path / "some", Failing(dots, lambda key: key.seed > 0, 0.125))
+    assert whole["invalid_answers"] == {"answers": 24, "invalid": 0, "rate": 0.0}
+    assert some["invalid_answers"]["invalid"] == 8 and [s["invalid"] for s in some["samples"]] == [1] * 8
+    parts = [Part.load(path) for path in sorted((tmp_path / "some" / "samples").iterdir())]
+    deviation = np.array(some["deviation"])
+    for who in ("hold_still", "mean_chunk"):
+        expected = []
+        for part in parts:  # one part an episode
+            rows = []
+            for i in range(len(part.steps)):
+                real = part.is_real[i]
+                base = part.hold_still[i] if who == "hold_still" else part.mean_chunk
+                each = [
+                    ((np.abs(draw - part.recorded[i]) - np.abs(base - part.recorded[i])) / deviation)[real]
+                    for draw in part.predicted[i].astype(np.float64)
+                ]
+                if each[0].sum() < 0:
+                    each[0] = np.zeros_like(each[0])
+                rows.append(np.mean(each, axis=0))
+            expected.append(np.concatenate(rows).mean())
+        assert some["compared"][who]["difference"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert some["compared"]["hold_still"]["verdict"] == whole["compared"]["hold_still"]["verdict"] == "beats"
+
+
+def test_samples_of_an_earlier_version_say_nothing_of_invalid_answers(dots, split, tmp_path):
+    numbers(dots, split, tmp_path, Failing(dots, lambda _: True))
+    for path in (tmp_path / "samples").iterdir():
+        with np.load(path) as arrays:
+            earlier = {name: arrays[name] for name in arrays if "valid" not in name}
+        np.savez_compressed(path, **earlier)
+    result = json.loads((tmp_path / "result.json").read_text())
+    del result["invalid_answers"]
+    for sample in result["samples"]:
+        del sample["invalid"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert read_checked(tmp_path)["compared"]["hold_still"]["verdict"] == "beats"
 
 
 # ------------------------------------------------------------------------------------- what is kept

@@ -8,7 +8,13 @@ recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a
 from vlafit.agreement.camera_map import propose
 from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
-from vlafit.agreement.evaluation import INVALID, chosen, evaluation_items, replan_items
+from vlafit.agreement.evaluation import (
+    INVALID,
+    chosen,
+    evaluation_items,
+    invalid_items,
+    replan_items,
+)
 from vlafit.agreement.forms import describe_form, describe_recorded, recorded_otherwise
 from vlafit.agreement.values import AS_STORED, CONVERSIONS, Agreement, Forms, Item, Party, Status, join
 
@@ -27,6 +33,7 @@ __all__ = [
     "describe_form",
     "describe_recorded",
     "evaluation_items",
+    "invalid_items",
     "join",
     "propose",
     "protocol_items",

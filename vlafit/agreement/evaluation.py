@@ -33,6 +33,12 @@ def evaluation_items(policy: Embodiment, other: Embodiment, role: Role) -> list[
     return [replace(item, short=short) for item in items]
 
 
+def invalid_items(fate: str) -> list[Item]:
+    """Return an item on what is executed where a policy's tokens are no chunk; none of one without tokens."""
+    why = "what the robot executes then"
+    return [Item(INVALID, {"checkpoint": fate}, fate, "assumed", why)] if fate else []
+
+
 def chosen(name: str, stated: str, value: str, role: Role) -> Iterator[Item]:
     """Yield an item where another value was chosen than is stated."""
     if stated != value:

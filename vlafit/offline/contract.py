@@ -5,13 +5,21 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from vlafit import config
-from vlafit.agreement import Agreement, Item, describe_recorded, evaluation_items, recorded_otherwise
+from vlafit.agreement import (
+    Agreement,
+    Item,
+    describe_recorded,
+    evaluation_items,
+    invalid_items,
+    recorded_otherwise,
+)
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, column_order, conversions, value_faults
 from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned, said_of_cameras
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import EmbodimentError, quoted
 from vlafit.recipe import AdaptRecipe, Recipe
+from vlafit.requests import expected_of
 from vlafit.types import Actor, Embodiment, require_same
 
 
@@ -45,9 +53,10 @@ EVALUATION = value_faults.Remedies(
 def agree(actor: Actor, store: EpisodeStore) -> list[Item]:
     """Return what the actor's robot and that of the dataset, which `require_robot` has let pass, say of each
     other."""
-    return (
+    items = (
         evaluation_items(actor.embodiment, store.embodiment, "dataset") if isinstance(actor, OfRobot) else []
     )
+    return items + invalid_items(expected_of(actor, store.embodiment).fate_of_invalid)
 
 
 def compare_values(

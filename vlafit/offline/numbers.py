@@ -3,6 +3,9 @@
 Errors are absolute differences of actions. In a joint's own units they show what a robot would do; to be
 averaged over joints they are divided by the standard deviation of the joint's recorded actions, and joints
 that never move are left out. Every episode counts once.
+
+Where the tokens of a policy make no chunk of actions, its error is that of what is executed in its place.
+Such an answer never counts as nearer than a baseline: its difference is 0, unless it is farther.
 """
 
 import math
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 from vlafit.errors import DataError
 from vlafit.offline.part import Part
+from vlafit.score import InvalidAnswers
 from vlafit.significance.clusters import Mean, mean_interval
 from vlafit.types import Feature
 
@@ -66,6 +70,8 @@ class Episode:
         self.recorded = np.where(real, recorded, np.nan)  # [n, t, a]
         self.predicted = np.concatenate([part.predicted for part in parts]).astype(np.float64)  # [n, k, t, a]
         self.blanked = np.concatenate([part.blanked for part in parts], axis=1).astype(np.float64)
+        self.valid = np.concatenate([part.valid for part in parts])  # [n, k] 1, 0, or -1: see Part
+        self.blanked_valid = np.concatenate([part.blanked_valid for part in parts], axis=1)  # [c, n]
         baselines = {
             "hold_still": np.concatenate([part.hold_still for part in parts]),
             "mean_chunk": np.concatenate([np.broadcast_to(p.mean_chunk, p.recorded.shape) for p in parts]),
@@ -89,12 +95,14 @@ def summarise(measured: Measured) -> dict[str, Any]:
     """Return every number of the report as plain JSON values; what does not apply is None."""
     episodes, moving, scale = measured.episodes, measured.moving, measured.scale
     draws, chunk = episodes[0].predicted.shape[1:3]
+    invalid = invalid_answers(episodes)
     overall = {who: _over([_scaled(e.errors[who], scale, moving) for e in episodes]) for who in WHO}
     of_mean = [np.abs(e.predicted.mean(axis=1) - e.recorded) for e in episodes]
     return {
         "observations": sum(len(e.steps) for e in episodes),
         "draws": draws,
         "chunk": chunk,
+        "invalid_answers": None if invalid is None else invalid.to_json(),
         "deviation": measured.deviation.tolist(),
         "overall": {who: _json(mean) for who, mean in overall.items()}
         | {"mean_of_draws": _json(_over([_scaled(error, scale, moving) for error in of_mean]))},
@@ -111,6 +119,12 @@ def summarise(measured: Measured) -> dict[str, Any]:
         ],
         "samples": [sample for e in episodes for sample in _samples(e, measured)],
     }
+
+
+def invalid_answers(episodes: Sequence[Episode]) -> InvalidAnswers | None:
+    """Count the answers that were no chunk of actions; None where the policy answers with numbers."""
+    answers = sum(int((e.valid >= 0).sum()) for e in episodes)
+    return InvalidAnswers(answers, sum(int((e.valid == 0).sum()) for e in episodes)) if answers else None
 
 
 def _scaled(errors: Values, scale: Values, moving: NDArray[np.bool_]) -> Values:
@@ -149,8 +163,11 @@ def _number(value: float | np.floating) -> float | None:
 def _compare(
     episodes: Sequence[Episode], who: Who, scale: Values, moving: NDArray[np.bool_]
 ) -> dict[str, Any] | None:
-    """Return the policy's error minus a baseline's, paired by episode, and what that shows."""
-    differences = [_scaled(e.errors["policy"] - e.errors[who], scale, moving) for e in episodes]
+    """Return the policy's error minus a baseline's, paired by episode, and what that shows.
+
+    An answer that was no chunk of actions counts as 0 where what is executed in its place is nearer.
+    """
+    differences = [_difference(e, who, scale, moving) for e in episodes]
     mean = _over(differences, DIFFERENCE)
     if mean is None:
         return None
@@ -160,6 +177,17 @@ def _compare(
     else:
         verdict = "beats" if mean.high < 0 else "does not beat" if mean.value >= 0 else NOT_SHOWN
     return {"difference": mean.to_json(), "better_at": float((observations < 0).mean()), "verdict": verdict}
+
+
+def _difference(episode: Episode, who: Who, scale: Values, moving: NDArray[np.bool_]) -> Values:
+    """Return the policy's error minus a baseline's in an episode, [n, t, a] of the moving joints."""
+    baseline = episode.errors[who]
+    if not (episode.valid == 0).any():
+        return _scaled(episode.errors["policy"] - baseline, scale, moving)
+    errors = np.abs(episode.predicted - episode.recorded[:, None])
+    each = _scaled(errors - baseline[:, None], scale, moving)  # [n, k, t, a]
+    nearer = (episode.valid == 0) & (np.nansum(each, axis=(2, 3)) < 0)
+    return np.where(nearer[..., None, None] & ~np.isnan(each), 0.0, each).mean(axis=1)
 
 
 def _joints(measured: Measured) -> list[dict[str, Any]]:
@@ -243,8 +271,12 @@ def _spread_to_error(spreads: Sequence[Values], misses: Sequence[Values], draws:
 def _sensitivity(
     episodes: Sequence[Episode], number: int, name: str, scale: Values, moving: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Return how much the first draw changes without an input, and how its error does."""
+    """Return how much the first draw changes without an input, and how its error does.
+
+    An input is not called ignored on answers that were no chunk of actions, with it and without.
+    """
     changes, worse = [], []
+    answered = any(((e.valid[:, 0] != 0) | (e.blanked_valid[number] != 0)).any() for e in episodes)
     for e in episodes:
         first, blanked = e.predicted[:, 0], e.blanked[number]
         real = np.where(np.isnan(e.recorded), np.nan, 1.0)
@@ -255,7 +287,7 @@ def _sensitivity(
         "input": name,
         "change": _json(_over(changes)),
         "error_change": _json(_over(worse, DIFFERENCE)),
-        "ignored": all(bool((np.nan_to_num(change) == 0).all()) for change in changes),
+        "ignored": answered and all(bool((np.nan_to_num(change) == 0).all()) for change in changes),
     }
 
 
@@ -284,6 +316,7 @@ def _samples(episode: Episode, measured: Measured) -> list[dict[str, Any]]:
                 "episode": episode.name,
                 "step": step,
                 **means,
+                "invalid": int((episode.valid[i] == 0).sum()) if (episode.valid[i] >= 0).any() else None,
                 "spread": _number(np.nanmean(_scaled(episode.spread[i], scale, moving))),
                 "joints": [_number(v) for v in np.nanmean(episode.errors["policy"][i], axis=0)],
                 "blanked": changes,

@@ -17,6 +17,7 @@ from vlafit.offline.inputs import blank
 from vlafit.types import Actor, EpisodeKey, Observation
 
 Array = NDArray[np.float32]
+NUMBERS = -1  # in `Part.valid`: the policy answers with numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Part:
     """Recorded, predicted and baseline actions at n steps of an episode.
 
     k draws of noise, t steps of the chunk, a action dimensions, c blanked inputs. Actions are in the robot's
-    units. A baseline that does not apply is NaN.
+    units. A baseline that does not apply is NaN. Of a policy that writes tokens, `valid` says which answers
+    were a chunk of actions: 1 or 0; -1 where it answers with numbers, and in files of an earlier version.
     """
 
     steps: NDArray[np.int64]  # [n]
@@ -35,6 +37,8 @@ class Part:
     blanked: Array  # [c, n, t, a] the first draw with one input blanked
     hold_still: Array  # [n, t, a]
     mean_chunk: Array  # [t, a]
+    valid: NDArray[np.int8]  # [n, k]
+    blanked_valid: NDArray[np.int8]  # [c, n]
 
     def save(self, path: Path) -> None:
         """Write the arrays as a .npz file."""
@@ -47,7 +51,17 @@ class Part:
         """Read what `save` wrote. Raises ConfigError for a damaged file."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+                counts = arrays["predicted"].shape[:2], arrays["blanked"].shape[:2]
+                earlier = {
+                    name: np.full(count, NUMBERS, np.int8)
+                    for name, count in zip(("valid", "blanked_valid"), counts, strict=True)
+                }
+                return cls(
+                    **{
+                        name: earlier[name] if name in earlier and name not in arrays else arrays[name]
+                        for name in cls.__dataclass_fields__
+                    }
+                )
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ConfigError(
                 f"{path}: damaged ({error}); remove this file, and evaluate again with --resume"
@@ -89,9 +103,10 @@ def ask(
     changed = [[blank(observation, name, mean_state) for observation in seen] for name in blanked]
     everything: list[Observation] = [*observations, *(o for row in changed for o in row)]
     every_key = [key for row in keys for key in row] + keys[0] * len(blanked)
+    answered = actor.act(everything, every_key)
     width = store.embodiment.action.shape[0]
     try:
-        chunks = [executable(chunk.actions, width) for chunk in actor.act(everything, every_key)]
+        chunks = [executable(chunk.actions, width) for chunk in answered]
     except EmbodimentError as error:
         raise DataError(f"{store.card.name}, episode {episode}: {error}") from error
     lengths = sorted({len(chunk) for chunk in chunks})
@@ -100,6 +115,7 @@ def ask(
             f"{store.card.name}: the policy answers with chunks of {lengths} steps; all must have one length"
         )
     answers = np.stack(chunks)
+    valid = np.array([NUMBERS if one.valid is None else one.valid for one in answered], np.int8)
     chunk, count = answers.shape[1], len(steps)
     rows = np.asarray(steps)[:, None] + np.arange(chunk)
     actions, states = store.actions(number), store.state(number)[list(steps)]
@@ -115,4 +131,6 @@ def ask(
         blanked=answers[draws * count :].reshape(len(blanked), count, chunk, width),
         hold_still=still,
         mean_chunk=mean.without(episode, chunk),
+        valid=valid[: draws * count].reshape(draws, count).swapaxes(0, 1),
+        blanked_valid=valid[draws * count :].reshape(len(blanked), count),
     )

@@ -9,6 +9,7 @@ from vlafit.checkpoints.locate import digest
 from vlafit.errors import VlafitError, brief
 from vlafit.offline import read_checked
 from vlafit.report.evaluations import Evaluation, read_evaluation
+from vlafit.score import InvalidAnswers
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def _played(evaluation: Evaluation) -> str:
     return (
         f"protocol {evaluation.protocol['name']}{probe}: {total.successes} of {total.episodes} "
         f"succeed, {100 * total.rate:.0f} % (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
+        + (f"; {evaluation.invalid_answers}" if evaluation.invalid_answers is not None else "")
     )
 
 
@@ -63,10 +65,19 @@ def _offline(value: Mapping[str, Any]) -> str:
     over = value.get("measured_over") or f"{value['observations']} observations"
     return (
         f"{value['dataset']}, mean absolute error of chunks in standard deviations of each joint: "
-        f"{'; '.join(numbers)}. Measured over {over}. {value['chosen']} Measure it again with "
+        f"{'; '.join(numbers)}. {_invalid(InvalidAnswers.of(value))}"
+        f"Measured over {over}. {value['chosen']} Measure it again with "
         f"`--samples {settings['samples']} --draws {settings['draws']}`: other observations or draws "
         "give other numbers."
     )
+
+
+def _invalid(invalid: InvalidAnswers | None) -> str:
+    """Return a sentence on the answers that were no chunk of actions."""
+    if invalid is None:
+        return ""
+    executed = "; the error is then that of what is executed in their place" if invalid.invalid else ""
+    return f"{invalid}{executed}. "
 
 
 def _mean(mean: Mapping[str, float | None]) -> str:

@@ -11,8 +11,8 @@ from vlafit.files import parse_json, plain_text
 from vlafit.rollout import result_file
 from vlafit.rollout.against import Comparison
 from vlafit.rollout.evaluation_folder import EvaluationFolder
-from vlafit.rollout.records import InvalidAnswers, Record, read_records
-from vlafit.score import Score, errors_notice
+from vlafit.rollout.records import Record, count_invalid, read_records
+from vlafit.score import InvalidAnswers, Score, errors_notice
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Evaluation:
     @property
     def invalid_answers(self) -> InvalidAnswers | None:
         """Answers that were no chunk of actions; None where the policy answers with numbers."""
-        return InvalidAnswers.of(self.records)
+        return count_invalid(self.records)
 
     @property
     def filmed(self) -> list[Record]:

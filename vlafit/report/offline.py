@@ -13,6 +13,7 @@ from vlafit.offline import read_checked
 from vlafit.offline.strips import strip_file
 from vlafit.report import markup, offline_charts
 from vlafit.report.markup import Content, Raw, figure, folded, join, muted, section, table, tag
+from vlafit.score import InvalidAnswers
 
 PAGE = "report.html"
 NAMES = {"policy": "the policy", "hold_still": "hold still", "mean_chunk": "mean chunk"}
@@ -91,6 +92,8 @@ def verdict(result: Result) -> str:
         what = "One episode" if compared["difference"]["low"] is None else "The interval"
         start = words.get(compared["verdict"], f"{what} does not show whether the policy beats")
         sentences.append(f"{start} “{NAMES[who]}”: {share}.")
+    if (invalid := InvalidAnswers.of(result)) is not None:
+        sentences.append(f"{invalid}{'; these never count as nearer' if invalid.invalid else ''}.")
     return " ".join(filter(None, sentences))
 
 
@@ -180,6 +183,8 @@ def _calibration(result: Result) -> Raw:
 
 def _joints(result: Result) -> list[Content]:
     baselines = [who for who in ("hold_still", "mean_chunk") if result["overall"][who] is not None]
+    invalid = InvalidAnswers.of(result)
+    judged = invalid is None or not invalid.invalid  # else an error may be that of what is executed instead
     unit = next((joint["unit"] for joint in result["joints"] if joint["unit"]), "")
     heads = [
         "joint",
@@ -196,6 +201,7 @@ def _joints(result: Result) -> list[Content]:
         best = min([joint[who]["value"] for who in baselines if joint[who]], default=None)
         value = joint["policy"]["value"]
         chip = "" if best is None or not joint["moves"] else "good" if value < best else "bad"
+        chip = chip if judged or chip == "bad" else ""
         rows.append(
             [
                 join([joint["name"], "" if joint["moves"] else muted(" does not move")]),

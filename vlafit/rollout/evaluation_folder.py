@@ -28,8 +28,8 @@ from vlafit.rollout.play import Outcome
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.records import (
     EpisodePlan,
-    InvalidAnswers,
     Record,
+    count_invalid,
     film_of,
     motion,
     read_records,
@@ -75,7 +75,7 @@ class Result:
         steps = self.steps_to_success
         seconds = f" ({steps / self.hz:.1f} s)" if steps and self.hz else ""
         lines = [] if steps is None else [f"median time to success: {steps:g} steps{seconds}"]
-        invalid = InvalidAnswers.of(self.records)
+        invalid = count_invalid(self.records)
         lines += [str(invalid)] if invalid is not None else []
         return "\n".join([score.table(self.tasks), *lines, *self.notices])
 
@@ -284,7 +284,7 @@ class EvaluationFolder:
         notices = [*([incomplete] if incomplete else []), *notices, *self.described["notices"]]
         if incomplete:
             log.error("%s", incomplete)
-        invalid = InvalidAnswers.of(records)
+        invalid = count_invalid(records)
         content = {
             **self.identity,
             "overall": total.to_json(),

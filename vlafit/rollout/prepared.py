@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Structure
 
-from vlafit.agreement import INVALID, Item, chosen, evaluation_items, replan_items
+from vlafit.agreement import Item, chosen, evaluation_items, invalid_items, replan_items
 from vlafit.errors import ConfigError
 from vlafit.execution import Execution
 from vlafit.requests import expected_of
@@ -94,8 +94,8 @@ class PreparedEvaluation:
         items += replan_items(used or own, self.chunk)
         trials = str(self.protocol.trials), str(self.trials)
         items += chosen("episodes of each task", *trials, "protocol")
-        if self.trained and (fate := expected_of(self.trained, robot).fate_of_invalid):
-            items.append(Item(INVALID, {"checkpoint": fate}, fate, "assumed", "what the robot executes then"))
+        if self.trained:
+            items += invalid_items(expected_of(self.trained, robot).fate_of_invalid)
         told = "the partner's" if self.wrong_instruction else "the task's"
         items += chosen("instruction", "the task's", told, "protocol")
         return items

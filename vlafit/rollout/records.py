@@ -16,6 +16,7 @@ from vlafit.config import build
 from vlafit.errors import ConfigError
 from vlafit.rollout.protocol import Protocol
 from vlafit.rollout.shard import Shard, Start
+from vlafit.score import InvalidAnswers
 
 log = logging.getLogger(__name__)
 
@@ -49,31 +50,12 @@ class Record:
     numbers, and of an earlier version."""
 
 
-@dataclass(frozen=True)
-class InvalidAnswers:
-    """How many answers of a policy that writes tokens made no chunk of actions."""
-
-    answers: int
-    invalid: int
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> "InvalidAnswers | None":
-        """Count those of the records; None where the policy answers with numbers."""
-        counted = [record for record in records if record.invalid_answers is not None]
-        if not counted:
-            return None
-        return cls(sum(r.replans for r in counted), sum(r.invalid_answers or 0 for r in counted))
-
-    @property
-    def rate(self) -> float:
-        return self.invalid / self.answers if self.answers else 0.0
-
-    def to_json(self) -> dict[str, float]:
-        """Return counts and rate for result.json."""
-        return {"answers": self.answers, "invalid": self.invalid, "rate": round(self.rate, 6)}
-
-    def __str__(self) -> str:
-        return f"{self.invalid} of {self.answers} answers were no chunk of actions ({self.rate:.1%})"
+def count_invalid(records: Sequence[Record]) -> InvalidAnswers | None:
+    """Count the answers of the records that were no chunk; None where the policy answers with numbers."""
+    counted = [record for record in records if record.invalid_answers is not None]
+    if not counted:
+        return None
+    return InvalidAnswers(sum(r.replans for r in counted), sum(r.invalid_answers or 0 for r in counted))
 
 
 def film_of(task: str, seed: int) -> str:

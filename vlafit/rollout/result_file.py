@@ -7,7 +7,7 @@ from typing import Any
 from vlafit.config import build
 from vlafit.errors import ConfigError
 from vlafit.rollout.protocol import Protocol
-from vlafit.rollout.records import EpisodePlan, InvalidAnswers, Record, difference
+from vlafit.rollout.records import EpisodePlan, Record, count_invalid, difference
 from vlafit.score import Score
 
 SAME = ("protocol_sha256", "actor", "trials", "wrong_instruction")  # in evaluation.json and result.json
@@ -99,7 +99,7 @@ def counts_of(values: Mapping[str, Any]) -> Score:
 def _answers(values: Mapping[str, Any], records: Sequence[Record]) -> str:
     stated = values.get("invalid_answers")
     played = sum(sum(map(int, (v["episodes"], v["errors"]))) for v in values["tasks"].values())
-    found = InvalidAnswers.of(records)
+    found = count_invalid(records)
     if stated is None or len(records) != played:
         return ""
     counted = {"answers": 0, "invalid": 0, "rate": 0.0} if found is None else found.to_json()
