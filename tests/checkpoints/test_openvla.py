@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -194,6 +196,109 @@ def test_a_tower_that_ofts_own_file_lacks_is_missing_and_not_that_of_the_base(wh
     save_file(tensors, file)
     with pytest.raises(WeightsError, match="missing .1.: .*featurizer.blocks.1.block.attn.qkv.weight"):
         vlafit.load_policy(folder, config=UNTOLD)
+
+
+class Tower(torch.nn.Module):
+    """Modules of the names and shapes of a checkpoint's tensors, as timm has them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for first in dict.fromkeys(name.partition(".")[0] for name in tensors):
+            inside = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == first}
+            setattr(self, first, torch.nn.Parameter(inside[""]) if "" in inside else self._module(inside))
+
+    @staticmethod
+    def _module(inside: dict[str, Tensor]) -> torch.nn.Module:
+        if set(inside) != {"weight", "bias"} or inside["weight"].ndim == 1:
+            return Tower(inside)
+        rows, columns, *kernel = inside["weight"].shape
+        return torch.nn.Conv2d(columns, rows, kernel) if kernel else torch.nn.Linear(columns, rows)
+
+
+def as_oft_loads_film(folder: Path, words: int) -> torch.nn.Module:
+    """Return the towers of a folder as `_apply_film_to_vla` makes them: LoRA first, then FiLM's wrappers."""
+    plain = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("vision_")}
+    made = Tower({"base": torch.zeros(1)} | plain)
+    layers = r".*\.(q|kv|qkv|proj|fc1|fc2)"  # what peft 0.11.1 makes of "all-linear"
+    made = inject_adapter_in_model(LoraConfig(r=32, lora_alpha=16, target_modules=layers), made)
+    towers = made.vision_backbone
+    for tower in (towers.featurizer, towers.fused_featurizer):
+        for number, block in list(tower.blocks.named_children()):
+            width = block.norm1.weight.shape[0]
+            parts = {"block": block, "scale": torch.nn.Linear(words, width)}
+            wrapper = torch.nn.ModuleDict(parts | {"shift": torch.nn.Linear(words, width)})
+            setattr(tower.blocks, number, wrapper)
+    return torch.nn.ModuleDict({"vision_backbone": towers})
+
+
+@pytest.mark.parametrize("tuned", ["loaded", "lora"])
+def test_film_goes_out_in_the_file_that_ofts_loader_takes_and_reads_back_the_same(
+    whole: Path, tmp_path: Path, tuned: str
+):
+    if tuned == "loaded":
+        policy = vlafit.load_policy(write_film(shutil.copytree(whole, tmp_path / "film")), config=UNTOLD)
+        vlafit.save_checkpoint(policy, tmp_path / "native", None)
+    else:
+        policy = build_family("openvla", "openvla-oft-tiny", {"film": True}, torch.Generator().manual_seed(0))
+        plan = vlafit.apply_strategy(policy, "openvla-oft")
+        with torch.no_grad():
+            for name in plan.trainable:
+                torch.nn.init.normal_(policy.get_parameter(name), std=0.1)
+        checkpoints.save(policy, tmp_path / "native", plan=plan)
+    made = export(tmp_path / "native", "openvla", tmp_path / "out", merge=True)
+    file = tmp_path / "out" / "vision_backbone--vlafit_checkpoint.safetensors"
+    strict = as_oft_loads_film(tmp_path / "out", policy.config.language.width)
+    strict.load_state_dict(load_file(file))  # raises for a name or a shape that is not OFT's
+    assert not any(
+        names.NAMES.policy_name(n).count("film") for n in load_file(file.parent / "model.safetensors")
+    )
+    assert any("use_film" in note for note in made.notes)
+    assert any("vision_backbone--vlafit_checkpoint" in note for note in made.notes)
+    sizes = {key: getattr(policy.config, key) for key in ("chunk", "action_dim", "state_dim")}
+    again = vlafit.load_policy(tmp_path / "out", config=sizes)
+    assert again.config.film
+    if tuned == "loaded":
+        assert again.config == policy.config
+        for (name, one), other in zip(policy.named_parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, other), name
+    batch, keys = random_batch(policy.needs(), 2), [(0, 0), (0, 1)]
+    ours, theirs = (one.eval().act(batch, sample_rng(keys, seed=0)) for one in (policy, again))
+    close = 1e-5 * max(1.0, float(ours.detach().abs().max()))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=close)
+    if tuned == "lora":  # and with its adapters beside a base that holds FiLM
+        export(tmp_path / "native", "openvla", tmp_path / "apart")
+        apart = (
+            vlafit.load_policy(tmp_path / "apart", config=sizes).eval().act(batch, sample_rng(keys, seed=0))
+        )
+        torch.testing.assert_close(apart, ours, rtol=0, atol=close)
+
+
+def test_adapters_in_the_file_of_the_towers_are_merged_as_oft_merges_them(whole: Path, tmp_path: Path):
+    plain = write_film(shutil.copytree(whole, tmp_path / "plain"))
+    before = vlafit.load_policy(plain, config=UNTOLD)
+    vlafit.save_checkpoint(before, tmp_path / "native", None)
+    export(tmp_path / "native", "openvla", tmp_path / "out")
+    file = tmp_path / "out" / "vision_backbone--vlafit_checkpoint.safetensors"
+    tensors = load_file(file)
+    rng = torch.Generator().manual_seed(0)
+    changed = {n: torch.randn(t.shape, generator=rng) / 8 for n, t in tensors.items() if ".lora_B." in n}
+    save_file({f"module.{n}": t for n, t in (tensors | changed).items()}, file)
+    after = vlafit.load_policy(tmp_path / "out")
+    towers = as_oft_loads_film(tmp_path / "out", before.config.language.width)
+    towers.load_state_dict(tensors | changed)
+    for name, layer in towers.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            ours = after.get_parameter(names.NAMES.policy_name(f"{name.replace('.block.', '.')}.weight"))
+            torch.testing.assert_close(ours, layer.get_base_layer().weight, rtol=0, atol=1e-5)
+    first = next(iter(changed))
+    (broken := dict(tensors)).pop(first)
+    save_file(broken, file)
+    with pytest.raises(WeightsError, match=f"without {first}"):
+        vlafit.load_policy(tmp_path / "out")
+    save_file(tensors | {first: torch.zeros(3, 32)}, file)
+    with pytest.raises(WeightsError, match=r"the adapter of .* which do not fit"):
+        vlafit.load_policy(tmp_path / "out")
 
 
 def test_a_component_of_another_width_than_the_statistics_is_refused(whole: Path, tmp_path: Path):

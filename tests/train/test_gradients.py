@@ -130,6 +130,27 @@ def test_cameras_may_be_missing_for_two_steps_and_not_for_three() -> None:
     steps(policy, plan, lambda _: batch(policy.config, cameras=False), new=False)  # they learned before
 
 
+def test_steps_without_demonstrations_do_not_count() -> None:
+    policy, plan = taught("pi05-tiny", "all")
+    nothing = replace(batch(policy.config), action_mask=torch.zeros_like(batch(policy.config).action_mask))
+
+    def train(steps: dict[int, Batch], last: int) -> None:
+        check = GradientCheck(policy, plan, plan.trainable)
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
+        for step in range(1, last + 1):
+            policy(steps.get(step, nothing), sample_rng([(0, 0), (0, 1)], seed=step))["error"].backward()
+            check.look(step, is_whole=step in steps)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train({7: batch(policy.config), 9: batch(policy.config), 12: batch(policy.config)}, 12)
+    policy, plan = taught("pi05-tiny", "all")
+    dark = batch(policy.config, cameras=False)
+    with pytest.raises(TrainingError, match="zero in the first 3 steps, not counting 2 without") as error:
+        train({2: dark, 3: dark, 5: dark}, 5)
+    assert "vision, conv: 2 tensors" in str(error.value)
+
+
 def test_a_run_that_began_in_the_midst_of_the_three_steps_is_not_judged() -> None:
     policy, plan = taught("pi0-tiny", "all")
     check = GradientCheck(policy, plan, plan.trainable)

@@ -252,6 +252,21 @@ def test_a_run_logs_answers_apart_says_what_trains_what_and_resumes_exactly(
     assert_same(learned(tmp_path / "again", 4), learned(tmp_path / "whole", 4))
 
 
+def test_a_mixture_may_begin_with_steps_that_hold_no_demonstration(
+    card: Path, file: Path, tmp_path: Path
+) -> None:
+    recipe = mixed(
+        card,
+        file,
+        data={"weights": {"dots": 0.1, "vqa": 0.9}},
+        train={"steps": 4, "batch_size": 2, "validate_every": 0, "save_every": 0},
+    )
+    batches = dataloader.training_batches(build(recipe, CPU), first_step=0, rank=0, world=1)
+    shown = [any(bool(batch.action_mask.any()) for _, batch in next(batches)) for _ in range(3)]
+    assert not any(shown)  # in as many steps as the check of gradients looks at
+    assert run(recipe, tmp_path / "run").finished
+
+
 def test_a_question_that_changed_is_other_data(card: Path, file: Path, tmp_path: Path) -> None:
     shutil.copytree(file.parent, tmp_path / "vqa")
     own = tmp_path / "vqa" / "vqa.jsonl"

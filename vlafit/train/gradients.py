@@ -2,7 +2,8 @@
 
 Without it, a wrong rule could train nothing for days unnoticed: a tensor that the loss does not reach never
 changes, whatever the plan says. Two numbers for each tensor are summed over the processes in the first steps
-of each stage; later steps cost nothing.
+of each stage; later steps cost nothing. A step does not count where a term of the loss had nothing to learn
+from, as where a mixture drew only questions about images.
 """
 
 from collections.abc import Collection
@@ -35,6 +36,7 @@ class GradientCheck:
         self._trained = {name: tensors[name] for name in plan.trainable}
         self._without = set(new)
         self._from_the_first = False
+        self._counted = self._passed = 0  # steps that count, and others
         self._over = False
         self._seen: dict[Tensor, Tensor] = {}
         quantised = {base_name(f"{layer}.weight") for layer in quantised_names(policy)}
@@ -52,24 +54,31 @@ class GradientCheck:
         if not self._over:
             self._seen[parameter] = _has_gradient(parameter)
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, is_whole: bool = True) -> None:
         """Check the gradients before the optimiser uses them, or all were seen, in step 1, 2, ... of the
-        stage.
+        stage. `is_whole` says, the same on every process, whether every term of the loss had something to
+        learn from, and actions counted; only such steps count.
 
         Every process must call it. Raises TrainingError naming the tensors that have no gradient at all (in
-        the first step), or only zero gradients on all processes (in the third). A resumed run that did not do
-        the first step of the stage is not checked.
+        the first that counts), or only zero gradients on all processes (in the third). A resumed run that did
+        not do the first step of the stage is not checked.
         """
         self._from_the_first |= step == 1
         seen, self._seen = self._seen, {}
-        if step > STEPS or not self._from_the_first or not (step == 1 or self._without):
+        if self._over or not self._from_the_first or (self._counted and not self._without):
             self._over = True
             return
+        if is_whole:
+            self._counted += 1
+        else:
+            self._passed += 1
         counts = torch.stack([seen[p] if p in seen else _has_gradient(p) for p in self._trained.values()])
         counts = sum_over_processes(counts).tolist()
         for name, (_, nonzero) in zip(self._trained, counts, strict=True):
             if nonzero:
                 self._without.discard(name)
+        if not is_whole:
+            return
         unreached = [name for name, (has, _) in zip(self._trained, counts, strict=True) if not has]
         if unreached:
             raise TrainingError(
@@ -79,11 +88,15 @@ class GradientCheck:
                 "them, "
                 "its parts() should mark them as dead."
             )
-        if step == STEPS and self._without:
+        if self._counted < STEPS:
+            return
+        self._over = True
+        if self._without:
+            left_out = f", not counting {self._passed} without actions or answers" if self._passed else ""
             zero = [name for name in self._trained if name in self._without]
             raise TrainingError(
                 f"{len(zero)} of the {len(self._trained)} trainable tensors had a gradient of exactly zero "
-                f"in the first {STEPS} steps:\n{self._listed(zero)}\n{self._zero_matrices()}"
+                f"in the first {STEPS} steps{left_out}:\n{self._listed(zero)}\n{self._zero_matrices()}"
                 "They would never change. Check whether the data reach them (a camera that is missing in "
                 "every sample? a state that never changes?), and whether a layer after them is zero (it must "
                 "be trained "

@@ -78,7 +78,7 @@ def train(
         loaded = time.perf_counter()
         micro_batches = [(keys, state.prepare(keys, batch)) for keys, batch in micro_batches]
         rngs = [sample_rng(keys, seed=recipe.seed, draws=recipe.draws) for keys, _ in micro_batches]
-        counts, tokens, stop, gone = _agree(
+        counts, is_whole, tokens, stop, gone = _agree(
             state.policy, micro_batches, rngs, wants_stop(), spent() / world, device
         )
         if not any(counts.values()):
@@ -99,7 +99,7 @@ def train(
                 f"(epoch, index) {rows[:8]}{' ...' if len(rows) > 8 else ''}"
                 f"{'' if stepped is None else stepped.fault}"
             )
-        state.check.look(step - began_at + 1)
+        state.check.look(step - began_at + 1, is_whole)
         optimizer.step()
         if ranks is not None:
             ranks.after_step(step + 1, gone)
@@ -153,18 +153,22 @@ def _agree(
     stop: bool,
     spent: float,
     device: torch.device,
-) -> tuple[dict[str, float], float, bool, float]:
-    """Return over all processes: the step's count of each term, its tokens, whether any wants to stop, and
-    `spent`.
+) -> tuple[dict[str, float], bool, float, bool, float]:
+    """Return over all processes: the step's count of each term, whether each has one and an action counts,
+    its tokens, whether any wants to stop, and `spent`.
     """
     names = list(policy.terms())
     drawn = [(batch, rng) for (_, batch), rng in zip(micro_batches, rngs, strict=True)]
     counted = [policy.drawn_counts(batch, rng) for batch, rng in drawn]  # on the CPU: no waiting
     own = [sum(counts[name] for counts in counted) for name in names]
     tokens = sum(policy.tokens(batch, rng.draws) for batch, rng in drawn)
-    sums = torch.tensor([*own, tokens, stop, spent], dtype=torch.float64, device=device)
-    *totals, tokens, stops, gone = sum_over_processes(sums).tolist()
-    return dict(zip(names, totals, strict=True)), tokens, stops > 0, gone
+    acts = any(batch.action_mask is None or bool(batch.action_mask.any()) for _, batch in micro_batches)
+    sums = torch.tensor([*own, acts, tokens, stop, spent], dtype=torch.float64, device=device)
+    *totals, acting, tokens, stops, gone = sum_over_processes(sums).tolist()
+    is_whole = acting > 0 and all(
+        total or not policy.terms()[n] for n, total in zip(names, totals, strict=True)
+    )
+    return dict(zip(names, totals, strict=True)), is_whole, tokens, stops > 0, gone
 
 
 def _share(

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlafit.checkpoints.formats.openvla import film
+from vlafit.checkpoints.formats.openvla.film import TOWERS
 from vlafit.checkpoints.name_map import Translated
 from vlafit.checkpoints.tensor_files import beside, open_tensors, read_json_if_present
 from vlafit.checkpoints.voting import Stated
@@ -30,8 +32,6 @@ PREFIXES = {
 }
 ADAPTERS = "lora_adapter"  # in the folder of an OFT run
 STATISTICS = "dataset_statistics.json"
-TOWERS = "vision_backbone"
-"""The module with both towers, which OFT saves with FiLM."""
 NESTED = f"{TOWERS}.{TOWERS}."
 """How its names begin in the module that adds FiLM to it."""
 COMPUTED: dict[str, object] = {  # what vlafit computes; a key that is not there is silent
@@ -203,7 +203,8 @@ def components_for(base: Path, adapters: Path | None) -> tuple[dict[str, Path], 
 def component_tensors(module: str, file: Path) -> dict[str, Tensor]:
     """Return a component's tensors as they are called in one file with the others."""
     prefix = PREFIXES[module]
-    return {prefix + name.removeprefix("module."): t for name, t in open_tensors([file]).items()}
+    named = {prefix + name.removeprefix("module."): t for name, t in open_tensors([file]).items()}
+    return film.merged(named, str(file)) if module == TOWERS else named
 
 
 def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.native.read import CODEC
 from vlafit.checkpoints.formats.openvla import files as layout
-from vlafit.checkpoints.formats.openvla import names, statistics
+from vlafit.checkpoints.formats.openvla import film, names, statistics
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap
 from vlafit.checkpoints.options import LoadOptions, OptionTable
@@ -215,8 +215,15 @@ class OpenVLAFormat(Format):
             if own:
                 saved.append(f"{module}--{STEP}_checkpoint")
                 save_tensors({n: t.contiguous() for n, t in own.items()}, folder / f"{saved[-1]}.safetensors")
-        save_tensors(
-            {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        if policy.config.film:
+            towers = {n: t for n, t in tensors.items() if n.startswith(f"{layout.TOWERS}.")}
+            saved.append(f"{layout.TOWERS}--{STEP}_checkpoint")
+            own = {n: t.contiguous() for n, t in film.written(towers).items()}
+            save_tensors(own, folder / f"{saved[-1]}.safetensors")
+        save_tensors(  # with the towers as OpenVLA's class has them, which is loaded first
+            {n: t.contiguous() for n, t in tensors.items() if not film.is_film(n)},
+            folder / "model.safetensors",
+            {"format": "pt"},
         )
         described = describe(policy)
         notes = [
@@ -227,6 +234,11 @@ class OpenVLAFormat(Format):
             notes.append(
                 "OpenVLA-OFT reads pickles: torch.save(safetensors.torch.load_file('X.safetensors'), 'X.pt') "
                 f"for {' and '.join(saved)}"
+            )
+        if policy.config.film:
+            notes.append(
+                f"load it with use_film: OpenVLA-OFT puts LoRA on the towers before it reads their file, "
+                f"which therefore holds adapters of rank {film.RANK} (lora_rank) that change nothing"
             )
         if codec is None:
             notes.append("there is no codec: states and actions are in the units that the policy takes")
