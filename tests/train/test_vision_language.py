@@ -259,7 +259,7 @@ def test_a_mixture_may_begin_with_steps_that_hold_no_demonstration(
         card,
         file,
         data={"weights": {"dots": 0.1, "vqa": 0.9}},
-        train={"steps": 4, "batch_size": 2, "validate_every": 0, "save_every": 0},
+        train={"steps": 4, "batch_size": 2, "validate_every": 0, "save_every": 0, "seed": 1},
     )
     batches = dataloader.training_batches(build(recipe, CPU), first_step=0, rank=0, world=1)
     shown = [any(bool(batch.action_mask.any()) for _, batch in next(batches)) for _ in range(3)]
