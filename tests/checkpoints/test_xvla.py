@@ -94,7 +94,7 @@ def assert_exact(policy, stored: dict[str, Tensor]) -> None:
 
 def test_lerobots_folder_is_read_exactly(stored):
     loaded = vlafit.load_checkpoint(FIXTURE, config=SQUARE)
-    assert loaded.policy.config == CONFIG and loaded.policy.steps == 10
+    assert loaded.policy.config == replace(CONFIG, domain=3) and loaded.policy.steps == 10  # the processors'
     assert (loaded.report.form, loaded.report.family, loaded.report.unused) == ("LeRobot", "xvla", ())
     assert_exact(loaded.policy, stored)
     assert loaded.codec is None and "64x96" in loaded.report.codec
@@ -205,7 +205,7 @@ def test_the_processors_make_the_recorded_inputs(folder: Path):
 def test_a_domain_that_the_caller_gives_takes_the_place_of_the_processors(folder: Path):
     assert vlafit.load_checkpoint(folder, config={"domain": 1}).codec.embodiment_id == 1
     edit(folder / "policy_preprocessor.json", lambda v: step_of(v, "xvla_add_domain_id").update(domain_id=5))
-    with pytest.raises(WeightsError, match="name the domain 5, and the policy has 5"):
+    with pytest.raises(WeightsError, match="domain_id is 5, and the policy's domains are 0 to 4"):
         vlafit.load_checkpoint(folder)
     edit(folder / "policy_preprocessor.json", lambda v: v["steps"].pop(5))
     assert vlafit.load_checkpoint(folder).codec.embodiment_id == 0
@@ -355,7 +355,7 @@ def test_an_empty_camera_slot_gives_lerobot_no_view_more(folder: Path, tmp_path:
     write(loaded.policy, codec, "lerobot", out, "here")
     assert views_in_lerobot(json.loads((out / "config.json").read_text())) == loaded.policy.config.views == 3
     again = vlafit.load_checkpoint(out)
-    assert again.policy.config == loaded.policy.config and not again.report.notes
+    assert again.policy.config == loaded.policy.config and "views" not in str(again.report.notes)
     assert [name for name in again.codec.config.cameras if name] == [n for n in slots.cameras if n]
 
 
@@ -370,7 +370,7 @@ def test_empty_cameras_that_lerobot_counts_twice_are_noted(folder: Path):
     loaded = vlafit.load_checkpoint(folder)
     assert loaded.policy.config.views == 3
     assert any("4 views" in note and "views = 4" in note for note in loaded.report.notes)
-    assert not vlafit.load_checkpoint(folder, config={"views": 4}).report.notes
+    assert "views" not in str(vlafit.load_checkpoint(folder, config={"views": 4}).report.notes)
 
 
 def test_what_lerobot_cannot_hold_is_refused(folder: Path):

@@ -85,6 +85,8 @@ class AdapterSettings:
 
     config: Mapping[str, object] = field(default_factory=dict)
     """Fields of the policy's config."""
+    source: str = ""
+    """The file that names the embodiment in `config`; empty where none does."""
     steps: int | None = None
     """Steps in which the policy samples actions; None where no file says."""
     overruled: tuple[Overruled, ...] = ()

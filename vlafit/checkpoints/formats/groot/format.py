@@ -3,12 +3,14 @@
 Exports of earlier versions have vlafit's codec in the place of processors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vlafit.checkpoints.codecs import GIVE_ASSETS, GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, InputForm
+from vlafit.checkpoints.formats import stated_type
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names, processors
 from vlafit.checkpoints.formats.groot import write as writing
@@ -17,11 +19,15 @@ from vlafit.checkpoints.formats.native.read import CODEC
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.name_map import NameMap
 from vlafit.checkpoints.options import LoadOptions
+from vlafit.checkpoints.voting import depth_of
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
+from vlafit.policies._groot_shapes import PROJECTORS
+from vlafit.policies.groot import SIZES
 
 FIXED = ("max_tokens",)  # no program limits an instruction
+(NEW_ROW,) = SIZES["groot"].embodiment_rows
 LAYOUT = {"NVIDIA's GR00T": ("action_head.", "backbone.model.")}
 
 
@@ -55,14 +61,16 @@ class Groot(Format):
 
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names and read config.json, the backbone's, and our codec where it lies beside."""
+        stated_type.require(files.folder, str(files.path), names.FORM, config.MODEL_TYPE)
         words = options.open_tokenizer()
         values, stated, steps = config.evidence(files.folder, words)
         codec = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None
         values.setdefault("max_tokens", config.MAX_TOKENS if codec is None else codec.max_tokens)
+        translated = names.read(files.tensors)
         tag = None if codec is not None else processors.chosen(files.folder, options.assets)
         if tag is not None and "embodiment_rows" not in options.config.fields:
-            values["embodiment_rows"] = [processors.row_of(files.folder, tag)]
-        translated = names.read(files.tensors)
+            rows = depth_of(translated.weights, *PROJECTORS)
+            values["embodiment_rows"] = [processors.row_of(files.folder, tag, rows)]
         return OpenedCheckpoint(
             str(files.path),
             self,
@@ -72,6 +80,7 @@ class Groot(Format):
             steps=steps,
             own_codec=codec,
             codec_folder=files.folder,
+            notes=_unnamed(values, options, files.folder) if codec is None else (),
         )
 
     def codec(self, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions) -> ChosenCodec:
@@ -145,6 +154,19 @@ class Groot(Format):
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
         """Write config.json, weights, processors, and the backbone's config where it is not public."""
         return writing.write(folder, policy, codec)
+
+
+def _unnamed(values: Mapping[str, Any], options: LoadOptions, folder: Path) -> tuple[str, ...]:
+    """Return a note where nothing tells the row of the embodiment tables: that of a new robot is taken."""
+    if "embodiment_rows" in values or "embodiment_rows" in options.config.fields:
+        return ()
+    named = ", ".join(processors.tags(folder))
+    lacking = (
+        f"none of the embodiments {named} is chosen ({GIVE_ASSETS})" if named else "no file names a robot"
+    )
+    return (
+        f"{lacking}: its weights are those of row {NEW_ROW} (new_embodiment); config embodiment_rows=[N]",
+    )
 
 
 FORMAT = Groot()

@@ -168,9 +168,18 @@ def chosen(folder: Path, name: str | Path | None) -> str | None:
     return str(name)
 
 
-def row_of(folder: Path, tag: str) -> int:
-    """Return the row of the embodiment tables. Raises WeightsError for a tag that has none."""
-    return _required(folder).row_of(tag)
+def row_of(folder: Path, tag: str, rows: int) -> int:
+    """Return the row of the embodiment tables, which have `rows`.
+
+    Raises WeightsError for a tag that has none, or one that the tables lack.
+    """
+    row = _required(folder).row_of(tag)
+    if row >= rows:
+        raise WeightsError(
+            f"{folder / ROWS}: the embodiment {tag!r} has the row {row}, and the tables of these weights "
+            f"have rows 0 to {rows - 1}; correct it, or give another one: config embodiment_rows=[N]"
+        )
+    return row
 
 
 def formal(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vlafit.checkpoints.formats import unsupported
+from vlafit.checkpoints.formats import stated_type, unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.hf_transformers import names
 from vlafit.checkpoints.formats.hf_transformers import write as writing
@@ -70,6 +70,7 @@ class Transformers(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names and read config.json, and our codec where it lies beside."""
         unsupported.refuse(files.tensors, str(files.path))
+        stated_type.require(files.folder, str(files.path), "pi0", "pi0")
         translated = translate(files.tensors, names.SAVED)
         evidence = names.config_evidence(files.tensors, files.folder)
         codec = CodecSet.load(files.folder) if (files.folder / CODEC).is_file() else None

@@ -8,6 +8,7 @@ from torch import Tensor
 from vlafit.checkpoints.declaration import Declaration, Overruled
 from vlafit.checkpoints.formats.lerobot import (
     action_tokens,
+    families,
     features,
     read_buffers,
     read_processors,
@@ -34,6 +35,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         read_steps(folder / name) if (folder / name).is_file() else []
         for name in (read_processors.PRE, read_processors.POST)
     )
+    families.require_steps(lerobot, [*pre, *post])
     require_known(pre, post)
     features.require_inputs(lerobot)
     relative_actions.action_names(lerobot, pre)  # a contradiction is not a lack of features

@@ -5,6 +5,7 @@ both of the tied pair are there), or as on the Hub (openpi's names, which only c
 openpi's). pi0-FAST is opened by `pi0_fast`; X-VLA is read by `xvla`, the authors' own folders, too.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,11 @@ from vlafit.checkpoints.formats.lerobot import (
     read_buffers,
     read_processors,
     xvla,
+    xvla_steps,
 )
 from vlafit.checkpoints.formats.lerobot import write as writing
 from vlafit.checkpoints.formats.lerobot import write_groot as write_lerobot
+from vlafit.checkpoints.formats.lerobot.families import require_type
 from vlafit.checkpoints.formats.lerobot.read_config import (
     STEPS,
     LeRobotConfig,
@@ -85,6 +88,7 @@ OF_THE_ADAPTERS = {"chunk_size": "chunk", "tokenizer_max_length": "max_tokens"}
 """Keys of config.json on which no tensor depends, and their fields: those beside adapters hold."""
 
 
+ANY = sys.maxsize  # of domains: the policy itself refuses one that it lacks
 ADAPTED = "LeRobot runs adapters with the files beside them"
 
 
@@ -109,13 +113,16 @@ class LeRobotAdapters(AdapterSupport):
             return AdapterSettings()
         require_supported(here)
         steps = sampling_steps(here)
-        config = {
+        config: dict[str, object] = {
             field: value
             for key, field in OF_THE_ADAPTERS.items()
             if (value := here.get(key, int)) is not None
         }
+        source, domain = "", xvla_steps.domain_in(folder, ANY)
+        if domain is not None:
+            source, config["domain"] = str(folder / read_processors.PRE), domain
         if there is None:
-            return AdapterSettings(config, steps)
+            return AdapterSettings(config, source, steps)
         for key in DECIDING:
             if here.values.get(key) != there.values.get(key):
                 raise WeightsError(
@@ -127,7 +134,11 @@ class LeRobotAdapters(AdapterSupport):
             for key in (*OF_THE_ADAPTERS, *STEPS.get(here.values["type"], STEPS["pi0"]))
             if key in here.values and key in there.values and here.values[key] != there.values[key]
         ]
-        return AdapterSettings(config, steps, tuple(overruled))
+        before = xvla_steps.domain_in(base, ANY)
+        if domain is not None and before is not None and before != domain:
+            pre = read_processors.PRE
+            overruled.append(Overruled("domain", f"{base / pre}: {before}", f"{source}: {domain}", ADAPTED))
+        return AdapterSettings(config, source, steps, tuple(overruled))
 
     def codec_folder(self, folder: Path, base: Path) -> Path:
         """Return the folder of the processors, which LeRobot writes beside adapters."""
@@ -245,12 +256,8 @@ def _open(format: LeRobot, files: CheckpointFiles, config: LeRobotConfig | None)
     parameters = [name_map.policy_name(name) for name in rest]
     kind = variant_of(shape_table(family), parameters).public
     mixed = sum(bool(own) for own in variant_tensors(shape_table(family), parameters)) > 1
-    if config is not None and config.values["type"] != kind and not mixed:  # a mix is named with all tensors
-        raise WeightsError(
-            f"{where}: config.json says type {config.values['type']!r}, the tensors are those of {kind}: "
-            "one of "
-            "the two belongs to another checkpoint"
-        )
+    if not mixed:  # a mix is named with all tensors
+        require_type(config, kind, files.folder, where)
     translated, witnesses = _translate(rest, name_map, stored, buffers, family)
     if config is not None:
         require_supported(config)

@@ -5,6 +5,7 @@ from that folder's config.json where it lies in the checkpoint or beside it, kno
 checkpoint, and else told by the tensors.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,20 +13,22 @@ from typing import Any
 
 from vlafit.checkpoints.codecs import ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration, InputForm
-from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.base import AdapterSettings, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.groot import config, names
 from vlafit.checkpoints.formats.groot.format import FIXED
 from vlafit.checkpoints.formats.lerobot import features, groot_gripper, groot_grouped
 from vlafit.checkpoints.formats.lerobot import groot_processors as processors
+from vlafit.checkpoints.formats.lerobot.families import require_type
 from vlafit.checkpoints.formats.lerobot.format import LeRobotAdapters
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, read_config
 from vlafit.checkpoints.formats.lerobot.write_groot import NAMES, PREFIX
 from vlafit.checkpoints.infer import ConfigEvidence
 from vlafit.checkpoints.options import LoadOptions
-from vlafit.checkpoints.voting import Stated
+from vlafit.checkpoints.voting import Stated, depth_of
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy, is_sampling_steps
 from vlafit.policies import merge_dotted
+from vlafit.policies._groot_shapes import PROJECTORS
 from vlafit.policies.groot import SIZES
 
 FORM = NAMES.form
@@ -37,12 +40,26 @@ REWRITTEN = {"max_state_dim": 64, "max_action_dim": 32, "chunk_size": 50}
 UNREAD_SIZES = ([256, 256], [224, 224])  # LeRobot's defaults of image_size, a field that nothing reads
 
 
+class GrootAdapters(LeRobotAdapters):
+    """LeRobot's PEFT folders of GR00T, in which processors beside the adapters name the embodiment."""
+
+    def settings(self, folder: Path, base: Path) -> AdapterSettings:
+        """Return the settings of config.json and processors beside adapters, which LeRobot runs them with."""
+        made, here = super().settings(folder, base), read_config(folder)
+        own = {k: v for k, v in made.config.items() if (k, v) != ("chunk", REWRITTEN["chunk_size"])}
+        pack = processors.step_of(processors.steps_in(folder)[0], processors.PACK)
+        if here is None or pack is None:
+            return replace(made, config=own)
+        row, _ = processors.row_of(here, [pack], sys.maxsize)  # the policy itself refuses one that it lacks
+        return replace(made, config={**own, "embodiment_rows": [row]}, source=pack.where)
+
+
 class LeRobotGroot(Format):
     """LeRobot's checkpoints of GR00T; `formats.lerobot` writes them through `write_groot`."""
 
     name = FORM
     layouts = LAYOUT
-    adapters = LeRobotAdapters()
+    adapters = GrootAdapters()
 
     def detect(self, files: CheckpointFiles) -> bool:
         """Whether the tensor names are those of LeRobot's class."""
@@ -51,19 +68,18 @@ class LeRobotGroot(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names, read config.json, the processors' sizes and those of the base."""
         lerobot = read_config(files.folder)
-        if lerobot is not None and lerobot.values["type"] != TYPE:
-            raise WeightsError(
-                f"{files.path}: config.json says type {lerobot.values['type']!r}, the tensors are those of "
-                f"{TYPE}: one of the two belongs to another checkpoint"
-            )
+        require_type(lerobot, TYPE, files.folder, str(files.path))
         words = options.open_tokenizer() or config.own_tokenizer(files.folder)
-        values, stated, steps, notes = _evidence(files.folder, lerobot, words)
+        tensors = names.read(files.tensors, NAMES)
+        given = "embodiment_rows" in options.config.fields
+        rows = None if given else depth_of(tensors.weights, *PROJECTORS)
+        values, stated, steps, notes = _evidence(files.folder, lerobot, words, rows)
         values.setdefault("max_tokens", config.MAX_TOKENS)
         return OpenedCheckpoint(
             str(files.path),
             self,
             "groot",
-            names.read(files.tensors, NAMES),
+            tensors,
             ConfigEvidence(values, stated, fixed=FIXED, remedies=config.REMEDIES),
             steps=steps,
             codec_folder=files.folder,
@@ -131,9 +147,12 @@ class LeRobotGroot(Format):
 
 
 def _evidence(
-    folder: Path, lerobot: LeRobotConfig | None, words: Any
+    folder: Path, lerobot: LeRobotConfig | None, words: Any, rows: int | None
 ) -> tuple[dict[str, Any], list[Stated], int | None, tuple[str, ...]]:
-    """Return config values, stated sizes, sampling steps and notes of the checkpoint's files."""
+    """Return config values, stated sizes, sampling steps and notes of the checkpoint's files.
+
+    The tables of embodiments have `rows`; None: the caller names those that are used.
+    """
     if lerobot is None:
         return {}, [], None, ()
     base = str(lerobot.values.get("base_model_path"))
@@ -154,8 +173,10 @@ def _evidence(
     pre, post = processors.steps_in(folder)
     if (side := processors.image_size(pre)) is not None:
         values["image_size"] = side
-    row, note = processors.row_of(lerobot, pre)
-    values["embodiment_rows"] = [row]
+    note = ""
+    if rows is not None:
+        row, note = processors.row_of(lerobot, pre, rows)
+        values["embodiment_rows"] = [row]
     own = lerobot.get("num_inference_timesteps", int)
     if own is not None and not is_sampling_steps(own):
         raise WeightsError(

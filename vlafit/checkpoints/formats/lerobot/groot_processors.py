@@ -15,12 +15,16 @@ from torch import Tensor
 
 from vlafit.checkpoints.codecs import GIVE_TOKENIZER
 from vlafit.checkpoints.formats.groot.processors import Frames
-from vlafit.checkpoints.formats.lerobot import groot_gripper, groot_grouped, processor_steps
+from vlafit.checkpoints.formats.lerobot import families, groot_gripper, groot_grouped, processor_steps
 from vlafit.checkpoints.formats.lerobot import read_processors as lerobot_processors
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    ENCODE,
+    GROUPED,
     NEUTRAL,
+    PACK,
     RENAME,
+    UNPACK,
     Step,
     anything,
     only,
@@ -38,8 +42,6 @@ from vlafit.nn.policy import Needs
 from vlafit.types import ColumnForm, Embodiment
 
 PRE, POST = lerobot_processors.PRE, lerobot_processors.POST
-PACK, ENCODE = "groot_n1_7_pack_inputs_v1", "groot_n1_7_vlm_encode_v1"
-UNPACK, GROUPED = "groot_action_unpack_unnormalize_v2", "groot_n1_7_action_decode_v1"
 EMBODIMENTS = {  # LeRobot 0.6.1's N1_7_EMBODIMENT_MAPPING: tag -> row of the embodiment tables
     "oxe_droid_relative_eef_relative_joint": 24,
     "xdof_relative_eef_relative_joint": 27,
@@ -57,7 +59,6 @@ EMBODIMENTS = {  # LeRobot 0.6.1's N1_7_EMBODIMENT_MAPPING: tag -> row of the em
 }
 UNKNOWN_ROW = 0  # LeRobot's for a tag that its table does not have
 WRIST = {"wrist_image": "image2"}  # a key of NVIDIA's LIBERO checkpoint -> LeRobot's name of that camera
-
 
 REPEATED: dict[str, dict[str, Callable[[Any], bool]]] = {
     **{name: processor_steps.REPEATED[name] for name in (RENAME, *NEUTRAL)},
@@ -239,8 +240,11 @@ def lacks_tokenizer(folder: Path) -> bool:
     return pack is not None and bool(post) and bool(sets_of(pack)) and not (folder / "tokenizer").is_dir()
 
 
-def row_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[int, str]:
-    """Return the row of the embodiment tables that LeRobot uses, and a note where it is the last resort."""
+def row_of(lerobot: LeRobotConfig, pre: Sequence[Step], rows: int) -> tuple[int, str]:
+    """Return the row of the embodiment tables that LeRobot uses, and a note where it is the last resort.
+
+    Raises WeightsError where the tables, which have `rows`, do not have it.
+    """
     pack = step_of(pre, PACK)
     settings: Mapping[str, Any] = lerobot.values if pack is None else pack.config
     tag = settings.get("embodiment_tag", "new_embodiment")
@@ -250,6 +254,11 @@ def row_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[int, str]:
     if not isinstance(row, int) or isinstance(row, bool):
         raise WeightsError(
             f"{where}: embodiment_mapping is {mapping!r}, which is not what LeRobot writes there"
+        )
+    if not 0 <= row < rows:
+        raise WeightsError(
+            f"{where}: embodiment_mapping gives {tag!r} row {row}, and the tables of these weights have rows "
+            f"0 to {rows - 1}; correct it, or give another one: config embodiment_rows=[N]"
         )
     stated = lerobot.get("embodiment_tag", str)
     if tag in mapping:
@@ -285,6 +294,7 @@ def robot_of(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[tuple[str, ..
 
 def require_repeated(lerobot: LeRobotConfig, pre: Sequence[Step], post: Sequence[Step]) -> None:
     """Raise WeightsError naming the first step or setting that vlafit does not repeat."""
+    families.require_steps(lerobot, [*pre, *post])
     if lerobot.get("use_relative_actions", bool) and step_of(post, GROUPED) is None:
         raise WeightsError(
             f"{lerobot.path}: use_relative_actions is true: LeRobot normalises them by statistics of each "

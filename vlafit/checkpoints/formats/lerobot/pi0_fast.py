@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint
 from vlafit.checkpoints.formats.lerobot import names
+from vlafit.checkpoints.formats.lerobot.families import require_type
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig, require_supported, stated_images
 from vlafit.checkpoints.formats.openpi import names as openpi
 from vlafit.checkpoints.formats.openpi.variants import stated_by_variants
@@ -47,8 +48,9 @@ def open_checkpoint(format: Format, files: CheckpointFiles, config: LeRobotConfi
     Raises WeightsError where it is of another policy, or asks for something that vlafit does not compute.
     """
     tensors, where = files.tensors, str(files.path)
+    require_type(config, TYPE, files.folder, where, "there is no action expert")
     if config is not None:
-        _require_this_policy(config, where)
+        _require_supported(config)
     stored = names.unmarked(tensors, where)
     rest = {name: tensors[stored[name]] for name in stored}
     name_map = _name_map(rest)
@@ -87,12 +89,7 @@ def _name_map(plain: Collection[str]) -> NameMap:
     return made
 
 
-def _require_this_policy(config: LeRobotConfig, where: str) -> None:
-    if config.values["type"] != TYPE:
-        raise WeightsError(
-            f"{where}: config.json says type {config.values['type']!r}, the tensors are those of {TYPE}: "
-            "there is no action expert. One of the two belongs to another checkpoint"
-        )
+def _require_supported(config: LeRobotConfig) -> None:
     require_supported(config)
     skipped = config.get("fast_skip_tokens", int)
     if skipped not in (None, SKIPPED):

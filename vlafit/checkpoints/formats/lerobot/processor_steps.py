@@ -9,6 +9,7 @@ from vlafit.checkpoints.formats.lerobot.read_config import CONVERT, LeRobotConfi
 from vlafit.checkpoints.tensor_files import beside, read_json_object
 from vlafit.errors import WeightsError, brief
 
+PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 PARTS = {"registry_name", "config", "state_file", "artifacts"}  # of a step, in the file
 RENAME, NORMALISE, UNNORMALISE = (
     "rename_observations_processor",
@@ -23,6 +24,8 @@ NEWLINES = ("pi0_new_line_processor", "smolvla_new_line_processor")
 NEUTRAL = ("to_batch_processor", "device_processor")  # they change no value
 TO_FLOAT, IMAGENET, DOMAIN = "xvla_image_to_float", "xvla_imagenet_normalize", "xvla_add_domain_id"
 XVLA = (TO_FLOAT, IMAGENET, DOMAIN)
+PACK, ENCODE = "groot_n1_7_pack_inputs_v1", "groot_n1_7_vlm_encode_v1"
+UNPACK, GROUPED = "groot_action_unpack_unnormalize_v2", "groot_n1_7_action_decode_v1"
 STATE_PROMPTS = (STATE_PROMPT, FAST_PROMPT)
 BEFORE_POLICY = {
     *(RENAME, TOKENIZE, NORMALISE, RELATIVE_STEP, ACTION_TOKENS),

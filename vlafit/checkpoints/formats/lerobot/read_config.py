@@ -12,7 +12,7 @@ from vlafit.errors import WeightsError
 from vlafit.nn.flow import BETA_A, MAX_PERIOD, MIN_PERIOD, TIME_OFFSET, TIME_SCALE
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 
-TYPES = ("pi0", "pi05", "pi0_fast", "smolvla", "xvla")
+TYPES = ("pi0_fast", "pi05", "pi0", "smolvla", "xvla", "groot")  # no name begins with an earlier one
 CONVERT = (
     "; to train on: convert the dataset's states and actions as that program does, set it to false in a copy "
     'of the checkpoint\'s folder, and fit statistics: data.statistics = "data"'
@@ -28,6 +28,7 @@ ALWAYS: dict[str, object] = {  # of the time embedding, and of the times drawn i
 STEPS = {
     "smolvla": ("num_steps",),
     "xvla": ("num_denoising_steps",),
+    "groot": ("num_inference_timesteps",),
     "pi0": ("num_inference_steps", "num_steps"),
 }
 """Keys of the steps in which actions are sampled, pi0's second up to LeRobot 0.3; pi0.5's are pi0's."""

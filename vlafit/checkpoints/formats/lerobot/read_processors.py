@@ -15,12 +15,14 @@ from torch import Tensor
 
 from vlafit.checkpoints.codecs import GIVE_TOKENIZER
 from vlafit.checkpoints.declaration import InputForm, Overruled
-from vlafit.checkpoints.formats.lerobot import action_tokens, features, xvla_steps
+from vlafit.checkpoints.formats.lerobot import action_tokens, families, features, xvla_steps
 from vlafit.checkpoints.formats.lerobot import stored_statistics as stored
 from vlafit.checkpoints.formats.lerobot.processor_steps import (
     ACTION_TOKENS,
     FAST_PROMPT,
     NEWLINES,
+    POST,
+    PRE,
     STATE_PROMPT,
     Step,
     read_steps,
@@ -40,7 +42,6 @@ from vlafit.errors import WeightsError, brief
 from vlafit.nn.policy import Needs
 from vlafit.types import Embodiment, Feature
 
-PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 IMAGES = "observation.images."
 EMPTY = f"{IMAGES}empty_camera_"
 MODES: dict[str, Normalisation] = {
@@ -91,6 +92,7 @@ def read(
     if lerobot is None or absent:
         return None, f"there is no {', nor '.join(['config.json of LeRobot'] * (lerobot is None) + absent)}"
     pre, post = read_steps(folder / PRE), read_steps(folder / POST)
+    families.require_steps(lerobot, [*pre, *post])
     require_known(pre, post)
     require_repeated([*pre, *post], lerobot)
     xvla_steps.require_steps(lerobot, pre)
@@ -144,8 +146,7 @@ def read(
         if actions is None:
             return None, reason
         config = replace(config, action_tokens=action_tokens.settings(needs, words))
-    domain = xvla_steps.domain_of(pre) if is_xvla else None
-    return Codec(config, embodiment, statistics, words, domain, actions), ""
+    return Codec(config, embodiment, statistics, words, None, actions), ""
 
 
 def lacks_tokenizer(folder: Path) -> bool:

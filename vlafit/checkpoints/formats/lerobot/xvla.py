@@ -7,6 +7,7 @@ names and the projection of images transposed; the authors' lack the prefix ``mo
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from vlafit.checkpoints.assign import raise_mismatch
 from vlafit.checkpoints.codecs import ChosenCodec
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint
-from vlafit.checkpoints.formats.lerobot import features, names
+from vlafit.checkpoints.formats.lerobot import features, names, processor_steps, xvla_steps
+from vlafit.checkpoints.formats.lerobot.families import require_type
 from vlafit.checkpoints.formats.lerobot.read_config import (
     LeRobotConfig,
     read_config,
@@ -28,6 +30,7 @@ from vlafit.checkpoints.tensor_files import read_json_if_present
 from vlafit.codec import Codec
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
+from vlafit.policies.xvla import XVLAConfig
 
 PREFIX = "model."  # of LeRobot's names, which the authors' lack
 PARTS = (
@@ -97,17 +100,13 @@ def open_checkpoint(
 ) -> OpenedCheckpoint:
     """Translate the names and read config.json. Raises WeightsError as `Format.open` does."""
     tensors, where = files.tensors, str(files.path)
+    require_type(config, "xvla", files.folder, where)
     translated = _translate(tensors, where)
     values: Mapping[str, Any] | None
     cameras, frames, actions = 0, [], None
     path = files.folder / "config.json"
     if config is not None:
         require_supported(config)
-        if config.values["type"] != "xvla":
-            raise WeightsError(
-                f"{where}: config.json says type {config.values['type']!r}, the tensors are those of xvla: "
-                "one of the two belongs to another checkpoint"
-            )
         values, (cameras, frames, actions) = config.values, robot_facts(config)
     else:
         values = read_json_if_present(path)
@@ -118,6 +117,7 @@ def open_checkpoint(
         )
     fields = options.config.fields
     made = config_of(path, values, cameras, frames, actions, translated.weights, fields)
+    made, unnamed = _in_named_domain(made, files.folder, fields)
     return OpenedCheckpoint(
         where,
         format,
@@ -128,7 +128,26 @@ def open_checkpoint(
         steps=sampling_steps(config),
         codec_folder=files.folder,
         conflicts=translated.conflicts,
-        notes=features.notes(config) + _views_note(values, config, made.views),
+        notes=features.notes(config) + _views_note(values, config, made.views) + unnamed,
+    )
+
+
+def _in_named_domain(
+    config: XVLAConfig, folder: Path, fields: Mapping[str, object]
+) -> tuple[XVLAConfig, tuple[str, ...]]:
+    """Return the config in the processors' domain unless the caller gives one, and a note that says so.
+
+    Raises WeightsError for a domain that the policy does not have.
+    """
+    if "domain" in fields:
+        return config, ()
+    domain = xvla_steps.domain_in(folder, config.domains)
+    if domain is not None:
+        note = f"domain {domain} of 0 to {config.domains - 1}, named in {processor_steps.PRE}"
+        return replace(config, domain=domain), (note,)
+    return config, (
+        f"no file names a domain: the policy works in domain {config.domain} of 0 to {config.domains - 1}, "
+        "as in LeRobot; give that of your robot: config domain=N",
     )
 
 
@@ -203,10 +222,10 @@ def _require_one_prefix(tensors: Iterable[str], where: str) -> None:
 def finish_codec(
     chosen: ChosenCodec, opened: OpenedCheckpoint, policy: Policy, options: LoadOptions
 ) -> ChosenCodec:
-    """Return the processors' codec for this policy, in the domain that the caller gives, if any.
+    """Return the processors' codec for this policy, in its domain.
 
-    There is none where LeRobot takes frames that are no squares. Raises WeightsError for a domain or a
-    padding token that the policy does not have.
+    There is none where LeRobot takes frames that are no squares. Raises WeightsError for a padding token
+    that the policy does not read.
     """
     codec, config = chosen.codec, policy.config
     if not isinstance(codec, Codec):
@@ -222,15 +241,10 @@ def finish_codec(
                     f"as they are (resize_imgs_with_padding is null), and this policy squares of {side}; let "
                     'fine-tuning fit a codec: data.statistics = "data"',
                 )
-    domain = config.domain if "domain" in options.config.fields else codec.embodiment_id or 0
-    if domain >= config.domains:
-        raise WeightsError(
-            f"{opened.path}: its processors name the domain {domain}, and the policy has {config.domains}"
-        )
     pad = None if codec.tokenizer is None else codec.tokenizer.pad
     if pad is not None and pad != config.pad_token and config.attends_padding:
         raise WeightsError(
             f"{opened.path}: the tokenizer pads with {pad}, and the policy reads padding of "
             f"{config.pad_token}; give the tokenizer that it was trained with, or --config pad_token={pad}"
         )
-    return ChosenCodec(codec.with_changes(embodiment_id=domain), chosen.reason, chosen.notes)
+    return ChosenCodec(codec.with_changes(embodiment_id=config.domain), chosen.reason, chosen.notes)

@@ -1,8 +1,17 @@
 """Check the processor steps of X-VLA, and read the domain that they name."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from vlafit.checkpoints.formats.lerobot.processor_steps import DOMAIN, IMAGENET, TO_FLOAT, XVLA, Step
+from vlafit.checkpoints.formats.lerobot.processor_steps import (
+    DOMAIN,
+    IMAGENET,
+    PRE,
+    TO_FLOAT,
+    XVLA,
+    Step,
+    read_steps,
+)
 from vlafit.checkpoints.formats.lerobot.read_config import LeRobotConfig
 from vlafit.errors import WeightsError
 
@@ -11,8 +20,6 @@ def require_steps(lerobot: LeRobotConfig, pre: Sequence[Step]) -> None:
     """Raise WeightsError where the steps before the policy are not those that X-VLA's codec repeats."""
     own = [step for step in pre if step.name in XVLA]
     if lerobot.values["type"] != "xvla":
-        for step in own:
-            raise WeightsError(f"{step.where}: this step is X-VLA's, and {lerobot.path} is of another policy")
         return
     for name in (TO_FLOAT, IMAGENET):
         if sum(step.name == name for step in own) != 1:
@@ -34,10 +41,23 @@ def require_steps(lerobot: LeRobotConfig, pre: Sequence[Step]) -> None:
         )
 
 
-def domain_of(pre: Sequence[Step]) -> int:
-    """Return the domain that the processors name; LeRobot takes 0 where they name none."""
+def domain_in(folder: Path, domains: int) -> int | None:
+    """Return the domain that the processors in `folder` name, as `domain_of` does."""
+    return domain_of(read_steps(folder / PRE) if (folder / PRE).is_file() else [], domains)
+
+
+def domain_of(pre: Sequence[Step], domains: int) -> int | None:
+    """Return the domain that the processors name; None where they name none, for which LeRobot takes 0.
+
+    Raises WeightsError where the policy, which has `domains`, does not have it.
+    """
     found = [step for step in pre if step.name == DOMAIN]
-    domain = found[-1].config.get("domain_id", 0) if found else 0
-    if not isinstance(domain, int) or isinstance(domain, bool) or domain < 0:
-        raise WeightsError(f"{found[-1].where}: domain_id is {domain!r}; it must be a whole number from 0")
+    if not found:
+        return None
+    domain = found[-1].config.get("domain_id", 0)
+    if not isinstance(domain, int) or isinstance(domain, bool) or not 0 <= domain < domains:
+        raise WeightsError(
+            f"{found[-1].where}: domain_id is {domain!r}, and the policy's domains are 0 to {domains - 1}; "
+            "correct it, or give another one: config domain=N"
+        )
     return domain

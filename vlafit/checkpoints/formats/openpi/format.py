@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlafit.checkpoints.codecs import GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
-from vlafit.checkpoints.formats import unsupported
+from vlafit.checkpoints.formats import stated_type, unsupported
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.openpi import jax, names, norm_stats
 from vlafit.checkpoints.formats.openpi import write as writing
@@ -56,6 +56,7 @@ class OpenPi(Format):
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names; openpi's own config.json is believed where it lies beside the weights."""
         unsupported.refuse(files.tensors, str(files.path))
+        stated_type.require(files.folder, str(files.path), "pi0 or pi05", "pi0", "pi05")
         evidence = names.config_evidence(files.tensors, files.folder)
         translated = translate(files.tensors, names.NAMES)
         return with_statistics(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlafit.checkpoints.codecs import GIVE_ASSETS, GIVE_TOKENIZER, ChosenCodec, require_vocabulary
 from vlafit.checkpoints.declaration import Declaration
+from vlafit.checkpoints.formats import stated_type
 from vlafit.checkpoints.formats.base import AdapterSupport, CheckpointFiles, Format, OpenedCheckpoint, Opener
 from vlafit.checkpoints.formats.native.read import CODEC
 from vlafit.checkpoints.formats.openvla import files as layout
@@ -79,6 +80,7 @@ class OpenVLAFormat(Format):
 
     def open(self, files: CheckpointFiles, options: LoadOptions, opener: Opener) -> OpenedCheckpoint:
         """Translate the names of the base and OFT's files, and read config.json."""
+        stated_type.require(files.folder, str(files.path), names.FORM, layout.MODEL_TYPE)
         stored = dict(files.tensors)
         chosen, beside = layout.components_for(files.folder, options.adapters)
         for module, file in chosen.items():

@@ -46,7 +46,10 @@ class Peft(Format):
         unused = (f"output heads beside the adapters feed no action: {', '.join(heads)}",) if heads else ()
         settings = support.settings(files.path, folder.base)
         own_config = {k: v for k, v in settings.config.items() if k not in options.config.fields}
-        config = override(below.config, own_config, f"{files.path}: config") if own_config else below.config
+        config = below.config
+        if own_config:
+            named = settings.source and f" (embodiment: {settings.source})"
+            config = override(config, own_config, f"{files.path}: config{named}")
         codec_folder = below.codec_folder
         if codec_folder is not None:
             codec_folder = support.codec_folder(files.path, codec_folder)
