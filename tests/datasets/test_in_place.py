@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vlafit import cli
 from vlafit.datasets import ChunkDataset, SampleOrder, downloads, load_card, open_dataset, remote, web_files
 from vlafit.datasets.bounded_cache import SIZE_SWITCH, BoundedCache, chosen_limit
 from vlafit.datasets.layouts import lerobot
+from vlafit.datasets.lerobot import meta
 from vlafit.errors import ConfigError, DataError
 from vlafit.train.prefetch import Prefetcher, warn_of_repeated_copies
 
@@ -460,3 +462,45 @@ def test_a_bucket_is_read_in_place_by_the_client_of_its_storage(
         server.files[f"arm/{WRIST[1]}"] = server.files[f"arm/{WRIST[0]}"]
         with pytest.raises(DataError, match=f"{WRIST[1]}: changed since the dataset was opened"):
             other.image(5, 0, "wrist")
+
+
+def flipped(path: Path, at: float) -> None:
+    """Spoil some bytes of a copy, whose size and time stay as they were."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    place = int(at * len(content)) if at >= 0 else len(content) - 1
+    content[place : place + 24] = bytes(byte ^ 0xFF for byte in content[place : place + 24])
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("meta/tasks.parquet", -1), ("meta/info.json", 0.0), (ROWS[1], -1), (FRONT[2], 0.0)],
+)
+def test_a_copy_that_cannot_be_read_is_copied_again_once(
+    name: str, at: float, server: Server, folder: Path, cache: Path
+):
+    store = open_dataset(url(server))
+    for number in range(len(store.episodes)):
+        store.sample(number, 0, 4)
+    store.close()
+    (path,) = cache.glob(f"*/arm/{name}")
+    flipped(path, at)
+    meta._read.cache_clear()  # as in another process
+    shutil.rmtree(cache.parent / "datasets", ignore_errors=True)  # the index, with which no row is read
+    assert_same(open_dataset(url(server)), open_dataset(folder))
+    assert path.read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_is_damaged_at_its_source_names_the_copy_and_how_to_remove_it(server: Server, cache: Path):
+    for name in ("meta/tasks.parquet", ROWS[0]):
+        good = server.files[f"arm/{name}"]
+        server.files[f"arm/{name}"] = good[:-1] + b"?"
+        with pytest.raises(DataError) as caught:
+            store = open_dataset(url(server))
+            store.sample(0, 0, 4)
+        message = str(caught.value)
+        assert f"a copy of {url(server)}/{name.split('/')[0]}" in message and "delete the copy" in message
+        assert f"{cache}" in message and read(server).count(name) >= 2
+        server.files[f"arm/{name}"] = good
+        open_dataset(url(server)).sample(0, 0, 4)  # the source is whole again

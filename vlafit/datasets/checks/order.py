@@ -16,7 +16,7 @@ SMOOTH = (
     1.4  # times that frames two steps apart must differ more than neighbours, in fast motion; 2 is a line
 )
 ROUGH = 1.25  # the same, below which frames of a window may be out of order
-LEAST = 0.5  # of the change in the episode's fastest motion: that of neighbours in such a window
+LEAST = 0.65  # of the change in the episode's fastest motion: that of neighbours in such a window
 FURTHER = 2.0  # times the same in nine of ten episodes
 VISIBLE = 0.1  # distance of features: a hundredth of a grey level in every pixel
 FAST = 0.75  # of an episode's windows are slower

@@ -1,4 +1,4 @@
-"""Whether the rows of an episode are as far apart in time as info.json says."""
+"""Whether the rows of an episode are as far apart in time as info.json says, and its frames as its rows."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,3 +34,25 @@ def require_clock(times_s: NDArray[np.float64], fps: float, tolerance_s: float, 
         "one whatever their times, set [lerobot] tolerance_s in the card to the largest difference that is "
         f"meant (here {np.abs(steps - 1 / fps).max():.2g})"
     )
+
+
+def frame_times(
+    shown_s: NDArray[np.float64], stamps: NDArray[np.float64], fps: float, where: str
+) -> list[float]:
+    """Return when the frames of an episode are shown, whose rows [T] are not stamped frame_index / fps.
+
+    `shown_s` are the times in its video from its first frame on. Raises DataError unless there is one for
+    each row, and they agree with the rows' timestamps, or with a constant rate, to half a frame.
+    """
+    length = len(stamps)
+    window = shown_s[:length]
+    if len(window) < length:
+        raise DataError(f"{where} has {len(window)} frames, not {length}")
+    passed = window - window[0]
+    clocks = (stamps - stamps[0], np.arange(length) / fps)
+    if all(np.abs(passed - clock).max() > 0.5 / fps for clock in clocks):
+        raise DataError(
+            f"{where}: the timestamps of its rows are neither those of its frames nor {fps:g} a second; fix "
+            "them, or leave the episode out (skip in the card)"
+        )
+    return window.tolist()

@@ -37,6 +37,14 @@ class DatasetFiles(ABC):
         Raises DataError if it changed since the dataset was opened, or cannot be had.
         """
 
+    def fetch_again(self, path: Path) -> bool:
+        """Copy a file anew that cannot be read, once for each file; return whether that was done."""
+        return False
+
+    def copy_of(self, path: Path) -> str:
+        """Return of what a file is a copy, for the end of a message; "" if it is none."""
+        return ""
+
     @abstractmethod
     def names(self, root: Path, folder: str, suffix: str) -> list[str]:
         """Return the files below a folder of `root` that end so, by their names in `root`."""

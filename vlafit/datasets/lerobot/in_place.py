@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from vlafit.datasets.bounded_cache import SIZE_SWITCH, BoundedCache, chosen_limit
 from vlafit.datasets.downloads import ChangedError, Wait, announce_in_place, as_text, attempts
 from vlafit.datasets.lerobot.files import DatasetFiles
-from vlafit.datasets.lerobot.tables import read_columns, read_table
+from vlafit.datasets.lerobot.meta import read_meta
+from vlafit.datasets.lerobot.tables import DamagedError, read_columns, read_table
 from vlafit.datasets.listing import LISTED, Listing, Storage
 from vlafit.datasets.stamps import Stamp
 from vlafit.datasets.storage import RemoteFile, require_content, version_of
@@ -48,6 +49,7 @@ class FilesInPlace(DatasetFiles):
         self.url = listing.url
         self._listing, self._wait = listing, wait
         self._files = dict(listing.files)
+        self._copied_again: set[Path] = set()
         self._reset()
         cache = BoundedCache(require_writable(place), 0)
         self._cache = BoundedCache(place, chosen_limit(place, cache.used()))
@@ -59,6 +61,19 @@ class FilesInPlace(DatasetFiles):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda name: self.fetch(self.root / name), sorted(meta)))
         self._keep()
+        self._require_metadata(sorted(meta))
+
+    def _require_metadata(self, names: Sequence[str]) -> None:
+        """Read the metadata; if it is damaged, copy it once more."""
+        try:
+            read_meta(self.root)
+        except DataError:
+            for name in names:
+                self.fetch_again(self.root / name)
+            try:
+                read_meta(self.root)
+            except DataError as error:
+                raise DataError(f"{error}{self.copy_of(self.root / META)}") from error
 
     def _look_up(self, paths: Collection[Path]) -> None:
         """Find size and version of files that the storage has not listed."""
@@ -85,6 +100,20 @@ class FilesInPlace(DatasetFiles):
         before, self._deleted = self._deleted, self._cache.deleted_since(self._deleted)
         return copied or self._deleted != before
 
+    def fetch_again(self, path: Path) -> bool:
+        if path in self._copied_again:
+            return False
+        self._copied_again.add(path)
+        path.unlink(missing_ok=True)
+        self.fetch(path)
+        return True
+
+    def copy_of(self, path: Path) -> str:
+        return (
+            f" ({path} is a copy of {self.url}/{self._name(path)}, which was copied twice: look at what is "
+            "there; to have it copied anew, delete the copy)"
+        )
+
     def names(self, root: Path, folder: str, suffix: str) -> list[str]:
         return [name for name in self._files if name.startswith(f"{folder}/") and name.endswith(suffix)]
 
@@ -98,6 +127,9 @@ class FilesInPlace(DatasetFiles):
             self.fetch(path)
             try:
                 return read_table(path, columns)
+            except DamagedError as error:
+                if path.exists() and not self.fetch_again(path):
+                    raise DataError(f"{error}{self.copy_of(path)}") from error
             except DataError:
                 if path.exists():
                     raise

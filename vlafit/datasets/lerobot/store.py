@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from vlafit.datasets.card import CameraCard, Card, ColumnCard
 from vlafit.datasets.columns import Key, parse_key, require_scale, scaled
 from vlafit.datasets.lerobot import index
-from vlafit.datasets.lerobot.clock import TOLERANCE_S
+from vlafit.datasets.lerobot.clock import TOLERANCE_S, frame_times
 from vlafit.datasets.lerobot.features import success_feature, width_of
 from vlafit.datasets.lerobot.files import DatasetFiles, LocalFiles, raise_first, require_files, unnamed
 from vlafit.datasets.lerobot.meta import Entry, Meta, file_below, read_meta, splits_of
 from vlafit.datasets.lerobot.places import Places
 from vlafit.datasets.lerobot.requirements import require_features
-from vlafit.datasets.lerobot.stated import read_statistics
+from vlafit.datasets.lerobot.stated import BY_EPISODE, WHOLE, read_statistics
 from vlafit.datasets.lerobot.tables import ImageColumns, as_rows
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.pictures import decode_image
@@ -196,7 +196,14 @@ class LeRobotStore(EpisodeStore):
             return RecordedStatistics(
                 reason=f"{used} of its {all_of_them} episodes are used, and its statistics are of all"
             )
-        return read_statistics(self._meta, self.card.robot)
+        try:
+            return read_statistics(self._meta, self.card.robot)
+        except DataError:
+            paths = [self._meta.root / name for name in (WHOLE, BY_EPISODE)]
+            again = [self._files.fetch_again(path) for path in paths if path.is_file()]
+            if not any(again):
+                raise
+            return read_statistics(self._meta, self.card.robot)
 
     def stamps(self) -> list[tuple[Path, Stamp]]:
         return [(path, self._files.stamp(path)) for path in self.files()]
@@ -347,37 +354,25 @@ class LeRobotStore(EpisodeStore):
                 self._images.close_files()
             try:
                 return read()
-            except (DataError, OSError):
-                if path.exists():
+            except (DataError, OSError) as error:
+                if path.exists() and not self._files.fetch_again(path):
+                    if copy := self._files.copy_of(path):
+                        raise DataError(f"{error}{copy}") from error
                     raise
+                self._videos.close()
+                self._images.close()
         raise DataError(f"{path}: is deleted by other processes before it can be read; enlarge the cache")
 
     def _irregular(self, rows: _Rows, camera: CameraCard, stamps: NDArray[np.float64]) -> list[float]:
-        """Return when each frame of an episode is in its video, whose rows are not stamped frame_index / fps.
-
-        Frames are counted from the episode's start in the file. Raises DataError unless their times agree
-        with the rows' timestamps, or with a constant rate, to half a frame.
-        """
+        """Return when each frame of an episode with irregular `stamps` is in its video."""
         key = (rows.entry.index, camera.key)
-        times = self._times.get(key)
-        if times is not None:
-            return times
-        video, fps, length = rows.entry.videos[camera.key], self._meta.fps, rows.entry.length
+        if key in self._times:
+            return self._times[key]
+        video = rows.entry.videos[camera.key]
         every = np.asarray(self._videos.get(video.path).times())
         first = int(np.abs(every - video.start_s).argmin()) if len(every) else 0
-        window = every[first : first + length]
-        if len(window) < length:
-            raise DataError(
-                f"{video.path}: has {len(window)} frames of episode {rows.entry.index}, not {length}"
-            )
-        passed = window - window[0]
-        clocks = (stamps - stamps[0], np.arange(length) / fps)
-        if all(np.abs(passed - clock).max() > 0.5 / fps for clock in clocks):
-            raise DataError(
-                f"{self._where(rows)}: the timestamps of its rows are neither those of its frames in "
-                f"{video.path} nor {fps:g} a second; fix them, or leave the episode out (skip in the card)"
-            )
-        self._times[key] = window.tolist()
+        where = f"{video.path}: episode {rows.entry.index} of {rows.entry.data}"
+        self._times[key] = frame_times(every[first:], stamps, self._meta.fps, where)
         return self._times[key]
 
     def _image_rows(self, rows: _Rows, steps: Sequence[int], camera: CameraCard) -> list[NDArray[np.uint8]]:
@@ -385,13 +380,18 @@ class LeRobotStore(EpisodeStore):
         path = rows.entry.data
         for step in steps:
             row = rows.first + step
-            data, name = self._reading(path, lambda row=row: self._images.row(path, camera.key, row))
             where = f"{self._where(rows)}, step {step}, {camera.key}"
-            if data is None:
-                own = file_below(self._meta.root, name, f"{where}: the image is in {name!r}")
+
+            def read(row: int = row, where: str = where) -> NDArray[np.uint8] | str:
+                data, name = self._images.row(path, camera.key, row)
+                return name if data is None else decode_image(data, where)
+
+            frame = self._reading(path, read)
+            if isinstance(frame, str):
+                own = file_below(self._meta.root, frame, f"{where}: the image is in {frame!r}")
                 self._files.require(own)
-                data = self._reading(own, lambda own=own: plain_bytes(own))
-            frames.append(decode_image(data, where))
+                frame = self._reading(own, lambda own=own, at=where: decode_image(plain_bytes(own), at))
+            frames.append(frame)
         return frames
 
 

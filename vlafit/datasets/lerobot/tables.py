@@ -17,6 +17,10 @@ LFS_POINTER = b"version https://git-lfs"
 OPEN_PARQUET = 32  # parquet files kept open by a process
 
 
+class DamagedError(DataError):
+    """A file that is there and cannot be read."""
+
+
 def require_file(path: Path) -> None:
     """Raise DataError unless a file is there, is not empty and is no Git LFS pointer."""
     if kind := irregular(path):
@@ -37,7 +41,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is no whole parquet file ({error}); fetch it again") from error
+        raise DamagedError(f"{path}: is no whole parquet file ({error}); fetch it again") from error
 
 
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
@@ -46,7 +50,7 @@ def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     try:
         return read_columns(file, path, columns)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is damaged ({error}); fetch it again") from error
+        raise DamagedError(f"{path}: is damaged ({error}); fetch it again") from error
 
 
 def read_columns(file: pq.ParquetFile, name: Path | str, columns: Sequence[str] | None) -> pa.Table:
