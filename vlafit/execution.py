@@ -35,7 +35,8 @@ class Execution:
     replan: int = 8
     """Steps that are executed before the policy is asked again."""
     delay: int = 0
-    """Control steps from an observation until its chunk can be executed; meanwhile the chunk before it is."""
+    """Control steps from an observation until its chunk can be executed; meanwhile the chunk before it is.
+    In the background a Controller measures it, and at first expects this; 0: what the first answer took."""
     decay: float = 0.01
     """ensemble: weights are exp(-decay * i), i = 0 for the oldest chunk that covers the step (ACT's 0.01).
     Below 0 the newest counts most."""
