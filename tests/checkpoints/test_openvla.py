@@ -619,9 +619,9 @@ def test_headers_are_enough_for_the_codec_that_the_options_describe(plain: Path,
 
 
 def test_inspect_shows_the_robot_of_a_folder_that_only_statistics_describe(
-    plain: Path, words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words.save(tmp_path / "words")
+    train_word_tokenizer([f"{n} times {n} is {n * n}" for n in range(400)], 500).save(tmp_path / "words")
     options = [part for key, value in PLAIN.items() for part in ("--config", f"{key}={value}")]
     options += ["--config", 'openvla.cameras=["front"]']
     assert main(["inspect", str(plain), *options]) == 2

@@ -140,6 +140,9 @@ def items(
         item = _extreme(one, codec, place, own, refused, remedies)
         yield replace(item, name=f"{item.name}{of_part}")
     yield from (_shifted(one) for one in ranges if one.is_shifted and one not in extreme)
+    lost = [one for one in ranges if one.is_lost and one not in extreme]
+    for item in _lost(lost, codec, permitted, own, remedies):
+        yield replace(item, name=f"{item.name}{of_part}")
     if own:
         yield from _single_values(stores, episodes, codec, permitted, remedies)
         features = (codec.embodiment.state, codec.embodiment.action)
@@ -187,6 +190,33 @@ def _extreme(
     )
     permit = remedies.permitting(list(dict.fromkeys(refused)))
     return Item(name, sides, "", "conflict", fix=f"{remedy}; {permit}")
+
+
+def _lost(
+    ranges: Sequence[Range], codec: Codec, permitted: Sequence[str], fitted: bool, remedies: Remedies
+) -> Iterator[Item]:
+    """Return an item for each dimension that moves, and of which clipping leaves nothing.
+
+    Quantiles of a gripper that moves in less than 1 % of the rows are equal: programs that clip by them make
+    every value the same, and the policy never moves it.
+    """
+    refused = [one.names[0] for one in ranges if not set(one.names) & set(permitted)]
+    for one in ranges:
+        method = codec.config.normalisation if one.column == "state" else codec.config.of_actions
+        name = f"clipped {one.names[0]}"
+        sides = {
+            "dataset": f"{one.dataset}: moves by {one.range:.3g}, of which {method} keeps {one.kept:.3g}"
+        }
+        if one.names[0] not in refused:
+            yield Item(name, sides, "as it is", "chosen", remedies.chosen)
+            continue
+        if not fitted:  # its policy was trained so
+            reason = "it hardly ever moved in the statistics' data, and this policy never moves it"
+            yield Item(name, sides, "as it is", "differs", reason)
+            continue
+        remedy = 'normalise otherwise (data.normalisation = "groot_min_max", "quantile" or "mean_std")'
+        permit = remedies.permitting(list(dict.fromkeys(refused)))
+        yield Item(name, sides, "", "conflict", fix=f"{remedy}; {permit}")
 
 
 def _shifted(one: Range) -> Item:

@@ -20,6 +20,7 @@ SHIFTED = 3.0  # mean of a dimension beyond which it is reported; by Cantelli's 
 FOREIGN = 4.0  # and beyond which it is an error: at most 6 %; columns in another order give 4.3 to 6
 NARROW = 1 / 20  # of the statistics' spread. Degrees to radians is 1/57, percent 1/100, mm to m 1/1000. No
 # single episode of our datasets, or of a humanoid's of 26 joints, has nearly all dimensions below it.
+LOST = 1e-3  # of the recorded range: what decoding gives back where clipping leaves nothing of a movement
 STILL = 1e-4  # of the statistics' spread: a dimension that moves less does not move
 SAMPLE = 200  # episodes of each dataset
 Column = Literal["state", "action"]
@@ -47,6 +48,10 @@ class Range:
     """Spread of the values as a share of what the statistics describe; NaN where these say nothing."""
     moves: bool
     """Whether the dimension moves at all."""
+    range: float
+    """Range of the values, in their units."""
+    kept: float
+    """Range of the values after encoding and decoding, which clipping makes smaller."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -70,6 +75,11 @@ class Range:
     def is_narrow(self) -> bool:
         """Whether it moves, by a small part of what the statistics describe."""
         return self.moves and self.spread < NARROW
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it moves, and clipping leaves nothing of that."""
+        return self.moves and self.kept < LOST * self.range
 
     @property
     def has_note(self) -> bool:
@@ -113,8 +123,11 @@ def measure(
             COLUMNS, blocks, (learned.state_labels, learned.action_labels), strict=True
         ):
             statistics = codec.seen[name]
-            chosen = codec.normaliser_of(name) if own else codec.unclipped(name)
-            sizes = _sizes(rows, chosen, statistics)
+            used = codec.normaliser_of(name)
+            sizes = _sizes(rows, used if own else codec.unclipped(name), statistics, used)
+            width = sizes.high - sizes.low
+            # A dimension that was constant in the statistics may tremble.
+            trembles = width <= NEAR_CONSTANT * np.maximum(1.0, np.abs(statistics.mean))
             spread = np.where(codec.is_normalised(name), _spread(sizes, statistics), np.nan)
             for index in range(statistics.dimensions):
                 ranges.append(
@@ -128,7 +141,9 @@ def measure(
                         mean=float(sizes.mean[index]),
                         beyond=float(sizes.beyond[index]),
                         spread=float(spread[index]),
-                        moves=bool(sizes.high[index] - sizes.low[index] > STILL * statistics.std[index]),
+                        moves=bool(width[index] > STILL * statistics.std[index]),
+                        range=float(width[index]),
+                        kept=float(width[index] if trembles[index] else sizes.kept[index]),
                     )
                 )
     return ranges
@@ -151,10 +166,18 @@ class _Sizes:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     std: NDArray[np.float64]
+    kept: NDArray[np.float64]
 
 
-def _sizes(blocks: Blocks, normaliser: Normaliser | MixedNormaliser, statistics: Statistics) -> _Sizes:
+def _sizes(
+    blocks: Blocks,
+    normaliser: Normaliser | MixedNormaliser,
+    statistics: Statistics,
+    used: Normaliser | MixedNormaliser,
+) -> _Sizes:
+    """Return the sizes under `normaliser`, and what is kept of the range under the one in use."""
     width, count = statistics.dimensions, 0
+    least, most = np.full(width, np.inf), np.full(width, -np.inf)
     far, largest, total, beyond, plain, squares = (np.zeros(width) for _ in range(6))
     low, high = np.full(width, np.inf), np.full(width, -np.inf)
     for block in blocks:
@@ -171,9 +194,12 @@ def _sizes(blocks: Blocks, normaliser: Normaliser | MixedNormaliser, statistics:
         squares += (centred * centred).sum(axis=0)
         low = np.minimum(low, rows.min(axis=0, initial=np.inf))
         high = np.maximum(high, rows.max(axis=0, initial=-np.inf))
+        back = used.decode(used.encode(rows))
+        least = np.minimum(least, back.min(axis=0, initial=np.inf))
+        most = np.maximum(most, back.max(axis=0, initial=-np.inf))
     n = max(count, 1)
     std = np.sqrt(np.maximum(squares / n - (plain / n) ** 2, 0.0))
-    return _Sizes(far / n, largest, total / n, beyond / n, low, high, std)
+    return _Sizes(far / n, largest, total / n, beyond / n, low, high, std, most - least)
 
 
 def _spread(sizes: _Sizes, statistics: Statistics) -> NDArray[np.float64]:
