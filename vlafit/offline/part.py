@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,17 +52,10 @@ class Part:
         """Read what `save` wrote. Raises ConfigError for a damaged file."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                counts = arrays["predicted"].shape[:2], arrays["blanked"].shape[:2]
-                earlier = {
-                    name: np.full(count, NUMBERS, np.int8)
-                    for name, count in zip(("valid", "blanked_valid"), counts, strict=True)
-                }
-                return cls(
-                    **{
-                        name: earlier[name] if name in earlier and name not in arrays else arrays[name]
-                        for name in cls.__dataclass_fields__
-                    }
-                )
+                stored: dict[str, Any] = dict(arrays)
+            for name, of in (("valid", "predicted"), ("blanked_valid", "blanked")):
+                stored.setdefault(name, np.full(stored[of].shape[:2], NUMBERS, np.int8))
+            return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ConfigError(
                 f"{path}: damaged ({error}); remove this file, and evaluate again with --resume"
