@@ -3,6 +3,7 @@
     make .venv-lerobot/ready      # one environment with both (Python 3.12, some GB)
     .venv-lerobot/bin/python -m benchmarks.beside_lerobot --out benchmarks/results/beside_lerobot.jsonl
     .venv-lerobot/bin/python -m benchmarks.beside_lerobot --table benchmarks/results/beside_lerobot.jsonl
+    .venv-lerobot/bin/python -m benchmarks.beside_lerobot --compiled --out FILE  # both under torch.compile
 
 Run it in the repository's root. Two processes, one a side, hold the same policy (width 512, depth 6, images
 of 112 pixels, chunks of 50; LeRobot loads what vlafit exports), on one thread in fp32, and step in turns, the
@@ -10,7 +11,9 @@ order reversed each round. Only CPU time counts, so that other work on the machi
 that of one round, its median and range are over the rounds.
 
 vlafit      `vlafit.train.loop.train`: trimming, noise, loss, gradient clipping, fused AdamW, its checks.
-LeRobot     `policy.forward`, backward, clipping, its AdamW, as its training script does; nothing compiled.
+LeRobot     `policy.forward`, backward, clipping, its AdamW, as its training script does.
+--compiled  vlafit's `train.compile = "blocks"` and `compile` for acting, and LeRobot's `compile_model`, each
+            by inductor in its default mode; compiling is done before anything is measured.
 padded      three cameras, 48 tokens. libero: two cameras and an empty one, 16 of 48 tokens are real.
 lora        rank 16 on attention and MLPs of image tower, language model and expert; projections in full.
 act         a chunk of one observation by ten sampling steps, images and tokens being prepared.
@@ -40,6 +43,7 @@ from benchmarks import rows, train
 from benchmarks.data import spread
 from benchmarks.rows import Row
 from vlafit.codec import Codec, CodecConfig, train_word_tokenizer
+from vlafit.inference import accelerated
 from vlafit.nn.batch import Batch
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.policies import build_family
@@ -47,6 +51,7 @@ from vlafit.train.loop import StepResult
 from vlafit.types import Embodiment, Feature
 
 SIDES = ("vlafit", "lerobot")
+COMPILED = "compiled"
 CAMERAS = ("front", "left", "wrist")
 DECODER = {"width": 512, "depth": 6, "heads": 8, "head_dim": 64, "vocab": 4096}
 TOWER = {"width": 512, "depth": 6, "mlp": 1024, "heads": 8, "patch": 14, "image_size": 112}
@@ -91,9 +96,9 @@ def serve(side: str) -> None:
     """Build the case that a line of stdin names, answer each `step` until `end`; again."""
     torch.set_num_threads(1)
     for line in sys.stdin:
-        family, what, shape = line.split()
+        family, what, shape, *how = line.split()
         steps = vlafit_steps if side == "vlafit" else lerobot_steps
-        for facts in steps(family, what, shape):
+        for facts in steps(family, what, shape, compiled=how == [COMPILED]):
             print(json.dumps(facts), flush=True)
             if sys.stdin.readline().strip() == "end":
                 break
@@ -101,19 +106,19 @@ def serve(side: str) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # or the next case's memory would hide in what this one freed
 
 
-def vlafit_steps(family: str, what: str, shape: str) -> Iterator[Row]:
+def vlafit_steps(family: str, what: str, shape: str, *, compiled: bool) -> Iterator[Row]:
     """Yield facts of the policy, then what each step took."""
     policy = policy_of(family)
     if what == "act":
         batch = train.host_batch(policy.needs(), shape, 1, 0)
         noise = torch.randn(1, 50, 32)
-        policy.eval()
+        accelerated(policy.eval(), compile=compiled)
         yield from in_turns(policy, lambda: policy.sample(batch, noise, 10))
         return
-    yield from _trained(policy, what, shape)
+    yield from _trained(policy, what, shape, "blocks" if compiled else "none")
 
 
-def _trained(policy: FlowPolicy, strategy: str, shape: str) -> Iterator[Row]:
+def _trained(policy: FlowPolicy, strategy: str, shape: str, compile: str) -> Iterator[Row]:
     """Yield what each step of the product's loop took."""
     from vlafit.train.stages import Place
     from vlafit.train.train_state import TrainState
@@ -121,7 +126,7 @@ def _trained(policy: FlowPolicy, strategy: str, shape: str) -> Iterator[Row]:
 
     point = {
         "strategy": strategy, "states": "fp32", "ema": 0.0, "warm_up": 0, "steps": 10_000, "profile": "",
-        "batch": BATCH, "micro_batches": 1, "recompute": "none", "set": [],
+        "batch": BATCH, "micro_batches": 1, "recompute": "none", "set": [f"train.compile={compile}"],
     }  # fmt: skip
     recipe = train.recipe_of(point, bf16=False)
     plan = apply(policy, load_strategy(strategy), seed=0)
@@ -164,10 +169,10 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def lerobot_steps(family: str, what: str, shape: str) -> Iterator[Row]:
+def lerobot_steps(family: str, what: str, shape: str, *, compiled: bool) -> Iterator[Row]:
     """Yield facts of the policy that LeRobot loads from our export, then what each step took."""
     with tempfile.TemporaryDirectory() as folder:
-        policy = exported(family, what, shape, Path(folder))
+        policy = exported(family, what, shape, Path(folder), compiled)
     ours = policy_of(family)
     batches = [for_lerobot(train.host_batch(ours.needs(), shape, 1 if what == "act" else BATCH, seed))
                for seed in range(train.HELD_BATCHES)]  # fmt: skip
@@ -201,7 +206,7 @@ def lerobot_steps(family: str, what: str, shape: str) -> Iterator[Row]:
     yield from in_turns(policy, step)
 
 
-def exported(family: str, what: str, shape: str, folder: Path) -> Any:
+def exported(family: str, what: str, shape: str, folder: Path, compiled: bool) -> Any:
     """Return the policy as LeRobot loads it from our export."""
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class
@@ -221,6 +226,7 @@ def exported(family: str, what: str, shape: str, folder: Path) -> Any:
         path.write_text(json.dumps(json.loads(path.read_text()) | names))
     config = PreTrainedConfig.from_pretrained(folder / "exported")
     config.device = "cpu"
+    config.compile_model, config.compile_mode = compiled, "default"
     config.train_expert_only = what == "expert"
     config.freeze_vision_encoder = what == "expert"
     sys.path.insert(0, "tests/parity")  # some package of LeRobot's environment is called tests, too
@@ -291,10 +297,10 @@ class Side:
         self._process.wait()
 
 
-def compared(cases: Sequence[str], rounds: int) -> Iterator[Row]:
+def compared(cases: Sequence[str], rounds: int, compiled: bool) -> Iterator[Row]:
     """Yield a row for each case, with what each side took in each round."""
     sides = {name: Side(name) for name in SIDES}
-    for case in cases:
+    for case in (f"{case} {COMPILED}" if compiled else case for case in cases):
         row: Row = {"case": case}
         for name, side in sides.items():
             side.tell(case)
@@ -335,6 +341,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="'FAMILY WHAT SHAPE'")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true", help="both sides under torch.compile")
     parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
     parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
     parser.add_argument("--table", type=Path, help="print the table of an earlier run's file, and end")
@@ -351,7 +358,7 @@ def main() -> int:
     facts = rows.machine(torch.device("cpu"), options.commit)
     facts |= {"versions": {package: version(package) for package in ("lerobot", "transformers", "peft")}}
     taken = []
-    for row in compared(options.cases, options.rounds):
+    for row in compared(options.cases, options.rounds, options.compiled):
         rows.write(row | facts, options.out)
         taken.append(row)
     print(table(taken))
