@@ -16,8 +16,8 @@ from vlafit.checkpoints import stored_as
 from vlafit.errors import ConfigError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import piecewise_adamw, run
+from vlafit.train.ema import Ema
 from vlafit.train.experiment import build
-from vlafit.train.optim import Ema
 from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.train.stochastic_rounding import RoundingBits, round_stochastically
 

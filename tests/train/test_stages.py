@@ -24,9 +24,10 @@ from vlafit.recipe import Recipe, TrainRecipe
 from vlafit.report import read_facts
 from vlafit.report.page import page
 from vlafit.train import checkpointer, dataloader, run
+from vlafit.train.ema import Ema
 from vlafit.train.experiment import build
 from vlafit.train.loop import StepResult, train
-from vlafit.train.optim import Ema, rewarm
+from vlafit.train.optim import rewarm
 from vlafit.train.stages import Place, due, require_reachable
 from vlafit.train.train_state import TrainState
 from vlafit.tuning import Plan, Stage, parse

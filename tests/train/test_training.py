@@ -17,10 +17,11 @@ from vlafit.recipe import OptimRecipe, Recipe
 from vlafit.train import dataloader, run
 from vlafit.train.data import open_data
 from vlafit.train.dataloader import EncodedSamples
+from vlafit.train.ema import Ema
 from vlafit.train.experiment import build
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.loop import NotFinite
-from vlafit.train.optim import Ema, build_optimizer, schedule
+from vlafit.train.optim import build_optimizer, schedule
 from vlafit.types import Sample
 
 CPU = torch.device("cpu")

@@ -166,6 +166,15 @@ def test_two_processes_write_the_checkpoint_of_one(runs: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["copies", "frozen-sharded"])
+def test_two_processes_keep_half_of_the_average_each(runs: Path, name: str) -> None:
+    def average(folder: str) -> int:
+        return json.loads((runs / folder / name / "run.json").read_text())["memory"]["parts"]["average"]
+
+    # Half; one tensor is at most a sixth of these policies, so that tensors as a whole do not halve exactly.
+    assert 0.4 < average("two") / average("one") < 0.6
+
+
+@pytest.mark.parametrize("name", ["copies", "frozen-sharded"])
 def test_a_run_goes_on_in_another_number_of_processes(
     runs: Path, recipes: dict[str, Recipe], tmp_path: Path, name: str
 ) -> None:

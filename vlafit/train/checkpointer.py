@@ -31,6 +31,7 @@ from vlafit.train.train_state import TrainState
 
 FORMAT = 2
 FACTS, TENSORS = "training/state.json", "training/state.safetensors"
+AVERAGE = "ema/"  # and a parameter's name, in TENSORS
 OWN_HASH = "facts_sha256"
 """Key of the hash of everything else in state.json; checkpoints of early versions have none."""
 
@@ -214,17 +215,22 @@ def collect(state: TrainState, keep: bool) -> dict[str, Tensor]:
     """Return all training tensors by name, on the CPU. Every process must call it; see `gathered`."""
     names = {parameter: name for name, parameter in state.policy.named_parameters()}
     tensors: dict[str, Tensor] = {}
+    averages = state.ema.gathered(keep) if state.ema is not None else {}
     for parameter in state.trainable:
         name = names[parameter]
         tensors[f"weight/{name}"] = parameter
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"adamw.{key}/{name}"] = value
     if state.ema is not None:
-        tensors |= {f"ema/{name}": value for name, value in state.ema.average.items()}
         tensors |= {f"ema.updates/{name}": torch.tensor(float(n)) for name, n in state.ema.updates.items()}
     if state.ranks is not None:
         tensors |= {f"ranks/{name}": value for name, value in state.ranks.state().items()}
-    return gathered(tensors, keep)
+    return {**gathered(tensors, keep), **{f"{AVERAGE}{name}": value for name, value in averages.items()}}
+
+
+def averages_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the averages among collected training tensors, by parameter."""
+    return {key.removeprefix(AVERAGE): value for key, value in tensors.items() if key.startswith(AVERAGE)}
 
 
 def write(folder: Path, tensors: dict[str, Tensor], progress: Progress, data: str) -> None:
@@ -299,12 +305,15 @@ def restore(saved: Saved, state: TrainState) -> None:
     """
     unused, where = set(saved.tensors), saved.folder / TENSORS
 
-    def take(key: str, like: Tensor) -> Tensor:
+    def use(key: str) -> None:
         if key not in unused:
             raise TrainingError(
                 f"{where}: {key!r} is missing; the file belongs to another strategy or policy"
             )
         unused.remove(key)
+
+    def take(key: str, like: Tensor) -> Tensor:
+        use(key)
         value = saved.tensors[key]
         if value.shape != like.shape:
             shapes = f"{tuple(value.shape)}, but {tuple(like.shape)} in the policy"
@@ -321,8 +330,11 @@ def restore(saved: Saved, state: TrainState) -> None:
                 key: take(f"adamw.{key}/{name}", like) for key, like in empty.items()
             }
         if state.ema is not None:
-            for name, value in state.ema.average.items():
-                value.copy_(take(f"ema/{name}", value))
+            for name in state.ema.updates:
+                if (value := state.ema.average.get(name)) is not None:
+                    value.copy_(take(f"{AVERAGE}{name}", value))
+                else:  # another process keeps it
+                    use(f"{AVERAGE}{name}")
                 state.ema.updates[name] = int(take(f"ema.updates/{name}", torch.tensor(0.0)))
     if state.ranks is not None:
         scores = [key for key in unused if key.startswith("ranks/")]

@@ -22,6 +22,7 @@ from vlafit.nn.recompute import Recompute, recompute_blocks
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import family, family_name
 from vlafit.train.adam8bit import States, state_bytes
+from vlafit.train.ema import owners
 from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.piecewise_adamw import workspace
@@ -166,11 +167,22 @@ def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
         weights=weights // shards if workload.shards_weights else weights,
         gradients=(max(gradients) if workload.in_backward else sum(gradients)) // shards,
         optimiser=states // shards,
-        average=4 * sum(numbers) // shards if workload.ema else 0,
+        average=4 * _averaged(policy, workload) if workload.ema else 0,
         activations=0,
         step=0,
         update=workspace(max(numbers)) if piecewise else 0,
     )
+
+
+def _averaged(policy: Policy, workload: Workload) -> int:
+    """Return how many numbers the EMA has in the process that keeps most of it."""
+    sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
+    if workload.shards > 1:
+        return sum(sizes.values()) // workload.shards
+    held = [0] * workload.processes
+    for name, rank in owners(sizes, workload.processes).items():
+        held[rank] += sizes[name]
+    return max(held)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlafit.train.distributed import local
-from vlafit.train.optim import Ema
+from vlafit.train.ema import Ema
 from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.tuning.quantise import stored_bytes
 

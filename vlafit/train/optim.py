@@ -1,8 +1,7 @@
-"""AdamW over a tuning plan's parameter groups, the learning-rate schedule, and the EMA."""
+"""AdamW over a tuning plan's parameter groups, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,80 +99,3 @@ def begin_step(optimizer: torch.optim.Optimizer, step: int, factor: float) -> No
         group["lr"] = group["peak_lr"] * factor
     if isinstance(optimizer, PiecewiseAdamW):
         optimizer.number = step
-
-
-class Ema:
-    """Exponential moving average of the trainable parameters, in fp32.
-
-    After n updates of a parameter the decay is min(decay, (1 + n) / (10 + n)), so that the first steps of
-    short runs and of later stages have little weight (the rule of TensorFlow's ExponentialMovingAverage with
-    `num_updates`).
-    """
-
-    def __init__(self, policy: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates: dict[str, int] = {}
-        """Updates of each parameter since its training began."""
-        self.average: dict[str, Tensor] = {}
-        self._live: dict[str, nn.Parameter] = {}
-        self.follow(policy)
-
-    @torch.no_grad()
-    def follow(self, policy: nn.Module) -> None:
-        """Track the currently trainable parameters; new ones start from their current value.
-
-        A parameter that is no longer trainable is set to its average; `train_state.py` explains why.
-        """
-        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        for name, p in self._live.items():
-            if name not in trainable:
-                p.copy_(self.average[name])
-        self.average = {
-            name: self.average[name] if name in self.average else p.detach().clone().float()
-            for name, p in trainable.items()
-        }
-        self.updates = {name: self.updates.get(name, 0) for name in trainable}
-        self._live = trainable
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current weights."""
-        groups: dict[float, list[str]] = {}
-        for name in self._live:
-            count = self.updates[name] = self.updates[name] + 1
-            groups.setdefault(min(self.decay, (1 + count) / (10 + count)), []).append(name)
-        for decay, names in groups.items():
-            wide = [name for name in names if self._live[name].dtype is torch.float32]
-            if wide:  # few launches for all of them
-                lives = [self._live[name].detach() for name in wide]
-                averages = [self.average[name] for name in wide]
-                torch._foreach_lerp_(averages, lives, 1 - decay)  # type: ignore[attr-defined]
-            for name in names:
-                if self._live[name].dtype is not torch.float32:  # one at a time, because each is copied
-                    self.average[name].lerp_(self._live[name].detach().float(), 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this block the policy's weights are the average; afterwards they are restored.
-
-        Weights in fp32 change places with their average, one tensor at a time, so `average` holds them
-        meanwhile; of others there is a copy.
-        """
-        live = {n: p.detach().clone() for n, p in self._live.items() if p.dtype is not torch.float32}
-        self._exchange(self.average)
-        try:
-            yield
-        finally:
-            self._exchange(live)
-
-    @torch.no_grad()
-    def _exchange(self, narrow: Mapping[str, Tensor]) -> None:
-        """Exchange fp32 weights with their average, and set the others to those in `narrow`."""
-        for name, p in self._live.items():
-            if p.dtype is torch.float32:
-                held = p.detach().clone()
-                p.copy_(self.average[name])
-                self.average[name].copy_(held)
-                del held
-            else:
-                p.copy_(narrow[name])

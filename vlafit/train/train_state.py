@@ -25,10 +25,11 @@ from vlafit.nn.recompute import recompute_blocks
 from vlafit.nn.rng import Keys
 from vlafit.recipe import Recipe
 from vlafit.train.distributed import wrap
+from vlafit.train.ema import Ema
 from vlafit.train.feature_cache import indices_of, open_cache
 from vlafit.train.gradients import GradientCheck
 from vlafit.train.in_backward import StepInBackward
-from vlafit.train.optim import Ema, build_optimizer
+from vlafit.train.optim import build_optimizer
 from vlafit.train.packer import packer_of
 from vlafit.train.piecewise_adamw import PiecewiseAdamW
 from vlafit.train.stages import Place

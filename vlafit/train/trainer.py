@@ -297,10 +297,11 @@ class Trainer:
         """Write the checkpoint of `step`; every process takes part in gathering it."""
         context, progress, train_state = self.context, self.state.progress, self.train_state
         policy = context.experiment.policy
-        average = train_state.ema.average if train_state.ema is not None else {}
         tensors = checkpointer.collect(train_state, keep=context.main)
+        averaged = train_state.ema.updates if train_state.ema is not None else {}
         live = saved_weights.to_save(policy, context.experiment.saved_on(train_state.plan)[1])
-        weights = gathered({**live, **average}, keep=context.main)
+        weights = gathered({n: p for n, p in live.items() if n not in averaged}, keep=context.main)
+        weights |= checkpointer.averages_of(tensors)
         if context.recipe.train.precision == "bf16" and context.main:
             weights = saved_weights.rounded(policy, weights, train_state.plan.trainable)
         broken = [name for name, tensor in {**tensors, **weights}.items() if not torch.isfinite(tensor).all()]

@@ -158,7 +158,8 @@ class RankSchedule:
     def prune(self, average: Mapping[str, Tensor]) -> None:
         """Zero in an EMA, by tensor name, what the last step pruned; otherwise it would only fade."""
         for name in self._pruned:
-            _prune(average[self._names[name]["E"]], self._begun[name].kept)
+            if (kept := average.get(self._names[name]["E"])) is not None:  # else in another process
+                _prune(kept, self._begun[name].kept)
 
     def _require_gradients(self) -> None:
         missing = [
