@@ -1,8 +1,8 @@
 """The exponential moving average of the weights, each tensor of it in one process of several.
 
 Where each process has a copy of the policy, all would keep the same averages. So each keeps, and moves, those
-of a share of the tensors, and sends them to the others where the policy is validated or saved. The averages of
-a sharded policy are sharded as its weights are.
+of a share of the tensors, and sends them to the others where the policy is validated or saved. The averages
+of a sharded policy are sharded as its weights are.
 """
 
 from collections.abc import Iterator, Mapping
