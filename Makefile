@@ -172,13 +172,12 @@ clean:
 	.venv-peers/bin/python -m pip install -q --disable-pip-version-check openpi-client==0.1.2 vla-eval==0.8.0
 	@touch $@
 
-# It sees what is in .venv, too: the same torch on both sides, and a small download. DeepSpeed compiles nothing then;
+# It sees what is in .venv, too: the same torch on both sides, and a small download. Nothing is compiled for it here;
 # its setup reads torch, so pip builds it without isolation.
 .venv-deepspeed/ready: .venv/ready-dev
 	$(PYTHON) -m venv .venv-deepspeed
-	.venv-deepspeed/bin/python -c 'import sysconfig; from pathlib import Path; \
-	  here = Path(sysconfig.get_path("purelib")); there = here.relative_to("$(CURDIR)/.venv-deepspeed"); \
-	  (here / "0_base.pth").write_text("$(CURDIR)/.venv/" + there.as_posix() + "\n")'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > \
+	  "$$(.venv-deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/0_base.pth"
 	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check setuptools wheel
 	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation \
 	  deepspeed==0.19.8

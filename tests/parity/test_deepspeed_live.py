@@ -9,6 +9,7 @@ usual one any factor would be lost, and a gradient that is rounding alone would 
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,3 +188,33 @@ def test_deepspeeds_bf16_begins_from_rounded_weights_and_ours_does_not(folder: P
     for name, began in theirs(folder / "theirs" / case.name).began.items():
         rounded = whole[name].bfloat16().float()
         assert torch.equal(began, rounded if case.precision == "bf16" else whole[name]), name
+
+
+def test_accelerate_launch_with_deepspeed_installed_says_what_runs_instead(tmp_path: Path) -> None:
+    case = Case(2, "fp32")
+    recipe = recipe_of(case, write_dots(tmp_path / "data"))
+    (tmp_path / "recipe.toml").write_text(config.dump(recipe))
+    (tmp_path / "zero.json").write_text(json.dumps(file_of(case)))
+    words = [
+        "--use_deepspeed",
+        "--deepspeed_config_file",
+        str(tmp_path / "zero.json"),
+        "--num_processes",
+        "2",
+    ]
+    words += ["--mixed_precision", "no", "--main_process_port", str(free_port()), "-m", "vlafit", "train"]
+    words += [str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [PYTHON, "-m", "accelerate.commands.launch", *words],
+        cwd=REPOSITORY,
+        env=os.environ | shared | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 0, said
+    assert "DeepSpeed itself does not run. torch's FSDP2 does in its place, because its runs resume" in said
+    settled = config.read(Recipe, tmp_path / "run" / "recipe.toml", "recipe")
+    assert (settled.train.sharding, settled.train.accumulate) == ("gradients", ACCUMULATE)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
