@@ -45,6 +45,10 @@ class CodecError(VlafitError):
     """A value that cannot be converted between robot units and tensors."""
 
 
+class AnswerError(VlafitError):
+    """A policy's tokens that make no chunk of actions, where a robot is to stop then."""
+
+
 class StorageError(VlafitError):
     """A file or folder cannot be written: full disk, missing permissions."""
 

@@ -278,6 +278,11 @@ class EvalRecipe:
     samples: int = 16
     """Without a protocol: observations of held-out episodes for the report's comparison. 0: none."""
 
+    @property
+    def controls(self) -> bool:
+        """Whether the control with swapped instructions is played: beside the evaluation after training."""
+        return self.after and self.wrong_instruction
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.policies.test_openvla import CLOSE, CONFIG, FIXTURE, KEYS, normalisers, recorded, stored
 from vlafit.checkpoints.formats.openvla import names
+from vlafit.codec import CodecConfig
 from vlafit.codec.action_bins import ActionBinConfig, ActionBins
 from vlafit.errors import CodecError, ConfigError
 from vlafit.nn import ddim
@@ -20,6 +21,7 @@ from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import openvla
 from vlafit.policies._openvla_config import NO_EXPERT
+from vlafit.train import action_tokenizer
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.flops import FlopCounter
 from vlafit.tuning import load_strategy, preview
@@ -244,6 +246,25 @@ def test_an_answer_with_a_word_too_few_tokens_or_an_early_end_is_not_valid():
     early = np.array([good[0], 2, 0, 0])
     answer = bins.decode(early, 2)
     assert not answer.valid and answer.chunk.ravel()[1:].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("head", ["tokens", "parallel_tokens"])
+def test_what_is_sent_for_an_answer_that_is_no_chunk_is_said_as_it_is(head: str):
+    """OpenVLA's answers may end early; of those in one pass OFT's code reads every token by itself."""
+    wanted = action_tokenizer.bins(openvla.build(replace(TINY, head=head, chunk=2)).needs())
+    assert wanted is not None and wanted.ends == (head == "tokens")
+    bins = ActionBins(wanted, 2)
+    tokens = bins.encode(np.array([-1.0, 0.5, 0.5, 1.0]))
+    tokens[1] = wanted.eos
+    answer = bins.decode(tokens, 2)
+    rest = [0, 0, 0] if wanted.ends else [254 / 255, bins.values(tokens[2:3])[0], bins.values(tokens[3:])[0]]
+    assert not answer.valid and answer.chunk.ravel()[1:].tolist() == pytest.approx(rest)
+    config = CodecConfig(
+        cameras=("front",), image_size=28, state_dim=2, action_dim=2, chunk=2,
+        normalisation="openvla_quantile", action_bins=wanted,
+    )  # fmt: skip
+    assert "an end of the range" in config.fate_of_invalid
+    assert ("ended early" in config.fate_of_invalid) == wanted.ends
 
 
 def test_steps_past_the_end_of_an_episode_and_dimensions_that_the_robot_lacks_do_not_count():

@@ -18,7 +18,7 @@ import vlafit
 from tests.checkpoints.pi0_fast_folder import TOLD, write_folder
 from tests.checkpoints.test_pi0_fast import samples
 from vlafit.actor import PolicyActor
-from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.errors import AnswerError, ConfigError
 from vlafit.execution import Execution
 from vlafit.serve import wire
 from vlafit.serve.client import connect
@@ -158,7 +158,7 @@ def test_a_robot_executes_what_stands_for_it_with_a_warning_or_stops(
         assert len(lines) <= 1 + np.log2(control.invalid_answers)  # said at the first and as it doubles
         with Controller(actor, Execution(replan=2), background=background, on_invalid="stop") as control:
             control.start(bad.instruction)
-            with pytest.raises(EmbodimentError, match=f"stopped: {NO_CHUNK}"):
+            with pytest.raises(AnswerError, match=f"stopped: {NO_CHUNK}"):
                 for _ in range(8):
                     control.step(bad.images, bad.state)
             control.start(good.instruction)

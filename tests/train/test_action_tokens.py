@@ -147,6 +147,11 @@ def test_a_given_action_tokenizer_is_used_and_the_checkpoints_own_is_kept(
     again = tokens(card, policy={"family": "", "size": "", "checkpoint": str(own)}, train=short)
     kept = initialise(again, open_data(again.data, 0), FrozenWeights(load_strategy("full"), wanted=False))
     assert item_of(kept.agreement).value.startswith("FAST (the checkpoint's), ")
+    copy = tmp_path / "copy"  # of the checkpoint's own: naming it changes nothing
+    shutil.copytree(own / "action_tokenizer", copy)
+    named = replace(again, policy=replace(again.policy, action_tokenizer=str(copy)))
+    same = initialise(named, open_data(named.data, 0), FrozenWeights(load_strategy("full"), wanted=False))
+    assert item_of(same.agreement) == item_of(kept.agreement)
     chosen = {"family": "", "size": "", "checkpoint": str(own), "action_tokenizer": str(folder)}
     with pytest.raises(ConfigError, match="action_tokenizer") as caught:
         run(tokens(card, policy=chosen, train=short), tmp_path / "other")

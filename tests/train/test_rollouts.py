@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.train.world import assert_same, learned, metrics, tiny
+from vlafit.cli.train_view import TrainView
 from vlafit.errors import VlafitError
 from vlafit.recipe import Recipe
+from vlafit.report.facts import read_facts
 from vlafit.train import run
 from vlafit.train.callbacks import Callbacks
 
@@ -48,6 +50,35 @@ class Episodes(Callbacks):
         self.count += 1
         if self.count == self.limit:
             raise InterruptedError
+
+
+def test_the_control_is_left_out_with_the_evaluation_that_it_belongs_to(
+    judged: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = replace(judged.eval, before=False, after=False, every=0)
+    quiet = replace(judged, eval=without, train=replace(judged.train, steps=1, report=False))
+    summary = run(quiet, tmp_path / "run")
+    assert summary.finished and not summary.success
+    assert "eval.wrong_instruction is left out" in caplog.text
+    assert not any("wrong_instruction" in line for line in read_facts(tmp_path / "run").missing)
+
+
+def test_the_console_says_how_many_answers_of_a_token_policy_were_no_chunk(
+    judged: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = {"family": "openvla", "size": "openvla-tiny", "config": {}}
+    recipe = replace(
+        judged,
+        policy=replace(judged.policy, **policy),
+        eval=replace(judged.eval, before=False, every=0, wrong_instruction=False),
+        train=replace(judged.train, steps=1, report=False),
+    )
+    summary = run(recipe, tmp_path / "run")
+    counted = json.loads((tmp_path / "run" / "eval" / "after" / "result.json").read_text())["invalid_answers"]
+    assert counted["answers"] > 0 and summary.invalid["after"].to_json() == counted
+    TrainView(tmp_path / "run").end(summary)
+    said = capsys.readouterr().out
+    assert f"success after: 0%; {counted['invalid']} of {counted['answers']} answers were no chunk" in said
 
 
 def evaluations(out: Path) -> list[str]:

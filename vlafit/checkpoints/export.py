@@ -325,7 +325,7 @@ def _write(
     note = (
         f"adapters in peft's form; the weights below them are in {peft.BASE}/, and adapter_config.json "
         "names that"
-        f" folder by its absolute path, because LeRobot and peft would look for a relative one in the working"
+        f" folder by its absolute path, because peft would look for a relative one in the working"
         f" directory: {final}. Where the folder moves, change base_model_name_or_path there (vlafit itself "
         "looks"
         f" inside the folder first)"

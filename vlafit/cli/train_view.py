@@ -107,7 +107,9 @@ class TrainView(Callbacks):
             )
             return
         for name, share in summary.success.items():
-            print(f"success {name.replace('_', ' ')}: {share:.0%}")
+            invalid = summary.invalid.get(name)
+            counted = "" if invalid is None else f"; {invalid}"
+            print(f"success {name.replace('_', ' ')}: {share:.0%}{counted}")
         for name, sentence in summary.held_out.items():
             print(f"held-out episodes of {name}: {sentence}")
         if summary.report is not None:

@@ -26,6 +26,8 @@ class ActionBinConfig:
     """Tokens of the longest chunk, with the one that ends the sequence."""
     eos: int
     """The token that ends the sequence."""
+    ends: bool = True
+    """Whether an answer ends at that token; False: every place of a chunk holds a token of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class ActionBins:
         """Return the normalised chunk [steps, a] of the answered tokens [m].
 
         It is not valid where a token is no action. Such a token gives an end of the range, as in OpenVLA's
-        code; those from one on that ends the sequence early give 0.
+        code; those from one on that ends an answer early give 0. Where all tokens are answered in one pass
+        none does, as in OFT's code.
         """
         wanted = steps * self.dimensions
         own = tokens[:wanted]
-        ended = np.flatnonzero(own == self.config.eos)
+        ended = np.flatnonzero(own == self.config.eos) if self.config.ends else ()
         written = int(ended[0]) if len(ended) else len(own)
         values = np.zeros(wanted)
         values[:written] = self.values(own[:written])

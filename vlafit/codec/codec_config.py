@@ -102,7 +102,8 @@ class CodecConfig:
     def fate_of_invalid(self) -> str:
         """What becomes of answered tokens that are no chunk of actions."""
         if self.action_bins is not None:
-            return "an end of the range for each token that is no action"
+            early = ", and 0 (normalised) for each value that is missing because the answer ended early"
+            return f"an end of the range for each token that is no action{early * self.action_bins.ends}"
         fits = self.action_tokens is not None and self.action_tokens.fit
         return "cut or filled with zeros" if fits else "0 (normalised)"
 

@@ -54,6 +54,11 @@ class FastTokenizer:
     def __reduce__(self) -> tuple[object, ...]:
         return FastTokenizer, (self.backend, self.scale, self.min_token)
 
+    def is_same(self, other: "FastTokenizer") -> bool:
+        """Whether both write every chunk as the same tokens, because their files say the same."""
+        own, its = ((one.scale, one.min_token, one.backend.to_str()) for one in (self, other))
+        return own == its
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens."""

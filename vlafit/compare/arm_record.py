@@ -182,7 +182,7 @@ def figures(run: Path) -> Figures:
     if not facts.finished or facts.plan is None:
         raise VlafitError(f"{run}: the run has not finished")
     spec = facts.recipe.eval
-    for name, wanted in ((AFTER, spec.after), (WRONG, spec.wrong_instruction)):
+    for name, wanted in ((AFTER, spec.after), (WRONG, spec.controls)):
         if spec.protocol and wanted and name not in facts.evaluations:
             reasons = [line for line in facts.missing if line.startswith(f"Evaluation {name!r}")]
             raise VlafitError(f"{run}: {' '.join(reasons) or f'evaluation {name!r} is missing'}")

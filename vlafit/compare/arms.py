@@ -137,14 +137,14 @@ def recipe_of(arm: Arm, recipe: Recipe, *, rollouts: bool) -> Recipe:
             before=False,
             every=0,
             after=evaluated and spec.after,
-            wrong_instruction=evaluated and spec.wrong_instruction,
+            wrong_instruction=evaluated and spec.controls,
         ),
     )
 
 
 def asks_for_rollouts(recipe: Recipe) -> bool:
     """Return whether arms are evaluated in closed loop after training."""
-    return bool(recipe.eval.protocol) and (recipe.eval.after or recipe.eval.wrong_instruction)
+    return bool(recipe.eval.protocol) and recipe.eval.after
 
 
 def require_possible(

@@ -74,6 +74,8 @@ class ActionBins:
     """Tokens of the longest chunk, with the one that ends the sequence."""
     eos: int
     """The token that ends the sequence."""
+    ends: bool = True
+    """Whether an answer ends at that token; False: every place of a chunk holds a token of its own."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,9 @@ class OpenVLA(Policy):
             vocabulary=c.language.vocab,
             framing="openvla",
             normalisation="openvla_quantile",
-            action_bins=ActionBins(c.text_vocab, longest, c.eos) if c.writes_tokens else None,
+            action_bins=ActionBins(c.text_vocab, longest, c.eos, c.head == "tokens")
+            if c.writes_tokens
+            else None,
             learns_answers=c.head == "tokens",
         )
 

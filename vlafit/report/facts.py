@@ -245,7 +245,7 @@ def _offline(folder: Path, missing: list[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def _evaluations(folder: Path, recipe: Recipe, missing: list[str], offline: bool) -> dict[str, Evaluation]:
-    requested = {BEFORE: recipe.eval.before, AFTER: recipe.eval.after, WRONG: recipe.eval.wrong_instruction}
+    requested = {BEFORE: recipe.eval.before, AFTER: recipe.eval.after, WRONG: recipe.eval.controls}
     present = sorted(p.name for p in (folder / "eval").glob("*") if p.is_dir() and not p.name.startswith("."))
     names = [*(n for n in requested if n in present), *(n for n in present if n not in requested)]
     evaluations = {}

@@ -34,7 +34,7 @@ from vlafit.rollout.records import (
     motion,
     read_records,
 )
-from vlafit.score import Score
+from vlafit.score import InvalidAnswers, Score
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ class Result:
     """What policy and protocol say of the robot, and what was chosen; empty for an earlier version's."""
 
     @property
+    def invalid_answers(self) -> InvalidAnswers | None:
+        """Answers that were no chunk of actions; None where the policy answers with numbers."""
+        return count_invalid(self.records)
+
+    @property
     def steps_to_success(self) -> float | None:
         """Median number of control steps of the successful episodes; None without any."""
         steps = [record.steps for record in self.records if record.success]
@@ -75,8 +80,7 @@ class Result:
         steps = self.steps_to_success
         seconds = f" ({steps / self.hz:.1f} s)" if steps and self.hz else ""
         lines = [] if steps is None else [f"median time to success: {steps:g} steps{seconds}"]
-        invalid = count_invalid(self.records)
-        lines += [str(invalid)] if invalid is not None else []
+        lines += [str(self.invalid_answers)] if self.invalid_answers is not None else []
         return "\n".join([score.table(self.tasks), *lines, *self.notices])
 
 

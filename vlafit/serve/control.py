@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlafit import arguments
-from vlafit.errors import ConfigError, EmbodimentError
+from vlafit.errors import AnswerError, ConfigError, EmbodimentError
 from vlafit.execution import Execution, InvalidAnswers, Limits, Plan, executable
 from vlafit.observations import instruction_problems, observation, short
 from vlafit.requests import LARGEST, expected_of
@@ -298,7 +298,9 @@ class Controller:
         fate = expected_of(self.actor, self.embodiment).fate_of_invalid
         if sentence := self._tally.sentence(chunk, fate):
             if self._on_invalid == "stop":
-                raise EmbodimentError(f"stopped: {sentence.partition(';')[0]}")
+                raise AnswerError(
+                    f"stopped: {sentence.partition(';')[0]}; `start` or the next `step` asks again"
+                )
             if self._tally.has_doubled:
                 log.warning("%s", sentence)
         try:

@@ -59,10 +59,11 @@ def choose(
     if name == FIT:
         return fit(chunks, needs, None if pretrained else words, kept)
     if kept is not None:
-        if name:
+        if name and not open_named(name).is_same(kept):
             raise ConfigError(
-                f"policy.action_tokenizer {name!r} has no effect: the weights of {pretrained} only work "
-                'with their own; set policy.action_tokenizer = "", or "fit" to teach them one of the data'
+                f"policy.action_tokenizer {name!r} is another than the checkpoint's: the weights of "
+                f'{pretrained} only work with their own; set policy.action_tokenizer = "", or "fit" to teach '
+                "them one of the data"
             )
         return kept
     if name:
@@ -120,7 +121,8 @@ def origin(chosen: PolicyRecipe, declared: Declaration, own: CodecSet | None, pr
     name = chosen.action_tokenizer
     if key and holds:  # made with the checkpoint's codec, of what the recipe names, or its program
         name = name or str(at(merge_dotted({}, chosen.config), key, "")) or declared.action_tokenizer
-    return Origin(name, holds and not name, pretrained, declared.action_tokenizer)
+    kept = holds and (not name or (not key and name != FIT))  # `choose` refuses one that differs
+    return Origin(name, kept, pretrained, declared.action_tokenizer)
 
 
 def named_in(chosen: PolicyRecipe, key: str) -> dict[str, object]:
@@ -177,7 +179,7 @@ def adopted(codec: Codec, needs: Needs, actions: FastTokenizer | None) -> Codec:
 def bins(needs: Needs) -> ActionBinConfig | None:
     """Return how a policy wants each value written as a token; None where it does not."""
     wanted = needs.action_bins
-    return None if wanted is None else ActionBinConfig(wanted.end, wanted.longest, wanted.eos)
+    return None if wanted is None else ActionBinConfig(wanted.end, wanted.longest, wanted.eos, wanted.ends)
 
 
 def require_special(words: Tokenizer, needs: Needs) -> None:

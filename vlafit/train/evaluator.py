@@ -1,13 +1,17 @@
 """Closed-loop evaluations that belong to a run: of a checkpoint before, during and after training."""
 
+import logging
 from typing import final
 
 from vlafit import rollout
 from vlafit.actor import load_actor
 from vlafit.errors import TrainingError
+from vlafit.score import InvalidAnswers
 from vlafit.train.context import RunContext
 from vlafit.train.distributed import barrier
 from vlafit.train.trackers import log_evaluation
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -18,6 +22,8 @@ class Evaluator:
         self.context = context
         self.success: dict[str, float] = {}
         """Share of successes by evaluation name."""
+        self.invalid: dict[str, InvalidAnswers] = {}
+        """Answers that were no chunk of actions, by evaluation name; only of policies that write tokens."""
 
     def require_start(self) -> None:
         """Raise TrainingError if a resumed run has no checkpoint of step 0 to evaluate."""
@@ -56,8 +62,13 @@ class Evaluator:
         recipe = self.context.recipe.eval
         if recipe.protocol and recipe.after:
             self.evaluate("after", step)
-        if recipe.wrong_instruction:
+        if recipe.controls:
             self.evaluate("wrong_instruction", step, wrong_instruction=True)
+        elif recipe.wrong_instruction:
+            log.warning(
+                "eval.wrong_instruction is left out: it is the control of the evaluation after training, and "
+                "eval.after is false"
+            )
 
     def evaluate(
         self, name: str, step: int, *, trials: int | None = None, wrong_instruction: bool = False
@@ -88,6 +99,8 @@ class Evaluator:
                 progress=run.callbacks.episode,
             )
             self.success[name] = result.rate
+            if (invalid := result.invalid_answers) is not None:
+                self.invalid[name] = invalid
             if run.metrics.log_once(step, {f"eval/{name}/success": result.rate}):
                 log_evaluation(run.accelerator, name, step, result)
         barrier()

@@ -4,7 +4,8 @@ Weights, gradients, optimiser states and EMA are counted from the strategy's pla
 are what tensors hold during forward and backward pass (`live_bytes.py`), with the kernels of the device
 (`meta_kernels.py`). The step is that of the stage which trains most, with every camera and the whole prompt.
 Not counted: what a device's driver and libraries take, and an allocator's fragmentation; `memory_ladder.py`
-leaves room for them.
+leaves room for them. On a CPU that is most of what the resident set has beyond the forecast: glibc keeps
+freed blocks, unless MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are small (LOG.md, 2026-11-28).
 """
 
 from collections.abc import Callable

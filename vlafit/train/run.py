@@ -24,6 +24,7 @@ from vlafit.datasets.bench import cores
 from vlafit.errors import VlafitError, command_line
 from vlafit.recipe import Recipe
 from vlafit.report.card_results import results_of
+from vlafit.score import InvalidAnswers
 from vlafit.train import (
     data_files,
     dataloader,
@@ -88,6 +89,8 @@ class RunSummary:
     report: Path | None
     held_out: Mapping[str, str] = field(default_factory=dict)
     """For each dataset: what its held-out episodes show, without a simulator."""
+    invalid: Mapping[str, InvalidAnswers] = field(default_factory=dict)
+    """Answers that were no chunk of actions, by evaluation name; only of policies that write tokens."""
 
     @property
     def finished(self) -> bool:
@@ -265,7 +268,9 @@ def _train(
             callbacks.phase("report")
             page = _report(out, experiment.data)
     accelerator.end_training()
-    return RunSummary(out, trainer.state.progress.step, status, evaluator.success, page, verdicts)
+    return RunSummary(
+        out, trainer.state.progress.step, status, evaluator.success, page, verdicts, evaluator.invalid
+    )
 
 
 def _trainer(context: RunContext, resumed: Path) -> Trainer:

@@ -149,7 +149,7 @@ def make_codec(
         max_tokens=needs.max_tokens,
         framing=needs.framing,
         unchanged=masks["action"] if any(masks["action"]) else (),
-        action_bins=None if bins is None else ActionBinConfig(bins.end, bins.longest, bins.eos),
+        action_bins=None if bins is None else ActionBinConfig(bins.end, bins.longest, bins.eos, bins.ends),
     )
     return Codec(config, robot, made, words)
 
