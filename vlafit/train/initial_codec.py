@@ -130,13 +130,11 @@ def adopt(codec: Codec, data: Data, agreement: Agreement) -> Codec:
 def renamed(codec: Codec, embodiment: str, before: CodecSet | None) -> Codec:
     """Return the codec under the name that the recipe gives the embodiment, with the checkpoint's number.
 
-    A new embodiment gets no number that the checkpoint has given to another one.
+    A new embodiment has none yet; see `embodiment_numbers`.
     """
     robot, number = replace(codec.embodiment, name=embodiment), None
     if before is not None and embodiment in before:
         number = before[embodiment].embodiment_id
-    elif before is not None and any(one.embodiment_id is not None for one in before):
-        number = 1 + max(one.embodiment_id for one in before if one.embodiment_id is not None)
     made = (codec.config, robot, codec.statistics, codec.tokenizer, number, codec.action_tokenizer)
     return Codec(*made, codec.origin)
 

@@ -24,6 +24,7 @@ from vlafit.train import checkpoint_codec, reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.action_chunks import Chunks, faults_of
 from vlafit.train.data import Data
+from vlafit.train.embodiment_numbers import numbered
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.initial_codec import (
     adopt,
@@ -153,9 +154,9 @@ def initialise(recipe: Recipe, data: Data, frozen: FrozenWeights) -> InitialPoli
         codecs.append(codec)
     agreement = reconcile.joined(recipe, data, agreements)
     warnings = faults_of(data.parts(), codecs)
-    return InitialPolicy(
-        policy, CodecSet(codecs), report, history, "the policy", warnings=warnings, agreement=agreement
-    )
+    made, lines = numbered(codecs, policy)
+    report = "\n".join([report, *lines])
+    return InitialPolicy(policy, made, report, history, "the policy", warnings=warnings, agreement=agreement)
 
 
 def probe(
@@ -293,10 +294,11 @@ def _from_checkpoint(
             tokens=origin,
         )
     warnings += faults_of(data.parts(), codecs)
+    made, lines = numbered(codecs, policy, None if foreign else own_codecs)
     return InitialPolicy(
         policy,
-        CodecSet(codecs),
-        "\n".join([report.text(), *dict.fromkeys(notes), *dict.fromkeys(slots)]),
+        made,
+        "\n".join([report.text(), *dict.fromkeys(notes), *dict.fromkeys(slots), *lines]),
         past.followed_by(digest, data.learned, data.seeds(), data.contents),
         f"checkpoint {path}",
         robots={name: codec.embodiment for name, codec in befores.items() if codec.embodiment.hz},
