@@ -28,6 +28,7 @@ from vlafit.train.experiment import Experiment, build
 from vlafit.types import EpisodeKey, Observation
 
 CPU = torch.device("cpu")
+GROOT = Path(__file__).parents[1] / "fixtures" / "lerobot_groot"
 HAND = """
 name = "grasps"
 layout = "libero"
@@ -391,6 +392,26 @@ def test_a_robot_that_the_checkpoint_does_not_name_needs_to_know_whose_statistic
         build(recipe, CPU)
     codec = build(after(checkpoint, recipe, policy={"embodiment": "dot"}), CPU).codec
     assert codec.embodiment.name == "new" and codec.embodiment_id == 2
+
+
+def test_a_foreign_checkpoint_names_the_slots_of_two_robots_and_each_has_its_row(
+    card: Path, hand: Path, recipe_of_both: Recipe
+) -> None:
+    policy = {
+        "tokenizer": str(GROOT / "char_tokenizer"),
+        "config": {"embodiment_rows": [11, 12]},
+        "fresh": ("embodiment:11", "embodiment:12"),
+    }
+    robot = {"robot": True, "resize": True}
+    robots = {
+        "dot": AdaptRecipe(**robot, cameras={"front": "front", "wrist": ""}),
+        "hand": AdaptRecipe(**robot, cameras={"front": "head", "wrist": "palm"}),
+    }
+    recipe = after(GROOT, recipe_of_both, policy=policy, adapt={"embodiments": robots, "cameras": {}})
+    built = build(replace(recipe, data=replace(recipe.data, statistics="data")), CPU)
+    assert [codec.config.cameras for codec in built.codecs] == [("front", ""), ("head", "palm")]
+    assert [codec.embodiment_id for codec in built.codecs] == [0, 1]
+    assert "embodiment 'hand': the weights of embodiment_rows 12" in built.load_report
 
 
 # ---------------------------------------------------------------------------------------------------- refused

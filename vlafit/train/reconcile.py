@@ -167,7 +167,7 @@ def agree_on_parts(
             listed = ", ".join(data.embodiments.values()) or "none; for one robot, use [adapt]"
             raise ConfigError(f"adapt.embodiments.{name} has no effect: data.embodiments names {listed}")
     slots: Sequence[str] = ()
-    if len(parts) > 1:
+    if len(parts) > 1 and not before and not (declared and declared.slots):
         slots = shared_slots({name: (p.embodiment, recipe.adapt.of(name)) for name, p in parts.items()})
     agreements = {}
     for name, part in parts.items():
