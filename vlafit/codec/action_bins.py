@@ -67,8 +67,8 @@ class ActionBins:
         """
         wanted = steps * self.dimensions
         own = tokens[:wanted]
-        ended = np.flatnonzero(own == self.config.eos) if self.config.ends else ()
-        written = int(ended[0]) if len(ended) else len(own)
+        ended = np.flatnonzero(own == self.config.eos)
+        written = int(ended[0]) if self.config.ends and len(ended) else len(own)
         values = np.zeros(wanted)
         values[:written] = self.values(own[:written])
         actions = (own >= self.config.end - BINS) & (own < self.config.end)
