@@ -2,13 +2,15 @@
 
 import json
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from benchmarks import act, gpu, rows, train
+from benchmarks import act, full_size, gpu, rows, train
 from vlafit.policies import build_family
 from vlafit.train.batch_shape import BatchShape
 
@@ -136,3 +138,22 @@ def test_the_figures_of_a_gpu_are_rows_of_the_benchmarks(tmp_path: Path):
     assert "samples_per_s >= 50 on H200 | yes |" in line
     assert gpu.FIGURES[0].met(good | {"samples_per_s": 49.0}) == "no"
     assert gpu.FIGURES[0].met(good | {"card": "NVIDIA H100"}) == ""
+
+
+def test_pages_that_a_forked_child_shares_are_counted_once():
+    """A command that starts another program has a copy of itself for a moment, without pages of its own."""
+    script = (
+        "import os, sys, time\n"
+        "held = bytearray(b'1') * 200_000_000\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(60); os._exit(0)\n"
+        "print(len(held), flush=True); sys.stdin.read(); os.kill(child, 9)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline()
+        anonymous, everything = full_size.resident(psutil.Process(parent.pid))
+        parent.communicate()
+    assert 2e8 <= anonymous < 3e8
+    assert everything > 4e8
