@@ -274,7 +274,7 @@ class Timed(Continuing):
         (0.35, Execution("real_time", 2, guidance=Guidance(prefix="clean")), 0),
     ],
 )
-def test_the_first_hand_over_is_expected_after_what_the_first_answer_took(
+def test_the_first_hand_over_is_expected_after_what_an_answer_that_continues_a_chunk_took(
     monkeypatch: pytest.MonkeyPatch, takes: float, execution: Execution, delay: int
 ) -> None:
     clock = [0.0]
@@ -285,4 +285,33 @@ def test_the_first_hand_over_is_expected_after_what_the_first_answer_took(
         for i in range(3):
             step(control, i)
             clock[0] += 0.1
-    assert actor.delays == [delay]
+    prepared = [execution.delay or 1] * 2 if delay else []  # before the robot moved
+    assert actor.delays == [*prepared, delay]
+
+
+def test_what_the_first_answer_that_continues_a_chunk_needs_is_done_before_the_robot_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("vlafit.serve.control.monotonic", lambda: clock[0])
+
+    class Cold(Timed):
+        def act_guided(
+            self,
+            observations: Sequence[Observation],
+            keys: Sequence[EpisodeKey],
+            committed: Sequence[Committed | None],
+        ) -> list[ActionChunk]:
+            self.clock[0] += 0 if self.delays else 30.0
+            return super().act_guided(observations, keys, committed)
+
+    actor = Cold(clock, 0.15)
+    with Controller(actor, Execution("real_time", 2), background=True) as control:
+        control.start(WORDS)
+        for i in range(3):
+            step(control, i)
+            clock[0] += 0.1
+        assert actor.delays == [1, 1, 2]
+        control.start(WORDS)  # the policy is prepared once
+        step(control, 0)
+    assert actor.delays == [1, 1, 2]

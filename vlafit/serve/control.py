@@ -128,6 +128,7 @@ class Controller:
         self._instructed = expected.instructed
         self._missing: set[str] = set()  # cameras whose absence was logged
         self._closed = False
+        self._prepared = execution.mode != "real_time"
         self._episode = -1
         self._instruction = ""
         self._pending: Future[tuple[ActionChunk, float]] | None = None
@@ -160,7 +161,7 @@ class Controller:
         """Begin with no chunk: at an episode's start, and where the limits refused an action."""
         self._plan = Plan(self.execution)
         self._asked = -1  # the plan's step of the last observation that was sent
-        self._answered_in = 0.0  # seconds that the first answer took; 0: there is none
+        self._answered_in = 0.0  # seconds of an answer while the robot stood still; 0: none yet
         self._moved_at = 0.0  # when the plan's first action was returned
 
     def step(self, images: Mapping[str, Any], state: Any) -> NDArray[np.float32]:
@@ -250,9 +251,8 @@ class Controller:
     def _expected_delay(self) -> int:
         """Return how many steps from now an answer is expected.
 
-        Before any was measured, that is what the first answer took, in steps of the robot: while it was
-        waited for, the robot stood still. A policy that must be given the committed steps clean refuses more
-        than it was trained for, and a first answer may include its preparation.
+        Before any was measured, that is what an answer took while the robot stood still, in its steps. A
+        policy that must be given the committed steps clean refuses more than it was trained for.
         """
         steps = self._plan.step
         if self._delays:
@@ -307,8 +307,31 @@ class Controller:
             actions = executable(chunk.actions, self.embodiment.action.shape[0])
         except EmbodimentError as error:
             raise EmbodimentError(f"stopped: {error}") from None
+        if self._thread is not None and not self._prepared:
+            took_s = self._prepare(ActionChunk(actions)) or took_s
         self._plan.add(ActionChunk(actions), self._asked, delay)
         self._answered_in, self._failed = self._answered_in or max(took_s, SHORTEST_S), False
+
+    def _prepare(self, chunk: ActionChunk) -> float:
+        """Let the policy continue its first chunk twice while the robot still stands.
+
+        Returns the seconds of the second answer; 0 where it will not be asked to. The first imports or
+        compiles what later ones need: in motion it would come long after the committed steps.
+        """
+        execution = self.execution
+        plan = Plan(execution)
+        plan.add(chunk, 0, 0)
+        plan.step = execution.replan
+        is_clean = execution.guidance.prefix == "clean"
+        committed = plan.committed(execution.delay or (0 if is_clean else 1))
+        if committed is None or not committed.delay:
+            return 0.0
+        *past, newest = self._newest
+        seen = dataclasses.replace(newest, past=tuple(past))
+        self._act(seen, self._key, committed)
+        _, took_s = self._act(seen, self._key, committed)
+        self._prepared = True
+        return took_s
 
     @property
     def invalid_answers(self) -> int:
