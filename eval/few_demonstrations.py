@@ -109,7 +109,7 @@ PLAN = tuple(
             *grid("distant", (25,), (600,), (1e-3,)),
             *grid("faucet", (1,), (60,), (2e-3,)),
             *grid("faucet", (5,), (30,), (5e-3, 1e-2)),
-            *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3)),
+            *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3, 1e-2)),
             *grid("related", (20,), (200,), (1e-3,)),
         ]
     )
@@ -204,14 +204,14 @@ def found(point: Point, runs: Path) -> dict[str, Any]:
         letter = "e" if episode["error"] else str(int(episode["success"]))
         of_task[episode["task"]] = of_task.get(episode["task"], "") + letter
     metrics = report["training"]["metrics"]
-    times = cpu_of(run).read_text(encoding="utf-8").splitlines()
+    times = files.read_json_lines(cpu_of(run))  # none if the search was killed before it was written
     return {
         **asdict(point),
         **{key: report["success"]["after"][key] for key in ("successes", "episodes", "errors")},
         "first_start": FIRST_SEED,
         "outcomes": of_task,
         "validation_loss": round(metrics["validation/loss"]["last"], 4),
-        "cpu_s": round(sum(json.loads(line)["cpu_s"] for line in times), 1),
+        "cpu_s": round(sum(line["cpu_s"] for line in times), 1) or None,
         "protocol_sha256": after["protocol_sha256"],
         "actor": after["actor"],
         "versions": {key: after["versions"][key] for key in ("mujoco", "metaworld", "torch")},

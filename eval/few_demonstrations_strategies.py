@@ -23,6 +23,10 @@ from vlafit.report.picture import Arm, ablation_figure
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "few-demonstrations" / "strategies"
 STRATEGIES: dict[str, tuple[str, float]] = {  # name: strategy, learning rate
+    "expert": ("expert", 2e-3),
+    "lora": ("lora", 2e-3),
+    "lora-rank-2": ("eval/results/few-demonstrations/lora-rank-2.toml", 5e-3),
+    "progressive-short": ("eval/results/few-demonstrations/progressive-short.toml", 2e-3),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from cells import beside, count, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_strategies import published as published_strategies
+from scipy.stats import spearmanr
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -94,3 +95,19 @@ def strategies(results: Path) -> str:
         "p",
     ]
     return table(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def offline(results: Path) -> str:
+    """Rank correlation of success with what was measured on held-out recordings, over all published runs."""
+    runs = [path.parent for path in sorted(results.glob("*/*-seed*/report.json"))]
+    reports = [read(run / "report.json") for run in runs]
+    success = [report["success"]["after"]["rate"] for report in reports]
+    rows = []
+    for metric, shown in (("loss", "validation loss"), ("action_error", "error of sampled actions")):
+        errors = [report["training"]["metrics"][f"validation/{metric}"]["last"] for report in reports]
+        full = [i for i, report in enumerate(reports) if not report["recipe"]["policy"]["fresh"]]
+        kinds = (("all", range(len(runs))), ("from the full checkpoint", full))
+        for kind, chosen in kinds:
+            found = spearmanr([errors[i] for i in chosen], [success[i] for i in chosen])
+            rows.append([shown, kind, str(len(chosen)), f"{found.statistic:+.2f}"])
+    return table(["on held-out recordings", "runs", "number", "rank correlation with success"], rows)

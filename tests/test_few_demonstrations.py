@@ -79,6 +79,16 @@ def test_a_finished_point_is_written_and_not_played_again(search: ModuleType, tm
     assert line["successes"] == sum(one["success"] for one in played)
 
 
+def test_a_point_that_ended_after_the_search_was_killed_is_written_without_its_time(
+    search: ModuleType, tmp_path: Path
+) -> None:
+    finish(search, search.PLAN[0], tmp_path)
+    (tmp_path / f"{search.PLAN[0].name}.cpu.jsonl").unlink()
+    search.write(tmp_path, tmp_path / "results")
+    (line,) = files.read_json_lines(tmp_path / "results" / "search.jsonl")
+    assert line["cpu_s"] is None and line["episodes"] == 50
+
+
 @pytest.mark.slow
 def test_a_point_is_an_ordinary_training_run_and_its_evaluation(search: ModuleType, tmp_path: Path) -> None:
     point = next(one for one in search.PLAN if one.steps == 30 and one.start == "untrained")
@@ -139,3 +149,36 @@ def test_the_difference_from_the_full_checkpoint_is_of_equal_starts_and_seeds(
     assert full.startswith("| full checkpoint ") and "| 20 of 20 (" in full and full.endswith("|  |  |")
     assert "| 10 of 20 (" in untrained and "| -50 [" in untrained
     assert untrained.endswith("| 0.062 |")  # 2 / 2**5: five starts, each lost under both seeds
+
+
+# ---------------------------------------------------------------------------------- strategies, published
+
+
+@pytest.fixture(scope="module")
+def strategies() -> ModuleType:
+    return script("few_demonstrations_strategies")
+
+
+def test_every_strategy_is_played_at_the_best_of_at_least_two_rates_that_the_search_tried(
+    strategies: ModuleType, tables: ModuleType
+) -> None:
+    tried: dict[str, dict[float, int]] = {}
+    for line in filter(tables.is_of_strategies, SEARCHED):
+        tried.setdefault(line["strategy"], {})[line["lr"]] = line["successes"]
+    fixed = {**dict(strategies.STRATEGIES.values()), "full": 2e-3}  # of the recipe few-demonstrations
+    for strategy, lr in fixed.items():
+        assert len(tried[strategy]) >= 2 and tried[strategy][lr] == max(tried[strategy].values())
+
+
+def test_published_strategies_differ_in_strategy_and_rate_alone(strategies: ModuleType) -> None:
+    runs = strategies.published(RESULTS / "strategies")
+    assert runs.keys() == {"full", *strategies.STRATEGIES}
+    for seed in runs["full"]:
+        full = files.parse_json((runs["full"][seed] / "report.json").read_text())["recipe"]
+        for name, (strategy, lr) in strategies.STRATEGIES.items():
+            recipe = files.parse_json((runs[name][seed] / "report.json").read_text())["recipe"]
+            assert (recipe["strategy"], recipe["optim"]["lr"]) == (strategy, lr)
+            assert recipe["optim"] | {"lr": 0} == full["optim"] | {"lr": 0}
+            assert recipe["train"] | {"threads": 0} == full["train"] | {"threads": 0}
+            assert (recipe["data"], recipe["policy"]) == (full["data"], full["policy"])
+            assert recipe["train"]["seed"] == seed
