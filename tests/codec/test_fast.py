@@ -243,10 +243,23 @@ def test_a_part_without_its_words_is_not_valid(words: Tokenizer, published: Fast
     bar = len(whole) - 1 - len(words.encode("|"))
     for fit in (False, True):
         part = text(words, published, fit=fit)
-        for ids in (whole[prefix:], whole[:bar], [*whole[:bar], whole[-1]], [words.eos], []):
-            assert not part.decode(np.array(ids, np.int64), STEPS).valid
+        for ids in (whole[prefix:], whole[: bar - 1], [*whole[: bar - 1], whole[-1]], [words.eos], []):
+            decoded = part.decode(np.array(ids, np.int64), STEPS)
+            assert not decoded.valid
+            assert fit or not decoded.chunk.any()  # what is said of answers by openpi's rules that are none
         begun_elsewhere = part.decode(np.array(whole[prefix:]), STEPS).chunk
         assert begun_elsewhere.any() == fit  # openpi answers with zeros, LeRobot with what there is
+
+
+def test_all_coefficients_are_a_chunk_without_the_bar(words: Tokenizer, published: FastTokenizer):
+    whole = text(words, published).encode(ARRAYS["0.chunk"])
+    bar = len(whole) - 1 - len(words.encode("|"))
+    for fit in (False, True):  # openpi executes what stands before the first "|", or all
+        part = text(words, published, fit=fit)
+        for ids in (whole[:bar], [*whole[:bar], whole[-1]], [*whole[:bar], whole[-1], *whole[3:bar]]):
+            decoded = part.decode(np.array(ids, np.int64), STEPS)
+            assert decoded.valid
+            assert decoded.chunk == pytest.approx(ARRAYS["0.decoded_strict"], abs=ROUNDING)
 
 
 def test_an_action_part_that_is_too_long_is_cut(words: Tokenizer, published: FastTokenizer):

@@ -84,7 +84,8 @@ class ActionText:
     def decode(self, tokens: NDArray[np.integer], steps: int) -> Detokenised:
         """Return the normalised chunk [steps, a] that the decoded ids [m] stand for.
 
-        It is not valid where the words around the actions, or the number of coefficients, are wrong.
+        It is not valid where "Action: " is missing or the number of coefficients is wrong. An answer that has
+        all coefficients and no "|", because it was cut or ended early, is a chunk: openpi executes it.
         """
         ids, prefix, end = tokens.tolist(), self._prefix, self.words.encode(END)
         if self.config.begins_with_bos and ids[:1] == [self.words.bos]:
@@ -98,7 +99,7 @@ class ActionText:
         chunk, valid = self.actions.decode(
             [self._last - token for token in ids], steps, self.dimensions, fit=self.config.fit
         )
-        return Detokenised(chunk, valid and begun and ended is not None)
+        return Detokenised(chunk, valid and begun)
 
     @property
     def ids(self) -> range:
