@@ -23,7 +23,7 @@ from vlafit.policies import build_family, openvla
 from vlafit.train.batch_shape import BatchShape
 from vlafit.train.flops import FlopCounter
 from vlafit.train.forecast import Workload, forecast
-from vlafit.tuning import load_strategy, preview
+from vlafit.tuning import apply_strategy, load_strategy, preview
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openvla_oft"
 CONFIG = openvla.OpenVLAConfig(
@@ -311,6 +311,17 @@ def test_oft_trains_lora_on_all_linear_layers_and_head_projector_and_film_in_ful
     assert linear - own - dead == adapted
     trained = {e.name for e in plan.entries if e.trainable and not e.adapts}
     assert trained == own
+
+
+def test_ofts_adapters_begin_as_its_script_draws_them():
+    policy = openvla.build(TINY, "cpu")
+    apply_strategy(policy, "openvla-oft")
+    drawn = [p.detach().flatten() for n, p in policy.named_parameters() if ".lora_A." in n]
+    every = torch.cat(drawn)
+    assert every.std().item() == pytest.approx(
+        1 / 32, rel=5 / (2 * len(every)) ** 0.5
+    )  # N(0, 1 / r), five sigma
+    assert all(not p.any() for n, p in policy.named_parameters() if ".lora_B." in n)
 
 
 def test_sizes_that_do_not_go_together_are_named():
