@@ -18,7 +18,7 @@ from vlafit.nn.policy import ParameterInfo, Policy
 from vlafit.nn.random_batch import random_batch
 from vlafit.nn.rng import sample_rng
 from vlafit.policies import build_family, families, family
-from vlafit.tuning import apply, load_strategy, preview
+from vlafit.tuning import apply, enter, load_strategy, preview
 from vlafit.tuning.inject import base_name, layer_kind
 
 TINY = {size: name for name in families() for size in family(name).SIZES if size.endswith("-tiny")}
@@ -163,6 +163,8 @@ def learned(size: str, name: str) -> tuple[Policy, Policy, set[str]]:
         other.data += noise
     batch, keys = random_batch(policy.needs(), 2), [(0, 0), (0, 1)]
     plan = apply(policy, load_strategy(name), probe=lambda: answer(policy))  # raises where it changes
+    plan = plan.at(len(plan.strategy.stages) - 1)  # in which all adapters learn
+    enter(policy, plan)
     policy.train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -190,6 +192,9 @@ ALWAYS = [
     ("openvla-oft", "openvla-oft-tiny"),
     ("dora", "xvla-tiny"),
     ("oft", "smolvla-tiny"),
+    ("oft", "xvla-tiny"),  # inputs of four dimensions
+    ("lora-all", "openvla-oft-tiny"),  # adapters on the towers' embeddings
+    ("progressive-lora", "pi0-tiny"),
 ]
 
 

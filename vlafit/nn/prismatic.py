@@ -148,7 +148,7 @@ class Tower(nn.Module):
         patches = in_own_precision(self.patch_embedding, images).flatten(2).transpose(1, 2)  # [b, l, w]
         x = patches + self.position_embedding(torch.arange(patches.shape[1], device=images.device))
         first = [
-            table(torch.arange(table.num_embeddings, device=images.device)).to(x.dtype)
+            table(torch.arange(len(table.weight), device=images.device)).to(x.dtype)
             for table in (self.class_embedding, self.register_embedding)
             if table is not None
         ]

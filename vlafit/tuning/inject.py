@@ -143,6 +143,11 @@ def inject(policy: nn.Module, groups: Sequence[Group], seed: int = 0) -> None:
         elif tensors[name].dtype != torch.float32:
             tensors[name].data = tensors[name].data.float()
     for group in groups:
+        if group.adapter.method == "oft":
+            from vlafit.tuning.oft_rotation import rotate_last_dimension
+
+            for name in group.layers:
+                rotate_last_dimension(policy.get_submodule(name))
         if group.adapter.init == "pissa":
             factors = {n: tensors[n] for n in adapter_tensors(policy) if group_of(n) == group.name}
             _keep_initial(policy, factors)
