@@ -10,7 +10,7 @@ from vlafit import checkpoints
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import ConfigError
 from vlafit.policies import groot, xvla
-from vlafit.train.embodiment_numbers import numbered
+from vlafit.train.embodiment_numbers import numbered, require_used
 
 GROOT = Path(__file__).parents[1] / "fixtures" / "lerobot_groot"
 XVLA, TINY_GROOT = xvla.SIZES["xvla-tiny"], groot.SIZES["groot-tiny"]
@@ -55,3 +55,24 @@ def test_robots_of_a_groot_have_a_row_each(robots: list[Codec]):
         ConfigError, match=r"embodiment_rows is \[1\], .*\(arm, hand\) are numbers \[0, 1\].*= \[1, 2\]"
     ):
         numbered(robots, random_policy(replace(TINY_GROOT, embodiment_rows=(1,))))
+
+
+def test_a_fresh_row_that_no_robot_uses_is_refused_by_both_numbers(robots: list[Codec]):
+    one, policy = CodecSet(robots[:1]), random_policy(replace(XVLA, domain=3))
+    require_used(["expert", "embodiment:3"], one, policy)
+    with pytest.raises(
+        ConfigError,
+        match=r"policy.fresh: 'embodiment:2' .* 'arm' has those of domain 3\. .* policy.config.domain = 2; .*'embodiment:3'",
+    ):
+        require_used(["embodiment:3", "embodiment:2"], one, policy)
+    policy = random_policy(replace(XVLA, domain=1))
+    both, _ = numbered(robots, policy)
+    require_used(["embodiment:1", "embodiment:2"], both, policy)
+    with pytest.raises(ConfigError, match="'embodiment:3' .* 'arm' .* of domain 1, 'hand' .* of domain 2"):
+        require_used(["embodiment:3"], both, policy)
+    policy = random_policy(replace(TINY_GROOT, embodiment_rows=(2, 0)))
+    require_used(["embodiment:0"], numbered(robots, policy)[0], policy)
+    with pytest.raises(
+        ConfigError, match=r"'embodiment:0' .* 'arm' has those of embodiment_rows 2\. .*_rows = \[0\]; "
+    ):
+        require_used(["embodiment:0"], one, policy)

@@ -412,6 +412,11 @@ def test_a_foreign_checkpoint_names_the_slots_of_two_robots_and_each_has_its_row
     assert [codec.config.cameras for codec in built.codecs] == [("front", ""), ("head", "palm")]
     assert [codec.embodiment_id for codec in built.codecs] == [0, 1]
     assert "embodiment 'hand': the weights of embodiment_rows 12" in built.load_report
+    alone = {"cards": (str(hand),), "embodiments": {}, "weights": {}}
+    adapted = {"embodiments": {}, "cameras": robots["hand"].cameras, **robot}
+    recipe = after(GROOT, recipe, data={"statistics": "data", **alone}, policy=policy, adapt=adapted)
+    with pytest.raises(ConfigError, match=r"policy.fresh: 'embodiment:12' .* of embodiment_rows 11\."):
+        build(recipe, CPU)
 
 
 # ---------------------------------------------------------------------------------------------------- refused

@@ -21,6 +21,7 @@ from vlafit.checkpoints.load import (
 )
 from vlafit.checkpoints.load_report import LoadReport
 from vlafit.checkpoints.locate import digest, lasting_base, place
+from vlafit.checkpoints.resize import split_embodiments
 from vlafit.checkpoints.save import save
 from vlafit.checkpoints.tensor_files import open_tensors
 
@@ -52,6 +53,7 @@ __all__ = [
     "read_base",
     "read_lineage",
     "save",
+    "split_embodiments",
     "stored_as",
     "wants_tokenizer",
 ]

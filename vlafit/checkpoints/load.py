@@ -153,14 +153,14 @@ def load_all(
         deferred=deferred and opened.contents is None,
     )
     require_numbers(policy)
-    draw = [*draw, *draw_embodiments(policy, opened.family, rows, generator)]
+    drawn = draw_embodiments(policy, opened.family, rows, generator)
     if not deferred:
         policy.to(device)  # buffers, which `fit` leaves on the CPU
     codec, reason, notes = opened.format.codec(opened, policy, options)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
     notes = _place_note(where.note) + opened.notes + notes
     report = make_report(
-        opened, policy, options.dtype, draw, sized.changes, sized.shapes, plan, notes, reason
+        opened, policy, options.dtype, draw, drawn, sized.changes, sized.shapes, plan, notes, reason
     )
     if opened.adapters is not None and plan is not None:
         opened.adapters.attach(policy, plan)
@@ -236,7 +236,7 @@ def inspect_all(
     weights, fresh = opened.tensors.weights, selected(policy, sized.fresh)
     every = [info.name for info in policy.parts()] + list(weights)
     wrong = compare(policy, weights, fresh, sized.shapes)
-    fresh = [*fresh, *draw_embodiments(policy, opened.family, rows, None)]
+    drawn = draw_embodiments(policy, opened.family, rows, None)
     raise_mismatch(opened.path, wrong, opened.tensors.file_name, every, opened.conflicts)
     plan = opened.plan if opened.adapters is None else opened.adapters.plan(policy)
     asked = options.tokenizer is not None or options.assets is not None or options.config.for_a_codec
@@ -244,7 +244,7 @@ def inspect_all(
     codec, reason, more = make(opened, policy, options)
     notes = _place_note(where.note) + opened.notes + more
     report = make_report(
-        opened, policy, options.dtype, fresh, sized.changes, sized.shapes, plan, notes, reason
+        opened, policy, options.dtype, fresh, drawn, sized.changes, sized.shapes, plan, notes, reason
     )
     return LoadedSet(policy, None if codec is None else CodecSet.of(codec), plan, report)
 

@@ -37,6 +37,9 @@ class LoadReport:
     unused: tuple[str, ...]
     tied: tuple[str, ...]
     fresh: tuple[str, ...]
+    """Weights that were drawn anew, those of which rows were among them."""
+    fresh_rows: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """The rows that were drawn anew, of weights of which the others are the file's."""
     used: int = 0
     stored: dict[str, int] = dataclasses.field(default_factory=dict)
     adapted: tuple[str, ...] = ()
@@ -75,7 +78,8 @@ class LoadReport:
             f"memory: {self.bytes / 1e6:,.1f} MB of weights; to train all of them in fp32"
             f" {self.bytes_to_train / 1e6:,.1f} MB, activations not counted",
         ]
-        for what, names in (("tied", self.tied), ("knowingly unused", self.unused), ("fresh", self.fresh)):
+        fresh = [name + _rows(self.fresh_rows.get(name, ())) for name in self.fresh]
+        for what, names in (("tied", self.tied), ("knowingly unused", self.unused), ("fresh", fresh)):
             if names:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 lines.append(f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
@@ -98,20 +102,26 @@ def make_report(
     policy: Policy,
     dtype: str,
     fresh: Sequence[str],
+    drawn: Mapping[str, Sequence[int]],
     changes: tuple[str, ...],
     resized: Mapping[str, torch.Size],
     plan: Plan | None,
     notes: tuple[str, ...],
     no_codec: str,
 ) -> LoadReport:
-    """Return the report of a checkpoint whose tensors have been compared with its bare policy."""
+    """Return the report of a checkpoint whose tensors have been compared with its bare policy.
+
+    `drawn` are weights of single embodiments that were drawn anew, and their rows where others are the file's.
+    """
+    rows = {name: list(some) for name, some in drawn.items() if some and name not in fresh}
+    fresh = list(dict.fromkeys([*fresh, *drawn]))
     parts: dict[str, int] = {}
     size = 0
     for info in policy.parts():
         count = policy.get_parameter(info.name).numel()
         parts[info.part] = parts.get(info.part, 0) + count
         size += count * stored_as(info, DTYPES[dtype]).itemsize
-    used = {n: t for n, t in opened.tensors.weights.items() if n not in set(fresh)}
+    used = {n: t for n, t in opened.tensors.weights.items() if n not in fresh or n in rows}
     return LoadReport(
         path=opened.path,
         form=opened.format.name,
@@ -122,6 +132,7 @@ def make_report(
         unused=opened.tensors.unused,
         tied=opened.tensors.tied,
         fresh=tuple(fresh),
+        fresh_rows=rows,
         used=len(used),
         stored=dict(Counter(str(t.dtype).removeprefix("torch.") for t in used.values())),
         adapted=changes,
@@ -136,6 +147,11 @@ def make_report(
         statistics_of=opened.statistics_of,
         chunk=opened.chunk if isinstance(opened.chunk, int) else None,
     )
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    one = "row" if len(numbers) == 1 else "rows"
+    return f" ({one} {', '.join(map(str, numbers))})" if numbers else ""
 
 
 def _statistics(base: str) -> list[str]:

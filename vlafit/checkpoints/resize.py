@@ -104,19 +104,21 @@ def split_embodiments(fresh: Sequence[str]) -> tuple[list[str], list[int]]:
 
 def draw_embodiments(
     policy: Policy, family_name: str, numbers: Sequence[int], generator: torch.Generator | None
-) -> list[str]:
-    """Draw the weights of single embodiments anew; return the names of the tables that hold them.
+) -> dict[str, list[int]]:
+    """Draw the weights of single embodiments anew; return the names of the tensors that hold them, each with
+    the rows that were drawn, or none where all of the tensor was.
 
     Raises WeightsError where the policy has none of that number.
     """
     if not numbers:
-        return []
+        return {}
     draw, needs = vars(family(family_name)).get("init_embodiment"), policy.needs()
     room, used = needs.embodiments, needs.embodiment_rows
     if draw is None or not room:
         raise WeightsError(f"fresh: {family_name} has no weights of single embodiments; name parts instead")
     generator = generator or torch.Generator().manual_seed(0)
-    names: dict[str, None] = {}
+    tables = {info.name for info in policy.parts() if info.kind == "embedding"}  # a row for each embodiment
+    drawn: dict[str, list[int]] = {}
     for number in numbers:
         if number >= room:
             raise WeightsError(
@@ -128,8 +130,9 @@ def draw_embodiments(
                 f"fresh: {EMBODIMENT}{number} would have no effect: the config's {needs.embodiment_field} is "
                 f"{list(used)}; name {number} there, too: policy.config.{needs.embodiment_field} = [{number}]"
             )
-        names |= dict.fromkeys(draw(policy, number, generator))
-    return list(names)
+        for name in draw(policy, number, generator):
+            drawn.setdefault(name, []).extend([number] if name in tables else [])
+    return drawn
 
 
 def selected(policy: Policy, fresh: Sequence[str]) -> list[str]:

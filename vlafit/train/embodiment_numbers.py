@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from vlafit.checkpoints import split_embodiments
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Policy
@@ -51,3 +52,24 @@ def numbered(
         f"embodiment {codec.embodiment.name!r}: the weights of {field} {number}"
         for codec, number in zip(made, used, strict=True)
     ]
+
+
+def require_used(fresh: Sequence[str], codecs: CodecSet, policy: Policy) -> None:
+    """Raise ConfigError where `fresh` names weights of an embodiment that no robot of the run has."""
+    field, rows = policy.needs().embodiment_field, policy.needs().embodiment_rows
+    used: dict[str, int] = {}
+    for codec in codecs:
+        number = codec.embodiment_id
+        if rows:
+            number = rows[number or 0]
+        used[codec.embodiment.name] = getattr(policy.config, field, 0) if number is None else number
+    for number in split_embodiments(fresh)[1]:
+        if number in used.values():
+            continue
+        have = ", ".join(f"{name!r} has those of {field} {own}" for name, own in used.items())
+        wanted = f" = {[number] if rows else number}" if len(used) == 1 else ""
+        own = " or ".join(f"'embodiment:{own}'" for own in used.values())
+        raise ConfigError(
+            f"policy.fresh: 'embodiment:{number}' draws weights anew that no robot of the run has: {have}. To "
+            f"train those of {number}: policy.config.{field}{wanted}; to draw the robot's own anew: {own}"
+        )

@@ -24,7 +24,7 @@ from vlafit.train import checkpoint_codec, reconcile
 from vlafit.train import tokenizer as tokenizers
 from vlafit.train.action_chunks import Chunks, faults_of
 from vlafit.train.data import Data
-from vlafit.train.embodiment_numbers import numbered
+from vlafit.train.embodiment_numbers import numbered, require_used
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.initial_codec import (
     adopt,
@@ -295,6 +295,7 @@ def _from_checkpoint(
         )
     warnings += faults_of(data.parts(), codecs)
     made, lines = numbered(codecs, policy, None if foreign else own_codecs)
+    require_used(chosen.fresh, made, policy)
     return InitialPolicy(
         policy,
         made,
