@@ -282,7 +282,8 @@ def test_a_new_domain_starts_fresh_by_number_and_all_others_keep_their_weights(s
     tables = {"action_encoder.fc.weight", "action_encoder.bias.weight", "action_decoder.fc.weight"}
     tables |= {"action_decoder.bias.weight", "soft_prompts.weight"}
     assert set(loaded.report.fresh) == tables
-    assert "254 tensors used" in loaded.report.text() and "soft_prompts.weight (row 4)" in loaded.report.text()
+    said = loaded.report.text()
+    assert "254 tensors used" in said and "soft_prompts.weight (row 4)" in said
     for name, parameter in loaded.policy.named_parameters():
         before = stored[NAMES.file_name(name)].view_as(parameter)
         if name in tables:

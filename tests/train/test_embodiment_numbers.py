@@ -62,7 +62,7 @@ def test_a_fresh_row_that_no_robot_uses_is_refused_by_both_numbers(robots: list[
     require_used(["expert", "embodiment:3"], one, policy)
     with pytest.raises(
         ConfigError,
-        match=r"policy.fresh: 'embodiment:2' .* 'arm' has those of domain 3\. .* policy.config.domain = 2; .*'embodiment:3'",
+        match=r"'embodiment:2' .* 'arm' has those of domain 3\. .*config.domain = 2; .*'embodiment:3'",
     ):
         require_used(["embodiment:3", "embodiment:2"], one, policy)
     policy = random_policy(replace(XVLA, domain=1))

@@ -111,7 +111,7 @@ def make_report(
 ) -> LoadReport:
     """Return the report of a checkpoint whose tensors have been compared with its bare policy.
 
-    `drawn` are weights of single embodiments that were drawn anew, and their rows where others are the file's.
+    `drawn` are weights of single embodiments that were drawn anew, with their rows where others are kept.
     """
     rows = {name: list(some) for name, some in drawn.items() if some and name not in fresh}
     fresh = list(dict.fromkeys([*fresh, *drawn]))

@@ -70,6 +70,6 @@ def require_used(fresh: Sequence[str], codecs: CodecSet, policy: Policy) -> None
         wanted = f" = {[number] if rows else number}" if len(used) == 1 else ""
         own = " or ".join(f"'embodiment:{own}'" for own in used.values())
         raise ConfigError(
-            f"policy.fresh: 'embodiment:{number}' draws weights anew that no robot of the run has: {have}. To "
-            f"train those of {number}: policy.config.{field}{wanted}; to draw the robot's own anew: {own}"
+            f"policy.fresh: 'embodiment:{number}' draws weights anew that no robot of the run has: {have}. "
+            f"To train those of {number}: policy.config.{field}{wanted}; to draw the robot's own anew: {own}"
         )
