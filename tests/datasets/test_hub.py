@@ -20,7 +20,9 @@ from tests.datasets.web_server import serving
 from vlafit import cli
 from vlafit.datasets import downloads, load_card, open_dataset
 from vlafit.datasets.layouts import lerobot
-from vlafit.errors import DataError
+from vlafit.errors import ConfigError, DataError
+from vlafit.recipe import DataRecipe
+from vlafit.train.data import open_data
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -221,6 +223,28 @@ def test_a_card_of_the_hub_names_the_commit_and_copies_what_it_reads(
     store = open_dataset(card)
     assert_same(store, open_dataset(replace(card, path=str(folder))))
     assert {name for name in hub.read if "file-001" in name and "meta" not in name} == set()
+
+
+def test_a_dataset_of_the_hub_has_the_name_of_its_repository_whatever_the_revision(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_dataset("org/arm@refs/pr/1")
+    assert store.card.name == "arm" and COMMIT in store.card.path
+    assert load_card(store.card.path).name == "arm"
+    for place in ("org/arm", store.card.path, f"hf://datasets/org/arm@{COMMIT}"):
+        assert cli.main(["data", "inspect", place]) == 0
+        assert capsys.readouterr().out.startswith("arm: layout lerobot")
+        assert cli.main(["data", "card", place]) == 0
+        assert 'name = "arm"\n' in capsys.readouterr().out
+    with pytest.raises(ConfigError) as refused:
+        open_data(DataRecipe(cards=("org/arm", "org/arm@refs/pr/1")), 0)
+    assert "2 cards are called 'arm'" in str(refused.value)
+    assert "vlafit data card org/arm@refs/pr/1 > arm-2.toml" in str(refused.value)
+    assert cli.main(["data", "card", "org/arm@refs/pr/1"]) == 0
+    other = tmp_path / "arm-2.toml"
+    text = capsys.readouterr().out.replace('control = ""', 'control = "delta_pose"')
+    other.write_text(text.replace('name = "arm"', 'name = "arm-2"'))
+    assert load_card(other).name == "arm-2"
 
 
 def test_without_a_network_the_whole_copy_is_read_and_part_of_it_never(

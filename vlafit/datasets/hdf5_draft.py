@@ -34,6 +34,7 @@ from vlafit.datasets.hdf5_guess import (
     sentence_key,
     success_key,
 )
+from vlafit.datasets.naming import name_of
 from vlafit.datasets.pictures import decode_marked
 from vlafit.errors import DataError
 
@@ -124,7 +125,7 @@ def draft(path: Path, known: Known) -> Draft:
             'again and write "stop", or leave them out by "skip"'
         )
     card = Card(
-        name=path.resolve().stem,
+        name=name_of(path),
         layout=known.layout,
         path=place,
         robot=RobotCard(known.robot or "robot", hz, known.control, cameras, state, action),

@@ -58,6 +58,12 @@ def fetch_id(text: str) -> Path:
     return fetch(match["repo"], match["revision"] or "")
 
 
+def url_of(text: str) -> str:
+    """Return the URL of the dataset that an id names. A revision may have slashes: refs/pr/1."""
+    repo, at, revision = text.partition("@")
+    return f"hf://datasets/{repo}{at}{revision.replace('/', '%2F')}"
+
+
 def at_commit(url: str, local: Path) -> str:
     """Return a URL of the Hub that names no revision with the commit of the files in `local`."""
     parts = url.split("/")  # hf:, "", datasets, org, name, folders below

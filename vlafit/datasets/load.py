@@ -15,6 +15,7 @@ from vlafit.datasets import downloads, hub, layouts, remote
 from vlafit.datasets.aligned import Aligned
 from vlafit.datasets.card import Card, Draft, EpisodesCard
 from vlafit.datasets.card_check import check
+from vlafit.datasets.naming import name_of
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import ConfigError, DataError, command_line, did_you_mean, quoted
 from vlafit.files import expand_user
@@ -39,6 +40,8 @@ def load_card(name_or_path: str | Path) -> Card:
         raise DataError(f"{quoted(str(name_or_path))}: is too long for the name of a file") from None
     if data is not None:
         draft = describe(data)
+        if data != expand_user(name_or_path):  # a copy
+            draft = replace(draft, card=replace(draft.card, name=name_of(str(name_or_path))))
         if remote.is_url(str(name_or_path)):
             card = replace(draft.card, source=url or str(name_or_path), path=url or draft.card.path)
             draft = replace(draft, card=card)
@@ -145,14 +148,13 @@ def describe_remote(url_or_id: str, layout: str = "") -> Draft:
 
     The card's path is the URL, of the commit that was looked at if it is on the Hub.
     """
-    url = url_or_id if remote.is_url(url_or_id) else f"hf://datasets/{url_or_id}"
+    url = url_or_id if remote.is_url(url_or_id) else hub.url_of(url_or_id)
     files = remote.in_place(url) if remote.is_url(url_or_id) else None
     local = files.root if files else remote.fetch(url, downloads.METADATA)
     draft = describe(local, layout)
     pinned = files.url if files else hub.at_commit(url.rstrip("/"), local)
     path = draft.card.path.replace(str(local.resolve()), pinned)
-    name = url_or_id.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
-    return replace(draft, card=replace(draft.card, name=name, path=path))
+    return replace(draft, card=replace(draft.card, name=name_of(url_or_id), path=path))
 
 
 def is_remote(text: str) -> bool:

@@ -21,7 +21,7 @@ from vlafit.datasets.leaks import require_apart, require_once
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.datasets.relative import with_relative_matches
 from vlafit.datasets.vision_language import VisionLanguageSet, open_set
-from vlafit.errors import ConfigError, DataError, EmbodimentError, did_you_mean
+from vlafit.errors import ConfigError, DataError, EmbodimentError, command_line, did_you_mean
 from vlafit.recipe import DataRecipe, Recipe
 from vlafit.train.data_names import require_named
 from vlafit.train.statistics_from import describing, different
@@ -180,7 +180,7 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         if names.count(name) > 1:
             raise ConfigError(
                 f"data.cards: {names.count(name)} cards are called {name!r}, so their samples cannot be told "
-                "apart; list each dataset once, or rename one card"
+                f"apart; list each dataset once, or rename one card{_made_for(name, cards, recipe.cards)}"
             )
     require_named(recipe, names)
     stores = tuple(open_dataset(card) for card in cards)
@@ -219,6 +219,18 @@ def open_data(recipe: DataRecipe, seed: int) -> Data:
         recipe.statistics,
         tuple(questions),
         describing(recipe, _card, cards[0]),
+    )
+
+
+def _made_for(name: str, cards: Sequence[Card], named: Sequence[str]) -> str:
+    """Return how the last dataset called `name` gets a card, and with it another name; "" if all have one."""
+    without = [place for card, place in zip(cards, named, strict=True) if card.name == name and not card.file]
+    if not without:
+        return ""
+    command = command_line("data", "card", without[-1])
+    return (
+        f". {without[-1]} has no card and is called by its folder or repository, whatever the revision: run "
+        f"{command} > {name}-2.toml, give it another `name` there, and list {name}-2.toml in its place"
     )
 
 

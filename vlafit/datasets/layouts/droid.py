@@ -24,6 +24,7 @@ from vlafit.datasets.filmed import FilmedStore
 from vlafit.datasets.hdf5 import Hdf5Store
 from vlafit.datasets.hdf5_demos import Demonstration, Hdf5Layout
 from vlafit.datasets.hdf5_files import reading
+from vlafit.datasets.naming import name_of
 from vlafit.datasets.store import EpisodeStore
 from vlafit.datasets.video import VideoFile
 from vlafit.errors import DataError, nearest
@@ -110,7 +111,7 @@ def describe(path: Path) -> Draft:
     robot = RobotCard("droid-franka", 15.0, "joint_velocity", tuple(cameras), *columns)
     source = InstructionCard("current_task")
     guesses["instruction.source"] = "as the operator was told; look at `inspect`"
-    card = Card(path.resolve().stem, "droid", str(path.resolve()), robot, source)
+    card = Card(name_of(path), "droid", str(path.resolve()), robot, source)
     return Draft(card, guesses)
 
 

@@ -21,6 +21,7 @@ from vlafit.datasets.lerobot.clock import TOLERANCE_S
 from vlafit.datasets.lerobot.features import is_depth, size_of, success_feature, width_of
 from vlafit.datasets.lerobot.in_place import FilesInPlace
 from vlafit.datasets.lerobot.meta import labels, require_totals
+from vlafit.datasets.naming import name_of
 from vlafit.datasets.selection import Selection
 from vlafit.datasets.store import EpisodeStore
 from vlafit.errors import DataError
@@ -87,7 +88,7 @@ def describe(path: Path) -> Draft:
         guesses["robot.name"] = "info.json names no robot_type"
     require_totals(meta)
     card = Card(
-        name=path.resolve().name,
+        name=name_of(path),
         layout="lerobot",
         path=str(path.resolve()),
         robot=RobotCard(
