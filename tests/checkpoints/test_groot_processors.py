@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from tests.checkpoints.forms import GROOT, GROOT_CHAT, save, write_nvidia_groot
 from vlafit import checkpoints, cli
+from vlafit.checkpoints.declaration import InputForm
 from vlafit.checkpoints.export import export
 from vlafit.codec import Codec
 from vlafit.codec.described import learned
@@ -328,6 +329,47 @@ def test_a_tokenizer_tells_the_chat_turn_of_a_backbone_that_is_not_the_public_on
     edit(own / "config.json", model_name="nvidia/Cosmos-Reason2-2B")
     declared = checkpoints.declaration(own)
     assert not declared.tokenizer_tells and not takes_tokenizer(own, chosen, declared, fitted=True)
+
+
+def test_without_processors_the_tokenizer_tells_the_chat_turn_and_config_json_the_frames(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error asked for --tokenizer FOLDER, which then changed nothing."""
+    for path in FILES.glob("*.json"):
+        (own / path.name).unlink(missing_ok=True)
+    edit(own / "config.json", image_crop_size=[28, 28])
+    assert cli.main(["inspect", str(own)]) != 0 and "--tokenizer FOLDER" in capsys.readouterr().err
+    assert cli.main(["inspect", str(own), "--tokenizer", str(TOKENIZER)]) == 0
+    assert "policy.tokenizer (tiny_backbone in its files)" in capsys.readouterr().out
+    chosen = PolicyRecipe(checkpoint=str(own), tokenizer=str(TOKENIZER))
+    declared = checkpoints.declaration(own)
+    assert takes_tokenizer(own, chosen, declared, fitted=True)
+    assert declared.form == InputForm("groot", "nvidia_area", "prompt", 28 / 32)
+    edit(own / "config.json", use_albumentations_transforms=False, formalize_language=False)
+    assert checkpoints.declaration(own).form == InputForm("text", "nvidia", "prompt")
+    edit(own / "config.json", use_albumentations_transforms="no")
+    with pytest.raises(WeightsError, match="config.json: use_albumentations_transforms is 'no'"):
+        checkpoints.declaration(own)
+    (own / "config.json").unlink()
+    assert checkpoints.declaration(own).form is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_tokenizer_is_taken_without_processors_whether_it_tells_the_chat_turn_or_not(
+    own: Path, beside: bool
+) -> None:
+    for path in FILES.glob("*.json"):
+        (own / path.name).unlink(missing_ok=True)
+    edit(own / "config.json", image_crop_size=[28, 28])
+    chosen = PolicyRecipe(checkpoint=str(own), tokenizer=str(TOKENIZER))
+    if beside:  # a local copy of the public backbone
+        marks = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+        edit(own / "tiny_backbone" / "config.json", **marks)
+    else:
+        shutil.rmtree(own / "tiny_backbone")
+    declared = checkpoints.declaration(own)
+    assert declared.tokenizer_tells != beside
+    assert takes_tokenizer(own, chosen, declared, fitted=True) != beside
 
 
 def test_what_is_checked_before_a_comparison_has_the_chat_turn_from_the_tokenizer_too(own: Path) -> None:

@@ -131,7 +131,7 @@ def evidence(
     for key, field in VALUES_OF.items():
         if (value := _number(path, values, key)) is not None:
             own = merge_dotted(own, {field: value})
-    if (side := _square(path, values, "image_target_size")) is not None:
+    if (side := image_side(path, values)) is not None:
         own["image_size"] = side
     stated = [
         Stated(field, int(value), f"{path.name} ({key})")
@@ -174,6 +174,16 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizers.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
 
 
+def tokenizer_tells(folder: Path) -> bool:
+    """Whether nothing but a tokenizer tells the tokens of a chat turn: its backbone is not a public one."""
+    found = read_config(folder)
+    name = None if found is None else found[1].get("model_name")
+    if found is None or name in PUBLIC_BACKBONES:
+        return False
+    place = find_folder(folder, str(name))
+    return place is None or _marks(read_json_object(place / "config.json")) != _marks_of(CHAT)
+
+
 def find_folder(folder: Path, name: str) -> Path | None:
     """Return the folder that another file of the checkpoint names, inside the checkpoint or beside it.
 
@@ -194,7 +204,8 @@ def _backbone(
     if name in PUBLIC_BACKBONES:
         return _public(f"{path.name} (model_name {name!r})")
     if place is None:
-        return {}, []
+        words = tokenizer or own_tokenizer(folder)
+        return ({} if words is None else {"chat": asdict(chat_of(words, str(folder)))}), []
     file = place / "config.json"
     content = read_json_object(file)
     where = f"{place.name}/{file.name}"
@@ -202,19 +213,28 @@ def _backbone(
         more, stated = _backbone_sizes(content, file, where)
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file}: not the config.json of a Qwen3-VL ({brief(error)})") from error
-    marks = content.get("vision_start_token_id"), content.get("vision_end_token_id")
+    marks = _marks(content)
     words = tokenizer or own_tokenizer(folder) or own_tokenizer(place)
-    if marks == (CHAT.image_start, CHAT.image_end):
+    if marks == _marks_of(CHAT):
         more["chat"] = asdict(CHAT)
     elif words is not None:
         chat = chat_of(words, str(folder))
-        if marks != (chat.image_start, chat.image_end):
+        if marks != _marks_of(chat):
             raise WeightsError(
                 f"{file}: vision_start_token_id and vision_end_token_id are {marks}, and the tokenizer has "
-                f"{(chat.image_start, chat.image_end)}: it is not the tokenizer of this backbone"
+                f"{_marks_of(chat)}: it is not the tokenizer of this backbone"
             )
         more["chat"] = asdict(chat)
     return more, stated
+
+
+def _marks(content: Mapping[str, Any]) -> tuple[object, object]:
+    """Return the tokens around an image in a backbone's config.json."""
+    return content.get("vision_start_token_id"), content.get("vision_end_token_id")
+
+
+def _marks_of(chat: ChatConfig) -> tuple[int, int]:
+    return chat.image_start, chat.image_end
 
 
 def _backbone_sizes(
@@ -290,7 +310,9 @@ def _number(path: Path, values: Mapping[str, Any], key: str) -> float | int | No
     return value
 
 
-def _square(path: Path, values: Mapping[str, Any], key: str) -> int | None:
+def image_side(path: Path, values: Mapping[str, Any]) -> int | None:
+    """Return the pixels along an image's side; None where config.json does not say."""
+    key = "image_target_size"
     sides: Sequence[Any] | None = values.get(key)
     if sides is None:
         return None

@@ -21,6 +21,7 @@ from vlafit.checkpoints.name_map import NameMap
 from vlafit.checkpoints.options import LoadOptions
 from vlafit.checkpoints.voting import depth_of
 from vlafit.codec import Codec, CodecSet
+from vlafit.codec.prompts import Prompt
 from vlafit.errors import WeightsError
 from vlafit.nn.policy import Policy
 from vlafit.policies._groot_shapes import PROJECTORS
@@ -129,21 +130,24 @@ class Groot(Format):
 
     def declaration(self, files: CheckpointFiles) -> Declaration:
         """Return the names of the statistics, and how instructions are put; frames have no sizes there."""
-        every = () if (files.folder / CODEC).is_file() else processors.tags(files.folder)
-        if not every:
-            return Declaration()
-        prompt, frames = processors.formal(files.folder), processors.frames(files.folder)
-        form = InputForm("groot" if prompt else "text", frames.name, "prompt", frames.crop, frames.letter_box)
-        named = every if len(every) > 1 else ()
-        own = files.folder / "tokenizer"
         found = config.read_config(files.folder)
-        backbone = None if found is None else found[1].get("model_name")
+        if (files.folder / CODEC).is_file():
+            return Declaration()
+        every = processors.tags(files.folder)
+        backbone = "" if found is None else str(found[1].get("model_name") or "")
+        own = files.folder / "tokenizer"
+        if every:
+            prompt, frames = processors.formal(files.folder), processors.frames(files.folder)
+            form = _form(prompt, frames)
+            backbone = processors.backbone(files.folder)
+        else:
+            form = None if found is None else _form_of_config(*found)
         return Declaration(
             says_frame_sizes=False,
-            tokenizer_tells=backbone not in config.PUBLIC_BACKBONES and not own.is_dir(),
-            tokenizer="" if own.is_dir() else processors.backbone(files.folder),
+            tokenizer_tells=not own.is_dir() and config.tokenizer_tells(files.folder),
+            tokenizer="" if own.is_dir() else backbone.removeprefix("./"),
             own_tokenizer=own if own.is_dir() else None,
-            named_statistics=named,
+            named_statistics=every if len(every) > 1 else (),
             form=form,
         )
 
@@ -154,6 +158,24 @@ class Groot(Format):
     def write(self, folder: Path, policy: Policy, codec: Codec | None, final: Path) -> tuple[str, ...]:
         """Write config.json, weights, processors, and the backbone's config where it is not public."""
         return writing.write(folder, policy, codec)
+
+
+def _form(formal: bool, frames: processors.Frames) -> InputForm:
+    prompt: Prompt = "groot" if formal else "text"
+    return InputForm(prompt, frames.name, "prompt", frames.crop, frames.letter_box)
+
+
+def _form_of_config(path: Path, values: Mapping[str, Any]) -> InputForm | None:
+    """Return how NVIDIA's trainer makes processors out of config.json; None where it does not say."""
+    by_area = values.get("use_albumentations_transforms")
+    if by_area is None:
+        return None
+    if not isinstance(by_area, bool):
+        raise WeightsError(f"{path}: use_albumentations_transforms is {by_area!r}; it must be true or false")
+    settings = {key: values[key] for key in ("image_crop_size", "crop_fraction") if key in values}
+    side = config.image_side(path, values) or 0
+    frames = processors.framing_of({"use_albumentations": by_area, **settings}, side, str(path))
+    return _form(bool(values.get("formalize_language", True)), frames)
 
 
 def _unnamed(values: Mapping[str, Any], options: LoadOptions, folder: Path) -> tuple[str, ...]:

@@ -131,13 +131,20 @@ class LeRobotGroot(Format):
         if pack is not None and grouped is not None:
             relative = groot_grouped.relative_mask(pack, grouped)
         own = files.folder / "tokenizer"
-        named = "" if encode is None else str(encode.config.get("model_name", ""))
+        base = str(lerobot.values.get("base_model_path"))
+        place = config.find_folder(files.folder, base)
+        found = None if place is None else config.read_config(place)
+        named = "" if found is None else str(found[1].get("model_name") or "").removeprefix("./")
+        if encode is not None:
+            named = str(encode.config.get("model_name", ""))
+        tells = not base.startswith(PUBLIC)
+        if found is not None and place is not None:
+            tells = config.tokenizer_tells(place)
         return Declaration(
             embodiment=robot,
             relative=None if robot is None else relative,
             slots=slots,
-            tokenizer_tells=not own.is_dir()
-            and not str(lerobot.values.get("base_model_path")).startswith(PUBLIC),
+            tokenizer_tells=tells and not own.is_dir(),
             tokenizer="" if own.is_dir() else named,
             own_tokenizer=own if own.is_dir() else None,
             named_statistics=() if "" in sets else tuple(sorted(sets)),
