@@ -29,6 +29,7 @@ from vlafit.checkpoints.name_map import translate
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.normaliser import Normalisation
 from vlafit.errors import VlafitError, WeightsError
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
 from vlafit.policies import build_family
 from vlafit.report.card_results import results_of
@@ -91,6 +92,22 @@ def test_a_checkpoint_says_base_licence_data_strategy_robot_and_how_to_load_it(r
     assert "- for LeRobot: `vlafit export path/to/this/folder --to lerobot --out exported`" in text
     assert "- openpi cannot hold it: openpi has no such family" in text and "--to openpi" not in text
     assert model_card.NONE in text
+
+
+def test_a_card_says_which_actions_are_relative_and_how_many_steps_are_continued_without_guidance() -> None:
+    policy = build_family("pi0", "pi0-tiny")
+    plain = model_card.card(policy, codec_for(policy))
+    assert "real-time chunking" not in plain and "| actions |" not in plain
+    assert isinstance(policy, FlowPolicy)
+    policy.max_delay = 3
+    codec = codec_for(policy, relative=(True, False, True))
+    labels = codec.embodiment.action.labels or ("0", "1", "2")
+    text = model_card.card(policy, codec)
+    assert f"| actions | dimensions {labels[0]}, {labels[2]} learned relative to the state" in text
+    assert "| real-time chunking | trained with the first 0 to 3 steps" in text
+    every = codec_for(policy, relative=(True, True, True))
+    assert "| actions | all learned relative" in model_card.card(policy, every)
+    assert "real-time chunking" not in model_card.card(policy, codec, target="lerobot")
 
 
 def policies() -> dict[str, tuple[Policy, Codec | None]]:

@@ -317,6 +317,9 @@ def test_a_bad_lerobot_episode_is_left_out(tmp_path: Path) -> None:
         (("features.json", "set-train.tfrecord-00000-of-00001"), "RLDS.*any4lerobot"),
         (("replay.zarr/.zgroup",), "zarr.*umi2lerobot"),
         (("zarr.json",), "zarr.*umi2lerobot"),
+        (("bridge/1.0.0/features.json", "bridge/1.0.0/bridge-train.tfrecord-00000-of-00010"), "RLDS.*any4le"),
+        (("replay.zarr.zip",), r"replay\.zarr\.zip: is a zarr.*unzip it.*umi2lerobot"),
+        (("umi/replay.zarr.zip",), r"replay\.zarr\.zip: is a zarr.*unzip it.*umi2lerobot"),
     ],
 )
 def test_rlds_and_zarr_are_refused_naming_a_converter(

@@ -419,6 +419,19 @@ def test_the_verbs_exit_0_when_clean_1_on_errors_and_2_when_it_cannot_be_opened(
     assert "tasks.parquet" in capsys.readouterr().err
 
 
+def test_stats_show_the_digits_in_which_values_far_from_zero_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    many = [replace(one, position=1000 + 0.01 * one.position) for one in demos(3)]
+    write(tmp_path / "set", many)
+    assert main(["data", "stats", str(tmp_path / "set")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("state")]
+    for d, (_, _, mean, std, low, q01, q99, high) in enumerate(lines[:3]):
+        rows = np.concatenate([one.position[:, d] for one in many]).astype(np.float32)
+        assert float(low) < float(q01) < float(mean) < float(q99) < float(high)
+        assert abs(float(low) - rows.min()) < float(std) / 100 > abs(float(high) - rows.max())
+
+
 def test_inspect_stats_and_card_say_what_the_dataset_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -126,6 +126,9 @@ def test_files_of_one_episode_with_one_instruction_are_one_task():
     assert len(few) == 7 and same == split_episodes(store, 0.2, 0)[1]
     said = "21 of 21 tasks have one episode (log_0, log_1, log_2, ...): 20 of them share instructions"
     assert describe_groups(store).startswith(said)
+    assert describe_groups(store).endswith("; 1 has an instruction of its own, and is trained on")
+    own = "): 3 have instructions of their own: data.validation holds out a share of these episodes"
+    assert own in describe_groups(one_file_each("fold", "open", "wave"))
 
 
 @given(count=st.integers(1, 40), share=st.floats(0.0, 0.9), seed=st.integers(0, 99))

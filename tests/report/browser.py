@@ -38,7 +38,10 @@ MEASURE = """(() => {
       if (p.left < frame.left - 1 || p.right > frame.right + 1 || p.top < frame.top - 1
           || p.bottom > frame.bottom + 1) overlaps.push([a, 'the edge of the chart']);
   }
-  return JSON.stringify({window: innerWidth, page: document.documentElement.scrollWidth, tables, overlaps});
+  const fonts = [...document.querySelectorAll('svg text')].filter(shown).filter(t => t.textContent.trim())
+    .map(t => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b));
+  return JSON.stringify({window: innerWidth, page: document.documentElement.scrollWidth, tables, overlaps,
+    smallest: fonts.length ? Math.min(...fonts) : null});
 })()"""
 
 
@@ -50,6 +53,8 @@ class Measured:
     page: int
     tables: list[dict[str, Any]]
     overlaps: list[list[str]]
+    smallest: float | None
+    """Height of the smallest font of a chart's labels; None without a chart."""
     errors: list[str]
 
 

@@ -11,6 +11,7 @@ from tests.report.pages import write_pages
 from vlafit.report.markup import wide_table
 
 PHONE, TABLET, LAPTOP, DESKTOP = 390, 768, 1200, 1400  # CSS pixels
+READABLE = 11  # CSS pixels
 KINDS = ("run", "offline", "compare", "sweep", "findings")
 VOID = ("meta", "br", "img", "input")
 needs_chromium = pytest.mark.skipif(program() is None, reason="no Chromium is installed")
@@ -46,6 +47,8 @@ def test_a_page_fits_its_window_its_tables_their_boxes_and_its_labels_side_by_si
             cut = [table for table in measured.tables if table["table"] > table["box"]]
             assert not cut, f"{width} px: tables that are cut"
         assert measured.overlaps == [], f"{width} px: labels that overlap"
+        if width <= TABLET and measured.smallest is not None:
+            assert measured.smallest >= READABLE, f"{width} px: labels too small to read"
 
 
 @needs_chromium

@@ -16,6 +16,7 @@ from vlafit.checkpoints.history import Lineage
 from vlafit.checkpoints.tensor_files import read_text
 from vlafit.codec import Codec, CodecSet, described
 from vlafit.errors import VlafitError
+from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
 from vlafit.policies import family_name
 
@@ -94,7 +95,11 @@ def card(
     base = str(values.get("policy", {}).get("checkpoint") or "")
     licence = licence_of(base) if base else ""
     name = str(values.get("name") or "policy")
-    rows = [*_rows(policy, codec, values, history or Lineage(), base, licence), *_conversions(agreement)]
+    rows = [
+        *_rows(policy, codec, values, history or Lineage(), base, licence),
+        *_delays(policy, target),
+        *_conversions(agreement),
+    ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows)])
     purpose = str(values.get("purpose") or "")
     listed = "\n".join(f"- {line}" for line in results) or NONE
@@ -176,8 +181,29 @@ def _rows(
         yield "robot", f"{robot.name}, {robot.hz:g} Hz, control {robot.control or 'not stated'}"
         yield "sees", f"{cameras}; {robot.state.shape[0]} state dimensions"
         yield "answers", f"{one.config.answered} steps of {robot.action.shape[0]} actions"
+        if any(one.config.relative) and not one.config.relative_to:
+            yield "actions", _relative(one)
         yield "normalisation", one.config.normalisation
         yield from (("learns", point) for point in described.learned(one))
+
+
+def _relative(codec: Codec) -> str:
+    """Return which actions are learned as differences; answers are what the robot takes."""
+    action, relative = codec.embodiment.action, codec.config.relative
+    names = action.labels or tuple(map(str, range(len(relative))))
+    chosen = [name for name, on in zip(names, relative, strict=False) if on]
+    which = "all" if len(chosen) == len(relative) else f"dimensions {', '.join(chosen)}"
+    return f"{which} learned relative to the state from which the chunk is predicted; answered absolute"
+
+
+def _delays(policy: Policy, target: str) -> Iterator[tuple[str, str]]:
+    """Yield how many first steps of a chunk the policy can be given; no other program gives it any."""
+    if target == "vlafit" and isinstance(policy, FlowPolicy) and policy.max_delay:
+        yield (
+            "real-time chunking",
+            f"trained with the first 0 to {policy.max_delay} steps of a chunk given (`train.max_delay`): "
+            "up to so many are continued without guidance",
+        )
 
 
 def _conversions(agreement: Agreement | None) -> Iterator[tuple[str, str]]:

@@ -58,8 +58,18 @@ def describe_groups(store: EpisodeStore) -> str:
     alone = sum(len(group.ids) for group in groups_of(store) if group.alone)
     shared = len(single) - alone
     what = f"{len(single)} of {len(tasks)} tasks have one episode ({', '.join(single[:3])}"
-    parts = [f"{shared} of them share instructions, and count as one task for each"] if shared else []
-    parts += [f"{alone} are held out and trained on as if they were one task"] if alone else []
+    parts = []
+    if shared:
+        parts.append(
+            f"{shared} of them share instructions, and the episodes of an instruction count as one task"
+        )
+    if alone == 1:
+        parts.append("1 has an instruction of its own, and is trained on")
+    elif alone:
+        parts.append(
+            f"{alone} have instructions of their own: data.validation holds out a share of these episodes, "
+            "whose tasks are then not trained on"
+        )
     return f"{what}{', ...' if len(single) > 3 else ''}): {'; '.join(parts)}"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
         for column, values in facts.items():
             for d in range(len(values["mean"])):
                 label = values["labels"][d] if values["labels"] else str(d)
-                rows.append((column, label, *(f"{values[name][d]:.4g}" for name in heads[2:])))
+                rows.append((column, label, *_shown({name: values[name][d] for name in heads[2:]})))
         return table(heads, rows)
     short, mean, long = facts["episode_lengths"] or (0, 0, 0)
     lines = [
@@ -195,6 +196,15 @@ def _text(verb: str, facts: dict[str, Any]) -> str:
         lines.append(f"and {len(left_out) - 5} more left out")
     lines += [f"the card must say {key}: {reason}" for key, reason in facts["missing"].items()]
     return "\n".join(lines)
+
+
+def _shown(values: Mapping[str, float]) -> list[str]:
+    """Return the statistics of a dimension, with the digits in which its values differ."""
+    largest = max(abs(values["min"]), abs(values["max"]))
+    spread = values["std"] or values["max"] - values["min"]
+    more = math.floor(math.log10(largest / spread)) if 0 < spread <= largest < math.inf else 0
+    digits = {name: 4 if name == "std" else min(4 + more, 17) for name in values}  # 17: all of a float64
+    return [f"{value:.{digits[name]}g}" for name, value in values.items()]
 
 
 def _rate(hz: float | None) -> str:

@@ -13,6 +13,7 @@ path of a module elsewhere. The module offers
 """
 
 import pkgutil
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from vlafit.entry_points import import_outside, is_module, offered
 from vlafit.errors import ConfigError, DataError, did_you_mean
 
 GROUP = "vlafit.layouts"
+MOST_FOLDERS = 1000  # looked into two levels below a folder that no layout recognises
 REQUIRED = ("Section", "INSTRUCTIONS", "recognise", "open")
 
 
@@ -83,6 +85,7 @@ def recognise(path: Path) -> str:
         return matches[0]
     if matches:
         raise DataError(f"{path}: could be {' or '.join(matches)}; write a card that names its layout")
+    refuse_others(path, deeper=True)
     raise DataError(
         f"{path}: no layout recognises it (tried {', '.join([*names(), *installed()])}); "
         "name it in a card (layout = ...). A layout of your own (docs/extending.md) is named by its module's "
@@ -91,15 +94,21 @@ def recognise(path: Path) -> str:
     )
 
 
-def refuse_others(path: Path) -> None:
-    """Raise DataError naming a converter if the dataset is RLDS or zarr, which no layout here reads."""
-    inside = [path, *(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else [path]
+def refuse_others(path: Path, *, deeper: bool = False) -> None:
+    """Raise DataError naming a converter if the dataset is RLDS or zarr, which no layout here reads.
+
+    `deeper`: also if there is one two folders below, or a zipped one in a folder, where no layout is there.
+    """
+    inside = [path, *_folders(path)]
+    if deeper:
+        inside += list(islice((below for folder in inside[1:] for below in _folders(folder)), MOST_FOLDERS))
+        inside += [file for folder in inside for file in sorted(folder.glob("*.zarr.zip"))[:1]]
     for folder in inside:
         if folder.suffix == ".zarr" or any(
             (folder / n).exists() for n in (".zgroup", ".zarray", "zarr.json")
         ):
             kind, converter = "zarr", "https://github.com/34328/umi2lerobot (UMI and diffusion policy)"
-        elif path.name.endswith(".zarr.zip"):
+        elif folder.name.endswith(".zarr.zip"):
             kind, converter = "zarr", "unzip it, then https://github.com/34328/umi2lerobot"
         elif folder.is_dir() and any(folder.glob("*.tfrecord*")):
             described = any((folder / name).is_file() for name in ("dataset_info.json", "features.json"))
@@ -110,6 +119,10 @@ def refuse_others(path: Path) -> None:
         else:
             continue
         raise DataError(
-            f"{path}: is a {kind} dataset, which vlafit does not read; convert it to LeRobot, for example "
-            f"with {converter}"
+            f"{folder if deeper else path}: is a {kind} dataset, which vlafit does not read; convert it to "
+            f"LeRobot, for example with {converter}"
         )
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
