@@ -275,6 +275,6 @@ def read(folder: Path) -> Agreement | None:
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not an agreement as vlafit writes it ({brief(error)}); delete the file, which only "
-            "documents"
+            f"{path}: not an agreement as vlafit writes it ({brief(error)}); copy it again, or delete "
+            "it: data are then compared with less"
         ) from error

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from vlafit import files, locks
-from vlafit.agreement.values import read as read_agreement
+from vlafit.agreement import Agreement
+from vlafit.checkpoints import beside, model_card
 from vlafit.checkpoints import interpolate as between
-from vlafit.checkpoints import model_card
 from vlafit.checkpoints.assign import Dtype
 from vlafit.checkpoints.changes import Change, answers, changed, measure
 from vlafit.checkpoints.formats import registry
@@ -177,6 +177,7 @@ def _export(
         trust=trust,
         deferred=True,
     )
+    every = loaded.codecs
     loaded = _of(loaded, embodiment, writer, str(path))
     recipe_file = path / native.RECIPE  # its hash has been verified
     recipe = read_text(recipe_file) if is_native and recipe_file.is_file() else None
@@ -194,7 +195,7 @@ def _export(
         way = "; vlafit export takes --tokenizer and --assets, too" if "--" in why else ""
         notes += (f"no codec.json is written: {why}{way}",)
     history = read_lineage(path) if is_native else None
-    agreement = read_agreement(path) if is_native else None
+    agreement = beside.agreed_before(path)
     if interpolate:
         below = between.find_base(path, base)
         base_policy, base_codecs = between.load_base(below.path, loaded.policy)
@@ -238,7 +239,9 @@ def _export(
                 notes=[note.replace(str(out.resolve()), model_card.PLACE) for note in notes],
             )
 
-        exported = _write(loaded, writer, target, out, str(path), dtype, readme)
+        if is_native or agreement is not None:
+            agreement = beside.of_one(agreement, loaded.of().codec, every)
+        exported = _write(loaded, writer, target, out, str(path), dtype, readme, agreement)
     return replace(
         exported, notes=notes + exported.notes, merged=merged, rounded=rounded, narrow=narrow_change
     )
@@ -251,10 +254,12 @@ def write(
     out: str | Path,
     where: str,
     readme: Callable[[Sequence[str]], str] | None = None,
+    agreement: Agreement | None = None,
 ) -> Exported:
     """Write a policy without adapters, and its codec, into the new folder `out`; see `export`.
 
-    `where` begins a refusal; `readme` returns the text of the model card, given what the format notes.
+    `where` begins a refusal; `readme` returns the text of the model card, given what the format notes;
+    `agreement` is that of the policy's data.
     """
     out, writer = Path(out), registry.writer(target)
     _require_free(out)
@@ -264,6 +269,7 @@ def write(
         notes = writer.write(partial, policy, codec, out.resolve())
         if readme is not None:
             files.write_atomic(partial / model_card.FILE, readme(notes))
+        beside.write(partial, agreement, codec and codec.embodiment)
         written = _files_of(partial)
     return Exported(out, target, written, notes)
 
@@ -293,8 +299,9 @@ def _write(
     where: str,
     dtype: Dtype,
     readme: Callable[[Sequence[str]], str],
+    agreement: Agreement | None,
 ) -> Exported:
-    """Write a policy, its codec and the model card that `readme` returns into the new folder `out`."""
+    """Write a policy, its codec, `agreement` and the card that `readme` returns into the new folder `out`."""
     policy, codec, plan, _ = loaded.of()
     if plan is None or not plan.adapted:
         rounded = ("quantised weights are written as the floats that they stand for",)
@@ -302,7 +309,7 @@ def _write(
         policy = merge_adapters(policy)
         if dtype == "bfloat16":
             cast_for(policy, writer)
-        exported = write(policy, codec, target, out, where, readme)
+        exported = write(policy, codec, target, out, where, readme, agreement)
         return replace(exported, notes=notes + exported.notes)
     reasons = peft.refusals(policy, plan, writer.adapters, target)
     _require_expressible(policy, codec, writer, target, where, reasons)
@@ -321,6 +328,8 @@ def _write(
         peft.write(partial, adapters, final)
         writer.adapters.write_beside(partial, below)
         files.write_atomic(partial / model_card.FILE, readme(notes))
+        for folder in (below, partial):
+            beside.write(folder, agreement, codec and codec.embodiment)
         written = _files_of(partial)
     note = (
         f"adapters in peft's form; the weights below them are in {peft.BASE}/, and adapter_config.json "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vlafit import arguments
+from vlafit.checkpoints import beside
 from vlafit.checkpoints.assign import (
     DTYPES,
     Dtype,
@@ -133,6 +134,7 @@ def load_all(
     )
     _require_device(device)
     where = _located(path)
+    beside.require_current(where.path, hash_weights=options.hash_weights)
     opened = open_checkpoint(where.path, options, format)
     sized, policy = bare_policy(opened, options)
     draw = _draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
@@ -167,7 +169,8 @@ def load_all(
     policy.source = opened.source
     if policy.source is None and not (plan is not None and plan.adapted):
         policy.source = Source(where.name, opened.sha256, options.config.to_read_again())
-    return LoadedSet(policy, None if codec is None else CodecSet.of(codec), plan, report)
+    codecs = None if codec is None else CodecSet.of(codec)
+    return LoadedSet(policy, beside.complete(codecs, where.path, chosen=assets is not None), plan, report)
 
 
 def inspect(
@@ -231,6 +234,7 @@ def inspect_all(
         trust=trust,
     )
     where = _located(path)
+    beside.require_current(where.path, hash_weights=options.hash_weights)
     opened = open_checkpoint(where.path, options, format)
     sized, policy = bare_policy(opened, options)
     weights, fresh = opened.tensors.weights, selected(policy, sized.fresh)
@@ -246,7 +250,8 @@ def inspect_all(
     report = make_report(
         opened, policy, options.dtype, fresh, drawn, sized.changes, sized.shapes, plan, notes, reason
     )
-    return LoadedSet(policy, None if codec is None else CodecSet.of(codec), plan, report)
+    codecs = None if codec is None else CodecSet.of(codec)
+    return LoadedSet(policy, beside.complete(codecs, where.path, chosen=assets is not None), plan, report)
 
 
 def load_policy(
@@ -285,7 +290,7 @@ def declaration(path: Path, base: str | Path | None = None) -> Declaration:
     they do not hold it.
     """
     format, files, below = _describing(path, base)
-    declared = format.declaration(files)
+    declared = beside.declared(format.declaration(files), path)
     if below is None or format.adapters is None:
         return declared
     more = format.adapters.settings(path, below).overruled

@@ -71,7 +71,7 @@ def items(
         there = stated.get(title, "")
         sides = {"dataset": here, **({"checkpoint": there} if there else {})}
         if not there:
-            reason = "" if checkpoint is None or here == AS_STORED else "the checkpoint does not say"
+            reason = "" if checkpoint is None else "the checkpoint does not say"
             yield Item(title, sides, here, "assumed" if reason else "same", reason)
         elif all(conversion(card, name) in of_each(there) for card in cards):
             yield Item(title, sides, here, "same")

@@ -47,6 +47,12 @@ def learned(checkpoint: Path, embodiment: str = "") -> str:
     return agreements.said_of_data(checkpoint, embodiment).get("frames", "")
 
 
+def recorded_cameras(checkpoint: Path) -> tuple[str, ...]:
+    """Return the dataset's camera for each slot of a checkpoint; empty where no agreement says it."""
+    agreed = agreements.read(checkpoint)
+    return agreed.cameras if agreed else ()
+
+
 def said_of_cameras(checkpoint: Path) -> set[str]:
     """Return what a checkpoint's agreement says of cameras whose key has the name of another one."""
     agreed = agreements.read(checkpoint)

@@ -10,7 +10,14 @@ from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
 from vlafit.datasets import Card, column_order, conversions, value_faults
-from vlafit.datasets.framing import camera_keys, differing, exchanged_keys, frames_of, learned
+from vlafit.datasets.framing import (
+    camera_keys,
+    differing,
+    exchanged_keys,
+    frames_of,
+    learned,
+    recorded_cameras,
+)
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Needs
@@ -32,15 +39,15 @@ def checkpoint_party(
 ) -> Party | None:
     """Return what a checkpoint says: its codec, else its files; None where neither says anything.
 
-    openpi's files do not tell whether actions are relative; `policy.config."codec.relative"` then speaks for
-    them.
+    openpi's own files do not tell whether actions are relative; `policy.config."codec.relative"` then speaks
+    for them, or an agreement.json beside them.
     """
     embodiment = codec.embodiment if codec is not None else declared.embodiment
     slots = codec.config.cameras if codec is not None else declared.slots
     relative = declared.relative
     if not declared.says_relative:
         table = checkpoints.parse_config(recipe.policy.config).table("codec")
-        relative = tuple(map(bool, table["relative"])) if table.get("relative") else None
+        relative = tuple(map(bool, table["relative"])) if table.get("relative") else declared.relative
     elif codec is not None:
         relative = codec.config.relative
     forms = None
@@ -348,6 +355,9 @@ def _frames(
     if not stated:
         return Item("frames", sides, value, "assumed", "the checkpoint does not say how its frames were read")
     sides["checkpoint"] = stated
+    if before is not None and len(names := recorded_cameras(path)) == len(before.config.cameras):
+        renamed = dict(zip(before.config.cameras, names, strict=True))  # another program has slots of its own
+        pairs = {renamed[slot]: source for slot, source in pairs.items() if renamed[slot]}
     other = differing(cards, stated, pairs)
     if not other:
         return Item("frames", sides, value, "same")
