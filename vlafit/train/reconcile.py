@@ -355,9 +355,10 @@ def _frames(
     if not stated:
         return Item("frames", sides, value, "assumed", "the checkpoint does not say how its frames were read")
     sides["checkpoint"] = stated
-    if before is not None and len(names := recorded_cameras(path)) == len(before.config.cameras):
-        renamed = dict(zip(before.config.cameras, names, strict=True))  # another program has slots of its own
-        pairs = {renamed[slot]: source for slot, source in pairs.items() if renamed[slot]}
+    names = recorded_cameras(path)
+    if before is not None and names and not {slot for slot in pairs if slot} <= set(names):
+        own = dict(zip(before.config.cameras, names, strict=False))  # openpi has slots of its own names
+        pairs = {own[slot]: source for slot, source in pairs.items() if own.get(slot)}
     other = differing(cards, stated, pairs)
     if not other:
         return Item("frames", sides, value, "same")
