@@ -428,6 +428,27 @@ def test_flags_of_a_lerobot_config_without_processors_are_errors(flag: str, tmp_
         start(recipe)
 
 
+def test_the_row_of_relative_actions_names_the_flag_that_makes_alohas_joints_relative(tmp_path: Path):
+    flag = "use_delta_joint_actions_aloha"
+    base = lerobot(tmp_path / "base", processors=False, **{flag: True})
+    recipe = recipe_of(
+        write_card(tmp_path / "data"), base, {"cameras": MAPS, "resize": True}, statistics="data"
+    )
+    recipe = replace(recipe, policy=replace(recipe.policy, fresh=("language",)))
+    made = f"{flag}: joints relative, grippers absolute"
+    with pytest.raises(EmbodimentError, match=f"relative actions: dataset: absolute; checkpoint: {made}"):
+        start(recipe)
+    accepted = replace(recipe, adapt=replace(recipe.adapt, robot=True))
+    agreement = start(accepted).agreement
+    assert agreement is not None
+    (row,) = [item for item in agreement.items if item.name == "relative actions"]
+    assert (row.value, row.status, row.reason) == ("absolute", "chosen", "adapt.robot")
+    assert row.sides["checkpoint"].startswith(made)
+    other = replace(accepted, adapt=replace(accepted.adapt, actions="checkpoint"))
+    with pytest.raises(EmbodimentError, match='not with .adapt. actions = "checkpoint"'):
+        start(other)
+
+
 def test_lerobots_cameras_are_matched_by_name_whatever_their_order():
     declared = checkpoints.declaration(SMOLVLA)
     assert declared.slots == ("cam_high", "cam_wrist") and declared.says_frame_sizes

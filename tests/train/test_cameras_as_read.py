@@ -254,14 +254,24 @@ def test_a_checkpoint_is_evaluated_on_cameras_that_it_learned_from_or_its_recipe
     assert [item.status for item in compare_cameras(store, "it", tmp_path)] == ["chosen", "chosen"]
 
 
-def test_a_validation_set_that_is_framed_otherwise_is_a_warning_of_the_run(
+def test_a_validation_set_that_is_framed_otherwise_is_refused_unless_the_recipe_says_so(
     card: Path, tmp_path: Path
 ) -> None:
     other = other_card(card, tmp_path / "other", TURNED)
     recipe = recipe_of(card, None, {}, validation_sets={"old": str(other)})
-    warnings = build(recipe, torch.device("cpu")).warnings
-    [line] = [text for text in warnings if "data.validation_sets.old" in text]
-    assert "card 'other'" in line and "front turned by 180" in line and "as stored" in line
+    with pytest.raises(EmbodimentError) as error:
+        build(recipe, torch.device("cpu"))
+    for fact in (
+        "data.validation_sets.old",
+        "dataset: other: front turned by 180; training data: joints: as stored",
+        "--adapt.frames true",
+    ):
+        assert fact in str(error.value)
+    recipe = recipe_of(card, None, {"frames": True}, validation_sets={"old": str(other)})
+    agreement = build(recipe, torch.device("cpu")).agreement
+    assert agreement is not None
+    (chosen,) = [item for item in agreement.chosen if item.name.startswith("frames")]
+    assert (chosen.name, chosen.reason) == ("frames, validation/old", "adapt.frames")
 
 
 def test_an_evaluation_names_frames_that_are_read_otherwise_than_in_training(

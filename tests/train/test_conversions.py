@@ -1,17 +1,19 @@
-"""What a card does to states and actions when it reads them is said where it matters, and exports keep it."""
+"""What a card does to states and actions when it reads them holds for the whole run, and exports keep it."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
 import torch
 
-from tests.train.agreement_world import recipe_of, start, write_card
+from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
 from vlafit import checkpoints, cli
-from vlafit.agreement import values
+from vlafit.agreement import Agreement, values
 from vlafit.checkpoints import model_card
 from vlafit.errors import EmbodimentError
+from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.experiment import build
 
@@ -37,16 +39,114 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return card
 
 
-def test_a_validation_set_or_statistics_of_values_read_otherwise_are_said(plain: Path, other: Path):
-    recipe = recipe_of(plain, None, {"outside": ("action.a",)})
-    sets = replace(recipe, data=replace(recipe.data, validation_sets={"late": str(other)}))
-    taken = replace(recipe, data=replace(recipe.data, statistics="data", statistics_from=str(other)))
-    for made, where in ((sets, "data.validation_sets.late"), (taken, "data.statistics_from")):
-        (said,) = [text for text in build(made, torch.device("cpu")).warnings if "are read" in text]
-        for fact in (where, "card 'other'", "actions", "times -1 in dimension 0", "as in the files"):
-            assert fact in said
-    own = build(recipe, torch.device("cpu"))
-    assert not [text for text in own.warnings if "are read" in text]
+def relabelled(card: Path, name: str, *edits: tuple[str, str]) -> Path:
+    """Write another card beside a card, of the same files."""
+    text = card.read_text().replace('name = "joints"', f'name = "{name}"', 1)
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after)
+    card.with_name(f"{name}.toml").write_text(text)
+    return card.with_name(f"{name}.toml")
+
+
+@pytest.mark.case(
+    section="data",
+    report="a validation loss that stays high, or falls for a policy that moves the wrong way",
+    user_has="a validation set whose card turns a sign, adds an offset, shifts actions or turns frames, "
+    "and a training card that does not",
+    now="an error with both cards; `[adapt] conversion` or `frames` accepts it, with a row in agreement.json",
+)
+@pytest.mark.parametrize("place", ["validation_sets", "statistics_from"])
+def test_a_set_whose_values_are_read_otherwise_is_refused_unless_the_recipe_says_so(
+    place: str, plain: Path, other: Path
+):
+    changes: dict[str, Any] = {"validation_sets": {"late": str(other)}}
+    where, title = "data.validation_sets.late", "action conversion, validation/late"
+    if place == "statistics_from":
+        changes = {"statistics": "data", "statistics_from": str(other)}
+        where, title = "data.statistics_from", "action conversion, data.statistics_from"
+    recipe = recipe_of(plain, None, {"outside": ("action.a",)}, **changes)
+    with pytest.raises(EmbodimentError) as error:
+        build(recipe, torch.device("cpu"))
+    for fact in (
+        where,
+        title,
+        "other: times -1 in dimension 0",
+        "joints: as in the files",
+        "--adapt.conversion true",
+    ):
+        assert fact in str(error.value)
+    assert "state conversion" not in str(error.value)
+    accepted = replace(recipe, adapt=replace(recipe.adapt, conversion=True))
+    items = {item.name: item for item in agreed(accepted).items}
+    assert (items[title].status, items[title].reason) == ("chosen", "adapt.conversion")
+    assert dict(items[title].sides) == {
+        "dataset": "other: times -1 in dimension 0",
+        "training data": "joints: as in the files",
+    }
+    assert items[title.replace("action", "state")].status == "same"
+
+
+def agreed(recipe: Recipe) -> Agreement:
+    agreement = build(recipe, torch.device("cpu")).agreement
+    assert agreement is not None
+    return agreement
+
+
+def test_a_run_keeps_how_its_validation_sets_are_read_and_resumes_with_a_set_that_it_would_refuse(
+    plain: Path, other: Path, tmp_path: Path
+):
+    recipe = recipe_of(plain, None, {"outside": ("action.a",), "conversion": True})
+    recipe = replace(recipe, data=replace(recipe.data, validation_sets={"late": str(other)}))
+    out = tmp_path / "run"
+    assert run(recipe, out).finished
+    kept = values.read(out)
+    assert kept is not None
+    names = [item.name for item in kept.items]
+    for name in ("frames", "state columns", "action conversion", "normalised action"):
+        assert names.count(f"{name}, validation/late") == 1
+    assert values.said_of_data(out)["action conversion"] == "as in the files", "that of the training data"
+    strict = replace(recipe, adapt=replace(recipe.adapt, conversion=False))
+    resumed = build(strict, torch.device("cpu"), out / "checkpoints" / "step_000001")
+    (said,) = [text for text in resumed.warnings if "action conversion" in text]
+    assert "data.validation_sets.late" in said and "other: times -1 in dimension 0" in said
+    assert resumed.agreement is not None
+    again = [item.name for item in resumed.agreement.items]
+    assert sorted(again) == sorted(names), "each row once"
+
+
+def test_cards_of_one_robot_that_read_otherwise_are_refused_unless_the_recipe_says_so(
+    plain: Path, other: Path, tmp_path: Path
+):
+    base = write_checkpoint(tmp_path / "base")  # without an agreement: it does not say
+    turned = relabelled(other, "turned", ("[[robot.cameras]]", "[[robot.cameras]]\nrotate = 180"))
+    outside = {"outside": ("action.a",)}
+    for checkpoint in (None, base):
+        recipe = recipe_of(plain, checkpoint, outside)
+        recipe = replace(recipe, data=replace(recipe.data, cards=(str(plain), str(turned))))
+        with pytest.raises(EmbodimentError) as error:
+            build(recipe, torch.device("cpu"))
+        for fact in (
+            "frames: dataset: joints: as stored; other: front turned by 180",
+            "action conversion: dataset: joints: as in the files; other: times -1 in dimension 0",
+            "--adapt.frames true --adapt.conversion true",
+        ):
+            assert fact in str(error.value)
+        adapt = replace(recipe.adapt, frames=True, conversion=True)
+        chosen = {item.name: item.reason for item in agreed(replace(recipe, adapt=adapt)).chosen}
+        assert chosen["frames"] == "adapt.frames" and chosen["action conversion"] == "adapt.conversion"
+
+
+def test_columns_in_another_order_without_names_are_refused_in_mixtures_and_validation_sets(tmp_path: Path):
+    keys, swapped = '"actions"], dim', '"actions[:, 1]", "actions[:, 0]"], dim'
+    card = write_card(tmp_path / "data", labels="[]")
+    other = write_card(tmp_path / "other", labels="[]", scale=1.01)
+    other = relabelled(other, "other", (keys, swapped))
+    mixed = recipe_of(card, None, {})
+    mixed = replace(mixed, data=replace(mixed.data, cards=(str(card), str(other))))
+    for recipe in (mixed, recipe_of(card, None, {}, validation_sets={"late": str(other)})):
+        with pytest.raises(EmbodimentError, match=r"(?s)action columns.*actions\[:, 1\].*labels"):
+            build(recipe, torch.device("cpu"))
 
 
 @pytest.mark.case(

@@ -24,6 +24,11 @@ ROBOT_ONLY = (
 
 ACCEPT_ROBOT = ("--adapt.robot true", "--data.statistics data")
 
+UNREPEATED = (
+    "vlafit does not repeat this conversion: convert the dataset's states and actions, then "
+    '[adapt] robot = true and data.statistics = "data"'
+)
+
 EVALUATION = "evaluation "
 """How names of a protocol's items begin."""
 
@@ -164,6 +169,8 @@ def _relative(
 ) -> tuple[tuple[bool, ...], Item]:
     assert dataset.embodiment is not None and dataset.relative is not None
     name, here = "relative actions", dataset.relative
+    if checkpoint is not None and checkpoint.relative_inside:
+        return here, _relative_inside(here, checkpoint.relative_inside, adapt, fresh)
     there = checkpoint.relative if checkpoint is not None else None
     names = dataset.embodiment.action.labels
     others = checkpoint.embodiment.action.labels if checkpoint and checkpoint.embodiment else ()
@@ -207,6 +214,17 @@ def _relative(
     return here, Item(name, sides, "", "conflict", fix=fix)
 
 
+def _relative_inside(here: tuple[bool, ...], there: str, adapt: AdaptRecipe, fresh: bool) -> Item:
+    """Return the item of a policy that makes actions relative itself, which vlafit's does not."""
+    sides = {"dataset": _mask(here), "checkpoint": there}
+    if adapt.robot and fresh and adapt.actions != "checkpoint":
+        return Item("relative actions", sides, _mask(here), "chosen", "adapt.robot")
+    fix = UNREPEATED
+    if adapt.actions == "checkpoint":
+        fix = f'not with [adapt] actions = "checkpoint": {fix}'
+    return Item("relative actions", sides, "", "conflict", fix=fix)
+
+
 def _paired_by_number(item: Item, relative: tuple[bool, ...], robot: Embodiment) -> Item:
     """Return the item of relative actions with what it assumes where names do not pair them with states."""
     states, actions = robot.state.labels, robot.action.labels
@@ -241,11 +259,7 @@ def _conversions(checkpoint: Party, permitted: bool) -> Iterator[Item]:
         if permitted:
             yield Item("conversion", sides, "as recorded", "chosen", "adapt.robot")
         else:
-            fix = (
-                "vlafit does not repeat this conversion: convert the dataset's states and actions, then "
-                '[adapt] robot = true and data.statistics = "data"'
-            )
-            yield Item("conversion", sides, "", "conflict", fix=fix)
+            yield Item("conversion", sides, "", "conflict", fix=UNREPEATED)
 
 
 def _control(

@@ -54,6 +54,8 @@ class Party:
     """Name of a camera of a dataset -> where its files have the frames."""
     conversions: tuple[str, ...] = ()
     """Changes that a checkpoint's program made to states or actions inside the policy; vlafit makes none."""
+    relative_inside: str = ""
+    """Which of a checkpoint's settings makes actions relative inside the policy, and which ones."""
     forms: Forms | None = None
     """What is learned of states and actions; None: it does not say."""
 
@@ -81,6 +83,15 @@ class Item:
     """Options of the command line that accept the difference, if one choice is usual."""
     short: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Long statement, or value -> what a console shows in its place; not written into files."""
+
+    def differing(self, fix: str, key: str, chosen_by: str) -> "Item":
+        """Return the item as a difference: chosen, or without `chosen_by` a conflict that `key` accepts.
+
+        `key` is one of the recipe's, of which true accepts.
+        """
+        if chosen_by:
+            return replace(self, status="chosen", reason=chosen_by)
+        return replace(self, value="", status="conflict", fix=fix, accept=(f"--{key} true",))
 
     def to_json(self) -> dict[str, Any]:
         """Return the item as agreement.json holds it."""

@@ -49,6 +49,8 @@ class Declaration:
     """Whether the cameras' shapes are those of recorded frames."""
     conversions: tuple[str, ...] = ()
     """Changes that the program made to states or actions inside the policy; vlafit makes none of them."""
+    relative_inside: str = ""
+    """Which setting makes actions relative inside the policy, and which ones; vlafit does not repeat it."""
     tokenizer: str = ""
     """Name of the tokenizer that the files ask for and do not hold."""
     tokenizer_tells: bool = False

@@ -21,11 +21,27 @@ FIX_HERE = (
     "without names of the dimensions on both sides, only their order tells them apart: list the columns in "
     "robot.{name}.keys of the card in the checkpoint's order"
 )
+FIX_CARDS = (
+    "without names of the dimensions on all cards, only their order tells them apart: list the columns in "
+    "robot.{name}.keys of each card in one order, or give all cards `labels`"
+)
 
 
 def read_from(cards: Sequence[Card], name: str) -> str:
     """Return the columns from which cards read the state or action (`name`)."""
-    return of_cards(cards, lambda card: BETWEEN.join(_keys(card, name)))
+    return of_cards(cards, lambda card: of_card(card, name))
+
+
+def of_card(card: Card, name: str) -> str:
+    """Return the columns from which a card reads the state or action (`name`)."""
+    return BETWEEN.join(_keys(card, name))
+
+
+def is_reordered(card: Card, others: Sequence[Card], name: str) -> bool:
+    """Whether a card reads the columns of others in another order, and no names tell which is which."""
+    if all(_column(one.embodiment, name).labels for one in (card, *others)):
+        return False
+    return _reordered(card, name, read_from(others, name))
 
 
 def items(
@@ -47,7 +63,11 @@ def items(
         title, here = f"{name} columns", read_from(cards, name)
         stated = learned.get(title, "")
         if not stated:
-            yield Item(title, {"dataset": here}, here, "same")
+            reordered = any(is_reordered(card, cards[:1], name) for card in cards[1:])
+            if reordered:
+                yield Item(title, {"dataset": here}, "", "conflict", fix=FIX_CARDS.format(name=name))
+            else:
+                yield Item(title, {"dataset": here}, here, "same")
             continue
         sides = {"dataset": here, "checkpoint": stated}
         named = robot is not None and bool(_column(robot, name).labels)

@@ -8,14 +8,22 @@ from pathlib import Path
 from vlafit.agreement import AS_STORED, Item
 from vlafit.agreement.values import said_of_data
 from vlafit.datasets.card import Card
-from vlafit.datasets.card_texts import of_cards, of_each
+from vlafit.datasets.card_texts import BETWEEN, of_cards, of_each
 
 COLUMNS = ("state", "action")
+CHOSEN_BY = "adapt.conversion"
+"""What in a recipe accepts other conversions."""
 FIX = (
     "files of the checkpoint's dataset need the checkpoint's `scale`, `offset` and `action_shift`: correct "
     "the card. If these files are written otherwise, so that the robot's values are the same: [adapt] "
     "conversion = true"
 )
+FIX_CARDS = (
+    "are they the same values of the robot? If the files are written alike, give all cards the same `scale`, "
+    "`offset` and `action_shift`; if they are written differently, so that the robot's values are the same: "
+    "[adapt] conversion = true"
+)
+"""How cards of one robot that compute values differently are made to agree."""
 
 
 def conversion(card: Card, name: str) -> str:
@@ -41,17 +49,6 @@ def _by_value(word: str, values: Sequence[float], nothing: float) -> Iterator[st
             yield f"{word} {value:.9g} in dimension{plural} {' and '.join(map(str, numbers))}"
 
 
-def unlike(card: Card, others: Sequence[Card]) -> Iterator[str]:
-    """Yield a sentence for each column that `card` computes from its files as none of the `others` does."""
-    for name in COLUMNS:
-        here = conversion(card, name)
-        if others and here not in [conversion(other, name) for other in others]:
-            yield (
-                f"card {card.name!r}: {name}s are read {here}, those of the training data "
-                f"{of_cards(others, partial(conversion, name=name))}: are they the same values of the robot?"
-            )
-
-
 def items(
     cards: Sequence[Card],
     checkpoint: Path | None,
@@ -62,22 +59,26 @@ def items(
 ) -> Iterator[Item]:
     """Yield how states and actions are computed from the files, and how those were that a checkpoint learned.
 
-    A card that computes them otherwise is a conflict, unless the recipe says that it may: `chosen_by` is the
-    option that does. `embodiment` is the checkpoint's, of several. Without `is_refused` it only differs.
+    A card that computes them otherwise than the checkpoint's, or than another card, is a conflict, unless
+    the recipe says that it may: `chosen_by` is the option that does. `embodiment` is the checkpoint's, of
+    several. Without `is_refused` it only differs.
     """
     stated = said_of_data(checkpoint, embodiment) if checkpoint is not None else {}
     for name in COLUMNS:
         title, here = f"{name} conversion", of_cards(cards, partial(conversion, name=name))
         there = stated.get(title, "")
         sides = {"dataset": here, **({"checkpoint": there} if there else {})}
-        if not there:
+        if there and all(conversion(card, name) in of_each(there) for card in cards):
+            yield Item(title, sides, here, "same")
+        elif BETWEEN in here and (chosen_by or not there):  # of several cards that differ
+            own = chosen_by if chosen_by == CHOSEN_BY else ""
+            yield Item(title, sides, here, "same").differing(FIX_CARDS, CHOSEN_BY, own)
+        elif not there:
             reason = "" if checkpoint is None else "the checkpoint does not say"
             yield Item(title, sides, here, "assumed" if reason else "same", reason)
-        elif all(conversion(card, name) in of_each(there) for card in cards):
-            yield Item(title, sides, here, "same")
         elif chosen_by:
             yield Item(title, sides, here, "chosen", chosen_by)
         elif is_refused:
-            yield Item(title, sides, "", "conflict", fix=FIX, accept=("--adapt.conversion true",))
+            yield Item(title, sides, "", "conflict", fix=FIX, accept=(f"--{CHOSEN_BY} true",))
         else:
             yield Item(title, sides, here, "differs", "are these the values that it learned?")

@@ -11,6 +11,13 @@ from vlafit.datasets.card_texts import of_each
 
 NOT_STATED = "not stated"
 AS_STORED = "as stored"
+CHOSEN_BY = "adapt.frames"
+"""What in a recipe accepts frames that are read otherwise."""
+FIX_CARDS = (
+    "are all upright? If the datasets store their frames differently: [adapt] frames = true; else correct "
+    "`rotate`, `flip` and `channels` in the card"
+)
+"""How cards of one robot that turn frames differently are made to agree."""
 
 
 def turned(camera: CameraCard) -> str:

@@ -139,7 +139,10 @@ def items(
         place = _furthest([store], [ids], codec, one.column, one.index, middle)[1]
         item = _extreme(one, codec, place, own, refused, remedies)
         yield replace(item, name=f"{item.name}{of_part}")
-    yield from (_shifted(one) for one in ranges if one.is_shifted and one not in extreme)
+    for one in ranges:
+        if one.is_shifted and one not in extreme:
+            item = _shifted(one)
+            yield replace(item, name=f"{item.name}{of_part}")
     lost = [one for one in ranges if one.is_lost and one not in extreme]
     for item in _lost(lost, codec, permitted, own, remedies):
         yield replace(item, name=f"{item.name}{of_part}")

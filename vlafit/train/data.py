@@ -16,7 +16,7 @@ from vlafit import checkpoints
 from vlafit.datasets import Card, EpisodeStore, episodes_hash, load_card, open_dataset, split_episodes
 from vlafit.datasets.checks import check_declared
 from vlafit.datasets.content import content_of
-from vlafit.datasets.framing import exchanged_keys, frames, frames_of, is_same
+from vlafit.datasets.framing import exchanged_keys
 from vlafit.datasets.leaks import require_apart, require_once
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.datasets.relative import with_relative_matches
@@ -355,7 +355,7 @@ def declared_warnings(data: Data) -> tuple[str, ...]:
 
 
 def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[str, ...]:
-    """Return a sentence for each camera of a validation set that may be another one, or is read otherwise.
+    """Return a sentence for each camera of a validation set that may be another one.
 
     Raises EmbodimentError where its key has the name of another camera, as the agreement does for the
     training data of a run from a checkpoint; `adapt.cameras` confirms a key, and so does a training card.
@@ -372,10 +372,6 @@ def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[s
                         f"{where}: {text}; correct the card; if it is right, name the camera in adapt.cameras"
                     )
                 sentences.append(f"{where}: {text}: are the cameras exchanged?")
-            if not is_same(here := frames(store.card), there := frames_of(trained)):
-                sentences.append(
-                    f"{where}: frames are read {here}, those of the training data {there}: are all upright?"
-                )
     return tuple(dict.fromkeys(sentences))
 
 

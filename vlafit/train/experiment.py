@@ -13,11 +13,18 @@ from torch import Tensor
 from vlafit import checkpoints
 from vlafit.agreement import Agreement
 from vlafit.codec import Codec, CodecSet
-from vlafit.datasets import EpisodeStore, checksums, conversions, value_faults
+from vlafit.datasets import EpisodeStore, checksums
 from vlafit.errors import ConfigError, EmbodimentError, TrainingError
 from vlafit.nn.policy import Policy
 from vlafit.recipe import Recipe
-from vlafit.train import answers, in_backward, initial_policy, quantised_base, saved_weights
+from vlafit.train import (
+    answers,
+    in_backward,
+    initial_policy,
+    quantised_base,
+    saved_weights,
+    validation_agreement,
+)
 from vlafit.train.data import (
     Data,
     ValidationSets,
@@ -105,6 +112,9 @@ def build(
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         checksums.require_same([*data.stores, *chain.from_iterable(sets.values())])
     cameras = camera_warnings(recipe, sets, data)
+    readings = validation_agreement.of_readings(sets, recipe, data)
+    if resumed is None:
+        validation_agreement.require(readings, "the training data")
     for part in data.parts().values():
         _require_room_to_shift(recipe.data.shift_pixels, part.embodiment)
     strategy = load_strategy(recipe.strategy)
@@ -125,9 +135,12 @@ def build(
     every = [*data.stores, *chain.from_iterable(sets.values())]
     require_prompts((store, codecs.of_data(data.name_of(store), where=initial.source)) for store in every)
     answers.require_learnable(data, policy, next(iter(codecs)))
-    values = tuple(_values_of_sets(sets, recipe, data, codecs, resumed is not None))
+    parts = (readings, validation_agreement.of_values(sets, recipe, data, codecs))
+    if resumed is None:
+        validation_agreement.require(parts[1], "the statistics in use")
     policy.to(device)
     warnings, unquantised, agreement = initial.warnings, {}, initial.agreement
+    agreement = agreement and validation_agreement.joined(agreement, parts)
     if initial.plan is None:
         unquantised = quantised_base.weights_to_keep(policy, strategy, initial.base, initial.changed)
         warnings += (quantised_base.WARNING,) if unquantised else ()
@@ -168,10 +181,9 @@ def build(
             *cameras,
             *split_warnings(recipe.data, data),
             *declared_warnings(data),
-            *_read_otherwise(sets, data),
             *repeat_warnings(data),
             *line_break_warnings(data),
-            *values,
+            *chain.from_iterable(map(validation_agreement.warnings, parts)),
         ),
         base=saved.base,
         saved=saved.sentence,
@@ -194,50 +206,6 @@ def never_learned(fresh: Collection[str], plan: Plan) -> Iterator[str]:
         f"random values. Add a rule to the strategy, before that which freezes them: [[rule]] select = "
         f'{{ part = {json.dumps(parts if len(parts) > 1 else parts[0])} }}, mode = "full"'
     )
-
-
-def _read_otherwise(sets: ValidationSets, data: Data) -> Iterator[str]:
-    """Say which datasets beside the training data compute states or actions otherwise from their files."""
-    for name, stores in sets.items():
-        for store in stores:
-            for text in conversions.unlike(store.card, data.of(data.name_of(store)).cards):
-                yield f"data.validation_sets.{name}: {text}"
-    if (other := data.described_by) is not None:
-        for text in conversions.unlike(other.card, data.cards):
-            yield f"data.statistics_from: {text}"
-
-
-SETS = replace(
-    value_faults.TRAINING,
-    refit="Else leave the set out: its loss would say little",
-    question="is the set in other units than the training data, or of another robot?",
-    side="statistics",
-)
-
-
-def _values_of_sets(
-    sets: ValidationSets, recipe: Recipe, data: Data, codecs: CodecSet, resumed: bool
-) -> Iterator[str]:
-    """Compare the values of validation sets with the statistics in use, as those of the training data are.
-
-    Raises EmbodimentError naming set, dimension and episode; a `resumed` run, which may have begun with such
-    a set, gets a sentence for each instead.
-    """
-    for name, stores in sets.items():
-        for embodiment in dict.fromkeys(data.name_of(store) for store in stores):
-            some = [store for store in stores if data.name_of(store) == embodiment]
-            every = [[info.id for info in store.episodes] for store in some]
-            codec, permitted = (
-                codecs.of_data(embodiment, where="the run"),
-                recipe.adapt.of(embodiment).outside,
-            )
-            part = f"validation set {name!r}"
-            items = tuple(value_faults.items(some, every, codec, permitted, False, SETS, part))
-            agreement = Agreement(items, (), ())
-            if not resumed:
-                agreement.require(f"data.validation_sets.{name} and the statistics in use")
-            for item in agreement.conflicts:
-                yield f"{item.name}: {'; '.join(item.sides.values())}: its loss says little"
 
 
 def _require_room_to_shift(pixels: int, robot: Embodiment) -> None:

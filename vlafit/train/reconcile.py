@@ -9,7 +9,8 @@ from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
-from vlafit.datasets import Card, column_order, conversions, value_faults
+from vlafit.datasets import Card, column_order, conversions, framing, value_faults
+from vlafit.datasets.card_texts import BETWEEN
 from vlafit.datasets.framing import (
     camera_keys,
     differing,
@@ -64,6 +65,7 @@ def checkpoint_party(
         frame_sizes_known=declared.says_frame_sizes,
         room=None if codec is None else (codec.config.state_dim, codec.config.action_dim),
         conversions=declared.conversions,
+        relative_inside=declared.relative_inside,
         forms=forms,
     )
 
@@ -348,10 +350,13 @@ def _frames(
     `before` is the checkpoint's codec, `pairs` its cameras and those of the cards that take their place.
     """
     sides = {"dataset": frames_of(cards)}
-    if not recipe.policy.checkpoint:
+    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
+    stated = learned(path, before.embodiment.name if before is not None else "") if path is not None else ""
+    if not stated and BETWEEN in sides["dataset"]:  # of several cards that differ
+        chosen = framing.CHOSEN_BY if recipe.adapt.frames else ""
+        return Item("frames", sides, value, "same").differing(framing.FIX_CARDS, framing.CHOSEN_BY, chosen)
+    if path is None:
         return Item("frames", sides, value, "same")
-    path = checkpoints.place(recipe.policy.checkpoint).path
-    stated = learned(path, before.embodiment.name if before is not None else "")
     if not stated:
         return Item("frames", sides, value, "assumed", "the checkpoint does not say how its frames were read")
     sides["checkpoint"] = stated
@@ -382,9 +387,9 @@ def _columns(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Ite
 def _conversions(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Iterator[Item]:
     """Yield how states and actions are computed from the files, and how those of the checkpoint were."""
     path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
-    chosen = "adapt.conversion" if recipe.adapt.conversion else ""
-    if recipe.adapt.robot and recipe.fits_statistics:
-        chosen = "adapt.robot"
+    chosen = "adapt.robot" if recipe.adapt.robot and recipe.fits_statistics else ""
+    if recipe.adapt.conversion:
+        chosen = conversions.CHOSEN_BY
     yield from conversions.items(
         cards, path, before.embodiment.name if before is not None else "", chosen_by=chosen
     )

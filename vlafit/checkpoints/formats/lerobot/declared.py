@@ -55,6 +55,7 @@ def read(folder: Path, buffers: Mapping[str, Tensor]) -> Declaration:
         relative=relative,
         slots=slots,
         conversions=conversions,
+        relative_inside=relative_actions.inside(lerobot),
         tokenizer="" if there else name,
         own_tokenizer=own if there else None,
         lost_tokenizer=None if there else own,

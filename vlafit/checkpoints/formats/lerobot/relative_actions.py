@@ -10,6 +10,8 @@ from vlafit.errors import WeightsError
 
 RELATIVE_KEYS = ("use_relative_actions", "use_delta_actions", "use_delta_joint_actions")
 """Keys of config.json that make actions relative to the state, in the versions of LeRobot."""
+INSIDE = {"use_delta_joint_actions_aloha": "joints relative, grippers absolute, inside the policy"}
+"""Keys of config.json that make actions relative where no processor shows it, and which they make so."""
 EXCLUDE = "relative_exclude_joints"
 MADE_UP = re.compile(r"(relative|absolute)_\d+")
 """Names that an export gives dimensions whose own names cannot say which are relative; the robot has none."""
@@ -91,6 +93,11 @@ def relative_in_config(
         named = [step.config.get("exclude_joints") for step in steps if step.name == RELATIVE_STEP]
         exclude = next(filter(None, named), ())
     return mask_of(action_names(lerobot, steps) or None, exclude, dimensions)
+
+
+def inside(lerobot: LeRobotConfig) -> str:
+    """Return which key of config.json makes actions relative inside the policy, and which; "" for none."""
+    return "; ".join(f"{key}: {what}" for key, what in INSIDE.items() if lerobot.get(key, bool))
 
 
 def labels(lerobot: LeRobotConfig, steps: Sequence[Step], dimensions: int) -> tuple[str, ...]:
