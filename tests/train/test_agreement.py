@@ -364,6 +364,31 @@ def test_a_checkpoint_that_holds_its_tokenizer_and_no_statistics_trains_with_it(
         start(recipe_of(card, base, adapt))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "held", "reason"),
+    [("", "quantile", "divided by a floor"), ("min_max", "min_max", "data.normalisation")],
+)
+def test_the_normalisation_of_processors_without_statistics_holds_or_is_said(
+    tmp_path: Path, chosen: str, held: str, reason: str
+):
+    """That of the family was taken without a line."""
+    base = lerobot(tmp_path / "base")
+    for file in base.glob("policy_*.safetensors"):
+        save_file({n: t for n, t in load_file(file).items() if not n.startswith("observation.state")}, file)
+    for path in (base / "policy_preprocessor.json", base / "policy_postprocessor.json"):
+        path.write_text(path.read_text().replace("MEAN_STD", "QUANTILES"))
+    adapt = {"cameras": MAPS, "resize": True, "robot": True}
+    card = write_card(tmp_path / "data")
+    recipe = recipe_of(card, base, adapt, statistics="data", normalisation=chosen)
+    initial = start(recipe)
+    assert (initial.codec.config.normalisation, initial.codec.config.of_actions) == (held, held)
+    assert initial.agreement is not None
+    said = [one for one in initial.agreement.items if one.name.endswith("normalisation")]
+    assert said and all(
+        one.sides["checkpoint"] == "lerobot_quantile" and reason in one.reason for one in said
+    )
+
+
 def test_statistics_of_one_column_among_the_weights_train_with_fitted_ones_and_a_tokenizer(tmp_path: Path):
     base = lerobot(tmp_path / "base", processors=False)
     tensors = load_file(base / "model.safetensors")

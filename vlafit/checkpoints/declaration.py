@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Literal
 
 from vlafit.codec.images import Framing
+from vlafit.codec.normaliser import Normalisation
 from vlafit.codec.prompts import Prompt
 from vlafit.types import Embodiment
 
 
 @dataclass(frozen=True)
 class InputForm:
-    """How a program made the policy's prompts and frames; a codec fitted to data keeps it."""
+    """How a program made the policy's prompts and frames, and normalised; a codec fitted to data keeps it."""
 
     prompt: Prompt
     framing: Framing
     special_tokens: Literal["prompt", "tokenizer"]
     crop: float = 0.0
     letter_box: bool = False
+    normalisation: Normalisation | None = None
+    """Of states; None where the files do not say."""
+    action_normalisation: Normalisation | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from vlafit.agreement import Agreement, same_actions
 from vlafit.codec import Codec, CodecConfig, CodecSet
 from vlafit.codec.codec_config import columns_of
 from vlafit.codec.fast import FastTokenizer
-from vlafit.codec.normaliser import FLOORED, OPENVLA
+from vlafit.codec.normaliser import FLOORED, OPENVLA, Normalisation
 from vlafit.codec.tokenizer import Tokenizer
 from vlafit.datasets import value_faults
 from vlafit.errors import CodecError, ConfigError
@@ -90,6 +90,12 @@ def fitted_config(
             letter_box=inputs.letter_box,
             special_tokens=inputs.special_tokens,
         )
+    if declared is not None and old is None and not chosen:
+        stated = (
+            declared.normalisation or config.normalisation,
+            declared.action_normalisation or config.of_actions,
+        )
+        config = _normalised(config, *stated)
     if old is not None:
         kept = old.config
         config = replace(
@@ -97,14 +103,20 @@ def fitted_config(
             mask_padding=kept.mask_padding,
             action_tokens=action_tokenizers.settings(needs, kept.action_tokens),
         )
-        if not chosen:  # another program's formula has no floor for dimensions that hardly ever move
-            states, actions = (FLOORED.get(one, one) for one in (kept.normalisation, kept.of_actions))
-            config = replace(
-                config, normalisation=states, action_normalisation=actions if actions != states else None
-            )
+        if not chosen:
+            config = _normalised(config, kept.normalisation, kept.of_actions)
         if config.of_actions in OPENVLA:
             config = replace(config, unchanged=kept.unchanged)
     return config
+
+
+def _normalised(config: CodecConfig, states: Normalisation, actions: Normalisation) -> CodecConfig:
+    """Return the config with a checkpoint's normalisations, as fitted statistics repeat them.
+
+    Another program's formula has no floor for dimensions that hardly ever move.
+    """
+    states, actions = FLOORED.get(states, states), FLOORED.get(actions, actions)
+    return replace(config, normalisation=states, action_normalisation=actions if actions != states else None)
 
 
 def in_squares(config: CodecConfig, robot: Embodiment) -> CodecConfig:
@@ -152,6 +164,7 @@ def with_codec(
     *,
     needs: Needs,
     tokens: action_tokenizers.Origin,
+    form: checkpoints.InputForm | None = None,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics.
 
@@ -172,7 +185,9 @@ def with_codec(
         )
     )
     answers, start = needs.writes_tokens, recipe.policy.checkpoint
-    items = reconcile.codec_items(recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions)
+    items = reconcile.codec_items(
+        recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, form
+    )
     layout = action_layout.items(needs.action_layout, codec, start)
     whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *layout, *values])
     of_values = {item.name for item in values}

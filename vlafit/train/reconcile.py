@@ -271,12 +271,13 @@ def codec_items(
     owner: str = "the checkpoint",
     answers: bool = False,
     action_tokens: Item | None = None,
+    form: checkpoints.InputForm | None = None,
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
     `before` is the checkpoint's codec and `owner` whose files give it, `tokenizer` where the tokenizer comes
     from, `own_chunk` the steps of a chunk in the checkpoint's files, `answers` whether the policy answers
-    with tokens; `action_tokens` is the item of those.
+    with tokens; `action_tokens` is the item of those, and `form` that of a checkpoint without a codec.
     """
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
@@ -299,9 +300,12 @@ def codec_items(
             value, status = f"{recipe.policy.assets} {value}", "chosen"
             reason = f'policy.assets = "{recipe.policy.assets}", {reason}'
         yield Item("statistics", {"checkpoint": own}, value, status, reason)
+    states, actions = (form.normalisation, form.action_normalisation) if form is not None else (None, None)
+    if before is not None:
+        states, actions = before.config.normalisation, before.config.of_actions
     for column, method, old in (
-        ("state", codec.config.normalisation, before and before.config.normalisation),
-        ("action", codec.config.of_actions, before and before.config.of_actions),
+        ("state", codec.config.normalisation, states),
+        ("action", codec.config.of_actions, actions),
     ):
         stated = {"checkpoint": old} if old else {}
         reason = ""

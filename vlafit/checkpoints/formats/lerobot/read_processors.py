@@ -184,12 +184,30 @@ def framing_of(lerobot: LeRobotConfig) -> Framing:
 
 
 def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
-    """Return how prompts and frames are made: by the processor's `steps`, without any by LeRobot's code."""
+    """Return how prompts and frames are made: by the processor's `steps`, without any by LeRobot's code.
+
+    States and actions are normalised as the steps say, without them as config.json does.
+    """
     if lerobot.values["type"] not in FRAMINGS:
         return None
     asking = [step for step in steps if step.name == "tokenizer_processor"]
     prompt = _prompt(steps) if asking else PROMPTS[lerobot.values["type"]]
-    return InputForm(prompt, framing_of(lerobot), "tokenizer")
+    kinds = {
+        kind: normalisation(dict(step.config.get("norm_map", {})), kind, step.where)
+        for step in steps
+        if step.name == "normalizer_processor"
+        for kind in ("STATE", "ACTION")
+    }
+    if not kinds and (stated := lerobot.get("normalization_mapping", dict)):
+        where = f"{lerobot.path}: normalization_mapping"
+        kinds = {kind: normalisation(stated, kind, where) for kind in ("STATE", "ACTION") if kind in stated}
+    return InputForm(
+        prompt,
+        framing_of(lerobot),
+        "tokenizer",
+        normalisation=kinds.get("STATE"),
+        action_normalisation=kinds.get("ACTION"),
+    )
 
 
 def overruled(lerobot: LeRobotConfig, pre: Sequence[Step]) -> tuple[Overruled, ...]:
