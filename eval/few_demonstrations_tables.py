@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cells import beside, count, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_strategies import published as published_strategies
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 RECIPES = {
     "few-demonstrations": "full checkpoint",
@@ -75,11 +76,9 @@ def strategies(results: Path) -> str:
     for name, of in runs.items():
         reports = [read(run / "report.json") for run in of.values()]
         score = pooled(of.values(), "after")
-        total = reports[0]["tuning"]["rows"][-1]
         cells = [
             f"`{name}`",
             f"{reports[0]['recipe']['optim']['lr']:g}",
-            f"{total['trainable'] / 1e6:.2f}",
             ", ".join(map(str, of)),
             with_interval(score),
             *differences[name],
@@ -88,7 +87,6 @@ def strategies(results: Path) -> str:
     head = [
         "strategy",
         "learning rate",
-        "learn, millions",
         "seeds",
         "success (95 %)",
         "minus full, points (95 %)",
@@ -108,6 +106,6 @@ def offline(results: Path) -> str:
         full = [i for i, report in enumerate(reports) if not report["recipe"]["policy"]["fresh"]]
         kinds = (("all", range(len(runs))), ("from the full checkpoint", full))
         for kind, chosen in kinds:
-            found = spearmanr([errors[i] for i in chosen], [success[i] for i in chosen])
-            rows.append([shown, kind, str(len(chosen)), f"{found.statistic:+.2f}"])
+            ranks = [rankdata([values[i] for i in chosen]) for values in (errors, success)]
+            rows.append([shown, kind, str(len(chosen)), f"{np.corrcoef(ranks)[0, 1]:+.2f}"])
     return table(["on held-out recordings", "runs", "number", "rank correlation with success"], rows)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
-from few_demonstrations_tables import published, searched
+from few_demonstrations_tables import offline, published, searched, searched_strategies
+from few_demonstrations_tables import strategies as few_demonstrations_strategies
 
 from vlafit.significance import Pairs, paired_interval
 
@@ -27,6 +28,12 @@ QUICKSTARTS = ("quickstart", "quickstart-seeds/quickstart-seed1", "quickstart-se
 COMPARISONS = ("compare", "compare-fresh-expert", "compare-untrained")
 BASELINE = "scratch-pi0"
 LIBERO_EVALUATIONS = ("before", "after", "wrong_instruction")
+LIBERO_COLUMNS = {
+    "before": "before",
+    "after": "after",
+    "wrong_instruction": "another object's instruction (lower is better)",
+    "untrained": "after, from untrained weights",
+}
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -165,18 +172,29 @@ def shipped() -> str:
 
 def libero() -> str:
     """One row for each task of LIBERO that the small policy of `make libero` has learned."""
-    evaluations = read(RESULTS / "libero-object-small" / "report.json")["evaluations"]
+    name = "libero-object-small"
+    return _by_task({evaluation: (name, evaluation) for evaluation in LIBERO_EVALUATIONS})
+
+
+def libero_unseen() -> str:
+    """One row for each task of LIBERO that the checkpoint of `make libero` was fine-tuned on."""
+    name = "libero-object-unseen"
+    columns = {evaluation: (name, evaluation) for evaluation in LIBERO_EVALUATIONS}
+    return _by_task({**columns, "untrained": (f"{name}-untrained", "after")})
+
+
+def _by_task(columns: Mapping[str, tuple[str, str]]) -> str:
+    """One row for each task: a column is an evaluation of a published run."""
     played: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name in LIBERO_EVALUATIONS:
-        for episode in evaluations[name]["episodes"]:
-            played.setdefault(episode["task"], {}).setdefault(name, []).append(episode)
-    pooled = {n: [e for of_task in played.values() for e in of_task[n]] for n in LIBERO_EVALUATIONS}
+    for column, (run, evaluation) in columns.items():
+        for episode in read(RESULTS / run / "report.json")["evaluations"][evaluation]["episodes"]:
+            played.setdefault(episode["task"], {}).setdefault(column, []).append(episode)
+    pooled = {column: [e for of_task in played.values() for e in of_task[column]] for column in columns}
     rows = [
-        [task.replace("_", " "), *(_solved(of_task[name]) for name in LIBERO_EVALUATIONS)]
+        [task.replace("_", " "), *(_solved(of_task[column]) for column in columns)]
         for task, of_task in [*played.items(), ("**all**", pooled)]
     ]
-    head = ["task", "before", "after", "another object's instruction (lower is better)"]
-    return table(head, rows)
+    return table(["task", *(LIBERO_COLUMNS[column] for column in columns)], rows)
 
 
 def libero_expert() -> str:
@@ -260,6 +278,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "strategies": strategies,
     "pretraining": pretraining,
     "few-demonstrations": lambda: published(RESULTS / "few-demonstrations"),
+    "few-demonstrations-rates": lambda: searched_strategies(RESULTS / "few-demonstrations"),
+    "few-demonstrations-strategies": lambda: few_demonstrations_strategies(RESULTS / "few-demonstrations"),
+    "few-demonstrations-offline": lambda: offline(RESULTS / "few-demonstrations"),
     "few-demonstrations-search": lambda: searched(RESULTS / "few-demonstrations"),
     "scratch": scratch,
     "scratch-cost": scratch_cost,
