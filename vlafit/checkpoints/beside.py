@@ -53,7 +53,7 @@ def write(folder: Path, agreement: Agreement | None, robot: Embodiment | None) -
     """Write agreement.json beside the weights in `folder`; nothing where there is nothing to say."""
     if agreement is None or robot is None:
         return
-    content = json.loads(agreement.to_json())
+    content = files.parse_json(agreement.to_json())
     content |= {
         ROBOT: asdict(robot),
         WEIGHTS: {name: files.sha256(folder / name) for name in _weights(folder)},
