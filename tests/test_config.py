@@ -146,3 +146,16 @@ def test_a_date_is_refused_where_anything_else_may_stand(tmp_path):
     path = write(tmp_path, "a.toml", "[policy.config]\nborn = 2020-01-01\n")
     with pytest.raises(ConfigError, match="policy.config.born: expected text, a number"):
         config.read(Recipe, path, "recipe")
+
+
+def test_every_missing_key_is_named_in_one_error() -> None:
+    @dataclass(frozen=True)
+    class Widths:
+        state_dim: int
+        action_dim: int
+        chunk: int = 4
+
+    with pytest.raises(ConfigError, match=r"missing keys 'state_dim' .*'action_dim' \(a whole number\)$"):
+        config.build(Widths, {}, "recipe")
+    with pytest.raises(ConfigError, match=r"missing key 'action_dim' \(a whole number\)$"):
+        config.build(Widths, {"state_dim": 3}, "recipe")

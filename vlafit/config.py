@@ -147,12 +147,15 @@ def _dataclass(cls: type[T], values: Any, where: str, key: str) -> T:
             inside = f" in [{key}]" if key else ""
             raise ConfigError(f"{where}: unknown key {quoted(name)}{inside}{did_you_mean(str(name), fields)}")
     arguments: dict[str, Any] = {}
+    missing: list[str] = []
     for name, field in fields.items():
         at = f"{key}.{name}" if key else name
         if name in values:
             arguments[name] = _value(hints[name], values[name], where, at)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}: missing key {at!r} ({_name(hints[name])})")
+            missing.append(f"{at!r} ({_name(hints[name])})")
+    if missing:
+        raise ConfigError(f"{where}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     try:
         return cls(**arguments)
     except VlafitError as error:  # from a __post_init__, which knows the value but not its file
