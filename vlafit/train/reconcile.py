@@ -322,9 +322,9 @@ def codec_items(
     yield from _columns(recipe, data.cards, before)
     yield from _conversions(recipe, data.cards, before)
     if codec.config.prompt is not None:
-        form = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
+        prompt = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
-        yield Item("prompt", {"checkpoint": old} if old else {}, form, "same")
+        yield Item("prompt", {"checkpoint": old} if old else {}, prompt, "same")
         words = codec.required_tokenizer.vocab_size
         yield Item("tokenizer", {}, f"{tokenizer}, {words} tokens", "same")
     if action_tokens is not None:

@@ -192,7 +192,7 @@ def form_of(lerobot: LeRobotConfig, steps: Sequence[Step]) -> InputForm | None:
         return None
     asking = [step for step in steps if step.name == "tokenizer_processor"]
     prompt = _prompt(steps) if asking else PROMPTS[lerobot.values["type"]]
-    kinds = {
+    kinds: dict[str, Normalisation] = {
         kind: normalisation(dict(step.config.get("norm_map", {})), kind, step.where)
         for step in steps
         if step.name == "normalizer_processor"
