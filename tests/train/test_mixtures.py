@@ -394,6 +394,29 @@ def test_a_robot_that_the_checkpoint_does_not_name_needs_to_know_whose_statistic
     assert codec.embodiment.name == "new" and codec.embodiment_id == 2
 
 
+def test_a_checkpoint_of_ours_names_the_slots_of_two_new_robots_without_a_camera_of_that_name(
+    checkpoint: Path, hand: Path, recipe_of_both: Recipe
+) -> None:
+    other = hand.with_name("other.toml")
+    other.write_text(HAND.replace('name = "grasps"', 'name = "other"', 1))
+    robot = {"robot": True, "resize": True}
+    robots = {
+        "left": AdaptRecipe(**robot, cameras={"front": "palm"}),
+        "right": AdaptRecipe(**robot, cameras={"front": "head"}),
+    }
+    data = {
+        "cards": (str(hand), str(other)),
+        "embodiments": {"grasps": "left", "other": "right"},
+        "weights": {},
+        "validation": 0.0,
+        "statistics": "data",
+    }
+    adapt = {"embodiments": robots, "cameras": {}}
+    recipe = after(checkpoint, recipe_of_both, data=data, policy={"embodiment": "dot"}, adapt=adapt)
+    slots = [codec.config.cameras for codec in build(recipe, CPU).codecs]
+    assert [slot for slot, *_ in slots] == ["palm", "head"]
+
+
 def test_a_foreign_checkpoint_names_the_slots_of_two_robots_and_each_has_its_row(
     card: Path, hand: Path, recipe_of_both: Recipe
 ) -> None:
