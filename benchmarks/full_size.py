@@ -11,8 +11,8 @@ removed at the end.
 rungs       expert, lora: those strategies, as they are in bf16. full: full fine-tuning on the last rung of
             the ladder: full recompute, 8-bit moments, weights in bf16, steps in the backward pass.
             untrained: LoRA with random adapters, which is only exported, to openpi's format.
-peak        of the anonymous memory of the command and its children, read every 20 ms, in 10^9 bytes. Pages
-            that several of them share are counted once.
+peak        of the anonymous memory of the command and its children, read every 20 ms, in 10^9 bytes. A forked
+            child that has not yet started its program is not counted.
 resident    of their resident set, in which pages of files that are mapped count, too; the system takes those
             back where memory is short.
 --limit     gigabytes of anonymous memory at which a command is ended, and its row says so. It is also ended
@@ -276,25 +276,21 @@ def watched(words: Sequence[str], limit: float) -> Row:
 
 
 def resident(process: psutil.Process) -> tuple[int, int]:
-    """Return the anonymous memory and the resident set of a process and its children."""
-    every = [process, *_children(process)]
+    """Return the anonymous memory and the resident set of a process and its children.
+
+    Until a forked child starts its program, it has the pages of its parent, which are there once.
+    """
     anonymous = everything = 0
-    for one in every:
+    command = process.cmdline()
+    for one in (process, *_children(process)):
         try:
             held = one.memory_info()
-            own = held.rss - held.shared if len(every) == 1 else _own_anonymous(one.pid)
-        except (psutil.Error, OSError):
+            if one is not process and one.cmdline() == command:
+                continue
+        except psutil.Error:
             continue
-        anonymous, everything = anonymous + own, everything + held.rss
+        anonymous, everything = anonymous + held.rss - held.shared, everything + held.rss
     return anonymous, everything
-
-
-def _own_anonymous(pid: int) -> int:
-    """Return the anonymous memory of one of several processes: until a forked child starts its program, it
-    has the pages of its parent, which are there once.
-    """
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

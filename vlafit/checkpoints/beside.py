@@ -5,7 +5,6 @@ weights only. Other programs ignore the file.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from vlafit.types import Embodiment, Feature
 ROBOT, WEIGHTS = "embodiment", "weights"
 SUFFIXES = (".safetensors", ".pt", ".bin")
 """Of files that hold weights, beside those of JAX in `params/`."""
+TEXTS = (".json", ".jsonl", ".md", ".txt", ".toml", ".yaml")
+"""Of files that hold none, also in a format from outside."""
 
 
 def agreed_before(folder: Path) -> Agreement | None:
@@ -160,8 +161,8 @@ def _content(folder: Path) -> dict[str, Any] | None:
     return files.read_json_object(folder / FILE, WeightsError, "copy the checkpoint again")
 
 
-def _weights(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_file() and (path.suffix in SUFFIXES or "params" in inside.parts):
-            yield inside.as_posix()
+def _weights(folder: Path) -> list[str]:
+    """Return the files of weights below `folder`; of a format from outside all that are no texts."""
+    every = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    usual = [path for path in every if path.suffix in SUFFIXES or "params" in path.parts]
+    return [path.as_posix() for path in usual or [path for path in every if path.suffix not in TEXTS]]
