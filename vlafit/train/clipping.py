@@ -26,4 +26,7 @@ def clip(parameters: Sequence[nn.Parameter], limit: float) -> float:
 def norm_of(gradient: Tensor) -> Tensor:
     """Return the norm of a gradient on one device, as float32."""
     pieces = gradient.reshape(-1).split(PIECE)
-    return torch.stack([piece.float().norm() for piece in pieces]).norm()
+    norms = torch.empty(len(pieces), device=gradient.device)
+    for i, piece in enumerate(pieces):  # a list of results would lie between the copies, whose memory then grows
+        norms[i] = piece.float().norm()
+    return norms.norm()
