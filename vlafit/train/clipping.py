@@ -27,6 +27,7 @@ def norm_of(gradient: Tensor) -> Tensor:
     """Return the norm of a gradient on one device, as float32."""
     pieces = gradient.reshape(-1).split(PIECE)
     norms = torch.empty(len(pieces), device=gradient.device)
-    for i, piece in enumerate(pieces):  # a list of results would lie between the copies, whose memory then grows
+    # Results of their own would lie between the copies, and malloc would find no room for the next one there.
+    for i, piece in enumerate(pieces):
         norms[i] = piece.float().norm()
     return norms.norm()
