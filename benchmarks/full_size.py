@@ -281,13 +281,12 @@ def resident(process: psutil.Process) -> tuple[int, int]:
     Until a forked child starts its program, it has the pages of its parent, which are there once.
     """
     anonymous = everything = 0
-    command = process.cmdline()
     for one in (process, *_children(process)):
         try:
             held = one.memory_info()
-            if one is not process and one.cmdline() == command:
+            if one is not process and one.cmdline() == process.cmdline():
                 continue
-        except psutil.Error:
+        except psutil.Error:  # it has ended
             continue
         anonymous, everything = anonymous + held.rss - held.shared, everything + held.rss
     return anonymous, everything

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import act, full_size, gpu, rows, train
+from tests.waiting import wait_until
 from vlafit.policies import build_family
 from vlafit.train.batch_shape import BatchShape
 
@@ -156,3 +157,12 @@ def test_pages_that_a_forked_child_shares_are_counted_once():
         anonymous, everything = full_size.resident(psutil.Process(parent.pid))
         parent.communicate()
     assert 2e8 <= anonymous <= everything < 4e8
+
+
+def test_a_command_that_has_just_ended_holds_nothing():
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read()  # until the end; it is not waited for yet
+        own = psutil.Process(process.pid)
+        wait_until(lambda: own.status() == psutil.STATUS_ZOMBIE)
+        assert full_size.resident(own)[0] == 0
