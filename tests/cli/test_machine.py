@@ -69,6 +69,21 @@ def test_every_json_file_is_read_by_the_reader_that_survives_deep_nesting():
     assert direct <= own, "these read JSON that vlafit has not just written itself"
 
 
+def test_durations_are_measured_by_a_clock_that_never_jumps():
+    package = Path(files.__file__).parent
+    reads_the_date = {
+        "serve/metadata.py",
+        "serve/server.py",
+        "train/feature_storage.py",
+    }  # stamps, age of a file
+    direct = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "time.time()" in path.read_text()
+    }
+    assert direct == reads_the_date, "measure by time.monotonic or perf_counter"
+
+
 def test_toml_nested_too_deeply_is_one_sentence(tmp_path: Path):
     (tmp_path / "r.toml").write_text(f"x = {NESTED}")
     with pytest.raises(ConfigError, match="r.toml.*nested too deeply"):
