@@ -1,5 +1,6 @@
 """Dataset, checkpoint and recipe agree, or the error names both sides and the remedy."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -446,7 +447,19 @@ def test_an_agreement_is_kept_and_read_back(tmp_path: Path):
     assert read(tmp_path / "older") is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "items": [{"a": 1}]}'])
+def _with_item(**changed: object) -> str:
+    item = {"name": "rate", "sides": {"dataset": "10"}, "value": "10", "status": "same"} | changed
+    return json.dumps({"format": 1, "items": [item], "cameras": [], "relative": []})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"format": 2}', '{"format": 1, "items": [{"a": 1}]}', _with_item(sides=[]),
+        _with_item(sides={"dataset": 3}), _with_item(value=3), _with_item(name=None), _with_item(status=[]),
+        _with_item(accept=[1]), _with_item(accept=1), _with_item(short=3),
+    ],
+)  # fmt: skip
 def test_a_damaged_agreement_is_one_error_with_its_path(content: str, tmp_path: Path):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(ConfigError, match=FILE):

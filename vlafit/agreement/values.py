@@ -103,6 +103,12 @@ class Item:
     def from_json(cls, content: Mapping[str, Any]) -> "Item":
         """Return the item that `to_json` wrote. Raises TypeError or ValueError for anything else."""
         item = cls(**{**content, "accept": tuple(content.get("accept", ()))})
+        if not isinstance(item.sides, dict) or item.short:
+            raise TypeError(f"sides {item.sides!r}, short {item.short!r}")
+        texts = (item.name, item.value, item.status, item.reason, item.fix, *item.accept)
+        for text in (*texts, *item.sides, *item.sides.values()):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r} is no text")
         if item.status not in get_args(Status):
             raise ValueError(f"status {item.status!r}")
         return item
