@@ -1,6 +1,5 @@
 """What files name as the robot's weights (domain, row of tables) holds, whether or not they make a codec."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 import vlafit
 from tests.checkpoints.forms import GROOT, GROOT_CHAT, save, write_nvidia_groot
+from tests.checkpoints.test_xvla import edit, step_of
 from vlafit import checkpoints
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import CheckpointFiles
@@ -21,16 +21,6 @@ XVLA = Path(__file__).parents[1] / "fixtures" / "lerobot_xvla"
 SQUARE: dict[str, object] = {"image_size": 64}  # frames of that folder are no squares
 PRE = "policy_preprocessor.json"
 NVIDIA = Path(__file__).parents[1] / "fixtures" / "groot_processors"
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def step_of(values: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(step["config"] for step in values["steps"] if step["registry_name"] == name)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from vlafit.envs import EnvSpec
-from vlafit.rollout import Protocol
+from vlafit.rollout import Protocol, Result
 
 TOY = "tests.rollout.toy_env"
 
@@ -32,3 +32,19 @@ def make() -> Callable[..., Protocol]:
 def protocol() -> Callable[..., Protocol]:
     """Makes protocols on the toy environment; tasks left and right, unless others are named."""
     return make_protocol
+
+
+FAULTS = {
+    "raise": "the dot fell off the line",
+    "die": "ended by SIGKILL",
+    "hang": "did not answer within 1 s",
+    "text": "state: must be float32 [2], is <U1",
+}
+"""Tasks of the toy that fail -> what their errors say, of processes that have a second to answer."""
+
+
+def require_errors_of_their_tasks(got: Result) -> None:
+    """Raise AssertionError unless exactly the tasks of `FAULTS` have errors, each its own."""
+    errors = {record.task: record.error for record in got.records if record.error}
+    assert errors.keys() == FAULTS.keys()
+    assert all(fact in (errors[task] or "") for task, fact in FAULTS.items())

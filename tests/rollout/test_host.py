@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.rollout.actors import Obedient
-from tests.rollout.conftest import TOY
+from tests.rollout.conftest import FAULTS, TOY, require_errors_of_their_tasks
 from tests.waiting import wait_until
 from vlafit.envs import EnvSpec, host
 from vlafit.envs.messages import Hello, Start
@@ -95,16 +95,9 @@ def test_episodes_films_and_hash_are_those_of_this_machine(
 def test_crashes_hangs_and_bad_values_there_are_errors_of_their_episodes(
     protocol: Make, address: str, tmp_path: Path
 ) -> None:
-    hard = there(protocol("left", "raise", "die", "hang", "text", trials=2), address)
+    hard = there(protocol("left", *FAULTS, trials=2), address)
     got = play(hard, tmp_path / "out", timeout_s=1.0, workers=2)
-    errors = {record.task: record.error for record in got.records if record.error}
-    facts = {
-        "raise": "the dot fell off the line",
-        "die": "ended by SIGKILL",
-        "hang": "did not answer within 1 s",
-        "text": "state: must be float32 [2], is <U1",
-    }
-    assert errors.keys() == facts.keys() and all(facts[task] in (errors[task] or "") for task in facts)
+    require_errors_of_their_tasks(got)
 
 
 def test_a_process_whose_caller_has_gone_is_killed_even_in_a_step_that_never_ends(

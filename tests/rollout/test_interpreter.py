@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.rollout.actors import Obedient
-from tests.rollout.conftest import TOY
+from tests.rollout.conftest import FAULTS, TOY, require_errors_of_their_tasks
 from vlafit import envs
 from vlafit.envs import EnvSpec
 from vlafit.errors import ConfigError, SimulationError
@@ -92,16 +92,9 @@ def without_last(log: Path) -> None:
 def test_crashes_hangs_and_bad_values_there_are_errors_of_their_episodes_which_resume_keeps(
     protocol: Make, other: str, tmp_path: Path
 ) -> None:
-    hard = in_other(protocol("left", "raise", "die", "hang", "text", trials=2), other)
+    hard = in_other(protocol("left", *FAULTS, trials=2), other)
     got = play(hard, tmp_path / "out", timeout_s=1.0, workers=2)
-    errors = {record.task: record.error for record in got.records if record.error}
-    facts = {
-        "raise": "the dot fell off the line",
-        "die": "ended by SIGKILL",
-        "hang": "did not answer within 1 s",
-        "text": "state: must be float32 [2], is <U1",
-    }
-    assert errors.keys() == facts.keys() and all(facts[task] in (errors[task] or "") for task in facts)
+    require_errors_of_their_tasks(got)
     log = tmp_path / "out/episodes.jsonl"
     whole = rows(tmp_path / "out")
     log.write_text(

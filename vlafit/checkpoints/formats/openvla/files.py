@@ -230,7 +230,7 @@ def called_as_stored(tensors: Translated, stored: Iterable[str]) -> Translated:
         if name in wrapped or not name.startswith(f"{TOWERS}."):
             return wrapped.get(name, name)
         if has_blocks:  # a tensor that is missing is called as the others are
-            name = re.sub(r"^(\w+\.\w+\.blocks\.\d+)\.(?!scale\.|shift\.)", r"\1.block.", name)
+            name = film.wrapped(name)
         return f"{TOWERS}.{name}" if is_nested else name
 
     return replace(tensors, file_name=file_name)

@@ -28,6 +28,11 @@ def is_film(name: str) -> bool:
     return bool(_FILM.match(name))
 
 
+def wrapped(name: str) -> str:
+    """Return the name of a tower's tensor with the wrapper that FiLM puts around each block."""
+    return _BLOCK.sub(r"\1.block.", name)
+
+
 def written(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the towers' tensors as OFT's loader takes them: with its wrappers, and adapters whose B is 0.
 
@@ -35,7 +40,7 @@ def written(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     rng, made = torch.Generator().manual_seed(0), dict[str, Tensor]()
     for name, tensor in tensors.items():
-        layer, _, kind = _BLOCK.sub(r"\1.block.", name).rpartition(".")
+        layer, _, kind = wrapped(name).rpartition(".")
         if layer.rpartition(".")[2] not in ADAPTED:
             made[f"{layer}.{kind}"] = tensor
             continue
