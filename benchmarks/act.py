@@ -15,6 +15,7 @@ sample          milliseconds of the sampler, its inputs being on the GPU.
 codec           milliseconds of encoding the observation, which is part of the whole.
 eager, graph    one kernel after the other; as a CUDA graph, as `load_actor` does on a GPU; with compiled
 compiled        blocks, too (`load_actor(compile=True)`). difference: of the chunk to that of eager, relative.
+int8, fp8       matrices in 8 bits (`load_actor(quantise=...)`), one kernel after the other; weights: GB.
 kernels         of one call, by torch.profiler, with launches and the time in which the GPU was busy.
 --profile       writes its 25 longest operations into a text file beside --out for each row.
 """
@@ -42,6 +43,7 @@ from vlafit.inference import accelerated, with_steps
 from vlafit.nn.batch import stack
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import Policy
+from vlafit.tuning.quantise import stored_bytes
 from vlafit.types import Embodiment, EpisodeKey, Feature, Observation
 
 VIEWS = ("front", "left", "wrist")
@@ -56,10 +58,11 @@ ROBOT = Embodiment(
 )
 TASK = "put the bowl on the plate"
 MODES = ("eager", "graph", "compiled")
+QUANTISED = ("int8", "fp8")
 PARTS_CALLS = 20  # of prefix and suffix
 COLUMNS = (
     "size", "dtype", "mode", "difference", "steps", "p50_ms", "p90_ms", "p99_ms", "sample_ms", "prefix_ms",
-    "suffix_step_ms", "codec_ms", "kernels", "launches", "device_busy_ms", "peak_gb",
+    "suffix_step_ms", "codec_ms", "kernels", "launches", "device_busy_ms", "peak_gb", "weights_gb",
 )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["pi0", "pi05", "smolvla"], choices=list(rows.sizes()))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=(*MODES, *QUANTISED))
     parser.add_argument("--steps", nargs="+", type=int, default=[10], help="sampling steps [10]")
     parser.add_argument("--calls", type=int, default=100, help="measured calls [100]")
     parser.add_argument("--warm-up", type=int, default=5, help="calls before them [5]")
@@ -169,13 +172,14 @@ def measure(point: Row) -> Iterator[Row]:
     if point["mode"] != "eager":
         key = EpisodeKey(0, TASK, 0)
         eager = actor.act([seen], [key])[0].actions
-        accelerated(actor.policy, point["mode"] == "compiled")
+        accelerated(actor.policy, point["mode"] == "compiled", point["mode"] * (point["mode"] in QUANTISED))
         began = time.perf_counter()
         chunk = actor.act([seen], [key])[0].actions
         yield {
             "first_call_s": round(time.perf_counter() - began, 1),
             "difference": float(np.linalg.norm(chunk - eager) / np.linalg.norm(eager)),
         }
+    yield {"weights_gb": sum(stored_bytes(p) for p in actor.policy.parameters()) / 1e9}
 
     def act() -> None:
         actor.act([seen], [EpisodeKey(0, TASK, next(replans))])

@@ -324,9 +324,9 @@ def load_actor(
     norms and projections stay float32. `trust`, `base`: see `checkpoints.load`. `embodiment` names the
     robot where the checkpoint learned several; without a name, each call of `act` names it. On a GPU a
     flow policy samples by CUDA graphs, whose bits are those of the same kernels without them; `compile`
-    also compiles its blocks, which takes a minute or more and changes the last bits. `quantise` "int8"
-    keeps matrices of attention and MLPs in 8 bits, a quarter of float32; what that changes in the actions
-    is measured and logged, and it is part of an evaluation's identity.
+    also compiles its blocks, which takes a minute or more and changes the last bits. `quantise` "int8" or
+    "fp8" keeps matrices of attention and MLPs in 8 bits, a quarter of float32; what that changes in the
+    actions is measured and logged, and it is part of an evaluation's identity.
 
     Raises what `checkpoints.load` raises, and ConfigError where the checkpoint has no codec, the policy does
     not sample in steps, or the device is not there.

@@ -1,4 +1,4 @@
-"""Prepare a policy for inference: device, sampling steps, CUDA graphs, compiled blocks, int8 weights."""
+"""Prepare a policy for inference: device, sampling steps, CUDA graphs, compiled blocks, weights in 8 bits."""
 
 import logging
 
@@ -9,7 +9,7 @@ from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
-from vlafit.tuning.int8_weights import quantise_weights
+from vlafit.tuning.weights_8bit import EIGHT_BITS, quantise_weights
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +33,18 @@ def accelerated(policy: Policy, compile: bool = False, quantise: str = "") -> Po
 
     Returns the policy. Raises ConfigError where it cannot be quantised.
     """
-    if quantise not in ("", "int8"):
-        raise ConfigError(f"quantise {quoted(quantise)}: must be 'int8', or empty for none")
-    if quantise and compile:
-        raise ConfigError("quantise = 'int8' was not tried with compile; use one of the two")
-    if quantise:
-        error = 100 * quantise_weights(policy)
-        log.warning("matrices in int8: actions on two random observations differ by %.2g %%", error)
+    kept = next((how for how in EIGHT_BITS if how == quantise), None)
+    if quantise and kept is None:
+        known = " or ".join(f"'{how}'" for how in EIGHT_BITS)
+        raise ConfigError(f"quantise {quoted(quantise)}: must be {known}, or empty for none")
+    if kept and compile:
+        raise ConfigError(f"quantise = '{kept}' was not tried with compile; use one of the two")
+    if kept:
+        error = 100 * quantise_weights(policy, kept)
+        log.warning("matrices in %s: actions on two random observations differ by %.2g %%", kept, error)
     if compile:
         compile_blocks(policy, only_training=False)
-    if quantise:
+    if kept:
         return policy
     if isinstance(policy, FlowPolicy) and next(policy.parameters()).is_cuda:
         policy.graphs = CudaGraphs(policy)

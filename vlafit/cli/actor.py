@@ -30,10 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantise",
-        choices=("int8",),
+        choices=("int8", "fp8"),
         default="",
-        help="keep matrices in 8 bits (pip install 'vlafit[quantise]'): a quarter of float32's memory, and "
-        "other actions; the difference is measured and shown",
+        help="keep matrices in 8 bits, integers or floats (pip install 'vlafit[quantise]'): a quarter of "
+        "float32's memory, and other actions; the difference is measured and shown",
     )
     parser.add_argument(
         "--recipe",

@@ -169,7 +169,7 @@ class Policy(nn.Module, ABC):
     compiled: bool = False
     """Whether its blocks are compiled, which changes the last bits; see `nn.compiled`."""
     quantised: str = ""
-    """"int8": matrices were quantised for acting, which changes actions; see `tuning.int8_weights`."""
+    """"int8" or "fp8": matrices were quantised for acting, which changes actions; `tuning.weights_8bit`."""
     steps: int | None = None
     """Steps in which `act` samples, for the caller to set; None: it does not sample in steps. Checkpoints
     keep a number that is not the family's."""

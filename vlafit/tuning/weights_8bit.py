@@ -1,9 +1,12 @@
 """Quantise the matrices of a policy that only acts to 8 bits, and measure what that changes in its actions.
 
-torchao's weight-only int8: one scale for each output, matrices dequantised where they are used. It halves the
-memory of bfloat16; it is no faster by itself. Projections, norms, embeddings and the patch convolution keep
-their precision, as in training (`quantise.py`).
+"int8" and "fp8" (float8_e4m3fn), weights only: one scale for each output, matrices dequantised where they are
+used. Both halve the memory of bfloat16; neither is faster by itself. int8 has 127 even steps below a row's
+largest weight, fp8 three bits behind the first of each weight. Projections, norms, embeddings and the patch
+convolution keep their precision, as in training (`quantise.py`).
 """
+
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -16,45 +19,47 @@ from vlafit.tuning.merge import merge
 from vlafit.tuning.quantise import quantise_layer, quantised_names
 from vlafit.types import EpisodeKey
 
+EightBits = Literal["int8", "fp8"]
+EIGHT_BITS: tuple[EightBits, ...] = get_args(EightBits)
 QUANTISED = ("attention", "mlp")  # kinds of parameters
 KEYS = [EpisodeKey(seed=seed, task="int8", replan=0) for seed in (0, 1)]  # of the random observations
 
 
-def quantise_weights(policy: Policy) -> float:
+def quantise_weights(policy: Policy, how: EightBits) -> float:
     """Merge adapters, quantise the matrices of attention and MLP layers in place, and return the error.
 
     It is the norm of the difference of the actions, as a share of their norm, on two random observations.
-    Raises ConfigError where torchao is not installed, or the policy has no such matrices, compiled blocks,
-    matrices that are quantised already, or answers with tokens.
+    Raises ConfigError where torchao is not installed, the device has no float8, or the policy has no such
+    matrices, compiled blocks, matrices that are quantised already, or answers with tokens.
     """
     if quantised_names(policy):
         raise ConfigError(
-            "quantise = 'int8': the checkpoint's matrices are quantised already (its strategy says how); "
+            f"quantise = '{how}': the checkpoint's matrices are quantised already (its strategy says how); "
             "leave the option out"
         )
     if policy.needs().writes_tokens:
         raise ConfigError(
-            f"quantise = 'int8': {type(policy).__name__} answers with tokens, so what 8 bits change in its "
+            f"quantise = '{how}': {type(policy).__name__} answers with tokens, so what 8 bits change in its "
             "actions cannot be measured; leave it out"
         )
     if policy.compiled:
-        raise ConfigError("quantise = 'int8' was not tried with compile; use one of the two")
+        raise ConfigError(f"quantise = '{how}' was not tried with compile; use one of the two")
     merge(policy)
     weights = [info.name for info in policy.parts() if info.kind in QUANTISED]
     names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     layers = [name for name in names if isinstance(policy.get_submodule(name), nn.Linear)]
     if not layers:
         raise ConfigError(
-            f"quantise = 'int8': {type(policy).__name__} has no linear layers of attention or MLPs; leave it "
-            "out"
+            f"quantise = '{how}': {type(policy).__name__} has no linear layers of attention or MLPs; leave "
+            "it out"
         )
     before = _actions(policy)
     try:
         for name in layers:
-            quantise_layer(policy, name, "int8")
+            quantise_layer(policy, name, how)
     except StrategyError as error:
         raise ConfigError(str(error)) from error
-    policy.quantised = "int8"
+    policy.quantised = how
     return float((_actions(policy) - before).norm() / before.norm())
 
 
