@@ -104,6 +104,12 @@ def _picture(camera: Feature, pixels: Any, problems: list[str]) -> NDArray[np.ui
     wrong = _shape_problem(array.shape, camera.shape)
     if array.shape == (camera.shape[2], *camera.shape[:2]):
         wrong = f"has shape {array.shape}, channels first; send {camera.shape}, channels last"
+    elif wrong and array.shape[2:] == camera.shape[2:] and min(array.shape):
+        have, wanted = array.shape, camera.shape
+        if have[0] * wanted[1] == have[1] * wanted[0]:
+            wrong += (
+                "; scale it to that size (`vlafit serve --resize` does, for openpi's and vla-eval's clients)"
+            )
     if wrong:
         problems.append(f"{where}: {wrong}")
         return None

@@ -112,6 +112,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, list[An
             "max_rate": [5, 1.5],
             "timeout_s": [5, 1.5],
             "names": [{}],
+            "resize": [True],
             "execution": NOTHING,
         },
     ),

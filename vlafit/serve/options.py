@@ -40,6 +40,9 @@ class Options:
     """Seconds until an answer must be computed, and until a client must have taken it."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Keys of openpi's and vla-eval's observations -> the robot's cameras, or "state"."""
+    resize: bool = False
+    """Whether frames of openpi's and vla-eval's observations are scaled to the robot's camera, if they have
+    another size and the same ratio of height and width."""
     execution: Execution | None = None
     """How chunks are executed for clients that take one action at a time (vla-eval's); None: the whole
     chunk."""
@@ -55,6 +58,7 @@ class Options:
             "max_rate": arguments.number("server: max_rate", self.max_rate, SLOWEST_RATE, MOST_RATE),
             "timeout_s": arguments.number("server: timeout_s", self.timeout_s, 0, LONGEST_S, above=True),
             "names": arguments.table("server: names", self.names),
+            "resize": arguments.flag("server: resize", self.resize),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -6,7 +6,7 @@ connection.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +19,10 @@ from vlafit.requests import Request, checked_key, checked_left, checked_past
 from vlafit.serve import wire
 from vlafit.serve.metadata import Described
 from vlafit.serve.wire import WireError
-from vlafit.types import ActionChunk, Committed, EpisodeKey, Guidance, Observation
+from vlafit.types import ActionChunk, Committed, EpisodeKey, Feature, Guidance, Observation
 
+Fit = Callable[[Feature, Any], Any]
+"""Makes the pixels that a client sent for a camera those of the robot's."""
 Name = Literal["vlafit", "openpi", "vla-eval"]
 
 ACT = "vlafit.act"  # the type of our own frames
@@ -122,7 +124,17 @@ def read_requests(frame: Mapping[Any, Any], described: Described) -> list[Reques
     return requests
 
 
-def _observation(images: Any, state: Any, prompt: Any, described: Described) -> Observation:
+def as_sent(camera: Feature, pixels: Any) -> Any:
+    """Return the pixels."""
+    return pixels
+
+
+def _observation(
+    images: Any, state: Any, prompt: Any, described: Described, fit: Fit = as_sent
+) -> Observation:
+    if fit is not as_sent and isinstance(images, Mapping):
+        cameras = {camera.name: camera for camera in described.embodiment.cameras}
+        images = {n: fit(cameras[n], pixels) if n in cameras else pixels for n, pixels in images.items()}
     return observation(
         images,
         state,
@@ -201,14 +213,18 @@ def read_chunks(frame: Any, count: int, dimensions: int) -> list[ActionChunk]:
 
 
 def read_openpi(
-    frame: Mapping[Any, Any], described: Described, names: Mapping[str, str], key: EpisodeKey
+    frame: Mapping[Any, Any],
+    described: Described,
+    names: Mapping[str, str],
+    key: EpisodeKey,
+    fit: Fit = as_sent,
 ) -> Request:
     """Read the flat or nested observation that openpi's client sends.
 
     Its keys are the robot's own choice: "images" (a map), "state" and "prompt", or one key a camera, each
     with or without "observation/" in front. `names` maps other keys to a camera or to "state"; several arrays
     mapped to the state are joined in the order of `names`. A key that is left over is an error, and so are
-    two keys for one thing.
+    two keys for one thing. `fit` is given each camera's pixels.
     """
     images: dict[str, Any] = {}
     states: dict[str, Any] = {}
@@ -247,7 +263,7 @@ def read_openpi(
         raise EmbodimentError(f"the observation is not one of the robot {robot!r}:\n  {listed}")
     problem = ""
     try:
-        seen = _observation(images, _joined_state(states, names), prompt, described)
+        seen = _observation(images, _joined_state(states, names), prompt, described, fit)
         if not unknown:
             return Request(seen, dataclasses.replace(key, task=seen.instruction))
         problem = f"the observation is not one of the robot {described.embodiment.name!r}:"
@@ -282,10 +298,14 @@ def pack_openpi(chunk: ActionChunk, milliseconds: float, warnings: Sequence[str]
 
 
 def read_vla_eval(
-    payload: Mapping[Any, Any], described: Described, names: Mapping[str, str], key: EpisodeKey
+    payload: Mapping[Any, Any],
+    described: Described,
+    names: Mapping[str, str],
+    key: EpisodeKey,
+    fit: Fit = as_sent,
 ) -> Request:
     """Read an observation of vla-eval: images, task_description, state. What else it holds is for other
-    models."""
+    models. `fit` is given each camera's pixels."""
     images = payload.get("images")
     if not isinstance(images, Mapping):
         raise WireError(f"images: must be a map of cameras, not {_kind(images)}")
@@ -296,6 +316,7 @@ def read_vla_eval(
         next((payload[name] for name in STATES if name in payload), None),
         payload.get("task_description"),
         described,
+        fit,
     )
     return Request(seen, key)
 

@@ -20,7 +20,8 @@ from vlafit.serve.batcher import Batcher
 from vlafit.serve.metadata import Described
 from vlafit.serve.metrics import Metrics
 from vlafit.serve.options import Options
-from vlafit.serve.protocols import Name
+from vlafit.serve.protocols import Fit, Name, as_sent
+from vlafit.serve.resizing import Resizing
 from vlafit.serve.wire import WireError
 from vlafit.types import ActionChunk, EpisodeKey, Observation
 
@@ -54,6 +55,8 @@ class Session:
         self._newest: deque[Observation] = deque(maxlen=described.history)  # of vla-eval's episode
         self._tally = InvalidAnswers()
         self._missing: set[str] = set()  # cameras whose absence was logged
+        self._resized: list[str] = []  # sentences about frames that were scaled, for the next answer
+        self._fit: Fit = Resizing(self._resize) if options.resize else as_sent
         actor = batcher.actor
         self._watch = actor.state_watch() if isinstance(actor, WatchesStates) else None
 
@@ -99,10 +102,13 @@ class Session:
                 self._invalid_answers(chunks)  # whose `valid` says so
                 return protocols.pack_chunks(chunks, [*missing, *unusual])
             case "openpi":
-                request = protocols.read_openpi(values, self._described, self._options.names, self._key)
+                names = self._options.names
+                request = protocols.read_openpi(values, self._described, names, self._key, self._fit)
                 unusual = self._unusual_states(request)
                 (chunk,) = await self._act([request])
-                warnings = [*self._missing_cameras(request), *unusual, *self._invalid_answers([chunk])]
+                warnings = [*self._resized, *self._missing_cameras(request), *unusual]
+                warnings += self._invalid_answers([chunk])
+                self._resized.clear()
                 self._key = dataclasses.replace(self._key, replan=self._key.replan + 1)
                 return protocols.pack_openpi(chunk, (time.perf_counter() - began) * 1000, warnings)
             case "vla-eval":
@@ -120,7 +126,8 @@ class Session:
             return None
         if self._plan is None:
             self._plan = Plan(self._options.execution or Execution(replan=self._described.chunk or 1))
-        request = protocols.read_vla_eval(payload, self._described, self._options.names, self._key)
+        names = self._options.names
+        request = protocols.read_vla_eval(payload, self._described, names, self._key, self._fit)
         self._unusual_states(request)
         before = tuple(self._newest)
         self._newest.append(request.observation)
@@ -156,6 +163,10 @@ class Session:
                 self._missing.add(name)
                 sentences.append(f"camera {name!r} is missing; the policy acts without it from now on")
         return self._say("camera", sentences)
+
+    def _resize(self, sentences: Sequence[str]) -> None:
+        """Log that a camera's frames are scaled."""
+        self._resized += self._say("camera", list(sentences))
 
     def _unusual_states(self, request: Request) -> list[str]:
         """Log and return, once for each dimension, states far outside the statistics."""

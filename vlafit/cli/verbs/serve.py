@@ -66,6 +66,11 @@ def _parser() -> Parser:
         help="a key of openpi's or vla-eval's observations = a camera of the robot, or state; repeatable",
     )
     parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="scale frames of openpi's and vla-eval's that have another size than the robot's cameras",
+    )
+    parser.add_argument(
         "--execution",
         choices=EXECUTION_MODES,
         default="chunk",
@@ -113,6 +118,7 @@ def run(arguments: Sequence[str]) -> int:
             max_rate=options.max_rate,
             timeout_s=options.timeout,
             names=names,
+            resize=options.resize,
             execution=Execution(options.execution, replan=replan),
         )
 
