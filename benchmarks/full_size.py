@@ -18,7 +18,7 @@ resident    of their resident set, in which pages of files that are mapped count
 --limit     gigabytes of anonymous memory at which a command is ended, and its row says so. It is also ended
             when the machine has less than 2 GB left, because others may work on it.
 step_s      seconds of each training step, loading of the sample included.
-The full size takes 40 GB of disk, with the rung full 60.
+The full size takes 40 GB of disk, with the rung full 50.
 """
 
 import argparse
@@ -116,7 +116,7 @@ precision = "bf16"
 save_every = 1
 validate_every = 0
 log_every = 1
-keep = 1
+keep = 0
 keep_best = false
 trackers = []
 report = false

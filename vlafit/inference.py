@@ -9,7 +9,7 @@ from vlafit.nn.compiled import compile_blocks
 from vlafit.nn.cuda_graphs import CudaGraphs
 from vlafit.nn.flow_policy import FlowPolicy
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, Policy
-from vlafit.tuning.weights_8bit import EIGHT_BITS, quantise_weights
+from vlafit.tuning.weights_8bit import EIGHT_BITS, EightBits, quantise_weights
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def accelerated(policy: Policy, compile: bool = False, quantise: str = "") -> Po
 
     Returns the policy. Raises ConfigError where it cannot be quantised.
     """
-    kept = next((how for how in EIGHT_BITS if how == quantise), None)
+    kept: EightBits | None = next((how for how in EIGHT_BITS if how == quantise), None)
     if quantise and kept is None:
         known = " or ".join(f"'{how}'" for how in EIGHT_BITS)
         raise ConfigError(f"quantise {quoted(quantise)}: must be {known}, or empty for none")

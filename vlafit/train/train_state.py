@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from vlafit import tuning
+from vlafit import heap, tuning
 from vlafit.nn.batch import Batch
 from vlafit.nn.compiled import compile_blocks, text_multiple
 from vlafit.nn.policy import Policy
@@ -130,6 +130,8 @@ class TrainState:
         """Let the backward pass step the optimiser of the stage, if the recipe says so."""
         if not (isinstance(self.optimizer, PiecewiseAdamW) and self.optimizer.frees_gradients):
             return None
+        if self.device.type == "cpu":
+            heap.return_freed_blocks()  # gradients of a layer, between norms and other small tensors that stay
         return StepInBackward(self.optimizer, self.recipe.optim.clip_norm, self.check)
 
     def _begin(self, before: Sequence[str]) -> GradientCheck:

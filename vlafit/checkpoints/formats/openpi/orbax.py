@@ -3,10 +3,8 @@
 For what the arrays mean see `vlafit.checkpoints.formats.openpi.jax`.
 """
 
-import ctypes
 import math
 import operator
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlafit import heap
 from vlafit.checkpoints.tensor_files import is_inside
 from vlafit.errors import WeightsError, brief
 from vlafit.files import irregular, parse_json, plain_text
@@ -86,10 +85,8 @@ class Leaf:
 
     def _give_back(self) -> None:
         """Have the heap return what a large array took to be unpacked, in many pieces that it would keep."""
-        if np.prod(self.shape) * 4 >= LARGE and sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-            if trim is not None:
-                trim(0)
+        if np.prod(self.shape) * 4 >= LARGE:
+            heap.trim()
 
     def _unreadable(self, error: BaseException) -> WeightsError:
         return WeightsError(f"array {self.name}: {_first_line(error)}; copy or download it again")
