@@ -1,5 +1,8 @@
 """OpenGL draws what MuJoCo's own renderer draws from the same camera; its version is named."""
 
+import subprocess
+import sys
+
 import mujoco
 import numpy as np
 import pytest
@@ -72,3 +75,32 @@ def test_a_policy_that_learned_from_pictures_of_an_older_version_is_told_so() ->
     notice = renderer_notice("the policy was trained on", old, "it is evaluated on", robot)
     assert "'egl'" in notice and "'egl-2'" in notice and "versions of one renderer" in notice
     assert versioned("ray") == "ray"  # whose pictures have not changed
+
+
+LEFT_OPEN = f"""
+import weakref
+from pathlib import Path
+
+weakref.finalize(Path, print)  # other packages have some, too, and the first one decides when all run at exit
+import mujoco
+
+from vlafit.envs.gl import GlRenderer
+from vlafit.envs.view import View
+from vlafit.errors import SimulationError
+
+model = mujoco.MjModel.from_xml_string({SCENE!r})
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+try:
+    renderer = GlRenderer(model, 16, "egl")
+except SimulationError:
+    raise SystemExit(5)
+renderer.render(data, "side", View(data.cam_xpos[0], data.cam_xmat[0].reshape(3, 3), 40.0, fixed=True))
+"""
+
+
+def test_a_renderer_that_nobody_closed_is_freed_before_opengl_is() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True)
+    if ended.returncode == 5:
+        pytest.skip("no EGL here")
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -145,6 +145,33 @@ def test_pictures_are_robosuites_own_turned_by_half(env: Libero, monkeypatch: py
         assert np.abs(frame.astype(int) - seen.images[ours]).mean() < 4
 
 
+def test_robosuites_renderer_draws_what_ours_does_and_leaves_the_episode_alone(env: Libero) -> None:
+    task, drawn, states = env.tasks[0], {}, {}
+    for renderer in ("egl", "robosuite"):
+        one = make(EnvSpec("libero", size=128, renderer=renderer))  # at 64, multisampled edges weigh more
+        for render in (True, False):  # drawn from the start, or at the last step only
+            one.reset(task, 0, render=render)
+            for last in (False, False, True):
+                seen, _, _ = one.step(STILL, render=render or last)
+            drawn[renderer, render] = {name: one.astype(int) for name, one in seen.images.items()}
+            states[renderer, render] = seen.privileged["full_state"]
+        assert one.embodiment.renderer.partition("-")[0] == renderer
+        one.close()
+        env.reset(task, 1)  # another renderer of the process still draws
+    for camera in ("agentview", "wrist"):
+        ours, theirs = drawn["egl", True][camera], drawn["robosuite", True][camera]
+        assert ours.shape == theirs.shape and 0 < np.abs(theirs - ours).mean() < 4
+        np.testing.assert_array_equal(drawn["robosuite", False][camera], theirs)
+    for state in states.values():
+        np.testing.assert_array_equal(state, states["egl", True])
+
+
+def test_a_camera_of_robosuites_renderer_is_not_perturbed() -> None:
+    spec = EnvSpec("libero", renderer="robosuite", perturb=Perturbation(camera_m=0.1))
+    with pytest.raises(SimulationError, match="env.perturb.*robosuite.*camera_m.*egl"):
+        make(spec)
+
+
 def test_the_state_is_that_of_the_published_data_and_minus_one_opens_the_gripper(env: Libero) -> None:
     seen = env.reset(env.tasks[0], 0)
     low = env._scene.env._get_observations()

@@ -1,9 +1,12 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vlafit import config, shipped
+from vlafit.envs import Renderer
 from vlafit.errors import ConfigError
 from vlafit.rollout import Protocol, load_protocol
 
@@ -75,6 +78,9 @@ def test_what_decides_a_result_decides_the_hash(protocol: Make) -> None:
     assert len(same) == 1
     other = [{"trials": 5}, {"replan": 3}, {"horizon": 21}, {"first_seed": 1}, {"versions": {"toy": "1.0"}}]
     assert len(same | {protocol(**change).sha256() for change in other}) == 6
+    env = protocol().env
+    drawn = {protocol(env=replace(env, renderer=name)).sha256() for name in get_args(Renderer)}
+    assert len(drawn) == len(get_args(Renderer))
 
 
 @pytest.mark.parametrize(

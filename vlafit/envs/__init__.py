@@ -12,7 +12,7 @@ from vlafit.entry_points import import_outside, is_module
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import Actor, Env
 
-Renderer = Literal["ray", "egl", "osmesa", "auto"]
+Renderer = Literal["ray", "egl", "osmesa", "robosuite", "auto"]
 
 RENDERER_VERSIONS = {"egl": 2, "osmesa": 2}
 """Versions of renderers whose pictures have changed. 2: the headlight is at the camera."""
@@ -28,6 +28,7 @@ HELPERS = (
     "messages",
     "perturb",
     "raycast",
+    "robosuite_gl",
     "sentences",
     "shapes",
     "vector",
@@ -85,7 +86,8 @@ class EnvSpec:
     size: int = 64
     """Width and height of the images in pixels."""
     renderer: Renderer = "ray"
-    """Renderer of the images. "auto": the simulation's default. The embodiment names it with its version."""
+    """Renderer of the images. "auto": the simulation's default. "robosuite": only LIBERO has it. The
+    embodiment names it with its version."""
     cameras: tuple[str, ...] = ()
     """Names of the cameras. Empty: the simulation's default."""
     horizon: int = 0

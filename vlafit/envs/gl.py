@@ -7,9 +7,10 @@ ten times the rest. The backend is chosen by name: the variable MUJOCO_GL is nei
 # pyright: reportAttributeAccessIssue=false
 # (mujoco is a compiled module without type information)
 
+import atexit
 import importlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mujoco
@@ -43,7 +44,7 @@ class GlRenderer:
     ) -> None:
         self.model = model
         self.size = size
-        self._context = _context(backend, size)
+        self._context = gl_context(backend, size)
         self._context.make_current()
         quality, offscreen = model.vis.quality, model.vis.global_
         quality.shadowsize = quality.offsamples = 0
@@ -61,9 +62,7 @@ class GlRenderer:
             self._option.geomgroup[:] = groups
         self._gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gl)
-        self._free = weakref.finalize(
-            self, _free, self._context, self._gl
-        )  # also runs at exit, before the libraries are unloaded
+        self._free = freed(self, lambda context=self._context, gl=self._gl: _free(context, gl))
 
     def render(self, data: mujoco.MjData, name: str, view: View) -> NDArray[np.uint8]:
         """Return the image uint8 [size, size, 3] of `data` from `view`; `name` is not used here."""
@@ -91,13 +90,31 @@ class GlRenderer:
         self._free()
 
 
+def freed(renderer: Any, free: Callable[[], None]) -> Callable[[], None]:
+    """Return what calls `free` once: by hand, when `renderer` is collected, or at exit.
+
+    At exit the function that was registered last runs first, so OpenGL, which was imported before, is still
+    there; `weakref.finalize` would run when its first user's turn comes.
+    """
+    final = weakref.finalize(renderer, free)
+    final.atexit = False
+    atexit.register(final)
+
+    def now() -> None:
+        final()
+        atexit.unregister(final)
+
+    return now
+
+
 def _free(context: Any, gl: mujoco.MjrContext) -> None:
     context.make_current()
     gl.free()
     context.free()
 
 
-def _context(backend: str, size: int) -> Any:
+def gl_context(backend: str, size: int) -> Any:
+    """Create a context of OpenGL. Raises SimulationError, with the packages that lack, if it cannot."""
     if backend not in PACKAGES:
         raise SimulationError(f"there is no renderer {backend!r}; it can be one of: egl, osmesa, ray")
     try:

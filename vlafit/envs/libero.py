@@ -33,6 +33,7 @@ from vlafit.envs.experts_libero import LiberoExpert
 from vlafit.envs.gl import PACKAGES, GlRenderer
 from vlafit.envs.libero_scene import PickAndPlace, is_pick_and_place
 from vlafit.envs.perturb import Disturbance
+from vlafit.envs.robosuite_gl import RobosuiteRenderer
 from vlafit.envs.view import View
 from vlafit.errors import SimulationError, did_you_mean
 from vlafit.types import NOTHING, Embodiment, Feature, Observation
@@ -73,6 +74,11 @@ class Libero:
                 'LIBERO needs OpenGL (renderer = "egl" or "osmesa"): rays show no textures, and its objects '
                 f"differ in nothing else. If there is none here: {PACKAGES['egl']}"
             )
+        if spec.renderer == "robosuite" and (spec.perturb.camera_m or spec.perturb.camera_deg):
+            raise SimulationError(
+                "env.perturb: robosuite's renderer only draws the model's own cameras; set camera_m and "
+                'camera_deg to 0, or renderer = "egl"'
+            )
         self.spec = spec
         self._renderer_name = "egl" if spec.renderer == "auto" else spec.renderer
         self._simulator = _Simulator()
@@ -92,7 +98,7 @@ class Libero:
         self._horizon = spec.horizon or HORIZON
         self._scene: Any = None  # robosuite's environment of the current task
         self._facts: PickAndPlace | None = None
-        self._renderer: GlRenderer | None = None
+        self._renderer: GlRenderer | RobosuiteRenderer | None = None
         self._disturbance: Disturbance | None = None
         self._task = ""
         self._steps = 0
@@ -196,16 +202,21 @@ class Libero:
 
     def _render(self) -> dict[str, NDArray[np.uint8]]:
         if self._renderer is None:
-            self._renderer = GlRenderer(self._model, self.spec.size, self._renderer_name, groups=VISUAL)
+            self._renderer = self._make_renderer()
         data = self._scene.sim.data._data
         pictures = {}
         for camera in self.embodiment.cameras:
             view = _view(self._model, data, CAMERAS[camera.name])
             if self._disturbance is not None:
                 view = self._disturbance.view(view)
-            picture = self._renderer.render(data, camera.name, view)
+            picture = self._renderer.render(data, CAMERAS[camera.name], view)
             pictures[camera.name] = np.ascontiguousarray(picture[:, ::-1])  # mirrored, as in the data
         return pictures
+
+    def _make_renderer(self) -> GlRenderer | RobosuiteRenderer:
+        if self._renderer_name == "robosuite":
+            return RobosuiteRenderer(self._scene.sim, self.spec.size)
+        return GlRenderer(self._model, self.spec.size, self._renderer_name, groups=VISUAL)
 
 
 class _Simulator:
