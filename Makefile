@@ -3,6 +3,8 @@
 # make few-demonstrations   the same with five demonstrations a task and 30 steps, in which the start matters
 # make families     a small policy of every family from nothing, three seeds each (about an hour on one core)
 # make libero       scripted demonstrations of four tasks of real LIBERO, a small policy, its evaluation (needs OpenGL)
+# make libero-unseen  the checkpoint of make libero, fine-tuned on few demonstrations of four other tasks, evaluated
+# make libero-full  both from all fifty official initial states, and under LIBERO-PRO's changes (hours; it goes on)
 # make test         lint, types, import contracts, the tests (what .ci/run calls; 4 to 12 minutes on two cores, by the machine)
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
@@ -25,7 +27,7 @@ OF_GROOT := diffusers==0.39.0 dm-tree  # what its extra [groot] adds and runs wi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation few-demonstrations families libero test checks test-all tested lint types imports unit peers peers-serve peers-deepspeed dist screenshots docs clean
+.PHONY: help quickstart ablation few-demonstrations families libero libero-unseen libero-full test checks test-all tested lint types imports unit peers peers-serve peers-deepspeed dist screenshots docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +49,14 @@ families: .venv/ready
 libero: .venv/ready-libero
 	$(BIN)/vlafit record libero-object-small --workers 2 --resume
 	$(BIN)/vlafit train libero-object-small --out runs/libero-object-small --resume
+
+libero-unseen: .venv/ready-libero
+	$(BIN)/vlafit record libero-object-unseen --workers 2 --resume
+	$(BIN)/vlafit train libero-object-unseen --out runs/libero-object-unseen --resume
+
+libero-full: libero-unseen
+	$(BIN)/python eval/libero_full.py --workers 2
+	$(BIN)/python eval/readme.py
 
 # Types are checked beside the tests: alone, they would use one core of several.
 test: .venv/ready-dev
