@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure_all(points: list[Row], options: argparse.Namespace) -> Iterator[Row]:
     """Yield the row of each point, and add it to the file of rows."""
-    for row in rows.measured_rows("act", points, options.budget):
+    for row in rows.measured_rows("act", points, options):
         rows.write(row, options.out)
         yield row
 

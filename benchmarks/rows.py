@@ -31,6 +31,7 @@ LAUNCHES = {
     "cudaGraphLaunch",
 }
 COPIES = ("Memcpy", "Memset")
+ATTENTION = {"flash": "flash_", "masked": "fmha", "cudnn": "sdpa"}  # in the names of torch's kernels
 SHOWN = 25  # operations in a profile's table
 LONGEST_ERROR = 400
 
@@ -39,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options that every benchmark of rows has."""
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds after which no row is begun")
+    parser.add_argument("--row-limit", type=float, default=900.0, help="seconds that a row may take [900]")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--commit", default="", help="of the code, where its folder is no repository")
     parser.add_argument("--out", type=Path, help="file of JSON lines, to which each row is added at once")
@@ -85,20 +87,30 @@ def commit_here() -> str:
         return ""
 
 
-def measured_rows(module: str, points: Sequence[Row], budget: float) -> Iterator[Row]:
+def measured_rows(module: str, points: Sequence[Row], options: argparse.Namespace) -> Iterator[Row]:
     """Measure each point in a process of its own that runs `benchmarks.MODULE --one POINT`.
 
-    Starts none after `budget` seconds (0: no limit), and says how many are left out.
+    Starts none after `options.budget` seconds (0: no limit), and says how many are left out. A process that
+    takes longer than `options.row_limit` is ended; its row has an error.
     """
     began = time.perf_counter()
     for number, point in enumerate(points):
-        if budget and time.perf_counter() - began > budget:
+        if options.budget and time.perf_counter() - began > options.budget:
             print(f"--budget is spent: the last {len(points) - number} rows are not measured", flush=True)
             return
         command = [sys.executable, "-m", f"benchmarks.{module}", "--one", json.dumps(point)]
         # Where the profile was written says something of the machine; its name is enough.
         named = {"profile": Path(point["profile"]).name} if point["profile"] else {}
-        yield point | named | outcome(subprocess.run(command, capture_output=True, text=True))
+        yield point | named | _row_of(command, options.row_limit)
+
+
+def _row_of(command: Sequence[str], limit: float) -> Row:
+    try:
+        return outcome(subprocess.run(command, capture_output=True, text=True, timeout=limit))
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        ended = subprocess.CompletedProcess(command, 1, printed, f"took more than {limit:g} s and was ended")
+        return outcome(ended)
 
 
 def write(row: Mapping[str, object], out: Path | None) -> None:
@@ -153,7 +165,13 @@ def profiled(measured: profile, device: torch.device, table: Path | None) -> Row
         return {}
     events = measured.events() or []
     on_device = [e for e in events if e.device_type.name == "CUDA" and not _is_label(e)]
-    return {
+    names = [e.name.lower() for e in on_device]  # cuDNN's kernel of either kind is called flash, too
+    attention = {
+        f"{kind}_kernels": sum(part in name and ("cudnn" in name) == (kind == "cudnn") for name in names)
+        for kind, part in ATTENTION.items()
+    }
+    return attention | {
+        "fused_kernels": attention["flash_kernels"] + attention["cudnn_kernels"],
         "kernels": sum(not e.name.startswith(COPIES) for e in on_device),
         "launches": sum(e.name in LAUNCHES for e in events),
         "device_busy_ms": round(sum(e.time_range.elapsed_us() for e in on_device) / 1e3, 2),

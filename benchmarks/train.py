@@ -13,13 +13,17 @@ numbers in pinned memory of the host. Loading, augmenting and encoding samples i
             mixed: every second row has one camera and a third of the prompt, the others are whole; with --set
             train.packing=none they are padded.
 --set       any field of a recipe, such as train.draws=4 (train.memory, which picks fields, is not asked).
+--copies    where the host's batches lie: pinned, as the product's do, whose copies to the GPU need no wait.
 --limit     gigabytes that training may hold on the GPU: whether a step runs on a smaller card.
 samples/s   of the median step, after the warm-up; low and high are those of the slowest and fastest step.
 peak        allocated and reserved on the GPU since training began (CPU: the resident set), in 10^9 bytes.
 forecast    that of `vlafit inspect` and `vlafit train`, without their reserve; error = forecast / peak - 1.
 tflop       counted for a sample with attention, without what is recomputed; mfu is the share of the peak.
---profile   one more step under torch.profiler: kernels, launches, time in which the GPU was busy, and the 25
-            operations that take longest, in a text file beside --out for each row.
+--profile   one more step under torch.profiler: kernels, launches, time in which the GPU was busy, attention
+            kernels of the flash (without a mask) and of the masked kind, and the 25 operations that take
+            longest, in a text file beside --out for each row.
+fp32_product_error  relative, of a product of fp32 matrices as the step computes it: near 1e-7 in fp32, 1e-4
+            in TF32. varlen is 1 where packed rows attend by flash attention over rows of any length.
 """
 
 import argparse
@@ -42,7 +46,7 @@ from benchmarks import rows
 from benchmarks.rows import Row
 from vlafit import config
 from vlafit.nn.batch import Batch
-from vlafit.nn.policy import Needs
+from vlafit.nn.policy import Needs, Policy
 from vlafit.nn.rng import Keys
 from vlafit.policies import build_family
 from vlafit.recipe import Recipe
@@ -50,20 +54,21 @@ from vlafit.train.batch_shape import BatchShape
 from vlafit.train.dataloader import rows_per_process
 from vlafit.train.fit import workload
 from vlafit.train.flops import FlopCounter, peak_flops
-from vlafit.train.forecast import forecast
+from vlafit.train.forecast import Forecast, forecast
 from vlafit.train.frozen import FrozenWeights
 from vlafit.train.launch_plan import LaunchPlan
 from vlafit.train.loop import StepResult, train
 from vlafit.train.memory import MemoryMeter
 from vlafit.train.packer import packer_of
-from vlafit.train.settle import has_bf16, settle
+from vlafit.train.settle import allow_tf32, has_bf16, settle
 from vlafit.train.stages import Place
 from vlafit.train.train_state import TrainState
-from vlafit.tuning import apply, load_strategy, preview
+from vlafit.tuning import Strategy, apply, load_strategy, preview
 from vlafit.tuning.inject import compute_adapters_in_bf16
 
 CAMERAS = 3
 LIBERO_DIMENSIONS = 7
+PRODUCT = 512  # width of the matrices by which a product's precision is seen
 HELD_BATCHES = 2  # prepared before training, and used in turns
 COLUMNS = (
     "size", "strategy", "shape", "batch", "recompute", "states", "samples_per_s", "peak_gb", "reserved_gb",
@@ -94,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--ema", type=float, default=0.0, help="decay of the EMA [0: none]")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--copies", nargs="+", default=["pinned"], choices=("pinned", "pageable"))
     parser.add_argument("--limit", type=float, default=0.0, metavar="GB")
     parser.add_argument("--steps", type=int, default=10, help="measured steps [10]")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them [4]")
@@ -104,20 +110,21 @@ def parser() -> argparse.ArgumentParser:
 def points_of(options: argparse.Namespace) -> list[Row]:
     """Return what is to be measured, in the order of the options."""
     every = itertools.product(
-        options.sizes, options.strategies, options.shapes, options.recompute, options.states, options.batch
-    )
+        options.sizes, options.strategies, options.shapes, options.recompute, options.states, options.copies,
+        options.batch,
+    )  # fmt: skip
     shared = {
         "micro_batches": options.micro_batches, "ema": options.ema, "set": options.set,
         "limit": options.limit, "steps": options.steps, "warm_up": options.warm_up, "device": options.device,
         "commit": options.commit, "profile": "",
     }  # fmt: skip
     points = []
-    for size, strategy, shape, recompute, states, batch in every:
+    for size, strategy, shape, recompute, states, copies, batch in every:
         point = {"size": size, "strategy": strategy, "shape": shape, "batch": batch, "recompute": recompute,
-                 "states": states, **shared}  # fmt: skip
+                 "states": states, "copies": copies, **shared}  # fmt: skip
         if options.profile:
             beside = options.out or Path("train.jsonl")
-            name = "-".join(map(str, (size, Path(strategy).stem, shape, batch, recompute, states)))
+            name = "-".join(map(str, (size, Path(strategy).stem, shape, batch, recompute, states, copies)))
             point["profile"] = str(beside.with_name(f"{beside.stem}-{name}.txt"))
         points.append(point)
     return points
@@ -131,7 +138,7 @@ def measure_all(points: list[Row], options: argparse.Namespace) -> Iterator[Row]
         if options.device == "cpu":
             for count in counts:
                 count.exception()  # waits: counting would take the measured steps' time
-        for row, count in zip(rows.measured_rows("train", points, options.budget), counts, strict=False):
+        for row, count in zip(rows.measured_rows("train", points, options), counts, strict=False):
             if count.exception() is None:
                 row |= compared(row, count.result())
             else:
@@ -174,8 +181,7 @@ def prepared(point: Row) -> TrainState:
     """Return a random policy, prepared as `vlafit.train.experiment` prepares it."""
     device = torch.device(point["device"])
     recipe = recipe_of(point, has_bf16(device))
-    if device.type == "cuda" and recipe.train.precision == "bf16":
-        torch.set_float32_matmul_precision("high")  # as `vlafit.train.run` does
+    allow_tf32(device, recipe.train.precision)
     policy = rows.random_policy(point["size"], device)
     strategy = load_strategy(recipe.strategy)
     frozen = FrozenWeights(
@@ -214,8 +220,24 @@ def measure(point: Row) -> Iterator[Row]:
             torch.cuda.set_per_process_memory_fraction(
                 min(1.0, point["limit"] * 1e9 / whole), device.index or 0
             )
-    batches = host_batches(state.policy.needs(), point["shape"], recipe.samples, recipe.micro_batches, device)
+    batches = host_batches(
+        state.policy.needs(), point["shape"], recipe.samples, recipe.micro_batches,
+        device if point["copies"] == "pinned" else torch.device("cpu"),
+    )  # fmt: skip
     yield steps_of(point, state, meter, batches)
+    packer = packer_of(state.policy, state.recipe, device)
+    yield {
+        "varlen": int(packer is not None and packer.kernel == "flash"),
+        "fp32_product_error": product_error(device),
+    }
+
+
+def product_error(device: torch.device) -> float:
+    """Return the relative error of a product of two random float32 matrices."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, PRODUCT, PRODUCT, generator=generator)
+    exact = a.double() @ b.double()
+    return float(((a.to(device) @ b.to(device)).cpu() - exact).norm() / exact.norm())
 
 
 def steps_of(
@@ -317,19 +339,29 @@ def host_batch(needs: Needs, shape: str, samples: int, seed: int) -> Batch:
 
 def counted(point: Row) -> Row:
     """Return FLOPs of a sample and the forecast of a point's memory, on the meta device."""
-    torch.set_num_threads(1)
-    recipe = recipe_of(point, point["device"] != "cpu")  # not asked: it would take memory of the GPU
-    policy = build_family(rows.sizes()[point["size"]], point["size"], device="meta")
-    strategy = load_strategy(recipe.strategy)
-    batch = host_batch(policy.needs(), point["shape"], recipe.train.samples, 0).trim()
-    shape = BatchShape.of(batch)
+    recipe, policy, strategy, batch = _on_meta(point)
     packer = packer_of(policy, recipe, torch.device("cpu"))
     parts = BatchShape.parts_of(batch if packer is None else packer.pack(batch))
     count = FlopCounter(policy, preview(policy, strategy), recipe.train.draws)
     flops = sum(count(part) for part in parts) / recipe.train.samples
-    made = forecast(policy, strategy, workload(recipe, shape.cameras, shape.tokens))
+    made = forecast_of(point)
     parts = {name: round(size / 1e9, 3) for name, size in vars(made).items()}
     return {"tflop": flops / 1e12, "forecast_gb": made.total / 1e9, "forecast_parts_gb": parts}
+
+
+def forecast_of(point: Row) -> Forecast:
+    """Return the forecast of a point's memory, made on the meta device."""
+    recipe, policy, strategy, batch = _on_meta(point)
+    shape = BatchShape.of(batch)
+    return forecast(policy, strategy, workload(recipe, shape.cameras, shape.tokens))
+
+
+def _on_meta(point: Row) -> tuple[Recipe, Policy, Strategy, Batch]:
+    torch.set_num_threads(1)
+    recipe = recipe_of(point, point["device"] != "cpu")  # not asked: it would take memory of the GPU
+    policy = build_family(rows.sizes()[point["size"]], point["size"], device="meta")
+    batch = host_batch(policy.needs(), point["shape"], recipe.train.samples, 0).trim()
+    return recipe, policy, load_strategy(recipe.strategy), batch
 
 
 def compared(row: Row, counts: Row) -> Row:

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from benchmarks import act, full_size, gpu, rows, train
+from benchmarks.gpu_figures import FIGURES, FORECASTS, Figure
 from tests.waiting import wait_until
 from vlafit.policies import build_family
 from vlafit.train.batch_shape import BatchShape
 
 POINT = {
     "size": "pi0-tiny", "strategy": "expert", "shape": "libero", "batch": 2, "recompute": "full",
-    "states": "fp32", "micro_batches": 2, "ema": 0.9, "set": ["train.draws=2"], "limit": 0.0, "steps": 2,
-    "warm_up": 1, "device": "cpu", "commit": "abc", "profile": "",
+    "states": "fp32", "copies": "pinned", "micro_batches": 2, "ema": 0.9, "set": ["train.draws=2"],
+    "limit": 0.0, "steps": 2, "warm_up": 1, "device": "cpu", "commit": "abc", "profile": "",
 }  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def test_a_row_of_training_holds_what_the_loop_did_beside_what_is_counted(tmp_pa
     assert 0 < values["trainable"] < values["parameters"]  # the strategy was applied
     assert values["samples_per_s_low"] <= values["samples_per_s"] <= values["samples_per_s_high"]
     assert values["memory_parts_gb"].keys() >= {"weights", "gradients", "optimiser", "average"}
+    assert values["varlen"] == 0 and values["fp32_product_error"] < 512**0.5 * 2**-23  # sums of 512 products
     assert "aten::" in (tmp_path / "table.txt").read_text()
     counts = train.counted(point)
     row = train.compared(values | {"card": "a GPU", "peak_tflops": 1.0}, counts)
@@ -103,15 +105,15 @@ def test_rows_are_written_one_by_one_and_none_begins_after_the_budget(
     for number in (1, 2):
         rows.write({"row": number}, out)
     assert [json.loads(line) for line in out.read_text().splitlines()] == [{"row": 1}, {"row": 2}]
-    assert list(rows.measured_rows("train", [POINT, POINT], budget=1e-9)) == []
+    assert list(rows.measured_rows("train", [POINT, POINT], Namespace(budget=1e-9, row_limit=60.0))) == []
     assert "last 2 rows are not measured" in capsys.readouterr().out
 
 
 def test_each_combination_of_the_options_is_a_point_and_has_its_own_profile(tmp_path: Path):
     options = Namespace(
         sizes=["pi0"], strategies=["full", "lora"], shapes=["padded", "libero"], recompute=["none"],
-        states=["fp32"], batch=[8, 16], micro_batches=1, ema=0.0, set=[], limit=0.0, steps=1, warm_up=1,
-        device="cuda", commit="", profile=True, out=tmp_path / "rows.jsonl",
+        states=["fp32"], copies=["pinned"], batch=[8, 16], micro_batches=1, ema=0.0, set=[],
+        limit=0.0, steps=1, warm_up=1, device="cuda", commit="", profile=True, out=tmp_path / "rows.jsonl",
     )  # fmt: skip
     points = train.points_of(options)
     assert len({(p["strategy"], p["shape"], p["batch"]) for p in points}) == len(points) == 8
@@ -119,26 +121,76 @@ def test_each_combination_of_the_options_is_a_point_and_has_its_own_profile(tmp_
     assert all(Path(p["profile"]).parent == tmp_path for p in points)
 
 
+PLANNED = Namespace(tiny=True, device="cpu", out=Path(), commit="abc", row_limit=60.0)
+
+
 def test_the_figures_of_a_gpu_are_rows_of_the_benchmarks(tmp_path: Path):
     """Each is one row, no two are the same, and what was measured is not measured again."""
-    options = Namespace(tiny=True, device="cpu", out=tmp_path, commit="abc")
-    planned = [(figure, *gpu.command(figure, options, 80e9)) for figure in gpu.FIGURES]
-    points = [
-        point
-        for figure, _, parsed in planned
-        for point in (train if figure.benchmark == "train" else act).points_of(parsed)
-    ]
-    assert len({gpu.key(point) for point in points}) == len(gpu.FIGURES) == len(points)
+    figures = [*FIGURES, *FORECASTS]
+    planned = [gpu.planned(figure, PLANNED, 80e9) for figure in figures]
+    assert [one.refused for one in planned] == [""] * len(figures)
+    points = [one.point for one in planned if one.point is not None]
+    assert len({gpu.key(point) for point in points}) == len(figures) == len(points)
     facts = {"card": "NVIDIA H200", "commit": "abc", "torch": "2", "date": "today"}
     good = points[0] | facts | {"samples_per_s": 51.0}
     for row in (good, points[1] | facts | {"error": "out of memory"}, points[2] | facts | {"card": "cpu"}):
         rows.write(row, tmp_path / "train.jsonl")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"size": "pi0", "stra')  # a run that was killed while it wrote
     done = {gpu.key(row): row for row in gpu.measured_before(tmp_path, facts)}
     assert list(done) == [gpu.key(points[0])]
-    (line,) = [line for line in gpu.page(planned, done, facts).splitlines() if line.startswith("| pi0")]
+    text = gpu.page(planned[:3], figures, done, facts)
+    (line,) = [line for line in text.splitlines() if line.startswith("| pi0")]
     assert "samples_per_s >= 50 on H200 | yes |" in line
-    assert gpu.FIGURES[0].met(good | {"samples_per_s": 49.0}) == "no"
-    assert gpu.FIGURES[0].met(good | {"card": "NVIDIA H100"}) == ""
+    assert text.count("not measured yet") == len(figures) - 1
+    (aim,) = FIGURES[0].aims
+    assert aim.met(good | {"samples_per_s": 49.0}) == "no"
+    assert aim.met(good | {"card": "NVIDIA H100"}) == ""
+
+
+def test_a_row_of_a_gpu_that_fails_ends_no_other(tmp_path: Path):
+    """One cannot be planned, and two take too long: each has its error in the page, and is tried again."""
+    figures = (
+        Figure("unknown", "train", "--sizes pi9"),
+        Figure("late", "act", "--sizes pi0 --modes eager"),
+        Figure("last", "act", "--sizes pi0 --modes graph"),
+    )
+    options = Namespace(**vars(PLANNED) | {"out": tmp_path, "budget": 0.0, "row_limit": 0.01})
+    plan = [gpu.planned(figure, options, 80e9) for figure in figures]
+    done: dict[str, rows.Row] = {}
+    assert list(gpu.measured(plan, done, options)) == plan
+    facts = rows.machine(torch.device("cpu"), "abc")
+    text = gpu.page(plan, figures, done, facts)
+    assert "- unknown: cannot be planned: SystemExit" in text
+    assert text.count("took more than 0.01 s and was ended") == 2
+    assert len((tmp_path / "act.jsonl").read_text().splitlines()) == 2
+    assert list(gpu.measured_before(tmp_path, facts)) == []
+
+
+def test_the_table_of_what_gpus_reached_is_made_of_the_rows():
+    page = gpu.DOCUMENT.read_text(encoding="utf-8")
+    table = gpu.aims_table(list(gpu.rows_in(Path("benchmarks/results/gpu"))))
+    assert f"{gpu.BEGIN}{table}{gpu.END}" in page
+    reached = {line.split(" | ")[0] for line in table.splitlines()}
+    assert {"| pi0 full", "| pi0 expert", "| pi0 acts, CUDA graph"} <= reached
+
+
+def test_the_newest_row_of_a_card_is_its_figure_and_no_aim_counts_on_another_card(tmp_path: Path):
+    point = train.points_of(train.parser().parse_args(FIGURES[0].words.split()))[0]
+    written = [
+        point | {"card": card, "date": date, "samples_per_s": speed, "batch": batch}
+        for card, date, speed, batch in (
+            ("NVIDIA H200", "2026-12-02 10:00", 52.0, 24),
+            ("NVIDIA H200", "2026-12-01 10:00", 48.0, 16),
+            ("NVIDIA L40S", "2026-12-03 10:00", 9.0, 4),
+        )
+    ]
+    (line,) = [row for row in gpu.aims_table(written).splitlines() if row.startswith("| pi0 full |")]
+    assert line == "| pi0 full | samples_per_s >= 50 on H200 | 52 (H200, 2026-12-02) | yes |"
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n{gpu.BEGIN}old\n{gpu.END}after\n")
+    gpu.write_document(written, document)
+    assert document.read_text() == f"before\n{gpu.BEGIN}{gpu.aims_table(written)}{gpu.END}after\n"
 
 
 def test_pages_that_a_forked_child_shares_are_counted_once():

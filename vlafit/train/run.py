@@ -65,7 +65,7 @@ from vlafit.train.run_folder import (
     require_usable,
     write_record,
 )
-from vlafit.train.settle import Settled, has_bf16, settle
+from vlafit.train.settle import Settled, allow_tf32, has_bf16, settle
 from vlafit.train.trainer import RunStatus, Trainer
 
 __all__ = ["Callbacks", "RunStatus", "RunSummary", "run"]
@@ -199,8 +199,7 @@ def _train(
     recipe = settled.recipe
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    if accelerator.device.type == "cuda" and recipe.train.precision == "bf16":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    allow_tf32(accelerator.device, recipe.train.precision)
     main = accelerator.is_main_process
     began = time.perf_counter()
     manager = _open_folder(out, recipe.train.keep, main)

@@ -77,6 +77,12 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def allow_tf32(device: torch.device, precision: str) -> None:
+    """Let a GPU of a run in bf16 compute products of what stays fp32 in TF32."""
+    if device.type == "cuda" and precision == "bf16":
+        torch.set_float32_matmul_precision("high")
+
+
 def settle(
     recipe: Recipe,
     launch: LaunchPlan,
