@@ -65,6 +65,15 @@ def test_nn_never_imports_tuning_and_neither_imports_a_policy():
             assert not upwards, f"{name} imports {upwards}"
 
 
+def test_training_and_acting_start_without_a_decoder_of_videos():
+    """PyAV is missing on some machines with a GPU, whose policies see no video (`benchmarks.gpu`)."""
+    for name, path in modules(ROOT).items():
+        statements = ast.parse(path.read_text("utf-8")).body
+        named = [alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names]
+        named += [node.module or "" for node in statements if isinstance(node, ast.ImportFrom)]
+        assert not [one for one in named if one.split(".")[0] == "av"], name
+
+
 def test_a_circle_is_found_in_functions_under_type_checking_and_through_a_third_module(tmp_path: Path):
     package = tmp_path / "pkg"
     package.mkdir()

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vlafit.datasets.lru import LruCache
 from vlafit.errors import DataError
 from vlafit.files import require_regular
+
+if TYPE_CHECKING:
+    import av
 
 NEAR_S = 1.0  # a wanted frame this little ahead is reached by decoding on, where the rate is unknown
 SEEK_ON = 1.5  # ticks of the file's clock beyond the wanted time, which is rounded
@@ -22,18 +23,21 @@ class VideoFile:
 
     def __init__(self, path: Path) -> None:
         """Raises DataError if the file is no video that can be decoded."""
+        import av
+        from av.video.reformatter import VideoReformatter
+
         self.path = path
         try:
             require_regular(path)
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
-        except (OSError, ValueError, IndexError, FFmpegError) as error:
+        except (IndexError, *_faults()) as error:
             raise DataError(f"{path}: cannot be opened as a video ({error}); fetch it again") from error
         self._stream.codec_context.thread_count = 1
         base = self._stream.time_base
         if base is None:
             raise DataError(f"{path}: the video has no time base")
-        self._base = float(base)
+        self._base, self._ticks = float(base), av.time_base
         self._first = self._stream.start_time or 0
         self._reformatter = VideoReformatter()  # one a stream: a new one each frame costs a fifth of the time
         self._frames: Iterator[av.VideoFrame] | None = None
@@ -50,7 +54,7 @@ class VideoFile:
         if self._stream.duration is not None:
             return self._stream.duration * self._base
         whole = self._container.duration
-        return float("inf") if whole is None else whole / av.time_base
+        return float("inf") if whole is None else whole / self._ticks
 
     @property
     def count(self) -> int:
@@ -69,19 +73,21 @@ class VideoFile:
                 picture = np.asarray(self._reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
                 picture.flags.writeable = False
                 frames.append(picture)
-        except (OSError, ValueError, FFmpegError) as error:
+        except _faults() as error:
             self._frames = None
             raise DataError(f"{self.path}: is damaged near {times_s[len(frames)]:.3f} s ({error})") from error
         return frames
 
     def times(self) -> list[float]:
         """Return the presentation time of every frame, ascending, without decoding."""
+        import av
+
         try:
             require_regular(self.path)
             with av.open(str(self.path)) as container:
                 stream = container.streams.video[0]
                 stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-        except (OSError, ValueError, FFmpegError) as error:
+        except _faults() as error:
             raise DataError(f"{self.path}: is damaged ({error})") from error
         return [(stamp - self._first) * self._base for stamp in stamps]
 
@@ -90,7 +96,7 @@ class VideoFile:
         self._frames = None
         self._container.close()
 
-    def _reach(self, wanted: float, tolerance_s: float) -> av.VideoFrame:
+    def _reach(self, wanted: float, tolerance_s: float) -> "av.VideoFrame":
         if self._frames is not None and self._at_s < wanted - tolerance_s <= self._at_s + self._ahead_s:
             starts = []  # farther ahead a key frame is nearer, as the groups decoded so far tell
         else:  # a wanted key frame is itself the start: from the one before, a short group is decoded as well
@@ -110,7 +116,7 @@ class VideoFile:
         self._container.seek(max(0, int(to_s / self._base)) + self._first, stream=self._stream)
         self._frames = self._container.decode(self._stream)
 
-    def _next(self, from_s: float) -> tuple[av.VideoFrame | None, int]:
+    def _next(self, from_s: float) -> "tuple[av.VideoFrame | None, int]":
         """Return the next frame shown at `from_s` or later (None at the end), and how many came before."""
         passed = 0
         for frame in self._frames or ():
@@ -125,6 +131,13 @@ class VideoFile:
                 return frame, passed
             passed += 1
         return None, passed
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """Return what opening and decoding a damaged file raises."""
+    from av.error import FFmpegError
+
+    return (OSError, ValueError, FFmpegError)
 
 
 class VideoFiles:
