@@ -17,6 +17,7 @@ from typing import Any
 from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_tables import offline, published, searched, searched_strategies
 from few_demonstrations_tables import strategies as few_demonstrations_strategies
+from mt50 import mt50
 
 from vlafit.significance import Pairs, paired_interval
 
@@ -266,6 +267,12 @@ def provenance() -> str:
         identity = content["identity"]
         facts = {"protocol_sha256": identity["protocol"], "actor": f"its arms, from {identity['base'][:12]}"}
         rows.append(_made(name, path, {**facts, "versions": _versions_of(content)}, content["command"]))
+    for path in sorted(RESULTS.glob("metaworld-mt50/*/result.json")):
+        facts = read(path)
+        facts["versions"] = {**facts["versions"], **facts["software"]}
+        actor = "metaworld-base" if path.parent.name == "metaworld-base" else f"runs/{path.parent.name}"
+        command = f"vlafit eval {actor} --protocol metaworld-mt50 --videos 0 --workers 1"
+        rows.append(_made(f"metaworld-mt50/{path.parent.name}", path, facts, command))
     facts = read(SHIPPED / "success.json")
     facts["versions"] = {**facts["versions"], **facts["software"]}
     command = "vlafit eval metaworld-base --protocol metaworld-pretrain"
@@ -286,6 +293,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scratch-cost": scratch_cost,
     "families": families,
     "shipped": shipped,
+    "mt50": lambda: mt50(RESULTS / "metaworld-mt50"),
     "libero": libero,
     "libero-expert": libero_expert,
     "latency": latency,
