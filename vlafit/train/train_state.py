@@ -131,7 +131,7 @@ class TrainState:
         if not (isinstance(self.optimizer, PiecewiseAdamW) and self.optimizer.frees_gradients):
             return None
         if self.device.type == "cpu":
-            heap.return_freed_blocks()  # gradients of a layer, between norms and other small tensors that stay
+            heap.return_freed_blocks()  # between small tensors that stay
         return StepInBackward(self.optimizer, self.recipe.optim.clip_norm, self.check)
 
     def _begin(self, before: Sequence[str]) -> GradientCheck:
