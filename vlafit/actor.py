@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vlafit import arguments, checkpoints, config
+from vlafit.agreement import Agreement, Learned
 from vlafit.checkpoints.options import parse_dtype
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.state_watch import StateWatch
@@ -53,7 +54,8 @@ class PolicyActor:
     the recorded ones, by task, that the policy has learned from.
 
     `codec` is a set for a policy of several embodiments; `embodiment` then names the one that is meant where
-    a call names none. A state far outside the statistics is logged once for each dimension.
+    a call names none. A state far outside the statistics is logged once for each dimension. `agreement` is
+    what the policy agreed on with the data that it learned from.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PolicyActor:
         identity: str = "",
         seeds: Mapping[str, Collection[int]] | None = None,
         embodiment: str = "",
+        agreement: Agreement | None = None,
     ) -> None:
         width = arguments.whole("width", width, 1, WIDEST)
         seed = arguments.whole("seed", seed, 0, config.LARGEST)
@@ -79,6 +82,7 @@ class PolicyActor:
         self.seeds = seeds or {}
         self._identity = identity
         self._embodiment = embodiment
+        self._agreement = agreement
         self._watches: dict[str, StateWatch] = {}  # by embodiment
         self.logs_states = True
         """Whether states far outside the statistics are logged; a server does that for each client."""
@@ -107,6 +111,11 @@ class PolicyActor:
     def embodiment(self) -> Embodiment:
         """The robot that the policy was trained on."""
         return self.codec.embodiment
+
+    @property
+    def learned(self) -> Learned:
+        """What the policy says of the data that it learned from."""
+        return Learned.of(self._agreement, self.embodiment.name)
 
     @property
     def chunk(self) -> int:
@@ -364,6 +373,7 @@ def load_actor(
         identity=f"checkpoint sha256:{checkpoints.digest(folder)}",
         seeds=checkpoints.read_lineage(folder).seeds,
         embodiment=embodiment,
+        agreement=loaded.agreement,
     )
 
 

@@ -751,7 +751,8 @@ def test_columns_in_another_order_than_the_runs_are_refused(tmp_path: Path, caps
     assert "neither side names them: same order" in capsys.readouterr().out
     for keys, is_other in (
         ('["actions[:, 1]", "actions[:, 0]"]', True),
-        ('["actions[:, ::-1]"]', False),  # its width is not known before the files are open
+        ('["actions[:, ::-1]"]', True),
+        ('["actions[:, 1::-1]"]', False),  # how wide it is, is not known before the files are open
         ('["actions[:, 1:]", "actions[:, :1]"]', True),
         ('["actions[:, 0]", "actions[:, 1]"]', False),
     ):
@@ -779,7 +780,8 @@ def test_columns_in_another_order_than_the_runs_are_refused(tmp_path: Path, caps
     section="data",
     report="the robot moves one joint the wrong way after fine-tuning",
     user_has="a card that turns a sign, adds an offset or shifts actions, and a run whose card did not",
-    now="refused by train and inspect, with both sides; `adapt.conversion` accepts it, `eval --data` says it",
+    now="refused by train, inspect and `eval --data`, with both sides; `adapt.conversion`, or "
+    "`--confirm-conversion` of the evaluation, accepts it",
 )
 def test_values_that_are_computed_otherwise_than_the_runs_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
@@ -805,6 +807,8 @@ def test_values_that_are_computed_otherwise_than_the_runs_are_refused(
         start(recipe_of(other, saved, {"conversion": True}, statistics="data"))
         words = ["--samples", "2", "--draws", "2", "--episodes", "reach_demo/demo_0"]
         command = ["eval", str(saved), "--data", str(other), *words, "--out", str(tmp_path / f"of {text}")]
-        assert cli.main(command) == 0
+        assert cli.main(command) == 2
+        assert text in (said := capsys.readouterr().err) and "--confirm-conversion" in said
+        assert cli.main([*command, "--confirm-conversion"]) == 0
         assert text in capsys.readouterr().out
     start(recipe_of(card, saved, {}))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.train.agreement_world import EPISODES, recipe_of, start, write_card, write_checkpoint
-from vlafit import cli, config
-from vlafit.agreement.values import FORMAT
+from vlafit import cli, config, load_actor
+from vlafit.agreement import Item
 from vlafit.datasets import load_card, open_dataset
 from vlafit.datasets.framing import differing, frames, frames_of, is_same, reading
 from vlafit.errors import EmbodimentError, TrainingError
-from vlafit.offline.contract import compare_cameras, compare_frames
+from vlafit.offline.contract import Confirmed, adaptations, compare_readings
 from vlafit.recipe import Recipe
 from vlafit.train import run
 from vlafit.train.data import camera_warnings, open_data, open_validation_sets
@@ -237,21 +237,22 @@ def test_exchanged_cameras_are_refused_by_an_evaluation_unless_confirmed_or_lear
 
 
 def test_a_checkpoint_is_evaluated_on_cameras_that_it_learned_from_or_its_recipe_names(
-    card: Path, tmp_path: Path
+    card: Path, trained: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
-    store = open_dataset(str(other_card(card, tmp_path / "other", *EXCHANGED)))
-    with pytest.raises(EmbodimentError, match="a served policy"):
-        compare_cameras(store, "a served policy", None)
+    store, actor = open_dataset(str(other_card(card, tmp_path / "other", *EXCHANGED))), load_actor(trained[1])
     text = "camera front reads obs/back, which has the name of camera back"
-    item = {"name": "camera front", "sides": {"dataset": text}, "value": "front", "status": "differs"}
-    agreed = {"format": FORMAT, "items": [item], "cameras": [], "relative": []}
-    (tmp_path / "agreement.json").write_text(json.dumps(agreed))
+    with pytest.raises(EmbodimentError, match=text):
+        compare_readings(actor, store, "it")
+    assert actor._agreement is not None
+    learned = actor._agreement.with_items([Item("camera front", {"dataset": text}, "front", "differs")])
+    actor._agreement = learned
     with pytest.raises(EmbodimentError, match="camera back") as caught:
-        compare_cameras(store, "it", tmp_path)
+        compare_readings(actor, store, "it")
     assert "camera front reads" not in str(caught.value)
     recipe = recipe_of(card, None, {"cameras": {"slot": "back"}})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
-    assert [item.status for item in compare_cameras(store, "it", tmp_path)] == ["chosen", "chosen"]
+    items = compare_readings(actor, store, "it", adaptations(tmp_path))
+    assert [item.status for item in items if item.name.startswith("camera ")] == ["chosen", "chosen"]
 
 
 def test_a_validation_set_that_is_framed_otherwise_is_refused_unless_the_recipe_says_so(
@@ -274,24 +275,28 @@ def test_a_validation_set_that_is_framed_otherwise_is_refused_unless_the_recipe_
     assert (chosen.name, chosen.reason) == ("frames, validation/old", "adapt.frames")
 
 
-def test_an_evaluation_names_frames_that_are_read_otherwise_than_in_training(
+def test_an_evaluation_of_frames_that_are_read_otherwise_than_in_training_is_refused_unless_confirmed(
     card: Path, trained: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = trained[1]
-    [same] = compare_frames(checkpoint, open_dataset(str(card)))
-    assert same.status == "same"
-    other = other_card(card, tmp_path / "other", TURNED)
+    actor, other = load_actor(trained[1]), other_card(card, tmp_path / "other", TURNED)
+    same = compare_readings(actor, open_dataset(str(card)), "it")
+    assert {item.status for item in same} == {"same"}
     words = ("--data", str(other), "--out", str(tmp_path / "out"), "--samples", "1", "--draws", "2")
-    assert cli.main(["eval", str(checkpoint), *words]) == 0
+    assert cli.main(["eval", str(trained[1]), *words]) == 2 and not (tmp_path / "out").exists()
+    assert "--confirm-frames" in capsys.readouterr().err
+    assert cli.main(["eval", str(trained[1]), *words, "--confirm-frames"]) == 0
     [shown] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frames ")]
-    assert "front turned by 180" in shown and "as stored" in shown
+    assert "front turned by 180" in shown and "as stored" in shown and "--confirm-frames" in shown
     [kept] = [
         i
         for i in json.loads((tmp_path / "out/result.json").read_text())["agreement"]
         if i["name"] == "frames"
     ]
-    assert kept["status"] == "differs" and kept["sides"]["checkpoint"] == "as stored"
-    assert not [*compare_frames(tmp_path, open_dataset(str(other)))], "no agreement says how frames were read"
+    assert kept["status"] == "chosen" and kept["sides"]["checkpoint"] == "as stored"
+    actor._agreement = None
+    items = compare_readings(actor, open_dataset(str(other)), "it", confirmed=Confirmed())
+    [frames] = [item for item in items if item.name == "frames"]
+    assert (frames.status, frames.reason) == ("assumed", "the checkpoint does not say")
 
 
 @pytest.mark.case(

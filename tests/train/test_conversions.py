@@ -10,7 +10,7 @@ import torch
 
 from tests.train.agreement_world import recipe_of, start, write_card, write_checkpoint
 from vlafit import checkpoints, cli
-from vlafit.agreement import Agreement, values
+from vlafit.agreement import Agreement, Learned, values
 from vlafit.checkpoints import model_card
 from vlafit.errors import EmbodimentError
 from vlafit.recipe import Recipe
@@ -105,7 +105,7 @@ def test_a_run_keeps_how_its_validation_sets_are_read_and_resumes_with_a_set_tha
     names = [item.name for item in kept.items]
     for name in ("frames", "state columns", "action conversion", "normalised action"):
         assert names.count(f"{name}, validation/late") == 1
-    assert values.said_of_data(out)["action conversion"] == "as in the files", "that of the training data"
+    assert Learned.of(kept).said["action conversion"] == "as in the files", "that of the training data"
     strict = replace(recipe, adapt=replace(recipe.adapt, conversion=False))
     resumed = build(strict, torch.device("cpu"), out / "checkpoints" / "step_000001")
     (said,) = [text for text in resumed.warnings if "action conversion" in text]

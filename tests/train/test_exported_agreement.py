@@ -17,9 +17,9 @@ from tests.checkpoints.test_groot_write import fitted
 from tests.checkpoints.test_lerobot import FIXTURE
 from tests.checkpoints.test_openvla import FRONT, PLAIN, write_plain
 from tests.train.agreement_world import recipe_of, start, write_card
-from vlafit import checkpoints
-from vlafit.agreement import Agreement, Item
-from vlafit.agreement.values import read, said_of_data
+from vlafit import checkpoints, files
+from vlafit.agreement import Agreement, Item, Learned, values
+from vlafit.agreement.values import read
 from vlafit.checkpoints import beside
 from vlafit.checkpoints.export import export
 from vlafit.checkpoints.formats import registry
@@ -33,6 +33,11 @@ SCALED = ('"actions"], dim', '"actions"], scale = [-1.0, 1.0], dim')
 GIVEN = {"vision.heads": 2, "language.head_dim": 8}
 """What no file of a pi0 says."""
 TRAINED = ("lerobot", "openpi", "transformers")
+
+
+def said_of_data(folder: Path) -> Mapping[str, str]:
+    """Return what the agreement in a folder says of the data."""
+    return Learned.of(read(folder)).said
 
 
 def with_sign(card: Path, *, turned: bool = True, **changes: tuple[str, str]) -> Path:
@@ -178,6 +183,66 @@ def test_an_agreement_of_other_weights_or_a_damaged_one_is_refused(
         checkpoints.load(folder)
     path.unlink()
     assert checkpoints.load(folder).codec is not None
+
+
+@pytest.mark.case(
+    section="checkpoints",
+    report="a card that turns a sign is agreed on, although the checkpoint came with an agreement",
+    user_has="a folder whose agreement.json was edited by hand: no items, or some rows deleted",
+    now="no items: an error; a deleted row is assumed, and says that the file has no such row",
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_that_were_deleted_are_said(
+    native: bool, card: Path, trained: Mapping[str, Path], exported: Mapping[str, Path], copy_of: Any
+):
+    folder = copy_of(trained["smolvla"] if native else exported["lerobot"])
+    path, manifest = folder / "agreement.json", folder / "manifest.json"
+    content = json.loads(path.read_text())
+
+    def rewrite(items: list[Any]) -> None:
+        path.write_text(json.dumps(content | {"items": items}))
+        if native:
+            listed = json.loads(manifest.read_text())
+            listed["files"]["agreement.json"] = files.sha256(path)
+            manifest.write_text(json.dumps(listed))
+
+    rewrite([])
+    for read_it in (checkpoints.load, checkpoints.inspect, lambda folder: on(folder, card, trained)):
+        with pytest.raises(ConfigError, match=r"agreement\.json.*items were deleted"):
+            read_it(folder)
+    kept = ("camera slot 0", "relative actions")
+    rewrite([item for item in content["items"] if item["name"] in kept])
+    items = {item.name: item for item in on(folder, card, trained).items}
+    for name in ("frames", "state conversion", "action conversion"):
+        assert items[name].status == "assumed" and "no such row" in items[name].reason
+
+
+def test_an_export_of_a_checkpoint_that_is_older_than_agreements_says_so(
+    trained: Mapping[str, Path], tmp_path: Path
+):
+    loaded = checkpoints.load(trained["pi0"])
+    checkpoints.save(loaded.policy, tmp_path / "old", loaded.codec)
+    export(tmp_path / "old", "transformers", tmp_path / "out")
+    assert checkpoints.load(tmp_path / "out").codec is not None
+    (item,) = json.loads((tmp_path / "out/agreement.json").read_text())["items"]
+    assert item["status"] == "assumed" and "older than agreements" in item["reason"]
+
+
+def test_the_file_beside_a_checkpoint_is_parsed_once_while_it_loads(
+    exported: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    parsed: list[Path] = []
+    plain = values.plain_text
+
+    def counted(path: Path) -> str:
+        parsed.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(values, "plain_text", counted)
+    for read_it in (checkpoints.load, checkpoints.inspect, checkpoints.declaration):
+        parsed.clear()
+        read_it(exported["lerobot"])
+        assert parsed == [exported["lerobot"] / "agreement.json"]
 
 
 def test_an_export_of_an_export_keeps_it_and_so_do_adapters(

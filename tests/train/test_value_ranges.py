@@ -18,7 +18,7 @@ from vlafit.codec.state_watch import StateWatch
 from vlafit.datasets import EpisodeInfo, EpisodeStore, value_faults, value_ranges
 from vlafit.datasets.card import CameraCard, Card, ColumnCard, RobotCard
 from vlafit.errors import EmbodimentError
-from vlafit.offline.contract import compare_values, permitted_by
+from vlafit.offline.contract import adaptations, compare_values
 from vlafit.recipe import AdaptRecipe
 from vlafit.train.data import open_data
 from vlafit.train.experiment import build
@@ -479,8 +479,8 @@ def test_a_remedy_that_many_dimensions_share_is_given_once(tmp_path: Path):
 def test_an_evaluation_permits_what_the_recipe_of_the_run_permitted(tmp_path: Path):
     recipe = recipe_of(tmp_path / "card.toml", None, {"outside": ("action.a",)})
     (tmp_path / "recipe.toml").write_text(config.dump(recipe))
-    assert permitted_by(tmp_path) == ("action.a",)
-    assert permitted_by(tmp_path / "elsewhere") == ()
+    assert adaptations(tmp_path).outside == ("action.a",)
+    assert adaptations(tmp_path / "elsewhere").outside == ()
 
 
 @pytest.mark.parametrize(

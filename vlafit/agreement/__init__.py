@@ -8,6 +8,7 @@ recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a
 from vlafit.agreement.camera_map import propose
 from vlafit.agreement.cameras import shared_slots
 from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
+from vlafit.agreement.consent import Consent
 from vlafit.agreement.evaluation import (
     INVALID,
     chosen,
@@ -16,6 +17,7 @@ from vlafit.agreement.evaluation import (
     replan_items,
 )
 from vlafit.agreement.forms import describe_form, describe_recorded, recorded_otherwise
+from vlafit.agreement.learned import UNSAID, Learned
 from vlafit.agreement.values import AS_STORED, CONVERSIONS, Agreement, Forms, Item, Party, Status, join
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "CONVERSIONS",
     "EVALUATION",
     "INVALID",
+    "UNSAID",
     "Agreement",
+    "Consent",
     "Forms",
     "Item",
+    "Learned",
     "Party",
     "Status",
     "agree",

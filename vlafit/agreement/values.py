@@ -84,15 +84,6 @@ class Item:
     short: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Long statement, or value -> what a console shows in its place; not written into files."""
 
-    def differing(self, fix: str, key: str, chosen_by: str) -> "Item":
-        """Return the item as a difference: chosen, or without `chosen_by` a conflict that `key` accepts.
-
-        `key` is one of the recipe's, of which true accepts.
-        """
-        if chosen_by:
-            return replace(self, status="chosen", reason=chosen_by)
-        return replace(self, value="", status="conflict", fix=fix, accept=(f"--{key} true",))
-
     def to_json(self) -> dict[str, Any]:
         """Return the item as agreement.json holds it."""
         content = asdict(self) | {"sides": dict(self.sides), "accept": list(self.accept)}
@@ -265,33 +256,47 @@ def join(agreements: Mapping[str, Agreement]) -> Agreement:
     return Agreement((*common, *own), (), ())
 
 
-def said_of_data(checkpoint: Path, embodiment: str = "") -> dict[str, str]:
-    """Return what a checkpoint's agreement says of the data that it learned from: item -> the dataset's side.
-
-    `embodiment` is one of several, whose items begin with its name. Empty for a checkpoint without one.
-    """
-    agreed = read(checkpoint)
-    sides = {item.name: item.sides.get("dataset", "") for item in agreed.items} if agreed else {}
-    mine = f"{embodiment}: "
-    return {name.removeprefix(mine): text for name, text in sides.items()}
-
-
 def read(folder: Path) -> Agreement | None:
     """Return the agreement that lies in `folder`; None where a run or checkpoint is older than agreements.
 
     Raises ConfigError for a damaged file.
     """
+    content = read_content(folder)
+    return None if content is None else from_content(content, folder / FILE)
+
+
+def read_content(folder: Path) -> dict[str, Any] | None:
+    """Return the content of the agreement.json in `folder`; None where there is none.
+
+    Raises ConfigError for a file that holds no JSON object.
+    """
     path = folder / FILE
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = parse_json(plain_text(path))
+        content: object = parse_json(plain_text(path))
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds no object but {type(content).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return content
+
+
+def from_content(content: Mapping[str, Any], path: Path) -> Agreement:
+    """Return the agreement of an agreement.json. Raises ConfigError for one that vlafit has not written."""
+    try:
         if content["format"] != FORMAT:
             raise ConfigError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
         items = tuple(map(Item.from_json, content["items"]))
+        if not items:
+            raise ValueError("its items were deleted")
         return Agreement(items, tuple(map(str, content["cameras"])), tuple(map(bool, content["relative"])))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not an agreement as vlafit writes it ({brief(error)}); copy it again, or delete "
-            "it: data are then compared with less"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path}: not an agreement as vlafit writes it ({brief(error)}); copy it again, or delete "
+        "it: data are then compared with less"
+    )

@@ -5,13 +5,13 @@ weights only. Other programs ignore the file.
 """
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlafit import config, files
-from vlafit.agreement.values import FILE, Agreement
-from vlafit.agreement.values import read as read_agreement
+from vlafit.agreement.values import FILE, Agreement, Item, from_content, read_content
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats.native import read as native
 from vlafit.codec import Codec, CodecSet
@@ -25,9 +25,51 @@ TEXTS = (".json", ".jsonl", ".md", ".txt", ".toml", ".yaml")
 """Of files that hold none, also in a format from outside."""
 
 
-def agreed_before(folder: Path) -> Agreement | None:
-    """Return the agreement in a checkpoint of any format; None where it has none."""
-    return read_agreement(folder) if folder.is_dir() else None
+OLDER = Item(
+    "data",
+    {},
+    "not known",
+    "assumed",
+    "the checkpoint is older than agreements: it does not say how it read data",
+)
+"""The only row of an agreement that is written for a checkpoint without one."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The agreement.json in a checkpoint's folder."""
+
+    path: Path
+    agreement: Agreement
+    content: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.path.parent
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it lies beside another program's files, and not in a checkpoint of ours."""
+        return not native.recognise(self.folder)
+
+    @property
+    def robot(self) -> Embodiment | None:
+        """The robot that it names beside another program's files; None where it names none."""
+        if ROBOT not in self.content or not self.is_beside:
+            return None
+        return config.build(Embodiment, self.content[ROBOT], f"{self.path}: {ROBOT}")
+
+
+def stored(folder: Path) -> Stored | None:
+    """Return the agreement in a checkpoint of any format; None where it has none.
+
+    Raises ConfigError for a damaged file.
+    """
+    content = read_content(folder) if folder.is_dir() else None
+    if content is None:
+        return None
+    return Stored(folder / FILE, from_content(content, folder / FILE), content)
 
 
 def of_one(agreement: Agreement | None, codec: Codec | None, learned: CodecSet | None) -> Agreement | None:
@@ -38,7 +80,7 @@ def of_one(agreement: Agreement | None, codec: Codec | None, learned: CodecSet |
     if codec is None:
         return agreement
     mask, cameras = codec.config.relative, codec.config.cameras
-    items = agreement.items if agreement is not None else ()
+    items = agreement.items if agreement is not None else (OLDER,)
     if learned is not None and len(learned) > 1:
         mine = f"{codec.embodiment.name}: "
         others = tuple(f"{name}: " for name in learned.names if name != codec.embodiment.name)
@@ -62,17 +104,17 @@ def write(folder: Path, agreement: Agreement | None, robot: Embodiment | None) -
     files.write_atomic(folder / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def require_current(folder: Path, *, hash_weights: bool) -> None:
-    """Raise WeightsError where agreement.json is damaged or speaks of other weights than lie beside it.
+def require_current(found: Stored | None, *, hash_weights: bool) -> None:
+    """Raise WeightsError where an agreement.json speaks of other weights than lie beside it.
 
     Without `hash_weights` only the names of the files are compared. A file that is missing is the loader's to
     name.
     """
-    content = _content(folder)
-    if content is None:
+    if found is None or not found.is_beside:
         return
-    path, fix = folder / FILE, "if the weights are meant, delete the file: data are then compared with less"
-    listed = content.get(WEIGHTS)
+    path, folder = found.path, found.folder
+    fix = "if the weights are meant, delete the file: data are then compared with less"
+    listed = found.content.get(WEIGHTS)
     if not isinstance(listed, dict) or not listed:
         raise WeightsError(f"{path}: does not say of which weights it speaks; {fix}")
     added = [name for name in _weights(folder) if name not in listed]
@@ -85,43 +127,36 @@ def require_current(folder: Path, *, hash_weights: bool) -> None:
             )
 
 
-def robot_of(folder: Path) -> Embodiment | None:
-    """Return the robot that agreement.json names beside another program's files; None where none does."""
-    content = _content(folder)
-    if content is None or ROBOT not in content:
-        return None
-    return config.build(Embodiment, content[ROBOT], f"{folder / FILE}: {ROBOT}")
-
-
-def complete(codecs: CodecSet | None, folder: Path, *, chosen: bool = False) -> CodecSet | None:
+def complete(codecs: CodecSet | None, found: Stored | None, *, chosen: bool = False) -> CodecSet | None:
     """Return the codecs with what agreement.json says of the robot and the checkpoint's own files do not.
 
     `chosen`: the caller names the statistics, which may then be of another robot.
     """
-    robot = robot_of(folder)
-    if codecs is None or robot is None or len(codecs) > 1:
+    robot = found.robot if found is not None else None
+    if codecs is None or found is None or robot is None or len(codecs) > 1:
         return codecs
     (codec,) = codecs
     if chosen and codec.embodiment.name != robot.name:
         return codecs
-    return CodecSet([codec.with_changes(embodiment=_joined(codec.embodiment, robot, folder))])
+    return CodecSet([codec.with_changes(embodiment=_joined(codec.embodiment, robot, found.folder))])
 
 
-def declared(declaration: Declaration, folder: Path) -> Declaration:
+def declared(declaration: Declaration, found: Stored | None) -> Declaration:
     """Return the declaration with what agreement.json says, and the checkpoint's own files do not."""
-    robot = robot_of(folder)
+    if found is None:
+        return declaration
+    declaration = replace(declaration, agreement=found.agreement)
+    robot = found.robot
     if robot is None:
         return declaration
-    agreement = read_agreement(folder)
-    assert agreement is not None
     own = declaration.embodiment
-    joined = robot if own is None else _joined(own, robot, folder)
+    joined = robot if own is None else _joined(own, robot, found.folder)
     names = {camera.name for camera in robot.cameras}
     sized = bool(declaration.slots) and {slot for slot in declaration.slots if slot} <= names
     return replace(
         declaration,
         embodiment=joined,
-        relative=declaration.relative if declaration.says_relative else agreement.relative,
+        relative=declaration.relative if declaration.says_relative else found.agreement.relative,
         says_frame_sizes=declaration.says_frame_sizes or sized,
     )
 
@@ -152,13 +187,6 @@ def _column(own: Feature, other: Feature, name: str, folder: Path) -> Feature:
         low=own.low or other.low,
         high=own.high or other.high,
     )
-
-
-def _content(folder: Path) -> dict[str, Any] | None:
-    """Return the content of another program's agreement.json. Raises ConfigError where it is damaged."""
-    if not folder.is_dir() or native.recognise(folder) or read_agreement(folder) is None:
-        return None
-    return files.read_json_object(folder / FILE, WeightsError, "copy the checkpoint again")
 
 
 def _weights(folder: Path) -> list[str]:

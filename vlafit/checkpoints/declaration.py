@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlafit.agreement import Agreement
 from vlafit.codec.images import Framing
 from vlafit.codec.normaliser import Normalisation
 from vlafit.codec.prompts import Prompt
@@ -76,3 +77,5 @@ class Declaration:
     """How prompts and frames are made; None: as the policy's family does it."""
     overruled: tuple[Overruled, ...] = ()
     """Settings on which its files differ, where the program follows one of them."""
+    agreement: Agreement | None = None
+    """What the checkpoint agreed on with the data that it learned from; None where it does not say."""

@@ -177,7 +177,7 @@ def _export(
         trust=trust,
         deferred=True,
     )
-    every = loaded.codecs
+    every, agreement = loaded.codecs, loaded.agreement
     loaded = _of(loaded, embodiment, writer, str(path))
     recipe_file = path / native.RECIPE  # its hash has been verified
     recipe = read_text(recipe_file) if is_native and recipe_file.is_file() else None
@@ -195,7 +195,6 @@ def _export(
         way = "; vlafit export takes --tokenizer and --assets, too" if "--" in why else ""
         notes += (f"no codec.json is written: {why}{way}",)
     history = read_lineage(path) if is_native else None
-    agreement = beside.agreed_before(path)
     if interpolate:
         below = between.find_base(path, base)
         base_policy, base_codecs = between.load_base(below.path, loaded.policy)

@@ -20,6 +20,7 @@ from vlafit.checkpoints.assign import (
 from vlafit.checkpoints.declaration import Declaration
 from vlafit.checkpoints.formats import registry
 from vlafit.checkpoints.formats.base import CheckpointFiles, Format, OpenedCheckpoint, Opener
+from vlafit.checkpoints.formats.native import read as native
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.infer import infer_config
 from vlafit.checkpoints.load_report import make_report
@@ -134,7 +135,8 @@ def load_all(
     )
     _require_device(device)
     where = _located(path)
-    beside.require_current(where.path, hash_weights=options.hash_weights)
+    found = beside.stored(where.path)
+    beside.require_current(found, hash_weights=options.hash_weights)
     opened = open_checkpoint(where.path, options, format)
     sized, policy = bare_policy(opened, options)
     draw = _draw_fresh(policy, opened.family, sized.fresh, options.dtype, device, generator)
@@ -170,7 +172,8 @@ def load_all(
     if policy.source is None and not (plan is not None and plan.adapted):
         policy.source = Source(where.name, opened.sha256, options.config.to_read_again())
     codecs = None if codec is None else CodecSet.of(codec)
-    return LoadedSet(policy, beside.complete(codecs, where.path, chosen=assets is not None), plan, report)
+    codecs = beside.complete(codecs, found, chosen=assets is not None)
+    return LoadedSet(policy, codecs, plan, report, found and found.agreement)
 
 
 def inspect(
@@ -234,7 +237,8 @@ def inspect_all(
         trust=trust,
     )
     where = _located(path)
-    beside.require_current(where.path, hash_weights=options.hash_weights)
+    found = beside.stored(where.path)
+    beside.require_current(found, hash_weights=options.hash_weights)
     opened = open_checkpoint(where.path, options, format)
     sized, policy = bare_policy(opened, options)
     weights, fresh = opened.tensors.weights, selected(policy, sized.fresh)
@@ -251,7 +255,8 @@ def inspect_all(
         opened, policy, options.dtype, fresh, drawn, sized.changes, sized.shapes, plan, notes, reason
     )
     codecs = None if codec is None else CodecSet.of(codec)
-    return LoadedSet(policy, beside.complete(codecs, where.path, chosen=assets is not None), plan, report)
+    codecs = beside.complete(codecs, found, chosen=assets is not None)
+    return LoadedSet(policy, codecs, plan, report, found and found.agreement)
 
 
 def load_policy(
@@ -287,10 +292,13 @@ def declaration(path: Path, base: str | Path | None = None) -> Declaration:
     """Return what a checkpoint's files say of robot, actions and tokenizer, whether it has a codec or not.
 
     Adapters say nothing of it: the files beside them do, or those of their base, which is `base` where
-    they do not hold it.
+    they do not hold it. Of a checkpoint of ours the codec speaks, and only its agreement is read here.
     """
+    found = beside.stored(path)
+    if native.recognise(path):
+        return beside.declared(Declaration(), found)
     format, files, below = _describing(path, base)
-    declared = beside.declared(format.declaration(files), path)
+    declared = beside.declared(format.declaration(files), found)
     if below is None or format.adapters is None:
         return declared
     more = format.adapters.settings(path, below).overruled

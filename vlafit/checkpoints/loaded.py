@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from vlafit.agreement import Agreement
 from vlafit.checkpoints.load_report import LoadReport
 from vlafit.codec import Codec, CodecSet
 from vlafit.errors import ConfigError
@@ -27,6 +28,8 @@ class LoadedSet:
     codecs: CodecSet | None
     plan: Plan | None
     report: LoadReport
+    agreement: Agreement | None = None
+    """What it agreed on with the data that it learned from; None where it does not say."""
 
     def of(self, embodiment: str = "") -> Loaded:
         """Return it with the codec of one embodiment; the only one without a name.

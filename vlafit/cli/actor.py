@@ -13,6 +13,7 @@ from vlafit.cli.recipes import load_values
 
 if TYPE_CHECKING:
     from vlafit.actor import PolicyActor
+    from vlafit.recipe import Recipe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +69,9 @@ def load(
             quantise=options.quantise,
         )
         return _require_one(actor, checkpoint, options.embodiment)
-    from vlafit.recipe import Recipe
     from vlafit.train.step_zero import load_untrained
 
-    path = shipped.find("recipe", options.recipe)
-    recipe = config.build(Recipe, load_values(path), str(path))
+    recipe = recipe_of(options)
     policy = recipe.policy
     policy = replace(policy, base=str(base or policy.base), trust=(*policy.trust, *options.trust))
     recipe = replace(recipe, policy=policy)
@@ -89,6 +88,14 @@ def load(
         quantise=options.quantise,
     )
     return _require_one(actor, checkpoint, options.embodiment)
+
+
+def recipe_of(options: Namespace) -> "Recipe":
+    """Return the recipe of `--recipe`."""
+    from vlafit.recipe import Recipe
+
+    path = shipped.find("recipe", options.recipe)
+    return config.build(Recipe, load_values(path), str(path))
 
 
 def _require_one(actor: "PolicyActor", checkpoint: Path | str, embodiment: str) -> "PolicyActor":

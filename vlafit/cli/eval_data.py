@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlafit.agreement import Agreement
+from vlafit.cli.actor import recipe_of
 from vlafit.cli.console import Line, differences_table, table
 from vlafit.cli.places import default_out, deleted_by_run, gone
 
@@ -20,12 +21,12 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     from vlafit.datasets import checksums, open_dataset
     from vlafit.offline import Settings, choose_episodes, evaluate
     from vlafit.offline.contract import (
+        UNADAPTED,
+        Confirmed,
+        adaptations,
         agree,
-        compare_cameras,
-        compare_columns,
-        compare_frames,
+        compare_readings,
         compare_values,
-        permitted_by,
         require_robot,
     )
     from vlafit.report import offline as report
@@ -46,13 +47,18 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     actor = load()
     identity = require_robot(actor, store)
     items = agree(actor, store)
-    local, embodiment = (name, actor.embodiment.name) if isinstance(actor, PolicyActor) else (None, "")
-    items += compare_cameras(store, str(name), local, embodiment, options.confirm_cameras or ())
-    if isinstance(actor, PolicyActor):
-        permitted = (*permitted_by(name, actor.embodiment.name), *(options.outside or ()))
-        items += compare_columns(name, store, actor.embodiment)
-        items += compare_frames(name, store, actor.embodiment.name)
-        items += compare_values(actor.codec, store, str(name), permitted)
+    is_local = isinstance(actor, PolicyActor)
+    adapt = UNADAPTED
+    if is_local and options.recipe is not None:
+        adapt = recipe_of(options).adapt.of(actor.embodiment.name)
+    elif is_local:
+        adapt = adaptations(name, actor.embodiment.name)
+    confirmed = Confirmed(
+        tuple(options.confirm_cameras or ()), options.confirm_frames, options.confirm_conversion
+    )
+    items += compare_readings(actor, store, str(name), adapt, confirmed)
+    if is_local:
+        items += compare_values(actor.codec, store, str(name), (*adapt.outside, *(options.outside or ())))
     if checkpoint is not None and deleted_by_run(checkpoint):
         raise gone(checkpoint)  # what it says of its data was incomplete
     with Line("observations", 1) as line:

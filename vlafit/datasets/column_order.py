@@ -1,10 +1,8 @@
 """Say from which columns a card reads states and actions, to compare them with those that were learned."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from vlafit.agreement import Item
-from vlafit.agreement.values import said_of_data
+from vlafit.agreement import UNSAID, Item, Learned
 from vlafit.datasets.card import Card
 from vlafit.datasets.card_texts import of_cards, of_each
 from vlafit.datasets.columns import parse_key
@@ -46,9 +44,8 @@ def is_reordered(card: Card, others: Sequence[Card], name: str) -> bool:
 
 def items(
     cards: Sequence[Card],
-    checkpoint: Path | None,
+    learned: Learned | None,
     robot: Embodiment | None,
-    embodiment: str = "",
     *,
     may_differ: bool = False,
     fix: str = FIX,
@@ -58,20 +55,21 @@ def items(
     `robot` is the checkpoint's. The same columns in another order are a conflict, unless the dimensions have
     names on both sides or `may_differ` (another robot).
     """
-    learned = said_of_data(checkpoint, embodiment) if checkpoint is not None else {}
     for name in ("state", "action"):
         title, here = f"{name} columns", read_from(cards, name)
-        stated = learned.get(title, "")
+        stated = (learned or UNSAID).said.get(title, "")
+        named = robot is not None and bool(_column(robot, name).labels)
+        named = named and all(_column(card.embodiment, name).labels for card in cards)
         if not stated:
             reordered = any(is_reordered(card, cards[:1], name) for card in cards[1:])
             if reordered:
                 yield Item(title, {"dataset": here}, "", "conflict", fix=FIX_CARDS.format(name=name))
-            else:
+            elif learned is None or named:
                 yield Item(title, {"dataset": here}, here, "same")
+            else:
+                yield Item(title, {"dataset": here}, here, "assumed", learned.silence)
             continue
         sides = {"dataset": here, "checkpoint": stated}
-        named = robot is not None and bool(_column(robot, name).labels)
-        named = named and all(_column(card.embodiment, name).labels for card in cards)
         if here == stated:
             yield Item(title, sides, here, "same")
         elif named or not any(_reordered(card, name, stated) for card in cards):
@@ -107,10 +105,13 @@ def _dimensions(texts: Sequence[str], width: int) -> list[tuple[str, int]]:
         return [(text, -1) for text in texts]
     known = [_bounded(key.some) for key in keys]
     open_ends = [number for number, one in enumerate(known) if one is None]
-    if len(open_ends) == 1 and (start := keys[open_ends[0]].some.start or 0) >= 0:
-        room = width - sum(len(one) for one in known if one is not None)
-        if keys[open_ends[0]].some.step in (None, 1):
+    if len(open_ends) == 1:
+        some = keys[open_ends[0]].some
+        room, start = width - sum(len(one) for one in known if one is not None), some.start or 0
+        if some.step in (None, 1) and start >= 0:
             known[open_ends[0]] = range(start, start + room)
+        elif some == slice(None, None, -1):
+            known[open_ends[0]] = range(room - 1, -1, -1)
     return [
         pair
         for text, key, one in zip(texts, keys, known, strict=True)

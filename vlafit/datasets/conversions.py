@@ -1,27 +1,25 @@
 """Say how a card computes states and actions from the files, to compare it with what a checkpoint learned."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 
-from vlafit.agreement import AS_STORED, Item
-from vlafit.agreement.values import said_of_data
+from vlafit.agreement import AS_STORED, Consent, Item, Learned
 from vlafit.datasets.card import Card
 from vlafit.datasets.card_texts import BETWEEN, of_cards, of_each
 
 COLUMNS = ("state", "action")
-CHOSEN_BY = "adapt.conversion"
-"""What in a recipe accepts other conversions."""
+CONSENT = "conversion"
+"""Name of the consent to other conversions."""
 FIX = (
     "files of the checkpoint's dataset need the checkpoint's `scale`, `offset` and `action_shift`: correct "
-    "the card. If these files are written otherwise, so that the robot's values are the same: [adapt] "
-    "conversion = true"
+    "the card. If these files are written otherwise, so that the robot's values are the same: {consent}"
 )
 FIX_CARDS = (
     "are they the same values of the robot? If the files are written alike, give all cards the same `scale`, "
     "`offset` and `action_shift`; if they are written differently, so that the robot's values are the same: "
-    "[adapt] conversion = true"
+    "{consent}"
 )
 """How cards of one robot that compute values differently are made to agree."""
 
@@ -50,35 +48,26 @@ def _by_value(word: str, values: Sequence[float], nothing: float) -> Iterator[st
 
 
 def items(
-    cards: Sequence[Card],
-    checkpoint: Path | None,
-    embodiment: str = "",
-    *,
-    chosen_by: str = "",
-    is_refused: bool = True,
+    cards: Sequence[Card], learned: Learned | None, consent: Consent, *, is_other_robot: bool = False
 ) -> Iterator[Item]:
     """Yield how states and actions are computed from the files, and how those were that a checkpoint learned.
 
     A card that computes them otherwise than the checkpoint's, or than another card, is a conflict, unless
-    the recipe says that it may: `chosen_by` is the option that does. `embodiment` is the checkpoint's, of
-    several. Without `is_refused` it only differs.
+    `consent` is given or, against the checkpoint's, the recipe teaches another robot. `learned` is None
+    without a checkpoint.
     """
-    stated = said_of_data(checkpoint, embodiment) if checkpoint is not None else {}
     for name in COLUMNS:
         title, here = f"{name} conversion", of_cards(cards, partial(conversion, name=name))
-        there = stated.get(title, "")
+        there = learned.said.get(title, "") if learned is not None else ""
         sides = {"dataset": here, **({"checkpoint": there} if there else {})}
+        made, accepted = Item(title, sides, here, "same"), consent.given or is_other_robot
         if there and all(conversion(card, name) in of_each(there) for card in cards):
-            yield Item(title, sides, here, "same")
-        elif BETWEEN in here and (chosen_by or not there):  # of several cards that differ
-            own = chosen_by if chosen_by == CHOSEN_BY else ""
-            yield Item(title, sides, here, "same").differing(FIX_CARDS, CHOSEN_BY, own)
+            yield made
+        elif BETWEEN in here and (accepted or not there):  # of several cards that differ
+            yield consent.to(made, FIX_CARDS)
         elif not there:
-            reason = "" if checkpoint is None else "the checkpoint does not say"
-            yield Item(title, sides, here, "assumed" if reason else "same", reason)
-        elif chosen_by:
-            yield Item(title, sides, here, "chosen", chosen_by)
-        elif is_refused:
-            yield Item(title, sides, "", "conflict", fix=FIX, accept=(f"--{CHOSEN_BY} true",))
+            yield made if learned is None else replace(made, status="assumed", reason=learned.silence)
+        elif is_other_robot and not consent.given:
+            yield replace(made, status="chosen", reason="adapt.robot")
         else:
-            yield Item(title, sides, here, "differs", "are these the values that it learned?")
+            yield consent.to(made, FIX)

@@ -1,21 +1,24 @@
 """Say how a card reads its cameras and actions, to compare it with another card, or with itself later."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from vlafit.agreement import values as agreements
+from vlafit.agreement import Consent, Item, Learned
 from vlafit.agreement.cameras import misnamed
 from vlafit.agreement.forms import describe_form
 from vlafit.datasets.card import CameraCard, Card
-from vlafit.datasets.card_texts import of_each
+from vlafit.datasets.card_texts import BETWEEN, of_each
 
 NOT_STATED = "not stated"
 AS_STORED = "as stored"
-CHOSEN_BY = "adapt.frames"
-"""What in a recipe accepts frames that are read otherwise."""
+CONSENT = "frames"
+"""Name of the consent to frames that are read otherwise."""
+FIX = (
+    "does the policy see {cameras} as before? If the two datasets store it differently: {consent}; else "
+    "correct `rotate`, `flip` and `channels` in the card"
+)
 FIX_CARDS = (
-    "are all upright? If the datasets store their frames differently: [adapt] frames = true; else correct "
-    "`rotate`, `flip` and `channels` in the card"
+    "are all upright? If the datasets store their frames differently: {consent}; else correct `rotate`, "
+    "`flip` and `channels` in the card"
 )
 """How cards of one robot that turn frames differently are made to agree."""
 
@@ -46,28 +49,32 @@ def is_same(frames: str, other: str) -> bool:
     return set(frames.split(", ")) in [set(text.split(", ")) for text in of_each(other)]
 
 
-def learned(checkpoint: Path, embodiment: str = "") -> str:
-    """Return how the frames were read that a checkpoint learned from; "" where it does not say.
+def item(
+    cards: Sequence[Card],
+    learned: Learned | None,
+    sources: Mapping[str, str],
+    slots: Sequence[str],
+    value: str,
+    consent: Consent,
+) -> Item:
+    """Return how cards read their frames, and how those were read that a checkpoint learned from.
 
-    `embodiment` is the one of several.
+    Frames that a camera of `sources`, a slot of the policy -> camera of the cards, turns or flips otherwise
+    than the checkpoint's are a conflict, and so are cards that differ; `consent` accepts them. `learned` is
+    None without a checkpoint, `slots` are those of its policy in order, `value` is what holds.
     """
-    return agreements.said_of_data(checkpoint, embodiment).get("frames", "")
-
-
-def recorded_cameras(checkpoint: Path) -> tuple[str, ...]:
-    """Return the dataset's camera for each slot of a checkpoint; empty where no agreement says it."""
-    agreed = agreements.read(checkpoint)
-    return agreed.cameras if agreed else ()
-
-
-def said_of_cameras(checkpoint: Path) -> set[str]:
-    """Return what a checkpoint's agreement says of cameras whose key has the name of another one."""
-    agreed = agreements.read(checkpoint)
-    return (
-        {item.sides.get("dataset", "") for item in agreed.items if "camera " in item.name}
-        if agreed
-        else set()
-    )
+    sides = {"dataset": frames_of(cards)}
+    stated = learned.said.get("frames", "") if learned is not None else ""
+    if not stated and BETWEEN in sides["dataset"]:  # of several cards that differ
+        return consent.to(Item("frames", sides, value, "same"), FIX_CARDS)
+    if learned is None:
+        return Item("frames", sides, value, "same")
+    if not stated:
+        return Item("frames", sides, value, "assumed", learned.silence)
+    other = differing(cards, stated, learned.by_camera(sources, slots))
+    made = Item("frames", {**sides, "checkpoint": stated}, value, "same")
+    fix = FIX.replace("{cameras}", " and ".join(dict.fromkeys(other)))
+    return consent.to(made, fix) if other else made
 
 
 def differing(cards: Sequence[Card], learned: str, sources: Mapping[str, str]) -> list[str]:

@@ -1,26 +1,31 @@
-"""Compare an actor's robot, and its statistics, with the dataset before anything is asked."""
+"""Compare an actor's robot, its data and its statistics with the dataset before anything is asked."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from vlafit import config
 from vlafit.agreement import (
+    UNSAID,
     Agreement,
+    Consent,
     Item,
+    Learned,
     describe_recorded,
     evaluation_items,
     invalid_items,
     recorded_otherwise,
 )
 from vlafit.codec import Codec
-from vlafit.datasets import EpisodeStore, column_order, conversions, value_faults
-from vlafit.datasets.framing import exchanged_keys, frames, is_same, learned, said_of_cameras
+from vlafit.datasets import EpisodeStore, column_order, conversions, framing, value_faults
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import EmbodimentError, quoted
 from vlafit.recipe import AdaptRecipe, Recipe
 from vlafit.requests import expected_of
 from vlafit.types import Actor, Embodiment, require_same
+
+UNADAPTED = AdaptRecipe()
 
 
 @runtime_checkable
@@ -32,6 +37,28 @@ class OfRobot(Protocol):
     def fingerprint(self) -> str:
         """Return all that decides its actions."""
         ...
+
+
+@runtime_checkable
+class OfData(Protocol):
+    """An actor that says of which data it learned."""
+
+    @property
+    def learned(self) -> Learned:
+        """What it says of the data that it learned from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Differences that are intended: options of `vlafit eval --data`."""
+
+    cameras: tuple[str, ...] = ()
+    """Cameras whose key has the name of another one."""
+    frames: bool = False
+    """Whether frames may be turned or flipped otherwise than those that the policy learned from."""
+    conversion: bool = False
+    """Whether values may be computed from the files otherwise than those that the policy learned from."""
 
 
 def require_robot(actor: Actor, store: EpisodeStore) -> str:
@@ -93,18 +120,43 @@ def _require_same_forms(codec: Codec, store: EpisodeStore, title: str) -> None:
             )
 
 
-def compare_cameras(
+def compare_readings(
+    actor: Actor,
     store: EpisodeStore,
     title: str,
-    checkpoint: Path | None,
-    embodiment: str = "",
-    confirmed: Sequence[str] = (),
+    adapt: AdaptRecipe = UNADAPTED,
+    confirmed: Confirmed = Confirmed(),
 ) -> list[Item]:
-    """Return the cameras of a dataset whose key has the name of another camera, and why each is right.
+    """Return how the card reads cameras, columns, frames and values, beside what the actor learned from.
 
-    It is if `confirmed` or the `adapt.cameras` of the checkpoint's recipe names it, or the checkpoint learned
-    from the same key. Raises EmbodimentError naming every other one, or a `confirmed` that is no camera.
-    `title` names the policy; `checkpoint` is None for one that is not here.
+    `title` names the policy and `adapt` is the `[adapt]` of its recipe. Raises EmbodimentError naming every
+    difference that changes what the policy sees and is not `confirmed`, or a confirmed camera that is none.
+    """
+    learned = actor.learned if isinstance(actor, OfData) else UNSAID
+    robot = actor.embodiment if isinstance(actor, OfRobot) else None
+    slots = expected_of(actor, store.embodiment).seen
+    sources = {name: name for name in slots}
+    frames, values = (
+        Consent.of_option(name, given)
+        for name, given in ((framing.CONSENT, confirmed.frames), (conversions.CONSENT, confirmed.conversion))
+    )
+    items = (
+        *_cameras(store, learned, adapt, confirmed.cameras),
+        *column_order.items([store.card], learned, robot, fix=column_order.FIX_HERE),
+        framing.item([store.card], learned, sources, slots, framing.frames(store.card), frames),
+        *conversions.items([store.card], learned, values),
+    )
+    Agreement(items, (), ()).require(f"dataset {store.card.name!r} and {title}")
+    return list(items)
+
+
+def _cameras(
+    store: EpisodeStore, learned: Learned, adapt: AdaptRecipe, confirmed: Sequence[str]
+) -> Iterator[Item]:
+    """Yield the cameras of a dataset whose key has the name of another camera, and why each is right.
+
+    It is if `confirmed` or `adapt.cameras` names it, or the policy learned from the same key. Raises
+    EmbodimentError for a `confirmed` that is no camera.
     """
     reasons = dict.fromkeys(confirmed, "--confirm-cameras")
     for camera in confirmed:
@@ -112,54 +164,19 @@ def compare_cameras(
             store.embodiment.camera(camera)
         except EmbodimentError as error:
             raise EmbodimentError(f"--confirm-cameras {quoted(camera)}: {error}") from None
-    learned_from: set[str] = set()
-    if checkpoint is not None:
-        mapped = _adapt_of(checkpoint, embodiment).cameras.values()
-        reasons |= dict.fromkeys(mapped, "adapt.cameras of the checkpoint's recipe")
-        learned_from = said_of_cameras(checkpoint)
-    exchanged = exchanged_keys(store.card)
+    reasons |= dict.fromkeys(adapt.cameras.values(), "adapt.cameras of the recipe")
+    exchanged = framing.exchanged_keys(store.card)
     for camera, text in exchanged.items():
-        if text in learned_from:
+        if text in learned.camera_keys:
             reasons.setdefault(camera, "the checkpoint learned from the same key")
-    listed = " ".join(camera for camera in exchanged if camera not in reasons)
-    fix = f"correct the card; if it is right, add --confirm-cameras {listed}"
-    items = [
-        Item(f"camera {camera}", {"dataset": text}, "as it is", "chosen", reasons[camera])
-        if camera in reasons
-        else Item(f"camera {camera}", {"dataset": text}, "", "conflict", fix=fix)
-        for camera, text in exchanged.items()
-    ]
-    Agreement(tuple(items), (), ()).require(f"the cameras of dataset {store.card.name!r} and {title}")
-    return items
+    option = f"--confirm-cameras {' '.join(camera for camera in exchanged if camera not in reasons)}"
+    for camera, text in exchanged.items():
+        item = Item(f"camera {camera}", {"dataset": text}, "as it is", "chosen", reasons.get(camera, ""))
+        consent = Consent(option, option, item.reason, camera in reasons)
+        yield consent.to(item, "correct the card; if it is right, add {consent}")
 
 
-def compare_frames(checkpoint: Path, store: EpisodeStore, embodiment: str = "") -> Iterator[Item]:
-    """Yield how the dataset's frames are read, and those a checkpoint learned from, where it says."""
-    stated, here = learned(checkpoint, embodiment), frames(store.card)
-    if stated and is_same(here, stated):
-        yield Item("frames", {"dataset": here, "checkpoint": stated}, here, "same")
-    elif stated:
-        sides = {"dataset": here, "checkpoint": stated}
-        yield Item("frames", sides, here, "differs", "are all upright?")
-
-
-def compare_columns(checkpoint: Path, store: EpisodeStore, robot: Embodiment) -> list[Item]:
-    """Return from which columns states and actions are read, and those that a checkpoint learned from.
-
-    Raises EmbodimentError where they are in another order, and no names tell which is which.
-    """
-    items = tuple(column_order.items([store.card], checkpoint, robot, robot.name, fix=column_order.FIX_HERE))
-    Agreement(items, (), ()).require(f"the columns of dataset {store.card.name!r} and {checkpoint}")
-    computed = conversions.items([store.card], checkpoint, robot.name, is_refused=False)
-    return [*items, *(item for item in computed if "checkpoint" in item.sides)]
-
-
-def permitted_by(checkpoint: Path, embodiment: str = "") -> tuple[str, ...]:
-    """Return the dimensions of an embodiment that the recipe of a run's checkpoint permits to be extreme."""
-    return _adapt_of(checkpoint, embodiment).outside
-
-
-def _adapt_of(checkpoint: Path, embodiment: str) -> AdaptRecipe:
+def adaptations(checkpoint: Path, embodiment: str = "") -> AdaptRecipe:
     """Return the `[adapt]` section of a run's checkpoint for an embodiment; an empty one without a recipe."""
     path = checkpoint / "recipe.toml"
     return config.read(Recipe, path, "recipe").adapt.of(embodiment) if path.is_file() else AdaptRecipe()

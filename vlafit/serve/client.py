@@ -16,6 +16,7 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
 from vlafit import arguments
+from vlafit.agreement import Learned
 from vlafit.config import LONGEST_S
 from vlafit.credentials import checked_token, checked_url
 from vlafit.errors import LONGEST_LINE, RemoteError, brief, shown_url
@@ -70,6 +71,11 @@ class RemoteActor:
     def expected(self) -> Expected:
         """What it can be asked, the cameras that it looks at among it."""
         return self._described.expected
+
+    @property
+    def learned(self) -> Learned:
+        """What the policy says of the data that it learned from."""
+        return self._described.learned
 
     def fingerprint(self) -> str:
         """Return what decides the actions; the same as the served actor's own."""

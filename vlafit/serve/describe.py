@@ -1,6 +1,7 @@
 """Describe a local actor for those who will connect to it."""
 
 from vlafit.actor import PolicyActor
+from vlafit.agreement import UNSAID
 from vlafit.errors import ConfigError
 from vlafit.requests import expected_of
 from vlafit.rollout.prepared import TrainedActor
@@ -17,12 +18,14 @@ def describe(actor: Actor) -> Described:
         )
     guided = isinstance(actor, GuidedActor)
     instructed, fate = True, ""
+    learned = UNSAID
     chunk, required, normalisation = 0, expected_of(actor, actor.embodiment).seen, {}
     if isinstance(actor, PolicyActor):
         config = actor.codec.config
         chunk = config.answered
         expected = actor.expected
         guided, instructed, fate = expected.guided, expected.instructed, expected.fate_of_invalid
+        learned = actor.learned
         normalisation = {"state": config.normalisation, "action": config.of_actions}
     return Described(
         embodiment=actor.embodiment,
@@ -36,5 +39,6 @@ def describe(actor: Actor) -> Described:
         fate_of_invalid=fate,
         seeds={task: tuple(sorted(seeds)) for task, seeds in actor.seeds.items()},
         normalisation=normalisation,
+        learned=learned,
         versions=software(),
     )

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 
 from vlafit import config
+from vlafit.agreement import Learned
 from vlafit.errors import RemoteError, VlafitError, brief
 from vlafit.requests import Expected
 from vlafit.types import Embodiment
 
 PROTOCOL = 1
 """Version of our own frames; a client refuses a server of another one."""
+
+
+SILENT = Learned(silence="the server does not say")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Described:
     normalisation: Mapping[str, str] = field(default_factory=dict)
     """How the server normalises each column; values on the wire are in the robot's units."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    learned: Learned = SILENT
+    """What the policy says of the data that it learned from."""
     max_frame: int = 0
     """Bytes of the largest frame that the server reads; 0: it does not say."""
 
@@ -90,6 +96,7 @@ def greeting(described: Described) -> dict[str, Any]:
         "action_horizon": described.chunk,
         "normalisation": dict(described.normalisation),
         "versions": dict(described.versions),
+        "learned": described.learned.to_json(),
         "width": described.width,
         "max_frame": described.max_frame,
         "guided": described.guided,
@@ -128,6 +135,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             normalisation=dict(frame["normalisation"]),
             versions=dict(frame["versions"]),
             max_frame=int(frame.get("max_frame", 0)),
+            **({"learned": Learned.from_json(frame["learned"])} if "learned" in frame else {}),
         )
     except (KeyError, TypeError, ValueError, AttributeError, VlafitError) as error:
         raise RemoteError(

@@ -37,7 +37,7 @@ def choose(recipe: Recipe, path: Path) -> CodecChoice:
     """
     chosen = recipe.policy
     foreign = not (path / "policy.json").is_file()
-    declared = checkpoints.declaration(path, chosen.base or None) if foreign else checkpoints.Declaration()
+    declared = checkpoints.declaration(path, chosen.base or None)
     named = tokenizers.open_named(chosen.tokenizer) if chosen.tokenizer else None
     return CodecChoice(
         declared, named, foreign and takes_tokenizer(path, chosen, declared, recipe.fits_statistics)

@@ -360,19 +360,19 @@ def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[s
     Raises EmbodimentError where its key has the name of another camera, as the agreement does for the
     training data of a run from a checkpoint; `adapt.cameras` confirms a key, and so does a training card.
     """
-    sentences = []
+    found = []
     for name, stores in sets.items():
         for store in stores:
             where, embodiment = f"data.validation_sets.{name}: card {store.card.name!r}", data.name_of(store)
             trained = data.of(embodiment).cards
             confirmed = recipe.adapt.of(embodiment).cameras.values()
-            for text in exchanged_keys(store.card, trained, [*confirmed]).values():
-                if recipe.policy.checkpoint:
-                    raise EmbodimentError(
-                        f"{where}: {text}; correct the card; if it is right, name the camera in adapt.cameras"
-                    )
-                sentences.append(f"{where}: {text}: are the cameras exchanged?")
-    return tuple(dict.fromkeys(sentences))
+            texts = exchanged_keys(store.card, trained, [*confirmed]).values()
+            found += [f"{where}: {text}" for text in texts]
+    found = list(dict.fromkeys(found))
+    if found and recipe.policy.checkpoint:
+        fix = "correct the card; if it is right, name the cameras in adapt.cameras"
+        raise EmbodimentError("\n".join([*found, f"  fix: {fix}"]))
+    return tuple(f"{text}: are the cameras exchanged?" for text in found)
 
 
 def renderer_warnings(sets: ValidationSets, data: Data) -> tuple[str, ...]:

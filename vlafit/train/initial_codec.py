@@ -164,7 +164,7 @@ def with_codec(
     *,
     needs: Needs,
     tokens: action_tokenizers.Origin,
-    form: checkpoints.InputForm | None = None,
+    declared: checkpoints.Declaration | None = None,
 ) -> Agreement:
     """Return the agreement with the codec's items, and how far the data goes under its statistics.
 
@@ -186,10 +186,10 @@ def with_codec(
     )
     answers, start = needs.writes_tokens, recipe.policy.checkpoint
     items = reconcile.codec_items(
-        recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, form
+        recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, declared
     )
     layout = action_layout.items(needs.action_layout, codec, start)
-    whole = agreement.with_items([*reconcile.other_cards(part.cards), *items, *layout, *values])
+    whole = agreement.with_items([*reconcile.other_cards(recipe, part.cards), *items, *layout, *values])
     of_values = {item.name for item in values}
     only_values = all(item.name in of_values for item in whole.conflicts)
     if len(data.names) > 1:

@@ -292,7 +292,7 @@ def _from_checkpoint(
             report.owner,
             needs=policy.needs(),
             tokens=origin,
-            form=declared.form,
+            declared=declared,
         )
     warnings += faults_of(data.parts(), codecs)
     made, lines = numbered(codecs, policy, None if foreign else own_codecs)

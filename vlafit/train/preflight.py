@@ -244,8 +244,7 @@ def meta_policy(recipe: Recipe, data: Data) -> Policy:
     path = checkpoints.place(spec.checkpoint).path
     options = checkpoints.parse_config(spec.config).of_weights()
     base = spec.base or None
-    foreign = not (path / "policy.json").is_file()
-    declared = checkpoints.declaration(path, base) if foreign else checkpoints.Declaration()
+    declared = checkpoints.declaration(path, base)
     tells = bool(spec.tokenizer) and declared.tokenizer_tells
     inspected = checkpoints.inspect_all(
         path,

@@ -9,23 +9,17 @@ from vlafit.agreement import INVALID, Agreement, Forms, Item, Party, agree, join
 from vlafit.agreement.columns import by_number
 from vlafit.codec import Codec, CodecSet
 from vlafit.codec.action_bins import BINS
-from vlafit.datasets import Card, column_order, conversions, framing, value_faults
-from vlafit.datasets.card_texts import BETWEEN
-from vlafit.datasets.framing import (
-    camera_keys,
-    differing,
-    exchanged_keys,
-    frames_of,
-    learned,
-    recorded_cameras,
-)
+from vlafit.datasets import Card, value_faults
+from vlafit.datasets.framing import camera_keys, exchanged_keys
 from vlafit.datasets.order import BLOCK, shares
 from vlafit.errors import ConfigError
 from vlafit.nn.policy import Needs
 from vlafit.recipe import Recipe
-from vlafit.train import action_layout, action_tokenizer, data_statistics
+from vlafit.train import action_layout, action_tokenizer, data_statistics, readings
 from vlafit.train.data import Data, open_data
 from vlafit.train.prompts import require_prompts
+
+EXCHANGED = "are the cameras exchanged?"
 
 
 def dataset_party(card: Card) -> Party:
@@ -88,7 +82,11 @@ def agree_on(
     if agreement.conflicts and checkpoint is not None and dataset.embodiment is not None:
         recorded = [camera.name for camera in dataset.embodiment.cameras]
         pairs = propose(checkpoint.slots, recorded, recipe.adapt.cameras)
-        frames = _frames(recipe, (card,), codec, {slot: name or "" for slot, name in pairs.items()}, "")
+        sources, learned = (
+            {slot: name or "" for slot, name in pairs.items()},
+            readings.learned_by(declared, codec),
+        )
+        frames = readings.frames(recipe, (card,), learned, codec, sources, "")
         agreement = agreement.with_items([frames] * (frames.status == "conflict"))  # both in one error
     return agreement.with_items(
         [
@@ -104,10 +102,12 @@ def agree_on(
     )
 
 
-def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
+def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
     """Yield what further cards leave unsaid of the robot that the first describes, and their cameras' keys.
 
-    What cards say differently is refused when they are opened.
+    What cards say differently is refused when they are opened. A camera whose key has the name of another one
+    is a conflict on a checkpoint, as in the first card, unless that has the same key or `adapt.cameras` names
+    the camera.
     """
     first, *others = cards
     for card in others:
@@ -128,9 +128,12 @@ def other_cards(cards: Sequence[Card]) -> Iterator[Item]:
                     reason = f"card {silent} does not say: taken to be the same"
                     sides = {"dataset": "; ".join(stated)}
                     yield Item(f"{column} {what} of {card.name}", sides, here or there, "assumed", reason)
-        for name, text in exchanged_keys(card).items():
-            title = f"camera {name} of {card.name}"
-            yield Item(title, {"dataset": text}, name, "differs", "are the cameras exchanged?")
+        for name, text in exchanged_keys(card, [first], [*recipe.adapt.cameras.values()]).items():
+            item = Item(f"camera {name} of {card.name}", {"dataset": text}, name, "differs", EXCHANGED)
+            if recipe.policy.checkpoint:
+                fix = "correct the card; if it is right, name the camera in [adapt] cameras"
+                item = replace(item, value="", status="conflict", reason="", fix=fix)
+            yield item
 
 
 def codecs_before(recipe: Recipe, data: Data, own: CodecSet | None, checkpoint: Path) -> dict[str, Codec]:
@@ -215,12 +218,19 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[Item]:
 
 
 def outlook(
-    recipe: Recipe, codec: Codec, agreement: Agreement, needs: Needs, own_chunk: int | None, owner: str
+    recipe: Recipe,
+    codec: Codec,
+    agreement: Agreement,
+    needs: Needs,
+    own_chunk: int | None,
+    owner: str,
+    declared: checkpoints.Declaration,
 ) -> Agreement:
     """Return the agreement with what training on the recipe's data would add, as a checkpoint's codec has it.
 
-    `needs` are those of the policy, `own_chunk` that of the checkpoint's files, `owner` whose codec it is.
-    The dataset is opened: files that are not what the card says are a DataError. Nothing is fitted.
+    `needs` are those of the policy, `own_chunk` that of the checkpoint's files, `owner` whose codec it is,
+    `declared` what its files say. The dataset is opened: files that are not what the card says are a
+    DataError. Nothing is fitted.
     """
     codec = codec.with_changes(config=replace(codec.config, chunk=needs.chunk))
     data = open_data(recipe.data, recipe.train.seed)
@@ -231,8 +241,10 @@ def outlook(
     words = f"policy.tokenizer {given!r}" if given else tokenizer_of(owner)
     tokens = None if text is None else action_tokenizer.Origin(kept=True).item(text)
     items = [
-        *other_cards(data.cards),
-        *codec_items(recipe, data, codec, codec, words, own_chunk, owner, action_tokens=tokens),
+        *other_cards(recipe, data.cards),
+        *codec_items(
+            recipe, data, codec, codec, words, own_chunk, owner, action_tokens=tokens, declared=declared
+        ),
         *action_layout.items(needs.action_layout, codec, recipe.policy.checkpoint),
     ]
     return agreement.with_items(
@@ -271,14 +283,16 @@ def codec_items(
     owner: str = "the checkpoint",
     answers: bool = False,
     action_tokens: Item | None = None,
-    form: checkpoints.InputForm | None = None,
+    declared: checkpoints.Declaration | None = None,
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
     `before` is the checkpoint's codec and `owner` whose files give it, `tokenizer` where the tokenizer comes
     from, `own_chunk` the steps of a chunk in the checkpoint's files, `answers` whether the policy answers
-    with tokens; `action_tokens` is the item of those, and `form` that of a checkpoint without a codec.
+    with tokens; `action_tokens` is the item of those, and `declared` what the checkpoint's files say; None
+    without a checkpoint.
     """
+    form = declared.form if declared is not None else None
     episodes = sum(len(ids) for ids in data.training)
     text = f"fitted to {episodes} training episodes"
     if recipe.data.statistics == "file":
@@ -318,9 +332,9 @@ def codec_items(
     size = codec.config.image_size
     padded = ", padded to squares (letter box)" if codec.config.letter_box else ""
     framed = f"{size}x{size}, framed as {codec.config.framing}{padded}"
-    yield _frames(recipe, data.cards, before, pairs, framed)
-    yield from _columns(recipe, data.cards, before)
-    yield from _conversions(recipe, data.cards, before)
+    learned = readings.learned_by(declared, before)
+    yield readings.frames(recipe, data.cards, learned, before, pairs, framed)
+    yield from readings.items(recipe, data.cards, learned, before)
     if codec.config.prompt is not None:
         prompt = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
@@ -344,59 +358,6 @@ def codec_items(
 def tokenizer_of(owner: str) -> str:
     """Return whose tokenizer a codec has that is the `owner`'s; see `LoadReport.owner`."""
     return "the checkpoint's" if owner == "the checkpoint" else f"that of {owner}"
-
-
-def _frames(
-    recipe: Recipe, cards: Sequence[Card], before: Codec | None, pairs: Mapping[str, str], value: str
-) -> Item:
-    """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise.
-
-    `before` is the checkpoint's codec, `pairs` its cameras and those of the cards that take their place.
-    """
-    sides = {"dataset": frames_of(cards)}
-    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
-    stated = learned(path, before.embodiment.name if before is not None else "") if path is not None else ""
-    if not stated and BETWEEN in sides["dataset"]:  # of several cards that differ
-        chosen = framing.CHOSEN_BY if recipe.adapt.frames else ""
-        return Item("frames", sides, value, "same").differing(framing.FIX_CARDS, framing.CHOSEN_BY, chosen)
-    if path is None:
-        return Item("frames", sides, value, "same")
-    if not stated:
-        return Item("frames", sides, value, "assumed", "the checkpoint does not say how its frames were read")
-    sides["checkpoint"] = stated
-    names = recorded_cameras(path)
-    if before is not None and names and not {slot for slot in pairs if slot} <= set(names):
-        own = dict(zip(before.config.cameras, names, strict=False))  # openpi has slots of its own names
-        pairs = {own[slot]: source for slot, source in pairs.items() if own.get(slot)}
-    other = differing(cards, stated, pairs)
-    if not other:
-        return Item("frames", sides, value, "same")
-    if recipe.adapt.frames:
-        return Item("frames", sides, value, "chosen", "adapt.frames")
-    fix = (
-        f"does the policy see {' and '.join(other)} as before? If the two datasets store it differently: "
-        "[adapt] frames = true; else correct `rotate`, `flip` and `channels` in the card"
-    )
-    return Item("frames", sides, "", "conflict", fix=fix, accept=("--adapt.frames true",))
-
-
-def _columns(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Iterator[Item]:
-    """Yield from which columns states and actions are read, and those that the checkpoint learned from."""
-    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
-    robot = before.embodiment if before is not None else None
-    may_differ = recipe.adapt.robot and recipe.fits_statistics
-    yield from column_order.items(cards, path, robot, robot.name if robot else "", may_differ=may_differ)
-
-
-def _conversions(recipe: Recipe, cards: Sequence[Card], before: Codec | None) -> Iterator[Item]:
-    """Yield how states and actions are computed from the files, and how those of the checkpoint were."""
-    path = checkpoints.place(recipe.policy.checkpoint).path if recipe.policy.checkpoint else None
-    chosen = "adapt.robot" if recipe.adapt.robot and recipe.fits_statistics else ""
-    if recipe.adapt.conversion:
-        chosen = conversions.CHOSEN_BY
-    yield from conversions.items(
-        cards, path, before.embodiment.name if before is not None else "", chosen_by=chosen
-    )
 
 
 def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:

@@ -59,4 +59,5 @@ def load_untrained(
         ),
         seeds=checkpoints.read_lineage(path).seeds,
         embodiment=embodiment,
+        agreement=initial.agreement,
     )

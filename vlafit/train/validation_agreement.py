@@ -14,6 +14,7 @@ from vlafit.codec import CodecSet
 from vlafit.datasets import Card, column_order, conversions, framing, value_faults
 from vlafit.datasets.card_texts import of_cards
 from vlafit.recipe import AdaptRecipe, Recipe
+from vlafit.train import readings
 from vlafit.train.data import Data, ValidationSets
 
 PART = "validation/"
@@ -108,11 +109,7 @@ def _frames(cards: Sequence[Card], trained: Sequence[Card], adapt: AdaptRecipe) 
     stated = framing.frames_of(trained)
     is_same = all(framing.is_same(framing.frames(card), stated) for card in cards)
     made = Item("frames", _sides(cards, trained, framing.frames), framing.frames_of(cards), "same")
-    return (
-        made
-        if is_same
-        else made.differing(framing.FIX_CARDS, framing.CHOSEN_BY, framing.CHOSEN_BY if adapt.frames else "")
-    )
+    return made if is_same else readings.of_frames(adapt).to(made, framing.FIX_CARDS)
 
 
 def _columns(cards: Sequence[Card], trained: Sequence[Card]) -> Iterator[Item]:
@@ -133,15 +130,7 @@ def _conversions(cards: Sequence[Card], trained: Sequence[Card], adapt: AdaptRec
         text_of = partial(conversions.conversion, name=name)
         made = Item(f"{name} conversion", _sides(cards, trained, text_of), of_cards(cards, text_of), "same")
         is_same = {*map(text_of, cards)} <= {*map(text_of, trained)}
-        yield (
-            made
-            if is_same
-            else made.differing(
-                conversions.FIX_CARDS,
-                conversions.CHOSEN_BY,
-                conversions.CHOSEN_BY if adapt.conversion else "",
-            )
-        )
+        yield made if is_same else readings.of_conversions(adapt).to(made, conversions.FIX_CARDS)
 
 
 def _sides(cards: Sequence[Card], trained: Sequence[Card], text_of: Callable[[Card], str]) -> dict[str, str]:

@@ -42,7 +42,15 @@ IN_SIMULATION = (
     "shard",
     "env_python",
 )
-ON_DATA = ("episodes", "samples", "draws", "outside", "confirm_cameras")
+ON_DATA = (
+    "episodes",
+    "samples",
+    "draws",
+    "outside",
+    "confirm_cameras",
+    "confirm_frames",
+    "confirm_conversion",
+)
 INCOMPLETE = 3  # exit status
 
 
@@ -164,6 +172,16 @@ def _add_data(parser: Parser) -> None:
         metavar="NAME",
         nargs="+",
         help="with --data: cameras whose key in the card has another camera's name, and is right",
+    )
+    parser.add_argument(
+        "--confirm-frames",
+        action="store_true",
+        help="with --data: the card turns or flips frames otherwise than the policy's did, and is right",
+    )
+    parser.add_argument(
+        "--confirm-conversion",
+        action="store_true",
+        help="with --data: another scale, offset or action_shift than the policy's card has, and it is right",
     )
 
 

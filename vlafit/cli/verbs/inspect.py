@@ -271,6 +271,7 @@ def _agree(loaded: "Loaded", recipe: "Recipe", declared: "Declaration", options:
             loaded.policy.needs(),
             loaded.report.chunk,
             loaded.report.owner,
+            declared,
         )
     else:
         open_dataset(card)  # so that files that are not what the card says are named first

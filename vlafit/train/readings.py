@@ -1,0 +1,59 @@
+"""Compare how cards read files, frame by frame and value by value, with what a checkpoint learned from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from vlafit import checkpoints
+from vlafit.agreement import Consent, Item, Learned
+from vlafit.codec import Codec
+from vlafit.datasets import Card, column_order, conversions, framing
+from vlafit.recipe import AdaptRecipe, Recipe
+
+
+def learned_by(declared: checkpoints.Declaration | None, before: Codec | None) -> Learned | None:
+    """Return what a checkpoint says of the data of one embodiment; None without a checkpoint.
+
+    `declared` is what its files say, `before` its codec of that embodiment.
+    """
+    if declared is None:
+        return None
+    return Learned.of(declared.agreement, before.embodiment.name if before is not None else "")
+
+
+def frames(
+    recipe: Recipe,
+    cards: Sequence[Card],
+    learned: Learned | None,
+    before: Codec | None,
+    sources: Mapping[str, str],
+    value: str,
+) -> Item:
+    """Return the item of the frames: a conflict where the checkpoint's were turned or flipped otherwise.
+
+    `before` is the checkpoint's codec, `sources` its cameras and those of the cards that take their place.
+    """
+    slots = before.config.cameras if before is not None else ()
+    return framing.item(cards, learned, sources, slots, value, of_frames(recipe.adapt))
+
+
+def items(
+    recipe: Recipe, cards: Sequence[Card], learned: Learned | None, before: Codec | None
+) -> Iterator[Item]:
+    """Yield from which columns states and actions are read, and how they are computed from the files.
+
+    Beside them stand those that the checkpoint learned from, whose codec is `before`.
+    """
+    is_other_robot = recipe.adapt.robot and recipe.fits_statistics
+    robot = before.embodiment if before is not None else None
+    yield from column_order.items(cards, learned, robot, may_differ=is_other_robot)
+    consent = of_conversions(recipe.adapt)
+    yield from conversions.items(cards, learned, consent, is_other_robot=is_other_robot)
+
+
+def of_frames(adapt: AdaptRecipe) -> Consent:
+    """Return the recipe's consent to frames that are read otherwise."""
+    return Consent.of_recipe(framing.CONSENT, adapt.frames)
+
+
+def of_conversions(adapt: AdaptRecipe) -> Consent:
+    """Return the recipe's consent to values that are computed from the files otherwise."""
+    return Consent.of_recipe(conversions.CONSENT, adapt.conversion)
