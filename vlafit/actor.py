@@ -118,6 +118,11 @@ class PolicyActor:
         return Learned.of(self._agreement, self.embodiment.name)
 
     @property
+    def relative(self) -> tuple[bool, ...]:
+        """For each action dimension, whether it was learned relative to the state; empty: none."""
+        return tuple(self.codec.config.relative)
+
+    @property
     def chunk(self) -> int:
         """Control steps of a chunk."""
         return self.codecs.chunk

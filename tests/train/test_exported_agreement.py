@@ -228,6 +228,29 @@ def test_an_export_of_a_checkpoint_that_is_older_than_agreements_says_so(
     assert item["status"] == "assumed" and "older than agreements" in item["reason"]
 
 
+def test_openpis_folder_has_its_relative_actions_from_the_agreement_unless_they_are_given(
+    trained: Mapping[str, Path], tmp_path: Path
+):
+    loaded = checkpoints.load(trained["pi0"])
+    assert loaded.codec is not None
+    mask, words = (True, False), trained["pi0"] / "tokenizer"
+    codec = loaded.codec.with_changes(config=replace(loaded.codec.config, relative=mask))
+    openpi_export.write(tmp_path, loaded.policy, codec)
+
+    def relative(**given: Any) -> tuple[tuple[bool, ...], str]:
+        made = checkpoints.load(tmp_path, config=GIVEN | given, tokenizer=words)
+        assert made.codec is not None
+        return made.codec.config.relative, made.report.text()
+
+    found, said = relative()
+    assert not any(found) and "do not tell whether actions are relative" in said
+    beside.write(tmp_path, replace(read(trained["pi0"]), relative=mask), codec.embodiment)  # type: ignore[type-var]
+    found, said = relative()
+    assert found == mask and "as agreement.json says: relative in dimensions 0" in said
+    assert "do not tell" not in said
+    assert relative(**{"codec.relative": [False, True]})[0] == (False, True)
+
+
 def test_the_file_beside_a_checkpoint_is_parsed_once_while_it_loads(
     exported: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ):

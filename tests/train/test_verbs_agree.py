@@ -5,7 +5,7 @@ neither a sign nor an offset is an extreme value: only what the card says tells 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +120,10 @@ ITEMS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
         ((FRONT, BACK), (BACK, FRONT)),
         ("camera front reads obs/back", "camera back reads obs/front"),
     ),
+    "relative actions": (
+        (("relative = []", "relative = [true, false]"),),
+        ("relative", "relative in dimensions 0", "absolute"),
+    ),
     "a unit": ((('unit = "rad"', 'unit = "deg"'),), ("unit", "deg", "rad")),
     "names in another order": (((LABELS, 'labels = ["b", "a"]'),), ("a, b", "b, a")),
     "other names": (((LABELS, 'labels = ["a", "c"]'),), ("b", "c")),
@@ -157,7 +161,7 @@ def other_card(item: str, late: Path) -> Path:
     return edited(late, name, *ITEMS[item][0])
 
 
-def require_said(item: str, said: str, options: tuple[str, str]) -> None:
+def require_said(item: str, said: str, options: Sequence[str]) -> None:
     """The error names both sides and, for what only cards tell, the option that accepts it."""
     facts = ITEMS[item][1]
     assert [fact for fact in facts if fact not in said] == []
@@ -168,7 +172,7 @@ def require_said(item: str, said: str, options: tuple[str, str]) -> None:
 
 SOME = variants(ITEMS, ["a shift", "turned frames", "exchanged cameras", "a unit", "names in another order"])
 IN_RECIPE = ("--adapt.conversion true", "--adapt.frames true")
-BY_OPTION = ("--confirm-conversion", "--confirm-frames")
+BY_OPTION = ("--confirm-conversion", "--confirm-frames", "--confirm-relative")
 
 
 @pytest.mark.parametrize("item", ITEMS)
@@ -197,8 +201,8 @@ SHORT = ("--samples", "1", "--draws", "2")
 @pytest.mark.case(
     section="data",
     report="an evaluation on recordings shows large errors, or small ones for a policy that fails",
-    user_has="`vlafit eval CHECKPOINT --data CARD` with a card that turns a sign, adds an offset, shifts "
-    "actions, or turns, mirrors or recolours frames, and a checkpoint whose card does not",
+    user_has="`eval --data` with a card that turns a sign, adds an offset, shifts actions, or turns, mirrors "
+    "or recolours frames, and a checkpoint whose card does not",
     now="refused with both sides; `--confirm-conversion` or `--confirm-frames` accepts it, and a row says so",
 )
 @pytest.mark.parametrize("item", ITEMS)
@@ -208,6 +212,7 @@ def test_an_evaluation_on_recordings_refuses_it(
     out = tmp_path / "out"
     said = refused("eval", learned, "--data", other_card(item, late), "--out", out, *SHORT)
     require_said(item, said, BY_OPTION)
+    assert ("--confirm-relative" in said) == (item == "relative actions")
     assert not out.exists()
 
 
@@ -238,7 +243,7 @@ def test_an_evaluation_by_a_recipe_refuses_what_neither_its_card_nor_the_checkpo
     require_said(item, said, BY_OPTION)
 
 
-@pytest.mark.parametrize(("item", "option"), [("a shift", 0), ("turned frames", 1)])
+@pytest.mark.parametrize(("item", "option"), [("a shift", 0), ("turned frames", 1), ("relative actions", 2)])
 def test_an_evaluation_is_on_what_was_confirmed_and_says_so(
     item: str, option: int, late: Path, learned: Path, address: str, tmp_path: Path
 ):
@@ -246,10 +251,10 @@ def test_an_evaluation_is_on_what_was_confirmed_and_says_so(
     for number, who in enumerate(([str(learned)], ["--actor", address])):
         out = tmp_path / str(number)
         words = ["eval", *who, "--data", other, "--out", str(out), *SHORT]
-        assert cli.main([*words, BY_OPTION[1 - option]]) == 2, "the other option"
+        assert cli.main([*words, BY_OPTION[option - 1]]) == 2, "another option"
         assert cli.main([*words, BY_OPTION[option]]) == 0
         rows = {row["name"]: row for row in json.loads((out / "result.json").read_text())["agreement"]}
-        row = rows[ITEMS[item][1][0]]
+        row = rows["relative actions" if option == 2 else ITEMS[item][1][0]]
         assert (row["status"], row["reason"]) == ("chosen", BY_OPTION[option])
         assert set(row["sides"]) == {"dataset", "checkpoint"}
 

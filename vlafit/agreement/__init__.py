@@ -7,7 +7,7 @@ recipe's `[adapt]` section chooses a side. Nothing here reads files or changes a
 
 from vlafit.agreement.camera_map import propose
 from vlafit.agreement.cameras import shared_slots
-from vlafit.agreement.compare import EVALUATION, agree, protocol_items, same_actions
+from vlafit.agreement.compare import EVALUATION, agree, describe_mask, protocol_items, same_actions
 from vlafit.agreement.consent import Consent
 from vlafit.agreement.evaluation import (
     INVALID,
@@ -36,6 +36,7 @@ __all__ = [
     "agree",
     "chosen",
     "describe_form",
+    "describe_mask",
     "describe_recorded",
     "evaluation_items",
     "invalid_items",

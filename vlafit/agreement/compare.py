@@ -185,7 +185,9 @@ def _relative(
             return here, Item(name, sides, "", "conflict", fix=fix)
         there = checkpoint.relative if there is None and checkpoint else there
     sides = {
-        role: _mask(mask) for role, mask in (("dataset", here), ("checkpoint", there)) if mask is not None
+        role: describe_mask(mask)
+        for role, mask in (("dataset", here), ("checkpoint", there))
+        if mask is not None
     }
     if there is None:
         if adapt.actions:
@@ -195,14 +197,14 @@ def _relative(
                 "whether actions are relative; remove it"
             )
         if checkpoint is None:
-            return here, Item(name, sides, _mask(here), "same", "no checkpoint")
-        return here, Item(name, sides, _mask(here), "assumed", "the checkpoint does not say")
+            return here, Item(name, sides, describe_mask(here), "same", "no checkpoint")
+        return here, Item(name, sides, describe_mask(here), "assumed", "the checkpoint does not say")
     if same_actions(here, there):
-        return here, Item(name, sides, _mask(here), "same")
+        return here, Item(name, sides, describe_mask(here), "same")
     if adapt.actions == "checkpoint" and len(there or here) == len(here or there):
-        return there, Item(name, sides, _mask(there), "chosen", 'adapt.actions = "checkpoint"')
+        return there, Item(name, sides, describe_mask(there), "chosen", 'adapt.actions = "checkpoint"')
     if adapt.actions == "data" and fresh:
-        return here, Item(name, sides, _mask(here), "chosen", 'adapt.actions = "data"')
+        return here, Item(name, sides, describe_mask(here), "chosen", 'adapt.actions = "data"')
     fix = (
         '[adapt] actions = "checkpoint" keeps the meaning that the weights have learned; actions = "data" '
         'with data.statistics = "data" teaches them the card\'s'
@@ -216,9 +218,9 @@ def _relative(
 
 def _relative_inside(here: tuple[bool, ...], there: str, adapt: AdaptRecipe, fresh: bool) -> Item:
     """Return the item of a policy that makes actions relative itself, which vlafit's does not."""
-    sides = {"dataset": _mask(here), "checkpoint": there}
+    sides = {"dataset": describe_mask(here), "checkpoint": there}
     if adapt.robot and fresh and adapt.actions != "checkpoint":
-        return Item("relative actions", sides, _mask(here), "chosen", "adapt.robot")
+        return Item("relative actions", sides, describe_mask(here), "chosen", "adapt.robot")
     fix = UNREPEATED
     if adapt.actions == "checkpoint":
         fix = f'not with [adapt] actions = "checkpoint": {fix}'
@@ -244,7 +246,8 @@ def same_actions(one: tuple[bool, ...], other: tuple[bool, ...]) -> bool:
     return one == other or not (any(one) or any(other))
 
 
-def _mask(mask: tuple[bool, ...]) -> str:
+def describe_mask(mask: tuple[bool, ...]) -> str:
+    """Return which actions are relative: "absolute", "all relative", or their dimensions."""
     if not any(mask):
         return "absolute"
     if all(mask):

@@ -19,13 +19,13 @@ class Consent:
 
     @classmethod
     def of_recipe(cls, key: str, given: bool) -> "Consent":
-        """Return the consent by a key of the recipe's `[adapt]` that is true or false."""
-        return cls(f"[adapt] {key} = true", f"--adapt.{key} true", f"adapt.{key}", given)
+        """Return the consent by a key of the recipe, such as `adapt.frames`, that is true or false."""
+        section, _, name = key.partition(".")
+        return cls(f"[{section}] {name} = true", f"--{key} true", key, given)
 
     @classmethod
-    def of_option(cls, name: str, given: bool) -> "Consent":
-        """Return the consent by the option `--confirm-NAME` of a command."""
-        option = f"--confirm-{name}"
+    def of_option(cls, option: str, given: bool) -> "Consent":
+        """Return the consent by an option of a command."""
         return cls(option, option, option, given)
 
     def to(self, item: Item, fix: str) -> Item:

@@ -88,6 +88,8 @@ class LoadOptions:
     """The folder of the adapters that are put on this checkpoint; a format may read files beside them."""
     trust: Sequence[str] = ()
     """Packages from which the module of a checkpoint's policy family may be imported."""
+    relative: tuple[bool, ...] | None = None
+    """Which actions the agreement.json beside the weights calls relative; None: there is none."""
 
     def __post_init__(self) -> None:
         if isinstance(self.trust, str):

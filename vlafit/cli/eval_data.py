@@ -54,7 +54,10 @@ def evaluate_on_data(options: Namespace, name: Path, load: Callable[[], "Actor"]
     elif is_local:
         adapt = adaptations(name, actor.embodiment.name)
     confirmed = Confirmed(
-        tuple(options.confirm_cameras or ()), options.confirm_frames, options.confirm_conversion
+        tuple(options.confirm_cameras or ()),
+        options.confirm_frames,
+        options.confirm_conversion,
+        options.confirm_relative,
     )
     items += compare_readings(actor, store, str(name), adapt, confirmed)
     if is_local:

@@ -121,11 +121,6 @@ class RobotCard:
     renderer: str = ""
     """Source of the pixels: camera, ray, egl or osmesa; empty if unknown."""
 
-    @property
-    def learned(self) -> tuple[tuple[bool, ...], ColumnForm, ColumnForm]:
-        """What is learned of states and actions; one policy learns the same of all cards of a robot."""
-        return tuple(self.relative), self.state.form, self.action.form
-
 
 @dataclass(frozen=True)
 class InstructionCard:

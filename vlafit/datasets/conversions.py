@@ -10,8 +10,6 @@ from vlafit.datasets.card import Card
 from vlafit.datasets.card_texts import BETWEEN, of_cards, of_each
 
 COLUMNS = ("state", "action")
-CONSENT = "conversion"
-"""Name of the consent to other conversions."""
 FIX = (
     "files of the checkpoint's dataset need the checkpoint's `scale`, `offset` and `action_shift`: correct "
     "the card. If these files are written otherwise, so that the robot's values are the same: {consent}"

@@ -10,8 +10,6 @@ from vlafit.datasets.card_texts import BETWEEN, of_each
 
 NOT_STATED = "not stated"
 AS_STORED = "as stored"
-CONSENT = "frames"
-"""Name of the consent to frames that are read otherwise."""
 FIX = (
     "does the policy see {cameras} as before? If the two datasets store it differently: {consent}; else "
     "correct `rotate`, `flip` and `channels` in the card"

@@ -12,10 +12,12 @@ from vlafit.agreement import (
     Consent,
     Item,
     Learned,
+    describe_mask,
     describe_recorded,
     evaluation_items,
     invalid_items,
     recorded_otherwise,
+    same_actions,
 )
 from vlafit.codec import Codec
 from vlafit.datasets import EpisodeStore, column_order, conversions, framing, value_faults
@@ -26,6 +28,10 @@ from vlafit.requests import expected_of
 from vlafit.types import Actor, Embodiment, require_same
 
 UNADAPTED = AdaptRecipe()
+FIX_RELATIVE = (
+    "one of the two is wrong, or the card is for a fine-tune that changes them: correct `relative` in the "
+    "card, or evaluate the actions as the policy makes them: {consent}"
+)
 
 
 @runtime_checkable
@@ -48,6 +54,11 @@ class OfData(Protocol):
         """What it says of the data that it learned from."""
         ...
 
+    @property
+    def relative(self) -> tuple[bool, ...] | None:
+        """For each action dimension, whether it was learned relative to the state; None: not known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Confirmed:
@@ -59,6 +70,8 @@ class Confirmed:
     """Whether frames may be turned or flipped otherwise than those that the policy learned from."""
     conversion: bool = False
     """Whether values may be computed from the files otherwise than those that the policy learned from."""
+    relative: bool = False
+    """Whether the card may make other actions relative to the state than the policy learned so."""
 
 
 def require_robot(actor: Actor, store: EpisodeStore) -> str:
@@ -136,12 +149,12 @@ def compare_readings(
     robot = actor.embodiment if isinstance(actor, OfRobot) else None
     slots = expected_of(actor, store.embodiment).seen
     sources = {name: name for name in slots}
-    frames, values = (
-        Consent.of_option(name, given)
-        for name, given in ((framing.CONSENT, confirmed.frames), (conversions.CONSENT, confirmed.conversion))
-    )
+    frames = Consent.of_option("--confirm-frames", confirmed.frames)
+    values = Consent.of_option("--confirm-conversion", confirmed.conversion)
+    mask = actor.relative if isinstance(actor, OfData) else None
     items = (
         *_cameras(store, learned, adapt, confirmed.cameras),
+        _relative(store, mask, Consent.of_option("--confirm-relative", confirmed.relative)),
         *column_order.items([store.card], learned, robot, fix=column_order.FIX_HERE),
         framing.item([store.card], learned, sources, slots, framing.frames(store.card), frames),
         *conversions.items([store.card], learned, values),
@@ -174,6 +187,20 @@ def _cameras(
         item = Item(f"camera {camera}", {"dataset": text}, "as it is", "chosen", reasons.get(camera, ""))
         consent = Consent(option, option, item.reason, camera in reasons)
         yield consent.to(item, "correct the card; if it is right, add {consent}")
+
+
+def _relative(store: EpisodeStore, mask: tuple[bool, ...] | None, consent: Consent) -> Item:
+    """Return which actions the card makes relative to the state, and which ones the policy learned so.
+
+    What the policy answers is made absolute by its own mask, whatever the card says.
+    """
+    own = tuple(store.card.robot.relative)
+    here, name = describe_mask(own), "relative actions"
+    if mask is None:
+        return Item(name, {"dataset": here}, "", "assumed", "the policy does not say")
+    there = describe_mask(mask)
+    item = Item(name, {"dataset": here, "checkpoint": there}, there, "same")
+    return item if same_actions(own, mask) else consent.to(item, FIX_RELATIVE)
 
 
 def adaptations(checkpoint: Path, embodiment: str = "") -> AdaptRecipe:

@@ -77,6 +77,11 @@ class RemoteActor:
         """What the policy says of the data that it learned from."""
         return self._described.learned
 
+    @property
+    def relative(self) -> tuple[bool, ...] | None:
+        """For each action dimension, whether it was learned relative to the state; None: not known."""
+        return self._described.relative
+
     def fingerprint(self) -> str:
         """Return what decides the actions; the same as the served actor's own."""
         return self._described.fingerprint

@@ -18,14 +18,14 @@ def describe(actor: Actor) -> Described:
         )
     guided = isinstance(actor, GuidedActor)
     instructed, fate = True, ""
-    learned = UNSAID
+    learned, relative = UNSAID, None
     chunk, required, normalisation = 0, expected_of(actor, actor.embodiment).seen, {}
     if isinstance(actor, PolicyActor):
         config = actor.codec.config
         chunk = config.answered
         expected = actor.expected
         guided, instructed, fate = expected.guided, expected.instructed, expected.fate_of_invalid
-        learned = actor.learned
+        learned, relative = actor.learned, actor.relative
         normalisation = {"state": config.normalisation, "action": config.of_actions}
     return Described(
         embodiment=actor.embodiment,
@@ -40,5 +40,6 @@ def describe(actor: Actor) -> Described:
         seeds={task: tuple(sorted(seeds)) for task, seeds in actor.seeds.items()},
         normalisation=normalisation,
         learned=learned,
+        relative=relative,
         versions=software(),
     )

@@ -52,6 +52,8 @@ class Described:
     versions: Mapping[str, str] = field(default_factory=dict)
     learned: Learned = SILENT
     """What the policy says of the data that it learned from."""
+    relative: tuple[bool, ...] | None = None
+    """For each action dimension, whether it was learned relative to the state; None: it does not say."""
     max_frame: int = 0
     """Bytes of the largest frame that the server reads; 0: it does not say."""
 
@@ -97,6 +99,7 @@ def greeting(described: Described) -> dict[str, Any]:
         "normalisation": dict(described.normalisation),
         "versions": dict(described.versions),
         "learned": described.learned.to_json(),
+        "relative": None if described.relative is None else list(described.relative),
         "width": described.width,
         "max_frame": described.max_frame,
         "guided": described.guided,
@@ -135,6 +138,7 @@ def read_greeting(frame: Any, url: str) -> Described:
             normalisation=dict(frame["normalisation"]),
             versions=dict(frame["versions"]),
             max_frame=int(frame.get("max_frame", 0)),
+            relative=None if frame.get("relative") is None else tuple(map(bool, frame["relative"])),
             **({"learned": Learned.from_json(frame["learned"])} if "learned" in frame else {}),
         )
     except (KeyError, TypeError, ValueError, AttributeError, VlafitError) as error:

@@ -264,10 +264,10 @@ def _require_one_robot_each(
             require_same(store.embodiment, f"card {card.name!r}", stores[other].embodiment, before)
         except EmbodimentError as error:
             raise EmbodimentError(f"{error}\n{_several(recipe, cards)}") from error
-        if field_name := different(card, cards[other]):
+        if fault := different(card, cards[other], before):
             raise ConfigError(
-                f"card {card.name!r}: {field_name} differs from {before}; one policy cannot "
-                f"learn both as one embodiment. {_several(recipe, cards)}"
+                f"card {card.name!r}: {fault}; one policy cannot learn both as one embodiment. "
+                f"{_several(recipe, cards)}"
             )
 
 
@@ -337,10 +337,9 @@ def _open_set(where: str, recipe: DataRecipe, cards: tuple[str, ...], data: Data
             require_same(store.embodiment, f"card {card.name!r}", robot, "the training data")
         except EmbodimentError as error:
             raise EmbodimentError(f"{where}: {error}") from error
-        if field_name := different(card, part.cards[0]):
+        if fault := different(card, part.cards[0], "the training data"):
             raise ConfigError(
-                f"{where}: card {card.name!r}: {field_name} differs from the training data, so its loss "
-                "would be measured on different actions"
+                f"{where}: card {card.name!r}: {fault}; its loss would be measured on different actions"
             )
         yield store
 

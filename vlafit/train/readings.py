@@ -51,9 +51,9 @@ def items(
 
 def of_frames(adapt: AdaptRecipe) -> Consent:
     """Return the recipe's consent to frames that are read otherwise."""
-    return Consent.of_recipe(framing.CONSENT, adapt.frames)
+    return Consent.of_recipe("adapt.frames", adapt.frames)
 
 
 def of_conversions(adapt: AdaptRecipe) -> Consent:
     """Return the recipe's consent to values that are computed from the files otherwise."""
-    return Consent.of_recipe(conversions.CONSENT, adapt.conversion)
+    return Consent.of_recipe("adapt.conversion", adapt.conversion)

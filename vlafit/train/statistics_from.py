@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from vlafit.agreement import describe_form, describe_mask, describe_recorded, same_actions
 from vlafit.datasets import Card, EpisodeStore, open_dataset
 from vlafit.datasets.recorded_forms import require_forms
 from vlafit.errors import ConfigError, DataError
@@ -10,11 +11,24 @@ from vlafit.recipe import DataRecipe
 REMEDY = "name a dataset of the same robot, or leave data.statistics_from out"
 
 
-def different(card: Card, other: Card) -> str:
-    """Return what two cards of a robot let a policy learn differently of states or actions; "": nothing."""
-    names = ("robot.relative", "what is learned of robot.state", "what is learned of robot.action")
-    pairs = zip(names, card.robot.learned, other.robot.learned, strict=True)
-    return next((name for name, one, two in pairs if one != two), "")
+def different(card: Card, other: Card, other_is: str) -> str:
+    """Return what two cards of a robot let a policy learn differently of states or actions; "": nothing.
+
+    `other_is` names the other one: "robot.relative differs from card 'a': absolute, there all relative".
+    """
+    here, there = card.robot, other.robot
+    if not same_actions(tuple(here.relative), tuple(there.relative)):
+        mine, its = (describe_mask(tuple(robot.relative)) for robot in (here, there))
+        return f"robot.relative differs from {other_is}: {mine}, there {its}"
+    for name, one, two in (
+        ("state", here.state.form, there.state.form),
+        ("action", here.action.form, there.action.form),
+    ):
+        if one != two:
+            said = [(text_of(one), text_of(two)) for text_of in (describe_form, describe_recorded)]
+            values = next((f": {a or 'none'}, there {b or 'none'}" for a, b in said if a != b), "")
+            return f"what is learned of robot.{name} differs from {other_is}{values}"
+    return ""
 
 
 def describing(
@@ -45,8 +59,8 @@ def describing(
                 f"{where}: its {what} is {its!r}, and that of {card.name!r} is {own!r}, so its statistics "
                 f"are of other numbers; {REMEDY}"
             )
-    if what := different(store.card, card):
-        raise ConfigError(f"{where}: {what} differs from card {card.name!r}; {REMEDY}")
+    if fault := different(store.card, card, f"card {card.name!r}"):
+        raise ConfigError(f"{where}: {fault}; {REMEDY}")
     require_forms(store, [episode.id for episode in store.episodes])
     return store
 

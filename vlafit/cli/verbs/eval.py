@@ -50,6 +50,7 @@ ON_DATA = (
     "confirm_cameras",
     "confirm_frames",
     "confirm_conversion",
+    "confirm_relative",
 )
 INCOMPLETE = 3  # exit status
 
@@ -182,6 +183,11 @@ def _add_data(parser: Parser) -> None:
         "--confirm-conversion",
         action="store_true",
         help="with --data: another scale, offset or action_shift than the policy's card has, and it is right",
+    )
+    parser.add_argument(
+        "--confirm-relative",
+        action="store_true",
+        help="with --data: the card makes other actions relative than the policy learned; the policy's hold",
     )
 
 

@@ -169,7 +169,8 @@ def codec_of_statistics(opened: OpenedCheckpoint, policy: Policy, options: LoadO
             "give assets, too"
         )
     chosen = options.config.table("codec")
-    codec, notes = norm_stats.make_codec(asset, policy.needs(), words, chosen)
+    stated = options.relative if asset[0] in assets else None  # of the statistics beside it
+    codec, notes = norm_stats.make_codec(asset, policy.needs(), words, chosen, stated)
     require_vocabulary(codec, policy, opened.path)
     return ChosenCodec(codec, notes=notes)
 

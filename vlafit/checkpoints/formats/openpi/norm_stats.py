@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlafit import config as configuration
+from vlafit.agreement import describe_mask
 from vlafit.checkpoints import hub
 from vlafit.checkpoints.codecs import GIVE_ASSETS
 from vlafit.checkpoints.tensor_files import read_json_object
@@ -94,11 +95,16 @@ def read(path: Path) -> dict[str, Statistics]:
 
 
 def make_codec(
-    asset: tuple[str, Path], needs: Needs, tokenizer: Tokenizer, options: Mapping[str, object]
+    asset: tuple[str, Path],
+    needs: Needs,
+    tokenizer: Tokenizer,
+    options: Mapping[str, object],
+    stated: tuple[bool, ...] | None = None,
 ) -> tuple[Codec, tuple[str, ...]]:
     """Return the codec of an asset's statistics for a policy that needs `needs`, and notes for the report.
 
-    `options` has the fields of `CodecOptions`. Raises CodecError for statistics that are not openpi's.
+    `options` has the fields of `CodecOptions`; `stated` says which actions are relative where they do not.
+    Raises CodecError for statistics that are not openpi's.
     """
     robot_name, path = asset
     chosen = configuration.build(CodecOptions, options, f"{path}: config: codec")
@@ -115,6 +121,7 @@ def make_codec(
                 f" {{'codec.{name}_dims': ...}} says otherwise"
             )
         statistics[name] = _cut(statistics[name], kept)
+    relative = chosen.relative if "relative" in options or stated is None else stated
     size, tokens = needs.image_size, needs.answers
     if chosen.action_tokenizer and tokens is None:
         raise WeightsError(
@@ -141,15 +148,17 @@ def make_codec(
         action_dim=needs.action_dim,
         chunk=needs.chunk,
         normalisation=chosen.normalisation or needs.normalisation,
-        relative=chosen.relative,
+        relative=relative,
         prompt=needs.prompt,
         max_tokens=needs.max_tokens,
         action_tokens=writing,
     )
-    if not chosen.relative:
+    if "relative" not in options and stated is not None:
+        notes.append(f"relative actions, as agreement.json says: {describe_mask(stated)}")
+    elif not chosen.relative:
         notes.append(
-            "openpi's files do not tell whether actions are relative to the state; they count as absolute,"
-            " unless config {'codec.relative': [...]} says otherwise"
+            "openpi's files do not tell whether actions are relative to the state; a run takes its card's "
+            "word, else they count as absolute, unless config {'codec.relative': [...]} says otherwise"
         )
     return Codec(config, robot, statistics, tokenizer, action_tokenizer=actions), tuple(notes)
 
