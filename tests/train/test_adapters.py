@@ -16,7 +16,6 @@ from tests.train.test_interruptions import Interrupted, Until, crash
 from tests.train.world import assert_same, losses, tiny
 from tests.variants import variants
 from vlafit import checkpoints, report
-from vlafit.errors import StrategyError
 from vlafit.recipe import PolicyRecipe, Recipe
 from vlafit.train import Callbacks, run
 from vlafit.train.experiment import Experiment
@@ -195,12 +194,6 @@ def test_the_ranks_of_adalora_fall_by_the_time_where_that_ends_the_run(
     policy = checkpoints.load_policy(tmp_path / "run" / "checkpoints" / f"step_{summary.steps:06d}")
     left = [int((p != 0).sum()) for n, p in policy.named_parameters() if ".lora_E." in n]
     assert sum(left) == 2 * len(left)  # of the average, which is exported
-
-
-def test_a_quantised_policy_is_not_sharded_and_says_so(base: Path, card: Path, tmp_path: Path):
-    with pytest.raises(StrategyError, match="quantised weights cannot be sharded"):
-        run(recipe_on(base, card, "qlora", train={"sharding": "full"}), tmp_path / "run")
-    assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
 @pytest.mark.slow

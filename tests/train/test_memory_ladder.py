@@ -20,7 +20,7 @@ from vlafit.train import piecewise_adamw, run
 from vlafit.train.adam8bit import BLOCK, SIGNED, MomentsIn8Bits, States, state_bytes, table
 from vlafit.train.data import open_data
 from vlafit.train.fit import close, fit, workload_of
-from vlafit.train.forecast import Workload, forecast, full_batch
+from vlafit.train.forecast import QUANTISED_BITS, Workload, forecast, full_batch
 from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.memory_ladder import (
@@ -287,6 +287,21 @@ def test_bf16_weights_take_half_and_steps_in_the_backward_pass_keep_no_gradients
     assert freed.step < narrow.step + max(workspace(p.numel()) for p in bare.values())
     averaged = forecast(policy, strategy, replace(whole, trained="bf16", ema=True))
     assert averaged.average == wide.gradients
+
+
+def test_quantised_weights_are_whole_where_the_others_are_sharded() -> None:
+    policy = build_family("pi0", "pi0-small", {"vision.depth": 1, "language.depth": 2}, device="meta")
+    strategy, plain = load_strategy("qlora"), Workload(1)
+    one = forecast(policy, strategy, plain)
+    four = forecast(policy, strategy, replace(plain, shards=4, shards_weights=True))
+    bare = dict(policy.named_parameters())
+    rounded = preview(policy, strategy).quantised
+    whole = sum(
+        round(bare[f"{layer}.weight"].numel() * QUANTISED_BITS[how] / 8) for layer, how in rounded.items()
+    )
+    assert 0 < whole < one.weights
+    assert four.weights == whole + (one.weights - whole) // 4
+    assert (four.gradients, four.optimiser) == (one.gradients // 4, one.optimiser // 4)
 
 
 def test_the_ladder_begins_with_the_fastest_and_ends_with_what_changes_how_a_run_learns() -> None:

@@ -88,6 +88,8 @@ HOW = {  # what each recipe of the tests changes
     "dora-sharded": {"strategy": "dora", "train": {"sharding": "full"}},
     "nf4": {"strategy": "qlora"},
     "int8": {"strategy": "int8.toml"},
+    "nf4-sharded": {"strategy": "qlora", "train": {"sharding": "full"}},
+    "int8-sharded": {"strategy": "int8.toml", "train": {"sharding": "gradients"}},
 }
 
 

@@ -2,9 +2,10 @@
 
 DDP gives each process a copy; `full` shards weights, gradients and optimiser states with torch's
 `fully_shard`, and `gradients` does the same but keeps the weights gathered from the forward to the backward
-pass; with `train.replicas`, each of several copies is sharded over a part of the processes. All run on CPU
-(gloo) and GPU (NCCL) alike, so tests on CPU processes run the same code as eight GPUs. accelerate starts the
-processes; its own FSDP only supports accelerators and is not used.
+pass; with `train.replicas`, each of several copies is sharded over a part of the processes. Quantised weights
+are frozen, small and equal on all processes: each keeps them whole. All run on CPU (gloo) and GPU (NCCL)
+alike, so tests on CPU processes run the same code as eight GPUs. accelerate starts the processes; its own
+FSDP only supports accelerators and is not used.
 """
 
 import sys
@@ -54,7 +55,10 @@ def _shard(policy: Policy, device: torch.device, train: TrainRecipe) -> nn.Modul
     if replicas > 1:
         sizes, names = (replicas, *sizes), ("replicas", *names)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=train.sharding == "full")
+    quantised = {policy.get_parameter(f"{layer}.weight") for layer in quantised_names(policy)}
+    shard = partial(
+        fully_shard, mesh=mesh, reshard_after_forward=train.sharding == "full", ignored_params=quantised
+    )
     # bf16 products read weights so: gathering them in float32 would take twice the traffic and memory.
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block, apart in blocks_to_shard(policy, in_bf16=train.precision == "bf16"):

@@ -8,7 +8,7 @@ leaves room for them. On a CPU that is most of what the resident set has beyond 
 freed blocks, unless MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are small (LOG.md, 2026-11-28).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from vlafit.train.frozen import narrow_names
 from vlafit.train.live_bytes import LiveBytes
 from vlafit.train.piecewise_adamw import workspace
 from vlafit.tuning import Plan, Strategy, enter, preview
+from vlafit.tuning.adapters import Quantise
 from vlafit.tuning.inject import as_new, base_name, compute_adapters_in_bf16, inject, make_groups
 
 QUANTISED_BITS = {"nf4": 4.13, "int8": 8.0}  # with the scales of double quantisation: arXiv 2305.14314
@@ -100,10 +101,11 @@ def forecast(policy: Policy, strategy: Strategy, workload: Workload) -> Forecast
     kernels = MetaKernels(
         bf16=workload.precision == "bf16", cached=workload.recompute == "none", on_cpu=workload.on_cpu
     )
-    bare, static = _prepared(policy, strategy, workload, kernels)
+    bare, static, quantised = _prepared(policy, strategy, workload, kernels)
     kept, peak = _step(bare, workload, kernels)
     if workload.shards > 1:
-        layer = max((sum(_bytes(p) for p in block.parameters()) for block in bare.blocks()), default=0)
+        sharded = ([p for p in block.parameters() if p not in quantised] for block in bare.blocks())
+        layer = max((sum(map(_bytes, some)) for some in sharded), default=0)
         elsewhere = static.gradients * (workload.shards - 1)  # other processes' shares
         peak = max(kept, peak - elsewhere) + 2 * layer  # one block is gathered while the next is fetched
     return replace(static, activations=kept, step=peak)
@@ -116,12 +118,14 @@ def without_step(policy: Policy, strategy: Strategy, workload: Workload) -> Fore
 
 def _prepared(
     policy: Policy, strategy: Strategy, workload: Workload, kernels: MetaKernels
-) -> tuple[Policy, Forecast]:
-    """Return a copy of the policy as it is trained, and a forecast without a step."""
+) -> tuple[Policy, Forecast, Mapping[Tensor, Quantise]]:
+    """Return a copy of the policy as it is trained, a forecast without a step, and what is quantised how."""
     bare = family(family_name(policy)).build(policy.config, "meta").to("meta")  # its buffers, too
     plan = _largest_stage(preview(bare, strategy))
     prepare(bare, plan, workload, kernels)
-    return bare, _static(bare, plan, workload)
+    named = {base_name(name): parameter for name, parameter in bare.named_parameters()}
+    quantised = {named[f"{layer}.weight"]: how for layer, how in plan.quantised.items()}
+    return bare, _static(bare, quantised, workload), quantised
 
 
 def _largest_stage(plan: Plan) -> Plan:
@@ -150,14 +154,16 @@ def _within(kernels: MetaKernels, forward: Callable[..., Any], *args: Any, **kwa
         return forward(*args, **kwargs)
 
 
-def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
-    quantised = {f"{layer}.weight": how for layer, how in plan.quantised.items()}
-    weights = sum(map(_bytes, policy.buffers()))
+def _static(policy: Policy, quantised: Mapping[Tensor, Quantise], workload: Workload) -> Forecast:
+    weights, whole = sum(map(_bytes, policy.buffers())), 0  # quantised weights are never sharded
     gradients, numbers = [0], [0]
     states = 0
-    for name, parameter in policy.named_parameters():
-        how = quantised.get(base_name(name))
-        weights += round(parameter.numel() * QUANTISED_BITS[how] / 8) if how else _bytes(parameter)
+    for parameter in policy.parameters():
+        how = quantised.get(parameter)
+        if how:
+            whole += round(parameter.numel() * QUANTISED_BITS[how] / 8)
+        else:
+            weights += _bytes(parameter)
         if parameter.requires_grad:
             gradients.append(_bytes(parameter))
             states += state_bytes(parameter, workload.states)
@@ -165,7 +171,7 @@ def _static(policy: Policy, plan: Plan, workload: Workload) -> Forecast:
     piecewise = workload.states != "fp32" or workload.trained == "bf16" or workload.in_backward
     shards = workload.shards
     return Forecast(
-        weights=weights // shards if workload.shards_weights else weights,
+        weights=whole + (weights // shards if workload.shards_weights else weights),
         gradients=(max(gradients) if workload.in_backward else sum(gradients)) // shards,
         optimiser=states // shards,
         average=4 * _averaged(policy, workload) if workload.ema else 0,

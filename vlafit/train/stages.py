@@ -77,8 +77,7 @@ def title(plan: Plan) -> str:
 def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None:
     """Raise StrategyError if a stage of the plan's strategy can never begin in such a run.
 
-    `held_out` tells whether there is anything to validate on. AdaLoRA and quantisation with sharded weights
-    are refused, too.
+    `held_out` tells whether there is anything to validate on. AdaLoRA with sharded weights is refused, too.
     """
     stages, steps, every = plan.strategy.stages, train.steps, train.validate_every
     before, before_at = "", 0
@@ -90,8 +89,6 @@ def require_reachable(plan: Plan, train: TrainRecipe, *, held_out: bool) -> None
                 f"{where}: AdaLoRA needs whole gradients, but train.sharding = {train.sharding!r} shards "
                 "them; use train.sharding = 'none', or another adapter"
             )
-        if train.shards and any(r.quantise for r in stage.rules):
-            raise StrategyError(f"{where}: quantised weights cannot be sharded; use train.sharding = 'none'")
         if stage.begin is None:
             before = where
             continue
