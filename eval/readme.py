@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import libero_tables
 from cells import beside, count, link, pooled, read, read_lines, runs_by_seed, table, with_interval
 from few_demonstrations_tables import offline, published, searched, searched_strategies
 from few_demonstrations_tables import strategies as few_demonstrations_strategies
+from libero_full import EVALUATIONS
 from mt50 import mt50
 
 from vlafit.significance import Pairs, paired_interval
@@ -28,13 +30,6 @@ SHIPPED = HERE.parent / "data" / "pretrained" / "metaworld-base"
 QUICKSTARTS = ("quickstart", "quickstart-seeds/quickstart-seed1", "quickstart-seeds/quickstart-seed2")
 COMPARISONS = ("compare", "compare-fresh-expert", "compare-untrained")
 BASELINE = "scratch-pi0"
-LIBERO_EVALUATIONS = ("before", "after", "wrong_instruction")
-LIBERO_COLUMNS = {
-    "before": "before",
-    "after": "after",
-    "wrong_instruction": "another object's instruction (lower is better)",
-    "untrained": "after, from untrained weights",
-}
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -171,33 +166,6 @@ def shipped() -> str:
     )
 
 
-def libero() -> str:
-    """One row for each task of LIBERO that the small policy of `make libero` has learned."""
-    name = "libero-object-small"
-    return _by_task({evaluation: (name, evaluation) for evaluation in LIBERO_EVALUATIONS})
-
-
-def libero_unseen() -> str:
-    """One row for each task of LIBERO that the checkpoint of `make libero` was fine-tuned on."""
-    name = "libero-object-unseen"
-    columns = {evaluation: (name, evaluation) for evaluation in LIBERO_EVALUATIONS}
-    return _by_task({**columns, "untrained": (f"{name}-untrained", "after")})
-
-
-def _by_task(columns: Mapping[str, tuple[str, str]]) -> str:
-    """One row for each task: a column is an evaluation of a published run."""
-    played: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for column, (run, evaluation) in columns.items():
-        for episode in read(RESULTS / run / "report.json")["evaluations"][evaluation]["episodes"]:
-            played.setdefault(episode["task"], {}).setdefault(column, []).append(episode)
-    pooled = {column: [e for of_task in played.values() for e in of_task[column]] for column in columns}
-    rows = [
-        [task.replace("_", " "), *(_solved(of_task[column]) for column in columns)]
-        for task, of_task in [*played.items(), ("**all**", pooled)]
-    ]
-    return table(["task", *(LIBERO_COLUMNS[column] for column in columns)], rows)
-
-
 def libero_expert() -> str:
     """One row for each task of LIBERO that the scripted expert, or chance, has played."""
     counts: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
@@ -261,6 +229,13 @@ def provenance() -> str:
         folder = path.parent
         facts = read(path)["evaluations"]["after"]
         rows.append(_made(str(folder.relative_to(RESULTS)), path, facts, _command(folder)))
+    for name, evaluation in EVALUATIONS.items():
+        path = RESULTS / "libero-full" / name / "result.json"
+        if path.is_file():
+            facts = read(path)
+            facts["versions"] = {**facts["versions"], **facts["software"]}
+            words = ["vlafit", *evaluation.words(facts["trials"])]
+            rows.append(_made(f"libero-full/{name}", path, facts, " ".join(words)))
     for name in COMPARISONS:
         path = RESULTS / name / "compare.json"
         content = read(path)
@@ -294,7 +269,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "shipped": shipped,
     "mt50": lambda: mt50(RESULTS / "metaworld-mt50"),
-    "libero": libero,
+    "libero": lambda: libero_tables.by_task(RESULTS, libero_tables.KNOWN),
+    "libero-unseen": lambda: libero_tables.by_task(RESULTS, libero_tables.UNSEEN),
+    "libero-unseen-arms": lambda: libero_tables.unseen(RESULTS),
+    "libero-full": lambda: libero_tables.full(RESULTS / "libero-full"),
     "libero-expert": libero_expert,
     "latency": latency,
     "provenance": provenance,
