@@ -82,7 +82,8 @@ class PolicyActor:
         self.seeds = seeds or {}
         self._identity = identity
         self._embodiment = embodiment
-        self._agreement = agreement
+        self.agreement = agreement
+        """What the policy agreed on with the data that it learned from; None where it does not say."""
         self._watches: dict[str, StateWatch] = {}  # by embodiment
         self.logs_states = True
         """Whether states far outside the statistics are logged; a server does that for each client."""
@@ -115,7 +116,7 @@ class PolicyActor:
     @property
     def learned(self) -> Learned:
         """What the policy says of the data that it learned from."""
-        return Learned.of(self._agreement, self.embodiment.name)
+        return Learned.of(self.agreement, self.embodiment.name)
 
     @property
     def relative(self) -> tuple[bool, ...]:
@@ -368,7 +369,8 @@ def load_actor(
         raise ConfigError(
             f"{folder}: a {loaded.report.form} checkpoint has no codec, which says what its numbers mean "
             f"to a robot: {loaded.report.codec}. Evaluate it with the recipe that would fine-tune it, which "
-            'gives data card, statistics (data.statistics = "data"), tokenizer and cameras: --recipe RECIPE'
+            "gives tokenizer, cameras, relative actions and what else its files lack: --recipe RECIPE. "
+            'data.statistics is there "checkpoint", for a policy that was trained on the robot, or "data"'
         )
     return PolicyActor(
         accelerated(with_steps(loaded.policy, steps), compile, quantise),

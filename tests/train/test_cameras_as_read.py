@@ -243,9 +243,9 @@ def test_a_checkpoint_is_evaluated_on_cameras_that_it_learned_from_or_its_recipe
     text = "camera front reads obs/back, which has the name of camera back"
     with pytest.raises(EmbodimentError, match=text):
         compare_readings(actor, store, "it")
-    assert actor._agreement is not None
-    learned = actor._agreement.with_items([Item("camera front", {"dataset": text}, "front", "differs")])
-    actor._agreement = learned
+    assert actor.agreement is not None
+    learned = actor.agreement.with_items([Item("camera front", {"dataset": text}, "front", "differs")])
+    actor.agreement = learned
     with pytest.raises(EmbodimentError, match="camera back") as caught:
         compare_readings(actor, store, "it")
     assert "camera front reads" not in str(caught.value)
@@ -293,7 +293,7 @@ def test_an_evaluation_of_frames_that_are_read_otherwise_than_in_training_is_ref
         if i["name"] == "frames"
     ]
     assert kept["status"] == "chosen" and kept["sides"]["checkpoint"] == "as stored"
-    actor._agreement = None
+    actor.agreement = None
     items = compare_readings(actor, open_dataset(str(other)), "it", confirmed=Confirmed())
     [frames] = [item for item in items if item.name == "frames"]
     assert (frames.status, frames.reason) == ("assumed", "the checkpoint does not say")

@@ -17,7 +17,8 @@ from tests.checkpoints.test_groot_write import fitted
 from tests.checkpoints.test_lerobot import FIXTURE
 from tests.checkpoints.test_openvla import FRONT, PLAIN, write_plain
 from tests.train.agreement_world import recipe_of, start, write_card
-from vlafit import checkpoints, files
+from tests.train.world import PROTOCOL
+from vlafit import checkpoints, cli, config, files
 from vlafit.agreement import Agreement, Item, Learned, values
 from vlafit.agreement.values import read
 from vlafit.checkpoints import beside
@@ -249,6 +250,49 @@ def test_openpis_folder_has_its_relative_actions_from_the_agreement_unless_they_
     assert found == mask and "as agreement.json says: relative in dimensions 0" in said
     assert "do not tell" not in said
     assert relative(**{"codec.relative": [False, True]})[0] == (False, True)
+
+
+@pytest.mark.case(
+    section="runs",
+    report="a fine-tuned openpi run cannot be evaluated, or relative actions are executed as absolute ones",
+    user_has="the folder of an openpi run, EXP/4999, and the card and recipe that describe its robot",
+    now="`vlafit eval --recipe` opens it with `--data` and `--protocol`; a row says whose relative ones hold",
+)
+def test_a_run_of_openpi_is_evaluated_with_the_relative_actions_of_the_recipes_card(
+    trained: Mapping[str, Path], exported: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run_folder = tmp_path / "exp"
+    shutil.copytree(exported["openpi"], run_folder / "4999")
+    (run_folder / "4999" / "agreement.json").unlink()
+    card = write_card(tmp_path / "data", relative="[true, false]", labels="[]", unit="")
+    made = recipe_of(card, run_folder, {})
+    slots = {"base_0_rgb": "front", "left_wrist_0_rgb": "", "right_wrist_0_rgb": ""}
+    policy = replace(made.policy, config=GIVEN, tokenizer=str(trained["pi0"] / "tokenizer"))
+    outside = ("state.0", "state.1", "action.0", "action.1")
+    made = replace(made, policy=policy, adapt=replace(made.adapt, cameras=slots, outside=outside))
+    (tmp_path / "recipe.toml").write_text(config.dump(made))
+    (tmp_path / "toy.toml").write_text(PROTOCOL)
+
+    def evaluate(*words: object) -> str:
+        common = ["eval", run_folder, "--recipe", tmp_path / "recipe.toml", "--steps", 1, *words]
+        assert cli.main([str(word) for word in common]) in (0, 2)
+        return "".join(capsys.readouterr())
+
+    data = ("--data", card, "--samples", 1, "--draws", 2, "--out", tmp_path / "data-out")
+    said = evaluate(*data)
+    (row,) = [line for line in said.splitlines() if line.startswith("relative actions")]
+    assert "relative in dimensions 0" in row and "the checkpoint does not say" in row and "report:" in said
+    other = card.with_name("other.toml")
+    other.write_text(card.read_text().replace("relative = [true, false]", "relative = []"))
+    said = evaluate(*data[:1], other, *data[2:-1], tmp_path / "no")
+    assert "relative actions: dataset: absolute; checkpoint: relative in dimensions 0" in said
+    said = evaluate("--protocol", tmp_path / "toy.toml", "--out", tmp_path / "played", "--workers", 1)
+    assert "does not fit protocol 'toy'" in said and "control mode" in said
+    card.write_text(
+        card.read_text().replace("joint_position", "delta_position").replace("[true, false]", "[]")
+    )
+    said = evaluate("--protocol", tmp_path / "toy.toml", "--out", tmp_path / "played", "--workers", 1)
+    assert "all tasks" in said and (tmp_path / "played" / "result.json").is_file()
 
 
 def test_the_file_beside_a_checkpoint_is_parsed_once_while_it_loads(

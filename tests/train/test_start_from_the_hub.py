@@ -110,6 +110,24 @@ def test_inspect_takes_the_tokenizer_that_training_takes_and_refuses_the_one_tha
     assert str(caught.value) in said and str(small) in said
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_small_tokenizer_that_the_checkpoint_holds_is_a_line_whoever_names_it(
+    given: bool, card: Path, base: Path, tmp_path: Path
+):
+    """It has 106 tokens for 512 rows: refused as policy.tokenizer, and taken from the folder in silence."""
+    held = Path(shutil.copytree(base, tmp_path / "held"))
+    shutil.copytree(SMOLVLA / "tokenizer", held / "tokenizer")
+    elsewhere = shutil.copytree(SMOLVLA / "tokenizer", tmp_path / "elsewhere")
+    named = {"tokenizer": str(elsewhere)} if given else {}
+    agreement = start(recipe(card, held, "data", **named)).agreement
+    assert agreement is not None
+    (item,) = [item for item in agreement.items if item.name == "tokenizer"]
+    assert item.status == "differs" and "106 tokens" in item.value
+    assert item.sides == {"checkpoint": "an embedding of 512 rows"}
+    with pytest.raises(CodecError, match="106 tokens, the pretrained embedding 512 rows"):
+        start(recipe(card, base, "data", tokenizer=str(elsewhere)))
+
+
 @pytest.mark.case(
     section="checkpoints",
     report="a base model cannot be fine-tuned",

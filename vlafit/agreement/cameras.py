@@ -199,7 +199,10 @@ def _slot(
             )
             return Item(name, sides, "", "conflict", fix=fix)
     if slot not in adapt.cameras and (text := misnamed(source.name, keys)):
-        fix = f"correct the card; if it is right: [adapt] cameras = {table({slot: source.name})}"
+        fix = (
+            f"correct the card; if it is right: [adapt] cameras = {table({slot: source.name})}, which "
+            "confirms the key"
+        )
         return Item(
             name,
             sides | {"dataset": text},

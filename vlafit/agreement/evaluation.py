@@ -56,7 +56,7 @@ def statement(items: Sequence[Item]) -> str:
     """Return how many points are the same, in a sentence below the table of the others."""
     same = sum(item.status == "same" for item in items)
     every = "all" if same == len(items) else "the other"
-    return f"policy and evaluation agree on {every} {same} points" if same else ""
+    return f"both sides agree on {every} {same} points" if same else ""
 
 
 def _item(name: str, policy: str, other: str, role: Role) -> Item:

@@ -370,7 +370,7 @@ def _checked(
         raise WeightsError(
             f"{where}: neither the tensors nor a config beside them determine {', '.join(map(repr, asked))}; "
             f"give {'it' if len(asked) == 1 else 'them'}: {'; '.join(told)}. eval and serve take what export "
-            "--to vlafit writes"
+            "--to vlafit writes, or a --recipe that gives it"
         )
     return config
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlafit import config, shipped
+from vlafit.cli.console import differences_table
 from vlafit.cli.parser import add_base, add_embodiment, add_trust
 from vlafit.cli.places import base_folder
 from vlafit.cli.recipes import load_values
@@ -87,6 +88,9 @@ def load(
         compile=options.compile,
         quantise=options.quantise,
     )
+    if actor.agreement is not None:
+        print(f"{checkpoint} as a run of {options.recipe} begins with it:")
+        print(differences_table(actor.agreement))
     return _require_one(actor, checkpoint, options.embodiment)
 
 

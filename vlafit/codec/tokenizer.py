@@ -45,6 +45,11 @@ class Tokenizer:
         """One more than the largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether both make the same ids of every text."""
+        special = (self.pad, self.bos, self.eos) == (other.pad, other.bos, other.eos)
+        return special and self.backend.to_str() == other.backend.to_str()
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the ids of `text`; with `special` those that the tokenizer's own template adds, too."""
         return self.backend.encode(text, add_special_tokens=special).ids

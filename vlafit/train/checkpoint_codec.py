@@ -80,17 +80,21 @@ def require_tokenizer(
 ) -> Tokenizer | None:
     """Return the tokenizer for prompts, the checkpoint's own where the recipe names none; None without one.
 
+    The checkpoint's own counts as its files' word, also where the recipe names the same one.
     `fresh` are the names of weights that were drawn anew. Raises ConfigError where pretrained weights have no
     tokenizer, CodecError where it cannot be theirs.
     """
     pretrained = not tokenizers.language_is_fresh(policy, fresh)
     opened, own, declared = choice.named, choice.declared.own_tokenizer, choice.declared
-    if opened is None and not has_codec and own is not None and pretrained:
-        opened = tokenizers.open_named(str(own))
+    is_own = opened is None
+    if own is not None and not has_codec and pretrained:
+        held = tokenizers.open_named(str(own))
+        is_own = opened is None or opened.is_same(held)
+        opened = opened or held
     if policy.needs().prompt is not None:
         if opened is None and not has_codec and pretrained:
             tokenizers.require_given(policy, str(path), declared.tokenizer, declared.lost_tokenizer)
         if opened is not None:
             name = recipe.policy.tokenizer or str(own)
-            tokenizers.require_fitting(opened, name, policy, pretrained and bool(recipe.policy.tokenizer))
+            tokenizers.require_fitting(opened, name, policy, pretrained and not is_own)
     return opened

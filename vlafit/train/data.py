@@ -369,7 +369,9 @@ def camera_warnings(recipe: Recipe, sets: ValidationSets, data: Data) -> tuple[s
             found += [f"{where}: {text}" for text in texts]
     found = list(dict.fromkeys(found))
     if found and recipe.policy.checkpoint:
-        fix = "correct the card; if it is right, name the cameras in adapt.cameras"
+        fix = (
+            'correct the card; if it is right, map each camera to itself: [adapt] cameras = { NAME = "NAME" }'
+        )
         raise EmbodimentError("\n".join([*found, f"  fix: {fix}"]))
     return tuple(f"{text}: are the cameras exchanged?" for text in found)
 

@@ -186,7 +186,7 @@ def with_codec(
     )
     answers, start = needs.writes_tokens, recipe.policy.checkpoint
     items = reconcile.codec_items(
-        recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, declared
+        recipe, part, before, codec, tokenizer, own_chunk, owner, answers, actions, declared, needs.vocabulary
     )
     layout = action_layout.items(needs.action_layout, codec, start)
     whole = agreement.with_items([*reconcile.other_cards(recipe, part.cards), *items, *layout, *values])

@@ -18,6 +18,7 @@ from vlafit.recipe import Recipe
 from vlafit.train import action_layout, action_tokenizer, data_statistics, readings
 from vlafit.train.data import Data, open_data
 from vlafit.train.prompts import require_prompts
+from vlafit.train.tokenizer import SMALLEST_SHARE
 
 EXCHANGED = "are the cameras exchanged?"
 
@@ -131,7 +132,7 @@ def other_cards(recipe: Recipe, cards: Sequence[Card]) -> Iterator[Item]:
         for name, text in exchanged_keys(card, [first], [*recipe.adapt.cameras.values()]).items():
             item = Item(f"camera {name} of {card.name}", {"dataset": text}, name, "differs", EXCHANGED)
             if recipe.policy.checkpoint:
-                fix = "correct the card; if it is right, name the camera in [adapt] cameras"
+                fix = f'correct the card; if it is right: [adapt] cameras = {{ {name} = "{name}" }}'
                 item = replace(item, value="", status="conflict", reason="", fix=fix)
             yield item
 
@@ -243,7 +244,16 @@ def outlook(
     items = [
         *other_cards(recipe, data.cards),
         *codec_items(
-            recipe, data, codec, codec, words, own_chunk, owner, action_tokens=tokens, declared=declared
+            recipe,
+            data,
+            codec,
+            codec,
+            words,
+            own_chunk,
+            owner,
+            action_tokens=tokens,
+            declared=declared,
+            rows=needs.vocabulary,
         ),
         *action_layout.items(needs.action_layout, codec, recipe.policy.checkpoint),
     ]
@@ -284,13 +294,14 @@ def codec_items(
     answers: bool = False,
     action_tokens: Item | None = None,
     declared: checkpoints.Declaration | None = None,
+    rows: int = 0,
 ) -> Iterator[Item]:
     """Return what holds for statistics, normalisation, prompt, tokenizer and chunk, and why.
 
     `before` is the checkpoint's codec and `owner` whose files give it, `tokenizer` where the tokenizer comes
     from, `own_chunk` the steps of a chunk in the checkpoint's files, `answers` whether the policy answers
-    with tokens; `action_tokens` is the item of those, and `declared` what the checkpoint's files say; None
-    without a checkpoint.
+    with tokens; `action_tokens` is the item of those, `declared` what the checkpoint's files say, None
+    without a checkpoint, and `rows` how many its embedding has.
     """
     form = declared.form if declared is not None else None
     episodes = sum(len(ids) for ids in data.training)
@@ -339,8 +350,7 @@ def codec_items(
         prompt = f"{codec.config.prompt}, at most {codec.config.max_tokens} tokens"
         old = before.config.prompt if before is not None else None
         yield Item("prompt", {"checkpoint": old} if old else {}, prompt, "same")
-        words = codec.required_tokenizer.vocab_size
-        yield Item("tokenizer", {}, f"{tokenizer}, {words} tokens", "same")
+        yield _tokenizer(codec, tokenizer, declared, rows)
     if action_tokens is not None:
         yield action_tokens
     if (bins := codec.config.action_bins) is not None:
@@ -358,6 +368,17 @@ def codec_items(
 def tokenizer_of(owner: str) -> str:
     """Return whose tokenizer a codec has that is the `owner`'s; see `LoadReport.owner`."""
     return "the checkpoint's" if owner == "the checkpoint" else f"that of {owner}"
+
+
+def _tokenizer(codec: Codec, owner: str, declared: checkpoints.Declaration | None, rows: int) -> Item:
+    """Return the item of the tokenizer: a difference where the checkpoint's own leaves many rows unused."""
+    words = codec.required_tokenizer.vocab_size
+    item = Item("tokenizer", {}, f"{owner}, {words} tokens", "same")
+    if declared is None or declared.own_tokenizer is None or words >= SMALLEST_SHARE * rows:
+        return item
+    sides = {"checkpoint": f"an embedding of {rows} rows"}
+    reason = "the checkpoint's files hold it; is it the one that the weights were trained with?"
+    return replace(item, sides=sides, status="differs", reason=reason)
 
 
 def _chunk(recipe: Recipe, codec: Codec, recorded: Mapping[str, str], own: int | None) -> Item:

@@ -152,7 +152,7 @@ def config_of(
         raise WeightsError(
             f"{path}: neither it nor the tensors determine {', '.join(missing)}{hint}. Give them: {given} of "
             f"inspect and export (train: {trained}), policy.config.KEY in a recipe, config={{KEY: N}} in "
-            "Python. eval and serve take what export --to vlafit writes"
+            "Python. eval and serve take what export --to vlafit writes, or a --recipe that gives it"
         )
     return build_config(family("xvla"), made, f"{path}: config")
 

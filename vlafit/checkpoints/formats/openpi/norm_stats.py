@@ -175,7 +175,7 @@ def _action_tokenizer(name: str) -> FastTokenizer:
             f"{error}; another place of pi0-FAST's action tokenizer: --config codec.action_tokenizer=FOLDER "
             "of inspect and export (train: --policy.config.codec.action_tokenizer), "
             "config={'codec.action_tokenizer': FOLDER} in Python. eval and serve take what export --to "
-            "vlafit writes"
+            "vlafit writes, or a --recipe that gives it"
         ) from error
 
 
