@@ -191,7 +191,7 @@ def _relative(codec: Codec) -> str:
     """Return which actions are learned as differences; answers are what the robot takes."""
     action, relative = codec.embodiment.action, codec.config.relative
     names = action.labels or tuple(map(str, range(len(relative))))
-    chosen = [name for name, on in zip(names, relative, strict=False) if on]
+    chosen = [name for name, on in zip(names, relative, strict=True) if on]
     which = "all" if len(chosen) == len(relative) else f"dimensions {', '.join(chosen)}"
     return f"{which} learned relative to the state from which the chunk is predicted; answered absolute"
 

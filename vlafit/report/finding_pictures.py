@@ -193,7 +193,8 @@ def _chart(panels: Sequence[Panel]) -> Picture:
         if panel.concerned is not None:
             first, last = panel.concerned
             axes.axvspan(first - 0.5, last + 0.5, color="#cf222e", alpha=0.15, linewidth=0)
-        for side, (line, colour) in enumerate(zip(panel.lines, (LEFT, RIGHT), strict=False)):
+        for side, line in enumerate(panel.lines):
+            colour = (LEFT, RIGHT)[side]
             own = axes.twinx() if side else axes
             own.plot(line.values, color=colour, linewidth=1.2, marker=".", markersize=3)
             own.set_ylabel(line.label, color=colour, fontsize=8)

@@ -157,7 +157,7 @@ def _by_range(columns: Columns) -> Columns:
 
 
 def _require_undone(action: Modality, relative: bool, where: str) -> None:
-    pairs = zip(action.keys, action.actions, strict=False)
+    pairs = zip(action.keys, action.actions, strict=True) if action.actions else ()
     made = [key for key, one in pairs if str(one.get("rep")).upper() == "RELATIVE"]
     if made and not relative:
         raise WeightsError(

@@ -191,8 +191,8 @@ def modes_of(codec: Codec) -> dict[str, str]:
 def _relative_names(codec: Codec) -> tuple[list[str] | None, list[str]]:
     """Return names of the action's dimensions, and which stay absolute, so that LeRobot finds our mask."""
     mask, labels = codec.config.relative, list(codec.embodiment.action.labels)
-    # Either may be empty: a robot without labels, a codec without relative actions.
-    absolute = [label for label, on in zip(labels, mask, strict=False) if not on]
+    named = zip(labels, mask, strict=True) if labels and mask else ()
+    absolute = [label for label, on in named if not on]
     if not any(mask) or (labels and mask_of(labels, absolute, len(mask)) == mask):
         return labels or None, absolute
     made = [f"{'relative' if on else 'absolute'}_{i}" for i, on in enumerate(mask)]
