@@ -124,7 +124,9 @@ def _prepared(
     plan = _largest_stage(preview(bare, strategy))
     prepare(bare, plan, workload, kernels)
     named = {base_name(name): parameter for name, parameter in bare.named_parameters()}
-    quantised = {named[f"{layer}.weight"]: how for layer, how in plan.quantised.items()}
+    quantised: dict[Tensor, Quantise] = {
+        named[f"{layer}.weight"]: how for layer, how in plan.quantised.items()
+    }
     return bare, _static(bare, quantised, workload), quantised
 
 
