@@ -36,7 +36,9 @@ class PolicyRecipe:
     trust: tuple[str, ...] = ()
     """Packages whose module may be imported as the checkpoint's policy family; it runs their code."""
     tokenizer: str = ""
-    """Tokenizer if the checkpoint has none: a folder, or a shipped one's name. Empty: from the data."""
+    """Tokenizer if the checkpoint has none: a folder, a tokenizer.json, SentencePiece's .model, an id of the
+    Hub, or a shipped one's name. Empty: learned from the data where the language model is fresh, else an
+    error."""
     action_tokenizer: str = ""
     """FAST action tokenizer of a policy that writes actions as tokens, if the checkpoint has none: a folder,
     or an id of the Hub. fit: one that is fitted to the data, in place of the checkpoint's, too, whose weights

@@ -55,6 +55,39 @@ def test_a_link_out_of_the_datasets_folder_is_refused_unless_the_card_lists_it(t
     assert len(open_dataset(allowed).episodes) == len(DEMOS)
 
 
+def test_a_file_that_is_itself_a_link_out_of_the_folder_is_refused_unless_the_card_lists_it(tmp_path: Path):
+    write_libero(tmp_path / "set", DEMOS)
+    elsewhere = tmp_path / "elsewhere" / "b_demo.hdf5"
+    write_one(elsewhere, DEMOS[0])
+    link = tmp_path / "set" / elsewhere.name
+    link.symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"set/b_demo.hdf5.*elsewhere.*linked = \["):
+        open_dataset(card(tmp_path / "set"))
+    allowed = card(tmp_path / "set", section=libero.Section(linked=(str(elsewhere.parent),)))
+    assert len(open_dataset(allowed).episodes) == len(DEMOS) + 1
+    link.unlink()
+    link.symlink_to(write_one(tmp_path / "set" / "parts" / "b_demo.hdf5", DEMOS[0]))
+    assert len(open_dataset(card(tmp_path / "set")).episodes) == len(DEMOS) + 1
+
+
+def test_a_link_that_the_card_itself_names_is_followed(tmp_path: Path):
+    master = write_one(tmp_path / "real" / "a_demo.hdf5", DEMOS[0])
+    (tmp_path / "b_demo.hdf5").symlink_to(master)
+    (tmp_path / "folder").symlink_to(master.parent)
+    assert len(open_dataset(card(tmp_path / "b_demo.hdf5")).episodes) == 1
+    assert len(open_dataset(card(tmp_path / "folder")).episodes) == 1
+
+
+def test_a_link_into_the_blobs_of_its_own_download_is_followed(tmp_path: Path):
+    download = tmp_path / "datasets--lab--set"
+    blob, snapshot = download / "blobs" / "0f", download / "snapshots" / "1a"
+    blob.parent.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    write_one(tmp_path / "a_demo.hdf5", DEMOS[0]).rename(blob)
+    (snapshot / "a_demo.hdf5").symlink_to(blob)
+    assert len(open_dataset(card(snapshot)).episodes) == 1
+
+
 def test_a_link_to_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path):
     file = write_one(tmp_path / "a_demo.hdf5", DEMOS[0])
     with h5py.File(file, "r+") as handle:

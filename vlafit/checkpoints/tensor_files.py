@@ -14,6 +14,7 @@ from torch import Tensor
 from vlafit import files
 from vlafit.errors import WeightsError, brief, command_line
 from vlafit.files import parse_json, plain_text, require_readable
+from vlafit.links import is_inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -126,18 +127,6 @@ def beside(path: Path, name: object) -> Path:
             "in its own folder: put the file itself there"
         )
     return file
-
-
-def is_inside(folder: Path, file: Path) -> bool:
-    """Whether a file lies in `folder` once links are followed.
-
-    A download of the Hub (models--ORG--NAME/snapshots/REVISION) consists of links to the blobs of its own
-    repository, which count as inside.
-    """
-    path, own = file.resolve(), folder.resolve()
-    caches = [one for one in own.parents if one.name.startswith("models--")]
-    blobs = [one / "blobs" for one in caches if (one / "snapshots") in own.parents]
-    return any(path.is_relative_to(one) for one in (own, *blobs))
 
 
 def read_text(path: Path) -> str:

@@ -42,6 +42,7 @@ from vlafit.datasets.hdf5_files import (
     unreadable,
 )
 from vlafit.datasets.hdf5_guess import filter_keys_below, success_key_below
+from vlafit.datasets.hdf5_storage import require_inside
 from vlafit.datasets.lru import LruCache
 from vlafit.datasets.mapped import Mapped
 from vlafit.datasets.selection import Selection
@@ -58,6 +59,12 @@ OPEN_DATASETS = 256  # handles kept by a process
 KNOWN_OFFSETS = 4096  # chunked datasets of whose frames a process knows the places, 8 bytes a frame
 
 
+def _folder_of(card: Card) -> Path:
+    """Return the folder of a card's files: what it names, or where the one file lies that it names."""
+    named = card.location().resolve()
+    return named.parent if named.is_file() else named
+
+
 class Hdf5Store(EpisodeStore):
     """Episodes of HDF5 files."""
 
@@ -66,7 +73,11 @@ class Hdf5Store(EpisodeStore):
     def __init__(self, card: Card, layout: Hdf5Layout) -> None:
         """Raises DataError saying where the files are not what the card says."""
         self.card = card
-        own = [path.resolve() for path in card.files(SUFFIXES)]
+        named = card.files(SUFFIXES)
+        own = [path.resolve() for path in named]
+        roots = (_folder_of(card), *card.linked_folders(layout.linked))
+        for path in named:
+            require_inside(path, roots, str(path))
         self._paths = {str(path): stamp(path) for path in own}
         self._reset()
         folder = shared_folder(own)
@@ -74,15 +85,16 @@ class Hdf5Store(EpisodeStore):
         key = hdf5_index.key_of(card, self._paths)
         index = hdf5_index.load(key)
         if index is None:
-            index = self._index(own, folder, layout)
+            index = self._index(own, folder, roots, layout)
             hdf5_index.save(key, index)
         self._paths, self._episodes = dict(index.paths), list(index.columns)
         self._stamps = Stamps(index.paths)
         self.episodes, self.left_out = tuple(index.episodes), tuple(index.left_out)
 
-    def _index(self, own: Sequence[Path], folder: Path, layout: Hdf5Layout) -> hdf5_index.Index:
+    def _index(
+        self, own: Sequence[Path], folder: Path, roots: Sequence[Path], layout: Hdf5Layout
+    ) -> hdf5_index.Index:
         """Read the files."""
-        roots = (folder, *self.card.linked_folders(layout.linked))
         infos: list[EpisodeInfo] = []
         selection = Selection(self.card)
         for path, name in zip(own, names_of(own, folder), strict=True):

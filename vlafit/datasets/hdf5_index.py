@@ -30,7 +30,7 @@ from vlafit.files import expand_user, is_reachable_file, new_file, parse_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 6  # raise it if anything that is kept, or its meaning, changes
+FORMAT = 7  # raise it if anything that is kept, or its meaning, changes
 FEWEST = 200  # episodes that are worth it
 SWITCH = "VLAFIT_CACHE"  # a folder, or "off"
 

@@ -16,6 +16,7 @@ import h5py
 
 from vlafit.datasets.hdf5_files import HDF5_ERRORS, ORIGIN, RAW_PREFIX, VIRTUAL_PREFIX, item_at, reading
 from vlafit.errors import DataError
+from vlafit.links import is_inside
 
 DEEPEST = 16  # virtual datasets of virtual datasets
 FILTERS = {
@@ -40,7 +41,7 @@ def _sources(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where: 
     """Return the files of a dataset; `opened` is the path by which HDF5 opens its file."""
     file = opened.resolve()
     sources = {file}
-    _require_inside(file, roots, where)
+    require_inside(file, roots, where)
     _require_filters(dataset, where)
     if dataset.is_virtual:
         if depth == 0:
@@ -63,7 +64,7 @@ def _raw_files(dataset: h5py.Dataset, opened: Path, roots: Sequence[Path], where
     sources, held = set(), 0
     for name, offset, size in dataset.external or ():
         raw = _beside(opened, name, where, RAW_PREFIX)
-        _require_inside(raw, roots, where)
+        require_inside(raw, roots, where)
         if not raw.is_file():
             raise DataError(f"{where}: its bytes are in {raw}, which is missing")
         length = raw.stat().st_size
@@ -117,7 +118,7 @@ def _virtual_sources(
             raise DataError(f"{where}: a virtual dataset with a pattern of files; write its frames out")
         inside = source.file_name == "."
         file = opened if inside else _beside(opened, source.file_name, where, VIRTUAL_PREFIX)
-        _require_inside(file, roots, where)
+        require_inside(file, roots, where)
         if not file.is_file():
             raise DataError(
                 f"{where}: a virtual dataset whose source {file} is missing; its frames would be black"
@@ -156,9 +157,10 @@ def _holds(below: h5py.Dataset, source: Any) -> bool:
     return len(last) == below.ndim and all(i < n for i, n in zip(last, below.shape, strict=True))
 
 
-def _require_inside(file: Path, roots: Sequence[Path], where: str) -> None:
-    path = file.resolve()
-    if not any(path.is_relative_to(root) for root in roots):
+def require_inside(file: Path, roots: Sequence[Path], where: str) -> None:
+    """Raise DataError for a file that lies in none of `roots`, of which the dataset's folder is the first."""
+    if not any(is_inside(root, file) for root in roots):
+        path = file.resolve()
         raise DataError(
             f"{where}: is stored in {path}, outside the dataset's folder {roots[0]}; if that is meant, "
             f'add to the layout\'s table of the card: linked = ["{path.parent}"]'

@@ -16,9 +16,10 @@ from vlafit import files
 from vlafit.agreement.values import FILE as AGREEMENT
 from vlafit.checkpoints.formats.native.adapters import ADAPTERS, BASE, TRAINED, Base, read_base
 from vlafit.checkpoints.history import FILE as HISTORY
-from vlafit.checkpoints.tensor_files import is_inside, read_json_object, read_text
+from vlafit.checkpoints.tensor_files import read_json_object, read_text
 from vlafit.codec import CodecSet
 from vlafit.errors import ConfigError, WeightsError
+from vlafit.links import is_inside
 from vlafit.nn.policy import MOST_SAMPLING_STEPS, is_sampling_steps
 from vlafit.policies import build_config, family
 from vlafit.tuning import Plan

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vlafit import heap
-from vlafit.checkpoints.tensor_files import is_inside
 from vlafit.errors import WeightsError, brief
 from vlafit.files import irregular, parse_json, plain_text
+from vlafit.links import is_inside
 
 METADATA = "_METADATA"
 OCDBT = "manifest.ocdbt"

@@ -23,8 +23,9 @@ from vlafit.checkpoints.formats.peft.adapter_config import reader, require_repea
 from vlafit.checkpoints.formats.peft.write import BASE
 from vlafit.checkpoints.hub import Place
 from vlafit.checkpoints.name_map import NameMap
-from vlafit.checkpoints.tensor_files import is_inside, open_tensors, read_json_object
+from vlafit.checkpoints.tensor_files import open_tensors, read_json_object
 from vlafit.errors import ConfigError, StrategyError, WeightsError, command_line
+from vlafit.links import is_inside
 from vlafit.nn.policy import Policy
 from vlafit.tuning import Plan
 from vlafit.tuning.inject import (
