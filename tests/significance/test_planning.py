@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from vlafit.significance import Pairs, independent_episodes_needed, sign_flip_p, starts_needed
+from vlafit.significance.planning import counted_ps, normal_ps
 
 RUNS = 1000
 SPREAD = 4 * (0.8 * 0.2 / RUNS) ** 0.5  # of a simulated power of 0.8: four standard errors
@@ -55,6 +56,41 @@ def test_a_small_difference_needs_thousands_and_is_found_at_once() -> None:
     assert needed
     normal = (0.2 - 0.01**2) * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / 0.01) ** 2
     assert normal < needed < 1.02 * normal, "the exact test costs about 1 / difference more"
+
+
+def test_rare_wins_need_the_starts_at_which_six_of_them_are_seen() -> None:
+    """Six wins of six are the fewest that the exact test rejects: 2 / 64 is below 0.05, 2 / 32 is not."""
+    needed, share = starts_needed(pairs_of(1, 0, 19_999)), 1 / 20_000
+    assert needed
+    assert stats.binom.sf(5, needed, share) >= 0.8 > stats.binom.sf(5, needed - 1, share)
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [[0] * 300 + [1] * 40 + [-1] * 36 + [2] * 10 + [-2] * 9, [0] * 3000 + [2] * 3 + [-1]],
+    ids=["half differ", "few differ"],
+)
+def test_with_several_seeds_many_starts_have_the_power_too(sums: list[int]) -> None:
+    first = np.array([[max(0, one) for one in sums], [max(0, one - 1) for one in sums]]).clip(0, 1)
+    second = np.array([[max(0, -one) for one in sums], [max(0, -one - 1) for one in sums]]).clip(0, 1)
+    pairs = Pairs(first.astype(float), second.astype(float))
+    assert pairs.by_start.tolist() == sums
+    needed = starts_needed(pairs)
+    assert needed and needed > 2000
+    values, found = np.unique(sums, return_counts=True)
+    counts = np.random.default_rng(1).multinomial(needed, found / len(sums), RUNS)
+    p_of = counted_ps if np.abs(sums).mean() < 0.01 else normal_ps  # the next test compares the two
+    assert abs((p_of(values, counts) <= 0.05).mean() - 0.8) < 2 * SPREAD, "the search has draws of its own"
+
+
+def test_the_normal_distribution_of_many_flipped_sums_is_close_to_the_exact_one() -> None:
+    """At 750 differing starts and more the fourth cumulant moves a p below 0.1 by less than 1e-4."""
+    values = np.arange(-2, 3)
+    counts = np.random.default_rng(3).multinomial(1500, (0.15, 0.1, 0.5, 0.1, 0.15), 200)
+    exact, normal = counted_ps(values, counts), normal_ps(values, counts)
+    assert np.abs(exact - normal)[exact < 0.1].max() < 1e-4
+    rows = [np.repeat(values, some) for some in counts[:3]]
+    assert np.allclose(exact[:3], [sign_flip_p(row) for row in rows], atol=1e-9)
 
 
 def test_no_difference_needs_no_number() -> None:
