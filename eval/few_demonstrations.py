@@ -14,6 +14,7 @@ metaworld-distant`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -109,6 +110,7 @@ PLAN = tuple(
             *grid("distant", (25,), (600,), (1e-3,)),
             *grid("faucet", (1,), (60,), (2e-3,)),
             *grid("faucet", (5,), (30,), (5e-3, 1e-2)),
+            *grid("faucet", (25,), (60,), (2e-3,)),
             *of_strategies("faucet", 5, 30, (2e-3, 1e-3, 5e-3, 1e-2)),
             *grid("related", (20,), (200,), (1e-3,)),
         ]
@@ -187,10 +189,21 @@ def protocol(tasks: str, runs: Path, trials: int | None) -> Path:
 
 
 def write(runs: Path, results: Path) -> None:
-    """Write search.jsonl: one line for each finished point of the plan, in its order."""
-    lines = [json.dumps(found(point, runs)) for point in PLAN if is_finished(runs / point.name)]
+    """Write search.jsonl: one line for each finished point of the plan, in its order.
+
+    A point that it has already and that was played elsewhere stays.
+    """
+    path = results / "search.jsonl"
+    earlier = {point_of(line): line for line in files.read_json_lines(path)}
+    played = {point: found(point, runs) for point in PLAN if is_finished(runs / point.name)}
+    lines = [json.dumps({**earlier, **played}[point]) for point in PLAN if point in earlier | played]
     results.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(results / "search.jsonl", "".join(f"{line}\n" for line in lines))
+    files.write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def point_of(line: dict[str, Any]) -> Point:
+    """Return the point that a line of search.jsonl is of."""
+    return Point(**{field.name: line[field.name] for field in dataclasses.fields(Point)})
 
 
 def found(point: Point, runs: Path) -> dict[str, Any]:

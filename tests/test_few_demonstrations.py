@@ -92,6 +92,19 @@ def test_a_point_that_ended_after_the_search_was_killed_is_written_without_its_t
     assert line["cpu_s"] is None and line["episodes"] == 50
 
 
+def test_points_that_were_played_elsewhere_stay_beside_a_new_one(search: ModuleType, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(RESULTS, results)
+    points = {search.point_of(line) for line in SEARCHED}
+    assert len(points) == len(SEARCHED)
+    new = next(point for point in search.PLAN if point not in points)
+    finish(search, new, tmp_path / "runs")
+    search.write(tmp_path / "runs", results)
+    lines = files.read_json_lines(results / "search.jsonl")
+    assert [line for line in lines if search.point_of(line) != new] == SEARCHED
+    assert len(lines) == len(SEARCHED) + 1
+
+
 @pytest.mark.slow
 def test_a_point_is_an_ordinary_training_run_and_its_evaluation(search: ModuleType, tmp_path: Path) -> None:
     point = next(one for one in search.PLAN if one.steps == 30 and one.start == "untrained")

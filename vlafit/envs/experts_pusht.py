@@ -36,6 +36,7 @@ OFF = 4.0  # mean distance of the block's corners from the plan's at which a pus
 SPACING = 8.0  # between the points of the edge where a push may begin
 ANGLES = tuple(math.radians(degrees) for degrees in (-35, -15, 0, 15, 35))  # from the edge's normal
 LONGEST = 12  # steps of a push
+UNCOUNTED = 1  # a collision type without a handler; gym-pusht's is 0
 SECOND = 6  # best first pushes after which a second is tried, when none improves much
 
 
@@ -107,6 +108,8 @@ class Copy:
     def __init__(self) -> None:
         self._env = PushTEnv(obs_type="state")
         self._env.reset(seed=0)
+        for shape in self._env.space.shapes:  # else gym-pusht counts contacts in Python: a quarter of the time
+            shape.collision_type = UNCOUNTED
 
     def push(
         self,
