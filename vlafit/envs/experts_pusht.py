@@ -108,9 +108,7 @@ class Copy:
     def __init__(self) -> None:
         self._env = PushTEnv(obs_type="state")
         self._env.reset(seed=0)
-        for (
-            shape
-        ) in self._env.space.shapes:  # else gym-pusht counts contacts in Python: a quarter of the time
+        for shape in self._env.space.shapes:  # else contacts are counted in Python: a quarter of the time
             shape.collision_type = UNCOUNTED
 
     def push(
