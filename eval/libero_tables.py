@@ -24,10 +24,11 @@ ARMS = {
 
 def by_task(results: Path, run: str) -> str:
     """One row for each task of a published run: before, after, and with another object's instruction."""
-    played = {column: solved(outcomes_of(results / run, column)) for column in COLUMNS}
+    there = [column for column in COLUMNS if (results / run / f"episodes_{column}.jsonl").is_file()]
+    played = {column: solved(outcomes_of(results / run, column)) for column in there}
     tasks = dict.fromkeys(task for of in played.values() for task in of)
     rows = [[task.replace("_", " "), *(of[task] for of in played.values())] for task in tasks]
-    return table(["task", *COLUMNS.values()], rows)
+    return table(["task", *(COLUMNS[column] for column in there)], rows)
 
 
 def solved(outcomes: Mapping[str, bool | None]) -> dict[str, str]:
