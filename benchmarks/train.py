@@ -339,7 +339,7 @@ def host_batch(needs: Needs, shape: str, samples: int, seed: int) -> Batch:
 
 def counted(point: Row) -> Row:
     """Return FLOPs of a sample and the forecast of a point's memory, on the meta device."""
-    recipe, policy, strategy, batch = _on_meta(point)
+    recipe, policy, strategy, batch = on_meta(point)
     packer = packer_of(policy, recipe, torch.device("cpu"))
     parts = BatchShape.parts_of(batch if packer is None else packer.pack(batch))
     count = FlopCounter(policy, preview(policy, strategy), recipe.train.draws)
@@ -351,12 +351,13 @@ def counted(point: Row) -> Row:
 
 def forecast_of(point: Row) -> Forecast:
     """Return the forecast of a point's memory, made on the meta device."""
-    recipe, policy, strategy, batch = _on_meta(point)
+    recipe, policy, strategy, batch = on_meta(point)
     shape = BatchShape.of(batch)
     return forecast(policy, strategy, workload(recipe, shape.cameras, shape.tokens))
 
 
-def _on_meta(point: Row) -> tuple[Recipe, Policy, Strategy, Batch]:
+def on_meta(point: Row) -> tuple[Recipe, Policy, Strategy, Batch]:
+    """Return recipe and strategy of a point, its policy on the meta device, and a trimmed batch."""
     torch.set_num_threads(1)
     recipe = recipe_of(point, point["device"] != "cpu")  # not asked: it would take memory of the GPU
     policy = build_family(rows.sizes()[point["size"]], point["size"], device="meta")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import act, full_size, gpu, rows, train
+from benchmarks import act, full_size, gpu, rows, traffic, train
 from benchmarks.gpu_figures import FIGURES, FORECASTS, Figure
 from tests.waiting import wait_until
 from vlafit.policies import build_family
@@ -191,6 +191,25 @@ def test_the_newest_row_of_a_card_is_its_figure_and_no_aim_counts_on_another_car
     document.write_text(f"before\n{gpu.BEGIN}old\n{gpu.END}after\n")
     gpu.write_document(written, document)
     assert document.read_text() == f"before\n{gpu.BEGIN}{gpu.aims_table(written)}{gpu.END}after\n"
+
+
+def test_traffic_is_what_operations_read_and_write_and_views_are_none():
+    a, b = torch.zeros(4, 8), torch.zeros(8, 2)
+    with traffic.Traffic() as seen:
+        product = a @ b
+        assert product.t().unflatten(0, (1, 2)).shape == (1, 2, 4)
+    assert (seen.kernels, seen.bytes) == (1, 4 * (4 * 8 + 8 * 2 + 4 * 2))
+    with traffic.Traffic() as seen:
+        product.add_(torch.zeros(1, 1).expand(4, 2)[:1])  # of the expanded one number is read
+    assert (seen.kernels, seen.bytes) == (2, 4 * (1 + 8 + 8 + 1))  # zeros, and the sum in place
+
+
+def test_a_samples_traffic_is_told_from_that_of_a_step():
+    (point,) = train.points_of(
+        train.parser().parse_args(["--sizes", "pi0-tiny", "--strategies", "lora", "--shapes", "padded"])
+    )
+    got = traffic.counted(point)
+    assert got["kernels"] > 500 and got["sample_gb"] > 0 and got["step_gb"] > 0
 
 
 def test_pages_that_a_forked_child_shares_are_counted_once():
